@@ -1,30 +1,35 @@
-"""Convert a checkpoint of the original JAX FLIP to a model folder with its processor and card."""
+"""Convert a checkpoint of the original JAX FLIP to a model folder with its processor and card.
 
+A checkpoint is a folder `checkpoint_N` with a zarr v2 array for each parameter, in a folder `target.<dotted name>`. It
+is read without JAX.
+"""
+
+import gzip
+import json
 import math
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.zip import ZipFileSystem
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.hub.export import build_processor, export_model
-from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
 from flipscale.io.atomic import write_text
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
-
-Arrays = Mapping[str, np.ndarray | StoredArray]
-
-# Sizes with a configuration in the original.
-ORIGINAL_SIZES = ("b16", "l16", "h14")
 
 _POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
 _WORDS = {
@@ -54,8 +59,6 @@ _OUTSIDE_THE_BLOCKS = {
     "txt_mlp1/kernel": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
-
-
 _CARD = """---
 license: cc-by-nc-4.0
 library_name: transformers
@@ -92,43 +95,72 @@ _USE_MODEL = """from transformers import AutoModel  # this copy has no tokenizer
 model = AutoModel.from_pretrained("{path}", trust_remote_code=True)"""
 
 
-def build_flip_model(
-    arrays: Arrays, size: str | None = None, image_heads: int | None = None, text_heads: int | None = None
-) -> FlipModel:
-    """Return the model of the original's parameters, in evaluation mode.
-
-    All shapes are checked first. Then values are read one array at a time, so that memory holds the model once. The
-    arrays lack the numbers of attention heads, so `size` or both `image_heads` and `text_heads` are needed.
-
-    Args:
-        arrays: parameters by the original's names.
-        size: model size: b16, l16 or h14.
+class StoredArray:
+    """A parameter in the checkpoint: `shape` is known at once, `np.asarray` reads the values (fp32).
 
     Raises:
-        UserError: the heads, the arrays or the image positions do not fit a FLIP model.
+        UserError: the array is damaged, or in a format that the original does not write.
     """
-    heads = _heads(size, image_heads, text_heads)
-    config = _config(arrays, 1, 1)
-    if size is not None:
-        _check_size(config, size)
-    towers = (("image", config.vision_config), ("text", config.text_config))
-    for (name, tower), count in zip(towers, heads, strict=True):
-        if count < 1 or tower.hidden_size % count:
+
+    def __init__(self, name: str, files: Mapping[str, bytes], folder: str):
+        self._name, self._files, self._folder = name, files, folder
+        self._meta = meta = json.loads(files[f"{folder}/.zarray"])
+        compressor = (meta["compressor"] or {"id": None})["id"]
+        form = f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
+        if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
             raise UserError(
-                f"{name}_heads is {count}; expected a divisor of the {name} tower's width {tower.hidden_size}. Fix: "
-                "look it up in the training configuration of the checkpoint"
+                f"array {name} is stored as {form}; the original FLIP writes zarr 2, gzip, order C, no filters"
             )
-    config = _config(arrays, *heads)
-    _check_arrays(config, arrays)
-    _check_positions(np.asarray(arrays[_POSITIONS]), config)
-    with no_init_weights():
-        model = FlipModel(config)
-    parameters = model.state_dict()
-    for name in each([name for name in arrays if name != _POSITIONS], "reading", "arrays"):
-        stored = torch.from_numpy(np.asarray(arrays[name]))
-        check_weight(name, stored)
-        parameters[our_name(name)].copy_(our_layout(name, stored))
-    return model.eval()
+        self.shape: tuple[int, ...] = tuple(meta["shape"])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        chunks, array = self._meta["chunks"], np.empty(self.shape, np.float32)
+        counts = [math.ceil(length / chunk) for length, chunk in zip(self.shape, chunks, strict=True)]
+        try:
+            for position in np.ndindex(*counts):
+                name = self._meta.get("dimension_separator", ".").join(map(str, position))
+                content = self._files[f"{self._folder}/{name}"]
+                content = gzip.decompress(content) if self._meta["compressor"] else content
+                begins = [number * chunk for number, chunk in zip(position, chunks, strict=True)]
+                part = array[tuple(slice(begin, begin + chunk) for begin, chunk in zip(begins, chunks, strict=True))]
+                # A chunk at the edge is stored at full size, padded.
+                stored = np.frombuffer(content, self._meta["dtype"]).reshape(chunks)
+                part[...] = stored[tuple(map(slice, part.shape))]
+        except (KeyError, ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+            raise UserError(f"array {self._name} is damaged ({error!r}); download the checkpoint again") from error
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+Arrays = Mapping[str, StoredArray]
+
+
+def open_flip_checkpoint(path: Path) -> Arrays:
+    """Return all parameters of a checkpoint by the original's names (`img_encoder/cls`), without reading their values.
+
+    Args:
+        path: folder `checkpoint_N`, or a folder or zip that contains it at any depth.
+
+    Raises:
+        UserError: there is no checkpoint or more than one, or as `StoredArray`.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a checkpoint_N folder of the original FLIP, or its zip")
+    try:
+        files = ZipFileSystem(str(path)).get_mapper("") if path.is_file() else LocalFileSystem().get_mapper(str(path))
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path} is not a checkpoint of the original FLIP: it is not a zip, or cut short ({error})"
+        ) from error
+    places = [PurePosixPath(name).parent for name in files if name.endswith("/.zarray")]
+    arrays = [place for place in places if place.name.startswith("target.")]  # the others are of the optimiser
+    folders = sorted({str(array.parent) for array in arrays})
+    if len(folders) != 1:
+        found = ", ".join(folders) or "no target.* folder in it"
+        raise UserError(
+            f"{path} has {len(folders)} checkpoints of the original FLIP ({found}); name a checkpoint_N folder or its zip"
+        )
+    names = {array: array.name.removeprefix("target.").replace(".", "/") for array in arrays}
+    return {name: StoredArray(name, files, str(array)) for array, name in names.items()}
 
 
 def convert_flip_checkpoint(
@@ -141,28 +173,43 @@ def convert_flip_checkpoint(
 ) -> FlipModel:
     """Convert the checkpoint `src` to the model folder `dst`, with a card for its licence, and return the model.
 
-    The folder has a processor if a tokenizer is given or, for a named size, if the original's can be downloaded. The
-    other arguments are those of `open_flip_checkpoint` and `build_flip_model`.
+    All shapes are checked first. Then values are read one array at a time, so that memory holds the model once. The
+    folder has a processor if a tokenizer is given or, for a named size, if the original's can be downloaded.
+
+    Args:
+        src: see `open_flip_checkpoint`.
+        size: model size: b16, l16 or h14. The arrays lack the numbers of attention heads, so this or both numbers of
+            heads are needed.
 
     Raises:
-        UserError: see `open_flip_checkpoint`, `build_flip_model` and `build_processor`.
+        UserError: the heads, the arrays or the image positions do not fit a FLIP model, or see `open_flip_checkpoint`
+            and `build_processor`.
     """
-    _heads(size, image_heads, text_heads)  # raises early, before the checkpoint is read
-    model = build_flip_model(open_flip_checkpoint(src), size, image_heads, text_heads)
+    arrays = open_flip_checkpoint(Path(src))
+    config = _config(arrays, size, image_heads, text_heads)
+    with no_init_weights():
+        model = FlipModel(config)
+    parameters = model.state_dict()
+    _check_arrays(arrays, {name: tuple(value.shape) for name, value in parameters.items()})
+    _check_positions(np.asarray(arrays[_POSITIONS]), config)
+    for name in each([name for name in arrays if name != _POSITIONS], "reading", "arrays"):
+        stored = torch.from_numpy(np.asarray(arrays[name]))
+        check_weight(name, stored)
+        parameters[our_name(name)].copy_(our_layout(name, stored))
+    model.eval()
     if tokenizer is None and size is not None:
         try:
             tokenizer = bert_tokenizer("google-bert/bert-base-uncased")
         except ValueError as error:
             warnings.warn(f"the model is saved without a processor: {error}", stacklevel=2)
-    processor = build_processor(model.config, tokenizer) if tokenizer is not None else None
+    processor = build_processor(config, tokenizer) if tokenizer is not None else None
     folder = export_model(model, processor, dst)
-    vision, text = model.config.vision_config, model.config.text_config
     card = _CARD.format(
         name=folder.name,
         parameters=model.num_parameters() / 1e6,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        length=text.max_position_embeddings,
+        image_size=config.vision_config.image_size,
+        patch_size=config.vision_config.patch_size,
+        length=config.text_config.max_position_embeddings,
         use=(_USE_MODEL if processor is None else _USE_PIPELINE).format(path=folder),
     )
     write_text(folder / "README.md", card)
@@ -189,21 +236,56 @@ def our_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor[0] if name.endswith("/pos_embedding") else tensor
 
 
-def _heads(size: str | None, image_heads: int | None, text_heads: int | None) -> tuple[int, int]:
-    """Return the attention heads of both towers."""
-    if size is None:
-        if image_heads is None or text_heads is None:
-            raise UserError(
-                f"image_heads is {image_heads}, text_heads is {text_heads}, and the checkpoint lacks them; give size "
-                f"({', '.join(ORIGINAL_SIZES)}) or both"
-            )
-        return image_heads, text_heads
-    if size not in ORIGINAL_SIZES:
-        raise UserError(f"size is {size!r}; expected a size of the original FLIP: {', '.join(ORIGINAL_SIZES)}")
-    if image_heads is not None or text_heads is not None:
-        raise UserError(f"size is {size} and heads are given too; use one of them, because the size decides the heads")
-    vision, text, _ = SIZES[size]
-    return vision["num_attention_heads"], text["num_attention_heads"]
+def _config(arrays: Arrays, size: str | None, image_heads: int | None, text_heads: int | None) -> FlipConfig:
+    """Return the configuration by the arrays' shapes. The size must fit them; it decides the attention heads."""
+    patch = _shape(arrays, "img_encoder/embedding/kernel", 4)[0]
+    num_patches = _shape(arrays, _POSITIONS, 3)[1] - 1
+    side = math.isqrt(num_patches)
+    if side**2 != num_patches:
+        raise UserError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
+    vision = {**_tower(arrays, "img_encoder"), "image_size": side * patch, "patch_size": patch}
+    text = {
+        **_tower(arrays, "txt_encoder"),
+        "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding", 2)[0],
+        "max_position_embeddings": _shape(arrays, "txt_encoder/posembed_encoder/pos_embedding", 3)[1],
+    }
+    dim = _shape(arrays, "img_mlp1/kernel", 2)[1]
+    if size is not None:
+        if size not in SIZES:
+            raise UserError(f"size is {size!r}; use one of {', '.join(SIZES)}")
+        if image_heads is not None or text_heads is not None:
+            raise UserError(f"size is {size} and heads are given too; use one of them: the size decides the heads")
+        expected = FlipConfig.from_size(size)
+        # Image size, vocabulary and caption length may differ.
+        differences = [
+            f"{name} {field} {tower[field]}, not {getattr(known, field)}"
+            for name, tower, known in (("vision", vision, expected.vision_config), ("text", text, expected.text_config))
+            for field in ("patch_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+            if field in tower and tower[field] != getattr(known, field)
+        ]
+        if dim != expected.projection_dim:
+            differences.append(f"projection_dim {dim}, not {expected.projection_dim}")
+        if differences:
+            raise UserError(f"size is {size}, but the checkpoint has {'; '.join(differences)}")
+        image_heads, text_heads = (t.num_attention_heads for t in (expected.vision_config, expected.text_config))
+    if image_heads is None or text_heads is None:
+        raise UserError(
+            f"image_heads is {image_heads}, text_heads is {text_heads}, and the checkpoint lacks them; give size or "
+            "both"
+        )
+    return FlipConfig(
+        vision_config={**vision, "num_attention_heads": image_heads},
+        text_config={**text, "num_attention_heads": text_heads},
+        projection_dim=dim,
+    )
+
+
+def _tower(arrays: Arrays, encoder: str) -> dict[str, int]:
+    """Return the configuration fields that both towers share, from the shapes of one tower's arrays."""
+    width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel", 2)
+    pattern = re.compile(rf"{encoder}/Transformer/encoderblock_(\d+)/")
+    numbers = [int(match[1]) for name in arrays if (match := pattern.match(name))]
+    return {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": max(numbers) + 1}
 
 
 def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
@@ -214,57 +296,8 @@ def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
     return arrays[name].shape
 
 
-def _tower(arrays: Arrays, encoder: str, heads: int) -> dict[str, int]:
-    """Return the configuration fields that both towers share, from the shapes of one tower's arrays."""
-    width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel", 2)
-    pattern = re.compile(rf"{encoder}/Transformer/encoderblock_(\d+)/")
-    numbers = [int(match[1]) for name in arrays if (match := pattern.match(name))]
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": max(numbers) + 1,
-        "num_attention_heads": heads,
-    }
-
-
-def _config(arrays: Arrays, image_heads: int, text_heads: int) -> FlipConfig:
-    patch = _shape(arrays, "img_encoder/embedding/kernel", 4)[0]
-    num_patches = _shape(arrays, _POSITIONS, 3)[1] - 1
-    side = math.isqrt(num_patches)
-    if side**2 != num_patches:
-        raise UserError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
-    vision = {"image_size": side * patch, "patch_size": patch}
-    text = {
-        "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding", 2)[0],
-        "max_position_embeddings": _shape(arrays, "txt_encoder/posembed_encoder/pos_embedding", 3)[1],
-    }
-    return FlipConfig(
-        vision_config={**_tower(arrays, "img_encoder", image_heads), **vision},
-        text_config={**_tower(arrays, "txt_encoder", text_heads), **text},
-        projection_dim=_shape(arrays, "img_mlp1/kernel", 2)[1],
-    )
-
-
-def _check_size(config: FlipConfig, size: str) -> None:
-    """Raise unless the shapes fit `size`; image size, vocabulary and caption length may differ."""
-    expected = FlipConfig.from_size(size)
-    differences = [
-        f"{tower.removesuffix('_config')} {field} {getattr(getattr(config, tower), field)}, not {wanted}"
-        for tower, fields in (("vision_config", ("patch_size", *SIZES[size][0])), ("text_config", SIZES[size][1]))
-        for field in fields
-        if field != "num_attention_heads"  # the size decides them
-        and (wanted := getattr(getattr(expected, tower), field)) != getattr(getattr(config, tower), field)
-    ]
-    if config.projection_dim != expected.projection_dim:
-        differences.append(f"projection_dim {config.projection_dim}, not {expected.projection_dim}")
-    if differences:
-        raise UserError(f"size is {size}, but the checkpoint has {'; '.join(differences)}")
-
-
-def _check_arrays(config: FlipConfig, arrays: Arrays) -> None:
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in FlipModel(config).state_dict().items()}
-        stored = {name: torch.empty(array.shape) for name, array in arrays.items() if name != _POSITIONS}
+def _check_arrays(arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> None:
+    stored = {name: torch.empty(array.shape, device="meta") for name, array in arrays.items() if name != _POSITIONS}
     shapes = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
     wrong = [
         f"{n} is {shapes.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if shapes.get(n) != shape
