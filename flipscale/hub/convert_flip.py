@@ -157,7 +157,8 @@ def open_flip_checkpoint(path: Path) -> Arrays:
     if len(folders) != 1:
         found = ", ".join(folders) or "no target.* folder in it"
         raise UserError(
-            f"{path} has {len(folders)} checkpoints of the original FLIP ({found}); name a checkpoint_N folder or its zip"
+            f"{path} has {len(folders)} checkpoints of the original FLIP ({found}); name one folder checkpoint_N, or "
+            "its zip"
         )
     names = {array: array.name.removeprefix("target.").replace(".", "/") for array in arrays}
     return {name: StoredArray(name, files, str(array)) for array, name in names.items()}
