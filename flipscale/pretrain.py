@@ -40,9 +40,9 @@ def pretrain(recipe: Recipe) -> Path:
     prepared = prepare(recipe)
     if prepared is None:
         return run_dir
-    plan, resumes, digests = prepared
+    plan, resumes = prepared
     open_target(recipe.hub, resumes)
-    start = join(recipe, plan, digests)
+    start = join(recipe, plan)
     try:
         engine = resume(recipe, plan, start)
         begin_run(recipe, plan, start, engine.name)

@@ -7,31 +7,51 @@
     recipe.yaml             resolved recipe
     digests.json            digests of all these files, see `flipscale.io.digests`
 
-A damaged checkpoint is kept as `bad-step-00012345` (`checkpoint_integrity`).
-
 These files do not depend on the engine. A run can therefore resume under another engine and at another number of
 processes: each process reads the ranges that it needs.
+
+A run resumes from its newest whole checkpoint. Newer, damaged ones are kept as `bad-step-00012345`. All processes read
+the checkpoint once, each an equal share, before any of them uses its content. The first process alone reads its texts
+and judges damage that another process found: a network file system may show a new folder to one machine later than to
+another.
 """
 
 import errno
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
+import socket
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import yaml
 from safetensors import safe_open
 
 import flipscale
 from flipscale.engines.recipe import SaveRecipe
 from flipscale.io.atomic import partial_path, remove, sync
-from flipscale.io.digests import FileDigest, digest_of, digests_to_json, write_tensors
+from flipscale.io.digests import (
+    CHUNK_BYTES,
+    Chunk,
+    Comparison,
+    Damage,
+    FileDigest,
+    chunks_of,
+    digest_of,
+    digests_to_json,
+    file_bytes,
+    read_bytes,
+    read_digests,
+    write_tensors,
+)
 from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +59,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+_TEXTS = ("state.json", "index.json", "recipe.yaml")
+_MAX_THREADS = 8
 
 _log = logging.getLogger(__name__)
 
@@ -268,3 +290,194 @@ class CheckpointWriter:
             f"checkpoint {self._final} could not be written ({error}); earlier checkpoints are whole. Fix: "
             f"{'free some space' if is_full else 'repair the disk or the rights'}, and start the run again"
         )
+
+
+class Contents(NamedTuple):
+    """Contents of a checkpoint's texts: state.json, the run's recipe, and the digests of the parts by file name."""
+
+    state: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    digests: Mapping[str, FileDigest]
+
+
+def newest_whole(
+    accelerator: "Accelerator", run_dir: Path, check: Callable[[Contents], None]
+) -> tuple[Path, Mapping[str, Any], list[str]] | None:
+    """Collective. Find the newest whole checkpoint of a run; rename newer, damaged checkpoints, and delete none.
+
+    Args:
+        check: function that raises `Damage` for contents of another run.
+
+    Returns:
+        The checkpoint, its state.json, and the old names of the renamed ones. None for a run without checkpoints.
+
+    Raises:
+        UserError: no checkpoint is whole, or a newer version wrote one. All stay as they are.
+        OSError: a checkpoint cannot be read, so that it may be whole, or cannot be renamed. All stay as they are.
+    """
+    faults: dict[Path, str] = {}
+    for checkpoint in reversed(_answer_of_first(accelerator, lambda: list_checkpoints(run_dir))):
+        try:
+            state = _state_or_fault(accelerator, checkpoint, check)
+        except OSError as error:
+            raise OSError(
+                f"checkpoint {checkpoint} cannot be read ({error}); it may be whole and stays as it is. Fix: repair "
+                "the disk or the rights, and start the run again"
+            ) from error
+        if isinstance(state, str):
+            faults[checkpoint] = state
+            continue
+        for bad, fault in faults.items():
+            name = _answer_of_first(accelerator, lambda bad=bad: _set_aside(bad))
+            if accelerator.is_main_process:
+                words = "checkpoint %s is unusable (%s); it is kept as %s, and the run goes on from %s"
+                _log.warning(words, bad, fault, name, checkpoint.name)
+        return checkpoint, state, [bad.name for bad in faults]
+    if faults:
+        reasons = "; ".join(f"{bad.name}: {fault}" for bad, fault in faults.items())
+        raise UserError(
+            f"no checkpoint of {run_dir} is whole ({reasons}); they stay as they are. Fix: replace one by a whole "
+            "copy, or train anew in another output_dir"
+        )
+    return None
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raise an OSError if a checkpoint is damaged or unreadable, a UserError if a newer version wrote it."""
+    try:
+        digests = contents(checkpoint).digests
+        _raise_if_any(_damaged(checkpoint, digests, chunks_of(digests)))
+    except Damage as damage:
+        raise OSError(f"checkpoint {checkpoint} is damaged ({damage}); name another one with --step") from damage
+
+
+def contents(checkpoint: Path) -> Contents:
+    """Return the texts of a checkpoint after checking all of its files, except for the bytes of its parts.
+
+    Raises:
+        Damage: it is not whole.
+        UserError: a newer version wrote it.
+        OSError: it cannot be read, though it may be whole.
+    """
+    texts = {name: read_bytes(checkpoint / name) for name in _TEXTS}
+    try:
+        state = dict(json.loads(texts["state.json"]))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Damage("state.json is unreadable") from error
+    try:
+        digests = read_digests(checkpoint / "digests.json")
+    except Damage:
+        # First, because a newer format may store digests in another way.
+        _raise_if_newer(checkpoint, state)
+        raise
+    for name, text in texts.items():
+        if digests.get(name) != digest_of(text):
+            raise Damage(f"{name} is not as it was written")
+    _raise_if_newer(checkpoint, state)
+    if state["step"] != step_of(checkpoint):
+        raise Damage(f"state.json is of step {state['step']}")
+    parts = [part_of(checkpoint, process) for process in range(state["num_processes"])]
+    for part in parts:
+        if part.name not in digests:
+            raise Damage(f"digests.json has no {part.name}")
+        size, written = file_bytes(part), digests[part.name].num_bytes
+        if size != written:
+            raise Damage(f"{part.name} has {size:,} bytes, and {written:,} were written")
+    return Contents(state, yaml.safe_load(texts["recipe.yaml"]), {part.name: digests[part.name] for part in parts})
+
+
+def _raise_if_newer(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    version = state.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise UserError(
+            f"checkpoint {checkpoint} has format {version}, of flipscale {state.get('flipscale')}; this version reads "
+            f"format {FORMAT}. Fix: install the version that wrote it"
+        )
+
+
+def _state_or_fault(
+    accelerator: "Accelerator", checkpoint: Path, check: Callable[[Contents], None]
+) -> Mapping[str, Any] | str:
+    """Collective. Return the state of a whole checkpoint, or the fault of a damaged one."""
+    from accelerate.utils import gather_object
+
+    def contents_or_fault() -> Contents | str:
+        try:
+            read = contents(checkpoint)
+            check(read)
+            return read
+        except Damage as damage:
+            return str(damage)
+
+    read = _answer_of_first(accelerator, contents_or_fault)
+    if isinstance(read, str):
+        return read
+    rank, world, chunks = accelerator.process_index, accelerator.num_processes, chunks_of(read.digests)
+    damaged, failure = chunks[len(chunks) * rank // world : len(chunks) * (rank + 1) // world], None
+    try:
+        damaged = _damaged(checkpoint, read.digests, damaged)
+    except Damage:
+        pass  # a part is missing here, so the whole share counts as damaged
+    except OSError as error:
+        failure = str(error)
+    reports = gather_object([(f"process {rank} on {socket.gethostname()}", failure, damaged)])
+    for place, failure, _ in reports:
+        if failure:
+            raise OSError(f"{failure}, {place}")
+
+    def fault() -> str | None:
+        for place, _, damaged in reports:
+            try:
+                _raise_if_any(_damaged(checkpoint, read.digests, damaged))
+            except Damage as damage:
+                return str(damage)
+            if damaged:
+                raise OSError(f"{place} reads other bytes than process 0")
+        return None
+
+    return _answer_of_first(accelerator, fault) or read.state
+
+
+def _damaged(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Return the chunks that differ from their digests. Raises as `Comparison.damaged` does."""
+    num_threads = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return Comparison(checkpoint, digests, chunks, min(num_threads, _MAX_THREADS)).damaged()
+
+
+def _raise_if_any(damaged: Sequence[Chunk]) -> None:
+    if damaged:
+        (name, number), *_ = damaged
+        first = number * CHUNK_BYTES
+        raise Damage(f"{name} is not as it was written, between its bytes {first:,} and {first + CHUNK_BYTES:,}")
+
+
+def _set_aside(checkpoint: Path) -> str:
+    """Rename a damaged checkpoint to a free name that starts with `bad-`, and return the name."""
+    suffixes = itertools.chain([""], map(".{}".format, itertools.count(2)))
+    paths = (checkpoint.with_name(f"bad-{checkpoint.name}{suffix}") for suffix in suffixes)
+    aside = next(path for path in paths if not os.path.lexists(path))
+    try:
+        checkpoint.rename(aside)
+        sync(checkpoint.parent)
+    except OSError as error:
+        raise OSError(
+            f"checkpoint {checkpoint} is unusable and cannot be renamed ({error}). Fix: rename it by hand, or repair "
+            "the disk or the rights, and start the run again"
+        ) from error
+    return aside.name
+
+
+def _answer_of_first(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
+    """Collective. Return on all processes the result of `ask` on the first process, or raise its error on all."""
+    from accelerate.utils import broadcast_object_list
+
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            answer = [ask()]
+        except (OSError, ValueError) as error:
+            answer = [error]
+    (result,) = broadcast_object_list(answer)
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flipscale.data.tokenizers import begin_and_end, check_tokenizer, load_tokenizer
-from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
-from flipscale.engines.checkpoint_integrity import require_whole
+from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_whole
 from flipscale.evaluation.test_set import kept_class_names
 from flipscale.hub.push import other_files
 from flipscale.io.atomic import atomic_write

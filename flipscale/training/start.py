@@ -13,12 +13,11 @@ import torch
 
 from flipscale.data.loader import prepare_workers
 from flipscale.data.samples import Source, shard_sizes_digest
-from flipscale.engines.checkpoint import CheckpointReader
-from flipscale.engines.checkpoint_integrity import Contents, begin_reading, newest_whole
+from flipscale.engines.checkpoint import CheckpointReader, Contents, newest_whole
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, start_accelerator
-from flipscale.io.digests import Comparison, Damage
+from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
 from flipscale.training.plan import Plan, check
@@ -72,11 +71,11 @@ class Start:
             self.lock.release()
 
 
-def prepare(recipe: Recipe) -> tuple[Plan, bool, Comparison | None] | None:
+def prepare(recipe: Recipe) -> tuple[Plan, bool] | None:
     """Check a run before its processes wait for each other.
 
     Returns:
-        The plan, whether there is a checkpoint, and the running comparison of its digests. None if the run is done.
+        The plan, and whether there is a checkpoint. None if the run is done.
 
     Raises:
         UserError: the recipe cannot be run as it stands, or not in this run directory.
@@ -85,15 +84,11 @@ def prepare(recipe: Recipe) -> tuple[Plan, bool, Comparison | None] | None:
     checkpoint = open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return None
-    digests = begin_reading(checkpoint)
-    return check(recipe), checkpoint is not None, digests
+    return check(recipe), checkpoint is not None
 
 
-def join(recipe: Recipe, plan: Plan, digests: Comparison | None) -> Start:
+def join(recipe: Recipe, plan: Plan) -> Start:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
-
-    Args:
-        digests: running comparison of the checkpoint's digests, see `prepare`.
 
     Raises:
         UserError: processes are missing, their data differs from each other's or the checkpoint's, all checkpoints are
@@ -106,13 +101,13 @@ def join(recipe: Recipe, plan: Plan, digests: Comparison | None) -> Start:
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         _agree_on_data(accelerator, source)
         lock = _take_run_directory(accelerator, run_dir)
-        chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents), digests)
+        chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
         if chosen is None:
             return Start(accelerator, None, {}, lock=lock)
-        state = chosen.state
+        checkpoint, state, _ = chosen
         if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
             raise UserError(
-                f"{chosen.checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
+                f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
                 "or in other shards; the order of samples would change: use the same data or another output_dir"
             )
         return Start(accelerator, *chosen, lock=lock)

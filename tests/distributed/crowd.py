@@ -166,7 +166,7 @@ def resumed(file: str) -> tuple:
 
     recipe = parse_recipe(["--config", file])
     plan = check(recipe)
-    start = join(recipe, plan, None)
+    start = join(recipe, plan)
     return recipe, plan, start, resume(recipe, plan, start)
 
 

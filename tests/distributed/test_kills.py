@@ -22,8 +22,7 @@ from objectives.test_answer import ANSWERS, FUSION, label, write_questions
 from safetensors.torch import load_file
 from training.failing_disk import FailingDisk
 
-from flipscale.engines.checkpoint import list_checkpoints, step_of
-from flipscale.engines.checkpoint_integrity import require_whole
+from flipscale.engines.checkpoint import list_checkpoints, require_whole, step_of
 
 # FLIPSCALE_KILLS=200 for a long look: about twenty minutes on two cores.
 KILLS = int(os.environ.get("FLIPSCALE_KILLS", "3"))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from flipscale.engines.checkpoint import CheckpointReader
-from flipscale.engines.checkpoint_integrity import contents, require_whole
+from flipscale.engines.checkpoint import CheckpointReader, contents, require_whole
 from flipscale.io.digests import Damage, digest_of, digests_to_json
 
 PART = "part-00000.safetensors"

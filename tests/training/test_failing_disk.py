@@ -12,8 +12,7 @@ from conftest import losses, pretrain
 from training import failing_disk
 from training.failing_disk import ERRORS
 
-from flipscale.engines.checkpoint import list_checkpoints
-from flipscale.engines.checkpoint_integrity import require_whole
+from flipscale.engines.checkpoint import list_checkpoints, require_whole
 
 # A few operations of saves; FLIPSCALE_FAILURES=all for every one of the whole run directory, one number for so many.
 FAILURES = os.environ.get("FLIPSCALE_FAILURES", "8")
