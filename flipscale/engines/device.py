@@ -1,13 +1,11 @@
 """Properties of the device: its speed, its best attention kernel and precision, and its memory use."""
 
 import ctypes
-import os
 import re
 import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -90,8 +88,7 @@ class HostCopy:
         """Wait for the copy and return the numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        numbers: list[float] = self._numbers.tolist()
-        return numbers
+        return self._numbers.tolist()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -147,37 +144,3 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
     mallopt(top_pad, 2**28)
-
-
-def bind_to_numa(device: torch.device) -> None:
-    """Bind this process and its later workers to the CPUs of its GPU's socket, so that copies use nearby memory.
-
-    Nothing changes if some socket has no visible GPU, because its CPUs would then be idle.
-    """
-    if device.type != "cuda":
-        return
-    near = [_cpus_near(_pci_address(number)) for number in range(torch.cuda.device_count())]
-    allowed = os.sched_getaffinity(0)
-    if set().union(*near) >= allowed:
-        os.sched_setaffinity(0, near[torch.cuda.current_device() if device.index is None else device.index] & allowed)
-
-
-def _pci_address(gpu: int) -> str:
-    properties: Any = torch.cuda.get_device_properties(gpu)  # the type stubs lack these fields
-    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-
-
-def _cpus_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
-    """Return the CPUs of a PCI device's socket, which may have several NUMA nodes; empty if unknown."""
-    try:
-        local = (system / "bus/pci/devices" / pci_address / "local_cpulist").read_text(encoding="utf-8").strip()
-        sockets = {
-            int(folder.name.removeprefix("cpu")): (folder / "topology/physical_package_id").read_text(encoding="utf-8")
-            for folder in (system / "devices/system/cpu").glob("cpu[0-9]*")
-            if (folder / "topology").exists()
-        }
-    except OSError:
-        return set()
-    spans = [part.split("-") for part in local.split(",") if part]
-    mine = {sockets.get(cpu) for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
-    return {cpu for cpu, socket in sockets.items() if socket in mine}

@@ -1,13 +1,15 @@
 """The base of all engines: an engine holds one model on many processes, trains it, and gives checkpoints their data.
 
+Its layout knows the elements of weights, moments and averages that a process holds, saves and loads.
+
 The launch chooses the engine (`flipscale.engines.start.engine_classes`). All engines learn the same numbers from the
 same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -15,8 +17,13 @@ from torch import nn
 from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
-from flipscale.engines.layout import Averages, Layout
-from flipscale.engines.optimizers import build_optimizers, gradient_norm, set_learning_rate
+from flipscale.engines.optimizers import (
+    build_optimizers,
+    empty_state,
+    gradient_norm,
+    moment_names,
+    set_learning_rate,
+)
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.stragglers import PhaseLog
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
@@ -44,6 +51,117 @@ class ModelMemory:
     gradients: int
     moments: dict[str, int]
     communication_bytes: int
+
+
+class Shard(NamedTuple):
+    """A process's range of a flat tensor: `values` are the elements from `first` on."""
+
+    values: torch.Tensor
+    first: int
+
+
+class Layout:
+    """The layout of a model's parameters over the processes, for checkpoints and averages.
+
+    In this class every process holds every parameter whole. Engines that shard have subclasses.
+    """
+
+    def __init__(self, model: nn.Module, rank: int, world: int):
+        self.model = model
+        self.rank, self.world = rank, world
+        # Set by `Engine.prepare`.
+        self.optimizers: Sequence[torch.optim.Optimizer] = ()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of every whole parameter."""
+        return {name: self.shape(parameter) for name, parameter in self.model.named_parameters()}
+
+    def shape(self, parameter: Any) -> torch.Size:
+        """Return the shape of a whole parameter."""
+        return parameter.shape
+
+    def weights(self, parameter: Any) -> Shard:
+        """Return this process's range of a parameter. The values are a view, so writing changes the weights."""
+        return Shard(parameter.detach().view(-1), 0)
+
+    def all_weights(self) -> dict[str, torch.Tensor]:
+        """Return this process's elements of every parameter."""
+        return {name: self.weights(parameter).values for name, parameter in self.model.named_parameters()}
+
+    def weights_changed(self) -> None:
+        """Collective. Update the engine's own copies of weights after they were written through `weights`."""
+
+    def moments(self, parameter: Any) -> dict[str, Shard]:
+        """Return this process's ranges of a parameter's moments, by name; empty before the first step."""
+        for optimizer in self.optimizers:
+            if parameter in optimizer.state:
+                state = optimizer.state[parameter]
+                return {name: self._shard(parameter, state[name]) for name in moment_names(optimizer)}
+        return {}
+
+    def _shard(self, parameter: Any, moment: torch.Tensor) -> Shard:
+        return Shard(moment.view(-1), 0)
+
+    def optimizer_steps(self) -> int:
+        """Return the number of optimiser steps since the last reset."""
+        steps = [state["step"] for o in self.optimizers for state in o.state.values() if "step" in state]
+        return int(torch.stack(steps).max()) if steps else 0
+
+    def allocate_moments(self, steps: int) -> None:
+        """Give the optimisers zero moments and the step count `steps`."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter] = empty_state(optimizer, parameter, steps)
+
+    def forget_moments(self) -> None:
+        """Reset the optimisers' moments and step counts."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def saved_ranges(self) -> dict[str, range]:
+        """Return the elements of each parameter that this process saves.
+
+        All processes hold every parameter here, and each saves an equal part.
+        """
+        sizes = {name: shape.numel() for name, shape in self.shapes().items()}
+        total = sum(sizes.values())
+        first, last = total * self.rank // self.world, total * (self.rank + 1) // self.world
+        ranges, start = {}, 0
+        for name, size in sizes.items():
+            ranges[name] = range(min(max(first - start, 0), size), min(max(last - start, 0), size))
+            start += size
+        return ranges
+
+    def pieces(self, averages: dict[str, torch.Tensor]) -> list[Piece]:
+        """Return the data that this process saves, with the averages of `all_weights` if the run has them."""
+        ranges, pieces = self.saved_ranges(), []
+        for name, parameter in self.model.named_parameters():
+            mine, weights = ranges[name], self.weights(parameter)
+            held = {"weight": weights, **self.moments(parameter)}
+            if averages:
+                held["ema"] = Shard(averages[name], weights.first)
+            for kind, (values, first) in held.items():
+                pieces.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
+        return pieces
+
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Fill the weights from a checkpoint."""
+        for name, parameter in self.model.named_parameters():
+            reader.fill("weight", name, *self.weights(parameter))
+
+    def load_moments(self, reader: CheckpointReader, steps: int) -> None:
+        """Fill the moments from a checkpoint after `steps` optimiser steps.
+
+        Raises:
+            UserError: another optimiser wrote the checkpoint.
+        """
+        if steps == 0:
+            return
+        self.allocate_moments(steps)
+        for name, parameter in self.model.named_parameters():
+            for kind, shard in self.moments(parameter).items():
+                reader.fill(kind, name, *shard)
 
 
 class Engine:
@@ -79,7 +197,8 @@ class Engine:
         self._parameters: list[nn.Parameter] = []
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.averages: Averages | None = None
+        # Exponential moving averages of this process's elements of each parameter, if the recipe asks for them.
+        self.averages: dict[str, torch.Tensor] = {}
         self.phases = PhaseLog()
 
     @classmethod
@@ -142,8 +261,12 @@ class Engine:
 
     def start_averages(self, reader: CheckpointReader | None) -> None:
         """Start the averages, if the recipe has them, from a checkpoint or else from the current weights."""
-        if self.recipe.ema_decay is not None:
-            self.averages = Averages(self.layout, self.recipe.ema_decay, reader)
+        if self.recipe.ema_decay is None:
+            return
+        self.averages = {name: held.clone() for name, held in self.layout.all_weights().items()}
+        if reader is not None:
+            for name, parameter in self.model.named_parameters():
+                reader.fill("ema", name, self.averages[name], self.layout.weights(parameter).first)
 
     def __call__(self, **batch: Any) -> Any:
         """Collective. Return the `FlipOutput` of this process's part of a batch, the arguments of `forward`."""
@@ -190,8 +313,10 @@ class Engine:
         """
         set_learning_rate(self.optimizers, learning_rate)
         self._step(taken)
-        if self.averages is not None:
-            self.averages.update(taken)
+        if self.recipe.ema_decay is not None:
+            share = (1.0 - self.recipe.ema_decay) * taken
+            for name, values in self.layout.all_weights().items():
+                self.averages[name].lerp_(values, share)
 
     def _step(self, taken: torch.Tensor) -> None:
         found_inf = 1.0 - taken
@@ -201,10 +326,24 @@ class Engine:
             optimizer.step()
             optimizer.zero_grad()
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """Collective. Swap the averages, if the recipe has them, into `model` for the duration of the context."""
-        return nullcontext() if self.averages is None else self.averages.in_place_of_weights()
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        if not self.averages:
+            return
+        for name, values in self.layout.all_weights().items():
+            kept = values.clone()
+            values.copy_(self.averages[name])
+            self.averages[name].copy_(kept)
+        self.layout.weights_changed()
 
     def pieces(self) -> list[Piece]:
         """Return the data that this process saves: ranges of weights, moments and averages."""
-        return self.layout.pieces({} if self.averages is None else self.averages.values)
+        return self.layout.pieces(self.averages)

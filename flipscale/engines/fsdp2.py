@@ -14,9 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flipscale.engines.engine import Engine, ModelMemory
+from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard
 from flipscale.engines.launch import Launch
-from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.muon import local
 from flipscale.engines.optimizers import encoder_blocks, gradient_norm
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flipscale.engines.device import bind_to_numa, keep_freed_memory
+from flipscale.engines.device import keep_freed_memory
 from flipscale.engines.launch import Launch, launched_precision, promised_processes
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.io.errors import UserError
@@ -69,7 +69,6 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
         ) from error
     finally:
         os.environ.update(hidden)
-    bind_to_numa(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
         raise UserError(

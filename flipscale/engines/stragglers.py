@@ -6,16 +6,11 @@ entered the phases of its step tell where it spent its time.
 """
 
 import json
-import math
-import pickle
 import socket
-import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,8 +28,6 @@ _SHARE = 0.5
 # Number of collectives before the step by which the clocks are compared. It bounds the gathered bytes.
 _COMPARED = 256
 _HOST_BYTES = 64
-_DUMP_SECONDS = 5.0
-_TIMES = ("step_s", *(f"{phase}_s" for phase in PHASES))
 
 
 class PhaseLog:
@@ -83,50 +76,14 @@ class Window:
         return self.first_ns <= time_ns < self.last_ns and not any(a <= time_ns < b for a, b in self.pauses)
 
 
-class Collective(NamedTuple):
-    """A collective of this process; `inside_s` is the device's time in it, NaN if that is not recorded."""
-
-    name: str
-    arrival_ns: int
-    inside_s: float
-
-
-def recorded_collectives() -> list[Collective]:
-    """Return the last collectives, oldest first; empty if torch's flight recorder is off."""
+def recorded_collectives() -> list[tuple[int, str]]:
+    """Return arrival time and name of the last collectives, oldest first; empty if torch's flight recorder is off."""
     entries: list[dict[str, Any]] = []
-    for dump in _dumps("_json") if dist.is_initialized() else []:
-        # Point-to-point messages differ between processes.
-        entries += [entry for entry in json.loads(dump()).get("entries", []) if not entry.get("is_p2p")]
-    return [
-        Collective(entry["profiling_name"], entry["time_created_ns"], entry.get("duration_ms", np.nan) / 1e3)
-        for entry in sorted(entries, key=lambda entry: entry["time_created_ns"])
-    ]
-
-
-def write_collectives(folder: Path, rank: int) -> None:
-    """Write the flight recorder's memory to `rank_N` in a folder, for torch's `torchfrtrace`; nothing if it is empty.
-
-    Takes five seconds at most, because it is called while something hangs.
-    """
-
-    def write() -> None:
-        for dump in _dumps(""):
-            content = dump()
-            if pickle.loads(content).get("entries"):
-                folder.mkdir(exist_ok=True)
-                (folder / f"rank_{rank}").write_bytes(content)
-
-    if dist.is_initialized():
-        writing = threading.Thread(target=write, daemon=True)
-        writing.start()
-        writing.join(_DUMP_SECONDS)
-
-
-def _dumps(form: str) -> list[Callable[[], Any]]:
-    """Return the flight recorder's functions of gloo and NCCL, if torch has them. `form` is `_json`, or empty for
-    pickles."""
-    functions = [getattr(torch._C._distributed_c10d, f"_dump_{name}_trace{form}", None) for name in ("fr", "nccl")]
-    return [function for function in functions if function is not None]
+    for backend in ("fr", "nccl") if dist.is_initialized() else ():
+        dump = getattr(torch._C._distributed_c10d, f"_dump_{backend}_trace_json", None)
+        entries += json.loads(dump()).get("entries", []) if dump else []
+    # Point-to-point messages differ between processes.
+    return sorted((e["time_created_ns"], e["profiling_name"]) for e in entries if not e.get("is_p2p"))
 
 
 class Parting(NamedTuple):
@@ -179,15 +136,13 @@ def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> 
     """Collective. Return the cause of a slow iteration, the same on every process."""
     min_seconds = _SHARE * max(window.seconds - window.usual_s, 0.0)
     collectives = recorded_collectives()
-    within = [one for one in collectives if window.has(one.arrival_ns)]
-    earlier = [one.arrival_ns for one in collectives if one.arrival_ns < window.first_ns][-_COMPARED:]
-    names = zlib.crc32(" ".join(one.name for one in within).encode())
-    is_timed = not any(math.isnan(one.inside_s) for one in within)
-    known = _gathered(accelerator, [len(within), names, len(earlier), is_timed])
+    times = [time_ns for time_ns, _ in collectives if window.has(time_ns)]
+    names = [name for time_ns, name in collectives if window.has(time_ns)]
+    earlier = [time_ns for time_ns, _ in collectives if time_ns < window.first_ns][-_COMPARED:]
+    known = _gathered(accelerator, [len(names), zlib.crc32(" ".join(names).encode()), len(earlier)])
     slowest: Parting | None = None
     place, collective = [window.first_ns, window.last_ns], None
-    if within and (known[:, :2] == known[0, :2]).all():
-        times = [one.arrival_ns for one in within]
+    if names and (known[:, :2] == known[0, :2]).all():
         # float64 holds differences of times, but not times since 1970 in nanoseconds.
         compared = int(known[:, 2].min())
         stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
@@ -195,33 +150,29 @@ def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> 
         seconds = (seconds - seconds[0, compared]) / 1e9
         clocks, edges = seconds[:, :compared], seconds[:, compared:]
         offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
-        arrivals = edges[:, 1:-1]
-        if known[:, 3].all():
-            # Devices wait for the straggler inside the collective, so the straggler spends the least time inside.
-            arrivals = -_gathered(accelerator, [int(one.inside_s * 1e9) for one in within]).cumsum(axis=1) / 1e9
-            offsets = np.zeros(len(arrivals))
-        slowest = find_parting(arrivals, offsets, min_seconds)
+        slowest = find_parting(edges[:, 1:-1], offsets, min_seconds)
         if slowest is not None:
-            collective = within[slowest.number].name
+            collective = names[slowest.number]
         else:
             # All were slow in one place: after the same collective, or before the first.
             shared = np.diff(edges, axis=1).min(axis=0)
             slowest = Parting(int(shared.argmax()), None, float(shared.max()))
-            collective = within[slowest.number - 1].name if slowest.number else None
-        place = [window.first_ns, *times, window.last_ns][slowest.number : slowest.number + 2]
+            collective = names[slowest.number - 1] if slowest.number else None
+        place = stamps[compared + slowest.number :][:2]
     here, whole = phases.seconds(*place), phases.seconds(window.first_ns, window.last_ns)
     for first, last in window.pauses:
         paused = phases.seconds(first, last)
         whole = {phase: spent - paused[phase] for phase, spent in whole.items()}
     phase = PHASES.index(max(here, key=lambda name: here[name]))
     host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
-    numbers = [phase, round(window.seconds * 1e6), *(round(whole[name] * 1e6) for name in PHASES), *host]
-    table = _gathered(accelerator, numbers)
+    spent = [window.seconds, *(whole[name] for name in PHASES)]
+    table = _gathered(accelerator, [phase, *(round(seconds * 1e6) for seconds in spent), *host])
     ranks: list[dict[str, Any]] = []
     for rank, row in enumerate(table):
-        spent = (row[1 : 2 + len(PHASES)] / 1e6).round(4).tolist()
         host_name = bytes(row[-_HOST_BYTES:].tolist()).decode("utf-8", "replace").strip()
-        ranks.append({"rank": rank, "host": host_name, **dict(zip(_TIMES, spent, strict=True))})
+        names_of_times = ("step_s", *(f"{name}_s" for name in PHASES))
+        times_of_rank = (row[1:-_HOST_BYTES] / 1e6).round(4).tolist()
+        ranks.append({"rank": rank, "host": host_name, **dict(zip(names_of_times, times_of_rank, strict=True))})
     if len(ranks) == 1:
         return Cause(0, ranks[0]["host"], window.seconds - window.usual_s, PHASES[phase], collective, True, ranks)
     if slowest is None:

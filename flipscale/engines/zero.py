@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flipscale.engines.engine import Batch, Engine, ModelMemory
+from flipscale.engines.engine import Batch, Engine, Layout, ModelMemory, Shard
 from flipscale.engines.launch import Launch, shipped
-from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.optimizers import build_optimizers, empty_state
 from flipscale.io.errors import UserError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flipscale.engines.failures import OtherProcesses, claim_failure, end_process, stay_until_others_know
-from flipscale.engines.stragglers import Cause, PhaseLog, Window, find_cause, write_collectives
+from flipscale.engines.stragglers import Cause, PhaseLog, Window, find_cause
 from flipscale.io import atomic, json_lines
 
 if TYPE_CHECKING:
@@ -154,15 +154,12 @@ class HangWatch:
                 file.write(f"{self._work} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            write_collectives(folder / "collectives", self._rank)
 
     def _end(self, seconds: float) -> None:
-        silent = self._others.silent_ranks()
-        where = f"; rank {', '.join(map(str, silent))} does not run any more" if silent else ""
         words = (
             f"flipscale: error: {self._work} has not finished on rank {self._rank} after {seconds:.0f} s "
-            f"(log.hang_seconds){where}; the stacks of each rank are in {self._run_dir}/stacks; start the run again to "
-            "resume from its last checkpoint"
+            f"(log.hang_seconds); the stacks of each rank that still runs are in {self._run_dir}/stacks; start the run "
+            "again to resume from its last checkpoint"
         )
         if claim_failure(words).rank == self._rank:
             print(words, file=sys.stderr, flush=True)

@@ -1,13 +1,9 @@
-"""Peaks of devices, and the binding to the sockets of GPUs."""
-
-import os
-from pathlib import Path
+"""Peaks and attention kernels of devices."""
 
 import pytest
 import torch
 
-from flipscale.engines import device
-from flipscale.engines.device import best_attention, bind_to_numa, peak_flops
+from flipscale.engines.device import best_attention, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -35,43 +31,3 @@ def test_a_cpu_is_measured() -> None:
 def test_plain_attention_for_bf16_on_cpus() -> None:
     asked = [(device, dtype) for device in ("cpu", "cuda") for dtype in (torch.bfloat16, torch.float32)]
     assert [best_attention(torch.device(device), dtype) for device, dtype in asked] == ["eager", *["sdpa"] * 3]
-
-
-# Two sockets of two NUMA nodes of two CPUs. As in A100 machines, some NUMA nodes have no GPU.
-GPUS_OF = {"0000:07:00.0": "2-3", "0000:47:00.0": "6,7"}
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """CPU sets that this process is bound to, on a made-up machine with two GPUs."""
-    for cpu in range(8):
-        topology = tmp_path / f"devices/system/cpu/cpu{cpu}/topology"
-        topology.mkdir(parents=True)
-        (topology / "physical_package_id").write_text(f"{cpu // 4}\n")
-    for address, cpus in GPUS_OF.items():
-        folder = tmp_path / "bus/pci/devices" / address
-        folder.mkdir(parents=True)
-        (folder / "local_cpulist").write_text(f"{cpus}\n")
-    moved: list[set[int]] = []
-    cpus_near, addresses = device._cpus_near, list(GPUS_OF)
-    monkeypatch.setattr(device, "_cpus_near", lambda address: cpus_near(address, tmp_path))
-    monkeypatch.setattr(device, "_pci_address", lambda gpu: addresses[gpu])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(1, 8)))
-    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cpus: moved.append(cpus))
-    return moved
-
-
-def test_a_process_stays_on_the_socket_of_its_gpu(machine: list[set[int]]) -> None:
-    bind_to_numa(torch.device("cuda", 1))
-    bind_to_numa(torch.device("cuda", 0))
-    assert machine == [{4, 5, 6, 7}, {1, 2, 3}]
-
-
-def test_no_socket_is_left_idle(machine: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    bind_to_numa(torch.device("cuda", 0))
-    monkeypatch.setattr(device, "_pci_address", lambda gpu: "0000:99:00.0")
-    bind_to_numa(torch.device("cuda", 0))
-    bind_to_numa(torch.device("cpu"))
-    assert machine == []

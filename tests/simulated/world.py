@@ -189,8 +189,7 @@ class _Step:
         engine.start_averages(None)
         memory = self._recorder.memory
         memory.name([_local(tensor) for tensor in [*engine.model.parameters(), *engine.model.buffers()]], "weights")
-        if engine.averages is not None:
-            memory.name(list(engine.averages.values.values()), "weights")
+        memory.name(list(engine.averages.values()), "weights")
 
     def _note_graph(self, block: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         tensors = [tensor for tensor in [*inputs, *named.values()] if isinstance(tensor, torch.Tensor)]

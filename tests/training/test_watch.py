@@ -1,7 +1,6 @@
 """A step that is late on one rank is written down with every rank's times; one that never ends, ends the run."""
 
 import json
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -78,9 +77,6 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[P
     assert all(text.startswith("step 18 on ") for text in stacks)
     assert "in start" in stacks[0]
     assert "in batches" in stacks[1]
-    recorded = [pickle.loads((folder / f"stacks/collectives/rank_{rank}").read_bytes())["entries"] for rank in (0, 1)]
-    # Rank 0 waits in one to which rank 1, still without a batch, has not come.
-    assert len(recorded[0]) > len(recorded[1]) > 10
     assert "flipscale: error: step 18 has not finished on rank 0 after 6 s (log.hang_seconds)" in printed
     assert "start the run again to resume from its last checkpoint" in printed
 
