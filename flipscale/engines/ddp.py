@@ -3,14 +3,12 @@
 import warnings
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.engines.engine import Engine, ModelMemory
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import build_optimizers
 
 
 class DdpEngine(Engine):
@@ -33,12 +31,7 @@ class DdpEngine(Engine):
             self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
-        dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
-        return build_optimizers(self.model, self.recipe, dtype, self._sharers())
-
     def _sharers(self) -> dist.ProcessGroup | None:
-        """Collective over processes that share Muon's work. Return their group, or None if each does its own work."""
         world, count = self.accelerator.num_processes, self.launch.neighbours
         if self.recipe.name != "muon" or world == 1:
             return None

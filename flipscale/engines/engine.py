@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from flipscale.engines.checkpoint import CheckpointReader, Piece
@@ -178,8 +179,6 @@ class Engine:
     of the engine calls.
     """
 
-    # Name in the run directory's reports.
-    name: str
     # Whether fp32 weights are cast to bf16 for each product; otherwise they are gathered in bf16.
     autocasts: ClassVar[bool] = True
     # Supported values of optim.name.
@@ -190,7 +189,7 @@ class Engine:
         self.launch = launch
         self.recipe = recipe
         self.batch_size = global_batch_size // accelerator.num_processes
-        self.name = launch.engine
+        self.name = launch.engine  # in the run directory's reports
         self.model: FlipPreTrainedModel
         self.wrapped: Any = None
         # Kept here, because a walk through the modules takes the host longer than the sum of the norms.
@@ -235,11 +234,9 @@ class Engine:
         self.layout = self._make_layout()
 
     def _place_block(self, block: nn.Module) -> None:
-        """Move a block with weights to the device, sharded if the engine shards."""
         block.to(self.accelerator.device)
 
     def _place_rest(self) -> None:
-        """Move everything outside of blocks to the device."""
         self.model.to(self.accelerator.device)
 
     def _make_layout(self) -> Layout:
@@ -249,15 +246,16 @@ class Engine:
         """Collective. Wrap the model for training and make its optimisers, without moments."""
         self.wrapped = self._wrap()
         self._parameters = list(self.model.parameters())
-        self.optimizers = self._make_optimizers()
+        muon_dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
+        self.optimizers = build_optimizers(self.model, self.recipe, muon_dtype, self._sharers())
         self.layout.optimizers = self.optimizers
 
     def _wrap(self) -> Any:
         return self.model
 
-    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
-        dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
-        return build_optimizers(self.model, self.recipe, dtype)
+    def _sharers(self) -> dist.ProcessGroup | None:
+        """Collective. Return the processes that share Muon's work on whole matrices; None if each does all of it."""
+        return None
 
     def start_averages(self, reader: CheckpointReader | None) -> None:
         """Start the averages, if the recipe has them, from a checkpoint or else from the current weights."""

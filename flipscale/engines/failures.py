@@ -26,7 +26,6 @@ _STORE_SECONDS = 3.0
 _LATER_SECONDS = 2.0
 # Rank 0 often keeps the store, so it stays until all know of the failure, but no longer than this.
 _STAY_SECONDS = 10.0
-_CLOSING_SECONDS = 1.0
 
 
 class Failure(NamedTuple):
@@ -47,7 +46,7 @@ def claim_failure(words: str) -> Failure:
     Takes five seconds at most.
     """
     mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_MESSAGE_CHARACTERS])
-    if not _have_met():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         # All check their recipe at the same time, each by itself, so rank 0's message is enough.
         time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
         return mine
@@ -76,7 +75,7 @@ def stay_until_others_know() -> None:
     store = own_store() if os.environ.get("RANK", "0") == "0" else None
     deadline = time.monotonic() + _STAY_SECONDS
     with suppress(RuntimeError):  # a launcher's store, and the launcher is gone
-        while store is not None and store.add(_KNOWING, 0) < dist.get_world_size() and time.monotonic() < deadline:
+        while store and store.add(_KNOWING, 0) < dist.get_world_size() and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
@@ -107,7 +106,7 @@ class OtherProcesses:
         """End. All processes do so before any of them leaves the group."""
         self._finished.set()
         if self._thread is not None:
-            self._thread.join(_CLOSING_SECONDS)
+            self._thread.join(timeout=1.0)
 
     def _look(self) -> None:
         given, store = 0, None
@@ -132,7 +131,7 @@ class OtherProcesses:
 
 
 def leave(failure: Failure) -> NoReturn:
-    """End this process after another one has failed; rank 0 prints the rank and host of that one."""
+    """End this process after another one has failed; rank 0 prints which."""
     if os.environ.get("RANK", "0") == "0":
         print(
             f"flipscale: rank 0 ends too, as rank {failure.rank} on {failure.host} has failed; its message says why",
@@ -148,14 +147,14 @@ def close_process_group() -> None:
         dist.destroy_process_group()
 
 
-def exit_now(code: int = 0) -> None:
-    """Exit at once if this process is one of several.
+def exit_now() -> None:
+    """Exit at once with code 0 if this process is one of several.
 
     Unwinding the interpreter while gloo's threads run aborts about one launch in ten on a busy CPU, and the launcher
-    then reports a failure. After an error, unwinding may wait for a GPU that waits for other processes.
+    then reports a failure.
     """
     if promised_processes(os.environ) > 1:
-        end_process(code)
+        end_process(0)
 
 
 def end_process(code: int) -> NoReturn:
@@ -170,13 +169,9 @@ def end_process(code: int) -> NoReturn:
 
 def own_store() -> dist.Store | None:
     """Return a connection of its own to the store of the process group; None before the processes have met."""
-    if not _have_met():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     try:
         return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     except RuntimeError:  # a store that cannot be cloned, or whose process is gone
         return None
-
-
-def _have_met() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1

@@ -99,9 +99,10 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
 def initial_weights(
     init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipPreTrainedModel] = FlipModel
 ) -> ParameterInit:
-    """Collective. Return the initialiser of a new run: fresh draws, or weights of a model.
+    """Collective. Return the initialiser of a new run. All processes call it for the same modules.
 
-    Process 0 alone reads stored weights, one tensor at a time, and sends them to the others.
+    Process 0 alone reads stored weights, one tensor at a time, and sends them to the others. Missing parameters are
+    drawn in the order and with the generator of `from_pretrained` after `torch.manual_seed(seed)`.
 
     Args:
         init_from: folder or Hub name of a model; None for fresh draws.
@@ -110,58 +111,49 @@ def initial_weights(
         UserError: there are no such weights, or one is not finite or has another shape than in a model of `config`.
             Raised on every process.
     """
-    return fresh_weights(seed) if init_from is None else stored_weights(_Stored(init_from, config, kind), seed)
-
-
-def fresh_weights(seed: int) -> ParameterInit:
-    """Return an initialiser that draws weights by the model's own `_init_weights`."""
+    if init_from is None:
+        return fresh_weights(seed)
+    files: dict[str, Any] = {}
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names_or_fault: list[set[str] | str] = [set()]
+    if not several or dist.get_rank() == 0:
+        try:
+            opened = [safe_open(file, "pt") for file in check_folder(fetch_folder(init_from))]
+            files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+            usable = _usable(files, model_without_storage(config, kind))
+            for name in usable:
+                check_weight(name, files[name].get_tensor(name))
+            names_or_fault = [usable]
+        except (ValueError, OSError, SafetensorError) as error:
+            names_or_fault = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
+    if several:
+        dist.broadcast_object_list(names_or_fault, device=device)
+    (names,) = names_or_fault
+    if isinstance(names, str):
+        raise UserError(names)
+    generator = torch.Generator().manual_seed(seed)
 
     def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
-            owner._init_weights(module)
+        prefix = f"{name}." if name else ""
+        for field, parameter in module.named_parameters(recurse=False):
+            if prefix + field not in names:
+                continue
+            if files:
+                parameter.data.copy_(files[prefix + field].get_tensor(prefix + field))
+            if several:
+                sent = parameter.data.to(device)
+                dist.broadcast(sent, 0)
+                parameter.data.copy_(sent)
+            # transformers' initialisers skip parameters with this mark.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if any(prefix + field not in names for field, _ in module.named_parameters()):
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(generator.get_state())
+                owner._init_weights(module)
+                generator.set_state(torch.get_rng_state())
 
     return init
-
-
-def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-    """Leave the memory uninitialised, because a checkpoint fills it."""
-
-
-class _Stored:
-    """The tensors `names` of a folder or Hub name that the model uses. Process 0 alone has the files open."""
-
-    def __init__(self, init_from: str, config: FlipConfig, kind: type[FlipPreTrainedModel]):
-        """Collective. Raises as `initial_weights` does."""
-        self.files: dict[str, Any] = {}
-        self.several = dist.is_initialized() and dist.get_world_size() > 1
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        names_or_fault: list[set[str] | str] = [set()]
-        if not self.several or dist.get_rank() == 0:
-            try:
-                opened = [safe_open(file, "pt") for file in check_folder(fetch_folder(init_from))]
-                self.files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-                names = _usable(self.files, model_without_storage(config, kind))
-                for name in names:
-                    check_weight(name, self.files[name].get_tensor(name))
-                names_or_fault = [names]
-            except (ValueError, OSError, SafetensorError) as error:
-                names_or_fault = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
-        if self.several:
-            dist.broadcast_object_list(names_or_fault, device=self.device)
-        if isinstance(names_or_fault[0], str):
-            raise UserError(names_or_fault[0])
-        self.names = names_or_fault[0]
-
-    def fill(self, parameter: nn.Parameter, name: str) -> None:
-        """Collective. Set an allocated parameter to the tensor of this name."""
-        if self.files:
-            parameter.data.copy_(self.files[name].get_tensor(name))
-        if self.several:
-            sent = parameter.data.to(self.device)
-            dist.broadcast(sent, 0)
-            parameter.data.copy_(sent)
 
 
 def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
@@ -181,28 +173,20 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
     return shapes.keys() & files.keys()
 
 
-def stored_weights(stored: _Stored, seed: int) -> ParameterInit:
-    """Return an initialiser that copies `stored` weights. All processes call it for the same modules.
-
-    Missing parameters are drawn in the order and with the generator of `from_pretrained` after
-    `torch.manual_seed(seed)`.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def fresh_weights(seed: int) -> ParameterInit:
+    """Return an initialiser that draws weights by the model's own `_init_weights`."""
 
     def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-        prefix = f"{name}." if name else ""
-        for field, parameter in module.named_parameters(recurse=False):
-            if prefix + field in stored.names:
-                stored.fill(parameter, prefix + field)
-                # transformers' initialisers skip parameters with this mark.
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        if any(prefix + field not in stored.names for field, _ in module.named_parameters()):
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(generator.get_state())
-                owner._init_weights(module)
-                generator.set_state(torch.get_rng_state())
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+            owner._init_weights(module)
 
     return init
+
+
+def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+    """Leave the memory uninitialised, because a checkpoint fills it."""
 
 
 def _modules(module: nn.Module, name: str, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:

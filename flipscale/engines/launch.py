@@ -32,6 +32,8 @@ PRECISION = "ACCELERATE_MIXED_PRECISION"
 # torchrun's default role.
 _NO_ROLE = "default"
 _MAX_DIGITS = 9
+# Sections of a launch file.
+_SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 # accelerate's kinds of parallelism; flipscale has the first two.
 _PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 # DeepSpeed's settings that the recipe or the launch file's mixed_precision sets.
@@ -146,21 +148,18 @@ def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
 def launch_environment(file: Path, num_processes: int | None = None) -> dict[str, str]:
     """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them."""
     settings = _read_settings(file)
-    kind = settings["distributed_type"]
-    sections = [section for section in settings.values() if isinstance(section, dict)]
-    of_file, num_machines = (_count(file, settings, name) for name in ("num_processes", "num_machines"))
-    world = num_processes or of_file
+    fsdp, deepspeed, parallelism = (settings[name] for name in _SECTIONS)
+    world = num_processes or settings["num_processes"]
+    roles = (section["role"] for section in settings.values() if isinstance(section, dict) and "role" in section)
     environment = {
         "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(min(world, max(of_file // num_machines, 1))),
+        "LOCAL_WORLD_SIZE": str(min(world, max(settings["num_processes"] // settings["num_machines"], 1))),
         PRECISION: str(settings.get("mixed_precision") or "no"),
-        "ROLE_NAME": str(next((section["role"] for section in sections if "role" in section), _NO_ROLE)),
+        "ROLE_NAME": str(next(roles, _NO_ROLE)),
     }
-    if kind == "FSDP":
-        fsdp = _section(file, settings, "fsdp_config")
+    if settings["distributed_type"] == "FSDP":
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp.get("fsdp_version", 1))}
-    elif kind == "DEEPSPEED":
-        deepspeed = _section(file, settings, "deepspeed_config")
+    elif settings["distributed_type"] == "DEEPSPEED":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         if "zero_stage" in deepspeed:
             environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed["zero_stage"])
@@ -168,42 +167,37 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
             # The path is relative to the current folder; otherwise the file may lie beside the launch file.
             named = Path(str(deepspeed["deepspeed_config_file"]))
             beside = file.parent / named.name
-            found = beside if not named.exists() and beside.exists() else named
-            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
-    if settings.get("parallelism_config"):
+            path = beside if not named.exists() and beside.exists() else named
+            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+    if parallelism:
         environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-        parallelism = _section(file, settings, "parallelism_config")
         environment |= {str(name).upper(): str(value) for name, value in parallelism.items()}
     return environment
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings of a launch file, with all of `_SECTIONS`, and with valid numbers."""
     try:
         text = read_text(file)
         check_yaml(text, str(file))
-        settings = yaml.safe_load(text)
+        settings = {"num_processes": 1, "num_machines": 1, **yaml.safe_load(text)}
         settings["distributed_type"]
-        return dict(settings)
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
         ) from error
-
-
-def _section(file: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = settings.get(name) or {}
-    if not isinstance(section, dict):
-        raise UserError(
-            f"launch file {file}: {name} is {str(section)[:60]!r}; write settings below it, or leave it out"
-        )
-    return section
-
-
-def _count(file: Path, settings: Mapping[str, Any], name: str) -> int:
-    count = settings.get(name, 1)
-    if type(count) is not int or not 1 <= count < 10**_MAX_DIGITS:
-        raise UserError(f"launch file {file}: {name} is {str(count)[:60]!r}; it must be a whole number of 1 or more")
-    return count
+    for name in _SECTIONS:
+        settings[name] = settings.get(name) or {}
+        if not isinstance(settings[name], dict):
+            raise UserError(
+                f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it, or leave it out"
+            )
+    for name in ("num_processes", "num_machines"):
+        if type(settings[name]) is not int or not 1 <= settings[name] < 10**_MAX_DIGITS:
+            raise UserError(
+                f"launch file {file}: {name} is {str(settings[name])[:60]!r}; it must be a whole number of 1 or more"
+            )
+    return settings
 
 
 def shipped(name: str) -> str:
@@ -247,13 +241,13 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
             f"{shipped('hsdp')}"
         )
     sizes = {kind: whole_number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) for kind in _PARALLELISM}
-    for kind in _PARALLELISM[2:]:
-        if sizes[kind] != 1:
+    num_replicas, shard_size = sizes.pop("dp_replicate"), sizes.pop("dp_shard")
+    for kind, size in sizes.items():
+        if size != 1:
             raise UserError(
-                f"the launch file's parallelism_config_{kind}_size is {sizes[kind]}; leave it out: flipscale has only "
+                f"the launch file's parallelism_config_{kind}_size is {size}; leave it out: flipscale has only "
                 "dp_replicate and dp_shard"
             )
-    num_replicas, shard_size = sizes["dp_replicate"], sizes["dp_shard"]
     # accelerate sets 1 replica by default; the number then follows from the number of processes.
     follows = num_replicas == 1 and shard_size > 1 and num_processes % shard_size == 0
     if num_replicas * shard_size != num_processes and not follows:
@@ -274,11 +268,11 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
 def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage."""
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file != "none":
-        settings = _read_deepspeed_file(Path(file))
+    if file == "none":
+        stage = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+        file, settings = "deepspeed_config", {"zero_optimization": {"stage": stage}}
     else:
-        launched = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
-        file, settings = "deepspeed_config", {"zero_optimization": {"stage": launched}}
+        settings = _read_deepspeed_file(file)
     for name in _DECIDED_ELSEWHERE:
         if name in settings:
             raise UserError(
@@ -292,9 +286,9 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
-def _read_deepspeed_file(file: Path) -> dict[str, Any]:
+def _read_deepspeed_file(file: str) -> dict[str, Any]:
     try:
-        given = json.loads(read_text(file))
+        settings = json.loads(read_text(Path(file)))
     except FileNotFoundError as error:
         raise UserError(
             f"deepspeed_config_file {file} does not exist in {Path.cwd()}; start in its folder, or write its absolute "
@@ -302,6 +296,6 @@ def _read_deepspeed_file(file: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"deepspeed_config_file {file} cannot be read ({error}); write JSON, in UTF-8") from error
-    if not isinstance(given, dict):
-        raise UserError(f"deepspeed_config_file {file} is {str(given)[:60]!r}; write settings in braces")
-    return {name: value for name, value in given.items() if value != "auto"}
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed_config_file {file} is {str(settings)[:60]!r}; write settings in braces")
+    return {name: value for name, value in settings.items() if value != "auto"}

@@ -39,7 +39,6 @@ def engine_class(launch: Launch) -> type["Engine"]:
 
 def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> "Engine":
     """Collective. Return the launch's engine, before its model is built."""
-    assert launch.num_processes == accelerator.num_processes
     engine = engine_class(launch)
     refusal = engine.refusal(launch, recipe.name)
     if refusal is not None:
