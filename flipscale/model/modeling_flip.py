@@ -14,6 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput, CLIPVisionModelOutput
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -47,26 +48,6 @@ class FlipOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys()))
-
-
-@dataclass
-class FlipImageOutput(ModelOutput):
-    """The output of the image tower and its projection. `image_embeds` is `(batch, projection_dim)`, not normalised."""
-
-    image_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class FlipTextOutput(ModelOutput):
-    """The output of the text tower and its projection. `text_embeds` is `(batch, projection_dim)`, not normalised."""
-
-    text_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def sincos_positions(width: int, rows: int, columns: int, side: int | None = None) -> torch.Tensor:
@@ -655,10 +636,10 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
         return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> FlipImageOutput:
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> CLIPVisionModelOutput:
         """Encode and project images. The arguments are those of `FlipVisionModel.forward`."""
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
-        return FlipImageOutput(
+        return CLIPVisionModelOutput(
             image_embeds=self.image_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
@@ -686,10 +667,10 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> FlipTextOutput:
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> CLIPTextModelOutput:
         """Encode and project captions. The arguments are those of `FlipTextModel.forward`."""
         output = self.text_model(input_ids=input_ids, **kwargs)
-        return FlipTextOutput(
+        return CLIPTextModelOutput(
             text_embeds=self.text_projection(output.pooler_output),
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,

@@ -352,9 +352,6 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.vision_model
 
-    def get_decoder(self) -> nn.Module:
-        return self.decoder
-
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
 

@@ -34,8 +34,6 @@ _log = logging.getLogger(__name__)
 # that error out.
 _FEW = 256
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Objective):
@@ -77,105 +75,54 @@ class _InfoNCE(PrecomputedGradients):
         pairs = len(text_embeds) * world_size()
         dtype = torch.float64 if pairs <= _FEW else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
-            batch = ContrastiveBatch(image_embeds.to(dtype), text_embeds.to(dtype), as_number(logit_scale), exchange)
-            batch.sum_negatives()
-            loss = batch.loss()
-            if any(ctx.needs_input_grad):
-                inputs = (image_embeds, text_embeds, logit_scale)
-                ctx.gradients = [g.to(t.dtype) for g, t in zip(batch.gradients(), inputs, strict=True)]
+            sides = (image_embeds.to(dtype), text_embeds.to(dtype))
+            loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), exchange, any(ctx.needs_input_grad))
+        inputs = (image_embeds, text_embeds, logit_scale)
+        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
 
 
-class ContrastiveBatch:
-    """This process's images, view by view, against the texts of all processes.
+def _loss_and_gradients(
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str, with_gradients: bool
+) -> tuple[torch.Tensor, Rows]:
+    """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
-    Call `sum_negatives`, then `loss`, then `gradients`. Another loss of the same softmax can change each view's
-    `positives` in between.
+    This process computes every logit of its own images, view by view, against the texts of all processes. The softmax
+    of an image is therefore known here; the softmax of a text is merged from all processes.
     """
+    views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange)
+    shift = _shift_of_all(views, texts, scale)
+    positives = [view.new_empty(len(view)) for view in views]
+    image_negatives = [LogSumExp.empty(view, shift) for view in views]
+    for first_pair, visited, slot in all_texts.visits(_merge_views):
+        text_negatives = [LogSumExp.empty(visited, shift) for _ in views]
+        for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
+            _add_negatives(view, visited, scale, first_pair, shift, *sums, _workspace(view, visited))
+        slot.results = _flat(text_negatives)
+    text_negatives = [LogSumExp(*negatives) for negatives in _by_view(all_texts.reduced)]
+    sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
+    loss = torch.stack([image.cross_entropy(p) + text.cross_entropy(p) for image, text, p in sides]).mean() / 2
+    if not with_gradients:
+        return loss, ()
 
-    def __init__(self, images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str):
-        """Collective. `scale` is made by `as_number`."""
-        self.images, self.scale = images, scale
-        self.texts = exchange_of(texts, exchange)
-        views = views_of(images, len(texts))
-        shift = _shift_of_all(views, texts, scale)
-        self.views = [_View(view, scale, shift) for view in views]
-
-    def sum_negatives(self) -> None:
-        """Collective. Run the first pass over the tiles: the positives and the negatives of every image and text."""
-        for first_pair, texts, slot in self.texts.visits(_merge_views):
-            slot.results = _flat([view.add_negatives(first_pair, texts) for view in self.views])
-        for view, negatives in zip(self.views, _by_view(self.texts.reduced), strict=True):
-            view.text_negatives = LogSumExp(*negatives)
-
-    def loss(self) -> torch.Tensor:
-        """Return the loss of this process's pairs, fp64 `()`."""
-        return torch.stack([view.cross_entropy() for view in self.views]).mean() / 2
-
-    def gradients(self) -> Gradients:
-        """Collective. Run the second pass over the tiles; return the gradients of images, texts and scale."""
-        image_gradient = torch.zeros_like(self.images)
-        image_gradients = views_of(image_gradient, len(self.views[0].images))
-        softmax = _flat([view.normalise() for view in self.views])
-        for first_pair, texts, slot in self.texts.visits(None, *softmax):
-            text_gradient = torch.zeros_like(texts)
-            for view, of_texts, of_images in zip(self.views, _by_view(slot.along), image_gradients, strict=True):
-                view.add_gradients(first_pair, texts, Softmax(*of_texts), of_images, text_gradient)
-            slot.results = (text_gradient,)
-        (text_gradient,) = self.texts.reduced
-        count = 2 * len(self.images)
-        scale_gradient = _dot(self.images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
-        return image_gradient.mul_(self.scale / count), text_gradient.div_(count), scale_gradient
-
-
-class _View:
-    """One view of each of this process's images.
-
-    This process computes every logit of the view. The softmax of an image is therefore known here; the softmax of a
-    text is merged from all processes.
-    """
-
-    # Negatives of this process's own texts, known after the images of all processes have been visited.
-    text_negatives: LogSumExp
-
-    def __init__(self, images: torch.Tensor, scale: torch.Tensor, shift: float | None):
-        self.images, self.scale, self.shift = images, scale, shift
-        self.positives = images.new_empty(len(images))
-        self.image_negatives = LogSumExp.empty(images, shift)
-
-    def add_negatives(self, first_pair: int, texts: torch.Tensor) -> LogSumExp:
-        """Add `texts` to the negatives of the images, and return the images as negatives of the texts."""
-        text_negatives = LogSumExp.empty(texts, self.shift)
-        sums = (self.image_negatives, text_negatives, self.positives, _workspace(self.images, texts))
-        _add_negatives(self.images, texts, self.scale, first_pair, self.shift, *sums)
-        return text_negatives
-
-    def cross_entropy(self) -> torch.Tensor:
-        """Return the cross-entropy of both sides of each pair, fp64 `(batch,)`."""
-        sides = (self.image_negatives, self.text_negatives)
-        return sides[0].cross_entropy(self.positives) + sides[1].cross_entropy(self.positives)
-
-    def normalise(self) -> Softmax:
-        """Compute each image's softmax and the positives' gradients; return the softmax of this process's texts."""
-        self.image_softmax = self.image_negatives.softmax(self.positives)
-        text_softmax = self.text_negatives.softmax(self.positives)
-        self.positive_gradient = -(
-            self.image_negatives.total * self.image_softmax.factor + self.text_negatives.total * text_softmax.factor
-        )
-        return text_softmax
-
-    def add_gradients(
-        self,
-        first_pair: int,
-        texts: torch.Tensor,
-        text_softmax: Softmax,
-        image_gradient: torch.Tensor,
-        text_gradient: torch.Tensor,
-    ) -> None:
-        """Add the gradients of the images and of `texts`, both without their final factors."""
-        softmax = (self.image_softmax, text_softmax, self.positive_gradient)
-        sums = (image_gradient, text_gradient, _workspace(self.images, texts))
-        _add_gradients(self.images, texts, self.scale, first_pair, self.shift, *softmax, *sums)
+    image_softmax = [image.softmax(p) for image, _, p in sides]
+    text_softmax = [text.softmax(p) for _, text, p in sides]
+    positive_gradients = [
+        -(image.total * of_image.factor + text.total * of_text.factor)
+        for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
+    ]
+    image_gradient = torch.zeros_like(images)
+    of_views = [*zip(views, views_of(image_gradient, len(texts)), image_softmax, positive_gradients, strict=True)]
+    for first_pair, visited, slot in all_texts.visits(None, *_flat(text_softmax)):
+        text_gradient = torch.zeros_like(visited)
+        for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, _by_view(slot.along), strict=True):
+            sums = (view_gradient, text_gradient, _workspace(view, visited))
+            _add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *sums)
+        slot.results = (text_gradient,)
+    (text_gradient,) = all_texts.reduced
+    count = 2 * len(images)
+    scale_gradient = _dot(images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
+    return loss, (image_gradient.mul_(scale / count), text_gradient.div_(count), scale_gradient)
 
 
 # Each pass over the tiles is one operation to torch. So tracers and fake tensors see two operations a view in any
