@@ -1,7 +1,6 @@
 """Processes for many trainings: each trains recipes one after another, with any engine, on gloo."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import resource
@@ -89,24 +88,6 @@ def train(file: str) -> None:
     pretrain(parse_recipe(["--config", file]))
 
 
-def train_poisoned(file: str) -> None:
-    """Train with an infinite loss in the last process's third step."""
-    from flipscale.objectives.contrastive import Contrastive
-
-    true_loss, calls = Contrastive.coupled_loss, []
-
-    def loss(*arguments, **parameters):
-        calls.append(1)
-        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        return true_loss(*arguments, **parameters) * (float("inf") if len(calls) == 3 and last else 1.0)
-
-    Contrastive.coupled_loss = loss
-    try:
-        train(file)
-    finally:
-        Contrastive.coupled_loss = true_loss
-
-
 def train_with_a_bad_step(file: str) -> None:
     """Train with a NaN loss but finite gradients in the last process's third step."""
     from training.troubled import trouble
@@ -168,27 +149,6 @@ def resumed(file: str) -> tuple:
     plan = check(recipe)
     start = join(recipe, plan)
     return recipe, plan, start, resume(recipe, plan, start)
-
-
-def accumulate(file: str) -> None:
-    """Write the gradient norms of a step in 1, 2 and 4 passes to `passes.json`."""
-    import torch
-
-    recipe, plan, start, engine = resumed(file)
-    (batch,) = next(plan.batches(plan.clock(start.state), start.accelerator)).micro_batches
-    found = {}
-    for passes in (1, 2, 4):
-        parts = zip(*(value.chunk(passes) for value in batch.values()), strict=True)
-        for part in engine.accumulate([dict(zip(batch, values, strict=True)) for values in parts]):
-            output = engine(**part)
-            # Any function of a pair alone: its sum over passes is that of the whole.
-            loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() / len(batch["patches"])
-            engine.backward(loss)
-        found[passes] = engine.gradient_norm().item()
-        engine.step(0.0, taken=torch.ones((), device=start.accelerator.device))
-    if int(os.environ["RANK"]) == 0:
-        Path(recipe.output_dir, "passes.json").write_text(json.dumps(found))
-    assert torch.is_grad_enabled()
 
 
 def leave_out(file: str) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.functional import logsigmoid, normalize
+from objectives.test_contrastive import plain_loss
+from objectives.test_sigmoid import plain_loss as plain_sigmoid
+from torch.nn.functional import normalize
 
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.objectives.exchange import EXCHANGES
@@ -71,12 +73,6 @@ def views_input() -> list[torch.Tensor]:
     return [*embeds, torch.tensor([30.0]), BIAS.clone()]
 
 
-def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    logits = scale * image @ text.T
-    pairs = logits.diagonal()
-    return ((logits.logsumexp(1) - pairs).mean() + (logits.logsumexp(0) - pairs).mean()) / 2
-
-
 def one_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -115,13 +111,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-def written_out_sigmoid(
-    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    logits = scale * image @ text.T + bias
-    return -logsigmoid((2 * torch.eye(len(logits)) - 1) * logits).sum() / len(logits)
-
-
 def check(ranks: list[list[torch.Tensor]], inputs: list[torch.Tensor], loss: torch.Tensor) -> None:
     """The mean over `ranks`, each with its loss and gradients, is `loss` of `inputs` in fp64 with its gradients."""
     exact = torch.autograd.grad(loss, inputs)
@@ -139,18 +128,18 @@ def check(ranks: list[list[torch.Tensor]], inputs: list[torch.Tensor], loss: tor
 def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], number: int) -> None:
     inputs = [t.double().requires_grad_() for t in CASES[number].inputs()]
     for exchange in EXCHANGES:
-        check([rank[number, exchange] for rank in ranks], inputs, written_out(*inputs))
+        check([rank[number, exchange] for rank in ranks], inputs, plain_loss(*inputs))
     if CASES[number].scale < 100.0:
         inputs.append(BIAS.double().requires_grad_())
         for exchange in EXCHANGES:
-            check([rank[number, exchange, "sigmoid"] for rank in ranks], inputs, written_out_sigmoid(*inputs))
+            check([rank[number, exchange, "sigmoid"] for rank in ranks], inputs, plain_sigmoid(*inputs))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], name: str, exchange: str) -> None:
     images, texts, *head = (t.double().requires_grad_() for t in views_input())
-    head, loss_of = (head, written_out_sigmoid) if name == "sigmoid" else (head[:1], written_out)
+    head, loss_of = (head, plain_sigmoid) if name == "sigmoid" else (head[:1], plain_loss)
     loss = (loss_of(images[0::2], texts, *head) + loss_of(images[1::2], texts, *head)) / 2
     check([rank["views", exchange, name] for rank in ranks], [images, texts, *head], loss)
 
@@ -158,7 +147,7 @@ def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], name: str, ex
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_ddp_s_average_is_the_whole_batch_s_gradient(ranks: list[dict], exchange: str) -> None:
     model = Embedder().double()
-    written_out(*model(towers_input(torch.float64))).backward()
+    plain_loss(*model(towers_input(torch.float64))).backward()
     for rank in ranks:
         for ours, parameter in zip(rank["ddp", exchange], model.parameters(), strict=True):
             assert (ours - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max()

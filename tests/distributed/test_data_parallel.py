@@ -6,11 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from conftest import cut, launch, losses, pretrain
+from conftest import launch, losses, pretrain
 from processes import free_port
-from safetensors.torch import load_file
 
 from flipscale.training.run_summary import read_starts
 
@@ -29,16 +27,6 @@ def runs(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
         done = pretrain(file, processes)
         assert done.returncode == 0, done.stderr
     return found
-
-
-def test_two_processes_resume_bit_for_bit(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
-    copy = tmp_path / "resumed"
-    cut(runs[2], copy, 20)
-    done = pretrain(write_recipe(copy, save=SAVE), 2)
-    assert done.returncode == 0, done.stderr
-    assert losses(copy) == losses(runs[2])
-    ends = [load_file(d / "model/model.safetensors") for d in (copy, runs[2])]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_accelerate_launch_runs_two(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:

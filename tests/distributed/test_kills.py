@@ -3,11 +3,9 @@
 Every start draws its engine, its number of processes, whom to kill and when.
 """
 
-import itertools
 import json
 import os
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,19 +13,13 @@ from pathlib import Path
 
 import processes
 import pytest
-import torch
 from conftest import losses, pretrain
 from distributed.crowd import ENVIRONMENTS, start_ranks
-from objectives.test_answer import ANSWERS, FUSION, label, write_questions
-from safetensors.torch import load_file
-from training.failing_disk import FailingDisk
 
 from flipscale.engines.checkpoint import list_checkpoints, require_whole, step_of
 
 # FLIPSCALE_KILLS=200 for a long look: about twenty minutes on two cores.
 KILLS = int(os.environ.get("FLIPSCALE_KILLS", "3"))
-# Of a run of another loss, as the test below has three.
-KILLS_OF_OTHERS = KILLS if "FLIPSCALE_KILLS" in os.environ else 2
 ENGINES = ("ddp", "fsdp2", "zero3")
 INSTANTS = ("any", "training", "saving", "evaluating")
 # Of a start that nobody kills, from its first breath to its model; an instant is drawn from it.
@@ -153,82 +145,3 @@ def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> No
         assert furthest < 1e-5
         print(f"{seen.total()} kills, losses at most {furthest:.1e} apart", flush=True)
     print(f"{dict(seen)} at the kills")
-
-
-class DeadlyDisk(FailingDisk):
-    """A disk whose Nth operation kills the process."""
-
-    def fail(self, path: str) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_until(file: str, checkpoints: str, output: str, step: int, operation: int) -> None:
-    """Train, and be killed before a step of this start or at an operation on the files of its checkpoints; both count
-    from 1, and 0 stands for none."""
-    from flipscale import pretrain
-
-    consume, steps = pretrain.consume_batch, []
-
-    def deadly(*arguments: object) -> object:
-        steps.append(1)
-        if len(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return consume(*arguments)
-
-    pretrain.consume_batch = deadly
-    DeadlyDisk(Path(checkpoints), Path(output, "operations"), operation, 0).install()
-    processes.call_main("flipscale.pretrain", ["--config", file], output)
-
-
-def start_until(file: Path, run_dir: Path, output: Path, step: int = 0, operation: int = 0) -> int:
-    output.mkdir(exist_ok=True)
-    process = processes.start(train_until, str(file), str(run_dir / "checkpoints"), str(output), step, operation)
-    process.join(ALL_END_WITHIN_SECONDS)
-    assert process.exitcode in (0, -signal.SIGKILL), (output / "stderr").read_text()
-    return process.exitcode
-
-
-# With a decoder beside the text tower, with one in its stead, and with a head for answers.
-OF_OTHER_LOSSES = {
-    "both": {"loss": {"caption_weight": 2.0, "caption_kind": "mixed"}},
-    "captioning": {"loss": {"kind": "captioning"}},
-    "answer": {
-        "loss": {"kind": "answer", "options": {"num_answers": len(ANSWERS)}},
-        "model": {"answer_config": FUSION},
-    },
-}
-
-
-@pytest.mark.long
-@pytest.mark.timeout(300 + 20 * KILLS)
-@pytest.mark.parametrize("loss", OF_OTHER_LOSSES)
-def test_other_losses_end_with_the_same_bits(
-    write_recipe, shards: Path, tokenizer_dir: Path, caption_tokenizer: Path, tmp_path: Path, loss: str
-) -> None:
-    """Killed between two steps or in a save, again and again, on one process: weights, moments and losses."""
-    answers = loss == "answer"
-    data = {"shards": str(write_questions(tmp_path / "set", 64, label) if answers else shards)}
-    stages = [{"name": "masked", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.012, "warmup_samples": 32}]
-    changes = {
-        "data": {**data, "tokenizer": str(tokenizer_dir if answers else caption_tokenizer)},
-        "stages": [*stages, {"name": "unmasked", "samples": 64}],
-        "save": {"every_samples": 32, "total_limit": 2},
-        "model": {} if answers else {"decoder_config": {"num_hidden_layers": 1}},
-        **OF_OTHER_LOSSES[loss],
-    }
-    whole, draw, killed, numbers = tmp_path / "whole", random.Random(0), 0, itertools.count()
-    assert start_until(write_recipe(whole, **changes), whole, tmp_path / "output") == 0
-    num_operations = len((tmp_path / "output/operations").read_text().splitlines())
-    while killed < KILLS_OF_OTHERS:
-        run_dir = tmp_path / f"killed-{next(numbers)}"
-        file, goes_on = write_recipe(run_dir, **changes), True
-        while goes_on:
-            where = ({"step": draw.randint(1, 8)}, {"operation": draw.randint(1, num_operations)})[killed % 2]
-            code = start_until(file, run_dir, tmp_path / "output", **where if killed < KILLS_OF_OTHERS else {})
-            killed, goes_on = killed + (code != 0), code != 0
-        ends = [load_file(folder / "checkpoints/step-00000010/part-00000.safetensors") for folder in (whole, run_dir)]
-        assert ends[0].keys() == ends[1].keys()
-        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-        assert losses(whole) == losses(run_dir)
-        assert len(losses(whole)) == 10
-        print(f"{killed} kills, the same bits", flush=True)
