@@ -88,14 +88,6 @@ def train(file: str) -> None:
     pretrain(parse_recipe(["--config", file]))
 
 
-def train_with_a_bad_step(file: str) -> None:
-    """Train with a NaN loss but finite gradients in the last process's third step."""
-    from training.troubled import trouble
-
-    with trouble(poisoned=[2]):
-        train(file)
-
-
 def train_on_a_small_disk(file: str) -> None:
     """Train where the last process cannot write its part of a checkpoint."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

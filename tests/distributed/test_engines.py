@@ -432,3 +432,16 @@ def test_the_temperature_is_fp32_in_bf16(trainings: Trainings, engine: str, worl
     # Five steps of 1e-4, each of them seen: neighbours on the bf16 grid are 0.0625 apart, at the inverse 0.9.
     changes = [abs(after - before) for before, after in pairwise(used[1:])]
     assert all(0.0 < change < 0.01 for change in changes), used
+
+
+@pytest.mark.parametrize(
+    ("engine", "optimizer"),
+    [
+        *((engine, {"max_grad_norm": 0.1}) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+        ("ddp", {"name": "muon"}),
+        ("fsdp2", {"name": "muon"}),
+    ],
+    ids=str,
+)
+def test_steps_left_out_leave_no_trace(trainings: Trainings, engine: str, optimizer: dict) -> None:
+    trainings.run(engine, 2, "leave_out", optim={"ema_decay": 0.5, **optimizer})

@@ -20,58 +20,30 @@ STAND_INS = {
     "generation.test_utils": "class GenerationTesterMixin: ...",
     "utils.test_configuration_utils": "config_common_kwargs = {'output_hidden_states': True, 'dtype': 'float16'}",
 }
-# pip retries connections, but not broken downloads or errors of the index.
-_TRIES = 3
 
 
-class DownloadError(Exception):
-    """The source distribution is not here and cannot be downloaded."""
-
-
-def _pip_download(requirement: str, folder: Path) -> Path:
-    """Download the source distribution of `NAME==VERSION` into `folder` and return its file. pip builds nothing."""
-    name = requirement.split("==")[0]
-    command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name, requirement]
-    for _ in range(_TRIES):
-        done = subprocess.run([sys.executable, *command, "--dest", str(folder)], capture_output=True, text=True)
-        files = list(folder.glob("*.tar.gz"))
-        if not done.returncode and files:
-            break
-    else:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise DownloadError(
-            f"the source distribution of {requirement}, which holds transformers' common tests, cannot be downloaded: "
-            f"{reason}. Let the tests run once with a network; what they run is: python {' '.join(command)}"
-        )
-    return files[0]
-
-
-def fetch(requirement: str, cache: Path = CACHE) -> Path:
-    """Return the `tests` folder of a source distribution, downloaded into `cache` if it is not there yet.
-
-    Raises:
-        DownloadError: pip cannot download it.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / requirement.replace("==", "-")
-    with FileLock(f"{folder}.lock"):
+def fetch(requirement: str) -> Path:
+    """Return the `tests` folder of a source distribution `NAME==VERSION`, downloaded if it is not there yet."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = CACHE / requirement.replace("==", "-")
+    with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=CACHE) as partial:
         if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=cache) as partial:
-                with tarfile.open(_pip_download(requirement, Path(partial))) as tar:
-                    members = [member for member in tar.getmembers() if member.name.startswith(f"{folder.name}/tests/")]
-                    tar.extractall(partial, members, filter="data")
-                # The tests import their own package, whose first file is missing too.
-                (Path(partial) / folder.name / "tests" / "__init__.py").touch()
-                (Path(partial) / folder.name).rename(folder)
+            name = requirement.split("==")[0]
+            # pip builds nothing.
+            command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name, requirement]
+            subprocess.run([sys.executable, *command, "--dest", partial], check=True)
+            (archive,) = Path(partial).glob("*.tar.gz")
+            with tarfile.open(archive) as tar:
+                members = [member for member in tar.getmembers() if member.name.startswith(f"{folder.name}/tests/")]
+                tar.extractall(partial, members, filter="data")
+            # The tests import their own package, whose first file is missing too.
+            (Path(partial) / folder.name / "tests" / "__init__.py").touch()
+            (Path(partial) / folder.name).rename(folder)
     return folder / "tests"
 
 
 def load() -> tuple[types.ModuleType, types.ModuleType]:
-    """Return `test_modeling_common` and `test_configuration_common` of the installed version of transformers.
-
-    Raises:
-        DownloadError: they cannot be downloaded.
-    """
+    """Return `test_modeling_common` and `test_configuration_common` of the installed version of transformers."""
     folder = fetch(f"transformers=={version('transformers')}")
     sys.modules[PACKAGE] = package = types.ModuleType(PACKAGE)
     package.__path__ = [str(folder)]
