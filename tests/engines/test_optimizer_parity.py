@@ -86,39 +86,24 @@ def test_layer_decay_is_the_formula() -> None:
     assert set(layer_scales(model, None).values()) == {1.0}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_layer_decay_sets_the_rates_and_leaves_the_decay(name: str) -> None:
+@pytest.mark.parametrize(("name", "decay", "tower"), [("adamw", 0.5, 1.0), ("muon", 0.5, 0.1), ("adamw", None, 0.1)])
+def test_scales_set_the_rates_and_leave_the_decay(name: str, decay: float | None, tower: float) -> None:
     model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
-    optimizers = build_optimizers(model, OptimRecipe(name=name, layer_decay=0.5, muon_lr_ratio=3.0))
+    recipe = OptimRecipe(name=name, layer_decay=decay, tower_lr_ratio=tower, muon_lr_ratio=3.0)
+    optimizers = build_optimizers(model, recipe)
     set_learning_rate(optimizers, 0.1)
-    scales, decayed, matrices = layer_scales(model, 0.5), decays(model), muon_matrices(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {
-        names[id(parameter)]: (group["lr"], group["weight_decay"])
+    plain, scales = layer_scales(model, decay), layer_scales(model, decay, tower)
+    decayed, by_muon = decays(model), muon_matrices(model) if name == "muon" else set()
+    rates = {
+        id(parameter): (group["lr"], group["weight_decay"])
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    moved_by_muon = matrices if name == "muon" else set()
-    assert found == {
-        name: (
-            pytest.approx(0.1 * scales[name] * (3.0 if name in moved_by_muon else 1.0)),
-            OptimRecipe().weight_decay if decayed[name] else 0.0,
-        )
-        for name in names.values()
-    }
-
-
-@pytest.mark.parametrize("decay", [None, 0.5])
-def test_towers_have_a_rate_of_their_own(decay: float | None) -> None:
-    model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
-    plain, scales = layer_scales(model, decay), layer_scales(model, decay, 0.1)
-    for name, scale in scales.items():
-        assert scale == (0.1 if name.startswith(("vision_model.", "text_model.")) else 1.0) * plain[name], name
-    optimizers = build_optimizers(model, OptimRecipe(layer_decay=decay, tower_lr_ratio=0.1))
-    set_learning_rate(optimizers, 0.1)
-    rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
-    assert rates == {id(p): pytest.approx(0.1 * scales[name]) for name, p in model.named_parameters()}
+    for key, parameter in model.named_parameters():
+        assert scales[key] == (tower if key.startswith(("vision_model.", "text_model.")) else 1.0) * plain[key], key
+        rate = 0.1 * scales[key] * (3.0 if key in by_muon else 1.0)
+        assert rates[id(parameter)] == (pytest.approx(rate), recipe.weight_decay if decayed[key] else 0.0), key
 
 
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from flipscale.model import (
     FlipConfig,
     FlipDecoderConfig,
     FlipForConditionalGeneration,
-    FlipForImageClassification,
-    FlipForQuestionAnswering,
     FlipModel,
     FlipTextConfig,
     FlipTextModel,
@@ -136,54 +134,6 @@ class FlipCleanTextModelTest(FlipTextModelTest):
     def setUp(self) -> None:
         super().setUp()
         self.model_tester = TextTester(self, attend_to_padding=False)
-
-
-class ClassificationTester(BothTester):
-    is_training = False  # the common tests have no labels for it
-
-    def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
-        return self.get_config(), self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
-
-
-class FlipForImageClassificationTest(modeling.ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (FlipForImageClassification,)
-    _is_composite = True
-    test_resize_embeddings = False
-    test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
-
-    def setUp(self) -> None:
-        self.model_tester = ClassificationTester(self)
-
-    test_model_get_set_embeddings = None
-
-
-class QuestionTester(BothTester):
-    is_training = False  # the common tests have no labels for it
-
-    def get_config(self) -> FlipConfig:
-        config = super().get_config()
-        answer_config = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return FlipConfig(**{**config.to_dict(), "answer_config": {**answer_config, "num_answers": 5}})
-
-    def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
-        config, inputs = super().prepare_config_and_inputs_for_common()
-        return config, {name: value for name, value in inputs.items() if name != "return_loss"}
-
-
-class FlipForQuestionAnsweringTest(modeling.ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (FlipForQuestionAnswering,)
-    additional_model_inputs: ClassVar[list[str]] = ["pixel_values"]
-    _is_composite = True
-    test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
-
-    def setUp(self) -> None:
-        self.model_tester = QuestionTester(self)
-
-
-for _name in dir(modeling.ModelTesterMixin):
-    if _name.startswith("test_eager_matches_sdpa_inference"):
-        # They need outputs that this class does not have; `test_questions` compares its logits.
-        setattr(FlipForQuestionAnsweringTest, _name, None)
 
 
 class CaptionTester:

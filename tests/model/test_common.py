@@ -10,8 +10,6 @@ try:
     from model.common_classes import (  # noqa: F401
         FlipCleanTextModelTest,
         FlipForConditionalGenerationTest,
-        FlipForImageClassificationTest,
-        FlipForQuestionAnsweringTest,
         FlipModelTest,
         FlipTextModelTest,
         FlipVisionModelTest,
