@@ -98,17 +98,9 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
                 assert apart.max() < 5e-5, (kind, name)
 
 
-@pytest.mark.parametrize(
-    ("engine", "task", "field"),
-    [
-        ("ddp", "train", "gradient_checkpointing"),
-        ("fsdp2", "train", "gradient_checkpointing"),
-        ("zero3", "train", "gradient_checkpointing"),
-        ("ddp", "train_compiled", "compile"),
-    ],
-)
-def test_recomputed_or_compiled_it_learns_the_same(trainings: Trainings, engine: str, task: str, field: str) -> None:
-    run_dir = trainings.run(engine, 2, task, model={**trainings.recipe["model"], field: True})
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str) -> None:
+    run_dir = trainings.run(engine, 2, model={**trainings.recipe["model"], "gradient_checkpointing": True})
     assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
 
 
@@ -150,17 +142,6 @@ def test_stages_of_two_image_sizes(trainings: Trainings, engine: str, world: int
     assert AutoConfig.from_pretrained(many / "model").vision_config.image_size == 32
     for step in (2, 3):  # in the first stage, and where the second begins
         assert losses(trainings.resume(many, step, f"{engine}-sizes-{step}", engine, world, **SIZES)) == losses(many)
-
-
-@pytest.mark.parametrize(
-    ("task", "section", "field"),
-    [("train", "data", {"micro_batch_size": 4}), ("train_compiled", "model", {"compile": True})],
-)
-def test_stages_of_two_image_sizes_in_two_passes_or_compiled(
-    trainings: Trainings, task: str, section: str, field: dict
-) -> None:
-    run_dir = trainings.run("ddp", 2, task, **SIZES, **{section: {**trainings.recipe[section], **field}})
-    assert close(losses(run_dir), losses(trainings.run("ddp", 1, **SIZES)))
 
 
 CAPTIONS = [{"caption_weight": 2.0, "caption_kind": "mixed"}, {"kind": "captioning"}]

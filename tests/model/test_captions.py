@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig
 
-from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipVisionModel
+from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel
 from flipscale.model.modeling_flip_caption import NO_TARGET, caption_inputs, caption_losses, shifted_right
 
 DECODER = {
@@ -183,33 +183,6 @@ def test_captions_end_with_the_positions(captioner: Captioner, images: torch.Ten
     assert model.generate(images).shape == (3, 9)
     labels = caption_inputs(targets([5, 6, 0, 0]), None, model.config.decoder_config)[1]
     assert labels.tolist() == [[5, 6, NO_TARGET, NO_TARGET]]
-
-
-def test_one_folder_is_a_captioner_and_a_contrastive_model(
-    small: Callable[..., FlipModel], images: torch.Tensor, captions: torch.Tensor, tmp_path: Path
-) -> None:
-    """As after a run with both losses."""
-    model = small()
-    model.config.decoder_config = FlipDecoderConfig(**DECODER)
-    model.config.is_encoder_decoder = True
-    captioner = FlipForConditionalGeneration(model.config).eval()
-    captioner.vision_model.load_state_dict(model.vision_model.state_dict())
-    captioner.save_pretrained(tmp_path, state_dict={**model.state_dict(), **captioner.state_dict()})
-    for kind, expected in (
-        (FlipModel, model),
-        (AutoModel, model),
-        (FlipForConditionalGeneration, captioner),
-        (AutoModelForImageTextToText, captioner),
-        (FlipVisionModel, model.vision_model),
-    ):
-        loaded, report = kind.from_pretrained(tmp_path, output_loading_info=True)
-        assert not report["missing_keys"], kind
-        assert not report["unexpected_keys"], kind
-        state = loaded.state_dict()
-        assert state.keys() == expected.state_dict().keys()
-        assert all(torch.equal(value, state[name]) for name, value in expected.state_dict().items())
-    loaded = FlipForConditionalGeneration.from_pretrained(tmp_path)
-    assert (loaded.generation_config.bos_token_id, loaded.generation_config.eos_token_id) == (1, 2)
 
 
 def test_a_captioner_has_no_text_tower(captioner: Captioner, model: FlipModel, tmp_path: Path) -> None:

@@ -256,29 +256,6 @@ def test_recomputation_has_the_same_gradients(
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_a_masked_step_compiles_to_one_graph(
-    small: Small, images: torch.Tensor, captions: torch.Tensor, attn_implementation: str
-) -> None:
-    model = small(attn_implementation=attn_implementation).train()
-    inputs = {
-        "patches": torch.randint(0, 256, (3, 5, 192)).to(torch.uint8),
-        "patch_index": torch.stack([torch.randperm(16)[:5] for _ in range(3)]),
-        "input_ids": captions,
-        "return_loss": True,
-    }
-    expected = model(**inputs).loss
-    torch._dynamo.reset()
-    loss = torch.compile(model, fullgraph=True, backend="eager")(**inputs).loss
-    assert torch.allclose(loss, expected)
-    loss.backward()
-    assert model.vision_model.embeddings.class_embedding.grad is not None
-    torch._dynamo.reset()
-    compiled = torch.compile(model.vision_model, fullgraph=True, backend="eager")
-    assert compiled(pixel_values=images, image_mask_ratio=0.5).last_hidden_state.shape == (3, 9, 32)
-
-
 def test_features_are_the_embeddings_before_normalisation(
     model: FlipModel, images: torch.Tensor, captions: torch.Tensor
 ) -> None:

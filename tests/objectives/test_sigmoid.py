@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOWER, metrics
+from conftest import TOWER
 from objectives.test_contrastive import check_against_fp64, embeds_of
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
-from flipscale.cli import main
 from flipscale.data.recipe import MaskRecipe
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.recipe import LossRecipe, build_objective
@@ -63,13 +62,3 @@ def test_the_configuration_is_copied() -> None:
     changed = build_objective(LossRecipe("sigmoid"), MaskRecipe()).model_config(config)
     assert (changed.logit_bias_init_value, config.logit_bias_init_value) == (-10.0, None)
     assert changed.logit_scale_init_value == math.log(10.0) != config.logit_scale_init_value
-
-
-def test_run(write_recipe, tmp_path: Path) -> None:
-    file = write_recipe(tmp_path / "run", loss={"kind": "sigmoid"}, data={"micro_batch_size": 4})
-    main(["pretrain", "--config", str(file)])
-    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
-    assert losses[-1] < losses[0] - 1.0
-    exported = FlipModel.from_pretrained(tmp_path / "run/model")
-    assert exported.config.logit_bias_init_value == -10.0
-    assert exported.logit_bias.item() != -10.0
