@@ -27,7 +27,6 @@ PHASES = ("data", "forward", "loss", "backward", "update", "verdict")
 _SHARE = 0.5
 # Number of collectives before the step by which the clocks are compared. It bounds the gathered bytes.
 _COMPARED = 256
-_HOST_BYTES = 64
 
 
 class PhaseLog:
@@ -134,20 +133,22 @@ class Cause(NamedTuple):
 
 def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> Cause:
     """Collective. Return the cause of a slow iteration, the same on every process."""
+    from accelerate.utils import gather_object
+
     min_seconds = _SHARE * max(window.seconds - window.usual_s, 0.0)
     collectives = recorded_collectives()
     times = [time_ns for time_ns, _ in collectives if window.has(time_ns)]
     names = [name for time_ns, name in collectives if window.has(time_ns)]
     earlier = [time_ns for time_ns, _ in collectives if time_ns < window.first_ns][-_COMPARED:]
-    known = _gathered(accelerator, [len(names), zlib.crc32(" ".join(names).encode()), len(earlier)])
+    known = gather_object([(zlib.crc32(" ".join(names).encode()), len(names), len(earlier))])
     slowest: Parting | None = None
     place, collective = [window.first_ns, window.last_ns], None
-    if names and (known[:, :2] == known[0, :2]).all():
-        # float64 holds differences of times, but not times since 1970 in nanoseconds.
-        compared = int(known[:, 2].min())
+    if names and all(others[:2] == known[0][:2] for others in known):
+        compared = min(number for *_, number in known)
         stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
-        seconds = _gathered(accelerator, stamps)
-        seconds = (seconds - seconds[0, compared]) / 1e9
+        # float64 holds differences of times, but not times since 1970 in nanoseconds.
+        everyones = np.array(gather_object([stamps]), dtype=np.int64)
+        seconds = (everyones - everyones[0, compared]) / 1e9
         clocks, edges = seconds[:, :compared], seconds[:, compared:]
         offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
         slowest = find_parting(edges[:, 1:-1], offsets, min_seconds)
@@ -163,28 +164,16 @@ def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> 
     for first, last in window.pauses:
         paused = phases.seconds(first, last)
         whole = {phase: spent - paused[phase] for phase, spent in whole.items()}
-    phase = PHASES.index(max(here, key=lambda name: here[name]))
-    host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
-    spent = [window.seconds, *(whole[name] for name in PHASES)]
-    table = _gathered(accelerator, [phase, *(round(seconds * 1e6) for seconds in spent), *host])
-    ranks: list[dict[str, Any]] = []
-    for rank, row in enumerate(table):
-        host_name = bytes(row[-_HOST_BYTES:].tolist()).decode("utf-8", "replace").strip()
-        names_of_times = ("step_s", *(f"{name}_s" for name in PHASES))
-        times_of_rank = (row[1:-_HOST_BYTES] / 1e6).round(4).tolist()
-        ranks.append({"rank": rank, "host": host_name, **dict(zip(names_of_times, times_of_rank, strict=True))})
+    spent = {f"{name}_s": round(seconds, 4) for name, seconds in {"step": window.seconds, **whole}.items()}
+    mine = {"rank": accelerator.process_index, "host": socket.gethostname(), **spent}
+    phase = max(here, key=lambda name: here[name])
+    ranks, phase_of = map(list, zip(*gather_object([(mine, phase)]), strict=True))
     if len(ranks) == 1:
-        return Cause(0, ranks[0]["host"], window.seconds - window.usual_s, PHASES[phase], collective, True, ranks)
+        return Cause(0, mine["host"], window.seconds - window.usual_s, phase, collective, True, ranks)
     if slowest is None:
         return Cause(None, "", 0.0, None, None, False, ranks)
     if slowest.rank is None:
-        most = int(np.bincount(table[:, 0]).argmax())
-        return Cause(None, "", slowest.seconds, PHASES[most], collective, True, ranks)
-    late = PHASES[table[slowest.rank, 0]]
-    return Cause(slowest.rank, ranks[slowest.rank]["host"], slowest.seconds, late, collective, True, ranks)
-
-
-def _gathered(accelerator: "Accelerator", numbers: list[int]) -> np.ndarray:
-    """Collective. Return every process's numbers, int64 `(processes, numbers)`."""
-    mine = torch.tensor([numbers], dtype=torch.int64, device=accelerator.device)
-    return accelerator.gather(mine).cpu().numpy()
+        most = max(PHASES, key=phase_of.count)
+        return Cause(None, "", slowest.seconds, most, collective, True, ranks)
+    late = slowest.rank
+    return Cause(late, ranks[late]["host"], slowest.seconds, phase_of[late], collective, True, ranks)
