@@ -60,12 +60,12 @@ class ModelRecipe:
         answer_config: Changed fields of the transformer that answers questions (loss.kind answer).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does
             not change what is learned.
-        compile: Compile the blocks with torch.compile. The first steps of each mask ratio wait for it. Does
+        compile: Compile the blocks with torch.compile. Compilation delays the first steps at each mask ratio. Does
             not change what is learned.
         init_from: The start weights: a run, a model folder or a Hub name.
-        drop_path_rate: Stochastic depth: the fraction of samples for which the image tower's last block drops its
-            attention, and its MLP. It grows linearly from 0 at the first block. The paper's fine-tuning has 0.2. A
-            released model drops nothing.
+        drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
+            its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
+            models drop nothing.
         frozen: Parts whose weights stay fixed, by their names in the model, such as `[logit_scale]` (the temperature)
             or `[vision_model, image_projection]`.
     """
@@ -111,11 +111,13 @@ class LogRecipe:
 
     Args:
         every_samples: Samples between two records of training metrics; 0 for no records.
-        every_share: Share of a time budget between two records, instead of `every_samples`; 0 to count samples.
+        every_share: Share of a time budget between two records, instead of `every_samples`. At 0, `every_samples`
+            applies.
         report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
-            The recipe is their configuration. wandb, trackio and comet_ml continue the same run after a resume.
-        hang_seconds: Longest duration of a step. After it, every rank writes its stacks and the run ends. NCCL would
-            end it silently after ten minutes.
+            They receive the recipe as their run configuration. wandb, trackio and comet_ml continue the same run after
+            a resume.
+        hang_seconds: The run ends after this time without progress. Ranks write their stacks at half of it, or
+            earlier. NCCL would end the run silently after ten minutes.
         profile_steps: Steps of each start to profile in `profile/` of the run directory; 0 for none.
     """
 
@@ -149,13 +151,15 @@ class HubRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages`, `budget_minutes` and `seed` decide what is learned;
-    the others do not.
+    """The run.
+
+    `model`, `data`, `mask`, `loss`, `optim`, `stages`, `budget_minutes` and `seed` decide what is learned; the others
+    do not.
 
     Args:
         model: The model.
-        data: The training data, and the way to a batch.
-        mask: The choice of patches and words to remove. The stages decide their number.
+        data: The training data, its order and its batches.
+        mask: The choice of removed patches and words. The stages decide how many.
         loss: The loss.
         optim: The optimiser.
         seed: The seed of the first weights, the order, the crops and the masks.
@@ -165,11 +169,12 @@ class Recipe:
         hub: Pushes to the Hub, and facts for the model card.
         cost: The price of a device's hour, and the emissions of a kWh.
         stages: The stages of the run in their order. An example is '[{name: masked, samples: 1000000, mask_ratio: 0.5,
-            base_lr: 4e-6}]'. Usual are masked pre-training and unmasked tuning.
+            base_lr: 4e-6}]'. The usual stages are masked pre-training, then unmasked tuning.
         budget_minutes: Training time in minutes, without evaluations and saves. Each stage then has a `share` of it.
-            Without it, the run ends after the samples of its stages.
+            Without a budget, the run ends after the samples of its stages.
         output_dir: The run directory, which gets all files of the run.
-        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`; `never` refuses a checkpoint.
+        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`. `never` stops with an error
+            if `output_dir` has a checkpoint.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -222,18 +227,34 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
     """Return the parser of a verb that trains: `--config RECIPE` and a flag for every field."""
     from jsonargparse import ArgumentParser
 
+    class RecipeParser(ArgumentParser):
+        def __init__(self, **options: Any) -> None:  # jsonargparse makes another one for --stages.help
+            usage = f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]"
+            super().__init__(prog=f"flipscale {verb}", usage=usage, exit_on_error=False, **options)
+
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser = ArgumentParser(
-        prog=f"flipscale {verb}",
-        usage=f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]",
-        description="Train a model as a recipe says. Every field of a recipe is also a flag, which overrides the file. "
-        "Texts, numbers, lists and mappings are written as in YAML. --dry_run prints the memory and the time that the "
-        "run needs: flipscale pretrain --dry_run --help.",
-        exit_on_error=False,
+    start = " from the weights of `model.init_from`" if verb == "finetune" else ""
+    parser = RecipeParser(
+        description=f"Train a model{start} as a recipe says. Every field of a recipe is also a flag, which overrides "
+        "the file. Texts, numbers, lists and mappings are written as in YAML. --dry_run prints the memory and the time "
+        "that the run needs: flipscale pretrain --dry_run --help.",
     )
     parser.add_argument("--config", action="config", help=f"A recipe file, or one of these names: {names}.")
     parser.add_class_arguments(Recipe)
+    helps = dict.fromkeys(_section_flags(), ("MAPPING", "Several fields of this section: '{FIELD: VALUE, ...}'."))
+    helps["--print_config"] = ("", "Print the whole recipe, with defaults and other flags applied, and exit.")
+    for action in parser._actions:
+        if action.option_strings[0] in helps:
+            action.metavar, action.help = helps[action.option_strings[0]]
     return parser
+
+
+def _section_flags(kind: type = Recipe, prefix: str = "--") -> Iterator[str]:
+    """Yield the flags of the recipe's sections, such as `--data` and `--data.augment`."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield prefix + name
+            yield from _section_flags(hint, f"{prefix}{name}.")
 
 
 def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
@@ -309,8 +330,7 @@ def _recipe_file(name: str) -> Path:
 
 def _check_value(flag: str, word: str) -> None:
     """Raise unless the value of a flag is safe YAML, and not a value for a whole section."""
-    sections = [f"--{name}" for name, hint in get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)]
-    if flag in sections and not word.startswith("{"):
+    if flag in _section_flags() and not word.startswith("{"):
         raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
     if word.startswith(("{", "[", "&")):
         with suppress(yaml.YAMLError):  # a text, such as a path

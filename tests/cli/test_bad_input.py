@@ -95,6 +95,7 @@ def test_mistake(
 
 COMMANDS = [
     (("RECIPE", "--optim.nothing", "3"), "optim.nothing"),
+    (("pretrain", "--data.augment", "some.yaml"), "--data.augment is 'some.yaml'"),
     (
         ("RECIPE", "--data.micro_batch_size", "4", "--model.text_config", "{attention_dropout: 0.1}"),
         "attention_dropout", "0.1",

@@ -72,6 +72,8 @@ def test_the_help_has_ranges_defaults_and_every_kind() -> None:
         r"--optim.name \{adamw,muon\} ",
         r"--stages.help ",
         r"--data.sources.help ",
+        r"--data.augment MAPPING ",
+        r"--print_config Print the whole recipe",
     ):
         assert re.search(words, text), words
     text, (*kinds, last) = " ".join(parser_of("evaluate").format_help().split()), IMAGE_MASKS
