@@ -33,7 +33,7 @@ def dry_run(arguments: Sequence[str]) -> None:
     args, rest = _parser().parse_known_args(arguments)
     peak = args.peak_tflops * 1e12
     hardware = Hardware(
-        links=Links(args.node_gbps, args.network_gbps),
+        links=Links(args.node_gb_s, args.network_gb_s),
         peak=peak,
         matmul_share=share_of_peak("--matmul_share", args.matmul_share, args.bench, peak),
         images_per_worker_s=args.images_per_worker_s,
@@ -74,44 +74,49 @@ def _parser() -> argparse.ArgumentParser:
         epilog="All other options are those of `flipscale pretrain`, such as --config RECIPE.",
     )  # fmt: skip
     parser.add_argument(
-        "--dry_run", action="store_true", required=True, help="compute memory and time instead of training"
+        "--dry_run", action="store_true", required=True, help="Compute memory and time instead of training."
     )
     parser.add_argument(
         "--launch_file", type=Path, nargs="+", default=[], metavar="FILE",
-        help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default the launch of this process",
+        help="accelerate's launch files, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
     )  # fmt: skip
     parser.add_argument(
         "--num_processes", type=_counts, default=[], metavar="N[,N...]",
-        help="number of processes instead of the launch file's; several numbers show how the run scales",
+        help="Number of processes instead of the launch file's. Several numbers show how the run scales.",
     )  # fmt: skip
     parser.add_argument(
         "--matmul_share", type=number(ShareAboveZero),
-        help=f"share of the peak that matrix products reach on a GPU alone; {USUAL_SHARE} by default",
+        help=f"Fraction of the peak that a step reaches on one GPU without communication. Default: {USUAL_SHARE}.",
     )  # fmt: skip
     parser.add_argument(
         "--bench", type=Path, metavar="FILE",
-        help="JSON line of `flipscale bench step --json` on such a GPU, instead of --matmul_share",
+        help="JSON line of `flipscale bench step --json` on such a GPU, instead of --matmul_share.",
     )  # fmt: skip
     parser.add_argument(
         "--peak_tflops", type=number(Positive), default=hardware.peak / 1e12,
-        help="bf16 peak of a GPU; 989 is an H100's",
+        help=f"bf16 peak of a GPU in Tflop/s. Default: {hardware.peak / 1e12:g} (H100).",
     )  # fmt: skip
     parser.add_argument(
-        "--node_gbps", type=number(Positive), default=links.node_gbps,
-        help="GB/s of a GPU within a node; 350 is an H100's NVLink",
+        "--node_gb_s", type=number(Positive), default=links.node_gb_s,
+        help=f"GB/s per GPU within a node. Default: {links.node_gb_s:g} (NVLink of an H100).",
     )  # fmt: skip
     parser.add_argument(
-        "--network_gbps", type=number(Positive), default=links.network_gbps,
-        help="GB/s of a GPU between nodes; 46 is an adapter of 400 Gb/s for each",
+        "--network_gb_s", type=number(Positive), default=links.network_gb_s,
+        help=f"GB/s per GPU between nodes. Default: {links.network_gb_s:g} (one 400 Gb/s adapter per GPU).",
     )  # fmt: skip
     parser.add_argument(
         "--images_per_worker_s", type=number(Positive), default=hardware.images_per_worker_s,
-        help="images per second of a loader's worker, by `python benchmarks/data.py --alone`",
+        help="Images per second of a loader's worker, as measured by `python benchmarks/data.py --alone`. Default: "
+        f"{hardware.images_per_worker_s:g}.",
     )  # fmt: skip
-    parser.add_argument("--pair_kb", type=number(Positive), default=hardware.pair_kb, help="kB of a pair in the shards")
+    parser.add_argument(
+        "--pair_kb", type=number(Positive), default=hardware.pair_kb,
+        help=f"kB per pair in the shards. Default: {hardware.pair_kb:g}.",
+    )  # fmt: skip
     parser.add_argument(
         "--gpu_memory_gib", type=number(Positive), metavar="GIB",
-        help="memory of a GPU: refuse what does not fit and name what would; by default that of this machine's GPU",
+        help="Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default: the memory "
+        "of this machine's GPU.",
     )  # fmt: skip
     return parser
 
@@ -175,8 +180,8 @@ def _time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Ha
     links = hardware.links
     lines = [
         "",
-        f"time, at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gbps:g} GB/s a GPU "
-        f"within a node of {links.gpus_of_a_node}, {links.network_gbps:g} between nodes, "
+        f"time, at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gb_s:g} GB/s a GPU "
+        f"within a node of {links.gpus_of_a_node}, {links.network_gb_s:g} between nodes, "
         f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} KB a pair:",
     ]
     plan = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)

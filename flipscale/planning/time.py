@@ -59,15 +59,15 @@ class Links:
     """Links between GPUs: bandwidths in GB/s per GPU and direction, latencies in seconds per hop.
 
     Args:
-        node_gbps: bandwidth within a node; 350: NVLink of an H100 by NCCL's authors (NVIDIA/nccl#986).
-        network_gbps: bandwidth between nodes; 46: a 400 Gb/s adapter per GPU (NVIDIA/nccl-tests#290: 46 to 48).
+        node_gb_s: bandwidth within a node; 350: NVLink of an H100 by NCCL's authors (NVIDIA/nccl#986).
+        network_gb_s: bandwidth between nodes; 46: a 400 Gb/s adapter per GPU (NVIDIA/nccl-tests#290: 46 to 48).
         node_latency: latency of a ring's hop with the LL128 protocol in NCCL's model (src/graph/tuning.cc).
         network_latency: the same between nodes.
         gpus_of_a_node: number of processes per node.
     """
 
-    node_gbps: float = 350.0
-    network_gbps: float = 46.0
+    node_gb_s: float = 350.0
+    network_gb_s: float = 46.0
     node_latency: float = 1.9e-6
     network_latency: float = 4.0e-6
     gpus_of_a_node: int = GPUS_OF_A_NODE
@@ -77,9 +77,9 @@ class Links:
         of_a_node = max(1, min(size, self.gpus_of_a_node // stride))
         nodes = -(-size // of_a_node)
         # The adapters of a node add up, because a ring crosses the node once for each adapter.
-        bandwidth = self.node_gbps if nodes == 1 else of_a_node * self.network_gbps
+        bandwidth = self.node_gb_s if nodes == 1 else of_a_node * self.network_gb_s
         if of_a_node > 1:
-            bandwidth = min(bandwidth, self.node_gbps)
+            bandwidth = min(bandwidth, self.node_gb_s)
         return Group(size, of_a_node, nodes, 1e9 * bandwidth, self)
 
 

@@ -56,7 +56,7 @@ def test_fsdp2_gathers_twice_and_scatters(h14: Recipe) -> None:
 
 
 def test_hsdp_gathers_within_a_node_and_reduces_shards_between(h14: Recipe) -> None:
-    links = Links(network_gbps=2.0)
+    links = Links(network_gb_s=2.0)
     sent = messages(h14, Launch("fsdp2", 256, "bf16", shard_size=8), links)
     assert sent.first + sent.forward == pytest.approx(sum(gathered(2 * size, 8, 350e9) for size in GROUPS), rel=1e-6)
     # Each GPU has its own adapter to the other 31 copies of its shard.
@@ -86,9 +86,9 @@ def test_the_yardstick(h14: Recipe) -> None:
 def test_what_binds_is_named(h14: Recipe) -> None:
     stage = h14.stages[0]
     assert step_time(h14, Launch("ddp", 1024, "bf16"), stage, Hardware()).binds == "small batch"
-    slow = Hardware(links=Links(network_gbps=0.5))
+    slow = Hardware(links=Links(network_gb_s=0.5))
     assert step_time(h14, Launch("ddp", 256, "bf16"), stage, slow).binds == "network"
-    slow = Hardware(links=Links(node_gbps=0.2))
+    slow = Hardware(links=Links(node_gb_s=0.2))
     assert step_time(h14, Launch("ddp", 8, "bf16"), stage, slow).binds == "node links"
     starved = step_time(h14, Launch("ddp", 256, "bf16"), stage, Hardware(images_per_worker_s=10.0))
     assert (starved.binds, starved.seconds) == ("loader", pytest.approx(256 / 80))
@@ -111,8 +111,8 @@ def test_a_table_for_each_file_and_stage(h14: Recipe, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--node_gbps", "0"], "node_gbps is 0"),
-        (["--network_gbps", "-1"], "network_gbps is -1"),
+        (["--node_gb_s", "0"], "node_gb_s is 0"),
+        (["--network_gb_s", "-1"], "network_gb_s is -1"),
         (["--matmul_share", "1.5"], "--matmul_share is 1.5"),
         (["--images_per_worker_s", "0"], "images_per_worker_s is 0"),
         (["--matmul_share", "0.4", "--bench", "x.json"], "--matmul_share and --bench both give"),
