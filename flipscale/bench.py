@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flipscale.planning.bench_step import StepSetting
 
 _SIZES = ("b16", "l16", "l14", "h14", "g14")  # flipscale.model's, which takes seconds to import
-_SUMMARY = "Measure a training step: images/s, memory, and the share of the peak of matrix products."
+_SUMMARY = "Measure a training step: images/s, memory, and the fraction of the device's matmul peak."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,18 +9,18 @@ from flipscale.io.options import Parser
 from flipscale.training.console import report_user_errors
 
 VERBS = {
-    "prepare": "Write or inspect training data: shards, their indices, the demo's data.",
+    "prepare": "Prepare data: write, index, inspect and audit shards, train tokenizers, and download test sets.",
     "init": "Write a recipe for your data, your machine and your time.",
     "plan": "Compute the hours, energy, money and CO2 of recipes before they are trained.",
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
-    "finetune": "Fine-tune a model as a recipe says, such as to name classes: the same training, from weights.",
+    "finetune": "Fine-tune the model of `model.init_from` as a recipe says, such as to name classes.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
-    "search": "Find the pictures of a folder that are nearest to words, as a page for a browser.",
+    "search": "Find the pictures of a folder that are nearest to words, and write a page for a browser.",
     "status": "Print the progress and speed of runs, and whether they are alive.",
     "export": "Write the model of a checkpoint as a folder that transformers loads.",
     "study": "Train several recipes as one study, and compare them.",
     "push": "Upload a trained model to the Hugging Face Hub.",
-    "convert": "Convert models from and for other programs.",
+    "convert": "Convert models from and to the formats of other programs.",
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
     "bench": "Measure the speed and memory of a training step on this machine.",
 }

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flip = add("flip", "Convert a checkpoint of the original JAX FLIP to a model folder.")
     flip.add_argument("src", help="The folder checkpoint_N, or a folder or zip file that contains it.")
     flip.add_argument("dst", type=output_folder, help="The model folder to write.")
-    flip.add_argument("--size", help="Model size, b16, l16 or h14. It decides the attention heads.")
+    flip.add_argument("--size", help="Model size: b16, l16 or h14. The number of attention heads follows from it.")
     flip.add_argument("--image_heads", type=number(Count), help="Attention heads of the image tower, without --size.")
     flip.add_argument("--text_heads", type=number(Count), help="Attention heads of the text tower, without --size.")
     flip.add_argument(
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."
     )
     open_clip.set_defaults(convert=_to_open_clip)
-    onnx = add("onnx", "Convert a model folder to ONNX, one file for each tower, and compare them in onnxruntime.")
+    onnx = add("onnx", "Write one ONNX file per tower, and check in onnxruntime that outputs equal the model's.")
     onnx.add_argument("src", help="A run, such as runs/l16, a model folder, or a Hub name.")
     onnx.add_argument("dst", type=output_folder, help="The folder to write.")
     onnx.set_defaults(convert=_to_onnx)

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="+",
-        help="A run, such as runs/demo, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, "
-        "or any CLIP or SigLIP of transformers as hf:NAME. Tasks without texts also take pixels, hog and "
+        help="A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or "
+        "any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and "
         "untrained:FOLDER (random weights). Several models share one table.",
     )
     add(
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         help=f"Folder in which `flipscale prepare tasks` put the tasks' data; {TASKS_DIR} by default. Without --suite "
-        "and --only, all tasks that are prepared there.",
+        "and --only, every task prepared there runs.",
     )
     add("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
     add("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
@@ -71,15 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--without",
         type=Path,
         metavar="AUDIT",
-        help="Add each figure without the images that lie in the training data. AUDIT is the folder that `flipscale "
-        "prepare audit --tests` wrote.",
+        help="Also report each result without test images that are in the training data. AUDIT is the folder that "
+        "`flipscale prepare audit --tests` wrote.",
     )
     add(
         "--output_dir",
         metavar="DIR",
         type=output_folder,
         help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
-        "default results.jsonl is in the model folder, or in evaluations/NAME for other models.",
+        "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
     )
     add(
         "--batch_size",
@@ -97,8 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image_size",
         type=number(Pixels),
         metavar="PIXELS",
-        help="Image size of tasks without their own image_size, a multiple of the patch, such as the last stage's; the "
-        "model's own by default.",
+        help="Image size for tasks that set none; the model's own by default. It must be a multiple of the patch size.",
     )
     add(
         "--mask_ratio",
@@ -115,8 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="VIEWS",
         default=[1],
-        help="Average the embeddings of this many disjoint views of an image; 1 by default. Each number is combined "
-        "with every ratio that has room for it.",
+        help="Average the embeddings of this many disjoint views of an image; 1 by default. Each number is tried with "
+        "each ratio, as far as disjoint views fit.",
     )
     add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre; random by default.")
     add("--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file.")

@@ -1,4 +1,4 @@
-"""Write a recipe for your data, your machine and your time, with the reasons beside its fields."""
+"""Write a recipe for your data, your machine and your time. Comments give the reasons for its fields."""
 
 import argparse
 import dataclasses
@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", required=True, help="The training data, as in data.shards of a recipe.")
     parser.add_argument(
         "--tokenizer", default="bert",
-        help="A folder of `flipscale prepare tokenizer`, or a name on the Hub. Default: bert, from the Hub.",
+        help="A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, from the Hub.",
     )  # fmt: skip
-    parser.add_argument("--tests", help="A labelled test set of `flipscale prepare shards --labels`.")
+    parser.add_argument("--tests", help="A labelled test set that `flipscale prepare shards --labels` wrote.")
     parser.add_argument(
         "--minutes", type=number(MinutesAboveZero),
-        help=f"Training time on this machine, whose speed is measured. Default: {_MINUTES:g}.",
+        help=f"Training time on this machine. Its speed is measured. Default: {_MINUTES:g}.",
     )  # fmt: skip
     parser.add_argument("--gpu", help="The kind of GPU for training elsewhere, such as h100, instead of --minutes.")
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of these GPUs. Default: 1.")
-    parser.add_argument("--hours", type=number(Positive), help="Training time on these GPUs, whose speed is computed.")
+    parser.add_argument("--hours", type=number(Positive), help="Training time on these GPUs. Their speed is computed.")
 
 
 def run(args: argparse.Namespace) -> None:

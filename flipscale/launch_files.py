@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory",
         metavar="DIR",
         type=output_folder,
-        help="Parent folder of ds_configs/ and slurm/, such as `.`; start the training there.",
+        help="Folder that receives ds_configs/ and slurm/, such as `.`. Start training from it.",
     )
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of GPUs. Default: 1.")
     parser.add_argument(
         "--mfu", type=number(ShareAboveZero),
-        help="Useful operations of a step as a share of the GPU's peak, from a run on such GPUs. Default: 0.4.",
+        help="Model FLOPs utilisation of a whole step, as measured on such GPUs. Default: 0.4.",
     )  # fmt: skip
     parser.add_argument(
         "--bench", type=Path, metavar="FILE",
@@ -25,12 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")
     parser.add_argument(
         "--device_hour_dollars", type=number(NonNegative),
-        help="Price of a GPU for an hour. Default, as for the two below: `cost` of the recipe.",
+        help="Price of a GPU per hour. Default: the recipe's `cost` section. The same holds for --pue and "
+        "--kwh_co2_grams.",
     )  # fmt: skip
     parser.add_argument(
-        "--pue", type=number(Overhead), help="Power of the computing centre as a multiple of its machines' power."
+        "--pue", type=number(Overhead), help="Total power of the data centre divided by its machines' power."
     )
-    parser.add_argument("--kwh_co2_grams", type=number(NonNegative), help="CO2 emissions of the grid per kWh.")
+    parser.add_argument("--kwh_co2_grams", type=number(NonNegative), help="The grid's CO2 emissions in grams per kWh.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from flipscale.preparation.task_sets import TaskSet
 
 _SHARDS_HELP = "Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
-_TOKENIZER_HELP = "Count the tokens of captions too, with a tokenizer named as in a recipe."
-_CONTINUES = "The same command continues there after an interruption."
+_TOKENIZER_HELP = "Also count the tokens of captions, with a tokenizer named as in a recipe."
+_CONTINUES = "After an interruption, the same command continues."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     tokenizer = add("tokenizer", "Train a SentencePiece tokenizer on the captions of shards.")
     tokenizer.add_argument("shards", help=_SHARDS_HELP)
-    tokenizer.add_argument("directory", type=output_folder, help="Folder to write, for data.tokenizer of a recipe.")
+    tokenizer.add_argument("directory", type=output_folder, help="Folder to write, for a recipe's data.tokenizer.")
     tokenizer.add_argument(
         "--vocab_size",
         type=number(Count),
         default=8000,
-        help="Largest number of entries (default: 8000); few captions yield fewer.",
+        help="Largest number of entries (default: 8000). Few captions give fewer entries.",
     )
     tokenizer.add_argument(
         "--begin_and_end", action="store_true", help="Add the begin and end tokens that a caption decoder needs."
@@ -56,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
-    audit = add("audit", "Report captions, copies, and images of test sets in training data.")
+    audit = add("audit", "Report a data set's captions and duplicates, and the test images that it contains.")
     audit.add_argument("shards", help=_SHARDS_HELP)
     audit.add_argument(
         "--tests",
         type=Path,
         metavar="DIR",
-        help="Look for the images of these test sets in the training data: a set's folder, or a folder of several.",
+        help="Look for test images in the training data. DIR is a test set's folder, or a folder of several sets.",
     )
     audit.add_argument(
         "--output_dir", type=output_folder, default=Path("audit"), help="Folder to write (default: audit)."
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     tasks = add("tasks", "Download the test sets of tasks from the Hub.")
     tasks.add_argument(
-        "directory", type=output_folder, nargs="?", help=f"Folder to write, data/tasks in the recipes. {_CONTINUES}"
+        "directory", type=output_folder, nargs="?", help=f"Folder to write. The recipes expect data/tasks. {_CONTINUES}"
     )
     tasks.add_argument("--suite", help="Prepare the tasks of a suite: paper, robustness, fairness, or all.")
     tasks.add_argument("--only", nargs="+", metavar="TASK", help="Prepare these tasks, such as food101 pets.")
@@ -80,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     index = add(
         "index",
-        "Write the manifest of all shards and the index of offsets beside each shard. Training does this too if there "
-        "is no manifest.",
+        "Write the manifest of all shards and the index of offsets beside each shard. Without one, training does this "
+        "first.",
     )
     index.add_argument("shards", help=_SHARDS_HELP)
 
@@ -89,25 +89,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     shards.add_argument(
         "source",
-        help="A folder of images with a .txt or .json file beside each, with a metadata table, or sorted into a folder "
-        "for each class; a CSV, TSV, JSONL or parquet table of paths and captions; or a data set of the `datasets` "
-        "library, saved or by its name on the Hub.",
+        help="A folder of images (with a .txt or .json file beside each, a metadata table, or a folder per class), "
+        "a CSV, TSV, JSONL or parquet table of paths and captions, or a data set of the `datasets` library (saved, or "
+        "its name on the Hub).",
     )
     shards.add_argument("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
     shards.add_argument(
         "--image_column",
-        help="Column of images; by default the first named image, file_name, filename, path, filepath, image_path or "
+        help="Column of images. Default: the first one named image, file_name, filename, path, filepath, image_path or "
         "img.",
     )
     shards.add_argument(
         "--caption_column",
-        help="Column of captions; by default the first named caption, captions, text, title or txt. A list of texts is "
-        "several captions of one image.",
+        help="Column of captions. Default: the first one named caption, captions, text, title or txt. A list of texts "
+        "holds several captions of one image.",
     )
     shards.add_argument(
         "--labels",
         metavar="folder|COLUMN",
-        help="Write the class of each image and the names of all classes: its folder, or a column of the table. By "
+        help="Also write classes: `folder` takes each image's folder as its class, COLUMN a column of the table. By "
         "default no classes are written.",
     )
     shards.add_argument(
@@ -115,15 +115,15 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         type=_held_out,
         default=0.0,
         metavar="SHARE",
-        help="Hold out this share of the images, such as 0.1, as a test set: the folder then has train/ and test/. "
-        "The content of an image decides its part, so copies are in the same part. 0, the default, holds out none.",
+        help="Hold out this share of the images, such as 0.1, as a test set. The folder then has train/ and test/. An "
+        "image's content decides its part, so duplicates stay together. 0, the default, holds out none.",
     )
     shards.add_argument("--dataset_split", default="train", help="Split of a `datasets` data set (default: train).")
     shards.add_argument(
         "--short_side",
         type=int,
         default=256,
-        help="Shrink images with a longer short side to this many pixels (default: 256).",
+        help="Shrink larger images until their short side has this many pixels (default: 256).",
     )
     shards.add_argument("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images (default: 90).")
     shards.add_argument("--pairs_per_shard", type=int, default=10_000, help="Pairs in a shard (default: 10,000).")
@@ -133,13 +133,13 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     shards.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Read also files outside the folder of the list, named by a path or a link.",
+        help="Also read files outside the folder of SOURCE, if a path or link leads there.",
     )
     shards.add_argument(
         "--max_bad_fraction",
         type=float,
         default=0.95,
-        help="Exit with code 2 if a larger share of the pairs is unusable (default: 0.95); the others are written.",
+        help="Usable pairs are always written. Exit with code 2 if a larger share is unusable (default: 0.95).",
     )
     add_num_workers(shards)
 

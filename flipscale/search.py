@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pictures",
         metavar="FOLDER",
-        help="A folder with pictures in it or below it, or shards: a folder of *.tar, a glob, or a range.",
+        help="A folder of pictures, searched with its subfolders, or shards: a folder of *.tar, a glob, or a range.",
     )
     parser.add_argument(
         "queries",
@@ -24,15 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="Words, such as 'two arrows in a circle', or a picture file, which finds similar pictures.",
     )
-    parser.add_argument("--queries", dest="file", metavar="FILE", type=Path, help="A text file with a query a line.")
+    parser.add_argument("--queries", dest="file", metavar="FILE", type=Path, help="A text file, one query per line.")
     parser.add_argument(
         "--out",
         metavar="PAGE",
         type=Path,
         default=Path("search.html"),
-        help="The page to write. Default: search.html. Embeddings are kept beside it for the next search, as .npz.",
+        help="The page to write. Default: search.html. An .npz file beside it keeps embeddings for the next search.",
     )
-    parser.add_argument("--top", type=number(Count), default=8, help="Pictures of each query. Default: 8.")
+    parser.add_argument("--top", type=number(Count), default=8, help="Pictures per query. Default: 8.")
 
 
 def run(args: argparse.Namespace) -> None:

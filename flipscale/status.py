@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="Repeat every few seconds until no run trains: redraw a terminal, or print a line for each run elsewhere.",
+        help="Repeat every few seconds until all runs end. A terminal is redrawn; a file or pipe gets lines.",
     )
 
 

@@ -14,25 +14,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale study`."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     _add_race_arguments(_add(kinds, "race", "Train several recipes at once for the same time, and compare them."))
-    plan = _add(kinds, "plan", "Write the recipes of a study: a base, axes that change it, a design and seeds.")
+    plan = _add(kinds, "plan", "Write one recipe per combination and seed of a study file.")
     plan.add_argument(
         "study", type=Path, metavar="STUDY.yaml",
-        help="The study's file: base, axes, design (star or grid), seeds, and minutes for runs that end by their "
-        "clock.",
+        help="The study's file: base, axes, design (star or grid), seeds, and minutes for runs with a time budget.",
     )  # fmt: skip
     plan.add_argument(
         "--output_dir", type=output_folder, help="The study's folder. Default: runs/ and the name of the file."
     )
-    train = _add(kinds, "run", "Train the unfinished runs of a planned study. A failed run stops no other.")
+    train = _add(kinds, "run", "Train the unfinished runs of a planned study. If a run fails, the others go on.")
     train.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
     _add_workers(train)
-    report = _add(kinds, "report", "Write tables, laws of scaling and figures of a study's finished runs.")
+    report = _add(kinds, "report", "Write tables, scaling laws and figures of a study's finished runs.")
     report.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
     report.add_argument(
         "--resamples", type=number(Count), default=_RESAMPLES, help=f"Draws of each bootstrap. Default: {_RESAMPLES}."
     )
     budget = _add(
-        kinds, "budget", "Find the best sequence of image sizes, masks and tuning for a given time, by successive "
+        kinds, "budget", "Search the best schedule of image sizes, masks and tuning for a given time, by successive "
         "halving.",
     )  # fmt: skip
     budget.add_argument(
@@ -59,8 +58,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 def _add_race_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipes", nargs="+",
-        help="Recipe files or names. The first recipe's model is exported. Recipes that differ only in their seeds "
-        "also get their mean with its interval, and a band in the figures.",
+        help="Recipe files or names. The first recipe's model is exported. For several seeds, tables show means with "
+        "intervals and figures show bands.",
     )  # fmt: skip
     parser.add_argument(
         "--minutes", type=number(MinutesAboveZero), required=True,
@@ -69,14 +68,16 @@ def _add_race_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--seeds", type=number(Count), default=1,
-        help="Number of seeds of every recipe, beginning with its own. Runs of one seed train at the same time, one "
-        "seed after the other. Default: 1.",
+        help="Number of seeds of every recipe, beginning with its own. The recipes of one seed train at the same time; "
+        "the next seed follows. Default: 1.",
     )  # fmt: skip
     parser.add_argument(
         "--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model."
     )
     parser.add_argument(
-        "--baselines", action="store_true", help="Compare with the nearest training image too, by pixels and by HOG."
+        "--baselines",
+        action="store_true",
+        help="Also report a baseline: the name of the nearest training image, by pixels and by HOG.",
     )
 
 

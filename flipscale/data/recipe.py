@@ -18,10 +18,10 @@ class SourceRecipe:
         config: The dataset's configuration, if it has several.
         split: The dataset's split.
         image_column: The dataset's column of images.
-        caption_columns: The dataset's columns of captions. Each has a caption or a list of captions; each time a sample
-            is read, one of all is drawn.
-        weight: The share of the samples, relative to the other sources' weights; if none is given, each source has its
-            size as weight.
+        caption_columns: The dataset's columns of captions. Each has a caption or a list of captions. Each read of a
+            sample draws one of its captions.
+        weight: The source's share of the samples, relative to the other sources' weights. Without weights, sources
+            are mixed by their sizes.
     """
 
     shards: str | None = field(default=None, metadata={"learned": False})
@@ -35,14 +35,14 @@ class SourceRecipe:
 
 @dataclass(frozen=True)
 class AugmentRecipe:
-    """How labelled images are varied beyond crop and mirror, for `loss.kind` `classify`; by default they are not.
+    """Augmentation of labelled images beyond crop and mirror, for `loss.kind` `classify`; off by default.
 
     Args:
         rand_augment: RandAugment (arXiv 1909.13719) in timm's words; `rand-m9-mstd0.5-inc1` in the paper.
         mixup_alpha: Mix the images and labels of two samples (arXiv 1710.09412) by a share drawn from Beta(alpha,
             alpha); 0.8 in the paper.
-        cutmix_alpha: Replace a part of an image, and the same part of its label, by another image's (arXiv 1905.04899);
-            1.0 in the paper. With mixup too, each two samples get one or the other.
+        cutmix_alpha: Paste a box from another image and mix the labels by area (arXiv 1905.04899); 1.0 in the paper.
+            With mixup on, each pair of images gets one of the two.
     """
 
     rand_augment: str | None = None
@@ -57,14 +57,13 @@ class AugmentRecipe:
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """How patches and words are chosen where a stage's mask_ratio or text_mask_ratio is above 0.
+    """Choice of patches and words where a stage's mask_ratio or text_mask_ratio is above 0.
 
     Args:
-        kind: How the removed patches are chosen. `random`; `grid`, the same number in every cell of a regular grid;
-            `block`, one window is kept; `centre`, the kept patches are Gaussian around the centre.
-        views: Number of masks of one decoded crop. They share no patch; each is embedded and paired with the caption,
-            which is embedded once.
-        text_kind: How the removed tokens are chosen. `random`, or `padding_first`, padding before any word.
+        kind: Choice of the removed patches. `random` draws them uniformly. `grid` removes the same number in every cell
+            of a regular grid. `block` keeps one window. `centre` keeps patches drawn by a Gaussian around the centre.
+        views: Number of disjoint masks of each crop. Each view is paired with the caption, which is embedded once.
+        text_kind: Choice of the removed tokens. `random` draws them; `padding_first` removes padding before any word.
     """
 
     kind: str = "random"
@@ -86,37 +85,36 @@ class MaskRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """The data of a run, and its path into batches.
+    """The data of a run, its order and its batches.
 
     Args:
-        shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
-            `hf://` or `https://`, shards are prefetched through a cache. Does not change what is learned: the same
-            shards may be elsewhere.
+        shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. Shards at `s3://`,
+            `gs://`, `hf://` or `https://` are prefetched through a cache. You may move the shards and change this path
+            between starts.
         sources: Several sources, mixed by weight, in place of `shards`.
-        fraction: The part of the samples that is trained on, of each source and shard. The choice depends neither on
-            the seed nor on the fraction: the samples of 1/4 are among those of 1/2. Shards at URLs are fetched whole
-            all the same.
+        fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
+            A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
         global_batch_size: Pairs of a step over all processes; every process takes an equal part.
-        micro_batch_size: Pairs whose activations a process keeps at a time; null is its whole part. A smaller number
-            embeds every pair twice. Does not change what is learned.
+        micro_batch_size: Pairs whose activations a process holds at once; null is its whole part of the batch. Smaller
+            values embed every pair twice under `infonce` and `sigmoid`. Does not change what is learned.
         crop_scale: The least and the most area of the random crop, as a fraction of the image's; 0.5 to 1 in the paper.
-        mirror: Whether half of the images are mirrored, as in the paper's pre-training. Not for texts or answers that
-            name left or right.
-        augment: How labelled images are varied beyond crop and mirror.
-        lanes: Number of equal parts of a batch, each of which reads its own shards. A node reads the shards of its
-            parts only, so use at least the number of nodes. Null is the largest common divisor of 64 and
-            `global_batch_size`. At 1, all nodes read all shards.
-        shards_per_block: Number of shards that are shuffled together, over all lanes, each of which has at least one.
-            It bounds memory and open files.
+        mirror: Whether half of the images are mirrored, as in the paper's pre-training. Turn it off if captions or
+            answers mention left or right.
+        augment: Augmentation of labelled images beyond crop and mirror.
+        lanes: Number of equal parts of a batch. Each lane reads its own shards, and a node reads only the shards of its
+            lanes. Use at least the number of nodes. Null is the largest common divisor of 64 and `global_batch_size`.
+            At 1, all nodes read all shards.
+        shards_per_block: Number of shards shuffled together, summed over all lanes; a lane has at least one. More
+            shards take more memory and open files.
         num_workers: Decoding processes of each training process; 0 decodes in the training process. Does not change
             what is learned.
         cache_dir: A folder on a local disk that keeps fetched shards. Does not change what is learned.
-        cache_bytes: Size limit of the cache, in bytes. It must hold the shards that the node's lanes read now and next,
-            two for each lane by default, in each of the sources. Does not change what is learned.
-        max_bad_fraction: The run stops if more than this fraction of the last million samples, or of the shards, is
-            unusable. Does not change what is learned.
+        cache_bytes: Size limit of the cache, in bytes. For each source, it must hold the shards that the node's lanes
+            read now and next: by default two for each lane. Does not change what is learned.
+        max_bad_fraction: The run stops above this fraction of bad samples (of the last million) or of bad shards. Does
+            not change what is learned.
     """
 
     shards: str = field(default="", metadata={"learned": False})

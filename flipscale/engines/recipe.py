@@ -26,18 +26,17 @@ class OptimRecipe:
         adam_beta1: The decay of AdamW's mean of gradients; 0.9 in the paper's Table 10.
         adam_beta2: The decay of AdamW's mean of squares; 0.95 in the paper's Table 10.
         adam_epsilon: The constant added to the root of AdamW's mean of squares; 1e-8 in the original's code.
-        muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
-            rate, times sqrt(rows / columns) for tall matrices.
+        muon_lr_ratio: Muon's rate as a multiple of AdamW's. An update's spectral norm is about the rate. For tall
+            matrices it is sqrt(rows / columns) times larger.
         muon_momentum: The Nesterov momentum of Muon.
-        ema_decay: The decay of averages of the weights. Each step mixes in its weights with 1 - ema_decay. Evaluations
-            and exports use the averages. By default there are none.
-        layer_decay: The factor between the rates of neighbouring blocks of a tower. The last block has the rate times
-            this, the block before it the rate times its square, and so on down to the embeddings. Final norms,
-            projections and heads have the whole rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
-        tower_lr_ratio: The learning rate of the two towers relative to all else, such as a new decoder or head; 0.1 in
-            the paper's captioning and question answering.
-        max_grad_norm: The largest global norm of the gradients, which are clipped to it; by default nothing is clipped,
-            as in the paper.
+        ema_decay: The decay of an exponential moving average (EMA) of the weights. Each step sets average = ema_decay *
+            average + (1 - ema_decay) * weights. Evaluations and exports use the average. By default there is none.
+        layer_decay: Learning rates shrink by this factor per block, from the last block of a tower down to its
+            embeddings. The last block has the rate times this factor. Final norms, projections and heads keep the full
+            rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
+        tower_lr_ratio: The learning rate of the two towers relative to other parts, such as a new decoder or head; 0.1
+            in the paper's captioning and question answering.
+        max_grad_norm: Gradients are clipped to this global norm. By default they are not clipped, as in the paper.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -58,9 +57,9 @@ class SaveRecipe:
     """When checkpoints are written. Training goes on during the write.
 
     Args:
-        every_samples: Number of samples between two checkpoints; at 0, there is one only at the end and on a stop
-            signal.
-        every_minutes: Number of minutes between two checkpoints, in addition; at 0, the clock has no effect.
+        every_samples: Number of samples between two checkpoints. At 0, checkpoints are written only at the end and on a
+            stop signal.
+        every_minutes: Also save every so many minutes; 0 turns this off.
         total_limit: Number of newest checkpoints to keep.
     """
 

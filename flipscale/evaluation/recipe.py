@@ -16,18 +16,18 @@ class EvalRecipe:
     """Evaluations during the training and at its end.
 
     Args:
-        tasks: Evaluations. Each is the name of a page (`imagenet1k`), `{task: imagenet1k, ...}` with fields that differ
-            from the page's, or `{kind: zero_shot, data: FOLDER}`. All may have a `name`, an `every_samples`, an
-            `image_size`, and the options of their kind.
+        tasks: Evaluations. A task is a built-in name (`imagenet1k`), that name with changed fields (`{task: imagenet1k,
+            ...}`), or a kind with your folder (`{kind: zero_shot, data: FOLDER}`). Fields of all tasks are `name`,
+            `every_samples`, `image_size` and the options of the kind.
         every_samples: Training samples between two runs of a task without its own `every_samples`; 0 runs it only at
             the end.
-        every_share: Share of a time budget between two runs of such a task, in place of `every_samples`.
-        zero_shot: Short for the task `{kind: zero_shot, data: FOLDER}`; it replaces the data of a listed task of that
-            name.
-        retrieval: Short for the task `{kind: retrieval, data: FOLDER}`, likewise.
-        tasks_dir: Folder in which `flipscale prepare tasks` put the data of tasks with a page.
+        every_share: As `every_samples`, but as a share of `budget_minutes`.
+        zero_shot: Adds the task `{kind: zero_shot, data: FOLDER}`. If `tasks` already lists a task of this name, only
+            its data changes.
+        retrieval: Adds the task `{kind: retrieval, data: FOLDER}`, or changes the data of the listed task.
+        tasks_dir: Folder in which `flipscale prepare tasks` put the data of built-in tasks.
         batch_size: Images that a process embeds at once.
-        num_workers: Processes that decode images for each training process; 0 decodes in the training process.
+        num_workers: Decoding processes of each training process; 0 decodes in the training process.
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)

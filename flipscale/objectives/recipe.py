@@ -36,22 +36,23 @@ class LossRecipe:
     """The loss: its kind, and how the processes compute it.
 
     Args:
-        kind: `infonce`: each pair against the rest of the batch in both directions (the paper's). `sigmoid`: each image
-            and text of the batch by itself (SigLIP's); the model then has a `logit_bias`. `captioning`: a decoder in
-            place of the text tower predicts the tokens of captions. `classify`: fine-tunes the image tower with a head,
-            on images with class numbers. `answer`: fine-tunes both towers with a transformer over them, on questions.
+        kind: `infonce` (the paper's) compares each pair with the rest of the batch in both directions. `sigmoid`
+            (SigLIP's) classifies each combination of image and text separately as matching or not; the model then has a
+            `logit_bias`. `captioning` replaces the text tower by a decoder, which predicts the tokens of captions.
+            `classify` fine-tunes the image tower with a head, on images with class numbers. `answer` fine-tunes both
+            towers and a transformer over them, on questions.
         options: Fields of the kind, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce` and
             `sigmoid` have none.
-        exchange: How the images of each process meet the texts of all. `gather` takes the same number of messages in
-            any world. `ring` is for batches whose texts and their gradients (0.5 GB for 65,536 of width 1,024) do not
-            fit on one process. It passes texts from process to process, and waits for four messages for each process of
-            the world, a thousand at 256. Does not change what is learned.
+        exchange: How the images of each process meet the texts of all. `gather` sends at most four messages, whatever
+            the number of processes. `ring` is for batches whose texts and their gradients (0.5 GB for 65,536 of width
+            1,024) do not fit on one process. It passes texts from process to process, and waits for about four messages
+            per process in turn: a thousand at 256. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
             `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.
-        caption_kind: How the caption loss predicts tokens, with the values of `options.prediction` of `captioning`:
-            `next_token`, `parallel` or `mixed`.
+        caption_kind: How captions are predicted: `next_token`, `parallel` or `mixed`, as `options.prediction` of the
+            kind `captioning`.
     """
 
     kind: str = "infonce"

@@ -24,8 +24,9 @@ class CostRecipe:
 
     Args:
         device_hour_dollars: The price of a device for an hour, in dollars.
-        kwh_co2_grams: How many grams of CO2 the grid emits for a kWh.
-        pue: The power of the computing centre over that of its machines; at 1, cooling and the like are left out.
+        kwh_co2_grams: The grid's CO2 emissions in grams per kWh.
+        pue: Power usage effectiveness: total power of the data centre divided by its machines' power. 1 leaves out
+            cooling and the like.
     """
 
     device_hour_dollars: NonNegative | None = None

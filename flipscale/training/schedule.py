@@ -34,15 +34,14 @@ class StageRecipe:
         name: The name of the stage in the log, unique in the run.
         samples: Number of pairs, rounded down to whole steps; null with a time budget.
         mask_ratio: Fraction of the patches to remove; 0 for whole images.
-        text_mask_ratio: Fraction of the caption's tokens to remove, padding counted.
-        base_lr: Peak learning rate for 256 samples of batch. It begins a schedule (warm-up, then cosine to 0) with a
-            fresh optimiser, like the original's tuning. Without it, the schedule and the optimiser of the stage before
-            go on.
+        text_mask_ratio: Fraction of all caption tokens to remove, padding included.
+        base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then cosine to 0)
+            and a new optimiser, like the original's tuning. Without it, the previous stage's continue.
         warmup_samples: Samples of linear warm-up at the start of the schedule.
         share: Share of `budget_minutes`, instead of `samples`. The shares of all stages add up to 1.
         warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.
-        image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. A patch then shows
-            a larger or smaller part of the picture, and has the position of that part.
+        image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. Position
+            coordinates are rescaled to the new grid of patches.
     """
 
     name: str
