@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import cut, losses, metrics
+from conftest import changed_recipe, cut, losses, metrics
 from distributed.crowd import Crowds
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from flipscale.cli import main
 from flipscale.engines.checkpoint import CheckpointReader, latest_checkpoint
@@ -54,7 +54,7 @@ class Trainings:
 
     def file(self, run_dir: Path, **changes: object) -> Path:
         file = self.folder / f"{run_dir.name}.yaml"
-        file.write_text(yaml.safe_dump({**self.recipe, **changes, "output_dir": str(run_dir)}))
+        file.write_text(yaml.safe_dump(changed_recipe({**self.recipe, "output_dir": str(run_dir)}, changes)))
         return file
 
     def resume(self, run_dir: Path, step: int, name: str, engine: str, world: int, **changes: object) -> Path:
@@ -98,9 +98,12 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
                 assert apart.max() < 5e-5, (kind, name)
 
 
+RECOMPUTED = {"model": {"gradient_checkpointing": True}}
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str) -> None:
-    run_dir = trainings.run(engine, 2, model={**trainings.recipe["model"], "gradient_checkpointing": True})
+    run_dir = trainings.run(engine, 2, **RECOMPUTED)
     assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
 
 
@@ -108,11 +111,11 @@ def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str) -> Non
 def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path, engine: str) -> None:
     """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""
     changes = {
-        "data": {**trainings.recipe["data"], "micro_batch_size": 4},
+        "data": {"micro_batch_size": 4},
         "eval": {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "every_samples": 80, "batch_size": 7},
+        "model": {"gradient_checkpointing": True, "compile": True},
     }
-    model = {**trainings.recipe["model"], "gradient_checkpointing": True}
-    run_dir = trainings.run(engine, 2, "train_compiled", model={**model, "compile": True}, **changes)
+    run_dir = trainings.run(engine, 2, "train_compiled", **changes)
     assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
     graphs = [int(file.read_text()) for file in trainings.folder.glob(f"{run_dir.name}.graphs-*")]
     # The image tower's of each stage and the text tower's, each with gradients and, in the first pass, without.
@@ -125,23 +128,42 @@ SHORT = [
     {"name": "unmasked", "samples": 48},
 ]
 # Images of 16 pixels, whole, then of 32 pixels, half masked: 4 and 8 patches. One schedule, with moments, has both.
-SIZES = {
-    "stages": [
-        {"name": "small", "samples": 48, "image_size": 16, "base_lr": 0.012, "warmup_samples": 16},
-        {"name": "large", "samples": 48, "mask_ratio": 0.5},
-    ],
-    "save": {"every_samples": 16, "total_limit": 20},
+SIZES = [
+    {"name": "small", "samples": 80, "image_size": 16, "base_lr": 0.012, "warmup_samples": 16},
+    {"name": "large", "samples": 80, "mask_ratio": 0.5},
+]
+FEATURES: dict[str, dict] = {
+    "two image sizes": {"stages": SIZES},
+    "muon": {"optim": {"name": "muon", "muon_lr_ratio": 3.0}},
+    "layer decay": {"optim": {"layer_decay": 0.5}},
+    "layer decay of muon": {"optim": {"layer_decay": 0.5, "name": "muon"}},
+    "stochastic depth": {"model": {"drop_path_rate": 0.5}},
+    "stochastic depth of two views": {"model": {"drop_path_rate": 0.5}, "mask": {"views": 2}},
 }
 
 
-@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero3", 2)])
-def test_stages_of_two_image_sizes(trainings: Trainings, engine: str, world: int) -> None:
-    one, many = trainings.run("ddp", 1, **SIZES), trainings.run(engine, world, **SIZES)
-    assert len(losses(one)) == 6
+@pytest.mark.parametrize(
+    ("feature", "engine", "world", "again"),
+    [
+        *(("two image sizes", engine, 2, {}) for engine in ("ddp", "fsdp2", "zero3")),
+        *(("muon", *place, {}) for place in (("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4))),
+        *(("layer decay", engine, 2, {}) for engine in ("ddp", "fsdp2", "zero2", "zero3")),
+        ("layer decay of muon", "fsdp2", 2, {}),
+        ("stochastic depth", "ddp", 2, {"data": {"micro_batch_size": 2}}),
+        ("stochastic depth", "fsdp2", 2, RECOMPUTED),
+        ("stochastic depth of two views", "zero3", 2, {}),
+    ],
+    ids=str,
+)
+def test_features_are_learned_as_on_one_process(
+    trainings: Trainings, feature: str, engine: str, world: int, again: dict
+) -> None:
+    changes = changed_recipe(FEATURES[feature], again)
+    one, many = trainings.run("ddp", 1, **FEATURES[feature]), trainings.run(engine, world, **changes)
+    assert losses(one) != losses(trainings.run("ddp", 1))
     assert close(losses(one), losses(many))
-    assert AutoConfig.from_pretrained(many / "model").vision_config.image_size == 32
-    for step in (2, 3):  # in the first stage, and where the second begins
-        assert losses(trainings.resume(many, step, f"{engine}-sizes-{step}", engine, world, **SIZES)) == losses(many)
+    middle = len(losses(one)) // 2
+    assert losses(trainings.resume(many, middle, f"{many.name}-resumed", engine, world, **changes)) == losses(many)
 
 
 CAPTIONS = [{"caption_weight": 2.0, "caption_kind": "mixed"}, {"kind": "captioning"}]
@@ -153,10 +175,13 @@ def test_captions_are_learned_as_on_one_process(
     trainings: Trainings, caption_tokenizer: Path, engine: str, world: int, loss: dict
 ) -> None:
     """Masked and not, in one pass and in micro-batches; resumed bit for bit; and exported by its own class."""
-    data = {**trainings.recipe["data"], "tokenizer": str(caption_tokenizer)}
-    model = {**trainings.recipe["model"], "decoder_config": {"num_hidden_layers": 2}}
-    save = {"every_samples": 32, "total_limit": 20}
-    changes = {"loss": loss, "data": data, "model": model, "stages": SHORT, "save": save}
+    changes = {
+        "loss": loss,
+        "data": {"tokenizer": str(caption_tokenizer)},
+        "model": {"decoder_config": {"num_hidden_layers": 2}},
+        "stages": SHORT,
+        "save": {"every_samples": 32},
+    }
     one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, world, **changes)
     assert len(losses(one)) == 6
     assert close(losses(one), losses(many))
@@ -167,7 +192,7 @@ def test_captions_are_learned_as_on_one_process(
         if not name.endswith("k_proj.bias")
     ]
     assert max(apart) < 5e-5
-    in_parts = trainings.run(engine, world, **{**changes, "data": {**data, "micro_batch_size": 2}})
+    in_parts = trainings.run(engine, world, **changed_recipe(changes, {"data": {"micro_batch_size": 2}}))
     assert close(losses(one), losses(in_parts))
     by_ddp = norms(trainings.run("ddp", world, **changes))
     assert len(by_ddp) == (12 if "caption_weight" in loss else 0)
@@ -189,8 +214,7 @@ def test_captions_are_learned_as_on_one_process(
     ],
 )
 def test_an_engine_refuses(trainings: Trainings, engine: str, section: str, field: dict, refusal: str) -> None:
-    changes = {section: {**trainings.recipe.get(section, {}), **field}}
-    file = trainings.file(trainings.folder / f"{section}-{engine}", **changes)
+    file = trainings.file(trainings.folder / f"{section}-{engine}", **{section: field})
     for answer in trainings.crowd(2).run("train", engine, file):
         assert answer.startswith(f"UserError: {refusal}")
 
@@ -215,14 +239,7 @@ def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: 
     assert len(scores[0]) == 4 + 4 + 7, "each task has its chance"
 
 
-LOSSES = {
-    "infonce": {},
-    "sigmoid": {"loss": {"kind": "sigmoid"}},
-    "captions": {
-        "loss": {"caption_weight": 2.0, "caption_kind": "mixed"},
-        "model": {"decoder_config": {"num_hidden_layers": 1}},
-    },
-}
+LOSSES: dict[str, dict] = {"infonce": {}, "sigmoid": {"kind": "sigmoid"}, "captions": CAPTIONS[0]}
 
 
 @pytest.mark.parametrize(
@@ -241,13 +258,16 @@ def test_micro_batches_move_the_weights_as_one_batch_does(
         "stages": [{"name": f"mask {r}", "samples": 32, "mask_ratio": r, "base_lr": 0.012} for r in ratios],
         # At the usual 1e-8 AdamW makes a step of the rounding noise of gradients that are zero, as a key bias's.
         "optim": {"adam_epsilon": 0.001},
-        **LOSSES[loss],
+        "loss": LOSSES[loss],
     }
-    changes["model"] = {**trainings.recipe["model"], **changes.get("model", {})}
-    data = {**trainings.recipe["data"], **({"tokenizer": str(caption_tokenizer)} if loss == "captions" else {})}
+    if loss == "captions":
+        changes |= {
+            "data": {"tokenizer": str(caption_tokenizer)},
+            "model": {"decoder_config": {"num_hidden_layers": 1}},
+        }
     runs = [
-        trainings.run(*((engine, world) if loss == "infonce" else ("ddp", 2)), data=data, **changes),
-        trainings.run(engine, world, data={**data, "micro_batch_size": 2}, **changes),
+        trainings.run(*((engine, world) if loss == "infonce" else ("ddp", 2)), **changes),
+        trainings.run(engine, world, **changed_recipe(changes, {"data": {"micro_batch_size": 2}})),
     ]
     whole, parts = ([r for r in metrics(run_dir) if "loss" in r] for run_dir in runs)
     assert len(whole) == len(parts) == 6
@@ -273,53 +293,8 @@ def test_masks_in_micro_batches(trainings: Trainings, kind: str) -> None:
     one = learned(trainings.run("ddp", 1, **changes))
     assert len(one) == 8
     for engine, size in (("ddp", 4), ("fsdp2", 8), ("fsdp2", 4), ("zero3", 4)):
-        data = {**trainings.recipe["data"], "micro_batch_size": size}
-        run_dir = trainings.run(engine, 2, **changes, data=data)
+        run_dir = trainings.run(engine, 2, **changes, data={"micro_batch_size": size})
         assert learned(run_dir) == pytest.approx(one, rel=1e-4), run_dir.name
-
-
-@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)])
-def test_muon_learns_what_it_does_on_one_process(trainings: Trainings, engine: str, world: int) -> None:
-    muon = {"name": "muon", "muon_lr_ratio": 3.0}
-    one, many = trainings.run("ddp", 1, optim=muon), trainings.run(engine, world, optim=muon)
-    assert losses(one) != losses(trainings.run("ddp", 1))
-    assert close(losses(one), losses(many))
-    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
-    for kind in ("weight", "momentum_buffer"):
-        assert torch.allclose(reader(one).tensor(kind, name), reader(many).tensor(kind, name), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("engine", "name"),
-    [("ddp", "adamw"), ("fsdp2", "adamw"), ("zero2", "adamw"), ("zero3", "adamw"), ("fsdp2", "muon")],
-)
-def test_layer_decay_learns_what_it_does_on_one_process(trainings: Trainings, engine: str, name: str) -> None:
-    optim = {"layer_decay": 0.5, **({} if name == "adamw" else {"name": name})}
-    one, many = trainings.run("ddp", 1, optim=optim), trainings.run(engine, 2, optim=optim)
-    assert losses(one) != losses(trainings.run("ddp", 1))
-    assert close(losses(one), losses(many))
-    resumed = trainings.resume(many, 15, f"{engine}-{name}-layer-decay", engine, 2, optim=optim)
-    assert losses(resumed) == losses(many)
-
-
-@pytest.mark.parametrize(
-    ("engine", "again"),
-    [
-        ("ddp", {"data": {"micro_batch_size": 2}}),
-        ("fsdp2", {"model": {"gradient_checkpointing": True}}),
-        ("zero3", {"mask": {"views": 2}}),
-    ],
-)
-def test_stochastic_depth_is_part_of_the_batch(trainings: Trainings, engine: str, again: dict) -> None:
-    """On two processes, in two passes, recomputed, of two views and after a resume, the same branches are dropped."""
-    changes = {**again, "model": {**trainings.recipe["model"], "drop_path_rate": 0.5, **again.get("model", {})}}
-    changes["data"] = {**trainings.recipe["data"], **again.get("data", {})}
-    model = {**changes["model"], "gradient_checkpointing": False}
-    plain = {**changes, "data": trainings.recipe["data"], "model": model}
-    one, many = trainings.run("ddp", 1, **plain), trainings.run(engine, 2, **changes)
-    assert losses(one) != losses(trainings.run("ddp", 1))
-    assert close(losses(one), losses(many))
-    assert losses(trainings.resume(many, 15, f"{engine}-dropped", engine, 2, **changes)) == losses(many)
 
 
 @pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("fsdp2", 4), ("hsdp", 4)])
