@@ -57,9 +57,9 @@ class Trainings:
         file.write_text(yaml.safe_dump(changed_recipe({**self.recipe, "output_dir": str(run_dir)}, changes)))
         return file
 
-    def resume(self, run_dir: Path, step: int, name: str, engine: str, world: int, **changes: object) -> Path:
+    def resume(self, run_dir: Path, step: int, engine: str, world: int, **changes: object) -> Path:
         """Return the directory of a copy that an engine resumed after a step."""
-        copy = self.folder / name
+        copy = self.folder / f"{run_dir.name}-{step}-{engine}-{world}"
         cut(run_dir, copy, step)
         assert self.crowd(world).run("train", engine, self.file(copy, **changes)) == ["done"] * world
         return copy
@@ -163,7 +163,7 @@ def test_features_are_learned_as_on_one_process(
     assert losses(one) != losses(trainings.run("ddp", 1))
     assert close(losses(one), losses(many))
     middle = len(losses(one)) // 2
-    assert losses(trainings.resume(many, middle, f"{many.name}-resumed", engine, world, **changes)) == losses(many)
+    assert losses(trainings.resume(many, middle, engine, world, **changes)) == losses(many)
 
 
 CAPTIONS = [{"caption_weight": 2.0, "caption_kind": "mixed"}, {"kind": "captioning"}]
@@ -199,7 +199,7 @@ def test_captions_are_learned_as_on_one_process(
     assert min(by_ddp, default=1.0) > 1e-3
     for run_dir in (many, in_parts):
         assert norms(run_dir) == pytest.approx(by_ddp, rel=1e-3)
-    assert losses(trainings.resume(many, 2, f"{many.name}-resumed", engine, world, **changes)) == losses(many)
+    assert losses(trainings.resume(many, 2, engine, world, **changes)) == losses(many)
     written = FlipForConditionalGeneration.from_pretrained(many / "model")
     for name, weight in written.named_parameters():
         assert torch.equal(weight, reader(many).tensor("weight", name)), name
@@ -230,7 +230,7 @@ def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: 
         assert torch.allclose(average, expected, atol=1e-5)
         assert not torch.equal(average, reader(many).tensor("weight", name))
         assert torch.equal(average, load_file(many / "model/model.safetensors")[name])
-    folder = trainings.resume(many, 15, f"{engine}-averages", engine, world, **changes)
+    folder = trainings.resume(many, 15, engine, world, **changes)
     assert torch.equal(reader(folder).tensor("ema", name), reader(many).tensor("ema", name))
     evaluated = [[r for r in metrics(run_dir) if "loss" not in r] for run_dir in (one, many)]
     assert len(evaluated[0]) == len(evaluated[1]) == 2
@@ -308,7 +308,7 @@ def test_the_parts_of_a_checkpoint_are_equal(trainings: Trainings, engine: str, 
 
 @pytest.mark.parametrize(("before", "after"), ELASTIC)
 def test_goes_on_at_another_world_size(trainings: Trainings, before: tuple[str, int], after: tuple[str, int]) -> None:
-    resumed = trainings.resume(trainings.run(*before), 15, "-".join(map(str, before + after)), *after)
+    resumed = trainings.resume(trainings.run(*before), 15, *after)
     assert close(losses(resumed), losses(trainings.run("ddp", 1)))
 
 
