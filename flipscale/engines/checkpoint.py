@@ -115,7 +115,7 @@ class CheckpointReader:
         index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))
         self.shapes: dict[str, list[int]] = index["shapes"]
         self._bounds: dict[str, list[int]] = index["bounds"]
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, tuple[Any, set[str]]] = {}
 
     def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
         """Fill the flat `values` with the elements from `first` on of a parameter's tensor.
@@ -131,7 +131,10 @@ class CheckpointReader:
             begin, end = max(first, start), min(last, stop)
             if begin >= end:
                 continue
-            file, keys = self._file(part)
+            if part not in self._files:
+                file = safe_open(part_of(self.path, part), "pt")
+                self._files[part] = (file, set(file.keys()))
+            file, keys = self._files[part]
             if f"{kind}.{name}" not in keys:
                 raise UserError(f"checkpoint {self.path} has no {kind} of {name}; resume with its optim.name")
             stored = file.get_slice(f"{kind}.{name}")
@@ -147,12 +150,6 @@ class CheckpointReader:
         whole = torch.empty(torch.Size(self.shapes[name]))
         self.fill(kind, name, whole.view(-1), 0)
         return whole
-
-    def _file(self, part: int) -> tuple[Any, set[str]]:
-        if part not in self._files:
-            file = safe_open(part_of(self.path, part), "pt")
-            self._files[part] = (file, set(file.keys()))
-        return self._files[part]
 
 
 class CheckpointWriter:
@@ -235,17 +232,14 @@ class CheckpointWriter:
                 sync(self._final.parent)
             except OSError as error:
                 raise self._failure(error) from error
-            self._remove_old()
+            try:
+                for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
+                    # Renamed first, so that a kill during the removal leaves no half checkpoint under its name.
+                    remove(old.rename(partial_path(old)))
+            except OSError as error:
+                # Only logged, because the disk may have room.
+                _log.warning("an old checkpoint of %s cannot be removed (%s); the run goes on", self.run_dir, error)
         return self.newest
-
-    def _remove_old(self) -> None:
-        """Remove the checkpoints past `total_limit`. A failure is only logged, because the disk may have room."""
-        try:
-            for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
-                # Renamed first, so that a kill during the removal leaves no half checkpoint under its name.
-                remove(old.rename(partial_path(old)))
-        except OSError as error:
-            _log.warning("an old checkpoint of %s cannot be removed (%s); the run goes on", self.run_dir, error)
 
     def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
         sizes = {piece.name: piece.values.numel() for piece in pieces if piece.kind == "weight"}

@@ -50,7 +50,12 @@ def build_weights(
     configure(model)
     blocks = tuple(type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules)
     for name, module, owner in _modules(model, "", model):
-        _materialise(module)
+        for field, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="cpu")
+            setattr(module, field, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        tables: dict[str, torch.Tensor] = getattr(module, "fixed_tables", dict)()
+        for field, _ in list(module.named_buffers(recurse=False)):
+            setattr(module, field, tables[field])
         init(name, module, owner)
         if isinstance(module, blocks):
             place(module)
@@ -195,13 +200,3 @@ def _modules(module: nn.Module, name: str, owner: PreTrainedModel) -> Iterator[t
         child_owner = child if isinstance(child, PreTrainedModel) else owner
         yield from _modules(child, f"{name}.{child_name}" if name else child_name, child_owner)
     yield name, module, owner
-
-
-def _materialise(module: nn.Module) -> None:
-    """Allocate memory for the module's own parameters, and compute its fixed tables."""
-    for field, parameter in module.named_parameters(recurse=False):
-        empty = torch.empty_like(parameter, device="cpu")
-        setattr(module, field, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-    tables: dict[str, torch.Tensor] = getattr(module, "fixed_tables", dict)()
-    for field, _ in list(module.named_buffers(recurse=False)):
-        setattr(module, field, tables[field])

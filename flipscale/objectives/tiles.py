@@ -276,7 +276,9 @@ def workspace(rows: torch.Tensor, columns: torch.Tensor, buffers: int) -> torch.
 
 def workspace_elements(rows: int, columns: int, dim: int, buffers: int, device_type: str) -> tuple[int, int]:
     """Return the shape of a `workspace`: a row for each block that runs in its own thread."""
-    count = _count_blocks(rows, columns, device_type)
+    # Blocks run at the same time; rows and columns are each cut into that many parts.
+    threads = torch.get_num_threads() if device_type == "cpu" else 1
+    count = max(1, min(threads, rows // _BLOCK, columns // _BLOCK))
     scaled, buffer = _sizes(*_tile_shape(-(-rows // count), -(-columns // count), device_type), dim)
     return count, scaled + buffers * buffer
 
@@ -317,12 +319,6 @@ def for_each_block(
     finally:
         # torch.set_num_threads in a thread also changes the number for threads that start later.
         torch.set_num_threads(threads)
-
-
-def _count_blocks(rows: int, columns: int, device_type: str) -> int:
-    """Return the number of blocks that run at the same time; rows and columns are each cut into that many parts."""
-    threads = torch.get_num_threads() if device_type == "cpu" else 1
-    return max(1, min(threads, rows // _BLOCK, columns // _BLOCK))
 
 
 def _tile_shape(rows: int, columns: int, device_type: str) -> tuple[int, int]:
