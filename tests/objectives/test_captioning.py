@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, TOWER, metrics, pretrain
+from conftest import SHAPES, TOWER, changed_recipe, metrics, pretrain
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,7 +32,7 @@ from flipscale.objectives.objective import Objective
 from flipscale.planning.activations import Step, measured
 from flipscale.planning.flops import forward_flops
 from flipscale.training.plan import check
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.recipe import parse_recipe
 
 CONFIG = FlipConfig(
     vision_config={**TOWER, "image_size": 32, "patch_size": 8},
@@ -175,35 +175,27 @@ def test_parallel_captions_are_drawn_by_position(
         assert torch.equal(dataset.__getitems__(list(some))["in_parallel"], drawn[some.start : some.stop])
 
 
-class Runs:
-    """Runs of a few steps on the made-up pictures."""
-
-    def __init__(self, write_recipe: Callable[..., Path], tmp_path: Path, tokenizer: Path):
-        self.write_recipe, self.tmp_path, self.tokenizer = write_recipe, tmp_path, tokenizer
-
-    def file(self, name: str, **changes: Any) -> Path:
-        data = {"tokenizer": str(self.tokenizer), **changes.pop("data", {})}
-        return self.write_recipe(self.tmp_path / name, data=data, **changes)
-
-    def recipe(self, name: str, **changes: Any) -> Recipe:
-        return parse_recipe(["--config", str(self.file(name, **changes))])
-
-    def run(self, name: str, **changes: Any) -> Path:
-        done = pretrain(self.file(name, **changes))
-        assert done.returncode == 0, done.stderr
-        return self.tmp_path / name
+Write = Callable[..., Path]
 
 
 @pytest.fixture
-def runs(write_recipe: Callable[..., Path], tmp_path: Path, caption_tokenizer: Path) -> Runs:
-    return Runs(write_recipe, tmp_path, caption_tokenizer)
+def write(write_recipe: Write, tmp_path: Path, caption_tokenizer: Path) -> Write:
+    """Writes a recipe whose run directory is the file's path without suffix."""
+    tokenizer = {"data": {"tokenizer": str(caption_tokenizer)}}
+    return lambda name, **changes: write_recipe(tmp_path / name, **changed_recipe(tokenizer, changes))
+
+
+def run(file: Path) -> Path:
+    done = pretrain(file)
+    assert done.returncode == 0, done.stderr
+    return file.with_suffix("")
 
 
 @pytest.mark.long
-def test_a_captioner_names_colours_and_shapes(runs: Runs, shards: Path) -> None:
+def test_a_captioner_names_colours_and_shapes(write: Write, shards: Path) -> None:
     masked = {"name": "masked", "samples": 1600, "mask_ratio": 0.5, "base_lr": 0.04, "warmup_samples": 160}
     stages = [masked, {"name": "unmasked", "samples": 800}]
-    folder = runs.run("alone", loss={"kind": "captioning"}, stages=stages) / "model"
+    folder = run(write("alone", loss={"kind": "captioning"}, stages=stages)) / "model"
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert isinstance(model, FlipForConditionalGeneration)
     assert isinstance(load_model(str(folder))[1], FlipForConditionalGeneration)
@@ -227,15 +219,15 @@ def test_a_captioner_names_colours_and_shapes(runs: Runs, shards: Path) -> None:
         load_flip(str(folder))
 
 
-def test_a_folder_of_both_losses(runs: Runs, shards: Path) -> None:
+def test_a_folder_of_both_losses(write: Write, shards: Path) -> None:
     changes = {"loss": {"caption_weight": 2.0, "caption_kind": "mixed"}, "stages": SHORT}
     tasks = {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "batch_size": 7}
-    one = runs.run("one", eval=tasks, **changes)
+    one = run(write("one", eval=tasks, **changes))
     assert all(r["loss"] > 2.0 * r["caption_loss"] > 0.1 for r in metrics(one) if "loss" in r)
     assert any("zero_shot/top1" in record for record in metrics(one))
     folder = one / "model"
     stored = load_file(folder / "model.safetensors")
-    recipe = runs.recipe("one", **changes)
+    recipe = parse_recipe(["--config", str(write("one", **changes))])
     expected = CaptioningFlipModel(recipe.objective().model_config(recipe.model.config())).state_dict()
     assert stored.keys() == expected.keys()
     for kind, expected_class in ((AutoModel, FlipModel), (AutoModelForImageTextToText, FlipForConditionalGeneration)):
@@ -248,15 +240,15 @@ def test_a_folder_of_both_losses(runs: Runs, shards: Path) -> None:
     assert "pipeline_tag: zero-shot-image-classification" in (folder / "README.md").read_text()
 
 
-def test_weight_0_changes_no_bit(runs: Runs) -> None:
-    pair = [runs.run("zero", loss={"caption_weight": 0.0}, stages=SHORT), runs.run("without", stages=SHORT)]
-    zero, without = ([r["loss"] for r in metrics(run) if "loss" in r] for run in pair)
+def test_weight_0_changes_no_bit(write: Write) -> None:
+    pair = [run(write("zero", loss={"caption_weight": 0.0}, stages=SHORT)), run(write("without", stages=SHORT))]
+    zero, without = ([r["loss"] for r in metrics(run_dir) if "loss" in r] for run_dir in pair)
     assert zero == without
     for name in ("model.safetensors", "config.json"):
-        assert len({(run / "model" / name).read_bytes() for run in pair}) == 1
+        assert len({(run_dir / "model" / name).read_bytes() for run_dir in pair}) == 1
 
 
-def test_contradicting_recipes_are_refused(runs: Runs, tokenizer_dir: Path, shards: Path) -> None:
+def test_contradicting_recipes_are_refused(write: Write, tokenizer_dir: Path, shards: Path) -> None:
     both, alone = {"caption_weight": 1.0}, {"kind": "captioning"}
     masked = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "text_mask_ratio": 0.5, "base_lr": 0.01}]
     bare = {"tokenizer": str(tokenizer_dir)}
@@ -282,12 +274,13 @@ def test_contradicting_recipes_are_refused(runs: Runs, tokenizer_dir: Path, shar
         ({"loss": {**both, "caption_kind": "all"}}, "caption_kind"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
-            check(runs.recipe("bad", **changes))
+            check(parse_recipe(["--config", str(write("bad", **changes))]))
         assert "\n" not in str(raised.value).strip()
 
 
-def test_cut_captions_have_no_end(runs: Runs) -> None:
-    recipe = runs.recipe("cut", loss={"kind": "captioning"}, model={"decoder_config": {"max_position_embeddings": 2}})
+def test_cut_captions_have_no_end(write: Write) -> None:
+    model = {"decoder_config": {"max_position_embeddings": 2}}
+    recipe = parse_recipe(["--config", str(write("cut", loss={"kind": "captioning"}, model=model))])
     columns = next(iter(check(recipe).datasets.values())).__getitems__([0, 1, 2])
     assert columns["input_ids"].shape == (3, 2), "a caption has three words"
     decoder = recipe.model_config().decoder_config
