@@ -9,8 +9,8 @@ import codecs
 import csv
 import errno
 import hashlib
-import io
 import json
+import mmap
 import os
 import re
 import stat
@@ -18,14 +18,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
-from flipscale.data.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, MissingCaption, check_bytes
+from flipscale.data.samples import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    BadSample,
+    MissingCaption,
+    check_bytes,
+    reason_of,
+    wrap_errors,
+)
 from flipscale.io.errors import UserError
 from flipscale.io.files import is_utf8
 from flipscale.io.model_folder import is_path
@@ -33,27 +40,27 @@ from flipscale.io.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pyarrow import RecordBatch, Schema
+    from pyarrow import RecordBatch
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "filepath", "image_path", "img")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "txt")
-LABEL_COLUMNS = ("label", "class", "category", "labels")
 FOLDER = "folder"  # the value of --labels for class folders
+_USUAL_COLUMNS = {
+    "image": ("image", "file_name", "filename", "path", "filepath", "image_path", "img"),
+    "caption": ("caption", "captions", "text", "title", "txt"),
+    "label": ("label", "class", "category", "labels"),
+}
+_FLAGS = {"image": "--image_column", "caption": "--caption_column", "label": "--labels"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 _CAPTION_SUFFIXES = (".txt", ".json")
 _PARTS = {"train", "test", "val", "valid", "validation"}  # names that `datasets` gives the parts of a folder of images
 _MAX_ROW_LINES = 100  # lines of a row whose quoted captions have line breaks
-_KEYED_LINES = 1000  # JSON lines whose keys are the columns
+_KEYED_ROWS = 1000  # JSON lines whose keys are the columns
 _ROWS_AT_ONCE = 64
-_MAX_NAMED, _SHOWN = 20, 60
-_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_SHOWN, _SHOWN_NAMES = 60, 600  # characters of a malformed row, and of the columns' names
 _FILE_NAME = re.compile(r"\.[A-Za-z]{2,7}$")  # names on the Hub hardly end like this
 # These errors are not the file's fault: the same command would read it later.
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-_KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 class UnreadableFile(BadSample):
@@ -81,7 +88,10 @@ class MalformedRow(BadSample):
 
 
 class PairList(ABC):
-    """Pairs by number, in a fixed order; a list can be copied to another process."""
+    """Pairs by number, in a fixed order; a list can be copied to another process.
+
+    `image`, `captions` and `label` raise BadSample for a pair that cannot be used.
+    """
 
     usual_labels: str | None = None  # a value for --labels: `folder`, or a column with a usual name of classes
 
@@ -103,26 +113,14 @@ class PairList(ABC):
 
     @abstractmethod
     def image(self, number: int) -> bytes:
-        """Return the stored image of a pair.
-
-        Raises:
-            BadSample: it cannot be read.
-        """
+        """Return the stored image of a pair."""
 
     @abstractmethod
     def captions(self, number: int) -> list[str]:
-        """Return the captions of a pair that are not blank.
-
-        Raises:
-            BadSample: there is none, or training would refuse one.
-        """
+        """Return the captions of a pair that are not blank, at least one."""
 
     def label(self, number: int) -> str:
-        """Return the class name of a pair, in a list that was opened with `labels`.
-
-        Raises:
-            BadSample: there is none.
-        """
+        """Return the class name of a pair, in a list that was opened with `labels`."""
         raise MissingLabel("there is none")
 
     def votes(self, number: int) -> np.ndarray | None:
@@ -132,80 +130,6 @@ class PairList(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a digest of the names of the pairs (files and captions, or the data set), not of the images."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Columns of a list that are read.
-
-    Args:
-        image: column of images.
-        caption: column of captions.
-        label: column of classes; None if the classes are not asked for.
-        classes: class names of the columns that hold numbers of classes.
-        usual_label: column with a usual name of classes, asked for or not.
-    """
-
-    image: str
-    caption: str
-    label: str | None = None
-    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    usual_label: str | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the columns in the order of a row's fields."""
-        return (self.image, self.caption, *([self.label] if self.label else []))
-
-    def __str__(self) -> str:
-        labels = f", classes of {self.label}" if self.label else ""
-        return f"images of the column {self.image}, captions of {self.caption}{labels}"
-
-    def name_class(self, column: str, value: Any) -> Any:
-        """Return the name of a class where the column holds its number, else the value."""
-        names = self.classes.get(column, ())
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
-
-
-@dataclass(frozen=True)
-class AskedColumns:
-    """Columns that the user asks for; None stands for the first column with a usual name, or no classes."""
-
-    image: str | None = None
-    caption: str | None = None
-    label: str | None = None
-
-    def among(self, source: str, names: Sequence[str], features: dict[str, Any] | None = None) -> Columns:
-        """Return the columns of a list.
-
-        Args:
-            source: the list, for messages.
-            names: all columns of the list.
-            features: features of the columns, as `datasets` has them.
-
-        Raises:
-            UserError: a column is missing, or its name is not unique.
-        """
-        image = _column(source, names, self.image, IMAGE_COLUMNS, "image")
-        caption = _column(source, names, self.caption, CAPTION_COLUMNS, "caption")
-        label = _column(source, names, self.label, (), "label") if self.label else None
-        usual = next((name for name in LABEL_COLUMNS if name in names), None)
-        classes = {name: tuple(getattr(feature, "names", None) or ()) for name, feature in (features or {}).items()}
-        return Columns(image, caption, label, {name: classes.get(name, ()) for name in (caption, label) if name}, usual)
-
-
-def _column(source: str, columns: Sequence[str], asked: str | None, usual: Sequence[str], kind: str) -> str:
-    flag = "--labels" if kind == "label" else f"--{kind}_column"
-    name = next((column for column in ([asked] if asked else usual) if column in columns), None)
-    if name is None:
-        shown = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}..." for one in columns[:_MAX_NAMED]]
-        raise UserError(
-            f"{source} has no column {asked or ' or '.join(usual)}; name the {kind}s' with {flag}, "
-            f"one of {', '.join(shown) or 'none'}"
-        )
-    if list(columns).count(name) > 1:
-        raise UserError(f"{source} has two columns {name}; rename one, or name another with {flag}")
-    return name
 
 
 def open_pairs(
@@ -229,55 +153,58 @@ def open_pairs(
     Raises:
         UserError: the source is missing, lacks a column, or has no images or no captions.
     """
-    path, asked = Path(source), AskedColumns(image_column, caption_column, labels)
-    pairs: PairList
+    path, asked = Path(source), {"image": image_column, "caption": caption_column, "label": labels}
     if path.is_dir():
-        tables = [path / f"metadata{suffix}" for suffix in _TABLE_SUFFIXES]
-        if table := next((table for table in tables if table.exists()), None):
-            pairs = _open_table(table, asked, allow_outside)
-        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            pairs = DatasetList.load(source, asked, split, allow_outside)
-        elif labels not in (None, FOLDER):
-            raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
-        else:
-            pairs = list_folder(path, allow_outside)
-    elif path.suffix.lower() in _TABLE_SUFFIXES:
-        pairs = _open_table(path, asked, allow_outside)
-    else:
+        metadata = (path / f"metadata{suffix}" for suffix in _TABLE_SUFFIXES)
+        path = next((table for table in metadata if table.exists()), path)
+    pairs: PairList
+    if path.suffix.lower() in _TABLE_SUFFIXES and not path.is_dir():
+        if not path.is_file():
+            what = "is no file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}; name a folder, a table or a data set")
+        kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
+        pairs = kind.open(path, asked, allow_outside)
+    elif not path.is_dir() or any((path / f"dataset_{what}.json").exists() for what in ("info", "dict")):
         pairs = DatasetList.load(source, asked, split, allow_outside)
+    elif labels not in (None, FOLDER):
+        raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
+    else:
+        pairs = list_folder(path, allow_outside)
     if not len(pairs):
-        what = "rows" if path.is_file() else f"images; they are files named {' '.join(IMAGE_SUFFIXES)}"
+        what = f"images; they are files named {' '.join(IMAGE_SUFFIXES)}" if path.is_dir() else "rows"
         raise UserError(f"{source} has no {what}")
     return pairs
 
 
-def _open_table(path: Path, asked: AskedColumns, allow_outside: bool) -> PairList:
-    if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; name a folder, a table or a data set")
-    kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
-    return kind.open(path, asked, allow_outside)
-
-
 @dataclass(frozen=True)
 class FileList(PairList):
-    """Image files under `root`, with captions in KEY.txt or KEY.json beside them.
+    """Image files under `root`, with captions in KEY.txt or KEY.json beside them, or the names of their folders.
 
     Args:
         root: folder of the images.
         files: paths of the images in `root`.
         num_captioned: number of images with a text beside them.
         allow_outside: whether to follow links out of `root`.
+        by_class: whether the caption of an image is the name of its folder.
     """
 
     root: Path
     files: list[str]
     num_captioned: int
     allow_outside: bool = False
+    by_class: bool = False
+
+    @property
+    def usual_labels(self) -> str | None:  # type: ignore[override]
+        return FOLDER if self.by_class else None
 
     @property
     def layout(self) -> str:
-        return f"{len(self):,} images: captions are the .txt or .json files beside {self.num_captioned:,} of them"
+        if not self.by_class:
+            return f"{len(self):,} images: captions are the .txt or .json files beside {self.num_captioned:,} of them"
+        names = sorted({name for file in self.files if (name := _class_of(file))})
+        shown = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+        return f"{len(self):,} images in {len(names):,} class folders ({shown}): captions are the folders' names"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -289,6 +216,8 @@ class FileList(PairList):
         return read_file(self.root, self.files[number], self.allow_outside)
 
     def captions(self, number: int) -> list[str]:
+        if self.by_class:
+            return _captions_of(self._folder(number, MissingCaption))
         image = PurePath(self.files[number])
         for suffix in _CAPTION_SUFFIXES:
             beside = image.with_suffix(suffix)
@@ -298,32 +227,16 @@ class FileList(PairList):
         raise MissingCaption("no .txt or .json beside it")
 
     def label(self, number: int) -> str:
+        return _label_of(self._folder(number, MissingLabel))
+
+    def _folder(self, number: int, missing: type[BadSample]) -> str:
         folder = _class_of(self.files[number])
         if not folder:
-            raise MissingLabel("it lies in no folder of a class")
-        return _label_of(folder)
+            raise missing("it lies in no folder of a class")
+        return folder
 
     def fingerprint(self) -> str:
         return digest_of(self.files)
-
-
-@dataclass(frozen=True)
-class ClassFolders(FileList):
-    """Image files whose caption is the name of their folder."""
-
-    usual_labels = FOLDER
-
-    @property
-    def layout(self) -> str:
-        names = sorted({name for file in self.files if (name := _class_of(file))})
-        shown = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
-        return f"{len(self):,} images in {len(names):,} class folders ({shown}): captions are the folders' names"
-
-    def captions(self, number: int) -> list[str]:
-        folder = _class_of(self.files[number])
-        if not folder:
-            raise MissingCaption("it lies in no folder of a class")
-        return _captions_of(folder)
 
 
 def list_folder(root: Path, allow_outside: bool) -> FileList:
@@ -350,7 +263,7 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
             f"columns file_name and text into the folder, or sort the images into a folder for each class{hint}"
         )
     # In the order of a hash, because in the order of the names a shard would have few classes.
-    return ClassFolders(root, sorted(files, key=digest_of), 0, allow_outside)
+    return FileList(root, sorted(files, key=digest_of), 0, allow_outside, by_class=True)
 
 
 def picture_files(root: Path) -> FileList:
@@ -361,23 +274,86 @@ def picture_files(root: Path) -> FileList:
 
 def _walk(root: Path) -> tuple[list[str], list[Path], int]:
     """Return the images below a folder, the tables, and the number of images with a text beside them."""
-    found: list[str] = []
-    unlisted: list[str] = []
+    found: list[str] = []  # with folders that cannot be listed
     tables: list[Path] = []
     num_captioned = 0
-    for folder, folders, files in os.walk(root, onerror=lambda error: unlisted.append(error.filename)):
+    for folder, folders, files in os.walk(root, onerror=lambda error: found.append(error.filename)):
         links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
         named = {name for name in (*files, *folders) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES}
         texts = {PurePath(name).stem for name in files if PurePath(name).suffix in _CAPTION_SUFFIXES}
         num_captioned += sum(PurePath(name).stem in texts for name in named)
-        found += [os.path.join(folder, name) for name in links | named]
+        found.extend(os.path.join(folder, name) for name in links | named)
         tables += [Path(folder, name) for name in files if PurePath(name).suffix.lower() in _DELIMITERS]
-    return sorted(os.path.relpath(path, root) for path in found + unlisted), sorted(tables), num_captioned
+    return sorted(os.path.relpath(path, root) for path in found), sorted(tables), num_captioned
 
 
 def _class_of(file: str) -> str:
     """Return the name of a file's folder with blanks for `_`; empty for files of the root."""
     return PurePath(file).parent.name.replace("_", " ").strip()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a list that are read.
+
+    Args:
+        image: column of images.
+        caption: column of captions.
+        label: column of classes; None if the classes are not asked for.
+        classes: class names of the columns that hold numbers of classes.
+        usual_label: column with a usual name of classes, asked for or not.
+    """
+
+    image: str
+    caption: str
+    label: str | None
+    classes: dict[str, Sequence[str]]
+    usual_label: str | None
+
+    @classmethod
+    def find(
+        cls, source: str, names: Sequence[str], asked: dict[str, str | None], features: dict[str, Any] | None = None
+    ) -> "Columns":
+        """Find the columns of a list.
+
+        Args:
+            source: the list, for messages.
+            names: all columns of the list.
+            asked: column by kind; None stands for the first column with a usual name, or no classes.
+            features: features of the columns, as `datasets` has them.
+
+        Raises:
+            UserError: a column is missing, or its name is not unique.
+        """
+        chosen: dict[str, str | None] = {}
+        for kind, flag in _FLAGS.items():
+            wanted = asked[kind]
+            usual = (wanted,) if wanted else _USUAL_COLUMNS[kind] if kind != "label" else ()
+            name = chosen[kind] = next((column for column in usual if column in names), None)
+            if usual and name is None:
+                raise UserError(
+                    f"{source} has no column {' or '.join(usual)}; name the {kind}s' with {flag}, "
+                    f"one of {', '.join(names)[:_SHOWN_NAMES] or 'none'}"
+                )
+            if list(names).count(name) > 1:
+                raise UserError(f"{source} has two columns {name}; rename one, or name another with {flag}")
+        classes = {name: getattr(feature, "names", None) or () for name, feature in (features or {}).items()}
+        usual_label = next((name for name in _USUAL_COLUMNS["label"] if name in names), None)
+        return cls(str(chosen["image"]), str(chosen["caption"]), chosen["label"], classes, usual_label)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns in the order of a row's fields."""
+        return (self.image, self.caption, *([self.label] if self.label else []))
+
+    def __str__(self) -> str:
+        labels = f", classes of {self.label}" if self.label else ""
+        return f"images of the column {self.image}, captions of {self.caption}{labels}"
+
+    def name_class(self, column: str, value: Any) -> Any:
+        """Return the name of a class where the column holds its number, else the value."""
+        names = self.classes.get(column, ())
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 @dataclass
@@ -448,37 +424,38 @@ class TextTable(RowList):
     Args:
         header: all columns; empty for JSON lines.
         starts: int64 `(rows + 1,)`, start of each row in the file, and the end of the file.
-        state: size and time of the file, which must not change.
         digest: digest of the file.
     """
 
     header: tuple[str, ...]
     starts: np.ndarray
-    state: tuple[int, int]
     digest: str
 
     @classmethod
-    def open(cls, path: Path, asked: AskedColumns, allow_outside: bool) -> "TextTable":
+    def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "TextTable":
         """Find the columns and rows of a table.
 
         Raises:
             UserError: it is no such table, or a column is missing.
         """
         delimiter = _DELIMITERS[path.suffix.lower()]
-        with open(path, "rb") as file:
-            digest, state = hashlib.file_digest(file, "blake2b").hexdigest()[:32], _state(file)
-            first = _skip_mark(path, file)
-            header = _read_header(path, file, delimiter) if delimiter else ()
-            columns = asked.among(str(path), header or _read_keys(path, file))
-            if not header:
-                file.seek(first)
-            image = header.index(columns.image) if header else 0
-            with Progress(state[0], "rows", "B") as progress:
-                starts = np.fromiter(_row_starts(file, delimiter, len(header), image, progress), np.int64)
-        return cls(
-            *(str(path), columns, path.parent, allow_outside),
-            *(header, np.append(starts, state[0]), state, digest),
-        )
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty; expected a table with a header")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{path} is no table in UTF-8 (it is UTF-16); save it as UTF-8")
+            first = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
+            with Progress(len(text), "rows", "B") as progress:
+                if delimiter:
+                    header, first = _read_header(path, text, first, delimiter)
+                    columns = Columns.find(str(path), header, asked)
+                    width, image = len(header), header.index(columns.image)
+                    starts = np.fromiter(_row_starts(text, first, delimiter, width, image, progress), np.int64)
+                else:
+                    header, starts = (), np.fromiter(_row_starts(text, first, "", 0, 0, progress), np.int64)
+                    columns = Columns.find(str(path), _read_keys(path, text, starts), asked)
+            starts, digest = np.append(starts, len(text)), hashlib.blake2b(text).hexdigest()[:32]
+        return cls(str(path), columns, path.parent, allow_outside, header, starts, digest)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -492,8 +469,6 @@ class TextTable(RowList):
     def row(self, number: int) -> Sequence[Any]:
         begin, end = self.starts[number : number + 2].tolist()
         with open(self.source, "rb") as file:
-            if _state(file) != self.state:
-                raise OSError(f"{self.source} was written to while it was read; start again in a new folder")
             file.seek(begin)
             record = file.read(min(end - begin, MAX_TEXT_BYTES + 1))
         try:
@@ -509,38 +484,25 @@ class TextTable(RowList):
         return [fields[self.header.index(name)] for name in self.columns.names]
 
 
-def _state(file: BinaryIO) -> tuple[int, int]:
-    state = os.fstat(file.fileno())
-    return state.st_size, state.st_mtime_ns
-
-
-def _skip_mark(path: Path, file: BinaryIO) -> int:
-    """Move behind UTF-8's byte order mark and return the position."""
-    file.seek(0)
-    first = file.read(3)
-    if first[:2] in _ENCODINGS:
-        raise UserError(f"{path} is no table in UTF-8 (it is {_ENCODINGS[first[:2]]}); save it as UTF-8")
-    return file.seek(len(first) if first == codecs.BOM_UTF8 else 0)
-
-
-def _read_header(path: Path, file: BinaryIO, delimiter: str) -> tuple[str, ...]:
-    while (line := file.readline(MAX_TEXT_BYTES)) and not line.strip():
-        pass
+def _read_header(path: Path, text: mmap.mmap, at: int, delimiter: str) -> tuple[tuple[str, ...], int]:
+    """Return the fields of the first line that is not blank, and its end."""
+    line = b""
+    while at < len(text) and not line.strip():
+        line, at = text[at : _line_end(text, at)], _line_end(text, at)
     try:
         # Other columns may have names in another encoding.
-        return tuple(_parse_fields(line.decode("utf-8", "replace").encode(), delimiter)) if line else ()
+        return tuple(_parse_fields(line.decode("utf-8", "replace").encode(), delimiter)), at
     except MalformedRow as error:
         raise UserError(f"{path} is no {path.suffix[1:].upper()} table in UTF-8 (its header: {error})") from error
 
 
-def _read_keys(path: Path, file: BinaryIO) -> tuple[str, ...]:
+def _read_keys(path: Path, text: mmap.mmap, starts: np.ndarray) -> tuple[str, ...]:
     """Return the keys of the first JSON lines."""
     keys: dict[str, None] = {}
     why: BadSample | None = None
-    lines = iter(lambda: file.readline(MAX_TEXT_BYTES), b"")
-    for line in islice((line for line in lines if line.strip()), _KEYED_LINES):
+    for start in starts[:_KEYED_ROWS].tolist():
         try:
-            keys |= dict.fromkeys(_parse_object(line))
+            keys |= dict.fromkeys(_parse_object(text[start : _line_end(text, start)]))
         except MalformedRow as error:
             why = why or error
     if not keys and why:
@@ -548,54 +510,51 @@ def _read_keys(path: Path, file: BinaryIO) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _row_starts(file: BinaryIO, delimiter: str, width: int, image: int, progress: Progress) -> Iterator[int]:
-    """Yield the start of each row that is not blank, from here to the end of the file.
+def _line_end(text: mmap.mmap, at: int) -> int:
+    return text.find(b"\n", at) + 1 or len(text)
+
+
+def _row_starts(text: mmap.mmap, at: int, delimiter: str, width: int, image: int, progress: Progress) -> Iterator[int]:
+    """Yield the start of each row that is not blank.
+
+    A row of CSV goes on until its quotes are balanced. If the result has too many lines or another number of fields,
+    the first line is a row alone. So it is if a later line names an image itself, because then the quote is a stray
+    one.
 
     Args:
-        file: the table.
+        text: content of the table.
+        at: start of the first row.
         delimiter: delimiter of the fields; empty for JSON lines.
         width: number of columns.
         image: position of the image column.
         progress: counts the bytes.
     """
-    end = file.tell()
-    while line := file.readline(MAX_TEXT_BYTES):
-        start, end = end, end + len(line)
-        if len(line) == MAX_TEXT_BYTES and not line.endswith(b"\n"):
-            while rest := file.readline(MAX_TEXT_BYTES):
-                end += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-        elif delimiter and line.count(b'"') % 2:
-            end += _continuation(file, line, delimiter, width, image)
-            file.seek(end)
-        progress.update(end - start)
+    while at < len(text):
+        start, at = at, _line_end(text, at)
+        line = text[start:at]
+        if delimiter and line.count(b'"') % 2:
+            at = _end_of_quotes(text, start, at, delimiter, width, image)
+        progress.update(at - start)
         if not line.isspace():
             yield start
 
 
-def _continuation(file: BinaryIO, line: bytes, delimiter: str, width: int, image: int) -> int:
-    """Return the number of bytes in further lines of a row whose first line has an odd number of quotes.
-
-    A row goes on until its quotes are balanced. If the result has too many lines or another number of fields, the first
-    line is a row alone. So it is if a later line names an image itself, because then the quote is a stray one.
-    """
-    record = line
-    suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+def _end_of_quotes(text: mmap.mmap, start: int, first_end: int, delimiter: str, width: int, image: int) -> int:
+    """Return the end of a row whose first line, which ends at `first_end`, has an odd number of quotes."""
+    end, suffixes = first_end, tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
     for _ in range(_MAX_ROW_LINES):
-        following = file.readline(MAX_TEXT_BYTES)
-        fields = following.strip().split(delimiter.encode())
+        begin, end = end, _line_end(text, end)
+        line = text[begin:end]
+        fields = line.strip().split(delimiter.encode())
         names_image = len(fields) >= width and fields[image].strip(b'"').lower().endswith(suffixes)
-        if not following or len(record) + len(following) > MAX_TEXT_BYTES or names_image:
-            return 0
-        record += following
-        if following.count(b'"') % 2:
+        if not line or names_image or end - start > MAX_TEXT_BYTES:
+            break
+        if line.count(b'"') % 2:
             try:
-                is_row = len(_parse_fields(record, delimiter)) == width
+                return end if len(_parse_fields(text[start:end], delimiter)) == width else first_end
             except MalformedRow:
-                is_row = False
-            return len(record) - len(line) if is_row else 0
-    return 0
+                break
+    return first_end
 
 
 def _parse_text(record: bytes) -> str:
@@ -607,19 +566,16 @@ def _parse_text(record: bytes) -> str:
         raise MalformedRow(f"it is not UTF-8 ({error})") from error
 
 
-def _parse_fields(record: bytes, delimiter: str) -> Sequence[str]:
+def _parse_fields(record: bytes, delimiter: str) -> list[str]:
     """Return the fields of a row of CSV or TSV."""
     text = _parse_text(record)
-    if '"' not in text:
+    if '"' not in text:  # csv refuses a carriage return outside quotes
         return text.split(delimiter)
     csv.field_size_limit(MAX_TEXT_BYTES)
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+        return next(csv.reader([text], delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise MalformedRow(f"its quotes do not match ({error})") from error
-    if len(rows) != 1:
-        raise MalformedRow("it has a line break outside quotes")
-    return rows[0]
 
 
 def _parse_object(record: bytes) -> dict[str, Any]:
@@ -640,88 +596,66 @@ class ParquetList(RowList):
 
     Args:
         ends: int64 `(row groups,)`, number of the row after each row group.
-        footer: digest of the file's metadata.
+        metadata: digest of the file's metadata.
     """
 
     ends: np.ndarray
-    footer: str
+    metadata: str
     _group: int = field(default=-1, init=False, repr=False)
     _first: int = field(default=0, init=False, repr=False)
     _batch: "RecordBatch | None" = field(default=None, init=False, repr=False)
-    _batches: "Iterator[RecordBatch] | None" = field(default=None, init=False, repr=False)
+    _batches: "Iterator[RecordBatch]" = field(default=iter(()), init=False, repr=False)
 
     @classmethod
-    def open(cls, path: Path, asked: AskedColumns, allow_outside: bool) -> "ParquetList":
+    def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "ParquetList":
         """Read the metadata of a file.
 
         Raises:
             UserError: it is no parquet file, or a column is missing.
         """
+        from datasets import Features
         from pyarrow import ArrowException, parquet
 
         try:
             metadata = parquet.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
         except (ArrowException, OSError) as error:
-            raise UserError(f"{path} is no parquet table ({_one_line(error)}); write it again") from error
-        columns = asked.among(str(path), schema.names, _features(schema))
+            raise UserError(f"{path} is no parquet table ({reason_of(error)}); write it again") from error
+        try:
+            features = dict(Features.from_arrow_schema(schema))
+        except (ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
+            features = {}
+        columns = Columns.find(str(path), schema.names, asked, features)
         ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=int)
-        return cls(str(path), columns, path.parent, allow_outside, ends, digest_of(_footer(path).hex()))
+        return cls(str(path), columns, path.parent, allow_outside, ends, digest_of(repr(metadata.to_dict())))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": -1, "_batch": None, "_batches": None}
+        return {**self.__dict__, "_group": -1, "_batch": None, "_batches": iter(())}
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, self.footer, self.columns.image, self.columns.caption])
+        return digest_of([self.source, self.metadata, self.columns.image, self.columns.caption])
 
+    @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
-        from pyarrow import ArrowException
-
         group = int(np.searchsorted(self.ends, number, side="right"))
         if group != self._group or number < self._first:
             self._group, self._first = group, int(self.ends[group - 1]) if group else 0
             self._batch, self._batches = None, self._read_group(group)
-        try:
-            while self._batch is None or number >= self._first + len(self._batch):
-                self._first += len(self._batch or ())
-                self._batch = None
-                if self._batches is None or (batch := next(self._batches, None)) is None:
-                    raise UnreadableFile(f"row group {group} ends early or is damaged")
-                self._batch = batch
-            return [self._batch.column(name)[number - self._first].as_py() for name in self.columns.names]
-        except (ArrowException, OSError, ValueError) as error:
-            # A generator that raised is at its end, so the later rows of the group end early.
-            raise UnreadableFile(f"row group {group} cannot be read ({_one_line(error)})") from error
+        while self._batch is None or number >= self._first + len(self._batch):
+            self._first += len(self._batch or ())
+            self._batch = None
+            # A generator that raised is at its end, so the later rows of a damaged group raise too.
+            self._batch = next(self._batches)
+        return [self._batch.column(name)[number - self._first].as_py() for name in self.columns.names]
 
     def _read_group(self, group: int) -> "Iterator[RecordBatch]":
         from pyarrow import parquet
 
         with parquet.ParquetFile(self.source) as table:
             yield from table.iter_batches(_ROWS_AT_ONCE, [group], list(self.columns.names), use_threads=False)
-
-
-def _features(schema: "Schema") -> dict[str, Any]:
-    """Return the features that `datasets` stored in a table; none in other tables."""
-    if b"huggingface" not in (schema.metadata or {}):
-        return {}
-    from datasets import Features
-
-    try:
-        return dict(Features.from_arrow_schema(schema))
-    except (ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
-        return {}
-
-
-def _footer(path: Path) -> bytes:
-    """Return the metadata of a parquet file, which precedes its length and four letters at the end."""
-    with open(path, "rb") as file:
-        end = file.seek(-8, 2)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(end - length, 0))
-        return file.read(length)
 
 
 @dataclass
@@ -732,7 +666,7 @@ class DatasetList(RowList):
     dataset: "Dataset"
 
     @classmethod
-    def load(cls, source: str, asked: AskedColumns, split: str, allow_outside: bool) -> "DatasetList":
+    def load(cls, source: str, asked: dict[str, str | None], split: str, allow_outside: bool) -> "DatasetList":
         """Load a data set by its name on the Hub, or from its folder.
 
         Raises:
@@ -749,22 +683,18 @@ class DatasetList(RowList):
 
         errors = (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException)
         try:
-            if is_saved:
-                loaded = datasets.load_from_disk(source)
-                loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            else:
-                loaded = datasets.load_dataset(source, split=split)
-            names, features = loaded.column_names, dict(loaded.features or {})
+            loaded = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source, split=split)
+            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         except errors as error:
             raise UserError(
-                f"{source!r} is no folder, no table and no data set that `datasets` loads ({_first_line(error)})"
+                f"{source!r} is no folder, no table and no data set that `datasets` loads ({reason_of(error)})"
             ) from error
-        columns = asked.among(source, names, features)
+        columns = Columns.find(source, loaded.column_names, asked, loaded.features)
         try:
             loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
         except errors as error:
             raise UserError(
-                f"column {columns.image} of {source} holds no images ({_first_line(error)}); name the images' with "
+                f"column {columns.image} of {source} holds no images ({reason_of(error)}); name the images' with "
                 "--image_column"
             ) from error
         # Downloaded images lie in the cache.
@@ -784,13 +714,9 @@ class DatasetList(RowList):
     def fingerprint(self) -> str:
         return digest_of([self.source, len(self), self.columns.image, self.columns.caption])
 
+    @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
-        from pyarrow import ArrowException
-
-        try:
-            row = self.dataset[number]
-        except (ArrowException, OSError, ValueError, TypeError) as error:
-            raise UnreadableFile(f"the row cannot be read ({error})") from error
+        row = self.dataset[number]
         return [row[name] for name in self.columns.names]
 
 
@@ -808,24 +734,17 @@ def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_I
         raise UnreadableFile("the name of the file is not UTF-8; rename it")
     path = root / name
     try:
-        if not allow_outside and not _is_inside(path, root):
+        if not allow_outside and not os.path.realpath(path).startswith(os.path.join(_real_folder(root), "")):
             raise OutsideFolder(f"it lies outside {root}; --allow_outside reads it all the same")
-        kind, size = stat.S_IFMT((state := path.stat()).st_mode), state.st_size
-        if kind != stat.S_IFREG:
-            raise UnreadableFile(f"{name} is {_KINDS.get(kind, 'something else')}, not a file")
-        check_bytes(size, max_bytes, name)
-        # Without blocking, because a pipe may have replaced the file since.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            return file.read(max_bytes)
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise UnreadableFile(f"{name} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file")
+        check_bytes(state.st_size, max_bytes, name)
+        return path.read_bytes()
     except OSError as error:
         if error.errno in _MACHINE_ERRORS:
             raise
         raise UnreadableFile(f"{name}: {error.strerror or error}") from error
-
-
-def _is_inside(path: Path, root: Path) -> bool:
-    inside = _real_folder(root)
-    return os.path.realpath(path).startswith(inside if inside.endswith("/") else f"{inside}/")
 
 
 @cache
@@ -860,11 +779,3 @@ def printable(text: str) -> str:
 def digest_of(content: Any) -> str:
     """Return a digest of a JSON value."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
