@@ -2,11 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, CountOrZero, ShareBelowOne, add_num_workers, number, output_folder
+from flipscale.io.options import Count, CountOrZero, Share, ShareBelowOne, add_num_workers, number, output_folder
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
@@ -21,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale prepare`."""
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
 
-    def add(kind: str, summary: str) -> argparse.ArgumentParser:
-        return kinds.add_parser(kind, help=summary, description=summary)
+    def add(function: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(function.__name__.strip("_"), help=summary, description=summary)
+        kind.set_defaults(prepare=function)
+        return kind
 
-    _add_shards_arguments(add("shards", "Write tar shards from a folder of images, a table or a `datasets` data set."))
+    shards = add(_shards, "Write tar shards from a folder of images, a table or a `datasets` data set.")
+    _add_shards_arguments(shards)
 
-    tokenizer = add("tokenizer", "Train a SentencePiece tokenizer on the captions of shards.")
+    tokenizer = add(_tokenizer, "Train a SentencePiece tokenizer on the captions of shards.")
     tokenizer.add_argument("shards", help=_SHARDS_HELP)
     tokenizer.add_argument("directory", type=output_folder, help="Folder to write, for a recipe's data.tokenizer.")
     tokenizer.add_argument(
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--begin_and_end", action="store_true", help="Add the begin and end tokens that a caption decoder needs."
     )
 
-    inspect = add("inspect", "Print counts and sizes of shards, find bad samples, and draw a contact sheet.")
+    inspect = add(_inspect, "Print counts and sizes of shards, find bad samples, and draw a contact sheet.")
     inspect.add_argument("shards", help=_SHARDS_HELP)
     inspect.add_argument(
         "--sheet",
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
-    audit = add("audit", "Report a data set's captions and duplicates, and the test images that it contains.")
+    audit = add(_audit, "Report a data set's captions and duplicates, and the test images that it contains.")
     audit.add_argument("shards", help=_SHARDS_HELP)
     audit.add_argument(
         "--tests",
@@ -70,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     audit.add_argument("--tokenizer", help=_TOKENIZER_HELP)
     add_num_workers(audit)
 
-    tasks = add("tasks", "Download the test sets of tasks from the Hub.")
+    tasks = add(_tasks, "Download the test sets of tasks from the Hub.")
     tasks.add_argument(
         "directory", type=output_folder, nargs="?", help=f"Folder to write. The recipes expect data/tasks. {_CONTINUES}"
     )
@@ -79,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--list", action="store_true", help="Print the tasks, and download nothing.")
 
     index = add(
-        "index",
+        _index,
         "Write the manifest of all shards and the index of offsets beside each shard. Without one, training does this "
         "first.",
     )
@@ -112,7 +116,7 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     )
     shards.add_argument(
         "--split",
-        type=_held_out,
+        type=number(ShareBelowOne),
         default=0.0,
         metavar="SHARE",
         help="Hold out this share of the images, such as 0.1, as a test set. The folder then has train/ and test/. An "
@@ -137,19 +141,11 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     )
     shards.add_argument(
         "--max_bad_fraction",
-        type=float,
+        type=number(Share),
         default=0.95,
         help="Usable pairs are always written. Exit with code 2 if a larger share is unusable (default: 0.95).",
     )
     add_num_workers(shards)
-
-
-def _held_out(text: str) -> float:
-    try:
-        share: float = number(ShareBelowOne)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; --dataset_split names the split of a data set") from None
-    return share
 
 
 def run(args: argparse.Namespace) -> None:
@@ -162,23 +158,13 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.training.console import start_logging
 
     start_logging()
-    kinds = {
-        "shards": _shards,
-        "tokenizer": _tokenizer,
-        "inspect": _inspect,
-        "audit": _audit,
-        "tasks": _tasks,
-        "index": _index,
-    }
-    kinds[args.kind](args)
+    args.prepare(args)
 
 
 def _shards(args: argparse.Namespace) -> None:
     from flipscale.preparation.lists import open_pairs, printable
     from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
 
-    if not 0 <= args.max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction is {args.max_bad_fraction}; expected a number from 0 to 1")
     options = ShardOptions(
         *(args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates, args.allow_outside),
         *(args.labels, args.split),
@@ -205,7 +191,6 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.io.atomic import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
-    from flipscale.preparation.shard_writer import has_test_part
 
     captions = read_captions(open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1)))
     with new_folder(args.directory) as folder:
@@ -217,8 +202,8 @@ def _tokenizer(args: argparse.Namespace) -> None:
         f"{args.directory}: {len(tokenizer):,} entries, from {len(captions):,} captions, {len(set(captions)):,} of "
         f"them different; a caption has {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most"
     )
-    set_of_parts = Path(args.shards).parent
-    tests = f" --tests {set_of_parts}" if has_test_part(set_of_parts) else ""
+    set_of_parts = Path(args.shards).parent  # with `prepare shards --split`
+    tests = f" --tests {set_of_parts}" if (set_of_parts / "test/manifest.jsonl").is_file() else ""
     print(f"next: flipscale init RECIPE.yaml --shards {args.shards} --tokenizer {args.directory}{tests}")
 
 
@@ -236,13 +221,13 @@ def _inspect(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
-    from flipscale.preparation.audit.audit import audit, find_test_sets
-    from flipscale.preparation.audit.report import audit_table
+    from flipscale.preparation.audit.audit import audit, find_test_sets, summary
 
-    test_sets = find_test_sets(args.tests) if args.tests else []
+    test_sets = find_test_sets(args.tests) if args.tests else {}
     source = open_shards(args.shards, DataRecipe())
     figures = audit(args.shards, source, test_sets, args.output_dir, args.tokenizer, args.num_workers)
-    print(f"{audit_table(figures)}\n\nthe whole audit is in {args.output_dir / 'audit.md'}")
+    print("\n".join(f"{name:<52}{value:>16}" for name, value in summary(figures)))
+    print(f"\nthe whole audit is in {args.output_dir / 'audit.md'}")
 
 
 def _tasks(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Write tar shards from image-text pairs, in parallel. The shards depend only on the pairs and the options.
 
 Shard s holds the usable pairs among [s * n, (s + 1) * n), so any process can write it at any time. A shard is written
-aside and renamed; then `manifest.jsonl` gets a line with its contents and the pairs that were left out. A killed run
-continues with the shards that have no line, and ends with the same bytes as an uninterrupted run.
+aside and renamed; then, in the order of the shards, `manifest.jsonl` gets a line with its contents and the pairs that
+were left out. A killed run continues with the first shard without a line, and ends with the same bytes as an
+uninterrupted run.
 """
 
 import hashlib
@@ -11,10 +12,11 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -29,6 +31,7 @@ from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.errors import UserError
+from flipscale.io.options import Count, Range, check_ranges
 from flipscale.io.progress import Progress, each
 from flipscale.preparation.lists import PairList, printable
 from flipscale.preparation.worker_pool import worker_pool
@@ -37,12 +40,10 @@ PARTS = ("train", "test")
 TEMPLATE = "{c}"  # the prompt: captions of class folders are bare names
 _MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
 _HASHES, _LOCK, _PARTIAL = ".hashes.npy", ".lock", ".*.partial*"
-_LINE = {"shard", "written", "shrunk", "image_bytes", "left_out", "tar_bytes"}  # fields of a line of the manifest
 _MAX_SHOWN = 300  # characters of a name or a detail
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
 _SPLIT_KEY = b"flipscale prepare shards --split"
-_DUPLICATE = "duplicate"
 _REMEDIES = {
     "missing_caption": "put KEY.txt beside KEY.jpg, or name the captions' column with --caption_column",
     "undecodable_caption": "save texts as UTF-8, or name the captions' column with --caption_column",
@@ -71,9 +72,9 @@ class ShardOptions:
         part: part that is written: `train`, or `test`, the images that are held out.
     """
 
-    short_side: int = 256
-    jpeg_quality: int = 90
-    pairs_per_shard: int = 10_000
+    short_side: Annotated[int, Range(at_least=1, at_most=65_500)] = 256
+    jpeg_quality: Annotated[int, Range(at_least=1, at_most=100)] = 90
+    pairs_per_shard: Count = 10_000
     drop_duplicates: bool = False
     allow_outside: bool = False
     labels: str | None = None
@@ -81,15 +82,13 @@ class ShardOptions:
     part: str = "train"
 
     def __post_init__(self) -> None:
-        for name, most in (("short_side", 65_500), ("jpeg_quality", 100), ("pairs_per_shard", 10**9)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be from 1 to {most}")
+        check_ranges(self)
 
 
 class DuplicateImage(BadSample):
     """An earlier pair has the same image file."""
 
-    cause = _DUPLICATE
+    cause = "duplicate"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,11 @@ def write_set(
     names = class_names(pairs, source, options.labels) if options.labels else []
     parts = {out_dir: options}
     if options.held_out:
-        _check_folder_of_parts(out_dir)
+        is_whole = (out_dir / _MANIFEST).exists()
+        is_used = out_dir.is_dir() and any(out_dir.iterdir())
+        if is_whole or (is_used and not any((out_dir / part / _MANIFEST).exists() for part in PARTS)):
+            what = "was written without --split" if is_whole else "holds something else"
+            raise UserError(f"{out_dir} {what}; name a new folder for {' and '.join(PARTS)}")
         parts = {out_dir / part: replace(options, part=part) for part in PARTS}
     reports = {folder: write_shards(pairs, source, folder, part, processes, names) for folder, part in parts.items()}
     if names:
@@ -159,20 +162,6 @@ def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
     return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
-def has_test_part(folder: Path) -> bool:
-    """Return whether a folder has a test part that was held out of its training data."""
-    return (folder / "test" / _MANIFEST).is_file()
-
-
-def _check_folder_of_parts(out_dir: Path) -> None:
-    if not out_dir.is_dir() or not any(out_dir.iterdir()):
-        return
-    is_whole = (out_dir / _MANIFEST).exists()
-    if is_whole or not any((out_dir / part / _MANIFEST).exists() for part in PARTS):
-        what = "was written without --split" if is_whole else "holds something else"
-        raise UserError(f"{out_dir} {what}; name a new folder for {' and '.join(PARTS)}")
-
-
 def write_shards(
     pairs: PairList,
     source: str,
@@ -195,11 +184,14 @@ def write_shards(
         UserError: `out_dir` was begun with other pairs or options, has other files, or another process writes to it.
         OSError: a worker died, or the disk is full.
     """
-    if processes < 1:
-        raise UserError(f"num_workers is {processes}; it must be at least 1")
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
-    _check_folder(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"{out_dir} is no folder; name a new one")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
+    if others and not (out_dir / _MANIFEST).is_file():
+        raise UserError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
     try:
         with FileLock(out_dir / _LOCK, timeout=0):
             report = _write_locked(job, begun, processes)
@@ -210,46 +202,26 @@ def write_shards(
     return report
 
 
-def _check_folder(out_dir: Path) -> None:
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"{out_dir} is no folder; name a new one")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if not (out_dir / _MANIFEST).is_file() and any(
-        path.name != _LOCK and not path.match(_PARTIAL) for path in out_dir.iterdir()
-    ):
-        raise UserError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
-
-
 def _write_locked(job: _Job, begun: dict[str, Any], processes: int) -> dict[str, Any]:
     for left in job.out_dir.glob(_PARTIAL):
         left.unlink()
-    done = _open_manifest(job, begun)
-    todo = [shard for shard in range(job.num_shards) if shard not in done]
+    todo = range(_open_manifest(job, begun), job.num_shards)
     if todo:
         remedy = "the same command goes on where it stopped"
         with worker_pool(min(processes, len(todo)), _receive_job, (job,), remedy) as pool:
-            _write_all(job, todo, done, pool)
+            same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
+            lines = pool.map(_write_shard, todo, (same_as.get(shard, {}) for shard in todo))
+            with Progress(len(job.pairs), "shards", "pairs", initial=job.numbers(todo[0])[0]) as progress:
+                for line in lines:
+                    json_lines.append(job.out_dir / _MANIFEST, [line])
+                    progress.update(len(job.numbers(line["shard"])))
     (job.out_dir / _HASHES).unlink(missing_ok=True)
-    return _write_report(job.out_dir, begun, [done[shard] for shard in sorted(done)])
+    return _write_report(job, begun)
 
 
-def _write_all(job: _Job, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
-    """Write the shards `todo`, and add each to the manifest and to `done`."""
-    same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
-    futures = {pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo}
-    kept = sum(len(job.numbers(shard)) for shard in done)
-    with Progress(len(job.pairs), "shards", "pairs", initial=kept) as progress:
-        for future in as_completed(futures):
-            futures.remove(future)  # because it holds its line
-            line = future.result()
-            json_lines.append(job.out_dir / _MANIFEST, [line])
-            done[line["shard"]] = _counted(line)
-            progress.update(len(job.numbers(line["shard"])))
-
-
-def _open_manifest(job: _Job, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the lines of finished shards by shard, and remove all other lines from the manifest."""
-    path = job.out_dir / _MANIFEST
+def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
+    """Return the number of finished shards, and remove the lines of all others from the manifest."""
+    path, done = job.out_dir / _MANIFEST, 0
     lines = json_lines.iterate(path)
     before = next(lines, begun)
     differing = [name for name, value in begun.items() if before.get(name) != value]
@@ -260,14 +232,15 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> dict[int, dict[str, Any]
     elif differing:
         other = ", ".join(f"{name} {before.get(name)} (now {begun[name]})" for name in differing)
         raise UserError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
-    done: dict[int, dict[str, Any]] = {}
 
     def finished() -> Iterator[dict[str, Any]]:
+        nonlocal done
         yield begun
         for line in lines:
-            if _is_finished(job, line) and line["shard"] not in done:
+            shard = job.path(done)
+            if line.get("shard") == done and shard.is_file() and shard.stat().st_size == line.get("tar_bytes"):
                 yield line
-                done[line["shard"]] = _counted(line)
+                done += 1
 
     json_lines.rewrite(path, finished())
     return done
@@ -280,20 +253,6 @@ def _is_empty(out_dir: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(report, dict) and report.get("written") == 0
-
-
-def _is_finished(job: _Job, line: dict[str, Any]) -> bool:
-    if line.keys() != _LINE or line["shard"] not in range(job.num_shards):
-        return False
-    shard = job.path(line["shard"])
-    return shard.is_file() and shard.stat().st_size == line["tar_bytes"]
-
-
-def _counted(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of the manifest with the counts of what was left out, by cause, and the first pair of each."""
-    causes = Counter(fault["cause"] for fault in line["left_out"])
-    first = {fault["cause"]: fault for fault in reversed(line["left_out"])}
-    return {**line, "left_out": causes, "first": first}
 
 
 def _receive_job(job: _Job) -> None:
@@ -349,7 +308,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                     image, extension, sizes = _stored_image(pairs.image(number), options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
-                    line["left_out"].append({name: _shortened(text) for name, text in fault.items()})
+                    line["left_out"].append({name: text[:_MAX_SHOWN] for name, text in fault.items()})
                     continue
                 name, about = f"{number:09d}", {"key": pairs.key(number), **sizes}
                 if len(captions) > 1:
@@ -385,10 +344,6 @@ def _is_of_part(number: int) -> bool:
     return (int.from_bytes(digest, "big") < options.held_out * 2**64) == (options.part == "test")
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-
-
 def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
     """Return the bytes to store, their extension, and the sizes before and after.
 
@@ -414,36 +369,24 @@ def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, di
     return jpeg, "jpg", sizes
 
 
-def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+def _write_report(job: _Job, begun: dict[str, Any]) -> dict[str, Any]:
     """Write `report.json` with counts, and `left_out.jsonl` with all pairs that were left out."""
-    left_out: Counter[str] = sum((line["left_out"] for line in lines), Counter())
+    totals: Counter[str] = Counter()
+    causes: Counter[str] = Counter()
     first: dict[str, Any] = {}
-    for line in lines:
-        first = {**line["first"], **first}
-    report = {
-        **begun,
-        "shards": len(lines),
-        **{name: sum(line[name] for line in lines) for name in ("written", "shrunk", "image_bytes", "tar_bytes")},
-        "left_out": dict(left_out.most_common()),
-        "first_left_out": first,
-    }
-    json_lines.rewrite(out_dir / _LEFT_OUT, _left_out_in_order(out_dir / _MANIFEST))
-    write_text(out_dir / _REPORT, json.dumps(report, indent=2) + "\n")
-    return report
 
+    def left_out() -> Iterator[dict[str, Any]]:
+        for line in islice(json_lines.iterate(job.out_dir / _MANIFEST), 1, None):
+            totals.update({name: line[name] for name in ("written", "shrunk", "image_bytes", "tar_bytes")})
+            for fault in line["left_out"]:
+                causes[fault["cause"]] += 1
+                first.setdefault(fault["cause"], fault)
+                yield fault
 
-def _left_out_in_order(manifest: Path) -> Iterator[dict[str, Any]]:
-    """Yield what was left out in the order of the pairs; the manifest's lines are in the order of their finish."""
-    with open(manifest, "rb") as file:
-        begins = {}
-        while True:
-            begin = file.tell()
-            if not (line := file.readline()):
-                break
-            begins[json.loads(line).get("shard", -1)] = begin
-        for shard in sorted(begins.keys() - {-1}):
-            file.seek(begins[shard])
-            yield from json.loads(file.readline())["left_out"]
+    json_lines.rewrite(job.out_dir / _LEFT_OUT, left_out())
+    counts = {"shards": job.num_shards, **totals, "left_out": dict(causes.most_common()), "first_left_out": first}
+    write_text(job.out_dir / _REPORT, json.dumps({**begun, **counts}, indent=2) + "\n")
+    return {**begun, **counts}
 
 
 def report_table(report: dict[str, Any], out_dir: Path) -> str:
@@ -472,7 +415,7 @@ def check_reports(reports: dict[Path, dict[str, Any]], max_bad_fraction: float) 
         UserError: nothing was written, or more than `max_bad_fraction` of the pairs are unusable, or a part is empty.
     """
     for folder, report in reports.items():
-        unusable = {cause: count for cause, count in report["left_out"].items() if cause != _DUPLICATE}
+        unusable = {cause: count for cause, count in report["left_out"].items() if cause != DuplicateImage.cause}
         written, bad = report["written"], sum(unusable.values())
         pairs = written + sum(report["left_out"].values())
         if bad and not (written and bad <= max_bad_fraction * pairs):

@@ -220,9 +220,9 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Calla
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--short_side", "0", "short_side is 0; it must be from 1 to 65500"),
-        ("--jpeg_quality", "101", "jpeg_quality is 101; it must be from 1 to 100"),
-        ("--pairs_per_shard", "0", "pairs_per_shard is 0; it must be from 1"),
+        ("--short_side", "0", "short_side is 0; it must be at least 1"),
+        ("--jpeg_quality", "101", "jpeg_quality is 101; it must be at least 1"),
+        ("--pairs_per_shard", "0", "pairs_per_shard is 0; it must be at least 1"),
         ("--num_workers", "0", "--num_workers is 0; it must be at least 1"),
     ],
 )
