@@ -4,10 +4,12 @@ import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from flipscale.data.decode import decode_whole
+from flipscale.data.samples import reason_of
 from flipscale.data.sources.tar import add_member
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
@@ -58,8 +60,9 @@ def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -
         # pyarrow's OSErrors have no number; a full disk's have.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        why = " ".join(str(error).split())
-        raise UserError(f"{name}: the tables of its source cannot be read ({why}); the source has changed") from error
+        raise UserError(
+            f"{name}: the tables of its source cannot be read ({reason_of(error)}); the source has changed"
+        ) from error
 
 
 def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -> list[str] | None:
@@ -70,59 +73,40 @@ def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) 
     for column in (columns.image, columns.label, *columns.clip, *filter(None, [columns.frame])):
         if column not in schema.names:
             raise UserError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
-    label = Features.from_arrow_schema(schema)[columns.label]
-    chosen = middle_frames(files, columns) if columns.clip else None
+    chosen = _middle_frames(files, columns) if columns.clip else None
     total = sum(parquet.read_metadata(file).num_rows for file in files) if chosen is None else len(chosen)
-    samples = _samples(files, columns, chosen, name)
+    rows = enumerate(_rows(files, [columns.image, columns.label]))
+    samples = (_sample(*row, f"{name}: row {at} of its source") for at, row in rows if chosen is None or at in chosen)
     num_shards = -(-total // IMAGES_PER_SHARD)
     with atomic_write(out_dir) as partial, Progress(total, name, "images") as progress:
         partial.mkdir(parents=True)
         for shard in range(num_shards):
             with tarfile.open(partial / f"{shard}.tar", "w") as tar:
-                for number in range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, total)):
-                    sample = next(samples, None)
-                    if sample is None:
-                        raise UserError(f"{name}: the tables have fewer rows than they state; the source has changed")
-                    add_member(tar, f"s{number:07d}.{sample[1]}", sample[0])
-                    add_member(tar, f"s{number:07d}.cls", str(sample[2]).encode())
+                for at, (image, extension, label) in enumerate(islice(samples, IMAGES_PER_SHARD)):
+                    key = f"s{shard * IMAGES_PER_SHARD + at:07d}"
+                    add_member(tar, f"{key}.{extension}", image)
+                    add_member(tar, f"{key}.cls", str(label).encode())
                     progress.update()
         (partial / "nshards.txt").write_text(f"{num_shards}\n", encoding="utf-8")
+    label = Features.from_arrow_schema(schema)[columns.label]
     return list(label.names) if isinstance(label, ClassLabel) else None
 
 
-def middle_frames(files: Sequence[Path], columns: Columns) -> set[int]:
+def _middle_frames(files: Sequence[Path], columns: Columns) -> set[int]:
     """Return the rows with the middle frame of each clip: frame n // 2 of n in order."""
-    from pyarrow import parquet
-
     clips: dict[tuple[str, ...], list[tuple[int, int]]] = {}
-    row = 0
-    for file in files:
-        for batch in parquet.ParquetFile(file).iter_batches(columns=[*columns.clip, columns.frame]):
-            for *clip, frame in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                clips.setdefault(tuple(clip), []).append((frame, row))
-                row += 1
+    for row, (*clip, frame) in enumerate(_rows(files, [*columns.clip, columns.frame])):
+        clips.setdefault(tuple(clip), []).append((frame, row))
     return {sorted(frames)[len(frames) // 2][1] for frames in clips.values()}
 
 
-def _samples(
-    files: Sequence[Path], columns: Columns, chosen: set[int] | None, name: str
-) -> Iterator[tuple[bytes, str, int]]:
-    """Yield image, extension and class of all rows, or of the chosen ones."""
+def _rows(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield these fields of each row."""
     from pyarrow import parquet
 
-    row = 0
     for file in files:
-        table = parquet.ParquetFile(file)
-        for group in range(table.num_row_groups):
-            size = table.metadata.row_group(group).num_rows
-            if chosen is not None and chosen.isdisjoint(range(row, row + size)):
-                row += size
-                continue
-            for batch in table.iter_batches(_ROWS_AT_ONCE, [group], [columns.image, columns.label]):
-                for image, label in zip(batch.column(columns.image), batch.column(columns.label), strict=True):
-                    if chosen is None or row in chosen:
-                        yield _sample(image.as_py(), label.as_py(), f"{name}: row {row} of its source")
-                    row += 1
+        for batch in parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE, columns=columns):
+            yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
 
 
 def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:

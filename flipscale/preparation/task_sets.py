@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar import TarSource
+from flipscale.io import json_lines
 from flipscale.io.atomic import remove, sync, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, size_text
@@ -55,7 +56,14 @@ class HubFile:
 
     def is_whole(self, path: Path) -> bool:
         """Return whether `path` has the size and content that the Hub lists."""
-        return path.is_file() and path.stat().st_size == self.size and digest(path, self.digest) == self.digest
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        kind, _, digest = self.digest.partition(":")
+        content = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                content.update(chunk)
+        return content.hexdigest() == digest
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,10 @@ class TaskSet:
 
     Args:
         name: name of the task and its folder.
-        repo: repository on the Hub.
-        revision: branch or commit.
         split: folder of the shards in the repository, or split of its parquet files.
         columns: columns of parquet files; None for shards.
         shards: pattern of the shards' names; empty for SPLIT/0.tar, SPLIT/1.tar, ...
         real_labels: whether to write ImageNet-ReaL's labels of the images.
-        licence: licence of the images.
-        images: number of images.
-        num_classes: number of classes.
         class_names: class names of the page, for sources without names or with another spelling.
         templates: prompts of the page, for sources without prompts.
         is_classification: whether the task needs class names.
@@ -114,23 +117,14 @@ class TaskSet:
         return file in _TEXTS or re.fullmatch(rf"{split}/(\d+\.tar|nshards\.txt)", file) is not None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A set to download."""
+class _Plan(NamedTuple):
+    """A set to download, `num_bytes` in all."""
 
     task: TaskSet
     commit: str
     files: tuple[HubFile, ...]
+    num_bytes: int
     bytes_present: int
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
-    @property
-    def bytes_needed(self) -> int:
-        """Bytes still to be written; tables become shards of the same size."""
-        return self.num_bytes - self.bytes_present + (self.num_bytes if self.task.columns else 0)
 
 
 def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
@@ -159,9 +153,9 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
             state = size_text(plan.num_bytes)
         rows.append([task.name, f"{task.images:,}", state, task.licence, task.repo])
     print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
-    check_disk_space(folder, sum(plan.bytes_needed for plan in plans), "prepare fewer tasks with --only")
-    present = sum(plan.bytes_present for plan in plans)
-    total = sum(plan.num_bytes for plan in plans)
+    total, present = sum(plan.num_bytes for plan in plans), sum(plan.bytes_present for plan in plans)
+    of_tables = sum(plan.num_bytes for plan in plans if plan.task.columns)  # which become shards of the same size
+    check_disk_space(folder, total - present + of_tables, "prepare fewer tasks with --only")
     if plans:
         print(
             f"\n{size_text(total - present)} to download into {folder}"
@@ -190,7 +184,7 @@ def _plan(folder: Path, task: TaskSet) -> _Plan | None:
     if prepared is not None and prepared.get("source") == task.source:
         _remove_leftovers(place)
         return None
-    begun = _read_begun(place)
+    begun = next(json_lines.iterate(place / _BEGUN, "source", commit=str), {})
     commit, listed = list_files(task.repo, begun["commit"] if begun.get("source") == task.source else task.revision)
     files = task.files(listed)
     if not any(file.name.endswith((".tar", ".parquet")) for file in files):
@@ -201,7 +195,7 @@ def _plan(folder: Path, task: TaskSet) -> _Plan | None:
         raise UserError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
     paths = {file: _downloaded(place, task) / file.path for file in files}
     present = sum(file.size for file, path in paths.items() if path.is_file() and path.stat().st_size == file.size)
-    return _Plan(task, commit, files, present)
+    return _Plan(task, commit, files, sum(file.size for file in files), present)
 
 
 def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
@@ -211,7 +205,7 @@ def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
     try:
         with FileLock(lock, timeout=0):
             (place / PREPARED).unlink(missing_ok=True)
-            write_text(place / _BEGUN, json.dumps({"source": task.source, "commit": plan.commit}) + "\n")
+            json_lines.rewrite(place / _BEGUN, [{"source": task.source, "commit": plan.commit}])
             for file in plan.files:
                 _download(task.repo, plan.commit, file, _downloaded(place, task) / file.path, place / _DOWNLOAD)
                 progress.update(file.size)
@@ -220,10 +214,10 @@ def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
                 names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
                 write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
             _complete_texts(place, task)
-            shards = _check_shards(place, plan)
+            source = _open_shards(place, plan)
             if task.real_labels:
-                write_real_labels(place, shards)
-            _write_prepared(place, plan, _num_images(shards))
+                write_real_labels(place, source)
+            _write_prepared(place, task, plan.commit, len(source))
     except Timeout:
         raise UserError(f"another process prepares {place}; wait for it to end") from None
     lock.unlink(missing_ok=True)
@@ -297,30 +291,21 @@ def _explained(error: Exception, repo: str, revision: str) -> Exception:
 
     cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
     where = f"data set {repo} at {constants.ENDPOINT}"
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return UserError(f"cannot read {where}: HF_HUB_OFFLINE is set; unset it")
-    if isinstance(cause, errors.GatedRepoError):
-        return UserError(f"{where} is gated; accept its terms on its page, then log in with `hf auth login`")
-    if isinstance(cause, errors.RevisionNotFoundError):
-        return UserError(f"{where} has no revision {revision}")
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return UserError(f"{where} does not exist, or may be read only by others; a mirror may lack it")
+    correctable = {
+        errors.OfflineModeIsEnabled: f"cannot read {where}: HF_HUB_OFFLINE is set; unset it",
+        errors.GatedRepoError: f"{where} is gated; accept its terms on its page, then log in with `hf auth login`",
+        errors.RevisionNotFoundError: f"{where} has no revision {revision}",
+        errors.RepositoryNotFoundError: f"{where} does not exist, or may be read only by others; a mirror may lack it",
+    }
+    for kind, message in correctable.items():
+        if isinstance(cause, kind):
+            return UserError(message)
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         return cause
     reason = " ".join(str(getattr(cause, "server_message", None) or cause).split())
     return OSError(
         f"{where} cannot be read ({reason}); the same command goes on later, or name a mirror in HF_ENDPOINT"
     )
-
-
-def digest(path: Path, like: str = "sha256:") -> str:
-    """Return the digest of a file, in the form of `like`."""
-    kind = like.partition(":")[0]
-    content = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            content.update(chunk)
-    return f"{kind}:{content.hexdigest()}"
 
 
 def _complete_texts(place: Path, task: TaskSet) -> None:
@@ -358,11 +343,11 @@ def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return [by_letters[name] for name in letters]
 
 
-def _check_shards(place: Path, plan: _Plan) -> str:
-    """Remove shards of other sets, and return the pattern of the others: `.../test/{0..3}.tar`.
+def _open_shards(place: Path, plan: _Plan) -> TarSource:
+    """Remove shards of other sets, and open the others: `.../test/{0..3}.tar`.
 
     Raises:
-        UserError: a shard is missing.
+        UserError: a shard is missing or damaged, or there are no images.
     """
     folder = place / "test"
     if not plan.task.columns:
@@ -376,16 +361,12 @@ def _check_shards(place: Path, plan: _Plan) -> str:
         raise UserError(f"{folder} has {len(names)} shards, nshards.txt says {number[:20]}; the source has changed")
     if names != {f"{number}.tar" for number in range(len(names))}:
         raise UserError(f"{folder} lacks a shard of 0.tar to {len(names) - 1}.tar; the source has changed")
-    return str(folder / f"{{0..{len(names) - 1}}}.tar")
-
-
-def _num_images(shards: str) -> int:
-    source = TarSource(shards)
+    source = TarSource(str(folder / f"{{0..{len(names) - 1}}}.tar"))
     for fault in source.faults:
         raise UserError(f"{fault.shard} cannot be read ({fault.detail}); the source has changed")
     if not len(source):
-        raise UserError(f"{shards} has no images; the source has changed")
-    return len(source)
+        raise UserError(f"{folder} has no images; the source has changed")
+    return source
 
 
 def find_real_labels() -> Path:
@@ -401,14 +382,13 @@ def find_real_labels() -> Path:
     return path
 
 
-def write_real_labels(place: Path, shards: str) -> None:
-    """Write `real_labels.json` to `place`: the classes of each image of the shards, found by its file name.
+def write_real_labels(place: Path, source: TarSource) -> None:
+    """Write `real_labels.json` to `place`: the classes of each image of `source`, found by its file name.
 
     Raises:
         UserError: the images are not named as ImageNet's, or most of their own classes are not among their labels.
     """
     labels: list[list[int]] = json.loads(find_real_labels().read_text(encoding="utf-8"))
-    source = TarSource(shards)
     of_images, labelled, agreeing = [], 0, 0
     for shard, size in enumerate(source.shard_sizes):
         for number in range(size):
@@ -427,18 +407,15 @@ def write_real_labels(place: Path, shards: str) -> None:
     write_text(place / REAL_LABELS, json.dumps(of_images) + "\n")
 
 
-def _write_prepared(place: Path, plan: _Plan, num_images: int) -> None:
+def _write_prepared(place: Path, task: TaskSet, commit: str, num_images: int) -> None:
     """Mark a set as whole."""
-    task, files = plan.task, {}
-    known = {file.path: file.digest for file in plan.files if file.digest.startswith("sha256:") and not task.columns}
+    files = {}
     for path in sorted([*place.glob("test/*.tar"), *place.glob("test/*.txt"), *place.glob("*.txt")]):
-        name = path.relative_to(place).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)}
         sync(path)
+        files[path.relative_to(place).as_posix()] = {"bytes": path.stat().st_size}
     if task.real_labels:
-        labels = place / REAL_LABELS
-        files[REAL_LABELS] = {"bytes": labels.stat().st_size, "digest": digest(labels)}
-    about = {"task": task.name, "source": task.source, "revision": plan.commit, "licence": task.licence}
+        files[REAL_LABELS] = {"bytes": (place / REAL_LABELS).stat().st_size}
+    about = {"task": task.name, "source": task.source, "revision": commit, "licence": task.licence}
     write_text(place / PREPARED, json.dumps({**about, "images": num_images, "files": files}, indent=2) + "\n")
     _remove_leftovers(place)
     if num_images != task.images:
@@ -448,11 +425,3 @@ def _write_prepared(place: Path, plan: _Plan, num_images: int) -> None:
 def _remove_leftovers(place: Path) -> None:
     for path in (place / _PARQUET, place / _DOWNLOAD, place / _BEGUN, *place.rglob(".*.partial")):
         remove(path)
-
-
-def _read_begun(place: Path) -> dict[str, Any]:
-    try:
-        begun: dict[str, Any] = json.loads((place / _BEGUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return begun if isinstance(begun, dict) and isinstance(begun.get("commit"), str) else {}
