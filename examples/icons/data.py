@@ -27,17 +27,22 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.npm import check_renderer, download
-from flipscale.data.sources.tar import add_member
+from examples.shared import check_renderer, download, read_report, write_classes, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io import options
 from flipscale.io.atomic import atomic_write, partial_path, remove, sync, unique_partial_path, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_disk_space, read_text
+from flipscale.io.files import check_disk_space
 from flipscale.io.options import Parser, ShareAboveZero, add_num_workers, output_folder
 from flipscale.io.progress import Progress, each
-from flipscale.preparation.audit.duplicates import LEAST_LIKENESS, MOST_DIFFERENCE, likeness, near_hashes, thumbnail
-from flipscale.preparation.audit.scan import look
+from flipscale.preparation.audit.duplicates import (
+    LEAST_LIKENESS,
+    MOST_DIFFERENCE,
+    likeness,
+    look,
+    near_hashes,
+    thumbnail,
+)
 from flipscale.preparation.worker_pool import worker_pool
 from flipscale.training.console import report_user_errors, start_logging
 
@@ -48,7 +53,6 @@ IMAGE_SIZE = 64  # a crop of 70 % of the area is 54 px wide, so training at 32 p
 VOCAB_SIZE = 8000
 MAX_LENGTH = 16  # tokens; longer captions are cut
 PAIRS_PER_SHARD = 8192
-TEMPLATE = "{c}"  # captions are bare names, so class prompts are too
 
 # These allow derived works, some under conditions that LICENSES.txt names. NonCommercial and GPL sets are left out.
 LICENCES = {
@@ -358,6 +362,11 @@ class Sample:
             file.seek(self.start)
             return file.read(self.size)
 
+    def files(self) -> dict[str, bytes]:
+        """Return the sample's files by extension."""
+        files = {"png": self.png(), "txt": self.caption.encode()}
+        return files if self.label is None else {**files, "cls": str(self.label).encode()}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -464,8 +473,7 @@ def write_part(out_dir: Path, part: Part, drawings: Drawings, pool: Executor) ->
     numbers = part.numbers.tolist()
     class_names = sorted({caption(drawings.names[number]) for number in numbers}) if part.is_test else []
     if part.is_test:
-        write_text(folder / "classnames.txt", "".join(f"{name}\n" for name in class_names))
-        write_text(folder / "zeroshot_classification_templates.txt", f"{TEMPLATE}\n")
+        write_classes(folder, class_names)
     label_of: dict[str, int] = {name: label for label, name in enumerate(class_names)}
     lines = (f"{drawings.prefixes[number]}\t{drawings.names[number]}\n" for number in numbers)
     write_text(out_dir / f"{part.name}.tsv", "".join(lines))
@@ -476,19 +484,14 @@ def write_part(out_dir: Path, part: Part, drawings: Drawings, pool: Executor) ->
 
     firsts = {folder / f"shard-{at // PAIRS_PER_SHARD:05d}.tar": at for at in range(0, len(numbers), PAIRS_PER_SHARD)}
     missing = {path: first for path, first in firsts.items() if not path.exists()}
-    written = pool.map(_write_shard, missing, missing.values(), map(samples, missing.values()))
+    written = pool.map(_write_samples, missing, missing.values(), map(samples, missing.values()))
     for _ in each(written, f"writing {part.name}", "shards", len(missing)):
         pass
 
 
-def _write_shard(path: Path, first: int, samples: Sequence[Sample]) -> None:
+def _write_samples(path: Path, first: int, samples: Sequence[Sample]) -> None:
     with atomic_write(path, unique_partial_path(path)) as partial:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, sample in enumerate(samples, first):
-                add_member(tar, f"{number:06d}.png", sample.png())
-                add_member(tar, f"{number:06d}.txt", sample.caption.encode())
-                if sample.label is not None:
-                    add_member(tar, f"{number:06d}.cls", str(sample.label).encode())
+        write_shard(partial, ((f"{number:06d}", sample.files()) for number, sample in enumerate(samples, first)))
         sync(partial)
 
 
@@ -592,14 +595,9 @@ def _is_complete(out_dir: Path, fraction: float) -> bool:
     Raises:
         UserError: the folder has another fraction, or other files.
     """
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+    report = read_report(out_dir, MADE_BY, "the icons")
+    if report is None:
         return False
-    try:
-        report = json.loads(read_text(out_dir / _REPORT))
-    except (OSError, ValueError, RecursionError):
-        report = None
-    if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
-        raise UserError(f"{out_dir} holds something that is not the icons; name a new folder, or an empty one")
     if (report["package"], report["fraction"]) != (PACKAGE, fraction):
         raise UserError(
             f"{out_dir} holds the fraction {report['fraction']} of {report['package']}, not {fraction:g} of {PACKAGE}; "

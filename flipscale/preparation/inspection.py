@@ -72,10 +72,16 @@ def inspect_shards(
     with ThreadPoolExecutor() as pool, Progress(len(numbers), "inspecting", "samples") as progress:
         places = _places(source, numbers)
         while chunk := list(islice(places, _CHUNK)):
-            samples, first = [_read(source, *place) for place in chunk], len(checked)
-            checked += pool.map(_check, samples, [first + row in shown for row in range(len(samples))])
+            names = [f"{source.shard_name(shard)}#{number}" for shard, number in chunk]
+            is_shown = [len(checked) + row in shown for row in range(len(chunk))]
+            checked += pool.map(_check, names, [_read(source, *place) for place in chunk], is_shown)
             progress.update(len(chunk))
-    good = [sample for sample in checked if sample.fault is None]
+    good, faults = [sample for sample in checked if sample.fault is None], Faults()
+    for fault in source.faults:
+        faults.add(fault.cause, f"{fault.shard}: {fault.detail}")
+    for sample in checked:
+        if sample.fault is not None:
+            faults.add(sample.fault.cause, f"{sample.name}: {sample.fault}")
     if sheet is not None:
         contact_sheet([(sample.thumbnail, sample.caption) for sample in good if sample.thumbnail]).save(sheet)
     return {
@@ -83,7 +89,7 @@ def inspect_shards(
         "samples": total,
         "checked": len(checked),
         "good": len(good),
-        "bad": _bad(checked, source),
+        "bad": faults,
         "kinds": dict(Counter(sample.kind for sample in good).most_common()),
         **_figures(good, tokenizer),
     }
@@ -114,16 +120,14 @@ def _places(source: Source, numbers: np.ndarray) -> Iterator[tuple[int, int]]:
     yield from zip(shards.tolist(), (numbers - starts[shards]).tolist(), strict=True)
 
 
-def _read(source: Source, shard: int, number: int) -> tuple[str, Sample | BadSample]:
-    name = f"{source.shard_name(shard)}#{number}"
+def _read(source: Source, shard: int, number: int) -> Sample | BadSample:
     try:
-        return name, source.read(shard, number)
+        return source.read(shard, number)
     except BadSample as error:
-        return name, error
+        return error
 
 
-def _check(read: tuple[str, Sample | BadSample], is_shown: bool) -> Checked:
-    name, sample = read
+def _check(name: str, sample: Sample | BadSample, is_shown: bool) -> Checked:
     if isinstance(sample, BadSample):
         return Checked(name, sample)
     try:
@@ -147,19 +151,6 @@ def _kind(encoded: bytes) -> str:
     return f"{image.format} {image.mode}"
 
 
-def _bad(checked: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
-    """Return, by cause, the number of unusable samples and the first few, damaged shards included."""
-    bad: dict[str, dict[str, Any]] = {}
-    faults = [(fault.cause, fault.shard, fault.detail) for fault in source.faults]
-    faults += [(sample.fault.cause, sample.name, str(sample.fault)) for sample in checked if sample.fault is not None]
-    for cause, name, detail in faults:
-        entry = bad.setdefault(cause, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if entry["count"] <= _EXAMPLES:
-            entry["examples"].append(f"{name}: {detail}")
-    return bad
-
-
 def _figures(good: list[Checked], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, dict[str, float]]:
     """Return percentiles of sizes and lengths of the usable samples."""
     if not good:
@@ -174,10 +165,28 @@ def _figures(good: list[Checked], tokenizer: PreTrainedTokenizerBase | None) -> 
     if tokenizer is not None:
         encoded = tokenizer([sample.caption for sample in good], truncation=False, padding=False)
         values["caption_tokens"] = [len(ids) for ids in encoded["input_ids"]]
-    return {
-        name: {**{key: float(np.percentile(v, at)) for key, at in _PERCENTILES.items()}, "mean": float(np.mean(v))}
-        for name, v in values.items()
-    }
+    return {name: percentiles(lengths) for name, lengths in values.items()}
+
+
+def percentiles(values: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """Return `min`, `median`, `p95`, `max` and `mean`."""
+    figures = {name: np.percentile(values, at) for name, at in _PERCENTILES.items()}
+    return {name: float(figure) for name, figure in {**figures, "mean": np.mean(values)}.items()}
+
+
+class Faults(dict[str, dict[str, Any]]):
+    """Unusable samples by cause: their `count` and the first few `examples`."""
+
+    def add(self, cause: str, *examples: str, count: int = 1) -> None:
+        """Count samples of one cause."""
+        entry = self.setdefault(cause, {"count": 0, "examples": []})
+        entry["count"] += count
+        entry["examples"] = [*entry["examples"], *examples][:_EXAMPLES]
+
+    def merge(self, later: "Faults") -> None:
+        """Add the faults of later samples."""
+        for cause, entry in later.items():
+            self.add(cause, *entry["examples"], count=entry["count"])
 
 
 def contact_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:

@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import StrictUndefined, Template
 from PIL import Image
 
 from flipscale.data.decode import decode_whole
@@ -16,47 +17,42 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
-from flipscale.preparation.audit.duplicates import (
-    LEAST_LIKENESS,
-    MOST_BITS,
-    MOST_DIFFERENCE,
-    Overlap,
-    Pair,
-    exact_copies,
+from flipscale.preparation.audit.duplicates import LEAST_LIKENESS, MOST_BITS, MOST_DIFFERENCE, exact_copies
+from flipscale.preparation.audit.scan import (
+    BLANK,
+    SEEN,
+    Match,
+    Scan,
+    commonest_captions,
     near_copies,
+    open_in_worker,
     overlaps,
     place,
+    scan_source,
 )
-from flipscale.preparation.audit.report import audit_page
-from flipscale.preparation.audit.scan import BLANK, LONGEST, SEEN, Faults, Scan, Workers, texts_of
 from flipscale.preparation.audit.words import (
     LEAST_RATIO,
-    LONG_LETTERS,
+    NO_LETTERS,
+    UNSURE,
     country_figures,
     gender_figures,
     language_figures,
     lexicon,
 )
-from flipscale.preparation.inspection import TILE, contact_sheet
+from flipscale.preparation.inspection import TILE, contact_sheet, percentiles
+from flipscale.preparation.worker_pool import worker_pool
 
 # Captions whose languages are looked at. Shares are then known to half a percent in three minutes on two cores; a
 # million captions would take an hour.
 MOST_LANGUAGES = 50_000
-_COMMONEST = 20
+_COMMONEST, _MOST_ROWS = 20, 20  # rows of the page's tables
 _MAX_PAIRS = 24  # on a sheet
 _PACKAGES = {"lingua": "lingua-language-detector", "pycountry": "pycountry"}
+_PAGE = Path(__file__).with_name("audit.md.jinja")
 
 
-@dataclass(frozen=True)
-class TestFolder:
-    """A test set to look for in the training data."""
-
-    name: str
-    source: TarSource
-
-
-def find_test_sets(folder: Path) -> list[TestFolder]:
-    """Return the test sets in a folder: each folder in it with tars, `NAME/test` being called NAME.
+def find_test_sets(folder: Path) -> dict[str, TarSource]:
+    """Return the test sets in a folder by name: each folder in it with tars, `NAME/test` being called NAME.
 
     Raises:
         UserError: there is none, or two have one name.
@@ -70,21 +66,21 @@ def find_test_sets(folder: Path) -> list[TestFolder]:
         folders[name] = inner
     if not folders:
         raise UserError(f"no test set in {folder}: no folder there has *.tar; name one set's folder, or one of several")
-    return [TestFolder(name, TarSource(str(inner))) for name, inner in folders.items()]
+    return {name: TarSource(str(inner)) for name, inner in folders.items()}
 
 
 def audit(
     shards: str,
     source: Source,
-    test_sets: list[TestFolder],
+    test_sets: dict[str, TarSource],
     out_dir: Path,
     tokenizer: str | None = None,
     num_workers: int = 2,
 ) -> dict[str, Any]:
     """Return the figures of the training data, and write them with a page and its pictures to `out_dir`.
 
-    Images are decoded once, and likely copies a second time. The audit keeps 27 bytes of each image; the search for
-    near duplicates takes 30 more.
+    Images are decoded once, and likely copies a second time. The audit keeps 17 bytes of each image and 28 of each
+    caption; the search for near duplicates takes 30 more of each image.
 
     Args:
         shards: name of the data.
@@ -104,99 +100,132 @@ def audit(
     check_writable(out_dir, "--output_dir")
     if not len(source):
         raise UserError(f"there is no sample in {len(source.shard_sizes)} shards of {shards}")
-    sources: list[Source] = [source, *(test.source for test in test_sets)]
-    with Workers(sources, num_workers, tokenizer) as workers:
-        scan = workers.scan(0, "training data", min(1.0, MOST_LANGUAGES / len(source)))
-        if not scan.num_captions.any():
+    with worker_pool(num_workers, open_in_worker, ([source, *test_sets.values()], tokenizer)) as pool:
+        scan = scan_source(pool, source, 0, "training data", min(1.0, MOST_LANGUAGES / len(source)))
+        if not len(scan.captions):
             raise UserError(f"none of the {len(source)} samples of {shards} has a caption; an audit needs captions")
-        copies, pairs = near_copies(scan, workers, 0)
-        matches = {
-            test.name: overlaps(workers, workers.scan(number, test.name), number, scan, 0)
-            for number, test in enumerate(test_sets, 1)
-        }
-    num_exact = int((exact_copies(scan.digests, scan.states) != np.arange(len(scan))).sum())
+        num_near, pairs = near_copies(pool, scan.images)
+        matches = {}
+        for number, (name, test) in enumerate(test_sets.items(), 1):
+            matches[name] = overlaps(pool, scan_source(pool, test, number, name).images, number, scan.images)
+    states = scan.images["state"]
     figures = {
         "shards": shards,
         "samples": len(source),
-        "unusable": scan.faults.figures(),
-        "captions": _caption_figures(scan, source),
-        "languages": language_figures(scan.counts.sampled, len(source) > MOST_LANGUAGES)
-        | {"long_letters": LONG_LETTERS, "least_ratio": LEAST_RATIO},
-        "gender": gender_figures(scan.counts.words),
-        "countries": {"rows": country_figures(scan.counts.words), "ambiguous": sorted(lexicon().ambiguous)},
+        "unusable": scan.faults,
+        "captions": _caption_figures(scan, source, tokenizer is not None),
+        "languages": language_figures(scan.sampled, len(source) > MOST_LANGUAGES),
+        "gender": gender_figures(scan.words),
+        "countries": {"rows": country_figures(scan.words), "ambiguous": sorted(lexicon().spelling.values())},
         "images": {
-            "decoded": int((scan.states > 0).sum()),
-            "exact_copies": num_exact,
-            "near_copies": len(copies),
+            "decoded": int((states > 0).sum()),
+            "exact_copies": int((exact_copies(scan.images["digest"], states > 0) != np.arange(len(states))).sum()),
+            "near_copies": num_near,
             "near_pairs": len(pairs),
-            "nearly_blank": int((scan.states == BLANK).sum()),
-            "hashed": int((scan.states == SEEN).sum()),
-            "most_bits": MOST_BITS,
-            "least_likeness": LEAST_LIKENESS,
-            "most_difference": MOST_DIFFERENCE,
+            "nearly_blank": int((states == BLANK).sum()),
+            "hashed": int((states == SEEN).sum()),
         },
         "tests": [
-            {"name": test.name, "images": len(test.source)}
-            | {kind: sum(match.kind == kind for match in matches[test.name]) for kind in ("exact", "near")}
-            for test in test_sets
+            {"name": name, "images": len(test)}
+            | {kind: sum(match.kind == kind for match in matches[name]) for kind in ("exact", "near")}
+            for name, test in test_sets.items()
         ],
     }
     _write(out_dir, figures, source, pairs, test_sets, matches)
     return figures
 
 
-def _caption_figures(scan: Scan, source: Source) -> dict[str, Any]:
-    total = scan.counts.words.captions
-    commonest = []
-    for count, row, number in scan.commonest(_COMMONEST):
-        caption = texts_of(source.read(*place(source, row)), "", Faults())[number]
-        commonest.append({"caption": caption[: LONGEST["characters"]], "count": count, "share": count / total})
+def _caption_figures(scan: Scan, source: Source, has_tokens: bool) -> dict[str, Any]:
+    kinds = ("characters", "words", "tokens") if has_tokens else ("characters", "words")
     return {
-        "captions": total,
-        "distinct": scan.num_distinct_captions,
-        "lengths": scan.counts.length_figures(),
-        "longest_counted": LONGEST,
-        "histogram": scan.counts.histogram(),
-        "commonest": commonest,
+        "captions": len(scan.captions),
+        "distinct": len(np.unique(scan.captions["digest"])),
+        "lengths": {kind: percentiles(scan.captions[kind]) for kind in kinds},
+        "commonest": commonest_captions(scan, source, _COMMONEST),
     }
+
+
+def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of the figures that matter most."""
+    captions, images = figures["captions"], figures["images"]
+    rows = [
+        ("samples", figures["samples"]),
+        ("unusable samples", sum(fault["count"] for fault in figures["unusable"].values())),
+        ("captions", captions["captions"]),
+        ("different captions", captions["distinct"]),
+        ("images with the bytes of an earlier one", images["exact_copies"]),
+        ("other images that are nearly an earlier one", images["near_copies"]),
+        ("nearly blank images", images["nearly_blank"]),
+    ]
+    texts = [(name, f"{count:,}") for name, count in rows]
+    named = [row for row in figures["languages"]["long"]["languages"] if row["language"] not in (UNSURE, NO_LETTERS)]
+    texts += [(f"{row['language']}, of captions of 25 letters and more", f"{row['share']:.1%}") for row in named[:1]]
+    for test in figures["tests"]:
+        name = f"images of {test['name']} that are in the data, of {test['images']:,}"
+        texts.append((name, f"{test['exact'] + test['near']:,}"))
+    return texts
 
 
 def _write(
     out_dir: Path,
     figures: dict[str, Any],
     source: Source,
-    pairs: list[Pair],
-    test_sets: list[TestFolder],
-    matches: dict[str, list[Overlap]],
+    pairs: list[Match],
+    test_sets: dict[str, TarSource],
+    matches: dict[str, list[Match]],
 ) -> None:
     (out_dir / "overlap").mkdir(parents=True, exist_ok=True)
     if pairs:
-        _write_sheet(
-            out_dir / "near_duplicates.png",
-            [((source, p.first), (source, p.second), f"{p.likeness:.3f} alike") for p in sorted(pairs)],
-        )
+        shown = [((source, one.row), (source, one.other), f"{one.likeness:.3f} alike") for one in sorted(pairs)]
+        _write_sheet(out_dir / "near_duplicates.png", shown)
     shown = []
-    for test in test_sets:
-        overlap = _overlap_file(figures["shards"], source, test, matches[test.name])
-        write_text(out_dir / "overlap" / f"{test.name}.json", json.dumps(overlap, indent=1) + "\n")
-        for match in matches[test.name]:
-            about = "same bytes" if match.kind == "exact" else f"{match.likeness:.3f} alike"
-            shown.append(((test.source, match.row), (source, match.train_row), f"{test.name}, training: {about}"))
+    for name, test in test_sets.items():
+        rows = [_overlap(test, source, match) for match in matches[name]]
+        about = {"test": name, "images": len(test), "contents": test.contents_digest(), "training": figures["shards"]}
+        write_text(out_dir / "overlap" / f"{name}.json", json.dumps({**about, "overlap": rows}, indent=1) + "\n")
+        for match in matches[name]:
+            how = "same bytes" if match.kind == "exact" else f"{match.likeness:.3f} alike"
+            shown.append(((test, match.row), (source, match.other), f"{name}, training: {how}"))
     if shown:
         _write_sheet(out_dir / "overlap.png", shown)
-    page = audit_page(figures, has_pairs=bool(pairs), has_overlap=bool(shown))
-    for name, text in (("audit.md", page), ("audit.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")):
+    template = Template(_PAGE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
+    page = template.render(
+        **figures,
+        summary=summary(figures),
+        overlapping=bool(shown),
+        least_ratio=LEAST_RATIO,
+        most_rows=_MOST_ROWS,
+        most_bits=MOST_BITS,
+        least_likeness=LEAST_LIKENESS,
+        most_difference=MOST_DIFFERENCE,
+        n="{:,}".format,
+        share="{:.2%}".format,
+        cell=_cell,
+    )
+    for name, text in (("audit.md", page), ("audit.json", json.dumps(figures, indent=1, ensure_ascii=False))):
         # Names of shards may not be UTF-8.
-        write_text(out_dir / name, text.encode("utf-8", "backslashreplace").decode())
+        write_text(out_dir / name, text.encode("utf-8", "backslashreplace").decode() + "\n")
+
+
+def _overlap(test: Source, source: Source, match: Match) -> dict[str, Any]:
+    """Return the places of a test set's image and of the training image that it matches."""
+    (shard, number), (train_shard, train_number) = place(test, match.row), place(source, match.other)
+    return {
+        "shard": Path(test.shard_name(shard)).name,
+        "number": number,
+        "row": match.row,
+        "training": f"{source.shard_name(train_shard)}#{train_number}",
+        "kind": match.kind,
+        "likeness": round(match.likeness, 4),
+    }
 
 
 def _write_sheet(file: Path, pairs: Sequence[tuple[tuple[Source, int], tuple[Source, int], str]]) -> None:
     """Draw at most 24 pairs side by side, each with a line about it and a caption of each image."""
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, _MAX_PAIRS).round().astype(int))
     tiles = []
-    for number in chosen.tolist():
-        (source, row), (other, other_row), about = pairs[number]
-        tiles += [_tile(source, row, f"{about}: "), _tile(other, other_row, "")]
+    for number in np.unique(np.linspace(0, len(pairs) - 1, _MAX_PAIRS).round().astype(int)).tolist():
+        first, second, about = pairs[number]
+        tiles += [_tile(*first, f"{about}: "), _tile(*second, "")]
     contact_sheet(tiles).save(file)
 
 
@@ -205,28 +234,13 @@ def _tile(source: Source, row: int, about: str) -> tuple[Image.Image, str]:
     try:
         sample = source.read(*place(source, row))
         tile = Image.fromarray(np.ascontiguousarray(decode_whole(sample.image)))
-    except BadSample:  # it has changed since the scan
+    except BadSample:  # `decode_small` reads some images that `decode_whole` refuses
         return Image.new("RGB", (TILE, TILE), "#f2f2f2"), about
     tile.thumbnail((TILE, TILE))
     return tile, about + (sample.caption or b"").decode("utf-8", "replace").strip()
 
 
-def _overlap_file(shards: str, source: Source, test: TestFolder, matches: list[Overlap]) -> dict[str, Any]:
-    """Return the places of a test set's images in the training data; `contents` identifies the test set."""
-    rows = []
-    for match in matches:
-        shard, number = place(test.source, match.row)
-        train_shard, train_number = place(source, match.train_row)
-        rows.append(
-            {
-                "shard": Path(test.source.shard_name(shard)).name,
-                "number": number,
-                "row": match.row,
-                "training": f"{source.shard_name(train_shard)}#{train_number}",
-                "kind": match.kind,
-                "bits": match.bits,
-                "likeness": round(match.likeness, 4),
-            }
-        )
-    head = {"test": test.name, "images": len(test.source), "contents": test.source.contents_digest()}
-    return {**head, "training": shards, "overlap": rows}
+def _cell(text: str) -> str:
+    """Return at most 100 characters of a text as a cell of a table."""
+    plain = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return "".join(textwrap.wrap(plain, 100, max_lines=1, placeholder=" …"))

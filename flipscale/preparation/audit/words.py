@@ -1,13 +1,11 @@
 """Count words in captions: languages, words of gender with occupations, and countries."""
 
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -30,8 +28,10 @@ _TOGETHER = {
 }
 _FOLDER = Path(__file__).parent
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W\d_]+)*")  # an apostrophe belongs to its word: Côte d'Ivoire
-_Z95 = 1.959964  # the normal quantile of a two-sided 95 % interval
-_LEAST_CAPTIONS = 5  # captions with a gender that an occupation needs for a ratio
+
+# Numbers of captions by ("captions",), ("gender", women, men), ("occupation", name, women, men) and ("country", code);
+# `women` and `men` are whether a caption has words of them.
+WordCounts = Counter[tuple[Any, ...]]
 
 
 @cache
@@ -43,7 +43,6 @@ def _detector() -> "LanguageDetector":
 
 
 def num_letters(text: str) -> int:
-    """Return the number of letters."""
     return sum(map(str.isalpha, text))
 
 
@@ -86,43 +85,29 @@ def language_figures(captions: Mapping[str, int], is_sample: bool) -> dict[str, 
                 row |= {"low": float(interval.low), "high": float(interval.high)}
             rows.append(row)
         figures[key] = {"captions": total, "languages": rows}
-    return figures
+    return {**figures, "long_letters": LONG_LETTERS}
 
 
-class Phrases:
-    """Phrases with their names, found in the words of a caption, the longest first."""
+class Lexicon(NamedTuple):
+    """Words that are counted, in lower case, with patterns of the phrases.
 
-    def __init__(self, names: dict[str, str]):
-        self.by_first: dict[str, list[tuple[list[str], str]]] = defaultdict(list)
-        for phrase, name in names.items():
-            words = _WORD.findall(phrase)
-            self.by_first[words[0]].append((words, name))
-        for choices in self.by_first.values():
-            choices.sort(key=lambda choice: -len(choice[0]))
+    Args:
+        women: words of women.
+        men: words of men.
+        occupations: name of an occupation by its singular and plural.
+        occupation: pattern of an occupation.
+        countries: code of a country by its names.
+        country: pattern of a country's name.
+        spelling: the only spelling that counts of a country's name that is also another word.
+    """
 
-    def find(self, words: list[str]) -> Iterator[tuple[str, slice]]:
-        """Yield the name and place of each phrase in order; a word belongs to one phrase."""
-        at = 0
-        while at < len(words):
-            step = 1
-            for phrase, name in self.by_first.get(words[at], ()):
-                if words[at : at + len(phrase)] == phrase:
-                    yield name, slice(at, at + len(phrase))
-                    step = len(phrase)
-                    break
-            at += step
-
-
-@dataclass(frozen=True)
-class Lexicon:
-    """Words and phrases that are counted; `ambiguous` names of countries count only in this spelling."""
-
-    women: frozenset[str]
-    men: frozenset[str]
-    occupations: Phrases
-    countries: Phrases  # in lower case
-    ambiguous: frozenset[str]
-    ambiguous_lower: frozenset[str]
+    women: set[str]
+    men: set[str]
+    occupations: dict[str, str]
+    occupation: re.Pattern[str]
+    countries: dict[str, str]
+    country: re.Pattern[str]
+    spelling: dict[str, str]
 
 
 @cache
@@ -137,95 +122,55 @@ def lexicon() -> Lexicon:
     for country in pycountry.countries:
         # "Iran, Islamic Republic of" has the common name "Iran"; no caption has a name with a comma.
         plain = [getattr(country, "common_name", ""), country.name, *lists["countries"].get(country.alpha_2, [])]
-        countries |= {name: country.alpha_2 for name in plain if name and "," not in name and "(" not in name}
-    return Lexicon(
-        frozenset(lists["women"]),
-        frozenset(lists["men"]),
-        Phrases(occupations),
-        Phrases({name.lower(): code for name, code in countries.items()}),
-        frozenset(lists["ambiguous"]),
-        frozenset(name.lower() for name in lists["ambiguous"]),
+        names = [name for name in plain if name and "," not in name and "(" not in name]
+        countries |= {_joined_words(name).lower(): country.alpha_2 for name in names}
+    spelling = {name.lower(): name for name in lists["ambiguous"]}
+    words = set(lists["women"]), set(lists["men"])
+    return Lexicon(*words, occupations, _pattern(occupations), countries, _pattern(countries), spelling)
+
+
+def _joined_words(text: str) -> str:
+    return " ".join(_WORD.findall(text))
+
+
+def _pattern(phrases: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of a phrase in joined words, the longest first."""
+    choices = "|".join(map(re.escape, sorted(phrases, key=len, reverse=True)))
+    return re.compile(rf"(?<!\S)(?:{choices})(?!\S)", re.IGNORECASE)
+
+
+def count_words(caption: str) -> WordCounts:
+    """Count what a caption mentions."""
+    words, text = lexicon(), _joined_words(caption)
+    present = set(text.lower().split())
+    gender = (not words.women.isdisjoint(present), not words.men.isdisjoint(present))
+    occupations = {words.occupations[found.lower()] for found in words.occupation.findall(text)}
+    named = {name for name in words.country.findall(text) if words.spelling.get(name.lower(), name) == name}
+    return Counter(
+        [("captions",), ("gender", *gender), *(("occupation", name, *gender) for name in occupations)]
+        + [("country", code) for code in {words.countries[name.lower()] for name in named}]
     )
-
-
-@dataclass
-class WordCounts:
-    """Numbers of captions with the words; `genders` by (has a word of women, has a word of men)."""
-
-    captions: int = 0
-    genders: Counter[tuple[bool, bool]] = field(default_factory=Counter)
-    occupations: Counter[tuple[str, bool, bool]] = field(default_factory=Counter)
-    countries: Counter[str] = field(default_factory=Counter)
-
-    def add(self, caption: str) -> None:
-        """Count a caption."""
-        lists = lexicon()
-        written = _WORD.findall(caption)
-        words = [word.lower() for word in written]
-        present = set(words)
-        gender = (not lists.women.isdisjoint(present), not lists.men.isdisjoint(present))
-        self.captions += 1
-        self.genders[gender] += 1
-        self.occupations.update((name, *gender) for name in {name for name, _ in lists.occupations.find(words)})
-        codes = set()
-        for code, where in lists.countries.find(words):
-            name = " ".join(written[where])
-            if name in lists.ambiguous or name.lower() not in lists.ambiguous_lower:
-                codes.add(code)
-        self.countries.update(codes)
-
-    def merge(self, other: "WordCounts") -> None:
-        """Add the counts of other captions."""
-        self.captions += other.captions
-        self.genders += other.genders
-        self.occupations += other.occupations
-        self.countries += other.countries
 
 
 def gender_figures(counts: WordCounts) -> dict[str, Any]:
     """Return the numbers of captions with words of women, of men and of both, and their occupations."""
-    only_women, only_men = counts.genders[True, False], counts.genders[False, True]
     rows = []
-    for name in sorted({name for name, _, _ in counts.occupations}):
-        women, men = counts.occupations[name, True, False], counts.occupations[name, False, True]
-        total = sum(counts.occupations[name, w, m] for w in (True, False) for m in (True, False))
-        row: dict[str, Any] = {"occupation": name, "captions": total, "with_women": women, "with_men": men}
-        if women + men >= _LEAST_CAPTIONS:
-            row |= log_odds(women, men, only_women - women, only_men - men)
-        rows.append(row)
+    for name in sorted({key[1] for key in counts if key[0] == "occupation"}):
+        women, men = counts["occupation", name, True, False], counts["occupation", name, False, True]
+        total = sum(counts["occupation", name, w, m] for w in (True, False) for m in (True, False))
+        rows.append({"occupation": name, "captions": total, "with_women": women, "with_men": men})
     rows.sort(key=lambda row: (-row["with_women"] - row["with_men"], row["occupation"]))
-    both, neither = counts.genders[True, True], counts.genders[False, False]
-    return {"women": only_women, "men": only_men, "both": both, "neither": neither, "occupations": rows}
-
-
-def log_odds(women: int, men: int, other_women: int, other_men: int) -> dict[str, float]:
-    """Return the log of the odds ratio with Woolf's 95 % interval: above 0, the occupation goes with words of women.
-
-    Half a caption is added to each count (Haldane and Anscombe), so that none is zero.
-
-    Args:
-        women: captions with the occupation and only words of women.
-        men: captions with the occupation and only words of men.
-        other_women: captions without the occupation and with only words of women.
-        other_men: captions without the occupation and with only words of men.
-    """
-    cells = [count + 0.5 for count in (women, men, other_women, other_men)]
-    value = math.log(cells[0] * cells[3] / (cells[1] * cells[2]))
-    half = _Z95 * math.sqrt(sum(1 / cell for cell in cells))
-    return {"log_odds": value, "low": value - half, "high": value + half}
+    kinds = {"women": (True, False), "men": (False, True), "both": (True, True), "neither": (False, False)}
+    return {**{name: counts[("gender", *kind)] for name, kind in kinds.items()}, "occupations": rows}
 
 
 def country_figures(counts: WordCounts) -> list[dict[str, Any]]:
-    """Return the countries by mentions, the most mentioned first, with mentions per million inhabitants if known."""
+    """Return the countries by mentions, the most mentioned first."""
     import pycountry
 
-    inhabitants = yaml.safe_load((_FOLDER / "populations.yaml").read_text(encoding="utf-8"))
-    rows = []
-    for code, mentions in sorted(counts.countries.items(), key=lambda item: (-item[1], item[0])):
-        country = pycountry.countries.get(alpha_2=code)
-        name = getattr(country, "common_name", None) or getattr(country, "name", code)
-        row = {"code": code, "name": name, "captions": mentions}
-        if inhabitants.get(code):
-            row["per_million"] = mentions / inhabitants[code] * 1e6
-        rows.append(row)
-    return rows
+    mentioned = sorted((-count, key[1]) for key, count in counts.items() if key[0] == "country")
+    countries = [(pycountry.countries.get(alpha_2=code), -count) for count, code in mentioned]
+    return [
+        {"code": one.alpha_2, "name": getattr(one, "common_name", one.name), "captions": count}
+        for one, count in countries
+    ]

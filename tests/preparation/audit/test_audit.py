@@ -77,50 +77,34 @@ def audited(folder: Path, tokenizer_dir: Path) -> dict[str, Any]:
     return json.loads((folder / "audit" / "audit.json").read_text())
 
 
-def test_captions(audited: dict[str, Any]) -> None:
+def test_figures(audited: dict[str, Any]) -> None:
     assert (audited["samples"], audited["captions"]["captions"], audited["captions"]["distinct"]) == (15, 14, 9)
     assert audited["captions"]["commonest"][0] == {"caption": CAPTIONS[0], "count": 3, "share": pytest.approx(3 / 14)}
-    assert audited["captions"]["lengths"]["characters"]["max"] == max(map(len, CAPTIONS))
-    assert audited["captions"]["lengths"]["words"]["min"] == 1
-    assert audited["captions"]["lengths"]["tokens"]["max"] > 5
+    lengths = audited["captions"]["lengths"]
+    assert (lengths["characters"]["max"], lengths["words"]["min"]) == (max(map(len, CAPTIONS)), 1)
+    assert lengths["tokens"]["max"] > 5
     long = {row["language"]: row["count"] for row in audited["languages"]["long"]["languages"]}
-    assert long == {"English": 6, "German": 1}
-    assert audited["languages"]["is_sample"] is False
-
-
-def test_unusable_samples(audited: dict[str, Any]) -> None:
+    assert (long, audited["languages"]["is_sample"]) == ({"English": 6, "German": 1}, False)
     counts = {cause: entry["count"] for cause, entry in audited["unusable"].items()}
     assert counts == {"undecodable_image": 1, "missing_caption": 1}
     assert audited["unusable"]["undecodable_image"]["examples"][0].split(": ")[0].endswith("0.tar#8")
-
-
-def test_words(audited: dict[str, Any]) -> None:
     gender = audited["gender"]
     assert (gender["women"], gender["men"], gender["both"]) == (4, 0, 2)  # "Mann" is no English word
     found = {row["occupation"]: (row["captions"], row["with_women"]) for row in gender["occupations"]}
     assert found == {"nurse": (3, 3), "firefighter": (2, 0), "pilot": (1, 1)}
     countries = {row["code"]: row["captions"] for row in audited["countries"]["rows"]}
     assert countries == {"PG": 1, "TR": 1, "FR": 1}
-
-
-def test_copies(audited: dict[str, Any]) -> None:
     images = audited["images"]
     assert (images["decoded"], images["exact_copies"], images["near_copies"], images["nearly_blank"]) == (14, 1, 2, 2)
 
 
-def test_overlap_with_test_sets(audited: dict[str, Any], folder: Path) -> None:
-    assert [(one["name"], one["images"], one["exact"], one["near"]) for one in audited["tests"]] == [
-        ("flat", 3, 1, 1),
-        ("laid_out", 1, 0, 0),
-    ]
-    flat = json.loads((folder / "audit" / "overlap" / "flat.json").read_text())
+def test_overlap_and_page(audited: dict[str, Any], folder: Path) -> None:
+    assert [tuple(one.values()) for one in audited["tests"]] == [("flat", 3, 1, 1), ("laid_out", 1, 0, 0)]
+    flat, laid_out = (json.loads((folder / f"audit/overlap/{name}.json").read_text()) for name in ("flat", "laid_out"))
     found = [(one["shard"], one["number"], one["kind"], Path(one["training"]).name) for one in flat["overlap"]]
     assert found == [("0.tar", 1, "exact", "0.tar#3"), ("0.tar", 2, "near", "0.tar#4")]
     assert flat["contents"] == TarSource(str(folder / "tests" / "flat")).contents_digest()
-    assert json.loads((folder / "audit" / "overlap" / "laid_out.json").read_text())["overlap"] == []
-
-
-def test_the_page_shows_its_pictures(audited: dict[str, Any], folder: Path) -> None:
+    assert laid_out["overlap"] == []
     page = (folder / "audit" / "audit.md").read_text()
     for picture in ("near_duplicates.png", "overlap.png"):
         assert f"]({picture})" in page
