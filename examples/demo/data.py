@@ -24,8 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.npm import check_renderer, download, slug
-from flipscale.data.sources.tar import add_member
+from examples.shared import check_renderer, download, read_report, slug, write_classes, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
@@ -76,7 +75,6 @@ IMAGE_SIZE = 64  # a crop of 70 % of the area is 54 px wide, so training at 32 p
 TRAIN_SHARDS = 8
 VOCAB_SIZE = 4000
 MAX_LENGTH = 16  # tokens; the longest caption has 12
-TEMPLATE = "{c}"  # captions are bare names, so class prompts are too
 MADE_BY = "examples/demo/data.py"  # marks a folder that this script wrote
 _PARTS = ("unseen", "roles")
 _FILES = {"train", "test", "groups", "subgroups", "unseen", "train_without_unseen", "roles", "tokenizer"}
@@ -261,29 +259,21 @@ def write_pictures(
     `zeroshot_classification_templates.txt`, in CLIP_benchmark's layout.
     """
     directory.mkdir(parents=True)
-    label_of = {name: index for index, name in enumerate(class_names or ())}
     per_shard = -(-len(pictures) // num_shards)
+
+    def sample(number: int) -> tuple[str, dict[str, bytes]]:
+        drawing = pictures[number].drawing
+        files = {"png": pictures[number].png, "txt": drawing.caption.encode()}
+        if class_names is not None:
+            files["cls"] = str(class_names.index(drawing.caption)).encode()
+        about = {"artist": drawing.artist, "concept": drawing.concept, "icon": drawing.icon}
+        return f"{number:06d}", {**files, "json": json.dumps(about).encode()}
+
     for shard in range(num_shards):
-        with tarfile.open(directory / f"shard-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in range(shard * per_shard, min((shard + 1) * per_shard, len(pictures))):
-                drawing, key = pictures[index].drawing, f"{index:06d}"
-                about = {"artist": drawing.artist, "concept": drawing.concept, "icon": drawing.icon}
-                add_member(tar, f"{key}.png", pictures[index].png)
-                add_member(tar, f"{key}.txt", drawing.caption.encode())
-                if class_names is not None:
-                    add_member(tar, f"{key}.cls", str(label_of[drawing.caption]).encode())
-                add_member(tar, f"{key}.json", json.dumps(about).encode())
+        numbers = range(shard * per_shard, min((shard + 1) * per_shard, len(pictures)))
+        write_shard(directory / f"shard-{shard:05d}.tar", map(sample, numbers))
     if class_names is not None:
-        _write_classes(directory, class_names)
-
-
-def _write_classes(directory: Path, names: Sequence[str]) -> None:
-    _write_lines(directory / "classnames.txt", names)
-    _write_lines(directory / "zeroshot_classification_templates.txt", [TEMPLATE])
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_classes(directory, class_names)
 
 
 def is_unseen(concept: str) -> bool:
@@ -308,13 +298,12 @@ def write_groups(directory: Path, parts: dict[str, list[Picture]], kind: str) ->
         (directory / part).mkdir(parents=True)
         starts = range(0, len(chosen), _IMAGES_PER_LABELLED_SHARD)
         for shard, start in enumerate(starts):
-            with tarfile.open(directory / part / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-                for number, picture in enumerate(chosen[start : start + _IMAGES_PER_LABELLED_SHARD], start):
-                    add_member(tar, f"s{number:07d}.png", picture.png)
-                    label = names.index(getattr(picture.drawing, kind))
-                    add_member(tar, f"s{number:07d}.cls", str(label).encode())
+            some = enumerate(chosen[start : start + _IMAGES_PER_LABELLED_SHARD], start)
+            labelled = [(number, one.png, names.index(getattr(one.drawing, kind))) for number, one in some]
+            samples = ((f"s{number:07d}", {"png": png, "cls": str(label).encode()}) for number, png, label in labelled)
+            write_shard(directory / part / f"{shard}.tar", samples)
         (directory / part / "nshards.txt").write_text(str(len(starts)), encoding="utf-8")
-    _write_classes(directory, names)
+    write_classes(directory, names)
     return counts
 
 
@@ -401,15 +390,10 @@ def write_report(
     ]
     report = {"made_by": MADE_BY, "parts": sorted(parts), "counts": counts, "sets": sets}
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _write_lines(
-        out_dir / "LICENSES.txt",
-        [
-            "The images in this folder were rendered from these sets; the licence of each goes with its images.",
-            "",
-            *(f"{i.artist}: {i.package} by {i.author}, {i.licence}, {len(i.drawings)} images" for i in icon_sets),
-            f"captions: {NAMES_PACKAGE}, MIT (Unicode CLDR short names)",
-        ],
-    )
+    lines = ["The images in this folder were rendered from these sets; the licence of each goes with its images.", ""]
+    lines += [f"{i.artist}: {i.package} by {i.author}, {i.licence}, {len(i.drawings)} images" for i in icon_sets]
+    lines += [f"captions: {NAMES_PACKAGE}, MIT (Unicode CLDR short names)"]
+    (out_dir / "LICENSES.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def prepare_demo(out_dir: Path, parts: Sequence[str] = ()) -> None:
@@ -424,16 +408,13 @@ def prepare_demo(out_dir: Path, parts: Sequence[str] = ()) -> None:
         OSError: npm does not answer, or sends another package.
     """
     out_dir = out_dir.absolute()
-    present = _parts_of(out_dir)
-    if present is not None:
-        if set(parts) <= set(present):
+    if report := read_report(out_dir, MADE_BY, "the demo"):
+        if set(parts) <= set(report["parts"]):
             print(f"{out_dir} is complete: nothing to do")
             return
-        parts = sorted({*parts, *present})
+        parts = sorted({*parts, *report["parts"]})
         if others := sorted({path.name for path in out_dir.iterdir()} - _FILES):
             raise UserError(f"{out_dir} would be written anew, and holds {others[0]}; move that away")
-    elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} holds something that is not the demo; name a new folder, or an empty one")
     check_renderer()
     with tempfile.TemporaryDirectory() as downloads:
         icon_sets = load_icon_sets(Path(downloads))
@@ -450,16 +431,6 @@ def install(out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Pict
         write_report(folder, icon_sets, counts, parts)
     for part, count in counts.items():
         print(f"{out_dir / part}: {count['images']:,} images, {count['captions']:,} captions")
-
-
-def _parts_of(out_dir: Path) -> list[str] | None:
-    """Return the optional parts in a folder of this script; None for another folder."""
-    try:
-        report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_ours = isinstance(report, dict) and report.get("made_by") == MADE_BY
-    return [part for part in _PARTS if part in report["parts"]] if is_ours else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,15 +8,15 @@ everybody's shards have the same bytes.
 
 import importlib.util
 import json
-import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flipscale.data.sources.tar import add_member
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.shared import read_report, run_program, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
@@ -29,7 +29,6 @@ MADE_BY = "examples/questions/easy_vqa.py"  # marks a folder that this script wr
 MAX_LENGTH = 16  # tokens; the longest question has 10
 _VOCAB_SIZE = 1000  # at most: the questions have 26 different words
 _QUESTIONS_PER_SHARD = 5000
-_MAX_SECONDS = 600
 
 
 def prepare_easy_vqa(out_dir: Path, digest: str = DIGEST) -> None:
@@ -44,22 +43,12 @@ def prepare_easy_vqa(out_dir: Path, digest: str = DIGEST) -> None:
         OSError: pip does not answer, or downloads another package.
     """
     out_dir = out_dir.absolute()
-    if _is_complete(out_dir):
+    if read_report(out_dir, MADE_BY, "easy-VQA"):
         print(f"{out_dir} is complete: nothing to do")
         return
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} holds something that is not easy-VQA; name a new folder, or an empty one")
     with tempfile.TemporaryDirectory() as downloads:
         counts = _write(out_dir, _download(Path(downloads), digest))
     print("\n".join(f"{out_dir / part}: {count:,} questions" for part, count in counts.items()))
-
-
-def _is_complete(out_dir: Path) -> bool:
-    try:
-        report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("made_by") == MADE_BY
 
 
 def _write(out_dir: Path, wheel: Path) -> dict[str, int]:
@@ -84,12 +73,18 @@ def _write_part(folder: Path, part: str, package: zipfile.ZipFile, answers: Sequ
     (folder / part).mkdir()
     starts = range(0, len(questions), _QUESTIONS_PER_SHARD)
     for shard, start in enumerate(starts):
-        with tarfile.open(folder / part / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            some = questions[start : start + _QUESTIONS_PER_SHARD]
-            for number, (text, answer, image) in enumerate(some, start):
-                add_member(tar, f"q{number:08d}.png", package.read(f"easy_vqa/data/{part}/images/{image}.png"))
-                add_member(tar, f"q{number:08d}.txt", text.encode())
-                add_member(tar, f"q{number:08d}.cls", str(answers.index(answer)).encode())
+        samples = (
+            (
+                f"q{number:08d}",
+                {
+                    "png": package.read(f"easy_vqa/data/{part}/images/{image}.png"),
+                    "txt": text.encode(),
+                    "cls": str(answers.index(answer)).encode(),
+                },
+            )
+            for number, (text, answer, image) in enumerate(questions[start : start + _QUESTIONS_PER_SHARD], start)
+        )
+        write_shard(folder / part / f"{shard}.tar", samples)
     (folder / part / "nshards.txt").write_text(str(len(starts)), encoding="utf-8")
     return len(questions)
 
@@ -106,10 +101,7 @@ def _download(directory: Path, digest: str) -> Path:
     requirements.write_text(f"{PACKAGE} --hash=sha256:{digest}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--require-hashes", "--dest", str(directory), "-r", str(requirements)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_MAX_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"pip took more than {_MAX_SECONDS} s for {PACKAGE}; start the same command again") from error
+    done = run_program(command, f"pip for {PACKAGE}")
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise OSError(f"pip downloaded another package for {PACKAGE}; check its index (pip config list)")
     wheel = next(directory.glob("*.whl"), None)

@@ -10,7 +10,7 @@ import datasets
 
 from examples.demo import data as demo
 from examples.demo.data import Drawing
-from examples.npm import download
+from examples.shared import download
 
 CLASSES, OF_EACH = 12, 25
 

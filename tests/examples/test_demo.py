@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from examples.demo import data as demo
 from examples.demo.data import Drawing, IconSet, Names, Picture, select_drawings
-from examples.npm import download, slug
+from examples.shared import download, slug
 from flipscale.data.sources.tar import TarSource
 
 ENTRIES = [

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from examples.icons import data as icons
 from examples.icons.data import PACKAGE, Icon, prepare_icons
-from examples.npm import slug
+from examples.shared import slug
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 

@@ -1,20 +1,26 @@
-"""Downloads of pinned npm packages, for the examples whose drawings come from Iconify."""
+"""What the data scripts share: downloads of npm packages, other programs, folders and shards."""
 
 import base64
 import hashlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
+from flipscale.data.sources.tar import add_member
 from flipscale.io.errors import UserError
+from flipscale.io.files import read_text
 from flipscale.io.progress import each
 
+TEMPLATE = "{c}"  # captions are bare names, so class prompts are too
 _MAX_SECONDS = 600  # for one package: 5 MB, or 104 MB for all icons
 
 
@@ -35,12 +41,56 @@ def download(packages: Mapping[str, str], directory: Path) -> dict[str, Path]:
         return {jobs[job]: job.result() for job in each(as_completed(jobs), "download", "packages", len(jobs))}
 
 
-def check_renderer() -> None:
-    """Check that resvg-py is installed.
+def run_program(
+    command: Sequence[str], what: str, folder: Path | None = None, seconds: int = _MAX_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. Raise OSError if it takes longer than `seconds`."""
+    try:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{what} took more than {seconds} s; start the same command again") from error
+
+
+def read_report(out_dir: Path, made_by: str, what: str) -> dict[str, Any] | None:
+    """Return the report of a folder that a script wrote; None for a new or empty folder.
+
+    Args:
+        out_dir: folder that the script is to write.
+        made_by: the script, as in its report.
+        what: the contents, for the message.
 
     Raises:
-        UserError: it is not.
+        UserError: the folder holds something else.
     """
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return None
+    try:
+        report = json.loads(read_text(out_dir / "report.json"))
+    except (OSError, ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict) or report.get("made_by") != made_by:
+        raise UserError(f"{out_dir} holds something that is not {what}; name a new folder, or an empty one")
+    return report
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write a tar with KEY.EXTENSION of each sample, which is its key and its content by extension."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, files in samples:
+            for extension, content in files.items():
+                add_member(tar, f"{key}.{extension}", content)
+
+
+def write_classes(folder: Path, names: Iterable[str]) -> None:
+    """Write the class names and the prompt of a labelled set in CLIP_benchmark's layout."""
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    (folder / "zeroshot_classification_templates.txt").write_text(f"{TEMPLATE}\n", encoding="utf-8")
+
+
+def check_renderer() -> None:
+    """Raise UserError unless resvg-py is installed."""
     if importlib.util.find_spec("resvg_py") is None:
         raise UserError("resvg-py, which draws the pictures, is not installed; run: pip install 'flipscale[demo]'")
 
@@ -74,10 +124,7 @@ def _download(npm: list[str], package: str, directory: Path, digest: str) -> Pat
     # In milliseconds, because npm's defaults wait for ten minutes.
     timeouts = ["--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=4000", "--fetch-timeout=60000"]
     command = [*npm, "pack", package, "--loglevel=error", *timeouts, "--pack-destination", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_MAX_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"npm took more than {_MAX_SECONDS} s for {package}; start the same command again") from error
+    done = run_program(command, f"npm for {package}")
     if done.returncode:
         raise UserError(
             f"npm could not download {package}: {_reason(done)}; check that npm reaches its registry (npm ping)"
