@@ -273,10 +273,7 @@ def device_bytes(batch: Mapping[str, Any], batch_size: int) -> dict[str, float]:
     """Return the bytes per image of a batch's tensors: pixels, and everything else."""
     sizes = {name: value.nbytes / batch_size for name, value in batch.items() if isinstance(value, torch.Tensor)}
     pixels = sum(size for name, size in sizes.items() if name in ("patches", "pixel_values"))
-    return {
-        "bytes_to_device_per_image": pixels,
-        "other_bytes_to_device_per_image": sum(sizes.values()) - pixels,
-    }
+    return {"bytes_to_device_per_image": pixels, "other_bytes_to_device_per_image": sum(sizes.values()) - pixels}
 
 
 def peak_memory(pid: int | str | None = "self") -> int:

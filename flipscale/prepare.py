@@ -46,10 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = add(_inspect, "Print counts and sizes of shards, find bad samples, and draw a contact sheet.")
     inspect.add_argument("shards", help=_SHARDS_HELP)
     inspect.add_argument(
-        "--sheet",
-        type=Path,
-        default=Path("contact_sheet.png"),
-        help="PNG file to draw (default: contact_sheet.png).",
+        "--sheet", type=Path, default=Path("contact_sheet.png"), help="PNG file to draw (default: contact_sheet.png)."
     )
     inspect.add_argument("--tokenizer", help=_TOKENIZER_HELP)
     inspect.add_argument(

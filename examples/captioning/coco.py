@@ -181,9 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser, files: str) -> None:
         "source", type=Path, help=f"Folder with {files}, and COCO's images of 2014 in train2014/ and val2014/."
     )
     parser.add_argument(
-        "directory",
-        type=output_folder,
-        help="Folder to write; the same command continues there after an interruption.",
+        "directory", type=output_folder, help="Folder to write; the same command continues there after an interruption."
     )
     parser.add_argument(
         "--short_side",

@@ -144,8 +144,7 @@ def open_pairs(
 
     Args:
         source: folder, table or name.
-        image_column: column of images; None finds it by its name.
-        caption_column: column of captions; None finds it by its name.
+        image_column: column of images; None finds it by its name, as that of captions.
         split: split of a data set.
         allow_outside: whether to read files outside the folder of the list, named by a path or a link.
         labels: column of classes, or `folder` for class folders.
@@ -181,7 +180,6 @@ class FileList(PairList):
     """Image files under `root`, with captions in KEY.txt or KEY.json beside them, or the names of their folders.
 
     Args:
-        root: folder of the images.
         files: paths of the images in `root`.
         num_captioned: number of images with a text beside them.
         allow_outside: whether to follow links out of `root`.
@@ -297,8 +295,6 @@ class Columns:
     """Columns of a list that are read.
 
     Args:
-        image: column of images.
-        caption: column of captions.
         label: column of classes; None if the classes are not asked for.
         classes: class names of the columns that hold numbers of classes.
         usual_label: column with a usual name of classes, asked for or not.

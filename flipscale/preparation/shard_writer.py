@@ -163,20 +163,12 @@ def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
 
 
 def write_shards(
-    pairs: PairList,
-    source: str,
-    out_dir: Path,
-    options: ShardOptions,
-    processes: int,
-    class_names: Sequence[str] = (),
+    pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int, class_names: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write the shards of `pairs` with their indices, and return the report that is written beside them.
 
     Args:
-        pairs: the pairs.
         source: name of the pairs, for the report.
-        out_dir: folder to write.
-        options: how pairs become shards.
         processes: number of processes that write.
         class_names: names of all classes in the order of their numbers, with `options.labels`.
 
@@ -225,7 +217,9 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
     lines = json_lines.iterate(path)
     before = next(lines, begun)
     differing = [name for name, value in begun.items() if before.get(name) != value]
-    if differing and _is_empty(job.out_dir):
+    report = job.out_dir / _REPORT
+    # After a run that wrote no pair, other options may be tried in the same folder.
+    if differing and report.is_file() and json.loads(report.read_text(encoding="utf-8"))["written"] == 0:
         for shard in job.out_dir.glob("*.tar*"):
             shard.unlink()
         lines = iter(())
@@ -244,15 +238,6 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
 
     json_lines.rewrite(path, finished())
     return done
-
-
-def _is_empty(out_dir: Path) -> bool:
-    """Return whether a run ended in a folder and wrote no pair, so that other options may be tried there."""
-    try:
-        report = json.loads((out_dir / _REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("written") == 0
 
 
 def _receive_job(job: _Job) -> None:

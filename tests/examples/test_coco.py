@@ -112,7 +112,7 @@ def test_questions_with_all_votes(
     assert test.captions_of(0, 0) == ["What is 42000?"]
     columns = [*test.class_names(), "other"]
     assert [test.array(columns, 0, number).tolist() for number in range(5)] == [
-        *([0, 0, 0, 10], [0, 0, 9, 1], [0, 6, 0, 4], [7, 0, 0, 3], [0, 0, 0, 10]),
+        *([0, 0, 0, 10], [0, 0, 9, 1], [0, 6, 0, 4], [7, 0, 0, 3], [0, 0, 0, 10])
     ]
     train = TarSource(str(out / "train"))
     asked = [train.read(0, number).captions for number in range(len(train))]
@@ -158,21 +158,13 @@ def of_split(**fields: Any) -> dict[str, Any]:
     ("file", "content", "words"),
     [
         (SPLIT, None, r"dataset_coco.json is missing; it comes in https://cs.stanford.edu/.*/caption_datasets.zip"),
-        (
-            f"val2014/{name(42)}",
-            None,
-            r"val2014 lacks 1 of the 2 images .* COCO_val2014_0+42.jpg",
-        ),
+        (f"val2014/{name(42)}", None, r"val2014 lacks 1 of the 2 images .* COCO_val2014_0+42.jpg"),
         ("train2014", None, r"coco has no folder train2014; unpack http://images.cocodataset.org/zips/train2014.zip"),
         (ANNOTATIONS, None, r"annotations.json is missing; it comes in .*v2_Annotations_Val_mscoco.zip"),
         (SPLIT, '{"images": [', r"coco.json is no whole JSON file \(Expecting value"),
         (SPLIT, {"annotations": []}, r"coco.json has no list 'images'"),
         (SPLIT, {"images": [{"filename": "1.jpg", "sentences": []}]}, r"images\[0\] is not as in"),
-        (
-            SPLIT,
-            of_split(filepath="..", filename="x.jpg"),
-            r"images\[0\] is not as in .*'../x.jpg' is no image",
-        ),
+        (SPLIT, of_split(filepath="..", filename="x.jpg"), r"images\[0\] is not as in .*'../x.jpg' is no image"),
         (SPLIT, of_split(sentences=[{"raw": " "}]), r"images\[0\] has no caption"),
         (SPLIT, of_split(), r"coco.json has no images of test"),
         (

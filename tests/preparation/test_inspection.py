@@ -79,10 +79,7 @@ def test_the_sheet_shows_images_and_captions(mixed: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        (["--max_samples", "-1"], "--max_samples is -1; it must be at least 0"),
-        ([], "there is no sample in 1 shards"),
-    ],
+    [(["--max_samples", "-1"], "--max_samples is -1; it must be at least 0"), ([], "there is no sample in 1 shards")],
 )
 def test_nothing_to_inspect_is_one_line(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
