@@ -1,4 +1,4 @@
-"""What the data scripts share: downloads of npm packages, other programs, folders and shards."""
+"""Download npm packages, run other programs, and write shards: functions that the data scripts share."""
 
 import base64
 import hashlib

@@ -224,6 +224,24 @@ def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with exit code 2; returns its error, the last line and the only one of its kind."""
+
+    def run(*words: object) -> str:
+        from flipscale.cli import main
+
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        *others, error = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2
+        assert error.startswith("flipscale: error: ")
+        assert not any(line.startswith("flipscale: error: ") for line in others)
+        return error
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def trained_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of four masked steps, which tests read only: its `model/` can be exported or fine-tuned."""

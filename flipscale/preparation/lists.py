@@ -144,7 +144,8 @@ def open_pairs(
 
     Args:
         source: folder, table or name.
-        image_column: column of images; None finds it by its name, as that of captions.
+        image_column: column of images. Without it, the first column with a usual name.
+        caption_column: column of captions. Without it, the first column with a usual name.
         split: split of a data set.
         allow_outside: whether to read files outside the folder of the list, named by a path or a link.
         labels: column of classes, or `folder` for class folders.

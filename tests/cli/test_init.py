@@ -68,13 +68,6 @@ def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.C
     assert recipe.data.global_batch_size % 8 == 0
 
 
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["init", *arguments])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,22 +82,21 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_errors_of_options(
     shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str],
-    message: str, capsys: pytest.CaptureFixture[str],
+    message: str, refused: Callable[..., str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    words = ["mine.yaml", "--shards", str(shards), "--tokenizer", str(tokenizer_dir), *options]
-    assert message in refusal(words, capsys)
+    assert message in refused("init", "mine.yaml", "--shards", shards, "--tokenizer", tokenizer_dir, *options)
     assert not Path("mine.yaml").exists()
 
 
-def test_errors_of_files_and_data(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_files_and_data(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     there = tmp_path / "there.yaml"
     there.write_text("mine")
-    assert "is there already; name another file" in refusal([str(there), "--shards", str(shards)], capsys)
+    assert "is there already; name another file" in refused("init", there, "--shards", shards)
     assert there.read_text() == "mine"
-    assert "has no ending .yaml" in refusal([str(tmp_path / "recipe"), "--shards", str(shards)], capsys)
+    assert "has no ending .yaml" in refused("init", tmp_path / "recipe", "--shards", shards)
     write_shards(tmp_path / "few", [3])
-    line = refusal([str(tmp_path / "new.yaml"), "--shards", str(tmp_path / "few")], capsys)
+    line = refused("init", tmp_path / "new.yaml", "--shards", tmp_path / "few")
     assert "has 3 pairs; training needs at least 16" in line
 
 
@@ -119,14 +111,13 @@ def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_test_set_without_labels(
-    init: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path, tokenizer_dir: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "silent").mkdir()
     with tarfile.open(tmp_path / "silent/0.tar", "w") as tar:
         add_member(tar, "0.jpg", cv2.imencode(".jpg", np.zeros((40, 40, 3), np.uint8))[1].tobytes())
-    with pytest.raises(SystemExit):
-        init("--tests", "silent")
-    assert "tests silent has no classnames.txt and no captions" in capsys.readouterr().err
+    words = ("--shards", shards, "--tokenizer", tokenizer_dir, "--tests", tmp_path / "silent")
+    assert "silent has no classnames.txt and no captions" in refused("init", tmp_path / "mine.yaml", *words)
 
 
 def test_an_unmeasurable_speed(

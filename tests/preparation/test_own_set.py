@@ -164,29 +164,14 @@ def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.Capt
     assert sorted(contents(tmp_path / "again/test")) == sorted(test)
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `flipscale prepare`, which must end with exit code 2; returns its one line."""
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            prepare(*arguments)
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
-
-    return run
-
-
 def test_pictures_without_captions(by_class: Path, tmp_path: Path, refused: Callable) -> None:
     flat = as_folder(by_class, tmp_path / "flat", captions=False)
-    assert "128 images and no captions: put KEY.txt beside KEY.jpg" in refused("shards", flat, tmp_path / "out")
+    assert "128 images and no captions: put KEY.txt" in refused("prepare", "shards", flat, tmp_path / "out")
     (flat / "words.csv").write_text("file_name,text\n")
-    assert f"; if {flat}/words.csv has them, name it in place" in refused("shards", flat, tmp_path / "out")
+    assert f"; if {flat}/words.csv has them, name it in place" in refused("prepare", "shards", flat, tmp_path / "out")
     for part in ("train", "test"):
         shutil.copytree(by_class, tmp_path / "parts" / part)
-    assert "has the parts test and train" in refused("shards", tmp_path / "parts", tmp_path / "out")
+    assert "has the parts test and train" in refused("prepare", "shards", tmp_path / "parts", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -208,12 +193,12 @@ def test_a_name_that_is_no_path_is_not_looked_for(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for name in ("./birds", "/no/birds", "my/own/birds", "birds.zip", "photos/birds", "~/birds", "birds/"):
-        assert f"{name} does not exist; name a folder, a table (.csv" in refused("shards", name, "out")
+        assert f"{name} does not exist; name a folder, a table (.csv" in refused("prepare", "shards", name, "out")
     asked: list[str] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: asked.append(name) or int("x"))
     names = ["cifar10", "org/birds", "laion/laion2B-en-v1.0"]
     for name in names:
-        assert "no data set that `datasets` loads (invalid literal" in refused("shards", name, "out")
+        assert "no data set that `datasets` loads (invalid literal" in refused("prepare", "shards", name, "out")
     assert asked == names
 
 
@@ -228,7 +213,7 @@ def test_wrong_classes_and_shares(by_class: Path, tmp_path: Path, refused: Calla
         (by_class, tmp_path / "whole", "--split", "0.1", "was written without --split; name a new folder"),
         (by_class, by_class, "--split", "0.1", "holds something else; name a new folder"),
     ):
-        assert words in refused("shards", source, folder, flag, value)
+        assert words in refused("prepare", "shards", source, folder, flag, value)
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +239,9 @@ def test_a_tokenizer_of_own_captions(own_shards: Path, tmp_path: Path, capsys: p
 
 
 def test_a_tokenizer_that_cannot_be(own_shards: Path, tmp_path: Path, refused: Callable) -> None:
-    line = refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 9)
+    line = refused("prepare", "tokenizer", own_shards, tmp_path / "words", "--vocab_size", 9)
     assert re.search(r"no tokenizer of vocab_size 9 from 128 captions: their characters alone need \d+; use more", line)
-    assert "use more" in refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 1)
+    assert "use more" in refused("prepare", "tokenizer", own_shards, tmp_path / "words", "--vocab_size", 1)
     assert not (tmp_path / "words").exists()
     (tmp_path / "empty").mkdir()
-    assert "is there already; name another folder" in refused("tokenizer", own_shards, tmp_path / "empty")
+    assert "is there already; name another folder" in refused("prepare", "tokenizer", own_shards, tmp_path / "empty")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import signal
 import sys
@@ -19,8 +18,6 @@ from PIL import Image
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
-from flipscale.preparation.lists import open_pairs
-from flipscale.preparation.shard_writer import ShardOptions, write_shards
 
 CAPTIONS = [f"picture number {number}" for number in range(6)]
 
@@ -165,56 +162,32 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> No
     assert {path: path.stat().st_ino for path in first} == first, "a finished shard was written again"
 
 
-def test_a_worker_that_dies_is_said_so(folder: Path, tmp_path: Path) -> None:
-    pairs = open_pairs(str(folder))
-    object.__setattr__(pairs, "files", Deadly(pairs.files))
-    with pytest.raises(OSError, match=r"a worker died .*; the same command goes on where it stopped"):
-        write_shards(pairs, str(folder), tmp_path / "out", ShardOptions(), 1)
-
-
-class Deadly(list):
-    """Names of files; reading one ends the process."""
-
-    def __getitem__(self, number: object) -> str:
-        os._exit(9)
-
-
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `prepare shards`, which must end with exit code 2; returns its one line."""
-
-    def run(source: object, *flags: str, out: str = "out") -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(["prepare", "shards", str(source), str(tmp_path / out), *flags])
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
-
-    return run
+def fails(tmp_path: Path, refused: Callable[..., str]) -> Callable[..., str]:
+    return lambda source, *flags, out="out": refused("prepare", "shards", source, tmp_path / out, *flags)
 
 
-def test_other_options_in_the_same_folder_are_refused(folder: Path, tmp_path: Path, refused: Callable) -> None:
+def test_other_options_are_refused(folder: Path, tmp_path: Path, fails: Callable) -> None:
     shards_of([folder], tmp_path / "out")
-    line = refused(folder, "--short_side", "128")
+    line = fails(folder, "--short_side", "128")
     assert "was begun with short_side 256 (now 128); use the same source and options, or another folder" in line
     (folder / "7.jpg").write_bytes(image(7))
-    assert "pairs 6 (now 7)" in refused(folder)
-    assert "images holds something that `prepare shards` did not write" in refused(folder, out="images")
+    assert "pairs 6 (now 7)" in fails(folder)
+    assert "images holds something that `prepare shards` did not write" in fails(folder, out="images")
 
 
-def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Callable) -> None:
+def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, fails: Callable) -> None:
     (tmp_path / "empty").mkdir()
-    assert "empty has no images; they are files named .bmp" in refused(tmp_path / "empty")
-    assert "nothing.csv does not exist; name a folder, a table or a data set" in refused(tmp_path / "nothing.csv")
+    assert "empty has no images; they are files named .bmp" in fails(tmp_path / "empty")
+    assert "nothing.csv does not exist; name a folder, a table or a data set" in fails(tmp_path / "nothing.csv")
     (folder / "pairs.csv").write_text("id,path,text\n0,0.jpg,a disc\n")
-    line = refused(folder / "pairs.csv", "--caption_column", "words")
+    line = fails(folder / "pairs.csv", "--caption_column", "words")
     assert "pairs.csv has no column words; name the captions' with --caption_column, one of id, path, text" in line
     (tmp_path / "a.jsonl").write_text("{broken\n")
-    assert "a.jsonl is no JSONL table in UTF-8" in refused(tmp_path / "a.jsonl")
+    assert "a.jsonl is no JSONL table in UTF-8" in fails(tmp_path / "a.jsonl")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/dataset_info.json").write_text("{}")
-    assert "is no folder, no table and no data set that `datasets` loads" in refused(tmp_path / "saved")
+    assert "is no folder, no table and no data set that `datasets` loads" in fails(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -226,5 +199,5 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Calla
         ("--num_workers", "0", "--num_workers is 0; it must be at least 1"),
     ],
 )
-def test_wrong_options_are_one_line(folder: Path, refused: Callable, flag: str, value: str, message: str) -> None:
-    assert message in refused(folder, flag, value)
+def test_wrong_options_are_one_line(folder: Path, fails: Callable, flag: str, value: str, message: str) -> None:
+    assert message in fails(folder, flag, value)

@@ -30,7 +30,7 @@ from flipscale.preparation.audit.words import WordCounts, count_words
 from flipscale.preparation.inspection import Faults
 
 UNUSABLE, BLANK, SEEN = 0, 1, 2  # states of an image
-# A longer caption is cut before its language is looked at, because the detector would take seconds for it.
+# Characters. A longer caption is cut for the language detector, which would need seconds for it.
 LONGEST = 2000
 _IMAGE = np.dtype([("digest", "<u8"), ("look", "<u8"), ("state", "u1")])
 _CAPTION = np.dtype([("digest", "<u8"), ("row", "<u8"), ("characters", "<u4"), ("words", "<u4"), ("tokens", "<u4")])
@@ -55,9 +55,9 @@ class Scan:
 
     Args:
         images: `digest` of the bytes, perceptual hash `look` and `state` of each image, `(rows,)`.
-        captions: `digest`, `row` and lengths of each caption in the order of the rows.
+        captions: `digest`, `row` and lengths of each caption, in the order of the rows.
         words: numbers of captions with the words.
-        sampled: captions whose languages are looked at, with their numbers.
+        sampled: captions for the language detector, with their numbers.
         faults: unusable samples.
     """
 

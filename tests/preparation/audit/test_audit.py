@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,22 +140,17 @@ def test_a_sample_of_captions(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert "None was compared" in (tmp_path / "audit.md").read_text()
 
 
-def test_bad_input(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*command: str) -> str:
-        with pytest.raises(SystemExit) as error:
-            main(["prepare", "audit", *command, "--output_dir", str(tmp_path / "out"), "--num_workers", "1"])
-        assert error.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+def test_bad_input(folder: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def audit(*words: object) -> str:
+        return refused("prepare", "audit", *words, "--output_dir", tmp_path / "out", "--num_workers", 1)
 
-    train = str(folder / "train")
-    assert "no test set in" in fails(train, "--tests", str(tmp_path))
+    train = folder / "train"
+    assert "no test set in" in audit(train, "--tests", tmp_path)
     write_tar(tmp_path / "bare/0.tar", [(encoded(photos()[0]), None)])
-    assert "none of the 1 samples" in fails(str(tmp_path / "bare"))
+    assert "none of the 1 samples" in audit(tmp_path / "bare")
     write_tar(tmp_path / "empty/0.tar", [])
-    assert "there is no sample in 1 shards" in fails(str(tmp_path / "empty"))
+    assert "there is no sample in 1 shards" in audit(tmp_path / "empty")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lingua" else find_spec(name))
-    assert "pip install 'flipscale[audit]'" in fails(train)
+    assert "pip install 'flipscale[audit]'" in audit(train)
     assert not (tmp_path / "out").exists()
