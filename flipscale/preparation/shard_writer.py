@@ -178,8 +178,6 @@ def write_shards(
     """
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"{out_dir} is no folder; name a new one")
     out_dir.mkdir(parents=True, exist_ok=True)
     others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
     if others and not (out_dir / _MANIFEST).is_file():

@@ -137,8 +137,6 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
         UserError: the disk is too small, or a source is missing, gated, or not as its page says.
         OSError: the Hub cannot be reached, or the disk is full.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder; name another")
     plans: list[_Plan] = []
     rows: list[list[str]] = []
     faults: dict[str, str] = {}
