@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,15 +86,12 @@ def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
     assert done.stdout == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
 
 
-def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, refused: Callable[..., str]) -> None:
     main(["launch_files", str(tmp_path)])
     main(["launch_files", str(tmp_path)])
     (tmp_path / "ds_configs/ddp.yaml").write_text("num_processes: 4\n")
     (tmp_path / "slurm/run.bash").unlink()
-    with pytest.raises(SystemExit) as raised:
-        main(["launch_files", str(tmp_path)])
-    assert raised.value.code == 2
-    assert "ds_configs/ddp.yaml exists and differs from this version's; nothing was written" in capsys.readouterr().err
+    assert "ds_configs/ddp.yaml exists and differs from this version's" in refused("launch_files", tmp_path)
     assert not (tmp_path / "slurm/run.bash").exists()
 
 
@@ -109,10 +107,10 @@ printf '<%s>' "$RECIPE" "$RECIPES"
 
 def submit(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess:
     """Submit a script where `sbatch` prints the recipes that the job would get."""
-    (folder / "bin").mkdir()
+    (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/sbatch").write_text(SBATCH)
     (folder / "bin/sbatch").chmod(0o755)
-    shutil.copytree(ROOT / "slurm", folder / "slurm")
+    shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     recipes = {"RECIPE": "", "RECIPES": ""}
     return launch(
@@ -130,21 +128,16 @@ def test_a_recipe_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert copy.endswith(f"/{name}")
 
 
-def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.yaml").write_text(f"output_dir: {folder}\n")
-    done = submit(tmp_path, "study", RECIPES="a/x.yaml b/x.yaml")
-    assert done.returncode == 2
-    assert "two recipes are called x; rename one of them" in done.stderr
-
-
-def test_a_study_of_recipes_on_several_lines(tmp_path: Path) -> None:
-    for name in ("x.yaml", "y.yaml"):
+def test_a_study_of_several_recipes(tmp_path: Path) -> None:
+    for name in ("a/x.yaml", "b/x.yaml", "x.yaml", "y.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("seed: 3\n")
     done = submit(tmp_path, "study", RECIPES="x.yaml\ny.yaml\n")
     assert done.returncode == 0, done.stderr
     assert [Path(copy).name for copy in done.stdout.split("<")[2].rstrip(">").split()] == ["x.yaml", "y.yaml"]
+    done = submit(tmp_path, "study", RECIPES="a/x.yaml b/x.yaml")
+    assert done.returncode == 2
+    assert "two recipes are called x; rename one of them" in done.stderr
 
 
 def test_the_marker_of_a_node_is_a_word_of_its_own(tmp_path: Path) -> None:
