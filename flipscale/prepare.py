@@ -244,8 +244,7 @@ def _tasks(args: argparse.Namespace) -> None:
 
 
 def _task_set(page: "TaskPage") -> "TaskSet":
-    from flipscale.preparation.parquet_set import Columns
-    from flipscale.preparation.task_sets import REAL_LABELS, TaskSet
+    from flipscale.preparation.task_sets import REAL_LABELS, Columns, TaskSet
 
     source = page.source
     return TaskSet(

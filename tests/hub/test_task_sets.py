@@ -298,7 +298,7 @@ def memes(rows: int, path: Path, **changes: object) -> bytes:
 
 
 def test_tables_become_shards(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flipscale.preparation.parquet_set.IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr("flipscale.preparation.task_sets.IMAGES_PER_SHARD", 4)
     page, table = read_page("hateful_memes"), memes(9, tmp_path / "memes.parquet")
     files = {"data/validation-00000-of-00001.parquet": table, "data/test-00000-of-00001.parquet": b"another split"}
     repo = hub.repos
