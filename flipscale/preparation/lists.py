@@ -332,7 +332,7 @@ class Columns:
                     f"{source} has no column {' or '.join(usual)}; name the {kind}s' with {flag}, "
                     f"one of {', '.join(names)[:_SHOWN_NAMES] or 'none'}"
                 )
-            if list(names).count(name) > 1:
+            if name and list(names).count(name) > 1:
                 raise UserError(f"{source} has two columns {name}; rename one, or name another with {flag}")
         classes = {name: getattr(feature, "names", None) or () for name, feature in (features or {}).items()}
         usual_label = next((name for name in _USUAL_COLUMNS["label"] if name in names), None)

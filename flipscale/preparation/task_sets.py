@@ -488,7 +488,11 @@ def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) 
     chosen = _middle_frames(files, columns) if columns.clip else None
     total = sum(parquet.read_metadata(file).num_rows for file in files) if chosen is None else len(chosen)
     rows = enumerate(_rows(files, [columns.image, columns.label]))
-    samples = (_sample(*row, f"{name}: row {at} of its source") for at, row in rows if chosen is None or at in chosen)
+    samples = (
+        _sample(image, label, f"{name}: row {at} of its source")
+        for at, (image, label) in rows
+        if chosen is None or at in chosen
+    )
     num_shards = -(-total // IMAGES_PER_SHARD)
     with atomic_write(out_dir) as partial, Progress(total, name, "images") as progress:
         partial.mkdir(parents=True)

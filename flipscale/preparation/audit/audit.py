@@ -224,8 +224,8 @@ def _write_sheet(file: Path, pairs: Sequence[tuple[tuple[Source, int], tuple[Sou
     """Draw at most 24 pairs side by side, each with a line about it and a caption of each image."""
     tiles = []
     for number in np.unique(np.linspace(0, len(pairs) - 1, _MAX_PAIRS).round().astype(int)).tolist():
-        first, second, about = pairs[number]
-        tiles += [_tile(*first, f"{about}: "), _tile(*second, "")]
+        (source, row), (other, other_row), about = pairs[number]
+        tiles += [_tile(source, row, f"{about}: "), _tile(other, other_row, "")]
     contact_sheet(tiles).save(file)
 
 

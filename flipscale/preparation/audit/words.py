@@ -168,9 +168,6 @@ def country_figures(counts: WordCounts) -> list[dict[str, Any]]:
     """Return the countries by mentions, the most mentioned first."""
     import pycountry
 
+    names = {country.alpha_2: getattr(country, "common_name", country.name) for country in pycountry.countries}
     mentioned = sorted((-count, key[1]) for key, count in counts.items() if key[0] == "country")
-    countries = [(pycountry.countries.get(alpha_2=code), -count) for count, code in mentioned]
-    return [
-        {"code": one.alpha_2, "name": getattr(one, "common_name", one.name), "captions": count}
-        for one, count in countries
-    ]
+    return [{"code": code, "name": names[code], "captions": -count} for count, code in mentioned]
