@@ -27,16 +27,18 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def local_folder(name: str) -> Path | None:
-    """Return the model folder on this machine: the folder `name`, or the `model/` of a run.
+    """Return the model folder on this machine: the folder `name`, or its `model/` (of a run or a race).
 
     Return None if there is none and `name` may be a name on the Hub. Otherwise raise UserError.
     """
     path = Path(name)
     if path.is_dir():
-        if (path / "config.json").exists() or not (path / "recipe.yaml").exists():
+        if (path / "config.json").exists():
             return path
         if (path / "model").is_dir():
             return path / "model"
+        if not (path / "recipe.yaml").exists():
+            return path
         raise UserError(
             f"the run {name!r} has no model yet, because a run writes it at its end; wait, or export the newest "
             f"checkpoint: flipscale export {name}"

@@ -30,7 +30,7 @@ def test_the_readme_s_snippets(in_site: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet.replace("your_picture.jpg", "photos/0.jpg"), "README.md", "exec"), {})
 
 
 def test_zero_shot(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:

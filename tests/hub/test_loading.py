@@ -185,6 +185,8 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert local_folder("runs/demo/model") == Path("runs/demo/model")
     assert local_folder("runs/demo") == Path("runs/demo/model")
     assert local_folder(str(tmp_path / "runs/demo/")) == tmp_path / "runs/demo/model"
+    (tmp_path / "races/demo/model").mkdir(parents=True)
+    assert local_folder("races/demo") == Path("races/demo/model"), "a race has no recipe"
     for name in ("gpt2", "org/name", "org/runs"):
         assert local_folder(name) is None
     shutil.rmtree(tmp_path / "runs/demo/model")
