@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
@@ -17,8 +18,8 @@ import torch.distributed as dist
 
 from flipscale.engines.launch import promised_processes
 
-# Keys of the store: the first failure, the number of processes that know it, and all signs of life.
-_FAILED, _KNOWING, _SIGNS = "flipscale/failed", "flipscale/knowing", "flipscale/signs"
+# Keys of the store: the first failure, the number of processes that know it, all signs of life, a rank's looks.
+_FAILED, _KNOWING, _SIGNS, _LOOKS = "flipscale/failed", "flipscale/knowing", "flipscale/signs", "flipscale/looks/{}"
 _MESSAGE_CHARACTERS = 2_000
 # A store whose process is gone blocks for minutes.
 _STORE_SECONDS = 3.0
@@ -59,9 +60,7 @@ def claim_failure(words: str) -> Failure:
                 first[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
                 store.add(_KNOWING, 1)
 
-    claiming = threading.Thread(target=claim, daemon=True)
-    claiming.start()
-    claiming.join(_STORE_SECONDS)
+    _within(_STORE_SECONDS, claim)
     if first[0] != mine:
         time.sleep(_LATER_SECONDS)  # a launcher that sees this process end would cut the other's message off
     return first[0]
@@ -108,6 +107,27 @@ class OtherProcesses:
         if self._thread is not None:
             self._thread.join(timeout=1.0)
 
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks that do not look at the store any more: stopped processes, or machines that are gone.
+
+        Takes nine seconds at most. Without an answer of the store, its keeper, rank 0, is silent.
+        """
+        if not dist.is_initialized():
+            return []
+        silent = [0]
+
+        def ask() -> None:
+            store = own_store()
+            if store is None:
+                return
+            with suppress(RuntimeError):
+                before = [store.add(_LOOKS.format(rank), 0) for rank in range(dist.get_world_size())]
+                time.sleep(3 * _LATER_SECONDS)
+                silent[:] = [rank for rank, looks in enumerate(before) if store.add(_LOOKS.format(rank), 0) == looks]
+
+        _within(3 * _LATER_SECONDS + _STORE_SECONDS, ask)
+        return silent
+
     def _look(self) -> None:
         given, store = 0, None
         while not self._finished.wait(_LATER_SECONDS):
@@ -115,6 +135,7 @@ class OtherProcesses:
             if store is None:
                 continue
             try:
+                store.add(_LOOKS.format(dist.get_rank()), 1)
                 news = self.signs - given
                 given += news
                 self.heard = store.add(_SIGNS, news) - given
@@ -175,3 +196,10 @@ def own_store() -> dist.Store | None:
         return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     except RuntimeError:  # a store that cannot be cloned, or whose process is gone
         return None
+
+
+def _within(seconds: float, ask: Callable[[], None]) -> None:
+    """Run a function in a thread, and return at its end or after some seconds."""
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)

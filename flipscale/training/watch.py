@@ -156,10 +156,12 @@ class HangWatch:
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def _end(self, seconds: float) -> None:
+        silent = self._others.silent_ranks()
+        where = f"; rank {', '.join(map(str, silent))} does not run any more" if silent else ""
         words = (
             f"flipscale: error: {self._work} has not finished on rank {self._rank} after {seconds:.0f} s "
-            f"(log.hang_seconds); the stacks of each rank that still runs are in {self._run_dir}/stacks; start the run "
-            "again to resume from its last checkpoint"
+            f"(log.hang_seconds){where}; the stacks of each rank that still runs are in {self._run_dir}/stacks; start "
+            "the run again to resume from its last checkpoint"
         )
         if claim_failure(words).rank == self._rank:
             print(words, file=sys.stderr, flush=True)
