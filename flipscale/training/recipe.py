@@ -228,9 +228,10 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
     from jsonargparse import ArgumentParser
 
     class RecipeParser(ArgumentParser):
-        def __init__(self, **options: Any) -> None:  # jsonargparse makes another one for --stages.help
+        def __init__(self, **options: Any) -> None:  # jsonargparse makes others for the stages and --stages.help
             usage = f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]"
-            super().__init__(prog=f"flipscale {verb}", usage=usage, exit_on_error=False, **options)
+            own = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
+            super().__init__(**(own | options))
 
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     start = " from the weights of `model.init_from`" if verb == "finetune" else ""
