@@ -23,7 +23,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
 from flipscale.io.model_folder import check_folder, fetch_folder, read_object
 from flipscale.io.progress import each
-from flipscale.io.quiet import without_bars
+from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
 from flipscale.training.recipe import parse_recipe
 

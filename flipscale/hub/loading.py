@@ -19,7 +19,7 @@ from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_cl
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_folder, fetch_folder, read_object, read_shapes
-from flipscale.io.quiet import without_bars
+from flipscale.io.streams import without_bars
 from flipscale.model import (
     FlipConfig,
     FlipForConditionalGeneration,

@@ -22,8 +22,6 @@ from flipscale.io.errors import UserError
 
 CHUNK_BYTES = 16 * 2**20
 _ALGORITHM = "xxh3_64"
-# Larger blocks do not fit a core's cache; smaller ones wait more often for the interpreter's lock.
-_BLOCK_BYTES = 4 * 2**20
 # Only these errors mean that the path is not a file. After EIO, EACCES or ESTALE the file may be whole.
 _NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -161,13 +159,11 @@ class Comparison:
         try:
             for name, group in itertools.groupby(chunks, key=lambda chunk: chunk[0]):
                 file_bytes(self.folder / name)
-                descriptor = os.open(self.folder / name, os.O_RDONLY)
-                try:
+                with open(self.folder / name, "rb") as file:
                     for _, number in group:
-                        if _chunk_digest(descriptor, number) != self._digests[name].chunks[number]:
+                        file.seek(number * CHUNK_BYTES)
+                        if digest_of(file.read(CHUNK_BYTES)).chunks != (self._digests[name].chunks[number],):
                             self._damaged.append((name, number))
-                finally:
-                    os.close(descriptor)
         except BaseException as error:  # because `damaged` must not pass chunks that were not compared
             self._errors.append(error)
 
@@ -220,15 +216,3 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise UserError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
     if weight.numel() and not all(end.isfinite() for end in weight.detach().float().aminmax()):
         raise UserError(f"weight {name} has numbers that are NaN or infinite; use weights of an earlier step")
-
-
-def _chunk_digest(descriptor: int, number: int) -> str:
-    block, digest = bytearray(_BLOCK_BYTES), xxhash.xxh3_64()
-    position, last = number * CHUNK_BYTES, (number + 1) * CHUNK_BYTES
-    while position < last:
-        count = os.preadv(descriptor, [memoryview(block)[: last - position]], position)
-        if count == 0:
-            break
-        digest.update(memoryview(block)[:count])
-        position += count
-    return digest.hexdigest()

@@ -29,8 +29,21 @@ def check_writable(folder: str | Path, field: str) -> None:
     Args:
         field: option or recipe field that named the folder, for the message.
     """
-    if reason := _unwritable(str(folder)):
-        raise UserError(f"{field} is {str(folder)[:200]!r}; {reason}")
+    name = str(folder)
+    nearest = next((p for p in (Path(name), *Path(name).absolute().parents) if os.path.lexists(p)), Path("/"))
+    if not name or name.startswith("~"):
+        reason = "name a folder, and in place of ~ the whole path"
+    elif any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts):
+        reason = f"use names of at most {_LONGEST_NAME} bytes"
+    elif not nearest.exists():
+        reason = f"{nearest} is a link to {os.readlink(nearest)}, which does not exist: name another folder"
+    elif not nearest.is_dir():
+        reason = f"{nearest} is a file: name another folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        reason = f"{nearest} cannot be written: change its permissions, or name another folder"
+    else:
+        return
+    raise UserError(f"{field} is {name[:200]!r}; {reason}")
 
 
 def check_disk_space(folder: Path, needed: int, remedy: str) -> None:
@@ -75,19 +88,3 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _unwritable(name: str) -> str:
-    """Return why a folder cannot be written and the fix; an empty text if it can."""
-    if not name or name.startswith("~"):
-        return "name a folder, and in place of ~ the whole path"
-    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts):
-        return f"use names of at most {_LONGEST_NAME} bytes"
-    nearest = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists() or path.is_symlink())
-    if not nearest.exists():
-        return f"{nearest} is a link to {os.readlink(nearest)}, which does not exist: name another folder"
-    if not nearest.is_dir():
-        return f"{nearest} is a file: name another folder"
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return f"{nearest} cannot be written: change its permissions, or name another folder"
-    return ""

@@ -119,11 +119,15 @@ class FolderLock:
                 break
             if first is None or first[0] != holder:
                 first, began, is_waiting = seen, time.monotonic(), False
-            alive = holder and holder.is_alive()
-            if self._is_requeued(holder) or alive is False or (alive is None and self._is_stale(touched, began)):
-                self._replace(seen)
-                continue
             name = holder or "a process that its lock does not name"
+            alive = holder and holder.is_alive()
+            if self._has_requeued(holder) or alive is False or (alive is None and self._is_stale(touched, began)):
+                if self._look() == seen:
+                    _log.warning("%s is gone; its lock %s is taken over", name, self.path)
+                    with atomic_write(self.path, unique_partial_path(self.path)) as partial:
+                        partial.write_text(json.dumps(dataclasses.asdict(self.holder)), encoding="utf-8")
+                    time.sleep(_SETTLE_SECONDS)
+                continue
             if alive or touched != first[1]:
                 raise UserError(f"{name} {self.doing}; wait for it, stop it, or use another folder")
             if not is_waiting:
@@ -139,8 +143,18 @@ class FolderLock:
 
         Free while the heartbeat thread has just looked, unless `at_once`.
         """
-        if at_once or time.monotonic() - self._confirmed > 2 * HEARTBEAT_SECONDS:
-            self._confirm()
+        if not at_once and time.monotonic() - self._confirmed <= 2 * HEARTBEAT_SECONDS:
+            return
+        try:
+            seen = self._look()
+        except OSError:
+            return  # the next heartbeat looks again; a lasting disk fault also fails the saves
+        if seen is not None and seen[0] != self.holder:
+            raise OSError(
+                f"{seen[0] or 'another process'} {self.doing}, because this process gave no heartbeat for "
+                f"{STALE_SECONDS:.0f} s or more; this process ends and writes nothing more"
+            )
+        self._confirmed = time.monotonic()
 
     def release(self) -> None:
         """Give the lock back, if this process still holds it."""
@@ -155,7 +169,7 @@ class FolderLock:
         """Create the lock file; return False if it exists."""
         try:
             with open(self.path, "x", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(self.holder)))
+                json.dump(dataclasses.asdict(self.holder), file)
         except FileExistsError:
             return False
         return True
@@ -170,8 +184,8 @@ class FolderLock:
         except FileNotFoundError:
             return None
 
-    def _is_requeued(self, holder: Holder | None) -> bool:
-        """Return whether the holder is an earlier start of the same Slurm job, which Slurm has ended."""
+    def _has_requeued(self, holder: Holder | None) -> bool:
+        """Return whether the holder is an earlier start of this Slurm job, which Slurm has ended."""
         mine = self.holder
         if holder is None or not mine.slurm_job:
             return False
@@ -185,33 +199,10 @@ class FolderLock:
         probe.unlink()
         return max(now - touched, time.monotonic() - began) > STALE_SECONDS
 
-    def _replace(self, gone: tuple[Holder | None, float]) -> None:
-        """Replace the lock file of a dead holder, unless it changed since `gone` was read."""
-        if self._look() != gone:
-            return
-        _log.warning("%s is gone; its lock %s is taken over", gone[0] or "an unknown process", self.path)
-        with atomic_write(self.path, unique_partial_path(self.path)) as partial:
-            partial.write_text(json.dumps(dataclasses.asdict(self.holder)), encoding="utf-8")
-        time.sleep(_SETTLE_SECONDS)
-
-    def _confirm(self) -> None:
-        try:
-            seen = self._look()
-            if seen is None and not self._create():  # somebody removed the file, and another process was quicker
-                return
-        except OSError:
-            return  # the next heartbeat looks again; a lasting disk fault also fails the saves
-        if seen is not None and seen[0] != self.holder:
-            raise OSError(
-                f"{seen[0] or 'another process'} {self.doing}, because this process gave no heartbeat for "
-                f"{STALE_SECONDS:.0f} s or more; this process ends and writes nothing more"
-            )
-        self._confirmed = time.monotonic()
-
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError, UserError):  # `check` reports them
-                self._confirm()
+            with suppress(OSError, UserError):  # the main thread's `check` reports them
+                self.check(at_once=True)
                 os.utime(self.path)
 
 

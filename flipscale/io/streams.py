@@ -1,14 +1,18 @@
-"""Standard output and error that escape control characters and survive closed or full streams."""
+"""Standard output and error that escape control characters and survive closed or full streams, without the warnings and
+progress bars of other packages."""
 
+import logging
 import os
 import re
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flipscale.io.text_table import escape_controls
 
-# Progress bars move the cursor by these, so they stay as they are.
+# Progress bars move the cursor by these.
 _MOVES = re.compile(r"\n*(\x1b\[A)*")
 
 
@@ -26,8 +30,8 @@ def open_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout = _EscapedStream(sys.stdout)  # type: ignore[assignment]
-    sys.stderr = _OptionalStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout = _SafeStream(sys.stdout, is_optional=False)  # type: ignore[assignment]
+    sys.stderr = _SafeStream(sys.stderr, is_optional=True)  # type: ignore[assignment]
 
 
 def flush_or_drop(stream: Any) -> None:
@@ -51,46 +55,62 @@ def is_unread(stream: Any) -> bool:
     return False
 
 
-class _EscapedStream:
-    """A stream that escapes control characters. `flush` repeats an error of `write`, because argparse ignores it."""
+class _SafeStream:
+    """A stream that escapes control characters.
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+    Args:
+        is_optional: whether lost lines are harmless, as in a log. Otherwise `flush` repeats an error of `write`,
+            because argparse ignores it.
+    """
+
+    def __init__(self, stream: Any, is_optional: bool):
+        self._stream, self._is_optional = stream, is_optional
+        self._ignored = (OSError, ValueError) if is_optional else ()
         self._error: OSError | None = None
 
     def write(self, text: str) -> int:
-        try:
-            self._stream.write(escape_controls(text))
-        except OSError as error:
-            self._error = error
-            raise
+        shown = escape_controls(text)
+        if self._is_optional:  # progress bars move up by lines, and rewrite theirs by a carriage return
+            shown = text if _MOVES.fullmatch(text) else "\r".join(map(escape_controls, text.split("\r")))
+        with suppress(*self._ignored):
+            try:
+                self._stream.write(shown)
+            except OSError as error:
+                self._error = error
+                raise
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
-        if self._error is not None:
-            raise self._error
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-class _OptionalStream:
-    """A stream that drops lines that it cannot write: a lost log line must not end a run."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        # Progress bars rewrite their line by a carriage return.
-        shown = text if _MOVES.fullmatch(text) else "\r".join(map(escape_controls, text.split("\r")))
-        with suppress(OSError, ValueError):
-            self._stream.write(shown)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(*self._ignored):
             self._stream.flush()
+            if self._error is not None:
+                raise self._error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def silence_other_packages() -> None:
+    """Hide other packages' warnings in this process and its children. Errors stay, and `python -W` overrides this."""
+    if sys.warnoptions not in ([], ["ignore"]):  # "ignore" comes from a parent that called this function
+        return
+    warnings.simplefilter("ignore")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # A filter, because DeepSpeed sets its logger's level when it is imported later.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers in a `with` block."""
+    from transformers.utils import logging as transformers_logging  # slow to import, and `flipscale --help` needs none
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()

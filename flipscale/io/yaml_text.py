@@ -1,8 +1,9 @@
 """Reading of a user's YAML, with limits of depth and size, and without tags, duplicate keys or octal numbers."""
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -64,63 +65,56 @@ def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> None:
     Raises:
         YAMLError: the text is not YAML.
     """
-    walk = _Walk(where, refuses_surprises)
+    sizes: dict[str, int] = {}  # number of values below each anchor
+    opened = [_Collection(None, False)]
+
+    def refuse(event: yaml.Event, what: str) -> NoReturn:
+        assert event.start_mark is not None
+        raise UserError(f"{where} {what} (line {event.start_mark.line + 1})")
+
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        walk.take(event)
-
-
-class _Walk:
-    """A walk over the parser's events, with the sizes and keys of all open lists and mappings."""
-
-    def __init__(self, where: str, refuses_surprises: bool):
-        self._where, self._refuses_surprises = where, refuses_surprises
-        self._open: list[_Open] = [_Open(None, False)]
-        self._sizes: dict[str | None, int] = {}
-
-    def take(self, event: yaml.Event) -> None:
-        """Check the next event."""
+        size, anchor, key = 1, None, None
         if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.tag not in (None, "!"):
-            self._refuse(event, f"has the tag {event.tag:.60}; use plain values")
+            refuse(event, f"has the tag {event.tag:.60}; use plain values")
         if isinstance(event, yaml.CollectionStartEvent):
-            if len(self._open) > _MAX_DEPTH:
-                self._refuse(event, f"is nested deeper than {_MAX_DEPTH} levels")
-            self._open.append(_Open(event.anchor, isinstance(event, yaml.MappingStartEvent)))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            closed = self._open.pop()
-            self._add(event, closed.size + 1, closed.anchor)
+            if len(opened) > _MAX_DEPTH:
+                refuse(event, f"is nested deeper than {_MAX_DEPTH} levels")
+            opened.append(_Collection(event.anchor, isinstance(event, yaml.MappingStartEvent)))
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            closed = opened.pop()
+            size, anchor = closed.size + 1, closed.anchor
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in self._sizes:
-                self._refuse(event, f"uses *{event.anchor:.40}, which is not defined before it")
-            self._add(event, self._sizes[event.anchor])
+            if event.anchor not in sizes:
+                refuse(event, f"uses *{event.anchor:.40}, which is not defined before it")
+            size = sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
-            if self._refuses_surprises and not event.style and _SURPRISE.fullmatch(event.value):
-                self._refuse(event, f"has {event.value:.40}, which is another number to YAML; quote it or write it out")
+            if refuses_surprises and not event.style and _SURPRISE.fullmatch(event.value):
+                refuse(event, f"has {event.value:.40}, which is another number to YAML; quote it or write it out")
             if len(event.value) > _MAX_DIGITS and event.value.lstrip("+-").isdecimal():
-                self._refuse(event, f"has a number of {len(event.value)} digits")
-            self._add(event, 1, event.anchor, event.value)
-
-    def _add(self, event: yaml.Event, size: int, anchor: str | None = None, text: str | None = None) -> None:
-        """Add a finished value to its list or mapping."""
+                refuse(event, f"has a number of {len(event.value)} digits")
+            anchor, key = event.anchor, event.value
+        else:
+            continue
         if anchor is not None:
-            self._sizes[anchor] = size
-        parent = self._open[-1]
+            sizes[anchor] = size
+        parent = opened[-1]
         parent.size += size
         if parent.size > _MAX_VALUES:
-            self._refuse(event, f"has more than {_MAX_VALUES:,} values, its aliases written out")
-        if parent.is_mapping:
-            if parent.is_key and text is not None:
-                if text in parent.keys:
-                    self._refuse(event, f"gives {text:.60} twice; leave one of them out")
-                parent.keys.add(text)
-            parent.is_key = not parent.is_key
-
-    def _refuse(self, event: yaml.Event, what: str) -> None:
-        assert event.start_mark is not None
-        raise UserError(f"{self._where} {what} (line {event.start_mark.line + 1})")
+            refuse(event, f"has more than {_MAX_VALUES:,} values, its aliases written out")
+        if parent.is_mapping and parent.is_key and key is not None:
+            if key in parent.keys:
+                refuse(event, f"gives {key:.60} twice; leave one of them out")
+            parent.keys.add(key)
+        parent.is_key = not parent.is_key
 
 
-class _Open:
-    def __init__(self, anchor: str | None, is_mapping: bool):
-        self.anchor, self.is_mapping = anchor, is_mapping
-        self.size, self.is_key = 0, True
-        self.keys: set[str] = set()
+@dataclass
+class _Collection:
+    """An open list or mapping, with the number of its values and, in a mapping, the keys so far."""
+
+    anchor: str | None
+    is_mapping: bool
+    size: int = 0
+    is_key: bool = True
+    keys: set[str] = field(default_factory=set)

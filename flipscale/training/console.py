@@ -20,8 +20,7 @@ from typing import NamedTuple, NoReturn
 
 import flipscale
 from flipscale.io.errors import UserError
-from flipscale.io.quiet import silence_other_packages
-from flipscale.io.streams import flush_or_drop, is_unread, open_streams
+from flipscale.io.streams import flush_or_drop, is_unread, open_streams, silence_other_packages
 from flipscale.training.preemption import EndRequest, refuse_restart
 
 # With this variable set, every error prints its traceback.

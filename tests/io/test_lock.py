@@ -155,15 +155,6 @@ def test_a_lost_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(path.read_text())["token"] == "theirs"
 
 
-def test_a_removed_lock_is_made_again(path: Path) -> None:
-    lock = acquired(path)
-    path.unlink()
-    lock.check(at_once=True)
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
-        acquired(path)
-    lock.release()
-
-
 def test_a_folder_in_place_of_the_lock(path: Path) -> None:
     path.mkdir()
     with pytest.raises(ValueError, match=r"run.lock is a folder"):
