@@ -57,16 +57,15 @@ def pretrain(recipe: Recipe) -> Path:
 def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops: dict[str, int]) -> None:
     """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    schedule, log, max_bad_fraction = plan.schedule, recipe.log, recipe.data.max_bad_fraction
-    clock = plan.clock(start.state)
-    watch = StepWatch(accelerator, run_dir, log.hang_seconds, start.trained_seconds, engine.phases)
-    tracker = Tracker(accelerator, run_dir, log, watch, plan.batch_size, schedule, pair_flops, max_bad_fraction)
+    schedule, clock = plan.schedule, plan.clock(start.state)
+    watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)
+    tracker = Tracker(plan, accelerator, watch, pair_flops)
     saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)
-    evaluation = Evaluation(recipe.eval, plan, engine, accelerator, tracker)
-    between = BetweenSteps(accelerator, run_dir, log.profile_steps)
+    evaluation = Evaluation(plan, engine, accelerator, tracker)
+    between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps)
     sync = StepSync(accelerator, saver.writer, watch, schedule.first_pace(start.state), schedule.budget_seconds)
-    tracker.start(start.step, plan.source.faults, plan.recipe_fields)
+    tracker.start(start.step)
     stops = False
 
     with sync.request, watch, tracker, between:

@@ -73,17 +73,17 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         UserError: the folder is not a run directory, or its recipe is damaged.
     """
     run, crashes = RunSummary(run_dir), run_dir / "slurm/crashes"
-    total, starts, is_alive = run.total_samples, run.starts, is_holder_alive(run_dir / "run.lock")
+    starts, is_alive = run.starts, is_holder_alive(run_dir / "run.lock")
     if is_alive is None and run.heartbeat.get("phase") == "failed":
         is_alive = False
     return {
         "run": str(run_dir),
-        "state": "done" if run.is_done else _state(run, is_alive, now),
+        "state": _state(run, is_alive, now),
         "has_process": is_alive,
         "command": run.command,
         "seconds_since_last_sign": _age(run.heartbeat["time"], now) if run.heartbeat else None,
         "samples_seen": run.samples_seen,
-        "total_samples": total,
+        "total_samples": run.total_samples,
         "budget_minutes": run.budget_minutes,
         "stage": run.latest("stage"),
         "images_per_s": run.latest("images_per_s"),
@@ -98,7 +98,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "checkpoint_age_seconds": _age(run.checkpoint.stat().st_mtime, now) if run.checkpoint else None,
         "energy_kwh": run.energy.kwh,
         "energy_words": run.energy.words,
-        "num_bad_checkpoints": run.num_bad_checkpoints,
+        "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
         "seconds_since_start": _age(starts[-1]["time"], now) if starts else None,
@@ -133,9 +133,9 @@ def _seconds_left(run: RunSummary) -> float | None:
 
 
 def _state(run: RunSummary, is_alive: bool | None, now: float) -> str:
-    if is_alive is False:
-        return "dead"
     heartbeat = run.heartbeat
+    if run.is_done or is_alive is False:
+        return "done" if run.is_done else "dead"
     if not heartbeat or (run.starts and run.starts[-1]["time"] > heartbeat["time"]):
         return "starting"
     if heartbeat["phase"] == "ended":
@@ -166,11 +166,23 @@ def as_table(status: dict[str, Any]) -> str:
         rows.append(("energy", f"{status['energy_kwh']:,.3g} kWh, {status['energy_words']}"))
     if status["loss"] is not None and status["lr"] is not None:
         rows.append(("loss", f"{status['loss']:.4f} at learning rate {status['lr']:.3g}"))
-    rows.append(("checkpoint", _checkpoint_words(status)))
-    rows.append(("starts", _start_words(status)))
+    samples, bad, crashes = status["checkpoint_samples"], status["num_bad_checkpoints"], status["num_crashes"]
+    checkpoint = starts = "none yet"
+    if samples is not None:
+        behind = f"{status['samples_seen'] - samples:,} ago"
+        checkpoint = f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind})"
+        checkpoint += f"; {bad} damaged and set aside" if bad else ""
+    if status["num_starts"]:
+        age, processes = duration(status["seconds_since_start"]), status["num_processes"]
+        starts = f"{status['num_starts']}, the last {age} ago on {processes} process{'es' * (processes != 1)}"
+        starts += f"; {crashes} crash{'es' * (crashes != 1)}" if crashes else ""
     share = status["num_bad_samples"] / max(status["samples_seen"], 1)
-    rows.append(("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"))
-    rows.append(("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"))
+    rows += [
+        ("checkpoint", checkpoint),
+        ("starts", starts),
+        ("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"),
+        ("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"),
+    ]
     for result in (Result(**fields) for fields in status["results"]):
         interval = f" ({result.interval_text})" if result.interval_text else ""
         queries = f", n {result.n:,}" if result.n is not None else ""
@@ -216,21 +228,3 @@ def _state_words(status: dict[str, Any]) -> str:
     if state == "stopped":
         return f"stopped {ago}; {resume}"
     return f"{'no process' if status['has_process'] is False else f'no sign of life since {ago}'}; {resume}"
-
-
-def _checkpoint_words(status: dict[str, Any]) -> str:
-    samples, bad = status["checkpoint_samples"], status["num_bad_checkpoints"]
-    if samples is None:
-        return "none yet"
-    behind = status["samples_seen"] - samples
-    words = f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind:,} ago)"
-    return words + (f"; {bad} damaged and set aside" if bad else "")
-
-
-def _start_words(status: dict[str, Any]) -> str:
-    if not status["num_starts"]:
-        return "none recorded"
-    age, processes = duration(status["seconds_since_start"]), status["num_processes"]
-    words = f"{status['num_starts']}, the last {age} ago on {processes} process{'es' * (processes != 1)}"
-    crashes = status["num_crashes"]
-    return words + (f"; {crashes} crash{'es' * (crashes != 1)}" if crashes else "")

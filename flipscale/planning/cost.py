@@ -11,8 +11,7 @@ from flipscale.data.loader import pairs_of_a_process
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import plain_table, rounded
 from flipscale.planning.flops import pair_flops
-from flipscale.training.cost import CostRecipe
-from flipscale.training.recipe import Recipe
+from flipscale.training.recipe import CostRecipe, Recipe
 from flipscale.training.schedule import plan_stages
 
 _TOTAL = "in all"

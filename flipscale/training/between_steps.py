@@ -13,15 +13,14 @@ from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
 from flipscale.engines.recipe import SaveRecipe
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import BEFORE
 from flipscale.evaluation.suite import evaluate_tasks
-from flipscale.training.bad_samples import BadSamples
 from flipscale.training.plan import Plan
-from flipscale.training.run_directory import how_to_go_on
+from flipscale.training.recipe import to_yaml
+from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Step
 from flipscale.training.start import Start
-from flipscale.training.tracking import Tracker
+from flipscale.training.tracking import BadSamples, Tracker
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -41,9 +40,9 @@ _COLLECT_EVERY_STEPS = 1_000
 class Evaluation:
     """Evaluates the weights in training, or their averages if the recipe asks for averages."""
 
-    def __init__(self, recipe: EvalRecipe, plan: Plan, engine: "Engine", accelerator: "Accelerator", tracker: Tracker):
+    def __init__(self, plan: Plan, engine: "Engine", accelerator: "Accelerator", tracker: Tracker):
         self._engine, self._watch, self._tracker = engine, tracker.watch, tracker
-        kind = Embedder if plan.objective.takes_text else ClassifierEmbedder
+        kind, recipe = Embedder if plan.objective.takes_text else ClassifierEmbedder, plan.recipe.eval
         self._embedder = kind(
             *(engine.model, plan.tokenizer, accelerator, recipe.batch_size, recipe.num_workers, self._watch.alive)
         )
@@ -106,7 +105,7 @@ class Saver:
                 "data_fingerprint": shard_sizes_digest(self._plan.source),
                 "num_processes": self.writer.accelerator.num_processes,
             }
-            self.writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, self._plan.recipe_yaml)
+            self.writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._plan.recipe))
             return committed
 
     def commit(self) -> int | None:
@@ -119,8 +118,9 @@ class Saver:
 
     def log_stop(self, step: Step) -> None:
         """Log that the run has saved before `step` and stops, and how to resume it."""
-        place = self._plan.schedule.words(step.number, step.position)
-        _log.info("stopped and saved at %s; %s", place, how_to_go_on())
+        place, command = self._plan.schedule.words(step.number, step.position), typed_command()
+        how = f"to go on: {command}" if command else "the same command goes on"
+        _log.info("stopped and saved at %s; %s", place, how)
 
 
 class BetweenSteps:
@@ -134,12 +134,10 @@ class BetweenSteps:
     """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int):
-        self._cuda = accelerator.device.type == "cuda"
-        self._rank = accelerator.process_index
+        self._cuda, self._rank = accelerator.device.type == "cuda", accelerator.process_index
         self._is_one_of_several = accelerator.num_processes > 1
         self._folder = run_dir / "profile"
-        self._num_steps = num_steps
-        self._steps = 0
+        self._num_steps, self._steps = num_steps, 0
         self._profile: torch.profiler.profile | None = None
 
     def __enter__(self) -> "BetweenSteps":
@@ -164,17 +162,14 @@ class BetweenSteps:
         """
         self._steps += 1
         if self._num_steps and self._steps == _UNPROFILED_STEPS:
-            self._start()
+            if self._cuda:
+                torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+            self._profile = torch.profiler.profile(record_shapes=True)
+            self._profile.start()
         if self._steps == _UNPROFILED_STEPS + self._num_steps:
             self._stop()
         if num_steps % _COLLECT_EVERY_STEPS == 0:
             gc.collect()
-
-    def _start(self) -> None:
-        if self._cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
-        self._profile = torch.profiler.profile(record_shapes=True)
-        self._profile.start()
 
     def _stop(self) -> None:
         if self._profile is None:

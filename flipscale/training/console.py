@@ -32,7 +32,7 @@ _PACKAGE = Path(flipscale.__file__).parent
 # A longer message keeps its begin and, because the fix stands there, its end.
 _MESSAGE_CHARACTERS, _END_CHARACTERS = 1_000, 300
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", "datasets", "deepspeed")
-_EXTRAS = {"deepspeed": "deepspeed", "open_clip": "peers"}
+_EXTRAS = {"deepspeed": "'flipscale[deepspeed]'", "open_clip": "'flipscale[peers]'"}
 _REMEDIES = {
     "MemoryError": "memory is exhausted; use smaller batches or fewer workers",
     "OutOfMemoryError": "memory is exhausted; use a smaller batch_size or data.micro_batch_size",
@@ -49,7 +49,7 @@ def start_logging() -> None:
     place = f" rank {rank}:" if _number("WORLD_SIZE", 1) > 1 else ""
     package = logging.getLogger("flipscale")
     package.handlers = [_AboveTheBar()]
-    package.handlers[0].setFormatter(_Formatter(f"%(asctime)s{place} %(level)s%(message)s", "%Y-%m-%d %H:%M:%S"))
+    package.handlers[0].setFormatter(logging.Formatter(f"%(asctime)s{place} %(level)s%(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     package.propagate = False
 
@@ -60,13 +60,8 @@ class _AboveTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # `flipscale --help` imports this module and needs no bar
 
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
         record.level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return super().format(record)
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 @dataclass
@@ -85,7 +80,6 @@ class _Ending(NamedTuple):
 
     Args:
         line: line for stderr; empty if nobody reads it.
-        code: exit code.
         is_consequence: whether the failure of another process may have caused the error.
         is_expected: whether the line says all that its reader needs; otherwise the traceback is kept.
     """
@@ -130,10 +124,7 @@ def report_user_errors() -> Iterator[ErrorReport]:
     except SystemExit:
         raise
     except BaseException as error:
-        ending = _ending_of(error, report.run_dir)
-        if isinstance(error, OSError) and is_unread(sys.stdout):
-            ending = _Ending("", _BROKEN_PIPE, is_consequence=True)
-        _leave(ending, error, report)
+        _leave(_ending_of(error, report.run_dir), error, report)
     finally:
         sys.stdout, sys.stderr = before
 
@@ -143,30 +134,25 @@ def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         return _Ending("flipscale: error: interrupted", _INTERRUPTED)
-    is_user_error = isinstance(error, UserError) or _is_model_s_refusal(error)
-    if is_user_error or isinstance(error, (OSError, FloatingPointError)):
-        words = _disk_words(error, run_dir) if isinstance(error, OSError) and run_dir is not None else str(error)
-        return _Ending(f"flipscale: error: {_one_line(words)}", 2 if is_user_error else 1)
-    # torch raises such an error when another process is gone.
-    return _Ending(f"flipscale: error: {_description(error)}", 1, is_consequence=True, is_expected=False)
-
-
-def _disk_words(error: OSError, run_dir: Path) -> str:
-    """Return the message of an error, with the fix if the run's disk is full or its directory is gone."""
-    if isinstance(error, FileNotFoundError) and not run_dir.exists():
-        return f"{run_dir} was removed or renamed while the run used it ({error}); put it back, and start the run again"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
+    if isinstance(error, OSError) and is_unread(sys.stdout):
+        return _Ending("", _BROKEN_PIPE, is_consequence=True)
+    # `flipscale.model` also runs without flipscale, so it raises ValueError in place of UserError.
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+    is_user_error = isinstance(error, UserError) or (isinstance(error, ValueError) and place == _PACKAGE / "model")
+    if not is_user_error and not isinstance(error, (OSError, FloatingPointError)):
+        # torch raises such an error when another process is gone.
+        return _Ending(f"flipscale: error: {_description(error)}", 1, is_consequence=True, is_expected=False)
+    words = str(error)
+    if run_dir is not None and isinstance(error, FileNotFoundError) and not run_dir.exists():
+        words = (
+            f"{run_dir} was removed or renamed while the run used it ({error}); put it back, and start the run again"
+        )
+    elif run_dir is not None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        words = (
             f"the disk of {run_dir} is full ({error}); its checkpoints are whole: free some space and start the run "
             "again"
         )
-    return str(error)
-
-
-def _is_model_s_refusal(error: BaseException) -> bool:
-    """Return whether `flipscale.model` raised a ValueError: it also runs without flipscale, and so has no UserError."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, ValueError) and Path(frames[-1].filename).parent == _PACKAGE / "model"
+    return _Ending(f"flipscale: error: {_one_line(words)}", 2 if is_user_error else 1)
 
 
 def _description(error: BaseException) -> str:
@@ -178,28 +164,27 @@ def _description(error: BaseException) -> str:
     remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        remedy = "; pip install " + (f"'flipscale[{_EXTRAS[package]}]'" if package in _EXTRAS else package)
+        remedy = f"; pip install {_EXTRAS.get(package, package)}"
     return f"{name}{': ' if message else ''}{message}{place}{remedy}"
 
 
 def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
     """Write the traceback, the versions and the command to a file, and return words that name the file."""
-    name = f"flipscale-{time.strftime('%Y%m%d-%H%M%S')}-rank-{_number('RANK', 0)}-"
-    versions = ""
+    rank, text = _number("RANK", 0), f"flipscale {flipscale.__version__}\n"
     for package in _VERSIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
-            versions += f"{package} {importlib.metadata.version(package)}\n"
-    text = (
-        f"command: {shlex.join(sys.argv)}\nfolder: {os.getcwd()}\n"
-        f"rank: {_number('RANK', 0)} of {_number('WORLD_SIZE', 1)} on {platform.node()}\n"
-        f"flipscale {flipscale.__version__}, Python {platform.python_version()}, {platform.platform()}\n{versions}\n"
-        + "".join(traceback.format_exception(error))
+            text += f"{package} {importlib.metadata.version(package)}\n"
+    text += (
+        f"Python {platform.python_version()}, {platform.platform()}\n"
+        f"rank {rank} of {_number('WORLD_SIZE', 1)} on {platform.node()}\n"
+        f"folder: {os.getcwd()}\ncommand: {shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
     )
     try:
         folder = tempfile.gettempdir()
         if report.run_dir is not None and report.run_dir.is_dir():
             folder = str(report.run_dir / "errors")
             os.makedirs(folder, exist_ok=True)
+        name = f"flipscale-{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}-"
         descriptor, file = tempfile.mkstemp(".txt", name, folder)
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as opened:
             opened.write(text)
@@ -217,12 +202,21 @@ def _one_line(text: str) -> str:
 
 
 def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoReturn:
+    """Print the end's line, unless another process has printed it, and exit."""
+
+    def show() -> None:
+        if _is_debugging():
+            traceback.print_exception(error)
+        if ending.line:
+            line = ending.line if ending.is_expected else f"{ending.line}; {_keep_traceback(error, report)}"
+            print(line, file=sys.stderr, flush=True)
+
     if ending.code == 2:
         with suppress(OSError):
             refuse_restart()
     flush_or_drop(sys.stdout)
     if _number("WORLD_SIZE", 1) <= 1:
-        _print(ending, error, report)
+        show()
         flush_or_drop(sys.stderr)
         sys.exit(ending.code)
     # Imports torch, which `--help` does not need.
@@ -231,20 +225,11 @@ def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoRetu
     # After the failure of another process, only another and independent error is printed.
     first = claim_failure(ending.line)
     if first.rank == _number("RANK", 0) or not (ending.is_consequence or first.words == ending.line):
-        _print(ending, error, report)
+        show()
         stay_until_others_know()
-        end_process(ending.code)
-    if not ending.is_consequence:
-        end_process(ending.code)
-    leave(first)
-
-
-def _print(ending: _Ending, error: BaseException, report: ErrorReport) -> None:
-    if _is_debugging():
-        traceback.print_exception(error)
-    if ending.line:
-        line = ending.line if ending.is_expected else f"{ending.line}; {_keep_traceback(error, report)}"
-        print(line, file=sys.stderr, flush=True)
+    elif ending.is_consequence:
+        leave(first)
+    end_process(ending.code)
 
 
 def _is_debugging() -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flipscale.io import json_lines
-from flipscale.training.cost import ENERGY_FILE, KINDS, read_energy
+from flipscale.training.run_summary import ENERGY_FILE, Energy, RunSummary
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
+_KINDS = ("GPUs", "processors")
 _JOULES_OF_A_KWH = 3.6e6
 _READ_SECONDS = 60.0
 
@@ -104,12 +105,14 @@ class EnergyMeter:
         sums = self._sum([*map(len, opened), *missing])
         self._counters = {
             kind: counters
-            for kind, counters, number, lacking in zip(KINDS, opened, sums[:2], sums[2:], strict=True)
+            for kind, counters, number, lacking in zip(_KINDS, opened, sums[:2], sums[2:], strict=True)
             if number and not lacking
         }
-        self._numbers = {kind: int(number) for kind, number in zip(KINDS, sums, strict=False) if kind in self._counters}
-        self._before = sum(read_energy(run_dir).parts.values()) if is_main else 0.0
-        self._start = len(json_lines.read(run_dir / "starts.jsonl")) if is_main else 0
+        self._numbers = {
+            kind: int(number) for kind, number in zip(_KINDS, sums, strict=False) if kind in self._counters
+        }
+        earlier = RunSummary(run_dir).energy if is_main else Energy()
+        self._before, self._start = earlier.kwh or 0.0, earlier.num_starts
         self._joules = dict.fromkeys(self._counters, 0.0)
         self._parts = dict.fromkeys(self._counters, 0.0)
         self._failed, self._last_read = False, time.monotonic()

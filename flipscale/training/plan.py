@@ -24,7 +24,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.suite import check_decodable
 from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.errors import UserError
-from flipscale.training.recipe import Recipe, as_fields, to_yaml
+from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
 
 if TYPE_CHECKING:
@@ -62,29 +62,24 @@ class Plan:
     """A checked recipe with its data.
 
     Args:
-        batch_size: pairs in the global batch.
         tokenizer: tokenizer of the captions; None for an objective without text.
         datasets: the training pairs at each stage's masks and sizes.
-        eval_every_share: share of the time budget between evaluations; 0 for none.
-        save_every_samples: pairs between checkpoints; 0 for none.
-        recipe_yaml: the resolved recipe, as a checkpoint keeps it.
-        recipe_fields: its fields, by which trackers compare runs.
-        starts_from_weights: whether `model.init_from` is set.
+        class_names: names of a classifier's classes; empty for other models.
     """
 
+    recipe: Recipe
     schedule: Schedule
-    batch_size: int
     source: Source
     tokenizer: PreTrainedTokenizerBase | None
     datasets: Mapping[Stage, PairDataset]
     tasks: list[Task]
-    eval_every_share: float
-    save_every_samples: int
     objective: Objective
-    recipe_yaml: str
-    recipe_fields: dict[str, bool | int | float | str]
-    class_names: Sequence[str] = ()
-    starts_from_weights: bool = False
+    class_names: Sequence[str]
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in the global batch."""
+        return self.recipe.data.global_batch_size
 
     def batches(self, clock: Clock, accelerator: Accelerator) -> Iterator[StepBatch]:
         """Yield this process's batches to the end of the run. The caller advances the clock after each.
@@ -117,7 +112,7 @@ class Plan:
 
         They measure what training may lose. A new head or decoder has nothing to lose.
         """
-        if not self.starts_from_weights or step.number:
+        if self.recipe.model.init_from is None or step.number:
             return []
         return [task for task in self.tasks if task.needs in ("texts", "features")]
 
@@ -125,14 +120,14 @@ class Plan:
         """Return the work before a step. The evaluations at the end of the run are left out."""
         if step.is_over:
             return Due([], True)
-        share_is_due = has_passed(step.before, step.position, self.eval_every_share)
+        share_is_due = has_passed(step.before, step.position, self.recipe.eval.every_share)
         tasks = [
             task
             for task in self.tasks
             if is_due(step.number, self.batch_size, task.every_samples or 0)
             or (share_is_due and task.every_samples is None)
         ]
-        return Due(tasks, is_due(step.number, self.batch_size, self.save_every_samples))
+        return Due(tasks, is_due(step.number, self.batch_size, self.recipe.save.every_samples))
 
 
 def check(recipe: Recipe) -> Plan:
@@ -148,8 +143,7 @@ def check(recipe: Recipe) -> Plan:
 
         freeze(model_without_storage(config, objective.model_class), recipe.model.frozen)
     stages = plan_stages(recipe.stages, data.global_batch_size, recipe.budget_minutes)
-    _check_shares(recipe)
-    _check_trackers(recipe.log.report_to)
+    _check_log(recipe)
     for task in tasks:
         task.check()
     _check_micro_batches(recipe, objective, config)
@@ -179,15 +173,12 @@ def check(recipe: Recipe) -> Plan:
     }  # fmt: skip
     check_decodable(tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
-    return Plan(
-        *(Schedule(tuple(stages), budget_seconds), data.global_batch_size, source, tokenizer, datasets, tasks),
-        *(recipe.eval.every_share, recipe.save.every_samples, objective, to_yaml(recipe), as_fields(recipe), names),
-        starts_from_weights=recipe.model.init_from is not None,
-    )
+    schedule = Schedule(tuple(stages), budget_seconds)
+    return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names)
 
 
-def _check_shares(recipe: Recipe) -> None:
-    """Refuse shares of a missing time budget, and shares together with counts."""
+def _check_log(recipe: Recipe) -> None:
+    """Refuse shares of a missing time budget, shares together with counts, and trackers that are not there."""
     for name, section in (("log", recipe.log), ("eval", recipe.eval)):
         if section.every_share and recipe.budget_minutes is None:
             raise UserError(
@@ -199,16 +190,12 @@ def _check_shares(recipe: Recipe) -> None:
             f"eval.every_share is {recipe.eval.every_share:g} and eval.every_samples is {recipe.eval.every_samples}; "
             "leave one of them out"
         )
-
-
-def _check_trackers(names: list[str]) -> None:
-    """Refuse trackers that accelerate does not know or that are not installed."""
-    if not names:
+    if not recipe.log.report_to:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = [str(one) for one in get_available_trackers()]
-    for name in names:
+    for name in recipe.log.report_to:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"log.report_to has {name!r}; use {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name not in installed:

@@ -85,7 +85,6 @@ class EndRequest(_Listener):
         self._before = {}
 
     def _restore_defaults(self) -> None:
-        """Give the signals their default effect in a forked process."""
         if self._before:
             signal.set_wakeup_fd(-1)
         for number in self._before:

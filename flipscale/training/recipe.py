@@ -18,6 +18,8 @@ from flipscale.io.errors import UserError
 from flipscale.io.options import (
     CountOrZero,
     MinutesAboveZero,
+    NonNegative,
+    Overhead,
     SamplesOrZero,
     Seconds,
     Seed,
@@ -29,7 +31,6 @@ from flipscale.io.options import (
 )
 from flipscale.io.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
-from flipscale.training.cost import CostRecipe
 from flipscale.training.schedule import StageRecipe
 
 if TYPE_CHECKING:
@@ -147,6 +148,36 @@ class HubRecipe:
     hub_revision: str | None = None
     license: str | None = None
     audit: str | None = None
+
+
+@dataclass(frozen=True)
+class CostRecipe:
+    """The recipe's section `cost`: prices for the model card, the page and `flipscale plan`. They leave out a cost
+    whose price is null.
+
+    Args:
+        device_hour_dollars: The price of a device for an hour, in dollars.
+        kwh_co2_grams: The grid's CO2 emissions in grams per kWh.
+        pue: Power usage effectiveness: total power of the data centre divided by its machines' power. 1 leaves out
+            cooling and the like.
+    """
+
+    device_hour_dollars: NonNegative | None = None
+    kwh_co2_grams: NonNegative | None = None
+    pue: Overhead = 1.0
+
+    def dollars(self, device_hours: float | None) -> float | None:
+        """Return the price of device hours, or None if the hours or the price are unknown."""
+        if device_hours is None or self.device_hour_dollars is None:
+            return None
+        return device_hours * self.device_hour_dollars
+
+    def co2_kg(self, kwh: float | None) -> float | None:
+        """Return the grid's emissions for the machines' kWh, or None if either is unknown.
+
+        The emissions of making the machines are left out.
+        """
+        return None if kwh is None or self.kwh_co2_grams is None else kwh * self.pue * self.kwh_co2_grams / 1000
 
 
 @dataclass(frozen=True)

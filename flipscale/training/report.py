@@ -12,10 +12,11 @@ from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
 from flipscale.evaluation.test_set import keep_class_names
+from flipscale.io.atomic import sync
 from flipscale.io.text_table import duration
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe
-from flipscale.training.run_directory import device_name, mark_done, write_run_files
+from flipscale.training.run_directory import device_name, write_run_files
 from flipscale.training.schedule import Stage
 from flipscale.training.start import Start, watched
 
@@ -67,7 +68,9 @@ def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> None:
     process calls this."""
     run_dir = Path(recipe.output_dir)
     figures = draw_figures(run_dir)
-    mark_done(run_dir)
+    sync(run_dir)  # the model's name is on disk before the mark
+    (run_dir / "DONE").touch()
+    sync(run_dir)
     _log.info("%s", last_block(recipe, num_steps, trained_seconds, list(figures), latest(read_results(run_dir))))
 
 

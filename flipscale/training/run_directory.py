@@ -29,15 +29,14 @@ import torch
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.launch import launched_precision
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.io import json_lines
-from flipscale.io.atomic import sync, write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
+from flipscale.io.files import check_disk_space, check_writable
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.cost import last_sign
 from flipscale.training.preemption import STOP_FILE
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
+from flipscale.training.run_summary import RunSummary
 
 _log = logging.getLogger(__name__)
 
@@ -63,12 +62,6 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     saved = run_dir / "recipe.yaml"
     # Without this file, the checkpoints' own copies are compared later.
     changed = conflicts(recipe, read_saved_recipe(saved)) if saved.exists() else []
-    if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
-        was, now = re.findall(r"\d+", changed[0])
-        raise UserError(
-            f"the samples of {run_dir} are in the order of {was} lane{'s' * (was != '1')}, and data.lanes is {now}; "
-            f"--data.lanes {was} goes on in its order"
-        )
     _refuse_another(run_dir, changed)
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
         raise UserError(
@@ -85,25 +78,6 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
         )
 
 
-def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
-    """Raise OSError unless the disk of a run directory has room for one checkpoint."""
-    # Weights, moments and averages have four bytes a parameter.
-    tensors = 1 + (2 if optim.name == "adamw" else 1) + (optim.ema_decay is not None)
-    needed, free = 4 * num_parameters * tensors, shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise OSError(
-            f"the disk of {run_dir} has {free / 1e9:.1f} GB free, and a checkpoint takes {needed / 1e9:.1f} GB; free "
-            "some space, or use another output_dir"
-        )
-
-
-def mark_done(run_dir: Path) -> None:
-    """Mark a run as done, after its model is on disk."""
-    sync(run_dir)
-    (run_dir / "DONE").touch()
-    sync(run_dir)
-
-
 def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
     """Return whether the recipe's run is done, even if its checkpoints and its model are gone.
 
@@ -114,12 +88,14 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         return False
     # The checkpoint's copy, because the stages may have been added to the run's own file.
     finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
-    try:
-        saved = read_saved_recipe(finished)
-    except (ValueError, OSError):  # damaged, and a finished run does not need it
-        return _log_done(run_dir, checkpoint)
+    saved = read_saved_recipe(finished)
     if len(recipe.stages) <= len(saved.get("stages") or []):
-        return _log_done(run_dir, checkpoint)
+        missing = "" if (run_dir / "model").exists() else ", but its model is gone"
+        if missing and checkpoint is not None:
+            missing += f": `flipscale export {run_dir}` writes it again"
+        fix = "remove it, or choose another output_dir, to train again, or add a stage to train on"
+        _log.info("%s is done%s; %s", run_dir, missing, fix)
+        return True
     if checkpoint is None:
         raise UserError(
             f"{run_dir} is done and keeps no checkpoint for another stage; train the stage as a run of its own, "
@@ -127,15 +103,6 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         )
     _refuse_another(run_dir, conflicts(recipe, saved))
     return False
-
-
-def _log_done(run_dir: Path, checkpoint: Path | None) -> bool:
-    missing = "" if (run_dir / "model").exists() else ", but its model is gone"
-    if missing and checkpoint is not None:
-        missing += f": `flipscale export {run_dir}` writes it again"
-    fix = "remove it, or choose another output_dir, to train again, or add a stage to train on"
-    _log.info("%s is done%s; %s", run_dir, missing, fix)
-    return True
 
 
 def write_run_files(
@@ -161,12 +128,14 @@ def write_run_files(
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     with torch.device("meta"):
         num_parameters = recipe.objective().exported_class(recipe.model_config()).num_parameters()
-    check_room(run_dir, recipe.optim, num_parameters)
+    # Weights, moments and averages have four bytes a parameter.
+    tensors = 1 + (2 if recipe.optim.name == "adamw" else 1) + (recipe.optim.ema_decay is not None)
+    check_disk_space(run_dir, 4 * num_parameters * tensors, "train a smaller model")
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {
         "time": time.time(),
-        "last_sign_before": last_sign(run_dir),
+        "last_sign_before": RunSummary(run_dir).heartbeat.get("time"),
         "step": state.get("step", 0),
         "trained_seconds": state.get("trained_seconds", 0.0),
         "engine": engine,
@@ -214,13 +183,14 @@ def typed_command() -> str | None:
         return None
     words = list(sys.orig_argv)
     if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        words = []
+        content = b""
         with suppress(OSError):  # the launcher has ended, or is another user's
             content = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-            words = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
-        if not any(Path(word).name in _LAUNCHERS for word in words[:4]):
-            # A single process may have these variables from its user.
-            words = list(sys.orig_argv) if "WORLD_SIZE" not in os.environ else []
+        launcher = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
+        if any(Path(word).name in _LAUNCHERS for word in launcher[:4]):
+            words = launcher
+        elif "WORLD_SIZE" in os.environ:  # a single process may have the other variable from its user
+            return None
     if len(words) < 2 or words[1] == "-c":
         return None
     if not os.access(words[1], os.X_OK):
@@ -229,9 +199,3 @@ def typed_command() -> str | None:
     path = shutil.which(Path(words[1]).name)
     is_found = path is not None and os.path.abspath(path) == os.path.abspath(words[1])
     return shlex.join([Path(words[1]).name if is_found else words[1], *words[2:]])
-
-
-def how_to_go_on() -> str:
-    """Return how to resume this run, for the end of a sentence."""
-    command = typed_command()
-    return f"to go on: {command}" if command else "the same command goes on"

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,49 @@ from flipscale.io import json_lines
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.cost import CostRecipe, Energy, occupied_device_hours, read_energy, training_device_hours
+from flipscale.training.recipe import CostRecipe
 from flipscale.training.schedule import StageRecipe, plan_stages
 
+ENERGY_FILE = "energy.jsonl"
 _CHECKPOINT = re.compile("step-[0-9]{8,15}")
 _START = {"step": int, "num_processes": int, "time": int | float, "set_aside": list | None}
 _HEARTBEAT = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Measured energy of a run, summed over its starts. Steps that a kill lost count too.
+
+    Args:
+        parts: kWh of each measured kind of machinery.
+        num_starts: number of starts.
+        num_measured: number of starts with a measurement.
+        num_failed: number of measurements that ended early.
+    """
+
+    parts: dict[str, float] = field(default_factory=dict)
+    num_starts: int = 0
+    num_measured: int = 0
+    num_failed: int = 0
+
+    @property
+    def kwh(self) -> float | None:
+        """Sum of the parts; None without a measurement."""
+        return sum(self.parts.values()) if self.parts else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all starts were measured to their end."""
+        return self.num_measured == self.num_starts and not self.num_failed
+
+    @property
+    def words(self) -> str:
+        """Description of the sum."""
+        measured = "measured: " + " and ".join(self.parts)
+        if self.is_whole:
+            return measured
+        failed = f", {self.num_failed} of them not to the end" if self.num_failed else ""
+        return f"{measured}, in {self.num_measured} of {self.num_starts} starts{failed}"
 
 
 class RunSummary:
@@ -51,11 +90,7 @@ class RunSummary:
     @property
     def command(self) -> str | None:
         """Command line of the last start; None if it is unknown."""
-        try:
-            command = self.environment.get("command")
-        except (OSError, ValueError):
-            return None
-        return command if isinstance(command, str) else None
+        return self.environment.get("command") if (self.run_dir / "environment.json").exists() else None
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
@@ -89,11 +124,6 @@ class RunSummary:
     def checkpoint_samples(self) -> int | None:
         """Pairs seen at the newest checkpoint, None before the first."""
         return None if self.checkpoint is None else int(self.checkpoint.name[5:]) * self.batch_size
-
-    @property
-    def num_bad_checkpoints(self) -> int:
-        """Number of damaged checkpoints that were set aside."""
-        return sum(len(start.get("set_aside") or ()) for start in self.starts)
 
     @property
     def batch_size(self) -> int:
@@ -180,7 +210,18 @@ class RunSummary:
     @cached_property
     def energy(self) -> Energy:
         """Measured energy."""
-        return read_energy(self.run_dir, self.step)
+        lines = json_lines.read(self.run_dir / ENERGY_FILE, "start", "step", "energy_parts")
+        num_starts = len(self.starts)
+        if self.step is not None:
+            count = max((number for number, line in enumerate(lines, 1) if line["step"] <= self.step), default=0)
+            lines = lines[:count]
+            num_starts = max((line["start"] for line in lines), default=num_starts)
+        # A line holds the energy since the begin of its start, so the last line of each start counts.
+        last = {line["start"]: line for line in lines}.values()
+        parts: Counter[str] = Counter()
+        for line in last:
+            parts.update(line["energy_parts"])
+        return Energy(dict(parts), num_starts, len(last), sum(line.get("failed") is True for line in last))
 
     @property
     def cost(self) -> CostRecipe:
@@ -189,9 +230,21 @@ class RunSummary:
 
     @property
     def device_hours(self) -> float | None:
-        """Hours times devices: occupied hours of the whole run, training hours up to a step; None if unknown."""
-        occupied = occupied_device_hours(self.run_dir) if self.step is None else None
-        return training_device_hours(self.kept_starts, self.trained_seconds) if occupied is None else occupied
+        """Hours times devices; None without a start. Up to a step, only training counts, without lost steps.
+
+        For the whole run, a start counts from its begin to its last sign of life, as a cloud bills it.
+        """
+        if self.step is None and self.starts:
+            starts = self.starts
+            ends = [start.get("last_sign_before") for start in starts[1:]] + [self.heartbeat.get("time")]
+            # A start that died before its first sign has an earlier start's sign, or none.
+            spans = [max((end or 0.0) - start["time"], 0.0) for start, end in zip(starts, ends, strict=True)]
+        else:
+            starts = self.kept_starts
+            ends = [start["trained_seconds"] for start in starts[1:]] + [self.trained_seconds]
+            spans = [end - start["trained_seconds"] for start, end in zip(starts, ends, strict=True)]
+        hours = sum(span * start["num_processes"] for span, start in zip(spans, starts, strict=True)) / 3600
+        return hours if starts else None
 
     @property
     def co2_kg(self) -> float | None:

@@ -183,10 +183,9 @@ class Schedule:
         return int(self.stages[-1].last) if self.budget_seconds is None else None
 
     def seconds_left(self, number: int, position: float, step_seconds: float, pair_flops: Mapping[str, int]) -> float:
-        """Return the time to the end of the run, by the operations of a pair in each stage.
+        """Return the time to the end of the run after `number` steps, by the operations of a pair in each stage.
 
         Args:
-            number: number of steps taken.
             position: newest known position.
             step_seconds: duration of the last step.
             pair_flops: operations by the stage's name.
@@ -245,25 +244,23 @@ def plan_stages(
     for name, count in Counter(stage.name for stage in stages).items():
         if count > 1:
             raise UserError(f"{count} stages are named {name!r}; give every stage a name of its own")
-    unit, is_timed = global_batch_size, budget_minutes is not None
-    lengths: Sequence[float] = _shares(stages) if is_timed else _steps(stages, unit)
-    ends = [0, *itertools.accumulate(lengths)]
+    is_timed = budget_minutes is not None
+    ends = [0, *itertools.accumulate(_lengths(stages, global_batch_size, is_timed))]
     if is_timed:
         ends[-1] = 1.0
     planned: list[Stage] = []
     for number, stage in enumerate(stages):
-        field = "warmup_share" if is_timed else "warmup_samples"
-        given = getattr(stage, field)
+        given = stage.warmup_share if is_timed else stage.warmup_samples
         if stage.base_lr is not None:
             end = next((n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages))
             schedule_first, schedule_last = ends[number], ends[end]
-            warmup = given if is_timed else given // unit
+            warmup = given if is_timed else given // global_batch_size
             peak_lr = stage.base_lr * global_batch_size / 256
         elif given:
-            raise UserError(f"stage {stage.name!r}: {field} needs a base_lr of its own")
+            raise UserError(f"stage {stage.name!r}: {'warmup_share' if is_timed else 'warmup_samples'} needs a base_lr")
         if warmup >= (length := schedule_last - schedule_first):
             words = f"{given} of the budget" if is_timed else f"{given} samples"
-            limit = f"{length:g}" if is_timed else length * unit
+            limit = f"{length:g}" if is_timed else length * global_batch_size
             raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {limit}")
         planned.append(
             Stage(
@@ -274,35 +271,26 @@ def plan_stages(
     return planned
 
 
-def _steps(stages: Sequence[StageRecipe], global_batch_size: int) -> list[int]:
-    """Return the number of steps of each stage of a run without a budget."""
+def _lengths(stages: Sequence[StageRecipe], global_batch_size: int, is_timed: bool) -> list[float]:
+    """Return the length of each stage: its steps or, with a budget, its share."""
+    counts, shares = ("samples", "warmup_samples"), ("share", "warmup_share")
+    fields, others = (shares, counts) if is_timed else (counts, shares)
+    reason = "is a count, and the run ends by its clock (budget_minutes)"
+    if not is_timed:
+        reason = "is of budget_minutes, which is not set"
     for stage in stages:
-        if stage.share is not None or stage.warmup_share:
-            field = "warmup_share" if stage.share is None else "share"
+        for field, other in zip(fields, others, strict=True):
+            if getattr(stage, other):
+                fix = "leave out" if is_timed else "set"
+                raise UserError(f"stage {stage.name!r}: {other} {reason}; use {field}, or {fix} budget_minutes")
+        if getattr(stage, fields[0]) is None:
+            raise UserError(f"stage {stage.name!r} has no {fields[0]}; set it")
+    lengths = [getattr(stage, fields[0]) for stage in stages]
+    if is_timed and abs(sum(lengths) - 1.0) > _SUM_TOLERANCE:
+        raise UserError(f"the shares of the stages add up to {sum(lengths):g}; they must add up to 1")
+    for stage, length in zip(stages, lengths, strict=True):
+        if not is_timed and length < global_batch_size:
             raise UserError(
-                f"stage {stage.name!r}: {field} is of budget_minutes, which is not set; use samples, or set it"
+                f"stage {stage.name!r}: {length} samples are less than one step of {global_batch_size} pairs"
             )
-        if stage.samples is None:
-            raise UserError(f"stage {stage.name!r} has no samples; set its number of pairs")
-        if stage.samples < global_batch_size:
-            raise UserError(
-                f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
-            )
-    return [(stage.samples or 0) // global_batch_size for stage in stages]
-
-
-def _shares(stages: Sequence[StageRecipe]) -> list[float]:
-    """Return the share of the budget of each stage."""
-    for stage in stages:
-        if stage.samples is not None or stage.warmup_samples:
-            field, instead = ("warmup_samples", "warmup_share") if stage.samples is None else ("samples", "share")
-            raise UserError(
-                f"stage {stage.name!r}: {field} is a count, and the run ends by its clock (budget_minutes); use "
-                f"{instead}, or leave out budget_minutes"
-            )
-        if stage.share is None:
-            raise UserError(f"stage {stage.name!r} has no share; set its share of budget_minutes")
-    shares = [stage.share or 0.0 for stage in stages]
-    if abs(sum(shares) - 1.0) > _SUM_TOLERANCE:
-        raise UserError(f"the shares of the stages add up to {sum(shares):g}; they must add up to 1")
-    return shares
+    return lengths if is_timed else [samples // global_batch_size for samples in lengths]

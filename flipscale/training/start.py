@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flipscale.data.loader import prepare_workers
-from flipscale.data.samples import Source, shard_sizes_digest
+from flipscale.data.samples import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointReader, Contents, newest_whole
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
@@ -99,13 +99,21 @@ def join(recipe: Recipe, plan: Plan) -> Start:
     run_dir, source = Path(recipe.output_dir), plan.source
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
-        _agree_on_data(accelerator, source)
+        # A node's copy of the data may be older or incomplete, and its order of samples would differ.
+        digest = shard_sizes_digest(source)
+        digests_found = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
+        if others := [rank for rank, found in enumerate(digests_found) if found != digests_found[0]]:
+            raise UserError(
+                f"processes {', '.join(map(str, others))} of {len(digests_found)} found other numbers of samples in "
+                "the shards than process 0, so that they would read them in another order; make the nodes' copies the "
+                "same"
+            )
         lock = _take_run_directory(accelerator, run_dir)
         chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
         if chosen is None:
             return Start(accelerator, None, {}, lock=lock)
         checkpoint, state, _ = chosen
-        if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
+        if (state["data_samples"], state["data_fingerprint"]) != (len(source), digest):
             raise UserError(
                 f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
                 "or in other shards; the order of samples would change: use the same data or another output_dir"
@@ -184,18 +192,3 @@ def _take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock |
     if failed is not None:
         raise failed
     return lock
-
-
-def _agree_on_data(accelerator: Accelerator, source: Source) -> None:
-    """Collective. Raise unless all processes found the same shards with the same numbers of samples.
-
-    A node's copy may be older or incomplete, and its order of samples would differ.
-    """
-    mine = torch.tensor([shard_sizes_digest(source)], device=accelerator.device)
-    digests = accelerator.gather(mine).tolist()
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise UserError(
-            f"processes {', '.join(map(str, others))} of {len(digests)} found other numbers of samples in the shards "
-            "than process 0, so that they would read them in another order; make the nodes' copies the same"
-        )

@@ -52,7 +52,7 @@ class StepResult:
 
     @property
     def num_done(self) -> int:
-        """Number of steps taken with this one."""
+        """Number of steps of the run up to this one."""
         return self.step.number + 1
 
 

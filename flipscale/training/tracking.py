@@ -1,14 +1,17 @@
-"""Records of a run: `metrics.jsonl` always, trackers on request, and a progress bar or log lines."""
+"""Records of a run: `metrics.jsonl`, `bad_samples.jsonl`, trackers on request, and a progress bar or log lines."""
 
+import dataclasses
 import logging
 import math
 import sys
 import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from flipscale.data.samples import Fault
@@ -17,12 +20,11 @@ from flipscale.evaluation.results import Result, append_results, as_metrics, dro
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import read_text
-from flipscale.io.text_table import duration
-from flipscale.training.bad_samples import BadSamples
 from flipscale.training.energy_meter import EnergyMeter
-from flipscale.training.recipe import LogRecipe
+from flipscale.training.plan import Plan
+from flipscale.training.recipe import as_fields
 from flipscale.training.report import draw_figures, interval_line, results_line
-from flipscale.training.schedule import Schedule, Step, has_passed, is_due
+from flipscale.training.schedule import Step, has_passed, is_due
 from flipscale.training.sync import StepResult
 from flipscale.training.watch import StepWatch
 
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 # Drawing takes a second or two, so an evaluation redraws only older figures.
 _FRESH_SECONDS = 300.0
+# The limit counts the last million samples: one bad shard does not end a run, but a broken store does. Fewer than a
+# thousand samples count as a thousand.
+_WINDOW_SAMPLES = 1_000_000
+_MIN_SAMPLES = 1_000
 _log = logging.getLogger(__name__)
 
 
@@ -59,6 +65,90 @@ def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str
     accelerator.init_trackers("flipscale", config=dict(config), init_kwargs=options)
 
 
+class BadSamples:
+    """Gathers the faults of all processes, and writes each once on the main process.
+
+    Args:
+        is_main: whether this process writes.
+        max_fraction: largest allowed fraction of bad samples in the window.
+    """
+
+    def __init__(self, run_dir: Path, is_main: bool, max_fraction: float):
+        self.path = run_dir / "bad_samples.jsonl"
+        self.is_main = is_main
+        self.max_fraction = max_fraction
+        self._mine: list[Fault] = []
+        # Faults of all processes since the last write.
+        self._unwritten = 0
+        self._counts: Counter[str] = Counter()
+        self._named: set[tuple[str, int | None]] = set()
+        self._window: deque[tuple[int, int]] = deque()
+        self._samples = self._bad = 0
+
+    def start(self, position: int, shard_faults: list[Fault]) -> None:
+        """Write the names of unreadable shards, and drop samples from `position` on, which are read again."""
+        if not self.is_main:
+            return
+        records = json_lines.read(self.path, "shard")
+        kept = [record for record in records if (at := record.get("position")) is not None and at < position]
+        records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
+        self._named = {(record["shard"], record.get("number")) for record in records}
+        if records or self.path.exists():
+            json_lines.rewrite(self.path, records)
+        for fault in shard_faults:
+            _log.warning("%s: %s: %s", fault.cause, fault.shard, fault.detail)
+
+    def count(self, faults: list[Fault], num_bad: int, num_samples: int) -> None:
+        """Collective if it raises. Count a step.
+
+        Args:
+            faults: faults of this process.
+            num_bad: number of replaced samples in the global batch, of `num_samples`.
+
+        Raises:
+            OSError: too many samples of the window were replaced.
+        """
+        self._mine += faults
+        self._unwritten += num_bad
+        self._window.append((num_bad, num_samples))
+        self._bad, self._samples = self._bad + num_bad, self._samples + num_samples
+        while len(self._window) > 1 and self._samples - self._window[0][1] >= _WINDOW_SAMPLES:
+            old_bad, old_samples = self._window.popleft()
+            self._bad, self._samples = self._bad - old_bad, self._samples - old_samples
+        if self._bad > self.max_fraction * max(self._samples, _MIN_SAMPLES):
+            causes = ", ".join(f"{number} {cause}" for cause, number in self.take_counts().most_common(3))
+            raise OSError(
+                f"{self._bad} of the last {self._samples} samples could not be used, more than data.max_bad_fraction "
+                f"{self.max_fraction} (lately: {causes}); {self.path} names them; mend the data or raise the "
+                "fraction, and start the run again"
+            )
+
+    def take_counts(self) -> Counter[str]:
+        """Collective. Return the number of replaced samples in all processes since the last call, by cause."""
+        self.flush()
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+    def flush(self) -> None:
+        """Collective. Write the faults of all processes; without faults, the processes exchange nothing."""
+        if self._unwritten == 0:
+            return
+        all_faults: list[list[Fault]] = [self._mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            all_faults = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(all_faults, self._mine)
+        self._mine, self._unwritten = [], 0
+        faults = sorted((fault for part in all_faults for fault in part), key=lambda fault: fault.position or 0)
+        self._counts.update(fault.cause for fault in faults)
+        if self.is_main:
+            new = []
+            for fault in faults:
+                if (fault.shard, fault.number) not in self._named:
+                    self._named.add((fault.shard, fault.number))
+                    new.append(dataclasses.asdict(fault))
+            json_lines.append(self.path, new)
+
+
 class Tracker:
     """Writes a record for every interval and every evaluation on the main process; used in a `with` block.
 
@@ -69,46 +159,28 @@ class Tracker:
     far longer than usual); energy_kwh of the run so far, if it is measured.
     """
 
-    def __init__(
-        self,
-        accelerator: "Accelerator",
-        run_dir: Path,
-        recipe: LogRecipe,
-        watch: StepWatch,
-        step_samples: int,
-        schedule: Schedule,
-        pair_flops: Mapping[str, int],
-        max_bad_fraction: float,
-    ):
+    def __init__(self, plan: Plan, accelerator: "Accelerator", watch: StepWatch, pair_flops: Mapping[str, int]):
         """Collective. Open the energy counters.
 
         Args:
-            step_samples: pairs in the global batch.
             pair_flops: operations of a pair, forward and backward, by the stage's name.
-            max_bad_fraction: `data.max_bad_fraction`.
         """
         self.watch = watch
-        self.bad_samples = BadSamples(run_dir, accelerator.is_main_process, max_bad_fraction)
-        self._accelerator, self._run_dir, self._recipe = accelerator, run_dir, recipe
-        self._step_samples, self._schedule, self._pair_flops = step_samples, schedule, pair_flops
-        self._energy = EnergyMeter(accelerator, run_dir)
+        self._plan, self._accelerator, self._run_dir = plan, accelerator, Path(plan.recipe.output_dir)
+        self.bad_samples = BadSamples(self._run_dir, accelerator.is_main_process, plan.recipe.data.max_bad_fraction)
+        self._recipe, self._schedule, self._step_samples = plan.recipe.log, plan.schedule, plan.batch_size
+        self._pair_flops = pair_flops
+        self._energy = EnergyMeter(accelerator, self._run_dir)
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
         self._steps = self._skipped = 0
         self._bar: tqdm[Any] | None = None
         self._drawn = time.monotonic()
-        self._has_logged_duration = False
 
-    def start(self, step: int, shard_faults: list[Fault], config: Mapping[str, bool | int | float | str]) -> None:
-        """Start the trackers, drop the records of later steps, all records at step 0, and show a bar on a terminal.
-
-        Args:
-            step: number of steps taken.
-            shard_faults: shards that cannot be read.
-            config: fields of the recipe.
-        """
-        open_trackers(self._accelerator, self._run_dir, config)
-        self.bad_samples.start(step * self._step_samples, shard_faults)
+    def start(self, step: int) -> None:
+        """Start the trackers after `step` steps, drop the records of later steps, and show a bar on a terminal."""
+        open_trackers(self._accelerator, self._run_dir, as_fields(self._plan.recipe))
+        self.bad_samples.start(step * self._step_samples, self._plan.source.faults)
         if not self._accelerator.is_main_process:
             return
         if self._accelerator.device.type == "cuda":
@@ -121,13 +193,8 @@ class Tracker:
         drop_results_after(self._run_dir, last)
         if sys.stderr.isatty():
             total = self._schedule.total_steps
-            self._bar = tqdm(
-                total=total and total * self._step_samples,
-                initial=step * self._step_samples,
-                unit="pair",
-                unit_scale=True,
-                dynamic_ncols=True,
-            )
+            pairs = {"total": total and total * self._step_samples, "initial": step * self._step_samples}
+            self._bar = tqdm(**pairs, unit="pair", unit_scale=True, dynamic_ncols=True)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -150,36 +217,28 @@ class Tracker:
             OSError: more than `data.max_bad_fraction` of the samples are bad.
         """
         for result in results:
+            step = result.step
             self.bad_samples.count(result.faults, result.num_replaced, self._step_samples)
+            self._steps += 1
+            self._skipped += not result.finite
+            self._energy.read()
+            if self._accelerator.is_main_process and self._schedule.budget_seconds is not None:
+                place = {"step": result.num_done, "budget_used": step.position, "lr": step.learning_rate}
+                json_lines.append(self._run_dir / "schedule.jsonl", [place])
+            if self._bar is not None:
+                self._bar.update(self._step_samples)
             is_last = upcoming.is_over and result.num_done == upcoming.number
-            self._count(result, upcoming, is_last)
-            if is_last or self._ends_interval(result):
+            if self._recipe.every_share:
+                ends_interval = has_passed(step.before, step.position, self._recipe.every_share)
+            else:
+                ends_interval = is_due(result.num_done, self._step_samples, self._recipe.every_samples)
+            if is_last or ends_interval:
                 self._write_interval(result, upcoming, is_last)
-
-    def _ends_interval(self, result: StepResult) -> bool:
-        if self._recipe.every_share:
-            return has_passed(result.step.before, result.step.position, self._recipe.every_share)
-        return is_due(result.num_done, self._step_samples, self._recipe.every_samples)
-
-    def _count(self, result: StepResult, upcoming: Step, is_last: bool) -> None:
-        self._steps += 1
-        self._skipped += not result.finite
-        self._energy.read()
-        step, usual = result.step, self.watch.usual_seconds
-        if self._accelerator.is_main_process and self._schedule.budget_seconds is not None:
-            place = {"step": result.num_done, "budget_used": step.position, "lr": step.learning_rate}
-            json_lines.append(self._run_dir / "schedule.jsonl", [place])
-        if self._bar is not None:
-            self._bar.update(self._step_samples)
-        elif usual is not None and not (self._has_logged_duration or is_last or self._ends_interval(result)):
-            left = duration(self._seconds_left(result, upcoming, usual))
-            _log.info("about %s to go at %.2g s a step, evaluations and saves left out", left, usual)
-            self._has_logged_duration = True
 
     def _write_interval(self, result: StepResult, upcoming: Step, is_last: bool) -> None:
         """Collective. Write the record of the interval that ends with a step."""
         stage, replaced = result.step.stage.name, self.bad_samples.take_counts()
-        seconds, wait_seconds, num_slow = result.clock.since(self._begin)
+        seconds, wait_seconds, num_slow = (now - before for now, before in zip(result.clock, self._begin, strict=True))
         self._begin = result.clock
         images_per_s = self._steps * self._step_samples / seconds
         mfu = {} if self._peak_flops is None else {"mfu": images_per_s * self._pair_flops[stage] / self._peak_flops}
@@ -207,24 +266,19 @@ class Tracker:
             if is_last:
                 self._bar.close()  # later lines stand below it
         else:
-            left = None if is_last else self._seconds_left(result, upcoming, seconds / self._steps)
+            left = None
+            if not is_last:
+                step_seconds = seconds / self._steps
+                left = self._schedule.seconds_left(result.num_done, upcoming.position, step_seconds, self._pair_flops)
             _log.info("%s", interval_line(place, metrics, left))
-            self._has_logged_duration = True
         self._steps = self._skipped = 0
-
-    def _seconds_left(self, result: StepResult, upcoming: Step, step_seconds: float) -> float:
-        return self._schedule.seconds_left(result.num_done, upcoming.position, step_seconds, self._pair_flops)
 
     def _append(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
         """Append a record, and pass its numbers to the trackers; a number that is not finite becomes null."""
         if not self._accelerator.is_main_process:
             return
-        record = {
-            "step": step,
-            "samples_seen": step * self._step_samples,
-            "trained_seconds": trained_seconds,
-            **metrics,
-        }
+        place = {"step": step, "samples_seen": step * self._step_samples, "trained_seconds": trained_seconds}
+        record = {**place, **metrics}
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         json_lines.append(self._run_dir / "metrics.jsonl", [record])
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}

@@ -32,9 +32,6 @@ _log = logging.getLogger(__name__)
 # A step is slow at this multiple of the median, but not below a second, because short steps are noisy.
 SLOW_FACTOR = 5.0
 _MIN_SLOW_SECONDS = 1.0
-# Every rank writes its stacks if no step finishes for this multiple of the median, a minute at least.
-STACKS_FACTOR = 20.0
-_MIN_STACKS_SECONDS = 60.0
 # The median is over the last 101 steps and needs 10.
 _REMEMBERED, _NEEDED = 101, 10
 # A slow step is reported when the result of the next step is read, a step later.
@@ -64,11 +61,6 @@ class Interval(NamedTuple):
     wait_seconds: float
     num_slow: int
 
-    def since(self, before: "Interval") -> "Interval":
-        """Return the time between two moments."""
-        seconds, wait_seconds = self.seconds - before.seconds, self.wait_seconds - before.wait_seconds
-        return Interval(seconds, wait_seconds, self.num_slow - before.num_slow)
-
 
 class HangWatch:
     """Ends this process after `hang_seconds` without a sign of life in a `with` block, by a thread.
@@ -81,13 +73,10 @@ class HangWatch:
     def __init__(self, run_dir: Path, hang_seconds: float, rank: int):
         self._run_dir, self._hang_seconds, self._rank = run_dir, hang_seconds, rank
         self._work, self._is_step = "", False
-        # Stacks are written after this time if it is less than half of `hang_seconds`.
-        self._unusual = float("inf")
         # Time of the last sign of life from the main thread; None while the clock is stopped.
         self._since: float | None = None
         self._finished = threading.Event()
         self._others = OtherProcesses()
-        self._bytes, self._heard = 0, 0
 
     def __enter__(self) -> "HangWatch":
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -100,9 +89,9 @@ class HangWatch:
         self._thread.join(_CLOSING_SECONDS)
         self._others.stop()
 
-    def begin(self, work: str, is_step: bool = False, unusual: float = float("inf")) -> None:
+    def begin(self, work: str, is_step: bool = False) -> None:
         """Start the clock for some work, such as `a save after step 8`."""
-        self._work, self._is_step, self._unusual = work, is_step, unusual
+        self._work, self._is_step = work, is_step
         self.alive()
 
     def alive(self) -> None:
@@ -117,27 +106,26 @@ class HangWatch:
         """Check the clock, in a thread, because the main thread is the one that hangs."""
         written_for = began = None
         stacks: threading.Thread | None = None
-        sign = 0.0
+        sign, num_bytes, heard = 0.0, 0, 0
         limit = self._hang_seconds + (0.0 if self._rank == 0 else _LATER_SECONDS)
         while not self._finished.wait(min(self._hang_seconds / 20, 5.0)):
             since = self._since
             if since is None:
                 continue
             # The bytes of the stacks are not a sign of life.
-            is_disturbed = stacks is not None
+            moved, is_disturbed = _bytes_moved(), stacks is not None
             if stacks is not None and not stacks.is_alive():
                 stacks = None
-            bytes_before, self._bytes = self._bytes, _bytes_moved()
-            has_moved = self._bytes - bytes_before > _MIN_BYTES and not is_disturbed
-            lives = since != began or (not self._is_step and has_moved)
-            self._others.signs += lives
-            before, self._heard = self._heard, self._others.heard
+            has_moved = moved - num_bytes > _MIN_BYTES and not (is_disturbed or self._is_step)
+            others_live = self._others.heard != heard and not self._is_step
+            num_bytes, heard = moved, self._others.heard
+            self._others.signs += since != began or has_moved
             if since != began:
                 began = sign = since
-            elif lives or (not self._is_step and self._heard != before):
+            elif has_moved or others_live:
                 sign = time.perf_counter()
             seconds = time.perf_counter() - sign
-            if seconds > min(self._unusual, self._hang_seconds / 2) and written_for != sign:
+            if seconds > self._hang_seconds / 2 and written_for != sign:
                 # In a thread, because it takes seconds on a busy machine.
                 written_for, stacks = sign, threading.Thread(target=self._write_stacks, name="stacks", daemon=True)
                 stacks.start()
@@ -238,9 +226,7 @@ class StepWatch:
                     self._usual = statistics.median(self._recent)
             self._windows.append(Window(self._step, now, self._usual))
             began = time.perf_counter()
-            self._hangs.begin(
-                f"step {self._step}", is_step=True, unusual=max(STACKS_FACTOR * self._usual, _MIN_STACKS_SECONDS)
-            )
+            self._hangs.begin(f"step {self._step}", is_step=True)
             self.phases.mark("data")
             batch = next(iterator, None)
             self._wait_seconds += time.perf_counter() - began

@@ -118,8 +118,8 @@ def train_compiled(file: str) -> None:
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
     from flipscale.engines.recipe import SaveRecipe
-    from flipscale.training.bad_samples import BadSamples
     from flipscale.training.between_steps import Saver
+    from flipscale.training.tracking import BadSamples
     from flipscale.training.watch import StepWatch
 
     recipe, plan, start, engine = resumed(file)

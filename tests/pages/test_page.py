@@ -14,9 +14,8 @@ from flipscale.io.text_table import rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
 from flipscale.pages.report import fact_rows, run_sentence
-from flipscale.training.cost import Energy
 from flipscale.training.recipe import Recipe, parse_recipe
-from flipscale.training.run_summary import RunSummary
+from flipscale.training.run_summary import Energy, RunSummary
 
 
 def pixels(picture: Picture) -> np.ndarray:

@@ -12,8 +12,9 @@ import torch
 
 from flipscale.status import as_table, read_status
 from flipscale.training import energy_meter
-from flipscale.training.cost import CostRecipe, Energy, occupied_device_hours, read_energy, training_device_hours
 from flipscale.training.energy_meter import EnergyMeter, GpuCounter, open_gpu, open_processors
+from flipscale.training.recipe import CostRecipe
+from flipscale.training.run_summary import Energy, RunSummary
 
 # Recorded on a server with two sockets: name of the zone, counter and wrap, in microjoules.
 ZONES = {
@@ -49,7 +50,7 @@ def meter(run_dir: Path, device: str = "cpu", others: list[float] | None = None)
         return mine if others is None else mine + torch.tensor(others[: len(mine)], dtype=mine.dtype)
 
     with open(run_dir / "starts.jsonl", "a") as file:
-        file.write('{"step": 0}\n')
+        file.write('{"step": 0, "num_processes": 1, "time": 1.0}\n')
     place = {"is_main_process": True, "local_process_index": 0, "device": torch.device(device), "reduce": reduce}
     return EnergyMeter(SimpleNamespace(**place), run_dir)
 
@@ -103,8 +104,8 @@ def test_starts_add_up(powercap: Path, tmp_path: Path) -> None:
         line = lines(tmp_path)[-1]
         assert (line["start"], line["step"], line["counters"]) == (number, 7, {"processors": 2})
         assert line["energy_parts"] == {"processors": pytest.approx(joules / 3.6e6)}
-    assert read_energy(tmp_path) == Energy({"processors": pytest.approx(kwh)}, 2, 2)
-    assert read_energy(tmp_path, 6).kwh is None
+    assert RunSummary(tmp_path).energy == Energy({"processors": pytest.approx(kwh)}, 2, 2)
+    assert RunSummary(tmp_path, 6).energy.kwh is None
 
 
 def test_a_failing_counter_ends_the_measurement(powercap: Path, tmp_path: Path, caplog) -> None:
@@ -113,13 +114,7 @@ def test_a_failing_counter_ends_the_measurement(powercap: Path, tmp_path: Path, 
     assert energy.update(3) == {"energy_kwh": 0.0}
     assert energy.update(4) == {}
     assert len(caplog.records) == 1
-    assert read_energy(tmp_path).words == "measured: processors, in 1 of 1 starts, 1 of them not to the end"
-
-
-def test_an_unreadable_file_is_no_measurement(tmp_path: Path, caplog) -> None:
-    (tmp_path / "energy.jsonl").mkdir()
-    assert read_energy(tmp_path) == Energy()
-    assert f"the energy of {tmp_path} is unknown" in caplog.text
+    assert RunSummary(tmp_path).energy.words == "measured: processors, in 1 of 1 starts, 1 of them not to the end"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -158,8 +153,8 @@ def test_a_kill_and_another_world(write_recipe: Callable[..., Path], powercap: P
     last = lines(run_dir)[-1]
     assert (last["start"], last["counters"]) == (2, {"GPUs": 1, "processors": 2})
     kwh = first["energy_kwh"] + last["energy_kwh"]
-    assert read_energy(run_dir) == Energy(read_energy(run_dir).parts, 2, 2)
-    assert read_energy(run_dir).kwh == pytest.approx(kwh)
+    assert RunSummary(run_dir).energy == Energy(RunSummary(run_dir).energy.parts, 2, 2)
+    assert RunSummary(run_dir).energy.kwh == pytest.approx(kwh)
     assert f"{kwh:,.3g} kWh, measured: GPUs and processors" in as_table(read_status(run_dir, last["time"]))
     card = (run_dir / "model/README.md").read_text()
     assert f"| energy | {kwh:.2f} kWh, measured: GPUs and processors |" in card
@@ -176,13 +171,17 @@ def test_prices() -> None:
 def test_device_hours(tmp_path: Path) -> None:
     """Eight devices for an hour, killed; a start that died before its first sign; two devices for half an hour."""
     starts = [
-        {"time": 10_000.0, "last_sign_before": None, "trained_seconds": 0.0, "num_processes": 8},
-        {"time": 20_000.0, "last_sign_before": 13_600.0, "trained_seconds": 600.0, "num_processes": 8},
-        {"time": 30_000.0, "last_sign_before": 13_600.0, "trained_seconds": 600.0, "num_processes": 2},
+        {"time": 10_000.0, "last_sign_before": None, "step": 0, "trained_seconds": 0.0, "num_processes": 8},
+        {"time": 20_000.0, "last_sign_before": 13_600.0, "step": 6, "trained_seconds": 600.0, "num_processes": 8},
+        {"time": 30_000.0, "last_sign_before": 13_600.0, "step": 6, "trained_seconds": 600.0, "num_processes": 2},
     ]
-    assert occupied_device_hours(tmp_path) is None
-    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
-    (tmp_path / "heartbeat.json").write_text(json.dumps({"time": 31_800.0, "step": 9}) + "\n")
-    assert occupied_device_hours(tmp_path) == pytest.approx(9.0)
-    hours = training_device_hours([starts[0], starts[2]], 4200.0)
-    assert hours == pytest.approx((600 * 8 + 3600 * 2) / 3600)
+    assert RunSummary(tmp_path).device_hours is None
+    files = {
+        "starts.jsonl": starts,
+        "heartbeat.json": [{"time": 31_800.0, "step": 9, "phase": "ended", "step_s": 1.0}],
+        "metrics.jsonl": [{"step": 9, "samples_seen": 9, "trained_seconds": 4200.0}],
+    }
+    for name, records in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert RunSummary(tmp_path).device_hours == pytest.approx(9.0)
+    assert RunSummary(tmp_path, 9).device_hours == pytest.approx((600 * 8 + 3600 * 2) / 3600)

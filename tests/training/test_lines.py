@@ -13,7 +13,7 @@ from flipscale.evaluation.results import Result
 from flipscale.training import report
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.report import draw_figures, interval_line, last_block, results_line
-from flipscale.training.run_directory import how_to_go_on, typed_command
+from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 
 SPAN = r"(\d+ (d|h|min|s) ?)+"
@@ -28,7 +28,6 @@ KINDS = {
     "processes": r"  processes   (1|2, ddp)",
     "evaluation": r"  evaluation  zero_shot every 320 pairs, and at the end",
     "folder": r"  run folder  RUN; `flipscale status RUN --watch` follows it",
-    "expected": rf"about {SPAN} to go at [\d.]+ s a step, evaluations and saves left out",
     "interval": r"step \d+ of 40 \([\d.]+%\), (un)?masked: loss \d\.\d{3}, learning rate \S+, [\d,]+ images/s, "
     rf"\d+% waiting for data(, {SPAN} left)?",
     "results": r"step \d+: zero_shot top-1 [\d.]+ % \([\d.]+ to [\d.]+\)(, zero_shot top-5 .*)?",
@@ -129,7 +128,7 @@ def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
 
 def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLIPSCALE_STOP_FILE", "stop")
-    assert how_to_go_on() == "the same command goes on"
+    assert typed_command() is None
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it(

@@ -44,11 +44,6 @@ def test_a_run_of_version_0_1_goes_on_in_the_order_of_one_lane(write_recipe, tmp
     saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     assert saved["data"].pop("lanes") == 16
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(saved))
-    sentence = f"^the samples of {run_dir} are in the order of 1 lane, and data.lanes is 16; --data.lanes 1 goes on in "
-    with pytest.raises(ValueError, match=sentence + "its order$"):
+    with pytest.raises(ValueError, match=r"another recipe \(data.lanes: 1, now 16\)"):
         open_run_directory(recipe)
-    one = parse_recipe(["--config", file, "--data.lanes", "1"])
-    assert open_run_directory(one) is None
-    write_run_files(recipe, "ddp", 1, {}, 96)
-    with pytest.raises(ValueError, match=r"of 16 lanes, and data.lanes is 1; --data.lanes 16 goes on in its order$"):
-        open_run_directory(one)
+    assert open_run_directory(parse_recipe(["--config", file, "--data.lanes", "1"])) is None

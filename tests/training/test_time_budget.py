@@ -131,7 +131,11 @@ def test_a_schedule_in_steps() -> None:
         ({"share": 0.0}, 1.0, r"stages\[0\].share is 0.0; it must be above 0 and at most 1"),
         ({"share": None, "base_lr": 0.1}, None, "stage 'a' has no samples"),
         ({}, None, "stage 'a': share is of budget_minutes, which is not set"),
-        ({"share": None, "warmup_share": 0.1}, None, "stage 'a': warmup_share is of budget_minutes, which is not set"),
+        (
+            {"share": None, "warmup_share": 0.1},
+            None,
+            "stage 'a': warmup_share is of budget_minutes, which is not set",
+        ),
     ],
 )
 def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | None, message: str) -> None:

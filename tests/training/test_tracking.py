@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flipscale.training.recipe import LogRecipe, as_fields, parse_recipe
-from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
+from flipscale.training.plan import check
+from flipscale.training.recipe import as_fields, parse_recipe
 from flipscale.training.tracking import Tracker, open_trackers
 from flipscale.training.watch import StepWatch
 
@@ -61,11 +61,10 @@ def test_trackers_get_the_project_the_recipe_and_one_run_id(
     assert any("_hparams_/session_start_info" in one.summary_metadata for one in hparams)
 
 
-def test_a_torn_line_of_metrics_is_dropped_on_resume(tmp_path: Path) -> None:
+def test_a_torn_line_of_metrics_is_dropped_on_resume(write_recipe, tmp_path: Path) -> None:
+    plan = check(parse_recipe(["--config", str(write_recipe(tmp_path))]))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     accelerator = Accelerator(cpu=True)
-    watch = StepWatch(accelerator, tmp_path, 60.0)
-    schedule = Schedule(tuple(plan_stages([StageRecipe("masked", 640, base_lr=0.1)], 16)))
-    Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, schedule, {}, 0.05).start(2, [], {})
+    Tracker(plan, accelerator, StepWatch(accelerator, tmp_path, 60.0), {}).start(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"
