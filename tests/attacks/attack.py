@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import huggingface_hub.constants
@@ -23,12 +23,10 @@ from flipscale import cli
 
 # No command may print these, whatever its user types or downloads.
 FORBIDDEN = ("Traceback (most recent call last)", "Segmentation fault", "core dumped")
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.1
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Each attack ends within half a minute on a free machine.
 MOST_SECONDS = 240.0
-# psutil asks every process of the machine for its parent, so the kernel's lists are read if it has them.
-KERNEL_LISTS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 Make = Callable[[Path], Sequence[str | Path]]
 
@@ -80,14 +78,14 @@ class Attack:
         return self.name
 
 
-def refused(name: str, make: Make, *says: str, check: Check | None = None, **more: bool | int | dict) -> Attack:
+def refused(name: str, make: Make, *says: str, code: int = 2, **more: Any) -> Attack:
     """Return an attack that asks for a change by the user."""
-    return Attack(name, make, 2, says, check, **more)  # type: ignore[arg-type]
+    return Attack(name, make, code, says, **more)
 
 
-def survived(name: str, make: Make, *says: str, check: Check | None = None, **more: bool | int | dict) -> Attack:
+def survived(name: str, make: Make, *says: str, **more: Any) -> Attack:
     """Return an attack after which the command goes on."""
-    return Attack(name, make, 0, says, check, **more)  # type: ignore[arg-type]
+    return Attack(name, make, 0, says, **more)
 
 
 def test_of(attacks: list[Attack]) -> Callable[..., None]:
@@ -97,21 +95,18 @@ def test_of(attacks: list[Attack]) -> Callable[..., None]:
     def test_attack(attack: Attack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "here"
         folder.mkdir()
-        judge(attack, folder, run(attack, folder, capsys))
+        arguments = [str(argument) for argument in attack.make(folder)]
+        trains = attack.code == 0 and arguments[0] in ("pretrain", "study")
+        if trains or attack.alone or attack.during is not None or attack.world > 1:
+            ended = run_alone(attack, folder, arguments)
+        else:
+            ended = run_here(attack, folder, arguments, capsys)
+        judge(attack, folder, ended)
 
     return test_attack
 
 
 test_of.__test__ = False  # type: ignore[attr-defined]
-
-
-def run(attack: Attack, folder: Path, capsys: pytest.CaptureFixture[str]) -> Ended:
-    """Run an attack's command in `folder`, which is empty."""
-    arguments = [str(argument) for argument in attack.make(folder)]
-    trains = attack.code == 0 and arguments[0] in ("pretrain", "study")
-    if trains or attack.alone or attack.during is not None or attack.world > 1:
-        return run_alone(attack, folder, arguments)
-    return run_here(attack, folder, arguments, capsys)
 
 
 def run_here(attack: Attack, folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:
@@ -165,27 +160,24 @@ def run_alone(attack: Attack, folder: Path, arguments: list[str]) -> Ended:
     finally:
         for rank in ranks:
             if rank.is_alive() and rank.pid is not None:
-                _kill_group(rank.pid)
+                try:
+                    os.killpg(rank.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has no group yet
+                    rank.kill()
             rank.join()
     texts = [(output / name).read_text(errors="replace") for name in ("stdout", "stderr")]
     return Ended(tuple(rank.exitcode or 0 for rank in ranks), *texts)
 
 
 def judge(attack: Attack, folder: Path, ended: Ended) -> None:
-    """Assert that an attack ended as expected.
-
-    Raises:
-        AssertionError: the exit code, the words or the folder differ.
-    """
+    """Assert that an attack ended as expected."""
     printed = ended.stdout + ended.stderr
     assert set(ended.codes) == {attack.code}, f"exit codes {ended.codes}, expected {attack.code}: {printed}"
-    for words in FORBIDDEN:
-        assert words not in printed, printed
-    for words in attack.says:
-        assert words in printed, f"{words!r} is missing: {printed}"
+    assert not [words for words in FORBIDDEN if words in printed], printed
+    missing = [words for words in attack.says if words not in printed]
+    assert not missing, f"{missing} is missing: {printed}"
     if attack.code:
-        errors = [line for line in ended.stderr.splitlines() if line.startswith("flipscale: error: ")]
-        assert len(errors) == 1, printed
+        assert sum(line.startswith("flipscale: error: ") for line in ended.stderr.splitlines()) == 1, printed
     if attack.check is not None:
         attack.check(folder, ended)
 
@@ -207,30 +199,71 @@ def megabytes(pids: Sequence[int], exactly: bool = False) -> float:
     total = 0
     for pid in pids:
         with suppress(psutil.Error):
-            total += psutil.Process(pid).memory_info().rss
-        for child in children(pid):
-            with suppress(psutil.Error):
-                process = psutil.Process(child)
-                total += process.memory_full_info().uss if exactly else process.memory_info().rss
+            for process in (psutil.Process(pid), *children(pid)):
+                is_exact = exactly and process.pid != pid
+                total += process.memory_full_info().uss if is_exact else process.memory_info().rss
     return total / 1e6
 
 
-def children(pid: int) -> list[int]:
-    """Return the numbers of a process's children and of their children."""
-    if not KERNEL_LISTS_CHILDREN:
-        with suppress(psutil.Error):
-            return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-        return []
-    numbers: list[int] = []
-    with suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
-                numbers += [int(child), *children(int(child))]
-    return numbers
+def children(pid: int) -> list[psutil.Process]:
+    """Return a process's children and their children."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has no group yet
-        os.kill(pid, signal.SIGKILL)
+# What attacks do to files, and checks of what is left.
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    """Return a change that puts a pipe in the place of a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def text(name: str, content: str | bytes) -> Callable[[Path], object]:
+    """Return a change that writes a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return change
+
+
+def mine(name: str) -> Callable[[Path], object]:
+    """Return a change that writes a file of the user's, which `kept` finds again."""
+    return text(name, "mine")
+
+
+def kept(*names: str) -> Check:
+    """Return a check that the user's files are as they were."""
+
+    def check(folder: Path, ended: Ended) -> None:
+        assert [(folder / name).read_text() for name in names] == ["mine"] * len(names)
+
+    return check
+
+
+def exists(*names: str) -> Check:
+    """Return a check that these files were written."""
+    return lambda folder, ended: _hold(all((folder / name).exists() for name in names), ended)
+
+
+def lacks(*names: str) -> Check:
+    """Return a check that these files were not written."""
+    return lambda folder, ended: _hold(not any(os.path.lexists(folder / name) for name in names), ended)
+
+
+def _hold(condition: bool, ended: Ended) -> None:
+    assert condition, ended
+
+
+def obeys_nothing(folder: Path, ended: Ended) -> None:
+    """Assert that no control character of a terminal was printed."""
+    assert not set("\x1b\x07\x9b\u202e") & set(ended.stdout + ended.stderr), ended

@@ -60,7 +60,3 @@ def on_shards(*arguments: str) -> Make:
         return ["prepare", *arguments]
 
     return make
-
-
-def is_kept(folder: Path, ended: Ended) -> None:
-    assert (folder / "file").read_text() == "mine"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from attacks import ground
-from attacks.attack import Attack, Check, Ended, Make, refused, survived, test_of
+from attacks.attack import Attack, Check, Ended, Make, exists, refused, survived, test_of, text
 from conftest import metrics
 
 PART = "part-00000.safetensors"
@@ -35,13 +35,15 @@ def edited(name: str, **fields: object) -> Callable[[Path], None]:
     return damage
 
 
-def written(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda checkpoint: replace(checkpoint / name, lambda file: file.write_bytes(content))
+def instead(make: Callable[[Path], object], name: str = "") -> Callable[[Path], None]:
+    """Put something else in the place of a file of the checkpoint, or of the checkpoint itself."""
 
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make(path)
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    path.unlink()
-    write(path)
+    return damage
 
 
 def flipped(name: str, position: int) -> Callable[[Path], None]:
@@ -56,24 +58,11 @@ def flipped(name: str, position: int) -> Callable[[Path], None]:
 
 
 def of_step_4(*names: str) -> Callable[[Path], None]:
-    return lambda checkpoint: (
-        [shutil.copy(checkpoint.with_name("step-00000004") / name, checkpoint / name) for name in names] and None
-    )
+    def damage(checkpoint: Path) -> None:
+        for name in names:
+            shutil.copy(checkpoint.with_name("step-00000004") / name, checkpoint / name)
 
-
-def all_of_step_4(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint)
-    shutil.copytree(checkpoint.with_name("step-00000004"), checkpoint)
-
-
-def as_a_file(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint)
-    checkpoint.write_text("step 8")
-
-
-def empty(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint)
-    checkpoint.mkdir()
+    return damage
 
 
 def of_another_run(checkpoint: Path) -> None:
@@ -89,10 +78,6 @@ def of_another_run(checkpoint: Path) -> None:
 def of_a_newer_version(checkpoint: Path) -> None:
     edited("state.json", format=3, flipscale="9.1")(checkpoint)
     (checkpoint / "digests.json").write_text("another way")
-
-
-def huge(checkpoint: Path) -> None:
-    os.truncate(checkpoint / "state.json", 20 * 2**30)
 
 
 def beside(checkpoint: Path) -> None:
@@ -113,9 +98,15 @@ def behind_a_link(checkpoint: Path) -> None:
     checkpoint.symlink_to(elsewhere)
 
 
-def dangling(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint)
-    checkpoint.symlink_to("/nowhere/step-00000008")
+def dangling(path: Path) -> None:
+    path.symlink_to("/nowhere/step-00000008")
+
+
+def whole_of_step_4(checkpoint: Path) -> None:
+    shutil.copytree(checkpoint.with_name("step-00000004"), checkpoint)
+
+
+empty = instead(Path.mkdir)
 
 
 def twice(checkpoint: Path) -> None:
@@ -135,14 +126,9 @@ def both_newer(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.parents[1] / "model")
 
 
-def folder_gone(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint.parent)
-    checkpoint.parent.symlink_to("/nowhere/checkpoints")
-
-
-def folder_a_file(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint.parent)
-    checkpoint.parent.write_text("")
+def without_folder(make: Callable[[Path], object]) -> Make:
+    """A run whose folder of checkpoints is something else."""
+    return after(lambda checkpoint: instead(make)(checkpoint.parent))
 
 
 def ends_alike(folder: Path) -> None:
@@ -178,14 +164,14 @@ def as_it_was(folder: Path, ended: Ended) -> None:
     assert names == ["step-00000004", "step-00000008"]
 
 
-def link_removed(folder: Path, ended: Ended) -> None:
-    ends_alike(folder)
-    assert (folder / "elsewhere/state.json").exists()
+def ends_with(name: str) -> Check:
+    """Return a check that the run learned the same, and that a file exists."""
 
+    def check(folder: Path, ended: Ended) -> None:
+        ends_alike(folder)
+        exists(name)(folder, ended)
 
-def second_name(folder: Path, ended: Ended) -> None:
-    ends_alike(folder)
-    assert (folder / "run/checkpoints/bad-step-00000008.2").is_dir()
+    return check
 
 
 def kept_what_is_not_ours(folder: Path, ended: Ended) -> None:
@@ -225,59 +211,51 @@ def never(folder: Path) -> Sequence[str]:
     return [*ground.pretrain(folder), "--resume_from_checkpoint", "never"]
 
 
+AS_IT_WAS = {"check": as_it_was, "alone": True}
+TWICE = "bad-step-00000008"
 SMALLER = {"bounds": {}, "shapes": {}}
 STATE, COPY, DIGESTS, INDEX = "state.json", "recipe.yaml", "digests.json", "index.json"
 ATTACKS = [
     set_aside("an empty folder of a step", empty, STATE),
-    set_aside("a checkpoint that is a file", as_a_file, STATE),
-    set_aside("a link to a checkpoint that is gone", dangling, STATE),
+    set_aside("a checkpoint that is a file", instead(Path.touch), STATE),
+    set_aside("a link to a checkpoint that is gone", instead(dangling), STATE),
     set_aside("a part cut short", lambda c: os.truncate(c / PART, 5000), PART, "5,000 bytes"),
     set_aside("a part with bytes behind it", lambda c: os.truncate(c / PART, 10**7), PART, "10,000,000 bytes"),
-    set_aside("a part that is missing", lambda c: (c / PART).unlink(), PART, "missing"),
-    set_aside("a part that is a pipe", lambda c: replace(c / PART, os.mkfifo), PART),
-    set_aside(
-        "a part that is an endless device", lambda c: replace(c / PART, lambda file: file.symlink_to("/dev/zero")), PART
-    ),
+    set_aside("a part that is missing", instead(lambda file: None, PART), PART, "missing"),
+    set_aside("a part that is a pipe", instead(os.mkfifo, PART), PART),
+    set_aside("a part that is an endless device", instead(lambda f: f.symlink_to("/dev/zero"), PART), PART),
     set_aside("a flipped bit in a part", flipped(PART, -1), PART, "bytes 0"),
     set_aside("a flipped bit in a part's header", flipped(PART, 60), PART),
     set_aside("a flipped bit that another process reads", flipped(PART, -1), PART, world=2),
     set_aside("a part of the step before", of_step_4(PART), PART),
     set_aside("a part and the index of the step before", of_step_4(PART, INDEX), PART),
     set_aside("the state of the step before", of_step_4(STATE), STATE),
-    set_aside("the step before under another name", all_of_step_4, STATE, "step 4"),
+    set_aside("the step before under another name", instead(whole_of_step_4), STATE, "step 4"),
     set_aside("a state of step 999999", edited(STATE, step=999999), STATE),
-    set_aside("an empty state", written(STATE, b""), STATE),
-    set_aside("a state of random bytes", written(STATE, bytes(range(256))), STATE),
-    set_aside("a state that is a list", written(STATE, b"[8]"), STATE),
-    set_aside("a state nested 100,000 deep", written(STATE, b"[" * 100_000), STATE),
-    set_aside("a state of 20 GiB", huge, STATE, "21,474,836,480 bytes"),
+    set_aside("an empty state", text(STATE, b""), STATE),
+    set_aside("a state of random bytes", text(STATE, bytes(range(256))), STATE),
+    set_aside("a state that is a list", text(STATE, b"[8]"), STATE),
+    set_aside("a state nested 100,000 deep", text(STATE, "[" * 100_000), STATE),
+    set_aside("a state of 20 GiB", lambda c: os.truncate(c / STATE, 20 * 2**30), STATE, "21,474,836,480 bytes"),
     set_aside("a flipped bit in the index", flipped(INDEX, -3), INDEX),
     set_aside("an index of a shortened tensor", edited(INDEX, **SMALLER), INDEX),
-    set_aside("a broken copy of the recipe", written(COPY, b"{a: ["), COPY),
+    set_aside("a broken copy of the recipe", text(COPY, b"{a: ["), COPY),
     set_aside("a checkpoint of another run", of_another_run, "seed: 1", "0"),
-    set_aside("digests that are missing", lambda c: (c / DIGESTS).unlink(), DIGESTS),
-    set_aside("digests of nothing", written(DIGESTS, b"{}"), DIGESTS),
+    set_aside("digests that are missing", instead(lambda file: None, DIGESTS), DIGESTS),
+    set_aside("digests of nothing", text(DIGESTS, b"{}"), DIGESTS),
     set_aside("metrics ahead of the checkpoint taken, the last line torn", torn_metrics, STATE),
     survived(
         "two damaged checkpoints, one of them of the last step", after(both_newer, up_to=None),
         "step-00000010", "step-00000008", "step-00000004", check=went_on_from(4, "step-00000010", "step-00000008"),
     ),
-    survived("a checkpoint set aside twice", after(twice), "bad-step-00000008.2", check=second_name),
-    refused(
-        *("no checkpoint is whole", after(all_empty), "step-00000008", "step-00000004", STATE),
-        check=as_it_was,
-        alone=True,
-    ),
-    refused(
-        *("a checkpoint of a newer version", after(of_a_newer_version), "format", "3", "9.1"),
-        check=as_it_was,
-        alone=True,
-    ),
-    survived("a checkpoint behind a link", after(behind_a_link), check=link_removed),
+    survived("a checkpoint set aside twice", after(twice), f"{TWICE}.2", check=ends_with(f"run/checkpoints/{TWICE}.2")),
+    refused("no checkpoint is whole", after(all_empty), "step-00000008", "step-00000004", STATE, **AS_IT_WAS),
+    refused("a checkpoint of a newer version", after(of_a_newer_version), "format", "3", "9.1", **AS_IT_WAS),
+    survived("a checkpoint behind a link", after(behind_a_link), check=ends_with("elsewhere/state.json")),
     survived("names that are almost checkpoints', and leftovers", after(beside), check=kept_what_is_not_ours),
     survived("checkpoints of a run whose recipe is lost", after(lost_recipe), check=went_on_from(8)),
-    Attack("the folder of checkpoints is a link to nothing", after(folder_gone), 1, ("checkpoints",)),
-    Attack("the folder of checkpoints is a file", after(folder_a_file), 1, ("checkpoints",)),
+    Attack("the folder of checkpoints is a link to nothing", without_folder(dangling), 1, ("checkpoints",)),
+    Attack("the folder of checkpoints is a file", without_folder(Path.touch), 1, ("checkpoints",)),
     refused("the run is not to be resumed, and its recipe is lost", never, "'never'"),
     Attack("a damaged checkpoint to export", export(), 1, ("step-00000010", "--step")),
     survived("an export of the one before", export("--step", "8"), "export-8"),

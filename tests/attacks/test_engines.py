@@ -7,7 +7,7 @@ from pathlib import Path
 import processes
 import pytest
 from attacks import ground
-from attacks.attack import Ended, refused, survived, test_of
+from attacks.attack import exists, refused, survived, test_of
 from distributed.crowd import ENVIRONMENTS
 
 pytest.importorskip("deepspeed")
@@ -29,15 +29,11 @@ def lock_of_a_killed_compilation(folder: Path) -> Sequence[str]:
     return tiny_run(folder)
 
 
-def is_done(folder: Path, ended: Ended) -> None:
-    assert (folder / "run/DONE").exists()
-
-
 ATTACKS = [
     survived(
         "the lock of a compilation that was killed, which DeepSpeed would wait for",
         lock_of_a_killed_compilation,
-        check=is_done,
+        check=exists("run/DONE"),
         environment={**ZERO, **processes.rank_environments(1)[0], "TORCH_EXTENSIONS_DIR": "extensions"},
     ),
     refused("ZeRO without a launcher", tiny_run, "ZeRO", "accelerate launch", environment=ZERO, alone=True),

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from attacks import bad_hub, ground
-from attacks.attack import Attack, Ended, Make, test_of
-from attacks.test_runs import obeys_nothing
+from attacks.attack import Attack, Ended, Make, obeys_nothing, test_of
 
 SECRET = "hf_thatNobodyMaySee"
 

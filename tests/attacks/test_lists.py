@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import shutil
 import tarfile
 import threading
 import time
@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from attacks.attack import Attack, Check, Ended, Make, children, refused, survived, test_of
 from attacks.preparing import command, images, keeps, picture
 
@@ -50,10 +51,8 @@ GOOD = "0.jpg,first\n1.jpg,second\n"
 
 
 def to_a_file(folder: Path) -> list[str]:
-    images(folder)
-    (folder / "in/list.csv").write_text(HEAD + GOOD)
     (folder / "out").write_text("mine")
-    return command("in/list.csv")
+    return table(HEAD + GOOD)(folder)
 
 
 def kill_workers(folder: Path, pids: list[int]) -> None:
@@ -63,10 +62,9 @@ def kill_workers(folder: Path, pids: list[int]) -> None:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             for child in children(pids[0]):
-                with suppress(OSError):
-                    if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                        os.kill(child, signal.SIGKILL)
-                        return
+                with suppress(psutil.Error):
+                    if any("spawn_main" in word for word in child.cmdline()):
+                        return child.kill()
             time.sleep(0.02)
 
     threading.Thread(target=kill, daemon=True).start()
@@ -91,18 +89,6 @@ def spoil_group(content: bytes) -> bytes:
     return content[:30] + bytes(100) + content[130:]
 
 
-def many_rows(folder: Path) -> list[str]:
-    images(folder)
-    with open(folder / "in/list.csv", "w") as file:
-        file.write("file_name,caption,source,licence\n")
-        for number in range(30_000):
-            file.write(
-                f'{number % 3}/missing-{number:09d}.jpg,"a caption, rather long, of picture {number}",web,none\n'
-            )
-        file.write("0.jpg,first,web,none\n")
-    return command("in/list.csv", "--max_bad_fraction", "1")
-
-
 def shards_again(folder: Path, ended: Ended) -> None:
     """Assert that the same command goes on after a failure, and that no shard looks whole."""
     assert "same command" in ended.stderr
@@ -110,13 +96,13 @@ def shards_again(folder: Path, ended: Ended) -> None:
 
 
 def odd_manifest(folder: Path) -> list[str]:
-    table(HEAD + GOOD)(folder)
-    run_well(command("in/list.csv"), folder)
+    arguments = table(HEAD + GOOD)(folder)
+    run_well(arguments, folder)
     manifest = folder / "out/manifest.jsonl"
     lines = manifest.read_text().splitlines()
     odd = ['{"shard": 0}', '{"shard": "x", "tar_bytes": 1}', "[]", '{"shard": 99, "tar_bytes": 5}', '{"half']
     manifest.write_text("\n".join([lines[0], *odd, *lines[1:]]))
-    return command("in/list.csv")
+    return arguments
 
 
 def run_well(arguments: list[str], folder: Path) -> None:
@@ -132,11 +118,10 @@ def run_well(arguments: list[str], folder: Path) -> None:
 def locked(folder: Path) -> list[str]:
     from filelock import FileLock
 
-    table(HEAD + GOOD)(folder)
     (folder / "out").mkdir()
     HELD.append(FileLock(folder / "out/.lock"))
     HELD[-1].acquire()
-    return command("in/list.csv")
+    return table(HEAD + GOOD)(folder)
 
 
 HELD: list[Any] = []
@@ -144,18 +129,16 @@ HELD: list[Any] = []
 
 def killed_and_again(folder: Path) -> list[str]:
     """Leave a lock, a partial shard, a shard without its line, and half of a line, as a kill may."""
-    table(HEAD + GOOD + "2.jpg,third\n3.jpg,fourth\n")(folder)
-    run_well([*command("in/list.csv"), "--pairs_per_shard", "1"], folder)
-    (folder / "whole").mkdir()
-    for path in sorted((folder / "out").glob("*.tar")):
-        (folder / "whole" / path.name).write_bytes(path.read_bytes())
+    arguments = table(HEAD + GOOD + "2.jpg,third\n3.jpg,fourth\n", "list.csv", "--pairs_per_shard", "1")(folder)
+    run_well(arguments, folder)
+    shutil.copytree(folder / "out", folder / "whole", ignore=shutil.ignore_patterns("*.json*", ".*"))
     manifest = folder / "out/manifest.jsonl"
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
     (folder / "out/.lock").write_text("")
     (folder / "out/.00003.tar.partial.host.1.1").write_bytes(b"half")
     (folder / "out/00003.tar").write_bytes(b"half")
-    return [*command("in/list.csv"), "--pairs_per_shard", "1"]
+    return arguments
 
 
 def as_whole(folder: Path, ended: Ended) -> None:
@@ -181,6 +164,8 @@ KINDS = "file_name,caption,kind\n"
 ODD_KINDS = KINDS + "0.jpg,a,\u202e\u05d0\n1.jpg,b,\n2.jpg,c,\x07\n3.jpg,d,a  class\n"
 LABELS = ("list.csv", "--labels", "kind")
 FRACTION = ("list.csv", "--max_bad_fraction")
+ROWS = "".join(f'{n % 3}/missing-{n:09d}.jpg,"a caption, rather long, of picture {n}",web\n' for n in range(30_000))
+MANY = "file_name,caption,source\n" + ROWS + "0.jpg,first,web\n"
 IMAGES = [{"bytes": picture(1)}, {"bytes": None}, {"bytes": b"no"}, {"bytes": b""}]
 FOUR = {"path": ["2.jpg", "3.jpg", "0.jpg", "1.jpg"], "text": ["a", "b", "c", "d"]}
 ATTACKS: list[Attack] = [
@@ -268,7 +253,8 @@ ATTACKS: list[Attack] = [
     refused("a parquet file without rows", parquet({"path": [], "text": []}), "rows"),
     refused("a parquet file without captions", parquet({"path": ["0.jpg"]}), "--caption_column"),
     survived(
-        "many thousand rows whose images are missing", many_rows, check=keeps(1, unreadable_file=30_000),
+        "many thousand rows whose images are missing", table(MANY, *FRACTION, "1"),
+        check=keeps(1, unreadable_file=30_000),
         megabytes=300, alone=True,
     ),
     refused("shards to a file", to_a_file, "out", "folder"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from attacks import ground
-from attacks.attack import Ended, Make, refused, survived, test_of
+from attacks.attack import Ended, Make, exists, lacks, pipe, refused, survived, test_of, text
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -41,30 +41,30 @@ def started_from(damage: Callable[[Path], Any]) -> Make:
     return make
 
 
-def text(name: str, content: str | bytes) -> Callable[[Path], Any]:
-    return lambda model: (model / name).write_bytes(content.encode() if isinstance(content, str) else content)
+def edited(name: str, change: Callable[[dict], Any]) -> Callable[[Path], Any]:
+    """Change the content of a JSON file."""
 
-
-def config(**changes: Any) -> Callable[[Path], Any]:
-    """Change fields of config.json; TOWER__FIELD names a field of a tower."""
-
-    def change(model: Path) -> None:
-        content = json.loads((model / "config.json").read_text())
-        for name, value in changes.items():
-            *tower, field = name.split("__")
-            (content[tower[0]] if tower else content)[field] = value
-        (model / "config.json").write_text(json.dumps(content))
-
-    return change
-
-
-def tokenizer(change: Callable[[dict], Any], name: str = "tokenizer_config.json") -> Callable[[Path], Any]:
     def write(model: Path) -> None:
         content = json.loads((model / name).read_text())
         change(content)
         (model / name).write_text(json.dumps(content))
 
     return write
+
+
+def config(**changes: Any) -> Callable[[Path], Any]:
+    """Change fields of config.json; TOWER__FIELD names a field of a tower."""
+
+    def change(content: dict) -> None:
+        for name, value in changes.items():
+            *tower, field = name.split("__")
+            (content[tower[0]] if tower else content)[field] = value
+
+    return edited("config.json", change)
+
+
+def tokenizer(change: Callable[[dict], Any], name: str = "tokenizer_config.json") -> Callable[[Path], Any]:
+    return edited(name, change)
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
@@ -80,10 +80,14 @@ def weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], A
     return weights(lambda stored: stored.update({WEIGHT: change(stored[WEIGHT]).contiguous()}))
 
 
-def header(content: Any, data: bytes = b"\0" * 64) -> Callable[[Path], Any]:
-    """Weights with this header."""
-    stored = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return text("model.safetensors", struct.pack("<Q", len(stored)) + stored + data)
+def as_bytes(content: Any) -> bytes:
+    return content if isinstance(content, bytes) else json.dumps(content).encode()
+
+
+def header(content: Any, **tensor: Any) -> Callable[[Path], Any]:
+    """Weights with this header, or with one of this tensor."""
+    stored = as_bytes(content if content is not None else {"a": {"dtype": "F32", **tensor}})
+    return text("model.safetensors", struct.pack("<Q", len(stored)) + stored + bytes(64))
 
 
 def index(content: Any) -> Callable[[Path], Any]:
@@ -91,9 +95,7 @@ def index(content: Any) -> Callable[[Path], Any]:
 
     def write(model: Path) -> None:
         (model / "model.safetensors").rename(model.parent / "outside.safetensors")
-        (model / "model.safetensors.index.json").write_bytes(
-            content if isinstance(content, bytes) else json.dumps(content).encode()
-        )
+        (model / "model.safetensors.index.json").write_bytes(as_bytes(content))
 
     return write
 
@@ -108,14 +110,6 @@ def outside(name: str) -> Callable[[Path], Any]:
     return link
 
 
-def fifo(name: str) -> Callable[[Path], Any]:
-    def make(model: Path) -> None:
-        (model / name).unlink(missing_ok=True)
-        os.mkfifo(model / name)
-
-    return make
-
-
 def code(model: Path) -> None:
     """Code that configuration and tokenizer name, and that leaves a file."""
     config(model_type="mine", auto_map={"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"})(model)
@@ -128,6 +122,7 @@ def pickle(model: Path) -> None:
     torch.save({"a": 1}, model / "pytorch_model.bin")
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 REFUSED = {
     "a width of 0": (config(vision_config__hidden_size=0), "hidden_size is 0"),
     "a width in quotes": (config(text_config__hidden_size="32"), "'hidden_size'", "str"),
@@ -155,21 +150,15 @@ REFUSED = {
     "a weight missing": (weights(lambda stored: stored.pop(WEIGHT)), "missing keys", WEIGHT),
     "a header that is a list": (header([]), "header"),
     "a header of 40 MB": (header(b" " * (40 << 20)), "header"),
-    "a header with negative places": (
-        header({"a": {"dtype": "F32", "shape": [16], "data_offsets": [-64, 64]}}), "header"
-    ),
-    "a header of 2 ** 62 numbers": (
-        header({"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 64]}}), "header"
-    ),
-    "an index that leads out": (
-        index({"metadata": {}, "weight_map": {WEIGHT: "../outside.safetensors"}}), "../outside.safetensors"
-    ),
+    "a header with negative places": (header(None, shape=[16], data_offsets=[-64, 64]), "header"),
+    "a header of 2 ** 62 numbers": (header(None, shape=[2**62], data_offsets=[0, 64]), "header"),
+    "an index that leads out": (index({"weight_map": {WEIGHT: "../outside.safetensors"}}), "../outside.safetensors"),
     "an index that is a list": (index([]), "model.safetensors.index.json"),
     "an index without a map": (index({}), "model.safetensors.index.json", "weight_map"),
     "an index nested 100,000 deep": (index(DEEP), "model.safetensors.index.json"),
     "weights that are a link": (outside("model.safetensors"), "model.safetensors", "outside"),
     "a tokenizer that is a link": (outside("tokenizer.json"), "tokenizer.json", "outside"),
-    "a tokenizer that is a pipe": (fifo("tokenizer.json"), "tokenizer.json"),
+    "a tokenizer that is a pipe": (pipe("tokenizer.json"), "tokenizer.json"),
     "a tokenizer nested 100,000 deep": (text("tokenizer.json", DEEP), "tokenizer.json"),
     "a tokenizer's settings as a list": (text("tokenizer_config.json", "[]"), "tokenizer_config.json", "[]"),
     "a tokenizer of another vocabulary": (
@@ -177,22 +166,14 @@ REFUSED = {
     ),
     "a tokenizer without padding": (tokenizer(lambda c: c.pop("pad_token")), "tokenizer", "None"),
     "a tokenizer of other inputs": (tokenizer(lambda c: c.update(model_input_names=["x"])), "cannot embed"),
-    "an expression that cannot be": (
-        tokenizer(
-            lambda c: c.update(
-                pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
-            ),
-            "tokenizer.json",
-        ),
-        "tokenizer",
-    ),
+    "an expression that cannot be": (tokenizer(lambda c: c.update(pre_tokenizer=SPLIT), "tokenizer.json"), "tokenizer"),
     "weights as a pickle": (pickle, "pytorch_model.bin"),
 }  # fmt: skip
 
 
 def beside(name: str, content: str | bytes) -> Make:
     """Write a text of the test set."""
-    return evaluated(lambda model: text(f"../data/{name}", content)(model))
+    return evaluated(text(f"../data/{name}", content))
 
 
 def task(content: str) -> Make:
@@ -219,7 +200,7 @@ def secrets(model: Path) -> None:
     (model / ".git").mkdir()
     (model / ".git/config").write_text("a secret")
     (model / "passwords.json").symlink_to("/etc/passwd")
-    os.mkfifo(model / "pipe")
+    os.mkpipe(model / "pipe")
 
 
 def names_no_secret(folder: Path, ended: Ended) -> None:
@@ -230,16 +211,8 @@ def names_no_secret(folder: Path, ended: Ended) -> None:
 
 
 def evaluates_other(folder: Path, ended: Ended) -> None:
-    assert (folder / "other/results.jsonl").exists()
-    assert not (folder / "model/results.jsonl").exists()
-
-
-def runs_nothing(folder: Path, ended: Ended) -> None:
-    assert not (folder / "ran").exists()
-
-
-def writes_nothing_outside(folder: Path, ended: Ended) -> None:
-    assert not (folder / "elsewhere").exists()
+    exists("other/results.jsonl")(folder, ended)
+    lacks("model/results.jsonl")(folder, ended)
 
 
 def results_link(model: Path) -> None:
@@ -263,17 +236,17 @@ ATTACKS = [
         refused(name, evaluated(text("results.jsonl", content)), "results.jsonl", "flipscale evaluate")
         for name, content in RESULTS.items()
     ),
-    refused("results that are a pipe", evaluated(fifo("results.jsonl")), "results.jsonl"),
-    refused("results that are a link", evaluated(results_link), "results.jsonl", check=writes_nothing_outside),
+    refused("results that are a pipe", evaluated(pipe("results.jsonl")), "results.jsonl"),
+    refused("results that are a link", evaluated(results_link), "results.jsonl", check=lacks("elsewhere")),
     refused("prompts without the name", beside(TEMPLATES, "a {c}\na photo\n"), "'a photo'"),
     refused("a million prompts", beside(TEMPLATES, "a {c}\n" * 10**6), "1,000,000"),
     refused("prompts of 30 MB", beside(TEMPLATES, "a {c}\n" * 5_000_000), "30,000,000", alone=True),
     refused("a class name of a megabyte", beside("classnames.txt", "x" * 10**6), "1,000,000"),
-    refused("class names that are a pipe", evaluated(fifo("../data/classnames.txt")), "classnames.txt"),
+    refused("class names that are a pipe", evaluated(pipe("../data/classnames.txt")), "classnames.txt"),
     survived("one name for all classes", beside("classnames.txt", "a\n" * 16), "more than once"),
     refused("a task of no kind", task("{kind: [zero_shot], data: data}"), "kind", "['zero_shot']"),
     refused("a task nested 20,000 deep", task("[" * 20_000), "--task"),
-    refused("a task that is code", task(CODE_TASK), "--task", check=runs_nothing),
+    refused("a task that is code", task(CODE_TASK), "--task", check=lacks("ran")),
     refused(
         "one of two models is no model", evaluated(two_models, ("evaluate", "model", "other", *EVALUATE[2:])),
         "1 of 2 models", "config.json", check=evaluates_other,
@@ -281,7 +254,7 @@ ATTACKS = [
     survived("a card that is no text", evaluated(text("README.md", b"\xff\xfe")), "README.md"),
     survived("a card whose header is none", evaluated(text("README.md", BAD_HEADER)), "README.md"),
     refused("an adapter of another's model", others(text("adapter_config.json", "{}")), "adapter"),
-    refused("another's model that brings code", others(code), "custom code", check=runs_nothing),
+    refused("another's model that brings code", others(code), "custom code", check=lacks("ran")),
     refused("another's model whose index leads out", others(index({"weight_map": {"a": "/etc/passwd"}})), "/passwd'"),
     refused("another's model with a kernel", others(KERNEL), "config.json", "attn_implementation"),
     refused("another's model with NaN", others(NAN), "NaN"),
@@ -290,7 +263,7 @@ ATTACKS = [
     refused("NaN weights to push", pushed(NAN), WEIGHT),
     refused("half a model to push", pushed(index({"weight_map": {"a": "b.safetensors"}})), "b.safetensors"),
     *(refused(name, evaluated(damage), *says) for name, (damage, *says) in REFUSED.items()),
-    refused("a model that brings its code", evaluated(code), "'mine'", check=runs_nothing),
+    refused("a model that brings its code", evaluated(code), "'mine'", check=lacks("ran")),
     survived("a model of ten billion labels", evaluated(config(num_labels=10**10)), "written"),
     survived("a model that names a kernel", evaluated(KERNEL), "written"),
     refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),

@@ -1,14 +1,13 @@
 """Attacks by the start of a command: its arguments, environment, launch files and folder."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attacks import ground
-from attacks.attack import Attack, Ended, Make, refused, survived, test_of
+from attacks.attack import Attack, Ended, Make, exists, kept, lacks, pipe, refused, survived, test_of
 
 import flipscale
 
@@ -53,11 +52,7 @@ def started(name: str, says: str, **environment: str) -> Attack:
 
 def odd(name: str, **environment: str) -> Attack:
     """A run in an environment that is odd and harmless."""
-    return survived(name, trained, check=is_done, environment=environment)
-
-
-def is_done(folder: Path, ended: Ended) -> None:
-    assert (folder / "run/DONE").exists(), ended
+    return survived(name, trained, check=exists("run/DONE"), environment=environment)
 
 
 def foreign_names(folder: Path) -> list[str]:
@@ -82,17 +77,9 @@ def edited(folder: Path) -> None:
     (folder / "slurm/run.bash").write_text("mine")
 
 
-def pipe(name: str) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        (folder / name).parent.mkdir(exist_ok=True)
-        os.mkfifo(folder / name)
-
-    return make
-
-
 def is_kept(folder: Path, ended: Ended) -> None:
-    assert (folder / "slurm/run.bash").read_text() == "mine"
-    assert not (folder / "ds_configs").exists()
+    kept("slurm/run.bash")(folder, ended)
+    lacks("ds_configs")(folder, ended)
 
 
 ATTACKS = [
@@ -142,7 +129,7 @@ ATTACKS = [
     odd("a terminal of one column", COLUMNS="1", TERM="dumb"),
     odd("no folder of temporary files", TMPDIR="/nowhere", TEMP="/nowhere"),
     odd("no home", HOME="/nowhere"),
-    survived("shards whose names are not ASCII", foreign_names, check=is_done),
+    survived("shards whose names are not ASCII", foreign_names, check=exists("run/DONE")),
     refused("launch files into a file", after(lambda f: (f / "there").touch(), "launch_files", "there"), "there"),
     refused(
         "launch files into a link to nothing",

@@ -1,6 +1,5 @@
 """Attacks by recipes, options and surroundings, all refused before anything is trained or measured."""
 
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import yaml
 from attacks import ground
-from attacks.attack import Attack, Ended, Make, refused, survived, test_of
+from attacks.attack import Attack, Ended, Make, kept, lacks, mine, pipe, refused, survived, test_of, text
 from conftest import add_member
 
 STAGE = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012}
@@ -34,14 +33,9 @@ def task(**fields: Any) -> Make:
     return recipe(eval={"tasks": [{"kind": "retrieval", "data": "data", **fields}]})
 
 
-def text(content: str | bytes) -> Make:
+def written(content: str | bytes) -> Make:
     """A recipe of this text."""
-
-    def make(folder: Path) -> list[str]:
-        (folder / "odd.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return ["pretrain", "--config", "odd.yaml"]
-
-    return make
+    return lambda folder: text("odd.yaml", content)(folder) or ["pretrain", "--config", "odd.yaml"]
 
 
 def flags(*words: str) -> Make:
@@ -92,25 +86,8 @@ def test_set(kind: str, odd: dict[str, bytes]) -> Make:
 test_set.__test__ = False  # type: ignore[attr-defined]
 
 
-def trains_nothing(folder: Path, ended: Ended) -> None:
-    assert not (folder / "run").exists()
-
-
-def runs_nothing(folder: Path, ended: Ended) -> None:
-    assert not (folder / "pwned").exists()
-
-
 def row(name: str, make: Make, *says: str, **more: Any) -> Attack:
-    return refused(name, make, *says, **{"check": trains_nothing, **more})
-
-
-def file_for_folder(folder: Path) -> list[str]:
-    return [*recipe(output_dir="file/run")(folder), *command()(folder)]
-
-
-def folder_for_recipe(folder: Path) -> list[str]:
-    (folder / "odd").mkdir()
-    return ["pretrain", "--config", "odd"]
+    return refused(name, make, *says, **{"check": lacks("run"), **more})
 
 
 def code(*words: str) -> Make:
@@ -154,20 +131,12 @@ def init_to(name: str, change: Callable[[Path], object] = lambda folder: None) -
     return make
 
 
-def proposal(name: str, make: Make, *says: str, **more: Any) -> Attack:
-    return refused(name, make, *says, **{"check": proposes_nothing, **more})
-
-
-def proposes_nothing(folder: Path, ended: Ended) -> None:
-    assert not (folder / "mine.yaml").exists()
-
-
-def symlink(folder: Path) -> None:
+def dangling(folder: Path) -> None:
     (folder / "mine.yaml").symlink_to("no")
 
 
-def is_kept(folder: Path, ended: Ended) -> None:
-    assert (folder / "mine.yaml").read_text() == "mine"
+def proposal(name: str, make: Make, *says: str, **more: Any) -> Attack:
+    return refused(name, make, *says, **{"check": lacks("mine.yaml"), **more})
 
 
 def names_shards(folder: Path, ended: Ended) -> None:
@@ -189,16 +158,8 @@ def odd_beside_good(folder: Path) -> None:
             add_member(tar, f"{number}.txt", caption)
 
 
-def odd_tokenizer(folder: Path) -> None:
-    (folder / "tok").mkdir()
-    (folder / "tok/tokenizer.json").write_bytes(b"\x80\x04cposix\nsystem\n")
-
-
-def page(folder: Path) -> None:
-    (folder / "odd").mkdir()
-    (folder / "odd/0.tar").write_text("<html>404</html>" * 999)
-
-
+PAGES = text("odd/0.tar", "<html>404</html>" * 999)
+PICKLE = text("tok/tokenizer.json", b"\x80\x04cposix\nsystem\n")
 RACE = ("study", "race", "small_cpu", "--output_dir")
 TOKENIZER = "`flipscale prepare tokenizer data DIR`"
 ATTACKS = [
@@ -210,7 +171,7 @@ ATTACKS = [
     row("a crop of five to nine times the image", recipe(data={"crop_scale": [5, 9]}), "data.crop_scale[0] is 5.0"),
     row("a crop's range the wrong way round", recipe(data={"crop_scale": [0.9, 0.5]}), "data.crop_scale", "0.9, 0.5"),
     row("seed 10^30", recipe(seed=10**30), f"seed is {10**30}"),
-    row("a seed of 500 digits", text("seed: " + "9" * 500), "500 digits"),
+    row("a seed of 500 digits", written("seed: " + "9" * 500), "500 digits"),
     row("batch size 0", recipe(data={"global_batch_size": 0}), "data.global_batch_size is 0"),
     row("a batch of 10^12 pairs", recipe(data={"global_batch_size": 10**12}), f"global_batch_size is {10**12}"),
     row("a step that may take for ever", recipe(log={"hang_seconds": float("inf")}), "log.hang_seconds is inf"),
@@ -219,8 +180,8 @@ ATTACKS = [
     row("workers -1", recipe(data={"num_workers": -1}), "data.num_workers is -1"),
     row("mask_ratio 1.0", stages(mask_ratio=1.0), "stages[0].mask_ratio is 1.0"),
     row("a word for a number", recipe(optim={"weight_decay": "some"}), "weight_decay", "some"),
-    row("yes for a number", text("data: {num_workers: yes}\n"), "num_workers", "True"),
-    row("a number of no value", text("data: {num_workers: }\n"), "data.num_workers"),
+    row("yes for a number", written("data: {num_workers: yes}\n"), "num_workers", "True"),
+    row("a number of no value", written("data: {num_workers: }\n"), "data.num_workers"),
     row("R@0", task(ks=[0]), "eval.tasks[0].ks[0] is 0"),
     row("an evaluation every -5 samples", task(every_samples=-5), "eval.tasks[0].every_samples is -5"),
     # The model of a recipe.
@@ -241,27 +202,27 @@ ATTACKS = [
     row("two stages of one name", recipe(stages=[STAGE, STAGE]), "'masked'"),
     row("an unknown field of a stage", stages(mask_rato=0.5), "stages[0].mask_rato"),
     # YAML.
-    row("a bomb of aliases", text(BOMB), "odd.yaml", "aliases"),
-    row("an alias of itself", text("model: &x {size: *x}\n"), "odd.yaml", "*x"),
-    row("lists nested 900 deep", text("a: " + "[" * 900 + "]" * 900), "odd.yaml", "nested"),
+    row("a bomb of aliases", written(BOMB), "odd.yaml", "aliases"),
+    row("an alias of itself", written("model: &x {size: *x}\n"), "odd.yaml", "*x"),
+    row("lists nested 900 deep", written("a: " + "[" * 900 + "]" * 900), "odd.yaml", "nested"),
     row(
-        "a tag that runs a command", text("seed: !!python/object/apply:os.system ['touch pwned']\n"),
-        "tag:yaml.org,2002:python/object/apply:os.system", check=runs_nothing,
+        "a tag that runs a command", written("seed: !!python/object/apply:os.system ['touch pwned']\n"),
+        "tag:yaml.org,2002:python/object/apply:os.system", check=lacks("pwned"),
     ),
-    row("a class to import for a section", code("odd.yaml"), "data", "evil.Data", check=runs_nothing),
-    row("a class to import in a flag", code("small_cpu", "--data", "evil.Data"), "evil.Data", check=runs_nothing),
-    row("an octal number", text("seed: 010\n"), "010"),
-    row("a key twice", text("seed: 1\nseed: 2\n"), "seed", "line 2"),
-    row("tabs", text("data:\n\tnum_workers: 1\n"), "odd.yaml"),
-    row("Latin-1", text(b"output_dir: caf\xe9\n"), "odd.yaml", "UTF-8"),
-    row("an empty file", text(""), "empty"),
-    row("a list at the top", text("- seed: 1\n"), "odd.yaml"),
-    row("100 MB", text(b"#" * 100_000_000), "odd.yaml", "100,000,000", megabytes=400, alone=True),
-    row("a folder for a recipe", folder_for_recipe, "odd", "folder"),
-    row("an unknown key", text("optim: {weigth_decay: 1}\n"), "optim.weigth_decay"),
+    row("a class to import for a section", code("odd.yaml"), "data", "evil.Data", check=lacks("pwned")),
+    row("a class to import in a flag", code("small_cpu", "--data", "evil.Data"), "evil.Data", check=lacks("pwned")),
+    row("an octal number", written("seed: 010\n"), "010"),
+    row("a key twice", written("seed: 1\nseed: 2\n"), "seed", "line 2"),
+    row("tabs", written("data:\n\tnum_workers: 1\n"), "odd.yaml"),
+    row("Latin-1", written(b"output_dir: caf\xe9\n"), "odd.yaml", "UTF-8"),
+    row("an empty file", written(""), "empty"),
+    row("a list at the top", written("- seed: 1\n"), "odd.yaml"),
+    row("100 MB", written(b"#" * 100_000_000), "odd.yaml", "100,000,000", megabytes=400, alone=True),
+    row("a folder for a recipe", lambda f: [(f / "odd").mkdir(), "pretrain", "--config", "odd"][1:], "odd", "folder"),
+    row("an unknown key", written("optim: {weigth_decay: 1}\n"), "optim.weigth_decay"),
     # What is needed at the end.
     row("a tracker that is not installed", recipe(log={"report_to": ["aim"]}), "aim"),
-    row("a file in place of the run's folder", file_for_folder, "file/run"),
+    row("a file in place of the run's folder", lambda f: recipe(output_dir="file/run")(f) + command()(f), "file/run"),
     row("a NUL in a path", recipe(output_dir="a\0b"), "output_dir", "a\\x00b"),
     row("~ in a path", recipe(output_dir="~/run"), "output_dir", "~/run"),
     row("a name of 300 letters", recipe(output_dir="a" * 300), "255 bytes"),
@@ -285,16 +246,16 @@ ATTACKS = [
     survived("a recipe that an older version saved", saved_before),
     # Proposals of a recipe.
     proposal(
-        "a proposal over one's own recipe", init_to("mine.yaml", lambda f: (f / "mine.yaml").write_text("mine")),
-        "mine.yaml", check=is_kept,
+        "a proposal over one's own recipe", init_to("mine.yaml", mine("mine.yaml")),
+        "mine.yaml", check=kept("mine.yaml"),
     ),
-    proposal("a proposal to a link to nothing", init_to("mine.yaml", symlink), "mine.yaml"),
-    proposal("a proposal to a pipe", init_to("mine.yaml", lambda f: os.mkfifo(f / "mine.yaml")), "mine", check=None),
+    proposal("a proposal to a link to nothing", init_to("mine.yaml", dangling), "mine.yaml"),
+    proposal("a proposal to a pipe", init_to("mine.yaml", pipe("mine.yaml")), "mine", check=None),
     proposal("a proposal in a file", init_to("file/mine.yaml", lambda f: (f / "file").touch()), "file", "folder"),
     proposal("a proposal of a name that is no text", init_to("\udcff.yaml"), "recipe"),
     proposal("a proposal of a name of 300 letters", init_to("x" * 300 + ".yaml"), "255 bytes"),
     proposal("a proposal for no shards", init(shards="*.tar"), "'*.tar'"),
-    proposal("a proposal for shards that are pages", init(shards="odd", change=page), "odd", "0 pairs", "16"),
+    proposal("a proposal for shards that are pages", init(shards="odd", change=PAGES), "odd", "0 pairs", "16"),
     proposal("a proposal for pictures without captions", init(shards="odd", change=without_captions), "20 samples"),
     survived("a proposal for odd pairs beside good ones", init(change=odd_beside_good), "101 pairs"),
     survived(
@@ -305,14 +266,14 @@ ATTACKS = [
         "a proposal for shards whose name is no text",
         init(shards="\udcff", change=lambda f: (f / "data").rename(f / "\udcff")), "shards",
     ),
-    proposal("a proposal with a tokenizer of code", init("--tokenizer", "tok", change=odd_tokenizer), TOKENIZER),
+    proposal("a proposal with a tokenizer of code", init("--tokenizer", "tok", change=PICKLE), TOKENIZER),
     proposal(
         "a proposal with a tokenizer that is a pipe",
-        init("--tokenizer", "tok", change=lambda f: os.mkfifo(f / "tok")), TOKENIZER,
+        init("--tokenizer", "tok", change=pipe("tok")), TOKENIZER,
     ),
     proposal(
         "a proposal with a test set that is a pipe",
-        init("--tests", "p", change=lambda f: os.mkfifo(f / "p")), "shard p", "FIFO",
+        init("--tests", "p", change=pipe("p")), "shard p", "FIFO",
     ),
     proposal("a proposal for a billion GPUs", init("--num_gpus", "1000000000"), "1000000000"),
     survived("a proposal for 10^300 hours", init("--hours", "1e300"), "more pairs"),

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 from attacks import ground
-from attacks.attack import Attack, Check, Ended, Make, refused, survived, test_of
+from attacks.attack import Attack, Ended, Make, kept, mine, obeys_nothing, pipe, refused, survived, test_of, text
 from conftest import metrics
 
 from flipscale.io.lock import FolderLock
+
+During = Callable[[Path, list[int]], None]
 
 
 def endless(folder: Path) -> list[str]:
@@ -37,27 +39,22 @@ def trains(folder: Path) -> bool:
     return file.exists() and len(file.read_bytes().splitlines()) >= 3
 
 
-def send(*numbers: int) -> Callable[[Path, list[int]], None]:
-    """Send signals to all processes once the run trains, each after the answer to the one before.
+def send(*numbers: int, to_all: bool = True, after: Callable[[Path], bool] = trains) -> During:
+    """Send signals to all processes, or to the first, once the run trains, each after the answer to the one before.
 
     The kernel merges two equal pending signals, and delivers the lower number of two different ones first.
     """
 
     def during(folder: Path, pids: list[int]) -> None:
-        wait_for(lambda: trains(folder))
+        wait_for(lambda: after(folder))
+        stderr = folder.with_name(f"{folder.name}-output") / "stderr"
         for place, number in enumerate(numbers):
-            if place:
-                wait_for(lambda: says(folder, "once more to end at once"))
-            for pid in pids:
+            wait_for(lambda place=place: not place or b"once more to end at once" in stderr.read_bytes())
+            for pid in pids if to_all else pids[:1]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
     return during
-
-
-def says(folder: Path, words: str) -> bool:
-    """Return whether the command of an attack has printed these words."""
-    return words.encode() in (folder.with_name(f"{folder.name}-output") / "stderr").read_bytes()
 
 
 def saved(folder: Path, ended: Ended) -> None:
@@ -76,13 +73,18 @@ def note_sizes(folder: Path) -> None:
     (folder / "before.json").write_text(json.dumps(sizes(folder / "run")))
 
 
-def held(folder: Path, **changes: object) -> list[str]:
-    """A stopped run whose lock this process holds, unless `changes` name another holder."""
-    ground.run_of(folder, up_to=4)
-    lock = FolderLock(folder / "run/run.lock", "")
-    (folder / "run/run.lock").write_text(json.dumps({**dataclasses.asdict(lock.holder), **changes}))
-    note_sizes(folder)
-    return ground.pretrain(folder)
+def held(content: bytes | None = None, age: float = 0.0, **changes: object) -> Make:
+    """A stopped run whose lock this process touched `age` seconds ago, unless `changes` name another holder."""
+
+    def make(folder: Path) -> list[str]:
+        lock = ground.run_of(folder, up_to=4) / "run.lock"
+        holder = {**dataclasses.asdict(FolderLock(lock, "").holder), **changes}
+        lock.write_bytes(json.dumps(holder).encode() if content is None else content)
+        os.utime(lock, (time.time() - age,) * 2)
+        note_sizes(folder)
+        return ground.pretrain(folder)
+
+    return make
 
 
 def untouched(folder: Path, ended: Ended) -> None:
@@ -96,23 +98,6 @@ def finished(folder: Path, ended: Ended) -> None:
     assert (folder / "run/DONE").exists()
     assert (folder / "run/model/config.json").exists()
     assert not (folder / "run/run.lock").exists()
-
-
-def silent(folder: Path, age: float = 1e4, **changes: object) -> list[str]:
-    """A run of another machine that touched the lock `age` seconds ago."""
-    command = held(folder, host="far", machine="another boot", **changes)
-    os.utime(folder / "run/run.lock", (time.time() - age,) * 2)
-    return command
-
-
-def garbled(content: bytes, age: float = 1e4) -> Make:
-    def make(folder: Path) -> list[str]:
-        command = held(folder)
-        (folder / "run/run.lock").write_bytes(content)
-        os.utime(folder / "run/run.lock", (time.time() - age,) * 2)
-        return command
-
-    return make
 
 
 def beat_elsewhere(folder: Path, pids: list[int]) -> None:
@@ -153,39 +138,18 @@ def done_without(*names: str) -> Make:
 
 def torn(name: str, tail: bytes) -> Make:
     """A stopped run with bytes at the end of a file."""
-
-    def make(folder: Path) -> list[str]:
-        run = ground.run_of(folder, up_to=8)
-        with open(run / name, "ab") as file:
-            file.write(tail)
-        return ground.pretrain(folder)
-
-    return make
+    return resumed(lambda run: text(name, (run / name).read_bytes() * (run / name).exists() + tail)(run))
 
 
-def in_the_way(make_it: Callable[[Path], object]) -> Make:
+def in_the_way(change: Callable[[Path], object]) -> Make:
+    """A new run after `change` to its folder."""
+
     def make(folder: Path) -> list[str]:
         ground.shards(folder)
-        make_it(folder)
+        change(folder)
         return ground.pretrain(folder)
 
     return make
-
-
-def kept(*names: str) -> Check:
-    """Return a check that the user's files are still there."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        for name in names:
-            assert (folder / name).read_text() == "mine", name
-
-    return check
-
-
-def mine(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("mine")
-    return path
 
 
 def study(*names: str, prepare: Callable[[Path], object] = lambda folder: None, minutes: str = "0.05") -> Make:
@@ -207,19 +171,6 @@ def study_trains(folder: Path) -> bool:
     return file.exists() and len(file.read_bytes()) > 0
 
 
-def send_to_study(*numbers: int) -> Callable[[Path, list[int]], None]:
-    """Send signals to the study once its runs train."""
-
-    def during(folder: Path, pids: list[int]) -> None:
-        wait_for(lambda: study_trains(folder))
-        for place, number in enumerate(numbers):
-            if place:
-                wait_for(lambda: says(folder, "once more to end at once"))
-            os.kill(pids[0], number)
-
-    return during
-
-
 def leaves_no_run(folder: Path, ended: Ended) -> None:
     def left() -> bool:
         found = psutil.process_iter(["cmdline"])
@@ -236,7 +187,7 @@ def export(*names: str) -> Make:
         if "config.json" not in names:
             shutil.copytree(run / "model", folder / "out")
         for name in names:
-            mine(folder / "out" / name)
+            mine(f"out/{name}")(folder)
         return ["export", "run", "--out", "out"]
 
     return make
@@ -280,18 +231,6 @@ def line(name: str, **record: object) -> Callable[[Path], object]:
     return append
 
 
-def text(name: str, content: str | bytes) -> Callable[[Path], object]:
-    return lambda run: (run / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def pipe_at(name: str) -> Callable[[Path], object]:
-    def make(run: Path) -> None:
-        (run / name).unlink(missing_ok=True)
-        os.mkfifo(run / name)
-
-    return make
-
-
 def folder_at(name: str) -> Callable[[Path], object]:
     def make(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
@@ -300,19 +239,9 @@ def folder_at(name: str) -> Callable[[Path], object]:
     return make
 
 
-def crashes(run: Path) -> None:
-    (run / "slurm").mkdir()
-    (run / "slurm/crashes").write_bytes(b"\xff")
-
-
 def heartbeat(**content: object) -> Callable[[Path], object]:
     beat = {"time": 1.0, "step": 4, "phase": "training", "step_s": 0.1, **content}
     return text("heartbeat.json", json.dumps(beat).replace("Infinity", "1e400"))
-
-
-def obeys_nothing(folder: Path, ended: Ended) -> None:
-    """Assert that no control character of a terminal was printed."""
-    assert not set("\x1b\x07\x9b\u202e") & set(ended.stdout + ended.stderr), ended
 
 
 CURSOR = "\x1b[2J\x1b]0;theirs\x07\u202e"
@@ -337,31 +266,30 @@ STATUS = [
         "a result that moves the cursor", status(line("results.jsonl", label=CURSOR, unit=CURSOR, who=CURSOR)),
         "\\x1b[2J", check=obeys_nothing,
     ),
-    refused("metrics that are a pipe", status(pipe_at("metrics.jsonl")), "metrics.jsonl"),
+    refused("metrics that are a pipe", status(pipe("metrics.jsonl")), "metrics.jsonl"),
     refused("metrics that are a folder", status(folder_at("metrics.jsonl")), "metrics.jsonl"),
-    survived("crashes that are no text", status(crashes)),
+    survived("crashes that are no text", status(text("slurm/crashes", b"\xff"))),
     refused("the status of an empty recipe", status(text("recipe.yaml", "")), "run/recipe.yaml"),
     refused("the status of a recipe in binary", status(text("recipe.yaml", b"\xff\xfe")), "run/recipe.yaml"),
     refused("the status of a recipe that is code", status(text("recipe.yaml", "a: !!python/name:os.x")), "run/recipe"),
     refused("the status of a recipe without stages", status(text("recipe.yaml", "data: {}")), "run/recipe.yaml"),
-    refused("the status of a recipe that is a pipe", status(pipe_at("recipe.yaml")), "run/recipe.yaml"),
+    refused("the status of a recipe that is a pipe", status(pipe("recipe.yaml")), "run/recipe.yaml"),
 ]  # fmt: skip
 
 
-def send_soon(number: int) -> Callable[[Path, list[int]], None]:
+def send_soon(number: int) -> During:
     """Send a signal as soon as the command handles it, before it trains."""
 
+    def handles(pid: int) -> bool:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        caught = next(line for line in lines if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
     def during(folder: Path, pids: list[int]) -> None:
-        for pid in pids:
-            wait_for(lambda pid=pid: handles(pid, number))
-            os.kill(pid, number)
+        wait_for(lambda: handles(pids[0]))
+        os.kill(pids[0], number)
 
     return during
-
-
-def handles(pid: int, number: int) -> bool:
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def stopped_by(name: str, says: str, *numbers: int, world: int = 1) -> Attack:
@@ -374,7 +302,7 @@ def goes_on(name: str, make: Make, *says: str, **environment: str) -> Attack:
 
 
 STUDY = {"megabytes": 4000}
-HELD = "trains in "
+HELD, FAR = "trains in ", {"host": "far", "machine": "another boot"}
 ATTACKS = [
     *STATUS,
     Attack(
@@ -384,22 +312,22 @@ ATTACKS = [
         "a terminal that is closed before the first step", endless, 128 + signal.SIGHUP, ("SIGHUP",),
         during=send_soon(signal.SIGHUP),
     ),
-    refused("a second run of a directory", held, f"process {os.getpid()} on ", HELD, check=untouched, alone=True),
-    refused("a second run of a directory, of two processes", held, HELD, check=untouched, world=2),
+    refused("a second run of a directory", held(), f"process {os.getpid()} on ", HELD, check=untouched, alone=True),
+    refused("a second run of a directory, of two processes", held(), HELD, check=untouched, world=2),
     Attack(
-        "a second run of a directory that another machine trains in", lambda f: silent(f, age=0.0), 2,
+        "a second run of a directory that another machine trains in", held(**FAR), 2,
         ("on far (", HELD), untouched, during=beat_elsewhere,
     ),
-    goes_on("a lock of a killed process of this machine", lambda f: held(f, started="1"), "is gone"),
-    goes_on("a lock of a machine that died long ago", silent, "is gone"),
-    goes_on("a lock of a machine that died a minute ago", lambda f: silent(f, age=52.0), "60 s", "is gone"),
+    goes_on("a lock of a killed process of this machine", held(started="1"), "is gone"),
+    goes_on("a lock of a machine that died long ago", held(age=1e4, **FAR), "is gone"),
+    goes_on("a lock of a machine that died a minute ago", held(age=52.0, **FAR), "60 s", "is gone"),
     goes_on(
-        "a requeued Slurm job, seconds after its node died", lambda f: silent(f, age=0.0, slurm_job="7"), "is gone",
+        "a requeued Slurm job, seconds after its node died", held(**FAR, slurm_job="7"), "is gone",
         SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1",
     ),
-    goes_on("an empty lock", garbled(b"")),
-    goes_on("a lock of binary garbage", garbled(b"\0\xff" * 500)),
-    refused("a pipe for a lock", resumed(pipe_at("run.lock")), "run.lock"),
+    goes_on("an empty lock", held(b"", 1e4)),
+    goes_on("a lock of binary garbage", held(b"\0\xff" * 500, 1e4)),
+    refused("a pipe for a lock", resumed(pipe("run.lock")), "run.lock"),
     refused("a folder for a lock", in_the_way(lambda f: (f / "run/run.lock").mkdir(parents=True)), "run.lock"),
     Attack(
         "a suspended run whose directory another has taken", endless, 1, ("on far (",), saves_nothing, during=rob
@@ -412,8 +340,8 @@ ATTACKS = [
     goes_on("recipe.yaml of a stopped run removed", done_without("DONE", "model", "recipe.yaml")),
     goes_on("a torn starts.jsonl", torn("starts.jsonl", b'{"time": 12')),
     goes_on("a starts.jsonl that lost its fields", torn("starts.jsonl", b'{"time": 12}\n')),
-    refused("starts that are a pipe", resumed(pipe_at("starts.jsonl")), "starts.jsonl"),
-    refused("metrics to go on from that are a pipe", resumed(pipe_at("metrics.jsonl")), "metrics.jsonl"),
+    refused("starts that are a pipe", resumed(pipe("starts.jsonl")), "starts.jsonl"),
+    refused("metrics to go on from that are a pipe", resumed(pipe("metrics.jsonl")), "metrics.jsonl"),
     Attack("a run directory that is removed while it trains", endless, 1, ("run",), during=remove),
     goes_on("a torn metrics.jsonl", torn("metrics.jsonl", b'{"step": 8, "lo')),
     goes_on("binary garbage in metrics.jsonl", torn("metrics.jsonl", b"\0\xff\n[1]\n{}\n"), "3 of 13 lines"),
@@ -426,33 +354,33 @@ ATTACKS = [
     stopped_by("a batch system that sends SIGTERM and SIGHUP", "SIGTERM", signal.SIGTERM, signal.SIGHUP),
     stopped_by("Ctrl-C with two processes", "sav", signal.SIGINT, world=2),
     stopped_by("Ctrl-C with a launcher that sends it on", "sav", signal.SIGINT, signal.SIGINT, world=2),
-    refused("an output_dir that is a file", in_the_way(lambda f: mine(f / "run")), "run", check=kept("run")),
+    refused("an output_dir that is a file", in_the_way(mine("run")), "run", check=kept("run")),
     refused("an output_dir that is a link to nothing", in_the_way(lambda f: (f / "run").symlink_to(f / "no")), "link"),
     refused(
-        "a folder of the user's where the model will be", in_the_way(lambda f: mine(f / "run/model/notes.txt")),
+        "a folder of the user's where the model will be", in_the_way(mine("run/model/notes.txt")),
         "model", check=kept("run/model/notes.txt"),
     ),
     refused("a study of two recipes of one name", study("x/a.yaml", "y/a.yaml"), "name"),
     refused("a study of a recipe whose name is in colours", study("\x1b[31m.yaml"), "rename"),
     refused("a study of a recipe called model", study("model.yaml"), "model", "rename"),
     refused(
-        "a study in a folder with a model of the user's", study("a.yaml", prepare=lambda f: mine(f / "out/model/m")),
+        "a study in a folder with a model of the user's", study("a.yaml", prepare=mine("out/model/m")),
         "out holds model", check=kept("out/model/m"),
     ),
     refused(
         "a study in a folder with figures of the user's",
-        study("a.yaml", prepare=lambda f: mine(f / "out/figures/m")), "out holds figures", check=kept("out/figures/m"),
+        study("a.yaml", prepare=mine("out/figures/m")), "out holds figures", check=kept("out/figures/m"),
     ),
     refused("a study in the folder of its recipes", study("out/a.yaml"), "out holds a.yaml"),
-    refused("a study in a run directory", study("a.yaml", prepare=lambda f: mine(f / "out/recipe.yaml")), "out holds"),
-    refused("a study in a file", study("a.yaml", prepare=lambda f: mine(f / "out")), "out", check=kept("out")),
+    refused("a study in a run directory", study("a.yaml", prepare=mine("out/recipe.yaml")), "out holds"),
+    refused("a study in a file", study("a.yaml", prepare=mine("out")), "out", check=kept("out")),
     Attack(
         "a study whose terminal is closed", study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP, ("saved",),
-        leaves_no_run, during=send_to_study(signal.SIGHUP), **STUDY,
+        leaves_no_run, during=send(signal.SIGHUP, to_all=False, after=study_trains), **STUDY,
     ),
     Attack(
         "Ctrl-C twice on a study", study("a.yaml", "ä.yaml", minutes="2"), 130, ("once more",), leaves_no_run,
-        during=send_to_study(signal.SIGINT, signal.SIGINT), **STUDY,
+        during=send(signal.SIGINT, signal.SIGINT, to_all=False, after=study_trains), **STUDY,
     ),
     refused(
         "a study with a run that fails", study("a.yaml", prepare=lambda f: shutil.rmtree(f / "data")),

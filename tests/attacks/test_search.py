@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from attacks import ground
-from attacks.attack import Ended, Make, refused, survived, test_of
-from attacks.test_runs import obeys_nothing
+from attacks.attack import Ended, Make, lacks, mine, obeys_nothing, pipe, refused, survived, test_of
 from PIL import Image
 
 SCRIPT = "</script><script>alert(1)</script>\x1b[2J"
@@ -51,23 +50,12 @@ def runs_nothing(folder: Path, ended: Ended) -> None:
     assert not any(code in page for code in ("<script>alert", "<img src=x", "\x1b"))
 
 
-def notes(folder: Path) -> None:
-    (folder / "search.npz").write_bytes(b"mine")
-
-
 def numbers(folder: Path) -> None:
     np.savez(folder / "search.npz", mine=np.arange(3))
 
 
-def is_kept(folder: Path, ended: Ended) -> None:
-    assert not (folder / "search.html").exists()
-    assert (folder / "search.npz").exists()
-
-
-def pipe(name: str) -> Callable[[Path], None]:
-    return lambda folder: os.mkfifo(folder / name)
-
-
+NOTES = mine("search.npz")
+IS_KEPT = lacks("search.html")
 ATTACKS = [
     refused("queries that are a pipe", search("--queries", "q", change=pipe("q")), "q"),
     survived("words that are code", search(SCRIPT), "1 query", "4 pictures", check=runs_nothing),
@@ -75,8 +63,8 @@ ATTACKS = [
     refused("words that are no text", search("\udcff"), "UTF-8"),
     survived("names that are code", search("a", change=odd_names), "1 of 8 pictures", check=runs_nothing),
     survived("pipes and links among pictures", search("a", change=no_files), "3 of 7 pictures", check=runs_nothing),
-    refused("numbers of the user's where embeddings go", search("a", change=numbers), "search.npz", check=is_kept),
-    refused("notes of the user's where embeddings go", search("a", change=notes), "search.npz", check=is_kept),
+    refused("numbers of the user's where embeddings go", search("a", change=numbers), "search.npz", check=IS_KEPT),
+    refused("notes of the user's where embeddings go", search("a", change=NOTES), "search.npz", check=IS_KEPT),
     refused("a pipe where embeddings go", search("a", change=pipe("search.npz")), "search.npz"),
 ]
 

@@ -5,8 +5,8 @@ import os
 import tarfile
 from pathlib import Path
 
-from attacks.attack import Attack, Ended, refused, survived, test_of
-from attacks.preparing import is_kept, on_shards, picture
+from attacks.attack import Attack, Ended, kept, refused, survived, test_of
+from attacks.preparing import on_shards, picture
 from conftest import add_member
 
 # Right to left, a bell, a line separator of Unicode, and a person.
@@ -60,9 +60,9 @@ ATTACKS: list[Attack] = [
     survived("captions of 1 MB in a contact sheet", lambda f: long_captions(f, "inspect"), "undecodable_caption"),
     survived("names of shards that are no UTF-8", odd_shard_names, "audit", **LARGE),
     refused("an audit without test sets", on_shards("audit", "data", "--tests", "empty"), "empty"),
-    refused("an audit to a file", on_shards("audit", "data", "--output_dir", "file"), "file", check=is_kept),
+    refused("an audit to a file", on_shards("audit", "data", "--output_dir", "file"), "file", check=kept("file")),
     refused("a contact sheet in no folder", on_shards("inspect", "data", "--sheet", "no/sheet.png"), "no/sheet.png"),
-    refused("a contact sheet over a text", on_shards("inspect", "data", "--sheet", "file"), "PNG", check=is_kept),
+    refused("a contact sheet over a text", on_shards("inspect", "data", "--sheet", "file"), "PNG", check=kept("file")),
     refused("an index of an empty folder", on_shards("index", "empty"), "'empty'"),
     refused("tasks to a file", on_shards("tasks", "file", "--only", "mnist"), "file", "folder"),
 ]  # fmt: skip
