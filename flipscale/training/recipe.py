@@ -311,8 +311,11 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
             outline = read_outline(file)
             words[number] = str(file)
             check_fields(outline, Recipe, "", str(file))
-        else:
-            _check_value(flag, word)
+        elif flag in _section_flags() and not word.startswith("{"):
+            raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
+        elif word.startswith(("{", "[", "&")):
+            with suppress(yaml.YAMLError):  # a text, such as a path
+                check_yaml(word, flag)
     parser = build_parser()
     try:
         built = parser.instantiate(parser.parse_args(words))
@@ -360,15 +363,6 @@ def _recipe_file(name: str) -> Path:
     raise UserError(f"recipe {name[:200]!r} is neither a file nor one of {names}")
 
 
-def _check_value(flag: str, word: str) -> None:
-    """Raise unless the value of a flag is safe YAML, and not a value for a whole section."""
-    if flag in _section_flags() and not word.startswith("{"):
-        raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
-    if word.startswith(("{", "[", "&")):
-        with suppress(yaml.YAMLError):  # a text, such as a path
-            check_yaml(word, flag)
-
-
 def to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, which `--config` reads back."""
     plain = dataclasses.asdict(recipe)
@@ -389,17 +383,26 @@ def deciding_part(
         kind: dataclass of the content.
         name_of: function that shortens the paths and names of fields with `{"place": True}`; None keeps them.
     """
-    known, types = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
-    deciding = {}
-    for name in dict.fromkeys([*known, *saved]):
-        if name not in known:
-            deciding[name] = saved[name]
-        elif known[name].metadata.get("learned", True):
-            value = saved[name] if name in saved else known[name].metadata.get("before", _default(known[name]))
-            if known[name].metadata.get("place") and isinstance(value, str) and name_of is not None:
-                value = name_of(value)
-            deciding[name] = _deciding_value(value, types[name], name_of)
-    return deciding
+    types, deciding = get_type_hints(kind), {}
+    for f in dataclasses.fields(kind):
+        if not f.metadata.get("learned", True):
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value = saved.get(f.name, f.metadata.get("before", None if default is dataclasses.MISSING else default))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        hints = (types[f.name], *get_args(types[f.name]))
+        section = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
+        if isinstance(value, str) and f.metadata.get("place") and name_of is not None:
+            value = name_of(value)
+        elif isinstance(value, dict) and section is not None:
+            value = deciding_part(value, section, name_of)
+        elif isinstance(value, list | tuple):
+            is_nested = [section is not None and isinstance(one, dict) for one in value]
+            nested = zip(value, is_nested, strict=True)
+            value = [deciding_part(one, section, name_of) if is_section else one for one, is_section in nested]
+        deciding[f.name] = value
+    return deciding | {name: value for name, value in saved.items() if name not in types}
 
 
 def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
@@ -432,21 +435,3 @@ def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     if 0 < count < len(recipe.stages) and recipe.stages[count].base_lr is not None:
         recipe = dataclasses.replace(recipe, stages=recipe.stages[:count])
     return differences(recipe, saved)
-
-
-def _deciding_value(value: Any, hint: Any, name_of: Callable[[str], str] | None) -> Any:
-    """Return a value without the fields of its dataclasses that do not decide what is learned."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return deciding_part(value, hint, name_of)
-    elements = get_args(hint)
-    if isinstance(value, list) and elements and dataclasses.is_dataclass(elements[0]):
-        return [_deciding_value(one, elements[0], name_of) for one in value]
-    return value
-
-
-def _default(field: dataclasses.Field) -> Any:
-    """Return a field's default in the form of YAML; None for a required field."""
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return list(value) if isinstance(value, tuple) else None if value is dataclasses.MISSING else value

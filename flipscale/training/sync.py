@@ -6,7 +6,7 @@ has the next step to compute, so the device never idles.
 
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -56,7 +56,8 @@ class StepResult:
         return self.step.number + 1
 
 
-class Settled(NamedTuple):
+@dataclass
+class Settled:
     """Results that became known, and the requests in them.
 
     Args:
@@ -67,10 +68,10 @@ class Settled(NamedTuple):
         failure: error for the caller to raise, if `MAX_SKIPPED_IN_A_ROW` steps in a row were not finite.
     """
 
-    results: list[StepResult]
-    stop: bool
-    save: bool
-    written: bool
+    results: list[StepResult] = field(default_factory=list)
+    stop: bool = False
+    save: bool = False
+    written: bool = False
     failure: FloatingPointError | None = None
 
 
@@ -128,16 +129,10 @@ class StepSync:
 
         With `wait`, or if a result asks for a stop or a save, the newest is included, because the run pauses then.
         """
-        results: list[StepResult] = []
-        stop = save = written = False
-        while len(self._unread) > (0 if wait or stop or save else 1):
-            try:
-                result, asked, due, is_written = self._read(self._unread.popleft())
-            except FloatingPointError as error:
-                return Settled(results, stop, save, written, error)
-            results.append(result)
-            stop, save, written = stop or asked, save or due, written or is_written
-        return Settled(results, stop, save, written)
+        settled = Settled()
+        while len(self._unread) > (0 if wait or settled.stop or settled.save else 1) and settled.failure is None:
+            self._read(self._unread.popleft(), settled)
+        return settled
 
     def _own_pace(self, step: Step) -> list[float]:
         """Return the used share of the budget and the share of a step, 0 except on the main process; empty without a
@@ -157,11 +152,8 @@ class StepSync:
             self._step_seconds = statistics.median_low(self._durations)
         return [seconds / self._budget_seconds, self._step_seconds / self._budget_seconds]
 
-    def _read(self, unread: _Unread) -> tuple[StepResult, bool, bool, bool]:
-        """Collective. Return the result of a step, and whether to stop, to save and to commit the checkpoint.
-
-        Only here does the host wait for the device.
-        """
+    def _read(self, unread: _Unread, settled: Settled) -> None:
+        """Collective. Add the result of a step and its requests. Only here does the host wait for the device."""
         self._watch.phases.mark("verdict")
         taken, *rest = unread.numbers.read()
         self._watch.phases.mark("update")
@@ -175,11 +167,14 @@ class StepSync:
         loss, grad_norm = (total / self._accelerator.num_processes for total in (loss_sum, norm_sum))
         self._skipped_in_a_row = 0 if taken else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
+            settled.failure = FloatingPointError(
                 f"loss {loss} or gradient norm {grad_norm} was not finite in {self._skipped_in_a_row} steps in a row, "
                 "and none of them was taken; lower the learning rate and resume from the last checkpoint"
             )
+            return
         # No checkpoint is begun while a step is unread, so `writing` is about the open checkpoint, if any.
-        written = self._checkpoints.is_open and writing == 0
+        settled.written |= self._checkpoints.is_open and writing == 0
+        settled.stop |= asked > 0
+        settled.save |= due > 0
         result = StepResult(step, unread.faults, unread.clock, loss, grad_norm, metrics, taken > 0, int(replaced))
-        return result, asked > 0, due > 0, written
+        settled.results.append(result)

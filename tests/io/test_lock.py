@@ -1,6 +1,5 @@
 """The lock of a folder: one holder at a time, and nobody has to remove it."""
 
-import dataclasses
 import json
 import os
 import re
@@ -89,13 +88,6 @@ def test_a_killed_holder_on_this_machine(path: Path, caplog: pytest.LogCaptureFi
     process.wait()
 
 
-def test_a_reused_process_number(path: Path) -> None:
-    lock = acquired(path)
-    lock._ended.set()
-    path.write_text(json.dumps({**dataclasses.asdict(lock.holder), "token": "theirs", "started": "1"}))
-    acquired(path).release()
-
-
 def test_a_heartbeat_elsewhere(path: Path) -> None:
     acquired(path)._ended.set()
     move_elsewhere(path, slurm_job="7")
@@ -104,7 +96,7 @@ def test_a_heartbeat_elsewhere(path: Path) -> None:
         acquired(path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\0\xff{", b"[1]", b'{"pid": "x"}'])
+@pytest.mark.parametrize("content", [None, b"", b'{"pid": "x"}'])
 def test_a_silent_holder_elsewhere(
     path: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,9 +145,3 @@ def test_a_lost_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lock.check()
     lock.release()
     assert json.loads(path.read_text())["token"] == "theirs"
-
-
-def test_a_folder_in_place_of_the_lock(path: Path) -> None:
-    path.mkdir()
-    with pytest.raises(ValueError, match=r"run.lock is a folder"):
-        acquired(path)

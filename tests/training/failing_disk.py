@@ -1,19 +1,19 @@
-"""A disk whose Nth operation fails: each open, write, fsync, close, mkdir, rename and unlink under a folder counts."""
+"""A disk whose Nth operation fails: each open, write, fsync, mkdir, rename and unlink under a folder counts."""
 
 import builtins
 import errno
 import io
 import os
+import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import processes
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
-_OF_PATHS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "truncate", "link", "symlink")
-_OF_DESCRIPTORS = ("fsync", "ftruncate", "close")
+# Python's audit events of changes to files.
+_EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
 
 
 class FailingDisk:
@@ -27,9 +27,8 @@ class FailingDisk:
 
     def __init__(self, folder: Path, log: Path, failing: int, error: int):
         self.folder, self.failing, self.error = f"{folder.resolve()}/", failing, error
-        self._count = 0
-        self._lock = threading.Lock()
-        self._write, self._log = os.write, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._count, self._lock = 0, threading.Lock()
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def meet(self, kind: str, path: str) -> None:
         """Count an operation on a file, and let it fail if it is the chosen one."""
@@ -38,91 +37,45 @@ class FailingDisk:
         with self._lock:
             self._count += 1
             count = self._count
-        self._write(self._log, f"{kind} {path.removeprefix(self.folder)}\n".encode())
+        os.write(self._log, f"{kind} {path.removeprefix(self.folder)}\n".encode())
         if count == self.failing:
-            self.fail(path)
-
-    def fail(self, path: str) -> None:
-        raise OSError(self.error, os.strerror(self.error), path)
+            raise OSError(self.error, os.strerror(self.error), path)
 
     def install(self) -> None:
-        for name in _OF_PATHS:
-            setattr(os, name, self._of_path(name, getattr(os, name)))
-        for name in _OF_DESCRIPTORS:
-            setattr(os, name, self._of_descriptor(name, getattr(os, name)))
-        os.open = self._opening(os.open)
-        builtins.open = io.open = self._opening_file(io.open)
+        sys.addaudithook(self._audit)
+        fsync, true_open, disk = os.fsync, io.open, self
 
-    def _of_path(self, kind: str, true: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Any, *arguments: Any, **options: Any) -> Any:
-            self.meet(kind, _absolute(path, options.get("dir_fd")))
-            return true(path, *arguments, **options)
-
-        return call
-
-    def _of_descriptor(self, kind: str, true: Callable[..., Any]) -> Callable[..., Any]:
-        def call(descriptor: int, *arguments: Any) -> Any:
-            path = _path_of(descriptor)
-            try:
-                self.meet(kind, path)
-            except OSError:
-                if kind == "close":
-                    true(descriptor)
-                raise
-            return true(descriptor, *arguments)
-
-        return call
-
-    def _opening(self, true: Callable[..., int]) -> Callable[..., int]:
-        def call(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-            self.meet("open", _absolute(path, options.get("dir_fd")))
-            return true(path, flags, *arguments, **options)
-
-        return call
-
-    def _opening_file(self, true: Callable[..., Any]) -> Callable[..., Any]:
-        disk = self
+        def failing_fsync(descriptor: int) -> None:
+            self.meet("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            fsync(descriptor)
 
         class Raw(io.FileIO):
             def write(self, data: Any) -> int | None:
-                disk.meet("write", self.path)
+                disk.meet("write", os.path.abspath(os.fsdecode(self.name)))
                 return super().write(data)
 
-            def close(self) -> None:
-                was_open = not self.closed
-                super().close()
-                if was_open:
-                    disk.meet("close", self.path)
-
-        def call(
-            file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *rest: Any, **options: Any
-        ) -> Any:
-            if isinstance(file, int) or not set(mode) & set("wax+"):
-                return true(file, mode, buffering, encoding, *rest, **options)
-            path = _absolute(file, None)
-            if not path.startswith(disk.folder):
-                return true(file, mode, buffering, encoding, *rest, **options)
-            disk.meet("open", path)
+        def failing_open(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *rest: Any) -> Any:
+            is_ours = not isinstance(file, int) and os.path.abspath(os.fsdecode(file)).startswith(self.folder)
+            if not is_ours or not set(mode) & set("wax+"):
+                return true_open(file, mode, buffering, encoding, *rest)
             raw = Raw(file, mode.replace("b", "").replace("t", ""))
-            raw.path = path
             if buffering == 0:
                 return raw
             buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
             return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding or "utf-8")
 
-        return call
+        os.fsync = failing_fsync
+        builtins.open = io.open = failing_open
 
-
-def _absolute(path: Any, folder: int | None) -> str:
-    name = os.fsdecode(path)
-    return os.path.join(_path_of(folder) if folder is not None else os.getcwd(), name)
-
-
-def _path_of(descriptor: int) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return ""
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        path = arguments[0] if event in _EVENTS else None
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if isinstance(path, str | bytes | os.PathLike):
+            # A descriptor of a folder follows, from which `rmtree` names files; -1 for none.
+            folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+            start = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+            self.meet(event, os.path.join(start, os.fsdecode(path)))
 
 
 def train(file: str, folder: str, log: str, failing: int, error: int, output: str) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,9 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     assert (run_dir / "DONE").exists()
     page = (run_dir / "report.html").read_text()
     saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    added, without_rate = ({**saved, "stages": [*saved["stages"], stage]} for stage in _second_stages(recipe))
+    second = recipe["stages"][1]
+    rateless = {name: value for name, value in second.items() if name != "base_lr"}
+    added, without_rate = ({**saved, "stages": [*saved["stages"], stage]} for stage in (second, rateless))
     # The run's own recipe is edited, as one is tempted to.
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(without_rate))
     with pytest.raises(ValueError, match=r"stages\[1\]: None, now .*; a stage that is added needs a base_lr"):
@@ -77,12 +78,6 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     assert_same_end(whole_run, run_dir)
     assert (run_dir / "DONE").exists()
     assert (run_dir / "report.html").read_text() != page
-
-
-def _second_stages(recipe: dict) -> Iterator[dict]:
-    """The recipe's second stage, and the same without a schedule of its own."""
-    yield recipe["stages"][1]
-    yield {name: value for name, value in recipe["stages"][1].items() if name != "base_lr"}
 
 
 def test_a_finished_run_without_checkpoints_cannot_be_lengthened(whole_run: Path, write_recipe, tmp_path: Path) -> None:
@@ -126,18 +121,6 @@ def test_stop_signal_saves_and_the_next_run_goes_on(whole_run: Path, write_recip
     assert not (run_dir / "DONE").exists()
     assert pretrain(file).returncode == 0
     assert_same_end(whole_run, run_dir)
-
-
-def test_half_written_checkpoint_is_never_the_latest(whole_run: Path, write_recipe, tmp_path: Path) -> None:
-    copy = tmp_path / "half"
-    cut(whole_run, copy, 20)
-    partial = copy / "checkpoints/.step-00000025.partial"
-    partial.mkdir()
-    (partial / "part-00000.safetensors").write_bytes(b"half")
-    done = pretrain(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
-    assert done.returncode == 0, done.stderr
-    assert_same_end(whole_run, copy)
-    assert not partial.exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(write_recipe, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Stages in steps, and the learning rate of each."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -37,20 +38,20 @@ def test_a_stage_without_a_rate_goes_on_under_the_schedule_before() -> None:
     assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
 
 
+FIRST = StageRecipe("a", 100, 0.5, 1.0)
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
         ([], r"stages\[0\].base_lr is missing"),
         ([StageRecipe("a", 100)], r"stages\[0\].base_lr is missing"),
-        (
-            [StageRecipe("a", 100, 0.5, 1.0), StageRecipe("b", 100), StageRecipe("a", 100)],
-            "2 stages are named 'a'; give every stage a name of its own",
-        ),
-        ([StageRecipe("a", 9, 0.5, 1.0)], "stage 'a': 9 samples are less than one step of 10 pairs"),
-        ([StageRecipe("a", 100, 1.0, 1.0)], r"stages\[0\].mask_ratio is 1.0; it must be at least 0 and below 1"),
-        ([StageRecipe("a", 100, -0.1, 1.0)], r"stages\[0\].mask_ratio is -0.1; it must be at least 0 and below 1"),
-        ([StageRecipe("a", 100, 0.5, 1.0, 100)], "a warm-up of 100 samples is not shorter than its schedule of 100"),
-        ([StageRecipe("a", 100, 0.5, 1.0), StageRecipe("b", 100, 0, None, 9)], "warmup_samples needs a base_lr"),
+        ([FIRST, StageRecipe("b", 100), FIRST], "2 stages are named 'a'"),
+        ([replace(FIRST, samples=9)], "stage 'a': 9 samples are less than one step of 10 pairs"),
+        ([replace(FIRST, mask_ratio=1.0)], r"stages\[0\].mask_ratio is 1.0"),
+        ([replace(FIRST, mask_ratio=-0.1)], r"stages\[0\].mask_ratio is -0.1"),
+        ([replace(FIRST, warmup_samples=100)], "a warm-up of 100 samples is not shorter than its schedule of 100"),
+        ([FIRST, StageRecipe("b", 100, warmup_samples=9)], "warmup_samples needs a base_lr"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused(stages: list[StageRecipe], message: str) -> None:

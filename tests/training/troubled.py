@@ -32,10 +32,10 @@ def trouble(poisoned: Collection[int] = (), stopped: int | None = None, killed: 
             sync.request._received = "SIGTERM received"
         return start(sync, step, loss, *others)
 
-    def read_or_die(sync, unread):
+    def read_or_die(sync, unread, settled):
         if unread.step.number == killed:
             os._exit(9)
-        return read(sync, unread)
+        read(sync, unread, settled)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepSync, "start", start_in_trouble)
