@@ -257,7 +257,7 @@ def exists(*names: str) -> Check:
 
 def lacks(*names: str) -> Check:
     """Return a check that these files were not written."""
-    return lambda folder, ended: _hold(not any(os.path.lexists(folder / name) for name in names), ended)
+    return lambda folder, ended: _hold(not any((folder / name).exists() for name in names), ended)
 
 
 def _hold(condition: bool, ended: Ended) -> None:

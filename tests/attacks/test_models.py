@@ -1,7 +1,6 @@
 """Attacks by a model folder: its configuration, weights, tokenizer, and the files beside them."""
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Sequence
@@ -200,7 +199,7 @@ def secrets(model: Path) -> None:
     (model / ".git").mkdir()
     (model / ".git/config").write_text("a secret")
     (model / "passwords.json").symlink_to("/etc/passwd")
-    os.mkpipe(model / "pipe")
+    pipe("pipe")(model)
 
 
 def names_no_secret(folder: Path, ended: Ended) -> None:

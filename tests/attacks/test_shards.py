@@ -15,6 +15,10 @@ from attacks import ground
 from attacks.attack import Attack, Check, Ended, Make, refused, survived, test_of
 from conftest import add_member
 
+from flipscale.data.sources.manifest import ShardEntry, write_manifest
+from flipscale.data.sources.shard_index import index_path
+from flipscale.data.sources.tar import TarSource
+
 Made = Callable[[Path], object]
 
 
@@ -112,23 +116,10 @@ def strange(data: Path) -> None:
     (data / "e.tar").symlink_to("e.tar")
 
 
-def beside(data: Path, name: str, make: Made) -> None:
-    """Index the shards, then replace a file beside them."""
-    from flipscale.data.sources.tar import TarSource
-
-    TarSource(str(data))
-    for manifest in data.glob("*.manifest") if name.endswith(".npy") else ():
-        manifest.unlink()
-    (data / name).unlink()
-    make(data / name)
-
-
 def replaced(keep_time: bool) -> Made:
     """Index a shard, then replace it by an older one of its length with longer captions."""
 
     def spoil(data: Path) -> None:
-        from flipscale.data.sources.tar import TarSource
-
         TarSource(str(data))
         shard = data / "00001.tar"
         state = shard.stat()
@@ -145,37 +136,27 @@ def replaced(keep_time: bool) -> Made:
 
 def edited_index(data: Path) -> None:
     """Point an index to the captions of other samples, without a digest."""
-    from flipscale.data.sources.shard_index import index_path
-    from flipscale.data.sources.tar import TarSource
-
     TarSource(str(data))
     path = index_path(data / "00000.tar")
     rows = np.load(path)
     rows[:, 1] = np.roll(rows[:, 1], 1, axis=0)
     np.save(path, rows)
-    for manifest in data.glob("*.manifest"):
-        manifest.unlink()
+    (data / MANIFEST).unlink()
 
 
 def leads_out(data: Path) -> None:
     """Write a manifest with the right digest that names a file elsewhere."""
-    from flipscale.data.sources.manifest import ShardEntry, write_manifest
-
     secret = data.parent / "secret.tar"
     shutil.copy2(data / "00000.tar", secret)
     state = secret.stat()
     rows = np.zeros((30, 3, 2), np.uint32)
-    write_manifest(
-        data / "shards.manifest", "*.tar", [ShardEntry("../secret.tar", rows, "", state.st_size, 0)], [], rows=True
-    )
+    write_manifest(data / MANIFEST, "*.tar", [ShardEntry("../secret.tar", rows, "", state.st_size, 0)], [], rows=True)
 
 
 def begins_behind_its_end(data: Path) -> None:
     """Write a manifest whose table begins behind its end."""
-    from flipscale.data.sources.tar import TarSource
-
     TarSource(str(data))
-    file = data / "shards.manifest"
+    file = data / MANIFEST
     content = file.read_bytes()
     file.write_bytes(content[:-32] + struct.pack("<q", len(content) - 8) + content[-24:])
 
@@ -203,7 +184,16 @@ def billion(path: Path) -> None:
 
 
 def in_place_of(name: str, make: Made) -> Make:
-    return trained(lambda data: beside(data, name, make))
+    """A run on indexed shards with something else in the place of a file beside them."""
+
+    def spoil(data: Path) -> None:
+        TarSource(str(data))
+        if name == INDEX:
+            (data / MANIFEST).unlink()
+        (data / name).unlink()
+        make(data / name)
+
+    return trained(spoil)
 
 
 def sized(size: bytes) -> bytes:
