@@ -29,6 +29,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 MOST_SECONDS = 240.0
 
 Make = Callable[[Path], Sequence[str | Path]]
+Change = Callable[[Path], object]
 
 
 class Ended(NamedTuple):
@@ -40,6 +41,11 @@ class Ended(NamedTuple):
 
 
 Check = Callable[[Path, Ended], None]
+
+
+def later(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """Return a function of all but the places, which come later: `pipe("a")(folder)` calls `pipe(folder, "a")`."""
+    return lambda *arguments, **options: lambda *places: function(*places, *arguments, **options)
 
 
 @dataclass(frozen=True)
@@ -215,53 +221,46 @@ def children(pid: int) -> list[psutil.Process]:
 # What attacks do to files, and checks of what is left.
 
 
-def pipe(name: str) -> Callable[[Path], None]:
-    """Return a change that puts a pipe in the place of a file."""
-
-    def change(folder: Path) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return change
+def nothing(folder: Path) -> None:
+    """Change nothing."""
 
 
-def text(name: str, content: str | bytes) -> Callable[[Path], object]:
-    """Return a change that writes a file."""
-
-    def change(folder: Path) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return change
+@later
+def pipe(folder: Path, name: str) -> None:
+    """Put a pipe in the place of a file."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
 
 
-def mine(name: str) -> Callable[[Path], object]:
+@later
+def text(folder: Path, name: str, content: str | bytes) -> None:
+    """Write a file."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def mine(name: str) -> Change:
     """Return a change that writes a file of the user's, which `kept` finds again."""
     return text(name, "mine")
 
 
-def kept(*names: str) -> Check:
-    """Return a check that the user's files are as they were."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        assert [(folder / name).read_text() for name in names] == ["mine"] * len(names)
-
-    return check
+@later
+def kept(folder: Path, ended: Ended, *names: str) -> None:
+    """Assert that the user's files are as they were."""
+    assert [(folder / name).read_text() for name in names] == ["mine"] * len(names)
 
 
-def exists(*names: str) -> Check:
-    """Return a check that these files were written."""
-    return lambda folder, ended: _hold(all((folder / name).exists() for name in names), ended)
+@later
+def exists(folder: Path, ended: Ended, *names: str) -> None:
+    """Assert that these files were written."""
+    assert all((folder / name).exists() for name in names), ended
 
 
-def lacks(*names: str) -> Check:
-    """Return a check that these files were not written."""
-    return lambda folder, ended: _hold(not any((folder / name).exists() for name in names), ended)
-
-
-def _hold(condition: bool, ended: Ended) -> None:
-    assert condition, ended
+@later
+def lacks(folder: Path, ended: Ended, *names: str) -> None:
+    """Assert that these files were not written."""
+    assert not any((folder / name).exists() for name in names), ended
 
 
 def obeys_nothing(folder: Path, ended: Ended) -> None:

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from attacks import ground
+from attacks.attack import later
 
 _COMMIT = "c" * 40
 
@@ -46,17 +47,14 @@ def _tree(*names: str) -> Way:
     return lambda path: _json(files) if "/tree/" in path else None
 
 
-def _file(name: str, status: int = 200, body: bytes | None = None, **headers: str) -> Way:
+@later
+def _file(path: str, name: str, status: int = 200, body: bytes | None = None, **headers: str) -> Answer | None:
     """Send something else in a file's place."""
-
-    def answer(path: str) -> Answer | None:
-        if not path.endswith(f"/{name}"):
-            return None
-        whole = _resolved(path)
-        changed = {name.replace("_", "-"): value for name, value in headers.items()}
-        return Answer(status, whole.body if body is None else body, {**whole.headers, **changed})
-
-    return answer
+    if not path.endswith(f"/{name}"):
+        return None
+    whole = _resolved(path)
+    changed = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Answer(status, whole.body if body is None else body, {**whole.headers, **changed})
 
 
 WAYS: dict[str, Way] = {

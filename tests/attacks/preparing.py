@@ -2,12 +2,11 @@
 
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from attacks import ground
-from attacks.attack import Ended, Make
+from attacks.attack import Ended, later
 from PIL import Image
 
 from flipscale.data.sources.tar import TarSource
@@ -33,30 +32,24 @@ def command(source: str, *flags: str) -> list[str]:
     return ["prepare", "shards", source, "out", "--num_workers", "1", *flags]
 
 
-def keeps(written: int, **causes: int) -> Callable[[Path, Ended], None]:
-    """Return a check of the number of written pairs, and of those left out for each cause, which are all named."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        report = json.loads((folder / "out/report.json").read_text())
-        assert (report["written"], report["left_out"]) == (written, causes)
-        assert len(TarSource(str(folder / "out"))) == written
-        lines = [json.loads(line) for line in (folder / "out/left_out.jsonl").read_text().splitlines()]
-        assert len(lines) == sum(causes.values())
-        assert all(line["key"] and line["detail"] for line in lines)
-        for cause, count in causes.items():
-            row = next(line for line in ended.stdout.splitlines() if line.strip().startswith(cause))
-            assert f"{count:,}" in row
-
-    return check
+@later
+def keeps(folder: Path, ended: Ended, written: int, **causes: int) -> None:
+    """Check the number of written pairs, and of those left out for each cause, which are all named."""
+    report = json.loads((folder / "out/report.json").read_text())
+    assert (report["written"], report["left_out"]) == (written, causes)
+    assert len(TarSource(str(folder / "out"))) == written
+    lines = [json.loads(line) for line in (folder / "out/left_out.jsonl").read_text().splitlines()]
+    assert len(lines) == sum(causes.values())
+    assert all(line["key"] and line["detail"] for line in lines)
+    for cause, count in causes.items():
+        row = next(line for line in ended.stdout.splitlines() if line.strip().startswith(cause))
+        assert f"{count:,}" in row
 
 
-def on_shards(*arguments: str) -> Make:
-    """Return the maker of a `prepare` command in a folder with shards, the file `file` and an empty folder."""
-
-    def make(folder: Path) -> list[str]:
-        ground.shards(folder)
-        (folder / "file").write_text("mine")
-        (folder / "empty").mkdir()
-        return ["prepare", *arguments]
-
-    return make
+@later
+def on_shards(folder: Path, *arguments: str) -> list[str]:
+    """A `prepare` command in a folder with shards, the file `file` and an empty folder."""
+    ground.shards(folder)
+    (folder / "file").write_text("mine")
+    (folder / "empty").mkdir()
+    return ["prepare", *arguments]

@@ -3,66 +3,52 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from attacks import ground
-from attacks.attack import Attack, Check, Ended, Make, exists, refused, survived, test_of, text
+from attacks.attack import Attack, Change, Ended, Make, exists, later, nothing, refused, survived, test_of, text
 from conftest import metrics
 
 PART = "part-00000.safetensors"
 
 
-def after(damage: Callable[[Path], None], up_to: int | None = 8) -> Make:
+@later
+def after(folder: Path, damage: Change, up_to: int | None = 8) -> Sequence[str]:
     """A run that stopped after step 8, whose checkpoint is damaged; it has another of step 4."""
-
-    def make(folder: Path) -> Sequence[str]:
-        run = ground.run_of(folder, up_to)
-        damage(run / "checkpoints/step-00000008")
-        return ground.pretrain(folder)
-
-    return make
+    run = ground.run_of(folder, up_to)
+    damage(run / "checkpoints/step-00000008")
+    return ground.pretrain(folder)
 
 
-def edited(name: str, **fields: object) -> Callable[[Path], None]:
+@later
+def edited(checkpoint: Path, name: str, **fields: object) -> None:
     """Replace fields of a JSON file, without a change of the digests."""
-
-    def damage(checkpoint: Path) -> None:
-        content = json.loads((checkpoint / name).read_text())
-        (checkpoint / name).write_text(json.dumps({**content, **fields}))
-
-    return damage
+    content = json.loads((checkpoint / name).read_text())
+    (checkpoint / name).write_text(json.dumps({**content, **fields}))
 
 
-def instead(make: Callable[[Path], object], name: str = "") -> Callable[[Path], None]:
+@later
+def instead(checkpoint: Path, make: Change, name: str = "") -> None:
     """Put something else in the place of a file of the checkpoint, or of the checkpoint itself."""
-
-    def damage(checkpoint: Path) -> None:
-        path = checkpoint / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        make(path)
-
-    return damage
+    path = checkpoint / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
 
 
-def flipped(name: str, position: int) -> Callable[[Path], None]:
+@later
+def flipped(checkpoint: Path, name: str, position: int) -> None:
     """Flip a bit; a negative position counts from the end."""
-
-    def damage(checkpoint: Path) -> None:
-        content = bytearray((checkpoint / name).read_bytes())
-        content[position] ^= 4
-        (checkpoint / name).write_bytes(content)
-
-    return damage
+    content = bytearray((checkpoint / name).read_bytes())
+    content[position] ^= 4
+    (checkpoint / name).write_bytes(content)
 
 
-def of_step_4(*names: str) -> Callable[[Path], None]:
-    def damage(checkpoint: Path) -> None:
-        for name in names:
-            shutil.copy(checkpoint.with_name("step-00000004") / name, checkpoint / name)
-
-    return damage
+@later
+def of_step_4(checkpoint: Path, *names: str) -> None:
+    for name in names:
+        shutil.copy(checkpoint.with_name("step-00000004") / name, checkpoint / name)
 
 
 def of_another_run(checkpoint: Path) -> None:
@@ -126,7 +112,7 @@ def both_newer(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.parents[1] / "model")
 
 
-def without_folder(make: Callable[[Path], object]) -> Make:
+def without_folder(make: Change) -> Make:
     """A run whose folder of checkpoints is something else."""
     return after(lambda checkpoint: instead(make)(checkpoint.parent))
 
@@ -139,21 +125,18 @@ def ends_alike(folder: Path) -> None:
     assert ends[0] == pytest.approx(ends[1], abs=1e-5)
 
 
-def went_on_from(step: int, *set_aside: str) -> Check:
-    """Return a check that the run went on from the checkpoint of `step`, and kept the bad ones."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        ends_alike(folder)
-        start = json.loads((folder / "run/starts.jsonl").read_text().splitlines()[-1])
-        assert (start["step"], start["set_aside"]) == (step, list(set_aside))
-        for name in set_aside:
-            assert os.path.lexists(folder / "run/checkpoints" / f"bad-{name}")
-        assert ended.stderr.count("is unusable") == len(set_aside)
-
-    return check
+@later
+def went_on_from(folder: Path, ended: Ended, step: int, *set_aside: str) -> None:
+    """Check that the run went on from the checkpoint of `step`, and kept the bad ones."""
+    ends_alike(folder)
+    start = json.loads((folder / "run/starts.jsonl").read_text().splitlines()[-1])
+    assert (start["step"], start["set_aside"]) == (step, list(set_aside))
+    for name in set_aside:
+        assert os.path.lexists(folder / "run/checkpoints" / f"bad-{name}")
+    assert ended.stderr.count("is unusable") == len(set_aside)
 
 
-def set_aside(name: str, damage: Callable[[Path], None], *why: str, world: int = 1) -> Attack:
+def set_aside(name: str, damage: Change, *why: str, world: int = 1) -> Attack:
     """A newest checkpoint that is not whole: the run goes on from the one before, to the same losses."""
     says = ("bad-step-00000008", "step-00000004", *why)
     return Attack(name, after(damage), 0, says, went_on_from(4, "step-00000008"), world=world)
@@ -164,14 +147,11 @@ def as_it_was(folder: Path, ended: Ended) -> None:
     assert names == ["step-00000004", "step-00000008"]
 
 
-def ends_with(name: str) -> Check:
-    """Return a check that the run learned the same, and that a file exists."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        ends_alike(folder)
-        exists(name)(folder, ended)
-
-    return check
+@later
+def ends_with(folder: Path, ended: Ended, name: str) -> None:
+    """Check that the run learned the same, and that a file exists."""
+    ends_alike(folder)
+    exists(name)(folder, ended)
 
 
 def kept_what_is_not_ours(folder: Path, ended: Ended) -> None:
@@ -192,13 +172,11 @@ def torn_metrics(checkpoint: Path) -> None:
     empty(checkpoint)
 
 
-def export(*arguments: str) -> Make:
-    def make(folder: Path) -> Sequence[str]:
-        run = ground.run_of(folder)
-        flipped(PART, -9)(run / "checkpoints/step-00000010")
-        return ["export", "run", *arguments]
-
-    return make
+@later
+def export(folder: Path, *arguments: str) -> Sequence[str]:
+    run = ground.run_of(folder)
+    flipped(PART, -9)(run / "checkpoints/step-00000010")
+    return ["export", "run", *arguments]
 
 
 def status(folder: Path) -> Sequence[str]:
@@ -221,7 +199,7 @@ ATTACKS = [
     set_aside("a link to a checkpoint that is gone", instead(dangling), STATE),
     set_aside("a part cut short", lambda c: os.truncate(c / PART, 5000), PART, "5,000 bytes"),
     set_aside("a part with bytes behind it", lambda c: os.truncate(c / PART, 10**7), PART, "10,000,000 bytes"),
-    set_aside("a part that is missing", instead(lambda file: None, PART), PART, "missing"),
+    set_aside("a part that is missing", instead(nothing, PART), PART, "missing"),
     set_aside("a part that is a pipe", instead(os.mkfifo, PART), PART),
     set_aside("a part that is an endless device", instead(lambda f: f.symlink_to("/dev/zero"), PART), PART),
     set_aside("a flipped bit in a part", flipped(PART, -1), PART, "bytes 0"),
@@ -241,7 +219,7 @@ ATTACKS = [
     set_aside("an index of a shortened tensor", edited(INDEX, **SMALLER), INDEX),
     set_aside("a broken copy of the recipe", text(COPY, b"{a: ["), COPY),
     set_aside("a checkpoint of another run", of_another_run, "seed: 1", "0"),
-    set_aside("digests that are missing", instead(lambda file: None, DIGESTS), DIGESTS),
+    set_aside("digests that are missing", instead(nothing, DIGESTS), DIGESTS),
     set_aside("digests of nothing", text(DIGESTS, b"{}"), DIGESTS),
     set_aside("metrics ahead of the checkpoint taken, the last line torn", torn_metrics, STATE),
     survived(

@@ -6,38 +6,33 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks.attack import Attack, Ended, refused, survived, test_of
+from attacks.attack import Attack, Change, Ended, later, nothing, refused, survived, test_of
 from attacks.preparing import command, images, keeps, picture
 from PIL import Image
 
 
-def row(name: str, spoil: Callable[[Path], object], check: Callable[[Path, Ended], None], *flags: str) -> Attack:
+def row(name: str, spoil: Change, check: Callable[[Path, Ended], None], *flags: str) -> Attack:
     """Four images with captions beside them, in a folder that `spoil` changes."""
     return survived(name, beside(spoil, *flags), check=check)
 
 
-def beside(spoil: Callable[[Path], object], *flags: str) -> Callable[[Path], list[str]]:
-    def make(folder: Path) -> list[str]:
-        images(folder)
-        for number in range(4):
-            (folder / f"in/{number}.txt").write_text(f"picture {number}\n")
-        spoil(folder / "in")
-        return command("in", *flags)
-
-    return make
+@later
+def beside(folder: Path, spoil: Change, *flags: str) -> list[str]:
+    images(folder)
+    for number in range(4):
+        (folder / f"in/{number}.txt").write_text(f"picture {number}\n")
+    spoil(folder / "in")
+    return command("in", *flags)
 
 
-def instead(make: Callable[[Path], object], name: str = "0.jpg") -> Callable[[Path], None]:
+@later
+def instead(folder: Path, make: Change, name: str = "0.jpg") -> None:
     """Something else in the place of a file."""
-
-    def spoil(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return spoil
+    (folder / name).unlink()
+    make(folder / name)
 
 
-def link(target: str) -> Callable[[Path], None]:
+def link(target: str) -> Change:
     return lambda path: path.symlink_to(target)
 
 
@@ -55,7 +50,7 @@ def unix_socket(path: Path) -> None:
     os.chdir(before)
 
 
-def grown(name: str, size: int) -> Callable[[Path], None]:
+def grown(name: str, size: int) -> Change:
     return lambda folder: os.truncate(folder / name, size)
 
 
@@ -107,7 +102,7 @@ def without_captions(folder: Path) -> None:
 
 
 def to_its_source(folder: Path) -> list[str]:
-    beside(lambda folder: None)(folder)
+    beside(nothing)(folder)
     return ["prepare", "shards", "in", "in", "--num_workers", "1"]
 
 

@@ -12,38 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from attacks.attack import Attack, Check, Ended, Make, children, refused, survived, test_of
+from attacks.attack import Attack, Ended, children, later, refused, survived, test_of
 from attacks.preparing import command, images, keeps, picture
 
 from flipscale.cli import main
 
 
-def table(content: bytes | str, name: str = "list.csv", *flags: str) -> Make:
+@later
+def table(folder: Path, content: bytes | str, name: str = "list.csv", *flags: str) -> list[str]:
     """A table beside four images."""
-
-    def make(folder: Path) -> list[str]:
-        images(folder)
-        (folder / "in" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return command(f"in/{name}", *flags)
-
-    return make
+    images(folder)
+    (folder / "in" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return command(f"in/{name}", *flags)
 
 
-def writes(expected: dict[str, str]) -> Check:
-    """Return a check of the written images and captions."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        written = {}
-        for path in sorted((folder / "out").glob("*.tar")):
-            with tarfile.open(path) as tar:
-                for member in tar.getmembers():
-                    if member.name.endswith(".json"):
-                        key = json.load(tar.extractfile(member))["key"]  # type: ignore[arg-type]
-                        caption = tar.extractfile(member.name.replace(".json", ".txt"))
-                        written[key] = caption.read().decode()  # type: ignore[union-attr]
-        assert written == expected
-
-    return check
+@later
+def writes(folder: Path, ended: Ended, expected: dict[str, str]) -> None:
+    """Check the written images and captions."""
+    written = {}
+    for path in sorted((folder / "out").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                if member.name.endswith(".json"):
+                    key = json.load(tar.extractfile(member))["key"]  # type: ignore[arg-type]
+                    caption = tar.extractfile(member.name.replace(".json", ".txt"))
+                    written[key] = caption.read().decode()  # type: ignore[union-attr]
+    assert written == expected
 
 
 HEAD = "file_name,caption\n"
@@ -70,18 +64,16 @@ def kill_workers(folder: Path, pids: list[int]) -> None:
     threading.Thread(target=kill, daemon=True).start()
 
 
-def parquet(columns: dict[str, Any], spoil: Callable[[bytes], bytes] = bytes, **how: Any) -> Make:
-    def make(folder: Path) -> list[str]:
-        import pyarrow
-        import pyarrow.parquet
+@later
+def parquet(folder: Path, columns: dict[str, Any], spoil: Callable[[bytes], bytes] = bytes, **how: Any) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
 
-        images(folder)
-        path = folder / "in/list.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(columns), path, **how)
-        path.write_bytes(spoil(path.read_bytes()))
-        return command("in/list.parquet")
-
-    return make
+    images(folder)
+    path = folder / "in/list.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **how)
+    path.write_bytes(spoil(path.read_bytes()))
+    return command("in/list.parquet")
 
 
 def spoil_group(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from attacks import ground
-from attacks.attack import Ended, Make, exists, lacks, pipe, refused, survived, test_of, text
+from attacks.attack import Change, Ended, Make, exists, lacks, later, nothing, pipe, refused, survived, test_of, text
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -18,40 +18,31 @@ EVALUATE = ("evaluate", "model", "--zero_shot", "data", "--num_workers", "0")
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
-def evaluated(damage: Callable[[Path], Any], arguments: Sequence[str] = EVALUATE) -> Make:
+@later
+def evaluated(folder: Path, damage: Change, arguments: Sequence[str] = EVALUATE) -> Sequence[str]:
     """Evaluate a trained model after `damage` to its folder."""
-
-    def make(folder: Path) -> Sequence[str]:
-        ground.shards(folder)
-        damage(ground.model(folder))
-        return arguments
-
-    return make
+    ground.shards(folder)
+    damage(ground.model(folder))
+    return arguments
 
 
-def started_from(damage: Callable[[Path], Any]) -> Make:
+@later
+def started_from(folder: Path, damage: Change) -> Sequence[str]:
     """Train from a model after `damage` to its folder."""
-
-    def make(folder: Path) -> Sequence[str]:
-        ground.shards(folder)
-        damage(ground.model(folder))
-        return ground.pretrain(folder, model={"init_from": str(folder / "model")})
-
-    return make
+    ground.shards(folder)
+    damage(ground.model(folder))
+    return ground.pretrain(folder, model={"init_from": str(folder / "model")})
 
 
-def edited(name: str, change: Callable[[dict], Any]) -> Callable[[Path], Any]:
+@later
+def edited(model: Path, name: str, change: Callable[[dict], Any]) -> None:
     """Change the content of a JSON file."""
-
-    def write(model: Path) -> None:
-        content = json.loads((model / name).read_text())
-        change(content)
-        (model / name).write_text(json.dumps(content))
-
-    return write
+    content = json.loads((model / name).read_text())
+    change(content)
+    (model / name).write_text(json.dumps(content))
 
 
-def config(**changes: Any) -> Callable[[Path], Any]:
+def config(**changes: Any) -> Change:
     """Change fields of config.json; TOWER__FIELD names a field of a tower."""
 
     def change(content: dict) -> None:
@@ -62,20 +53,18 @@ def config(**changes: Any) -> Callable[[Path], Any]:
     return edited("config.json", change)
 
 
-def tokenizer(change: Callable[[dict], Any], name: str = "tokenizer_config.json") -> Callable[[Path], Any]:
+def tokenizer(change: Callable[[dict], Any], name: str = "tokenizer_config.json") -> Change:
     return edited(name, change)
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
-    def write(model: Path) -> None:
-        stored = load_file(model / "model.safetensors")
-        change(stored)
-        save_file(stored, model / "model.safetensors", {"format": "pt"})
-
-    return write
+@later
+def weights(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    stored = load_file(model / "model.safetensors")
+    change(stored)
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
 
 
-def weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], Any]:
+def weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     return weights(lambda stored: stored.update({WEIGHT: change(stored[WEIGHT]).contiguous()}))
 
 
@@ -83,30 +72,24 @@ def as_bytes(content: Any) -> bytes:
     return content if isinstance(content, bytes) else json.dumps(content).encode()
 
 
-def header(content: Any, **tensor: Any) -> Callable[[Path], Any]:
+def header(content: Any, **tensor: Any) -> Change:
     """Weights with this header, or with one of this tensor."""
     stored = as_bytes(content if content is not None else {"a": {"dtype": "F32", **tensor}})
     return text("model.safetensors", struct.pack("<Q", len(stored)) + stored + bytes(64))
 
 
-def index(content: Any) -> Callable[[Path], Any]:
+@later
+def index(model: Path, content: Any) -> None:
     """An index in place of the file of weights, which moves out of the folder."""
-
-    def write(model: Path) -> None:
-        (model / "model.safetensors").rename(model.parent / "outside.safetensors")
-        (model / "model.safetensors.index.json").write_bytes(as_bytes(content))
-
-    return write
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    (model / "model.safetensors.index.json").write_bytes(as_bytes(content))
 
 
-def outside(name: str) -> Callable[[Path], Any]:
+@later
+def outside(model: Path, name: str) -> None:
     """Move a file out of the folder and leave a link."""
-
-    def link(model: Path) -> None:
-        (model / name).rename(model.parent / name)
-        (model / name).symlink_to(f"../{name}")
-
-    return link
+    (model / name).rename(model.parent / name)
+    (model / name).symlink_to(f"../{name}")
 
 
 def code(model: Path) -> None:
@@ -176,7 +159,7 @@ def beside(name: str, content: str | bytes) -> Make:
 
 
 def task(content: str) -> Make:
-    return evaluated(lambda model: None, ("evaluate", "model", "--task", content))
+    return evaluated(nothing, ("evaluate", "model", "--task", content))
 
 
 def two_models(model: Path) -> None:
@@ -184,11 +167,11 @@ def two_models(model: Path) -> None:
     text("config.json", "[]")(model)
 
 
-def pushed(damage: Callable[[Path], Any]) -> Make:
+def pushed(damage: Change) -> Make:
     return evaluated(damage, ("push", "model", "org/name", "--dry_run"))
 
 
-def others(damage: Callable[[Path], Any]) -> Make:
+def others(damage: Change) -> Make:
     """Evaluate the folder as somebody else's model, by transformers."""
     return evaluated(damage, ("evaluate", "hf:model", *EVALUATE[2:]))
 

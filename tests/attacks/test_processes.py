@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attacks import ground
-from attacks.attack import Attack, Ended, Make, exists, kept, lacks, pipe, refused, survived, test_of
+from attacks.attack import Attack, Change, Ended, exists, kept, lacks, later, pipe, refused, survived, test_of
 
 import flipscale
 
@@ -62,14 +61,11 @@ def foreign_names(folder: Path) -> list[str]:
     return [*ground.pretrain(folder), "--output_dir", str(folder / "run")]
 
 
-def after(change: Callable[[Path], object], *words: str) -> Make:
+@later
+def after(folder: Path, change: Change, *words: str) -> list[str]:
     """A command in a folder after `change`."""
-
-    def make(folder: Path) -> list[str]:
-        change(folder)
-        return list(words)
-
-    return make
+    change(folder)
+    return list(words)
 
 
 def edited(folder: Path) -> None:

@@ -1,13 +1,27 @@
 """Attacks by recipes, options and surroundings, all refused before anything is trained or measured."""
 
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from attacks import ground
-from attacks.attack import Attack, Ended, Make, kept, lacks, mine, pipe, refused, survived, test_of, text
+from attacks.attack import (
+    Attack,
+    Change,
+    Ended,
+    Make,
+    kept,
+    lacks,
+    later,
+    mine,
+    nothing,
+    pipe,
+    refused,
+    survived,
+    test_of,
+    text,
+)
 from conftest import add_member
 
 STAGE = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012}
@@ -15,14 +29,11 @@ BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9
 ODD_NAME = "da: {ta # 'x'} - \u202e!!python"
 
 
-def recipe(**changes: Any) -> Make:
+@later
+def recipe(folder: Path, **changes: Any) -> list[str]:
     """A run with these changes."""
-
-    def make(folder: Path) -> list[str]:
-        ground.shards(folder)
-        return ground.pretrain(folder, **changes)
-
-    return make
+    ground.shards(folder)
+    return ground.pretrain(folder, **changes)
 
 
 def stages(**changes: Any) -> Make:
@@ -52,35 +63,29 @@ def model(**fields: Any) -> Make:
     return flags(*words)
 
 
-def command(*words: str) -> Make:
+@later
+def command(folder: Path, *words: str) -> list[str]:
     """A command in a folder with a file named `file`."""
-
-    def make(folder: Path) -> list[str]:
-        (folder / "file").write_text("x")
-        return list(words)
-
-    return make
+    (folder / "file").write_text("x")
+    return list(words)
 
 
-def test_set(kind: str, odd: dict[str, bytes]) -> Make:
+@later
+def test_set(folder: Path, kind: str, odd: dict[str, bytes]) -> list[str]:
     """A run with an evaluation on 20 samples, of which number 13 is odd."""
-
-    def make(folder: Path) -> list[str]:
-        data = ground.shards(folder)
-        with tarfile.open(data / "00000.tar") as tar:
-            member = next(one for one in tar if one.name.endswith(".jpg"))
-            image = tar.extractfile(member).read()  # type: ignore[union-attr]
-        (folder / "test").mkdir()
-        for file in data.glob("*.txt"):
-            (folder / "test" / file.name).write_bytes(file.read_bytes())
-        with tarfile.open(folder / "test/00000.tar", "w") as tar:
-            for number in range(20):
-                fields = {"jpg": image, "txt": b"a red bar", "cls": b"1", **(odd if number == 13 else {})}
-                for ending, content in fields.items():
-                    add_member(tar, f"{number:03}.{ending}", content)
-        return ground.pretrain(folder, eval={"tasks": [{"kind": kind, "data": "test"}]})
-
-    return make
+    data = ground.shards(folder)
+    with tarfile.open(data / "00000.tar") as tar:
+        member = next(one for one in tar if one.name.endswith(".jpg"))
+        image = tar.extractfile(member).read()  # type: ignore[union-attr]
+    (folder / "test").mkdir()
+    for file in data.glob("*.txt"):
+        (folder / "test" / file.name).write_bytes(file.read_bytes())
+    with tarfile.open(folder / "test/00000.tar", "w") as tar:
+        for number in range(20):
+            fields = {"jpg": image, "txt": b"a red bar", "cls": b"1", **(odd if number == 13 else {})}
+            for ending, content in fields.items():
+                add_member(tar, f"{number:03}.{ending}", content)
+    return ground.pretrain(folder, eval={"tasks": [{"kind": kind, "data": "test"}]})
 
 
 test_set.__test__ = False  # type: ignore[attr-defined]
@@ -90,15 +95,12 @@ def row(name: str, make: Make, *says: str, **more: Any) -> Attack:
     return refused(name, make, *says, **{"check": lacks("run"), **more})
 
 
-def code(*words: str) -> Make:
+@later
+def code(folder: Path, *words: str) -> list[str]:
     """A command beside a module that leaves a file when it is imported."""
-
-    def make(folder: Path) -> list[str]:
-        (folder / "evil.py").write_text("open('pwned', 'w')\nclass Data: pass\n")
-        (folder / "odd.yaml").write_text("data: evil.Data\n")
-        return ["pretrain", "--config", *words]
-
-    return make
+    (folder / "evil.py").write_text("open('pwned', 'w')\nclass Data: pass\n")
+    (folder / "odd.yaml").write_text("data: evil.Data\n")
+    return ["pretrain", "--config", *words]
 
 
 def saved_before(folder: Path) -> list[str]:
@@ -111,24 +113,19 @@ def saved_before(folder: Path) -> list[str]:
     return ["pretrain", "--config", str(file)]
 
 
-def init(*words: str, change: Callable[[Path], object] = lambda folder: None, shards: str = "data") -> Make:
+@later
+def init(folder: Path, *words: str, change: Change = nothing, shards: str = "data") -> list[str]:
     """A proposal for GPUs elsewhere, after `change`. Of equal flags the last one counts."""
-
-    def make(folder: Path) -> list[str]:
-        ground.shards(folder)
-        change(folder)
-        elsewhere = ["--gpu", "h100", "--num_gpus", "1", "--hours", "1"]
-        return ["init", "mine.yaml", "--shards", shards, "--tokenizer", str(ground.tokenizer()), *elsewhere, *words]
-
-    return make
+    ground.shards(folder)
+    change(folder)
+    elsewhere = ["--gpu", "h100", "--num_gpus", "1", "--hours", "1"]
+    return ["init", "mine.yaml", "--shards", shards, "--tokenizer", str(ground.tokenizer()), *elsewhere, *words]
 
 
-def init_to(name: str, change: Callable[[Path], object] = lambda folder: None) -> Make:
-    def make(folder: Path) -> list[str]:
-        verb, _, *words = init(change=change)(folder)
-        return [str(verb), name, *map(str, words)]
-
-    return make
+@later
+def init_to(folder: Path, name: str, change: Change = nothing) -> list[str]:
+    verb, _, *words = init(change=change)(folder)
+    return [str(verb), name, *map(str, words)]
 
 
 def dangling(folder: Path) -> None:

@@ -12,7 +12,21 @@ from pathlib import Path
 
 import psutil
 from attacks import ground
-from attacks.attack import Attack, Ended, Make, kept, mine, obeys_nothing, pipe, refused, survived, test_of, text
+from attacks.attack import (
+    Attack,
+    Change,
+    Ended,
+    Make,
+    kept,
+    later,
+    mine,
+    obeys_nothing,
+    pipe,
+    refused,
+    survived,
+    test_of,
+    text,
+)
 from conftest import metrics
 
 from flipscale.io.lock import FolderLock
@@ -39,22 +53,21 @@ def trains(folder: Path) -> bool:
     return file.exists() and len(file.read_bytes().splitlines()) >= 3
 
 
-def send(*numbers: int, to_all: bool = True, after: Callable[[Path], bool] = trains) -> During:
+@later
+def send(
+    folder: Path, pids: list[int], *numbers: int, to_all: bool = True, after: Callable[[Path], bool] = trains
+) -> None:
     """Send signals to all processes, or to the first, once the run trains, each after the answer to the one before.
 
     The kernel merges two equal pending signals, and delivers the lower number of two different ones first.
     """
-
-    def during(folder: Path, pids: list[int]) -> None:
-        wait_for(lambda: after(folder))
-        stderr = folder.with_name(f"{folder.name}-output") / "stderr"
-        for place, number in enumerate(numbers):
-            wait_for(lambda place=place: not place or b"once more to end at once" in stderr.read_bytes())
-            for pid in pids if to_all else pids[:1]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-
-    return during
+    wait_for(lambda: after(folder))
+    stderr = folder.with_name(f"{folder.name}-output") / "stderr"
+    for place, number in enumerate(numbers):
+        wait_for(lambda place=place: not place or b"once more to end at once" in stderr.read_bytes())
+        for pid in pids if to_all else pids[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def saved(folder: Path, ended: Ended) -> None:
@@ -73,18 +86,15 @@ def note_sizes(folder: Path) -> None:
     (folder / "before.json").write_text(json.dumps(sizes(folder / "run")))
 
 
-def held(content: bytes | None = None, age: float = 0.0, **changes: object) -> Make:
+@later
+def held(folder: Path, content: bytes | None = None, age: float = 0.0, **changes: object) -> list[str]:
     """A stopped run whose lock this process touched `age` seconds ago, unless `changes` name another holder."""
-
-    def make(folder: Path) -> list[str]:
-        lock = ground.run_of(folder, up_to=4) / "run.lock"
-        holder = {**dataclasses.asdict(FolderLock(lock, "").holder), **changes}
-        lock.write_bytes(json.dumps(holder).encode() if content is None else content)
-        os.utime(lock, (time.time() - age,) * 2)
-        note_sizes(folder)
-        return ground.pretrain(folder)
-
-    return make
+    lock = ground.run_of(folder, up_to=4) / "run.lock"
+    holder = {**dataclasses.asdict(FolderLock(lock, "").holder), **changes}
+    lock.write_bytes(json.dumps(holder).encode() if content is None else content)
+    os.utime(lock, (time.time() - age,) * 2)
+    note_sizes(folder)
+    return ground.pretrain(folder)
 
 
 def untouched(folder: Path, ended: Ended) -> None:
@@ -124,16 +134,14 @@ def saves_nothing(folder: Path, ended: Ended) -> None:
     assert json.loads((folder / "run/run.lock").read_text())["token"] == "theirs"
 
 
-def done_without(*names: str) -> Make:
-    def make(folder: Path) -> list[str]:
-        ground.run_of(folder)
-        for name in names:
-            path = folder / "run" / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        note_sizes(folder)
-        return ground.pretrain(folder)
-
-    return make
+@later
+def done_without(folder: Path, *names: str) -> list[str]:
+    ground.run_of(folder)
+    for name in names:
+        path = folder / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    note_sizes(folder)
+    return ground.pretrain(folder)
 
 
 def torn(name: str, tail: bytes) -> Make:
@@ -141,29 +149,23 @@ def torn(name: str, tail: bytes) -> Make:
     return resumed(lambda run: text(name, (run / name).read_bytes() * (run / name).exists() + tail)(run))
 
 
-def in_the_way(change: Callable[[Path], object]) -> Make:
+@later
+def in_the_way(folder: Path, change: Change) -> list[str]:
     """A new run after `change` to its folder."""
-
-    def make(folder: Path) -> list[str]:
-        ground.shards(folder)
-        change(folder)
-        return ground.pretrain(folder)
-
-    return make
+    ground.shards(folder)
+    change(folder)
+    return ground.pretrain(folder)
 
 
-def study(*names: str, prepare: Callable[[Path], object] = lambda folder: None, minutes: str = "0.05") -> Make:
+@later
+def study(folder: Path, *names: str, prepare: Change = lambda folder: None, minutes: str = "0.05") -> list[str]:
     """A race in `out` of recipes of these names."""
-
-    def make(folder: Path) -> list[str]:
-        ground.shards(folder)
-        prepare(folder)
-        for name in names:
-            (folder / name).parent.mkdir(exist_ok=True)
-            ground.recipe(folder).replace(folder / name)
-        return ["study", "race", *names, "--minutes", minutes, "--output_dir", "out"]
-
-    return make
+    ground.shards(folder)
+    prepare(folder)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        ground.recipe(folder).replace(folder / name)
+    return ["study", "race", *names, "--minutes", minutes, "--output_dir", "out"]
 
 
 def study_trains(folder: Path) -> bool:
@@ -179,38 +181,29 @@ def leaves_no_run(folder: Path, ended: Ended) -> None:
     wait_for(lambda: not left())  # because a killed process first returns its memory
 
 
-def export(*names: str) -> Make:
+@later
+def export(folder: Path, *names: str) -> list[str]:
     """An export to a folder with these files of the user's."""
-
-    def make(folder: Path) -> list[str]:
-        run = ground.run_of(folder)
-        if "config.json" not in names:
-            shutil.copytree(run / "model", folder / "out")
-        for name in names:
-            mine(f"out/{name}")(folder)
-        return ["export", "run", "--out", "out"]
-
-    return make
+    run = ground.run_of(folder)
+    if "config.json" not in names:
+        shutil.copytree(run / "model", folder / "out")
+    for name in names:
+        mine(f"out/{name}")(folder)
+    return ["export", "run", "--out", "out"]
 
 
-def status(change: Callable[[Path], object]) -> Make:
+@later
+def status(folder: Path, change: Change) -> list[str]:
     """The status of a stopped run after `change` to its directory."""
-
-    def make(folder: Path) -> list[str]:
-        change(ground.run_of(folder, up_to=8))
-        return ["status", "run"]
-
-    return make
+    change(ground.run_of(folder, up_to=8))
+    return ["status", "run"]
 
 
-def resumed(change: Callable[[Path], object]) -> Make:
+@later
+def resumed(folder: Path, change: Change) -> list[str]:
     """A stopped run that goes on after `change` to its directory."""
-
-    def make(folder: Path) -> list[str]:
-        change(ground.run_of(folder, up_to=8))
-        return ground.pretrain(folder)
-
-    return make
+    change(ground.run_of(folder, up_to=8))
+    return ground.pretrain(folder)
 
 
 def remove(folder: Path, pids: list[int]) -> None:
@@ -218,7 +211,7 @@ def remove(folder: Path, pids: list[int]) -> None:
     (folder / "run").rename(folder / "elsewhere")
 
 
-def line(name: str, **record: object) -> Callable[[Path], object]:
+def line(name: str, **record: object) -> Change:
     """Append a record with these fields to a file of a run."""
     whole = {"step": 9, "samples_seen": 144, "trained_seconds": 1.0, "time": 1.0, "num_processes": 1}
     if name == "results.jsonl":
@@ -231,15 +224,13 @@ def line(name: str, **record: object) -> Callable[[Path], object]:
     return append
 
 
-def folder_at(name: str) -> Callable[[Path], object]:
-    def make(run: Path) -> None:
-        (run / name).unlink(missing_ok=True)
-        (run / name).mkdir(parents=True)
-
-    return make
+@later
+def folder_at(run: Path, name: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir(parents=True)
 
 
-def heartbeat(**content: object) -> Callable[[Path], object]:
+def heartbeat(**content: object) -> Change:
     beat = {"time": 1.0, "step": 4, "phase": "training", "step_s": 0.1, **content}
     return text("heartbeat.json", json.dumps(beat).replace("Infinity", "1e400"))
 

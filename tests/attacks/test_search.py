@@ -1,12 +1,11 @@
 """Attacks on a search: its words, its pictures, and files in the place of its own."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from attacks import ground
-from attacks.attack import Ended, Make, lacks, mine, obeys_nothing, pipe, refused, survived, test_of
+from attacks.attack import Change, Ended, lacks, later, mine, nothing, obeys_nothing, pipe, refused, survived, test_of
 from PIL import Image
 
 SCRIPT = "</script><script>alert(1)</script>\x1b[2J"
@@ -15,18 +14,15 @@ ODD_NAMES = (
 )  # fmt: skip
 
 
-def search(*arguments: str, change: Callable[[Path], object] = lambda folder: None) -> Make:
+@later
+def search(folder: Path, *arguments: str, change: Change = nothing) -> list[str]:
     """A search in four pictures, after `change` to their parent folder."""
-
-    def make(folder: Path) -> list[str]:
-        ground.model(folder)
-        (folder / "pictures").mkdir()
-        for number in range(4):
-            picture(folder, f"{number}.png", number)
-        change(folder)
-        return ["search", "model", "pictures", *arguments]
-
-    return make
+    ground.model(folder)
+    (folder / "pictures").mkdir()
+    for number in range(4):
+        picture(folder, f"{number}.png", number)
+    change(folder)
+    return ["search", "model", "pictures", *arguments]
 
 
 def picture(folder: Path, name: str, number: int = 9) -> None:

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from attacks import ground
-from attacks.attack import Attack, Check, Ended, Make, refused, survived, test_of
+from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
 from conftest import add_member
 
 from flipscale.data.sources.manifest import ShardEntry, write_manifest
 from flipscale.data.sources.shard_index import index_path
 from flipscale.data.sources.tar import TarSource
-
-Made = Callable[[Path], object]
 
 
 def tar(*files: tuple[str, bytes], kind: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -57,7 +55,7 @@ BODY = GOOD[: 6 * 1024]  # without the end mark
 Z = tar(*pairs("z"))
 
 
-def row(name: str, content: bytes | Made, samples: int, *says: str, alone: bool = False) -> Attack:
+def row(name: str, content: bytes | Change, samples: int, *says: str, alone: bool = False) -> Attack:
     """A shard to index, with its number of samples and words about the rest."""
 
     def make(folder: Path) -> list[str]:
@@ -69,38 +67,29 @@ def row(name: str, content: bytes | Made, samples: int, *says: str, alone: bool 
     return survived(name, make, f"{samples} samples", *says, megabytes=300, alone=alone)
 
 
-def trained(spoil: Made, max_bad_fraction: float = 0.3) -> Make:
+@later
+def trained(folder: Path, spoil: Change, max_bad_fraction: float = 0.3) -> list[str]:
     """A run on four shards in `data` after `spoil`."""
-
-    def make(folder: Path) -> list[str]:
-        spoil(ground.shards(folder))
-        return ground.pretrain(folder, data={"max_bad_fraction": max_bad_fraction})
-
-    return make
+    spoil(ground.shards(folder))
+    return ground.pretrain(folder, data={"max_bad_fraction": max_bad_fraction})
 
 
 def no_fault(folder: Path, ended: Ended) -> None:
     assert "_shard: " not in ended.stdout + ended.stderr
 
 
-def records(*names: str) -> Check:
-    """Return a check that the run's record of bad samples names these shards or causes."""
-
-    def check(folder: Path, ended: Ended) -> None:
-        lines = (folder / "run/bad_samples.jsonl").read_text()
-        assert all(name in lines for name in names), lines
-
-    return check
+@later
+def records(folder: Path, ended: Ended, *names: str) -> None:
+    """Assert that the run's record of bad samples names these shards or causes."""
+    lines = (folder / "run/bad_samples.jsonl").read_text()
+    assert all(name in lines for name in names), lines
 
 
-def sparse(size: int) -> Made:
+@later
+def sparse(shard: Path, size: int) -> None:
     """A good tar before a hole."""
-
-    def make(shard: Path) -> None:
-        shard.write_bytes(GOOD)
-        os.truncate(shard, size)
-
-    return make
+    shard.write_bytes(GOOD)
+    os.truncate(shard, size)
 
 
 def strange(data: Path) -> None:
@@ -116,22 +105,19 @@ def strange(data: Path) -> None:
     (data / "e.tar").symlink_to("e.tar")
 
 
-def replaced(keep_time: bool) -> Made:
+@later
+def replaced(data: Path, keep_time: bool) -> None:
     """Index a shard, then replace it by an older one of its length with longer captions."""
-
-    def spoil(data: Path) -> None:
-        TarSource(str(data))
-        shard = data / "00001.tar"
-        state = shard.stat()
-        with tarfile.open(shard) as archive:
-            files = [(m.name, archive.extractfile(m).read()) for m in archive]
-        longer = tar(*((name, content * 3 if name.endswith("txt") else content) for name, content in files))
-        assert len(longer) == state.st_size
-        shard.write_bytes(longer)
-        time = state.st_mtime_ns if keep_time else state.st_mtime_ns - 10**12
-        os.utime(shard, ns=(time, time))
-
-    return spoil
+    TarSource(str(data))
+    shard = data / "00001.tar"
+    state = shard.stat()
+    with tarfile.open(shard) as archive:
+        files = [(m.name, archive.extractfile(m).read()) for m in archive]
+    longer = tar(*((name, content * 3 if name.endswith("txt") else content) for name, content in files))
+    assert len(longer) == state.st_size
+    shard.write_bytes(longer)
+    time = state.st_mtime_ns if keep_time else state.st_mtime_ns - 10**12
+    os.utime(shard, ns=(time, time))
 
 
 def edited_index(data: Path) -> None:
@@ -161,11 +147,9 @@ def begins_behind_its_end(data: Path) -> None:
     file.write_bytes(content[:-32] + struct.pack("<q", len(content) - 8) + content[-24:])
 
 
-def damaged(shard: str, change: Callable[[bytes], bytes]) -> Made:
-    def spoil(data: Path) -> None:
-        (data / shard).write_bytes(change((data / shard).read_bytes()))
-
-    return spoil
+@later
+def damaged(data: Path, shard: str, change: Callable[[bytes], bytes]) -> None:
+    (data / shard).write_bytes(change((data / shard).read_bytes()))
 
 
 def with_header_broken(content: bytes) -> bytes:
@@ -183,7 +167,7 @@ def billion(path: Path) -> None:
     path.write_bytes(b"\x93NUMPY\x02\0\x60\0\0\0" + shape.ljust(95) + b"\n")
 
 
-def in_place_of(name: str, make: Made) -> Make:
+def in_place_of(name: str, make: Change) -> Make:
     """A run on indexed shards with something else in the place of a file beside them."""
 
     def spoil(data: Path) -> None:

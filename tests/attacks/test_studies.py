@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 from attacks import ground
-from attacks.attack import Attack, Ended, Make, refused, test_of
+from attacks.attack import Attack, Ended, Make, later, refused, test_of
 
 from flipscale.studies.design import write_plan
 
@@ -34,16 +34,13 @@ def undefined_alias(folder: Path) -> list[str]:
     return ["study", "plan", "odd.yaml"]
 
 
-def race(*stages: dict[str, Any]) -> Make:
+@later
+def race(folder: Path, *stages: dict[str, Any]) -> list[str]:
     """A race against a recipe of these stages."""
-
-    def make(folder: Path) -> list[str]:
-        ground.shards(folder)
-        good = ground.recipe(folder).rename(folder / "good.yaml")
-        odd = ground.recipe(folder, stages=list(stages)).rename(folder / "odd.yaml")
-        return ["study", "race", str(good), str(odd), "--minutes", "0.05", "--output_dir", "out"]
-
-    return make
+    ground.shards(folder)
+    good = ground.recipe(folder).rename(folder / "good.yaml")
+    odd = ground.recipe(folder, stages=list(stages)).rename(folder / "odd.yaml")
+    return ["study", "race", str(good), str(odd), "--minutes", "0.05", "--output_dir", "out"]
 
 
 def changed_since(folder: Path) -> list[str]:
