@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from attacks import ground
-from attacks.attack import Attack, Change, Ended, Make, exists, later, nothing, refused, survived, test_of, text
+from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
+from attacks.changes import exists, instead, nothing, text
 from conftest import metrics
 
 PART = "part-00000.safetensors"
@@ -27,14 +28,6 @@ def edited(checkpoint: Path, name: str, **fields: object) -> None:
     """Replace fields of a JSON file, without a change of the digests."""
     content = json.loads((checkpoint / name).read_text())
     (checkpoint / name).write_text(json.dumps({**content, **fields}))
-
-
-@later
-def instead(checkpoint: Path, make: Change, name: str = "") -> None:
-    """Put something else in the place of a file of the checkpoint, or of the checkpoint itself."""
-    path = checkpoint / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    make(path)
 
 
 @later

@@ -7,7 +7,8 @@ from pathlib import Path
 import processes
 import pytest
 from attacks import ground
-from attacks.attack import exists, refused, survived, test_of
+from attacks.attack import refused, survived, test_of
+from attacks.changes import exists
 from distributed.crowd import ENVIRONMENTS
 
 pytest.importorskip("deepspeed")

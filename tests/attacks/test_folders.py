@@ -1,12 +1,12 @@
 """Attacks on `flipscale prepare shards` of folders: odd files among the pictures."""
 
 import os
-import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks.attack import Attack, Change, Ended, later, nothing, refused, survived, test_of
+from attacks.attack import Attack, Change, Ended, later, refused, survived, test_of
+from attacks.changes import instead, nothing, unix_socket
 from attacks.preparing import command, images, keeps, picture
 from PIL import Image
 
@@ -25,13 +25,6 @@ def beside(folder: Path, spoil: Change, *flags: str) -> list[str]:
     return command("in", *flags)
 
 
-@later
-def instead(folder: Path, make: Change, name: str = "0.jpg") -> None:
-    """Something else in the place of a file."""
-    (folder / name).unlink()
-    make(folder / name)
-
-
 def link(target: str) -> Change:
     return lambda path: path.symlink_to(target)
 
@@ -40,14 +33,6 @@ def link_out(path: Path) -> None:
     secret = path.parents[1] / f"secret{path.suffix}"
     secret.write_bytes(picture(9) if path.suffix == ".jpg" else b"password")
     path.symlink_to(f"../{secret.name}")
-
-
-def unix_socket(path: Path) -> None:
-    before = os.getcwd()
-    os.chdir(path.parent)  # because a socket's path has at most 108 characters
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(path.name)
-    os.chdir(before)
 
 
 def grown(name: str, size: int) -> Change:
@@ -110,19 +95,19 @@ UNREADABLE = keeps(3, unreadable_file=1)
 OUTSIDE = keeps(3, outside_folder=1)
 TOO_LARGE = keeps(3, sample_too_large=1)
 ATTACKS: list[Attack] = [
-    row("a pipe among the images", instead(os.mkfifo), UNREADABLE),
-    row("a socket among the images", instead(unix_socket), UNREADABLE),
-    row("a link out of the folder", instead(link_out), OUTSIDE),
+    row("a pipe among the images", instead(os.mkfifo, "0.jpg"), UNREADABLE),
+    row("a socket among the images", instead(unix_socket, "0.jpg"), UNREADABLE),
+    row("a link out of the folder", instead(link_out, "0.jpg"), OUTSIDE),
     row("a caption that is a link out of the folder", instead(link_out, "0.txt"), OUTSIDE),
-    row("a link to itself", instead(link("0.jpg")), UNREADABLE),
-    row("a link to /dev/zero", instead(link("/dev/zero")), UNREADABLE, "--allow_outside"),
+    row("a link to itself", instead(link("0.jpg"), "0.jpg"), UNREADABLE),
+    row("a link to /dev/zero", instead(link("/dev/zero"), "0.jpg"), UNREADABLE, "--allow_outside"),
     row("an image of 16 GB", grown("0.jpg", 1 << 34), TOO_LARGE),
     row("a caption of 8 GB", grown("0.txt", 1 << 33), TOO_LARGE),
     row("a name that is no UTF-8", odd_name, UNREADABLE),
     row("BMPs of 70,000 x 1 pixels", wide_bmp, keeps(2, undecodable_image=2)),
-    row("an animation of 16 million pixels a frame", instead(gif_bomb), keeps(4)),
-    row("a BMP that says it has 70,000 x 70,000 pixels", instead(claimed_bmp), keeps(3, image_too_large=1)),
-    row("a folder that is called like an image", instead(Path.mkdir), UNREADABLE),
+    row("an animation of 16 million pixels a frame", instead(gif_bomb, "0.jpg"), keeps(4)),
+    row("a BMP that says it has 70,000 x 70,000 pixels", instead(claimed_bmp, "0.jpg"), keeps(3, image_too_large=1)),
+    row("a folder that is called like an image", instead(Path.mkdir, "0.jpg"), UNREADABLE),
     row("captions nested 100,000 deep beside an image", instead(json_bomb, "0.txt"), keeps(3, undecodable_caption=1)),
     row("names with dots, blanks and capitals", dotted, keeps(4)),
     row("folders of classes with odd names", classes, keeps(3, undecodable_caption=1, missing_caption=1)),

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from attacks import bad_hub, ground
-from attacks.attack import Attack, Ended, Make, obeys_nothing, test_of
+from attacks.attack import Attack, Ended, Make, test_of
+from attacks.changes import obeys_nothing
 
 SECRET = "hf_thatNobodyMaySee"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from attacks import ground
-from attacks.attack import Change, Ended, Make, exists, lacks, later, nothing, pipe, refused, survived, test_of, text
+from attacks.attack import Change, Ended, Make, later, refused, survived, test_of
+from attacks.changes import exists, lacks, nothing, pipe, text
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from attacks import ground
-from attacks.attack import Attack, Change, Ended, exists, kept, lacks, later, pipe, refused, survived, test_of
+from attacks.attack import Attack, Change, Ended, later, refused, survived, test_of
+from attacks.changes import exists, kept, lacks, pipe
 
 import flipscale
 

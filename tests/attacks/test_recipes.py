@@ -6,22 +6,8 @@ from typing import Any
 
 import yaml
 from attacks import ground
-from attacks.attack import (
-    Attack,
-    Change,
-    Ended,
-    Make,
-    kept,
-    lacks,
-    later,
-    mine,
-    nothing,
-    pipe,
-    refused,
-    survived,
-    test_of,
-    text,
-)
+from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
+from attacks.changes import kept, lacks, mine, nothing, pipe, text
 from conftest import add_member
 
 STAGE = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012}

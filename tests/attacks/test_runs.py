@@ -12,21 +12,8 @@ from pathlib import Path
 
 import psutil
 from attacks import ground
-from attacks.attack import (
-    Attack,
-    Change,
-    Ended,
-    Make,
-    kept,
-    later,
-    mine,
-    obeys_nothing,
-    pipe,
-    refused,
-    survived,
-    test_of,
-    text,
-)
+from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
+from attacks.changes import kept, mine, obeys_nothing, pipe, text
 from conftest import metrics
 
 from flipscale.io.lock import FolderLock

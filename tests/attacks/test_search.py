@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from attacks import ground
-from attacks.attack import Change, Ended, lacks, later, mine, nothing, obeys_nothing, pipe, refused, survived, test_of
+from attacks.attack import Change, Ended, later, refused, survived, test_of
+from attacks.changes import lacks, mine, nothing, obeys_nothing, pipe
 from PIL import Image
 
 SCRIPT = "</script><script>alert(1)</script>\x1b[2J"

@@ -5,7 +5,8 @@ import os
 import tarfile
 from pathlib import Path
 
-from attacks.attack import Attack, Ended, kept, refused, survived, test_of
+from attacks.attack import Attack, Ended, refused, survived, test_of
+from attacks.changes import kept
 from attacks.preparing import on_shards, picture
 from conftest import add_member
 

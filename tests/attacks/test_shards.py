@@ -4,7 +4,6 @@ import gzip
 import io
 import os
 import shutil
-import socket
 import struct
 import tarfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
+from attacks.changes import unix_socket
 from conftest import add_member
 
 from flipscale.data.sources.manifest import ShardEntry, write_manifest
@@ -96,11 +96,7 @@ def strange(data: Path) -> None:
     """Put a folder, a FIFO, a socket and links to nowhere beside the shards."""
     (data / "a.tar").mkdir()
     os.mkfifo(data / "b.tar")
-    here = os.getcwd()
-    os.chdir(data)  # because a socket's path has at most 108 characters
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind("c.tar")
-    os.chdir(here)
+    unix_socket(data / "c.tar")
     (data / "d.tar").symlink_to("nowhere")
     (data / "e.tar").symlink_to("e.tar")
 
