@@ -126,13 +126,12 @@ def test_a_process_of_another_machine_is_judged_by_its_signs(run_dir: Path) -> N
     assert process_state(run_dir) == ("dead", None)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\xff", b'{"command": 3}', None])
-def test_a_lock_and_an_environment_that_are_none_say_nothing(run_dir: Path, content: bytes | None) -> None:
-    for name in ("run.lock", "environment.json"):
-        if content is None:
-            os.mkfifo(run_dir / name)
-        else:
-            (run_dir / name).write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"\0\xff", None])
+def test_a_lock_that_is_none_says_nothing(run_dir: Path, content: bytes | None) -> None:
+    if content is None:
+        os.mkfifo(run_dir / "run.lock")
+    else:
+        (run_dir / "run.lock").write_bytes(content)
     status = read_status(run_dir, NOW)
     assert (status["state"], status["has_process"], status["command"]) == ("running", None, None)
 

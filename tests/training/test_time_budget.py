@@ -144,13 +144,6 @@ def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | No
         plan_stages(stages, 10, budget)
 
 
-def test_a_warm_up_longer_than_its_schedule_is_refused() -> None:
-    second = StageRecipe("b", base_lr=0.1, share=0.5)
-    plan_stages([StageRecipe("a", base_lr=0.1, share=0.5, warmup_share=0.49999), second], 10, 1.0)
-    with pytest.raises(ValueError, match=r"a warm-up of 0\.5 of the budget is not shorter than its schedule of 0.5"):
-        plan_stages([StageRecipe("a", base_lr=0.1, share=0.5, warmup_share=0.5), second], 10, 1.0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
