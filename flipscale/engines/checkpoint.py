@@ -41,10 +41,10 @@ from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import (
     CHUNK_BYTES,
     Chunk,
-    Comparison,
     Damage,
     FileDigest,
     chunks_of,
+    damaged_chunks,
     digest_of,
     digests_to_json,
     file_bytes,
@@ -433,9 +433,9 @@ def _state_or_fault(
 
 
 def _damaged(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Return the chunks that differ from their digests. Raises as `Comparison.damaged` does."""
+    """Return the chunks that differ from their digests. Raises as `damaged_chunks` does."""
     num_threads = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    return Comparison(checkpoint, digests, chunks, min(num_threads, _MAX_THREADS)).damaged()
+    return damaged_chunks(checkpoint, digests, chunks, min(num_threads, _MAX_THREADS))
 
 
 def _raise_if_any(damaged: Sequence[Chunk]) -> None:

@@ -1,4 +1,4 @@
-"""Digests of files, safetensors files written with their digests, and threads that compare files with digests.
+"""Digests of files, safetensors files written with their digests, and comparisons of files with digests.
 
 A file has a digest for every 16 MiB, so readers can share the work and damage has a position. Digests detect faults of
 disks and networks. They do not detect an attacker who rewrites both file and digests.
@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import stat
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,46 +125,25 @@ def file_bytes(path: Path) -> int:
     return status.st_size
 
 
-class Comparison:
-    """Daemon threads that compare chunks of a folder's files with their digests, by file name; they start at once."""
+def damaged_chunks(
+    folder: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk], num_threads: int = 1
+) -> list[Chunk]:
+    """Return the chunks of a folder's files that differ from their digests, by file name.
 
-    def __init__(self, folder: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk], num_threads: int = 1):
-        self.folder = folder
-        self.chunks = chunks
-        self._digests = digests
-        self._damaged: list[Chunk] = []
-        self._errors: list[BaseException] = []
-        self._threads = [
-            threading.Thread(target=self._compare, args=(chunks[first::num_threads],), daemon=True)
-            for first in range(min(num_threads, len(chunks)))
-        ]
-        for thread in self._threads:
-            thread.start()
+    Raises:
+        Damage: a file is missing.
+        OSError: a file cannot be read, though it may be whole.
+    """
 
-    def damaged(self) -> list[Chunk]:
-        """Wait for all threads and return the chunks that differ.
+    def is_damaged(chunk: Chunk) -> bool:
+        name, number = chunk
+        file_bytes(folder / name)
+        with open(folder / name, "rb") as file:
+            file.seek(number * CHUNK_BYTES)
+            return digest_of(file.read(CHUNK_BYTES)).chunks != (digests[name].chunks[number],)
 
-        Raises:
-            Damage: a file is missing.
-            OSError: a file cannot be read, though it may be whole.
-        """
-        for thread in self._threads:
-            thread.join()
-        if self._errors:
-            raise self._errors[0]
-        return sorted(self._damaged)
-
-    def _compare(self, chunks: Sequence[Chunk]) -> None:
-        try:
-            for name, group in itertools.groupby(chunks, key=lambda chunk: chunk[0]):
-                file_bytes(self.folder / name)
-                with open(self.folder / name, "rb") as file:
-                    for _, number in group:
-                        file.seek(number * CHUNK_BYTES)
-                        if digest_of(file.read(CHUNK_BYTES)).chunks != (self._digests[name].chunks[number],):
-                            self._damaged.append((name, number))
-        except BaseException as error:  # because `damaged` must not pass chunks that were not compared
-            self._errors.append(error)
+    with ThreadPoolExecutor(num_threads) as pool:
+        return sorted(itertools.compress(chunks, pool.map(is_damaged, chunks)))
 
 
 def chunks_of(digests: Mapping[str, FileDigest]) -> list[Chunk]:

@@ -8,11 +8,11 @@ import pytest
 
 from flipscale.io.digests import (
     CHUNK_BYTES,
-    Comparison,
     Damage,
     Digester,
     FileDigest,
     chunks_of,
+    damaged_chunks,
     digest_of,
     digests_to_json,
     read_bytes,
@@ -28,7 +28,7 @@ def content() -> bytes:
 
 def damaged(file: Path, digest: FileDigest) -> list[int]:
     digests = {file.name: digest}
-    return [number for _, number in Comparison(file.parent, digests, chunks_of(digests), num_threads=2).damaged()]
+    return [number for _, number in damaged_chunks(file.parent, digests, chunks_of(digests), num_threads=2)]
 
 
 def test_a_file_is_as_written_however_it_was_cut(content: bytes, tmp_path: Path) -> None:
