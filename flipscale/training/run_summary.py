@@ -234,17 +234,17 @@ class RunSummary:
 
         For the whole run, a start counts from its begin to its last sign of life, as a cloud bills it.
         """
+        starts = self.kept_starts if self.step is not None else self.starts or self.kept_starts
+        if not starts:
+            return None
         if self.step is None and self.starts:
-            starts = self.starts
             ends = [start.get("last_sign_before") for start in starts[1:]] + [self.heartbeat.get("time")]
             # A start that died before its first sign has an earlier start's sign, or none.
             spans = [max((end or 0.0) - start["time"], 0.0) for start, end in zip(starts, ends, strict=True)]
         else:
-            starts = self.kept_starts
             ends = [start["trained_seconds"] for start in starts[1:]] + [self.trained_seconds]
             spans = [end - start["trained_seconds"] for start, end in zip(starts, ends, strict=True)]
-        hours = sum(span * start["num_processes"] for span, start in zip(spans, starts, strict=True)) / 3600
-        return hours if starts else None
+        return sum(span * start["num_processes"] for span, start in zip(spans, starts, strict=True)) / 3600
 
     @property
     def co2_kg(self) -> float | None:
