@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import UndecodableImage, decode_box, open_image, visible_patches
+from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, wrap_errors
@@ -75,8 +75,7 @@ class Share:
     @property
     def most(self) -> int:
         """Number of rows of the first process; no process has more."""
-        last = (self.rounds - 1) * self.size * self.world
-        return (self.rounds - 1) * self.size + min(self.size, self.count - last) if self.count else 0
+        return len(replace(self, rank=0).rows())
 
     def places(self) -> torch.Tensor:
         """Return the place of each row after a gather of `most` rows from each process."""
@@ -124,9 +123,6 @@ class ChosenRows(TarSource):
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
         return self.source.read_array(*self._place(number))
 
-    def key(self, shard: int, number: int) -> str:
-        return self.source.key(*self._place(number))
-
     def shard_name(self, shard: int) -> str:
         """Return the name of all shards of the source, because the rows may come from any of them."""
         return self.source.list.shards
@@ -136,8 +132,8 @@ class ChosenRows(TarSource):
 
 
 class WholeImages(Dataset):
-    """Every image of a source, decoded, in batches. An error takes the place of a batch, because a raised one would
-    come with the worker's traceback."""
+    """Every image of a source, decoded, in batches. An error takes the place of its batch, because a worker adds its
+    traceback to an error that it raises."""
 
     def __init__(self, source: TarSource, decode: Decoder):
         self.source, self.decode = source, decode
@@ -211,7 +207,7 @@ class Embedder:
         return replace(self, pixels=image_size)
 
     def uncounted(self) -> "Embedder":
-        """Return an embedder for images that are not in the test set, which `progress` must not count."""
+        """Return an embedder for images outside the test set, which `progress` must not count."""
         return self if self.progress is None else replace(self, progress=lambda images: None)
 
     def bar(self, total: int | None, unit: str, hidden: bool = False) -> Progress:
@@ -219,17 +215,17 @@ class Embedder:
         hidden = hidden or not self.accelerator.is_main_process
         return Progress(total, "evaluating", unit, leave=False, delay=5, hidden=hidden)
 
-    def batches(self, count: int) -> list[range]:
-        """Return this process's rows of `count`, batch by batch."""
-        return self._share(count).batches()
+    def share(self, count: int, most: int | None = None) -> Share:
+        """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
+        least = count if most else self.batches_of or count
+        if most is None and self._is_on_cpu():
+            most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
+        size = max(1, min(most or self.batch_size, -(-least // _LEAST_BATCHES)))
+        return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
 
     def rows(self, count: int) -> np.ndarray:
-        """Return this process's rows of `count`, int64 `(rows,)`, in the order of `batches`."""
-        return self._share(count).rows()
-
-    def most_in_batch(self, count: int) -> int:
-        """Return the largest number of rows in a batch of `count` rows, the same on every process."""
-        return self._share(count).size
+        """Return this process's rows of `count`, int64 `(rows,)`, in the order of its batches."""
+        return self.share(count).rows()
 
     def image_batches(
         self, source: TarSource, features: Features = "embeds"
@@ -259,18 +255,14 @@ class Embedder:
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
         """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
         device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image."""
-        share, decode, nothing = self._share(len(source)), self.decoder(), range(0)
+        share, decode, nothing = self.share(len(source)), self.decoder(), range(0)
         mine = share.batches()
         decoded = decoded_batches(source, decode, mine, self.num_workers)
         done = 0
         bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows in mine + [nothing] * (share.rounds - len(mine)):
-                try:
-                    batch = self._agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
-                except DamagedImage:
-                    self._refuse(WholeImages(source, decode))
-                    raise
+                batch = self._agreed(partial(next, decoded) if rows else partial(dummy_batch, decode), source)
                 yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
                 news = min(share.size * share.world, share.count - done)
@@ -302,7 +294,7 @@ class Embedder:
                 of unit length again. By default each text has its own.
         """
         count = together or 1
-        share = self._share(len(texts) // count, max(1, self.batch_size // count))
+        share = self.share(len(texts) // count, max(1, self.batch_size // count))
         batches = share.batches()
         mine: list[torch.Tensor] = []
         done = 0
@@ -325,7 +317,7 @@ class Embedder:
 
     def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
         """Collective. Return all `count` rows, `(count, dim)` on the CPU; `mine` are this process's `rows`."""
-        return self._gathered(mine, self._share(count))
+        return self._gathered(mine, self.share(count))
 
     def total(self, counts: Sequence[int | float]) -> list[int]:
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
@@ -370,14 +362,6 @@ class Embedder:
         """Return the features of `tokens`, `(batch, dim)`, not normalised."""
         return self.model.get_text_features(batch).pooler_output
 
-    def _share(self, count: int, most: int | None = None) -> Share:
-        """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
-        least = count if most else self.batches_of or count
-        if most is None and self._is_on_cpu():
-            most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
-        size = max(1, min(most or self.batch_size, -(-least // _LEAST_BATCHES)))
-        return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
-
     def _is_on_cpu(self) -> bool:
         return torch.device(self.accelerator.device).type == "cpu"
 
@@ -395,30 +379,32 @@ class Embedder:
         padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
         return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
 
-    def _agreed(self, make: Callable[[], PackedBatch]) -> PackedBatch:
+    def _agreed(self, make: Callable[[], PackedBatch], source: TarSource) -> PackedBatch:
         """Collective. Return the result of `make`.
 
         Raises:
             UserError, OSError: `make` raised it on any process. All raise it, because a process that stopped alone
-                would leave the others waiting.
+                would leave the others waiting. If an image is damaged, the error names all damaged images of `source`.
         """
-        made, faults = None, []
+        from accelerate.utils import gather_object
+
+        made, faults = None, list[tuple[bool, bool, str]]()
         try:
             made = make()
         except (UserError, OSError) as error:
-            if self.accelerator.num_processes == 1:
-                raise
-            faults = [(next(n for n, kind in enumerate(_KINDS) if isinstance(error, kind)), str(error))]
+            faults = [(isinstance(error, OSError), isinstance(error, DamagedImage), str(error))]
         if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
-            from accelerate.utils import gather_object
-
-            kind, text = min(gather_object(faults))
-            raise _KINDS[kind](text)
+            faults = gather_object(faults)
+        if faults:
+            if any(is_damaged for _, is_damaged, _ in faults):
+                self._refuse_damaged(WholeImages(source, self.decoder()))
+            is_of_system, _, text = min(faults)
+            raise (OSError if is_of_system else UserError)(text)
         assert made is not None
         return made
 
-    def _refuse(self, images: WholeImages) -> None:
-        """Collective. Look at all images after a damaged one, to name all that are damaged."""
+    def _refuse_damaged(self, images: WholeImages) -> None:
+        """Collective. Raise a UserError that names all damaged images."""
         from accelerate.utils import gather_object
 
         mine: list[tuple[int, str]] = []
@@ -428,8 +414,7 @@ class Embedder:
                 images.decoded(row)
             except DamagedImage as error:
                 mine.append((row, str(error)))
-        faults = [damage for _, damage in sorted(gather_object(mine))]
-        if faults:
+        if faults := [damage for _, damage in sorted(gather_object(mine))]:
             raise UserError(named(faults, len(images)))
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
@@ -450,10 +435,6 @@ class ClassifierEmbedder(Embedder):
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return self.model(**columns).logits
-
-
-# Errors of a batch, the first kind that any process has is raised.
-_KINDS: tuple[type[Exception], ...] = (DamagedImage, UserError, OSError)
 
 
 def parts_of(config: Any) -> tuple[str, ...]:
@@ -514,23 +495,16 @@ def dummy_batch(decode: Decoder) -> PackedBatch:
     return _packed([decode(png, 0)], 1)
 
 
-def rgb_image(encoded: bytes) -> Image.Image:
-    """Return an image as Pillow reads it, in RGB, for the processors of other models and clip-benchmark."""
-    with wrap_errors(UndecodableImage):
-        return open_image(encoded).convert("RGB")
-
-
 def image_embeds(
     model: "FlipModel", processor: "FlipProcessor", pictures: Sequence[Picture], batch_size: int = 64
 ) -> np.ndarray:
     """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays: fp32
     `(pictures, dim)` of unit length, so that inner products are cosines."""
 
-    def features(batch: Sequence[Picture]) -> torch.Tensor:
-        inputs = processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
-        return model.get_image_features(**inputs.to(model.device)).pooler_output
+    def inputs(batch: Sequence[Picture]) -> Any:
+        return processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
 
-    return _embeds(model, features, pictures, batch_size, "pictures")
+    return _embeds(model, model.get_image_features, inputs, pictures, batch_size, "pictures")
 
 
 def text_embeds(
@@ -538,26 +512,26 @@ def text_embeds(
 ) -> np.ndarray:
     """Return the embeddings of texts: fp32 `(texts, dim)` of unit length."""
 
-    def features(batch: Sequence[str]) -> torch.Tensor:
-        inputs = processor(text=list(batch), return_tensors="pt")
-        return model.get_text_features(**inputs.to(model.device)).pooler_output
+    def inputs(batch: Sequence[str]) -> Any:
+        return processor(text=list(batch), return_tensors="pt")
 
-    return _embeds(model, features, texts, batch_size, "texts")
+    return _embeds(model, model.get_text_features, inputs, texts, batch_size, "texts")
 
 
 @torch.no_grad()
 def _embeds(
-    model: "FlipModel", features: Callable[[Any], torch.Tensor], items: Sequence[Any], batch_size: int, unit: str
+    model: "FlipModel", features: Any, inputs: Callable[[Any], Any], items: Sequence[Any], batch_size: int, unit: str
 ) -> np.ndarray:
     from flipscale.model.modeling_flip import normalise_embeds
 
     if not len(items):
         raise UserError(f"there are no {unit} to embed; check the folder's name")
     model.eval()
-    firsts = each(range(0, len(items), batch_size), "embedding", f"batches of {unit}")
-    return np.concatenate(
-        [normalise_embeds(features(items[first : first + batch_size])).cpu().numpy() for first in firsts]
-    )
+    embeds = []
+    for first in each(range(0, len(items), batch_size), "embedding", f"batches of {unit}"):
+        output = features(**inputs(items[first : first + batch_size]).to(model.device))
+        embeds.append(normalise_embeds(output.pooler_output).cpu().numpy())
+    return np.concatenate(embeds)
 
 
 def _on_white(picture: Picture) -> Image.Image:

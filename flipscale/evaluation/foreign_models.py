@@ -13,7 +13,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from flipscale.evaluation.embedding import Decoder, Embedder, rgb_image
+from flipscale.data.decode import UndecodableImage, open_image
+from flipscale.data.samples import wrap_errors
+from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 
@@ -225,13 +227,18 @@ def _pooled(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
+def _rgb_image(encoded: bytes) -> Image.Image:
+    with wrap_errors(UndecodableImage):
+        return open_image(encoded).convert("RGB")
+
+
 def _processed(image_processor: Callable[..., Any], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    columns = image_processor(images=[rgb_image(encoded)], return_tensors="np")
+    columns = image_processor(images=[_rgb_image(encoded)], return_tensors="np")
     return {name: np.ascontiguousarray(column[0]) for name, column in columns.items()}
 
 
 def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    return {"image": preprocess(rgb_image(encoded)).numpy()}
+    return {"image": preprocess(_rgb_image(encoded)).numpy()}
 
 
 def _without_projection(visual: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -55,17 +55,6 @@ def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     return normal(float((hits / counts).mean()), deviation)
 
 
-def mean_of_two(once: int, twice: int, n: int) -> Estimate:
-    """Return the mean of top-1 and top-5 accuracy, with the normal interval of queries that score 0, 1/2 or 1.
-
-    Args:
-        twice: queries right at top-5, which include those at top-1.
-    """
-    value = (once + twice) / (2 * n)
-    variance = (once + (twice - once) / 4) / n - value**2
-    return normal(value, math.sqrt(max(variance, 0.0) / n))
-
-
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> Estimate:
     """Return the area under the ROC curve with DeLong's interval. A tie of a positive and a negative counts half.
 

@@ -10,7 +10,6 @@ from flipscale.evaluation.intervals import clustered_share, wilson
 from flipscale.evaluation.metrics import (
     average_precision_chance,
     mean_average_precision,
-    mean_of_two,
     mean_per_class,
     recall_chance,
     roc_auc,
@@ -109,12 +108,6 @@ def test_captions_of_one_image_are_no_independent_queries() -> None:
     assert clustered_share(alike, counts).low == pytest.approx(wilson(20, 40)[0], abs=0.01), "40 queries, not 200"
     assert clustered_share(mixed, counts)[1:] == pytest.approx(wilson(100, 200)), "no more than 200"
     assert clustered_share(counts, counts)[1:] == pytest.approx(wilson(40, 40))
-
-
-def test_the_mean_of_top_1_and_top_5() -> None:
-    shares = np.array([1.0] * 30 + [0.5] * 20 + [0.0] * 50)
-    half = 1.959964 * shares.std() / 10
-    assert mean_of_two(30, 50, 100) == pytest.approx((0.4, 0.4 - half, 0.4 + half), abs=1e-12)
 
 
 def test_chance_of_recall() -> None:

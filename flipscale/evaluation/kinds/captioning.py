@@ -124,12 +124,12 @@ Intervals are those of zero-shot classification."""
             test_set = replace(test_set, source=ChosenRows(test_set.source, chosen))
         names, prompts = test_set.class_names(), self.prompts(test_set)
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
-        likelihoods = Likelihoods(embedder, texts, embedder.most_in_batch(len(test_set)))
+        likelihoods = Likelihoods(embedder, texts, embedder.share(len(test_set)).size)
         hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names)
         for rows, columns in embedder.image_columns(test_set.source):
             scores = likelihoods.of(columns)[: len(rows)]
             hits.add(scores.view(len(rows), len(names), len(prompts)).mean(dim=2))
-        return hits.results(self.metric)[0]
+        return hits.results(self.metric)
 
     def _zero_shot(self) -> ZeroShot:
         return ZeroShot(self.kind, self.data, self.name, templates=self.templates, metric=self.metric)

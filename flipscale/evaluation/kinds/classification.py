@@ -45,4 +45,4 @@ and leaves out classes without images."""
         for rows, columns in embedder.image_columns(test_set.source):
             with torch.no_grad(), embedder.accelerator.autocast():
                 hits.add(embedder.image_features(**columns).float().cpu()[: len(rows)])
-        return hits.results(self.metric)[0]
+        return hits.results(self.metric)

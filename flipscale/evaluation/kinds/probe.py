@@ -455,7 +455,7 @@ def train_by_lars(
         for epoch in range(recipe.epochs):
             order = keyed_permutation(recipe.seed, "probe order", epoch, len(source))[: steps * size]
             crops = RandomCrops(source, order, epoch, embedder.image_size, recipe.crop_scale, recipe.seed)
-            per_round = quiet.most_in_batch(len(crops)) * embedder.accelerator.num_processes
+            per_round = quiet.share(len(crops)).size * embedder.accelerator.num_processes
             places, rows, step = torch.empty(0, dtype=torch.int64), None, 0
             for number, (new_places, embeds) in enumerate(quiet.image_batches(crops, features), 1):
                 new = Rows(embeds.double(), labels[torch.from_numpy(order)[new_places]])

@@ -78,7 +78,7 @@ so their interval counts as many queries as the variance between images shows.""
         n = len(queries)
         mine = torch.zeros(len(embedder.rows(n)), len(self.ks), dtype=torch.uint8)
         first = 0
-        for batch in embedder.batches(n):
+        for batch in embedder.share(n).batches():
             rows = slice(batch.start, batch.stop)
             scores = queries[rows] @ targets.t()
             for column, k in enumerate(self.ks):

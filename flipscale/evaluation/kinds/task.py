@@ -184,8 +184,8 @@ class ClassHits:
         sums = np.array(self._embedder.total([*self._hits.tolist(), *self._right.tolist(), *images.tolist()]))
         return sums[: len(self._ks)].tolist(), *np.split(sums[len(self._ks) :], 2)
 
-    def results(self, metric: str) -> tuple[list[Result], list[int]]:
-        """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`, and the hits at 1 and 5.
+    def results(self, metric: str) -> list[Result]:
+        """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
 
         Args:
             metric: the headline; `top1` makes `top5` a headline too.
@@ -201,4 +201,4 @@ class ClassHits:
             results.append(task.proportion("top5", top5, n, 5 * chance, headline=metric in ("top1", "top5")))
         mean = mean_per_class(right, counts)
         results.append(task.estimated("mean_per_class", mean, n, chance, headline=metric == "mean_per_class"))
-        return results, hits
+        return results

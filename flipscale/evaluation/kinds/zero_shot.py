@@ -12,7 +12,7 @@ import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import ClassHits, Scorer, StreamedTask
-from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, mean_of_two, roc_auc
+from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import TEMPLATES
 from flipscale.evaluation.test_set import TestSet, of_my_rows, read_text
@@ -96,13 +96,13 @@ class ZeroShot(PromptedTask):
     `templates`, `zeroshot_classification_templates.txt`.
 
     Args:
-        metric: the headline; `mean_top1_top5` and `roc_auc` (two classes) are computed only if named.
+        metric: the headline; `roc_auc` (two classes) is computed only if named.
         labels: a JSON file beside the class names with a list of class numbers for each image in shard order, such as
             ImageNet-ReaL's. It replaces `KEY.cls`, and the only result is `any_label`: the share of labelled images
             whose nearest class is one of their labels.
     """
 
-    metric: Literal["top1", "top5", "mean_per_class", "mean_top1_top5", "roc_auc"] = "top1"
+    metric: Literal["top1", "top5", "mean_per_class", "roc_auc"] = "top1"
     labels: str | None = None
 
     protocol: ClassVar[str] = """Zero-shot classification: whole images, the short side resized to the model's size and
@@ -142,9 +142,7 @@ images. The interval of an AUC is DeLong's."""
                 leads[mine] = torch.stack([scores[:, 1] - scores[:, 0], labels[mine].float()], dim=1)
 
         def results() -> list[Result]:
-            results, hits = counted.results(metric)
-            if metric == "mean_top1_top5":
-                results.append(self.estimated(metric, mean_of_two(hits[0], hits[1], n), n, 300.0 / num_classes))
+            results = counted.results(metric)
             if metric == "roc_auc":
                 lead, label = embedder.gathered(leads, n).numpy().T
                 if len(set(label.tolist())) < 2:
@@ -172,8 +170,8 @@ images. The interval of an AUC is DeLong's."""
     def _check_num_classes(self, num_classes: int) -> None:
         if self.metric == "roc_auc" and num_classes != 2:
             raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
-        if self.metric in ("top5", "mean_top1_top5") and num_classes < 5:
-            raise UserError(f"{self.data} has {num_classes} classes; {self.metric} needs five or more")
+        if self.metric == "top5" and num_classes < 5:
+            raise UserError(f"{self.data} has {num_classes} classes; top5 needs five or more")
 
     def _label_sets(self, test_set: TestSet, num_classes: int) -> list[list[int]]:
         path = f"{test_set.data}/{self.labels}"
