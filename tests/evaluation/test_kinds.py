@@ -259,7 +259,7 @@ def test_faces_that_are_neither_white_nor_not(tmp_path: Path) -> None:
     other = write_set(tmp_path / "other", 1, 1, lambda number, label: {"npy": npy(np.array([0, 0, 0, 2]))})
     for file in folder.glob("*.txt"):
         (other / file.name).write_text(file.read_text())
-    with pytest.raises(ValueError, match=r"other has race_binary 2 in a KEY.npy; it must be 0 for white, else 1"):
+    with pytest.raises(ValueError, match=r"0.tar#0 has race_binary 2 in KEY.npy"):
         evaluated(other, kind="worst_group", groups="faces")
 
 

@@ -27,7 +27,6 @@ from flipscale.evaluation.kinds.probe import (
     PENALTIES,
     Head,
     LabelledSets,
-    Lars,
     LarsRecipe,
     LinearClassifier,
     RandomCrops,
@@ -126,9 +125,9 @@ def test_search_and_rates_are_clips_and_the_papers() -> None:
 def test_lars_by_hand() -> None:
     """Step 1: the ratio is 0.1 x 5 / 10 = 0.05, so the momentum is (0, 0.5) and the matrix (3, 4 - 2 x 0.5). A vector
     has no ratio: 1 - 2 x 0.25."""
-    matrix = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    vector = torch.tensor([1.0], dtype=torch.float64)
-    lars = Lars([matrix, vector], momentum=0.5, trust=0.1)
+    head = Head(2, 1, LarsRecipe(momentum=0.5, trust=0.1), ALONE, "cpu")
+    head.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    head.bias.fill_(1.0)
     for of_matrix, of_vector, rate, matrix_after, vector_after in [
         ([0.0, 10.0], 0.25, 2.0, [3.0, 3.0], 0.5),
         ([0.0, 0.0], 0.0, 4.0, [3.0, 2.0], 0.0),
@@ -136,9 +135,8 @@ def test_lars_by_hand() -> None:
         ([0.0, -0.5], 0.0, 2.0, [-0.3, -1.325], -11.6875),
         ([1.0, 1.0], 1.0, 0.0, [-0.3, -1.325], -11.6875),
     ]:
-        lars.step([torch.tensor([of_matrix]).double(), torch.tensor([of_vector]).double()], rate)
-        assert matrix[0].tolist() == pytest.approx(matrix_after, abs=1e-12)
-        assert vector.item() == pytest.approx(vector_after, abs=1e-12)
+        head.step([torch.tensor([of_matrix]).double(), torch.tensor([of_vector]).double()], rate)
+        assert [*head.weight[0].tolist(), head.bias.item()] == pytest.approx([*matrix_after, vector_after], abs=1e-12)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -150,16 +148,16 @@ def test_head_learns_like_torch(batch_norm: bool) -> None:
     head = Head(5, 4, recipe, ALONE, "cpu")
     assert head.weight.std() == pytest.approx(0.01, rel=0.5)
     norm = torch.nn.BatchNorm1d(5, eps=1e-6, affine=False).double()
-    weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
-    other = Lars([weight.data, bias.data], recipe.momentum, recipe.trust)
+    other = Head(5, 4, recipe, ALONE, "cpu")
     for _ in range(3):
+        weight, bias = other.weight.clone().requires_grad_(), other.bias.clone().requires_grad_()
         scores = (norm(features) if batch_norm else features) @ weight.t() + bias
         loss = torch.nn.functional.cross_entropy(scores, labels)
         other.step(list(torch.autograd.grad(loss, (weight, bias))), 30.0)
         assert head.learn(Rows(features, labels), 12, 30.0) == pytest.approx(loss.item(), abs=1e-12)
-        assert torch.allclose(head.weight, weight, atol=1e-12)
+        assert torch.allclose(head.weight, other.weight, atol=1e-12)
     plain = norm.eval()(features) if batch_norm else features
-    assert torch.allclose(head.classifier().scores(features), plain @ weight.t() + bias)
+    assert torch.allclose(head.classifier().scores(features), plain @ other.weight.t() + other.bias)
 
 
 def test_ridge_is_scikit_learns() -> None:

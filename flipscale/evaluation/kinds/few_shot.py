@@ -15,7 +15,7 @@ import torch
 from flipscale.data.randomness import keyed_uniform
 from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.intervals import student, wilson
-from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total, total_of
+from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total
 from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -89,7 +89,7 @@ training images. Its interval counts both the draws (Student's t) and the test i
         drawn = np.flatnonzero(np.min(ranks, axis=0) < max(self.shots))
         mine = drawn[embedder.rows(len(drawn))]
         features = embedder.uncounted().my_images(ChosenRows(source, drawn), "pooled")
-        device, total = embedder.accelerator.device, total_of(embedder)
+        device, total = embedder.accelerator.device, embedder.accelerator.reduce
         known = Rows(features, labels[torch.from_numpy(mine)]).to(device)
         return [
             ridge(known.where(torch.from_numpy(rank[mine] < shots).to(device)), num_classes, total)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import cv2
@@ -232,7 +232,7 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
 
     def _regression(self, embedder: Embedder, sets: LabelledSets) -> tuple[LinearClassifier, dict[str, Any]]:
         """Collective. Return the classifier by logistic regression, and the figures of its fit."""
-        num_classes, total = len(sets.class_names), total_of(embedder)
+        num_classes, total = len(sets.class_names), embedder.accelerator.reduce
         known = _embedded(embedder, sets.train, sets.class_names, self.features)
         _check_every_class(sets, known.labels, total)
         l2, start, about = self.l2, None, {}
@@ -260,11 +260,6 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             last = fit(known, num_classes, l2, total, start=start, step_done=step_done)
         about |= {"l2": l2, "iterations": last.iterations, "converged": last.converged, "objective": last.objective}
         return last.classifier, about
-
-
-def total_of(embedder: Embedder) -> Total:
-    """Return the sum over the embedder's processes, for tensors on its device."""
-    return partial(embedder.accelerator.reduce, reduction="sum")
 
 
 def fit(
@@ -381,26 +376,9 @@ def best_penalty(accuracy: Callable[[int], float]) -> tuple[int, float]:
     return peak, known(peak)
 
 
-class Lars:
-    """LARS without weight decay (You et al. 2017, in MAE's form): only matrices use the ratio of norms. It changes the
-    parameters in place."""
-
-    def __init__(self, parameters: list[torch.Tensor], momentum: float, trust: float):
-        self._parameters, self._momentum, self._trust = parameters, momentum, trust
-        self._moving = [torch.zeros_like(parameter) for parameter in parameters]
-
-    def step(self, gradients: list[torch.Tensor], rate: float) -> None:
-        for parameter, gradient, moving in zip(self._parameters, gradients, self._moving, strict=True):
-            ratio = 1.0
-            if parameter.ndim > 1:
-                norms = parameter.norm().item(), gradient.norm().item()
-                ratio = self._trust * norms[0] / norms[1] if all(norms) else 1.0
-            moving.mul_(self._momentum).add_(gradient, alpha=ratio)
-            parameter.sub_(moving, alpha=rate)
-
-
 class Head:
-    """The classifier during training by LARS: fp64, the same on all processes."""
+    """The classifier during training by LARS without weight decay (You et al. 2017, in MAE's form): fp64, the same on
+    all processes."""
 
     def __init__(self, dim: int, num_classes: int, recipe: LarsRecipe, total: Total, device: torch.device | str):
         draws = torch.Generator().manual_seed(recipe.seed)
@@ -408,23 +386,32 @@ class Head:
         self.weight = weight.to(device)
         self.bias = self.weight.new_zeros(num_classes)
         self._mean, self._variance = self.weight.new_zeros(dim), self.weight.new_ones(dim)
-        self._batch_norm, self._total = recipe.batch_norm, total
-        self._lars = Lars([self.weight, self.bias], recipe.momentum, recipe.trust)
+        self._moving = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self._recipe, self._total = recipe, total
 
     def learn(self, rows: Rows, count: int, rate: float) -> float:
         """Collective. Take one step on this process's `rows` of a batch of `count`, and return the batch's loss."""
-        features = self._normalised(rows.features, count) if self._batch_norm else rows.features
+        features = self._normalised(rows.features, count) if self._recipe.batch_norm else rows.features
         weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
         loss = F.cross_entropy(F.linear(features, weight, bias), rows.labels, reduction="sum")
         gradients = torch.autograd.grad(loss, (weight, bias))
         sums = self._total(torch.cat([loss.detach()[None], *(one.flatten() for one in gradients)])) / count
         mean_loss, of_weight, of_bias = sums.split([1, weight.numel(), len(bias)])
-        self._lars.step([of_weight.view_as(weight), of_bias], rate)
+        self.step([of_weight.view_as(weight), of_bias], rate)
         return mean_loss.item()
+
+    def step(self, gradients: list[torch.Tensor], rate: float) -> None:
+        """Change weights and biases. Only the weights use the ratio of norms."""
+        (of_weight, _), norm = gradients, self.weight.norm().item()
+        ratio = self._recipe.trust * norm / of_weight.norm().item() if norm and of_weight.any() else 1.0
+        parts = zip((self.weight, self.bias), gradients, self._moving, (ratio, 1.0), strict=True)
+        for parameter, gradient, moving, factor in parts:
+            moving.mul_(self._recipe.momentum).add_(gradient, alpha=factor)
+            parameter.sub_(moving, alpha=rate)
 
     def classifier(self) -> LinearClassifier:
         """Return the classifier of raw features, with the batch norm folded into it."""
-        if not self._batch_norm:
+        if not self._recipe.batch_norm:
             return LinearClassifier(self.weight, self.bias)
         weight = self.weight / (self._variance + _NORM_EPS).sqrt()
         return LinearClassifier(weight, self.bias - weight @ self._mean)
@@ -444,7 +431,7 @@ def train_by_lars(
 
     Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
     not depend on the number of processes, but for rounding."""
-    source, num_classes, total = sets.train.source, len(sets.class_names), total_of(embedder)
+    source, num_classes, total = sets.train.source, len(sets.class_names), embedder.accelerator.reduce
     recipe.check(len(source))
     mine = sets.train.labels(embedder, num_classes)
     _check_every_class(sets, mine.to(embedder.accelerator.device), total)
