@@ -139,14 +139,10 @@ def read_page(name: str) -> TaskPage:
     return _page(name, yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
-def read_pages() -> tuple[TaskPage, ...]:
-    return tuple(read_page(name) for name in page_names())
-
-
 def suite_pages(suite: str) -> tuple[TaskPage, ...]:
     if suite not in (*SUITES, "all"):
         raise UserError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
-    return tuple(page for page in read_pages() if suite == "all" or suite in page.suites)
+    return tuple(page for page in map(read_page, page_names()) if suite == "all" or suite in page.suites)
 
 
 def pages_table(pages: Sequence[TaskPage]) -> str:

@@ -58,7 +58,9 @@ def drawn() -> Drawn:
 
 
 def evaluated(folder: Path, **task: object) -> dict[str, Result]:
-    results = evaluate_tasks(drawn(), build_tasks([{"data": str(folder), **task}]))
+    tasks = build_tasks([{"data": str(folder), **task}])
+    tasks[0].check()
+    results = evaluate_tasks(drawn(), tasks)
     assert len({result.metric for result in results}) == len(results)
     for result in results:
         assert 0 <= result.low <= result.value <= result.high <= 100

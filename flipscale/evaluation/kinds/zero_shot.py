@@ -49,15 +49,12 @@ class PromptedTask(StreamedTask):
     hub_task: ClassVar[str] = "zero-shot-image-classification"
 
     def __post_init__(self) -> None:
-        if self.templates is None:
-            return
-        if isinstance(self.templates, str):
-            if self.templates not in TEMPLATES:
-                raise UserError(f"templates is {self.templates!r}; use {', '.join(TEMPLATES)}, or a list of prompts")
-            return
-        if not self.templates:
-            raise UserError("templates is []; list one prompt or more, with {c} for the name")
-        _check_prompts(self.templates, "templates")
+        if isinstance(self.templates, list):
+            if not self.templates:
+                raise UserError("templates is []; list one prompt or more, with {c} for the name")
+            _check_prompts(self.templates, "templates")
+        elif self.templates not in (None, *TEMPLATES):
+            raise UserError(f"templates is {self.templates!r}; use {', '.join(TEMPLATES)}, or a list of prompts")
 
     def check(self) -> None:
         super().check()
@@ -115,7 +112,10 @@ images. The interval of an AUC is DeLong's."""
         super().check()
         test_set = TestSet.open(self.data)
         num_classes = len(test_set.class_names())
-        self._check_num_classes(num_classes)
+        if self.metric == "roc_auc" and num_classes != 2:
+            raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
+        if self.metric == "top5" and num_classes < 5:
+            raise UserError(f"{self.data} has {num_classes} classes; top5 needs five or more")
         if self.labels is not None:
             self._label_sets(test_set, num_classes)
 
@@ -128,12 +128,11 @@ images. The interval of an AUC is DeLong's."""
         num_classes, n, metric = len(test_set.class_names()), len(test_set), self.metric
         if self.labels is not None:
             return self._any_label_scorer(embedder, test_set, self._label_sets(test_set, num_classes))
-        self._check_num_classes(num_classes)
         labels = test_set.labels(embedder, num_classes)
         classes = self.classifier(embedder, test_set)
         counted = ClassHits(self, embedder, labels, classes.names)
         # For two classes: the second score minus the first, and the label.
-        leads = torch.zeros(len(labels), 2)
+        leads = torch.zeros(len(labels) if metric == "roc_auc" else 0, 2)
 
         def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
             scores = classes.scores(embeds)
@@ -166,12 +165,6 @@ images. The interval of an AUC is DeLong's."""
             return [self.proportion("any_label", hits, len(sizes), chance)]
 
         return Scorer(add, results)
-
-    def _check_num_classes(self, num_classes: int) -> None:
-        if self.metric == "roc_auc" and num_classes != 2:
-            raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
-        if self.metric == "top5" and num_classes < 5:
-            raise UserError(f"{self.data} has {num_classes} classes; top5 needs five or more")
 
     def _label_sets(self, test_set: TestSet, num_classes: int) -> list[list[int]]:
         path = f"{test_set.data}/{self.labels}"

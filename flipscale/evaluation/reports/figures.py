@@ -19,11 +19,6 @@ COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
 _SMOOTHED_POINTS = 40
 # Height of a line of small text as a share of the figure.
 _TEXT_HEIGHT = 0.04
-# Metrics of intervals that get a figure: file name, then metric, title, unit and factor.
-_METRICS = {
-    "learning_rate.png": ("lr", "Learning rate", "learning rate", 1.0),
-    "data_wait.png": ("data_wait_share", "Share of the time that steps waited for data", "%", 100.0),
-}
 
 
 def can_draw() -> bool:
@@ -63,8 +58,16 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     draw_loss([curve], folder / "loss.png")
     captions = {"loss.png": "The loss of the training batches against training time"}
-    for name, (metric, title, unit, factor) in _METRICS.items():
-        _draw_metric(curve, metric, title, unit, folder / name, factor)
+    for name, metric, title, y_label, factor in (
+        ("learning_rate.png", "lr", "Learning rate", "learning rate", 1.0),
+        ("data_wait.png", "data_wait_share", "Share of the time that steps waited for data", "%", 100.0),
+    ):
+        figure, axes, unit = _axes(title, y_label, [curve])
+        seconds, values = curve.points(metric)
+        axes.plot([s / unit for s in seconds], [factor * value for value in values], color=COLOURS[0])
+        _mark_stages(axes, [curve], unit)
+        axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
+        save_figure(figure, folder / name)
         captions[name] = f"{title} against training time"
     for task, result in result_figures([curve]).items():
         draw_result([curve], result, folder / f"{task}.png")
@@ -104,15 +107,6 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
         _explain(axes, "Masked images are harder than whole ones: losses under different masks do not compare.")
     if len(curves) > 1:
         axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def _draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path, factor: float) -> None:
-    figure, axes, unit = _axes(title, y_label, [curve])
-    seconds, values = curve.points(metric)
-    axes.plot([s / unit for s in seconds], [factor * value for value in values], color=COLOURS[0])
-    _mark_stages(axes, [curve], unit)
-    axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
     save_figure(figure, path)
 
 
