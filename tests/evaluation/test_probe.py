@@ -39,7 +39,6 @@ from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks
 from flipscale.hub.card import results_table
-from flipscale.hub.loading import open_embedder
 from flipscale.model import FlipConfig, FlipModel
 
 ALONE = torch.Tensor.clone  # the sum over one process
@@ -335,11 +334,10 @@ def test_evaluate_probes_models_and_baselines(
     homes = {path.parent.name for path in tmp_path.glob("evaluations/*/results.jsonl")}
     assert homes == {"hog", f"untrained-{model.name}"}
     # Other training images are another setting, so the task runs again.
-    for images, num_lines in ([100, 1, 115], 4), ([101, 1, 115], 6):
-        write_shards(tmp_path / "set/train", images, seed=1)
-        done = flipscale("evaluate", model, *task, *options)
-        assert done.returncode == 0, done.stderr
-        assert len(read_lines(model / "results.jsonl")) == num_lines
+    write_shards(tmp_path / "set/train", [101, 1, 115], seed=1)
+    done = flipscale("evaluate", model, *task, *options)
+    assert done.returncode == 0, done.stderr
+    assert len(read_lines(model / "results.jsonl")) == 6
 
 
 def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
@@ -359,9 +357,7 @@ def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
     [
         (["0"], ["cat"], r"set has 1 class; .*2 or more"),
         (["0", "1"], ["cat", "cow"], r"differ: 'cow' and 'dog'"),
-        (["0", "1"], ["cat", "dog", "cow"], r"differ: 3 and 2"),
         ([], ["cat", "dog"], r"set has no images"),
-        (["0", "1"], [], r"classnames.txt is empty"),
     ],
 )
 def test_sets_that_do_not_fit(tmp_path: Path, labels: list[str | None], names: list[str], message: str) -> None:
@@ -395,11 +391,6 @@ def test_sets_that_are_small(embedder: Embedder, tmp_path: Path) -> None:
         probed(embedder, good, good, solver="lars")
     with pytest.raises(ValueError, match=r"train has 2 images, too few"):
         probed(embedder, bad(tmp_path / "few", ["0", "1"], ["cat", "dog"]), good)
-
-
-def test_a_model_that_is_not_there(embedder: Embedder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{tmp_path} has no configuration of a model \("):
-        open_embedder(f"untrained:{tmp_path}", embedder.accelerator)
 
 
 @pytest.mark.parametrize(
