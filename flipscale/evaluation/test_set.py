@@ -56,7 +56,12 @@ class TestSet:
         data = str(data).rstrip("/")
         counts = ((folder, read_text(folder, NUM_SHARDS)) for folder in (f"{data}/{part}", data))
         counted = next((_counted(folder, count) for folder, count in counts if count is not None), None)
-        source = _opened(counted or _listed(data, part))
+        shards = counted or _listed(data, part)
+        try:
+            with _reading(shards):
+                source = open_shards(shards, READ)
+        except FileNotFoundError as error:
+            raise no_shards(shards) from error
         if source.faults:
             fault = source.faults[0]
             raise UserError(
@@ -144,16 +149,15 @@ def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int],
     faults: list[tuple[int, str]] = []
     for row in embedder.rows(len(where)).tolist():
         embedder.alive()
+        shard, number = where[row]
         try:
-            values.append(read(*where[row]))
+            values.append(read(shard, number))
         except BadSample as error:
-            shard, number = where[row]
             faults.append((row, f"{source.shard_name(shard)}#{number} cannot be read: {error}"))
-        except UserError as error:
+        except (UserError, OSError) as error:
             faults.append((row, str(error)))
-        except OSError as error:
-            faults.append((row, str(error)))
-            break
+            if isinstance(error, OSError):
+                break
     faults = sorted(gather_object(faults))
     if faults:
         raise UserError(named([fault for _, fault in faults], len(where)))
@@ -260,14 +264,6 @@ def read_text(folder: str, name: str) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}); write it anew") from error
-
-
-def _opened(shards: str) -> TarSource:
-    try:
-        with _reading(shards):
-            return open_shards(shards, READ)
-    except FileNotFoundError as error:
-        raise no_shards(shards) from error
 
 
 @contextmanager
