@@ -168,11 +168,9 @@ class Embedder:
 
     Args:
         model: the model, unwrapped, in evaluation mode.
-        tokenizer: tokenizer of the model; None without texts.
         batch_size: most images or texts in a batch; a CPU and a small set use fewer.
         num_workers: number of processes that decode images; 0 decodes in this process.
         alive: function called at the start of a task and after every batch, for a watchdog.
-        name: name of the model in tables.
         progress: function called on every process with the number of images that all processes embedded since the last
             call; it replaces the progress bar.
         pixels: pixels along each side of an image, if not the model's size; see `at`.
@@ -211,7 +209,6 @@ class Embedder:
         return self if self.progress is None else replace(self, progress=lambda images: None)
 
     def bar(self, total: int | None, unit: str, hidden: bool = False) -> Progress:
-        """Return the progress of an evaluation, shown on the main process if it takes long."""
         hidden = hidden or not self.accelerator.is_main_process
         return Progress(total, "evaluating", unit, leave=False, delay=5, hidden=hidden)
 
@@ -313,11 +310,18 @@ class Embedder:
                 news = min(share.size * share.world * count, len(texts) - done)
                 done += news
                 bar.update(news)
-        return self._gathered(torch.cat(mine), share)
+        return self.gathered(torch.cat(mine), share)
 
-    def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
-        """Collective. Return all `count` rows, `(count, dim)` on the CPU; `mine` are this process's `rows`."""
-        return self._gathered(mine, self.share(count))
+    def gathered(self, mine: torch.Tensor, share: int | Share) -> torch.Tensor:
+        """Collective. Return all rows, `(count, dim)` on the CPU.
+
+        Args:
+            mine: this process's rows.
+            share: its share, or the number of images.
+        """
+        share = share if isinstance(share, Share) else self.share(share)
+        padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
+        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
 
     def total(self, counts: Sequence[int | float]) -> list[int]:
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
@@ -374,10 +378,6 @@ class Embedder:
         with torch.no_grad(), self.accelerator.autocast(), FlopCounterMode(display=False) as counter:
             self.image_features(**dummy_batch(decode).with_image_size(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
-
-    def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:
-        padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
-        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
 
     def _agreed(self, make: Callable[[], PackedBatch], source: TarSource) -> PackedBatch:
         """Collective. Return the result of `make`.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import cv2
@@ -41,8 +42,8 @@ _BLOCK = 16_384  # rows multiplied at once: with 1,000 classes, 130 MB of fp64 s
 _FIRST_STD = 0.01  # of the first weights of MAE's head
 _NORM_EPS, _NORM_MOMENTUM = 1e-6, 0.1  # of the batch norm before MAE's head
 
+# Collective. Returns the sum of a tensor over the processes.
 Total = Callable[[torch.Tensor], torch.Tensor]
-"""Collective. Returns the sum of a tensor over the processes."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,6 @@ class LarsRecipe:
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"lars.epochs is {self.epochs}; expected more than lars.warmup_epochs {self.warmup_epochs}")
 
-    def check(self, num_images: int) -> None:
-        if self.batch_size > num_images:
-            raise UserError(
-                f"lars.batch_size is {self.batch_size:,}; expected at most the {num_images:,} training images. Fix: "
-                f"write lars: {{batch_size: {max(num_images // 4, 1)}}}"
-            )
-
     def rate(self, epoch: float) -> float:
         peak = self.base_lr * self.batch_size / 256
         if epoch < self.warmup_epochs:
@@ -102,21 +96,22 @@ class LabelledSets(NamedTuple):
     @classmethod
     def open(cls, train: str, test: str, validation: str = "") -> "LabelledSets":
         """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`."""
-        learned, asked = TestSet.open(train, "train"), TestSet.open(test)
-        chosen_on = TestSet.open(validation, "validation") if validation else None
-        names = learned.class_names()
+        sets = [TestSet.open(train, "train"), TestSet.open(test)]
+        if validation:
+            sets.append(TestSet.open(validation, "validation"))
+        names = sets[0].class_names()
         if len(names) < 2:
             raise UserError(f"{train} has {len(names)} class; a probe needs 2 or more")
-        for one in (learned, asked, *([chosen_on] if chosen_on is not None else [])):
+        for one in sets:
             if not len(one):
                 raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls beside each image")
             if (theirs := one.class_names()) != names:
-                differing = next((pair for pair in zip(names, theirs, strict=False) if pair[0] != pair[1]), None)
-                about = f"{differing[0]!r} and {differing[1]!r}" if differing else f"{len(names)} and {len(theirs)}"
+                own, other = next(pair for pair in zip_longest(names, theirs) if pair[0] != pair[1])
                 raise UserError(
-                    f"the classes of {train} and {one.data} differ: {about}; use sets with the same classnames.txt"
+                    f"the classes of {train} and {one.data} differ: {own!r} and {other!r}; use sets with the same "
+                    "classnames.txt"
                 )
-        return cls(names, learned, asked, chosen_on)
+        return cls(names, sets[0], sets[1], sets[2] if validation else None)
 
 
 class Rows(NamedTuple):
@@ -143,11 +138,8 @@ class LinearClassifier(NamedTuple):
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """Return the class scores of features on any device, fp64 `(rows, classes)` on the CPU."""
-        parts = [
-            F.linear(part.to(self.weight.device, self.weight.dtype), self.weight, self.bias).cpu()
-            for part in features.split(_BLOCK)
-        ]
-        return torch.cat(parts)
+        parts = (part.to(self.weight.device, self.weight.dtype) for part in features.split(_BLOCK))
+        return torch.cat([F.linear(part, self.weight, self.bias).cpu() for part in parts])
 
 
 class Fit(NamedTuple):
@@ -196,9 +188,12 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             raise UserError("solver is lars, which takes neither l2 nor validation; use solver lbfgs")
 
     def check(self) -> None:
-        sets = self._sets()
-        if self.solver == "lars":
-            self.lars.check(len(sets.train))
+        num_images, size = len(self._sets().train), self.lars.batch_size
+        if self.solver == "lars" and size > num_images:
+            raise UserError(
+                f"lars.batch_size is {size:,}; expected at most the {num_images:,} training images. Fix: write lars: "
+                f"{{batch_size: {max(num_images // 4, 1)}}}"
+            )
 
     def other_sets(self) -> list[TestSet]:
         train = TestSet.open(self.train or self.data, "train")
@@ -432,7 +427,6 @@ def train_by_lars(
     Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
     not depend on the number of processes, but for rounding."""
     source, num_classes, total = sets.train.source, len(sets.class_names), embedder.accelerator.reduce
-    recipe.check(len(source))
     mine = sets.train.labels(embedder, num_classes)
     _check_every_class(sets, mine.to(embedder.accelerator.device), total)
     labels = embedder.gathered(mine[:, None], len(source))[:, 0]

@@ -74,17 +74,14 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
         named = [*answers, ""]
         yes_no = [named[max(votes, key=votes.__getitem__)] in ("yes", "no") for _, votes in mine]
         table = embedder.gathered(torch.tensor([scores, yes_no], dtype=torch.float64).T, len(test_set)).numpy()
-        return self._results(table[:, 0], table[:, 1] > 0)
-
-    def _results(self, scores: np.ndarray, yes_no: np.ndarray) -> list[Result]:
-        results = []
+        all_scores, is_yes_no, results = table[:, 0], table[:, 1] > 0, []
         for metric, label, chosen in (
-            ("accuracy", "VQA accuracy", np.ones(len(scores), bool)),
-            ("accuracy_yes_no", "VQA accuracy, yes or no", yes_no),
-            ("accuracy_other", "VQA accuracy, other", ~yes_no),
+            ("accuracy", "VQA accuracy", np.ones(len(table), bool)),
+            ("accuracy_yes_no", "VQA accuracy, yes or no", is_yes_no),
+            ("accuracy_other", "VQA accuracy, other", ~is_yes_no),
         ):
             if chosen.any():
-                value, low, high = mean_estimate(scores[chosen])
+                value, low, high = mean_estimate(all_scores[chosen])
                 results.append(
                     Result(
                         *(self.name, self.kind, metric, 100.0 * value, int(chosen.sum()), 100.0 * low),
