@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -35,16 +35,12 @@ _LEAST_BATCHES = 16
 _MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
 # Operations of one core in the millisecond in which another core decodes an image of 500 x 400 pixels.
 _LIGHT_FLOPS = 3e7
-_MOST_NAMED = 10  # damaged samples in one message
 
 # Turns the bytes of an image and its row into the columns that the model takes; it may raise `UndecodableImage`.
 Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
 Features = Literal["embeds", "pooled"]
 Picture = str | Path | Image.Image
-
-
-class DamagedImage(UserError):
-    """An image of a test set cannot be decoded."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,10 @@ class WholeImages(Dataset):
                 return self.decode(sample.image, row)
         except BadSample as error:
             name = f"{self.source.shard_name(shard).rsplit('/', 1)[-1]}#{number}"
-            raise DamagedImage(f"evaluation image {name} cannot be decoded: {error}") from error
+            raise UserError(
+                f"evaluation image {name} cannot be decoded: {error}; an evaluation needs its whole set: mend it or "
+                "fetch it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,7 @@ class Embedder:
         bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows in mine + [nothing] * (share.rounds - len(mine)):
-                batch = self._agreed(partial(next, decoded) if rows else partial(dummy_batch, decode), source)
+                batch = self.agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
                 yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
                 news = min(share.size * share.world, share.count - done)
@@ -379,43 +378,26 @@ class Embedder:
             self.image_features(**dummy_batch(decode).with_image_size(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
 
-    def _agreed(self, make: Callable[[], PackedBatch], source: TarSource) -> PackedBatch:
+    def agreed(self, make: Callable[[], Value]) -> Value:
         """Collective. Return the result of `make`.
 
         Raises:
             UserError, OSError: `make` raised it on any process. All raise it, because a process that stopped alone
-                would leave the others waiting. If an image is damaged, the error names all damaged images of `source`.
+                would leave the others waiting.
         """
         from accelerate.utils import gather_object
 
-        made, faults = None, list[tuple[bool, bool, str]]()
+        made, faults = None, list[tuple[bool, str]]()
         try:
             made = make()
         except (UserError, OSError) as error:
-            faults = [(isinstance(error, OSError), isinstance(error, DamagedImage), str(error))]
+            if self.accelerator.num_processes == 1:
+                raise
+            faults = [(isinstance(error, OSError), str(error))]
         if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
-            faults = gather_object(faults)
-        if faults:
-            if any(is_damaged for _, is_damaged, _ in faults):
-                self._refuse_damaged(WholeImages(source, self.decoder()))
-            is_of_system, _, text = min(faults)
+            is_of_system, text = min(gather_object(faults))
             raise (OSError if is_of_system else UserError)(text)
-        assert made is not None
-        return made
-
-    def _refuse_damaged(self, images: WholeImages) -> None:
-        """Collective. Raise a UserError that names all damaged images."""
-        from accelerate.utils import gather_object
-
-        mine: list[tuple[int, str]] = []
-        for row in self.rows(len(images)).tolist():
-            self.alive()
-            try:
-                images.decoded(row)
-            except DamagedImage as error:
-                mine.append((row, str(error)))
-        if faults := [damage for _, damage in sorted(gather_object(mine))]:
-            raise UserError(named(faults, len(images)))
+        return cast(Value, made)
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
@@ -443,14 +425,6 @@ def parts_of(config: Any) -> tuple[str, ...]:
     texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
     others = {"decoder": "decoder_config", "answers": "answer_config"}
     return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
-
-
-def named(faults: Sequence[str], count: int) -> str:
-    """Return one sentence about the damaged samples of a test set of `count` samples."""
-    others = [fault.split(" has ")[0].split(" cannot ")[0] for fault in faults[1 : 1 + _MOST_NAMED]]
-    dots = ", ..." if len(faults) > 1 + _MOST_NAMED else ""
-    more = f"; {len(faults) - 1} more of {count} are wrong too: {', '.join(others)}{dots}" if others else ""
-    return f"{faults[0]}{more}; an evaluation needs its whole set: mend it or fetch it again"
 
 
 def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from flipscale.data.sources.manifest import no_shards
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, named
+from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, Value
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 
@@ -31,8 +31,6 @@ NUM_SHARDS = "nshards.txt"
 _MOST_BYTES, _MOST_LINE = 20 << 20, 10_000
 # Evaluations read shard after shard.
 READ = DataRecipe(lanes=1, shards_per_block=1)
-
-Value = TypeVar("Value")
 
 _log = logging.getLogger(__name__)
 
@@ -134,34 +132,21 @@ class TestSet:
 
 
 def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
-    """Collective. Return `read(shard, number)` of each of this process's rows.
-
-    Raises:
-        UserError: `read` failed on any process. All raise it, because a process that stopped alone would leave the
-            others waiting.
-    """
-    from accelerate.utils import gather_object
-
+    """Collective. Return `read(shard, number)` of each of this process's rows. All processes raise the error of any."""
     where = SampleNumbers(source)
     if not where:
         raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
-    values: list[Value] = []
-    faults: list[tuple[int, str]] = []
-    for row in embedder.rows(len(where)).tolist():
-        embedder.alive()
-        shard, number = where[row]
-        try:
-            values.append(read(shard, number))
-        except BadSample as error:
-            faults.append((row, f"{source.shard_name(shard)}#{number} cannot be read: {error}"))
-        except (UserError, OSError) as error:
-            faults.append((row, str(error)))
-            if isinstance(error, OSError):
-                break
-    faults = sorted(gather_object(faults))
-    if faults:
-        raise UserError(named([fault for _, fault in faults], len(where)))
-    return values
+
+    def values() -> Iterator[Value]:
+        for row in embedder.rows(len(where)).tolist():
+            embedder.alive()
+            shard, number = where[row]
+            try:
+                yield read(shard, number)
+            except BadSample as error:
+                raise UserError(f"{source.shard_name(shard)}#{number} cannot be read: {error}") from error
+
+    return embedder.agreed(lambda: list(values()))
 
 
 def read_lines(data: str | Path, name: str, what: str) -> list[str]:
