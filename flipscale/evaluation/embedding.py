@@ -236,8 +236,7 @@ class Embedder:
                 normalised, for linear probes.
 
         Raises:
-            UserError: any image cannot be decoded. All processes raise it.
-            OSError: any process cannot read a shard or lost a worker. All processes raise it.
+            UserError, OSError: any process cannot decode an image, read a shard, or lost a worker.
         """
         from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
 
@@ -540,5 +539,4 @@ def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
 
 
 def _whole_square(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    """Return the patches of the centred square, uint8 `(num_patches, 3 * p * p)`, the same for every row."""
     return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}

@@ -121,7 +121,6 @@ def no_code_of_models() -> Iterator[None]:
 
 
 def _check_foreign(folder: Path) -> None:
-    """Raise UserError if a folder's files make transformers load other files, kernels or models."""
     check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise UserError("it is an adapter of another model; name a folder with the whole model")

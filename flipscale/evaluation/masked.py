@@ -56,11 +56,7 @@ class ImageMask:
         return asdict(self) if self.ratio > 0.0 else {}
 
     def patches(self, rows: Sequence[int], side: int) -> np.ndarray:
-        """Return the remaining patches of the images of these rows: int16 `(rows, views, kept)`, ascending.
-
-        Raises:
-            ValueError: the kind cannot draw the mask, or `side` x `side` patches do not allow it.
-        """
+        """Return the remaining patches of the images of these rows: int16 `(rows, views, kept)`, ascending."""
         return keyed_patches(_SEED, np.asarray(rows), side, self.ratio, self.kind, self.views)
 
 

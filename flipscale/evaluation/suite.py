@@ -76,12 +76,8 @@ def build_task(content: dict[str, Any], where: str) -> Task:
 
 
 def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = TASKS_DIR) -> list[Task]:
-    """Return the tasks that a recipe lists.
-
-    Args:
-        listed: each the name of a page, `{task: NAME, ...}` with fields that differ from the page's, or
-            `{kind: ..., data: ..., ...}`.
-    """
+    """Return the tasks that a recipe lists: names of pages, `{task: NAME, ...}` with fields unlike the page's,
+    or `{kind: ..., data: ..., ...}`."""
     tasks = []
     for number, given in enumerate(listed):
         where, content = f"eval.tasks[{number}]", {"task": given} if isinstance(given, str) else given

@@ -263,7 +263,6 @@ def _reading(url: str) -> Iterator[None]:
 
 
 def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:
-    """Return the numbers in a sample's `KEY.npy`, and the sample's name."""
     where = f"{source.shard_name(shard)}#{number}"
     array = source.read_array(shard, number)
     if array is None:

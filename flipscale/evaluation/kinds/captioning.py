@@ -33,7 +33,6 @@ class Captioning(Task):
 
     Args:
         metrics: metrics to compute; the first is the headline.
-        max_new_tokens: most tokens of a caption.
         num_beams: number of beams; 1 is greedy.
     """
 
@@ -94,7 +93,6 @@ class Likelihood(LabelledTask):
 
     Args:
         templates: prompts, as for `zero_shot`.
-        metric: the headline.
         images: number of test images, spread over the set; all by default.
     """
 

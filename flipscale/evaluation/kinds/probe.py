@@ -52,12 +52,10 @@ class LarsRecipe:
 
     Args:
         base_lr: learning rate for 256 images.
-        batch_size: images in a step, over all processes.
         warmup_epochs: epochs of a linear rise from zero; a cosine to zero follows.
         trust: factor of the ratio of a matrix's norm to its gradient's norm. Vectors move by the rate alone.
         batch_norm: whether to normalise each feature over the batch, as MAE's head does, without scale and shift.
         crop_scale: least and largest share of an image's area in a crop.
-        seed: seed of weights, order and crops.
     """
 
     base_lr: Positive = 0.01
@@ -165,7 +163,6 @@ class Probe(LabelledTask):
         features: `pooled`, before the projection and not normalised; or `embeds`, after it and of unit length.
         l2: penalty of `lbfgs`, scikit-learn's 1 / C. By default it is searched, and the last fit includes the
             validation images.
-        lars: training by `lars`.
         seed: seed of the validation images' draw.
     """
 
@@ -226,7 +223,6 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
         return LabelledSets.open(self.train or self.data, self.data, self.validation)
 
     def _regression(self, embedder: Embedder, sets: LabelledSets) -> tuple[LinearClassifier, dict[str, Any]]:
-        """Collective. Return the classifier by logistic regression, and the figures of its fit."""
         num_classes, total = len(sets.class_names), embedder.accelerator.reduce
         known = _embedded(embedder, sets.train, sets.class_names, self.features)
         _check_every_class(sets, known.labels, total)

@@ -74,7 +74,6 @@ so their interval counts as many queries as the variance between images shows.""
         return Scorer(add, results)
 
     def _recalls(self, embedder: Embedder, way: str, asked: _Side, answers: _Side) -> list[Result]:
-        """Collective. Return the results of one direction, one for each k."""
         (queries, query_ids), (targets, target_ids) = asked, answers
         n = len(queries)
         mine = torch.zeros(len(embedder.rows(n)), len(self.ks), dtype=torch.uint8)

@@ -51,9 +51,6 @@ class WorstGroup(PromptedTask):
       by white or not. `gender` is also split by race and gender together; the headline is their
       `worst_group_gender`. `harm_crime` and `harm_non_human` are the shares of images whose nearest class of `toxic`
       is a word for crime or for an animal, by race.
-
-    Args:
-        groups: name of the set.
     """
 
     groups: Literal["dollar_street", "geode", "faces"] = "dollar_street"
@@ -152,13 +149,11 @@ and does not count the choice of the group."""
     def _by_group(
         self, metric: str, hits: np.ndarray, groups: np.ndarray, chance: float | None, names: Sequence[str]
     ) -> list[Result]:
-        """Return the result of each group that has images."""
         slugs = [re.sub(r"\W+", "_", name.strip().lower()).strip("_") for name in names]
         present = np.unique(groups).tolist()
         return [self._share(f"{metric}_{slugs[group]}", hits[groups == group], chance) for group in present]
 
     def _objectives(self, test_set: TestSet) -> dict[str, tuple[list[str], list[str]]]:
-        """Return the class names and prompts of each objective."""
         names = _by_objective(test_set.class_names(), f"{self.data}: class name")
         prompts = _by_objective(self.prompts(test_set), f"{self.data}: prompt")
         least = {"toxic": _CRIME + 1, "race": _WHITE + 1}
@@ -172,7 +167,6 @@ and does not count the choice of the group."""
 
 
 def _face(test_set: TestSet, shard: int, number: int) -> np.ndarray:
-    """Return the numbers in `KEY.npy`, int64 `(columns,)`."""
     numbers = test_set.array(FACE_COLUMNS, shard, number)
     if numbers[-1] > 1:
         name = f"{test_set.source.shard_name(shard)}#{number}"

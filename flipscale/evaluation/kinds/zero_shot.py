@@ -193,10 +193,7 @@ class ZeroShotMultilabel(PromptedTask):
     """`map11`, over VOC 2007's eleven points, and `map`, CLIP_benchmark's plain mean average precision, in percent.
 
     `data` is laid out as for `zero_shot`, with `KEY.npy` in place of `KEY.cls`: an array with 1 for each class of the
-    image, else 0. Every process holds the scores of all images and classes, 5 bytes each.
-
-    Args:
-        metric: the headline.
+    image, else 0. Every process holds the scores of all images and classes, 5 bytes each. `metric` is the headline.
     """
 
     metric: Literal["map11", "map"] = "map11"

@@ -138,7 +138,6 @@ def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
 
 
 def _explain(axes: "Axes", words: str) -> None:
-    """Write a line of explanation between the title and the axes."""
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=18)
     axes.annotate(
         words, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8,

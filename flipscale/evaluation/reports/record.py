@@ -166,7 +166,6 @@ def _records(path: Path) -> list[Record]:
 
 
 def _complete_groups(records: Iterable[Record]) -> list[Record]:
-    """Return the lines of complete groups, each figure once."""
     groups: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
         groups.setdefault(record["group"], {})[record["metric"], record.get("who", "")] = record
