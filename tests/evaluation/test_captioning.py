@@ -10,10 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import COLOURS, SHAPES, TOWER, add_member, write_shards
-from evaluation.tiny_model import CAPTION_LENGTH, tiny_writer
+from evaluation.tiny_model import CAPTION_LENGTH, pixels_of, tiny_writer
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, cider, rouge_l
@@ -39,14 +38,6 @@ def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
             add_member(tar, f"{number:03d}.png", cv2.imencode(".png", image)[1].tobytes())
             add_member(tar, f"{number:03d}.txt", ("\n".join(lines) + "\n\n").encode())
     return folder
-
-
-def pixels_of(embedder: Embedder, shards: Path) -> torch.Tensor:
-    """All images as the model's processor has them, fp32 `(images, 3, 32, 32)`."""
-    source, vision = TarSource(str(shards)), embedder.model.config.vision_config
-    images = [decode_box(source.read(*where).image, None, 32, (1.0, 1.0)) for where in SampleNumbers(source)]
-    pixels = torch.from_numpy(np.stack(images).astype(np.float32)) / 255
-    return ((pixels - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)).permute(0, 3, 1, 2)
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, Result]:

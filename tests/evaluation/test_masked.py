@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from evaluation.tiny_model import tiny_embedder
+from evaluation.tiny_model import pixels_of, tiny_embedder
 from processes import run
 
 from flipscale import cli, evaluate
-from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.masked import (
@@ -104,15 +103,13 @@ def test_nothing_masked_is_the_whole_image_bit_for_bit(embedder: Embedder, shard
 
 @pytest.mark.parametrize("mask", [ImageMask(0.75), ImageMask(0.5, 2), ImageMask(0.75, 3, "grid")])
 def test_embedding_is_the_mean_of_the_views(embedder: Embedder, shards: Path, mask: ImageMask) -> None:
-    source, vision = TarSource(str(shards)), embedder.model.config.vision_config
+    source, pixels = TarSource(str(shards)), pixels_of(embedder, shards)
     masked = masked_embedder(embedder, mask)
     assert masked.mask == {"ratio": mask.ratio, "views": mask.views, "kind": mask.kind}
     assert embedder.mask == {}
     found, pooled = masked.images(source), masked.images(source, "pooled")
     for row in (0, 29):
-        square = decode_box(source.read(0, row).image, None, 32, (1.0, 1.0)).astype(np.float32)
-        pixels = (torch.from_numpy(square) / 255 - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)
-        patches = patchify(pixels.permute(2, 0, 1)[None], 8)
+        patches = patchify(pixels[row, None], 8)
         index = torch.from_numpy(mask.patches([row], 4)[0]).long()
         seen = {"patches": patches[0, index], "patch_index": index}
         with torch.no_grad():

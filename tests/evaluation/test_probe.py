@@ -11,11 +11,10 @@ import numpy as np
 import processes
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import TOWER, add_member, flipscale, write_shards
+from conftest import add_member, flipscale, write_shards
+from evaluation.tiny_model import tiny_embedder
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from transformers import AutoTokenizer
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.randomness import keyed_uniform
@@ -39,7 +38,6 @@ from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks
 from flipscale.hub.card import results_table
-from flipscale.model import FlipConfig, FlipModel
 
 ALONE = torch.Tensor.clone  # the sum over one process
 
@@ -176,21 +174,15 @@ def test_ridge_is_scikit_learns() -> None:
 
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    FlipModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    folder, tiny = tmp_path_factory.mktemp("model"), tiny_embedder(tokenizer_dir, batch_size=64)
+    for part in (tiny.model, tiny.tokenizer):
+        part.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def embedder(model: Path) -> Embedder:
-    return Embedder(FlipModel.from_pretrained(model).eval(), None, Accelerator(cpu=True), batch_size=64)
+def embedder(tokenizer_dir: Path) -> Embedder:
+    return tiny_embedder(tokenizer_dir, batch_size=64)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_member
-from evaluation.tiny_model import tiny_embedder
+from evaluation.tiny_model import pixels_of, tiny_embedder
 
-from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.recipe import EvalRecipe
@@ -30,14 +29,9 @@ def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:
 
 
 def image_features(embedder: Embedder, shards: Path) -> torch.Tensor:
-    source, vision = TarSource(str(shards)), embedder.model.config.vision_config
-    rows = []
-    for shard, number in SampleNumbers(source):
-        pixels = torch.from_numpy(decode_box(source.read(shard, number).image, None, 32, (1.0, 1.0)).astype(np.float32))
-        pixels = (pixels / 255 - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)
-        features = embedder.model.get_image_features(pixels.permute(2, 0, 1)[None]).pooler_output
-        rows.append(features / features.norm())
-    return torch.cat(rows).detach()
+    with torch.no_grad():
+        features = embedder.model.get_image_features(pixels_of(embedder, shards)).pooler_output
+    return features / features.norm(dim=1, keepdim=True)
 
 
 def text_features(embedder: Embedder, texts: list[str]) -> torch.Tensor:
