@@ -184,7 +184,8 @@ class OpenClipEmbedder(Embedder):
 
 @dataclass(frozen=True)
 class TransformersEmbedder(Embedder):
-    """An embedder of a model of transformers; its `tokenizer` is the whole processor."""
+    """An embedder of a model of transformers; its `tokenizer` is the whole processor. SigLIP has no projection after
+    the image tower, so there both features are the same."""
 
     @property
     def image_size(self) -> int:
@@ -196,19 +197,6 @@ class TransformersEmbedder(Embedder):
     def decoder(self) -> Decoder:
         return partial(_processed, self.tokenizer.image_processor)
 
-    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        return _pooled(self.model.get_image_features(**columns))
-
-    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        """Return the image tower's pooled output. SigLIP has no projection after it, so there it is the embedding."""
-        tower = getattr(self.model, "vision_model", None)
-        if tower is None:
-            raise UserError(
-                f"{self.name} is a {type(self.model).__name__} without a vision_model, so its features before the "
-                "projection are not known; use features: embeds, or a CLIP or SigLIP"
-            )
-        return _pooled(tower(**columns))
-
     def tokens(self, texts: list[str]) -> Any:
         """Return the tokenizer's columns, `(texts, length)` each. SigLIP was trained to attend to the padding, so all
         its texts have the same length."""
@@ -218,12 +206,7 @@ class TransformersEmbedder(Embedder):
         return self.tokenizer.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
 
     def text_features(self, batch: Any) -> torch.Tensor:
-        return _pooled(self.model.get_text_features(**batch))
-
-
-def _pooled(output: Any) -> torch.Tensor:
-    """Return a model's features, a bare tensor in some versions of transformers."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+        return self.model.get_text_features(**batch).pooler_output
 
 
 def _rgb_image(encoded: bytes) -> Image.Image:

@@ -75,8 +75,7 @@ def folder(
 
 
 def unit(output: Any) -> torch.Tensor:
-    found = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return found / found.norm(dim=1, keepdim=True)
+    return output.pooler_output / output.pooler_output.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()

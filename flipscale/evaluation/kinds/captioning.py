@@ -69,16 +69,9 @@ Intervals are over images for fixed references; BLEU's is by the bootstrap."""
         }
         results = []
         for metric in dict.fromkeys(self.metrics):
-            value, low, high = (100.0 * part for part in estimates[metric]())
-            results.append(
-                Result(
-                    *(self.name, self.kind, metric, value, len(candidates), low, high),
-                    unit="",
-                    label=_LABELS[metric],
-                    headline=metric == self.metrics[0],
-                    made_by=self.made_by,
-                )
-            )
+            shown = {"unit": "", "label": _LABELS[metric]}
+            headline = metric == self.metrics[0]
+            results.append(self.estimated(metric, estimates[metric](), len(candidates), headline=headline, **shown))
             embedder.alive()
         return results
 

@@ -14,7 +14,7 @@ import torch
 
 from flipscale.data.randomness import keyed_uniform
 from flipscale.evaluation.embedding import ChosenRows, Embedder
-from flipscale.evaluation.intervals import student, wilson
+from flipscale.evaluation.intervals import Estimate, student, wilson
 from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total
 from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.results import Result
@@ -76,16 +76,11 @@ training images. Its interval counts both the draws (Student's t) and the test i
             mean = float(hits.mean()) / n
             low, high = wilson(mean * n, n)
             spread = student(draws - 1) * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0
-            result = Result(
-                *(self.name, self.kind, f"{shots}_shot", 100.0 * mean, n),
-                low=100.0 * max(mean - math.hypot(mean - low, spread), 0.0),
-                high=100.0 * min(mean + math.hypot(high - mean, spread), 1.0),
-                label=f"{shots}-shot top-1",
-                chance=chance,
-                headline=shots == self.shots[-1],
-                made_by=self.made_by,
+            share = Estimate(
+                mean, max(mean - math.hypot(mean - low, spread), 0.0), min(mean + math.hypot(high - mean, spread), 1.0)
             )
-            results.append(result)
+            label, headline = f"{shots}-shot top-1", shots == self.shots[-1]
+            results.append(self.estimated(f"{shots}_shot", share, n, chance, headline, label=label))
         return results
 
     def _sets(self) -> LabelledSets:

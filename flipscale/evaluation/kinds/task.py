@@ -89,14 +89,12 @@ class Task(ABC):
         return self.estimated(metric, Estimate(hits / n, *wilson(hits, n)), n, chance, headline)
 
     def estimated(
-        self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True
+        self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True, **shown: str
     ) -> Result:
-        return Result(
-            *(self.name, self.kind, metric, 100.0 * estimate.value, n, 100.0 * estimate.low, 100.0 * estimate.high),
-            chance=chance,
-            headline=headline,
-            made_by=self.made_by,
-        )
+        """Return 100 times the estimate; `shown` are its unit and label, if not `%` and the metric's name."""
+        value, low, high = (100.0 * part for part in estimate)
+        about: dict[str, Any] = {"chance": chance, "headline": headline, "made_by": self.made_by, **shown}
+        return Result(self.name, self.kind, metric, value, n, low, high, **about)
 
     @property
     def made_by(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from flipscale.data.captions import tokenise
 from flipscale.evaluation.embedding import ChosenRows, Embedder
-from flipscale.evaluation.intervals import mean_estimate
+from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
@@ -82,15 +82,8 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
         ):
             if chosen.any():
                 value, low, high = mean_estimate(all_scores[chosen])
-                results.append(
-                    Result(
-                        *(self.name, self.kind, metric, 100.0 * value, int(chosen.sum()), 100.0 * low),
-                        high=min(100.0 * high, 100.0),
-                        label=label,
-                        headline=metric == "accuracy",
-                        made_by=self.made_by,
-                    )
-                )
+                share, headline = Estimate(value, low, min(high, 1.0)), metric == "accuracy"
+                results.append(self.estimated(metric, share, int(chosen.sum()), headline=headline, label=label))
         return results
 
 
