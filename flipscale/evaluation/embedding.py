@@ -99,9 +99,11 @@ class SampleNumbers(Sequence[tuple[int, int]]):
 class ChosenRows(TarSource):
     """Some rows of a source in a new order, as one shard."""
 
+    source: TarSource
+
     def __init__(self, source: TarSource, rows: np.ndarray):
         if isinstance(source, ChosenRows):
-            source, rows = source.source, source.rows[rows]
+            rows, source = source.rows[rows], source.source
         self._open = OrderedDict()  # empty, because `source` opens the shards
         self.source, self.list, self.faults = source, source.list, source.faults
         self.shard_sizes = [len(rows)]
