@@ -138,7 +138,7 @@ def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int],
         raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
 
     def values() -> Iterator[Value]:
-        for row in embedder.rows(len(where)).tolist():
+        for row in embedder.rows(len(where)):
             embedder.alive()
             shard, number = where[row]
             try:
