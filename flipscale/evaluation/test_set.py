@@ -266,10 +266,7 @@ def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]
     where = f"{source.shard_name(shard)}#{number}"
     array = source.read_array(shard, number)
     if array is None:
-        raise UserError(
-            f"{where} has no KEY.npy in the shard's index; if the shard has one, the index is older than such files: "
-            f"run `flipscale prepare index '{source.list.shards}'`"
-        )
+        raise UserError(f"{where} has no KEY.npy; fetch the set again")
     if array.dtype.kind not in "biuf":
         raise UserError(f"{where} has values of type {array.dtype} in KEY.npy; it must hold numbers")
     return array, where
