@@ -42,20 +42,12 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(["model", *words])
 
 
-@pytest.mark.parametrize("side", [8, 14])
-@pytest.mark.parametrize(("ratio", "views"), [(0.5, 2), (0.75, 4)])
-@pytest.mark.parametrize("kind", ["random", "grid"])
-def test_views_are_disjoint_and_cover_the_image(side: int, ratio: float, views: int, kind: str) -> None:
-    index = ImageMask(ratio, views, kind).patches(range(50), side)
-    assert index.shape == (50, views, side * side // views)
-    assert (np.sort(index.reshape(50, -1)) == np.arange(side * side)).all()
-    assert len(np.unique(index[:, 0], axis=0)) == 50, "each image has its own mask"
-    assert (index[7] == ImageMask(ratio, views, kind).patches([7], side)[0]).all(), "the row alone decides"
-
-
-def test_more_views_include_those_of_fewer() -> None:
-    few, many = (ImageMask(0.75, views).patches(range(5), 14) for views in (2, 4))
-    assert (few == many[:, :2]).all()
+def test_the_row_alone_decides_a_mask() -> None:
+    index = ImageMask(0.75, 4).patches(range(50), 14)
+    assert (np.sort(index.reshape(50, -1)) == np.arange(14 * 14)).all()
+    assert len(np.unique(index[:, 0], axis=0)) == 50
+    assert (index[7] == ImageMask(0.75, 4).patches([7], 14)[0]).all()
+    assert (index[:, :2] == ImageMask(0.75, 2).patches(range(50), 14)).all(), "more views include those of fewer"
 
 
 def test_every_combination_that_exists() -> None:
@@ -69,14 +61,11 @@ def test_every_combination_that_exists() -> None:
 @pytest.mark.parametrize(
     ("ratios", "views", "kind", "message"),
     [
-        ([1.0], [1], "random", r"mask_ratio is 1.0"),
-        ([-0.5], [1], "random", r"mask_ratio is -0.5"),
         ([0.99], [1], "random", r"mask_ratio 0.99 leaves none of 64 patches"),
         ([0.5, 0.75], [4], "random", r"--mask_ratio 0.5 has room for 2 views"),
         ([0.5, 0.75], [1, 8], "random", r"--mask_views 8 .* ratio 0.875 or more"),
         ([0.5], [1], "rows", r"--mask_kind is 'rows'"),
         ([0.5], [2], "block", r"views is 2, but block"),
-        ([0.6], [1], "grid", r"grid mask cannot keep 25 of 8 x 8"),
     ],
 )
 def test_masks_that_cannot_be(ratios: list[float], views: list[int], kind: str, message: str) -> None:
