@@ -7,7 +7,6 @@ number of processes and workers.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -66,26 +65,16 @@ WHOLE = ImageMask()
 def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: int) -> list[ImageMask]:
     """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once."""
     check_kind(kind, IMAGE_MASKS, "--mask_kind")
-    num_patches = side**2
-    most = {ratio: num_patches // num_kept(num_patches, ratio) for ratio in dict.fromkeys(ratios)}
-    masks = [
-        ImageMask(ratio, count, kind) if ratio > 0.0 else WHOLE
-        for ratio, limit in most.items()
-        for count in dict.fromkeys(views if ratio > 0.0 else [1])
-        if count <= limit
-    ]
-    for ratio, limit in most.items():
-        if all(mask.ratio != ratio for mask in masks):
+    masks = []
+    for ratio in dict.fromkeys(ratios):
+        most = side**2 // num_kept(side**2, ratio)
+        own = [ImageMask(ratio, count, kind) for count in dict.fromkeys(views) if count <= most] if ratio else [WHOLE]
+        if not own:
             raise UserError(
-                f"--mask_ratio {ratio:g} has room for {limit} views that share no patch, fewer than --mask_views "
+                f"--mask_ratio {ratio:g} has room for {most} views that share no patch, fewer than --mask_views "
                 f"{' '.join(map(str, views))}; use fewer views or a higher ratio"
             )
-    for count in views:
-        if count > 1 and all(mask.views != count for mask in masks):
-            raise UserError(
-                f"--mask_views {count} fits no --mask_ratio of {' '.join(f'{ratio:g}' for ratio in ratios)}, because "
-                f"views share no patch; use fewer views, or ratio {math.ceil(1000 * (1 - 1 / count)) / 1000:g} or more"
-            )
+        masks += own
     for mask in masks:
         mask.patches([0], side)
     return masks
