@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from flipscale.engines.checkpoint import checkpoint_of, latest_checkpoint
-    from flipscale.hub.export import Interpolation, export_checkpoint
+    from flipscale.hub.export import export_checkpoint
 
     checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
     if checkpoint is None:
@@ -48,4 +48,4 @@ def run(args: argparse.Namespace) -> None:
         return
     for alpha in dict.fromkeys(args.alpha):
         folder = out if len(args.alpha) == 1 else out / f"alpha-{alpha:g}"
-        print(export_checkpoint(checkpoint, folder, dtype, Interpolation(args.interpolate, alpha)))
+        print(export_checkpoint(checkpoint, folder, dtype, args.interpolate, alpha))

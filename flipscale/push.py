@@ -26,25 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Push a model and print its URL. If the Hub has the same files, nothing is uploaded."""
-    from flipscale.hub.push import Target, check_to_push, files_to_push, left_out, push_folder
+    from flipscale.hub.push import Target, check_to_push, left_out, push_folder, sort_files
 
     target = Target(args.repo, args.private or None, args.revision)
-    name = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
+    title = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
     start_logging()
     with _model_folder(args.run_dir, args.step) as folder:
         check_to_push(folder)
         if args.step is not None or not args.dry_run:
             _update_card(folder, args.run_dir, args.repo, args.step)
         if args.dry_run:
-            files = files_to_push(folder)
-            print("\n".join(f"{size:>16,}  {file}" for file, size in files))
+            files = {name: (folder / name).stat().st_size for name in sort_files(folder)[0]}
+            print("\n".join(f"{size:>16,}  {name}" for name, size in files.items()))
             if others := left_out(folder):
                 print(others)
-            total = sum(size for _, size in files)
-            print(f"{total:>16,}  bytes in {len(files)} files of {name} would go to {target}")
+            print(f"{sum(files.values()):>16,}  bytes in {len(files)} files of {title} would go to {target}")
             return
-        pushed = push_folder(folder, target, name)
-    print(f"{pushed.url}: {'commit ' + pushed.commit if pushed.changed else 'nothing new, nothing uploaded'}")
+        url, commit = push_folder(folder, target, title)
+    print(f"{url}: {f'commit {commit}' if commit else 'nothing new, nothing uploaded'}")
 
 
 def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:

@@ -4,7 +4,7 @@ open_clip lacks four features of our towers. Changed weights replace each:
 
 - Bias of the patch convolution: added to the positions.
 - Mean over all tokens, class token included: one more block (`_averaging_block`).
-- ReLU: GELU of the input times 2**32, with the output divided by 2**32 (`_gain`).
+- ReLU: GELU of the input times 2**32, with the output divided by 2**32.
 - Mask of padding: a tower of twice the width. Every channel is there twice, so the norms stay the same. The two halves
   of padding differ, and queries use the difference to skip it (`_skip_padding`). An average also needs the wide tower
   if its embedding has no spare channel.
@@ -89,12 +89,24 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
     Raises:
         UserError: open_clip cannot express it; the message names every reason.
     """
-    _check_expressible(config)
     vision, text = config.vision_config, config.text_config
+    acts = {"image": vision.hidden_act, "text": text.hidden_act}
+    wrong = [
+        f"the {name} tower's hidden_act {act} (only {', '.join(_ACTIVATIONS)})"
+        for name, act in acts.items()
+        if act not in _ACTIVATIONS
+    ]
+    others = set(acts.values()) - {"quick_gelu", "relu"}
+    if others and "quick_gelu" in acts.values():
+        wrong.append(f"quick_gelu in one tower and {', '.join(others)} in the other")
+    if vision.num_channels != 3:
+        wrong.append(f"images of {vision.num_channels} channels")
+    if wrong:
+        raise UserError(f"open_clip cannot express {'; nor '.join(wrong)}")
     return {
         "model_cfg": {
             "embed_dim": config.projection_dim,
-            "quick_gelu": "quick_gelu" in (vision.hidden_act, text.hidden_act),
+            "quick_gelu": "quick_gelu" in acts.values(),
             "init_logit_bias": config.logit_bias_init_value,
             "vision_cfg": {
                 "image_size": vision.image_size,
@@ -125,8 +137,12 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
 @torch.no_grad()
 def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
     """Return the weights of `model` under open_clip's names."""
-    image, text = model.vision_model.embeddings, model.text_model.embeddings
-    copies = _copies(model.config.vision_config)
+    image, text, config = model.vision_model.embeddings, model.text_model.embeddings, model.config.text_config
+    copies, text_copies = _copies(model.config.vision_config), _copies(config)
+    tokens = text.token_embedding.weight.repeat(1, text_copies)
+    if _skips_padding(config):
+        mark = torch.tensor([1.0, -1.0]).repeat_interleave(config.hidden_size)
+        tokens[config.pad_token_id] += _PADDING_MARK * mark
     # The class token comes first and has no position embedding.
     positions = nn.functional.pad(image.position_embedding[0] + image.patch_embedding.bias, (0, 0, 1, 0))
     visual = {
@@ -139,8 +155,8 @@ def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
         **{name: value[0] for name, value in model.loss_values().items()},
         # open_clip applies the exponential itself.
         "logit_scale": model.logit_scale[0].clamp(0.0, math.log(100.0)),
-        "token_embedding.weight": _token_embedding(text.token_embedding.weight, model.config.text_config),
-        "positional_embedding": text.position_embedding.weight.repeat(1, _copies(model.config.text_config)),
+        "token_embedding.weight": tokens,
+        "positional_embedding": text.position_embedding.weight.repeat(1, text_copies),
         **_tower(model.text_model, model.text_projection, norm="ln_final", projection="text_projection"),
         **{f"visual.{name}": value for name, value in visual.items()},
     }
@@ -162,49 +178,18 @@ def _copies(config: FlipVisionConfig | FlipTextConfig) -> int:
     return 2 if _skips_padding(config) or (_averages(config) and config.projection_dim >= config.hidden_size) else 1
 
 
-def _num_layers(config: FlipVisionConfig | FlipTextConfig) -> int:
-    # open_clip's towers need at least one layer; a layer of zeros changes nothing.
-    return max(config.num_hidden_layers + _averages(config), 1)
-
-
-def _gain(config: FlipVisionConfig | FlipTextConfig) -> float:
-    """Return the factor of the activation's input, which its output is divided by."""
-    return _RELU_SCALE if config.hidden_act == "relu" else 1.0
-
-
-def _check_expressible(config: FlipConfig) -> None:
-    vision, text = config.vision_config, config.text_config
-    wrong = []
-    for name, tower in (("image", vision), ("text", text)):
-        if tower.hidden_act not in _ACTIVATIONS:
-            wrong.append(f"the {name} tower's hidden_act {tower.hidden_act} (only {', '.join(_ACTIVATIONS)})")
-    others = {tower.hidden_act for tower in (vision, text)} - {"quick_gelu", "relu"}
-    if others and "quick_gelu" in (vision.hidden_act, text.hidden_act):
-        wrong.append(f"quick_gelu in one tower and {', '.join(others)} in the other")
-    if vision.num_channels != 3:
-        wrong.append(f"images of {vision.num_channels} channels")
-    if wrong:
-        raise UserError(f"open_clip cannot express {'; nor '.join(wrong)}")
-
-
 def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
     width, mlp = _copies(config) * config.hidden_size, config.intermediate_size
     ratio = mlp / width
     return {
         "width": width,
-        "layers": _num_layers(config),
+        # open_clip's towers need at least one layer; a layer of zeros changes nothing.
+        "layers": max(config.num_hidden_layers + _averages(config), 1),
         # open_clip truncates width * mlp_ratio, which rounding may put just below the integer.
         "mlp_ratio": ratio if int(width * ratio) == mlp else (mlp + 0.5) / width,
         "norm_kwargs": {"eps": config.layer_norm_eps},
         "act_kwargs": _ACTIVATIONS[config.hidden_act],
     }
-
-
-def _token_embedding(weight: torch.Tensor, config: FlipTextConfig) -> torch.Tensor:
-    wide = weight.repeat(1, _copies(config))
-    if _skips_padding(config):
-        wide[config.pad_token_id] += _PADDING_MARK * torch.tensor([1.0, -1.0]).repeat_interleave(config.hidden_size)
-    return wide
 
 
 def _tower(
@@ -257,12 +242,15 @@ def _averaging_block(tower: FlipVisionModel | FlipTextModel, inner: torch.Tensor
 
 def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -> dict[str, torch.Tensor]:
     """Return the weights of a block in the width of open_clip's tower."""
-    attention, copies, gain = layer.self_attn, _copies(config), _gain(config)
+    attention, copies = layer.self_attn, _copies(config)
+    gain = _RELU_SCALE if config.hidden_act == "relu" else 1.0
+    # A wide matrix reads the first copy of its inputs.
+    others = (0, (copies - 1) * config.hidden_size)
     weights, biases = [], []
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         # Scores are divided by the root of a head's width.
         scale = math.sqrt(copies) if linear is attention.q_proj else 1.0
-        weights.append(_wide_inputs(_wide_heads(scale * linear.weight, config), copies))
+        weights.append(nn.functional.pad(_wide_heads(scale * linear.weight, config), others))
         biases.append(_wide_heads(scale * linear.bias[:, None], config)[:, 0])
     if _skips_padding(config):
         _skip_padding(layer, config, weights, biases)
@@ -271,7 +259,7 @@ def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -
         "attn.in_proj_bias": torch.cat(biases),
         "attn.out_proj.weight": _wide_heads(attention.out_proj.weight.t(), config).t().repeat(copies, 1),
         "attn.out_proj.bias": attention.out_proj.bias.repeat(copies),
-        "mlp.c_fc.weight": _wide_inputs(gain * layer.mlp.fc1.weight, copies),
+        "mlp.c_fc.weight": nn.functional.pad(gain * layer.mlp.fc1.weight, others),
         "mlp.c_fc.bias": gain * layer.mlp.fc1.bias,
         "mlp.c_proj.weight": (layer.mlp.fc2.weight / gain).repeat(copies, 1),
         "mlp.c_proj.bias": layer.mlp.fc2.bias.repeat(copies),
@@ -279,11 +267,6 @@ def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -
     for name, norm in (("ln_1", layer.layer_norm1), ("ln_2", layer.layer_norm2)):
         block |= {f"{name}.{kind}": getattr(norm, kind).repeat(copies) for kind in ("weight", "bias")}
     return block
-
-
-def _wide_inputs(weight: torch.Tensor, copies: int) -> torch.Tensor:
-    """Return a matrix `(out, width)` padded for inputs `(copies * width)`; it reads the first copy."""
-    return nn.functional.pad(weight, (0, (copies - 1) * weight.shape[1]))
 
 
 def _wide_heads(rows: torch.Tensor, config: FlipVisionConfig | FlipTextConfig) -> torch.Tensor:

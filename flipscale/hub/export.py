@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -16,11 +15,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from flipscale.data.tokenizers import begin_and_end, check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_whole
 from flipscale.evaluation.test_set import kept_class_names
-from flipscale.hub.push import other_files
+from flipscale.hub.push import sort_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.lock import FolderLock
 from flipscale.io.model_folder import check_folder, fetch_folder, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
@@ -63,12 +61,8 @@ _SENTENCE_TRANSFORMER = {
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
     """Return the processor of a model.
 
-    It resizes the short side of an image to `image_size` (bicubic), crops the centre and normalises by the model's mean
-    and standard deviation. It cuts and pads captions to `max_position_embeddings` ids. The begin and end tokens of
-    written captions become special tokens of the tokenizer. Raise UserError if the tokenizer does not fit the model.
-
-    The image processor is transformers' PIL one, which needs no torchvision. The saved files name no backend: where
-    torchvision is installed, transformers loads its own instead. The two differ by one grey level at most.
+    It cuts and pads captions to `max_position_embeddings` ids. The begin and end tokens of written captions become
+    special tokens of the tokenizer. Raise UserError if the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, config.caption_config)
     # A copy, because the caller's tokenizer keeps its length.
@@ -82,7 +76,11 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
 
 
 def build_image_processor(config: FlipConfig) -> CLIPImageProcessorPil:
-    """Return the image processor of a model, as in `build_processor`."""
+    """Return the image processor of a model: resize the short side (bicubic), crop the centre, normalise.
+
+    It is transformers' PIL one, which needs no torchvision. The saved files name no backend: where torchvision is
+    installed, transformers loads its own instead. The two differ by one grey level at most.
+    """
     vision = config.vision_config
     return CLIPImageProcessorPil(
         size={"shortest_edge": vision.image_size},
@@ -100,62 +98,23 @@ def by_channel(value: float | list[float], num_channels: int) -> list[float]:
 def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:
     """Write configuration, weights (safetensors), processor and the code of `flipscale.model` to the folder `out_dir`.
 
-    fp32 weights are written twice. `from_pretrained` loads fp32 by default, and half the bytes with `variant="bf16",
-    dtype=torch.bfloat16`.
-
-    Without flipscale, the folder loads by `AutoModel`, `AutoProcessor` and `pipeline("zero-shot-image-classification")`
-    with `trust_remote_code=True`; sentence-transformers loads it too. It is written under another name and renamed, so
-    readers never see half a folder. An existing model folder is replaced with all its files.
+    fp32 weights are written twice, as fp32 and as `variant="bf16"`. transformers and sentence-transformers load the
+    folder without flipscale, with `trust_remote_code=True`. It is renamed once it is whole. An existing model folder is
+    replaced with all its files.
 
     Raises:
-        UserError: `out_dir` exists and is neither a model folder nor empty, or another process writes it.
+        UserError: `out_dir` exists and is neither a model folder nor empty.
     """
     weights = model.state_dict()
     return _write_folder(model, processor, Path(out_dir), lambda name: weights[name].cpu())
 
 
-class Interpolation(NamedTuple):
-    """Weights between those of two models: WiSE-FT (arXiv 2109.01903), which keeps a fine-tuned model's skill on other
-    tasks.
-
-    Args:
-        base: run, model folder or Hub name, such as the start of the fine-tuning.
-        alpha: share of the fine-tuned weights; 0 gives the base.
-    """
-
-    base: str
-    alpha: float
-
-    def applied(self, shapes: dict[str, torch.Size], read: ReadWeight) -> ReadWeight:
-        """Return a reader of the mixed weights, in fp32.
-
-        Args:
-            shapes: shapes of the fine-tuned weights, by name.
-            read: reader of the fine-tuned weights.
-        """
-        files = {}
-        for path in check_folder(fetch_folder(self.base)):
-            file = safe_open(path, "pt")
-            files.update(dict.fromkeys(file.keys(), file))
-        for name, shape in shapes.items():
-            base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None
-            if base_shape != list(shape):
-                has = f"shape {base_shape}" if base_shape else "no value"
-                raise UserError(
-                    f"--interpolate {self.base}: weight {name} has {has} in the base and {list(shape)} in the run; use "
-                    "models of one size and kind"
-                )
-
-        def mixed(name: str) -> torch.Tensor:
-            tuned, base = read(name).float(), files[name].get_tensor(name).float()
-            check_weight(f"{name} of {self.base}", base)
-            return torch.lerp(base, tuned, self.alpha)
-
-        return mixed
-
-
 def export_checkpoint(
-    checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32, between: Interpolation | None = None
+    checkpoint: Path,
+    out_dir: Path,
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+    alpha: float = 0.5,
 ) -> Path:
     """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, without a card.
 
@@ -164,7 +123,9 @@ def export_checkpoint(
 
     Args:
         dtype: data type of the weights.
-        between: other model to mix the weights with.
+        base: run, model folder or Hub name of another model to mix the weights with, such as the start of the
+            fine-tuning: WiSE-FT (arXiv 2109.01903), which keeps a fine-tuned model's skill on other tasks.
+        alpha: share of the checkpoint's weights; 0 gives those of `base`.
 
     Raises:
         OSError: the checkpoint is damaged or cannot be read.
@@ -190,35 +151,57 @@ def export_checkpoint(
     with torch.device("meta"):
         model = objective.exported_class._from_config(config, dtype=dtype)
     read: ReadWeight = partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
-    if between is not None:
-        read = between.applied({name: weight.shape for name, weight in model.state_dict().items()}, read)
+    if base is not None:
+        read = _mixed({name: weight.shape for name, weight in model.state_dict().items()}, read, base, alpha)
     return _write_folder(model, processor, out_dir, read)
+
+
+def _mixed(shapes: dict[str, torch.Size], read: ReadWeight, base: str, alpha: float) -> ReadWeight:
+    """Return a reader of weights between those that `read` returns and those of the model `base`, in fp32."""
+    files = {}
+    for path in check_folder(fetch_folder(base)):
+        file = safe_open(path, "pt")
+        files.update(dict.fromkeys(file.keys(), file))
+    for name, shape in shapes.items():
+        base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None
+        if base_shape != list(shape):
+            has = f"shape {base_shape}" if base_shape else "no value"
+            raise UserError(
+                f"--interpolate {base}: weight {name} has {has} in the base and {list(shape)} in the run; use models "
+                "of one size and kind"
+            )
+
+    def mixed(name: str) -> torch.Tensor:
+        weight = files[name].get_tensor(name).float()
+        check_weight(f"{name} of {base}", weight)
+        return torch.lerp(weight, read(name).float(), alpha)
+
+    return mixed
 
 
 def _write_weights(folder: Path, shapes: dict[str, torch.Size], read: ReadWeight, dtype: torch.dtype) -> None:
     """Write the weights in `dtype`, and fp32 weights also as `bf16`, in the files of `from_pretrained`, one by one."""
-
-    def checked(name: str) -> torch.Tensor:
-        weight = read(name)
-        check_weight(name, weight)
-        return weight
-
     for variant, kind in [("", dtype), *([(".bf16", torch.bfloat16)] if dtype == torch.float32 else [])]:
+
+        def checked(name: str, kind: torch.dtype = kind) -> torch.Tensor:
+            weight = read(name)
+            check_weight(name, weight)
+            return weight.to(kind)
+
         weights = {name: torch.empty(shape, dtype=kind, device="meta") for name, shape in shapes.items()}
         split = split_torch_state_dict_into_shards(
             weights, filename_pattern=f"model{variant}{{suffix}}.safetensors", max_shard_size=MAX_SHARD_SIZE
         )
         for file, names in split.filename_to_tensors.items():
-            layout = {name: (kind, shapes[name]) for name in names}
-            tensors = (
-                checked(name).to(kind) for name in each(names, f"writing {file}", "tensors", delay=2, leave=False)
-            )
-            write_tensors(folder / file, layout, tensors)
+            progress = each(names, f"writing {file}", "tensors", delay=2, leave=False)
+            write_tensors(folder / file, {name: (kind, shapes[name]) for name in names}, map(checked, progress))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / f"model.safetensors.index{variant}.json").write_text(
-                json.dumps(index, indent=1) + "\n", encoding="utf-8"
-            )
+            _write_json(folder / f"model.safetensors.index{variant}.json", index, 1)
+
+
+def _write_json(path: Path, content: object, indent: int = 2) -> None:
+    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 def _write_folder(model: FlipPreTrainedModel, processor: Processor, out_dir: Path, read: ReadWeight) -> Path:
@@ -238,22 +221,17 @@ def _write_folder(model: FlipPreTrainedModel, processor: Processor, out_dir: Pat
             with torch.device("meta"):
                 model = FlipForConditionalGeneration._from_config(config, dtype=dtype)
     model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **classes}
-    lock = FolderLock(out_dir.with_name(f".{out_dir.name}.lock"), f"writes {out_dir}")
-    lock.acquire()
-    try:
-        with atomic_write(out_dir) as folder:
-            if processor is not None:
-                processor.save_pretrained(folder)
-            if isinstance(processor, FlipProcessor) and compares:
-                for name, content in _SENTENCE_TRANSFORMER.items():
-                    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            with without_bars():
-                model.save_pretrained(folder, state_dict={})
-            for empty in folder.glob("*.safetensors"):
-                empty.unlink()
-            _write_weights(folder, shapes, read, dtype)
-    finally:
-        lock.release()
+    with atomic_write(out_dir) as folder:
+        if processor is not None:
+            processor.save_pretrained(folder)
+        if isinstance(processor, FlipProcessor) and compares:
+            for name, content in _SENTENCE_TRANSFORMER.items():
+                _write_json(folder / name, content)
+        with without_bars():
+            model.save_pretrained(folder, state_dict={})
+        for empty in folder.glob("*.safetensors"):
+            empty.unlink()
+        _write_weights(folder, shapes, read, dtype)
     return out_dir
 
 
@@ -264,7 +242,7 @@ def _check_replaceable(out_dir: Path) -> None:
     config = out_dir / "config.json"
     if not config.is_file() or read_object(config).get("model_type") != FlipConfig.model_type:
         raise UserError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")
-    if others := other_files(out_dir):
+    if others := sort_files(out_dir)[1]:
         raise UserError(
             f"{out_dir} holds {', '.join(others[:6])}, which flipscale did not write and an export would remove; name "
             "another folder, or move them away"

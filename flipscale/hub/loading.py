@@ -1,9 +1,8 @@
 """Load a model from a folder, the Hub or another program, with one clear error."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -33,10 +32,6 @@ from flipscale.objectives.captioning import CaptioningFlipModel
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_log = logging.getLogger(__name__)
-
-# Tasks of models without a text tower, for `flipscale evaluate --task`.
-_TASKS: dict[type, str] = {FlipForImageClassification: "classification", FlipForConditionalGeneration: "captioning"}
 # Embedders of other programs' models, by the prefix of their names.
 OTHERS: dict[str, Callable[..., Embedder]] = {
     OPEN_CLIP: open_clip_embedder,
@@ -46,36 +41,39 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
+    """Return the model and tokenizer of a model folder or Hub name, as `load_with_tokenizer`.
 
     Raises:
-        UserError: as `load_model`; or the tokenizer does not fit, or the model has no text tower.
+        UserError: the model has no text tower, or as `load_with_tokenizer`.
     """
-    folder, model = load_model(name)
-    if not isinstance(model, FlipModel):
+    model, tokenizer = load_with_tokenizer(name)
+    if not isinstance(model, FlipModel) or tokenizer is None:
+        kind = "captioning" if tokenizer else "classification"
         raise UserError(
             f"model {name!r} is a {type(model).__name__}, which has no text tower; use `flipscale evaluate` with "
-            f"--task '{{kind: {_TASKS[type(model)]}, data: TEST_SET}}'"
+            f"--task '{{kind: {kind}, data: TEST_SET}}'"
         )
-    return model, _tokenizer_of(folder, name, model.config)
+    return model, tokenizer
 
 
 def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model, as `load_model`, and its tokenizer, which is None for a classifier."""
+    """Return a model, as `load_model`, and its tokenizer, which is None for a classifier.
+
+    Raises:
+        UserError: as `load_model`; or the tokenizer cannot be read, or does not fit.
+    """
     folder, model = load_model(name)
-    return model, None if isinstance(model, FlipForImageClassification) else _tokenizer_of(folder, name, model.config)
-
-
-def _tokenizer_of(folder: Path, name: str, config: FlipConfig) -> PreTrainedTokenizerBase:
+    if isinstance(model, FlipForImageClassification):
+        return model, None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself for damaged files
         raise UserError(
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
             "tokenizer_config.json: copy those of its training, or export it again"
         ) from error
-    check_tokenizer(tokenizer, config.caption_config)
-    return tokenizer
+    check_tokenizer(tokenizer, model.config.caption_config)
+    return model, tokenizer
 
 
 def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
@@ -96,7 +94,10 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         content = read_object(folder / "config.json")
         config = FlipConfig.from_own_fields(content)
         if content.get("architectures") == [FlipForImageClassification.__name__]:
-            kind, config.id2label = FlipForImageClassification, _class_names(content)
+            names = content.get("id2label")
+            if not isinstance(names, dict) or set(names) != {str(index) for index in range(len(names))}:
+                raise UserError("id2label in its config.json does not count classes from 0; export it again")
+            kind, config.id2label = FlipForImageClassification, {i: str(names[str(i)]) for i in range(len(names))}
         elif config.answer_config is not None:
             kind = FlipForQuestionAnswering
         elif config.decoder_config is not None:
@@ -111,21 +112,13 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         return folder, kind.from_pretrained(None, config=config, state_dict=weights).eval()
 
 
-def _class_names(content: dict[str, Any]) -> dict[int, str]:
-    """Return the names of a classifier's classes by index."""
-    names = content.get("id2label")
-    if not isinstance(names, dict) or set(names) != {str(index) for index in range(len(names))}:
-        raise UserError("id2label in its config.json does not count classes from 0; export it again")
-    return {index: str(names[str(index)]) for index in range(len(names))}
-
-
 def _check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[FlipPreTrainedModel]) -> None:
     """Raise UserError if weights are missing, unexpected or of another shape, before any is in memory."""
     expected = {name: list(weight.shape) for name, weight in model_without_storage(config, kind).state_dict().items()}
     for fault, names in (
         ("missing", expected.keys() - stored.keys()),
         ("unexpected", stored.keys() - expected.keys()),
-        ("misshapen", {name for name in expected.keys() & stored.keys() if expected[name] != stored[name]}),
+        ("misshapen", {name for name in expected if name in stored and expected[name] != stored[name]}),
     ):
         if names:
             name = min(names)
@@ -182,45 +175,17 @@ def _tried(embedder: Embedder) -> Embedder:
     return embedder
 
 
-class OpenModels:
-    """Opens the models of a command in turn. A model that cannot be opened does not end the others.
+def open_together(open_one: Callable[[], Embedder]) -> Embedder | UserError | OSError:
+    """Collective. Return the embedder that a function opens, or the first error on every process if any has one."""
+    from accelerate.utils import gather_object
 
-    Args:
-        asked: number of models.
-        open_one: function that opens a model by its name.
-    """
-
-    def __init__(self, asked: int, open_one: Callable[[str], Embedder]):
-        self._asked, self._open_one = asked, open_one
-        self._faults: list[tuple[type[UserError | OSError], str]] = []
-
-    def open(self, name: str) -> Embedder | None:
-        """Collective. Return the embedder of a model, or None on every process if any process cannot open it.
-
-        Raises:
-            UserError, OSError: the only model cannot be opened.
-        """
-        from accelerate.utils import gather_object
-
-        embedder, faults = None, []
-        try:
-            embedder = self._open_one(name)
-        except (ValueError, OSError) as error:
-            if self._asked == 1:
-                raise
-            faults = [(OSError if isinstance(error, OSError) else UserError, str(error))]
-        faults = gather_object(faults)
-        if not faults:
-            return embedder
-        self._faults.append(faults[0])
-        _log.warning("%s; the other models are evaluated", faults[0][1])
-        return None
-
-    def raise_faults(self) -> None:
-        """Raise an error like the first fault, after the other models are done."""
-        if self._faults:
-            messages = "; ".join(message for _, message in self._faults)
-            raise self._faults[0][0](f"{len(self._faults)} of {self._asked} models were not evaluated: {messages}")
+    faults: list[tuple[type[UserError | OSError], str]] = []
+    try:
+        embedder = open_one()
+    except (ValueError, OSError) as error:
+        faults = [(OSError if isinstance(error, OSError) else UserError, str(error))]
+    faults = gather_object(faults)
+    return faults[0][0](faults[0][1]) if faults else embedder
 
 
 def _first_line(error: Exception) -> str:

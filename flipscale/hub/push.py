@@ -4,6 +4,7 @@
 the one that huggingface_hub finds (HF_TOKEN, a stored login). It is read here only to keep it out of messages.
 """
 
+import json
 import logging
 import os
 import re
@@ -13,18 +14,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from flipscale.hub.card import check_audit
+from flipscale.hub.card import read_audit
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.io.hub_requests import guard_requests
+from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
 from flipscale.io.model_folder import check_folder
 from flipscale.training.recipe import HubRecipe, Recipe
 
@@ -43,14 +43,11 @@ _WRITTEN = re.compile(
     | (?: configuration_flip|modeling_flip|modeling_flip_caption|modeling_flip_vqa|processing_flip|patches) \.py
     | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
 )
-_FIGURES = "figures"
 _SHOWN = 6  # names in the line about other files
 # Files of an earlier push that are deleted if the folder lacks them: weights in another number of shards.
 _REPLACED = ["*.safetensors", "*.safetensors.index*.json"]
 _TRANSIENT = (408, 409, 412, 429)  # 4xx worth a retry: timeouts, a concurrent commit, rate limits
-# Exceptions of huggingface_hub, and those that it raises when a proxy answers in the Hub's place.
-_NO_HUB = (JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError)
-_FAILURES = (OSError, ValueError, RuntimeError, HTTPError, *_NO_HUB)
+_FAILURES = (OSError, RuntimeError, HTTPError, *NO_HUB)
 
 _NICENESS = 10  # below the data workers, because the accelerators wait for these
 # A background push sees no accelerator and uses one thread. People read its log.
@@ -85,15 +82,6 @@ class Target:
         private = ["--private"] if self.private else []
         revision = ["--revision", self.revision] if self.revision else []
         return ["flipscale", "push", str(run_dir), self.repo_id, *private, *revision]
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """A finished upload: URL of the model, commit, and whether the commit is new."""
-
-    url: str
-    commit: str
-    changed: bool
 
 
 def target_of(recipe: HubRecipe) -> Target | None:
@@ -141,7 +129,8 @@ def open_target(recipe: HubRecipe, resumes: bool) -> None:
     Raises:
         UserError: the audit is unusable, or as `open_repo`.
     """
-    check_audit(recipe.audit)
+    if recipe.audit:
+        read_audit(recipe.audit)
     target = target_of(recipe)
     if target is None or not _is_rank_0():
         return
@@ -153,11 +142,14 @@ def open_target(recipe: HubRecipe, resumes: bool) -> None:
         _log.warning("%s; the run goes on and will push its next checkpoint", error)
 
 
-def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> Pushed:
+def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> tuple[str, str | None]:
     """Upload flipscale's files in `folder` in one commit, with a retry after each of `waits` seconds.
 
     Files that only the repository has are kept, except shards of weights. Other files and links in the folder are left
     out; one log line names them.
+
+    Returns:
+        URL of the model, and the new commit, or None if the repository had the same files.
 
     Raises:
         UserError: see `open_repo`; or the folder is not a complete model, or the Hub refuses the card.
@@ -166,20 +158,17 @@ def push_folder(folder: Path, target: Target, message: str, waits: Sequence[floa
     check_to_push(folder)
     if others := left_out(folder):
         _log.warning("%s: %s", folder, others)
-    for wait in (*waits, None):
+    for wait in waits:
         try:
             return _push(folder, target, message)
         except OSError as error:
-            if wait is None:
-                raise
             _log.warning("%s; trying again in %g s", error, wait)
             time.sleep(wait)
-    raise AssertionError("unreachable: the last try returns or raises")
+    return _push(folder, target, message)
 
 
-def _push(folder: Path, target: Target, message: str) -> Pushed:
-    repo_id = open_repo(target)
-    api, names = HfApi(), [name for name, _ in files_to_push(folder)]
+def _push(folder: Path, target: Target, message: str) -> tuple[str, str | None]:
+    repo_id, api = open_repo(target), HfApi()
     try:
         before = api.model_info(repo_id, revision=target.revision).sha
         commit = api.upload_folder(
@@ -187,42 +176,36 @@ def _push(folder: Path, target: Target, message: str) -> Pushed:
             folder_path=folder,
             revision=target.revision,
             commit_message=message,
-            allow_patterns=names,
+            allow_patterns=sort_files(folder)[0],
             delete_patterns=_REPLACED,
         )
     except _FAILURES as error:
         raise _explain(error, target) from None
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{target.revision}" if target.revision else "")
-    return Pushed(url, commit.oid, commit.oid != before)
+    return url, None if commit.oid == before else commit.oid
 
 
-def files_to_push(folder: Path) -> list[tuple[str, int]]:
-    """Return names and bytes of the files that `push_folder` uploads: flipscale's own files, without links."""
-    figures = folder / _FIGURES
-    paths = [*folder.iterdir(), *(figures.iterdir() if figures.is_dir() and not figures.is_symlink() else ())]
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
-    return [
-        (name, path.stat().st_size)
-        for name, path in names.items()
-        if _WRITTEN.fullmatch(name) and path.is_file() and not path.is_symlink()
-    ]
+def sort_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of flipscale's own files in a model folder, which a push uploads, and of all others.
 
-
-def other_files(folder: Path) -> list[str]:
-    """Return the names in a folder that `push_folder` leaves out; links are marked."""
-    pushed = {name for name, _ in files_to_push(folder)}
-    names = []
-    for path in sorted(folder.iterdir()):
+    Links belong to the others and are marked.
+    """
+    figures, own, others = folder / "figures", [], []
+    drawn = figures.iterdir() if figures.is_dir() and not figures.is_symlink() else ()
+    for path in sorted([*folder.iterdir(), *drawn]):
+        name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            names.append(f"{path.name} (a link)")
-        elif path.name not in pushed and path.name != _FIGURES:
-            names.append(path.name)
-    return names
+            others.append(f"{name} (a link)")
+        elif _WRITTEN.fullmatch(name) and path.is_file():
+            own.append(name)
+        elif path != figures:
+            others.append(name)
+    return own, others
 
 
 def left_out(folder: Path) -> str | None:
     """Return a sentence that names the other files and links in a folder, or None if there are none."""
-    if not (names := other_files(folder)):
+    if not (names := sort_files(folder)[1]):
         return None
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return f"left out, because flipscale did not write it: {', '.join(names[:_SHOWN])}{more}"
@@ -232,11 +215,9 @@ def check_to_push(folder: Path) -> None:
     """Raise UserError unless a folder is a complete model with finite weights and without links."""
     if (folder / "image_model.onnx").is_file():  # `flipscale convert onnx` has compared it with its model
         return
-    pushed = {name for name, _ in files_to_push(folder)}
     files = check_folder(folder)
-    card = [file for file in [folder / "README.md"] if file.is_symlink()]
-    for file in [folder / "config.json", *card, *files]:
-        if file.name not in pushed:
+    for file in [folder / "config.json", folder / "README.md", *files]:
+        if file.is_symlink():
             raise UserError(f"{file} is a link, which is not uploaded; put the file itself there")
     for file in files:
         with safe_open(file, "pt") as weights:
@@ -246,9 +227,7 @@ def check_to_push(folder: Path) -> None:
 
 def _explain(error: Exception, target: Target) -> UserError | OSError:
     """Return a UserError for an error that needs the user, an OSError for a transient error, without the token."""
-    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
-    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-    words = " ".join((getattr(cause, "server_message", None) or str(cause or error)).split()) or type(error).__name__
+    status, words = reason_of(error)
     if token := get_token():
         words = words.replace(token, "<token>")
     if isinstance(error, OfflineModeIsEnabled):
@@ -260,22 +239,22 @@ def _explain(error: Exception, target: Target) -> UserError | OSError:
             f"the token may not write to {target} ({words}); use an organisation that you are a member of, and a token "
             "with write access"
         )
-    if isinstance(error, _NO_HUB):
+    is_refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    if is_refused or (status is not None and 400 <= status < 500 and status not in _TRANSIENT):
+        return UserError(f"the Hub refuses the push to {target} ({words})")
+    if isinstance(error, NO_HUB):
         return OSError(
             f"the push to {target} failed: {constants.ENDPOINT} does not answer as the Hub does ({words}); check "
             "HF_ENDPOINT and the proxy"
         )
-    if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in _TRANSIENT):
-        return UserError(f"the Hub refuses the push to {target} ({words})")
     return OSError(f"the push to {target} failed ({words})")
 
 
 class BackgroundPush:
     """Pushes checkpoints while a run trains, one at a time. Training never waits for a push.
 
-    Each push is a process, `flipscale push RUN ORG/NAME --step N`, which reads the checkpoint from disk, uses no
-    accelerator and writes to the run's `push.log`. A checkpoint that is saved during a push is left to the next push,
-    because it would only be replaced. A failed push is logged; the next checkpoint brings the repository up to date.
+    Each push is a process, `flipscale push RUN ORG/NAME --step N`, which writes to the run's `push.log`. A checkpoint
+    that is saved during a push is left to the next push, because it would only be replaced. A failed push is logged.
 
     Args:
         recipe: recipe of the run.
@@ -294,10 +273,9 @@ class BackgroundPush:
         """Start to push the checkpoint of a step, unless another push runs. `step` is None if none was saved."""
         if self._target is None or step is None or (self.last_step is not None and step >= self.last_step):
             return
-        if self._process is not None:
-            if self._process.poll() is None:
-                return
-            self._report(self._process.returncode)
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._report()
         self._step = step
         try:
             self._process = self._start(step, self._target)
@@ -312,7 +290,7 @@ class BackgroundPush:
             self._process.terminate()
             self._process.wait()
         else:
-            self._report(self._process.returncode)
+            self._report()
         shutil.rmtree(export_folder(self.run_dir, self._step), ignore_errors=True)
 
     def _start(self, step: int, target: Target) -> subprocess.Popen[bytes]:
@@ -328,20 +306,17 @@ class BackgroundPush:
         os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
         return process
 
-    def _report(self, returncode: int) -> None:
-        self._process = None
-        if returncode != 0:
+    def _report(self) -> None:
+        """Log the failure of a push that has ended."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode != 0:
             log = self.run_dir / "push.log"
             lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines() if log.exists() else []
             self._warn(lines[-1].removeprefix("flipscale: error: ") if lines else "no output")
 
     def _warn(self, reason: str) -> None:
-        _log.warning(
-            "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint",
-            self._step,
-            self._target,
-            reason,
-        )
+        message = "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint"
+        _log.warning(message, self._step, self._target, reason)
 
 
 def push_finished(recipe: Recipe) -> None:
@@ -354,13 +329,13 @@ def push_finished(recipe: Recipe) -> None:
     if target is None or not _is_rank_0() or not (run_dir / "DONE").exists():
         return
     try:
-        pushed = push_folder(run_dir / "model", target, f"{run_dir.name}, finished")
+        url, _ = push_folder(run_dir / "model", target, f"{run_dir.name}, finished")
     except (UserError, OSError) as error:
         raise OSError(
             f"{run_dir} is done, but its model is not on the Hub: {error}; push it by hand: "
             + " ".join(target.command(run_dir))
         ) from error
-    print(f"{run_dir} is on the Hub: {pushed.url}")
+    print(f"{run_dir} is on the Hub: {url}")
 
 
 def export_folder(run_dir: Path, step: int) -> Path:

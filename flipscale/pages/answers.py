@@ -64,7 +64,6 @@ def answers_of(
     Args:
         pictures: embeddings or logits, fp32 `(pictures, dim)`.
         texts: embeddings of the answers, fp32 `(answers, dim)`; the identity for a classifier.
-        names: names of the answers.
         right: index of each picture's right answer.
         scale: inverse temperature of the model; 1 for a classifier.
         k: number of nearest answers to keep.
@@ -91,9 +90,6 @@ class ClassRow:
     """Results for the pictures of one right answer.
 
     Args:
-        name: name of the right answer.
-        images: number of pictures.
-        num_right: number of pictures with the right answer nearest.
         rank: mean rank of the right answer, from 1.
         example: index of the picture with the largest lead if most are right, else the smallest.
         taken_for: most frequent wrong answer; empty if there is none.
@@ -116,9 +112,8 @@ def class_rows(answers: Answers) -> list[ClassRow]:
         wrong = Counter(answers.top[mine[~good], 0].tolist()).most_common(1)
         share, lead = float(good.mean()), float(answers.leads[mine].mean())
         example = mine[answers.leads[mine].argmax() if share >= 0.5 else answers.leads[mine].argmin()]
-        name, rank = answers.names[index], float(answers.ranks[mine].mean()) + 1
-        taken_for = answers.names[wrong[0][0]] if wrong else ""
-        row = ClassRow(name, len(mine), int(good.sum()), rank, int(example), taken_for)
+        rank, taken_for = float(answers.ranks[mine].mean()) + 1, answers.names[wrong[0][0]] if wrong else ""
+        row = ClassRow(answers.names[index], len(mine), int(good.sum()), rank, int(example), taken_for)
         rows.append(((-share, rank, -lead), row))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
@@ -172,11 +167,7 @@ def shown_task(tasks: Sequence[Task]) -> Task | None:
 def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") -> Tested:
     """Return the answers of the model in `folder` for at most 2,000 pictures of a test set, in about a minute.
 
-    Args:
-        task: task of the test set.
-        folder: path of the model folder.
-        load: function that returns the model and tokenizer of a folder.
-        precision: mixed precision of the run, in accelerate's words, as in its evaluations.
+    `precision` is the mixed precision of the run, in accelerate's words, as in its evaluations.
     """
     test_set = TestSet.open(task.data)
     pictures = ShardPictures(test_set.source)

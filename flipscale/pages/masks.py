@@ -1,8 +1,7 @@
 """Training pictures with the patches that each stage shows to the image encoder."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +15,7 @@ from flipscale.training.recipe import Recipe
 _SIDE = 96
 
 
-@dataclass(frozen=True)
-class MaskRow:
+class MaskRow(NamedTuple):
     """Training pictures in one or more stages, with transparent patches where the mask removes them."""
 
     title: str

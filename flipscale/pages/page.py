@@ -4,20 +4,21 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+
+from flipscale.io.text_table import duration, rounded
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _QUALITY = 82  # of thumbnails, on WebP's scale
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture in a page: data URI, text for readers who cannot see it, and size in pixels."""
 
     uri: str
@@ -35,6 +36,7 @@ def rendered(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters.update(duration=duration, rounded=rounded, listed=listed, number="{:,}".format)
     # File names may contain halves of surrogate pairs, which UTF-8 lacks, and control characters, which HTML lacks.
     text = environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
     return _CONTROL.sub("", text)

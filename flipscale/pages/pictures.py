@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,31 +25,9 @@ _READ = DataRecipe(lanes=1, shards_per_block=1)
 _BATCH = 64
 
 
-class Pictures(Protocol):
-    """Encoded pictures by index."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Return the name of a picture for messages."""
-
-    def label(self, index: int) -> str:
-        """Return the label of a picture for pages: its caption, or else its name."""
-
-    def image(self, index: int) -> bytes:
-        """Return the encoded picture.
-
-        Raises:
-            BadSample: it cannot be read.
-        """
-
-    def state(self) -> list[list[str | int]]:
-        """Return names, bytes and times of the files, which change with the pictures."""
-
-
 @dataclass(frozen=True)
 class FolderPictures:
-    """Picture files in a folder and below it."""
+    """Picture files in a folder and below it, by index."""
 
     files: FileList
 
@@ -58,18 +35,22 @@ class FolderPictures:
         return len(self.files)
 
     def name(self, index: int) -> str:
+        """Return the name of a picture for messages."""
         return self.files.key(index)
 
     def label(self, index: int) -> str:
+        """Return the label of a picture for pages: its caption, or else its name."""
         try:
             return self.files.captions(index)[0]
         except (BadSample, IndexError):
             return self.name(index)
 
     def image(self, index: int) -> bytes:
+        """Return the encoded picture. Raise BadSample if it cannot be read."""
         return self.files.image(index)
 
     def state(self) -> list[list[str | int]]:
+        """Return names, bytes and times of the files, which change with the pictures."""
         rows: list[list[str | int]] = []
         for name in self.files.files:
             path = self.files.root / name
@@ -80,7 +61,7 @@ class FolderPictures:
 
 @dataclass(frozen=True)
 class ShardPictures:
-    """Samples of tar shards, by row."""
+    """Samples of tar shards, by row, as `FolderPictures`."""
 
     source: TarSource
 
@@ -110,6 +91,9 @@ class ShardPictures:
         manifest = self.source.manifest
         table = manifest.table[["samples", "num_bytes", "mtime_ns"]].tolist()
         return [[name, *map(int, row)] for name, row in zip(manifest.all_names(), table, strict=True)]
+
+
+Pictures = FolderPictures | ShardPictures
 
 
 def open_pictures(place: str) -> Pictures:
@@ -152,7 +136,6 @@ def embed_pictures(
     """Return the embeddings of the pictures `rows`; damaged pictures are left out.
 
     Args:
-        pictures: source of the encoded pictures.
         rows: indices of the pictures.
         decode: function from the bytes of a picture to its columns.
         features: function from the columns of a batch to its embeddings `(batch, dim)`.
@@ -163,9 +146,7 @@ def embed_pictures(
     faults: list[str] = []
     begin = time.monotonic()
 
-    def decoded(encoded: bytes | BadSample, row: int) -> dict[str, np.ndarray] | BadSample:
-        if isinstance(encoded, BadSample):
-            return encoded
+    def decoded(encoded: bytes, row: int) -> dict[str, np.ndarray] | BadSample:
         try:
             with wrap_errors(UndecodableImage):
                 return decode(encoded, row)
@@ -176,10 +157,15 @@ def embed_pictures(
         for first in range(0, len(rows), _BATCH):
             if seconds is not None and parts and time.monotonic() - begin > seconds:
                 break
-            batch, columns = list(rows[first : first + _BATCH]), []
+            encoded: dict[int, bytes] = {}
+            columns = []
             # Reading stays in this thread, because a source of shards does not allow several.
-            encoded = [_read(pictures, row) for row in batch]
-            for row, result in zip(batch, pool.map(decoded, encoded, batch), strict=True):
+            for row in rows[first : first + _BATCH]:
+                try:
+                    encoded[row] = pictures.image(row)
+                except BadSample as error:
+                    faults.append(f"{pictures.name(row)}: {error}")
+            for row, result in zip(encoded, pool.map(decoded, encoded.values(), encoded), strict=True):
                 if isinstance(result, BadSample):
                     faults.append(f"{pictures.name(row)}: {result}")
                 else:
@@ -189,15 +175,8 @@ def embed_pictures(
                 stacked = {name: torch.from_numpy(np.stack([one[name] for one in columns])) for name in columns[0]}
                 with torch.no_grad():
                     parts.append(features(stacked).float().cpu().numpy())
-            bar.update(len(batch))
+            bar.update(len(rows[first : first + _BATCH]))
     return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
-
-
-def _read(pictures: Pictures, row: int) -> bytes | BadSample:
-    try:
-        return pictures.image(row)
-    except BadSample as error:
-        return error
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.io.atomic import write_text
-from flipscale.io.text_table import duration, rounded
+from flipscale.io.text_table import duration
 from flipscale.pages.answers import (
     ClassRow,
     Load,
@@ -66,25 +65,34 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     curve, run = read_curve(run_dir), RunSummary(run_dir)
     config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
     missing: list[str] = []
-    seen = _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing)
-    masks = _try_part("What was masked", missing, lambda: mask_rows(recipe)) or []
-    figures = _figures(run_dir, curve, missing)
+    tests: dict[str, list[Result]] = {}
+    for result in with_changes(curve.results)[:_MOST_RESULTS]:
+        tests.setdefault(_test(result), []).append(result)
+    recipe_text = yaml.safe_dump(deciding_part(run.recipe, name_of=data_name), sort_keys=False, allow_unicode=True)
+    if len(recipe_text) > _MOST_RECIPE:
+        recipe_text = f"{recipe_text[:_MOST_RECIPE]}\n# ... the rest is in recipe.yaml"
     values = {
-        "name": run_dir.name,
+        "run": run,
         "sentence": run_sentence(run, config),
-        "headline": _headline(curve),
-        "tiles": _tiles(run, config, curve),
-        "results": _result_rows(curve),
+        "samples": _samples(config),
+        "speed": curve.images_per_s if run.trained_seconds else None,
+        "main": [result for result in curve.results if result.headline and result.who == THIS_MODEL][:2],
+        "tests": tests,
+        "test_name": _test,
+        "of_data": _of_data,
+        "with_unit": with_unit,
+        "this_model": THIS_MODEL,
+        "changes": CHANGES,
         "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
-        "seen": seen,
-        "masks": masks,
-        "facts": [(name, text) for name, text in fact_rows(run) if text],
-        "recipe": _recipe_text(run.recipe),
-        "commands": _commands(run_dir, recipe.loss.kind),
+        "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing),
+        "masks": _try_part("What was masked", missing, lambda: mask_rows(recipe)) or [],
+        "recipe": recipe_text,
+        "flags": evaluation_flags(recipe.loss.kind, "FOLDER"),
+        "searches": recipe.loss.kind not in OWN_TASKS,
         "missing": missing,
         "written": time.strftime("%d %B %Y", time.localtime()),
-        "version": run.environment.get("flipscale", ""),
     }
+    figures = _figures(run_dir, curve, missing)
     path = run_dir / REPORT
     page = rendered("report.html", figures=figures, **values)
     while len(page.encode()) > MOST_BYTES and figures:
@@ -96,19 +104,32 @@ def write_report(recipe: Recipe, load: Load) -> Path:
 
 def run_sentence(run: RunSummary, config: dict[str, Any]) -> str:
     """Return a few sentences about the model, its data and its training; `config` is the model's."""
-    samples, image_size = _samples(config), config["vision_config"]["image_size"]
-    parameters = run.environment.get("num_parameters") or 0
+    samples, side = _samples(config), config["vision_config"]["image_size"]
+    parameters, stored = run.environment.get("num_parameters") or 0, run.environment.get("data_samples")
     count = f"{parameters:,}" if parameters < 1e6 else f"{parameters / 1e6:,.1f} million"
     size = f" of {count} parameters" if parameters else ""
     model = f"pictures and words{size}"
     if samples == "pictures":
         model = f"pictures{size} that knows {len(config['id2label']):,} classes"
-    sizes = {stage["name"]: stage["image_size"] for stage in run.recipe["stages"] if stage.get("image_size")}
-    other_sizes = listed([f"{size} x {size} in the stage {name}" for name, size in sizes.items()])
+    data, stages = run.recipe["data"], run.recipe["stages"]
+    places = [source.get("dataset") or source.get("shards") for source in data.get("sources") or [data]]
+    names = [data_name(place) for place in places if place]
+    origin = f" of {shortened(listed(names), 80)}" if names else ""
+    origin += f" (which holds {stored:,})" if stored else ""
+    ratios = [stage.get("mask_ratio") or 0.0 for stage in stages]
+    if not max(ratios):
+        masked = "with every picture whole"
+    elif ratios[-1] == 0 < ratios[0]:
+        masked = f"first with {100 * ratios[0]:g} % of each picture left out, at the end with whole pictures"
+    else:
+        masked = f"with {100 * max(ratios):g} % of each picture left out"
+    method = f" ({'FLIP' if max(ratios) else 'CLIP'})" if samples == "pairs" else ""
+    sizes = {stage["name"]: stage["image_size"] for stage in stages if stage.get("image_size")}
+    others = listed([f"{size} x {size} in the stage {name}" for name, size in sizes.items()])
     return (
-        f"A model of {model}. It learned from {run.records[-1]['samples_seen']:,} {samples}{_data_words(run)} in "
-        f"{duration(run.trained_seconds)} of training, {_mask_words(run, samples)}; its pictures have {image_size} x "
-        f"{image_size} pixels{', ' + other_sizes if other_sizes else ''}."
+        f"A model of {model}. It learned from {run.records[-1]['samples_seen']:,} {samples}{origin} in "
+        f"{duration(run.trained_seconds)} of training, {masked}{method}; its pictures have {side} x {side} pixels"
+        f"{others and f', {others}'}."
     )
 
 
@@ -117,111 +138,7 @@ def _samples(config: dict[str, Any]) -> str:
     return "pictures" if config.get("architectures") == ["FlipForImageClassification"] else "pairs"
 
 
-def _data_words(run: RunSummary) -> str:
-    data, count = run.recipe["data"], run.environment.get("data_samples")
-    sources = [source.get("dataset") or source.get("shards") or "" for source in data.get("sources") or []]
-    names = [data_name(place) for place in (sources or [data.get("shards") or ""]) if place]
-    words = f" of {shortened(listed(names), 80)}" if names else ""
-    return words + (f" (which holds {count:,})" if count else "")
-
-
-def _mask_words(run: RunSummary, samples: str) -> str:
-    ratios = [stage.get("mask_ratio") or 0.0 for stage in run.recipe["stages"]]
-    most = max(ratios)
-    method = f" ({'FLIP' if most else 'CLIP'})" if samples == "pairs" else ""
-    if not most:
-        return f"with every picture whole{method}"
-    if ratios[-1] == 0 < ratios[0]:
-        return f"first with {100 * ratios[0]:g} % of each picture left out, at the end with whole pictures{method}"
-    return f"with {100 * most:g} % of each picture left out{method}"
-
-
-def _tiles(run: RunSummary, config: dict[str, Any], curve: Curve) -> list[tuple[str, str]]:
-    """Return the large figures at the top, each with its name."""
-    main = [r for r in curve.results if r.headline and r.who == THIS_MODEL][:2]
-    return [
-        *((result.value_text, result.shown) for result in main),
-        (f"{run.records[-1]['samples_seen']:,}", f"{_samples(config)} seen"),
-        (duration(run.trained_seconds), "of training"),
-        *([(f"{curve.images_per_s:,.0f}", f"{_samples(config)} a second")] if run.trained_seconds else []),
-    ]
-
-
-def fact_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
-    """Yield names and values about the machine, the time and the cost; unknown values are empty."""
-    environment, cost = run.environment, run.cost
-    hours, co2, dollars, kwh = run.device_hours, run.co2_kg, run.dollars, run.energy.kwh
-    waited, peak = run.latest("data_wait_share"), run.peak_memory_bytes
-    precision = str(environment.get("mixed_precision", ""))
-    bad, skipped = run.total("num_replaced"), run.total("num_skipped")
-    versions = [f"{name} {environment[name]}" for name in ("flipscale", "torch", "python") if environment.get(name)]
-    yield "machine", listed(run.hardware)
-    yield "processes", listed(list(dict.fromkeys(_processes(start) for start in run.kept_starts)))
-    yield "precision", "fp32" if precision == "no" else precision
-    yield "training", duration(run.trained_seconds) + ", without evaluations and saves"
-    yield "device hours", "" if hours is None else rounded(hours)
-    yield "energy", "" if kwh is None else f"{rounded(kwh)} kWh, {run.energy.words}"
-    yield "emissions", f"{rounded(co2)} kg of CO2 at {cost.kwh_co2_grams:g} g a kWh" if co2 else ""
-    yield "cost", f"{rounded(dollars)} dollars at {cost.device_hour_dollars:g} an hour" if dollars else ""
-    yield "waiting for data", "" if waited is None else f"{100 * waited:.1f} % of the last interval"
-    yield "memory", f"{peak / 2**30:.1f} GiB at most, of the main process" if peak else ""
-    yield "bad samples", f"{bad:,} replaced" if bad else "none"
-    yield "skipped steps", f"{skipped:,}, not finite" if skipped else "none"
-    yield "versions", ", ".join(versions)
-
-
-def _processes(start: dict[str, Any]) -> str:
-    count = start["num_processes"]
-    return f"{count} process{'es' * (count != 1)}" + (f" under {start['engine']}" if start.get("engine") else "")
-
-
-def _recipe_text(recipe: dict[str, Any]) -> str:
-    """Return the recipe's fields that decide what is learned, without paths of this machine."""
-    text = yaml.safe_dump(deciding_part(recipe, name_of=data_name), sort_keys=False, allow_unicode=True)
-    return text if len(text) <= _MOST_RECIPE else f"{text[:_MOST_RECIPE]}\n# ... the rest is in recipe.yaml"
-
-
-@dataclass(frozen=True)
-class Card:
-    """A test picture, the right answer, the nearest answers (share in percent, whether right), and words below."""
-
-    picture: Picture
-    right: str
-    said: list[tuple[str, float, bool]]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The section on a model's answers.
-
-    Args:
-        what: kind of the answers, `class` or `caption`.
-        taken: number of answered pictures.
-        total: number of pictures in the set.
-        answers: number of possible answers.
-        cards: pictures evenly spread over the set.
-        best: best classes or captions, with a picture of each.
-        worst: worst classes or captions, with a picture of each.
-        classes: names of the classes; empty if there are too many for a table.
-        counts: confusion matrix; empty if there are too many classes.
-    """
-
-    data: str
-    what: str
-    taken: int
-    total: int
-    num_right: int
-    answers: int
-    cards: list[Card]
-    best: list[Card]
-    worst: list[Card]
-    mistakes: list[Card]
-    classes: list[str]
-    counts: list[list[int]]
-
-
-def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> Seen | None:
+def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> dict[str, Any] | None:
     task = shown_task(recipe.eval.planned())
     if task is None:
         missing.append(
@@ -233,33 +150,34 @@ def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> See
     return _try_part("The test pictures", missing, lambda: _section(answer_pictures(task, folder, load, precision)))
 
 
-def _section(tested: Tested) -> Seen:
+def _section(tested: Tested) -> dict[str, Any]:
+    """Return the values of the section on a model's answers."""
     answers, rows = tested.answers, class_rows(tested.answers)
     half = min(_MOST_CLASSES, len(rows) // 2)
     what = "caption" if tested.task.kind == "retrieval" else "class"
     is_small = what == "class" and len(answers.names) <= _LARGEST_MATRIX
-    return Seen(
-        data=data_name(tested.task.data),
-        what=what,
-        taken=len(tested.rows),
-        total=len(tested.pictures),
-        num_right=answers.num_right,
-        answers=len(answers.names),
-        cards=[_card(tested, place) for place in evenly(len(tested.rows), _MOST_SHOWN)],
-        best=[_card(tested, row.example, _row_note(row)) for row in rows[:half] if row.num_right],
-        worst=[
-            _card(tested, row.example, _row_note(row)) for row in rows[: -half - 1 : -1] if row.num_right < row.images
+    best = [row for row in rows[:half] if row.num_right]
+    worst = [row for row in rows[: -half - 1 : -1] if row.num_right < row.images]
+    return {
+        "data": data_name(tested.task.data),
+        "what": what,
+        "taken": len(tested.rows),
+        "total": len(tested.pictures),
+        "num_right": answers.num_right,
+        "answers": len(answers.names),
+        "cards": [_card(tested, place) for place in evenly(len(tested.rows), _MOST_SHOWN)],
+        "best": [_card(tested, row.example, _row_note(row)) for row in best],
+        "worst": [_card(tested, row.example, _row_note(row)) for row in worst],
+        "mistakes": [
+            _card(tested, one.example, _mistake_note(tested, one)) for one in mistakes(answers, _MOST_MISTAKES)
         ],
-        mistakes=[
-            _card(tested, mistake.example, _mistake_note(tested, mistake))
-            for mistake in mistakes(answers, _MOST_MISTAKES)
-        ],
-        classes=[_short(name) for name in answers.names] if is_small else [],
-        counts=confusion(answers) if is_small else [],
-    )
+        "classes": [_short(name) for name in answers.names] if is_small else [],
+        "counts": confusion(answers) if is_small else [],
+    }
 
 
-def _card(tested: Tested, place: int, note: str = "") -> Card:
+def _card(tested: Tested, place: int, note: str = "") -> dict[str, Any]:
+    """Return a test picture, the right answer, the nearest answers (share in percent, whether right), and words."""
     answers = tested.answers
     right = _short(answers.names[answers.right[place]])
     encoded = tested.pictures.image(int(tested.rows[place]))
@@ -270,7 +188,7 @@ def _card(tested: Tested, place: int, note: str = "") -> Card:
     ]
     if not note and not any(is_right for _, _, is_right in said):
         note = f"the right answer has rank {answers.ranks[place] + 1:,}"
-    return Card(picture, right, said, note)
+    return {"picture": picture, "right": right, "said": said, "note": note}
 
 
 def _row_note(row: ClassRow) -> str:
@@ -291,35 +209,6 @@ def _mistake_note(tested: Tested, mistake: Mistake) -> str:
 
 def _short(text: str) -> str:
     return shortened(text, _MOST_LETTERS)
-
-
-def _headline(curve: Curve) -> str | None:
-    """Return a sentence about the first headline result, or None without results."""
-    result = next((r for r in curve.results if r.headline and r.who == THIS_MODEL), None)
-    if result is None:
-        return None
-    interval = f" (95 % interval {result.interval_text})" if result.interval_text else ""
-    chance = "" if result.chance is None else f"; guessing would reach {with_unit(result.chance, result.unit)}"
-    if result.kind in ("zero_shot", "classification") and result.metric == "top1" and result.n is not None:
-        return f"Of {result.n:,} pictures{_of_data(result)} it names {result.value_text} right{interval}{chance}."
-    queries = "" if result.n is None else f" over {result.n:,} queries"
-    return f"{_test(result).capitalize()}, {result.shown}{queries}: {result.value_text}{interval}{chance}."
-
-
-def _result_rows(curve: Curve) -> dict[str, list[dict[str, str]]]:
-    """Return the rows of the table of results by test, each as a dictionary of its columns."""
-    tests: dict[str, list[dict[str, str]]] = {}
-    for result in with_changes(curve.results)[:_MOST_RESULTS]:
-        row = {
-            "metric": result.shown,
-            "who": {THIS_MODEL: "", **dict(zip(CHANGES, CHANGES, strict=True))}.get(result.who, f"of {result.who}"),
-            "value": result.value_text,
-            "interval": result.interval_text,
-            "chance": "" if result.chance is None else with_unit(result.chance, result.unit),
-            "n": "" if result.n is None else f"{result.n:,}",
-        }
-        tests.setdefault(_test(result), []).append(row)
-    return tests
 
 
 def _test(result: Result) -> str:
@@ -357,15 +246,6 @@ def _figure_words(stem: str, curve: Curve) -> str:
         first, last = course[0], next(r for r in reversed(course) if r.name == course[0].name)
         return f"{words.capitalize()}, {first.shown}, over the training: from {first.value_text} to {last.value_text}"
     return f"{words.capitalize()} over the training"
-
-
-def _commands(run_dir: Path, loss_kind: str) -> Sequence[tuple[str, str]]:
-    search = ("find your own pictures with it", f"flipscale search {run_dir} FOLDER 'a red apple'")
-    return [
-        *([] if loss_kind in OWN_TASKS else [search]),
-        ("measure it on another test set", f"flipscale evaluate {run_dir} {evaluation_flags(loss_kind, 'FOLDER')}"),
-        ("share it", f"flipscale push {run_dir} ORG/NAME"),
-    ]
 
 
 def _try_part(name: str, missing: list[str], make: Callable[[], Made]) -> Made | None:

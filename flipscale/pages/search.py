@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,6 @@ _SIDES = (144, 112, 80, 56, 40)
 _MOST_LIKE = 8
 _MOST_LETTERS = 70
 _FIELDS = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
-# Exceptions of numpy.load for files that are damaged or not its own.
-_NO_ARRAYS = (
-    *(OSError, ValueError, TypeError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
-)
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,7 @@ class Hit:
     similarity: float
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """A query with its hits, nearest first. `is_picture`: the query is a picture file, not words."""
 
     query: str
@@ -77,22 +71,20 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
 
 
 def _load(cache: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file of embeddings; none if there is no file or it is damaged.
+    """Return the arrays of a file of embeddings; none if there is no file.
 
     Raises:
         UserError: another file has this name.
     """
     if not cache.exists() and not cache.is_symlink():
         return {}
-    is_own = False
-    if cache.is_file() and not cache.is_symlink():
-        with suppress(*_NO_ARRAYS), np.load(cache, allow_pickle=False) as file:
-            is_own = set(file.files) == _FIELDS
-            if is_own:
-                return {name: file[name] for name in _FIELDS}
-    if not is_own:
-        raise UserError(f"{cache} exists, and no search wrote it; name another page with --out, or move it away")
-    return {}
+    # numpy raises these for files that are damaged or not its own.
+    with suppress(OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+        if cache.is_file() and not cache.is_symlink():
+            with np.load(cache, allow_pickle=False) as file:
+                if set(file.files) == _FIELDS:
+                    return {name: file[name] for name in _FIELDS}
+    raise UserError(f"{cache} exists, and no search wrote it; name another page with --out, or move it away")
 
 
 def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top: int) -> list[Search]:
@@ -118,16 +110,8 @@ def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top
 
 def write_search_page(
     path: Path, pictures: Pictures, embedded: Embedded, results: Sequence[Search], model: str, place: str
-) -> int:
-    """Write the page of searches and return its bytes.
-
-    Args:
-        path: path of the page.
-        pictures: searched pictures.
-        embedded: their embeddings.
-        results: queries with their hits.
-        model: name of the model.
-        place: name of the pictures' folder.
+) -> None:
+    """Write the page of searches; `place` is the name of the pictures' folder.
 
     Raises:
         UserError: the page would have more than 5 MB with the smallest thumbnails.
@@ -153,8 +137,7 @@ def write_search_page(
         )
         size = len(text.encode())
         if size <= MOST_BYTES:
-            write_text(path, text)
-            return size
+            return write_text(path, text)
     raise UserError(
         f"the page of {len(results)} queries would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; give "
         "fewer queries, or a smaller --top"

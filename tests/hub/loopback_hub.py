@@ -23,9 +23,6 @@ OWNERS = ("tester", "org")  # where TOKEN may write
 LARGE = (".safetensors", ".png", ".tar", ".parquet")
 
 
-_PIECE = 1 << 14
-
-
 @dataclass(frozen=True)
 class Stored:
     """A file of a commit: the hash of its content and, for a small file, git's id of it."""
@@ -90,9 +87,6 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[Request] = []
-        # How many pieces of contents may be sent; None: all. Whom none is left for waits until others may be sent.
-        self.pieces: threading.Semaphore | None = None
-        self.num_sent = 0
         self._faults: list[tuple[str, Reply]] = []
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -178,14 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         with suppress(ConnectionError):  # a client may be killed
-            pieces = self.hub.pieces
-            for start in range(0, len(content), _PIECE):
-                while pieces is not None and not pieces.acquire(timeout=0.05):
-                    if self.hub.pieces is not pieces:
-                        self.close_connection = True  # who asked was killed
-                        return
-                self.wfile.write(content[start : start + _PIECE])
-                self.hub.num_sent += 1
+            self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.loopback_hub import LoopbackHub
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from flipscale.cli import main
@@ -80,31 +78,6 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
 
 
-def cut_header(folder: Path) -> None:
-    (folder / LAST_SHARD).write_bytes((folder / LAST_SHARD).read_bytes()[:40])
-
-
-def unlist(folder: Path) -> None:
-    """An index that does not know of a shard: its weights would be made up."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != LAST_SHARD}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def add_a_weight(folder: Path) -> None:
-    save_file({**load_file(folder / LAST_SHARD), "vision_model.registers": torch.zeros(1)}, folder / LAST_SHARD)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"]["vision_model.registers"] = LAST_SHARD
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def code_as_tokenizer(folder: Path) -> None:
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config.update(tokenizer_class="Evil", auto_map={"AutoTokenizer": [None, "evil.Evil"]})
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\nclass Evil: pass\n")
-
-
 # Faults of the configuration, and the message of both `FlipModel.from_pretrained` and `flipscale evaluate`.
 FAULTS = {
     "other model": (change_config(model_type="flip2"), "model_type 'flip2'"),
@@ -113,19 +86,13 @@ FAULTS = {
     "new pooling": (change_config(text_config__pooling="last"), "pooling is 'last'"),
     "new activation": (change_config(text_config__hidden_act="swoosh"), "hidden_act 'swoosh'"),
 }
-# Faults that only `flipscale evaluate` names; transformers and safetensors refuse damaged weights too.
+# Faults that only `flipscale evaluate` names. `tests/attacks/test_models.py` has more.
 FAULTS_OF_THE_WHOLE = {
     "pickle": (only_a_pickle, r"pickle \(pytorch_model.bin\)"),
-    "shard missing": (remove(LAST_SHARD), rf"lacks {LAST_SHARD}, which model.safetensors.index.json lists"),
     "shard cut": (cut, "cut short or damaged"),
-    "header cut": (cut_header, "cut short or damaged"),
     "no weights": (remove("model.safetensors.index.json"), "has no model.safetensors and no index"),
     "no config": (remove("config.json"), "has no config.json"),
-    "weights made up": (unlist, r"\d+ missing keys, such as [a-z_.]+"),
-    "a weight too many": (add_a_weight, "1 unexpected keys, such as vision_model.registers"),
-    "no tokenizer": (remove("tokenizer.json"), "no tokenizer"),
-    "no tokenizer at all": (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
-    "tokenizer is code": (code_as_tokenizer, "no tokenizer"),
+    "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
 }
 
 
@@ -153,15 +120,6 @@ def test_a_pickle_is_never_loaded(folder: Path) -> None:
     only_a_pickle(folder)
     with pytest.raises(OSError, match="no file named model"):
         FlipVisionModel.from_pretrained(folder)
-    assert not (folder / "executed").exists()
-
-
-@pytest.mark.usefixtures("logged_in")
-def test_a_pickle_on_the_hub_is_refused(hub: LoopbackHub, folder: Path, tmp_path: Path) -> None:
-    only_a_pickle(folder)
-    hub.add("org/pickled", {path.name: path.read_bytes() for path in folder.iterdir()})
-    with pytest.raises(OSError, match="org/pickled"):
-        FlipModel.from_pretrained("org/pickled", cache_dir=tmp_path / "cache")
     assert not (folder / "executed").exists()
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub.card_numbers import untraced_numbers
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from flipscale.evaluation.reports.record import Line, append_lines, data_name, weights_digest
 from flipscale.evaluation.results import Result, append_results
-from flipscale.hub.card import check_audit, model_index, write_card
+from flipscale.hub.card import model_index, read_audit, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
 # Numbers that occur once each, so that none can stand for another.
@@ -117,14 +116,6 @@ def test_partial_energy(run_dir: Path) -> None:
     assert "| energy | 34.88 kWh, measured: GPUs and processors |" in card_of(run_dir, step=11)
 
 
-def test_every_number_is_traced(run_dir: Path) -> None:
-    card = card_of(run_dir)
-    assert untraced_numbers(card, run_dir) == []
-    for number, wrong in (("47.1 %", "47.2 %"), ("25.92", "25.93"), ("| 384 |", "| 385 |"), ("2.7 h", "3.1 h")):
-        assert number in card
-        assert len(untraced_numbers(card.replace(number, wrong), run_dir)) == 1
-
-
 def test_unknown_facts_are_left_out(run_dir: Path) -> None:
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     recipe.update(hub={}, cost={})
@@ -142,6 +133,7 @@ def test_unknown_facts_are_left_out(run_dir: Path) -> None:
     assert "stated no licence." in card
     assert "> **Still in training.** This is step 11 of 40." in card
     assert "| precision | fp32 |" in card
+    assert "| pairs seen | 176 |" in card
     ModelCard(card)
 
 
@@ -190,18 +182,12 @@ def test_result_lines(run_dir: Path) -> None:
         assert line in card.splitlines(), line
     assert (run_dir / "model/figures/ranks.png").stat().st_size > 10_000
     assert "secret" not in card
-    assert untraced_numbers(card, run_dir) == []
     found = [(r.task_type, r.metric_type, r.metric_name, r.metric_value) for r in ModelCard(card).data.eval_results]
     assert found == [
         ("zero-shot-image-classification", "accuracy", "top-1, %", 61.27),
         ("zero-shot-image-classification", "accuracy", "top-1, %", 33.96),
         ("median-rank", "median", "median rank", 3.25),
     ]
-
-
-def test_a_checkpoint_s_card(run_dir: Path) -> None:
-    card = card_of(run_dir, step=11)
-    assert all(text in card for text in ("| pairs seen | 176 |", "Not evaluated.", "This is step 11 of 40."))
 
 
 def test_sources_of_a_mixture(run_dir: Path) -> None:
@@ -227,7 +213,6 @@ def test_sources_of_a_mixture(run_dir: Path) -> None:
     assert shown["model"]["init_from"] == "first"
     for absent in ("private", "key:word", "bucket", "cache", "compile", "micro_batch_size", "exchange", "shards:"):
         assert absent not in card, absent
-    assert untraced_numbers(card, run_dir) == []
 
 
 def write(path: Path, content: dict) -> str:
@@ -267,7 +252,6 @@ def test_results_of_flipscale_evaluate(run_dir: Path) -> None:
         "| Stanford Cars, 8 prompts, mask ratio 0.5 | top-1 | this model | 58.4 % | 60.2 to 62.3 | 8,041 |",
     ]
     assert "3.21" not in card
-    assert untraced_numbers(card, run_dir) == []
     found = [
         (r.dataset_type, r.dataset_name, r.dataset_split, r.dataset_revision, r.metric_value)
         for r in ModelCard(card).data.eval_results
@@ -319,8 +303,6 @@ def test_audit(run_dir: Path) -> None:
         "Test images in the training data: 1,302 of the 50,021 of imagenet1k.",
     ):
         assert text in words, text
-    assert untraced_numbers(card, run_dir) == []
-    assert len(untraced_numbers(card.replace("1,302", "1,303"), run_dir)) == 1
     assert str(run_dir) not in card
 
 
@@ -331,8 +313,7 @@ def test_other_audits(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run_dir / "audit.json").write_text("{}")
     assert "## What is in the training data" not in card_of(run_dir)
     with pytest.raises(ValueError, match=r"hub.audit is .*audit.json"):
-        check_audit(str(run_dir / "audit.json"))
-    check_audit(None)
+        read_audit(str(run_dir / "audit.json"))
 
 
 def test_nan_is_no_result() -> None:

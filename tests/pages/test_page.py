@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from flipscale.io.text_table import rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
-from flipscale.pages.report import fact_rows, run_sentence
+from flipscale.pages.report import run_sentence
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.run_summary import Energy, RunSummary
 
@@ -78,6 +79,10 @@ class Run(RunSummary):
         self.__dict__.update(values)
 
 
+def facts(run: RunSummary) -> dict[str, str]:
+    return dict(re.findall(r"<th [^>]*>(.*?)</th><td>(.*?)</td>", rendered("facts.html", run=run)))
+
+
 def test_cost_and_sentence_of_a_run() -> None:
     record = {"step": 10, "samples_seen": 1280, "trained_seconds": 7200.0, "images_per_s": 3.0, "num_replaced": 2}
     known = {
@@ -86,23 +91,27 @@ def test_cost_and_sentence_of_a_run() -> None:
             "stages": [{"mask_ratio": 0.5}],
             "cost": {"device_hour_dollars": 2.5, "kwh_co2_grams": 400.0},
         },
-        "environment": {"num_parameters": 1_500_000},
+        "environment": {"num_parameters": 1_500_000, "mixed_precision": "no", "torch": "2.13"},
         "kept_starts": [{"step": 0, "trained_seconds": 0.0, "num_processes": 2, "device": "a GPU", "engine": "ddp"}],
         "records": [record],
     }
-    rows = dict(fact_rows(Run(**known, energy=Energy())))
-    assert rows["device hours"] == "4.00"
-    assert rows["cost"] == "10.00 dollars at 2.5 an hour"
-    assert rows["bad samples"] == "2 replaced"
-    assert rows["machine"] == "2 x a GPU"
-    assert rows["processes"] == "2 processes under ddp"
-    assert not any(rows[name] for name in ("energy", "emissions", "memory"))
-    measured = dict(fact_rows(Run(**known, energy=Energy({"GPUs": 1.25, "processors": 0.25}, 2, 2))))
+    assert facts(Run(**known, energy=Energy())) == {
+        "machine": "2 x a GPU",
+        "engine": "ddp",
+        "precision": "fp32",
+        "training": "2 h 0 min, without evaluations and saves",
+        "device hours": "4.00",
+        "cost": "10.00 dollars at 2.5 an hour",
+        "bad samples": "2 replaced",
+        "skipped steps": "none",
+        "versions": "torch 2.13",
+    }
+    measured = facts(Run(**known, energy=Energy({"GPUs": 1.25, "processors": 0.25}, 2, 2)))
     assert measured["energy"] == "1.50 kWh, measured: GPUs and processors"
     assert measured["emissions"] == "0.60 kg of CO2 at 400 g a kWh"
-    cut = dict(fact_rows(Run(**known, energy=Energy({"GPUs": 1.25}, 3, 2, 1))))
+    cut = facts(Run(**known, energy=Energy({"GPUs": 1.25}, 3, 2, 1)))
     assert cut["energy"].startswith("1.25 kWh, measured: GPUs, in 2 of 3 starts, 1 of them")
-    assert not cut["emissions"]
+    assert "emissions" not in cut
     config = {"vision_config": {"image_size": 32}}
     small = run_sentence(Run(**{**known, "environment": {"num_parameters": 23_456}}), config)
     assert small.startswith("A model of pictures and words of 23,456 parameters.")
