@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     index = add(
         _index,
-        "Write the manifest of all shards and the index of offsets beside each shard. Without one, training does this "
-        "first.",
+        "Write the manifest of all shards, and an index of offsets beside each shard. Training does this too if the "
+        "manifest is missing.",
     )
     index.add_argument("shards", help=_SHARDS_HELP)
 
@@ -134,7 +134,7 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     shards.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Also read files outside the folder of SOURCE, if a path or link leads there.",
+        help="Also read files outside the source's folder, if a path or link leads there.",
     )
     shards.add_argument(
         "--max_bad_fraction",
