@@ -21,7 +21,7 @@ class EvalRecipe:
             `every_samples`, `image_size` and the options of the kind.
         every_samples: Training samples between two runs of a task without its own `every_samples`; 0 runs it only at
             the end.
-        every_share: As `every_samples`, but as a share of `budget_minutes`.
+        every_share: Share of `budget_minutes` between two runs of such a task, in place of `every_samples`.
         zero_shot: Adds the task `{kind: zero_shot, data: FOLDER}`. If `tasks` already lists a task of this name, only
             its data changes.
         retrieval: Adds the task `{kind: retrieval, data: FOLDER}`, or changes the data of the listed task.

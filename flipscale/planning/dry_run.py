@@ -18,7 +18,7 @@ from flipscale.training.schedule import plan_stages
 
 _TIME_HEADER = (
     f"{'processes':>9} {'pairs':>6} {'compute':>9} {'exposed':>9} {'optimizer':>9} {'step':>9} {'pairs/s':>9} "
-    f"{'MFU':>5} {'workers':>8} {'MB/s':>7}  binds\n"
+    f"{'MFU':>5} {'workers':>8} {'MB/s':>7}  bottleneck\n"
     f"{'':>9} {'each':>6} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'':>9} {'':>5} {'a node':>8} {'a node':>7}"
 )
 
@@ -197,7 +197,7 @@ def _time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Ha
                 lines.append(
                     f"{launch.num_processes:>9,} {step.pairs:>6,} {' '.join(f'{ms:>9,.1f}' for ms in milliseconds)} "
                     f"{step.batch / step.seconds:>9,.0f} {step.mfu:>5.0%} {step.workers:>8.1f} "
-                    f"{step.node_mb_s:>7,.0f}  {step.binds}"
+                    f"{step.node_mb_s:>7,.0f}  {step.bottleneck}"
                 )
         if recipe.budget_minutes is None:
             run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())

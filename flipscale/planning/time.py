@@ -161,7 +161,7 @@ class StepTime:
         mfu: useful operations as a share of the peak, without recomputation.
         workers: loader workers that a node needs to keep up.
         node_mb_s: MB per second that a node reads.
-        binds: the part that limits the speed.
+        bottleneck: the part that limits the speed.
     """
 
     pairs: int
@@ -173,7 +173,7 @@ class StepTime:
     mfu: float
     workers: float
     node_mb_s: float
-    binds: str
+    bottleneck: str
 
 
 def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware) -> StepTime:
@@ -204,14 +204,14 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     vision = recipe.model_config().vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
     if loader > busy:
-        binds = "loader"
+        bottleneck = "loader"
     elif exposed + optimizer > compute / 4:
-        binds = "node links" if count <= hardware.links.gpus_of_a_node else "network"
+        bottleneck = "node links" if count <= hardware.links.gpus_of_a_node else "network"
     # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
     elif rows * vision.hidden_size < 4 * 132 * 128 * 256:
-        binds = "small batch"
+        bottleneck = "small batch"
     else:
-        binds = "compute"
+        bottleneck = "compute"
     return StepTime(
         pairs=pairs,
         batch=batch,
@@ -222,7 +222,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         mfu=useful * pairs / max(busy, loader) / hardware.peak,
         workers=rate / hardware.images_per_worker_s,
         node_mb_s=rate * hardware.pair_kb / 1e3,
-        binds=binds,
+        bottleneck=bottleneck,
     )
 
 

@@ -177,8 +177,8 @@ def environment() -> dict[str, Any]:
 
 
 def typed_command() -> str | None:
-    """Return the user's command line, the launcher's if there is one. None if it is unknown or a batch script's, which
-    nobody types again."""
+    """Return the user's command line, or the launcher's. None if it is unknown, or if a batch script started the run,
+    because nobody types that command again."""
     if STOP_FILE in os.environ:
         return None
     words = list(sys.orig_argv)

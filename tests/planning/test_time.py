@@ -71,7 +71,7 @@ def test_the_yardstick(h14: Recipe) -> None:
     # H/14, 50 % masked and recomputed, 256 pairs on each of 256 H100: about 0.45 s a step.
     planned = step_time(h14, Launch("fsdp2", 256, "bf16", shard_size=8), h14.stages[0], Hardware())
     assert planned.seconds == pytest.approx(0.45, rel=0.1)
-    assert planned.binds == "compute"
+    assert planned.bottleneck == "compute"
     # 145k pairs/s of 40 kB over 32 nodes.
     assert planned.node_mb_s * 32 == pytest.approx(5_800, rel=0.1)
     plain = replace(h14, model=replace(h14.model, gradient_checkpointing=False))
@@ -83,15 +83,15 @@ def test_the_yardstick(h14: Recipe) -> None:
     )
 
 
-def test_what_binds_is_named(h14: Recipe) -> None:
+def test_the_bottleneck_is_named(h14: Recipe) -> None:
     stage = h14.stages[0]
-    assert step_time(h14, Launch("ddp", 1024, "bf16"), stage, Hardware()).binds == "small batch"
+    assert step_time(h14, Launch("ddp", 1024, "bf16"), stage, Hardware()).bottleneck == "small batch"
     slow = Hardware(links=Links(network_gb_s=0.5))
-    assert step_time(h14, Launch("ddp", 256, "bf16"), stage, slow).binds == "network"
+    assert step_time(h14, Launch("ddp", 256, "bf16"), stage, slow).bottleneck == "network"
     slow = Hardware(links=Links(node_gb_s=0.2))
-    assert step_time(h14, Launch("ddp", 8, "bf16"), stage, slow).binds == "node links"
+    assert step_time(h14, Launch("ddp", 8, "bf16"), stage, slow).bottleneck == "node links"
     starved = step_time(h14, Launch("ddp", 256, "bf16"), stage, Hardware(images_per_worker_s=10.0))
-    assert (starved.binds, starved.seconds) == ("loader", pytest.approx(256 / 80))
+    assert (starved.bottleneck, starved.seconds) == ("loader", pytest.approx(256 / 80))
 
 
 def test_a_table_for_each_file_and_stage(h14: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
