@@ -19,8 +19,7 @@ from flipscale.io.options import Count, MinutesAboveZero, Positive, number, usab
 
 if TYPE_CHECKING:
     from flipscale.engines.launch import Launch
-    from flipscale.planning.proposal import Proposal
-    from flipscale.planning.survey import Survey
+    from flipscale.planning.proposal import Proposal, Survey
     from flipscale.training.recipe import Recipe
 
 _MINUTES = 30.0
@@ -57,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
-    from flipscale.planning.proposal import LEAST_PAIRS, propose
-    from flipscale.planning.survey import survey
+    from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
     from flipscale.training.recipe import parse_recipe
 
     source = open_shards(args.shards, DataRecipe())

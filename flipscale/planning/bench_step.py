@@ -45,9 +45,6 @@ class StepSetting:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     num_steps: int = 10
 
-    def __post_init__(self) -> None:
-        num_kept(self.config.vision_config.num_patches, self.mask_ratio)
-
     def autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")

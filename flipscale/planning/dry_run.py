@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,15 +11,23 @@ import torch
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
-from flipscale.planning.memory import USABLE, Memory, heaviest_step, planned_model, recipe_memory, what_fits
+from flipscale.io.text_table import plain_table
+from flipscale.planning.memory import (
+    GPUS_OF_A_NODE,
+    USABLE,
+    Memory,
+    heaviest_step,
+    planned_model,
+    recipe_memory,
+    what_fits,
+)
 from flipscale.planning.time import USUAL_SHARE, Hardware, Links, share_of_peak, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
-_TIME_HEADER = (
-    f"{'processes':>9} {'pairs':>6} {'compute':>9} {'exposed':>9} {'optimizer':>9} {'step':>9} {'pairs/s':>9} "
-    f"{'MFU':>5} {'workers':>8} {'MB/s':>7}  bottleneck\n"
-    f"{'':>9} {'each':>6} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'':>9} {'':>5} {'a node':>8} {'a node':>7}"
+_TIME_HEAD = (
+    *("processes", "pairs each", "compute ms", "exposed ms", "optimizer ms", "step ms", "pairs/s", "MFU"),
+    *("workers a node", "MB/s a node", "bottleneck"),
 )
 
 
@@ -73,47 +81,37 @@ def _parser() -> argparse.ArgumentParser:
         prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
         epilog="All other options are those of `flipscale pretrain`, such as --config RECIPE.",
     )  # fmt: skip
-    parser.add_argument(
-        "--dry_run", action="store_true", required=True, help="Compute memory and time instead of training."
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--dry_run", action="store_true", required=True, help="Compute memory and time instead of training.")
+    add(
         "--launch_file", type=Path, nargs="+", default=[], metavar="FILE",
         help="accelerate's launch files, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--num_processes", type=_counts, default=[], metavar="N[,N...]",
         help="Number of processes instead of the launch file's. Several numbers show how the run scales.",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--matmul_share", type=number(ShareAboveZero),
         help=f"Fraction of the peak that a step reaches on one GPU without communication. Default: {USUAL_SHARE}.",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--bench", type=Path, metavar="FILE",
         help="JSON line of `flipscale bench step --json` on such a GPU, instead of --matmul_share.",
     )  # fmt: skip
-    parser.add_argument(
-        "--peak_tflops", type=number(Positive), default=hardware.peak / 1e12,
-        help=f"bf16 peak of a GPU in Tflop/s. Default: {hardware.peak / 1e12:g} (H100).",
-    )  # fmt: skip
-    parser.add_argument(
-        "--node_gb_s", type=number(Positive), default=links.node_gb_s,
-        help=f"GB/s per GPU within a node. Default: {links.node_gb_s:g} (NVLink of an H100).",
-    )  # fmt: skip
-    parser.add_argument(
-        "--network_gb_s", type=number(Positive), default=links.network_gb_s,
-        help=f"GB/s per GPU between nodes. Default: {links.network_gb_s:g} (one 400 Gb/s adapter per GPU).",
-    )  # fmt: skip
-    parser.add_argument(
-        "--images_per_worker_s", type=number(Positive), default=hardware.images_per_worker_s,
-        help="Images per second of a loader's worker, as measured by `python benchmarks/data.py --alone`. Default: "
-        f"{hardware.images_per_worker_s:g}.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pair_kb", type=number(Positive), default=hardware.pair_kb,
-        help=f"kB per pair in the shards. Default: {hardware.pair_kb:g}.",
-    )  # fmt: skip
-    parser.add_argument(
+    sizes = {
+        "peak_tflops": (hardware.peak / 1e12, "bf16 peak of a GPU in Tflop/s", " (H100)"),
+        "node_gb_s": (links.node_gb_s, "GB/s per GPU within a node", " (NVLink of an H100)"),
+        "network_gb_s": (links.network_gb_s, "GB/s per GPU between nodes", " (one 400 Gb/s adapter per GPU)"),
+        "images_per_worker_s": (
+            *(hardware.images_per_worker_s, "Images per second of a loader's worker"),
+            ", as measured by `python benchmarks/data.py --alone`",
+        ),
+        "pair_kb": (hardware.pair_kb, "kB per pair in the shards", ""),
+    }
+    for name, (default, words, source) in sizes.items():
+        add(f"--{name}", type=number(Positive), default=default, help=f"{words}. Default: {default:g}{source}.")
+    add(
         "--gpu_memory_gib", type=number(Positive), metavar="GIB",
         help="Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default: the memory "
         "of this machine's GPU.",
@@ -163,16 +161,12 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
 
 def _memory_table(needs: dict[str, Memory], limit: float | None) -> str:
     """Return GiB by kind, a column for each launch."""
-
-    def row(name: str, cells: Iterable[str]) -> str:
-        return "  ".join([f"{name:<20}", *(f"{cell:>10}" for cell in cells)])
-
-    lines = ["", row("GiB of each process", needs)]
+    rows = [["GiB of each process", *needs]]
     for name in [*(field.name for field in dataclasses.fields(Memory)), "total"]:
-        lines.append(row(name, [f"{getattr(memory, name) / 2**30:.2f}" for memory in needs.values()]))
+        rows.append([name, *(f"{getattr(memory, name) / 2**30:.2f}" for memory in needs.values())])
     if limit is not None:
-        lines.append(row(f"fits {limit:.0f} GiB", ["yes" if memory.fits(limit) else "no" for memory in needs.values()]))
-    return "\n".join(lines)
+        rows.append([f"fits {limit:.0f} GiB", *("yes" if memory.fits(limit) else "no" for memory in needs.values())])
+    return "\n" + plain_table(rows, range(1, len(rows[0])))
 
 
 def _time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Hardware) -> str:
@@ -181,24 +175,24 @@ def _time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Ha
     lines = [
         "",
         f"time, at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gb_s:g} GB/s a GPU "
-        f"within a node of {links.gpus_of_a_node}, {links.network_gb_s:g} between nodes, "
+        f"within a node of {GPUS_OF_A_NODE}, {links.network_gb_s:g} between nodes, "
         f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} KB a pair:",
     ]
     plan = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     for name, sizes in launches.items():
         hours = dict.fromkeys((launch.num_processes for launch in sizes), 0.0)
         for stage, planned in zip(recipe.stages, plan, strict=True):
-            size = "" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels"
-            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{size}):", _TIME_HEADER]
+            rows: list[tuple[str, ...]] = [_TIME_HEAD]
             for launch in sizes:
                 step = step_time(recipe, launch, stage, hardware)
                 hours[launch.num_processes] += step.seconds * (planned.last - planned.first) / 3600
                 milliseconds = (1e3 * step.compute, 1e3 * step.exposed, 1e3 * step.optimizer, 1e3 * step.seconds)
-                lines.append(
-                    f"{launch.num_processes:>9,} {step.pairs:>6,} {' '.join(f'{ms:>9,.1f}' for ms in milliseconds)} "
-                    f"{step.batch / step.seconds:>9,.0f} {step.mfu:>5.0%} {step.workers:>8.1f} "
-                    f"{step.node_mb_s:>7,.0f}  {step.bottleneck}"
-                )
+                cells = [f"{launch.num_processes:,}", f"{step.pairs:,}", *(f"{ms:,.1f}" for ms in milliseconds)]
+                cells += [f"{step.batch / step.seconds:,.0f}", f"{step.mfu:.0%}", f"{step.workers:.1f}"]
+                rows.append((*cells, f"{step.node_mb_s:,.0f}", step.bottleneck))
+            size = "" if stage.image_size is None else f" of {stage.image_size} x {stage.image_size} pixels"
+            table = plain_table(rows, range(len(_TIME_HEAD) - 1))
+            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{size}):", table]
         if recipe.budget_minutes is None:
             run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
             lines += ["", f"{name}, the whole run: {run}"]

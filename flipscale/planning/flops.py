@@ -1,4 +1,4 @@
-"""Floating-point operations of a pair under its mask, by running the model without storage."""
+"""The batch of a step, and the operations of a pair under its mask, by running the model without storage."""
 
 import functools
 import json
@@ -11,9 +11,64 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.patches import num_kept
+from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.planning.activations import PLAIN, Step, example_batch
 from flipscale.training.recipe import Recipe
+
+# The default objective of a recipe.
+PLAIN = Contrastive()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that decides the activations of one process in a step.
+
+    Args:
+        batch_size: pairs in the forward pass.
+        bf16: whether matrix products are in bf16; otherwise they are in fp32.
+        autocast: whether fp32 weights are cast for each product, as in data parallel and ZeRO; otherwise weights are in
+            the precision of the products, as FSDP2 gathers them.
+        device_type: `cuda` or `cpu`, which differ in the attention kernel and in autocast's operations.
+        added_gradients: share of each fp32 gradient that stays on the process when it is ready; below 0 if a block's
+            gradients from earlier passes are then sent away.
+        image_size: image size in pixels; None for the model's own.
+    """
+
+    batch_size: int
+    mask_ratio: float = 0.0
+    views: int = 1
+    text_mask_ratio: float = 0.0
+    gradient_checkpointing: bool = False
+    bf16: bool = True
+    autocast: bool = True
+    device_type: str = "cuda"
+    added_gradients: float = 0.0
+    image_size: int | None = None
+
+
+def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
+    """Return a batch with the loader's columns and shapes."""
+    vision, text, decoder = config.vision_config, config.caption_config, config.decoder_config
+    num_patches = vision.patches_along(step.image_size) ** 2
+    kept = num_kept(num_patches, step.mask_ratio)
+    images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
+    tokens = num_kept(text.max_position_embeddings, step.text_mask_ratio, "tokens")
+    batch = {"patches": torch.zeros(images, kept, pixels, dtype=torch.uint8)}
+    if objective.takes_text:
+        batch["input_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
+        batch["attention_mask"] = torch.ones(step.batch_size, tokens, dtype=torch.int64)
+    if decoder is not None and decoder.mask_token_id is not None:
+        batch["in_parallel"] = torch.ones(step.batch_size, dtype=torch.bool)
+    if "labels" in objective.columns:
+        batch["labels"] = objective.example_labels(step.batch_size)
+    if step.mask_ratio > 0.0:
+        batch["patch_index"] = torch.zeros(images, kept, dtype=torch.int16)
+        if "masked_patches" in objective.columns:
+            batch["masked_patches"] = torch.zeros(images, num_patches - kept, pixels, dtype=torch.uint8)
+    if step.text_mask_ratio > 0.0:
+        batch["position_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
+    return batch
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,38 @@
-"""The memory of each process under a recipe and a launch, computed without a machine."""
+"""The memory of each process under a recipe and a launch, computed without a machine.
+
+Activations are counted by running the step on tensors without storage: forward and backward, with recomputation. So a
+laptop can plan a model of any size.
+"""
 
 import functools
 import json
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flipscale.data.feeding import BATCHES_ON_DEVICE
 from flipscale.data.loader import pairs_of_a_process
+from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import muon_buffer_bytes, num_moments
+from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_moments
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.objectives.exchange import exchange_bytes
+from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import workspace_elements
-from flipscale.planning.activations import Step, activation_bytes, example_batch
-from flipscale.planning.flops import pair_flops
+from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops
 from flipscale.training.recipe import Recipe
+from flipscale.training.schedule import Stage, StageRecipe
 
 GPUS_OF_A_NODE = 8
 # Usable share of a GPU's memory. CUDA's context and fragmentation take the rest.
@@ -88,14 +100,14 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
         nccl=_nccl_bytes(launch),
     )
     # The memory of a loss that is a mean over samples is among the activations.
-    rows = loss_bytes(recipe, launch, step.views) if objective.is_coupled else LossBytes(0, 0)
+    loss_peak, loss_kept = loss_bytes(recipe, launch, step.views) if objective.is_coupled else (0, 0)
     waiting = engine.memory(model, launch, accumulates=micro_batches > 1).gradients
     passes = _passes(sum(parameter.numel() for parameter in model.parameters()), kept.gradients, waiting, micro_batches)
     activations = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
     at_loss = replace(
         always,
         gradients=4 * passes[0][0],
-        loss=rows.peak,
+        loss=loss_peak,
         activations=activations[0].saved if micro_batches == 1 else 0,
     )
     in_backward = [
@@ -104,7 +116,7 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
             gradients=4 * before + of_pass.gradients,
             activations=of_pass.peak,
             communication=kept.communication_bytes,
-            loss=rows.kept,
+            loss=loss_kept,
         )
         for (before, _), of_pass in zip(passes, activations, strict=True)
     ]
@@ -130,9 +142,13 @@ def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[tup
 
 def heaviest_step(recipe: Recipe, launch: Launch) -> Step:
     """Return a process's part of a step in the stage with the most operations."""
-    pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     by_name = pair_flops(recipe)
-    stage = max(recipe.stages, key=lambda stage: by_name[stage.name])
+    return micro_batch(recipe, launch, max(recipe.stages, key=lambda stage: by_name[stage.name]))
+
+
+def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> Step:
+    """Return the pairs of a process that are in its model at once."""
+    pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     return Step(
         batch_size=min(pairs, recipe.data.micro_batch_size or pairs),
         mask_ratio=stage.mask_ratio,
@@ -155,22 +171,18 @@ def _planned_model(config: str, kind: type[FlipPreTrainedModel]) -> FlipPreTrain
     return model_without_storage(FlipConfig(**json.loads(config)), kind)
 
 
-class LossBytes(NamedTuple):
-    """Bytes of the loss at its peak, and bytes kept for the backward pass."""
+def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
+    """Return the fp32 bytes of the loss at its peak, and those kept for the backward pass.
 
-    peak: int
-    kept: int
-
-
-def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> LossBytes:
-    """Return the fp32 bytes of the gradients of this process's embeddings, of the exchange, and of two buffers of
-    logits. With Triton, infonce needs only one buffer."""
+    They are the gradients of this process's embeddings, the exchange, and two buffers of logits. With Triton, infonce
+    needs only one buffer.
+    """
     dim, batch = int(recipe.model_config().projection_dim or 0), recipe.data.global_batch_size
     pairs = batch // launch.num_processes
     columns = pairs if recipe.loss.exchange == "ring" else batch
     tiles = 4 * math.prod(workspace_elements(pairs, columns, dim, buffers=2, device_type="cuda"))
     kept = 4 * dim * pairs * (views + 1)
-    return LossBytes(kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views), kept)
+    return kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views), kept
 
 
 def _nccl_bytes(launch: Launch) -> int:
@@ -223,3 +235,102 @@ def _fitting(groups: list[dict[str, tuple[Recipe, Launch]]], limit: int) -> list
                 fitting.append(f"{words} ({need / 2**30:.1f} GiB)")
                 break
     return fitting
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of activations, without weights and the batch.
+
+    Args:
+        saved: activations kept for the backward pass while the loss is computed.
+        peak: activations and their gradients at the peak of these and the weights' gradients together.
+        gradients: the weights' gradients kept at that peak.
+    """
+
+    saved: int
+    peak: int
+    gradients: int
+
+
+def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
+    """Return the activations of a forward and a backward pass of the objective's model."""
+    return _simulated(config.to_json_string(use_diff=False), step, objective)
+
+
+@functools.lru_cache(maxsize=64)
+def _simulated(config: str, step: Step, objective: Objective) -> Activations:
+    with FakeTensorMode():
+        return measured(FlipConfig(**json.loads(config)), step, objective)
+
+
+def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
+    """Return `activation_bytes` by running both passes, on fake tensors if that mode is on, else on real tensors. The
+    memory of the loss's own computation is not included."""
+    weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32
+    model = objective.model_class._from_config(config, dtype=weights_dtype).train()
+    products_dtype = torch.bfloat16 if step.bf16 else torch.float32
+    model.set_attn_implementation(best_attention(torch.device(step.device_type), products_dtype))
+    if step.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if step.bf16 and step.autocast and step.device_type == "cuda":
+        cast_norms_as_cuda_does(model)
+    batch = example_batch(config, step, objective)
+    with LiveBytes([*model.parameters(), *model.buffers(), *batch.values()]) as live:
+        in_blocks = {id(parameter) for block in encoder_blocks(model) for parameter in block.parameters()}
+
+        def count_gradient(parameter: torch.Tensor) -> None:
+            parameter.grad = None
+            if step.added_gradients > 0.0 or id(parameter) in in_blocks:
+                live.kept += int(4 * parameter.numel() * step.added_gradients)
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(count_gradient)
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
+            output = model(**batch, image_size=step.image_size, return_logits=False)
+        loss = objective.mean_loss(output)
+        values = [*objective.compared(output), *objective.parameters(output).values()]
+        if values:
+            loss = torch.stack([value.float().sum() for value in values]).sum() + loss
+        saved = live.now
+        loss.backward()
+    return Activations(saved, live.peak, live.kept_at_peak)
+
+
+def cast_norms_as_cuda_does(model: nn.Module) -> None:
+    """Cast the inputs of layer norms to fp32. CUDA's autocast does so and keeps them; the CPU's does not."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of live tensors made while this mode is on, and the bytes added to `kept`.
+
+    `peak` and `kept_at_peak` are values at the peak of their sum.
+    """
+
+    def __init__(self, already_there: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = self.kept = self.kept_at_peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in already_there}
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                self.now += size
+                if self.now + self.kept > self.peak + self.kept_at_peak:
+                    self.peak, self.kept_at_peak = self.now, self.kept
+                weakref.finalize(storage, self._remove, key, size)
+        return result
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

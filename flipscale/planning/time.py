@@ -24,6 +24,10 @@ from flipscale.training.schedule import StageRecipe
 USUAL_SHARE = 0.4
 # Bytes of DistributedDataParallel's buckets.
 _BUCKET = 25 * 2**20
+# Seconds of a ring's hop within a node and between nodes: the LL128 protocol in NCCL's model (src/graph/tuning.cc).
+_NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
+# Bytes per second that the optimiser reads and writes: data sheet of an H100 SXM.
+_MEMORY_BANDWIDTH = 3.35e12
 
 
 def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float) -> float:
@@ -56,31 +60,25 @@ def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: f
 
 @dataclass(frozen=True)
 class Links:
-    """Links between GPUs: bandwidths in GB/s per GPU and direction, latencies in seconds per hop.
+    """Bandwidths between GPUs in GB/s per GPU and direction.
 
     Args:
         node_gb_s: bandwidth within a node; 350: NVLink of an H100 by NCCL's authors (NVIDIA/nccl#986).
         network_gb_s: bandwidth between nodes; 46: a 400 Gb/s adapter per GPU (NVIDIA/nccl-tests#290: 46 to 48).
-        node_latency: latency of a ring's hop with the LL128 protocol in NCCL's model (src/graph/tuning.cc).
-        network_latency: the same between nodes.
-        gpus_of_a_node: number of processes per node.
     """
 
     node_gb_s: float = 350.0
     network_gb_s: float = 46.0
-    node_latency: float = 1.9e-6
-    network_latency: float = 4.0e-6
-    gpus_of_a_node: int = GPUS_OF_A_NODE
 
     def group(self, size: int, stride: int = 1) -> "Group":
         """Return a group of `size` processes: every `stride`-th process."""
-        of_a_node = max(1, min(size, self.gpus_of_a_node // stride))
+        of_a_node = max(1, min(size, GPUS_OF_A_NODE // stride))
         nodes = -(-size // of_a_node)
         # The adapters of a node add up, because a ring crosses the node once for each adapter.
         bandwidth = self.node_gb_s if nodes == 1 else of_a_node * self.network_gb_s
         if of_a_node > 1:
             bandwidth = min(bandwidth, self.node_gb_s)
-        return Group(size, of_a_node, nodes, 1e9 * bandwidth, self)
+        return Group(size, of_a_node, nodes, 1e9 * bandwidth)
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,16 @@ class Group:
     of_a_node: int
     nodes: int
     bandwidth: float
-    links: Links
 
     def gather(self, size: int) -> float:
         """Return the seconds of an all-gather or a reduce-scatter of `size` bytes in total, around a ring."""
         crossings = self.nodes - 1
-        hops = (self.size - 1 - crossings) * self.links.node_latency + crossings * self.links.network_latency
+        hops = (self.size - 1 - crossings) * _NODE_HOP + crossings * _NETWORK_HOP
         return hops + size * (self.size - 1) / self.size / self.bandwidth
 
     def reduce(self, size: int) -> float:
         """Return the seconds of an all-reduce of `size` bytes along trees: twice the bytes of a gather."""
-        levels = math.ceil(math.log2(self.nodes))
-        hops = (self.of_a_node - 1) * self.links.node_latency + levels * self.links.network_latency
+        hops = (self.of_a_node - 1) * _NODE_HOP + math.ceil(math.log2(self.nodes)) * _NETWORK_HOP
         return 2 * hops + 2 * size * (self.size - 1) / self.size / self.bandwidth
 
 
@@ -113,7 +109,6 @@ class Hardware:
     Args:
         peak: bf16 operations per second of a GPU; 989e12: data sheet of an H100 SXM, dense.
         matmul_share: share of the peak that matrix products reach on a GPU alone.
-        memory_bandwidth: bytes per second, for the optimiser; 3.35e12: data sheet of an H100 SXM.
         images_per_worker_s: images per second of a loader's worker; 827: docs/speed.md, JPEGs of 500x400.
         pair_kb: size of a pair on disk or network in kB.
     """
@@ -121,7 +116,6 @@ class Hardware:
     links: Links = field(default_factory=Links)
     peak: float = 989e12
     matmul_share: float = USUAL_SHARE
-    memory_bandwidth: float = 3.35e12
     images_per_worker_s: float = 827.0
     pair_kb: float = 40.0
 
@@ -197,33 +191,25 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     )
     kept = engine_class(launch).memory(planned_model(recipe.model_config(), recipe.objective().model_class), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
-    optimizer = 4 * 7 * sum(kept.moments.values()) / hardware.memory_bandwidth
+    optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
     busy = compute + exposed + optimizer
-    rate = pairs / busy * min(count, hardware.links.gpus_of_a_node)
+    rate = pairs / busy * min(count, GPUS_OF_A_NODE)
     vision = recipe.model_config().vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
     if loader > busy:
         bottleneck = "loader"
     elif exposed + optimizer > compute / 4:
-        bottleneck = "node links" if count <= hardware.links.gpus_of_a_node else "network"
+        bottleneck = "node links" if count <= GPUS_OF_A_NODE else "network"
     # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
     elif rows * vision.hidden_size < 4 * 132 * 128 * 256:
         bottleneck = "small batch"
     else:
         bottleneck = "compute"
-    return StepTime(
-        pairs=pairs,
-        batch=batch,
-        compute=compute,
-        exposed=exposed,
-        optimizer=optimizer,
-        seconds=max(busy, loader),
-        mfu=useful * pairs / max(busy, loader) / hardware.peak,
-        workers=rate / hardware.images_per_worker_s,
-        node_mb_s=rate * hardware.pair_kb / 1e3,
-        bottleneck=bottleneck,
-    )
+    seconds = max(busy, loader)
+    mfu = useful * pairs / seconds / hardware.peak
+    workers, node_mb_s = rate / hardware.images_per_worker_s, rate * hardware.pair_kb / 1e3
+    return StepTime(pairs, batch, compute, exposed, optimizer, seconds, mfu, workers, node_mb_s, bottleneck)
 
 
 def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:

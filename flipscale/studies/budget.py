@@ -14,9 +14,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 
@@ -24,23 +24,14 @@ from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, read_text
-from flipscale.io.options import Count, MinutesAboveZero, OpenShare, Positive, Range, changed_fields, check_ranges
+from flipscale.io.files import read_text
+from flipscale.io.options import Count, MinutesAboveZero, OpenShare, changed_fields
 from flipscale.io.text_table import markdown_table
-from flipscale.studies.design import (
-    change,
-    check_name,
-    checked,
-    plain_number,
-    read_fields,
-    refuse_foreign,
-    resolve_base,
-)
+from flipscale.studies.design import change, check_folder, check_names, checked, read_fields, resolve_base
 from flipscale.studies.figures import draw_rungs
-from flipscale.studies.runs import StudyRun, in_time, train_runs
+from flipscale.studies.runs import StudyRun, in_time, train_runs, write_recipes
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 
-_LISTS = ("tuning", "rates", "rungs", "keep")
 # A path may change only what decides what is learned.
 _SECTIONS = ("model", "data", "mask", "loss", "optim", "stages")
 
@@ -54,119 +45,62 @@ class BudgetSearch:
         minutes: the budget: training time of the last rung.
         validation: name of the base's evaluation that chooses paths; no other evaluation is run.
         paths: changes of each path: values by their path in the recipe, and `stages` with shares of the budget.
+        rungs: minutes of the rungs before the last.
+        keep: number of paths that advance from each of those rungs.
         tuning: shares of the budget for the last of several stages; each makes a path of its own; the stages before
             divide the rest in proportion to their shares, or equally.
-        rates: `base_lr` values of a first stage without a rate; each makes a path of its own; empty for the base's.
-        rungs: minutes of the rungs before the last; empty for 1 / `eta` of the next rung.
-        keep: number of paths that advance from each of those rungs; empty for 1 / `eta`, until `eta` are left.
-        eta: ratio of the times of consecutive rungs.
     """
 
     base: str
     minutes: MinutesAboveZero
     validation: str
-    paths: Mapping[str, Mapping[str, Any]]
-    tuning: Sequence[OpenShare] = ()
-    rates: Sequence[Positive] = ()
-    rungs: Sequence[MinutesAboveZero] = ()
-    keep: Sequence[Count] = ()
-    eta: Annotated[int, Range(at_least=2, at_most=1000)] = 3
+    paths: dict[str, dict[str, Any]]
+    rungs: list[MinutesAboveZero]
+    keep: list[Count]
+    tuning: list[OpenShare] = field(default_factory=list)
 
     def expanded_paths(self) -> dict[str, dict[str, Any]]:
-        """Return the changes of each path by name, a path for each share of tuning and each rate."""
+        """Return the changes of each path by name, a path for each share of tuning."""
         paths: dict[str, dict[str, Any]] = {}
         for name, changes in self.paths.items():
             stages = changes.get("stages")
             if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
                 raise UserError(f"path {name}: stages must be a list, such as [{{name: whole, image_size: 32}}]")
             shares: Sequence[float | None] = (self.tuning if len(stages) > 1 else ()) or [None]
-            rates: Sequence[float | None] = (self.rates if "base_lr" not in stages[0] else ()) or [None]
-            for share, rate in itertools.product(shares, rates):
-                full = name
-                full += f"+tuned{share:g}" if len(shares) > 1 else ""
-                full += f"+lr{rate:g}" if len(rates) > 1 else ""
+            for share in shares:
+                full = name + (f"+tuned{share:g}" if len(shares) > 1 else "")
                 if full in paths:
                     raise UserError(f"two paths are called {full}; give each a name of its own, and each value once")
-                paths[full] = {**changes, "stages": _stages(stages, share, rate)}
+                paths[full] = {**changes, "stages": _stages(stages, share)}
         return paths
 
-    def kept(self, count: int) -> list[int]:
-        """Return how many of `count` paths advance from each rung but the last."""
-        if not self.keep:
-            left, kept = count, list[int]()
-            while len(kept) < len(self.rungs) if self.rungs else left > self.eta:
-                left = math.ceil(left / self.eta)
-                kept.append(left)
-            return kept
-        if self.rungs and len(self.keep) != len(self.rungs):
-            raise UserError(f"keep has {len(self.keep)} numbers, and rungs has {len(self.rungs)}; give one for each")
-        for before, after in itertools.pairwise([count, *self.keep]):
-            if after >= before:
-                raise UserError(f"keep is {list(self.keep)} of {count} paths; each rung must keep fewer than it has")
-        return list(self.keep)
 
-    def times(self, num_rungs: int) -> list[float]:
-        """Return the minutes of each rung."""
-        if not self.rungs:
-            earlier = [float(f"{self.minutes / self.eta**left:.4g}") for left in range(num_rungs - 1, 0, -1)]
-            return [*earlier, self.minutes]
-        for before, after in itertools.pairwise([*self.rungs, self.minutes]):
-            if after <= before:
-                raise UserError(
-                    f"rungs is {list(self.rungs)} of a budget of {self.minutes:g} minutes; each must be longer than "
-                    "the one before, and all shorter than the budget"
-                )
-        return [*self.rungs, self.minutes]
-
-
-def _stages(stages: Sequence[dict[str, Any]], tuning: float | None, rate: float | None) -> list[dict[str, Any]]:
-    """Return the stages with their shares, and the first with its rate and warm-up."""
-    made = [{field: plain_number(value) for field, value in stage.items()} for stage in stages]
+def _stages(stages: Sequence[dict[str, Any]], tuning: float | None) -> list[dict[str, Any]]:
+    """Return the stages with their shares, and the first with its warm-up."""
+    made = copy.deepcopy(list(stages))
     if len(made) == 1:
         made[0].setdefault("share", 1.0)
     elif tuning is not None:
-        parts = [stage.get("share", 1.0) for stage in made[:-1]]
-        if all(type(part) in (int, float) and part > 0 for part in parts):
-            for stage, part in zip(made, parts, strict=False):
-                stage["share"] = round((1.0 - tuning) * part / sum(parts), 6)
-            made[-1]["share"] = tuning
-    if rate is not None:
-        made[0]["base_lr"] = rate
+        total = sum(stage.get("share", 1.0) for stage in made[:-1])
+        for stage in made[:-1]:
+            stage["share"] = round((1.0 - tuning) * stage.get("share", 1.0) / total, 6)
+        made[-1]["share"] = tuning
     made[0].setdefault("warmup_share", 0.05)
     return made
 
 
 def read_search(file: Path) -> BudgetSearch:
-    """Return the search in a file.
-
-    Raises:
-        UserError: the file is not a search.
-        OSError: the file cannot be read.
-    """
-    given = read_fields(file, "search", ("base", "minutes", "validation", "paths"), (*_LISTS, "eta"))
-    content = {name: plain_number(value) for name, value in given.items()}
-    for name in _LISTS:
-        listed = content.get(name, [])
-        content[name] = [plain_number(value) for value in listed] if isinstance(listed, list) else listed
-        if not isinstance(listed, list) or not all(_is_number(value, name == "keep") for value in content[name]):
-            words = "whole numbers" if name == "keep" else "numbers"
-            raise UserError(f"{file}: {name} is {listed!r:.60}; it must be a list of {words}")
-    for name, whole in {"minutes": False, "eta": True}.items():
-        if name in content and not _is_number(content[name], whole):
-            raise UserError(f"{file}: {name} is {content[name]!r:.60}; it must be a {'whole ' * whole}number")
-    paths = content["paths"]
-    if not isinstance(paths, dict) or not all(isinstance(changes, dict) for changes in paths.values()):
-        raise UserError(f"{file}: paths must have names and changes: 'paths: {{half: {{stages: [...]}}}}'")
-    for name in paths:
-        check_name(name, "a path", file)
-    base = resolve_base(str(content["base"]), file)
-    search = BudgetSearch(**{**content, "base": base, "validation": str(content["validation"])})
-    check_ranges(search)
-    return search
-
-
-def _is_number(value: Any, is_whole: bool) -> bool:
-    return type(value) is int or (type(value) is float and not is_whole)
+    """Return the search in a file. Raises as `read_fields`."""
+    search = read_fields(file, BudgetSearch)
+    check_names(search.paths, file)
+    times, counts = [*search.rungs, search.minutes], [len(search.expanded_paths()), *search.keep]
+    if len(times) != len(counts):
+        raise UserError(f"{file}: keep is {search.keep}, and rungs is {search.rungs}; give a number for each rung")
+    if any(after <= before for before, after in itertools.pairwise(times)):
+        raise UserError(f"{file}: rungs is {search.rungs} of {search.minutes:g} minutes; each must take longer")
+    if counts[0] < 2 or any(after >= before for before, after in itertools.pairwise(counts)):
+        raise UserError(f"{file}: keep is {search.keep} of {counts[0]} paths; each rung must keep fewer than it has")
+    return replace(search, base=resolve_base(search.base, file))
 
 
 def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
@@ -174,42 +108,35 @@ def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
     last stage. Each is checked as far as possible without its data.
 
     Raises:
-        UserError: the base is not a recipe or lacks the evaluation, a path cannot be run, or there are fewer than two.
+        UserError: the base is not a recipe or lacks the evaluation, or a path cannot be run.
     """
-    base, paths = parse_recipe(["--config", search.base]), search.expanded_paths()
-    if len(paths) < 2:
-        raise UserError(f"there is {len(paths)} path, which is nothing to choose from; give two or more")
+    base = parse_recipe(["--config", search.base])
     names = [task.name for task in base.eval.planned()]
     if search.validation not in names:
-        has = f"has {', '.join(names)}" if names else "has none"
         raise UserError(
-            f"validation is {search.validation!r:.60}, which is none of eval.tasks of {search.base}: it {has}; name "
-            "one whose images no test has"
+            f"validation is {search.validation!r:.60}; name one of the eval.tasks of {search.base}, whose images no "
+            f"test has: {', '.join(names)}"
         )
-    rate = base.stages[0].base_lr if base.stages else None
-    plain = yaml.safe_load(to_yaml(base))
-    return {name: _recipe(plain, changes, rate, search.minutes, name) for name, changes in paths.items()}
-
-
-def _recipe(
-    base: Mapping[str, Any], changes: Mapping[str, Any], rate: float | None, minutes: float, name: str
-) -> Recipe:
-    content = {**copy.deepcopy(dict(base)), "budget_minutes": minutes}
-    for path, value in changes.items():
-        if str(path).split(".")[0] not in _SECTIONS:
-            raise UserError(f"path {name} changes {path!s:.60}; a path may change {', '.join(_SECTIONS)}")
-        change(content, str(path), value, f"paths.{name}")
-    content["stages"][0].setdefault("base_lr", rate)
-    recipe = checked(content, f"path {name}")
     # Short forms of evaluations become listed ones, because only those have an image size.
-    given = [dict(task) if isinstance(task, dict) else {"task": task} for task in recipe.eval.tasks]
-    planned, size = recipe.eval.planned(), recipe.stages[-1].image_size
-    given += [{"kind": task.kind} for task in planned[len(given) :]]
-    sized = {} if size is None else {"image_size": size}
-    tasks: list[str | dict[str, Any]] = [
-        {**sized, **task, "data": own.data} for task, own in zip(given, planned, strict=True)
-    ]
-    return replace(recipe, eval=replace(recipe.eval, tasks=tasks, zero_shot=None, retrieval=None))
+    listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in base.eval.tasks]
+    planned = base.eval.planned()
+    listed += [{"kind": task.kind} for task in planned[len(listed) :]]
+    tasks = [{**task, "data": own.data} for task, own in zip(listed, planned, strict=True)]
+    evaluated: dict[str, Any] = {"tasks": tasks, "zero_shot": None, "retrieval": None}
+    plain = yaml.safe_load(to_yaml(base))
+    recipes = {}
+    for name, changes in search.expanded_paths().items():
+        content = {**copy.deepcopy(plain), "budget_minutes": search.minutes}
+        for path in changes:
+            if path.split(".")[0] not in _SECTIONS:
+                raise UserError(f"path {name} changes {path:.60}; a path may change {', '.join(_SECTIONS)}")
+        change(content, changes, f"paths.{name}")
+        content["stages"][0].setdefault("base_lr", base.stages[0].base_lr if base.stages else None)
+        size = content["stages"][-1].get("image_size")
+        sized = [{"image_size": size, **task} if size else task for task in tasks]
+        content["eval"] |= {**evaluated, "tasks": sized}
+        recipes[name] = checked(content, f"path {name}")
+    return recipes
 
 
 @dataclass(frozen=True)
@@ -219,14 +146,12 @@ class Trained:
     Args:
         failure: end of a failed run; empty for a finished run.
         result: result of the evaluation that chooses paths; None for a failed run.
-        seconds: seconds of training.
         samples: number of pairs seen.
     """
 
     name: str
     failure: str
     result: Result | None = None
-    seconds: float = 0.0
     samples: int = 0
 
     @property
@@ -264,18 +189,20 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
     """
     search = read_search(file)
     recipes = path_recipes(search)
-    keep = search.kept(len(recipes))
-    times = search.times(len(keep) + 1)
-    counts = [len(recipes), *keep]
-    _claim(search, recipes, times[0], file, output_dir)
+    times, counts = [*search.rungs, search.minutes], [len(recipes), *search.keep]
+    mark, content = output_dir / "search.yaml", dataclasses.asdict(search)
+    check_folder(output_dir, mark.name, "search")
+    if changed := sorted(changed_fields(yaml.safe_load(read_text(mark)), content)) if mark.exists() else []:
+        raise UserError(f"{output_dir} was begun otherwise than {file} ({'; '.join(changed)}); name another folder")
     total = sum(count * minutes for count, minutes in zip(counts, times, strict=True))
     words = ", ".join(f"{count} for {minutes:g} min" for count, minutes in zip(counts, times, strict=True))
     print(f"{len(recipes)} paths: {words}; {total:,.0f} minutes of training by {workers} side by side", flush=True)
     rungs: list[Rung] = []
     left = list(recipes)
-    for number, (minutes, count) in enumerate(zip(times, [*keep, 1], strict=True), 1):
+    for number, (minutes, count) in enumerate(zip(times, [*search.keep, 1], strict=True), 1):
         runs = [_run(search, name, recipes[name], minutes, output_dir / f"rung{number}") for name in left]
         print(f"rung {number} of {len(times)}: {minutes:g} min", flush=True)
+        write_recipes(runs, mark, yaml.safe_dump(content, sort_keys=False))
         rungs.append(Rung(minutes, _train(runs, workers, search.validation)))
         left = [path.name for path in rungs[-1].best_first()][:count]
         if not left:
@@ -285,27 +212,6 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
     winner = replace(in_time(recipes[left[0]], search.minutes), output_dir=str(output_dir / "winner"))
     comment = f"# {left[0]}, of {len(recipes)} paths the best by {choice} after {search.minutes:g} minutes of training."
     write_text(output_dir / "winner.yaml", f"{comment}\n{to_yaml(winner)}")
-
-
-def _claim(search: BudgetSearch, recipes: Mapping[str, Recipe], minutes: float, file: Path, output_dir: Path) -> None:
-    """Write the search into its folder, unless it holds something else or a different search."""
-    check_writable(output_dir, "output_dir")
-    mark = output_dir / "search.yaml"
-    refuse_foreign(output_dir, mark.name, "search")
-    fields = dataclasses.asdict(search)
-    content = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-    changed = sorted(changed_fields(yaml.safe_load(read_text(mark)), content)) if mark.exists() else []
-    runs = [_run(search, name, recipe, minutes, output_dir / "rung1") for name, recipe in recipes.items()]
-    for run in runs if not changed else []:
-        if run.beside("yaml").exists():
-            saved = yaml.safe_load(read_text(run.beside("yaml")))
-            now = {**yaml.safe_load(to_yaml(run.recipe)), "output_dir": saved.get("output_dir")}
-            changed += sorted(changed_fields(saved, now, run.name))
-    if changed:
-        raise UserError(f"{output_dir} was begun otherwise than {file} ({'; '.join(changed)}); name another folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if not mark.exists():
-        write_text(mark, yaml.safe_dump(content, sort_keys=False))
 
 
 def _run(search: BudgetSearch, name: str, recipe: Recipe, minutes: float, folder: Path) -> StudyRun:
@@ -319,45 +225,42 @@ def _run(search: BudgetSearch, name: str, recipe: Recipe, minutes: float, folder
 
 def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> list[Trained]:
     """Train the runs of a rung that have neither finished nor failed, and return the ends of all."""
-    runs[0].run_dir.parent.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        write_text(run.beside("yaml"), to_yaml(run.recipe))
     failed = train_runs([run for run in runs if not run.beside("failed").exists()], workers)
+    ends = []
     for run in runs:
         if run.name in failed:
             write_text(run.beside("failed"), failed[run.name][1] + "\n")
-    ends = []
-    for run in runs:
         if run.beside("failed").exists():
             ends.append(Trained(run.name, read_text(run.beside("failed")).strip()))
             continue
         curve = read_curve(run.run_dir)
         result = next(r for r in curve.results if r.task == validation and r.headline and r.who == THIS_MODEL)
-        last = curve.records[-1]
-        ends.append(Trained(run.name, "", result, last["trained_seconds"], last["samples_seen"]))
+        ends.append(Trained(run.name, "", result, curve.records[-1]["samples_seen"]))
     return ends
 
 
 def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validation: str, output_dir: Path) -> str:
     """Write `report.md` and `front.png`, print the tables, and return the winner's metric and result."""
     best, ranked = [rung.best_first()[0] for rung in rungs], rungs[-1].best_first()
-    last = best[-1].result
+    last = ranked[0].result
     assert last is not None
     words = f"{validation} {last.shown}"
-    rows = [["training", "best path", "stages", "pairs seen", words]]
+    stages = {name: _stages_text(recipe) for name, recipe in recipes.items()}
+    front = [["training", "best path", "stages", "pairs seen", words]]
     for place, path in enumerate(best):
         if all(path.badness < before.badness for before in best[:place]):
-            cells = [path.name, _stages_text(recipes[path.name]), f"{path.samples:,}", path.cell]
-            rows.append([f"{rungs[place].minutes:g} min", *cells])
-    parts = [markdown_table(rows, 3), _all_paths(rungs, recipes, words)]
+            cells = [path.name, stages[path.name], f"{path.samples:,}", path.cell]
+            front.append([f"{rungs[place].minutes:g} min", *cells])
+    # Paths of later rungs come first.
+    order = dict.fromkeys([*(path.name for rung in reversed(rungs) for path in rung.best_first()), *recipes])
+    table = [[f"path, {words}", "stages", *(f"{rung.minutes:g} min" for rung in rungs)]]
+    ends = [{path.name: path.cell for path in rung.paths} for rung in rungs]
+    table += [[name, stages[name], *(own.get(name, NOTHING) for own in ends)] for name in order]
+    parts = [markdown_table(front, 3), markdown_table(table, 2)]
     if last.low is not None and last.high is not None:
         near = [path.name for path in ranked[1:] if path.result and last.low <= path.result.value <= last.high]
-        inside = f"the interval of {ranked[0].name}"
-        lie = (
-            f"Within {inside} lie {', '.join(near)}" if near else f"No other path of the last rung lies within {inside}"
-        )
-        parts.append(f"{lie}; each had one seed.")
-    parts += unequal_clocks(rungs)
+        inside = f"the interval of {ranked[0].name}, of one seed, lie"
+        parts.append(f"Within {inside}: {', '.join(near) or 'no other paths'}.")
     failed = [
         f"- {path.name}, {rung.minutes:g} min: {path.failure}" for rung in rungs for path in rung.paths if path.failure
     ]
@@ -378,31 +281,9 @@ def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validati
 
 def _stages_text(recipe: Recipe) -> str:
     """Return the sizes, masks and shares of a path's stages: `32 px whole 85 %, 64 px whole 15 %`."""
-    own = recipe.model_config().vision_config
+    own = recipe.model_config().vision_config.image_size
     parts = []
     for stage in recipe.stages:
         masked = f"{100 * stage.mask_ratio:g} % masked ({recipe.mask.kind})" if stage.mask_ratio else "whole"
-        parts.append(f"{stage.image_size or own.image_size} px {masked} {100 * (stage.share or 0.0):.3g} %")
+        parts.append(f"{stage.image_size or own} px {masked} {100 * (stage.share or 0.0):.3g} %")
     return ", ".join(parts)
-
-
-def _all_paths(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], words: str) -> str:
-    """Return a row for each path with its result in each rung. Paths of later rungs come first."""
-    by_name = [{path.name: path for path in rung.paths} for rung in rungs]
-    order = dict.fromkeys([*(path.name for rung in reversed(rungs) for path in rung.best_first()), *recipes])
-    rows = [[f"path, {words}", "stages", *(f"{rung.minutes:g} min" for rung in rungs)]]
-    for name in order:
-        cells = [paths[name].cell if name in paths else NOTHING for paths in by_name]
-        rows.append([name, _stages_text(recipes[name]), *cells])
-    return markdown_table(rows, 2)
-
-
-def unequal_clocks(rungs: Sequence[Rung]) -> list[str]:
-    """Return a line with the runs whose training time differs from their rung's."""
-    late = [
-        f"{path.name} {path.seconds:.1f} s in place of {60 * rung.minutes:.1f}"
-        for rung in rungs
-        for path in rung.paths
-        if path.result and abs(path.seconds - 60 * rung.minutes) > 0.01 * 60 * rung.minutes
-    ]
-    return [f"Clocks that are more than 1 % off, which do not compare: {', '.join(late)}."] if late else []

@@ -13,7 +13,7 @@ from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.curves import Curve, over_seeds
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import Result
-from flipscale.studies.laws import LawFit, Points
+from flipscale.studies.laws import LawFit, Points, PowerLaw
 from flipscale.studies.transfer import EffectTable
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ _PAIRS = {"billions": 1e9, "millions": 1e6, "thousands": 1e3}
 _MOST_COLUMNS = 3
 # Keywords of the line of chance.
 _CHANCE: dict[str, Any] = {"label": "chance", "color": "#888888", "linestyle": "--", "linewidth": 0.9, "zorder": 0}
+_BARS: dict[str, Any] = {"marker": "o", "markersize": 4.5, "capsize": 2.5}
+# Keywords of a legend at the right of the axes.
+_BESIDE: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
 # Curves of a configuration's seeds, by its name.
 CurveGroups = Mapping[str, Sequence[Curve]]
@@ -49,71 +52,59 @@ class Outcome:
     results: Mapping[str, Sequence[Result]]
 
 
-def draw_axes(panels: Mapping[str, CurveGroups], name: str, words: str, path: Path) -> None:
-    """Draw the result `name` against the pairs seen, a panel for each axis: the base and the axis' levels."""
+def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words: str, path: Path) -> None:
+    """Draw the result `name` against a field of the records, a panel for each title. A panel has a line for each
+    configuration: the mean over its seeds, with the 95 % interval as a band. The base comes first.
+
+    Args:
+        along: `samples_seen` or `trained_seconds`.
+    """
+    is_single = len(panels) == 1
+    size = (7.5, 4.5) if is_single else (4.2 * len(panels), 3.8)
     figure, axes = drawing_pyplot().subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False, constrained_layout=True
+        1, len(panels), figsize=size, sharey=True, squeeze=False, constrained_layout=True
     )
-    most = max(_most(groups, "samples_seen") for groups in panels.values())
-    unit = next((unit for unit, size in _PAIRS.items() if most >= size), "thousands")
-    for place, (axis, groups) in zip(axes[0], panels.items(), strict=True):
-        _draw_groups(place, groups, name, "samples_seen", _PAIRS[unit])
-        place.set_title(axis, loc="left")
-        place.set_xlabel(f"pairs seen, {unit}")
-        place.legend(frameon=False, loc="upper left")  # Results rise to the right.
+    all_groups = [group for groups in panels.values() for group in groups.values()]
+    most = max(curve.records[-1][along] for group in all_groups for curve in group)
+    label, unit = _pairs_unit(most) if along == "samples_seen" else _time_unit(most)
+    for place, (title, groups) in zip(axes[0], panels.items(), strict=True):
+        styles = [{"color": _BASE_COLOUR}, *_line_styles(len(groups) - 1)]
+        for (level, curves), style in zip(groups.items(), styles, strict=True):
+            with_result = [curve for curve in curves if curve.course(name)]
+            if not with_result:
+                continue
+            at, means = over_seeds(with_result, name, along)
+            place.plot(at / unit, [mean.value for mean in means], marker="o", markersize=3.5, label=level, **style)
+            if len(with_result) > 1:
+                low, high = [mean.low for mean in means], [mean.high for mean in means]
+                place.fill_between(at / unit, low, high, color=style["color"], alpha=0.13, linewidth=0)
+        place.set(xlabel=label)
+        place.set_title(title, loc="left")
+        # Results rise to the right.
+        place.legend(**(_BESIDE if is_single else {"frameon": False, "loc": "upper left"}))
         tidy(place)
     axes[0, 0].set_ylabel(words)
-    _note_bands(figure, [group for groups in panels.values() for group in groups.values()])
+    has_band = any(len(group) > 1 for group in all_groups)
+    note = "Band: the 95 % interval of the mean over seeds." if has_band else "One seed a configuration: no interval."
+    figure.suptitle(note, fontsize=8, color="#555555", x=0.01, ha="left")
     save_figure(figure, path)
-
-
-def draw_times(groups: CurveGroups, name: str, words: str, path: Path) -> None:
-    """Draw a result against training time, a line for each configuration."""
-    figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    unit, seconds = _time_unit(_most(groups, "trained_seconds"))
-    _draw_groups(place, groups, name, "trained_seconds", seconds)
-    place.set_xlabel(f"training time, {unit}")
-    place.set_ylabel(words)
-    place.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    tidy(place)
-    _note_bands(figure, list(groups.values()))
-    save_figure(figure, path)
-
-
-def _draw_groups(place: "Axes", groups: CurveGroups, name: str, field: str, unit: float) -> None:
-    """Draw a line for each configuration: the mean over its seeds, with the 95 % interval as a band."""
-    styles = [{"color": _BASE_COLOUR}, *_line_styles(len(groups) - 1)]
-    for (label, curves), style in zip(groups.items(), styles, strict=True):
-        with_result = [curve for curve in curves if curve.course(name)]
-        if not with_result:
-            continue
-        along, means = over_seeds(with_result, name, field)
-        place.plot(along / unit, [mean.value for mean in means], marker="o", markersize=3.5, label=label, **style)
-        if len(with_result) > 1:
-            low, high = [mean.low for mean in means], [mean.high for mean in means]
-            place.fill_between(along / unit, low, high, color=style["color"], alpha=0.13, linewidth=0)
-
-
-def _note_bands(figure: "Figure", groups: Sequence[Sequence[Curve]]) -> None:
-    has_band = any(len(group) > 1 for group in groups)
-    words = "Band: the 95 % interval of the mean over seeds." if has_band else "One seed a configuration: no interval."
-    figure.suptitle(words, fontsize=8, color="#555555", x=0.01, ha="left")
-
-
-def _most(groups: CurveGroups, field: str) -> float:
-    """Return the largest final value of a record's field."""
-    return max(curve.records[-1][field] for curves in groups.values() for curve in curves)
 
 
 def _time_unit(longest: float) -> tuple[str, float]:
-    """Return a unit for times up to `longest` seconds, and its seconds."""
-    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
+    """Return the label of an axis for times up to `longest` seconds, and the seconds of its unit."""
+    name, unit = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
+    return f"training time, {name}", unit
+
+
+def _pairs_unit(most: int) -> tuple[str, float]:
+    name, unit = next(((name, size) for name, size in _PAIRS.items() if most >= size), ("thousands", 1e3))
+    return f"pairs seen, {name}", unit
 
 
 def _line_styles(count: int) -> list[dict[str, Any]]:
     """Return a colour and a kind of line for each of `count` lines."""
-    styles = [{"linestyle": line, "color": colour} for line in _LINES for colour in _COLOURS]
-    return list(itertools.islice(itertools.cycle(styles), count))
+    styles = itertools.cycle(itertools.product(_LINES, _COLOURS))
+    return [{"linestyle": line, "color": colour} for line, colour in itertools.islice(styles, count)]
 
 
 def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) -> None:
@@ -129,11 +120,10 @@ def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) ->
     # Broken lines, because laws without saturation coincide.
     for fit, colour, kind in zip(drawn, _COLOURS, _LINES, strict=False):
         label = f"{fit.law.name}, {fit.law.formula}"
-        if fit.law.name == "power law":
+        if isinstance(fit.law, PowerLaw):
             label = f"power law: slope {fit.fitted[0]:.3f} ({fit.low[0]:.3f} to {fit.high[0]:.3f})"
         place.loglog(grid, fit.law.error(fit.fitted, line), color=colour, linestyle=kind, label=label)
-    place.set_xlabel("training operations, masks and tuning counted")
-    place.set_ylabel(f"error of {words}, %")
+    place.set(xlabel="training operations, masks and tuning counted", ylabel=f"error of {words}, %")
     place.yaxis.set_major_formatter("{x:g}")
     place.yaxis.set_minor_formatter("{x:g}")
     place.legend(frameon=False, fontsize=8)
@@ -150,34 +140,25 @@ def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str
     """
     figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
     most = max(map(len, courses.values()))
-    name_of_unit, unit = _time_unit(max(seconds for course in courses.values() for seconds, _ in course))
+    times = next([seconds for seconds, _ in course] for course in courses.values() if len(course) == most)
+    label_of_axis, unit = _time_unit(times[-1])
     ended = [name for name, course in courses.items() if len(course) == most]
     ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
-    styles = dict(zip(ended, _line_styles(len(ended)), strict=True))
-    others = [name for name, course in courses.items() if course and name not in styles]
-    for name in [*others, *ended]:
-        times = [seconds / unit for seconds, _ in courses[name]]
-        values, last = [result.value for _, result in courses[name]], courses[name][-1][1]
-        if name not in styles:
-            label = f"{len(others)} that went out earlier" if name == others[0] else None
-            place.plot(times, values, marker="o", markersize=3, linewidth=0.8, color="#bbbbbb", label=label)
-            continue
-        place.plot(times, values, marker="o", markersize=4, label=name, **styles[name])
-        if last.low is not None and last.high is not None:
-            place.plot([times[-1]] * 2, [last.low, last.high], color=styles[name]["color"], linewidth=1, alpha=0.6)
+    others = [name for name, course in courses.items() if course and name not in ended]
+    styles = _line_styles(len(ended)) + [{"color": "#bbbbbb", "linewidth": 0.8, "zorder": 1}] * len(others)
+    for name, style in zip([*ended, *others], styles, strict=True):
+        last = courses[name][-1][1]
+        label = name if name in ended else f"{len(others)} that went out earlier" if name == others[0] else None
+        along = [seconds / unit for seconds, _ in courses[name]]
+        place.plot(along, [result.value for _, result in courses[name]], marker="o", markersize=4, label=label, **style)
+        if name in ended and last.low is not None and last.high is not None:
+            place.plot([along[-1]] * 2, [last.low, last.high], color=style["color"], linewidth=1, alpha=0.6)
     if most > 1:
-        times = [seconds / unit for seconds, _ in courses[ended[0]]]
         place.set_xscale("log")
-        place.set_xticks(times, [f"{time:.3g}" for time in times])
+        place.set_xticks([seconds / unit for seconds in times], [f"{seconds / unit:.3g}" for seconds in times])
         place.minorticks_off()
-    place.set_xlabel(f"training time, {name_of_unit}: each point is a schedule of its own")
-    place.set_ylabel(words)
-    handles, labels = place.get_legend_handles_labels()
-    order = [labels.index(name) for name in ended] + ([0] if others else [])
-    place.legend(
-        *([listed[number] for number in order] for listed in (handles, labels)),
-        frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5),
-    )  # fmt: skip
+    place.set(xlabel=f"{label_of_axis}: each point is a schedule of its own", ylabel=words)
+    place.legend(**_BESIDE)
     tidy(place)
     save_figure(figure, path)
 
@@ -205,26 +186,21 @@ def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], pa
     Levels begin with their axis' base."""
     (axis, levels), (along, ticks) = axes.items()
     figure, panels = _panels(outcomes, (3.9, 3.2))
-    by_levels = {(outcome.levels[axis], outcome.levels[along]): outcome for outcome in outcomes}
+    by_levels = {(outcome.levels[axis], outcome.levels[along]): outcome.results for outcome in outcomes}
     styles = [{"color": _BASE_COLOUR}, *_line_styles(len(levels) - 1)]
     for place, name, shown in panels:
         for number, (level, style) in enumerate(zip(levels, styles, strict=True)):
-            cells = [by_levels.get((level, tick)) for tick in ticks]
-            values, below, above = _estimates([cell.results.get(name, ()) if cell else () for cell in cells])
+            values, below, above = _estimates([by_levels.get((level, tick), {}).get(name, ()) for tick in ticks])
             at = np.arange(len(ticks)) + 0.16 * (number / max(len(levels) - 1, 1) - 0.5)
-            place.errorbar(
-                *(at, values), yerr=(below, above), marker="o", markersize=4.5, capsize=2.5, elinewidth=1.1,
-                label=f"{axis}: {level}", **style,
-            )  # fmt: skip
+            label = f"{axis}: {level}"
+            place.errorbar(at, values, yerr=(below, above), elinewidth=1.1, label=label, **_BARS, **style)
         if shown.chance is not None:
             place.axhline(shown.chance, **_CHANCE)
-        place.set_ylabel(", ".join(filter(None, (shown.shown, shown.unit))))
+        place.set(xlabel=along, ylabel=_axis_label(shown), xlim=(-0.4, len(ticks) - 0.6))
         place.set_xticks(range(len(ticks)), ticks)
-        place.set_xlim(-0.4, len(ticks) - 0.6)
-        place.set_xlabel(along)
         if _is_never_negative(outcomes, name):
             place.set_ylim(bottom=0)
-    _finish(figure, [place for place, _, _ in panels], outcomes, path)
+    _finish(figure, outcomes, path)
 
 
 def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -232,19 +208,17 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
     labels = [outcome.label for outcome in outcomes]
     size = (2.4 + 0.05 * max(map(len, labels)), 0.9 + 0.3 * len(labels))
     figure, panels = _panels(outcomes, size, sharey=True)
-    bars: dict[str, Any] = {"marker": "o", "markersize": 4.5, "capsize": 2.5}
     for place, name, shown in panels:
         estimates = _estimates([outcome.results.get(name, ()) for outcome in outcomes])
         for row, (value, below, above) in enumerate(zip(*estimates, strict=True)):
-            place.errorbar(value, row, xerr=([below], [above]), color=_COLOURS[0] if row else _BASE_COLOUR, **bars)
+            place.errorbar(value, row, xerr=([below], [above]), color=_COLOURS[0] if row else _BASE_COLOUR, **_BARS)
         if shown.chance is not None:
             place.axvline(shown.chance, **_CHANCE)
-        place.set_xlabel(", ".join(filter(None, (shown.shown, shown.unit))))
+        place.set(xlabel=_axis_label(shown), ylim=(len(labels) - 0.4, -0.6))
         place.set_yticks(range(len(labels)), labels, fontsize=8)
-        place.set_ylim(len(labels) - 0.4, -0.6)
         if _is_never_negative(outcomes, name):
             place.set_xlim(left=0)
-    _finish(figure, [place for place, _, _ in panels], outcomes, path)
+    _finish(figure, outcomes, path)
 
 
 def _panels(
@@ -271,6 +245,10 @@ def _panels(
     return figure, panels
 
 
+def _axis_label(result: Result) -> str:
+    return ", ".join(filter(None, (result.shown, result.unit)))
+
+
 def _is_never_negative(outcomes: Sequence[Outcome], name: str) -> bool:
     return all(result.value >= 0 for outcome in outcomes for result in outcome.results.get(name, ()))
 
@@ -289,17 +267,16 @@ def _estimates(groups: Sequence[Sequence[Result]]) -> np.ndarray:
     return estimates
 
 
-def _finish(figure: "Figure", places: "Sequence[Axes]", outcomes: Sequence[Outcome], path: Path) -> None:
+def _finish(figure: "Figure", outcomes: Sequence[Outcome], path: Path) -> None:
     """Add one legend and a note on the bars, and write the figure."""
     handles: dict[str, Any] = {}
-    for place in places:
-        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+    for place in figure.axes:
+        handles |= dict(zip(*reversed(place.get_legend_handles_labels()), strict=True))
     if "chance" in handles:
         handles["chance"] = handles.pop("chance")
     if handles:
-        style: dict[str, Any] = {"loc": "outside upper center", "ncols": min(4, len(handles)), "frameon": False}
-        figure.legend(list(handles.values()), list(handles), **style)
+        columns = min(4, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
     has_bars = any(len(results) > 1 for outcome in outcomes for results in outcome.results.values())
     words = "Bars: 95 % intervals of means over seeds." if has_bars else "One seed a configuration: no interval."
     figure.supxlabel(words, fontsize=8, color="#555555", x=0.01, ha="left")

@@ -4,7 +4,6 @@ Laws count compute, parameters and pairs in units: the geometric means of the po
 law are then errors inside the data, so their intervals are meaningful.
 """
 
-import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares, minimize
+from scipy.special import huber
 from scipy.stats import norm, t
 
 from flipscale.io.errors import UserError
@@ -46,19 +46,17 @@ class Points:
     pairs: np.ndarray
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[1:]:
-            values = getattr(self, field.name)
-            is_wrong = ~((values > 0) & (values < np.inf))
-            if is_wrong.any():
+        for field, values in vars(self).items():
+            if field != "names" and (is_wrong := ~((values > 0) & (values < np.inf))).any():
                 name, value = self.names[is_wrong][0], values[is_wrong][0]
-                raise UserError(f"{field.name} of {name} is {value:g}; a law of scaling takes numbers above 0")
+                raise UserError(f"{field} of {name} is {value:g}; a law of scaling takes numbers above 0")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, chosen: np.ndarray) -> "Points":
         """Return the points at these indices, or where a mask is true."""
-        return Points(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+        return Points(*(values[chosen] for values in vars(self).values()))
 
     def front(self) -> "Points":
         """Return the Pareto front by compute: points whose error is below that of every point with no more compute.
@@ -175,20 +173,17 @@ class AdditiveLaw(Law):
     name = "additive"
 
     def __init__(self, points: Points):
-        axes = {}
-        for field, name in (("parameters", "model"), ("samples", "samples"), ("pairs", "data")):
-            count = len(np.unique(getattr(points, field)))
-            if count == 2:
-                raise UserError(
-                    f"additive: the points have two values of {field}, and a power above a floor needs three; train "
-                    "another configuration"
-                )
-            if count > 2:
-                axes[field] = name
-        if not axes:
+        fields = {"parameters": "model", "samples": "samples", "pairs": "data"}
+        counts = {field: len(np.unique(getattr(points, field))) for field in fields}
+        if 2 in counts.values():
+            field = next(field for field, count in counts.items() if count == 2)
             raise UserError(
-                "additive: all points have the same parameters, samples and pairs; train some that differ in them"
+                f"additive: the points have two values of {field}, and a power above a floor needs three; train "
+                "another configuration"
             )
+        axes = {field: name for field, name in fields.items() if counts[field] > 2}
+        if not axes:
+            raise UserError(f"additive: all points have the same {', '.join(fields)}; train some that differ in them")
         self.spent = list(axes)
         super().__init__(points)
         self.formula = " + ".join(["floor", *(f"{name} x {field}^-exponent" for field, name in axes.items())])
@@ -203,14 +198,16 @@ class AdditiveLaw(Law):
         exponents, shares = (0.15, 0.4, 0.9), np.log([0.05, 0.2, 0.6])
         starts = np.array(list(itertools.product(*[exponents] * count, *[shares] * (count + 1))))
         starts += np.append(np.zeros(count), np.full(count + 1, y.mean()))
-        losses = np.concatenate([_huber(_log_sum(part, x)[0] - y).sum(1) for part in np.array_split(starts, 16)])
+        losses = np.concatenate([huber(_HUBER, _log_sum(part, x)[0] - y).sum(1) for part in np.array_split(starts, 16)])
 
         def loss(fitted: np.ndarray) -> tuple[float, np.ndarray]:
             value, weights = _log_sum(fitted[None], x)
             off = value[0] - y
             slope = np.clip(off, -_HUBER, _HUBER)  # The derivative of Huber's loss.
             by_term = (slope[:, None] * weights[0]).sum(0)
-            return _huber(off).sum(), np.concatenate([-(slope[:, None] * weights[0, :, :count] * x).sum(0), by_term])
+            return huber(_HUBER, off).sum(), np.concatenate(
+                [-(slope[:, None] * weights[0, :, :count] * x).sum(0), by_term]
+            )
 
         bounds = [(0.0, 4.0)] * count + [(y.min() - 12, y.max() + 3)] * (count + 1)
         options = {"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-9}
@@ -249,11 +246,6 @@ def _log_sum(fitted: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return (most + np.log(total))[..., 0], powers / total
 
 
-def _huber(off: np.ndarray) -> np.ndarray:
-    size = np.abs(off)
-    return np.where(size <= _HUBER, 0.5 * off**2, _HUBER * (size - 0.5 * _HUBER))
-
-
 @dataclass(frozen=True)
 class LawFit:
     """A law with its fitted parameters.
@@ -273,9 +265,8 @@ class LawFit:
     def __str__(self) -> str:
         """Return the formula and a table of the parameters, as Markdown."""
         rows = [[self.law.name, "value", "95 % interval"]]
-        for name, *numbers in zip(self.law.parameters, self.fitted, self.low, self.high, strict=True):
-            value, low, high = (f"{number:.3g}" for number in numbers)
-            rows.append([name, value, f"{low} to {high}"])
+        for name, value, low, high in zip(self.law.parameters, self.fitted, self.low, self.high, strict=True):
+            rows.append([name, f"{value:.3g}", f"{low:.3g} to {high:.3g}"])
         units = ", ".join(f"{value:.3g} of {name}" for name, value in self.law.units.items())
         head = f"error in % = {self.law.formula}, fitted to {self.num_points} points, in units of {units}."
         return f"{head}\n\n{markdown_table(rows, 1)}"
@@ -302,8 +293,11 @@ class Prediction:
 
 
 def fit_law(law: Law, points: Points, resamples: int = 400, seed: int = 0) -> LawFit:
-    """Return a law fitted to points, with intervals by a bootstrap over configurations. Each draw has its own front."""
-    _refuse_few(law, points)
+    """Return a law fitted to points, with intervals by a bootstrap over configurations. Each draw has its own front.
+
+    Raises:
+        UserError: there are too few points.
+    """
     low, high = _interval(_bootstrap(law, points, resamples, seed), law, points)
     return LawFit(law, law.fit(points), low, high, len(law.fitted_to(points)))
 
@@ -311,22 +305,10 @@ def fit_law(law: Law, points: Points, resamples: int = 400, seed: int = 0) -> La
 def predict(law: Law, points: Points, held_out: np.ndarray, resamples: int = 400, seed: int = 0) -> list[Prediction]:
     """Return the predictions of the points under the mask `held_out`, by a law fitted to the others."""
     rest, left_out = points.take(~held_out), points.take(held_out)
-    _refuse_few(law, rest)
-    fitted, drawn = law.fit(rest), _bootstrap(law, rest, resamples, seed)
+    drawn = _bootstrap(law, rest, resamples, seed)
     low, high = _interval(np.array([law.error(one, left_out) for one in drawn]), law, rest)
-    columns = (left_out.names, left_out.error, law.error(fitted, left_out), low, high)
+    columns = (left_out.names, left_out.error, law.error(law.fit(rest), left_out), low, high)
     return [Prediction(law.name, *numbers) for numbers in zip(*columns, strict=True)]
-
-
-def _refuse_few(law: Law, points: Points) -> None:
-    count, needed = len(law.fitted_to(points)), len(law.parameters) + 2
-    if count < needed:
-        where = "" if count == len(points) else f" of {len(points)} on the front"
-        has = f"1 point{where} is" if count == 1 else f"{count} points{where} are"
-        raise UserError(
-            f"{law.name}: {has} too few for {len(law.parameters)} parameters, which need {needed}; "
-            "train more configurations"
-        )
 
 
 def _interval(drawn: np.ndarray, law: Law, points: Points) -> np.ndarray:
@@ -343,6 +325,13 @@ def _interval(drawn: np.ndarray, law: Law, points: Points) -> np.ndarray:
 def _bootstrap(law: Law, points: Points, resamples: int, seed: int) -> np.ndarray:
     """Return the parameters of each draw: `(resamples, parameters)`. A draw with fewer different points than parameters
     is repeated, because it does not determine them."""
+    count, needed = len(law.fitted_to(points)), len(law.parameters) + 2
+    if count < needed:
+        has = f"{count} points" + ("" if count == len(points) else f" of {len(points)} on the front")
+        raise UserError(
+            f"{law.name}: {has}, too few for {len(law.parameters)} parameters, which need {needed}; train more "
+            "configurations"
+        )
     rng = np.random.default_rng(seed)
     fits: list[np.ndarray] = []
     while len(fits) < resamples:

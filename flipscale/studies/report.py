@@ -1,6 +1,7 @@
 """The report of a planned study: tables, laws of scaling, effects of the axes, and figures."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import escape_markdown, markdown_code, markdown_table
 from flipscale.planning.flops import stage_flops
-from flipscale.studies.design import BASE, Study, base_of, read_plan
-from flipscale.studies.figures import Outcome, draw_axes, draw_fits, draw_grid, draw_rows, draw_times, draw_transfer
+from flipscale.studies.design import BASE, Study, read_plan
+from flipscale.studies.figures import Outcome, draw_curves, draw_fits, draw_grid, draw_rows, draw_transfer
 from flipscale.studies.laws import AdditiveLaw, Law, LawFit, Points, PowerLaw, SaturatingLaw, fit_law, predict
 from flipscale.studies.runs import StudyRun
 from flipscale.studies.transfer import Arm, effects, tasks_moved, transfer_report
@@ -96,27 +97,27 @@ def report(output_dir: Path, resamples: int) -> None:
     write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
     arms = []
     for group in groups.values():
-        by_task = {
-            words: {one.curve.seed: result.value for one in group if (result := one.result(name)) is not None}
-            for name, words in names.items()
-        }
-        arms.append(Arm(group[0].levels, {words: by_seed for words, by_seed in by_task.items() if by_seed}))
+        by_task: dict[str, dict[int, float]] = {}
+        for name, words in names.items():
+            for one in group:
+                if (result := one.result(name)) is not None:
+                    by_task.setdefault(words, {})[one.curve.seed] = result.value
+        arms.append(Arm(group[0].levels, by_task))
     write_text(output_dir / "transfer.md", transfer_report(arms, next(iter(names.values()))))
     _draw(study, groups, arms, names, output_dir)
     print(f"{table}{left}\n\n{output_dir}: report.md, transfer.md, *.png")
 
 
-def _seen_by_stage(curve: Curve) -> dict[str, int]:
+def _seen_by_stage(curve: Curve) -> Counter[str]:
     """Return the number of pairs seen in each stage, from the run's records."""
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     before = 0
     for record in curve.records:
         # Records of evaluations have no stage; the next record of steps includes their pairs.
         if record.get("stage") is not None:
-            seen[record["stage"]] = seen.get(record["stage"], 0) + record["samples_seen"] - before
+            seen[record["stage"]] += record["samples_seen"] - before
             before = record["samples_seen"]
-    last = list(curve.masks)[-1]
-    seen[last] = seen.get(last, 0) + curve.records[-1]["samples_seen"] - before
+    seen[list(curve.masks)[-1]] += curve.records[-1]["samples_seen"] - before
     return seen
 
 
@@ -171,12 +172,20 @@ def _masked_table(groups: Groups) -> str:
 def _laws_of(groups: Groups, name: str, words: str, output_dir: Path, resamples: int) -> str:
     """Draw the laws of a result and return them as Markdown, each with its prediction of the largest budget or the
     reason for its refusal."""
-    try:
-        points = _points(groups, name)
-    except UserError as error:
-        return f"No law is fitted: {error}."
-    if points is None:
+    kept = {label: [one for one in group if one.result(name)] for label, group in groups.items()}
+    kept = {label: group for label, group in kept.items() if group}
+    results = {label: _results(group, name) for label, group in kept.items()}
+    if any(result.unit != "%" or not result.higher_is_better for own in results.values() for result in own):
         return "It is no percentage of right answers, so no law of its error is fitted."
+    error = np.array([100 - np.mean([result.value for result in own]) for own in results.values()])
+    spent = {
+        field: np.array([np.mean([one.spent[field] for one in group]) for group in kept.values()])
+        for field in ("compute", "parameters", "samples", "pairs")
+    }
+    try:
+        points = Points(np.array(list(kept)), error=error, **spent)
+    except UserError as refusal:
+        return f"No law is fitted: {refusal}."
     parts, fits = list[str](), list[LawFit]()
     for kind in _LAWS:
         try:
@@ -184,27 +193,10 @@ def _laws_of(groups: Groups, name: str, words: str, output_dir: Path, resamples:
             fits.append(fit_law(law, points, resamples))
             parts.append(str(fits[-1]))
             parts += map(str, predict(law, points, points.largest_budget(), resamples))
-        except UserError as error:
-            parts.append(f"No fit, or no prediction: {error}.")
+        except UserError as refusal:
+            parts.append(f"No fit, or no prediction: {refusal}.")
     draw_fits(points, fits, words, output_dir / f"fits_{name.replace('/', '_')}.png")
     return "\n\n".join(parts)
-
-
-def _points(groups: Groups, name: str) -> Points | None:
-    """Return the configurations as points of a result; None if the result is not a percentage of right answers."""
-    kept: dict[str, list[tuple[StudyResult, Result]]] = {}
-    for label, group in groups.items():
-        own = [(one, result) for one in group if (result := one.result(name)) is not None]
-        if any(result.unit != "%" or not result.higher_is_better for _, result in own):
-            return None
-        if own:
-            kept[label] = own
-    compute, parameters, samples, pairs = (
-        np.array([np.mean([one.spent[field] for one, _ in own]) for own in kept.values()])
-        for field in ("compute", "parameters", "samples", "pairs")
-    )
-    error = np.array([100 - np.mean([result.value for _, result in own]) for own in kept.values()])
-    return Points(np.array(list(kept)), compute, error, parameters, samples, pairs)
 
 
 def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, str], output_dir: Path) -> None:
@@ -212,14 +204,14 @@ def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, st
     unit = next(result.unit for group in groups.values() for result in _results(group, name))
     shown = ", ".join(filter(None, (words, unit)))
     curves = {label: [one.curve for one in group] for label, group in groups.items()}
-    levels = {axis: [base_of(own), *study.levels_of(axis)] for axis, own in study.axes.items()}
+    levels = {axis: study.levels_of(axis) for axis in study.axes}
     panels: dict[str, dict[str, list[Curve]]] = {axis: {} for axis in levels}
     for axis, (base, *others) in levels.items():
         labels = {base: study.label({}), **{level: study.label({axis: level}) for level in others}}
         panels[axis] = {level: curves[label] for level, label in labels.items() if label in curves}
     if panels:
-        draw_axes(panels, name, shown, output_dir / "scaling.png")
-    draw_times(curves, name, shown, output_dir / "accuracy.png")
+        draw_curves(panels, "samples_seen", name, shown, output_dir / "scaling.png")
+    draw_curves({"": curves}, "trained_seconds", name, shown, output_dir / "accuracy.png")
     moved = effects(arms)
     if tasks := tasks_moved(moved, arms):
         draw_transfer(moved, tasks, output_dir / "transfer.png")

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import yaml
+
 from flipscale.evaluation.results import read_metrics
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
+from flipscale.io.files import read_text
 from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress
-from flipscale.training.recipe import Recipe
+from flipscale.training.recipe import Recipe, differences, to_yaml
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 
@@ -33,22 +37,13 @@ class StudyRun:
         return Path(self.recipe.output_dir)
 
     def beside(self, extension: str) -> Path:
-        """Return the path of a file beside the run directory, with the run's name."""
+        """Return the path of the recipe or the log beside the run directory, with the run's name."""
         return self.run_dir.parent / f"{self.name}.{extension}"
 
     @property
     def is_done(self) -> bool:
         """Whether the run has finished."""
         return (self.run_dir / "DONE").exists()
-
-    def end_text(self, code: int) -> str:
-        """Return how the run's process ended: `done`, or the reason and its last line of output."""
-        if not code:
-            return "done"
-        last = self.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
-        words = last[0].removeprefix("flipscale: error: ") if last else "no output"
-        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"ended {ended}: {words}; its output is in {self.beside('log')}"
 
     def percent_done(self) -> int:
         """Return the finished part of the run by its last record, in percent."""
@@ -103,6 +98,22 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     ]
 
 
+def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:
+    """Write the recipe of each run beside its run directory, and first the file that marks their common folder.
+
+    Raises:
+        UserError: an earlier recipe of a run differs in what is learned.
+    """
+    for run in runs:
+        saved = run.beside("yaml")
+        if changed := differences(run.recipe, yaml.safe_load(read_text(saved))) if saved.exists() else []:
+            raise UserError(f"{saved} was planned otherwise ({'; '.join(changed)}); name another output_dir")
+    runs[0].run_dir.parent.mkdir(parents=True, exist_ok=True)
+    write_text(mark, content)
+    for run in runs:
+        write_text(run.beside("yaml"), to_yaml(run.recipe))
+
+
 def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
     """Train the unfinished runs, `workers` at a time. A failed run stops no other.
 
@@ -136,29 +147,35 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = _environment(workers) if waiting else {}
-    running: dict[str, _Running] = {}
+    running: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
     failed: dict[str, tuple[int, str]] = {}
-    with _signals(running) as received:
+    total, shown, looked = len(waiting), 0, time.monotonic()
+    progress = Progress(100 * total, f"training {total} runs", "%", leave=False)
+    with _signals(running) as received, progress:
         try:
             while not received and (waiting or running) and not (stops_at_failure and failed):
                 while waiting and len(running) < workers:
                     run = waiting.pop(0)
-                    running[run.name] = _Running(run, variables)
+                    running[run.name] = run, _start(run, variables)
                 time.sleep(0.2)
-                for name, one in list(running.items()):
-                    one.show_progress()
-                    if (code := one.process.poll()) is not None:
+                for name, (run, process) in list(running.items()):
+                    if (code := process.poll()) is not None:
                         del running[name]
-                        one.progress.close()
-                        text = one.run.end_text(code)
+                        text = _end_text(run, code) if code else "done"
                         print(f"{name}: {text}", flush=True)
                         if code:
                             failed[name] = code, text
+                if time.monotonic() - looked >= 2.0:
+                    looked = time.monotonic()
+                    ended = 100 * (total - len(waiting) - len(running))
+                    percent = ended + sum(run.percent_done() for run, _ in running.values())
+                    progress.update(percent - shown)
+                    shown = percent
         finally:
-            for one in running.values():
-                one.process.terminate()
-            for one in running.values():
-                one.process.wait()
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
     if received:
         words = f"flipscale: error: {received[0].name}: the runs have saved and stopped; the same command goes on"
         print(words, file=sys.stderr)
@@ -166,36 +183,29 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
     return failed
 
 
-class _Running:
-    """A run's process and its progress."""
+def _start(run: StudyRun, variables: dict[str, str]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
+    with open(run.beside("log"), "a", encoding="utf-8") as log:
+        # A process group of its own, because Ctrl-C is for the study. The study tells its runs.
+        return subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
 
-    def __init__(self, run: StudyRun, variables: dict[str, str]):
-        self.run = run
-        self.progress = Progress(100, f"training {run.name}", "%", leave=False)
-        self._percent = 0
-        self._looked = time.monotonic()
-        command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
-        with open(run.beside("log"), "a", encoding="utf-8") as log:
-            # A process group of its own, because Ctrl-C is for the study. The study tells its runs.
-            self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
 
-    def show_progress(self) -> None:
-        if time.monotonic() - self._looked >= 2.0:
-            self._looked = time.monotonic()
-            percent = self.run.percent_done()
-            self.progress.update(percent - self._percent)
-            self._percent = percent
+def _end_text(run: StudyRun, code: int) -> str:
+    """Return how a run failed, and its last line of output."""
+    lines = run.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines() or ["no output"]
+    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"ended {ended}: {lines[-1].removeprefix('flipscale: error: ')}; its output is in {run.beside('log')}"
 
 
 @contextmanager
-def _signals(running: Mapping[str, _Running]) -> Iterator[list[signal.Signals]]:
+def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) -> Iterator[list[signal.Signals]]:
     """Yield a list that gets a first SIGINT, SIGTERM or SIGHUP. A second one ends the study and its runs at once."""
     received: list[signal.Signals] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received:
-            for one in running.values():
-                one.process.kill()
+            for _, process in running.values():
+                process.kill()
             os.write(2, b"flipscale: error: ended before all runs have saved; the same command goes on\n")
             os._exit(128 + number)
         received.append(signal.Signals(number))

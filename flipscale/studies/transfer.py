@@ -163,7 +163,7 @@ def transfer_report(arms: Sequence[Arm], reference: str) -> str:
     tasks = tasks_moved(alone, arms)
     if not tasks:
         return f"{parts[0]}\n\nNo level alone has a result that the base has too, so there are no effects.\n"
-    parts += [_table(alone, tasks), *_conclusions(alone, tasks)]
+    parts.append(_table(alone, tasks))
     if left_out := [task for task in _tasks(arms) if task not in tasks]:
         parts.append(f"No result of the base to compare with: {', '.join(map(escape_markdown, left_out))}.")
     if together:
@@ -183,15 +183,3 @@ def transfer_report(arms: Sequence[Arm], reference: str) -> str:
 def _table(rows: EffectTable, tasks: Sequence[str]) -> str:
     lines = [[escape_markdown(label), *(str(row.get(task, NOTHING)) for task in tasks)] for label, row in rows.items()]
     return markdown_table([["", *map(escape_markdown, tasks)], *lines], 1)
-
-
-def _conclusions(alone: EffectTable, tasks: Sequence[str]) -> list[str]:
-    """Return a line for each task: the effects of axes, largest first."""
-    lines = []
-    for task in tasks:
-        means = [(row[task].mean, label) for label, row in alone.items() if task in row]
-        order = sorted(means, key=lambda effect: -abs(effect[0]))
-        if len(order) > 1:
-            first, *others = [f"{escape_markdown(label)} {mean:+.1f}" for mean, label in order]
-            lines.append(f"- {escape_markdown(task)}: {first} against {', '.join(others)}")
-    return ["The largest effects on each task:\n\n" + "\n".join(lines)] if lines else []

@@ -1,4 +1,4 @@
-"""Photos for the benchmark: unpacked from Qt's resource files and cut to two sizes, or a clear word why not."""
+"""Photos for the benchmark: unpacked from Qt's resource files and cut to two sizes."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.photos import PACKAGE, _resource_files, main, prepare_photos
+from benchmarks.photos import main
 from flipscale.data.sources.tar import TarSource
 
 
@@ -68,20 +68,3 @@ def test_photos_of_two_sizes(fake_apt: None, tmp_path: Path, capsys: pytest.Capt
         assert tar.getnames()[:2] == ["00000000.jpg", "00000000.txt"]
     main([str(tmp_path / "out")])
     assert "is complete: nothing to do" in capsys.readouterr().out
-
-
-def test_what_ends_it(fake_apt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(_resource_files(b"other" + b"\0" * 30)) == []
-    with pytest.raises(ValueError, match="num_images is 3; expected at least 8"):
-        prepare_photos(tmp_path / "out", 3)
-    (tmp_path / "tools/apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
-    with pytest.raises(OSError, match=r"failed \(E: Unable to locate package\); try `apt-get update` first"):
-        prepare_photos(tmp_path / "out", 16)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=f"{PACKAGE} and apt-get is not on this machine"):
-        prepare_photos(tmp_path / "out", 16)
-    (tmp_path / "mine/500x400").mkdir(parents=True)
-    (tmp_path / "mine/500x400/holiday.jpg").write_bytes(b"mine")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "mine")])
-    assert (tmp_path / "mine/500x400/holiday.jpg").exists()

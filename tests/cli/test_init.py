@@ -18,8 +18,7 @@ from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.convert_open_clip import open_clip_config
 from flipscale.init import _fitted, _recipe_of, measured_rates
-from flipscale.planning.proposal import MOST_REPEATED, commented_yaml, most_samples, propose, samples_in
-from flipscale.planning.survey import Survey, survey
+from flipscale.planning.proposal import MOST_REPEATED, Survey, commented_yaml, most_samples, propose, samples_in, survey
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 

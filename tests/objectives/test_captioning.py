@@ -29,8 +29,8 @@ from flipscale.model.patches import take_patches
 from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.planning.activations import Step, measured
-from flipscale.planning.flops import forward_flops
+from flipscale.planning.flops import Step, forward_flops
+from flipscale.planning.memory import measured
 from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
 

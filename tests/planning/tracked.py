@@ -1,22 +1,25 @@
-"""The memory that torch's own trackers find in a step of the real engine, as rank 0 of a fake world: what the planner's
-figures are checked against. `python tests/planning/tracked.py` prints the table of docs/planning.md."""
+"""The memory that torch's own trackers find in a step of the real engine, as rank 0 of a fake world.
+
+The planner's figures are checked against it. `PYTHONPATH=tests python tests/planning/tracked.py` prints the table of
+docs/planning.md.
+"""
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from simulated.world import fake_processes
 from torch import nn
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flipscale.data.feeding import BATCHES_ON_DEVICE
 from flipscale.engines import first_weights
@@ -25,8 +28,8 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.start import build_engine
 from flipscale.objectives import exchange, tiles
-from flipscale.planning.activations import cast_norms_as_cuda_does, example_batch
-from flipscale.planning.memory import Memory, heaviest_step, recipe_memory
+from flipscale.planning.flops import example_batch
+from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.step import consume_batch
 
@@ -44,7 +47,7 @@ def tracked_bytes(recipe: Recipe, launch: Launch) -> dict[str, int]:
     The second step is tracked, when there are moments. All tensors are fake ones on the CPU, but attention and the
     precision of norms are CUDA's.
     """
-    with _fake_world(launch.num_processes):
+    with fake_processes(0, launch):
         accelerator: Any = SimpleNamespace(
             device=CPU,
             num_processes=launch.num_processes,
@@ -111,15 +114,6 @@ def _as_cuda(recipe: Recipe, engine: Engine) -> Callable[[nn.Module], None]:
     return configure
 
 
-@contextmanager
-def _fake_world(num_processes: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_processes)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
     """What GPUs do, where CPUs send more."""
     mine = torch.empty_like(parts[0])
@@ -167,27 +161,14 @@ def cell(size: str, launch: str, micro_batches: int, recompute: bool, *flags: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", default=["b16", "l16", "h14", "g14"])
-    parser.add_argument("--launches", nargs="+", default=list(LAUNCHES))
-    parser.add_argument("--kinds", action="store_true", help="print the parts, too")
-    args, flags = parser.parse_known_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("| model | launch | micro-batches | recomputed | tracker, GiB | planner, GiB | planner / tracker |")
     print("|---|---|---:|---|---:|---:|---:|")
-    for size in args.sizes:
-        for launch in args.launches:
-            for micro_batches in (1, 2):
-                for recompute in (False, True):
-                    tracked, planned = cell(size, launch, micro_batches, recompute, *flags)
-                    ours, theirs = (planned.total - planned.nccl) / 2**30, tracked["Total"] / 2**30
-                    print(
-                        f"| {size} | {launch} | {micro_batches} | {'yes' if recompute else 'no'} | {theirs:.2f} | "
-                        f"{ours:.2f} | {ours / theirs:.3f} |",
-                        flush=True,
-                    )
-                    if args.kinds:
-                        for parts in (tracked, vars(planned)):
-                            print({k: round(v / 2**30, 3) for k, v in parts.items() if v}, file=sys.stderr, flush=True)
+    for size, launch, parts, recompute in product(("b16", "l16", "h14", "g14"), LAUNCHES, (1, 2), (False, True)):
+        tracked, planned = cell(size, launch, parts, recompute)
+        ours, theirs = (planned.total - planned.nccl) / 2**30, tracked["Total"] / 2**30
+        figures = (f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.3f}")
+        print("|", " | ".join([size, launch, str(parts), "yes" if recompute else "no", *figures]), "|", flush=True)
 
 
 if __name__ == "__main__":

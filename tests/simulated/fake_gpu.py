@@ -35,48 +35,30 @@ _PROPERTIES = SimpleNamespace(
 Waits = Callable[[str], None]
 
 
-class _Stream:
-    """A stream whose work is done as soon as it is queued."""
+class _Done:
+    """A stream or an event whose work is done as soon as it is queued."""
 
-    def __init__(self, *arguments: Any, waits: Waits | None = None, **options: Any):
-        self._waits = waits
+    def __init__(self, kind: str, waits: Waits):
+        self._kind, self._waits = kind, waits
         self.device = DEVICE
 
-    def wait_stream(self, stream: "_Stream") -> None: ...
+    def wait_stream(self, stream: "_Done") -> None: ...
 
-    def wait_event(self, event: "_Event") -> None: ...
-
-    def record_event(self, event: "_Event | None" = None) -> "_Event":
-        return event or _Event(waits=self._waits)
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        if self._waits is not None:
-            self._waits("Stream.synchronize")
-
-
-class _Event:
-    """An event that has happened."""
-
-    def __init__(self, *arguments: Any, waits: Waits | None = None, **options: Any):
-        self._waits = waits
-
-    def record(self, stream: Any = None) -> "_Event":
-        return self
+    def wait_event(self, event: "_Done") -> None: ...
 
     def wait(self, stream: Any = None) -> None: ...
 
+    def record_event(self, event: "_Done | None" = None) -> "_Done":
+        return event or _Done("Event", self._waits)
+
+    def record(self, stream: Any = None) -> "_Done":
+        return self
+
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: Any) -> float:
-        return 0.0
-
     def synchronize(self) -> None:
-        if self._waits is not None:
-            self._waits("Event.synchronize")
+        self._waits(f"{self._kind}.synchronize")
 
 
 def _fused_attention(calls: list[tuple[torch.dtype, int, bool]]) -> Callable[..., torch.Tensor]:
@@ -148,10 +130,10 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
         "get_device_properties": lambda *_: _PROPERTIES,
         "_lazy_init": lambda: None,
         # FSDP2 copies and exchanges on streams of its own; the feeder does, too.
-        "Stream": lambda *a, **k: _Stream(*a, waits=waits, **k),
-        "Event": lambda *a, **k: _Event(*a, waits=waits, **k),
-        "current_stream": lambda *_: _Stream(waits=waits),
-        "default_stream": lambda *_: _Stream(waits=waits),
+        "Stream": lambda *_, **__: _Done("Stream", waits),
+        "Event": lambda *_, **__: _Done("Event", waits),
+        "current_stream": lambda *_: _Done("Stream", waits),
+        "default_stream": lambda *_: _Done("Stream", waits),
         "stream": _nothing,
         "synchronize": lambda *_: waits("torch.cuda.synchronize"),
         "max_memory_allocated": lambda *_: 0,
@@ -162,7 +144,7 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
             stack.enter_context(patch.object(torch.cuda, name, value))
         # Nothing of the driver is asked, although a GPU seems to be there.
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
-        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: _Stream(waits=waits)))
+        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: _Done("Stream", waits)))
         attend = _fused_attention(attention)
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", attend))
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))

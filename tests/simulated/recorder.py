@@ -3,7 +3,7 @@
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,25 +68,27 @@ class Collective:
         return each, each
 
 
-# The kind of each operation, and the places of its tensors among the arguments: what is sent, all of them.
-_COLLECTIVES: dict[Any, tuple[str, int, Sequence[int]]] = {
-    _c10d.allreduce_.default: ("all_reduce", 0, (0,)),
-    _c10d.allgather_.default: ("all_gather", 1, (0, 1)),
-    _c10d._allgather_base_.default: ("all_gather", 1, (0, 1)),
-    _c10d.reduce_scatter_.default: ("reduce_scatter", 1, (0, 1)),
-    _c10d._reduce_scatter_base_.default: ("reduce_scatter", 1, (0, 1)),
-    _c10d.alltoall_base_.default: ("all_to_all", 1, (0, 1)),
-    _c10d.alltoall_.default: ("all_to_all", 1, (0, 1)),
-    _c10d.broadcast_.default: ("broadcast", 0, (0,)),
-    _c10d.reduce_.default: ("reduce", 0, (0,)),
-    _c10d.gather_.default: ("gather", 1, (0, 1)),
-    _c10d.scatter_.default: ("scatter", 1, (0, 1)),
-    _c10d.barrier.default: ("barrier", 0, (0,)),
-    _c10d.send.default: ("send", 0, (0,)),
-    _c10d.recv_.default: ("recv", 0, (0,)),
-    _c10d.allgather_into_tensor_coalesced_.default: ("all_gather", 1, (0, 1)),
-    _c10d.reduce_scatter_tensor_coalesced_.default: ("reduce_scatter", 1, (0, 1)),
-    _c10d.allreduce_coalesced_.default: ("all_reduce", 0, (0,)),
+# Kinds of operations. Those of the first table send their first argument, those of the second their second one.
+_IN_PLACE: dict[Any, str] = {
+    _c10d.allreduce_.default: "all_reduce",
+    _c10d.allreduce_coalesced_.default: "all_reduce",
+    _c10d.broadcast_.default: "broadcast",
+    _c10d.reduce_.default: "reduce",
+    _c10d.barrier.default: "barrier",
+    _c10d.send.default: "send",
+    _c10d.recv_.default: "recv",
+}
+_TO_ANOTHER: dict[Any, str] = {
+    _c10d.allgather_.default: "all_gather",
+    _c10d._allgather_base_.default: "all_gather",
+    _c10d.allgather_into_tensor_coalesced_.default: "all_gather",
+    _c10d.reduce_scatter_.default: "reduce_scatter",
+    _c10d._reduce_scatter_base_.default: "reduce_scatter",
+    _c10d.reduce_scatter_tensor_coalesced_.default: "reduce_scatter",
+    _c10d.alltoall_base_.default: "all_to_all",
+    _c10d.alltoall_.default: "all_to_all",
+    _c10d.gather_.default: "gather",
+    _c10d.scatter_.default: "scatter",
 }
 _functional = torch.ops._c10d_functional
 _FUNCTIONAL = {
@@ -125,15 +127,6 @@ class Recorder(OnDevice):
             yield
         self._building = False
 
-    def start(self) -> None:
-        """Begin to record, and to look for peaks of memory anew."""
-        self.on = True
-        self.memory.forget_peak()
-
-    def stop(self) -> None:
-        """End to record."""
-        self.on = False
-
     def wait(self, what: str) -> None:
         """Record that the host waits for the device."""
         if self.on:
@@ -153,7 +146,9 @@ class Recorder(OnDevice):
         if self.on:
             self._record(func, name, args)
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return self._read(args[0])
+            if args[0].device.type == "cuda":
+                self.wait("a number is read")
+            return False if args[0].dtype == torch.bool else 0.0 if args[0].is_floating_point() else 0
         if func is _aten._pin_memory.default:
             result = torch.empty_like(args[0])
             self._pinned.add(result.untyped_storage()._cdata)
@@ -168,41 +163,28 @@ class Recorder(OnDevice):
             self._copy(func, args, kwargs, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda":
-                self.memory.add(tensor.untyped_storage(), "loss" if self.in_loss else None)
+                self.memory.add(tensor.untyped_storage())
         return result
 
     def _record(self, func: Callable, name: str, args: tuple[Any, ...]) -> None:
-        if func in _COLLECTIVES:
-            kind, sent, tensors = _COLLECTIVES[func]
-            inputs = [t for t in tree_leaves(args[sent]) if isinstance(t, torch.Tensor)]
-            everything = [t for n in tensors for t in tree_leaves(args[n]) if isinstance(t, torch.Tensor)]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            size = dist.ProcessGroup.unbox(group).size()
-            self._add_collective(kind, inputs, everything, size)
-        elif func in _FUNCTIONAL:
-            size = dist.distributed_c10d._resolve_process_group(args[-1]).size()
-            self._add_collective(_FUNCTIONAL[func], [args[0]], [args[0]], size)
-        elif name.startswith("aten::"):
-            self._count(name)
+        if func in _FUNCTIONAL:
+            kind, tensors, sent = _FUNCTIONAL[func], [args[0]], [args[0]]
+            group = dist.distributed_c10d._resolve_process_group(args[-1])
+        elif func in _IN_PLACE or func in _TO_ANOTHER:
+            kind = _IN_PLACE.get(func) or _TO_ANOTHER[func]
+            sent = [t for t in tree_leaves(args[func in _TO_ANOTHER]) if isinstance(t, torch.Tensor)]
+            tensors = [t for t in tree_leaves(args[:2]) if isinstance(t, torch.Tensor)]
+            boxed = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            group = dist.ProcessGroup.unbox(boxed)
         else:
             assert not name.startswith("c10d::"), f"a collective that is not known here: {name}"
-
-    def _count(self, name: str) -> None:
-        self.ops[name] += 1
-        if self.in_loss:
-            self.loss_ops[name] += 1
-
-    def _add_collective(
-        self, kind: str, inputs: list[torch.Tensor], tensors: list[torch.Tensor], group_size: int
-    ) -> None:
+            if name.startswith("aten::"):
+                self.ops[name] += 1
+                self.loss_ops[name] += self.in_loss
+            return
         devices = frozenset(tensor.device.type for tensor in tensors)
-        size = sum(tensor.numel() for tensor in inputs)
-        self.collectives.append(Collective(kind, inputs[0].dtype, size, group_size, devices, place()))
-
-    def _read(self, tensor: torch.Tensor) -> Any:
-        if tensor.device.type == "cuda":
-            self.wait("a number is read")
-        return _zero(tensor.dtype)
+        size = sum(tensor.numel() for tensor in sent)
+        self.collectives.append(Collective(kind, sent[0].dtype, size, group.size(), devices, place()))
 
     def _copy(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         source = args[1] if func is _aten.copy_.default else args[0]
@@ -224,12 +206,6 @@ def _move_buffers(module: torch.nn.Module, move: Callable, recurse: bool = True)
     return module
 
 
-def _zero(dtype: torch.dtype) -> Any:
-    if dtype == torch.bool:
-        return False
-    return 0.0 if dtype.is_floating_point else 0
-
-
 def place() -> str:
     """Return the innermost line of ours, `folder/file.py:line`, that is being run."""
     frame: FrameType | None = sys._getframe(1)
@@ -243,57 +219,30 @@ def place() -> str:
 
 
 class Memory:
-    """The bytes of live tensors on the device, by kind; `peak` has the most of each, and of all of them at once."""
+    """The bytes of live tensors on the device, now and at most."""
 
     def __init__(self) -> None:
-        self.now: Counter[str] = Counter()
-        self.peak: dict[str, int] = {}
-        self._kinds: dict[int, str] = {}
+        self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
-        # Of what is made from now on.
-        self.kind = "activations"
 
-    def add(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
         """Count a storage, unless it is counted already."""
         key = storage._cdata
-        if key in self._sizes:
-            return
-        self._kinds[key], self._sizes[key] = kind or self.kind, 0
-        weakref.finalize(storage, self._forget, key)
-        self.resized(storage)
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._forget, key)
+            self.resized(storage)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Count the bytes that a storage has now; one that is not known is not counted."""
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         if key in self._sizes:
-            size = storage.nbytes()
-            self.now[self._kinds[key]] += size - self._sizes[key]
+            self.now += size - self._sizes[key]
             self._sizes[key] = size
-            self._look()
-
-    def name(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
-        """Say of what kind some tensors turned out to be."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self.add(storage, kind)
-            key = storage._cdata
-            self.now[self._kinds[key]] -= self._sizes[key]
-            self.now[kind] += self._sizes[key]
-            self._kinds[key] = kind
-
-    def forget_peak(self) -> None:
-        """Begin anew to look for peaks."""
-        self.peak = {}
-        self._look()
-
-    def _look(self) -> None:
-        for kind, size in self.now.items():
-            if size > self.peak.get(kind, 0):
-                self.peak[kind] = size
-        self.peak["total"] = max(self.peak.get("total", 0), sum(self.now.values()))
+            self.peak = max(self.peak, self.now)
 
     def _forget(self, key: int) -> None:
-        self.now[self._kinds.pop(key)] -= self._sizes.pop(key)
+        self.now -= self._sizes.pop(key)
 
 
 @contextmanager

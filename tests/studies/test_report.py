@@ -118,9 +118,8 @@ def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
     found = [outcome("contrastive", "mask0", -1.0, 0.0, 1.0), outcome("captions", "mask50", 5.0)]
     draw_grid(found, {"loss": ["contrastive", "captions"], "mask": ["mask0", "mask50"]}, Path())
     zero_shot, probe, cider, likelihood = figures[0].axes
-    assert [place.get_title(loc="left") for place in figures[0].axes] == [
-        "zero-shot", "probe", "captioning", "likelihood",
-    ]  # fmt: skip
+    titles = [place.get_title(loc="left") for place in figures[0].axes]
+    assert titles == ["zero-shot", "probe", "captioning", "likelihood"]
     assert [place.get_ylabel() for place in figures[0].axes] == ["top-1, %", "top-1, %", "CIDEr", "top-1, %"]
     assert {place.get_xlabel() for place in figures[0].axes} == {"mask"}
     assert [label.get_text() for label in probe.get_xticklabels()] == ["mask0", "mask50"]

@@ -1,6 +1,7 @@
 """Effects of axes: Table 8 of the paper gives the paper's own conclusions."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,7 @@ def test_effects_beyond_imagenet(table8: list[Arm]) -> None:
 
 def test_the_report(table8: list[Arm]) -> None:
     text = transfer_report(table8, "imagenet")
-    assert "- flickr_text_r1: data: 2B +3.3 against schedule: 2x +1.3, model: h14 +0.8" in text
-    assert "- nocaps: model: h14 +5.6 against data: 2B +1.1, schedule: 2x +0.9" in text
-    assert "- fine_tune: model: h14 +0.4 against data: 2B +0.2, schedule: 2x +0.0" in text
+    assert re.search(r"^\| schedule: 2x +\| +-0.4 \| +\+1.3 \|", text, re.MULTILINE)
     assert "One seed a run, so there are no intervals" in text
     assert "95 %" not in text
 
