@@ -60,12 +60,10 @@ class Stage:
     """A stage in positions: step numbers or, in a run with a time budget, used shares of the budget.
 
     Args:
-        mask_ratio: fraction of the patches removed.
         first, last: range of positions [first, last) of the stage.
         schedule_first, schedule_last: range of positions of its learning-rate schedule, which stages may share.
         warmup: length of the linear warm-up at the start of the schedule.
         peak_lr: learning rate of the whole batch after the warm-up.
-        text_mask_ratio: fraction of the caption's tokens removed.
         image_size: side of the images in pixels; None for the model's own.
     """
 

@@ -94,14 +94,6 @@ def test_all_processes_are_at_one_position_by_the_first_one_s_clock() -> None:
     assert run.clocks[1].step.is_over
 
 
-def test_a_late_step_moves_the_clock_by_its_own_time() -> None:
-    run = Clocks()
-    for _ in range(20):
-        run.step(4.0)
-    run.step(60.0)
-    assert run.step(4.0) < run.step(4.0) <= (20 * 4 + 60 + 2.5 * 4) / 600
-
-
 def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
     run = Clocks()
     while run.step(4.0) < 0.8:
@@ -109,16 +101,6 @@ def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
     clock = run.clocks[0]
     state = {"step": clock.step.number, **clock.schedule.state(clock.step), "trained_seconds": run.seconds[0]}
     assert Clocks(json.loads(json.dumps(state))).clocks[0].step == clock.step
-
-
-def test_a_schedule_in_steps() -> None:
-    stages = plan_stages([StageRecipe("a", 100, 0.75, 0.256, 20), StageRecipe("c", 40, 0.0, 0.0256)], 10)
-    clock, seen = Clock(Schedule(tuple(stages)), {"step": 9}), []
-    while not clock.step.is_over:
-        seen.append((clock.step.number, clock.step.stage.name, clock.step.starts_afresh))
-        clock.advance(None)
-    assert seen == [(9, "a", False), (10, "c", True), (11, "c", False), (12, "c", False), (13, "c", False)]
-    assert (clock.step.number, clock.step.starts_afresh, clock.schedule.state(clock.step)) == (14, False, {})
 
 
 @pytest.mark.parametrize(

@@ -81,33 +81,6 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[P
     assert "start the run again to resume from its last checkpoint" in printed
 
 
-FAILED = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from clock import Clock
-from flipscale import pretrain
-from flipscale.training import watch
-from flipscale.training.recipe import parse_recipe
-
-def fails(*arguments):
-    watch.time.start()
-    raise OSError("the disk is gone")
-
-pretrain.consume_batch, watch.time = fails, Clock()
-try:
-    pretrain.pretrain(parse_recipe(["--config", sys.argv[1], "--log.hang_seconds", "2"]))
-except OSError as error:
-    time.sleep(4)
-    print(f"told of it: {error}")
-"""
-
-
-def test_the_caller_of_a_run_that_failed_lives_on(write_recipe, tmp_path: Path) -> None:
-    file, tests = write_recipe(tmp_path / "run"), Path(__file__).parents[1]
-    done = launch([sys.executable, "-c", FAILED, str(file), str(tests)])
-    assert (done.returncode, done.stdout.strip()) == (0, "told of it: the disk is gone"), done.stderr
-
-
 def step_watch(folder: str) -> tuple[StepWatch, Clock]:
     """A watch of one process with a limit of a second of its own clock."""
     watch_module.time = clock = Clock()
