@@ -99,8 +99,11 @@ class RunSummary:
 
     @cached_property
     def kept_starts(self) -> list[dict[str, Any]]:
-        """Records of the starts whose steps the run kept."""
-        return read_starts(self.run_dir)
+        """Records of the starts whose steps the run kept: a start replaces the earlier ones from its step on."""
+        kept: list[dict[str, Any]] = []
+        for start in self.starts:
+            kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
+        return kept
 
     @cached_property
     def heartbeat(self) -> dict[str, Any]:
@@ -255,11 +258,3 @@ class RunSummary:
     def dollars(self) -> float | None:
         """Price of the device hours, None if it is unknown."""
         return self.cost.dollars(self.device_hours)
-
-
-def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the starts whose steps a run kept: a start replaces the earlier ones at its step or a later one."""
-    kept: list[dict[str, Any]] = []
-    for start in json_lines.read(run_dir / "starts.jsonl", **_START):
-        kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
-    return kept

@@ -58,17 +58,15 @@ def _file(path: str, name: str, status: int = 200, body: bytes | None = None, **
 
 
 WAYS: dict[str, Way] = {
-    **{str(status): _always(status, b'{"error": "out of order"}') for status in (401, 403, 404, 500, 503)},
+    **{str(status): _always(status, b'{"error": "out of order"}') for status in (401, 403, 404, 500)},
     "busy": _always(429, b"{}", Retry_After="99999999999"),
     "limited": _always(429, b"{}", ratelimit='"api";r=0;t=86400'),
-    "down": _always(503, b"{}", Retry_After="86400"),
     "page": _always(body=b"<html>log in first</html>", Content_Type="text/html"),
     "circle": lambda path: Answer(302, headers={"Location": path}),
     "elsewhere": _always(302, Location="file:///etc/passwd"),
     "short": _always(body=b'{"id": "org', Content_Length="1000"),
     "deep": _always(body=b"[" * 100_000),
     "null": _always(body=b"null"),
-    "list": _always(body=b"[1]"),
     "zipped": _always(body=gzip.compress(b" " * 50_000_000), Content_Encoding="gzip"),
     "not zipped": _always(body=b"{}", Content_Encoding="gzip"),
     "colours": _always(403, b'{"error": "\\u001b[2J no"}', X_Error_Message="\x1b[31mred"),
@@ -79,10 +77,8 @@ WAYS: dict[str, Way] = {
     "no files": _tree(),
     "names that lead out": _tree("../../config.json", "/tmp/config.json", "config.json/../../../../config.json"),
     "a name in colours": _tree("\x1b[2J.json", "config.json\n"),
-    "right": lambda path: None,
     "cut": _file("model.safetensors", body=b"x" * 1000),
     "a page for a file": _file("config.json", body=b"<html>log in first</html>", Content_Length="25"),
-    "less for a file": _file("config.json", body=b"{}", Content_Length="2"),
     "a file for nobody": _file("config.json", 403),
 }
 

@@ -10,7 +10,7 @@ import yaml
 from conftest import launch, losses, pretrain
 from processes import free_port
 
-from flipscale.training.run_summary import read_starts
+from flipscale.training.run_summary import RunSummary
 
 SAVE = {"every_samples": 160, "total_limit": 20}
 FLAGS = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
@@ -63,7 +63,7 @@ def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_
         )
         for done in nodes:
             assert done.returncode == 0, done.stderr
-    (start,) = read_starts(tmp_path / "nodes")
+    (start,) = RunSummary(tmp_path / "nodes").kept_starts
     assert (start["engine"], start["num_processes"]) == (engine, 2)
     assert json.loads((tmp_path / "nodes/environment.json").read_text())["mixed_precision"] == "bf16"
     two = losses(tmp_path / "nodes")

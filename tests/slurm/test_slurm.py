@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
 from flipscale.studies.design import write_plan
-from flipscale.training.run_summary import read_starts
+from flipscale.training.run_summary import RunSummary
 
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -344,7 +344,7 @@ def test_each_node_compiles_into_a_folder_of_its_own_disk(site: Site, outcome: C
 
 def test_both_ranks_join_and_the_recipe_is_the_submitted_one(site: Site, outcome: Callable) -> None:
     number = outcome(chain)["pretrain"]
-    assert [start["num_processes"] for start in read_starts(site.folder / "runs/whole")] == [2]
+    assert [start["num_processes"] for start in RunSummary(site.folder / "runs/whole").kept_starts] == [2]
     assert yaml.safe_load((site.folder / "runs/whole/recipe.yaml").read_text())["seed"] == 0
     assert sorted(p.name for p in (site.folder / "runs/whole/slurm").glob("*.log")) == [
         f"{number}-node1.log",
@@ -437,10 +437,10 @@ def test_a_planned_study_is_an_array_of_what_is_missing(site: Site, outcome: Cal
         f"{first}_*"
     )
     # The arm without data stopped no other, the killed one went on, and the second array trained nothing twice.
-    assert len(read_starts(runs / "base-seed0")) == 1
+    assert len(RunSummary(runs / "base-seed0").kept_starts) == 1
     assert len((runs / "long-seed0/starts.jsonl").read_text().splitlines()) == 2
     assert [record["step"] for record in metrics(runs / "long-seed0")] == list(range(1, 101))
     outputs = {number: len([*site.folder.glob(f"study-runs-planned-{number}_*.out")]) for number in (first, second)}
     assert outputs == {first: 3, second: 2}
-    assert len(read_starts(runs / "gone-seed0")) == 1
+    assert len(RunSummary(runs / "gone-seed0").kept_starts) == 1
     assert "all runs of runs/planned are done" in nothing

@@ -9,7 +9,7 @@ import yaml
 from flipscale.model import FlipModel
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.run_directory import open_run_directory, write_run_files
-from flipscale.training.run_summary import read_starts
+from flipscale.training.run_summary import RunSummary
 
 
 def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Pat
     for step, seconds, num_processes in starts:
         write_run_files(recipe, "fsdp2", num_processes, {"step": step, "trained_seconds": seconds}, 96)
     assert len((tmp_path / "run/starts.jsonl").read_text().splitlines()) == 5
-    kept = read_starts(tmp_path / "run")
+    kept = RunSummary(tmp_path / "run").kept_starts
     assert [(s["step"], s["trained_seconds"], s["num_processes"]) for s in kept] == [(0, 0.0, 4), (16, 30.0, 1)]
     assert all(start["device"] and start["engine"] == "fsdp2" for start in kept)
     recorded = json.loads((tmp_path / "run/environment.json").read_text())
@@ -31,9 +31,9 @@ def test_a_start_that_a_full_disk_cut_off_spoils_no_other(write_recipe, tmp_path
     write_run_files(recipe, "ddp", 1, {}, 96)
     with open(tmp_path / "run/starts.jsonl", "a") as file:
         file.write('{"time": 12')
-    assert [start["step"] for start in read_starts(tmp_path / "run")] == [0]
+    assert [start["step"] for start in RunSummary(tmp_path / "run").kept_starts] == [0]
     write_run_files(recipe, "ddp", 1, {"step": 16}, 96)
-    assert [start["step"] for start in read_starts(tmp_path / "run")] == [0, 16]
+    assert [start["step"] for start in RunSummary(tmp_path / "run").kept_starts] == [0, 16]
 
 
 def test_a_run_of_version_0_1_goes_on_in_the_order_of_one_lane(write_recipe, tmp_path: Path) -> None:
