@@ -261,7 +261,7 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
     class RecipeParser(ArgumentParser):
         def __init__(self, **options: Any) -> None:  # jsonargparse makes others for the stages and --stages.help
             usage = f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]"
-            own = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
+            own: dict[str, Any] = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
             super().__init__(**(own | options))
 
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -284,7 +284,7 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
 def _section_flags(kind: type = Recipe, prefix: str = "--") -> Iterator[str]:
     """Yield the flags of the recipe's sections, such as `--data` and `--data.augment`."""
     for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield prefix + name
             yield from _section_flags(hint, f"{prefix}{name}.")
 
@@ -392,7 +392,7 @@ def deciding_part(
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         hints = (types[f.name], *get_args(types[f.name]))
-        section = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
+        section: Any = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
         if isinstance(value, str) and f.metadata.get("place") and name_of is not None:
             value = name_of(value)
         elif isinstance(value, dict) and section is not None:

@@ -192,9 +192,9 @@ class Tracker:
                 json_lines.rewrite(path, [one for one in json_lines.read(path, "step") if one["step"] <= last])
         drop_results_after(self._run_dir, last)
         if sys.stderr.isatty():
-            total = self._schedule.total_steps
-            pairs = {"total": total and total * self._step_samples, "initial": step * self._step_samples}
-            self._bar = tqdm(**pairs, unit="pair", unit_scale=True, dynamic_ncols=True)
+            steps, pairs = self._schedule.total_steps, self._step_samples
+            total = None if steps is None else steps * pairs
+            self._bar = tqdm(total=total, initial=step * pairs, unit="pair", unit_scale=True, dynamic_ncols=True)
 
     def __enter__(self) -> "Tracker":
         return self
