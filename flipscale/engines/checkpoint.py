@@ -17,6 +17,7 @@ another.
 """
 
 import errno
+import functools
 import itertools
 import json
 import logging
@@ -322,7 +323,7 @@ def newest_whole(
             faults[checkpoint] = state
             continue
         for bad, fault in faults.items():
-            name = _answer_of_first(accelerator, lambda bad=bad: _set_aside(bad))
+            name = _answer_of_first(accelerator, functools.partial(_set_aside, bad))
             if accelerator.is_main_process:
                 words = "checkpoint %s is unusable (%s); it is kept as %s, and the run goes on from %s"
                 _log.warning(words, bad, fault, name, checkpoint.name)

@@ -116,8 +116,8 @@ def _loss_and_gradients(
     for first_pair, visited, slot in all_texts.visits(None, *_flat(text_softmax)):
         text_gradient = torch.zeros_like(visited)
         for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, _by_view(slot.along), strict=True):
-            sums = (view_gradient, text_gradient, _workspace(view, visited))
-            _add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *sums)
+            results = (view_gradient, text_gradient, _workspace(view, visited))
+            _add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results)
         slot.results = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     count = 2 * len(images)
