@@ -254,9 +254,7 @@ def eager_attention_forward(
     num_returned: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention as two matrix products.
-
-    On CPUs this is faster than the fused kernel: its bf16 backward pass is slow for the few tokens left by masking.
+    """Compute attention as two matrix products, which in bf16 on CPUs beat the fused kernel.
 
     Args:
         query, key, value: `(batch, heads, tokens, width)`.

@@ -15,9 +15,6 @@ With `gather`, a loss of `V` views of `b` pairs of width `d` on each of `N` proc
 
 A ring sends the same numbers in pieces, one process's each. A pass has `N - 1` messages of texts and `N` of results;
 infonce has two passes, sigmoid one. See `Ring` for the cost.
-
-Both start after both towers. An earlier start of the gather, beside the image tower, did not pay: it takes 0.2 % of a
-tiny model's step on two CPU processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -106,8 +103,7 @@ class Ring:
     are multiplied.
 
     Launches and messages do grow with the world. At 256 processes infonce takes 512 visits and 1,022 messages, where
-    `Gathered` takes 2 and 4. Use the ring where the texts do not fit (`exchange_bytes`), or where a visit's products
-    take longer than its message.
+    `Gathered` takes 2 and 4. Use the ring where the texts do not fit (`exchange_bytes`).
     """
 
     def __init__(self, texts: torch.Tensor):

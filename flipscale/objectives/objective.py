@@ -148,7 +148,7 @@ def watch_gradients(tokens: torch.Tensor, means: torch.Tensor) -> tuple[torch.Te
 
     The first loss uses the `means` `(batch, width)` of the `tokens` `(batch, tokens, width)`, the other each token. The
     norms are of the losses' gradients with respect to the tokens. The one backward pass computes both, from the
-    gradients of tensors that only one of the losses uses. Norms of the tower's weights would take a second pass.
+    gradients of tensors that only one of the losses uses.
     """
     squares = torch.zeros(2, device=tokens.device)
 

@@ -49,17 +49,8 @@ def sigmoid_loss(
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
-    As in SigLIP, it is summed over the texts and averaged over the images.
-
-    The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient. As in
-    `contrastive_loss`, the gradients are computed along with the loss. With several views it is the mean over views,
-    and the texts are exchanged once.
-
-    Args:
-        image_embeds: `(batch * views, dim)`, of unit length; the views of an image are neighbouring rows.
-        text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process.
-        logit_scale, logit_bias: `(1,)`, as `FlipModel.forward` returns them.
-        exchange: `gather` or `ring`, see `flipscale.objectives.exchange`.
+    As in SigLIP, it is summed over the texts and averaged over the images. Means, views and the other arguments are
+    those of `contrastive_loss`; `logit_bias` is `(1,)`, as `FlipModel.forward` returns it.
     """
     loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange)
     return loss

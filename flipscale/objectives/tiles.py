@@ -19,13 +19,12 @@ _TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
 _WIDEST = 2**19
 # The smallest side of a block that is worth a thread of its own.
 _BLOCK = 1024
-# Gradients of logits below this become 0: on a CPU a product of denormal numbers takes 200 times as long.
+# Gradients of logits below this become 0, because a CPU's products of denormal numbers take 200 times as long.
 _TINY = 1e-30
 # How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. A million of
 # exp(-80) add less than exp(-16) to a row whose positive is above exp(-50).
 _ABOVE, _BELOW = 60.0, 50.0
-# Exponents are clamped to this: on a CPU a product of denormal numbers takes 200 times as long, and exp 150 times as
-# long to make one.
+# Exponents are clamped to this, so that no exponential is denormal.
 LOWEST_EXPONENT = -80.0
 
 
@@ -46,8 +45,7 @@ class PrecomputedGradients(torch.autograd.Function):
 class LogSumExp(NamedTuple):
     """The log-sum-exp of each row's negatives so far, as `total * exp(shift)`: two tensors `(count,)`.
 
-    The positive is not in the sum. Once the positive dominates, all learning comes from the small negatives, and adding
-    them to the positive would round them away.
+    The positive is not in the sum, because it would round the small negatives away once it dominates.
     """
 
     shift: torch.Tensor
