@@ -15,7 +15,8 @@ import yaml
 
 from flipscale.data.prepared import TASKS_DIR, read_prepared
 from flipscale.evaluation.results import RESULTS_FILE, as_metrics
-from flipscale.evaluation.task_page import SUITES, TEMPLATES, suite_pages
+from flipscale.evaluation.task_page import SUITES, suite_pages
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.model_folder import local_folder
@@ -67,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe, "
         "captioning, likelihood, vqa, classification. May be given several times.",
     )
-    add("--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own.")
     add(
         "--without",
         type=Path,
@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir",
         metavar="DIR",
         type=output_folder,
-        help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
-        "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
+        help="Write results.md to DIR, and each model's results.jsonl to its own folder in DIR. By default, "
+        "results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
     )
     add(
         "--batch_size",
@@ -119,7 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each ratio, as far as disjoint views fit.",
     )
     add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre; random by default.")
-    add("--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file.")
     add("--json", action="store_true", help="Print one JSON line instead of a table.")
 
 
@@ -137,12 +136,11 @@ def run(args: argparse.Namespace) -> None:
         MaskedResults,
         asked_masks,
         check_mask_arguments,
-        draw_masked_results,
         mask_table,
         masked_embedder,
     )
     from flipscale.evaluation.reports.record import evaluate_model, read_lines
-    from flipscale.evaluation.reports.suite_report import Column, suite_tables, write_reports
+    from flipscale.evaluation.reports.suite_report import Column, report, suite_tables
     from flipscale.hub.card import refresh_card
     from flipscale.hub.loading import OTHERS, open_embedder, open_together
     from flipscale.planning.flops import forward_flops
@@ -187,9 +185,8 @@ def run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process and columns:
         is_all = args.suite or (args.tasks and not args.only)
         suites = [args.suite] if args.suite in SUITES else list(SUITES) if is_all else []
-        write_reports(columns, suites, home)
-        if args.mask_figure:
-            draw_masked_results(masked, args.mask_figure)
+        home.mkdir(parents=True, exist_ok=True)
+        write_text(home / "results.md", report(columns, suites))
         if masked:
             print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
         elif args.json:
@@ -253,8 +250,7 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
 
     listed: list[str | dict[str, Any]] = []
     if args.zero_shot:
-        templates = {"templates": args.templates} if args.templates else {}
-        listed.append({"kind": "zero_shot", "data": args.zero_shot, **templates})
+        listed.append({"kind": "zero_shot", "data": args.zero_shot})
     if args.retrieval:
         listed.append({"kind": "retrieval", "data": args.retrieval})
     for text in args.task:

@@ -5,7 +5,7 @@ training. It uses only training images whose caption is a class name, which the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -83,13 +83,7 @@ PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixel_features
 
 @dataclass(frozen=True)
 class PlainEmbedder(Embedder):
-    """An embedder of images by a function, without a model and without texts. Its features have no projection.
-
-    Args:
-        describe: function from uint8 images `(n, 64, 64, 3)` to float32 `(n, dim)`.
-    """
-
-    describe: Callable[[np.ndarray], np.ndarray] = field(kw_only=True)
+    """An embedder of images by `PLAIN[name]`, without a model and without texts. Its features have no projection."""
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -100,7 +94,7 @@ class PlainEmbedder(Embedder):
         return HOG_SIZE
 
     def decoder(self) -> Decoder:
-        return partial(_described, self.describe)
+        return partial(_described, PLAIN[self.name])
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return columns["described"]
@@ -111,9 +105,7 @@ class PlainEmbedder(Embedder):
 
 def plain_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
     """Return the embedder of `pixels` (16 x 16, 768 numbers) or `hog` (1,764 numbers) of whole images."""
-    return PlainEmbedder(
-        torch.nn.Identity(), None, accelerator, batch_size, num_workers, name=name, describe=PLAIN[name]
-    )
+    return PlainEmbedder(torch.nn.Identity(), None, accelerator, batch_size, num_workers, name=name)
 
 
 def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
@@ -129,11 +121,7 @@ def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 
 
 
 def run_baselines(train: str | Path, task: Task) -> list[Result]:
-    """Return the top-1 of the nearest training image by pixels, by HOG and by both, as results of a zero-shot task.
-
-    Args:
-        train: training shards: a folder, a glob or a range.
-    """
+    """Return the top-1 of the nearest training image by pixels, by HOG and by both, as results of a zero-shot task."""
     test_set, source = TestSet.open(task.data), TarSource(str(train))
     class_names, samples = test_set.class_names(), SampleNumbers(source)
     captions = [(*source.read_captions(*samples[row]), b"")[0] for row in range(len(samples))]
@@ -199,7 +187,6 @@ def nearest_classes(
 
 
 def _scales(known: Iterator[tuple[Described, np.ndarray]]) -> dict[str, float]:
-    """Return the scales of pixels and HOG at which both vary by their weight."""
     weights = {"pixels": 1.0, "hog": HOG_WEIGHT}
     count, totals, squares, dims = (dict.fromkeys(weights, 0.0) for _ in range(4))
     for described, _ in known:

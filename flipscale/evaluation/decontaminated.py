@@ -3,9 +3,9 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,6 @@ from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
-
-SUFFIX = "_clean"
 
 _log = logging.getLogger(__name__)
 
@@ -29,18 +27,11 @@ class Decontaminated(StreamedTask):
         overlap: shard file name and number of each image to leave out.
     """
 
-    whole: StreamedTask | None = None
-    overlap: frozenset[tuple[str, int]] = frozenset()
-
-    @classmethod
-    def of(cls, task: StreamedTask, overlap: frozenset[tuple[str, int]]) -> "Decontaminated":
-        return cls(
-            task.kind, task.data, task.name + SUFFIX, task.task, task.every_samples, task.image_size, task, overlap
-        )
+    whole: StreamedTask = field(kw_only=True)
+    overlap: frozenset[tuple[str, int]] = field(kw_only=True)
 
     @property
     def made_by(self) -> dict[str, Any]:
-        assert self.whole is not None
         return {**self.whole.made_by, "without": f"{len(self.overlap):,} images that lie in the training data"}
 
     def arranged(self, test_set: TestSet) -> TestSet:
@@ -62,7 +53,6 @@ class Decontaminated(StreamedTask):
         return replace(test_set, source=ChosenRows(source, np.array(kept + left_out)))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        assert self.whole is not None
         count = len(test_set.source) - len(self.overlap)
         # This process has the same rows of both sets only if their batches have the same size.
         same_batches = replace(embedder, batches_of=len(test_set.source))
@@ -76,52 +66,44 @@ class Decontaminated(StreamedTask):
         return Scorer(add, lambda: [replace(one, task=self.name, made_by=self.made_by) for one in whole.results()])
 
 
-class _Audit(NamedTuple):
-    """An audit's file about one test set: its name, a digest of its contents, and the images in the training data."""
-
-    test: str
-    contents: str
-    overlap: frozenset[tuple[str, int]]
-
-
 def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
     """Return the tasks, each with its decontaminated form after it if its test set overlaps with the training data.
 
     Args:
         audit: folder that `flipscale prepare audit SHARDS --tests DIR` wrote about the training data.
     """
-    audits = [_read(file) for file in sorted((audit / "overlap").glob("*.json"))]
-    if not audits:
+    audited: list[str] = []
+    overlaps: dict[str, frozenset[tuple[str, int]]] = {}
+    for file in sorted((audit / "overlap").glob("*.json")):
+        try:
+            content = json.loads(read_text(file))
+            audited.append(str(content["test"]))
+            overlap = ((str(image["shard"]), int(image["number"])) for image in content["overlap"])
+            overlaps[content["contents"]] = frozenset(overlap)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise UserError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error
+    if not audited:
         raise UserError(
             f"{audit} has no overlap/NAME.json; run: flipscale prepare audit SHARDS --tests DIR --output_dir {audit}"
         )
-    by_contents = {one.contents: one for one in audits}
     all_tasks: list[Task] = []
     compared = 0
     for task in tasks:
         all_tasks.append(task)
         if not isinstance(task, StreamedTask):
             continue
-        of_set = by_contents.get(TestSet.open(task.data).source.contents_digest())
-        if of_set is None:
+        images = overlaps.get(TestSet.open(task.data).source.contents_digest())
+        if images is None:
             continue
         compared += 1
-        if of_set.overlap:
-            all_tasks.append(Decontaminated.of(task, of_set.overlap))
+        if images:
+            shared = (task.data, f"{task.name}_clean", task.task, task.every_samples, task.image_size)
+            all_tasks.append(Decontaminated(task.kind, *shared, whole=task, overlap=images))
         else:
             _log.warning("no image of %s lies in the training data, so %s has no second figure", task.data, task.name)
     if not compared:
         raise UserError(
-            f"{audit} compared {', '.join(one.test for one in audits)} with the training data, but not "
+            f"{audit} compared {', '.join(audited)} with the training data, but not "
             f"{', '.join(task.data for task in tasks)}; audit again with these in --tests"
         )
     return all_tasks
-
-
-def _read(file: Path) -> _Audit:
-    try:
-        content = json.loads(read_text(file))
-        overlap = frozenset((str(image["shard"]), int(image["number"])) for image in content["overlap"])
-        return _Audit(str(content["test"]), str(content["contents"]), overlap)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error

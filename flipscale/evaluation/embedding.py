@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import UndecodableImage, decode_box, open_image, visible_patches
+from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, wrap_errors
@@ -35,16 +35,12 @@ _LEAST_BATCHES = 16
 _MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
 # Operations of one core in the millisecond in which another core decodes an image of 500 x 400 pixels.
 _LIGHT_FLOPS = 3e7
-_MOST_NAMED = 10  # damaged samples in one message
 
 # Turns the bytes of an image and its row into the columns that the model takes; it may raise `UndecodableImage`.
 Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
 Features = Literal["embeds", "pooled"]
 Picture = str | Path | Image.Image
-
-
-class DamagedImage(UserError):
-    """An image of a test set cannot be decoded."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,7 @@ class Share:
     @property
     def most(self) -> int:
         """Number of rows of the first process; no process has more."""
-        last = (self.rounds - 1) * self.size * self.world
-        return (self.rounds - 1) * self.size + min(self.size, self.count - last) if self.count else 0
+        return len(replace(self, rank=0).rows())
 
     def places(self) -> torch.Tensor:
         """Return the place of each row after a gather of `most` rows from each process."""
@@ -104,9 +99,11 @@ class SampleNumbers(Sequence[tuple[int, int]]):
 class ChosenRows(TarSource):
     """Some rows of a source in a new order, as one shard."""
 
+    source: TarSource
+
     def __init__(self, source: TarSource, rows: np.ndarray):
         if isinstance(source, ChosenRows):
-            source, rows = source.source, source.rows[rows]
+            rows, source = source.rows[rows], source.source
         self._open = OrderedDict()  # empty, because `source` opens the shards
         self.source, self.list, self.faults = source, source.list, source.faults
         self.shard_sizes = [len(rows)]
@@ -124,9 +121,6 @@ class ChosenRows(TarSource):
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
         return self.source.read_array(*self._place(number))
 
-    def key(self, shard: int, number: int) -> str:
-        return self.source.key(*self._place(number))
-
     def shard_name(self, shard: int) -> str:
         """Return the name of all shards of the source, because the rows may come from any of them."""
         return self.source.list.shards
@@ -136,8 +130,8 @@ class ChosenRows(TarSource):
 
 
 class WholeImages(Dataset):
-    """Every image of a source, decoded, in batches. An error takes the place of a batch, because a raised one would
-    come with the worker's traceback."""
+    """Every image of a source, decoded, in batches. An error takes the place of its batch, because a worker adds its
+    traceback to an error that it raises."""
 
     def __init__(self, source: TarSource, decode: Decoder):
         self.source, self.decode = source, decode
@@ -160,7 +154,10 @@ class WholeImages(Dataset):
                 return self.decode(sample.image, row)
         except BadSample as error:
             name = f"{self.source.shard_name(shard).rsplit('/', 1)[-1]}#{number}"
-            raise DamagedImage(f"evaluation image {name} cannot be decoded: {error}") from error
+            raise UserError(
+                f"evaluation image {name} cannot be decoded: {error}; an evaluation needs its whole set: mend it or "
+                "fetch it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -172,11 +169,9 @@ class Embedder:
 
     Args:
         model: the model, unwrapped, in evaluation mode.
-        tokenizer: tokenizer of the model; None without texts.
         batch_size: most images or texts in a batch; a CPU and a small set use fewer.
         num_workers: number of processes that decode images; 0 decodes in this process.
         alive: function called at the start of a task and after every batch, for a watchdog.
-        name: name of the model in tables.
         progress: function called on every process with the number of images that all processes embedded since the last
             call; it replaces the progress bar.
         pixels: pixels along each side of an image, if not the model's size; see `at`.
@@ -211,25 +206,24 @@ class Embedder:
         return replace(self, pixels=image_size)
 
     def uncounted(self) -> "Embedder":
-        """Return an embedder for images that are not in the test set, which `progress` must not count."""
+        """Return an embedder for images outside the test set, which `progress` must not count."""
         return self if self.progress is None else replace(self, progress=lambda images: None)
 
     def bar(self, total: int | None, unit: str, hidden: bool = False) -> Progress:
-        """Return the progress of an evaluation, shown on the main process if it takes long."""
         hidden = hidden or not self.accelerator.is_main_process
         return Progress(total, "evaluating", unit, leave=False, delay=5, hidden=hidden)
 
-    def batches(self, count: int) -> list[range]:
-        """Return this process's rows of `count`, batch by batch."""
-        return self._share(count).batches()
+    def share(self, count: int, most: int | None = None) -> Share:
+        """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
+        least = count if most else self.batches_of or count
+        if most is None and self._is_on_cpu():
+            most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
+        size = max(1, min(most or self.batch_size, -(-least // _LEAST_BATCHES)))
+        return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
 
     def rows(self, count: int) -> np.ndarray:
-        """Return this process's rows of `count`, int64 `(rows,)`, in the order of `batches`."""
-        return self._share(count).rows()
-
-    def most_in_batch(self, count: int) -> int:
-        """Return the largest number of rows in a batch of `count` rows, the same on every process."""
-        return self._share(count).size
+        """Return this process's rows of `count`, int64 `(rows,)`, in the order of its batches."""
+        return self.share(count).rows()
 
     def image_batches(
         self, source: TarSource, features: Features = "embeds"
@@ -244,8 +238,7 @@ class Embedder:
                 normalised, for linear probes.
 
         Raises:
-            UserError: any image cannot be decoded. All processes raise it.
-            OSError: any process cannot read a shard or lost a worker. All processes raise it.
+            UserError, OSError: any process cannot decode an image, read a shard, or lost a worker.
         """
         from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
 
@@ -259,18 +252,14 @@ class Embedder:
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
         """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
         device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image."""
-        share, decode, nothing = self._share(len(source)), self.decoder(), range(0)
+        share, decode, nothing = self.share(len(source)), self.decoder(), range(0)
         mine = share.batches()
         decoded = decoded_batches(source, decode, mine, self.num_workers)
         done = 0
         bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows in mine + [nothing] * (share.rounds - len(mine)):
-                try:
-                    batch = self._agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
-                except DamagedImage:
-                    self._refuse(WholeImages(source, decode))
-                    raise
+                batch = self.agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
                 yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
                 news = min(share.size * share.world, share.count - done)
@@ -302,7 +291,7 @@ class Embedder:
                 of unit length again. By default each text has its own.
         """
         count = together or 1
-        share = self._share(len(texts) // count, max(1, self.batch_size // count))
+        share = self.share(len(texts) // count, max(1, self.batch_size // count))
         batches = share.batches()
         mine: list[torch.Tensor] = []
         done = 0
@@ -321,11 +310,18 @@ class Embedder:
                 news = min(share.size * share.world * count, len(texts) - done)
                 done += news
                 bar.update(news)
-        return self._gathered(torch.cat(mine), share)
+        return self.gathered(torch.cat(mine), share)
 
-    def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
-        """Collective. Return all `count` rows, `(count, dim)` on the CPU; `mine` are this process's `rows`."""
-        return self._gathered(mine, self._share(count))
+    def gathered(self, mine: torch.Tensor, share: int | Share) -> torch.Tensor:
+        """Collective. Return all rows, `(count, dim)` on the CPU.
+
+        Args:
+            mine: this process's rows.
+            share: its share, or the number of images.
+        """
+        share = share if isinstance(share, Share) else self.share(share)
+        padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
+        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
 
     def total(self, counts: Sequence[int | float]) -> list[int]:
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
@@ -370,14 +366,6 @@ class Embedder:
         """Return the features of `tokens`, `(batch, dim)`, not normalised."""
         return self.model.get_text_features(batch).pooler_output
 
-    def _share(self, count: int, most: int | None = None) -> Share:
-        """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
-        least = count if most else self.batches_of or count
-        if most is None and self._is_on_cpu():
-            most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
-        size = max(1, min(most or self.batch_size, -(-least // _LEAST_BATCHES)))
-        return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
-
     def _is_on_cpu(self) -> bool:
         return torch.device(self.accelerator.device).type == "cpu"
 
@@ -391,46 +379,26 @@ class Embedder:
             self.image_features(**dummy_batch(decode).with_image_size(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
 
-    def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:
-        padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
-        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
-
-    def _agreed(self, make: Callable[[], PackedBatch]) -> PackedBatch:
+    def agreed(self, make: Callable[[], Value]) -> Value:
         """Collective. Return the result of `make`.
 
         Raises:
             UserError, OSError: `make` raised it on any process. All raise it, because a process that stopped alone
                 would leave the others waiting.
         """
-        made, faults = None, []
+        from accelerate.utils import gather_object
+
+        made, faults = None, list[tuple[bool, str]]()
         try:
             made = make()
         except (UserError, OSError) as error:
             if self.accelerator.num_processes == 1:
                 raise
-            faults = [(next(n for n, kind in enumerate(_KINDS) if isinstance(error, kind)), str(error))]
+            faults = [(isinstance(error, OSError), str(error))]
         if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
-            from accelerate.utils import gather_object
-
-            kind, text = min(gather_object(faults))
-            raise _KINDS[kind](text)
-        assert made is not None
-        return made
-
-    def _refuse(self, images: WholeImages) -> None:
-        """Collective. Look at all images after a damaged one, to name all that are damaged."""
-        from accelerate.utils import gather_object
-
-        mine: list[tuple[int, str]] = []
-        for row in self.rows(len(images)).tolist():
-            self.alive()
-            try:
-                images.decoded(row)
-            except DamagedImage as error:
-                mine.append((row, str(error)))
-        faults = [damage for _, damage in sorted(gather_object(mine))]
-        if faults:
-            raise UserError(named(faults, len(images)))
+            is_of_system, text = min(gather_object(faults))
+            raise (OSError if is_of_system else UserError)(text)
+        return cast(Value, made)
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
@@ -452,24 +420,12 @@ class ClassifierEmbedder(Embedder):
         return self.model(**columns).logits
 
 
-# Errors of a batch, the first kind that any process has is raised.
-_KINDS: tuple[type[Exception], ...] = (DamagedImage, UserError, OSError)
-
-
 def parts_of(config: Any) -> tuple[str, ...]:
     """Return the parts of a model that tasks may need: the image tower's `features`, `texts`, a `decoder`, a list of
     `answers`. A foreign model has no configuration of flipscale's, and a dual encoder's parts."""
     texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
     others = {"decoder": "decoder_config", "answers": "answer_config"}
     return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
-
-
-def named(faults: Sequence[str], count: int) -> str:
-    """Return one sentence about the damaged samples of a test set of `count` samples."""
-    others = [fault.split(" has ")[0].split(" cannot ")[0] for fault in faults[1 : 1 + _MOST_NAMED]]
-    dots = ", ..." if len(faults) > 1 + _MOST_NAMED else ""
-    more = f"; {len(faults) - 1} more of {count} are wrong too: {', '.join(others)}{dots}" if others else ""
-    return f"{faults[0]}{more}; an evaluation needs its whole set: mend it or fetch it again"
 
 
 def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:
@@ -514,23 +470,16 @@ def dummy_batch(decode: Decoder) -> PackedBatch:
     return _packed([decode(png, 0)], 1)
 
 
-def rgb_image(encoded: bytes) -> Image.Image:
-    """Return an image as Pillow reads it, in RGB, for the processors of other models and clip-benchmark."""
-    with wrap_errors(UndecodableImage):
-        return open_image(encoded).convert("RGB")
-
-
 def image_embeds(
     model: "FlipModel", processor: "FlipProcessor", pictures: Sequence[Picture], batch_size: int = 64
 ) -> np.ndarray:
     """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays: fp32
     `(pictures, dim)` of unit length, so that inner products are cosines."""
 
-    def features(batch: Sequence[Picture]) -> torch.Tensor:
-        inputs = processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
-        return model.get_image_features(**inputs.to(model.device)).pooler_output
+    def inputs(batch: Sequence[Picture]) -> Any:
+        return processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
 
-    return _embeds(model, features, pictures, batch_size, "pictures")
+    return _embeds(model, model.get_image_features, inputs, pictures, batch_size, "pictures")
 
 
 def text_embeds(
@@ -538,26 +487,26 @@ def text_embeds(
 ) -> np.ndarray:
     """Return the embeddings of texts: fp32 `(texts, dim)` of unit length."""
 
-    def features(batch: Sequence[str]) -> torch.Tensor:
-        inputs = processor(text=list(batch), return_tensors="pt")
-        return model.get_text_features(**inputs.to(model.device)).pooler_output
+    def inputs(batch: Sequence[str]) -> Any:
+        return processor(text=list(batch), return_tensors="pt")
 
-    return _embeds(model, features, texts, batch_size, "texts")
+    return _embeds(model, model.get_text_features, inputs, texts, batch_size, "texts")
 
 
 @torch.no_grad()
 def _embeds(
-    model: "FlipModel", features: Callable[[Any], torch.Tensor], items: Sequence[Any], batch_size: int, unit: str
+    model: "FlipModel", features: Any, inputs: Callable[[Any], Any], items: Sequence[Any], batch_size: int, unit: str
 ) -> np.ndarray:
     from flipscale.model.modeling_flip import normalise_embeds
 
     if not len(items):
         raise UserError(f"there are no {unit} to embed; check the folder's name")
     model.eval()
-    firsts = each(range(0, len(items), batch_size), "embedding", f"batches of {unit}")
-    return np.concatenate(
-        [normalise_embeds(features(items[first : first + batch_size])).cpu().numpy() for first in firsts]
-    )
+    embeds = []
+    for first in each(range(0, len(items), batch_size), "embedding", f"batches of {unit}"):
+        output = features(**inputs(items[first : first + batch_size]).to(model.device))
+        embeds.append(normalise_embeds(output.pooler_output).cpu().numpy())
+    return np.concatenate(embeds)
 
 
 def _on_white(picture: Picture) -> Image.Image:
@@ -592,5 +541,4 @@ def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
 
 
 def _whole_square(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    """Return the patches of the centred square, uint8 `(num_patches, 3 * p * p)`, the same for every row."""
     return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}

@@ -13,7 +13,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from flipscale.evaluation.embedding import Decoder, Embedder, rgb_image
+from flipscale.data.decode import UndecodableImage, open_image
+from flipscale.data.samples import wrap_errors
+from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 
@@ -119,7 +121,6 @@ def no_code_of_models() -> Iterator[None]:
 
 
 def _check_foreign(folder: Path) -> None:
-    """Raise UserError if a folder's files make transformers load other files, kernels or models."""
     check_texts(folder)
     if (folder / "adapter_config.json").exists():
         raise UserError("it is an adapter of another model; name a folder with the whole model")
@@ -183,7 +184,8 @@ class OpenClipEmbedder(Embedder):
 
 @dataclass(frozen=True)
 class TransformersEmbedder(Embedder):
-    """An embedder of a model of transformers; its `tokenizer` is the whole processor."""
+    """An embedder of a model of transformers; its `tokenizer` is the whole processor. SigLIP has no projection after
+    the image tower, so there both features are the same."""
 
     @property
     def image_size(self) -> int:
@@ -195,19 +197,6 @@ class TransformersEmbedder(Embedder):
     def decoder(self) -> Decoder:
         return partial(_processed, self.tokenizer.image_processor)
 
-    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        return _pooled(self.model.get_image_features(**columns))
-
-    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        """Return the image tower's pooled output. SigLIP has no projection after it, so there it is the embedding."""
-        tower = getattr(self.model, "vision_model", None)
-        if tower is None:
-            raise UserError(
-                f"{self.name} is a {type(self.model).__name__} without a vision_model, so its features before the "
-                "projection are not known; use features: embeds, or a CLIP or SigLIP"
-            )
-        return _pooled(tower(**columns))
-
     def tokens(self, texts: list[str]) -> Any:
         """Return the tokenizer's columns, `(texts, length)` each. SigLIP was trained to attend to the padding, so all
         its texts have the same length."""
@@ -217,21 +206,21 @@ class TransformersEmbedder(Embedder):
         return self.tokenizer.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
 
     def text_features(self, batch: Any) -> torch.Tensor:
-        return _pooled(self.model.get_text_features(**batch))
+        return self.model.get_text_features(**batch).pooler_output
 
 
-def _pooled(output: Any) -> torch.Tensor:
-    """Return a model's features, a bare tensor in some versions of transformers."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+def _rgb_image(encoded: bytes) -> Image.Image:
+    with wrap_errors(UndecodableImage):
+        return open_image(encoded).convert("RGB")
 
 
 def _processed(image_processor: Callable[..., Any], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    columns = image_processor(images=[rgb_image(encoded)], return_tensors="np")
+    columns = image_processor(images=[_rgb_image(encoded)], return_tensors="np")
     return {name: np.ascontiguousarray(column[0]) for name, column in columns.items()}
 
 
 def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    return {"image": preprocess(rgb_image(encoded)).numpy()}
+    return {"image": preprocess(_rgb_image(encoded)).numpy()}
 
 
 def _without_projection(visual: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -1,5 +1,5 @@
 """Evaluation of a FLIP model on masked images, one view of each or the mean over several disjoint views; and a table
-and a figure of accuracy against the image encoder's operations.
+of accuracy against the image encoder's operations.
 
 The masks are training's: chosen before the pixels move, so only the remaining patches are normalised, sent to the
 device and encoded. The mask of an image depends on its row number alone, so every run sees the same patches, with any
@@ -7,12 +7,10 @@ number of processes and workers.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +19,13 @@ from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Decoder, Embedder
-from flipscale.evaluation.reports.figures import can_draw, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import NOTHING, Result, as_metrics
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_png_path
 from flipscale.io.text_table import markdown_table
 from flipscale.model.patches import num_kept
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 # Fixed, because a recipe's seed must not change an evaluation.
 _SEED = 0
-# In the order of ratios.
-_COLOURS = ("#2e8b57", "#1f6feb", "#d1495b", "#8a5fbf", "#b8860b")
 
 
 @dataclass(frozen=True)
@@ -64,11 +55,7 @@ class ImageMask:
         return asdict(self) if self.ratio > 0.0 else {}
 
     def patches(self, rows: Sequence[int], side: int) -> np.ndarray:
-        """Return the remaining patches of the images of these rows: int16 `(rows, views, kept)`, ascending.
-
-        Raises:
-            ValueError: the kind cannot draw the mask, or `side` x `side` patches do not allow it.
-        """
+        """Return the remaining patches of the images of these rows: int16 `(rows, views, kept)`, ascending."""
         return keyed_patches(_SEED, np.asarray(rows), side, self.ratio, self.kind, self.views)
 
 
@@ -78,26 +65,16 @@ WHOLE = ImageMask()
 def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: int) -> list[ImageMask]:
     """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once."""
     check_kind(kind, IMAGE_MASKS, "--mask_kind")
-    num_patches = side**2
-    most = {ratio: num_patches // num_kept(num_patches, ratio) for ratio in dict.fromkeys(ratios)}
-    masks = [
-        ImageMask(ratio, count, kind) if ratio > 0.0 else WHOLE
-        for ratio, limit in most.items()
-        for count in dict.fromkeys(views if ratio > 0.0 else [1])
-        if count <= limit
-    ]
-    for ratio, limit in most.items():
-        if all(mask.ratio != ratio for mask in masks):
+    masks = []
+    for ratio in dict.fromkeys(ratios):
+        most = side**2 // num_kept(side**2, ratio)
+        own = [ImageMask(ratio, count, kind) for count in dict.fromkeys(views) if count <= most] if ratio else [WHOLE]
+        if not own:
             raise UserError(
-                f"--mask_ratio {ratio:g} has room for {limit} views that share no patch, fewer than --mask_views "
+                f"--mask_ratio {ratio:g} has room for {most} views that share no patch, fewer than --mask_views "
                 f"{' '.join(map(str, views))}; use fewer views or a higher ratio"
             )
-    for count in views:
-        if count > 1 and all(mask.views != count for mask in masks):
-            raise UserError(
-                f"--mask_views {count} fits no --mask_ratio of {' '.join(f'{ratio:g}' for ratio in ratios)}, because "
-                f"views share no patch; use fewer views, or ratio {math.ceil(1000 * (1 - 1 / count)) / 1000:g} or more"
-            )
+        masks += own
     for mask in masks:
         mask.patches([0], side)
     return masks
@@ -106,16 +83,11 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
 def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) -> None:
     """Raise before a model is loaded if the mask arguments do not fit together."""
     if not any(args.mask_ratio):
-        given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
-        for flag in (flag for flag, is_given in {**given, "--mask_figure": args.mask_figure}.items() if is_given):
+        if args.mask_views != [1] or args.mask_kind != "random":
+            flag = "--mask_views" if args.mask_views != [1] else "--mask_kind"
             raise UserError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
-        return
-    if args.mask_figure and not can_draw():
-        raise UserError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
-    if args.mask_figure:
-        check_png_path(args.mask_figure, "--mask_figure")
-    for name in other_models:
-        raise _only_whole(name)
+    elif other_models:
+        raise _only_whole(other_models[0])
 
 
 def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
@@ -215,48 +187,3 @@ def mask_table(rows: Sequence[MaskedResults]) -> str:
         values = [row.headlines[name].estimate_text if name in row.headlines else NOTHING for name in columns]
         table.append([*([row.model] if several else []), row.mask.label, *cost, *values])
     return markdown_table(table, num_names=2 if several else 1)
-
-
-def draw_masked_results(rows: Sequence[MaskedResults], path: Path) -> None:
-    """Draw each task's first headline against the encoder's operations, a panel for each model and task.
-
-    A line is a mask ratio and its points are numbers of views. Bars are 95 % intervals. A dotted level marks whole
-    images."""
-    panels: dict[tuple[str, str], list[MaskedResults]] = {}
-    for row in rows:
-        firsts = {result.task: name for name, result in reversed(row.headlines.items())}
-        for name in (name for name in row.headlines if name in firsts.values()):
-            panels.setdefault((row.model, name), []).append(row)
-    size = (3.6 * len(panels) + 0.4, 3.6)
-    figure, axes = drawing_pyplot().subplots(
-        *(1, len(panels)), figsize=size, sharey=len({name for _, name in panels}) == 1, squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
-    for axis, ((model, name), shown) in zip(axes[0], panels.items(), strict=True):
-        _draw_panel(axis, shown, name)
-        axis.set_title(model, loc="left", fontsize=10)
-    axes[0, 0].legend(loc="lower right", framealpha=0.9, edgecolor="none", fontsize=8)
-    save_figure(figure, path)
-
-
-def _draw_panel(axis: "Axes", rows: Sequence[MaskedResults], name: str) -> None:
-    ratios = dict.fromkeys(row.mask.ratio for row in rows)
-    for ratio, colour in zip(ratios, _COLOURS, strict=False):
-        line = sorted((row for row in rows if row.mask.ratio == ratio), key=lambda row: row.flops)
-        label = f"{100 * ratio:g} % {line[0].mask.kind}" if ratio > 0.0 else "whole"
-        gflops, values = [row.flops / 1e9 for row in line], [row.headlines[name].value for row in line]
-        axis.plot(gflops, values, "o-", color=colour, label=label, markersize=4)
-        for row, at, value in zip(line, gflops, values, strict=True):
-            low, high = row.headlines[name].low, row.headlines[name].high
-            if low is not None and high is not None:
-                axis.plot([at, at], [low, high], color=colour, linewidth=1, alpha=0.4)
-            if row.mask.views > 1:
-                beside: dict[str, Any] = {"xytext": (6, -3), "textcoords": "offset points", "va": "top"}
-                axis.annotate(f"{row.mask.views} views", (at, value), **beside, fontsize=7, color=colour)
-        if ratio == 0.0:
-            axis.axhline(values[0], color=colour, linewidth=0.9, linestyle=":", zorder=0)
-    shown = rows[0].headlines[name]
-    axis.set_xlabel("encoder GFLOPs an image")
-    axis.set_ylabel(", ".join(filter(None, (f"{shown.task.replace('_', '-')} {shown.shown}", shown.unit))))
-    axis.set_xlim(0, 1.25 * max(row.flops for row in rows) / 1e9)
-    tidy(axis)

@@ -26,7 +26,6 @@ def recall_hits(scores: torch.Tensor, query_ids: torch.Tensor, target_ids: torch
 
     Args:
         scores: similarities, `(queries, targets)`.
-        k: number of targets; more than all means all.
     """
     nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (target_ids[nearest] == query_ids[:, None]).any(dim=1)
@@ -55,23 +54,9 @@ def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     return normal(float((hits / counts).mean()), deviation)
 
 
-def mean_of_two(once: int, twice: int, n: int) -> Estimate:
-    """Return the mean of top-1 and top-5 accuracy, with the normal interval of queries that score 0, 1/2 or 1.
-
-    Args:
-        twice: queries right at top-5, which include those at top-1.
-    """
-    value = (once + twice) / (2 * n)
-    variance = (once + (twice - once) / 4) / n - value**2
-    return normal(value, math.sqrt(max(variance, 0.0) / n))
-
-
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> Estimate:
     """Return the area under the ROC curve with DeLong's interval. A tie of a positive and a negative counts half.
-
-    Args:
-        positive: whether each row is positive; both kinds must occur.
-    """
+    Both kinds must occur."""
     from scipy.stats import rankdata  # slow to import, and few tasks need it
 
     of_positive, of_negative = scores[positive].astype(np.float64), scores[~positive].astype(np.float64)
@@ -105,11 +90,8 @@ def mean_average_precision(scores: np.ndarray, positive: np.ndarray, interpolate
 
 
 def average_precision_chance(positives: np.ndarray, n: int) -> float:
-    """Return the expected mean over classes of the plain average precision of a random order.
-
-    Args:
-        positives: number of positives of each class, `(classes,)`.
-    """
+    """Return the expected mean over classes of the plain average precision of a random order, given the
+    number of positives of each class, `(classes,)`."""
     harmonic = float((1 / np.arange(1, n + 1)).sum())
     others = (positives - 1) / max(n - 1, 1)
     return float(np.where(positives > 0, others + (1 - others) * harmonic / n, 0.0).mean())

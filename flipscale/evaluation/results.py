@@ -129,7 +129,6 @@ def as_metrics(results: Iterable[Result]) -> dict[str, float]:
 def append_results(
     run_dir: Path, results: Iterable[Result], step: int, samples_seen: int, trained_seconds: float
 ) -> None:
-    """Append the results of a step to the run's `results.jsonl`."""
     place = {"step": step, "samples_seen": samples_seen, "trained_seconds": trained_seconds}
     json_lines.append(run_dir / RESULTS_FILE, ({**place, **dataclasses.asdict(result)} for result in results))
 
@@ -173,18 +172,15 @@ def with_changes(results: Sequence[Result]) -> list[Result]:
     for result in results:
         if result.who == THIS_MODEL and result.name in before:
             old = before.pop(result.name)
-            changed += [result, old, _change(old, result)]
+            value, low, high, who = result.value - old.value, None, None, UNCLEAR
+            if old.low is not None and old.high is not None and result.low is not None and result.high is not None:
+                low = value - math.hypot(result.value - result.low, old.high - old.value)
+                high = value + math.hypot(result.high - result.value, old.value - old.low)
+                if low > 0 or high < 0:
+                    who = WON if (value > 0) == result.higher_is_better else LOST
+            unit = POINTS if result.unit == "%" else result.unit
+            changes: dict[str, Any] = {"value": value, "low": low, "high": high, "unit": unit, "who": who}
+            changed += [result, old, dataclasses.replace(result, chance=None, **changes)]
         elif result.who != BEFORE:
             changed.append(result)
     return [*changed, *before.values()]
-
-
-def _change(old: Result, new: Result) -> Result:
-    value, low, high, who = new.value - old.value, None, None, UNCLEAR
-    if old.low is not None and old.high is not None and new.low is not None and new.high is not None:
-        low = value - math.hypot(new.value - new.low, old.high - old.value)
-        high = value + math.hypot(new.high - new.value, old.value - old.low)
-        if low > 0 or high < 0:
-            who = WON if (value > 0) == new.higher_is_better else LOST
-    unit = POINTS if new.unit == "%" else new.unit
-    return dataclasses.replace(new, value=value, low=low, high=high, unit=unit, chance=None, who=who)

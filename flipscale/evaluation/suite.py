@@ -2,12 +2,13 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.decode import decode_box
@@ -75,16 +76,18 @@ def build_task(content: dict[str, Any], where: str) -> Task:
 
 
 def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = TASKS_DIR) -> list[Task]:
-    """Return the tasks that a recipe lists.
-
-    Args:
-        listed: each the name of a page, `{task: NAME, ...}` with fields that differ from the page's, or
-            `{kind: ..., data: ..., ...}`.
-    """
-    tasks = [
-        build_task(_in_full(content, Path(tasks_dir), f"eval.tasks[{number}]"), f"eval.tasks[{number}]")
-        for number, content in enumerate(listed)
-    ]
+    """Return the tasks that a recipe lists: names of pages, `{task: NAME, ...}` with fields unlike the page's,
+    or `{kind: ..., data: ..., ...}`."""
+    tasks = []
+    for number, given in enumerate(listed):
+        where, content = f"eval.tasks[{number}]", {"task": given} if isinstance(given, str) else given
+        if content.get("task"):
+            try:
+                page = read_page(str(content["task"]))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            content = {**page.listed(Path(tasks_dir) / page.data), **content}
+        tasks.append(build_task(content, where))
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
@@ -94,71 +97,45 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     return tasks
 
 
-def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict[str, Any]:
-    given = {"task": content} if isinstance(content, str) else content
-    if not given.get("task"):
-        return given
-    try:
-        page = read_page(str(given["task"]))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return {**page.listed(tasks_dir / page.data), **given}
-
-
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:
     """Collective, to its end. Yield each task with its results, in order. Consecutive streamed tasks with the same data
     and image size share one pass over the images."""
     tasks = list(tasks)
     for task in tasks:
         task.check_model(embedder.gives, f"the model {embedder.name}".rstrip())
-    for _, group in groupby(enumerate(tasks), lambda numbered: _shared_data(*numbered)):
-        together = [task for _, task in group]
-        streamed = [task for task in together if isinstance(task, StreamedTask)]
+    for (is_streamed, _, image_size), group in groupby(
+        tasks, lambda task: (isinstance(task, StreamedTask), task.data, task.image_size)
+    ):
+        together, sized = list(group), embedder.at(image_size)
         embedder.alive()
-        if streamed:
-            yield from zip(together, evaluate_together(embedder.at(together[0].image_size), streamed), strict=True)
+        if is_streamed:
+            yield from zip(together, evaluate_together(sized, cast(list[StreamedTask], together)), strict=True)
         else:
-            yield from ((task, task.evaluate(embedder.at(task.image_size))) for task in together)
+            yield from ((task, task.evaluate(sized)) for task in together)
 
 
 def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
     return [result for _, results in evaluated(embedder, tasks) for result in results]
 
 
-def _shared_data(number: int, task: Task) -> tuple[str | int, int | None]:
-    """Return the data and image size of a streamed task, or the number of another task, which shares no pass."""
-    return (task.data if isinstance(task, StreamedTask) else number), task.image_size
-
-
 def check_decodable(tasks: Sequence[Task], image_size: int, rank: int, world: int) -> None:
-    """Decode images and read answers of the test sets for a few seconds each, spread over the whole set, so that a
-    damaged set is refused before the training."""
+    """Decode images and read answers of the test sets for a few seconds each, in a random order, so that a damaged set
+    is refused before the training."""
     for task in tasks:
         for test_set in [TestSet.open(task.data), *task.other_sets()]:
             if not len(test_set):
                 raise UserError(f"{task.name}: the test set {test_set.data} is empty; name another")
-            _check_samples(test_set, task.truth(test_set), task.image_size or image_size, rank, world)
-
-
-def _check_samples(test_set: TestSet, truth: Callable[[int, int], Any], image_size: int, rank: int, world: int) -> None:
-    numbers, end = SampleNumbers(test_set.source), time.monotonic() + CHECK_SECONDS
-    for row in _spread(len(numbers), rank, world):
-        shard, number = numbers[row]
-        truth(shard, number)
-        try:
-            decode_box(test_set.source.read(shard, number).image, None, image_size, (1.0, 1.0))
-        except BadSample as error:
-            name = f"{test_set.source.shard_name(shard)}#{number}"
-            raise UserError(f"evaluation image {name} cannot be decoded: {error}; fetch the set again") from error
-        if time.monotonic() > end:
-            break
-
-
-def _spread(count: int, rank: int, world: int) -> Iterator[int]:
-    """Yield the rows of a process in bit-reversed order, whose beginnings are spread over all rows."""
-    mine = range(rank, count, world)
-    bits = max(len(mine) - 1, 0).bit_length()
-    for number in range(1 << bits):
-        row = int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
-        if row < len(mine):
-            yield mine[row]
+            source, numbers, truth = test_set.source, SampleNumbers(test_set.source), task.truth(test_set)
+            end = time.monotonic() + CHECK_SECONDS
+            for row in np.random.default_rng(0).permutation(np.arange(rank, len(numbers), world)):
+                shard, number = numbers[row]
+                truth(shard, number)
+                try:
+                    decode_box(source.read(shard, number).image, None, task.image_size or image_size, (1.0, 1.0))
+                except BadSample as error:
+                    name = f"{source.shard_name(shard)}#{number}"
+                    raise UserError(
+                        f"evaluation image {name} cannot be decoded: {error}; fetch the set again"
+                    ) from error
+                if time.monotonic() > end:
+                    break

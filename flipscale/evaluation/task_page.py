@@ -83,14 +83,13 @@ class TaskPage:
     """The page of one evaluation.
 
     Args:
-        name: name of the page's file, of the task, and of its data folder under `flipscale prepare tasks`.
+        name: name of the page's file and of the task.
         num_classes: number of classes; None without classes, or if only the source has the list.
         class_names: CLIP's class names; empty for the source's own names. Labels are numbers in the folder's
             `classnames.txt`, which may have another order.
         templates: prompts with `{c}` for the class name; empty without prompts, or for the folder's own.
         prompts: name of the set of `templates`, such as `imagenet7`; empty for the page's own list.
         data: folder of the data; another task's folder, or `name`.
-        reference: the paper's figures.
         comparable: whether images, split and metric are those of the paper.
         why_not: reason why they are not, or another remark on the data.
     """
@@ -139,14 +138,10 @@ def read_page(name: str) -> TaskPage:
     return _page(name, yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
-def read_pages() -> tuple[TaskPage, ...]:
-    return tuple(read_page(name) for name in page_names())
-
-
 def suite_pages(suite: str) -> tuple[TaskPage, ...]:
     if suite not in (*SUITES, "all"):
         raise UserError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
-    return tuple(page for page in read_pages() if suite == "all" or suite in page.suites)
+    return tuple(page for page in map(read_page, page_names()) if suite == "all" or suite in page.suites)
 
 
 def pages_table(pages: Sequence[TaskPage]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from flipscale.data.sources.manifest import no_shards
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, named
+from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, Value
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 
@@ -31,8 +31,6 @@ NUM_SHARDS = "nshards.txt"
 _MOST_BYTES, _MOST_LINE = 20 << 20, 10_000
 # Evaluations read shard after shard.
 READ = DataRecipe(lanes=1, shards_per_block=1)
-
-Value = TypeVar("Value")
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +54,12 @@ class TestSet:
         data = str(data).rstrip("/")
         counts = ((folder, read_text(folder, NUM_SHARDS)) for folder in (f"{data}/{part}", data))
         counted = next((_counted(folder, count) for folder, count in counts if count is not None), None)
-        source = _opened(counted or _listed(data, part))
+        shards = counted or _listed(data, part)
+        try:
+            with _reading(shards):
+                source = open_shards(shards, READ)
+        except FileNotFoundError as error:
+            raise no_shards(shards) from error
         if source.faults:
             fault = source.faults[0]
             raise UserError(
@@ -129,35 +132,21 @@ class TestSet:
 
 
 def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
-    """Collective. Return `read(shard, number)` of each of this process's rows.
-
-    Raises:
-        UserError: `read` failed on any process. All raise it, because a process that stopped alone would leave the
-            others waiting.
-    """
-    from accelerate.utils import gather_object
-
+    """Collective. Return `read(shard, number)` of each of this process's rows. All processes raise the error of any."""
     where = SampleNumbers(source)
     if not where:
         raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
-    values: list[Value] = []
-    faults: list[tuple[int, str]] = []
-    for row in embedder.rows(len(where)).tolist():
-        embedder.alive()
-        try:
-            values.append(read(*where[row]))
-        except BadSample as error:
+
+    def values() -> Iterator[Value]:
+        for row in embedder.rows(len(where)):
+            embedder.alive()
             shard, number = where[row]
-            faults.append((row, f"{source.shard_name(shard)}#{number} cannot be read: {error}"))
-        except UserError as error:
-            faults.append((row, str(error)))
-        except OSError as error:
-            faults.append((row, str(error)))
-            break
-    faults = sorted(gather_object(faults))
-    if faults:
-        raise UserError(named([fault for _, fault in faults], len(where)))
-    return values
+            try:
+                yield read(shard, number)
+            except BadSample as error:
+                raise UserError(f"{source.shard_name(shard)}#{number} cannot be read: {error}") from error
+
+    return embedder.agreed(lambda: list(values()))
 
 
 def read_lines(data: str | Path, name: str, what: str) -> list[str]:
@@ -262,14 +251,6 @@ def read_text(folder: str, name: str) -> str | None:
         raise UserError(f"{path} is not UTF-8 ({error.reason}); write it anew") from error
 
 
-def _opened(shards: str) -> TarSource:
-    try:
-        with _reading(shards):
-            return open_shards(shards, READ)
-    except FileNotFoundError as error:
-        raise no_shards(shards) from error
-
-
 @contextmanager
 def _reading(url: str) -> Iterator[None]:
     try:
@@ -282,14 +263,10 @@ def _reading(url: str) -> Iterator[None]:
 
 
 def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:
-    """Return the numbers in a sample's `KEY.npy`, and the sample's name."""
     where = f"{source.shard_name(shard)}#{number}"
     array = source.read_array(shard, number)
     if array is None:
-        raise UserError(
-            f"{where} has no KEY.npy in the shard's index; if the shard has one, the index is older than such files: "
-            f"run `flipscale prepare index '{source.list.shards}'`"
-        )
+        raise UserError(f"{where} has no KEY.npy; fetch the set again")
     if array.dtype.kind not in "biuf":
         raise UserError(f"{where} has values of type {array.dtype} in KEY.npy; it must hold numbers")
     return array, where

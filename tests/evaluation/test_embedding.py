@@ -18,7 +18,7 @@ from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
-from flipscale.evaluation.embedding import Embedder, SampleNumbers, Share, decoded_batches, dummy_batch
+from flipscale.evaluation.embedding import Embedder, Share, decoded_batches, dummy_batch
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
 
 
@@ -39,15 +39,6 @@ def test_every_row_has_one_process(count: int, world: int) -> None:
         assert len(mine) <= share.most == len(rows[0])
     padded = np.concatenate([np.pad(mine, (0, shares[0].most - len(mine)), constant_values=-1) for mine in rows])
     assert torch.from_numpy(padded)[shares[0].places()].tolist() == list(range(count))
-
-
-def test_sample_numbers(shards: Path) -> None:
-    source = TarSource(str(shards))
-    numbers = SampleNumbers(source)
-    assert list(numbers) == [(shard, n) for shard, size in enumerate(source.shard_sizes) for n in range(size)]
-    assert numbers[47] == (2, 0)
-    with pytest.raises(IndexError, match="row 96 of 96"):
-        numbers[96]
 
 
 def test_workers_share_memory(embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import changed_recipe
-from evaluation.tiny_model import tiny_embedder
+from evaluation.tiny_model import pixels_of, tiny_embedder
 
 from flipscale.cli import main
-from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import evaluate_model
@@ -27,12 +25,10 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 
 @pytest.mark.parametrize("size", [16, 48])
 def test_images_of_another_size(embedder: Embedder, shards: Path, size: int) -> None:
-    source, vision, model = TarSource(str(shards)), embedder.model.config.vision_config, embedder.model
+    source, pixels, model = TarSource(str(shards)), pixels_of(embedder, shards, size), embedder.model
     found, pooled = embedder.at(size).images(source), embedder.at(size).images(source, "pooled")
     for row in (0, 29):
-        square = decode_box(source.read(0, row).image, None, size, (1.0, 1.0)).astype(np.float32)
-        pixels = (torch.from_numpy(square) / 255 - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)
-        seen = {"pixel_values": pixels.permute(2, 0, 1)[None], "interpolate_pos_encoding": True}
+        seen = {"pixel_values": pixels[row, None], "interpolate_pos_encoding": True}
         with torch.no_grad():
             embeds = model.get_image_features(**seen).pooler_output[0]
             assert (pooled[row] - model.vision_model(**seen).pooler_output[0]).abs().max() < 1e-5

@@ -1,7 +1,5 @@
-"""open_clip's own models, evaluated as ours are."""
+"""open_clip's own models, evaluated as ours are; test_clip_benchmark compares their figures with its own."""
 
-import io
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from evaluation.tiny_model import tiny_embedder
-from PIL import Image
-from safetensors.torch import save_file
 
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import SampleNumbers
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.hub.convert_open_clip import convert_to_open_clip
 from flipscale.hub.export import build_processor, export_model
@@ -30,31 +25,8 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    text = {**CONFIG["text_cfg"], "hf_tokenizer_name": str(tokenizer_dir)}
-    (folder / "tiny-vit.json").write_text(json.dumps({**CONFIG, "text_cfg": text}))
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**CONFIG)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
-    return folder / "tiny-vit.json", folder / "weights.safetensors"
-
-
-@pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
-
-
-def test_its_embeddings_are_its_own(tiny: tuple[Path, Path], shards: Path, accelerator: Accelerator) -> None:
-    embedder = open_clip_embedder(f"{tiny[0]},{tiny[1]}", accelerator, batch_size=7)
-    model, _, preprocess = open_clip.create_model_and_transforms("tiny-vit", str(tiny[1]))
-    source, captions = TarSource(str(shards)), ["a red disc", "the blue ring"]
-    pictures = [Image.open(io.BytesIO(source.read(*where).image)) for where in SampleNumbers(source)]
-    with torch.no_grad():
-        images = model.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
-        texts = model.encode_text(open_clip.get_tokenizer("tiny-vit")(captions), normalize=True)
-    assert (embedder.images(source) - images).abs().max() < 1e-5
-    assert (embedder.texts(captions) - texts).abs().max() < 1e-5
 
 
 def test_our_model_as_open_clip_s_is_ours_but_for_the_resizing(

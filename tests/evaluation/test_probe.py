@@ -11,11 +11,10 @@ import numpy as np
 import processes
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import TOWER, add_member, flipscale, write_shards
+from conftest import add_member, flipscale, write_shards
+from evaluation.tiny_model import tiny_embedder
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from transformers import AutoTokenizer
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.randomness import keyed_uniform
@@ -27,7 +26,6 @@ from flipscale.evaluation.kinds.probe import (
     PENALTIES,
     Head,
     LabelledSets,
-    Lars,
     LarsRecipe,
     LinearClassifier,
     RandomCrops,
@@ -40,8 +38,6 @@ from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks
 from flipscale.hub.card import results_table
-from flipscale.hub.loading import open_embedder
-from flipscale.model import FlipConfig, FlipModel
 
 ALONE = torch.Tensor.clone  # the sum over one process
 
@@ -126,9 +122,9 @@ def test_search_and_rates_are_clips_and_the_papers() -> None:
 def test_lars_by_hand() -> None:
     """Step 1: the ratio is 0.1 x 5 / 10 = 0.05, so the momentum is (0, 0.5) and the matrix (3, 4 - 2 x 0.5). A vector
     has no ratio: 1 - 2 x 0.25."""
-    matrix = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    vector = torch.tensor([1.0], dtype=torch.float64)
-    lars = Lars([matrix, vector], momentum=0.5, trust=0.1)
+    head = Head(2, 1, LarsRecipe(momentum=0.5, trust=0.1), ALONE, "cpu")
+    head.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    head.bias.fill_(1.0)
     for of_matrix, of_vector, rate, matrix_after, vector_after in [
         ([0.0, 10.0], 0.25, 2.0, [3.0, 3.0], 0.5),
         ([0.0, 0.0], 0.0, 4.0, [3.0, 2.0], 0.0),
@@ -136,9 +132,8 @@ def test_lars_by_hand() -> None:
         ([0.0, -0.5], 0.0, 2.0, [-0.3, -1.325], -11.6875),
         ([1.0, 1.0], 1.0, 0.0, [-0.3, -1.325], -11.6875),
     ]:
-        lars.step([torch.tensor([of_matrix]).double(), torch.tensor([of_vector]).double()], rate)
-        assert matrix[0].tolist() == pytest.approx(matrix_after, abs=1e-12)
-        assert vector.item() == pytest.approx(vector_after, abs=1e-12)
+        head.step([torch.tensor([of_matrix]).double(), torch.tensor([of_vector]).double()], rate)
+        assert [*head.weight[0].tolist(), head.bias.item()] == pytest.approx([*matrix_after, vector_after], abs=1e-12)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -150,16 +145,16 @@ def test_head_learns_like_torch(batch_norm: bool) -> None:
     head = Head(5, 4, recipe, ALONE, "cpu")
     assert head.weight.std() == pytest.approx(0.01, rel=0.5)
     norm = torch.nn.BatchNorm1d(5, eps=1e-6, affine=False).double()
-    weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
-    other = Lars([weight.data, bias.data], recipe.momentum, recipe.trust)
+    other = Head(5, 4, recipe, ALONE, "cpu")
     for _ in range(3):
+        weight, bias = other.weight.clone().requires_grad_(), other.bias.clone().requires_grad_()
         scores = (norm(features) if batch_norm else features) @ weight.t() + bias
         loss = torch.nn.functional.cross_entropy(scores, labels)
         other.step(list(torch.autograd.grad(loss, (weight, bias))), 30.0)
         assert head.learn(Rows(features, labels), 12, 30.0) == pytest.approx(loss.item(), abs=1e-12)
-        assert torch.allclose(head.weight, weight, atol=1e-12)
+        assert torch.allclose(head.weight, other.weight, atol=1e-12)
     plain = norm.eval()(features) if batch_norm else features
-    assert torch.allclose(head.classifier().scores(features), plain @ weight.t() + bias)
+    assert torch.allclose(head.classifier().scores(features), plain @ other.weight.t() + other.bias)
 
 
 def test_ridge_is_scikit_learns() -> None:
@@ -179,21 +174,15 @@ def test_ridge_is_scikit_learns() -> None:
 
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    FlipModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    folder, tiny = tmp_path_factory.mktemp("model"), tiny_embedder(tokenizer_dir, batch_size=64)
+    for part in (tiny.model, tiny.tokenizer):
+        part.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def embedder(model: Path) -> Embedder:
-    return Embedder(FlipModel.from_pretrained(model).eval(), None, Accelerator(cpu=True), batch_size=64)
+def embedder(tokenizer_dir: Path) -> Embedder:
+    return tiny_embedder(tokenizer_dir, batch_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -337,11 +326,10 @@ def test_evaluate_probes_models_and_baselines(
     homes = {path.parent.name for path in tmp_path.glob("evaluations/*/results.jsonl")}
     assert homes == {"hog", f"untrained-{model.name}"}
     # Other training images are another setting, so the task runs again.
-    for images, num_lines in ([100, 1, 115], 4), ([101, 1, 115], 6):
-        write_shards(tmp_path / "set/train", images, seed=1)
-        done = flipscale("evaluate", model, *task, *options)
-        assert done.returncode == 0, done.stderr
-        assert len(read_lines(model / "results.jsonl")) == num_lines
+    write_shards(tmp_path / "set/train", [101, 1, 115], seed=1)
+    done = flipscale("evaluate", model, *task, *options)
+    assert done.returncode == 0, done.stderr
+    assert len(read_lines(model / "results.jsonl")) == 6
 
 
 def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
@@ -361,9 +349,7 @@ def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
     [
         (["0"], ["cat"], r"set has 1 class; .*2 or more"),
         (["0", "1"], ["cat", "cow"], r"differ: 'cow' and 'dog'"),
-        (["0", "1"], ["cat", "dog", "cow"], r"differ: 3 and 2"),
         ([], ["cat", "dog"], r"set has no images"),
-        (["0", "1"], [], r"classnames.txt is empty"),
     ],
 )
 def test_sets_that_do_not_fit(tmp_path: Path, labels: list[str | None], names: list[str], message: str) -> None:
@@ -397,11 +383,6 @@ def test_sets_that_are_small(embedder: Embedder, tmp_path: Path) -> None:
         probed(embedder, good, good, solver="lars")
     with pytest.raises(ValueError, match=r"train has 2 images, too few"):
         probed(embedder, bad(tmp_path / "few", ["0", "1"], ["cat", "dog"]), good)
-
-
-def test_a_model_that_is_not_there(embedder: Embedder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{tmp_path} has no configuration of a model \("):
-        open_embedder(f"untrained:{tmp_path}", embedder.accelerator)
 
 
 @pytest.mark.parametrize(

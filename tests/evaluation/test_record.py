@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flipscale.evaluation.reports.record import append_lines, drop_torn, group_of, read_lines, weights_digest
+from flipscale.evaluation.reports.record import append_lines, drop_torn, read_lines, weights_digest
 from flipscale.evaluation.results import Result
 
 ABOUT = {"model": "demo", "weights": "12ab", "data": {"name": "cars"}, "mask": {}}
@@ -52,15 +52,6 @@ def test_a_torn_group_is_dropped(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_a_group_written_twice(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    for _ in range(2):
-        append_lines(path, "aa", results("cars", 41.5), ABOUT)
-    assert names(path) == ["cars/top1", "cars/top5"]
-    drop_torn(path)
-    assert len(path.read_text().splitlines()) == 2
-
-
 @pytest.mark.parametrize(
     "text", ["notes on my model\n", '{"step": 20, "task": "zero_shot", "value": 3.0}\n', '["group"]\n', "{}\n"]
 )
@@ -91,10 +82,3 @@ def test_the_digest_of_weights() -> None:
     ]
     digests = {weights_digest(weights, {**weights, "b": change(weights["b"])}.__getitem__) for change in changes}
     assert len(digests | {expected}) == 5
-
-
-def test_a_group_is_of_weights_and_setting() -> None:
-    setting = {"task": "cars", "mask": {}, "data": {"digest": "77"}}
-    group = group_of("12ab", setting)
-    assert group == group_of("12ab", dict(reversed(setting.items())))
-    assert len({group, group_of("12ac", setting), group_of("12ab", {**setting, "mask": {"ratio": 0.5}})}) == 3

@@ -3,16 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-import cv2
 import pytest
 
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.reports import suite_report
 from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.reports.suite_report import Column, report, suite_tables, write_reports
+from flipscale.evaluation.reports.suite_report import Column, report, suite_tables
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, read_pages, suite_pages
+from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, suite_pages
 
 
 def line_of(page: TaskPage, value: float, **about: object) -> Line:
@@ -100,35 +99,11 @@ def test_the_report() -> None:
     page = read_page("cars")
     top5 = dataclasses.replace(line_of(page, 70.0).result, metric="top5", headline=False)
     lines = [line_of(page, 41.5), dataclasses.replace(line_of(page, 70.0), result=top5)]
-    text = report([Column("one", lines)], [], None)
+    text = report([Column("one", lines)], [])
     assert cells(text.split("## Other metrics")[1], page.title)[1:3] == ["top-5", "70.0 % (69.0 to 71.0)"]
     assert "Zero-shot classification" in text
     assert "Intervals of 95 %" in text
     assert cells(text, "one") == ["one", "`12ab34cd56ef`", "224 px", "whole", "bf16", "flipscale 0.1.0"]
-    assert "results.png" not in text
-
-
-def test_the_dot_plot(tmp_path: Path) -> None:
-    columns = [
-        Column(name, [line_of(page, 10 + shift + 2.0 * (number % 40)) for number, page in enumerate(read_pages())])
-        for shift, name in ((0, "demo"), (3, "open_clip:ViT-B-16,laion2b_s34b_b88k"), (9, "hf:google/siglip"))
-    ]
-    write_reports(columns, SUITES, tmp_path)
-    height, width, _ = cv2.imread(str(tmp_path / "results.png")).shape
-    assert height > 1500
-    assert width == 1200
-    assert "](results.png)" in (tmp_path / "results.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"results.png", "results.md"}
-
-
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(suite_report, "can_draw", lambda: False)
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
-    (tmp_path / "results.png").write_bytes(b"of earlier results")
-    with caplog.at_level("INFO", "flipscale"):
-        write_reports([Column("one", [line_of(read_page("cars"), 41.5)])], [], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"results.md"}
-    assert "results.png" not in (tmp_path / "results.md").read_text()
 
 
 @pytest.fixture

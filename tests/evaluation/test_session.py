@@ -17,7 +17,6 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.reports import record
 from flipscale.evaluation.reports.record import evaluate_model
 from flipscale.evaluation.suite import build_tasks
-from flipscale.io.progress import Progress
 from flipscale.model import FlipModel
 
 KILLS = 10
@@ -171,18 +170,3 @@ def test_two_processes_write_each_line_once(folder: Path, tokenizer_dir: Path, t
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert lines_of(several) == lines_of(alone)
-
-
-def test_images_are_counted_once_a_pass(
-    embedder: Embedder, path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[tuple[int, int]] = []
-    update = Progress.update
-
-    def spy(bar: Progress, count: int = 1) -> None:
-        update(bar, count)
-        shown.append((bar._done, bar._total))
-
-    monkeypatch.setattr(Progress, "update", spy)
-    evaluate_model(embedder, "tiny", path, tasks_in(folder))
-    assert shown[-1] == (4 * 33, 4 * 33)

@@ -1,26 +1,21 @@
 """Zero-shot and retrieval against figures by hand from the model's own features, and the tasks of a recipe."""
 
 import dataclasses
-import os
 import tarfile
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import add_member
-from evaluation.tiny_model import tiny_embedder
+from evaluation.tiny_model import pixels_of, tiny_embedder
 
-from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.evaluation.test_set import TestSet
 
 
 @pytest.fixture(scope="module")
@@ -34,33 +29,15 @@ def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:
 
 
 def image_features(embedder: Embedder, shards: Path) -> torch.Tensor:
-    source, vision = TarSource(str(shards)), embedder.model.config.vision_config
-    rows = []
-    for shard, number in SampleNumbers(source):
-        pixels = torch.from_numpy(decode_box(source.read(shard, number).image, None, 32, (1.0, 1.0)).astype(np.float32))
-        pixels = (pixels / 255 - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)
-        features = embedder.model.get_image_features(pixels.permute(2, 0, 1)[None]).pooler_output
-        rows.append(features / features.norm())
-    return torch.cat(rows).detach()
+    with torch.no_grad():
+        features = embedder.model.get_image_features(pixels_of(embedder, shards)).pooler_output
+    return features / features.norm(dim=1, keepdim=True)
 
 
 def text_features(embedder: Embedder, texts: list[str]) -> torch.Tensor:
     tokens = embedder.tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt")["input_ids"]
     features = embedder.model.get_text_features(tokens).pooler_output
     return (features / features.norm(dim=1, keepdim=True)).detach()
-
-
-def test_zero_shot(embedder: Embedder, shards: Path) -> None:
-    names = (shards / "classnames.txt").read_text().split("\n")[:-1]
-    classes = torch.stack([text_features(embedder, [f"a {n}", f"the {n}"]).mean(0) for n in names])
-    scores = image_features(embedder, shards) @ (classes / classes.norm(dim=1, keepdim=True)).T
-    source = TarSource(str(shards))
-    labels = [source.read(*where).label for where in SampleNumbers(source)]
-    ranks = [(row > row[label]).sum().item() for row, label in zip(scores, labels, strict=True)]
-    found = evaluated(embedder, kind="zero_shot", data=str(shards))
-    assert found["top1"] == pytest.approx(100 * np.mean([r < 1 for r in ranks]), abs=1.1)
-    assert found["top5"] == pytest.approx(100 * np.mean([r < 5 for r in ranks]), abs=1.1)
-    assert found["chance"] == 100 / 16
 
 
 def test_retrieval(embedder: Embedder, shards: Path) -> None:
@@ -124,39 +101,6 @@ def test_images_are_read_once_and_the_watch_hears_of_each_batch(
         # The start, 96 labels, 96 images in batches of 6, and 16 classes of 2 prompts.
         assert count is None or len(calls) == count
         read.clear()
-
-
-def test_each_of_two_ranks_reads_its_own_images_and_no_image_for_a_label(
-    embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch, read: list[tuple[int, int]]
-) -> None:
-    """Together they read every image once. A label and a caption cost a read of a few bytes each, and a tar header."""
-    num_bytes: list[int] = []
-    pread = os.pread
-
-    def counted(file: int, size: int, at: int) -> bytes:
-        if os.readlink(f"/proc/self/fd/{file}").endswith(".tar"):  # and no manifest
-            num_bytes.append(size)
-        return pread(file, size, at)
-
-    monkeypatch.setattr(os, "pread", counted)
-    for rank in range(2):
-        view = SimpleNamespace(
-            process_index=rank,
-            num_processes=2,
-            is_main_process=True,
-            device="cpu",
-            autocast=nullcontext,
-            reduce=lambda counts, how: counts,
-        )
-        mine, test_set = dataclasses.replace(embedder, accelerator=view), TestSet.open(str(shards))
-        source = test_set.source
-        num_bytes.clear()
-        assert len(test_set.labels(mine, 16)) == len(test_set.captions(mine)) == 48
-        assert len(num_bytes) == 96
-        assert max(num_bytes) < 512 + 20
-        assert len(source._open) <= 4
-        assert len(mine.my_images(source)) == 48
-    assert sorted(read) == list(SampleNumbers(TarSource(str(shards))))
 
 
 def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:

@@ -89,9 +89,7 @@ def test_names_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     ("array", "message"),
     [
         (np.ones(15), r"labels of shape \(15,\); 16"),
-        (np.ones((1, 16)), r"labels of shape \(1, 16\); 16"),
         (np.full(16, 2), "a label 2;"),
-        (np.full(16, -1.0), "a label -1.0;"),
         (np.array(["yes"] * 16), "values of type <U3"),
         (np.array([print] * 16), r"KEY.npy that cannot be read \(Object arrays"),
         (None, r"KEY.npy that cannot be read \(.+\)"),
@@ -114,17 +112,6 @@ def test_arrays(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "half", 1, 1, lambda number, label: {"npy": npy(np.array([0.5]))})
     with pytest.raises(ValueError, match=r"0.tar#0 has \[0.5\] .* region"):
         TestSet.open(str(folder)).array(("region",), 0, 0)
-
-
-def test_index_without_arrays(tmp_path: Path) -> None:
-    folder = write_set(tmp_path / "set", 1, 1, one_hot)
-    test_set = TestSet.open(str(folder))
-    # Zeros in the manifest's first row, after its head of 64 bytes, stand for a sample without an array.
-    content = bytearray(test_set.source.manifest.path.read_bytes())
-    content[64 + 16 : 64 + 24] = bytes(8)
-    test_set.source.manifest.path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"0.tar#0 has no KEY.npy .*`flipscale prepare index '.*test/\{0..0\}.tar'`"):
-        TestSet.open(str(folder)).label_set(16, 0, 0)
 
 
 def test_labels_and_captions(tmp_path: Path, embedder: Embedder) -> None:

@@ -1,7 +1,6 @@
 """Dual encoders of transformers, evaluated as ours are: with the features that transformers itself computes."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,9 @@ from transformers import (
     SiglipProcessor,
 )
 
-from flipscale import cli
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import SampleNumbers
 from flipscale.evaluation.foreign_models import transformers_embedder
-from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 
 CAPTIONS = ["a red disc", "the blue ring", "a"]
 TEXT = {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "pad_token_id": 0, "bos_token_id": 1}
@@ -79,8 +75,7 @@ def folder(
 
 
 def unit(output: Any) -> torch.Tensor:
-    found = output if isinstance(output, torch.Tensor) else output.pooler_output
-    return found / found.norm(dim=1, keepdim=True)
+    return output.pooler_output / output.pooler_output.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()
@@ -100,17 +95,6 @@ def test_its_features_are_transformers_own(folder: tuple[str, Path], shards: Pat
     assert (embedder.images(source, "pooled") - pooled).abs().max() < 1e-5
     assert pooled.shape == (96, 32)
     assert (embedder.name, embedder.image_size) == (f"hf:{path}", 32)
-
-
-def test_the_command_prints_its_figures(
-    folder: tuple[str, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    name, flags = str(folder[1]), ["--output_dir", str(tmp_path), "--num_workers", "0", "--json"]
-    cli.main(["evaluate", f"hf:{name}", "--zero_shot", str(shards), *flags])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    tasks = build_tasks([{"kind": "zero_shot", "data": str(shards)}])
-    expected = as_metrics(evaluate_tasks(transformers_embedder(name, accelerator), tasks))
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_what_cannot_be_loaded_is_named(folder: tuple[str, Path], tmp_path: Path, accelerator: Accelerator) -> None:

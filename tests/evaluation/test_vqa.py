@@ -1,7 +1,6 @@
 """VQA accuracy of a small model against the answers one question at a time."""
 
 import dataclasses
-import io
 import itertools
 import tarfile
 from pathlib import Path
@@ -12,10 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import COLOURS, SHAPES, TOWER, add_member
-from evaluation.tiny_model import tiny_embedder
+from evaluation.made_up_sets import npy
+from evaluation.tiny_model import pixels_of, tiny_embedder
 from transformers import AutoTokenizer
 
-from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.kinds.vqa import accuracy
@@ -65,23 +64,13 @@ def write_questions(folder: Path, answers: list[dict[str, bytes]], questions: li
     return folder
 
 
-def npy(*votes: int) -> bytes:
-    stored = io.BytesIO()
-    np.save(stored, np.array(votes, np.int16))
-    return stored.getvalue()
-
-
 def answered(embedder: Embedder, folder: Path, images: list[int]) -> list[int]:
     """The answer to each question, one at a time, about the image of another number."""
-    source, vision = TarSource(str(folder)), embedder.model.config.vision_config
-    samples = [source.read(*where) for where in SampleNumbers(source)]
-    found = []
-    for sample, number in zip(samples, images, strict=True):
-        pixels = torch.from_numpy(decode_box(samples[number].image, None, 32, (1.0, 1.0)).astype(np.float32)) / 255
-        pixels = (pixels - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)
-        tokens = embedder.tokenizer([sample.captions[0].decode()], return_tensors="pt")
+    source, pixels, found = TarSource(str(folder)), pixels_of(embedder, folder), []
+    for where, number in zip(SampleNumbers(source), images, strict=True):
+        tokens = embedder.tokenizer([source.read_captions(*where)[0].decode()], return_tensors="pt")
         with torch.no_grad():
-            output = embedder.model(pixel_values=pixels.permute(2, 0, 1)[None], **tokens)
+            output = embedder.model(pixel_values=pixels[number, None], **tokens)
         found.append(int(output.logits.argmax()))
     return found
 
@@ -135,7 +124,7 @@ def test_accuracy_of_single_answers(tmp_path: Path, embedder: Embedder, image: s
 def test_accuracy_of_several_answers(tmp_path: Path, embedder: Embedder) -> None:
     rng = np.random.default_rng(2)
     votes = [np.bincount(rng.integers(0, len(ANSWERS) + 1, 10) // 2, minlength=len(ANSWERS) + 1) for _ in range(13)]
-    write_questions(tmp_path, [{"npy": npy(*some.tolist())} for some in votes])
+    write_questions(tmp_path, [{"npy": npy(some.astype(np.int16))} for some in votes])
     said = answered(embedder, tmp_path, list(range(13)))
     expected = [plain_accuracy(some.tolist(), answer) for some, answer in zip(votes, said, strict=True)]
     assert 0 < np.mean(expected) < 1
@@ -150,8 +139,8 @@ def test_what_is_wrong_with_a_set_is_told(tmp_path: Path, embedder: Embedder, to
         (
             ({}, "0.tar#1 has no answer"),
             ({"cls": b"10"}, "0.tar#1 has answer 10; 10"),
-            ({"npy": npy(1, 2)}, r"0.tar#1 has a KEY.npy of int16 \(2,\); .* 10 answers"),
-            ({"npy": npy(*[0] * 11)}, "0.tar#1 has no answer"),
+            ({"npy": npy(np.array([1, 2], np.int16))}, r"0.tar#1 has a KEY.npy of int16 \(2,\); .* 10 answers"),
+            ({"npy": npy(np.zeros(11, np.int16))}, "0.tar#1 has no answer"),
         )
     ):
         with pytest.raises(ValueError, match=told):

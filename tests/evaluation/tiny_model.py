@@ -3,13 +3,16 @@ image tower with a decoder."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from conftest import COLOURS, SHAPES, TOWER
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flipscale.evaluation.embedding import Embedder
+from flipscale.data.decode import decode_box
+from flipscale.data.sources.tar import TarSource
+from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "the", *COLOURS, *SHAPES]
@@ -26,6 +29,14 @@ def tiny_embedder(tokenizer_dir: str | Path, batch_size: int, projection_dim: in
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=batch_size)
+
+
+def pixels_of(embedder: Embedder, shards: str | Path, size: int = 32) -> torch.Tensor:
+    """All images as the model's processor has them, fp32 `(images, 3, size, size)`."""
+    source, vision = TarSource(str(shards)), embedder.model.config.vision_config
+    images = [decode_box(source.read(*where).image, None, size, (1.0, 1.0)) for where in SampleNumbers(source)]
+    pixels = torch.from_numpy(np.stack(images).astype(np.float32)) / 255
+    return ((pixels - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)).permute(0, 3, 1, 2)
 
 
 def tiny_writer(accelerator: Accelerator, batch_size: int = 16) -> Embedder:

@@ -67,13 +67,11 @@ preference. The intervals treat roles as independent draws, and pictures of one 
         return Scorer(add, lambda: self._results(couples, embedder.gathered(cosines, count)[:, 0].double().numpy()))
 
     def _results(self, couples: list[Couple], cosines: np.ndarray) -> list[Result]:
-        by_role: dict[str, list[float]] = {}
-        for couple in couples:
-            by_role.setdefault(couple.role, []).append(cosines[couple.man] - cosines[couple.woman])
+        _, roles_of, counts = np.unique([couple.role for couple in couples], return_inverse=True, return_counts=True)
+        differences = np.array([cosines[couple.man] - cosines[couple.woman] for couple in couples])
         # A tie is half a preference for each.
-        nearer = np.array([sum((d > 0) + (d == 0) / 2 for d in differences) for differences in by_role.values()])
-        counts = np.array([len(differences) for differences in by_role.values()])
-        sums = np.array([sum(differences) for differences in by_role.values()])
+        nearer = np.bincount(roles_of, (differences > 0) + (differences == 0) / 2)
+        sums = np.bincount(roles_of, differences)
         n, roles = int(counts.sum()), len(counts)
         mean = float(sums.sum() / n)
         deviation = float(np.sqrt(((sums - mean * counts) ** 2).sum() * roles / max(roles - 1, 1))) / n

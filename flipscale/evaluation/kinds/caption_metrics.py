@@ -160,10 +160,6 @@ _TOKEN = re.compile(
 
 
 def caption_words(caption: str) -> list[str]:
-    return [word for word in ptb_tokens(caption) if word not in _LEFT_OUT]
-
-
-def ptb_tokens(caption: str) -> list[str]:
-    """Return the tokens of a caption with punctuation, in lower case."""
     tokens = (match[0].lower() for match in _TOKEN.finditer(_FAR.sub(" ", caption)))
-    return [_WRITTEN.get(token, token) for token in tokens]
+    words = (_WRITTEN.get(token, token) for token in tokens)
+    return [word for word in words if word not in _LEFT_OUT]

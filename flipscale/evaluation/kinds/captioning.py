@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar import TarSource
@@ -32,7 +33,6 @@ class Captioning(Task):
 
     Args:
         metrics: metrics to compute; the first is the headline.
-        max_new_tokens: most tokens of a caption.
         num_beams: number of beams; 1 is greedy.
     """
 
@@ -56,7 +56,6 @@ Intervals are over images for fixed references; BLEU's is by the bootstrap."""
         return test_set.captions_of
 
     def evaluate(self, embedder: Embedder) -> list[Result]:
-        captioner(embedder)  # refuses a model without a decoder before the set is read
         test_set = TestSet.open(self.data)
         references = [[line for line in lines if line.strip()] for lines in test_set.captions(embedder)]
         generated = generated_captions(embedder, test_set.source, self.max_new_tokens, self.num_beams)
@@ -69,16 +68,8 @@ Intervals are over images for fixed references; BLEU's is by the bootstrap."""
         }
         results = []
         for metric in dict.fromkeys(self.metrics):
-            value, low, high = (100.0 * part for part in estimates[metric]())
-            results.append(
-                Result(
-                    *(self.name, self.kind, metric, value, len(candidates), low, high),
-                    unit="",
-                    label=_LABELS[metric],
-                    headline=metric == self.metrics[0],
-                    made_by=self.made_by,
-                )
-            )
+            estimate, headline, label = estimates[metric](), metric == self.metrics[0], _LABELS[metric]
+            results.append(self.estimated(metric, estimate, len(candidates), headline=headline, unit="", label=label))
             embedder.alive()
         return results
 
@@ -88,12 +79,11 @@ class Likelihood(LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
     `data` is laid out as for `zero_shot`. A class's score is the log-likelihood of its prompt under the decoder: the
-    sum over its tokens and the end, and the mean over several prompts. The decoder reads each prefix of the prompts for
-    each image, which costs a thousand times as much as captions for 1,000 classes. Use few prompts or few images.
+    sum over its tokens and the end, and the mean over several prompts. The decoder reads each prompt for each image,
+    which costs a thousand times as much as captions for 1,000 classes. Use few prompts or few images.
 
     Args:
         templates: prompts, as for `zero_shot`.
-        metric: the headline.
         images: number of test images, spread over the set; all by default.
     """
 
@@ -124,26 +114,22 @@ Intervals are those of zero-shot classification."""
             test_set = replace(test_set, source=ChosenRows(test_set.source, chosen))
         names, prompts = test_set.class_names(), self.prompts(test_set)
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
-        likelihoods = Likelihoods(embedder, texts, embedder.most_in_batch(len(test_set)))
+        likelihoods = Likelihoods(embedder, texts, embedder.share(len(test_set)).size)
         hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names)
         for rows, columns in embedder.image_columns(test_set.source):
             scores = likelihoods.of(columns)[: len(rows)]
             hits.add(scores.view(len(rows), len(names), len(prompts)).mean(dim=2))
-        return hits.results(self.metric)[0]
+        return hits.results(self.metric)
 
     def _zero_shot(self) -> ZeroShot:
         return ZeroShot(self.kind, self.data, self.name, templates=self.templates, metric=self.metric)
 
 
 def captioner(embedder: Embedder) -> Any:
+    """Return the embedder's model, or its image tower and decoder, as a `FlipForConditionalGeneration`."""
     from flipscale.model import FlipForConditionalGeneration
 
     model = embedder.model
-    if not hasattr(model, "vision_model") or not hasattr(model, "decoder"):
-        raise UserError(
-            f"{embedder.name or 'the model'} has no decoder, so it writes no captions; name a model that was trained "
-            "to, such as by loss.caption_weight"
-        )
     if isinstance(model, FlipForConditionalGeneration):
         return model
     with torch.device("meta"):
@@ -174,8 +160,6 @@ def generated_captions(embedder: Embedder, source: TarSource, max_new_tokens: in
 class Likelihoods:
     """Log-likelihoods of several texts as the caption of an image.
 
-    The decoder reads a common prefix such as "a photo of a" once for all texts that begin with it.
-
     Args:
         images: most images in a batch, the same on every process.
     """
@@ -184,20 +168,15 @@ class Likelihoods:
         from flipscale.model.modeling_flip_caption import caption_inputs
 
         self._embedder, self._model, self._images = embedder, captioner(embedder), images
-        config = self._model.config.decoder_config
+        config, device = self._model.config.decoder_config, embedder.accelerator.device
         tokens = tokenise_captions(embedder.tokenizer, texts, config.max_position_embeddings)
-        _, labels = caption_inputs(tokens["input_ids"], tokens["attention_mask"], config)
-        targets = [tuple(row[row >= 0].tolist()) for row in labels]
-        # This order puts texts with a common prefix side by side.
-        order = sorted(range(len(texts)), key=targets.__getitem__)
-        self._places = torch.tensor(order).argsort()
+        inputs, targets = (
+            part.to(device) for part in caption_inputs(tokens["input_ids"], tokens["attention_mask"], config)
+        )
         # Images times texts in one decoder batch: about as many as the embedder's batch has images.
         self._group = min(images, max(1, embedder.batch_size // len(texts)))
-        together, device = max(1, embedder.batch_size // self._group), embedder.accelerator.device
-        self._parts = [
-            _prefix_steps([targets[number] for number in order[first : first + together]], device)
-            for first in range(0, len(order), together)
-        ]
+        together = max(1, embedder.batch_size // self._group)
+        self._parts = list(zip(inputs[:, 1:].split(together), targets.split(together), strict=True))
 
     def of(self, columns: dict[str, Any]) -> torch.Tensor:
         """Collective for a sharded model. Return the log-likelihood of each text in nats, fp32 `(images, texts)`, CPU.
@@ -213,55 +192,15 @@ class Likelihoods:
                 first_token = self._model.config.decoder_config.bos_token_id
                 begin = group.new_full((len(group), 1), first_token, dtype=torch.int64)
                 begun = self._model.decoder(begin, group, use_cache=True)
-                scores.append(torch.cat([self._of_part(begun, steps) for steps in self._parts], dim=1))
-        return torch.cat(scores)[: len(image_tokens), self._places].cpu()
+                scores.append(torch.cat([self._of_part(begun, *part) for part in self._parts], dim=1))
+        return torch.cat(scores)[: len(image_tokens)].cpu()
 
-    def _of_part(self, begun: Any, steps: list["_Step"]) -> torch.Tensor:
+    def _of_part(self, begun: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the log-likelihoods `(images, texts)` of some texts, after the decoder read the first token."""
-        cache, logits = copy.deepcopy(begun.cache), begun.logits
-        of_images = [(layer.keys, layer.values) for layer in begun.cache.cross_attention_cache.layers]
-        images, device = len(logits), logits.device
-        scores = torch.zeros(images, len(steps[0].texts), device=device)
-        for step in steps:
-            if step.tokens is not None:
-                before = torch.arange(images, device=device)[:, None] * logits.shape[1]
-                cache.self_attention_cache.batch_select_indices((before + step.parents).flatten())
-                for layer, kept in zip(cache.cross_attention_cache.layers, of_images, strict=True):
-                    # For a single image, these are views.
-                    layer.keys, layer.values = (
-                        part[:, None].expand(-1, len(step.tokens), *part.shape[1:]).flatten(0, 1) for part in kept
-                    )
-                output = self._model.decoder(step.tokens.repeat(images)[:, None], None, cache=cache, use_cache=True)
-                logits = output.logits.unflatten(0, (images, -1))[:, :, -1]
-            log_probs = logits.float().log_softmax(dim=-1)
-            scores[:, step.texts] += log_probs[:, step.prefixes, step.targets]
-        return scores
-
-
-class _Step(NamedTuple):
-    """One decoder step over several texts: each distinct prefix once, and the next token of each text."""
-
-    tokens: torch.Tensor | None  # last token of each prefix, int64 `(prefixes,)`; None for the empty prefix
-    parents: torch.Tensor  # index, in the step before, of each prefix without its last token
-    texts: torch.Tensor  # index of each text that has a token here
-    prefixes: torch.Tensor  # index of the prefix of each of these texts
-    targets: torch.Tensor  # next token of each of these texts
-
-
-def _prefix_steps(texts: list[tuple[int, ...]], device: Any) -> list[_Step]:
-    steps: list[_Step] = []
-    parents: dict[tuple[int, ...], int] = {(): 0}
-    for length in range(max(map(len, texts))):
-        longer = [place for place, text in enumerate(texts) if len(text) > length]
-        prefixes = {prefix: place for place, prefix in enumerate(dict.fromkeys(texts[p][:length] for p in longer))}
-        columns = (
-            [prefix[-1] for prefix in prefixes] if length else [],
-            [parents[prefix[:-1]] for prefix in prefixes],
-            longer,
-            [prefixes[texts[place][:length]] for place in longer],
-            [texts[place][length] for place in longer],
-        )
-        tokens, *others = (torch.tensor(column, dtype=torch.int64, device=device) for column in columns)
-        steps.append(_Step(tokens if length else None, *others))
-        parents = prefixes
-    return steps
+        images, texts = len(begun.logits), len(inputs)
+        cache = copy.deepcopy(begun.cache)
+        cache.batch_repeat_interleave(texts)
+        output = self._model.decoder(inputs.repeat(images, 1), None, cache=cache, use_cache=True)
+        logits = torch.cat([begun.logits.repeat_interleave(texts, dim=0), output.logits], dim=1).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), targets.repeat(images, 1), reduction="none")
+        return -losses.sum(dim=1).view(images, texts)

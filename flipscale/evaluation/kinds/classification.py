@@ -16,10 +16,8 @@ from flipscale.io.errors import UserError
 class Classification(LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
-    `data` has shards with `KEY.cls`, and beside them `classnames.txt` with the classes of the model's head.
-
-    Args:
-        metric: the headline.
+    `data` has shards with `KEY.cls`, and beside them `classnames.txt` with the classes of the model's head. `metric`
+    is the headline.
     """
 
     metric: Literal["top1", "mean_per_class"] = "top1"
@@ -45,4 +43,4 @@ and leaves out classes without images."""
         for rows, columns in embedder.image_columns(test_set.source):
             with torch.no_grad(), embedder.accelerator.autocast():
                 hits.add(embedder.image_features(**columns).float().cpu()[: len(rows)])
-        return hits.results(self.metric)[0]
+        return hits.results(self.metric)

@@ -14,8 +14,8 @@ import torch
 
 from flipscale.data.randomness import keyed_uniform
 from flipscale.evaluation.embedding import ChosenRows, Embedder
-from flipscale.evaluation.intervals import student, wilson
-from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total, total_of
+from flipscale.evaluation.intervals import Estimate, student, wilson
+from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total
 from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -71,12 +71,17 @@ training images. Its interval counts both the draws (Student's t) and the test i
             seen += len(rows)
             for number, classifier in enumerate(classifiers):
                 right[number] += int((classifier.scores(features).argmax(dim=1) == batch).sum())
-        hits = np.array(embedder.total(right)).reshape(len(self.shots), len(self.seeds))
-        chance = 100.0 / len(sets.class_names)
-        return [
-            self._result(shots, by_seed, len(sets.test), chance)
-            for shots, by_seed in zip(self.shots, hits, strict=True)
-        ]
+        n, draws, chance, results = len(sets.test), len(self.seeds), 100.0 / len(sets.class_names), []
+        for shots, hits in zip(self.shots, np.array(embedder.total(right)).reshape(-1, draws), strict=True):
+            mean = float(hits.mean()) / n
+            low, high = wilson(mean * n, n)
+            spread = student(draws - 1) * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0
+            share = Estimate(
+                mean, max(mean - math.hypot(mean - low, spread), 0.0), min(mean + math.hypot(high - mean, spread), 1.0)
+            )
+            label, headline = f"{shots}-shot top-1", shots == self.shots[-1]
+            results.append(self.estimated(f"{shots}_shot", share, n, chance, headline, label=label))
+        return results
 
     def _sets(self) -> LabelledSets:
         return LabelledSets.open(self.train or self.data, self.data)
@@ -89,27 +94,13 @@ training images. Its interval counts both the draws (Student's t) and the test i
         drawn = np.flatnonzero(np.min(ranks, axis=0) < max(self.shots))
         mine = drawn[embedder.rows(len(drawn))]
         features = embedder.uncounted().my_images(ChosenRows(source, drawn), "pooled")
-        device, total = embedder.accelerator.device, total_of(embedder)
+        device, total = embedder.accelerator.device, embedder.accelerator.reduce
         known = Rows(features, labels[torch.from_numpy(mine)]).to(device)
         return [
             ridge(known.where(torch.from_numpy(rank[mine] < shots).to(device)), num_classes, total)
             for shots in self.shots
             for rank in ranks
         ]
-
-    def _result(self, shots: int, hits: np.ndarray, n: int, chance: float) -> Result:
-        mean, draws = float(hits.mean()) / n, len(hits)
-        low, high = wilson(mean * n, n)
-        spread = student(draws - 1) * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0
-        return Result(
-            *(self.name, self.kind, f"{shots}_shot", 100.0 * mean, n),
-            low=100.0 * max(mean - math.hypot(mean - low, spread), 0.0),
-            high=100.0 * min(mean + math.hypot(high - mean, spread), 1.0),
-            label=f"{shots}-shot top-1",
-            chance=chance,
-            headline=shots == self.shots[-1],
-            made_by=self.made_by,
-        )
 
 
 def ridge(rows: Rows, num_classes: int, total: Total) -> LinearClassifier:

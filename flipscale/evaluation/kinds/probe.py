@@ -8,7 +8,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import cv2
@@ -41,8 +42,8 @@ _BLOCK = 16_384  # rows multiplied at once: with 1,000 classes, 130 MB of fp64 s
 _FIRST_STD = 0.01  # of the first weights of MAE's head
 _NORM_EPS, _NORM_MOMENTUM = 1e-6, 0.1  # of the batch norm before MAE's head
 
+# Collective. Returns the sum of a tensor over the processes.
 Total = Callable[[torch.Tensor], torch.Tensor]
-"""Collective. Returns the sum of a tensor over the processes."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,10 @@ class LarsRecipe:
 
     Args:
         base_lr: learning rate for 256 images.
-        batch_size: images in a step, over all processes.
         warmup_epochs: epochs of a linear rise from zero; a cosine to zero follows.
         trust: factor of the ratio of a matrix's norm to its gradient's norm. Vectors move by the rate alone.
         batch_norm: whether to normalise each feature over the batch, as MAE's head does, without scale and shift.
         crop_scale: least and largest share of an image's area in a crop.
-        seed: seed of weights, order and crops.
     """
 
     base_lr: Positive = 0.01
@@ -75,13 +74,6 @@ class LarsRecipe:
             raise UserError(f"lars.crop_scale is {least} {most}; give the least share first")
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"lars.epochs is {self.epochs}; expected more than lars.warmup_epochs {self.warmup_epochs}")
-
-    def check(self, num_images: int) -> None:
-        if self.batch_size > num_images:
-            raise UserError(
-                f"lars.batch_size is {self.batch_size:,}; expected at most the {num_images:,} training images. Fix: "
-                f"write lars: {{batch_size: {max(num_images // 4, 1)}}}"
-            )
 
     def rate(self, epoch: float) -> float:
         peak = self.base_lr * self.batch_size / 256
@@ -102,21 +94,22 @@ class LabelledSets(NamedTuple):
     @classmethod
     def open(cls, train: str, test: str, validation: str = "") -> "LabelledSets":
         """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`."""
-        learned, asked = TestSet.open(train, "train"), TestSet.open(test)
-        chosen_on = TestSet.open(validation, "validation") if validation else None
-        names = learned.class_names()
+        sets = [TestSet.open(train, "train"), TestSet.open(test)]
+        if validation:
+            sets.append(TestSet.open(validation, "validation"))
+        names = sets[0].class_names()
         if len(names) < 2:
             raise UserError(f"{train} has {len(names)} class; a probe needs 2 or more")
-        for one in (learned, asked, *([chosen_on] if chosen_on is not None else [])):
+        for one in sets:
             if not len(one):
                 raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls beside each image")
             if (theirs := one.class_names()) != names:
-                differing = next((pair for pair in zip(names, theirs, strict=False) if pair[0] != pair[1]), None)
-                about = f"{differing[0]!r} and {differing[1]!r}" if differing else f"{len(names)} and {len(theirs)}"
+                own, other = next(pair for pair in zip_longest(names, theirs) if pair[0] != pair[1])
                 raise UserError(
-                    f"the classes of {train} and {one.data} differ: {about}; use sets with the same classnames.txt"
+                    f"the classes of {train} and {one.data} differ: {own!r} and {other!r}; use sets with the same "
+                    "classnames.txt"
                 )
-        return cls(names, learned, asked, chosen_on)
+        return cls(names, sets[0], sets[1], sets[2] if validation else None)
 
 
 class Rows(NamedTuple):
@@ -143,11 +136,8 @@ class LinearClassifier(NamedTuple):
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """Return the class scores of features on any device, fp64 `(rows, classes)` on the CPU."""
-        parts = [
-            F.linear(part.to(self.weight.device, self.weight.dtype), self.weight, self.bias).cpu()
-            for part in features.split(_BLOCK)
-        ]
-        return torch.cat(parts)
+        parts = (part.to(self.weight.device, self.weight.dtype) for part in features.split(_BLOCK))
+        return torch.cat([F.linear(part, self.weight, self.bias).cpu() for part in parts])
 
 
 class Fit(NamedTuple):
@@ -173,7 +163,6 @@ class Probe(LabelledTask):
         features: `pooled`, before the projection and not normalised; or `embeds`, after it and of unit length.
         l2: penalty of `lbfgs`, scikit-learn's 1 / C. By default it is searched, and the last fit includes the
             validation images.
-        lars: training by `lars`.
         seed: seed of the validation images' draw.
     """
 
@@ -196,9 +185,12 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             raise UserError("solver is lars, which takes neither l2 nor validation; use solver lbfgs")
 
     def check(self) -> None:
-        sets = self._sets()
-        if self.solver == "lars":
-            self.lars.check(len(sets.train))
+        num_images, size = len(self._sets().train), self.lars.batch_size
+        if self.solver == "lars" and size > num_images:
+            raise UserError(
+                f"lars.batch_size is {size:,}; expected at most the {num_images:,} training images. Fix: write lars: "
+                f"{{batch_size: {max(num_images // 4, 1)}}}"
+            )
 
     def other_sets(self) -> list[TestSet]:
         train = TestSet.open(self.train or self.data, "train")
@@ -231,8 +223,7 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
         return LabelledSets.open(self.train or self.data, self.data, self.validation)
 
     def _regression(self, embedder: Embedder, sets: LabelledSets) -> tuple[LinearClassifier, dict[str, Any]]:
-        """Collective. Return the classifier by logistic regression, and the figures of its fit."""
-        num_classes, total = len(sets.class_names), total_of(embedder)
+        num_classes, total = len(sets.class_names), embedder.accelerator.reduce
         known = _embedded(embedder, sets.train, sets.class_names, self.features)
         _check_every_class(sets, known.labels, total)
         l2, start, about = self.l2, None, {}
@@ -260,11 +251,6 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             last = fit(known, num_classes, l2, total, start=start, step_done=step_done)
         about |= {"l2": l2, "iterations": last.iterations, "converged": last.converged, "objective": last.objective}
         return last.classifier, about
-
-
-def total_of(embedder: Embedder) -> Total:
-    """Return the sum over the embedder's processes, for tensors on its device."""
-    return partial(embedder.accelerator.reduce, reduction="sum")
 
 
 def fit(
@@ -381,26 +367,9 @@ def best_penalty(accuracy: Callable[[int], float]) -> tuple[int, float]:
     return peak, known(peak)
 
 
-class Lars:
-    """LARS without weight decay (You et al. 2017, in MAE's form): only matrices use the ratio of norms. It changes the
-    parameters in place."""
-
-    def __init__(self, parameters: list[torch.Tensor], momentum: float, trust: float):
-        self._parameters, self._momentum, self._trust = parameters, momentum, trust
-        self._moving = [torch.zeros_like(parameter) for parameter in parameters]
-
-    def step(self, gradients: list[torch.Tensor], rate: float) -> None:
-        for parameter, gradient, moving in zip(self._parameters, gradients, self._moving, strict=True):
-            ratio = 1.0
-            if parameter.ndim > 1:
-                norms = parameter.norm().item(), gradient.norm().item()
-                ratio = self._trust * norms[0] / norms[1] if all(norms) else 1.0
-            moving.mul_(self._momentum).add_(gradient, alpha=ratio)
-            parameter.sub_(moving, alpha=rate)
-
-
 class Head:
-    """The classifier during training by LARS: fp64, the same on all processes."""
+    """The classifier during training by LARS without weight decay (You et al. 2017, in MAE's form): fp64, the same on
+    all processes."""
 
     def __init__(self, dim: int, num_classes: int, recipe: LarsRecipe, total: Total, device: torch.device | str):
         draws = torch.Generator().manual_seed(recipe.seed)
@@ -408,23 +377,32 @@ class Head:
         self.weight = weight.to(device)
         self.bias = self.weight.new_zeros(num_classes)
         self._mean, self._variance = self.weight.new_zeros(dim), self.weight.new_ones(dim)
-        self._batch_norm, self._total = recipe.batch_norm, total
-        self._lars = Lars([self.weight, self.bias], recipe.momentum, recipe.trust)
+        self._moving = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self._recipe, self._total = recipe, total
 
     def learn(self, rows: Rows, count: int, rate: float) -> float:
         """Collective. Take one step on this process's `rows` of a batch of `count`, and return the batch's loss."""
-        features = self._normalised(rows.features, count) if self._batch_norm else rows.features
+        features = self._normalised(rows.features, count) if self._recipe.batch_norm else rows.features
         weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
         loss = F.cross_entropy(F.linear(features, weight, bias), rows.labels, reduction="sum")
         gradients = torch.autograd.grad(loss, (weight, bias))
         sums = self._total(torch.cat([loss.detach()[None], *(one.flatten() for one in gradients)])) / count
         mean_loss, of_weight, of_bias = sums.split([1, weight.numel(), len(bias)])
-        self._lars.step([of_weight.view_as(weight), of_bias], rate)
+        self.step([of_weight.view_as(weight), of_bias], rate)
         return mean_loss.item()
+
+    def step(self, gradients: list[torch.Tensor], rate: float) -> None:
+        """Change weights and biases. Only the weights use the ratio of norms."""
+        (of_weight, _), norm = gradients, self.weight.norm().item()
+        ratio = self._recipe.trust * norm / of_weight.norm().item() if norm and of_weight.any() else 1.0
+        parts = zip((self.weight, self.bias), gradients, self._moving, (ratio, 1.0), strict=True)
+        for parameter, gradient, moving, factor in parts:
+            moving.mul_(self._recipe.momentum).add_(gradient, alpha=factor)
+            parameter.sub_(moving, alpha=rate)
 
     def classifier(self) -> LinearClassifier:
         """Return the classifier of raw features, with the batch norm folded into it."""
-        if not self._batch_norm:
+        if not self._recipe.batch_norm:
             return LinearClassifier(self.weight, self.bias)
         weight = self.weight / (self._variance + _NORM_EPS).sqrt()
         return LinearClassifier(weight, self.bias - weight @ self._mean)
@@ -444,8 +422,7 @@ def train_by_lars(
 
     Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
     not depend on the number of processes, but for rounding."""
-    source, num_classes, total = sets.train.source, len(sets.class_names), total_of(embedder)
-    recipe.check(len(source))
+    source, num_classes, total = sets.train.source, len(sets.class_names), embedder.accelerator.reduce
     mine = sets.train.labels(embedder, num_classes)
     _check_every_class(sets, mine.to(embedder.accelerator.device), total)
     labels = embedder.gathered(mine[:, None], len(source))[:, 0]
@@ -455,7 +432,7 @@ def train_by_lars(
         for epoch in range(recipe.epochs):
             order = keyed_permutation(recipe.seed, "probe order", epoch, len(source))[: steps * size]
             crops = RandomCrops(source, order, epoch, embedder.image_size, recipe.crop_scale, recipe.seed)
-            per_round = quiet.most_in_batch(len(crops)) * embedder.accelerator.num_processes
+            per_round = quiet.share(len(crops)).size * embedder.accelerator.num_processes
             places, rows, step = torch.empty(0, dtype=torch.int64), None, 0
             for number, (new_places, embeds) in enumerate(quiet.image_batches(crops, features), 1):
                 new = Rows(embeds.double(), labels[torch.from_numpy(order)[new_places]])

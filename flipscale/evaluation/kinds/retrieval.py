@@ -16,6 +16,8 @@ from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count
 
+_Side = tuple[torch.Tensor, torch.Tensor]  # embeddings, and the number of each one's image or group of images
+
 
 @dataclass(frozen=True)
 class Retrieval(StreamedTask):
@@ -63,22 +65,20 @@ so their interval counts as many queries as the variance between images shows.""
 
         def results() -> list[Result]:
             images = embedder.gathered(my_images, len(captions))
+            sides = (texts, text_ids), (images, image_ids)
             return [
-                *self._recalls(embedder, "text_to_image", texts, images, text_ids, image_ids),
-                *self._recalls(embedder, "image_to_text", images, texts, image_ids, text_ids),
+                *self._recalls(embedder, "text_to_image", *sides),
+                *self._recalls(embedder, "image_to_text", *reversed(sides)),
             ]
 
         return Scorer(add, results)
 
-    def _recalls(
-        self, embedder: Embedder, way: str,
-        queries: torch.Tensor, targets: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor,
-    ) -> list[Result]:  # fmt: skip
-        """Collective. Return the results of one direction, one for each k."""
+    def _recalls(self, embedder: Embedder, way: str, asked: _Side, answers: _Side) -> list[Result]:
+        (queries, query_ids), (targets, target_ids) = asked, answers
         n = len(queries)
         mine = torch.zeros(len(embedder.rows(n)), len(self.ks), dtype=torch.uint8)
         first = 0
-        for batch in embedder.batches(n):
+        for batch in embedder.share(n).batches():
             rows = slice(batch.start, batch.stop)
             scores = queries[rows] @ targets.t()
             for column, k in enumerate(self.ks):

@@ -89,14 +89,12 @@ class Task(ABC):
         return self.estimated(metric, Estimate(hits / n, *wilson(hits, n)), n, chance, headline)
 
     def estimated(
-        self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True
+        self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True, **shown: str
     ) -> Result:
-        return Result(
-            *(self.name, self.kind, metric, 100.0 * estimate.value, n, 100.0 * estimate.low, 100.0 * estimate.high),
-            chance=chance,
-            headline=headline,
-            made_by=self.made_by,
-        )
+        """Return 100 times the estimate; `shown` are its unit and label, if not `%` and the metric's name."""
+        value, low, high = (100.0 * part for part in estimate)
+        about: dict[str, Any] = {"chance": chance, "headline": headline, "made_by": self.made_by, **shown}
+        return Result(self.name, self.kind, metric, value, n, low, high, **about)
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -184,8 +182,8 @@ class ClassHits:
         sums = np.array(self._embedder.total([*self._hits.tolist(), *self._right.tolist(), *images.tolist()]))
         return sums[: len(self._ks)].tolist(), *np.split(sums[len(self._ks) :], 2)
 
-    def results(self, metric: str) -> tuple[list[Result], list[int]]:
-        """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`, and the hits at 1 and 5.
+    def results(self, metric: str) -> list[Result]:
+        """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
 
         Args:
             metric: the headline; `top1` makes `top5` a headline too.
@@ -201,4 +199,4 @@ class ClassHits:
             results.append(task.proportion("top5", top5, n, 5 * chance, headline=metric in ("top1", "top5")))
         mean = mean_per_class(right, counts)
         results.append(task.estimated("mean_per_class", mean, n, chance, headline=metric == "mean_per_class"))
-        return results, hits
+        return results

@@ -10,7 +10,7 @@ import torch
 
 from flipscale.data.captions import tokenise
 from flipscale.evaluation.embedding import ChosenRows, Embedder
-from flipscale.evaluation.intervals import mean_estimate
+from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
@@ -74,26 +74,16 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
         named = [*answers, ""]
         yes_no = [named[max(votes, key=votes.__getitem__)] in ("yes", "no") for _, votes in mine]
         table = embedder.gathered(torch.tensor([scores, yes_no], dtype=torch.float64).T, len(test_set)).numpy()
-        return self._results(table[:, 0], table[:, 1] > 0)
-
-    def _results(self, scores: np.ndarray, yes_no: np.ndarray) -> list[Result]:
-        results = []
+        all_scores, is_yes_no, results = table[:, 0], table[:, 1] > 0, []
         for metric, label, chosen in (
-            ("accuracy", "VQA accuracy", np.ones(len(scores), bool)),
-            ("accuracy_yes_no", "VQA accuracy, yes or no", yes_no),
-            ("accuracy_other", "VQA accuracy, other", ~yes_no),
+            ("accuracy", "VQA accuracy", np.ones(len(table), bool)),
+            ("accuracy_yes_no", "VQA accuracy, yes or no", is_yes_no),
+            ("accuracy_other", "VQA accuracy, other", ~is_yes_no),
         ):
             if chosen.any():
-                value, low, high = mean_estimate(scores[chosen])
-                results.append(
-                    Result(
-                        *(self.name, self.kind, metric, 100.0 * value, int(chosen.sum()), 100.0 * low),
-                        high=min(100.0 * high, 100.0),
-                        label=label,
-                        headline=metric == "accuracy",
-                        made_by=self.made_by,
-                    )
-                )
+                value, low, high = mean_estimate(all_scores[chosen])
+                share, headline = Estimate(value, low, min(high, 1.0)), metric == "accuracy"
+                results.append(self.estimated(metric, share, int(chosen.sum()), headline=headline, label=label))
         return results
 
 

@@ -5,14 +5,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import ClassHits, Scorer, StreamedTask
-from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, mean_of_two, roc_auc
+from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import TEMPLATES
 from flipscale.evaluation.test_set import TestSet, of_my_rows, read_text
@@ -24,15 +24,15 @@ _MOST_TEXTS = 10_000_000
 _log = logging.getLogger(__name__)
 
 
-class Classifier(NamedTuple):
-    """Class names and their embeddings, `(dim, classes)` of unit length."""
+Scores = Callable[[torch.Tensor], torch.Tensor]
 
-    names: list[str]
-    weights: torch.Tensor
 
-    def scores(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Return 100 times the cosine of each image `(images, dim)` and each class: `(images, classes)`."""
-        return 100.0 * embeds @ self.weights
+def classifier(embedder: Embedder, class_names: list[str], templates: list[str]) -> Scores:
+    """Collective. Return a function from embeddings `(images, dim)` to 100 times their cosines with the classes,
+    `(images, classes)`."""
+    prompts = [template.replace("{c}", name) for name in class_names for template in templates]
+    weights = embedder.texts(prompts, together=len(templates)).t().contiguous()
+    return lambda embeds: 100.0 * embeds @ weights
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,12 @@ class PromptedTask(StreamedTask):
     hub_task: ClassVar[str] = "zero-shot-image-classification"
 
     def __post_init__(self) -> None:
-        if self.templates is None:
-            return
-        if isinstance(self.templates, str):
-            if self.templates not in TEMPLATES:
-                raise UserError(f"templates is {self.templates!r}; use {', '.join(TEMPLATES)}, or a list of prompts")
-            return
-        if not self.templates:
-            raise UserError("templates is []; list one prompt or more, with {c} for the name")
-        _check_prompts(self.templates, "templates")
+        if isinstance(self.templates, list):
+            if not self.templates:
+                raise UserError("templates is []; list one prompt or more, with {c} for the name")
+            _check_prompts(self.templates, "templates")
+        elif self.templates not in (None, *TEMPLATES):
+            raise UserError(f"templates is {self.templates!r}; use {', '.join(TEMPLATES)}, or a list of prompts")
 
     def check(self) -> None:
         super().check()
@@ -79,13 +76,8 @@ class PromptedTask(StreamedTask):
         _check_prompts([prompt for prompt in prompts if prompt], self.data)
         return prompts
 
-    def classifier(self, embedder: Embedder, test_set: TestSet) -> Classifier:
+    def classifier(self, embedder: Embedder, test_set: TestSet) -> Scores:
         return classifier(embedder, test_set.class_names(), self.prompts(test_set))
-
-
-def classifier(embedder: Embedder, class_names: list[str], templates: list[str]) -> Classifier:
-    prompts = [template.replace("{c}", name) for name in class_names for template in templates]
-    return Classifier(class_names, embedder.texts(prompts, together=len(templates)).t().contiguous())
 
 
 @dataclass(frozen=True)
@@ -96,13 +88,13 @@ class ZeroShot(PromptedTask):
     `templates`, `zeroshot_classification_templates.txt`.
 
     Args:
-        metric: the headline; `mean_top1_top5` and `roc_auc` (two classes) are computed only if named.
+        metric: the headline; `roc_auc` (two classes) is computed only if named.
         labels: a JSON file beside the class names with a list of class numbers for each image in shard order, such as
             ImageNet-ReaL's. It replaces `KEY.cls`, and the only result is `any_label`: the share of labelled images
             whose nearest class is one of their labels.
     """
 
-    metric: Literal["top1", "top5", "mean_per_class", "mean_top1_top5", "roc_auc"] = "top1"
+    metric: Literal["top1", "top5", "mean_per_class", "roc_auc"] = "top1"
     labels: str | None = None
 
     protocol: ClassVar[str] = """Zero-shot classification: whole images, the short side resized to the model's size and
@@ -115,9 +107,12 @@ images. The interval of an AUC is DeLong's."""
         super().check()
         test_set = TestSet.open(self.data)
         num_classes = len(test_set.class_names())
-        self._check_num_classes(num_classes)
+        if self.metric == "roc_auc" and num_classes != 2:
+            raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
+        if self.metric == "top5" and num_classes < 5:
+            raise UserError(f"{self.data} has {num_classes} classes; top5 needs five or more")
         if self.labels is not None:
-            self._label_sets(test_set, num_classes)
+            self._label_sets(test_set)
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         if self.labels is not None:
@@ -125,26 +120,23 @@ images. The interval of an AUC is DeLong's."""
         return partial(test_set.label, len(test_set.class_names()))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        num_classes, n, metric = len(test_set.class_names()), len(test_set), self.metric
+        names, n, metric = test_set.class_names(), len(test_set), self.metric
         if self.labels is not None:
-            return self._any_label_scorer(embedder, test_set, self._label_sets(test_set, num_classes))
-        self._check_num_classes(num_classes)
-        labels = test_set.labels(embedder, num_classes)
-        classes = self.classifier(embedder, test_set)
-        counted = ClassHits(self, embedder, labels, classes.names)
+            return self._any_label_scorer(embedder, test_set)
+        labels = test_set.labels(embedder, len(names))
+        score = self.classifier(embedder, test_set)
+        counted = ClassHits(self, embedder, labels, names)
         # For two classes: the second score minus the first, and the label.
-        leads = torch.zeros(len(labels), 2)
+        leads = torch.zeros(len(labels) if metric == "roc_auc" else 0, 2)
 
         def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            scores = classes.scores(embeds)
+            scores = score(embeds)
             counted.add(scores)
             if metric == "roc_auc":
                 leads[mine] = torch.stack([scores[:, 1] - scores[:, 0], labels[mine].float()], dim=1)
 
         def results() -> list[Result]:
-            results, hits = counted.results(metric)
-            if metric == "mean_top1_top5":
-                results.append(self.estimated(metric, mean_of_two(hits[0], hits[1], n), n, 300.0 / num_classes))
+            results = counted.results(metric)
             if metric == "roc_auc":
                 lead, label = embedder.gathered(leads, n).numpy().T
                 if len(set(label.tolist())) < 2:
@@ -154,47 +146,31 @@ images. The interval of an AUC is DeLong's."""
 
         return Scorer(add, results)
 
-    def _any_label_scorer(self, embedder: Embedder, test_set: TestSet, label_sets: list[list[int]]) -> Scorer:
-        classes, mine = self.classifier(embedder, test_set), [0]
+    def _any_label_scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+        label_sets, score, mine = self._label_sets(test_set), self.classifier(embedder, test_set), [0]
 
         def add(_: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            nearest = classes.scores(embeds).argmax(dim=1).tolist()
+            nearest = score(embeds).argmax(dim=1).tolist()
             mine[0] += sum(best in label_sets[row] for row, best in zip(rows.tolist(), nearest, strict=True))
 
         def results() -> list[Result]:
             sizes = [len(set(labels)) for labels in label_sets if labels]
-            chance = 100.0 * sum(sizes) / len(sizes) / len(classes.names)
+            chance = 100.0 * sum(sizes) / len(sizes) / len(test_set.class_names())
             (hits,) = embedder.total(mine)
             return [self.proportion("any_label", hits, len(sizes), chance)]
 
         return Scorer(add, results)
 
-    def _check_num_classes(self, num_classes: int) -> None:
-        if self.metric == "roc_auc" and num_classes != 2:
-            raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
-        if self.metric in ("top5", "mean_top1_top5") and num_classes < 5:
-            raise UserError(f"{self.data} has {num_classes} classes; {self.metric} needs five or more")
-
-    def _label_sets(self, test_set: TestSet, num_classes: int) -> list[list[int]]:
-        path = f"{test_set.data}/{self.labels}"
-        text = read_text(test_set.data, str(self.labels))
-        if text is None:
-            raise UserError(f"{path} is missing; it lists the class numbers of each image")
+    def _label_sets(self, test_set: TestSet) -> list[list[int]]:
+        path, count = f"{self.data}/{self.labels}", len(TestSet.open(self.data))
         try:
-            rows = json.loads(text)
+            rows = json.loads(read_text(self.data, str(self.labels)) or "null")
         except ValueError as error:
             raise UserError(f"{path} is no JSON ({error}); write it anew") from error
-        count = len(TestSet.open(self.data))
-        if not isinstance(rows, list) or len(rows) != count or not all(isinstance(row, list) for row in rows):
-            content = f"{len(rows)} lists" if isinstance(rows, list) else type(rows).__name__
-            raise UserError(f"{path} has {content}; it must list the classes of {count} images")
-        wrong = [number for row in rows for number in row if number not in range(num_classes)]
-        if wrong:
-            raise UserError(f"{path} has class {wrong[0]}; {num_classes} names are listed")
-        rows = [rows[number] for number in test_set.row_numbers]
-        if not any(rows):
-            raise UserError(f"{path} has no label of any image; write it anew")
-        return rows
+        if not isinstance(rows, list) or len(rows) != count or not any(rows):
+            has = f"has {len(rows)} lists" if isinstance(rows, list) else "has no list"
+            raise UserError(f"{path} {has}; it must list the class numbers of each of {count} images")
+        return [rows[number] for number in test_set.row_numbers]
 
 
 @dataclass(frozen=True)
@@ -202,10 +178,7 @@ class ZeroShotMultilabel(PromptedTask):
     """`map11`, over VOC 2007's eleven points, and `map`, CLIP_benchmark's plain mean average precision, in percent.
 
     `data` is laid out as for `zero_shot`, with `KEY.npy` in place of `KEY.cls`: an array with 1 for each class of the
-    image, else 0. Every process holds the scores of all images and classes, 5 bytes each.
-
-    Args:
-        metric: the headline.
+    image, else 0. Every process holds the scores of all images and classes, 5 bytes each. `metric` is the headline.
     """
 
     metric: Literal["map11", "map"] = "map11"
@@ -221,23 +194,23 @@ images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations over 
         return partial(test_set.label_set, len(test_set.class_names()))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        num_classes, n = len(test_set.class_names()), len(test_set)
-        labels = of_my_rows(embedder, test_set.source, partial(test_set.label_set, num_classes))
-        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(len(labels), num_classes))
-        classes = self.classifier(embedder, test_set)
-        my_scores = torch.zeros(len(labels), num_classes)
+        names, n = test_set.class_names(), len(test_set)
+        labels = of_my_rows(embedder, test_set.source, partial(test_set.label_set, len(names)))
+        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(len(labels), len(names)))
+        score = self.classifier(embedder, test_set)
+        my_scores = torch.zeros(len(labels), len(names))
 
         def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            my_scores[mine] = classes.scores(embeds)
+            my_scores[mine] = score(embeds)
 
         def results() -> list[Result]:
             scores = embedder.gathered(my_scores, n).numpy()
             positive = embedder.gathered(my_labels, n).numpy().astype(bool)
             positives = positive.sum(axis=0)
-            empty = [name for name, count in zip(classes.names, positives, strict=True) if not count]
+            empty = [name for name, count in zip(names, positives, strict=True) if not count]
             if empty and embedder.accelerator.is_main_process:
                 message = "%s: %d of %d classes have no image, such as %r; each counts as 0"
-                _log.warning(message, self.name, len(empty), num_classes, empty[0])
+                _log.warning(message, self.name, len(empty), len(names), empty[0])
             chance = 100.0 * average_precision_chance(positives, n)
             eleven, plain = (mean_average_precision(scores, positive, points) for points in (True, False))
             return [

@@ -228,29 +228,27 @@ def times_to_equal(curves: Sequence[Curve]) -> list[str]:
     """Return a sentence for each pair of recipes: how much sooner the better one reaches the other's final result.
 
     The result is the first headline that all runs have. The interval is over seeds, of the logarithms of the ratios."""
-    names = [name for name in headlines(curves) if all(curve.course(name) for curve in curves)]
+    name = next((name for name in headlines(curves) if all(curve.course(name) for curve in curves)), None)
     sentences: list[str] = []
-    for pair in combinations(by_recipe(curves), 2) if names else ():
-        ends = [[curve.course(names[0])[-1].result for curve in group] for group in pair]
-        means = [float(np.mean([result.value for result in group])) for group in ends]
-        better = int((means[1] > means[0]) == ends[0][0].higher_is_better and means[0] != means[1])
-        sentences.append(_sentence(pair[better], pair[1 - better], ends[1 - better], names[0]))
-    return sentences
-
-
-def _sentence(better: Sequence[Curve], worse: Sequence[Curve], ends: Sequence[Result], name: str) -> str:
-    ratios = []
-    for curve, baseline, end in zip(better, worse, ends, strict=False):
-        seconds = seconds_to(curve, name, end.value)
+    for pair in combinations(by_recipe(curves), 2) if name else ():
+        ends = [[curve.course(str(name))[-1] for curve in group] for group in pair]
+        means = [float(np.mean([end.result.value for end in group])) for group in ends]
+        is_second = (means[1] > means[0]) == ends[0][0].result.higher_is_better and means[0] != means[1]
+        better, slower, last = pair[is_second], pair[not is_second], ends[not is_second]
+        times = [
+            (end, seconds_to(curve, str(name), end.result.value)) for curve, end in zip(better, last, strict=False)
+        ]
         # A curve that begins at that result gives no ratio.
-        if seconds:
-            ratios.append(baseline.course(name)[-1].trained_seconds / seconds)
-    count = min(len(better), len(worse))
-    mean = with_unit(float(np.mean([end.value for end in ends])), ends[0].unit)
-    head = f"{better[0].arm} reaches the last {ends[0].shown} of {worse[0].arm} ({mean})"
-    if len(ratios) < count:
-        return f"{head} in {len(ratios)} of {count} seeds only, so no ratio of times is given."
-    if count == 1:
-        return f"{head} {ratios[0]:.2f} times as fast; one seed, so no interval."
-    ratio, low, high = (math.exp(end) for end in mean_of([math.log(ratio) for ratio in ratios]))
-    return f"{head} {ratio:.2f} times as fast (95 % interval over {count} seeds: {low:.2f} to {high:.2f})."
+        ratios = [end.trained_seconds / seconds for end, seconds in times if seconds]
+        value = with_unit(means[not is_second], last[0].result.unit)
+        sentence = f"{better[0].arm} reaches the last {last[0].result.shown} of {slower[0].arm} ({value})"
+        if len(ratios) < len(times):
+            sentence += f" in {len(ratios)} of {len(times)} seeds only, so no ratio of times is given."
+        elif len(ratios) == 1:
+            sentence += f" {ratios[0]:.2f} times as fast; one seed, so no interval."
+        else:
+            ratio, low, high = (math.exp(end) for end in mean_of([math.log(ratio) for ratio in ratios]))
+            interval = f"(95 % interval over {len(ratios)} seeds: {low:.2f} to {high:.2f})"
+            sentence += f" {ratio:.2f} times as fast {interval}."
+        sentences.append(sentence)
+    return sentences

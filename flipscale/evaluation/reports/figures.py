@@ -19,11 +19,6 @@ COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
 _SMOOTHED_POINTS = 40
 # Height of a line of small text as a share of the figure.
 _TEXT_HEIGHT = 0.04
-# Metrics of intervals that get a figure: file name, then metric, title, unit and factor.
-_METRICS = {
-    "learning_rate.png": ("lr", "Learning rate", "learning rate", 1.0),
-    "data_wait.png": ("data_wait_share", "Share of the time that steps waited for data", "%", 100.0),
-}
 
 
 def can_draw() -> bool:
@@ -63,8 +58,16 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     draw_loss([curve], folder / "loss.png")
     captions = {"loss.png": "The loss of the training batches against training time"}
-    for name, (metric, title, unit, factor) in _METRICS.items():
-        _draw_metric(curve, metric, title, unit, folder / name, factor)
+    for name, metric, title, y_label, factor in (
+        ("learning_rate.png", "lr", "Learning rate", "learning rate", 1.0),
+        ("data_wait.png", "data_wait_share", "Share of the time that steps waited for data", "%", 100.0),
+    ):
+        figure, axes, unit = _axes(title, y_label, [curve])
+        seconds, values = curve.points(metric)
+        axes.plot([s / unit for s in seconds], [factor * value for value in values], color=COLOURS[0])
+        _mark_stages(axes, [curve], unit)
+        axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
+        save_figure(figure, folder / name)
         captions[name] = f"{title} against training time"
     for task, result in result_figures([curve]).items():
         draw_result([curve], result, folder / f"{task}.png")
@@ -107,21 +110,9 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path, factor: float) -> None:
-    figure, axes, unit = _axes(title, y_label, [curve])
-    seconds, values = curve.points(metric)
-    axes.plot([s / unit for s in seconds], [factor * value for value in values], color=COLOURS[0])
-    _mark_stages(axes, [curve], unit)
-    axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
-    save_figure(figure, path)
-
-
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    half = len(values) // 40
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
@@ -144,7 +135,6 @@ def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
 
 
 def _explain(axes: "Axes", words: str) -> None:
-    """Write a line of explanation between the title and the axes."""
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=18)
     axes.annotate(
         words, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8,

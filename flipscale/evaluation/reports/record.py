@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,16 @@ _log = logging.getLogger(__name__)
 # A line of JSON, or a part of one.
 Record = dict[str, Any]
 _FIRST = b'{"group": "'
-# Needed fields of a line and their types. A model folder may come from elsewhere, with any file of this name.
-_NEEDED: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("group", "weights", "task", "kind", "metric"), str),
-    **{"lines": int, "value": (int, float), "data": (dict, type(None))},
+# Types of a line's fields, because a model folder may come from elsewhere, with any file of this name.
+_NEEDED = ("group", "weights", "task", "kind", "metric", "lines", "value", "data")
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys((*_NEEDED[:5], "who", "unit", "label"), str),
+    **{"lines": int, "value": (int, float), "data": (dict, type(None)), "made_by": dict},
 }
-_OPTIONAL = {"made_by": dict, "who": str, "unit": str, "label": str}
 _KNOWN = {field.name for field in dataclasses.fields(Result)}
 # Folder names that need the folder above them to name a data set.
 _SPLITS = ("train", "test", "val", "validation")
-_PACKAGES = ("flipscale", "torch", "transformers", "open_clip")
+_PACKAGES = ("flipscale", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,8 @@ def _records(path: Path) -> list[Record]:
             record = None
         if record is None and (line.startswith(_FIRST) or _FIRST.startswith(line)):
             continue
-        if not isinstance(record, dict) or not _is_line(record):
+        kinds = {name: kind for name, kind in _KINDS.items() if name in _NEEDED or name in (record or ())}
+        if not isinstance(record, dict) or not all(isinstance(record.get(n, ...), kind) for n, kind in kinds.items()):
             raise UserError(
                 f"{path}, line {number}, is not a line of `flipscale evaluate`; move the file away, or name another "
                 "folder with --output_dir"
@@ -165,14 +165,7 @@ def _records(path: Path) -> list[Record]:
     return records
 
 
-def _is_line(record: Record) -> bool:
-    return all(isinstance(record.get(name, ...), kind) for name, kind in _NEEDED.items()) and all(
-        isinstance(record[name], kind) for name, kind in _OPTIONAL.items() if name in record
-    )
-
-
 def _complete_groups(records: Iterable[Record]) -> list[Record]:
-    """Return the lines of complete groups, each figure once."""
     groups: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
         groups.setdefault(record["group"], {})[record["metric"], record.get("who", "")] = record
@@ -189,15 +182,23 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
     """Return everything that a task's figures depend on beside the weights: options, data, prompts, image processing.
 
     Batch size, workers and the number of processes are left out, because no figure depends on them."""
-    test_set = TestSet.open(task.data)
+    test_set, page = TestSet.open(task.data), read_page(task.task) if task.task else None
+    prepared = (read_prepared(Path(task.data)) if page else None) or {}
     prompts = task.prompts(test_set)
     options = {name: value for name, value in task.made_by.items() if name not in ("data", "templates", "image_size")}
     return {
         "task": task.name,
         "kind": task.kind,
         "options": options,
-        "data": _data_of(task, test_set),
-        "other_sets": [_set_digest(other, other.data) for other in task.other_sets()],
+        "data": {
+            "name": page.name if page else data_name(task.data),
+            "repo": page.source.repo if page else None,
+            "split": page.source.split if page else None,
+            "revision": prepared.get("revision") or (page.source.revision if page else None),
+            "images": len(test_set),
+            "digest": _set_digest(test_set),
+        },
+        "other_sets": [_set_digest(other) for other in task.other_sets()],
         "prompts": {"number": len(prompts), "digest": _digest(prompts)} if prompts else None,
         "image_size": embedder.at(task.image_size).image_size,
         "mask": dict(embedder.mask),
@@ -207,13 +208,14 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
 
 def _about(task: Task, setting: Record, model: str, weights: str, seconds: float) -> Record:
     page = read_page(task.task) if task.task else None
+    packages = [*_PACKAGES, *(["open_clip"] if model.startswith("open_clip:") else [])]
     return {
         "model": model,
         "weights": weights,
         "page": page.name if page else None,
         "title": page.title if page else None,
         **{name: setting[name] for name in ("data", "prompts", "image_size", "mask", "precision")},
-        "versions": _versions(model),
+        "versions": {package: sys.modules[package].__version__ for package in packages},
         "seconds": round(seconds, 3),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -223,7 +225,7 @@ def _published(result: Result) -> Result:
     """Return a result for lines: data named without a path, and no list of prompts."""
     kept = {n: v for n, v in result.made_by.items() if n != "templates" or isinstance(v, str)}
     places = {n: data_name(kept[n]) for n in ("data", "train", "validation") if kept.get(n)}
-    return dataclasses.replace(result, made_by={**kept, **places})
+    return replace(result, made_by={**kept, **places})
 
 
 def data_name(place: str) -> str:
@@ -233,39 +235,14 @@ def data_name(place: str) -> str:
     return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or place
 
 
-def _data_of(task: Task, test_set: TestSet) -> Record:
-    data, page = task.data, read_page(task.task) if task.task else None
-    prepared = (read_prepared(Path(data)) if page else None) or {}
-    return {
-        "name": page.name if page else data_name(data),
-        "repo": page.source.repo if page else None,
-        "split": page.source.split if page else None,
-        "revision": prepared.get("revision") or (page.source.revision if page else None),
-        "images": len(test_set),
-        "digest": _set_digest(test_set, data),
-    }
-
-
-def _set_digest(test_set: TestSet, data: str) -> str:
+def _set_digest(test_set: TestSet) -> str:
     manifest = test_set.source.manifest
     shards = [
         [os.path.basename(name), *map(int, row)]
         for name, row in zip(manifest.all_names(), manifest.table[["samples", "num_bytes"]].tolist(), strict=True)
     ]
-    return _digest([shards, [read_text(data, name) for name in (CLASS_NAMES, TEMPLATES)]])
+    return _digest([shards, [read_text(test_set.data, name) for name in (CLASS_NAMES, TEMPLATES)]])
 
 
 def _digest(content: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(list(content)).encode()).hexdigest()[:16]
-
-
-def _versions(model: str) -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        if package == "open_clip" and not model.startswith("open_clip:"):
-            continue
-        try:
-            versions[package] = getattr(sys.modules.get(package), "__version__", None) or version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
