@@ -6,7 +6,7 @@ never estimated from a data sheet.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
-_KINDS = ("GPUs", "processors")
 _JOULES_OF_A_KWH = 3.6e6
 _READ_SECONDS = 60.0
 
@@ -63,9 +62,6 @@ class ProcessorCounter:
         return int(self._file.read_text(encoding="ascii"))
 
 
-_Counter = GpuCounter | ProcessorCounter
-
-
 def open_gpu(device: torch.device) -> list[GpuCounter]:
     """Return the counter of a CUDA device; empty for another device."""
     if device.type != "cuda":
@@ -95,23 +91,22 @@ class EnergyMeter:
         """Collective. Open the counters and agree on the kinds that all processes can read."""
         self._accelerator = accelerator
         self._file = run_dir / ENERGY_FILE
-        is_main, is_first = accelerator.is_main_process, accelerator.local_process_index == 0
-        is_gpu = accelerator.device.type == "cuda"
-        opened = [
-            _opened("GPUs", is_gpu, lambda: open_gpu(accelerator.device)),
-            _opened("processors", is_first, lambda: open_processors() if is_first else []),
-        ]
-        missing = [int(wanted and not counters) for wanted, counters in zip((is_gpu, is_first), opened, strict=True)]
-        sums = self._sum([*map(len, opened), *missing])
-        self._counters = {
-            kind: counters
-            for kind, counters, number, lacking in zip(_KINDS, opened, sums[:2], sums[2:], strict=True)
-            if number and not lacking
-        }
-        self._numbers = {
-            kind: int(number) for kind, number in zip(_KINDS, sums, strict=False) if kind in self._counters
-        }
-        earlier = RunSummary(run_dir).energy if is_main else Energy()
+        wanted = {"GPUs": accelerator.device.type == "cuda", "processors": accelerator.local_process_index == 0}
+        opened: dict[str, Sequence[GpuCounter | ProcessorCounter]] = dict.fromkeys(wanted, ())
+        for kind in wanted:
+            try:
+                if kind == "GPUs":
+                    opened[kind] = open_gpu(accelerator.device)
+                elif wanted[kind]:
+                    opened[kind] = open_processors()
+            except Exception as error:  # pynvml raises classes of its own
+                _log.info("the energy of the %s is not measured: %s", kind, " ".join(str(error).split()))
+        missing = [float(wanted[kind] and not opened[kind]) for kind in wanted]
+        sums = self._sum([*map(len, opened.values()), *missing])
+        sums_of = zip(wanted, sums[:2], sums[2:], strict=True)
+        self._numbers = {kind: int(number) for kind, number, lacking in sums_of if number and not lacking}
+        self._counters = {kind: opened[kind] for kind in self._numbers}
+        earlier = RunSummary(run_dir).energy if accelerator.is_main_process else Energy()
         self._before, self._start = earlier.kwh or 0.0, earlier.num_starts
         self._joules = dict.fromkeys(self._counters, 0.0)
         self._parts = dict.fromkeys(self._counters, 0.0)
@@ -159,12 +154,3 @@ class EnergyMeter:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._accelerator.device)
         total: torch.Tensor = self._accelerator.reduce(mine, "sum")
         return total.tolist()
-
-
-def _opened(kind: str, is_wanted: bool, open_counters: Callable[[], Sequence[_Counter]]) -> Sequence[_Counter]:
-    try:
-        return open_counters()
-    except Exception as error:  # pynvml raises classes of its own
-        if is_wanted:
-            _log.info("the energy of the %s is not measured: %s", kind, " ".join(str(error).split()))
-        return []
