@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> bool:
-    """Print the states or the progress of the runs, and return whether a run still trains."""
     statuses = [read_status(folder, time.time()) for folder in args.runs]
     trains = any(status["state"] not in _ENDED for status in statuses)
     if args.watch and sys.stdout.isatty():
@@ -122,7 +121,6 @@ def _age(moment: float, now: float) -> float:
 
 
 def _seconds_left(run: RunSummary) -> float | None:
-    """Return the seconds left of a time budget, or of the samples at the speed of the last interval."""
     if run.budget_minutes is not None:
         return max(60 * run.budget_minutes - run.trained_seconds, 0.0)
     speed = run.latest("images_per_s")

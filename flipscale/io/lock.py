@@ -166,7 +166,6 @@ class FolderLock:
                 self.path.unlink()
 
     def _create(self) -> bool:
-        """Create the lock file; return False if it exists."""
         try:
             with open(self.path, "x", encoding="utf-8") as file:
                 json.dump(dataclasses.asdict(self.holder), file)

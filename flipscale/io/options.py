@@ -90,7 +90,6 @@ def check_ranges(value: Any, path: str = "") -> None:
 
 
 def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Range]]:
-    """Yield the name, the value and the range of each number that has a range."""
     if dataclasses.is_dataclass(value):
         hints = get_type_hints(type(value), include_extras=True)
         for field in dataclasses.fields(value):

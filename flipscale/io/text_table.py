@@ -62,7 +62,6 @@ def _cell(text: str) -> str:
 
 
 def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]]:
-    """Return the cells padded to the widths of their columns, at least `least`."""
     columns = []
     for index, cells in enumerate(zip(*rows, strict=True)):
         width = max(least, *map(len, cells))

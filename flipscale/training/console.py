@@ -156,7 +156,6 @@ def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:
 
 
 def _description(error: BaseException) -> str:
-    """Return the class, message, place and remedy of an unexpected error."""
     frames = list(traceback.extract_tb(error.__traceback__))
     frames = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)] or frames
     place = f", in {'/'.join(Path(frames[-1].filename).parts[-3:])} line {frames[-1].lineno}" if frames else ""
@@ -169,7 +168,6 @@ def _description(error: BaseException) -> str:
 
 
 def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
-    """Write the traceback, the versions and the command to a file, and return words that name the file."""
     rank, text = _number("RANK", 0), f"flipscale {flipscale.__version__}\n"
     for package in _VERSIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -194,7 +192,6 @@ def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return any text as one printable line of limited length."""
     text = " ".join(text.split())
     if len(text) > _MESSAGE_CHARACTERS:
         text = f"{text[: _MESSAGE_CHARACTERS - _END_CHARACTERS]} ... {text[-_END_CHARACTERS:]}"
@@ -202,8 +199,6 @@ def _one_line(text: str) -> str:
 
 
 def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoReturn:
-    """Print the end's line, unless another process has printed it, and exit."""
-
     def show() -> None:
         if _is_debugging():
             traceback.print_exception(error)
@@ -243,7 +238,6 @@ def _number(name: str, default: int) -> int:
 
 
 def _log_thread_failure(failed: threading.ExceptHookArgs, report: ErrorReport) -> None:
-    """Log in one line that a thread has failed; the command goes on."""
     if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
         thread = failed.thread.name if failed.thread else "unknown"
         words = f"{_description(failed.exc_value)}; {_keep_traceback(failed.exc_value, report)}"

@@ -178,7 +178,6 @@ def check(recipe: Recipe) -> Plan:
 
 
 def _check_log(recipe: Recipe) -> None:
-    """Refuse shares of a missing time budget, shares together with counts, and trackers that are not there."""
     for name, section in (("log", recipe.log), ("eval", recipe.eval)):
         if section.every_share and recipe.budget_minutes is None:
             raise UserError(
@@ -203,7 +202,6 @@ def _check_log(recipe: Recipe) -> None:
 
 
 def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
-    """Refuse dropout in two passes, a batch that processes or micro-batches do not divide, and odd mixes."""
     data = recipe.data
     for name in ("vision_config", "text_config") if data.micro_batch_size is not None and objective.is_coupled else ():
         dropout = getattr(config, name).attention_dropout

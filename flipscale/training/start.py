@@ -164,7 +164,6 @@ def watched(recipe: Recipe, rank: int, work: str) -> Iterator[None]:
 
 
 def _check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
-    """Raise `Damage` unless a checkpoint belongs to a run of this recipe."""
     changed = conflicts(recipe, dict(contents.recipe))
     if changed:
         raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")

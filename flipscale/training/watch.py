@@ -158,7 +158,6 @@ class HangWatch:
 
 
 def _bytes_moved() -> int:
-    """Return the bytes that this process and its children have read and written."""
     total = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         with suppress(OSError):  # ended
