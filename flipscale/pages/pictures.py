@@ -89,8 +89,7 @@ class ShardPictures:
 
     def state(self) -> list[list[str | int]]:
         manifest = self.source.manifest
-        table = manifest.table[["samples", "num_bytes", "mtime_ns"]].tolist()
-        return [[name, *map(int, row)] for name, row in zip(manifest.all_names(), table, strict=True)]
+        return [[name, *sizes] for name, sizes in zip(manifest.names, manifest.sizes.tolist(), strict=True)]
 
 
 Pictures = FolderPictures | ShardPictures

@@ -15,8 +15,8 @@ from attacks.attack import Attack, Change, Ended, Make, later, refused, survived
 from attacks.changes import unix_socket
 from conftest import add_member
 
-from flipscale.data.sources.manifest import ShardEntry, write_manifest
-from flipscale.data.sources.shard_index import index_path
+from flipscale.data.sources.manifest import write_manifest
+from flipscale.data.sources.shard_index import Index, index_path
 from flipscale.data.sources.tar import TarSource
 
 
@@ -131,16 +131,16 @@ def leads_out(data: Path) -> None:
     secret = data.parent / "secret.tar"
     shutil.copy2(data / "00000.tar", secret)
     state = secret.stat()
-    rows = np.zeros((30, 3, 2), np.uint32)
-    write_manifest(data / MANIFEST, "*.tar", [ShardEntry("../secret.tar", rows, "", state.st_size, 0)], [], rows=True)
+    index = Index(np.zeros((30, 3, 2), np.uint32), "", state.st_size, 0)
+    write_manifest(data / MANIFEST, "*.tar", [("../secret.tar", index)], [], rows=True)
 
 
 def begins_behind_its_end(data: Path) -> None:
-    """Write a manifest whose table begins behind its end."""
+    """Write a manifest whose JSON object begins behind its end."""
     TarSource(str(data))
     file = data / MANIFEST
     content = file.read_bytes()
-    file.write_bytes(content[:-32] + struct.pack("<q", len(content) - 8) + content[-24:])
+    file.write_bytes(content[:-24] + struct.pack("<q", len(content) - 8) + content[-16:])
 
 
 @later

@@ -16,7 +16,7 @@ from flipscale.data.sources.shard_index import index_path
 from flipscale.data.sources.tar import StaleManifest, TarSource
 
 _FILES = [(f"{n}.{kind}", b"%d %s" % (n, kind.encode())) for n in range(3) for kind in ("jpg", "txt", "cls")]
-_TAIL, _TIME = 32, 10**18
+_TAIL, _TIME = 24, 10**18
 
 
 @functools.cache
@@ -60,6 +60,6 @@ def redigested(content: bytes, is_manifest: bool) -> bytes:
         return content[:-16] + hashlib.blake2b(content[:-16], digest_size=16).digest()
     if len(content) < _TAIL:
         return content
-    table_at, json_bytes = struct.unpack("<qq", content[-_TAIL:-16])
-    digest = hashlib.blake2b(content[max(table_at, 0) : -_TAIL], digest_size=16).digest()
-    return content[:-_TAIL] + struct.pack("<qq16s", table_at, json_bytes, digest)
+    (start,) = struct.unpack("<q", content[-_TAIL:-16])
+    digest = hashlib.blake2b(content[max(start, 0) : -_TAIL], digest_size=16).digest()
+    return content[:-_TAIL] + struct.pack("<q16s", start, digest)

@@ -1,8 +1,9 @@
 """The list of a source's shards, and its manifest: one file with the indices of all shards.
 
 `shards.manifest` begins with a head of 64 bytes and the indices of all shards (24 bytes a sample). For shards at a URL
-it has no indices. A table of 32 bytes a shard, their names, a JSON object and a tail of 32 bytes follow. Opening takes
-the same time for any number of samples, because rows of indices are read one at a time.
+it has no indices. A JSON object with the names, sizes, times and damage of the shards follows, and a tail of 24 bytes.
+Opening reads the JSON object only, because rows of indices are read one at a time. The manifest's time is that of the
+folder, so that new and removed shards are noticed.
 """
 
 import glob
@@ -17,21 +18,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from flipscale.data.sources.shard_index import ROW, NotAFile, load_index, open_plain, size_and_time
+from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, load_index, open_plain, size_and_time
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 _POLL_SECONDS = 1.0
-# The writer of a manifest that indexes no shard in this time is stopped, or its storage does not answer.
-_SILENT_SECONDS = 1800.0
 # Indexing fewer shards takes less time than starting processes.
 _FEW_SHARDS = 32
 # Number of indices in memory at a time, 240 kB for 10,000 samples.
@@ -48,94 +48,65 @@ _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_VERSION = 1
-_MAGIC = b"flipscale manifest "
-_HEAD_BYTES = 64
-_STAMP_AT = _HEAD_BYTES - 8
-_ROW_BYTES = 4 * ROW[0] * ROW[1]
-_TAIL = struct.Struct("<qq16s")  # position of the table, length of the JSON, digest of everything from the table on
-# `name_end` is the end of the shard's name in the joined names.
-_TABLE = np.dtype([("samples", "<i8"), ("num_bytes", "<i8"), ("mtime_ns", "<i8"), ("name_end", "<i8")])
-
-
-class ShardEntry(NamedTuple):
-    """A shard in a manifest.
-
-    Args:
-        name: path relative to the folder of the manifest, or a URL.
-        rows: index of the shard, uint32 `(samples, 3, 2)`.
-        num_bytes: length of the shard; 0 if unknown.
-        mtime_ns: time of the last change; 0 if unknown.
-    """
-
-    name: str
-    rows: np.ndarray
-    damage: str
-    num_bytes: int
-    mtime_ns: int
+_HEAD = b"flipscale manifest 2\n".ljust(64, b"\0")
+_TAIL = struct.Struct("<q16s")  # position of the JSON object, and digest of it
 
 
 @dataclass
 class Manifest:
-    """A manifest in memory. Pickled, it takes 32 bytes a shard and the names.
+    """A manifest in memory. Pickled, it takes 24 bytes a shard and the names.
 
     Args:
         pattern: name of the shards in the recipe, relative to the folder.
-        table: one row a shard, of the dtype above.
-        folders: relative paths of the folders of `stamp`.
-        digest: digest of the table and everything after it.
-        stamp: digest of the folders' times when the shards were listed.
+        names: paths of the shards relative to the folder, or URLs.
+        sizes: number of samples, number of bytes and time in nanoseconds of each shard, int64 `(shards, 3)`; 0 for
+            unknown bytes and times.
+        damage: descriptions of damaged shards, by the shard's number.
+        folders: relative paths of the folders that are watched for new and removed shards.
+        digest: digest of the JSON object.
     """
 
     path: Path
     pattern: str
-    table: np.ndarray
-    names: bytes
+    names: list[str]
+    sizes: np.ndarray
     damage: dict[int, str]
     folders: list[str]
     digest: bytes
-    stamp: int
 
     def __post_init__(self) -> None:
         self._file: int | None = None
-        self._starts = np.cumsum(self.table["samples"]) - self.table["samples"]
+        self._starts = np.cumsum(self.num_samples) - self.num_samples
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.names)
 
-    def name(self, shard: int) -> str:
-        """Return the name of a shard."""
-        first = int(self.table["name_end"][shard - 1]) if shard else 0
-        return os.fsdecode(self.names[first : int(self.table["name_end"][shard])])
+    @property
+    def num_samples(self) -> np.ndarray:
+        """Number of samples of each shard."""
+        return self.sizes[:, 0]
 
-    def all_names(self) -> list[str]:
-        """Return the names of all shards."""
-        return [self.name(shard) for shard in range(len(self))]
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """Length of each shard."""
+        return self.sizes[:, 1]
 
     def row(self, shard: int, number: int) -> np.ndarray:
         """Return the row of a sample in the index of its shard, uint32 `(3, 2)`."""
         if self._file is None:
             self._file = self._opened()
         # Not mapped to memory, because a file that is cut short would kill the process.
-        row = os.pread(self._file, _ROW_BYTES, _HEAD_BYTES + _ROW_BYTES * int(self._starts[shard] + number))
-        if len(row) < _ROW_BYTES:
+        row = os.pread(self._file, ROW_BYTES, len(_HEAD) + ROW_BYTES * int(self._starts[shard] + number))
+        if len(row) < ROW_BYTES:
             raise self._replaced()
         return np.frombuffer(row, "<u4").reshape(ROW)
 
-    def set_stamp(self, stamp: int) -> None:
-        """Write the stamp of the folders, if the file can be written."""
-        self.stamp = stamp
-        with suppress(OSError), open(self.path, "r+b") as file:
-            os.pwrite(file.fileno(), struct.pack("<q", stamp), _STAMP_AT)
-
     def _opened(self) -> int:
-        """Return a file descriptor of the manifest."""
         try:
             file = open_plain(self.path)
         except FileNotFoundError as error:
             raise self._replaced() from error
-        size = os.fstat(file).st_size
-        if size < _TAIL.size or not os.pread(file, _TAIL.size, size - _TAIL.size).endswith(self.digest):
+        if os.pread(file, _TAIL.size, max(os.fstat(file).st_size - _TAIL.size, 0))[8:] != self.digest:
             os.close(file)
             raise self._replaced()
         return file
@@ -159,76 +130,66 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
         return None
     except NotAFile as error:
         raise UserError(f"{path} cannot be the manifest of shards: {error}; remove it") from error
-    try:
-        head, size = os.pread(file, _HEAD_BYTES, 0), os.fstat(file).st_size
-        if head[: len(_MAGIC)] != _MAGIC:
-            raise UserError(f"{path} is not a manifest of shards; {remedy}")
-        version = head[len(_MAGIC) : _STAMP_AT].strip(b"\n\0").decode("utf-8", "replace")
-        if version != str(_VERSION):
-            raise UserError(f"manifest {path} has version {version}, this flipscale reads {_VERSION}; {remedy}")
-        tail = os.pread(file, _TAIL.size, size - _TAIL.size) if size >= _HEAD_BYTES + _TAIL.size else bytes(_TAIL.size)
-        table_at, json_bytes, digest = _TAIL.unpack(tail)
-        content = os.pread(file, size - _TAIL.size - table_at, table_at) if 0 < table_at < size - _TAIL.size else b""
+    with os.fdopen(file, "rb") as opened:
+        if opened.read(len(_HEAD)) != _HEAD:
+            raise UserError(f"{path} is not a manifest of this version of flipscale; {remedy}")
+        size = os.fstat(file).st_size
         try:
+            start, digest = _TAIL.unpack(os.pread(file, _TAIL.size, max(size - _TAIL.size, 0)))
+            content = os.pread(file, size - _TAIL.size - start, start) if 0 < start < size - _TAIL.size else b""
             if _digest(content) != digest:
                 raise UserError("another digest")
-            manifest = _parsed(path, content, json_bytes, digest, struct.unpack("<q", head[_STAMP_AT:])[0])
-            if table_at not in (_HEAD_BYTES, _HEAD_BYTES + _ROW_BYTES * int(manifest.table["samples"].sum())):
+            manifest = _parsed(path, content, digest)
+            if start not in (len(_HEAD), len(_HEAD) + ROW_BYTES * int(manifest.num_samples.sum())):
                 raise UserError("another number of rows")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
             raise UserError(f"manifest {path} is cut short or damaged, at {size} bytes; {remedy}") from error
-    finally:
-        os.close(file)
     if manifest.pattern != pattern:
         raise UserError(f"manifest {path} lists the shards {manifest.pattern!r}, not {pattern!r}; {remedy}")
     return manifest
 
 
-def _parsed(path: Path, content: bytes, json_bytes: int, digest: bytes, stamp: int) -> Manifest:
-    """Return the manifest with the table, names and JSON in `content`."""
-    about = json.loads(content[-json_bytes:])
-    table = np.frombuffer(content, _TABLE, about["shards"])
-    names = content[table.nbytes : -json_bytes]
+def _parsed(path: Path, content: bytes, digest: bytes) -> Manifest:
+    about = json.loads(content)
+    pattern, names, folders = str(about["pattern"]), about["names"], about["folders"]
+    if not all(isinstance(name, str) for name in (*names, *folders)):
+        raise UserError("names that are no texts")
+    sizes = np.array(about["sizes"], np.int64).reshape(-1, 3)
     damage = {int(shard): str(text) for shard, text in about["damage"].items()}
-    folders = [os.fspath(folder) for folder in about["folders"]]
-    ends = np.concatenate([[0], table["name_end"]])
-    if (table["samples"] < 0).any() or (table["num_bytes"] < 0).any() or (np.diff(ends) < 0).any():
-        raise UserError("negative numbers")
-    if ends[-1] != len(names) or (np.frombuffer(names + b"/", "u1")[ends[:-1]] == ord("/")).any():
-        raise UserError("absolute or empty names")
-    if not all(0 <= shard < len(table) for shard in damage):
-        raise UserError("other names or shards")
-    manifest = Manifest(path, str(about["pattern"]), table, names, damage, folders, digest, stamp)
-    # Names are split only if there are dots, because there may be millions.
-    if b".." in names and any(".." in name.split("/") for name in manifest.all_names() if ".." not in manifest.pattern):
-        raise UserError("it leads out of its folder")
-    return manifest
+    if len(sizes) != len(names) or (sizes[:, :2] < 0).any() or not all(0 <= shard < len(names) for shard in damage):
+        raise UserError("negative sizes, or other shards")
+    leads_out = ".." not in pattern and any(".." in name.split("/") for name in names if ".." in name)
+    if leads_out or any(name[:1] in ("", "/") for name in names):
+        raise UserError("names that are empty or lead out of the folder")
+    return Manifest(path, pattern, names, sizes, damage, folders, digest)
 
 
-def write_manifest(path: Path, pattern: str, entries: Iterable[ShardEntry], folders: list[str], rows: bool) -> None:
+def write_manifest(
+    path: Path, pattern: str, shards: Iterable[tuple[str, Index]], folders: list[str], rows: bool
+) -> None:
     """Write a manifest.
 
     Args:
         pattern: name of the shards in the recipe, relative to the folder.
-        folders: relative paths of folders whose times are stamped.
+        shards: names and indices of the shards. A name is relative to the folder, or a URL.
+        folders: relative paths of the folders that are watched for new and removed shards.
         rows: whether the manifest holds the shards' indices.
     """
-    table: list[tuple[int, int, int, int]] = []
-    names, name_end, damage = [], 0, {}
+    names: list[str] = []
+    sizes: list[int] = []
+    damage = {}
     with atomic_write(path, unique_partial_path(path)) as partial, open(partial, "wb") as file:
-        file.write((_MAGIC + f"{_VERSION}\n".encode()).ljust(_HEAD_BYTES, b"\0"))
-        for entry in entries:
-            names.append(os.fsencode(entry.name))
-            name_end += len(names[-1])
-            if entry.damage:
-                damage[len(table)] = entry.damage
-            table.append((len(entry.rows), entry.num_bytes, entry.mtime_ns, name_end))
+        file.write(_HEAD)
+        for name, index in shards:
+            if index.damage:
+                damage[len(names)] = index.damage
+            names.append(name)
+            sizes += [len(index.rows), index.num_bytes, index.mtime_ns]
             if rows:
-                file.write(entry.rows.tobytes())
-        about = json.dumps({"pattern": pattern, "shards": len(table), "damage": damage, "folders": folders}).encode()
-        content = np.array(table, _TABLE).tobytes() + b"".join(names) + about
-        table_at = file.tell()
-        file.write(content + _TAIL.pack(table_at, len(about), _digest(content)))
+                file.write(index.rows.tobytes())
+        about = {"pattern": pattern, "names": names, "sizes": sizes, "damage": damage, "folders": folders}
+        content = json.dumps(about).encode()
+        file.write(content + _TAIL.pack(file.tell(), _digest(content)))
 
 
 def _digest(content: bytes) -> bytes:
@@ -329,35 +290,26 @@ class ShardList:
             raise no_shards(self.shards)
         return names
 
-    def stamp(self, folders: Sequence[str]) -> int:
-        """Return a number that changes when a shard is added to these folders or removed; 0 without folders."""
-        if not folders:
-            return 0
-        times = b"".join(self.path(folder).stat().st_mtime_ns.to_bytes(8, "little") for folder in folders)
-        return int.from_bytes(hashlib.blake2b(times, digest_size=8).digest(), "little") >> 1
-
     def is_complete(self, manifest: Manifest, may_list: bool) -> bool:
         """Return whether no shard was added or removed since `manifest` was written.
 
         Args:
             may_list: whether to list the shards again if a folder has changed.
         """
-        try:
-            stamp = self.stamp(manifest.folders)
-            if stamp == manifest.stamp:
+        with suppress(OSError, ValueError):
+            newest = max((self.path(folder).stat().st_mtime_ns for folder in manifest.folders), default=None)
+            if newest in (None, manifest.path.stat().st_mtime_ns):
                 return True
-            if may_list and self.names() == manifest.all_names() and self._have_their_sizes(manifest):
-                manifest.set_stamp(stamp)
+            sizes = zip(manifest.names, manifest.num_bytes.tolist(), strict=True)
+            if (
+                may_list
+                and self.names() == manifest.names
+                and all(size_and_time(self.path(name))[0] == size for name, size in sizes)
+            ):
+                with suppress(OSError):
+                    os.utime(manifest.path, ns=(newest, newest))
                 return True
-        except (OSError, ValueError):
-            pass
         return False
-
-    def _have_their_sizes(self, manifest: Manifest) -> bool:
-        sizes = manifest.table["num_bytes"].tolist()
-        return all(
-            size_and_time(self.path(name))[0] == size for name, size in zip(manifest.all_names(), sizes, strict=True)
-        )
 
     def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
         """Return the manifest of the shards. If it is missing or stale, one process writes it and the others wait.
@@ -395,50 +347,37 @@ class ShardList:
         names = self.names()
         inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
-        entries = in_windows(_Entry(self), names, ProcessPoolExecutor, place)
+        shards = in_windows(partial(_indexed, self), names, ProcessPoolExecutor)
         try:
-            write_manifest(place, self.pattern, entries, folders, rows=True)
+            write_manifest(place, self.pattern, shards, folders, rows=True)
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
             raise OSError(f"manifest {place} cannot be written ({error.strerror}); make room for it") from error
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None
-        self.is_complete(written, may_list=True)  # writes the stamp
+        self.is_complete(written, may_list=True)  # gives it the time of the folders
         return written
 
 
-class _Entry:
-    """A picklable function that returns a shard's entry from its index, which it builds if needed."""
-
-    def __init__(self, shards: ShardList):
-        self.shards = shards
-
-    def __call__(self, name: str) -> ShardEntry:
-        shard = self.shards.path(name)
-        try:
-            index = load_index(shard)
-            return ShardEntry(name, index.rows, index.damage, index.num_bytes, index.mtime_ns)
-        except FileNotFoundError as error:
-            raise UserError(f"shard {shard} does not exist; check data.shards") from error
+def _indexed(shards: ShardList, name: str) -> tuple[str, Index]:
+    """Return a shard's name and index, which is built if needed."""
+    path = shards.path(name)
+    try:
+        return name, load_index(path)
+    except FileNotFoundError as error:
+        raise UserError(f"shard {path} does not exist; check data.shards") from error
 
 
 def in_windows(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    new_pool: Callable[[], Executor],
-    place: Path,
+    function: Callable[[Item], Result], items: Sequence[Item], new_pool: Callable[[], Executor]
 ) -> Iterator[Result]:
-    """Yield the result of each item in order, and show progress. A pool computes them if they are many.
-
-    Each result renews the sign of life of the writer of the manifest at `place`.
-    """
+    """Yield the result of each item in order, and show progress. A pool computes them if they are many."""
     with Progress(len(items), "shard indices", "shards", delay=2, leave=False) as bar:
         if len(items) <= _FEW_SHARDS:
             for item in items:
                 yield function(item)
                 bar.update()
-                _touch_lock(place)
             return
         try:
             with new_pool() as pool:
@@ -446,7 +385,6 @@ def in_windows(
                     for result in pool.map(function, items[first : first + _WINDOW], chunksize=8):
                         yield result
                         bar.update()
-                        _touch_lock(place)
         except BrokenExecutor as error:
             raise OSError(
                 "a process that indexed shards was killed, perhaps for lack of memory; start again"
@@ -461,13 +399,10 @@ def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Ca
         read: returns a good manifest or None; its argument is whether it may list the shards, as one process does.
         write: writes and returns the manifest.
     """
-    lock = FileLock(_lock_of(place), timeout=0)
+    lock_file = place.with_name(f".{place.name}.lock")
+    lock = FileLock(lock_file, timeout=0)
     is_waiting = False
-    sign, since = 0, time.monotonic()
-    while True:
-        manifest = read(False)
-        if manifest is not None:
-            return manifest
+    while (manifest := read(False)) is None:
         try:
             with lock:
                 manifest = read(True)
@@ -476,8 +411,7 @@ def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Ca
                 try:
                     return manifest or write()
                 except ValueError:
-                    # Nothing is left in a folder without shards.
-                    _lock_of(place).unlink(missing_ok=True)
+                    lock_file.unlink(missing_ok=True)  # so that nothing is left in a folder without shards
                     raise
         except Timeout:
             if not is_waiting:
@@ -486,25 +420,4 @@ def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Ca
                 )
             is_waiting = True
             time.sleep(_POLL_SECONDS)
-            before, sign = sign, _lock_time(place)
-            since = time.monotonic() if sign != before else since
-            if time.monotonic() - since > _SILENT_SECONDS:
-                raise OSError(
-                    f"the process that writes {place} has indexed no shard for {_SILENT_SECONDS / 60:.0f} minutes; end "
-                    "it if it is stopped, look at the storage of the shards, and start again"
-                ) from None
-
-
-def _lock_of(place: Path) -> Path:
-    return place.with_name(f".{place.name}.lock")
-
-
-def _touch_lock(place: Path) -> None:
-    with suppress(OSError):  # no lock, no waiting processes
-        os.utime(_lock_of(place))
-
-
-def _lock_time(place: Path) -> int:
-    with suppress(OSError):
-        return _lock_of(place).stat().st_mtime_ns
-    return 0
+    return manifest

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +26,6 @@ from flipscale.data.order import Lanes, share_out
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.manifest import (
     Manifest,
-    ShardEntry,
     ShardList,
     expand_range,
     in_windows,
@@ -102,24 +101,18 @@ def file_system(url: str) -> tuple[Any, str]:
 
 def information(url: str) -> dict[str, Any]:
     """Return the server's information about a file: `size`, possibly None, and a checksum or a time."""
-    return with_retries(url, lambda: information_at_once(url), _START_PATIENCE_SECONDS)
-
-
-def information_at_once(url: str) -> dict[str, Any]:
-    """Return `information`, without retries."""
-    system, remote = file_system(url)
-    return _watched(system, "info", lambda: 0, _SILENT_SECONDS, remote)
+    return with_retries(url, lambda: _ask(url, "info"), _START_PATIENCE_SECONDS)
 
 
 def list_urls(url: str) -> list[str]:
     """Return the URLs that match a pattern, sorted."""
+    names = with_retries(url, lambda: _ask(url, "glob", _LISTING_SECONDS), _START_PATIENCE_SECONDS)
+    return sorted(file_system(url)[0].unstrip_protocol(name) for name in names)
 
-    def ask() -> list[str]:
-        system, remote = file_system(url)
-        names = _watched(system, "glob", lambda: 0, _LISTING_SECONDS, remote)
-        return sorted(system.unstrip_protocol(name) for name in names)
 
-    return with_retries(url, ask, _START_PATIENCE_SECONDS)
+def _ask(url: str, method: str, seconds: float | None = None) -> Any:
+    system, remote = file_system(url)
+    return _watched(system, method, lambda: 0, seconds or _SILENT_SECONDS, remote)
 
 
 def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
@@ -267,8 +260,6 @@ class ShardCache:
     def fetch(self, url: str) -> None:
         """Fetch `url` with retries, unless its copy exists; wait if another process fetches it."""
         path = self.path(url)
-        if path.exists():
-            return
         with self._lock(path, timeout=-1):
             if not path.exists():
                 with_retries(url, lambda: self._transfer(url, path))
@@ -284,7 +275,7 @@ class ShardCache:
         return FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
 
     def _transfer(self, url: str, path: Path) -> None:
-        size = information_at_once(url)["size"]
+        size = _ask(url, "info")["size"]
         reserved = min(_UNKNOWN_SIZE_BYTES, self.max_bytes) if size is None else size
         if reserved > self.max_bytes:
             raise UserError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
@@ -309,14 +300,13 @@ class ShardCache:
             if not _OURS.fullmatch(entry.name):
                 continue
             with suppress(FileNotFoundError):
-                state = entry.stat()
-                partial = _PARTIAL.fullmatch(entry.name)
+                state, partial = entry.stat(), _PARTIAL.fullmatch(entry.name)
                 if partial:
                     excess += 0 if self._abandoned(entry) else int(partial[1])
-                else:
-                    excess += state.st_size
-                    if not entry.name.startswith(".") and not entry.name.endswith((".index.npy", ".manifest")):
-                        shards.append((state.st_mtime_ns, state.st_size, entry.path))
+                    continue
+                excess += state.st_size
+                if not entry.name.startswith(".") and not entry.name.endswith((".index.npy", ".manifest")):
+                    shards.append((state.st_mtime_ns, state.st_size, entry.path))
         for _, held, path in sorted(shards):
             if excess <= 0:
                 break
@@ -374,10 +364,8 @@ class RemoteShardList(ShardList):
 
     def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
         """Return `ShardList.open`, without a check of shards."""
-        if not anew:
-            published = self._published()
-            if published is not None:
-                return published
+        if not anew and (published := self._published()) is not None:
+            return published
         place = self._local("local")
         if anew:
             return self._write(place)
@@ -388,8 +376,7 @@ class RemoteShardList(ShardList):
         manifest = self._read_cached(place)
         if manifest is not None:
             for shard in np.linspace(0, len(manifest) - 1, min(_CHECKED_SHARDS, len(manifest))).astype(int).tolist():
-                size = information(self.path(manifest.name(shard)))["size"]
-                if size not in (None, manifest.table["num_bytes"][shard]):
+                if information(self.path(manifest.names[shard]))["size"] not in (None, manifest.num_bytes[shard]):
                     return None
         return manifest
 
@@ -406,18 +393,17 @@ class RemoteShardList(ShardList):
         Args:
             size: length of the shard, if known; an index of another length is rebuilt.
         """
-        url = self.path(name)
-        path = self.index_path(name)
+        url, path = self.path(name), self.index_path(name)
         with suppress(OSError, ValueError):
             index = read_index(path.read_bytes())
             if size in (None, index.num_bytes):
                 return index
-        try:
+        with suppress(FileNotFoundError, PermissionError, ValueError):
             self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
             index = read_index(path.read_bytes())
-        except (FileNotFoundError, PermissionError, ValueError):
-            return self._build(url, path, size)
-        return index if size in (None, index.num_bytes) else self._build(url, path, size)
+            if size in (None, index.num_bytes):
+                return index
+        return self._build(url, path, size)
 
     def _fetch(self, url: str, path: Path, most_bytes: int) -> None:
         """Fetch a small file to `path`."""
@@ -451,26 +437,25 @@ class RemoteShardList(ShardList):
             return None
         manifest = read_manifest(path, self.pattern, self.remedy)
         protocol = self.url.partition("://")[0]
-        if manifest is not None and b"://" in manifest.names:
-            for name in manifest.all_names():
-                if "://" in name and name.partition("://")[0] != protocol:
-                    raise UserError(f"manifest {self.url} names {name!r}, which is on another server; {self.remedy}")
+        for name in manifest.names if manifest is not None else ():
+            if "://" in name and name.partition("://")[0] != protocol:
+                raise UserError(f"manifest {self.url} names {name!r}, which is on another server; {self.remedy}")
         return manifest
 
     def _write(self, place: Path) -> Manifest:
-        entries = in_windows(self._entry, self.names(), lambda: ThreadPoolExecutor(_THREADS), place)
-        write_manifest(place, self.pattern, entries, [], rows=False)
+        shards = in_windows(self._indexed, self.names(), lambda: ThreadPoolExecutor(_THREADS))
+        write_manifest(place, self.pattern, shards, [], rows=False)
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None
         return written
 
-    def _entry(self, name: str) -> ShardEntry:
+    def _indexed(self, name: str) -> tuple[str, Index]:
         try:
             size = information(self.path(name))["size"]
             index = self.index(name, size)
-            return ShardEntry(name, index.rows, index.damage, size or index.num_bytes, 0)
         except FileNotFoundError as error:
             raise UserError(f"shard {self.path(name)} does not exist; check data.shards") from error
+        return name, index._replace(num_bytes=size or index.num_bytes, mtime_ns=0)
 
     def _build(self, url: str, path: Path, size: int | None) -> Index:
         if size not in (None, size_and_time(self.cache.path(url))[0]):
@@ -481,13 +466,6 @@ class RemoteShardList(ShardList):
                 return build_index(self.cache.path(url), path)
             except FileNotFoundError:
                 continue  # another process removed the copy to make room
-
-
-def _read_at_once(num_shards: int, recipe: DataRecipe) -> int:
-    """Return the number of shards that the lanes of this node read at the same time."""
-    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    lanes, of_each = share_out(num_shards, recipe.shards_per_block, Lanes(recipe.num_lanes, recipe.global_batch_size))
-    return of_each * -(-lanes.count * here // processes)
 
 
 class RemoteTarSource(TarSource):
@@ -501,32 +479,42 @@ class RemoteTarSource(TarSource):
     def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
         self.cache = cache
         super().__init__(shards, anew)
-        largest = np.sort(self.manifest.table["num_bytes"])[-2 * _read_at_once(len(self.shard_sizes), recipe) :]
+        # The lanes of this node read some shards now and as many next.
+        processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
+        lanes, of_each = share_out(len(self.shard_sizes), recipe.shards_per_block, lanes)
+        largest = np.sort(self.manifest.num_bytes)[-2 * of_each * -(-lanes.count * here // processes) :]
         if cache.max_bytes < largest.sum():
             raise UserError(
                 f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {shards!r} that a node "
                 f"reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and data.shards_per_block"
             )
-        self._ahead = _Prefetcher(cache)
-        self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._prefetch: threading.Thread | None = None
+        self._indices: dict[int, np.ndarray] = {}
 
     def _listed(self, shards: str) -> ShardList:
         return RemoteShardList(shards, self.cache)
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Prefetch these shards in a thread, except those that another process fetches."""
+        """Prefetch these shards in a thread, except those that another process fetches.
+
+        A call while the thread is busy does nothing, because each batch calls again.
+        """
         # Closed, because a removed copy frees its space when no process has it open.
         for shard in [shard for shard, file in self._open.items() if not os.fstat(file).st_nlink]:
             os.close(self._open.pop(shard))
             self._indices.pop(shard, None)
-        self._ahead.want([self.shard_name(shard) for shard in shards])
+        if self._prefetch is None or not self._prefetch.is_alive():
+            urls = [self.shard_name(shard) for shard in shards]
+            self._prefetch = threading.Thread(target=_prefetch, args=(weakref.ref(self.cache), urls), daemon=True)
+            self._prefetch.start()
 
     def publish(self) -> None:
         """Write the manifest and the missing indices beside the shards, for other machines."""
         assert isinstance(self.list, RemoteShardList)
         url = self.list.url
         try:
-            for name in self.manifest.all_names():
+            for name in self.manifest.names:
                 url = f"{self.list.path(name)}.index.npy"
                 system, remote = file_system(url)
                 if not system.exists(remote):
@@ -561,53 +549,22 @@ class RemoteTarSource(TarSource):
     def _row(self, shard: int, number: int) -> np.ndarray:
         if shard not in self._indices:
             assert isinstance(self.list, RemoteShardList)
-            self._indices[shard] = self.list.index(self.manifest.name(shard)).rows
+            self._indices[shard] = self.list.index(self.manifest.names[shard]).rows
         return self._indices[shard][number]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_indices": OrderedDict()}
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):  # __init__ may have raised
-            self._ahead.end()
-        super().__del__()
+        return {**super().__getstate__(), "_prefetch": None, "_indices": {}}
 
 
-class _Prefetcher:
-    """A thread that prefetches shards. Every process has one; the cache lets one of them fetch a shard."""
-
-    def __init__(self, cache: ShardCache):
-        self.cache = cache
-        self._thread: threading.Thread | None = None
-        self._urls: list[str] = []
-
-    def want(self, urls: list[str]) -> None:
-        """Fetch `urls` in this order, in place of those of the last call."""
-        self._urls = urls
-        if self._thread is None or not self._thread.is_alive():
-            self._changed, self._ended = threading.Event(), threading.Event()
-            self._thread = threading.Thread(target=self._fetch, name="fetch ahead", daemon=True)
-            self._thread.start()
-        self._changed.set()
-
-    def end(self) -> None:
-        """Let the thread end after its current shard."""
-        if self._thread is not None:
-            self._ended.set()
-            self._changed.set()
-
-    def _fetch(self) -> None:
-        while self._changed.wait() and not self._ended.is_set():
-            self._changed.clear()
-            for url in self._urls:
-                if self._changed.is_set():
-                    break
-                try:
-                    self.cache.try_to_fetch(url)
-                except Exception:  # each protocol has its own kinds
-                    # The shard may never be needed. If it is, the reader tries again and reports the error.
-                    self._ended.wait(_PAUSE_SECONDS)
-                    break
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"cache": self.cache, "_thread": None, "_urls": []}
+def _prefetch(cache_of_source: "weakref.ref[ShardCache]", urls: list[str]) -> None:
+    """Fetch shards while their source is in use. Every process does so; the cache lets one of them fetch a shard."""
+    for url in urls:
+        cache = cache_of_source()
+        if cache is None or cache.path(url).exists():
+            continue
+        try:
+            cache.try_to_fetch(url)
+        except Exception:  # each protocol has its own kinds
+            # The shard may never be needed. If it is, the reader tries again and reports the error.
+            time.sleep(_PAUSE_SECONDS)
+            return

@@ -32,6 +32,7 @@ from flipscale.io.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
 ROW = (3, 2)
+ROW_BYTES = 4 * 3 * 2
 _JSON_CAPTION = _ARRAY = 1 << 31
 _CLASS = 1 << 30
 _IMAGES = ("webp", "png", "jpg", "jpeg")  # in order of preference, as in CLIP_benchmark
@@ -40,7 +41,7 @@ _MAX_BYTES = {**dict.fromkeys(_IMAGES, (1 << 31) - 1), **dict.fromkeys(("txt", "
 # With a text file, a longer JSON file is not searched for a list of captions.
 _MAX_JSON_BYTES = 1 << 24
 _LAST_OFFSET = ((1 << 32) - 1) * BLOCK
-_DIGEST_BYTES, _MOST_ABOUT_BYTES = 16, 1 << 16
+_DIGEST_BYTES = 16
 _LONGEST_SHOWN_NAME = 60
 
 _ZEROS_AT_ONCE = 1 << 20
@@ -57,32 +58,13 @@ _HEADER_TYPES = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfi
 # Errors of tarfile for damaged headers; chains of headers about headers recurse.
 _TAR_ERRORS = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
 
-_LINK = "links, sparse files and devices"
-_LONG_NAME = "files with too long names"
-_TWO_SIZES = "files whose headers give different sizes"
-
 
 class NotAFile(OSError):
     """A path leads to no plain file."""
 
 
-class Damaged(Exception):
+class _Damaged(Exception):
     """The tar cannot be read further."""
-
-
-class TarMember(NamedTuple):
-    """A file in a tar.
-
-    Args:
-        offset: position of the content, in bytes.
-        size: length of the content, in bytes.
-        trouble: reason why the file cannot be used; empty if it can.
-    """
-
-    name: str
-    offset: int
-    size: int
-    trouble: str
 
 
 class _Header(tarfile.TarInfo):
@@ -126,13 +108,14 @@ def open_plain(path: str | Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
-def members(file: BinaryIO) -> Iterator[TarMember]:
-    """Yield each entry of a tar, or of several tars joined to one file, by tarfile's headers.
+def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
+    """Yield each entry of a tar, or of several tars joined to one file: its name, its content's offset and size in
+    bytes, and the reason why it cannot be used, empty for good files.
 
-    tarfile itself takes a damaged header for the end of the tar.
+    tarfile reads the headers, but would take a damaged one for the end of the tar.
 
     Raises:
-        Damaged: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
+        _Damaged: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
     """
     total = os.fstat(file.fileno()).st_size
     tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)))
@@ -145,32 +128,33 @@ def members(file: BinaryIO) -> Iterator[TarMember]:
         except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
             following = _after_zeros(file, start, total)
             if following - start > _MOST_END_BYTES:
-                raise Damaged(f"it has zeros from byte {start} to {following}, more than the end of a tar") from error
+                raise _Damaged(f"it has zeros from byte {start} to {following}, more than the end of a tar") from error
             if following == total:
                 return
             tar.offset, tar.pax_headers = following, {}
             continue
         except _TAR_ERRORS as error:
-            raise Damaged(_damage(file.fileno(), start, total)) from error
+            raise _Damaged(_damage(file.fileno(), start, total)) from error
         if {"path", "size"} & tar.pax_headers.keys():
-            raise Damaged("it has a pax header that gives all files one name or size")
+            raise _Damaged("it has a pax header that gives all files one name or size")
         end = member.offset_data + (member.size if member.isreg() else 0)
         if member.size < 0 or tar.offset <= start:
-            raise Damaged(f"there is no tar header at byte {start}")
+            raise _Damaged(f"there is no tar header at byte {start}")
         if end > total:
-            raise Damaged(f"it ends at byte {total}, inside a file that goes on to {end}")
-        yield TarMember(member.name, member.offset_data, member.size, _trouble(member, file.fileno(), start))
+            raise _Damaged(f"it ends at byte {total}, inside a file that goes on to {end}")
+        yield member.name, member.offset_data, member.size, _trouble(member, file.fileno(), start)
 
 
 def _trouble(member: tarfile.TarInfo, file: int, start: int) -> str:
-    """Return why the entry at byte `start` cannot be used as a file; an empty text if it can."""
     if not member.isreg() or member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers):
-        return _LINK
+        return "links, sparse files and devices"
     if len(member.name) > _LONGEST_NAME:
-        return _LONG_NAME
+        return "files with too long names"
     # Reading a sample also compares the header before it, which may follow others.
     before = member.offset_data - BLOCK
-    return "" if before == start or announces(os.pread(file, BLOCK, before), member.size) else _TWO_SIZES
+    if before == start or announces(os.pread(file, BLOCK, before), member.size):
+        return ""
+    return "files whose headers give different sizes"
 
 
 def _after_zeros(file: BinaryIO, position: int, total: int) -> int:
@@ -190,7 +174,6 @@ def _after_zeros(file: BinaryIO, position: int, total: int) -> int:
 
 
 def _damage(file: int, start: int, total: int) -> str:
-    """Return why there is no header at byte `start`."""
     if total - start < BLOCK:
         return f"it ends at byte {total} without an end mark" if total else "it is empty"
     if start == 0:
@@ -241,7 +224,7 @@ class Index(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A file of a sample. Neighbouring files of a key have the same `run`."""
+    """A file of a sample. Consecutive files of one key have the same `run`."""
 
     run: int
     field: str
@@ -256,8 +239,8 @@ def index_path(shard: Path) -> Path:
 
 def load_index(shard: Path) -> Index:
     """Return the index of `shard`. If it is missing, or the shard has another size or time, build and write it."""
-    with suppress(OSError, ValueError):
-        index = read_index(_content(index_path(shard)))
+    with suppress(OSError, ValueError), os.fdopen(open_plain(index_path(shard)), "rb") as file:
+        index = read_index(file.read())
         if (index.num_bytes, index.mtime_ns) == size_and_time(shard):
             return index
     return build_index(shard, index_path(shard))
@@ -292,22 +275,22 @@ def read_index(content: bytes) -> Index:
     try:
         if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
             raise UserError("the index was changed")
-        shape = re.search(rb"'shape': \((\d{1,12}), 3, 2\)", content[:256])
-        num_samples = int(shape[1]) if shape else 0
-        header = _array_header(num_samples)
-        end = len(header) + num_samples * ROW[0] * ROW[1] * 4
-        if not content.startswith(header) or end > len(content) - _DIGEST_BYTES:
+        file = io.BytesIO(content[:-_DIGEST_BYTES])
+        np.lib.format.read_magic(file)
+        (num_samples, *row), _, dtype = np.lib.format.read_array_header_2_0(file)
+        if (*row, dtype) != (*ROW, "<u4"):
             raise UserError("not an index of this version")
-        rows = np.frombuffer(content[len(header) : end], "<u4").reshape(-1, *ROW)
-        about = json.loads(content[end:-_DIGEST_BYTES])
+        rows = np.frombuffer(file.read(num_samples * ROW_BYTES), "<u4").reshape(-1, *ROW)
+        about = json.load(file)
         return Index(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"not an index ({error})") from error
 
 
 def most_bytes(num_bytes: int) -> int:
-    """Return the largest size of the index of a shard of `num_bytes`: a sample needs at least two blocks."""
-    return num_bytes // (2 * BLOCK) * 4 * ROW[0] * ROW[1] + _MOST_ABOUT_BYTES
+    """Return the largest size of the index of a shard of `num_bytes`: a sample needs at least two blocks, and the
+    damage less than 64 KiB."""
+    return num_bytes // (2 * BLOCK) * ROW_BYTES + (1 << 16)
 
 
 def build_index(shard: Path, path: Path) -> Index:
@@ -323,23 +306,25 @@ def build_index(shard: Path, path: Path) -> Index:
         damage = _lasting_damage(error, shard)
         if damage is None:
             raise
-        return Index(np.empty((0, *ROW), np.uint32), damage, *size_and_time(shard))
+        return Index(np.empty((0, *ROW), "<u4"), damage, *size_and_time(shard))
     try:
         with os.fdopen(file, "rb") as opened:
             state = os.fstat(file)
             index = Index(*_scan(opened), state.st_size, state.st_mtime_ns)
     except OSError as error:
-        raise OSError(
-            f"shard {shard} cannot be read ({error.strerror}); start again when it can, or remove it"
-        ) from error
+        raise OSError(f"shard {shard} cannot be read ({error.strerror}); start again, or remove it") from error
     # Processes that start together may all write it. In a read-only folder, every start builds it again.
     with suppress(OSError), atomic_write(path, unique_partial_path(path)) as partial:
-        partial.write_bytes(_encoded(index))
+        file = io.BytesIO()
+        np.lib.format.write_array(file, index.rows, version=(2, 0))
+        about = {"damage": index.damage, "bytes": index.num_bytes, "mtime_ns": index.mtime_ns}
+        content = file.getvalue() + json.dumps(about).encode()
+        partial.write_bytes(content + _digest(content))
     return index
 
 
 def _lasting_damage(error: OSError, shard: Path) -> str | None:
-    """Return why a shard can never be opened; None if it is gone or another try may succeed."""
+    """Return why a shard cannot be opened; None if it is gone or another try may succeed."""
     if isinstance(error, NotAFile):
         return str(error)
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -347,25 +332,6 @@ def _lasting_damage(error: OSError, shard: Path) -> str | None:
     if error.errno == errno.ELOOP or (error.errno == errno.ENOENT and os.path.islink(shard)):
         return "it is a link that leads nowhere"
     return None
-
-
-def _encoded(index: Index) -> bytes:
-    about = {"damage": index.damage, "bytes": index.num_bytes, "mtime_ns": index.mtime_ns}
-    content = _array_header(len(index.rows)) + index.rows.astype("<u4").tobytes() + json.dumps(about).encode()
-    return content + _digest(content)
-
-
-def _array_header(num_samples: int) -> bytes:
-    """Return the header of numpy's format for an array of `num_samples` rows."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_2_0(file, {"descr": "<u4", "fortran_order": False, "shape": (num_samples, *ROW)})
-    return file.getvalue()
-
-
-def _content(path: Path) -> bytes:
-    """Return the content of a plain file."""
-    with os.fdopen(open_plain(path), "rb") as file:
-        return file.read()
 
 
 def _digest(content: bytes) -> bytes:
@@ -378,7 +344,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
     left_out: dict[str, list[str]] = {}
     damage, run, last_key = [], 0, ""
     try:
-        for name, offset, size, trouble in members(file):
+        for name, offset, size, trouble in _members(file):
             dot = name.find(".", name.rfind("/") + 1)
             field = name[dot + 1 :].lower() if dot >= 0 else ""
             key = name[:dot] if dot >= 0 else name
@@ -389,7 +355,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
                 left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
                 continue
             samples.setdefault(key, []).append(_File(run, field, offset // BLOCK, size))
-    except Damaged as error:
+    except _Damaged as error:
         damage.append(str(error))
     rows = []
     for key, files in samples.items():
@@ -398,8 +364,11 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
                 left_out.setdefault("keys with files that follow each other and cannot be told apart", []).append(key)
             elif not fields.keys().isdisjoint(_IMAGES):
                 rows.append(_row(file.fileno(), fields))
-    damage += [f"{what} are left out: {len(names)}, the first {_shown(names[0])}" for what, names in left_out.items()]
-    return np.array(rows, dtype=np.uint32).reshape(len(rows), *ROW), "; ".join(damage)
+    for what, names in left_out.items():
+        first = names[0].encode("unicode_escape").decode()
+        shown = first if len(first) <= _LONGEST_SHOWN_NAME else f"{first[:_LONGEST_SHOWN_NAME]}..."
+        damage.append(f"{what} are left out: {len(names)}, the first {shown}")
+    return np.array(rows, dtype="<u4").reshape(len(rows), *ROW), "; ".join(damage)
 
 
 def _apart(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
@@ -438,9 +407,3 @@ def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]
             caption = (label[0], label[1] | _CLASS)
         label = (fields["npy"][0], fields["npy"][1] | _ARRAY)
     return [next(fields[image] for image in _IMAGES if image in fields), caption, label]
-
-
-def _shown(name: str) -> str:
-    """Return a short name in one line for a message."""
-    text = name.encode("unicode_escape").decode()
-    return text if len(text) <= _LONGEST_SHOWN_NAME else f"{text[:_LONGEST_SHOWN_NAME]}..."

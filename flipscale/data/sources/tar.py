@@ -10,6 +10,8 @@ import os
 import resource
 import tarfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 
 import numpy as np
@@ -78,7 +80,7 @@ class TarSource:
 
     def _describe(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.shard_sizes: list[int] = manifest.table["samples"].tolist()
+        self.shard_sizes: list[int] = manifest.num_samples.tolist()
         self.faults = [
             Fault(None, self.shard_name(shard), None, None, cause, damage)
             for shard, damage in manifest.damage.items()
@@ -87,12 +89,11 @@ class TarSource:
 
     def _is_good(self, manifest: Manifest) -> bool:
         """Return whether a few of the shards agree with the manifest."""
-        self.manifest = manifest
+        self._describe(manifest)
         try:
             count = min(_CHECKED_SHARDS, len(manifest))
             for shard in np.linspace(0, len(manifest) - 1, count).astype(int).tolist():
-                listed = manifest.table[shard]
-                if size_and_time(self.shard_name(shard)) != (listed["num_bytes"], listed["mtime_ns"]):
+                if size_and_time(self.shard_name(shard)) != tuple(manifest.sizes[shard, 1:]):
                     os.close(self._open_checked(shard))
         except (StaleManifest, OSError):
             return False
@@ -103,7 +104,7 @@ class TarSource:
 
     def shard_name(self, shard: int) -> str:
         """Return the path or URL of shard `shard`."""
-        return str(self.list.path(self.manifest.name(shard)))
+        return str(self.list.path(self.manifest.names[shard]))
 
     def read(self, shard: int, number: int) -> Sample:
         """Return sample `number` of shard `shard`, its bytes as stored.
@@ -114,15 +115,13 @@ class TarSource:
             OSError: the shard cannot be read.
         """
         where = places(self._row(shard, number))
-        try:
-            image, caption, label = _read_fields(self._opened(shard), where)
-        except OSError as error:
-            raise self._named(error, shard) from error
+        check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
+        image, caption, label = self._read(shard, where.image, where.caption, where.class_number)
         assert image is not None
         return Sample(
-            name=f"{self.manifest.name(shard).rsplit('/', 1)[-1]}#{number}",
+            name=f"{self.manifest.names[shard].rsplit('/', 1)[-1]}#{number}",
             image=image,
-            captions=captions_of_json(caption) if where.is_json and caption else (caption,) if caption else (),
+            captions=_captions(caption, where),
             label=_label(label),
             read_array=partial(self.read_array, shard, number),
         )
@@ -130,13 +129,11 @@ class TarSource:
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
         """Return the captions of sample `number` of shard `shard`, without reading its image."""
         where = places(self._row(shard, number))
-        stored = self._read(shard, where.caption) if where.caption else b""
-        return captions_of_json(stored) if where.is_json and stored else (stored,) if stored else ()
+        return _captions(self._read(shard, None, where.caption)[1], where)
 
     def read_label(self, shard: int, number: int) -> int | None:
         """Return the class number of sample `number` of shard `shard`, or None, without reading its image."""
-        place = places(self._row(shard, number)).class_number
-        return _label(self._read(shard, place) if place else None)
+        return _label(self._read(shard, None, places(self._row(shard, number)).class_number)[1])
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
         """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if the
@@ -145,10 +142,9 @@ class TarSource:
         Raises:
             UserError: the file is no array of numbers, or cut short. Pickled objects are not read.
         """
-        place = places(self._row(shard, number)).array
-        if place is None:
+        stored = self._read(shard, None, places(self._row(shard, number)).array)[1]
+        if stored is None:
             return None
-        stored = self._read(shard, place)
         try:
             return np.lib.format.read_array(io.BytesIO(stored), allow_pickle=False)
         except Exception as error:  # numpy raises many kinds for a damaged header
@@ -160,17 +156,14 @@ class TarSource:
     def key(self, shard: int, number: int) -> str:
         """Return the key of sample `number` of shard `shard`, from the tar header before its image."""
         block = int(self._row(shard, number)[0, 0])
-        try:
+        with self._naming(shard):
             header = os.pread(self._opened(shard), 100, (block - 1) * BLOCK) if block else b""
-        except OSError as error:
-            raise self._named(error, shard) from error
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
     def contents_digest(self) -> str:
         """Return a digest of the shards' names, sizes and numbers of samples, whatever their folder."""
-        table = self.manifest.table
         names = [self.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(self.shard_sizes))]
-        shards = sorted(zip(names, table["num_bytes"].tolist(), self.shard_sizes, strict=True))
+        shards = sorted(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
         return hashlib.blake2b(json.dumps(shards).encode(), digest_size=16).hexdigest()
 
     def fetch_ahead(self, shards: list[int]) -> None:
@@ -180,19 +173,24 @@ class TarSource:
         """Return the index row of a sample, uint32 `(3, 2)`."""
         return self.manifest.row(shard, number)
 
-    def _read(self, shard: int, place: Place) -> bytes:
-        """Return a text or an array of a sample."""
-        check_bytes(place.size, MAX_TEXT_BYTES, "a text or an array")
-        try:
-            return _read(self._opened(shard), place)
-        except OSError as error:
-            raise self._named(error, shard) from error
+    def _read(self, shard: int, image: Place | None, *texts: Place | None) -> list[bytes | None]:
+        """Return the content of an image, texts and arrays of a sample, None for None."""
+        for text in texts:
+            check_bytes(text.size if text else 0, MAX_TEXT_BYTES, "a text or an array")
+        with self._naming(shard):
+            return _read_places(self._opened(shard), [image, *texts])
 
-    def _named(self, error: OSError, shard: int) -> OSError:
-        """Return the error of a disk or network with the name of the shard."""
-        if error.errno is None:
-            return error
-        return OSError(f"shard {self.shard_name(shard)} cannot be read ({error.strerror}); start again when it can")
+    @contextmanager
+    def _naming(self, shard: int) -> Iterator[None]:
+        """Name the shard in an error of a disk or network."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(
+                f"shard {self.shard_name(shard)} cannot be read ({error.strerror}); start again when it can"
+            ) from error
 
     def _opened(self, shard: int) -> int:
         """Return the file descriptor of a shard. The last used shards stay open."""
@@ -212,12 +210,12 @@ class TarSource:
             raise StaleManifest(f"shard {name} is gone, but its manifest lists it; {self.list.stale_remedy}") from error
         except NotAFile as error:
             raise StaleManifest(f"shard {name} is no shard now: {error}; {self.list.stale_remedy}") from error
-        state, listed = os.fstat(file), self.manifest.table[shard]
+        state, (size, mtime_ns) = os.fstat(file), self.manifest.sizes[shard, 1:].tolist()
         # 0 is the size of a shard whose server does not give it.
-        if state.st_size != listed["num_bytes"] and listed["num_bytes"]:
-            why = f"has {state.st_size} bytes, {listed['num_bytes']} when it was listed"
+        if state.st_size != size and size:
+            why = f"has {state.st_size} bytes, {size} when it was listed"
         # Another time may be that of a copy.
-        elif state.st_mtime_ns != listed["mtime_ns"] and not self._holds_its_samples(file, shard):
+        elif state.st_mtime_ns != mtime_ns and not self._holds_its_samples(file, shard):
             why = "was rewritten since it was listed"
         else:
             return file
@@ -229,7 +227,7 @@ class TarSource:
 
     def _holds_its_samples(self, file: int, shard: int) -> bool:
         """Return whether a few samples have their tar headers before their files."""
-        size = int(self.manifest.table["samples"][shard])
+        size = self.shard_sizes[shard]
         numbers = np.linspace(0, size - 1, min(_CHECKED_SAMPLES, size)).astype(int).tolist()
         rows = [places(self._row(shard, number)) for number in numbers]
         files = [place for where in rows for place in (where.image, where.caption, where.class_number) if place]
@@ -254,25 +252,17 @@ def _most_open() -> int:
     return _MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(_MAX_OPEN_SHARDS, soft // 2)
 
 
-def _read_fields(file: int, where: Places) -> list[bytes | None]:
-    """Return the image, caption and class number of a sample, None for a missing one. One read gets all of them if they
-    are close, as in most tars.
-    """
-    check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
-    for text in (where.caption, where.class_number):
-        check_bytes(text.size if text else 0, MAX_TEXT_BYTES, "a text")
-    wanted = [where.image, where.caption, where.class_number]
+def _read_places(file: int, wanted: list[Place | None]) -> list[bytes | None]:
+    """Return the content at each place, None for None. Places that are close, as in most tars, are read at once."""
     present = [place for place in wanted if place]
-    first, last = min(place.offset for place in present) - BLOCK, max(offset + size for offset, size in present)
-    if first < 0 or last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
-        return [_read(file, place) if place else None for place in wanted]
+    if not present:
+        return [None] * len(wanted)
+    first = max(min(place.offset for place in present) - BLOCK, 0)
+    last = max(offset + size for offset, size in present)
+    if len(present) > 1 and last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
+        return [_read_places(file, [place])[0] for place in wanted]
     content = os.pread(file, last - first, first)
     return [_cut_out(content, place, first) if place else None for place in wanted]
-
-
-def _read(file: int, place: Place) -> bytes:
-    first = max(place.offset - BLOCK, 0)
-    return _cut_out(os.pread(file, place.offset + place.size - first, first), place, first)
 
 
 def _cut_out(content: bytes, place: Place, first: int) -> bytes:
@@ -291,6 +281,10 @@ def _cut_out(content: bytes, place: Place, first: int) -> bytes:
             "replaced or damaged since it was indexed"
         )
     return content[at : at + place.size]
+
+
+def _captions(stored: bytes | None, where: Places) -> tuple[bytes, ...]:
+    return captions_of_json(stored) if where.is_json and stored else (stored,) if stored else ()
 
 
 def _label(stored: bytes | None) -> int | None:

@@ -238,8 +238,8 @@ def data_name(place: str) -> str:
 def _set_digest(test_set: TestSet) -> str:
     manifest = test_set.source.manifest
     shards = [
-        [os.path.basename(name), *map(int, row)]
-        for name, row in zip(manifest.all_names(), manifest.table[["samples", "num_bytes"]].tolist(), strict=True)
+        [os.path.basename(name), *sizes]
+        for name, sizes in zip(manifest.names, manifest.sizes[:, :2].tolist(), strict=True)
     ]
     return _digest([shards, [read_text(test_set.data, name) for name in (CLASS_NAMES, TEMPLATES)]])
 

@@ -10,17 +10,15 @@ import sys
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import add_member, write_shards
-from filelock import FileLock
 
 from flipscale.cli import main
 from flipscale.data.sources import manifest as shard_list
-from flipscale.data.sources.manifest import in_windows, written_once
 from flipscale.data.sources.tar import StaleManifest, TarSource
 
 
@@ -130,58 +128,42 @@ def test_a_shard_that_is_replaced_stops_whoever_opens_it(tmp_path: Path) -> None
     fresh = pickle.dumps(TarSource(str(tmp_path)))
     os.utime(shard, ns=(1, 1))
     assert pickle.loads(fresh).read(1, 0).image == b"0 of 1"
-    remedy = re.escape(f"write the manifest anew with `flipscale prepare index '{tmp_path}'`")
     content = shard.read_bytes()
+
+    def refused(why: str) -> None:
+        with pytest.raises(StaleManifest, match=rf"shard {shard} {why}.*write the manifest anew"):
+            pickle.loads(fresh).read(1, 0)
+
     shard.write_bytes(content[:512] + bytes(len(content) - 512))
-    with pytest.raises(StaleManifest, match=rf"shard {shard} was rewritten since it was listed; {remedy}"):
-        pickle.loads(fresh).read(1, 0)
+    refused("was rewritten")
     shard.write_bytes(content + bytes(10240))
-    size = len(content)
-    with pytest.raises(
-        StaleManifest, match=rf"shard {shard} has {size + 10240} bytes, {size} when it was listed; {remedy}"
-    ):
-        pickle.loads(fresh).read(1, 0)
+    refused(f"has {len(content) + 10240} bytes, {len(content)} when")
     shard.unlink()
-    with pytest.raises(StaleManifest, match=rf"shard {shard} is gone, but its manifest lists it; {remedy}"):
-        pickle.loads(fresh).read(1, 0)
+    refused("is gone")
     with pytest.raises(ValueError, match=rf"shard {shard} does not exist; check data.shards"):
         TarSource(f"{tmp_path}/{{00000..00003}}.tar")
 
 
-def spoilt(manifest: Path, how: str) -> None:
-    content = manifest.read_bytes()
-    if how == "version":
-        content = content.replace(b"manifest 1\n", b"manifest 2\n", 1)
-    elif how == "cut":
-        content = content[:-40]
-    elif how == "byte":
-        content = content[:-60] + b"\xff" + content[-59:]
-    elif how == "other":
-        content = b"PK" + content
-    elif how == "empty":
-        content = b""
-    manifest.write_bytes(content)
-
-
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("spoil", "message"),
     [
-        ("version", "manifest {path} has version 2, this flipscale reads 1; {remedy}"),
-        ("cut", "manifest {path} is cut short or damaged, at {size} bytes; {remedy}"),
-        ("byte", "manifest {path} is cut short or damaged, at {size} bytes; {remedy}"),
-        ("other", "{path} is not a manifest of shards; {remedy}"),
-        ("empty", "{path} is not a manifest of shards; {remedy}"),
+        (lambda whole: whole.replace(b"manifest 2\n", b"manifest 3\n", 1), "is not a manifest of this version"),
+        (lambda whole: b"", "is not a manifest of this version"),
+        (lambda whole: whole[:-40], "is cut short or damaged, at {size} bytes"),
+        (lambda whole: whole[:-60] + b"\xff" + whole[-59:], "is cut short or damaged, at {size} bytes"),
     ],
+    ids=["version", "empty", "cut", "byte"],
 )
-def test_a_manifest_that_cannot_be_read(tmp_path: Path, how: str, message: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_manifest(
+    tmp_path: Path, spoil: Callable[[bytes], bytes], message: str, capsys: pytest.CaptureFixture
+) -> None:
     """It is refused with one sentence, whose command mends it."""
     write_tiny(tmp_path, 2)
     TarSource(str(tmp_path))
     path = tmp_path / "shards.manifest"
-    spoilt(path, how)
-    remedy = f"write the manifest anew with `flipscale prepare index '{tmp_path}'`"
-    expected = message.format(path=path, size=path.stat().st_size, remedy=remedy)
-    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+    path.write_bytes(spoil(path.read_bytes()))
+    remedy = f"; write the manifest anew with `flipscale prepare index '{tmp_path}'`"
+    with pytest.raises(ValueError, match=f"{path} {message.format(size=path.stat().st_size)}.*{re.escape(remedy)}$"):
         TarSource(str(tmp_path))
     main(["prepare", "index", str(tmp_path)])
     assert "4 samples in 2 shards" in capsys.readouterr().out
@@ -193,7 +175,7 @@ def test_a_manifest_of_other_shards(tmp_path: Path) -> None:
     TarSource(f"{tmp_path}/{{00000..00001}}.tar")
     (manifest,) = tmp_path.glob("shards-*.manifest")
     manifest.rename(tmp_path / "shards.manifest")
-    with pytest.raises(ValueError, match=r"shards.manifest lists the shards '{00000..00001}.tar', not '\*.tar'; write"):
+    with pytest.raises(ValueError, match=r"lists the shards '{00000..00001}.tar', not '\*.tar'"):
         TarSource(str(tmp_path))
 
 
@@ -213,7 +195,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert TarSource(str(tmp_path / "data")).manifest.path == tmp_path / "data/shards.manifest"
     (tmp_path / "data/shards.manifest").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=r"no manifest of '.*data' can be written to .*data nor .*manifests; make one"):
+    with pytest.raises(ValueError, match=r"no manifest of .* can be written to .*data nor .*manifests"):
         TarSource(str(tmp_path / "data"))
 
 
@@ -257,26 +239,6 @@ def test_those_that_wait_say_so_and_take_over(
     assert [record.getMessage() for record in caplog.records] == [
         f"waiting for the process that writes {tmp_path}/shards.manifest, the list of all shards; it shows its progress"
     ]
-
-
-def never() -> None:
-    raise AssertionError("it was written")
-
-
-def test_a_writer_that_gives_no_sign_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_list, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(shard_list, "_SILENT_SECONDS", 0.1)
-    with FileLock(tmp_path / ".manifest.lock"), pytest.raises(OSError, match="has indexed no shard for 0 minutes; end"):
-        written_once(tmp_path / "manifest", lambda _: None, never)
-
-
-def test_a_shard_that_is_indexed_is_a_sign(tmp_path: Path) -> None:
-    lock = tmp_path / ".manifest.lock"
-    lock.touch()
-    os.utime(lock, (0, 0))
-    for _ in in_windows(str, [1], never, tmp_path / "manifest"):
-        assert lock.stat().st_mtime == 0
-    assert lock.stat().st_mtime > 0
 
 
 @pytest.mark.parametrize("shards", ["*.tar", "nothing.tar", "{0..3}.tar"])

@@ -14,10 +14,10 @@ from conftest import write_shards
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote
-from flipscale.data.sources.manifest import ShardEntry, manifest_name, write_manifest
+from flipscale.data.sources.manifest import manifest_name, write_manifest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
-from flipscale.data.sources.shard_index import index_path, load_index
+from flipscale.data.sources.shard_index import Index, index_path, load_index
 
 
 @pytest.fixture(autouse=True)
@@ -193,10 +193,9 @@ def test_shards_that_have_another_size_now_are_listed_anew(served: Path, tmp_pat
 
 
 def test_a_manifest_that_names_files_of_this_machine(served: Path, tmp_path: Path) -> None:
-    rows = np.zeros((0, 3, 2), np.uint32)
     pattern = "{00000..00001}.tar"
-    entries = [ShardEntry("file:///etc/passwd", rows, "", 10, 0)]
-    write_manifest(served / manifest_name(pattern), pattern, entries, [], rows=False)
+    shards = [("file:///etc/passwd", Index(np.zeros((0, 3, 2), np.uint32), "", 10, 0))]
+    write_manifest(served / manifest_name(pattern), pattern, shards, [], rows=False)
     with (
         server(served, plainly) as url,
         pytest.raises(ValueError, match=r"names 'file:///etc/passwd', which is on another server"),
