@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,17 +52,10 @@ class LabelledDataset(PairDataset):
         super().__init__(*arguments, **options)
         self.num_classes = num_classes
         self.augment = Augment(self.recipe.augment, self.seed, self.shape.image_size)
-        check_labels(self.source)
+        _check_labels(self.source)
 
     def _annotation(self, sample: Sample, draw: float) -> int:
-        if sample.label is None:
-            raise MissingLabel("there is no KEY.cls with a number")
-        if sample.label >= self.num_classes:
-            raise UserError(
-                f"{sample.name} has class {sample.label}, and the model's head has {self.num_classes} classes, "
-                "counted from 0; set loss.options.num_classes to the lines of classnames.txt"
-            )
-        return sample.label
+        return _number(sample, "class", "num_classes", self.num_classes)
 
     def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
         images = zip(where.tolist(), super()._images(where), strict=True)
@@ -104,27 +97,20 @@ class QuestionDataset(PairDataset):
     def _annotation(self, sample: Sample, draw: float) -> tuple[str, np.ndarray]:
         question, scores = super()._annotation(sample, draw), np.zeros(self.num_answers, np.float32)
         try:
-            votes = sample.read_array()
+            votes = sample.read_array() if sample.read_array else None
         except BadSample:
             raise
         except ValueError as error:
             raise WrongVotes(str(error)) from error
-        if votes is not None:
-            if votes.shape != (self.num_answers + 1,) or votes.dtype.kind not in "iu" or not (votes >= 0).all():
-                raise WrongVotes(
-                    f"KEY.npy is {votes.dtype} {votes.shape}; it must count the people who gave each of the "
-                    f"{self.num_answers} answers, and any other"
-                )
-            scores[:] = np.array(SCORES, np.float32)[np.minimum(votes[:-1], len(SCORES) - 1)]
+        if votes is None:
+            scores[_number(sample, "answer", "num_answers", self.num_answers)] = 1.0
             return question, scores
-        if sample.label is None:
-            raise MissingLabel("there is no KEY.cls with a number, and no KEY.npy")
-        if sample.label >= self.num_answers:
-            raise UserError(
-                f"{sample.name} has answer {sample.label}, and the model chooses among {self.num_answers}, counted "
-                "from 0; set loss.options.num_answers to the lines of classnames.txt"
+        if votes.shape != (self.num_answers + 1,) or votes.dtype.kind not in "iu" or not (votes >= 0).all():
+            raise WrongVotes(
+                f"KEY.npy is {votes.dtype} {votes.shape}; it must count the people who gave each of the "
+                f"{self.num_answers} answers, and any other"
             )
-        scores[sample.label] = 1.0
+        scores[:] = np.array(SCORES, np.float32)[np.minimum(votes[:-1], len(SCORES) - 1)]
         return question, scores
 
     def _text(self, annotation: Any) -> str:
@@ -135,29 +121,31 @@ class QuestionDataset(PairDataset):
         return {**tokens, "labels": torch.from_numpy(np.stack([scores for _, scores in annotations]))}
 
 
-def check_labels(source: Source) -> None:
+def _number(sample: Sample, what: str, field: str, count: int) -> int:
+    """Return the class or answer of a sample, below `count`, the value of `loss.options.FIELD`."""
+    if sample.label is None:
+        raise MissingLabel("there is no KEY.cls with a number" + ", and no KEY.npy" * (what == "answer"))
+    if sample.label >= count:
+        raise UserError(
+            f"{sample.name} has {what} {sample.label}, counted from 0, and loss.options.{field} is {count}; set it "
+            "to the number of lines in classnames.txt"
+        )
+    return sample.label
+
+
+def _check_labels(source: Source) -> None:
     """Raise if the first good sample has no class number, because then, as a rule, no sample has one."""
     for shard, size in enumerate(source.shard_sizes):
-        if not size:
-            continue
         try:
-            sample = source.read(shard, 0)
+            if size and source.read(shard, 0).label is not None:
+                return
         except BadSample:
             continue
-        if sample.label is None:
+        if size:
             raise UserError(
-                f"{source.shard_name(shard)}: {source.key(shard, 0)} has no class number, which loss.kind "
-                "'classify' learns; give shards with KEY.cls, as `flipscale prepare shards --labels` writes them"
+                f"{source.shard_name(shard)}: {source.key(shard, 0)} has no class number, which loss.kind 'classify' "
+                "learns; give shards with KEY.cls, as `flipscale prepare shards --labels` writes them"
             )
-        return
-
-
-class MixedImages(NamedTuple):
-    """Two images, uint8 `(height, width, 3)`, each with a part of the other, and the share of its own in each."""
-
-    one: np.ndarray
-    other: np.ndarray
-    share: float
 
 
 class Augment:
@@ -187,8 +175,9 @@ class Augment:
         with _seeded(self.seed, "augment", position):
             return np.asarray(self._rand_augment(Image.fromarray(image)))
 
-    def mixed(self, one: np.ndarray, other: np.ndarray, position: int) -> MixedImages:
-        """Return two images mixed with each other, with the draws of the first one's position."""
+    def mixed(self, one: np.ndarray, other: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return two images, each with a part of the other, and the share of its own in each, by the draws of the
+        first one's position."""
         mixup, cutmix = self.recipe.mixup_alpha, self.recipe.cutmix_alpha
         with _seeded(self.seed, "mix", position):
             cuts = cutmix > 0.0 and (mixup == 0.0 or random.random() < 0.5)
@@ -198,18 +187,18 @@ class Augment:
                 return _cut(one, other, share)
         first, second = one.astype(np.float32), other.astype(np.float32)
         blend, rest = share * first + (1.0 - share) * second, share * second + (1.0 - share) * first
-        return MixedImages(np.rint(blend).astype(np.uint8), np.rint(rest).astype(np.uint8), share)
+        return np.rint(blend).astype(np.uint8), np.rint(rest).astype(np.uint8), share
 
 
-def _cut(one: np.ndarray, other: np.ndarray, share: float) -> MixedImages:
+def _cut(one: np.ndarray, other: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Return two images that exchanged a box; the share is counted in pixels."""
     from timm.data.mixup import cutmix_bbox_and_lam
 
     (top, bottom, left, right), share = cutmix_bbox_and_lam(one.shape[:2], share)
-    results = one.copy(), other.copy()
-    results[0][top:bottom, left:right] = other[top:bottom, left:right]
-    results[1][top:bottom, left:right] = one[top:bottom, left:right]
-    return MixedImages(*results, float(share))
+    mixed, rest = one.copy(), other.copy()
+    mixed[top:bottom, left:right] = other[top:bottom, left:right]
+    rest[top:bottom, left:right] = one[top:bottom, left:right]
+    return mixed, rest, float(share)
 
 
 def _rand_augment(words: str, image_size: int) -> Callable[[Image.Image], Image.Image]:

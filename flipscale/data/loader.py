@@ -1,4 +1,7 @@
-"""The loader of a run: the positions of each process, batches in one buffer, worker processes, and the DataLoader."""
+"""The batches of a run: the positions of each process, batches in one buffer, workers, and the way to the device.
+
+Dead workers are restarted, and batches are copied to the device ahead.
+"""
 
 import ctypes
 import gc
@@ -6,12 +9,16 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
+import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from itertools import islice
 from multiprocessing import forkserver
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -26,6 +33,13 @@ _ALIGNMENT = 64
 _LEAST_SHARED_BYTES = 1 << 20
 # Modules that the workers' server imports once for all workers.
 _IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
+# A limit, because a sample that kills its worker would be read again by each new worker.
+_MAX_DEATHS_IN_A_ROW = 3
+# Number of batches that wait on the device.
+_SLOTS = 2
+# The waiting batches, the step's own, and the last step's, which the device may still read.
+BATCHES_ON_DEVICE = _SLOTS + 2
+_CLOSING_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -83,12 +97,8 @@ def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
     )
 
 
-class Field(NamedTuple):
-    """Type, shape and byte offset of a tensor in the buffer."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
+# Type, shape and byte offset of a tensor in the buffer of a batch.
+Field = tuple[torch.dtype, tuple[int, ...], int]
 
 
 class PackedBatch(dict[str, Any]):
@@ -115,7 +125,7 @@ class PackedBatch(dict[str, Any]):
         """Return a batch of uninitialised tensors. In a worker it lies in shared memory if there is room."""
         layout, size = {}, 0
         for name, (dtype, shape) in columns.items():
-            layout[name] = Field(dtype, shape, size)
+            layout[name] = (dtype, shape, size)
             size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         buffer = None if torch.utils.data.get_worker_info() is None else shared_buffer(size)
         return cls(torch.empty(size, dtype=torch.uint8) if buffer is None else buffer, layout, [])
@@ -171,15 +181,16 @@ def _from_pipe(content: bytes, layout: dict[str, Field], faults: list[Fault]) ->
     return PackedBatch(torch.frombuffer(bytearray(content), dtype=torch.uint8), layout, faults)
 
 
-class _ErrorsAsBatches(Dataset):
-    """A dataset that returns an error in place of a batch, because a worker would add its traceback to a raised one."""
+class _PackedBatches(Dataset):
+    """Packed batches of a dataset, or an error in place of a batch, because a worker would add its traceback to a
+    raised one."""
 
     def __init__(self, dataset: PairDataset):
         self.dataset = dataset
 
-    def __getitems__(self, positions: list[int]) -> dict[str, Any] | Exception:
+    def __getitems__(self, positions: list[int]) -> PackedBatch | Exception:
         try:
-            return self.dataset.__getitems__(positions)
+            return PackedBatch.of(self.dataset.__getitems__(positions))
         except (ValueError, OSError, MemoryError) as error:
             return error
         except Exception as error:  # because other classes may fail to unpickle
@@ -188,8 +199,8 @@ class _ErrorsAsBatches(Dataset):
             return failure
 
 
-def _pack(batch: Any) -> PackedBatch | Exception:
-    return batch if isinstance(batch, Exception) else PackedBatch.of(batch)
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def build_loader(
@@ -200,11 +211,12 @@ def build_loader(
     It yields a `PackedBatch`, or the error that making the batch raised.
     """
     recipe = dataset.recipe
-    sizes = (recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
     return DataLoader(
-        _ErrorsAsBatches(dataset),
-        batch_sampler=StepSampler(first_step, last_step, *sizes),
-        collate_fn=_pack,
+        _PackedBatches(dataset),
+        batch_sampler=StepSampler(
+            first_step, last_step, recipe.global_batch_size, rank, world_size, recipe.micro_batch_size
+        ),
+        collate_fn=_unchanged,
         num_workers=recipe.num_workers,
         pin_memory=pin_memory,
         worker_init_fn=settle_worker,
@@ -250,20 +262,14 @@ def settle_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     gc.enable()
-    _keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer reads it at each batch
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep up to 64 MiB of freed memory, because returning and getting a decoded image's pages takes a
-    tenth of a worker's time. Other allocators ignore this."""
-    try:
+    # glibc keeps up to 64 MiB of freed memory, because returning and getting a decoded image's pages takes a tenth of a
+    # worker's time. Other C libraries lack this function.
+    with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 1 << 25)
-    mallopt(trim_threshold, 1 << 26)
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 1 << 25)
+        mallopt(trim_threshold, 1 << 26)
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:
@@ -287,3 +293,145 @@ def replace_torch_handler(handler: Any = signal.SIG_DFL) -> None:
 
 def _is_of_torch(handler: Any) -> bool:
     return (getattr(handler, "__module__", None) or "").startswith("torch.")
+
+
+Batches = Generator[list[PackedBatch], None, None]
+
+
+def restartable_batches(
+    dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
+) -> Batches:
+    """Yield the batches of process `rank` in steps [first_step, last_step), each as a list of micro-batches.
+
+    The list has the only references to the micro-batches, so clearing it frees them.
+
+    When a worker dies (out of memory, killed), its shard is logged and all workers start again at the current step. A
+    batch is a function of its step, so none is lost or repeated.
+    """
+    step, deaths = first_step, 0
+    while step < last_step:
+        loader = build_loader(dataset, step, last_step, rank, world_size, pin_memory)
+        assert isinstance(loader.batch_sampler, StepSampler)
+        micro_batches = start_workers(loader)
+        try:
+            while batch := _next_batch(micro_batches, loader.batch_sampler.micro_batches):
+                step, deaths = step + 1, 0
+                yield batch
+        except _WorkerDied as error:
+            description = _describe_death(error, dataset)
+            deaths += 1
+            if deaths >= _MAX_DEATHS_IN_A_ROW:
+                raise OSError(
+                    f"{description}; that is {deaths} times in a row at step {step}: remove that shard, or give "
+                    "workers more memory or use fewer (data.num_workers), and start the run again"
+                ) from error
+            _log.warning("%s; starting the workers again at step %d", description, step)
+
+
+class _WorkerDied(Exception):
+    """A worker died."""
+
+    def __init__(self, pids: set[int]):
+        self.pids = pids
+
+
+def _next_batch(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
+    """Return the next `count` micro-batches, an empty list at the end."""
+    try:
+        batch = list(islice(micro_batches, count))
+    except RuntimeError as error:
+        death = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
+        if death is None:
+            raise
+        raise _WorkerDied({int(pid) for pid in (death[1] or "").split(",") if pid.strip()}) from error
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        # The worker announced a batch and died before it handed over the shared memory.
+        raise _WorkerDied(set()) from error
+    for part in batch:
+        if isinstance(part, Exception):
+            raise part
+    return [part for part in batch if isinstance(part, PackedBatch)]
+
+
+def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
+    """Return the dead workers and their shards as a sentence."""
+    reading = [
+        dataset.source.shard_name(shard)
+        for pid, shard in dataset.reading.tolist()
+        if pid and (pid in death.pids or not death.pids)
+    ]
+    pids = f" (pid {', '.join(str(pid) for pid in sorted(death.pids))})" if death.pids else ""
+    return f"a loader worker{pids} died while reading {', '.join(dict.fromkeys(reading)) or 'its first shard'}"
+
+
+class CudaTransfer:
+    """Copies from page-locked memory on a stream of its own, beside the computation.
+
+    The feeding thread calls `send`; the computing thread calls `receive` with the result.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._copying = torch.cuda.Stream(device)
+
+    def send(self, batch: list[PackedBatch]) -> tuple[list[PackedBatch], torch.cuda.Event]:
+        """Start to copy a batch, without waiting; the event is its arrival."""
+        with torch.cuda.stream(self._copying):
+            sent = [micro_batch.to(self._device) for micro_batch in batch]
+            return sent, self._copying.record_event()
+
+    def receive(self, sent: tuple[list[PackedBatch], torch.cuda.Event]) -> list[PackedBatch]:
+        """Return the batch. The device waits for it; this thread does not."""
+        batch, arrival = sent
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(arrival)
+        for micro_batch in batch:
+            # The memory belongs to the copying stream, which must not reuse it before the computation ends.
+            micro_batch.buffer.record_stream(computing)
+        return batch
+
+
+def on_device(batches: Batches, device: torch.device) -> Batches:
+    """Yield the batches on `device`; for a GPU, they are copied ahead."""
+    return prefetch(batches, CudaTransfer(device)) if device.type == "cuda" else batches
+
+
+def prefetch(batches: Batches, transfer: CudaTransfer) -> Batches:
+    """Yield the batches after their transfer. A thread sends them ahead, into two slots.
+
+    The next step's batch is there before its step begins, even when the one after it is late. A device holds at most
+    `BATCHES_ON_DEVICE` batches. Errors of `batches` are raised in their place, after the batches before them. Closing
+    this generator, at any time, ends the thread and closes `batches`. It does not wait for a thread that waits for its
+    disk.
+    """
+    slots, ended = threading.Semaphore(_SLOTS), threading.Event()
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def feed() -> None:
+        try:
+            while slots.acquire() and not ended.is_set():
+                batch = next(batches, None)
+                if batch is None or ended.is_set():
+                    break
+                ready.put(transfer.send(batch))
+                del batch  # else it would stay in memory while a slow source makes the next one
+            ready.put(None)
+        except Exception as error:
+            ready.put(error)
+        finally:
+            batches.close()
+
+    replace_torch_handler()
+    thread = threading.Thread(target=feed, name="feeder", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            slots.release()
+            batch, item = transfer.receive(item), None
+            yield batch
+    finally:
+        ended.set()
+        slots.release()
+        thread.join(_CLOSING_SECONDS)

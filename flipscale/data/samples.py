@@ -100,25 +100,20 @@ class Fault:
     detail: str
 
 
-def _no_array() -> None:
-    """Return no array."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """One undecoded sample.
 
     Args:
         label: class number, if the source has one.
-        read_array: reads the array stored beside the image; returns None without one, raises as
-            `TarSource.read_array`.
+        read_array: reads the array beside the image, as `TarSource.read_array`; None if the source has no arrays.
     """
 
     name: str
     image: bytes
     captions: tuple[bytes, ...]
     label: int | None = None
-    read_array: Callable[[], np.ndarray | None] = field(default=_no_array, compare=False, repr=False)
+    read_array: Callable[[], np.ndarray | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def caption(self) -> bytes | None:

@@ -78,6 +78,7 @@ def train_sentencepiece(
             not add them.
     """
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
     captions = list(captions)
     if not captions:
@@ -113,11 +114,11 @@ def train_sentencepiece(
             raise UserError(
                 f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}; use more"
             ) from error
-    path = out_dir / "sentencepiece.model"
-    proto = _model_proto(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.getvalue())
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a temporary path, different every time
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-    tokenizer = sentencepiece_tokenizer(path, max_length)
+    (out_dir / "sentencepiece.model").write_bytes(proto.SerializeToString(deterministic=True))
+    tokenizer = _sentencepiece_tokenizer(proto, max_length, begin_and_end)
     tokenizer.save_pretrained(out_dir)
     return tokenizer
 
@@ -143,20 +144,10 @@ def _seed_pieces(captions: list[str]) -> str:
     return "".join(f"{piece}\t{-score}\n" for score, piece in seen_twice[:_MAX_SEEDS])
 
 
-def _model_proto(content: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(content)
-    return proto
-
-
-def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """Return the fast tokenizer with the ids of a SentencePiece unigram model; it adds no special tokens to a text."""
-    proto = _model_proto(Path(model_path).read_bytes())
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+def _sentencepiece_tokenizer(proto: Any, max_length: int, begin_and_end: bool) -> PreTrainedTokenizerFast:
+    """Return the fast tokenizer with the ids of a unigram model. It adds no special tokens to a text."""
+    normalizer = proto.normalizer_spec
+    backend = Tokenizer(models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=1))
     backend.normalizer = normalizers.Sequence(
         [
             normalizers.Precompiled(normalizer.precompiled_charsmap),
@@ -166,7 +157,7 @@ def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedToke
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    special = {"bos_token": "<s>", "eos_token": "</s>"} if trainer.bos_id >= 0 and trainer.eos_id >= 0 else {}
+    special = {"bos_token": "<s>", "eos_token": "</s>"} if begin_and_end else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **special,
@@ -182,15 +173,11 @@ def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreT
 
     It folds case and compatibility forms (NFKC_Casefold), drops accents and turns control characters into spaces. It
     treats "[CLS]" in a caption as plain text, and turns a word of more than 100 bytes into [UNK]. tensorflow-text's
-    BertTokenizer does all this, but transformers' BertTokenizer does not. The saved `tokenizer.json` has all of it but
-    the flag `split_special_tokens`, which is in `tokenizer_config.json`.
+    BertTokenizer does all this, but transformers' BertTokenizer does not. The caller asks for padding and truncation.
 
-    As with any tokenizer, the caller asks for padding and truncation: `padding="max_length", truncation=True`.
-
-    Compared with tensorflow-text 2.21, it is equal on 10,000 captions of words, names and signs of many scripts, and on
-    4,000 with very long words. It differs on 14 of 10,000 strings of random characters from the common Unicode blocks,
-    and on 13 of 10,000 strings of any characters. It folds 257 of 1.1 million code points differently. Nearly all are
-    newer than the tables of the tokenizers library. Another 172 are Cherokee, which no BERT vocabulary has.
+    Compared with tensorflow-text 2.21, it is equal on 14,000 captions of many scripts and on very long words. It
+    differs on 27 of 20,000 strings of random characters, and folds 257 of 1.1 million code points differently, nearly
+    all newer than the tables of the tokenizers library.
 
     Args:
         name_or_vocab_file: a vocabulary (one piece a line, [PAD] first), a folder with a `vocab.txt`, or a model on the

@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flipscale.data.feeding import BATCHES_ON_DEVICE
-from flipscale.data.loader import pairs_of_a_process
+from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.feeding import on_device, restartable_batches
-from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory
+from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory, on_device, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import Fault, Source

@@ -8,9 +8,8 @@ from collections.abc import Callable, Generator
 import pytest
 import torch
 
-from flipscale.data import feeding
-from flipscale.data.feeding import on_device, prefetch
-from flipscale.data.loader import PackedBatch
+from flipscale.data import loader
+from flipscale.data.loader import PackedBatch, on_device, prefetch
 
 Batch = list[PackedBatch]
 
@@ -86,7 +85,7 @@ def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
             assert device.sent.acquire(timeout=30)
         assert batch[0]["step"].item() == step
         assert not device.sent.acquire(timeout=0.02)
-        assert device.count() == 3 == feeding.BATCHES_ON_DEVICE - 1  # no step runs on behind the host's back here
+        assert device.count() == 3 == loader.BATCHES_ON_DEVICE - 1  # no step runs on behind the host's back here
         # As `consume_batch` does: the caller still holds the list.
         batch.clear()
         assert device.count() == 2
@@ -128,7 +127,7 @@ def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int, feeder
 
 
 def test_closing_does_not_wait_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "_CLOSING_SECONDS", 0.1)
+    monkeypatch.setattr(loader, "_CLOSING_SECONDS", 0.1)
     is_stuck, disk_answers, closed = threading.Event(), threading.Event(), threading.Event()
 
     def stuck() -> Generator[Batch, None, None]:

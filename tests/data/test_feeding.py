@@ -14,9 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from flipscale.data import feeding
-from flipscale.data.feeding import on_device, prefetch, restartable_batches
-from flipscale.data.loader import PackedBatch
+from flipscale.data import loader as data_loader
+from flipscale.data.loader import PackedBatch, on_device, prefetch, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Sample
@@ -79,7 +78,7 @@ class Poisoned(TarSource):
 def test_a_shard_that_kills_its_readers_stops_the_run(
     shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feeding, "_MAX_DEATHS_IN_A_ROW", 1)
+    monkeypatch.setattr(data_loader, "_MAX_DEATHS_IN_A_ROW", 1)
     batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
     with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
         list(batches)
@@ -120,7 +119,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
             raise ConnectionResetError(104, "Connection reset by peer")
         yield from islice(iter(loader), 2, None)
 
-    monkeypatch.setattr(feeding, "start_workers", start)
+    monkeypatch.setattr(data_loader, "start_workers", start)
     got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
     monkeypatch.undo()
     whole = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]

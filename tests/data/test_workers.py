@@ -9,8 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flipscale.data import loader
-from flipscale.data.feeding import restartable_batches
-from flipscale.data.loader import build_loader
+from flipscale.data.loader import build_loader, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from flipscale.data.feeding import BATCHES_ON_DEVICE
+from flipscale.data.loader import BATCHES_ON_DEVICE
 from flipscale.engines import first_weights
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine

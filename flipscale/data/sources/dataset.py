@@ -2,13 +2,13 @@
 
 import errno
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.captions import encoded_captions
 from flipscale.data.samples import MAX_IMAGE_BYTES, BadSample, Fault, MissingCaption, Sample, check_bytes, reason_of
+from flipscale.data.sources.shard_index import NotAFile, open_plain
 from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,18 +71,20 @@ class DatasetSource:
     """
 
     def __init__(self, rows: "Dataset", name: str, image_column: str, caption_columns: list[str]):
-        from datasets import Image
+        import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         _check_columns(rows, name, image_column, caption_columns)
         self.name = name
         # A row may store the path of an image file, in the dataset's folder or in a cache.
-        folders = (*_folders_of(name), *_caches())
+        caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        folders = (*_folders_of(name), *map(str, caches))
         self._folders = {form(folder) for folder in folders for form in (os.path.abspath, os.path.realpath)}
         self.image_column = image_column
         self.caption_columns = caption_columns
         rows = rows.select_columns([image_column, *caption_columns]).with_format(None)
-        if isinstance(rows.features[image_column], Image):
-            rows = rows.cast_column(image_column, Image(decode=False))
+        if isinstance(rows.features[image_column], datasets.Image):
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.rows = rows
         full, rest = divmod(len(rows), _ROWS_PER_SHARD)
         self.shard_sizes = [_ROWS_PER_SHARD] * full + [rest] * (rest > 0)
@@ -134,17 +136,13 @@ class DatasetSource:
         if not any(os.path.commonpath([path, folder]) == folder for folder in self._folders):
             raise MissingImage(f"it is the file {name!r}, which is not in the dataset's folder")
         try:
-            # Non-blocking, because of pipes.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
-                state = os.fstat(opened.fileno())
-                if not stat.S_ISREG(state.st_mode):
-                    raise MissingImage(f"{name!r} is no file")
-                check_bytes(state.st_size, MAX_IMAGE_BYTES, "an image")
+            with os.fdopen(open_plain(path), "rb") as opened:
+                check_bytes(os.fstat(opened.fileno()).st_size, MAX_IMAGE_BYTES, "an image")
                 return opened.read()
         except OSError as error:
-            if error.errno not in _NO_FILE:
+            if not isinstance(error, NotAFile) and error.errno not in _NO_FILE:
                 raise
-            raise MissingImage(f"{name!r}: {error.strerror}") from error
+            raise MissingImage(f"{name!r}: {error.strerror or error}") from error
 
     def shard_name(self, shard: int) -> str:
         """Return the dataset's name and the shard's first row."""
@@ -187,14 +185,3 @@ def _folders_of(name: str) -> Iterable[str]:
         while any(sign in str(path) for sign in "*?[{") or path.suffix in _FILE_KINDS:
             path = path.parent
         yield str(path)
-
-
-def _caches() -> Iterable[str]:
-    import datasets
-    from huggingface_hub import constants
-
-    return (
-        str(datasets.config.HF_DATASETS_CACHE),
-        str(datasets.config.DOWNLOADED_DATASETS_PATH),
-        constants.HF_HUB_CACHE,
-    )

@@ -1,4 +1,4 @@
-"""Several sources mixed by weight. The source of a position is a pure function of the position."""
+"""A fraction of a source, and several sources mixed by weight, with their order: pure functions of the position."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from flipscale.data.order import GlobalOrder, Lanes, by_value
-from flipscale.data.randomness import keyed_uniform
+from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Fault, Sample, Source
 from flipscale.io.errors import UserError
@@ -18,9 +18,87 @@ from flipscale.io.errors import UserError
 _STRETCH = 1 << 16
 _LEAST_IN_STRETCH = 4
 _LEAST_SHARE = 1e-4
+# Independent of the run's seed, so that runs of all seeds have the same samples.
+_SEED = 0
+_PURPOSE = "fraction of the data"
+# Number of shards whose chosen samples stay in memory: the blocks of 64 lanes and more, 40 kB for 10,000 samples.
+_SHARDS_KEPT = 256
 
 
-class Mixture:
+class _Derived:
+    """Samples of other sources under other numbers."""
+
+    shard_sizes: list[int]
+
+    def __len__(self) -> int:
+        return sum(self.shard_sizes)
+
+    def read(self, shard: int, number: int) -> Sample:
+        """Return `Source.read`."""
+        source, place = self._find(shard)
+        return source.read(place, self._number(shard, number))
+
+    def shard_name(self, shard: int) -> str:
+        """Return `Source.shard_name`."""
+        source, place = self._find(shard)
+        return source.shard_name(place)
+
+    def key(self, shard: int, number: int) -> str:
+        """Return `Source.key`."""
+        source, place = self._find(shard)
+        return source.key(place, self._number(shard, number))
+
+    def _find(self, shard: int) -> tuple[Source, int]:
+        """Return the source of a shard, and the shard's number there."""
+        raise NotImplementedError
+
+    def _number(self, shard: int, number: int) -> int:
+        """Return the number of a sample in its shard."""
+        return number
+
+
+class Subset(_Derived):
+    """A fraction of a source's samples, the same for every seed. A smaller fraction lies inside a larger one.
+
+    A shard of n samples keeps the first `fraction` * n of a keyed permutation. The number is rounded down or up by a
+    draw keyed by the shard, so that the total is right even for small shards. Both depend only on the shard's place in
+    the list: nothing has to be read, and a copy of the shards has the same subset. It costs 0.03 s for 231,350 shards,
+    and 1 ms for a shard of 10,000 samples at its first read.
+
+    Every shard keeps its part, so a subset is spread over the data as the whole is. Shards at URLs are fetched whole.
+    """
+
+    def __init__(self, source: Source, fraction: float, name: str):
+        self.source = source
+        self.faults: list[Fault] = source.faults
+        sizes = np.asarray(source.shard_sizes, dtype=np.int64)
+        rounding = keyed_uniform(_SEED, f"{_PURPOSE}: sizes", np.arange(len(sizes)), 1)[:, 0]
+        self.shard_sizes: list[int] = np.minimum(sizes, (fraction * sizes + rounding).astype(np.int64)).tolist()
+        if len(source) and not len(self):
+            raise UserError(
+                f"data.fraction {fraction:g} leaves none of the {len(source):,} samples of {name}; use a larger one"
+            )
+        self._chosen: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Call `Source.fetch_ahead`."""
+        self.source.fetch_ahead(shards)
+
+    def _find(self, shard: int) -> tuple[Source, int]:
+        return self.source, shard
+
+    def _number(self, shard: int, number: int) -> int:
+        """Return the sample index in the whole shard, an increasing function of `number`."""
+        if shard not in self._chosen:
+            permuted = keyed_permutation(_SEED, f"{_PURPOSE}: samples", shard, self.source.shard_sizes[shard])
+            self._chosen[shard] = np.sort(permuted[: self.shard_sizes[shard]]).astype(np.int32)
+            if len(self._chosen) > _SHARDS_KEPT:
+                self._chosen.popitem(last=False)
+        self._chosen.move_to_end(shard)
+        return int(self._chosen[shard][number])
+
+
+class Mixture(_Derived):
     """The shards of several sources, one source after another.
 
     Raises:
@@ -41,24 +119,6 @@ class Mixture:
         self.first_shards = [0, *accumulate(len(source.shard_sizes) for source in sources)]
         self.faults: list[Fault] = [fault for source in sources for fault in source.faults]
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
-
-    def __len__(self) -> int:
-        return sum(len(source) for source in self.sources)
-
-    def read(self, shard: int, number: int) -> Sample:
-        """Return `Source.read`."""
-        source, shard = self._find(shard)
-        return source.read(shard, number)
-
-    def shard_name(self, shard: int) -> str:
-        """Return `Source.shard_name`."""
-        source, shard = self._find(shard)
-        return source.shard_name(shard)
-
-    def key(self, shard: int, number: int) -> str:
-        """Return `Source.key`."""
-        source, shard = self._find(shard)
-        return source.key(shard, number)
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Call `Source.fetch_ahead`."""

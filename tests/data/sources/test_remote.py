@@ -21,7 +21,7 @@ from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer
 
 from flipscale.cli import main
-from flipscale.data.feeding import restartable_batches
+from flipscale.data.loader import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote
