@@ -38,7 +38,7 @@ from flipscale.data.masks import keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.manifest import expand_shards
+from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.model import FlipConfig
@@ -158,7 +158,8 @@ def webdataset_batches(setting: DataSetting) -> Batches:
 
 
 def _shard_names(setting: DataSetting) -> list[str]:
-    return [str(path) for path in expand_shards(setting.data.shards)]
+    shards = ShardList(setting.data.shards)
+    return [str(shards.path(name)) for name in shards.names()]
 
 
 LOADERS: dict[str, Callable[[DataSetting], Batches]] = {

@@ -176,13 +176,9 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
     return crop if image.nbytes <= _SMALL_BYTES else Crop(crop.fitted(image_size), False)
 
 
-@wrap_errors(UndecodableImage)
 def decode_whole(encoded: bytes) -> np.ndarray:
     """Return the whole image, upright: uint8 RGB `(height, width, 3)`."""
-    jpeg_size = _plain_jpeg_size(encoded)
-    if jpeg_size is None:
-        return _decode_other(encoded)
-    return _upright(_decode_jpeg(encoded, jpeg_size, eighths=8), _exif_orientation(encoded))
+    return decode_small(encoded, MAX_PIXELS)
 
 
 @wrap_errors(UndecodableImage)
@@ -224,10 +220,8 @@ def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray 
 
 
 def _fewest_eighths(box: Box, image_size: int) -> int:
-    """Return the smallest scale, in eighths (1, 2, 4 or 8), that leaves `box` at least `image_size` pixels across.
-
-    libjpeg-turbo has vector code for these scales only; at 5 to 7 eighths it is slower than at 8.
-    """
+    """Return the smallest scale, in eighths, that leaves `box` at least `image_size` pixels across. Only 1, 2, 4 and 8,
+    for which libjpeg-turbo has vector code."""
     least = 8 * image_size / min(box.height, box.width)
     return next((eighths for eighths in (1, 2, 4) if eighths >= least), 8)
 
@@ -285,7 +279,6 @@ _FIRST_SIDEWAYS = 5  # EXIF orientations 5 to 8 swap width and height
 
 
 def _exif_orientation(encoded: bytes) -> int:
-    """Return the orientation, 1 to 8, in a JPEG's EXIF block; 1 if there is no such block or a damaged one."""
     return _orientation(open_image(encoded)) if _has_exif(encoded) else 1
 
 

@@ -45,10 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class StepSampler(Sampler[list[int]]):
-    """Positions of process `rank` of `world_size` in steps [first_step, last_step).
-
-    Each step is `micro_batches` lists of `micro_batch_size` positions.
-    """
+    """Positions of a process in steps [first_step, last_step): `micro_batches` lists of `micro_batch_size` a step."""
 
     def __init__(
         self,

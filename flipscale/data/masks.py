@@ -19,11 +19,6 @@ _SIGMA = 0.2
 _LARGEST_CELL = 16
 
 
-def uniform(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
-    """Score the patches for a uniform subset."""
-    return noise
-
-
 def grid(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
     """Score each patch by its rank in its cell of a regular grid, so that every cell keeps the same number.
 
@@ -101,7 +96,7 @@ def _refuse_views(kind: str, views: int) -> None:
 # columns)`, the number of patches that a view keeps, and the number of views. It returns scores of the noise's shape:
 # the first view keeps the lowest, the second the next lowest. It raises UserError for masks that it cannot draw.
 IMAGE_MASKS: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
-    "random": uniform,
+    "random": lambda noise, kept, views: noise,
     "grid": grid,
     "block": block,
     "centre": centre,

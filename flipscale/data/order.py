@@ -21,10 +21,6 @@ class Lanes:
     """Equal parts of every global batch, whatever the number of processes: lane l is the l-th of `count` equal runs.
 
     A process also takes a run of every batch. Where the numbers divide, it has whole lanes or a part of one lane.
-
-    Args:
-        count: number of lanes, a divisor of `batch_size`.
-        batch_size: pairs in the global batch.
     """
 
     count: int = 1
@@ -82,24 +78,15 @@ def by_value(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 class _Epoch(NamedTuple):
-    """The sequence of an epoch's samples, shard by shard. A place is an index in this sequence.
+    """The sequence of an epoch's samples, shard by shard. A place is an index in this sequence."""
 
-    Args:
-        shards: shard numbers in the epoch's order.
-        shard_starts: first place of each shard.
-        lane_starts: first place of each lane, and the end.
-        block_starts: first place of each block, and the end; no block is empty.
-        passed: number of positions in each lane before the epoch.
-    """
-
-    shards: np.ndarray
-    shard_starts: np.ndarray
-    lane_starts: np.ndarray
-    block_starts: np.ndarray
-    passed: np.ndarray
+    shards: np.ndarray  # shard numbers in the epoch's order
+    shard_starts: np.ndarray  # first place of each shard
+    lane_starts: np.ndarray  # first place of each lane, and the end
+    block_starts: np.ndarray  # first place of each block, and the end; no block is empty
+    passed: np.ndarray  # number of positions in each lane before the epoch
 
     def block_of(self, places: np.ndarray) -> np.ndarray:
-        """Return the block of each place."""
         return np.searchsorted(self.block_starts, places, side="right") - 1
 
     def shards_of(self, block: int) -> list[int]:
@@ -108,14 +95,14 @@ class _Epoch(NamedTuple):
         first = np.searchsorted(self.shard_starts, start, side="right") - 1
         return self.shards[first : np.searchsorted(self.shard_starts, end, side="left")].tolist()
 
-    def block_after(self, block: int, lane: int) -> int | None:
-        """Return the next block of a lane; None after the last block."""
-        return block + 1 if self.block_starts[block + 1] < self.lane_starts[lane + 1] else None
+    def shards_after(self, block: int, lane: int) -> list[int] | None:
+        """Return the shards of the next block of a lane; None after the last block."""
+        return self.shards_of(block + 1) if self.block_starts[block + 1] < self.lane_starts[lane + 1] else None
 
-    def first_block(self, lane: int) -> int | None:
-        """Return the first block of a lane; None if the lane has no sample in the epoch."""
+    def first_shards(self, lane: int) -> list[int]:
+        """Return the shards of the first block of a lane; none if the lane has no sample in the epoch."""
         start, end = self.lane_starts[lane : lane + 2]
-        return int(self.block_of(start)) if start < end else None
+        return self.shards_of(int(self.block_of(start))) if start < end else []
 
 
 class GlobalOrder:
@@ -128,17 +115,14 @@ class GlobalOrder:
     shards of its own lanes: with 10,000 shards and 32 nodes, 1.005/32 of the bytes. If all lanes together read all
     shards at a time, the whole set is one block, a uniform shuffle.
 
-    Quality: a sample can land anywhere in the epoch. On average it moves by a third of the epoch, as in a uniform
-    shuffle. Measured: 0.34 at 400 M samples in shards of 10,000, with 64 lanes and with one. With 64 lanes, a batch of
-    16,384 comes from 66 shards (80 where blocks end), and two samples of one shard share a batch one time in 40. With
-    one lane, it comes from 16 (32) shards, and they share a batch one time in ten. If the samples of a shard are alike
-    (one site, one query), raise `shards_per_block`. If a batch has no more pairs than lanes, two samples of one shard
-    hardly ever share a batch.
+    Quality: a sample can land anywhere in the epoch. Measured at 400 M samples in shards of 10,000: it moves by 0.34 of
+    the epoch on average, a uniform shuffle by a third. With 64 lanes, a batch of 16,384 comes from 66 shards, and two
+    samples of one shard share a batch one time in 40. With one lane, it comes from 16 shards, and they share a batch
+    one time in ten. If the samples of a shard are alike (one site, one query), raise `shards_per_block`.
 
-    Cost: 4 bytes a sample for the last two blocks of each lane. That is 5 MB for 64 lanes of usual shards, and 80 kB
-    for a process with a part of one lane. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s
-    and 6 MB. Reading needs one open file for each shard of a block and one read for each sample. That is one seek if
-    nothing is cached, none if the blocks fit the page cache. A test counts both.
+    Cost: 4 bytes a sample for the last two blocks of each lane, 5 MB for 64 lanes of usual shards. A block is permuted
+    once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s and 6 MB. Reading needs one open file for each shard of a
+    block and one read for each sample.
 
     Args:
         shards_per_block: number of shards that are shuffled together, over all lanes.
@@ -194,11 +178,8 @@ class GlobalOrder:
             blocks = epoch.block_of(places)
             now += [shard for block in np.unique(blocks).tolist() for shard in epoch.shards_of(block)]
             for lane, members in by_value(lanes):
-                source, block = epoch, epoch.block_after(int(blocks[members].max()), lane)
-                if block is None:
-                    source = self._epoch(number + 1)
-                    block = source.first_block(lane)
-                following[lane] = [] if block is None else source.shards_of(block)
+                after = epoch.shards_after(int(blocks[members].max()), lane)
+                following[lane] = self._epoch(number + 1).first_shards(lane) if after is None else after
         return list(dict.fromkeys([*now, *(shard for shards in following.values() for shard in shards)]))
 
     def _places(self, epoch: _Epoch, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

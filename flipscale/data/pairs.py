@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -66,14 +66,6 @@ class InputShape:
 # Number of the model's pixels that are decoded before the first crop is resized. Alternating decoders and filters would
 # evict each other's code from the cache and cost a fifth more. Of large images, only one is in memory.
 _PIXELS_TOGETHER = 1 << 16
-
-
-class DecodedPair(NamedTuple):
-    """A decoded crop with its annotation, such as a caption, and the fault of the sample that they replace."""
-
-    crop: Crop
-    annotation: Any
-    fault: Fault | None
 
 
 class PairDataset(Dataset):
@@ -145,17 +137,22 @@ class PairDataset(Dataset):
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         """Return the batch of these global positions, see the class."""
         where = np.asarray(positions, dtype=np.int64)
-        index = self._visible(where)
+        index: np.ndarray | None = None
+        if self.mask_ratio > 0.0:
+            mask = self.mask
+            index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, mask.kind, mask.views)
+            index = index if mask.views > 1 else index[:, 0]
         removed = removed_patches(index, self.shape.num_patches) if self.sends_masked and index is not None else None
-        patches = self._empty((len(where), self.kept) if index is None else index.shape)
-        masked_patches = None if removed is None else self._empty(removed.shape)
+        patch_bytes = 3 * self.shape.patch_size**2
+        patches = np.empty((*((len(where), self.kept) if index is None else index.shape), patch_bytes), np.uint8)
+        masked_patches = None if removed is None else np.empty((*removed.shape, patch_bytes), np.uint8)
         annotations: list[Any] = [None] * len(where)
         faults: dict[int, Fault] = {}
 
         def fill(row: int, image: np.ndarray, annotation: Any, fault: Fault | None) -> None:
-            patches[row] = self._cut(image, None if index is None else index[row])
+            patches[row] = visible_patches(image, self.shape.patch_size, None if index is None else index[row])
             if removed is not None and masked_patches is not None:
-                masked_patches[row] = self._cut(image, removed[row])
+                masked_patches[row] = visible_patches(image, self.shape.patch_size, removed[row])
             annotations[row] = annotation
             if fault is not None:
                 faults[row] = fault
@@ -167,8 +164,11 @@ class PairDataset(Dataset):
         except UntokenizableCaption:
             checked = copy.copy(self)
             checked.checks_captions = True
-            for row in self._untokenizable(annotations):
-                fill(row, *next(checked._images(where[row : row + 1])))
+            for row, annotation in enumerate(annotations):
+                try:
+                    self._tokenise([self._text(annotation)])
+                except UntokenizableCaption:
+                    fill(row, *next(checked._images(where[row : row + 1])))
             columns = self._annotation_columns(annotations, where)
         columns["patches"] = torch.from_numpy(patches)
         if index is not None:
@@ -185,29 +185,16 @@ class PairDataset(Dataset):
         tensors = {name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}
         return {**tensors, "faults": [faults[row] for row in sorted(faults)]}
 
-    def _visible(self, where: np.ndarray) -> np.ndarray | None:
-        """Return the visible patches, `(batch, kept)` or `(batch, views, kept)`; None without a mask."""
-        if self.mask_ratio == 0.0:
-            return None
-        index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask.kind, self.mask.views)
-        return index if self.mask.views > 1 else index[:, 0]
-
-    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.empty((*shape, 3 * self.shape.patch_size**2), np.uint8)
-
-    def _cut(self, image: np.ndarray, index: np.ndarray | None) -> np.ndarray:
-        return visible_patches(image, self.shape.patch_size, index)
-
     def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
         """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, its annotation and its fault."""
         pairs = self._pairs(where)
         together = max(1, _PIXELS_TOGETHER // self.shape.image_size**2)
         while group := list(islice(pairs, together)):
-            for pair in group:
-                yield pair.crop.fitted(self.shape.image_size), pair.annotation, pair.fault
+            for crop, annotation, fault in group:
+                yield crop.fitted(self.shape.image_size), annotation, fault
 
-    def _pairs(self, where: np.ndarray) -> Iterator[DecodedPair]:
-        """Yield the pair of each position; each is read and decoded on demand."""
+    def _pairs(self, where: np.ndarray) -> Iterator[tuple[Crop, Any, Fault | None]]:
+        """Yield the crop of each position, its annotation, and the fault of the sample that they replace."""
         shards, numbers = self.order.locate(where)
         self.source.fetch_ahead(self.order.shards_ahead(where))
         crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
@@ -221,7 +208,7 @@ class PairDataset(Dataset):
             if error is not None:
                 name, key = self.source.shard_name(shard), self.source.key(shard, number)
                 fault = Fault(position, name, number, key, error.cause, str(error))
-            yield DecodedPair(crop, annotation, fault)
+            yield crop, annotation, fault
 
     def _first_good(
         self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float
@@ -251,7 +238,6 @@ class PairDataset(Dataset):
         return choose_caption(sample.captions, draw)
 
     def _text(self, annotation: Any) -> str:
-        """Return the text of an annotation."""
         return annotation
 
     def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
@@ -264,11 +250,3 @@ class PairDataset(Dataset):
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         assert self.tokenizer is not None
         return tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
-
-    def _untokenizable(self, annotations: list[Any]) -> Iterator[int]:
-        """Yield the rows whose captions have no tokens."""
-        for row, annotation in enumerate(annotations):
-            try:
-                self._tokenise([self._text(annotation)])
-            except UntokenizableCaption:
-                yield row

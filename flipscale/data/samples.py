@@ -24,12 +24,6 @@ class BadSample(UserError):
     cause = "bad_sample"
 
 
-class TruncatedSample(BadSample):
-    """The shard ends inside the sample, though it was longer when it was indexed."""
-
-    cause = "truncated_shard"
-
-
 class OversizedSample(BadSample):
     """A file of the sample is too large."""
 

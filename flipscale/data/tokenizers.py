@@ -213,12 +213,10 @@ def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreT
 
 def _vocab_file(name_or_vocab_file: str | Path) -> Path:
     path = Path(name_or_vocab_file)
+    if path.is_dir():
+        path = path / "vocab.txt"
     if path.is_file():
         return path
-    if path.is_dir():
-        if (path / "vocab.txt").is_file():
-            return path / "vocab.txt"
-        raise UserError(f"no vocab.txt in the folder {path}; name a vocabulary file, or a folder that has one")
     if path.suffix == ".txt" or is_path(str(name_or_vocab_file)):
         raise UserError(
             f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, a folder that has one, or ORG/NAME"

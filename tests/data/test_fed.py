@@ -92,20 +92,6 @@ def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
     batches.close()
 
 
-def test_a_late_batch_makes_no_step_wait_that_has_one() -> None:
-    may_come = threading.Event()
-
-    def hesitating() -> Generator[Batch, None, None]:
-        yield from ([packed(step)] for step in range(3))
-        assert may_come.wait(30)
-        yield [packed(3)]
-
-    batches = prefetch(hesitating(), Device())
-    assert [next(batches)[0]["step"].item() for _ in range(3)] == [0, 1, 2]
-    may_come.set()
-    assert [batch[0]["step"].item() for batch in batches] == [3]
-
-
 def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) -> None:
     source = Source(4, OSError("the disk is gone"))
     batches = prefetch(source.batches(), Device())

@@ -161,14 +161,6 @@ def test_a_wrong_orientation_or_damaged_exif_is_no_turn() -> None:
         assert (decode_box(saved(picture(), "JPEG", exif=exif), None, SIZE, (1.0, 1.0)) == plain).all()
 
 
-@pytest.mark.parametrize("side", [5, 64, 400])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_any_size_becomes_the_model_s(kind: str, side: int) -> None:
-    encoded = saved(picture(side, 2 * side), kind, quality=95)
-    for draws in keyed_uniform(0, "crop", np.arange(5), DRAWS_PER_CROP):
-        assert decode_box(encoded, draws, SIZE, (0.5, 1.0)).shape == (SIZE, SIZE, 3)
-
-
 def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it() -> None:
     whole = saved(picture(), "JPEG", quality=95)
     tables = whole.index(b"\xff\xdb")

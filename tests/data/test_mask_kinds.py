@@ -86,18 +86,6 @@ def test_a_block_is_one_window_that_may_lie_anywhere(side: int, ratio: float) ->
     assert lefts == set(range(side - width + 1))
 
 
-def test_a_centre_mask_favours_the_middle_alike_on_all_sides() -> None:
-    share = as_pictures(keep_patches(noise(4000, 14, 14), 0.75, "centre"), 14, 14).float().mean(dim=0)
-    assert share[6:8, 6:8].min() > 0.5
-    assert share[0, 0] < 0.05
-    down = (torch.arange(14) + 0.5) / 14 - 0.5
-    distance = (down[:, None] ** 2 + down[None, :] ** 2).sqrt()
-    by_distance = [share[(distance >= low) & (distance < low + 0.14)].mean() for low in (0.0, 0.14, 0.28, 0.42)]
-    assert by_distance == sorted(by_distance, reverse=True)
-    for other in (share.flip(0), share.flip(1), share.t()):
-        assert (share - other).abs().max() < 0.05
-
-
 def test_one_patch_of_a_centre_mask_has_the_gaussian_s_odds() -> None:
     share = as_pictures(keep_patches(noise(40_000, 4, 4), 0.9, "centre"), 4, 4).float().mean(dim=0)
     place = (torch.arange(4) + 0.5) / 4 - 0.5
@@ -157,15 +145,13 @@ def test_padding_goes_before_any_word() -> None:
         ((0.5, "random", 0), "views is 0; it must be 1 or more"),
         (
             (0.5, "random", 3),
-            r"3 views of 98 patches each \(mask_ratio 0.5\) are more than the 196 of an image, and views share none; "
-            "use 2 or fewer views, or mask_ratio 0.667 or more",
+            "3 views of 98 patches .* more than the 196 .* use 2 or fewer views, or mask_ratio 0.667 or more",
         ),
         ((0.75, "block", 2), "views is 2, but block masks of one image overlap; use kind random or grid"),
         ((0.75, "centre", 2), "views is 2, but centre masks of one image overlap"),
         (
             (0.6, "grid"),
-            "a grid mask cannot keep 78 of 14 x 14 patches, .*; use kind random, or a "
-            "mask_ratio such as 0, 0.5, 0.75, 0.8571, 0.9285$",
+            "a grid mask cannot keep 78 of 14 x 14 patches.* mask_ratio such as 0, 0.5, 0.75, 0.8571, 0.9285$",
         ),
         ((1.0,), r"mask_ratio is 1.0; it must be in \[0, 1\): the fraction of patches removed"),
         ((0.999,), "mask_ratio 0.999 leaves none of 196 patches; use a lower ratio"),
@@ -176,16 +162,10 @@ def test_an_impossible_mask_is_refused(arguments: tuple, message: str) -> None:
         keep_patches(noise(1, 14, 14), *arguments)
 
 
-@pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ({"kind": "spiral"}, "mask.kind is 'spiral'; use one of random, grid, block, centre"),
-        ({"text_kind": "syntax"}, "mask.text_kind is 'syntax'; use one of random, padding_first"),
-    ],
-)
-def test_a_recipe_s_kind_must_exist(field: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MaskRecipe(**field)
+def test_a_recipe_s_kind_must_exist() -> None:
+    for field in ("kind", "text_kind"):
+        with pytest.raises(ValueError, match=f"mask.{field} is 'spiral'; use one of random"):
+            MaskRecipe(**{field: "spiral"})
 
 
 BLOCKS, RATE = 5, 0.4
@@ -199,16 +179,10 @@ def test_the_rate_grows_linearly_and_the_mean_is_one() -> None:
         assert set(np.unique(of_block)) == ({1.0} if block == 0 else {0.0, np.float32(1 / (1 - rate))})
         assert (of_block == 0).mean() == pytest.approx(rate, abs=0.01)
         assert of_block.mean() == pytest.approx(1.0, abs=0.01)
+    assert np.array_equal(branch_scales(3, np.arange(32, 64), 2, BLOCKS, RATE), scales[32:64])
+    assert not np.array_equal(branch_scales(4, np.arange(64), 2, BLOCKS, RATE), scales[:64])
     last = scales[:, 0, -1] == 0
-    assert np.corrcoef(last[:, 0], last[:, 1])[0, 1] == pytest.approx(0.0, abs=0.03), (
-        "attention and MLP, each by itself"
-    )
-
-
-def test_it_is_a_function_of_seed_and_position() -> None:
-    whole = branch_scales(3, np.arange(64), 1, BLOCKS, RATE)
-    assert np.array_equal(branch_scales(3, np.arange(32, 64), 1, BLOCKS, RATE), whole[32:])
-    assert not np.array_equal(branch_scales(4, np.arange(64), 1, BLOCKS, RATE), whole)
+    assert np.corrcoef(last[:, 0], last[:, 1])[0, 1] == pytest.approx(0.0, abs=0.03), "attention and MLP"
 
 
 def test_a_dropped_branch_leaves_the_tokens_as_they_are() -> None:

@@ -80,13 +80,6 @@ def test_two_views_of_half_are_the_whole_of_one_crop(
     assert torch.equal(together, whole)
 
 
-def test_one_view_is_the_first_of_two(shards: Path, tokenizer_dir: Path) -> None:
-    one, two = (dataset(shards, tokenizer_dir, 0.75, views=views).__getitems__([7, 8]) for views in (1, 2))
-    assert torch.equal(one["patches"], two["patches"][:, 0])
-    assert torch.equal(one["patch_index"], two["patch_index"][:, 0])
-    assert torch.equal(one["input_ids"], two["input_ids"])
-
-
 def test_views_are_seen_whole_once_where_nothing_is_masked(shards: Path, tokenizer_dir: Path) -> None:
     batch = dataset(shards, tokenizer_dir, 0.0, views=2, kind="grid").__getitems__([0, 1])
     assert "patch_index" not in batch

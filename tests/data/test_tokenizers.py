@@ -13,7 +13,6 @@ from flipscale.data.tokenizers import (
     begin_and_end,
     bert_tokenizer,
     load_tokenizer,
-    sentencepiece_tokenizer,
     train_sentencepiece,
 )
 
@@ -88,7 +87,7 @@ def test_bert_words_of_more_than_100_bytes_are_unknown(bert: PreTrainedTokenizer
 
 def test_bert_refuses_what_is_no_vocabulary(tmp_path: Path) -> None:
     """A folder without vocab.txt, and a file that is something else."""
-    with pytest.raises(ValueError, match=r"no vocab\.txt in the folder"):
+    with pytest.raises(ValueError, match="there is no vocabulary at"):
         bert_tokenizer(tmp_path)
     other = tmp_path / "words.txt"
     other.write_text("one\ntwo\n")
@@ -110,36 +109,14 @@ def test_sentencepiece_ids_equal_the_models_own(tmp_path: Path) -> None:
     assert encode(fast, ["red heart"], 8)[0][2:] == [0] * 6
 
 
-def test_sentencepiece_keeps_common_words_whole(tmp_path: Path) -> None:
-    """A word that occurs twice is one piece, upper case folded."""
-    fast = train_sentencepiece(CAPTIONS, tmp_path, vocab_size=400, max_length=16)
-    assert fast.tokenize("Grinning face") == ["▁grinning", "▁face"]
-    assert fast.tokenize("1st place medal") == ["▁1st", "▁place", "▁medal"]
-
-
-def test_sentencepiece_is_deterministic(tmp_path: Path) -> None:
-    """Twice the same captions, twice the same bytes."""
+def test_sentencepiece_keeps_common_words_whole_each_time(tmp_path: Path) -> None:
+    """A word that occurs twice is one piece, upper case folded. Training twice gives the same bytes."""
     for run in ("one", "two"):
-        train_sentencepiece(CAPTIONS, tmp_path / run, vocab_size=400, max_length=16)
+        fast = train_sentencepiece(CAPTIONS, tmp_path / run, vocab_size=400, max_length=16)
+        assert fast.tokenize("Grinning face") == ["▁grinning", "▁face"]
+        assert fast.tokenize("1st place medal") == ["▁1st", "▁place", "▁medal"]
     for name in ("sentencepiece.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def test_sentencepiece_model_of_ones_own(tmp_path: Path) -> None:
-    """Any unigram model can be loaded, one with byte fallback too."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS),
-        model_prefix=str(tmp_path / "own"),
-        vocab_size=400,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=3,
-        minloglevel=2,
-    )
-    model = sentencepiece.SentencePieceProcessor(str(tmp_path / "own.model"))
-    fast = sentencepiece_tokenizer(tmp_path / "own.model", max_length=16)
-    for text in ["red heart", "字 Ω", "grinning cat"]:
-        assert fast(text)["input_ids"] == model.encode(text)
 
 
 def test_sentencepiece_refuses_no_text_and_too_few_pieces(tmp_path: Path) -> None:

@@ -246,12 +246,6 @@ def manifest_name(pattern: str) -> str:
     return f"shards-{hashlib.blake2b(pattern.encode(), digest_size=4).hexdigest()}.manifest"
 
 
-def expand_shards(shards: str) -> list[Path]:
-    """Return the paths of `shards` on this machine, sorted."""
-    shard_list = ShardList(shards)
-    return [shard_list.path(name) for name in shard_list.names()]
-
-
 class ShardList:
     """Shards on this machine."""
 

@@ -560,11 +560,13 @@ def _prefetch(cache_of_source: "weakref.ref[ShardCache]", urls: list[str]) -> No
     """Fetch shards while their source is in use. Every process does so; the cache lets one of them fetch a shard."""
     for url in urls:
         cache = cache_of_source()
-        if cache is None or cache.path(url).exists():
-            continue
+        if cache is None:
+            return
         try:
-            cache.try_to_fetch(url)
+            if not cache.path(url).exists():
+                cache.try_to_fetch(url)
         except Exception:  # each protocol has its own kinds
             # The shard may never be needed. If it is, the reader tries again and reports the error.
             time.sleep(_PAUSE_SECONDS)
             return
+        del cache  # else it would live as long as this thread

@@ -23,7 +23,6 @@ from flipscale.data.samples import (
     BadSample,
     Fault,
     Sample,
-    TruncatedSample,
     check_bytes,
 )
 from flipscale.data.sources.manifest import Manifest, ShardList
@@ -49,6 +48,12 @@ _CHECKED_SHARDS, _CHECKED_SAMPLES = 64, 3
 
 class StaleManifest(UserError):
     """A shard differs from its entry in the manifest."""
+
+
+class TruncatedSample(BadSample):
+    """The shard ends inside the sample, though it was longer when it was indexed."""
+
+    cause = "truncated_shard"
 
 
 class StaleSample(BadSample):

@@ -110,22 +110,13 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[TarSource]:
     return [TarSource(str(folder / str(number))) for number in range(3)]
 
 
-SHARDS = SourceRecipe(shards="x")
-
-
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (DataRecipe(shards="x", sources=[SHARDS]), "data.shards is 'x' and data.sources names 1; give one"),
-        (DataRecipe(sources=[SourceRecipe()]), r"data.sources\[0\] has neither shards nor dataset; give one of them"),
-        (
-            DataRecipe(sources=[SourceRecipe(shards="x", dataset="y")]),
-            r"data.sources\[0\] has shards and dataset; give one of them",
-        ),
-        (
-            DataRecipe(sources=[SourceRecipe(dataset="no/such.parquet")]),
-            "dataset 'no/such.parquet', split 'train', cannot",
-        ),
+        (DataRecipe(shards="x", sources=[SourceRecipe(shards="x")]), "data.shards is 'x' and data.sources names 1"),
+        (DataRecipe(sources=[SourceRecipe()]), r"data.sources\[0\] has neither shards nor dataset"),
+        (DataRecipe(sources=[SourceRecipe(shards="x", dataset="y")]), r"data.sources\[0\] has shards and dataset"),
+        (DataRecipe(sources=[SourceRecipe(dataset="no/such.parquet")]), "dataset 'no/such.parquet', split 'train'"),
     ],
 )
 def test_a_source_that_is_not_named_clearly(recipe: DataRecipe, message: str) -> None:
@@ -137,9 +128,7 @@ def test_a_mixture_that_cannot_be(three: list[TarSource], rows: list[dict], tmp_
     folder = three[0].list.shards
     with pytest.raises(ValueError, match=r"1 of 2 data.sources have a weight; give all of them one, or none"):
         open_source(DataRecipe(sources=[SourceRecipe(shards=folder), SourceRecipe(shards=folder, weight=1)]))
-    with pytest.raises(
-        ValueError, match=r"data.sources\[1\].weight is 0 of 1; it must be positive and at least 0.0001"
-    ):
+    with pytest.raises(ValueError, match=r"data.sources\[1\].weight is 0 of 1; .* at least 0.0001"):
         Mixture(three[:2], [1, 0])
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass

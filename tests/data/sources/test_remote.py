@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shards
+from data.sources.test_remote_servers import plainly, server
 from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer
 
@@ -55,38 +56,23 @@ def bucket(shards: Path) -> Iterator[str]:
     server.stop()
 
 
-class Breaking(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; the first `breaks` times that a shard is asked for, the connection ends in its middle."""
-
-    breaks = 1
-    asked: Counter[str]
-
-    def copyfile(self, source: object, outputfile: object) -> None:
-        self.asked[self.path] += 1
-        if self.path.endswith(".tar") and self.asked[self.path] <= self.breaks:
-            outputfile.write(source.read(5000))
-            self.close_connection = True
-            return
-        super().copyfile(source, outputfile)
-
-    def log_message(self, *arguments: object) -> None:
-        """Nothing."""
-
-
 @contextmanager
 def web(folder: Path, breaks: int) -> Iterator[tuple[str, Counter[str]]]:
-    """The URL of a folder on an HTTP server, and how often each path was asked for."""
+    """The URL of a folder on an HTTP server, and how often each file was asked for.
+
+    The first `breaks` times that a shard is asked for, the connection ends in its middle.
+    """
     asked: Counter[str] = Counter()
-    handler = type("Handler", (Breaking,), {"breaks": breaks, "asked": asked})
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *arguments: handler(*arguments, directory=str(folder))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+
+    def answer(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
+        breaks_off = False
+        if content is not None and handler.command == "GET":
+            asked[handler.path] += 1
+            breaks_off = handler.path.endswith(".tar") and asked[handler.path] <= breaks
+        plainly(handler, content, sent=5000 if breaks_off else None)
+
+    with server(folder, answer) as url:
+        yield url, asked
 
 
 @contextmanager

@@ -60,13 +60,16 @@ def server(folder: Path, answer: Answer) -> Iterator[str]:
         served.server_close()
 
 
-def plainly(handler: http.server.BaseHTTPRequestHandler, content: bytes | None, length: bool = True) -> None:
+def plainly(
+    handler: http.server.BaseHTTPRequestHandler, content: bytes | None, length: bool = True, sent: int | None = None
+) -> None:
+    """Answer with a file, or with its first `sent` bytes."""
     handler.send_response(404 if content is None else 200)
     if length or content is None:
         handler.send_header("Content-Length", str(len(content or b"")))
     handler.end_headers()
     if handler.command == "GET":
-        handler.wfile.write(content or b"")
+        handler.wfile.write((content or b"")[:sent])
     handler.close_connection = True
 
 

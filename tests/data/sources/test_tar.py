@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import add_member, write_shards
 
-from flipscale.data.samples import BadSample, TruncatedSample
+from flipscale.data.samples import BadSample
 from flipscale.data.sources import tar as tar_source
-from flipscale.data.sources.manifest import expand_shards
+from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.shard_index import index_path
-from flipscale.data.sources.tar import StaleManifest, TarSource
+from flipscale.data.sources.tar import StaleManifest, TarSource, TruncatedSample
 
 
 def test_reads_what_the_tar_holds(shards: Path) -> None:
@@ -140,9 +140,9 @@ def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
 
 
 def test_shard_names(shards: Path) -> None:
-    every = sorted(shards.glob("*.tar"))
-    assert expand_shards(str(shards)) == expand_shards(f"{shards}/*.tar") == every
-    assert expand_shards(f"{shards}/{{00001..00002}}.tar") == every[1:3]
+    every = sorted(path.name for path in shards.glob("*.tar"))
+    assert ShardList(str(shards)).names() == ShardList(f"{shards}/*.tar").names() == every
+    assert ShardList(f"{shards}/{{00001..00002}}.tar").names() == every[1:3]
 
 
 def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
