@@ -310,54 +310,38 @@ def restartable_batches(
         loader = build_loader(dataset, step, last_step, rank, world_size, pin_memory)
         assert isinstance(loader.batch_sampler, StepSampler)
         micro_batches = start_workers(loader)
-        try:
-            while batch := _next_batch(micro_batches, loader.batch_sampler.micro_batches):
-                step, deaths = step + 1, 0
-                yield batch
-        except _WorkerDied as error:
-            description = _describe_death(error, dataset)
-            deaths += 1
-            if deaths >= _MAX_DEATHS_IN_A_ROW:
-                raise OSError(
-                    f"{description}; that is {deaths} times in a row at step {step}: remove that shard, or give "
-                    "workers more memory or use fewer (data.num_workers), and start the run again"
-                ) from error
-            _log.warning("%s; starting the workers again at step %d", description, step)
+        while step < last_step:
+            try:
+                batch = list(islice(micro_batches, loader.batch_sampler.micro_batches))
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                death = _describe_death(error, dataset)
+                if death is None:
+                    raise
+                deaths += 1
+                if deaths >= _MAX_DEATHS_IN_A_ROW:
+                    raise OSError(
+                        f"{death}; that is {deaths} times in a row at step {step}: remove that shard, or give workers "
+                        "more memory or use fewer (data.num_workers), and start the run again"
+                    ) from error
+                _log.warning("%s; starting the workers again at step %d", death, step)
+                break
+            if errors := [part for part in batch if isinstance(part, Exception)]:
+                raise errors[0]
+            step, deaths = step + 1, 0
+            yield batch
 
 
-class _WorkerDied(Exception):
-    """A worker died."""
-
-    def __init__(self, pids: set[int]):
-        self.pids = pids
-
-
-def _next_batch(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
-    """Return the next `count` micro-batches, an empty list at the end."""
-    try:
-        batch = list(islice(micro_batches, count))
-    except RuntimeError as error:
-        death = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
-        if death is None:
-            raise
-        raise _WorkerDied({int(pid) for pid in (death[1] or "").split(",") if pid.strip()}) from error
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
-        # The worker announced a batch and died before it handed over the shared memory.
-        raise _WorkerDied(set()) from error
-    for part in batch:
-        if isinstance(part, Exception):
-            raise part
-    return [part for part in batch if isinstance(part, PackedBatch)]
-
-
-def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
-    """Return the dead workers and their shards as a sentence."""
+def _describe_death(error: Exception, dataset: PairDataset) -> str | None:
+    """Return the dead workers and their shards as a sentence; None if no worker died."""
+    # An error other than torch's comes from a worker that announced a batch and died before it handed over its memory.
+    named = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
+    if named is None and isinstance(error, RuntimeError):
+        return None
+    dead = {int(pid) for pid in ((named and named[1]) or "").split(",") if pid.strip()}
     reading = [
-        dataset.source.shard_name(shard)
-        for pid, shard in dataset.reading.tolist()
-        if pid and (pid in death.pids or not death.pids)
+        dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid and (pid in dead or not dead)
     ]
-    pids = f" (pid {', '.join(str(pid) for pid in sorted(death.pids))})" if death.pids else ""
+    pids = f" (pid {', '.join(str(pid) for pid in sorted(dead))})" if dead else ""
     return f"a loader worker{pids} died while reading {', '.join(dict.fromkeys(reading)) or 'its first shard'}"
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 
@@ -115,13 +114,14 @@ class Sample:
         return self.captions[0] if self.captions else None
 
 
-class Source(Protocol):
+class Source:
     """Samples by (shard, number). A source has no reading position, so it can be copied to a worker at any time."""
 
     shard_sizes: list[int]
     faults: list[Fault]  # of whole shards
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return sum(self.shard_sizes)
 
     def read(self, shard: int, number: int) -> Sample:
         """Return sample `number` of shard `shard`.
@@ -130,15 +130,18 @@ class Source(Protocol):
             BadSample: the sample cannot be used; another sample replaces it.
             OSError: the sample cannot be read now; the run stops, because a replacement would change the order.
         """
+        raise NotImplementedError
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Start to prefetch shards in this order, without waiting."""
+        """Start to prefetch shards in this order, without waiting. Local sources do nothing."""
 
     def shard_name(self, shard: int) -> str:
         """Return the name of shard `shard` for messages."""
+        raise NotImplementedError
 
     def key(self, shard: int, number: int) -> str:
         """Return the name of sample `number` of shard `shard` for messages."""
+        raise NotImplementedError
 
 
 def shard_sizes_digest(source: Source) -> int:

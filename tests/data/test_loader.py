@@ -77,26 +77,6 @@ def images_of(data: PairDataset) -> list[np.ndarray]:
     return [crop.fitted(SHAPE.image_size) for crop, _, _ in data._pairs(np.arange(24))]
 
 
-@pytest.fixture(scope="module")
-def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """97 pairs in 19 shards, which eight lanes share out."""
-    folder = tmp_path_factory.mktemp("many")
-    write_shards(folder, [*[6, 4] * 9, 7])
-    return folder
-
-
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 4), (2, 1), (3, 0), (8, 0)])
-def test_lanes_give_the_same_batches_however_many_read_them(
-    many_shards: Path, tokenizer_dir: Path, world_size: int, num_workers: int
-) -> None:
-    """Also over the end of an epoch, which is within the last step."""
-    whole = batches(dataset(many_shards, tokenizer_dir, 0.75, lanes=8), 1)
-    data = dataset(many_shards, tokenizer_dir, 0.75, lanes=8, num_workers=num_workers)
-    assert data.order.lanes.count == 8
-    for first_step in (0, 3):
-        assert_equal(whole[first_step:], batches(data, world_size, first_step))
-
-
 def test_what_a_batch_costs_to_read(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One read a sample, and as many open files as a block has shards."""
     write_shards(tmp_path, [12] * 8)

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.captions import encoded_captions
-from flipscale.data.samples import MAX_IMAGE_BYTES, BadSample, Fault, MissingCaption, Sample, check_bytes, reason_of
+from flipscale.data.samples import (
+    MAX_IMAGE_BYTES,
+    BadSample,
+    Fault,
+    MissingCaption,
+    Sample,
+    Source,
+    check_bytes,
+    reason_of,
+)
 from flipscale.data.sources.shard_index import NotAFile, open_plain
 from flipscale.io.errors import UserError
 
@@ -62,7 +71,7 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
         ) from error
 
 
-class DatasetSource:
+class DatasetSource(Source):
     """The rows of a map-style Dataset by (shard, number). A shard is 10,000 consecutive rows; images stay encoded.
 
     Args:
@@ -89,9 +98,6 @@ class DatasetSource:
         full, rest = divmod(len(rows), _ROWS_PER_SHARD)
         self.shard_sizes = [_ROWS_PER_SHARD] * full + [rest] * (rest > 0)
         self.faults: list[Fault] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def read(self, shard: int, number: int) -> Sample:
         """Return `Source.read`."""
@@ -151,9 +157,6 @@ class DatasetSource:
     def key(self, shard: int, number: int) -> str:
         """Return the row number."""
         return str(shard * _ROWS_PER_SHARD + number)
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        """Do nothing, because the rows are local."""
 
 
 def _check_columns(rows: "Dataset", name: str, image_column: str, caption_columns: list[str]) -> None:

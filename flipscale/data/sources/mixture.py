@@ -25,26 +25,18 @@ _PURPOSE = "fraction of the data"
 _SHARDS_KEPT = 256
 
 
-class _Derived:
+class _Derived(Source):
     """Samples of other sources under other numbers."""
 
-    shard_sizes: list[int]
-
-    def __len__(self) -> int:
-        return sum(self.shard_sizes)
-
     def read(self, shard: int, number: int) -> Sample:
-        """Return `Source.read`."""
         source, place = self._find(shard)
         return source.read(place, self._number(shard, number))
 
     def shard_name(self, shard: int) -> str:
-        """Return `Source.shard_name`."""
         source, place = self._find(shard)
         return source.shard_name(place)
 
     def key(self, shard: int, number: int) -> str:
-        """Return `Source.key`."""
         source, place = self._find(shard)
         return source.key(place, self._number(shard, number))
 
@@ -81,7 +73,6 @@ class Subset(_Derived):
         self._chosen: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Call `Source.fetch_ahead`."""
         self.source.fetch_ahead(shards)
 
     def _find(self, shard: int) -> tuple[Source, int]:
@@ -121,7 +112,6 @@ class Mixture(_Derived):
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Call `Source.fetch_ahead`."""
         for source, first, last in zip(self.sources, self.first_shards[:-1], self.first_shards[1:], strict=True):
             source.fetch_ahead([shard - first for shard in shards if first <= shard < last])
 

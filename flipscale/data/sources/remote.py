@@ -12,9 +12,10 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,7 +152,7 @@ def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENC
         patience: seconds after which no further try begins.
     """
     started = time.monotonic()
-    for number in range(1, _TRIES + 1):
+    for number in count(1):
         try:
             return ask()
         except Exception as error:
@@ -173,7 +174,6 @@ def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENC
                 ) from error
             _log.warning("%s could not be fetched (%s); trying again", url, reason)
             time.sleep(_FIRST_DELAY_SECONDS * 2 ** (number - 1))
-    raise AssertionError("the last try returns or raises")
 
 
 def _may_pass(cause: BaseException | None) -> bool:
@@ -431,11 +431,12 @@ class RemoteShardList(ShardList):
             about = information(self.url)
             version = hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
             path = self._local(version)
-            if not path.exists() or self._read_cached(path) is None:
+            manifest = self._read_cached(path)
+            if manifest is None:
                 self._fetch(self.url, path, self.cache.max_bytes)
+                manifest = read_manifest(path, self.pattern, self.remedy)
         except (FileNotFoundError, PermissionError):
             return None
-        manifest = read_manifest(path, self.pattern, self.remedy)
         protocol = self.url.partition("://")[0]
         for name in manifest.names if manifest is not None else ():
             if "://" in name and name.partition("://")[0] != protocol:
@@ -495,7 +496,7 @@ class RemoteTarSource(TarSource):
     def _listed(self, shards: str) -> ShardList:
         return RemoteShardList(shards, self.cache)
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
+    def fetch_ahead(self, shards: list[int]) -> None:
         """Prefetch these shards in a thread, except those that another process fetches.
 
         A call while the thread is busy does nothing, because each batch calls again.

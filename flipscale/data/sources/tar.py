@@ -23,6 +23,7 @@ from flipscale.data.samples import (
     BadSample,
     Fault,
     Sample,
+    Source,
     check_bytes,
 )
 from flipscale.data.sources.manifest import Manifest, ShardList
@@ -69,7 +70,7 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-class TarSource:
+class TarSource(Source):
     """The samples of tar shards by (shard, number), read at indexed offsets.
 
     A truncated shard has its readable samples, and an unreadable shard is empty. `faults` names both.
@@ -103,9 +104,6 @@ class TarSource:
         except (StaleManifest, OSError):
             return False
         return True
-
-    def __len__(self) -> int:
-        return sum(self.shard_sizes)
 
     def shard_name(self, shard: int) -> str:
         """Return the path or URL of shard `shard`."""
@@ -170,9 +168,6 @@ class TarSource:
         names = [self.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(self.shard_sizes))]
         shards = sorted(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
         return hashlib.blake2b(json.dumps(shards).encode(), digest_size=16).hexdigest()
-
-    def fetch_ahead(self, shards: list[int]) -> None:
-        """Do nothing, because the shards are local."""
 
     def _row(self, shard: int, number: int) -> np.ndarray:
         """Return the index row of a sample, uint32 `(3, 2)`."""
