@@ -161,12 +161,7 @@ def keep_tokens(noise: torch.Tensor, attention_mask: torch.Tensor, mask_ratio: f
 def keyed_patches(
     seed: int, positions: np.ndarray, side: int, mask_ratio: float, kind: str = "random", views: int = 1
 ) -> np.ndarray:
-    """Return the kept patches of each sample: int16 `(len(positions), views, kept)`, ascending.
-
-    Args:
-        mask_ratio: fraction of patches removed, in [0, 1).
-        views: number of masks of the same image; they share no patch.
-    """
+    """Return `keep_patches` of each sample: int16 `(len(positions), views, kept)`."""
     noise = keyed_uniform(seed, "mask", positions, side * side).reshape(-1, side, side)
     return keep_patches(torch.from_numpy(noise), mask_ratio, kind, views).numpy().astype(np.int16)
 

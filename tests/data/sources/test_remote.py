@@ -6,10 +6,9 @@ import http.server
 import os
 import shutil
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -77,19 +76,13 @@ def web(folder: Path, breaks: int) -> Iterator[tuple[str, Counter[str]]]:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[int]]:
-    """What lies in a folder in bytes, looked at all the time: the most of it in the list's only entry at the end."""
+    """The bytes in a folder, looked at all the time: the most of them in the list's only entry at the end."""
     most, done = [0], threading.Event()
 
     def watch() -> None:
-        while not done.is_set():
-            total = 0
-            for path in folder.glob("*") if folder.exists() else ():
-                try:
-                    total += path.stat().st_size
-                except FileNotFoundError:
-                    continue
-            most[0] = max(most[0], total)
-            time.sleep(0.001)
+        while not done.wait(0.001):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                most[0] = max(most[0], sum(path.stat().st_size for path in folder.glob("*")))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
