@@ -151,7 +151,7 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
 
 def _parsed(path: Path, content: bytes, digest: bytes) -> Manifest:
     about = json.loads(content)
-    pattern, names, folders = str(about["pattern"]), about["names"], about["folders"]
+    pattern, names, folders = str(about["pattern"]), list(about["names"]), list(about["folders"])
     if not all(isinstance(name, str) for name in (*names, *folders)):
         raise UserError("names that are no texts")
     sizes = np.array(about["sizes"], np.int64).reshape(-1, 3)

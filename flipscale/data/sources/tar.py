@@ -175,6 +175,8 @@ class TarSource(Source):
 
     def _read(self, shard: int, image: Place | None, *texts: Place | None) -> list[bytes | None]:
         """Return the content of an image, texts and arrays of a sample, None for None."""
+        if not any((image, *texts)):
+            return [None] * (1 + len(texts))
         for text in texts:
             check_bytes(text.size if text else 0, MAX_TEXT_BYTES, "a text or an array")
         with self._naming(shard):
@@ -255,12 +257,10 @@ def _most_open() -> int:
 def _read_places(file: int, wanted: list[Place | None]) -> list[bytes | None]:
     """Return the content at each place, None for None. Places that are close, as in most tars, are read at once."""
     present = [place for place in wanted if place]
-    if not present:
-        return [None] * len(wanted)
     first = max(min(place.offset for place in present) - BLOCK, 0)
     last = max(offset + size for offset, size in present)
     if len(present) > 1 and last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
-        return [_read_places(file, [place])[0] for place in wanted]
+        return [_read_places(file, [place])[0] if place else None for place in wanted]
     content = os.pread(file, last - first, first)
     return [_cut_out(content, place, first) if place else None for place in wanted]
 
