@@ -1,128 +1,146 @@
-"""Batches come whatever becomes of the workers, each in one buffer."""
+"""The feeder has the next batches on the device ahead, in order, and can be closed at any time."""
 
-import multiprocessing
-import os
-import re
-import signal
-import time
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
-from flipscale.data import loader as data_loader
-from flipscale.data.loader import PackedBatch, on_device, prefetch, restartable_batches
-from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.recipe import DataRecipe
-from flipscale.data.samples import Sample
-from flipscale.data.sources.tar import TarSource
+from flipscale.data import loader
+from flipscale.data.loader import PackedBatch, on_device, prefetch
+
+Batch = list[PackedBatch]
 
 
-def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int, micro: int | None = None) -> PairDataset:
-    recipe = DataRecipe(global_batch_size=24, micro_batch_size=micro, shards_per_block=2, num_workers=num_workers)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return PairDataset(source, tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
+def packed(step: int) -> PackedBatch:
+    return PackedBatch.of({"step": torch.tensor([step]), "faults": []})
 
 
-class Nowhere:
-    """A transfer to where the batches already are."""
+class Device:
+    """The other end of a transfer that copies, and knows which of its batches are still there."""
 
-    def send(self, batch: list[PackedBatch]) -> list[PackedBatch]:
-        return batch
+    def __init__(self) -> None:
+        self.there: list[weakref.ref] = []
+        self.received: list[int] = []
+        self.sent = threading.Semaphore(0)
 
-    def receive(self, sent: list[PackedBatch]) -> list[PackedBatch]:
+    def send(self, batch: Batch) -> Batch:
+        copies = [PackedBatch(one.buffer.clone(), one.layout, one.faults) for one in batch]
+        self.there += [weakref.ref(one) for one in copies]
+        self.sent.release()
+        return copies
+
+    def receive(self, sent: Batch) -> Batch:
+        self.received.append(sent[0]["step"].item())
         return sent
 
-
-@pytest.mark.parametrize("is_fed", [False, True])
-def test_a_worker_that_is_killed_costs_no_batch(
-    shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, is_fed: bool
-) -> None:
-    source = TarSource(str(shards))
-    whole = list(restartable_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
-    others = {child.pid for child in multiprocessing.active_children()}
-    iter(DataLoader([0], num_workers=1))  # which sets torch's handler, if no loader has yet
-    batches, got = restartable_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
-    batches = prefetch(batches, Nowhere()) if is_fed else batches
-    for step, batch in enumerate(batches):
-        got.append(batch)
-        if step == 1:
-            victim = next(child.pid for child in multiprocessing.active_children() if child.pid not in others)
-            os.kill(victim, signal.SIGKILL)
-            time.sleep(0.1)  # the signal of its death comes here, in the middle of a step
-    assert len(got) == len(whole) == 12
-    for ours, (theirs,) in zip(got, whole, strict=True):
-        assert len(ours) == 2
-        assert ours[0].keys() == ours[1].keys() == theirs.keys()
-        assert all(torch.equal(torch.cat([part[name] for part in ours]), theirs[name]) for name in theirs)
-    said = caplog.text
-    # torch names the worker, unless it died amid handing over a batch.
-    assert re.search(rf"a loader worker( \(pid {victim}\))? died while reading {shards}/0000", said)
-    assert "; starting the workers again at step " in said
-    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    def count(self) -> int:
+        gc.collect()
+        return sum(one() is not None for one in self.there)
 
 
-class Poisoned(TarSource):
-    """Whoever reads its shard 3 is killed."""
+class Source:
+    """Batches of steps, and whether their generator was closed, and in which thread each was made."""
 
-    def read(self, shard: int, number: int) -> Sample:
-        if shard == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(shard, number)
+    def __init__(self, count: int, error: Exception | None = None):
+        self.count, self.error = count, error
+        self.closed = threading.Event()
+        self.threads: set[str] = set()
 
-
-def test_a_shard_that_kills_its_readers_stops_the_run(
-    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_loader, "_MAX_DEATHS_IN_A_ROW", 1)
-    batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
-    with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
-        list(batches)
-
-
-def test_an_error_of_a_worker_comes_without_its_traceback(shards: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    source = TarSource(str(shards))
-    source.list.folder = str(tmp_path / "gone")
-    with pytest.raises(ValueError, match="is gone, but its manifest lists it") as raised:
-        list(restartable_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1, pin_memory=False))
-    assert "Traceback" not in str(raised.value)
-    assert "gone/0000" in str(raised.value)
+    def batches(self) -> Generator[Batch, None, None]:
+        try:
+            for step in range(self.count):
+                self.threads.add(threading.current_thread().name)
+                yield [packed(step)]
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed.set()
 
 
-def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
-    data = dataset(TarSource(str(shards)), tokenizer_dir, 0)
-    batch = data.__getitems__(list(range(24)))
-    packed = PackedBatch.of(batch)
-    assert packed.keys() == batch.keys() - {"faults"}
-    assert all(torch.equal(packed[name], batch[name]) and packed[name].dtype == batch[name].dtype for name in packed)
-    storages = {value.untyped_storage().data_ptr() for value in packed.values()}
-    assert storages == {packed.buffer.untyped_storage().data_ptr()}
-    # 4 of 16 patches of 192 bytes and their int16 numbers, 8 tokens of 4 + 1 bytes: fields start on 64 bytes.
-    assert packed.buffer.numel() == 24 * (4 * 192 + 4 * 2 + 8 * 4 + 8)
-    assert list(on_device(iter([[packed]]), torch.device("cpu"))) == [[packed]]
+@pytest.fixture
+def feeders() -> Callable[[], int]:
+    """Counts the feeders that live and that this test began."""
+    before = set(threading.enumerate())
+    return lambda: sum(thread.name == "feeder" for thread in set(threading.enumerate()) - before)
 
 
-def test_a_worker_that_dies_while_it_hands_over_is_a_death(
-    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its batch is announced, and the memory that it lies in cannot be had any more: it comes from the next worker."""
-    data, starts = dataset(TarSource(str(shards)), tokenizer_dir, 0), []
+def test_batches_come_in_order_from_another_thread_and_end(feeders: Callable[[], int]) -> None:
+    source, device = Source(7), Device()
+    assert [batch[0]["step"].item() for batch in prefetch(source.batches(), device)] == list(range(7))
+    assert device.received == list(range(7))
+    assert source.threads == {"feeder"}
+    assert source.closed.is_set()
+    assert feeders() == 0
 
-    def start(loader: DataLoader) -> Iterator[PackedBatch]:
-        starts.append(loader)
-        yield from islice(iter(loader), 2)
-        if len(starts) == 1:
-            raise ConnectionResetError(104, "Connection reset by peer")
-        yield from islice(iter(loader), 2, None)
 
-    monkeypatch.setattr(data_loader, "start_workers", start)
-    got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
-    monkeypatch.undo()
-    whole = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
-    assert len(starts) == 2
-    assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(got, whole, strict=True))
-    assert "died while reading its first shard; starting the workers again at step 2" in caplog.text
+def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
+    device = Device()
+    batches = prefetch(Source(9).batches(), device)
+    for step in range(7):
+        batch = next(batches)
+        for _ in range(3 if step == 0 else 1):
+            assert device.sent.acquire(timeout=30)
+        assert batch[0]["step"].item() == step
+        assert not device.sent.acquire(timeout=0.02)
+        assert device.count() == 3 == loader.BATCHES_ON_DEVICE - 1  # no step runs on behind the host's back here
+        # As `consume_batch` does: the caller still holds the list.
+        batch.clear()
+        assert device.count() == 2
+    batches.close()
+
+
+def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) -> None:
+    source = Source(4, OSError("the disk is gone"))
+    batches = prefetch(source.batches(), Device())
+    assert [next(batches)[0]["step"].item() for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert source.closed.is_set()
+    assert feeders() == 0
+
+
+@pytest.mark.parametrize("taken", [1, 2, 5, 6])
+def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int, feeders: Callable[[], int]) -> None:
+    source = Source(6)
+    batches = prefetch(source.batches(), Device())
+    assert [next(batches)[0]["step"].item() for _ in range(taken)] == list(range(taken))
+    batches.close()
+    assert source.closed.wait(30)
+    assert feeders() == 0
+
+
+def test_closing_does_not_wait_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_CLOSING_SECONDS", 0.1)
+    is_stuck, disk_answers, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def stuck() -> Generator[Batch, None, None]:
+        try:
+            yield [packed(0)]
+            is_stuck.set()
+            disk_answers.wait(600)
+            yield [packed(1)]
+        finally:
+            closed.set()
+
+    device = Device()
+    batches = prefetch(stuck(), device)
+    next(batches)
+    assert is_stuck.wait(60)
+    batches.close()
+    assert not closed.is_set()
+    disk_answers.set()
+    assert closed.wait(30), "the thread closes what it read as soon as it can"
+    assert device.count() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_batches_arrive_whole_on_a_gpu() -> None:
+    values = [torch.arange(1 << 20, dtype=torch.int32) + step for step in range(8)]
+    source = ([PackedBatch.of({"values": value, "faults": []}).pin_memory()] for value in values)
+    for step, batch in enumerate(on_device(source, torch.device("cuda", 0))):
+        assert torch.equal(batch[0]["values"].cpu(), values[step])
+        batch.clear()

@@ -1,17 +1,26 @@
-"""Workers start from a server where there is a GPU, get little to start from, and have no threads beside their own."""
+"""Workers get little, have no threads of their own, and may die; batches come all the same, each in one buffer."""
 
+import multiprocessing
+import os
 import pickle
+import re
+import signal
+import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from flipscale.data import loader
-from flipscale.data.loader import build_loader, restartable_batches
+from flipscale.data import loader as data_loader
+from flipscale.data.loader import PackedBatch, build_loader, on_device, prefetch, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, WholeImages
 from flipscale.model import FlipConfig
@@ -26,12 +35,116 @@ class Probe(PairDataset):
         return {**batch, "threads": torch.tensor([int(status["Threads"]), torch.get_num_threads()])}
 
 
-def dataset(shards: Path, tokenizer_dir: Path, num_workers: int) -> PairDataset:
-    recipe = DataRecipe(global_batch_size=24, shards_per_block=2, lanes=1, num_workers=num_workers)
-    return Probe(
-        TarSource(str(shards)), AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8),
-        seed=5, mask_ratio=0.75,
-    )  # fmt: skip
+def dataset(
+    source: TarSource,
+    tokenizer_dir: Path,
+    num_workers: int,
+    micro: int | None = None,
+    kind: type[PairDataset] = PairDataset,
+) -> PairDataset:
+    recipe = DataRecipe(global_batch_size=24, micro_batch_size=micro, shards_per_block=2, num_workers=num_workers)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return kind(source, tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
+
+
+class Nowhere:
+    """A transfer to where the batches already are."""
+
+    def send(self, batch: list[PackedBatch]) -> list[PackedBatch]:
+        return batch
+
+    def receive(self, sent: list[PackedBatch]) -> list[PackedBatch]:
+        return sent
+
+
+@pytest.mark.parametrize("is_fed", [False, True])
+def test_a_worker_that_is_killed_costs_no_batch(
+    shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, is_fed: bool
+) -> None:
+    source = TarSource(str(shards))
+    whole = list(restartable_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
+    others = {child.pid for child in multiprocessing.active_children()}
+    iter(DataLoader([0], num_workers=1))  # which sets torch's handler, if no loader has yet
+    batches, got = restartable_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
+    batches = prefetch(batches, Nowhere()) if is_fed else batches
+    for step, batch in enumerate(batches):
+        got.append(batch)
+        if step == 1:
+            victim = next(child.pid for child in multiprocessing.active_children() if child.pid not in others)
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(0.1)  # the signal of its death comes here, in the middle of a step
+    assert len(got) == len(whole) == 12
+    for ours, (theirs,) in zip(got, whole, strict=True):
+        assert len(ours) == 2
+        assert ours[0].keys() == ours[1].keys() == theirs.keys()
+        assert all(torch.equal(torch.cat([part[name] for part in ours]), theirs[name]) for name in theirs)
+    said = caplog.text
+    # torch names the worker, unless it died amid handing over a batch.
+    assert re.search(rf"a loader worker( \(pid {victim}\))? died while reading {shards}/0000", said)
+    assert "; starting the workers again at step " in said
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+class Poisoned(TarSource):
+    """Whoever reads its shard 3 is killed."""
+
+    def read(self, shard: int, number: int) -> Sample:
+        if shard == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(shard, number)
+
+
+def test_a_shard_that_kills_its_readers_stops_the_run(
+    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_loader, "_MAX_DEATHS_IN_A_ROW", 1)
+    batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
+    with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
+        list(batches)
+
+
+def test_an_error_of_a_worker_comes_without_its_traceback(shards: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = TarSource(str(shards))
+    source.list.folder = str(tmp_path / "gone")
+    with pytest.raises(ValueError, match="is gone, but its manifest lists it") as raised:
+        list(restartable_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1, pin_memory=False))
+    assert "Traceback" not in str(raised.value)
+    assert "gone/0000" in str(raised.value)
+
+
+def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
+    data = dataset(TarSource(str(shards)), tokenizer_dir, 0)
+    batch = data.__getitems__(list(range(24)))
+    packed = PackedBatch.of(batch)
+    assert packed.keys() == batch.keys() - {"faults"}
+    assert all(torch.equal(packed[name], batch[name]) and packed[name].dtype == batch[name].dtype for name in packed)
+    storages = {value.untyped_storage().data_ptr() for value in packed.values()}
+    assert storages == {packed.buffer.untyped_storage().data_ptr()}
+    # 4 of 16 patches of 192 bytes and their int16 numbers, 8 tokens of 4 + 1 bytes: fields start on 64 bytes.
+    assert packed.buffer.numel() == 24 * (4 * 192 + 4 * 2 + 8 * 4 + 8)
+    assert list(on_device(iter([[packed]]), torch.device("cpu"))) == [[packed]]
+
+
+def test_a_worker_that_dies_while_it_hands_over_is_a_death(
+    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its batch is announced, and the memory that it lies in cannot be had any more: it comes from the next worker."""
+    data, starts = dataset(TarSource(str(shards)), tokenizer_dir, 0), []
+
+    def start(loader: DataLoader) -> Iterator[PackedBatch]:
+        starts.append(loader)
+        yield from islice(iter(loader), 2)
+        if len(starts) == 1:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        yield from islice(iter(loader), 2, None)
+
+    monkeypatch.setattr(data_loader, "start_workers", start)
+    got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
+    monkeypatch.undo()
+    whole = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
+    assert len(starts) == 2
+    assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(got, whole, strict=True))
+    assert "died while reading its first shard; starting the workers again at step 2" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -40,10 +153,12 @@ def test_workers_make_the_same_batches_on_one_thread_each(
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.setenv("RAYON_NUM_THREADS", "8")
-    monkeypatch.setattr(loader, "worker_context", lambda: method)
-    data = dataset(shards, tokenizer_dir, 2)
+    monkeypatch.setattr(data_loader, "worker_context", lambda: method)
+    data = dataset(TarSource(str(shards)), tokenizer_dir, 2, kind=Probe)
     got = list(restartable_batches(data, 0, 6, 0, 1, pin_memory=False))
-    whole = list(build_loader(dataset(shards, tokenizer_dir, 0), 0, 6, 0, 1, pin_memory=False))
+    whole = list(
+        build_loader(dataset(TarSource(str(shards)), tokenizer_dir, 0, kind=Probe), 0, 6, 0, 1, pin_memory=False)
+    )
     for (ours,), theirs in zip(got, whole, strict=True):
         # Its main thread, the one that hands batches over, and what numpy's library starts; not the tokenizer's eight.
         assert ours["threads"].tolist()[0] < 8
