@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 MAX_CAPTION_BYTES = 1 << 16
 
 
-class OversizedCaption(BadSample):
-    """The caption is too long."""
-
-    cause = "caption_too_long"
-
-
 class UntokenizableCaption(BadSample):
     """The tokenizer raises for the caption, or returns no token."""
 
@@ -48,7 +42,7 @@ def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
 def _text(caption: bytes) -> str:
     """Return a caption without the blanks, and the byte order mark, around it."""
     if len(caption) > MAX_CAPTION_BYTES:
-        raise OversizedCaption(f"{len(caption):,} bytes; at most {MAX_CAPTION_BYTES:,} are read")
+        raise BadSample(f"{len(caption):,} bytes; at most {MAX_CAPTION_BYTES:,} are read", "caption_too_long")
     try:
         text = caption.decode("utf-8").removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:

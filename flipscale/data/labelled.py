@@ -21,18 +21,6 @@ SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 _TRANSLATE = 0.45  # largest shift as a fraction of an image's side, as in timm's `create_transform`
 
 
-class MissingLabel(BadSample):
-    """The sample has no class number."""
-
-    cause = "missing_label"
-
-
-class WrongVotes(BadSample):
-    """The sample's `KEY.npy` does not count the people who gave each answer."""
-
-    cause = "wrong_votes"
-
-
 class LabelledDataset(PairDataset):
     """Labelled images by global position. A batch has the columns of `PairDataset` without captions, and:
 
@@ -101,14 +89,15 @@ class QuestionDataset(PairDataset):
         except BadSample:
             raise
         except ValueError as error:
-            raise WrongVotes(str(error)) from error
+            raise BadSample(str(error), "wrong_votes") from error
         if votes is None:
             scores[_number(sample, "answer", "num_answers", self.num_answers)] = 1.0
             return question, scores
         if votes.shape != (self.num_answers + 1,) or votes.dtype.kind not in "iu" or not (votes >= 0).all():
-            raise WrongVotes(
+            raise BadSample(
                 f"KEY.npy is {votes.dtype} {votes.shape}; it must count the people who gave each of the "
-                f"{self.num_answers} answers, and any other"
+                f"{self.num_answers} answers, and any other",
+                "wrong_votes",
             )
         scores[:] = np.array(SCORES, np.float32)[np.minimum(votes[:-1], len(SCORES) - 1)]
         return question, scores
@@ -124,7 +113,7 @@ class QuestionDataset(PairDataset):
 def _number(sample: Sample, what: str, field: str, count: int) -> int:
     """Return the class or answer of a sample, below `count`, the value of `loss.options.FIELD`."""
     if sample.label is None:
-        raise MissingLabel("there is no KEY.cls with a number" + ", and no KEY.npy" * (what == "answer"))
+        raise BadSample("there is no KEY.cls with a number" + ", and no KEY.npy" * (what == "answer"), "missing_label")
     if sample.label >= count:
         raise UserError(
             f"{sample.name} has {what} {sample.label}, counted from 0, and loss.options.{field} is {count}; set it "

@@ -22,11 +22,9 @@ class BadSample(UserError):
 
     cause = "bad_sample"
 
-
-class OversizedSample(BadSample):
-    """A file of the sample is too large."""
-
-    cause = "sample_too_large"
+    def __init__(self, detail: str, cause: str | None = None):
+        super().__init__(detail)
+        self.cause = cause or self.cause
 
 
 class MissingCaption(BadSample):
@@ -44,7 +42,7 @@ class UndecodableCaption(BadSample):
 def check_bytes(size: int, most: int, what: str) -> None:
     """Raise unless a file of a sample has at most `most` bytes."""
     if size > most:
-        raise OversizedSample(f"{what} of {size:,} bytes; at most {most:,} are read")
+        raise BadSample(f"{what} of {size:,} bytes; at most {most:,} are read", "sample_too_large")
 
 
 class wrap_errors(ContextDecorator):

@@ -722,7 +722,7 @@ def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_I
 
     Raises:
         UnreadableFile: it cannot be read, or is not a plain file.
-        OversizedSample: it has more than `max_bytes`.
+        BadSample: it has more than `max_bytes`.
         OutsideFolder: it lies outside `root`, by its name or by a link, and that is not allowed.
     """
     if not name or "\0" in name:

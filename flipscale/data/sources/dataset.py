@@ -32,18 +32,6 @@ _TEXTS = ("string", "large_string", "string_view", "null")
 _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
-class MissingImage(BadSample):
-    """The row has no image, or names a file that is missing or outside the dataset."""
-
-    cause = "missing_image"
-
-
-class UnreadableRow(BadSample):
-    """The row cannot be decoded from the dataset's storage."""
-
-    cause = "unreadable_row"
-
-
 def load_rows(name: str, config: str | None, split: str) -> "Dataset":
     """Return a Dataset.
 
@@ -111,7 +99,7 @@ class DatasetSource(Source):
         """Return a row of the dataset.
 
         Raises:
-            UnreadableRow: the stored row cannot be decoded, such as a text that is not UTF-8.
+            BadSample: the stored row cannot be decoded, such as a text that is not UTF-8.
             OSError: the storage cannot be read now.
         """
         try:
@@ -119,7 +107,7 @@ class DatasetSource(Source):
         except OSError:
             raise
         except Exception as error:
-            raise UnreadableRow(reason_of(error)) from error
+            raise BadSample(reason_of(error), "unreadable_row") from error
 
     def _image(self, stored: Any) -> bytes:
         """Return the encoded image of a row.
@@ -131,16 +119,19 @@ class DatasetSource(Source):
         if content is None and file:
             content = self._file(file)
         if not content:
-            raise MissingImage(f"column {self.image_column!r} is empty")
+            raise BadSample(f"column {self.image_column!r} is empty", "missing_image")
         if not isinstance(content, bytes):
-            raise MissingImage(f"column {self.image_column!r} has a {type(content).__name__}; it must be encoded bytes")
+            raise BadSample(
+                f"column {self.image_column!r} has a {type(content).__name__}; it must be encoded bytes",
+                "missing_image",
+            )
         check_bytes(len(content), MAX_IMAGE_BYTES, "an image")
         return content
 
     def _file(self, name: str) -> bytes:
         path = os.path.abspath(name.replace("\0", "?"))  # a file name cannot have a NUL
         if not any(os.path.commonpath([path, folder]) == folder for folder in self._folders):
-            raise MissingImage(f"it is the file {name!r}, which is not in the dataset's folder")
+            raise BadSample(f"it is the file {name!r}, which is not in the dataset's folder", "missing_image")
         try:
             with os.fdopen(open_plain(path), "rb") as opened:
                 check_bytes(os.fstat(opened.fileno()).st_size, MAX_IMAGE_BYTES, "an image")
@@ -148,7 +139,7 @@ class DatasetSource(Source):
         except OSError as error:
             if not isinstance(error, NotAFile) and error.errno not in _NO_FILE:
                 raise
-            raise MissingImage(f"{name!r}: {error.strerror or error}") from error
+            raise BadSample(f"{name!r}: {error.strerror or error}", "missing_image") from error
 
     def shard_name(self, shard: int) -> str:
         """Return the dataset's name and the shard's first row."""

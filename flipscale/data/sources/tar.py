@@ -51,18 +51,6 @@ class StaleManifest(UserError):
     """A shard differs from its entry in the manifest."""
 
 
-class TruncatedSample(BadSample):
-    """The shard ends inside the sample, though it was longer when it was indexed."""
-
-    cause = "truncated_shard"
-
-
-class StaleSample(BadSample):
-    """The tar header before a file of the sample differs from the indexed one."""
-
-    cause = "stale_index"
-
-
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     """Append a file with time and owner 0, so that the bytes do not depend on the writer."""
     member = tarfile.TarInfo(name)
@@ -269,16 +257,17 @@ def _cut_out(content: bytes, place: Place, first: int) -> bytes:
     """Return the file at `place` from content that begins at byte `first`, after a check of its tar header.
 
     Raises:
-        TruncatedSample: the content ends inside the file.
-        StaleSample: the header is missing or gives another size: the index belongs to another shard.
+        BadSample: the content ends inside the file, or the header is missing or gives another size, because the index
+            belongs to another shard.
     """
     at = place.offset - first
     if at + place.size > len(content):
-        raise TruncatedSample(f"{max(len(content) - at, 0)} of {place.size} bytes at {place.offset}")
+        raise BadSample(f"{max(len(content) - at, 0)} of {place.size} bytes at {place.offset}", "truncated_shard")
     if at < BLOCK or not announces(content[at - BLOCK : at], place.size):
-        raise StaleSample(
+        raise BadSample(
             f"no file of {place.size} bytes begins at byte {place.offset}, where the index has one: the shard was "
-            "replaced or damaged since it was indexed"
+            "replaced or damaged since it was indexed",
+            "stale_index",
         )
     return content[at : at + place.size]
 
