@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,7 +151,9 @@ def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENC
         patience: seconds after which no further try begins.
     """
     started = time.monotonic()
-    for number in count(1):
+    number = 0
+    while True:
+        number += 1
         try:
             return ask()
         except Exception as error:

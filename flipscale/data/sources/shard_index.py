@@ -315,10 +315,10 @@ def build_index(shard: Path, path: Path) -> Index:
         raise OSError(f"shard {shard} cannot be read ({error.strerror}); start again, or remove it") from error
     # Processes that start together may all write it. In a read-only folder, every start builds it again.
     with suppress(OSError), atomic_write(path, unique_partial_path(path)) as partial:
-        file = io.BytesIO()
-        np.lib.format.write_array(file, index.rows, version=(2, 0))
+        array = io.BytesIO()
+        np.lib.format.write_array(array, index.rows, version=(2, 0))
         about = {"damage": index.damage, "bytes": index.num_bytes, "mtime_ns": index.mtime_ns}
-        content = file.getvalue() + json.dumps(about).encode()
+        content = array.getvalue() + json.dumps(about).encode()
         partial.write_bytes(content + _digest(content))
     return index
 
