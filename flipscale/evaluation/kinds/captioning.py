@@ -15,7 +15,7 @@ from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
 from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Task
-from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.kinds.zero_shot import PromptedTask
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
@@ -75,7 +75,7 @@ Intervals are over images for fixed references; BLEU's is by the bootstrap."""
 
 
 @dataclass(frozen=True)
-class Likelihood(LabelledTask):
+class Likelihood(PromptedTask, LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
     `data` is laid out as for `zero_shot`. A class's score is the log-likelihood of its prompt under the decoder: the
@@ -83,11 +83,9 @@ class Likelihood(LabelledTask):
     which costs a thousand times as much as captions for 1,000 classes. Use few prompts or few images.
 
     Args:
-        templates: prompts, as for `zero_shot`.
         images: number of test images, spread over the set; all by default.
     """
 
-    templates: str | list[str] | None = None
     metric: Literal["top1", "top5", "mean_per_class"] = "top1"
     images: Count | None = None
 
@@ -95,17 +93,6 @@ class Likelihood(LabelledTask):
     protocol: ClassVar[str] = """Classification by likelihood: whole images. The answer is the class whose prompt the
 decoder finds the most likely caption, by the sum of its tokens' log-likelihoods (the mean over the set's prompts).
 Intervals are those of zero-shot classification."""
-    hub_task: ClassVar[str] = "zero-shot-image-classification"
-
-    def __post_init__(self) -> None:
-        self._zero_shot()
-
-    def check(self) -> None:
-        super().check()
-        self._zero_shot().check()
-
-    def prompts(self, test_set: TestSet) -> list[str]:
-        return self._zero_shot().prompts(test_set)
 
     def evaluate(self, embedder: Embedder) -> list[Result]:
         test_set = TestSet.open(self.data)
@@ -120,9 +107,6 @@ Intervals are those of zero-shot classification."""
             scores = likelihoods.of(columns)[: len(rows)]
             hits.add(scores.view(len(rows), len(names), len(prompts)).mean(dim=2))
         return hits.results(self.metric)
-
-    def _zero_shot(self) -> ZeroShot:
-        return ZeroShot(self.kind, self.data, self.name, templates=self.templates, metric=self.metric)
 
 
 def captioner(embedder: Embedder) -> Any:

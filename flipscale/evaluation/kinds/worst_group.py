@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import Scorer
+from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.kinds.zero_shot import PromptedTask, classifier
 from flipscale.evaluation.metrics import hits_at
 from flipscale.evaluation.results import Result
@@ -39,7 +39,7 @@ SETS = {
 
 
 @dataclass(frozen=True)
-class WorstGroup(PromptedTask):
+class WorstGroup(PromptedTask, StreamedTask):
     """Accuracy by groups of images and of the worst group, in percent, as in datacomp.
 
     `data` is laid out as for `zero_shot`. In addition, `KEY.npy` has the numbers of the image's groups.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import ClassHits, Scorer, StreamedTask
+from flipscale.evaluation.kinds.task import ClassHits, Scorer, StreamedTask, Task
 from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import TEMPLATES
@@ -36,7 +36,7 @@ def classifier(embedder: Embedder, class_names: list[str], templates: list[str])
 
 
 @dataclass(frozen=True)
-class PromptedTask(StreamedTask):
+class PromptedTask(Task):
     """A task whose answers are the classes of `classnames.txt`.
 
     Args:
@@ -81,7 +81,7 @@ class PromptedTask(StreamedTask):
 
 
 @dataclass(frozen=True)
-class ZeroShot(PromptedTask):
+class ZeroShot(PromptedTask, StreamedTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
     `data` has shards with `KEY.cls` in CLIP_benchmark's layout. Beside them are `classnames.txt` and, without
@@ -174,7 +174,7 @@ images. The interval of an AUC is DeLong's."""
 
 
 @dataclass(frozen=True)
-class ZeroShotMultilabel(PromptedTask):
+class ZeroShotMultilabel(PromptedTask, StreamedTask):
     """`map11`, over VOC 2007's eleven points, and `map`, CLIP_benchmark's plain mean average precision, in percent.
 
     `data` is laid out as for `zero_shot`, with `KEY.npy` in place of `KEY.cls`: an array with 1 for each class of the
