@@ -17,14 +17,12 @@ from flipscale.data.samples import BadSample
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
-from flipscale.evaluation.kinds.classification import Classification
-from flipscale.evaluation.kinds.few_shot import FewShot
-from flipscale.evaluation.kinds.probe import Probe
+from flipscale.evaluation.kinds.probe import FewShot, Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
 from flipscale.evaluation.kinds.vqa import Vqa
 from flipscale.evaluation.kinds.worst_group import WorstGroup
-from flipscale.evaluation.kinds.zero_shot import ZeroShot, ZeroShotMultilabel
+from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot, ZeroShotMultilabel
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import read_page
 from flipscale.evaluation.test_set import TestSet

@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import decode_box, visible_patches
 from flipscale.engines.device import best_attention
-from flipscale.evaluation.kinds.classification import Classification
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.test_set import TestSet
 from flipscale.model import FlipModel, FlipPreTrainedModel
 from flipscale.pages.page import evenly

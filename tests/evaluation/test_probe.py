@@ -20,10 +20,12 @@ from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder
-from flipscale.evaluation.kinds.few_shot import CONSTANT, L2, FewShot, ridge
 from flipscale.evaluation.kinds.probe import (
+    CONSTANT,
+    L2,
     MAX_ITERATIONS,
     PENALTIES,
+    FewShot,
     Head,
     LabelledSets,
     LarsRecipe,
@@ -32,6 +34,7 @@ from flipscale.evaluation.kinds.probe import (
     Rows,
     best_penalty,
     fit,
+    ridge,
 )
 from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.reports.record import read_lines
