@@ -53,15 +53,17 @@ class Share:
     rank: int
     world: int
 
-    @property
-    def rounds(self) -> int:
-        """Number of batches of the first process; other processes may have one less."""
-        return -(-self.count // (self.size * self.world))
-
     def batches(self) -> list[range]:
         """Return the rows of this process, batch by batch."""
         firsts = range(self.rank * self.size, self.count, self.size * self.world)
         return [range(first, min(first + self.size, self.count)) for first in firsts]
+
+    def rounds(self) -> Iterator[tuple[range, int]]:
+        """Yield this process's rows of each round of batches, none if only others have a batch left, and the number of
+        rows of all processes."""
+        together, mine = self.size * self.world, self.batches()
+        for number, first in enumerate(range(0, self.count, together)):
+            yield mine[number] if number < len(mine) else range(0), min(together, self.count - first)
 
     def rows(self) -> np.ndarray:
         """Return the rows of this process, int64 `(rows,)`."""
@@ -252,18 +254,14 @@ class Embedder:
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
         """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
         device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image."""
-        share, decode, nothing = self.share(len(source)), self.decoder(), range(0)
-        mine = share.batches()
-        decoded = decoded_batches(source, decode, mine, self.num_workers)
-        done = 0
+        share, decode = self.share(len(source)), self.decoder()
+        decoded = decoded_batches(source, decode, share.batches(), self.num_workers)
         bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
-            for rows in mine + [nothing] * (share.rounds - len(mine)):
+            for rows, news in share.rounds():
                 batch = self.agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
                 yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
-                news = min(share.size * share.world, share.count - done)
-                done += news
                 bar.update(news)
                 if self.progress is not None:
                     self.progress(news)
@@ -292,12 +290,10 @@ class Embedder:
         """
         count = together or 1
         share = self.share(len(texts) // count, max(1, self.batch_size // count))
-        batches = share.batches()
         mine: list[torch.Tensor] = []
-        done = 0
         with self.bar(len(texts), "texts") as bar:
             # A process without a batch embeds the first text meanwhile.
-            for rows in batches + [range(0)] * (share.rounds - len(batches)):
+            for rows, news in share.rounds():
                 asked = rows or range(1)
                 batch = texts[asked.start * count : asked.stop * count]
                 firsts = range(0, len(batch), self.batch_size)
@@ -307,9 +303,7 @@ class Embedder:
                     embeds = torch.stack([mean / mean.norm() for mean in means])
                 mine.append(embeds[: len(rows)])
                 self.alive()
-                news = min(share.size * share.world * count, len(texts) - done)
-                done += news
-                bar.update(news)
+                bar.update(news * count)
         return self.gathered(torch.cat(mine), share)
 
     def gathered(self, mine: torch.Tensor, share: int | Share) -> torch.Tensor:

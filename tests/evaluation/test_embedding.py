@@ -35,7 +35,8 @@ def test_every_row_has_one_process(count: int, world: int) -> None:
     assert sorted(np.concatenate(rows).tolist()) == list(range(count))
     for share, mine in zip(shares, rows, strict=True):
         assert [row for batch in share.batches() for row in batch] == mine.tolist()
-        assert len(share.batches()) <= share.rounds
+        assert sum(news for _, news in share.rounds()) == count
+        assert [row for batch, _ in share.rounds() for row in batch] == mine.tolist()
         assert len(mine) <= share.most == len(rows[0])
     padded = np.concatenate([np.pad(mine, (0, shares[0].most - len(mine)), constant_values=-1) for mine in rows])
     assert torch.from_numpy(padded)[shares[0].places()].tolist() == list(range(count))
