@@ -53,7 +53,7 @@ def test_a_torn_group_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["notes on my model\n", '{"step": 20, "task": "zero_shot", "value": 3.0}\n', '["group"]\n', "{}\n"]
+    "text", ["notes on my model\n", '{"step": 20, "task": "zero_shot", "value": 3.0}\n', '["group"]\n', "5\n"]
 )
 def test_a_foreign_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.jsonl"

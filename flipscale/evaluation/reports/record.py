@@ -155,8 +155,11 @@ def _records(path: Path) -> list[Record]:
             record = None
         if record is None and (line.startswith(_FIRST) or _FIRST.startswith(line)):
             continue
-        kinds = {name: kind for name, kind in _KINDS.items() if name in _NEEDED or name in (record or ())}
-        if not isinstance(record, dict) or not all(isinstance(record.get(n, ...), kind) for n, kind in kinds.items()):
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(name, ...), kind)
+            for name, kind in _KINDS.items()
+            if name in _NEEDED or name in record
+        ):
             raise UserError(
                 f"{path}, line {number}, is not a line of `flipscale evaluate`; move the file away, or name another "
                 "folder with --output_dir"
