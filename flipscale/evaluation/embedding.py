@@ -102,6 +102,7 @@ class ChosenRows(TarSource):
     """Some rows of a source in a new order, as one shard."""
 
     source: TarSource
+    rows: np.ndarray
 
     def __init__(self, source: TarSource, rows: np.ndarray):
         if isinstance(source, ChosenRows):
