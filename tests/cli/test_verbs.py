@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -101,15 +100,6 @@ def test_status_of_a_finished_run(run_dir: Path) -> None:
     assert status["images_per_s"] == [r["images_per_s"] for r in last if "loss" in r][-1]
     assert status["metrics"] == {name: value for name, value in last[-1].items() if "/" in name}
     assert as_table(status).endswith(f"{run_dir}/report.html: open it in a browser")
-
-
-def test_prepare_index(shards: Path, tmp_path: Path) -> None:
-    for shard in shards.glob("*.tar"):
-        shutil.copy(shard, tmp_path)
-    done = launch([*FLIPSCALE, "prepare", "index", str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "96 samples in 4 shards\n"
-    assert len(list(tmp_path.glob("*.tar.index.npy"))) == 4
 
 
 @pytest.mark.long
