@@ -33,44 +33,9 @@ from flipscale.io.progress import each
 from flipscale.preparation.worker_pool import worker_pool
 from flipscale.training.console import report_user_errors, start_logging
 
-TRAIN_ARTISTS = {
-    "noto": "@iconify-json/noto@1.2.9",
-    "noto-v1": "@iconify-json/noto-v1@1.2.5",
-    "twemoji": "@iconify-json/twemoji@1.2.5",
-    "openmoji": "@iconify-json/openmoji@1.2.29",
-    "emojione": "@iconify-json/emojione@1.2.3",
-    "emojione-v1": "@iconify-json/emojione-v1@1.2.3",
-    "fxemoji": "@iconify-json/fxemoji@1.2.2",
-}
-TEST_ARTIST, TEST_PACKAGE = "fluent-emoji-flat", "@iconify-json/fluent-emoji-flat@1.2.6"
-NAMES_PACKAGE = "emojibase-data@17.0.0"  # the CLDR short names ("grinning face"), by code point
-DIGESTS = {
-    "@iconify-json/noto@1.2.9": (
-        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
-    ),
-    "@iconify-json/noto-v1@1.2.5": (
-        "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA=="
-    ),
-    "@iconify-json/twemoji@1.2.5": (
-        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="
-    ),
-    "@iconify-json/openmoji@1.2.29": (
-        "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ=="
-    ),
-    "@iconify-json/emojione@1.2.3": (
-        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg=="
-    ),
-    "@iconify-json/emojione-v1@1.2.3": (
-        "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww=="
-    ),
-    "@iconify-json/fxemoji@1.2.2": (
-        "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ=="
-    ),
-    "@iconify-json/fluent-emoji-flat@1.2.6": (
-        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="
-    ),
-    "emojibase-data@17.0.0": "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-}
+# npm package of each artist and, last, of the CLDR short names ("grinning face"), with npm's digest.
+PACKAGES: dict[str, list[str]] = json.loads((Path(__file__).parent / "packages.json").read_text(encoding="utf-8"))
+*TRAIN_ARTISTS, TEST_ARTIST, NAMES = PACKAGES
 IMAGE_SIZE = 64  # a crop of 70 % of the area is 54 px wide, so training at 32 px never enlarges
 TRAIN_SHARDS = 8
 VOCAB_SIZE = 4000
@@ -212,10 +177,11 @@ def select_drawings(
 
 def load_icon_sets(directory: Path) -> list[IconSet]:
     """Download all packages to `directory` and return the training artists in order, then the test artist."""
-    tarballs = download(DIGESTS, directory)
-    names = Names(*(read_member(tarballs[NAMES_PACKAGE], file) for file in ("en/data.json", "meta/groups.json")))
+    tarballs = download(dict(PACKAGES.values()), directory)
+    names = Names(*(read_member(tarballs[PACKAGES[NAMES][0]], file) for file in ("en/data.json", "meta/groups.json")))
     sets = []
-    for artist, package in {**TRAIN_ARTISTS, TEST_ARTIST: TEST_PACKAGE}.items():
+    for artist in (*TRAIN_ARTISTS, TEST_ARTIST):
+        package = PACKAGES[artist][0]
         icons, chars, info = (read_member(tarballs[package], f"{part}.json") for part in ("icons", "chars", "info"))
         drawings = select_drawings(artist, icons, chars, names, flags=artist != TEST_ARTIST)
         sets.append(IconSet(artist, package, info["license"]["spdx"], info["author"]["name"], drawings))
@@ -392,7 +358,7 @@ def write_report(
     (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     lines = ["The images in this folder were rendered from these sets; the licence of each goes with its images.", ""]
     lines += [f"{i.artist}: {i.package} by {i.author}, {i.licence}, {len(i.drawings)} images" for i in icon_sets]
-    lines += [f"captions: {NAMES_PACKAGE}, MIT (Unicode CLDR short names)"]
+    lines += [f"captions: {PACKAGES[NAMES][0]}, MIT (Unicode CLDR short names)"]
     (out_dir / "LICENSES.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -17,9 +17,10 @@ CLASSES, OF_EACH = 12, 25
 
 def drawings() -> dict[str, list[Drawing]]:
     """Download an artist's emoji, and return 25 of each of 12 kinds of things, people left out."""
-    packages = (demo.TEST_PACKAGE, demo.NAMES_PACKAGE)
+    packages = [demo.PACKAGES[name] for name in (demo.TEST_ARTIST, demo.NAMES)]
     with TemporaryDirectory() as folder:
-        art, labels = download({package: demo.DIGESTS[package] for package in packages}, Path(folder)).values()
+        tarballs = download(dict(packages), Path(folder))
+        art, labels = (tarballs[name] for name, _ in packages)
         names = demo.Names(*(demo.read_member(labels, file) for file in ("en/data.json", "meta/groups.json")))
         icons, chars = (demo.read_member(art, f"{part}.json") for part in ("icons", "chars"))
     kinds = defaultdict(list)
