@@ -20,7 +20,6 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.progress import each
 
-TEMPLATE = "{c}"  # captions are bare names, so class prompts are too
 _MAX_SECONDS = 600  # for one package: 5 MB, or 104 MB for all icons
 
 
@@ -81,12 +80,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
         for key, files in samples:
             for extension, content in files.items():
                 add_member(tar, f"{key}.{extension}", content)
-
-
-def write_classes(folder: Path, names: Iterable[str]) -> None:
-    """Write the class names and the prompt of a labelled set in CLIP_benchmark's layout."""
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    (folder / "zeroshot_classification_templates.txt").write_text(f"{TEMPLATE}\n", encoding="utf-8")
 
 
 def check_renderer() -> None:

@@ -24,12 +24,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.shared import check_renderer, download, read_report, slug, write_classes, write_shard
+from examples.shared import check_renderer, download, read_report, slug, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
 from flipscale.io.options import Parser, output_folder
 from flipscale.io.progress import each
+from flipscale.preparation.shard_writer import write_classes
 from flipscale.preparation.worker_pool import worker_pool
 from flipscale.training.console import report_user_errors, start_logging
 

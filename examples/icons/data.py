@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.shared import check_renderer, download, read_report, write_classes, write_shard
+from examples.shared import check_renderer, download, read_report, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io import options
 from flipscale.io.atomic import atomic_write, partial_path, remove, sync, unique_partial_path, write_text
@@ -43,6 +43,7 @@ from flipscale.preparation.audit.duplicates import (
     near_hashes,
     thumbnail,
 )
+from flipscale.preparation.shard_writer import write_classes
 from flipscale.preparation.worker_pool import worker_pool
 from flipscale.training.console import report_user_errors, start_logging
 

@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -37,7 +37,6 @@ from flipscale.preparation.lists import PairList, printable
 from flipscale.preparation.worker_pool import worker_pool
 
 PARTS = ("train", "test")
-TEMPLATE = "{c}"  # the prompt: captions of class folders are bare names
 _MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
 _HASHES, _LOCK, _PARTIAL = ".hashes.npy", ".lock", ".*.partial*"
 _MAX_SHOWN = 300  # characters of a name or a detail
@@ -139,9 +138,14 @@ def write_set(
         parts = {out_dir / part: replace(options, part=part) for part in PARTS}
     reports = {folder: write_shards(pairs, source, folder, part, processes, names) for folder, part in parts.items()}
     if names:
-        write_text(out_dir / "classnames.txt", "".join(f"{name}\n" for name in names))
-        write_text(out_dir / "zeroshot_classification_templates.txt", f"{TEMPLATE}\n")
+        write_classes(out_dir, names)
     return reports
+
+
+def write_classes(folder: Path, names: Iterable[str]) -> None:
+    """Write the class names of a labelled set in CLIP_benchmark's layout, and a prompt without other words."""
+    write_text(folder / "classnames.txt", "".join(f"{name}\n" for name in names))
+    write_text(folder / "zeroshot_classification_templates.txt", "{c}\n")
 
 
 def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
