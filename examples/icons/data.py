@@ -74,9 +74,9 @@ RELATED_SHARE, RELATED_LEAST = 0.05, 10
 BY_PIXELS = {"heroicons-outline": ("tabler", 22), "meteor-icons": ("tabler", 25)}
 
 BLOCK = 1024  # drawings in a block
-# Row of a picture: place of its PNG in the block's file, digest of its pixels, perceptual hash, whether it is nearly
-# blank (then the hash is useless), and whether it has no PNG because it is blank or cannot be drawn.
-ROW = np.dtype([("start", "<u4"), ("size", "<u4"), ("pixels", "<u8"), ("looks", "<u8"), ("faint", "?"), ("blank", "?")])
+# Row of a picture: bytes of its PNG, digest of its pixels, perceptual hash, whether it is nearly blank, and whether it
+# has no PNG because it is blank or cannot be drawn. The hash of a nearly blank picture is useless.
+ROW = np.dtype([("size", "<u4"), ("pixels", "<u8"), ("looks", "<u8"), ("faint", "?"), ("blank", "?")])
 _BLANK_BELOW = 16  # of 255 levels from white; a lighter picture shows nothing
 _SET_FILE = re.compile(r"package/json/([a-z0-9-]+)\.json")
 _PATH_DATA = re.compile(r'\bd="([^"]+)"')
@@ -208,11 +208,7 @@ def why_left_out(icon_set: IconSet, relatives: Sequence[dict[str, Any]]) -> str 
 
 @dataclass(frozen=True)
 class Block:
-    """Drawings of a set, with the two files of their pictures.
-
-    `SET.NUMBER.png` holds their PNGs in a row, `SET.NUMBER.npy` a `ROW` for each. The second is written last, so it
-    marks a whole block.
-    """
+    """Drawings of a set. Its file `SET.NUMBER.npz` holds a `ROW` for each, and their PNGs in a row."""
 
     folder: Path
     prefix: str
@@ -220,14 +216,9 @@ class Block:
     names: tuple[str, ...]
 
     @property
-    def rows_path(self) -> Path:
-        """Path of the rows."""
-        return self.folder / f"{self.prefix}.{self.number:03d}.npy"
-
-    @property
-    def png_path(self) -> Path:
-        """Path of the PNGs."""
-        return self.rows_path.with_suffix(".png")
+    def path(self) -> Path:
+        """Path of the file."""
+        return self.folder / f"{self.prefix}.{self.number:03d}.npz"
 
 
 def blocks(folder: Path, prefix: str, names: Sequence[str]) -> list[Block]:
@@ -263,7 +254,7 @@ def draw_all(tarball: Path, blocks_of: Mapping[str, Sequence[Block]], pool: Exec
         OSError: a worker died, or the disk is full.
     """
     every = [block for chosen in blocks_of.values() for block in chosen]
-    missing = {block for block in every if not block.rows_path.exists()}
+    missing = {block for block in every if not block.path.exists()}
     total, left = (sum(len(block.names) for block in some) for some in (every, missing))
 
     def work() -> Iterator[tuple[Block, list[str]]]:
@@ -287,7 +278,7 @@ def draw_all(tarball: Path, blocks_of: Mapping[str, Sequence[Block]], pool: Exec
 
 
 def _draw(block: Block, svgs: Sequence[str]) -> None:
-    rows, pngs, start = np.zeros(len(svgs), ROW), [], 0
+    rows, pngs = np.zeros(len(svgs), ROW), []
     for row, svg in zip(rows, svgs, strict=True):
         pixels = render(svg)
         if pixels is None or 255 - int(pixels.min()) < _BLANK_BELOW:
@@ -295,78 +286,51 @@ def _draw(block: Block, svgs: Sequence[str]) -> None:
             continue
         png = encode(pixels)
         row["looks"], row["faint"] = look(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-        row["start"], row["size"], row["pixels"] = start, len(png), digest(pixels.tobytes())
+        row["size"], row["pixels"] = len(png), digest(pixels.tobytes())
         pngs.append(png)
-        start += len(png)
     # Under a name of this process, because a worker of a killed run may live a little into the next run.
-    with atomic_write(block.png_path, unique_partial_path(block.png_path)) as partial:
-        partial.write_bytes(b"".join(pngs))
-        sync(partial)
-    with atomic_write(block.rows_path, unique_partial_path(block.rows_path)) as partial:
+    with atomic_write(block.path, unique_partial_path(block.path)) as partial:
         with open(partial, "wb") as file:
-            np.save(file, rows)
+            np.savez(file, rows=rows, pngs=np.frombuffer(b"".join(pngs), np.uint8))
         sync(partial)
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """All drawings by number; their pictures stay on disk.
+    """All drawings by number, a third of a gigabyte.
 
     Args:
         prefixes: set of each drawing.
-        names: name of each drawing.
         paths: digest of the paths of each drawing, uint64.
         rows: `ROW` of each picture.
-        files: files of PNGs.
-        file_of: number of each drawing's file, int64.
+        pngs: picture of each drawing; empty for blank ones.
     """
 
     prefixes: list[str]
     names: list[str]
     paths: np.ndarray
     rows: np.ndarray
-    files: list[Path]
-    file_of: np.ndarray
+    pngs: list[bytes]
 
     @classmethod
     def read(cls, blocks: Sequence[Block], paths: np.ndarray) -> "Drawings":
         """Return the drawings of finished blocks."""
-        return cls(
-            [block.prefix for block in blocks for _ in block.names],
-            [name for block in blocks for name in block.names],
-            paths,
-            np.concatenate([np.zeros(0, ROW), *(np.load(block.rows_path) for block in blocks)]),
-            [block.png_path for block in blocks],
-            np.repeat(np.arange(len(blocks)), [len(block.names) for block in blocks]),
-        )
+        rows: list[np.ndarray] = [np.zeros(0, ROW)]
+        pngs: list[bytes] = []
+        for block in blocks:
+            with np.load(block.path) as stored:
+                rows.append(stored["rows"])
+                content = stored["pngs"].tobytes()
+            ends = np.cumsum(rows[-1]["size"]).tolist()
+            pngs += [content[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        names = [(block.prefix, name) for block in blocks for name in block.names]
+        return cls([prefix for prefix, _ in names], [name for _, name in names], paths, np.concatenate(rows), pngs)
 
-    def sample(self, number: int, label: int | None = None) -> "Sample":
-        """Return a drawing's picture on disk with its caption."""
-        row = self.rows[number]
-        file = self.files[self.file_of[number]]
-        return Sample(file, int(row["start"]), int(row["size"]), caption(self.names[number]), label)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture in a file of PNGs, its caption, and its class in a test set."""
-
-    file: Path
-    start: int
-    size: int
-    caption: str
-    label: int | None
-
-    def png(self) -> bytes:
-        """Return the picture."""
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
-
-    def files(self) -> dict[str, bytes]:
-        """Return the sample's files by extension."""
-        files = {"png": self.png(), "txt": self.caption.encode()}
-        return files if self.label is None else {**files, "cls": str(self.label).encode()}
+    def files(self, number: int, labels: Mapping[str, int]) -> dict[str, bytes]:
+        """Return the files of a sample by extension; `labels` has the classes of the captions of a test set."""
+        text = caption(self.names[number])
+        files = {"png": self.pngs[number], "txt": text.encode()}
+        return {**files, "cls": str(labels[text]).encode()} if labels else files
 
 
 @dataclass(frozen=True)
@@ -413,8 +377,7 @@ class _Thumbnails:
 
     def of(self, number: int) -> np.ndarray:
         """Return the thumbnail of a drawing, uint8 `(32, 32, 3)`."""
-        png = self._drawings.sample(number).png()
-        pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(np.frombuffer(self._drawings.pngs[number], np.uint8), cv2.IMREAD_COLOR)
         assert pixels is not None
         return thumbnail(pixels)
 
@@ -479,20 +442,20 @@ def write_part(out_dir: Path, part: Part, drawings: Drawings, pool: Executor) ->
     lines = (f"{drawings.prefixes[number]}\t{drawings.names[number]}\n" for number in numbers)
     write_text(out_dir / f"{part.name}.tsv", "".join(lines))
 
-    def samples(first: int) -> list[Sample]:
-        some = numbers[first : first + PAIRS_PER_SHARD]
-        return [drawings.sample(number, label_of.get(caption(drawings.names[number]))) for number in some]
+    def samples(first: int) -> list[tuple[str, dict[str, bytes]]]:
+        some = enumerate(numbers[first : first + PAIRS_PER_SHARD], first)
+        return [(f"{at:06d}", drawings.files(number, label_of)) for at, number in some]
 
     firsts = {folder / f"shard-{at // PAIRS_PER_SHARD:05d}.tar": at for at in range(0, len(numbers), PAIRS_PER_SHARD)}
     missing = {path: first for path, first in firsts.items() if not path.exists()}
-    written = pool.map(_write_samples, missing, missing.values(), map(samples, missing.values()))
+    written = pool.map(_write_samples, missing, map(samples, missing.values()))
     for _ in each(written, f"writing {part.name}", "shards", len(missing)):
         pass
 
 
-def _write_samples(path: Path, first: int, samples: Sequence[Sample]) -> None:
+def _write_samples(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
     with atomic_write(path, unique_partial_path(path)) as partial:
-        write_shard(partial, ((f"{number:06d}", sample.files()) for number, sample in enumerate(samples, first)))
+        write_shard(partial, samples)
         sync(partial)
 
 

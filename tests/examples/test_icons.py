@@ -201,7 +201,7 @@ def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             prepare_icons(out_dir, processes=2)
     assert not out_dir.exists()
-    drawn, shards = sorted((work / ".drawn").glob("*.npy")), sorted((work / "train").glob("*.tar"))
+    drawn, shards = sorted((work / ".drawn").glob("*.npz")), sorted((work / "train").glob("*.tar"))
     drawn[3].unlink()
     shards[2].rename(work / "train" / f".{shards[2].name}.partial.host.1.1")
     times = {path: path.stat().st_mtime_ns for path in (*drawn[:3], *shards[:2])}
@@ -209,7 +209,7 @@ def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
     draw_all = icons.draw_all
 
     def watched(tarball: Path, blocks_of: Any, *others: Any) -> None:
-        missing.extend(block for some in blocks_of.values() for block in some if not block.rows_path.exists())
+        missing.extend(block for some in blocks_of.values() for block in some if not block.path.exists())
         draw_all(tarball, blocks_of, *others)
         assert {path: path.stat().st_mtime_ns for path in times} == times
 
@@ -230,7 +230,7 @@ def test_a_fraction_lies_in_the_whole(folder: Path, tmp_path: Path) -> None:
     """The first drawings of the training data, and the same tests. What another fraction left is not taken over."""
     work = tmp_path / ".part.partial"
     (work / ".drawn").mkdir(parents=True)
-    (work / ".drawn" / "alpha.000.npy").write_bytes(b"of another fraction")
+    (work / ".drawn" / "alpha.000.npz").write_bytes(b"of another fraction")
     (work / ".begun.json").write_text('{"fraction": 0.5}')
     icons.main([str(tmp_path / "part"), "--fraction", "0.25", "--num_workers", "1"])
     some, every = listed(tmp_path / "part", "train"), listed(folder, "train")
@@ -260,7 +260,7 @@ def test_what_ends_it_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(icons, "place_of", lambda prefix, name: 1.0)
     with pytest.raises(ValueError, match=r"fraction 1 leaves no drawing"):
         prepare_icons(tmp_path / "icons")
-    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 NO_ICONS = "icons holds something that is not the icons; name a new folder"
@@ -273,7 +273,7 @@ def _torn(folder: Path) -> None:
     work = folder / ".icons.partial"
     (work / ".drawn").mkdir(parents=True)
     (work / ".begun.json").write_bytes(b"\xff\0")
-    (work / ".drawn/mdi.000.npy").write_bytes(b"\x93NUMPY")
+    (work / ".drawn/mdi.000.npz").write_bytes(b"\x93NUMPY")
     downloaded = work / ".download" / slug(PACKAGE)
     downloaded.mkdir(parents=True)
     os.mkfifo(downloaded / "pipe.tgz")
