@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,18 +31,15 @@ _COLUMNS, _ROWS, _MARGIN, _TEXT_LINES, _LINE_HEIGHT = 6, 4, 8, 3, 14
 _TEXT_WIDTH = 29  # characters of the sheet's font under a tile
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A sample. If it is unusable, `fault` is set and the other fields are empty."""
+class Checked(NamedTuple):
+    """A usable sample; `thumbnail` is None unless the contact sheet shows it."""
 
-    name: str
-    fault: BadSample | None = None
-    kind: str = ""
-    width: int = 0
-    height: int = 0
-    num_bytes: int = 0
-    caption: str = ""
-    thumbnail: Image.Image | None = None
+    kind: str
+    width: int
+    height: int
+    num_bytes: int
+    caption: str
+    thumbnail: Image.Image | None
 
 
 def inspect_shards(
@@ -68,26 +64,27 @@ def inspect_shards(
     count = min(max_samples, total) if max_samples else total
     numbers = np.unique(np.linspace(0, total - 1, count).round().astype(np.int64))
     shown = set(np.linspace(0, len(numbers) - 1, min(_COLUMNS * _ROWS, len(numbers))).round().astype(int).tolist())
-    checked: list[Checked] = []
-    with ThreadPoolExecutor() as pool, Progress(len(numbers), "inspecting", "samples") as progress:
-        places = _places(source, numbers)
-        while chunk := list(islice(places, _CHUNK)):
-            names = [f"{source.shard_name(shard)}#{number}" for shard, number in chunk]
-            is_shown = [len(checked) + row in shown for row in range(len(chunk))]
-            checked += pool.map(_check, names, [_read(source, *place) for place in chunk], is_shown)
-            progress.update(len(chunk))
-    good, faults = [sample for sample in checked if sample.fault is None], Faults()
+    good: list[Checked] = []
+    faults = Faults()
     for fault in source.faults:
         faults.add(fault.cause, f"{fault.shard}: {fault.detail}")
-    for sample in checked:
-        if sample.fault is not None:
-            faults.add(sample.fault.cause, f"{sample.name}: {sample.fault}")
+    with ThreadPoolExecutor() as pool, Progress(len(numbers), "inspecting", "samples") as progress:
+        places = enumerate(_places(source, numbers))
+        while chunk := list(islice(places, _CHUNK)):
+            samples = [_read(source, *place) for _, place in chunk]
+            results = pool.map(_check, samples, [row in shown for row, _ in chunk])
+            for (_, (shard, number)), result in zip(chunk, results, strict=True):
+                if isinstance(result, BadSample):
+                    faults.add(result.cause, f"{source.shard_name(shard)}#{number}: {result}")
+                else:
+                    good.append(result)
+            progress.update(len(chunk))
     if sheet is not None:
         contact_sheet([(sample.thumbnail, sample.caption) for sample in good if sample.thumbnail]).save(sheet)
     return {
         "shards": len(source.shard_sizes),
         "samples": total,
-        "checked": len(checked),
+        "checked": len(numbers),
         "good": len(good),
         "bad": faults,
         "kinds": dict(Counter(sample.kind for sample in good).most_common()),
@@ -127,19 +124,19 @@ def _read(source: Source, shard: int, number: int) -> Sample | BadSample:
         return error
 
 
-def _check(name: str, sample: Sample | BadSample, is_shown: bool) -> Checked:
+def _check(sample: Sample | BadSample, is_shown: bool) -> Checked | BadSample:
     if isinstance(sample, BadSample):
-        return Checked(name, sample)
+        return sample
     try:
         caption = choose_caption(sample.captions, 0.0)
         pixels = decode_whole(sample.image)
     except BadSample as error:
-        return Checked(name, error)
+        return error
     height, width = pixels.shape[:2]
     thumbnail = Image.fromarray(np.ascontiguousarray(pixels)) if is_shown else None
     if thumbnail is not None:
         thumbnail.thumbnail((TILE, TILE))
-    return Checked(name, None, _kind(sample.image), width, height, len(sample.image), caption, thumbnail)
+    return Checked(_kind(sample.image), width, height, len(sample.image), caption, thumbnail)
 
 
 def _kind(encoded: bytes) -> str:
