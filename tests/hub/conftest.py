@@ -1,4 +1,4 @@
-"""A Hub of the test's own, and commands that talk to it."""
+"""A Hub of the test's own, commands that talk to it, and a small exported model."""
 
 import os
 from collections.abc import Iterator
@@ -7,8 +7,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import torch
 from hub.loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import FlipConfig, FlipModel
 
 
 @pytest.fixture
@@ -49,3 +54,27 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows, columns = np.mgrid[0:40, 0:60]
     Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=2).astype(np.uint8)).save(path)
     return path
+
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def small_model(**text_fields: bool | str) -> FlipModel:
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text_fields},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    return FlipModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = small_model()
+    return export_model(model, build_processor(model.config, tokenizer), tmp_path_factory.mktemp("hub") / "model")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub.conftest import small_model
 from packaging.requirements import Requirement
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers import PreTrainedTokenizerBase, pipeline
 
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import (
-    FlipConfig,
     FlipModel,
     FlipPreTrainedModel,
     FlipProcessor,
@@ -26,7 +26,6 @@ from flipscale.model import (
     FlipVisionModelWithProjection,
 )
 
-TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LABELS = ["red disc", "a green ring", "blue"]
 
 # Runs in an environment without flipscale and prints its results as JSON.
@@ -67,27 +66,6 @@ print(json.dumps({
     "model_type": config.model_type,
 }))
 """
-
-
-def small_model(**text_fields: bool | str) -> FlipModel:
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text_fields},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    return FlipModel(config).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = small_model()
-    return export_model(model, build_processor(model.config, tokenizer), tmp_path_factory.mktemp("hub") / "model")
 
 
 def environment_of(path: Path, *packages: str) -> Path:

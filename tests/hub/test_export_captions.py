@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.test_export import TOWER, environment_of, run_stranger
+from hub.conftest import TOWER
+from hub.test_export import environment_of, run_stranger
 from PIL import Image
 from transformers import AutoTokenizer
 

@@ -8,30 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from hub.conftest import small_model
+from transformers import PreTrainedTokenizerBase
 
 from flipscale.cli import main
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.model_folder import fetch_folder, local_folder
-from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
+from flipscale.model import FlipModel, FlipVisionModel
 
-TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LAST_SHARD = "model-00003-of-00003.safetensors"
 
 
 @pytest.fixture(scope="module")
-def exported(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose weights are in three shards, and in two as bf16."""
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
+    model, out_dir = small_model(), tmp_path_factory.mktemp("loading") / "model"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flipscale.hub.export.MAX_SHARD_SIZE", "60KB")
-        return export_model(FlipModel(config), processor, tmp_path_factory.mktemp("loading") / "model")
+        return export_model(model, build_processor(model.config, tokenizer), out_dir)
 
 
 @pytest.fixture

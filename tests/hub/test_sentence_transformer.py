@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub.test_export import environment_of, small_model
+from hub.conftest import small_model
+from hub.test_export import environment_of
 from PIL import Image
-from transformers import AutoTokenizer
 
 from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.hub.export import build_processor, export_model
@@ -37,13 +37,6 @@ assert np.abs(similarity.numpy() - images @ texts.T).max() < 1e-6
 assert model.get_embedding_dimension() == images.shape[1]
 np.savez("embeds.npz", images=images, texts=texts)
 """.replace("TEXTS", repr(TEXTS))
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = small_model()
-    processor = build_processor(model.config, AutoTokenizer.from_pretrained(tokenizer_dir))
-    return export_model(model, processor, tmp_path_factory.mktemp("hub") / "model")
 
 
 @pytest.fixture(scope="module")

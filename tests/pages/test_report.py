@@ -72,22 +72,6 @@ def test_a_browser_shows_it(trained: Path, tmp_path: Path, width: int, dark: boo
     assert len(opened.facts["pictures"]) > 30
 
 
-def test_the_browser_s_checks_notice(tmp_path: Path) -> None:
-    page = tmp_path / "bad.html"
-    page.write_text(
-        '<html lang="en"><title>a</title><body><h1>A</h1><h3 style="color: #999">B</h3>'
-        '<img src="http://127.0.0.1:9/a.png" alt=""></body></html>'
-    )
-    opened = look(page, tmp_path)
-    assert "http://127.0.0.1:9/a.png" in opened.requests
-    assert opened.facts["lowest"] == [pytest.approx(2.85, abs=0.01), "B"]
-    assert opened.facts["pictures"] == [["", 0]]
-    with pytest.raises(AssertionError):
-        check_offline(opened)
-    with pytest.raises(AssertionError):
-        check_accessible(opened)
-
-
 def test_without_an_evaluation_it_says_what_is_missing(copied: Path) -> None:
     (copied / "results.jsonl").unlink()
     shutil.rmtree(copied / "model/figures")
