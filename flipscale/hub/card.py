@@ -51,8 +51,6 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     """Write `README.md` and, where matplotlib is installed, `figures/` into the model folder of a run.
 
     Args:
-        folder: exported model folder.
-        run_dir: path of the run directory.
         where: name that loads the model: a Hub name, or the folder's path.
         step: number of steps of the exported checkpoint; None for the finished run.
     """
@@ -345,13 +343,9 @@ def _task_name(result: Result) -> str:
 
 
 def derived_card(src: str, name: str, library: str, text: str) -> str:
-    """Return the card of a converted model as Markdown. The licence is that of the card of `src`.
+    """Return the card of a converted model as Markdown; `text` is its body, `library` loads the model.
 
-    Args:
-        src: model folder or Hub name of the original.
-        name: name of the converted model.
-        library: library that loads the converted model.
-        text: body of the card.
+    The licence is that of the original's card, in the model folder or the Hub's repository `src`.
     """
     licence = None
     with suppress(OSError, ValueError, yaml.YAMLError):  # the card may be missing, or the Hub out of reach

@@ -135,9 +135,6 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
     Args:
         name: model folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, `hf:NAME`, or a baseline: `pixels`, `hog`
             or `untrained:FOLDER` (random weights).
-        accelerator: accelerator that holds the model.
-        batch_size: images in a batch.
-        num_workers: workers of the loader.
 
     Raises:
         UserError: the model cannot be loaded, or does not embed.

@@ -257,7 +257,6 @@ class BackgroundPush:
     that is saved during a push is left to the next push, because it would only be replaced. A failed push is logged.
 
     Args:
-        recipe: recipe of the run.
         last_step: last step of the run, which `push_finished` pushes; None if unknown.
         is_main_process: whether this is rank 0; other ranks push nothing.
     """

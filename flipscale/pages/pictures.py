@@ -103,10 +103,8 @@ def open_pictures(place: str) -> Pictures:
     folder = Path(place)
     # The name of a folder of pictures may look like a glob, so the folder is tested first.
     is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
-    if folder.is_file() and not is_shards:
-        raise UserError(f"{place} is a file; name a folder of pictures, or shards named *.tar")
     if not is_shards and not folder.is_dir():
-        raise UserError(f"{place} does not exist; name a folder of pictures, or shards named *.tar")
+        raise UserError(f"there is no folder {place}; name a folder of pictures, or shards named *.tar")
     pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
         raise UserError(
@@ -135,7 +133,6 @@ def embed_pictures(
     """Return the embeddings of the pictures `rows`; damaged pictures are left out.
 
     Args:
-        rows: indices of the pictures.
         decode: function from the bytes of a picture to its columns.
         features: function from the columns of a batch to its embeddings `(batch, dim)`.
         seconds: time after which no other batch starts; None for no limit.
