@@ -8,13 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import yaml
 
 from flipscale.data.decode import decode_small
+from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample
+from flipscale.data.sources.opening import open_source
+from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
+from flipscale.evaluation.test_set import kept_class_names
 from flipscale.io.atomic import write_text
 from flipscale.io.text_table import duration
 from flipscale.pages.answers import (
@@ -28,7 +33,6 @@ from flipscale.pages.answers import (
     mistakes,
     shown_task,
 )
-from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, drawing, evenly, listed, rendered, shortened, thumbnail
 from flipscale.training.recipe import Recipe, deciding_part
 from flipscale.training.report import OWN_TASKS, evaluation_flags
@@ -37,7 +41,7 @@ from flipscale.training.run_summary import RunSummary
 REPORT = "report.html"
 MOST_BYTES = 2_000_000
 
-_SIDE = 112
+_SIDE, _MASK_SIDE = 112, 96
 _MOST_SHOWN, _MOST_CLASSES, _MOST_MISTAKES, _LARGEST_MATRIX = 12, 6, 9, 12
 _MOST_LETTERS, _MOST_RECIPE = 90, 20_000
 _MOST_FIGURES, _MOST_RESULTS = 8, 60
@@ -85,7 +89,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "changes": CHANGES,
         "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
         "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing),
-        "masks": _try_part("What was masked", missing, lambda: mask_rows(recipe)) or [],
+        "masks": _try_part("What was masked", missing, lambda: mask_rows(recipe)) or {},
         "recipe": recipe_text,
         "flags": evaluation_flags(recipe.loss.kind, "FOLDER"),
         "searches": recipe.loss.kind not in OWN_TASKS,
@@ -209,6 +213,61 @@ def _mistake_note(tested: Tested, mistake: Mistake) -> str:
 
 def _short(text: str) -> str:
     return shortened(text, _MOST_LETTERS)
+
+
+def mask_rows(recipe: Recipe, count: int = 6) -> dict[str, list[Picture]]:
+    """Return the first `count` training pictures as each stage shows them, in rows by title.
+
+    Patches that a mask removes are transparent. Equal stages share a row.
+    """
+    source, shape = open_source(recipe.data), InputShape.of(recipe.model_config())
+    objective = recipe.objective()
+    tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens) if objective.takes_text else None
+    # Mixup pairs pictures, so a classifier's batch stays even.
+    positions = list(range(min(count, len(source)) if tokenizer else count))
+
+    def batch(mask_ratio: float, image_size: int | None) -> dict[str, Any]:
+        size = shape.at(image_size)
+        dataset = objective.dataset(source, tokenizer, recipe.data, size, recipe.seed, mask_ratio, recipe.mask)
+        return dataset.__getitems__(positions)
+
+    whole = batch(0.0, None)
+    if tokenizer is not None:
+        decoded = tokenizer.batch_decode(whole["input_ids"], skip_special_tokens=True)
+        captions = [str(text).strip() for text in decoded]
+    else:
+        classes = kept_class_names(Path(recipe.output_dir), recipe.loss.options["num_classes"])
+        captions = [" and ".join(classes[n] for n in dict.fromkeys(labels)) for labels in whole["labels"].tolist()]
+    # Stages by their mask ratio and image size in pixels (None for the model's).
+    views: dict[tuple[float, int | None], list[str]] = {(0.0, None): []}
+    for stage in recipe.stages:
+        views.setdefault((stage.mask_ratio, stage.image_size), []).append(stage.name)
+    rows = {}
+    for (ratio, side), stages in views.items():
+        columns, size = whole if (ratio, side) == (0.0, None) else batch(ratio, side), shape.at(side)
+        words = f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
+        words += "" if side is None else f", at {side} x {side} pixels"
+        everything = np.arange(size.num_patches)
+        index = columns["patch_index"].numpy() if "patch_index" in columns else [everything] * len(positions)
+        pictures = []
+        for place, caption in enumerate(captions):
+            patches, where = columns["patches"][place].numpy(), np.asarray(index[place])
+            if where.ndim > 1:  # the first of several views
+                patches, where = patches[0], where[0]
+            alt = f"{caption or 'a training picture'}, {words}"
+            pictures.append(thumbnail(_pasted(patches, where, size), alt, _MASK_SIDE))
+        rows[f"{', '.join(stages)}: {words}" if stages else "the crops"] = pictures
+    return rows
+
+
+def _pasted(patches: np.ndarray, index: np.ndarray, shape: InputShape) -> np.ndarray:
+    """Return patches at their places: uint8 RGBA `(size, size, 4)`, transparent elsewhere."""
+    side, size = shape.side, shape.patch_size
+    image = np.zeros((side, side, 4, size, size), np.uint8)
+    rows, columns = np.divmod(index.astype(int), side)
+    image[rows, columns, :3] = patches.reshape(-1, 3, size, size)
+    image[rows, columns, 3] = 255
+    return image.transpose(0, 3, 1, 4, 2).reshape(side * size, side * size, 4)
 
 
 def _test(result: Result) -> str:

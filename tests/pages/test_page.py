@@ -12,9 +12,8 @@ from conftest import changed_recipe
 from PIL import Image
 
 from flipscale.io.text_table import rounded
-from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
-from flipscale.pages.report import run_sentence
+from flipscale.pages.report import mask_rows, run_sentence
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.run_summary import Energy, RunSummary
 
@@ -54,10 +53,11 @@ def test_masks_are_those_of_the_stages(recipe: dict, tmp_path: Path, ratio: floa
         {"name": "second", "samples": 16, "mask_ratio": ratio},
         {"name": "last", "samples": 16},
     ]
-    whole, masked = mask_rows(parsed(changed_recipe(recipe, {"stages": stages, "mask": {"views": views}}), tmp_path), 3)
-    assert whole.title == "last: whole"
-    assert masked.title == f"first, second: {100 * ratio:g} % of the patches left out"
-    for full, part in zip(whole.pictures, masked.pictures, strict=True):
+    recipe = changed_recipe(recipe, {"stages": stages, "mask": {"views": views}})
+    (whole, wholes), (masked, parts) = mask_rows(parsed(recipe, tmp_path), 3).items()
+    assert whole == "last: whole"
+    assert masked == f"first, second: {100 * ratio:g} % of the patches left out"
+    for full, part in zip(wholes, parts, strict=True):
         assert "whole" in full.alt
         assert pixels(full).shape == (32, 32, 4) or pixels(full).shape == (32, 32, 3)
         alpha = pixels(part)[..., 3]

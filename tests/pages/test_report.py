@@ -16,8 +16,7 @@ from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import latest, read_results
 from flipscale.hub.loading import load_flip
 from flipscale.pages import report
-from flipscale.pages.masks import mask_rows
-from flipscale.pages.report import MOST_BYTES, offer_report, write_report
+from flipscale.pages.report import MOST_BYTES, mask_rows, offer_report, write_report
 from flipscale.training.recipe import Recipe, parse_recipe
 
 
@@ -135,7 +134,7 @@ def test_a_stage_s_pictures_have_its_own_size(recipe: dict, tmp_path: Path) -> N
     ]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "stages": stages}))
     rows = mask_rows(recipe_of(tmp_path), 2)
-    assert {row.title: {(picture.width, picture.height) for picture in row.pictures} for row in rows} == {
+    assert {title: {(picture.width, picture.height) for picture in pictures} for title, pictures in rows.items()} == {
         "own: whole": {(32, 32)},
         "small, tuned: whole, at 16 x 16 pixels": {(16, 16)},
         "masked: 50 % of the patches left out, at 16 x 16 pixels": {(16, 16)},
