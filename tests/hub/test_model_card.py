@@ -29,8 +29,10 @@ ENVIRONMENT = {
 }
 STARTS = [
     {"step": 0, "time": 1.7e9, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
-    {"step": 11, "time": 1.8e9, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
-]
+    {"step": 11, "time": 1.8e9, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3",
+     "last_sign_before": 1.7e9 + 4321.5},
+]  # fmt: skip
+HEARTBEAT = {"time": 1.8e9 + 5555, "step": 23, "phase": "the export", "step_s": 1.5}
 # The first start went on until step 17; what it did after step 11 was lost, and its energy spent.
 ENERGY = [
     {"start": 1, "step": 11, "energy_kwh": 20.25, "energy_parts": {"GPUs": 19.0, "processors": 1.25}},
@@ -59,6 +61,7 @@ def run_dir(write_recipe, tmp_path: Path) -> Path:
     (folder / "model" / "config.json").write_text(json.dumps(recipe.model.config().to_dict()))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
+    (folder / "heartbeat.json").write_text(json.dumps(HEARTBEAT))
     write_records(folder, RECORDS)
     append_results(folder, MEASURED, 23, 368, 9876.5)
     write_energy(folder, ENERGY)
