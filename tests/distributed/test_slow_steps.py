@@ -66,16 +66,16 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
-def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: list[str], world: int = 2, **more: str):
+def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: list[str], **more: str):
     """Return the records of such a run by their step, and its output."""
     stages = [{"name": "masked", "samples": 16 * (TOGETHER + 3), "mask_ratio": 0.75, "base_lr": 0.012}]
     file = write_recipe(folder / "run", stages=stages)
     environment = {**ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more}
-    ranks = start_ranks(world, train_with_sleeps, str(file), str(folder), sleeper, places, **environment)
+    ranks = start_ranks(2, train_with_sleeps, str(file), str(folder), sleeper, places, **environment)
     for rank in ranks:
         rank.join(200)
     printed = (folder / "stderr").read_text()
-    assert [rank.exitcode for rank in ranks] == [0] * world, printed
+    assert [rank.exitcode for rank in ranks] == [0, 0], printed
     lines = (folder / "run/slow_steps.jsonl").read_text().splitlines()
     return {record["step"]: record for record in map(json.loads, lines)}, printed
 
@@ -94,13 +94,6 @@ def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path, engine: 
     line = next(line for line in printed.splitlines() if f"step {TOGETHER} took" in line)
     assert "; no rank was late: all spent " in line
     assert f" s in update, in or after {record['collective']}; see " in line
-
-
-@pytest.mark.long
-def test_one_of_four(write_recipe, tmp_path: Path) -> None:
-    records, _ = slow_steps(write_recipe, tmp_path, "ddp", 2, ["backward"], world=4)
-    record = records[STEPS["backward"]]
-    assert (record["late_rank"], record["phase"], record["num_ranks"]) == (2, "backward", 4), record
 
 
 def test_without_a_recorder_the_times_are_there(write_recipe, tmp_path: Path) -> None:

@@ -240,14 +240,6 @@ def test_a_folder_of_both_losses(write: Write, shards: Path) -> None:
     assert "pipeline_tag: zero-shot-image-classification" in (folder / "README.md").read_text()
 
 
-def test_weight_0_changes_no_bit(write: Write) -> None:
-    pair = [run(write("zero", loss={"caption_weight": 0.0}, stages=SHORT)), run(write("without", stages=SHORT))]
-    zero, without = ([r["loss"] for r in metrics(run_dir) if "loss" in r] for run_dir in pair)
-    assert zero == without
-    for name in ("model.safetensors", "config.json"):
-        assert len({(run_dir / "model" / name).read_bytes() for run_dir in pair}) == 1
-
-
 def test_contradicting_recipes_are_refused(write: Write, tokenizer_dir: Path, shards: Path) -> None:
     both, alone = {"caption_weight": 1.0}, {"kind": "captioning"}
     masked = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "text_mask_ratio": 0.5, "base_lr": 0.01}]
