@@ -1,11 +1,45 @@
-"""The step of large worlds, as one process of them takes it."""
+"""The step of large worlds, as one process of them takes it: waits, operations, and the messages of docs/step.md."""
+
+import functools
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 import torch
-from simulated.worlds import step
+import torch.distributed as dist
+import yaml
+from simulated.world import StepReport, World, main, simulate
+from torch import nn
 
+from flipscale.engines.first_weights import model_without_storage
+from flipscale.engines.launch import read_launch_file
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.schedule import plan_stages
+
+LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
+BATCH = 4096
+_TOWER = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64"
+RECIPE = [
+    f"--model.vision_config={_TOWER}, image_size: 32, patch_size: 8}}",
+    f"--model.text_config={_TOWER}, vocab_size: 16, max_position_embeddings: 8}}",
+    "--data.shards=none",
+    f"--data.global_batch_size={BATCH}",
+    "--stages=[{name: masked, samples: 40960000, mask_ratio: 0.75, base_lr: 1e-6}, "
+    "{name: whole, samples: 4096000, base_lr: 1e-7}]",
+]
 ENGINES = ("ddp", "fsdp2", "hsdp")
 MUON, PARTS = "--optim.name=muon", "--data.micro_batch_size=256"
+DIM, NODE = 512, 8
+
+
+@functools.cache
+def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
+    """What a step of the small recipe, changed by `flags`, does."""
+    recipe = parse_recipe([*RECIPE, *flags])
+    launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", processes)
+    return simulate(World(recipe, launch, plan_stages(recipe.stages, BATCH)[0], rank))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -35,3 +69,80 @@ def test_attention_is_flash(engine: str) -> None:
     assert len(calls) == 4
     assert {(dtype, has_mask) for dtype, _, has_mask in calls} == {(torch.bfloat16, False)}
     assert all(width % 8 == 0 for _, width, _ in calls)
+
+
+def padded(module: nn.Module, shards: int, without: Collection[int] = ()) -> int:
+    """Elements of a module's parameters, each padded to rows that `shards` processes divide."""
+    return sum(
+        math.ceil(p.shape[0] / shards) * shards * p.shape[1:].numel()
+        for p in module.parameters()
+        if id(p) not in without
+    )
+
+
+def units(shards: int) -> list[tuple[int, int]]:
+    """Elements of what FSDP2 gathers at once, and the bytes of each when it is gathered; the last is gathered once."""
+    model = model_without_storage(parse_recipe(RECIPE).model_config())
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    found = [(padded(block, shards), 2) for block in blocks]
+    for child in model.children():
+        found.append((padded(child, shards, inside), 4 if isinstance(child, nn.Linear) else 2))
+        inside |= {id(p) for p in child.parameters()}
+    return [*found, (padded(model, shards, inside), 4)]
+
+
+def loss_bytes(world: int) -> float:
+    pairs = BATCH // world
+    return 4 * pairs * (world - 1) * (2 * DIM + 4)
+
+
+def agreement_bytes(world: int) -> float:
+    return 2 * 4 * 7 * (world - 1) / world
+
+
+@pytest.mark.parametrize("world", [8, 256])
+def test_ddp_sends_gradients_around(world: int) -> None:
+    found = step("ddp", world, 1).figures()
+    parameters = sum(p.numel() for p in model_without_storage(parse_recipe(RECIPE).model_config()).parameters())
+    expected = loss_bytes(world) + agreement_bytes(world) + 2 * 4 * parameters * (world - 1) / world
+    assert found["bytes_sent"] == pytest.approx(expected, abs=16)
+    # One bucket: gradients of less than a megabyte.
+    assert found["collectives"] == {"all_gather": 2, "all_to_all": 1, "reduce_scatter": 1, "all_reduce": 2}
+
+
+@pytest.mark.parametrize(("engine", "world", "shards"), [("fsdp2", 8, 8), ("fsdp2", 256, 256), ("hsdp", 256, NODE)])
+def test_sharded_weights_are_gathered_and_gradients_scattered(engine: str, world: int, shards: int) -> None:
+    found, parts, replicas = step(engine, world, 1), units(shards), world // shards
+    gathered = sum(2 * size * width for size, width in parts[:-1]) + parts[-1][0] * parts[-1][1]
+    whole = sum(size for size, _ in parts)
+    expected = loss_bytes(world) + agreement_bytes(world)
+    expected += (gathered + 4 * whole) * (shards - 1) / shards
+    expected += 2 * 4 * whole / shards * (replicas - 1) / replicas
+    # And the norm, a number of each process.
+    assert found.figures()["bytes_sent"] == pytest.approx(expected, abs=100)
+    counts = found.figures()["collectives"]
+    assert counts["all_to_all"] == 1
+    assert counts["reduce_scatter"] == 1 + len(parts)
+    assert counts["all_gather"] == 2 + 2 * len(parts) - 1
+    sums = [one for one in found.collectives if one.kind == "all_reduce" and one.dtype == torch.float32]
+    assert len([one for one in sums if one.size > 7]) == (len(parts) - 1 if replicas > 1 else 0)
+
+
+def test_one_line_of_json(recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(recipe))
+    launch_file = str(LAUNCH_FILES / "fsdp2.yaml")
+    arguments = ["--recipe", str(recipe_file), "--launch_file", launch_file, "--num_processes", "4", "--rank", "3"]
+    main([*arguments, "--stage", "unmasked", "--json"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    figures = json.loads(printed)
+    assert figures["aten_ops"] > figures["loss_aten_ops"] > 0
+    assert figures["collectives"]["reduce_scatter"] == 12
+    assert figures["bytes_sent"] == figures["bytes_received"] > 0
+    (place,) = figures["host_syncs"]
+    assert "engines/device.py" in place
+    assert figures["peak_memory_bytes"] > 0
+    assert not dist.is_initialized()
+    assert not torch.cuda.is_available()
