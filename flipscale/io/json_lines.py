@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,12 @@ def iterate(path: Path, *needed: str, **kinds: Any) -> Iterator[dict[str, Any]]:
     num_lines = num_skipped = 0
     with open(path, "rb") as file:
         for line in file:
-            record = _parse(line, needed, kinds)
             num_lines += 1
-            if record is not None:
+            record: Any = None
+            with suppress(ValueError):
+                record = json.loads(line)
+            is_whole = isinstance(record, dict) and all(name in record for name in needed)
+            if is_whole and all(_is_of(record.get(name), kind) for name, kind in kinds.items()):
                 yield record
             elif line.strip() and line.endswith(b"\n"):
                 num_skipped += 1
@@ -91,16 +95,6 @@ def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _parse(line: bytes, needed: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or any(name not in record for name in needed):
-        return None
-    return record if all(_is_of(record.get(name), kind) for name, kind in kinds.items()) else None
 
 
 def _is_of(value: Any, kind: Any) -> bool:
