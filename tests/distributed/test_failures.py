@@ -91,7 +91,7 @@ def test_our_own_mistake_is_one_sentence_and_a_file(write_recipe, tmp_path: Path
     assert f"; its traceback is in {file}\n" in printed
     text = file.read_text()
     assert text.endswith("RuntimeError: upside down\n")
-    assert "rank: 1 of 2 on " in text
+    assert "rank 1 of 2 on " in text
     assert "in raise_own\n" in text
 
 
