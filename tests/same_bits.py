@@ -78,6 +78,8 @@ def main() -> None:
 def train(checkout: Path, work: Path, side: str, case: str) -> None:
     """One run of a case by a checkout's code."""
     sections, processes, environment = CASES[case]
+    for manifest in (work / "data/shards").glob("*.manifest"):
+        manifest.unlink()  # because the other checkout may have written another version
     recipe = {
         "model": {
             "size": "b16",
