@@ -1,4 +1,4 @@
-"""The test sets of tasks from a Hub of the test's own: whole or named as not, whatever is killed, cut or missing."""
+"""The test sets of tasks from a Hub of the test's own: whole or named as not, whatever is cut or missing."""
 
 import importlib.util
 import io
