@@ -279,7 +279,8 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
 def _merged(section: str, lines: Sequence[Line]) -> str:
     """Return the section of results with other lines: the table, then texts, then figures."""
     rows: dict[tuple[str, ...], list[str]] = {}  # by test, metric and model
-    texts, figures = [], []
+    texts: list[str] = []
+    figures: list[str] = []
     for paragraph in section.split("\n\n"):
         if paragraph.startswith(_HEAD[0]):
             for row in paragraph.split("\n")[2:]:
