@@ -242,11 +242,6 @@ class StepWatch:
             yield batch
 
     @property
-    def usual_seconds(self) -> float | None:
-        """Median duration of a step of the stage; None before ten steps."""
-        return self._usual if self._usual < float("inf") else None
-
-    @property
     def trained_seconds(self) -> float:
         """Training time of the run in all its starts, without evaluations and saves."""
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
@@ -291,7 +286,8 @@ class StepWatch:
         if not self._accelerator.is_main_process or not (now or clock - self._last_heartbeat > _HEARTBEAT_SECONDS):
             return
         self._last_heartbeat = clock
-        content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": self.usual_seconds}
+        usual = self._usual if self._usual < float("inf") else None
+        content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}
         with suppress(OSError):  # the next checkpoint reports a full disk
             atomic.write_text(self._run_dir / "heartbeat.json", json.dumps(content))
 
