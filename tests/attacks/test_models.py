@@ -247,8 +247,8 @@ ATTACKS = [
     refused("half a model to push", pushed(index({"weight_map": {"a": "b.safetensors"}})), "b.safetensors"),
     *(refused(name, evaluated(damage), *says) for name, (damage, *says) in REFUSED.items()),
     refused("a model that brings its code", evaluated(code), "'mine'", check=lacks("ran")),
-    survived("a model of ten billion labels", evaluated(config(num_labels=10**10)), "written"),
-    survived("a model that names a kernel", evaluated(KERNEL), "written"),
+    survived("a model of ten billion labels", evaluated(config(num_labels=10**10)), "top-1"),
+    survived("a model that names a kernel", evaluated(KERNEL), "top-1"),
     refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),
     refused(
         "weights to start from that are elsewhere", started_from(LEADS_OUT), "model.init_from", "../outside.safetensors"
