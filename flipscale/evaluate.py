@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir",
         metavar="DIR",
         type=output_folder,
-        help="Write results.md to DIR, and each model's results.jsonl to its own folder in DIR. By default, "
-        "results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
+        help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
+        "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
     )
     add(
         "--batch_size",
@@ -136,11 +136,13 @@ def run(args: argparse.Namespace) -> None:
         MaskedResults,
         asked_masks,
         check_mask_arguments,
+        draw_masked_results,
         mask_table,
         masked_embedder,
     )
+    from flipscale.evaluation.reports.figures import can_draw
     from flipscale.evaluation.reports.record import evaluate_model, read_lines
-    from flipscale.evaluation.reports.suite_report import Column, report, suite_tables
+    from flipscale.evaluation.reports.suite_report import Column, draw_results, report, suite_tables
     from flipscale.hub.card import refresh_card
     from flipscale.hub.loading import OTHERS, open_embedder, open_together
     from flipscale.planning.flops import forward_flops
@@ -187,6 +189,11 @@ def run(args: argparse.Namespace) -> None:
         suites = [args.suite] if args.suite in SUITES else list(SUITES) if is_all else []
         home.mkdir(parents=True, exist_ok=True)
         write_text(home / "results.md", report(columns, suites))
+        (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
+        if can_draw() and masked:
+            draw_masked_results(masked, home / "results.png")
+        elif can_draw():
+            draw_results(columns, home / "results.png")
         if masked:
             print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
         elif args.json:

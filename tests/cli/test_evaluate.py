@@ -86,6 +86,7 @@ def test_several_models_stand_in_one_table(
     assert "not prepared in data/tasks, so left out: birdsnap, " in said
     assert "a: cars top-1 " in said
     assert (place / "evaluations/results.md").read_text().count("| a ") >= 1
+    assert (place / "evaluations/results.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(Embedder, "image_batches", None)  # which would be needed to run any again
     evaluate("runs/a/model", "b", "--suite", "paper", "--json")
@@ -110,7 +111,7 @@ def test_a_run_is_its_model(place: Path, capsys: pytest.CaptureFixture) -> None:
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("b", "--tasks", "data/tasks", "--output_dir", "out", "--json")
     assert {name.partition("/")[0] for name in json.loads(capsys.readouterr().out)} == {"cars", "dtd"}
-    assert sorted(path.name for path in (place / "out").iterdir()) == ["b", "results.md"]
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["b", "results.md", "results.png"]
     assert not (place / "b/results.jsonl").exists()
 
 
@@ -133,7 +134,7 @@ def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     assert f"| {result.metric_value:.1f} % |" in row
     assert len(card.data.eval_results) == len(folder_lines(folder))
 
-    assert {"results.jsonl", "results.md"} <= set(sort_files(folder)[0])
+    assert {"results.jsonl", "results.md", "results.png"} <= set(sort_files(folder)[0])
     lines = read_lines(folder / "results.jsonl")
     (folder / "README.md").write_text("# My own card\n")
     refresh_card(folder, lines)

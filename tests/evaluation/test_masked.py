@@ -136,6 +136,7 @@ def test_figures_and_table_of_the_command_on_one_and_two_processes(
     done = run("flipscale.cli", [*command, "--json", "--output_dir", str(tmp_path / "two")], world=2)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == one
+    assert (tmp_path / "one/results.png").read_bytes().startswith(b"\x89PNG")
     tasks = build_tasks([{"kind": "zero_shot", "data": str(shards)}])
     masks = image_masks([0, 0.5, 0.75], [1, 2, 4], "random", 4)
     for line, mask in zip(one, masks, strict=True):

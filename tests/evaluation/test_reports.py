@@ -3,13 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import cv2
 import pytest
 
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.reports import suite_report
 from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.reports.suite_report import Column, report, suite_tables
+from flipscale.evaluation.reports.suite_report import Column, draw_results, report, suite_tables
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, suite_pages
 
@@ -104,6 +105,17 @@ def test_the_report() -> None:
     assert "Zero-shot classification" in text
     assert "Intervals of 95 %" in text
     assert cells(text, "one") == ["one", "`12ab34cd56ef`", "224 px", "whole", "bf16", "flipscale 0.1.0"]
+
+
+def test_the_dot_plot(tmp_path: Path) -> None:
+    columns = [
+        Column(name, [line_of(page, shift + 2.0 * number) for number, page in enumerate(suite_pages("all"))])
+        for shift, name in ((10, "demo"), (13, "open_clip:ViT-B-16,laion2b_s34b_b88k"), (19, "hf:google/siglip"))
+    ]
+    draw_results(columns, tmp_path / "results.png")
+    height, width, _ = cv2.imread(str(tmp_path / "results.png")).shape
+    assert height > 1500
+    assert width == 1200
 
 
 @pytest.fixture

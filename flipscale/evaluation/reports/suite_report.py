@@ -1,10 +1,12 @@
-"""`results.md`: models side by side, with tables by suite and the paper's figures."""
+"""`results.md` and `results.png`: models side by side, with tables by suite, the paper's figures, and a dot plot."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.results import NOTHING, Result, with_unit
 from flipscale.evaluation.suite import KINDS
@@ -65,6 +67,44 @@ def suite_tables(columns: Sequence[Column], suites: Sequence[str]) -> str:
             groups[suite].append(row)
     groups = {suite: rows for suite, rows in groups.items() if rows}
     return "\n\n".join(_suite(suite, rows, columns, len(groups) == 1) for suite, rows in groups.items())
+
+
+def draw_results(columns: Sequence[Column], path: Path) -> None:
+    """Draw each task's first headline in percent: a row with a dot and a 95 % interval for each model. Without such a
+    headline, there is no figure."""
+    first: dict[str, Row] = {}
+    for row in _rows_of(columns):
+        if row.result.headline and row.result.unit == "%":
+            first.setdefault(row.result.task, row)
+    if not (rows := list(first.values())):
+        return
+    row_inches = max(0.3, 0.1 * len(columns))
+    size = (8.0, 1.2 + 0.2 * len(columns) + row_inches * len(rows))
+    figure, axes = drawing_pyplot().subplots(figsize=size, constrained_layout=True)
+    for number, column in enumerate(columns):
+        colour = COLOURS[number] if len(columns) <= len(COLOURS) else f"C{number}"
+        label: str | None = column.name
+        for y, row in enumerate(rows):
+            if (line := row.lines[number]) is None:
+                continue
+            result, place = line.result, y + 0.6 * (number - (len(columns) - 1) / 2) / len(columns)
+            if result.low is not None and result.high is not None:
+                axes.plot([result.low, result.high], [place, place], color=colour, linewidth=1.4)
+            axes.plot(result.value, place, "o", color=colour, markersize=4.5, label=label)
+            label = None
+    levels = [("chance", "|", [row.result.chance for row in rows])]
+    papers = [row.reference.value if row.reference and not row.why_not else None for row in rows]
+    for label, marker, values in [*levels, ("the paper's", "d", papers)]:
+        places = [(value, y) for y, value in enumerate(values) if value is not None]
+        if places:
+            axes.plot(*zip(*places, strict=True), marker, color="#888888", label=label, zorder=1)
+    axes.set_yticks(range(len(rows)), [f"{row.title}, {row.result.shown}" for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("%")
+    tidy(axes, "x")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    save_figure(figure, path)
 
 
 def _is_main(row: Row) -> bool:
