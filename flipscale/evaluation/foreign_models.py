@@ -197,6 +197,14 @@ class TransformersEmbedder(Embedder):
     def decoder(self) -> Decoder:
         return partial(_processed, self.tokenizer.image_processor)
 
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self.model, "vision_model"):
+            raise UserError(
+                f"{self.name} is a {type(self.model).__name__} without a vision_model, so its features before the "
+                "projection are not known; use features: embeds, or a CLIP or SigLIP"
+            )
+        return super().pooled_features(**columns)
+
     def tokens(self, texts: list[str]) -> Any:
         """Return the tokenizer's columns, `(texts, length)` each. SigLIP was trained to attend to the padding, so all
         its texts have the same length."""
