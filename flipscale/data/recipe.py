@@ -89,8 +89,8 @@ class DataRecipe:
 
     Args:
         shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. Shards at `s3://`,
-            `gs://`, `hf://` or `https://` are prefetched through a cache. You may move the shards and change this path
-            between starts.
+            `gs://`, `hf://` or `https://` are prefetched through a cache. Does not change what is learned: the shards
+            may move between starts.
         sources: Several sources, mixed by weight, in place of `shards`.
         fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.

@@ -244,7 +244,7 @@ def run(command: Command) -> None:
 
 # docs/your_pictures.md has its own test, on its own pictures.
 PAGES_HERE = [
-    pytest.param(page, id=str(page.relative_to(ROOT)), marks=[] if page.name == "README.md" else pytest.mark.long)
+    pytest.param(page, id=str(page.relative_to(ROOT)), marks=[] if page == ROOT / "README.md" else pytest.mark.long)
     for page in PAGES
     if page.name != "your_pictures.md"
 ]

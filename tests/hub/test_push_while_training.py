@@ -81,6 +81,7 @@ def test_saves_arrive_while_the_run_goes_on(
     assert TOKEN not in told
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("logged_in")
 def test_the_finished_model_arrives_and_loads(
     hub: LoopbackHub, hub_environment: dict[str, str], write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

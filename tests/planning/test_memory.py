@@ -137,7 +137,7 @@ def test_what_each_engine_keeps(h14: Recipe) -> None:
     assert all(0 < gradients[engine] < whole / 256 for engine in ("zero2", "zero3"))
 
 
-@pytest.mark.parametrize("size", ["h14", "g14"])
+@pytest.mark.parametrize("size", ["h14", pytest.param("g14", marks=pytest.mark.long)])
 def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -> None:
     command = ["pretrain", "--config", "h14_laion2b", "--model.size", size, "--dry_run", "--launch_file"]
     main([*command, *map(str, LAUNCH_FILES), "--num_processes", "256", "--gpu_memory_gib", "80"])
@@ -152,6 +152,7 @@ def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -
     assert lines[-1].split() == ["fits", "80", "GiB", *["yes"] * len(LAUNCH_FILES)]
 
 
+@pytest.mark.long
 def test_copies_follow_the_number_of_processes(h14: Recipe) -> None:
     fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
     assert hsdp == fsdp2.using(shard_size=8)
@@ -162,6 +163,7 @@ def test_copies_follow_the_number_of_processes(h14: Recipe) -> None:
     assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
 
 
+@pytest.mark.long
 def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture) -> None:
     command = ["pretrain", "--dry_run", "--config", "b16_laion400m", "--launch_file", str(LAUNCH_FILES[0])]
     with pytest.raises(SystemExit) as exit_info:

@@ -332,6 +332,7 @@ def outcome(site: Site, request: pytest.FixtureRequest) -> Iterator[Callable]:
         yield lambda scenario: running[scenario].result()
 
 
+@LONG
 def test_each_node_compiles_into_a_folder_of_its_own_disk(site: Site, outcome: Callable) -> None:
     outcome(killed)
     environment = site.environments["runs/killed"]
