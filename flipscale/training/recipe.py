@@ -15,6 +15,7 @@ from flipscale.data.recipe import DataRecipe, MaskRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
+from flipscale.io.model_folder import local_folder, read_object
 from flipscale.io.options import (
     CountOrZero,
     MinutesAboveZero,
@@ -333,12 +334,15 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
 
 
 def _with_vocabulary(recipe: Recipe) -> Recipe:
-    """Return the recipe with fields from a tokenizer in a folder.
+    """Return the recipe with the size of the vocabulary, and with the tokens around learned captions.
 
-    They are the size of the vocabulary, unless the run starts from weights, and the tokens around learned captions.
-    BERT's vocabulary keeps the default size, which has one more row, as in the original.
+    The size is that of the start weights, or else of the tokenizer, where they are folders. BERT's vocabulary keeps the
+    default size, which has one more row, as in the original.
     """
     model, folder = recipe.model, recipe.data.tokenizer
+    if model.init_from and "vocab_size" not in model.text_config:
+        model = dataclasses.replace(model, text_config={**model.text_config, **_vocabulary_of(model.init_from)})
+        recipe = dataclasses.replace(recipe, model=model)
     takes_size = "vocab_size" not in model.text_config and not model.init_from
     takes_ends = recipe.loss.learns_captions and not {"bos_token_id", "eos_token_id"} <= model.decoder_config.keys()
     if not (takes_size or takes_ends) or not Path(folder).is_dir():
@@ -350,6 +354,15 @@ def _with_vocabulary(recipe: Recipe) -> Recipe:
     size = {"vocab_size": entries} if takes_size and entries != _BERT_ENTRIES else {}
     text, decoder = {**model.text_config, **size}, {**ends, **model.decoder_config}
     return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
+
+
+def _vocabulary_of(init_from: str) -> dict[str, int]:
+    """Return the vocabulary's size in a local model folder; empty without one, which the start reports."""
+    with suppress(UserError, OSError):
+        if folder := local_folder(init_from):
+            text = read_object(folder / "config.json").get("text_config")
+            return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
+    return {}
 
 
 def _recipe_file(name: str) -> Path:

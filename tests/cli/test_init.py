@@ -1,6 +1,7 @@
 """`flipscale init`: a recipe that trains, from data alone."""
 
 import dataclasses
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -54,6 +55,10 @@ def test_a_recipe_for_this_machine_trains(
     cli.main(["pretrain", "--config", "mine.yaml", "--dry_run"])
     cli.main(["pretrain", "--config", "mine.yaml", "--log.report_to", "[]"])
     assert {"zero_shot/top1", "retrieval/image_to_text_r1"} <= metrics(file.parent / "runs/mine")[-1].keys()
+    # Training on from its own weights: the vocabulary is theirs.
+    cli.main(["pretrain", "--config", "mine.yaml", "--model.init_from", "runs/mine", "--output_dir", "runs/mine_on"])
+    configs = [json.loads((file.parent / f"runs/{name}/model/config.json").read_text()) for name in ("mine", "mine_on")]
+    assert configs[0]["text_config"]["vocab_size"] == configs[1]["text_config"]["vocab_size"] < 100
 
 
 def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
