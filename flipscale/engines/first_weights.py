@@ -162,7 +162,11 @@ def initial_weights(
 
 
 def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
-    """Return the names of the tensors that `model` uses, and log missing and unused names."""
+    """Return the names of the tensors that `model` uses, and log missing and unused names.
+
+    Raises:
+        UserError: a tensor has another shape, or under half of a tower is there. One whole tower may be missing.
+    """
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name in shapes.keys() & files.keys():
         stored = files[name].get_slice(name).get_shape()
@@ -175,7 +179,17 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
         if names:
             listed = ", ".join(sorted(names))
             _log.warning("of the weights in model.init_from, %d are %s: %s", len(names), words, listed)
-    return shapes.keys() & files.keys()
+    taken = shapes.keys() & files.keys()
+    counts = []
+    for tower, prefix in (("image", "vision_model."), ("text", "text_model.")):
+        if own := {name for name in shapes if name.startswith(prefix)}:
+            counts.append((len(own & taken), len(own), tower))
+    words = " and ".join(f"{count} of {own} tensors of the {tower} tower" for count, own, tower in counts)
+    lacks_most = [2 * count < own for count, own, _ in counts]
+    if all(lacks_most) or any(is_most and count for is_most, (count, _, _) in zip(lacks_most, counts, strict=True)):
+        raise UserError(f"it has {words} of this recipe's model; use weights of flipscale, or convert them to it")
+    _log.info("model.init_from: %s", words)
+    return taken
 
 
 def fresh_weights(seed: int) -> ParameterInit:

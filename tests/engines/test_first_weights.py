@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TOWER
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flipscale.engines import first_weights
@@ -131,6 +132,26 @@ def test_unused_weights_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     ReconstructingFlipModel(CONFIG).save_pretrained(tmp_path)
     assert "reconstruction.mask_token" not in started(str(tmp_path))
     assert "are left out: reconstruction." in caplog.text
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One tower may be missing, but not both, and no tower may be there in part."""
+    own = load_file(Path(saved(tmp_path / "own")) / "model.safetensors")
+    image = {name: value for name, value in own.items() if name.startswith("vision_model.")}
+    foreign = {f"backbone.{name}": value for name, value in own.items()}
+    few = {name: value for name, value in own.items() if name.startswith("text_model.") or ".layers.1." in name}
+    for name, weights, message in (("image", image, ""), ("timm", foreign, "0 of"), ("few", few, "image tower")):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}/config.json").write_bytes((tmp_path / "own/config.json").read_bytes())
+        save_file(weights, tmp_path / f"{name}/model.safetensors", {"format": "pt"})
+        if message:
+            with pytest.raises(ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of flipscale"):
+                started(str(tmp_path / name))
+        else:
+            with caplog.at_level("INFO", "flipscale"):
+                started(str(tmp_path / name))
+            count = len(image)
+            assert f"model.init_from: {count} of {count} tensors of the image tower and 0 of " in caplog.text
 
 
 def test_unusable_weights_are_one_error(tmp_path: Path) -> None:
