@@ -31,7 +31,7 @@ BEGIN = "import importlib.util\nassert importlib.util.find_spec('flipscale') is 
 END = """
 import json
 found = {"images": images.tolist(), "texts": texts.tolist()}
-results["mteb"] = {result.task_name: result.scores["test"][0] for result in results.task_results}
+found["mteb"] = {result.task_name: result.scores["test"][0] for result in results.task_results}
 with open("found.json", "w") as file:
     json.dump(found, file, default=float)
 """

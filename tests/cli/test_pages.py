@@ -39,7 +39,7 @@ SUBSTITUTES = {
     r"imagenet/test": "data/demo/test",
     r"search runs/icons_30/model data/icons/test": "search runs/demo/model data/demo/test",
     r"(pixels hog --train .*)": r"\1 --l2 1 --num_workers 0",
-    r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 11 --num_workers 0",
+    r"lars: \{batch_size: 256, base_lr: 1.5\}": "lars: {batch_size: 64, base_lr: 1.5, epochs: 11}",
     r"ORG/NAME": "org/name",
     # The minutes of the pages are for a model of use; here some hundred pairs are enough to see that all goes together.
     r"--minutes 15\b": "--minutes 0.05",
