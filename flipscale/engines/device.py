@@ -101,7 +101,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def best_attention(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """Return the transformers attention implementation that trains fastest on `device` with products in `dtype`.
 
-    In bf16 on CPUs two plain matrix products beat the fused kernel, whose backward pass takes 7 times as long at the 50
+    In bf16 on CPUs two plain matrix products beat the fused kernel. Its backward pass takes 7 times as long at the 50
     tokens of B/16 with a 75 % mask. On GPUs `sdpa` chooses the flash kernels.
     """
     return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"

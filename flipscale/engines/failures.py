@@ -47,7 +47,7 @@ def claim_failure(words: str) -> Failure:
     Takes five seconds at most.
     """
     mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_MESSAGE_CHARACTERS])
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _have_met():
         # All check their recipe at the same time, each by itself, so rank 0's message is enough.
         time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
         return mine
@@ -112,9 +112,7 @@ class OtherProcesses:
 
         Takes nine seconds at most. Without an answer of the store, its keeper, rank 0, is silent.
         """
-        if not dist.is_initialized():
-            return []
-        silent = [0]
+        silent = [0] if _have_met() else []
 
         def ask() -> None:
             store = own_store()
@@ -190,12 +188,16 @@ def end_process(code: int) -> NoReturn:
 
 def own_store() -> dist.Store | None:
     """Return a connection of its own to the store of the process group; None before the processes have met."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _have_met():
         return None
     try:
         return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     except RuntimeError:  # a store that cannot be cloned, or whose process is gone
         return None
+
+
+def _have_met() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _within(seconds: float, ask: Callable[[], None]) -> None:

@@ -185,9 +185,11 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
         if own := {name for name in shapes if name.startswith(prefix)}:
             counts.append((len(own & taken), len(own), tower))
     words = " and ".join(f"{count} of {own} tensors of the {tower} tower" for count, own, tower in counts)
-    lacks_most = [2 * count < own for count, own, _ in counts]
-    if all(lacks_most) or any(is_most and count for is_most, (count, _, _) in zip(lacks_most, counts, strict=True)):
-        raise UserError(f"it has {words} of this recipe's model; use weights of flipscale, or convert them to it")
+    under_half = [count for count, own, _ in counts if 2 * count < own]
+    if any(under_half) or len(under_half) == len(counts):
+        raise UserError(
+            f"it has {words} of this recipe's model; use weights of flipscale, or convert them with flipscale convert"
+        )
     _log.info("model.init_from: %s", words)
     return taken
 

@@ -109,10 +109,10 @@ def open_plain(path: str | Path) -> int:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
-    """Yield each entry of a tar, or of several tars joined to one file: its name, its content's offset and size in
-    bytes, and the reason why it cannot be used, empty for good files.
+    """Yield the name, the content's offset and size in bytes, and the fault of each entry of a tar.
 
-    tarfile reads the headers, but would take a damaged one for the end of the tar.
+    Several tars may be joined to one file. The fault is the reason why an entry cannot be used; it is empty for a good
+    file. tarfile reads the headers, but would take a damaged one for the end of the tar.
 
     Raises:
         _Damaged: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
