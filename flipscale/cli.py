@@ -11,6 +11,7 @@ from flipscale.training.console import report_user_errors
 VERBS = {
     "prepare": "Prepare data: write, index, inspect and audit shards, train tokenizers, and download test sets.",
     "init": "Write a recipe for your data, your machine and your time.",
+    "recipes": "List the recipes of the package, and the commands that train them.",
     "plan": "Compute the hours, energy, money and CO2 of recipes before they are trained.",
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
     "finetune": "Fine-tune the model of `model.init_from` as a recipe says, such as to name classes.",

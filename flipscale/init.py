@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
     from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
+    from flipscale.training.console import start_logging
     from flipscale.training.recipe import parse_recipe
 
+    start_logging()
     source = open_shards(args.shards, DataRecipe())
     if len(source) < LEAST_PAIRS:
         raise UserError(f"{args.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
@@ -153,7 +155,7 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     else:
         if torch.cuda.is_available():
             _fitted(proposal, 1, torch.cuda.get_device_properties(0).total_memory // 2**30)
-        print(f"measuring the speed: {_MEASURED_STEPS} steps of each stage", flush=True)
+        print(f"measuring the speed: a trainer starts and takes {_MEASURED_STEPS} steps of each stage", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             rates, how = measured_rates(_recipe_of(proposal, 0), _MEASURED_STEPS, Path(folder)), "as measured here"
     in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
@@ -199,6 +201,7 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
     """
     from flipscale.evaluation.recipe import EvalRecipe
     from flipscale.io.atomic import write_text
+    from flipscale.io.progress import Progress
     from flipscale.training.recipe import to_yaml
 
     samples = num_steps * recipe.data.global_batch_size
@@ -215,11 +218,13 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
     write_text(file, to_yaml(short))
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
-    with open(log, "wb") as output:
+    with open(log, "wb") as output, Progress(len(short.stages) * num_steps, "measuring", "steps", leave=False) as bar:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
             while process.poll() is None and len(_recorded_rates(short, last.name)) < _RECORDS:
                 time.sleep(0.1)
+                records = sum(min(len(_recorded_rates(short, stage.name)), _RECORDS) for stage in short.stages)
+                bar.update(num_steps * records // _RECORDS - bar.done)
         finally:
             process.terminate()
             process.wait()

@@ -38,7 +38,7 @@ class Progress:
         hidden: bool = False,
     ):
         self._what, self._unit, self._total = what, unit, total
-        self._done = self._initial = initial
+        self.done = self._initial = initial
         self._began = self._last_line = time.monotonic()
         self._is_logged = not hidden and not sys.stderr.isatty()
         self._bar: tqdm[Any] = tqdm(
@@ -60,7 +60,7 @@ class Progress:
 
     def update(self, count: int = 1) -> None:
         """Add `count` finished units."""
-        self._done += count
+        self.done += count
         self._bar.update(count)
         now = time.monotonic()
         if self._is_logged and now - self._last_line >= _LINE_SECONDS:
@@ -74,11 +74,11 @@ class Progress:
     def _line(self, seconds: float) -> str:
         unit = "" if self._unit == "B" else f" {self._unit}"
         if self._total is None:
-            return f"{self._what}: {self._count(self._done)}{unit} done"
-        line = f"{self._what}: {self._count(self._done)} of {self._count(self._total)}{unit} done"
-        if (done_now := self._done - self._initial) <= 0:
+            return f"{self._what}: {self._count(self.done)}{unit} done"
+        line = f"{self._what}: {self._count(self.done)} of {self._count(self._total)}{unit} done"
+        if (done_now := self.done - self._initial) <= 0:
             return line
-        left = (self._total - self._done) * seconds / done_now
+        left = (self._total - self.done) * seconds / done_now
         return f"{line}, about {tqdm.format_interval(left)} left"
 
     def _count(self, count: int) -> str:

@@ -149,7 +149,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
     variables = _environment(workers) if waiting else {}
     running: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
     failed: dict[str, tuple[int, str]] = {}
-    total, shown, looked = len(waiting), 0, time.monotonic()
+    total, looked = len(waiting), time.monotonic()
     progress = Progress(100 * total, f"training {total} runs", "%", leave=False)
     with _signals(running) as received, progress:
         try:
@@ -169,8 +169,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                     looked = time.monotonic()
                     ended = 100 * (total - len(waiting) - len(running))
                     percent = ended + sum(run.percent_done() for run, _ in running.values())
-                    progress.update(percent - shown)
-                    shown = percent
+                    progress.update(percent - progress.done)
         finally:
             for _, process in running.values():
                 process.terminate()

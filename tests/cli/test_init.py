@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.convert_open_clip import open_clip_config
 from flipscale.init import _fitted, _recipe_of, measured_rates
+from flipscale.io import progress
 from flipscale.planning.proposal import MOST_REPEATED, Survey, commented_yaml, most_samples, propose, samples_in, survey
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
@@ -39,11 +41,14 @@ def init(shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_recipe_for_this_machine_trains(
-    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str]
+    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
     file = init("--tests", str(shards), "--minutes", "0.02")
     said = capsys.readouterr()
-    first, *_, length, command = said.out.splitlines()
+    first, measuring, *_, length, command = said.out.splitlines()
+    assert measuring == "measuring the speed: a trainer starts and takes 12 steps of each stage"
+    assert {"0 of 24", "24 of 24"} <= set(re.findall(r"measuring: (\d+ of \d+) steps done", said.err))
     assert first.startswith(f"{shards}: 96 pairs; the median picture has ")
     assert "as measured here; " in length
     assert command == "next: flipscale pretrain --config mine.yaml"

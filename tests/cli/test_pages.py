@@ -205,6 +205,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale finetune --config examples/demo/finetune_demo.yaml --data": verb,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli evaluate) ": training,
+    r"flipscale recipes$": verb,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
     r"flipscale (\w+|--help)( |$)": verb,
     r"(\.venv/bin/)?pip (install|wheel) ": installation,

@@ -45,6 +45,22 @@ def test_loss_is_cross_entropy_and_patches_may_be_masked(folder: Path, images: t
     assert masked.hidden_states[-1].shape == (3, 3, 32)
 
 
+def test_the_kernel_of_a_tower_that_it_lacks_is_left_alone(
+    folder: Path, images: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers warns of undefined behaviour where a configuration has no part of the model."""
+    model = FlipForImageClassification.from_pretrained(folder, num_labels=5).eval()
+    before = model.config.text_config._attn_implementation
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected = model(images).logits
+        model.set_attn_implementation("eager")
+        assert torch.allclose(model(images).logits, expected, atol=1e-5)
+    assert model.config._attn_implementation == model.vision_model.config._attn_implementation == "eager"
+    assert model.config.text_config._attn_implementation == before != "eager"
+    assert "undefined behavior" not in caplog.text
+
+
 @pytest.mark.long
 def test_transformers_trainer(folder: Path, shards: Path, tmp_path: Path) -> None:
     source = TarSource(str(shards))
