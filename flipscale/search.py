@@ -60,10 +60,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(embedded.faults)} of {len(pictures)} pictures are damaged and left out, the first: {first}")
     results = searches(embedder, embedded, queries, args.top)
     model = data_name(str(Path(args.model).parent) if Path(args.model).name == "model" else args.model)
-    write_search_page(args.out, pictures, embedded, results, model, data_name(args.pictures))
+    texts = {"model": model, "place": data_name(args.pictures), "top": args.top}
+    reason = write_search_page(args.out, embedder, pictures, embedded, results, **texts)
     print("\n".join(as_lines(results[:5], pictures)))
     count = f"{len(results)} {'query' if len(results) == 1 else 'queries'}"
     print(f"{args.out}: {count} over {len(embedded.rows):,} pictures; open it in a browser")
+    print(f"its box only filters these queries: {reason}" if reason else "its box finds any words among these pictures")
 
 
 def _queries(args: argparse.Namespace) -> list[str]:

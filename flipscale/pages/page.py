@@ -36,7 +36,7 @@ def rendered(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, rounded=rounded, listed=listed, number="{:,}".format)
+    environment.filters.update(duration=duration, rounded=rounded, listed=listed, number="{:,}".format, parts=_parts)
     # File names may contain halves of surrogate pairs, which UTF-8 lacks, and control characters, which HTML lacks.
     text = environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
     return _CONTROL.sub("", text)
@@ -74,6 +74,11 @@ def evenly(count: int, most: int) -> list[int]:
 def listed(names: Sequence[str]) -> str:
     """Return names joined for a sentence: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _parts(name: str) -> list[str]:
+    """Return the parts of a file name between which a line may break."""
+    return re.split(r"(?<=[/_-])(?=\w)|(?=\.\w)", name)
 
 
 def _data_uri(content: bytes, kind: str) -> str:

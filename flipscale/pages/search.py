@@ -19,14 +19,17 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import weights_digest
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
+from flipscale.io.progress import each
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
 from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures, unit
+from flipscale.pages.text_tower import as_base64, text_tower
 from flipscale.preparation.lists import IMAGE_SUFFIXES, FileList
 
 MOST_BYTES = 5_000_000
+# Limits of a page that finds any words, which has all pictures.
+_MOST_SEARCH_BYTES, _MOST_SEARCHED = 50_000_000, 10_000
 # Longer sides of thumbnails; the first that makes the page small enough is used.
 _SIDES = (144, 112, 80, 56, 40)
-_MOST_LIKE = 8
 _MOST_LETTERS = 70
 _FIELDS = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
 
@@ -109,35 +112,49 @@ def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top
 
 
 def write_search_page(
-    path: Path, pictures: Pictures, embedded: Embedded, results: Sequence[Search], model: str, place: str
-) -> None:
-    """Write the page of searches; `place` is the name of the pictures' folder.
+    path: Path, embedder: Embedder, pictures: Pictures, embedded: Embedded, results: Sequence[Search], **texts: object
+) -> str:
+    """Write the page of searches. Its box finds any words among all pictures, if the page can compute and hold them.
+
+    Args:
+        texts: `model`, the model's name; `place`, the name of the pictures' folder; `top`, how many the box finds.
+
+    Returns:
+        The reason why the box only filters the queries; empty if it finds any words.
 
     Raises:
-        UserError: the page would have more than 5 MB with the smallest thumbnails.
+        UserError: the page of the queries alone would have more than 5 MB with the smallest thumbnails.
         OSError: a picture cannot be read any more.
     """
-    indices = sorted({hit.index for search in results for hit in search.hits})
-    like = _similar(embedded, indices)
-    size = 0
-    for side in _SIDES:
-        shown = {index: _thumbnail(pictures, index, side) for index in indices}
-        asked = {s.query: _thumbnail(_single(s.query), 0, side) for s in results if s.is_picture}
-        text = rendered(
-            "search.html",
-            searches=results,
-            shown=shown,
-            asked=asked,
-            like=like,
-            names={index: pictures.name(index) for index in indices},
-            model=model,
-            place=place,
-            num_pictures=len(embedded.rows),
-            num_damaged=len(embedded.faults),
-        )
-        size = len(text.encode())
-        if size <= MOST_BYTES:
-            return write_text(path, text)
+    tower = text_tower(embedder)
+    reason = tower if isinstance(tower, str) else ""
+    if len(embedded.rows) > _MOST_SEARCHED:
+        reason = reason or f"there are more than {_MOST_SEARCHED:,} pictures"
+    hits, size = sorted({hit.index for search in results for hit in search.hits}), 0
+    searched = [] if reason else [(embedded.rows.tolist(), _MOST_SEARCH_BYTES)]
+    for indices, most in [*searched, (hits, MOST_BYTES)]:
+        embeds = embedded.embeds[np.searchsorted(embedded.rows, indices)]
+        for side in _SIDES:
+            thumbnails = each(indices, "drawing", "pictures", leave=False, delay=5)
+            text = rendered(
+                "search.html",
+                searches=results,
+                shown={index: _thumbnail(pictures, index, side) for index in thumbnails},
+                asked={s.query: _thumbnail(_single(s.query), 0, side) for s in results if s.is_picture},
+                names={index: pictures.name(index) for index in indices},
+                number={index: number for number, index in enumerate(indices)},
+                num_pictures=len(embedded.rows),
+                num_damaged=len(embedded.faults),
+                dim=embeds.shape[1],
+                embeds=as_base64(np.round(embeds * 32767).astype("<i2")),
+                tower=None if reason else tower,
+                **texts,
+            )
+            size = len(text.encode())
+            if size <= most:
+                write_text(path, text)
+                return reason
+        reason = reason or f"with all pictures, the page would have {size / 1e6:.0f} MB"
     raise UserError(
         f"the page of {len(results)} queries would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; give "
         "fewer queries, or a smaller --top"
@@ -164,15 +181,6 @@ def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embed
             return unit(embedder.image_features(**{name: column.to(device) for name, column in columns.items()}))
 
     return embed_pictures(pictures, rows, embedder.decoder(), features)
-
-
-def _similar(embedded: Embedded, indices: Sequence[int]) -> dict[int, list[int]]:
-    """Return the most similar pictures among `indices` for each of them."""
-    places = np.searchsorted(embedded.rows, indices)
-    cosines = embedded.embeds[places] @ embedded.embeds[places].T
-    np.fill_diagonal(cosines, -np.inf)
-    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, : min(_MOST_LIKE, len(indices) - 1)]
-    return {index: [indices[place] for place in row] for index, row in zip(indices, nearest.tolist(), strict=True)}
 
 
 def _thumbnail(pictures: Pictures, index: int, side: int) -> Picture:

@@ -17,10 +17,10 @@ OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"),
 )
-# Measures the page as it stands: its text against what is behind it, its pictures, headings and width.
+# Measures the page as it stands after a moment: its text against what is behind it, its pictures, headings and width.
 LOOK = """
 <script>
-{
+addEventListener("load", () => setTimeout(() => {
   const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const rgba = colour => {
     context.clearRect(0, 0, 1, 1);
@@ -58,6 +58,7 @@ LOOK = """
     pictures: every("img").map(image => [image.alt, image.naturalWidth]),
     headings: every("h1, h2, h3, h4, h5, h6").map(heading => [Number(heading.tagName[1]), heading.textContent.trim()]),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    scrolled: every(".scroll").filter(f => f.scrollWidth > f.clientWidth).map(f => f.getAttribute("aria-labelledby")),
     shown: every(".search").filter(row => !row.hidden).length,
     resources: performance.getEntriesByType("resource").map(entry => entry.name),
   };
@@ -66,7 +67,7 @@ LOOK = """
   node.id = "facts";
   node.textContent = JSON.stringify(facts).replaceAll("<", "\\\\u003c");
   document.body.append(node);
-}
+}, 500));
 </script>
 """
 

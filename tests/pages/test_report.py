@@ -69,6 +69,7 @@ def test_a_browser_shows_it(trained: Path, tmp_path: Path, width: int, dark: boo
     check_accessible(opened)
     assert opened.facts["title"] == "run: report of a run"
     assert len(opened.facts["pictures"]) > 30
+    assert "results" not in opened.facts["scrolled"], "the last columns are hidden"
 
 
 def test_without_an_evaluation_it_says_what_is_missing(copied: Path) -> None:
