@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.captions import UntokenizableCaption, choose_caption, tokenise_captions
+from flipscale.data.captions import UntokenizableCaption, caption_ids, choose_caption, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
@@ -85,6 +85,7 @@ class PairDataset(Dataset):
     * `sends_masked`: `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`, the removed patches.
     * `drop_path_rate`: `branch_scales` fp32 `(batch, blocks, 2)`, with several views `(batch, views, blocks, 2)`:
       factors of the branches of the image tower's blocks.
+    * `sends_caption_ids`: `caption_ids` int64 `(batch,)`, equal for captions with equal tokens, before their mask.
     * `parallel_share`: `in_parallel` bool `(batch,)`, whether all tokens of a caption are predicted at once.
     """
 
@@ -102,6 +103,7 @@ class PairDataset(Dataset):
         mask: MaskRecipe | None = None,
         text_mask_ratio: float = 0.0,
         sends_masked: bool = False,
+        sends_caption_ids: bool = False,
         parallel_share: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
@@ -118,6 +120,7 @@ class PairDataset(Dataset):
         self.mask_ratio = mask_ratio
         self.text_mask_ratio = text_mask_ratio
         self.sends_masked = sends_masked
+        self.sends_caption_ids = sends_caption_ids
         self.parallel_share = parallel_share
         self.drop_path_rate = drop_path_rate
         try:
@@ -243,9 +246,10 @@ class PairDataset(Dataset):
     def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the columns of the annotations, with the recipe's mask of tokens."""
         tokens = self._tokenise(captions)
+        ids = {"caption_ids": caption_ids(tokens["input_ids"])} if self.sends_caption_ids else {}
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask.text_kind)
-        return tokens
+        return {**tokens, **ids}
 
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         assert self.tokenizer is not None

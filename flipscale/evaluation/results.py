@@ -70,6 +70,11 @@ class Result:
         return f"{self.task}/{self.metric}"
 
     @property
+    def is_certain(self) -> bool:
+        """Whether any model reaches 100 %, as in the top-5 of five classes. Tables leave such a result out."""
+        return self.unit == "%" and self.chance is not None and self.chance >= 100.0
+
+    @property
     def shown(self) -> str:
         """Name of the metric in tables: `top-1`, `text to image R@1`."""
         words = self.metric.replace("_", " ")
@@ -163,14 +168,17 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
 
 
 def with_changes(results: Sequence[Result]) -> list[Result]:
-    """Return the results; each is followed by the same result before the training, if measured, and by the change.
+    """Return the results that are not certain. Each is followed by the same result before the training, if measured,
+    and by the change.
 
     The interval of a change treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for
     two Wilson intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""
     before = {result.name: result for result in results if result.who == BEFORE}
     changed = []
     for result in results:
-        if result.who == THIS_MODEL and result.name in before:
+        if result.is_certain:
+            before.pop(result.name, None)
+        elif result.who == THIS_MODEL and result.name in before:
             old = before.pop(result.name)
             value, low, high, who = result.value - old.value, None, None, UNCLEAR
             if old.low is not None and old.high is not None and result.low is not None and result.high is not None:

@@ -226,7 +226,7 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
     for line in lines:
         result, data = line.result, line.about.get("data") or {}
         of_whole_images = result.who == THIS_MODEL and "data" in result.made_by and not line.about.get("mask")
-        if not of_whole_images or not math.isfinite(result.value):
+        if not of_whole_images or not math.isfinite(result.value) or result.is_certain:
             continue
         kind = KINDS.get(result.kind)
         entry = EvalResult(
@@ -298,6 +298,8 @@ def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
     """Return the cells of each row by test, metric and model, task by task. The last result of each counts."""
     by_task: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for line in lines:
+        if line.result.is_certain:
+            continue
         result, rows = line.result, by_task.setdefault(line.result.task, {})
         cells = [_test(line), result.shown, result.who, result.value_text, result.interval_text]
         test, shown, who, *numbers = map(escape_markdown, cells)

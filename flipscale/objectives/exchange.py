@@ -12,6 +12,7 @@ With `gather`, a loss of `V` views of `b` pairs of width `d` on each of `N` proc
 | all-gather of the texts' softmax | 2 V b | 2 V N b | 1 | |
 | reduce-scatter of the texts' gradients (on CPUs all-to-all, `N b d` out) | N b d | b d | 1 | 1 |
 | all-reduce of three numbers, on CPUs only (`tiles.common_shift`) | 3 | 3 | 1 | |
+| all-gather of the captions' ids, only if equal captions are positives | 2 b | 2 N b | 1 | 1 |
 
 A ring sends the same numbers in pieces, one process's each. A pass has `N - 1` messages of texts and `N` of results;
 infonce has two passes, sigmoid one. See `Ring` for the cost.
@@ -33,6 +34,16 @@ Merge = Callable[[Rows], Rows]
 def world_size() -> int:
     """Return the number of processes that share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_row(rows: torch.Tensor) -> int:
+    """Return the index of this process's first row among all processes' rows."""
+    return dist.get_rank() * len(rows) if world_size() > 1 else 0
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Collective. Return the rows of all processes, one process after another."""
+    return _gather(rows).flatten(0, 1) if world_size() > 1 else rows
 
 
 def exchange_bytes(exchange: str, pairs: int, world: int, dim: int, views: int = 1, device_type: str = "cuda") -> int:
@@ -71,8 +82,8 @@ class Gathered:
 
     def __init__(self, texts: torch.Tensor):
         """Collective. Gather `texts` `(batch, dim)`, the same `batch` on every process."""
-        self.first = dist.get_rank() * len(texts)
-        self.texts = _gather(texts).flatten(0, 1)
+        self.first = first_row(texts)
+        self.texts = gather_rows(texts)
         self.reduced: Rows = ()
 
     def visits(self, merge: Merge | None, *along: torch.Tensor) -> Iterator[Visit]:

@@ -25,6 +25,7 @@ class Objective:
 
     Args:
         exchange: `gather` or `ring`, see `flipscale.objectives.exchange`. Does not change what is learned.
+        positives: `pairs` or `equal_captions`, see `LossRecipe`.
     """
 
     # Class of the trained model, and class of the exported model, whose weights are a subset of the trained ones.
@@ -34,8 +35,11 @@ class Objective:
     takes_text: ClassVar[bool] = True
     # Columns of a batch besides the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
+    # Whether `coupled_loss` takes `caption_ids` as a keyword: int64 `(batch,)`, equal for equal captions.
+    takes_positives: ClassVar[bool] = False
 
     exchange: str = "gather"
+    positives: str = "pairs"
 
     @property
     def num_labels(self) -> int | None:
@@ -47,6 +51,11 @@ class Objective:
         """Whether there is a `coupled_loss`."""
         return type(self).coupled_loss is not Objective.coupled_loss
 
+    @property
+    def coupled_columns(self) -> tuple[str, ...]:
+        """Columns of a batch that `coupled_loss` takes as keywords, and the model does not."""
+        return ("caption_ids",) if self.positives == "equal_captions" else ()
+
     def model_config(self, config: FlipConfig) -> FlipConfig:
         """Return the configuration of the trained model: `config`, or a changed copy."""
         return config
@@ -54,6 +63,7 @@ class Objective:
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass."""
         options["sends_masked"] = "masked_patches" in self.columns
+        options["sends_caption_ids"] = "caption_ids" in self.coupled_columns
         return PairDataset(*arguments, **options)
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
@@ -72,7 +82,8 @@ class Objective:
         return output.image_embeds, output.text_embeds
 
     def coupled_loss(self, *compared: Any, **parameters: Any) -> torch.Tensor:
-        """Collective. Return this process's part of the loss, fp32 `()`, of all its `compared` and `parameters`.
+        """Collective. Return this process's part of the loss, fp32 `()`, of all its `compared` and `parameters`. The
+        `coupled_columns` are among the keywords.
 
         The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient.
         """
@@ -114,6 +125,10 @@ class WithSecondLoss(Objective):
     @property
     def is_coupled(self) -> bool:
         return self.other.is_coupled
+
+    @property
+    def coupled_columns(self) -> tuple[str, ...]:
+        return self.other.coupled_columns
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         return self.other.model_config(config)

@@ -43,6 +43,10 @@ class LossRecipe:
             towers and a transformer over them, on questions.
         options: Fields of the kind, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce` and
             `sigmoid` have none.
+        positives: What belongs together in a batch. `pairs` (the paper's): an image and its own caption; equal captions
+            of other pairs are negatives. `equal_captions`: an image and all captions of the global batch with the same
+            tokens as its own. `infonce` then spreads the target evenly over them (UniCL), and `sigmoid` labels each as
+            a match. For captions that repeat within a batch, such as names of classes.
         exchange: How the images of each process meet the texts of all. `gather` sends at most four messages, whatever
             the number of processes. `ring` is for batches whose texts and their gradients (0.5 GB for 65,536 of width
             1,024) do not fit on one process. It passes texts from process to process, and waits for about four messages
@@ -57,6 +61,7 @@ class LossRecipe:
 
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
+    positives: Literal["pairs", "equal_captions"] = "pairs"
     exchange: str = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
     caption_weight: NonNegative = 0.0
@@ -78,11 +83,17 @@ class LossRecipe:
             raise UserError(
                 f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring': both give the gradient of the whole batch"
             )
+        kind = loss_kinds()[self.kind]
+        if self.positives != "pairs" and not kind.takes_positives:
+            raise UserError(
+                f"loss.positives is {self.positives!r} with loss.kind {self.kind!r}, which compares no captions with "
+                "images; leave it out, or use loss.kind 'infonce' or 'sigmoid'"
+            )
         from jsonargparse import ArgumentError, ArgumentParser
 
         from flipscale.objectives.objective import Objective
 
-        kind, shared = loss_kinds()[self.kind], {f.name for f in fields(Objective)}
+        shared = {f.name for f in fields(Objective)}
         known = [f.name for f in fields(kind) if f.name not in shared]
         for name in self.options:
             if name not in known:
@@ -103,7 +114,7 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
 
-    objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **recipe.options)
+    objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, positives=recipe.positives, **recipe.options)
     check_ranges(objective, "loss.options")
     if recipe.caption_weight > 0.0:
         if objective.model_class is not Objective.model_class or recipe.reconstruction_weight > 0.0:

@@ -7,16 +7,18 @@ the next tile overwrites it.
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from flipscale.model import FlipConfig
 from flipscale.objectives.exchange import Rows, exchange_of
 from flipscale.objectives.objective import Objective
+from flipscale.objectives.positives import EqualIds
 from flipscale.objectives.tiles import (
     PrecomputedGradients,
     SimilarityTiles,
+    Tile,
     as_number,
     for_each_block,
     views_of,
@@ -28,6 +30,8 @@ from flipscale.objectives.tiles import (
 class Sigmoid(Objective):
     """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
 
+    takes_positives: ClassVar[bool] = True
+
     def model_config(self, config: FlipConfig) -> FlipConfig:
         config = copy.deepcopy(config)
         # SigLIP's initial values. Nearly all combinations are negatives, and the bias starts them as negatives.
@@ -35,9 +39,14 @@ class Sigmoid(Objective):
         return config
 
     def coupled_loss(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, logit_bias: torch.Tensor
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor,
+        caption_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, self.exchange)
+        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, self.exchange, caption_ids)
 
 
 def sigmoid_loss(
@@ -46,42 +55,50 @@ def sigmoid_loss(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     exchange: str = "gather",
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
     As in SigLIP, it is summed over the texts and averaged over the images. Means, views and the other arguments are
-    those of `contrastive_loss`; `logit_bias` is `(1,)`, as `FlipModel.forward` returns it.
+    those of `contrastive_loss`; `logit_bias` is `(1,)`, as `FlipModel.forward` returns it. An image and a text of pairs
+    with equal `ids` match.
     """
-    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange)
+    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange, ids)
     return loss
 
 
 class _Sigmoid(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *tensors, exchange = inputs
+        *tensors, exchange, ids = inputs
         with torch.autocast(tensors[0].device.type, enabled=False):
             images, texts = (side.float() for side in tensors[:2])
             scale, bias = (as_number(parameter) for parameter in tensors[2:])
-            loss, gradients = _loss_and_gradients(images, texts, scale, bias, exchange)
+            loss, gradients = _loss_and_gradients(images, texts, scale, bias, exchange, ids)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return loss.float()
 
 
 def _loss_and_gradients(
-    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, exchange: str
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    exchange: str,
+    ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
     # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
-    all_texts = exchange_of(texts, exchange)
+    all_texts, equal = exchange_of(texts, exchange), None if ids is None else EqualIds(ids)
     for first_pair, visited, slot in all_texts.visits(None):
         text_gradient = torch.zeros_like(visited)
+        text_ids = None if equal is None else equal.visited(first_pair, len(visited))
         for view, view_gradient, view_sums in views:
             results = (view_gradient, text_gradient, view_sums, workspace(view, visited, buffers=2))
-            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, *results)
+            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, ids, text_ids, *results)
         slot.results = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     loss, bias_gradient = sums.sum(0) / len(images)
@@ -99,30 +116,45 @@ def _add_pairwise_sigmoids(
     scale: torch.Tensor,
     bias: torch.Tensor,
     first_pair: int,
+    image_ids: torch.Tensor | None,
+    text_ids: torch.Tensor | None,
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     sums: torch.Tensor,
     memory: torch.Tensor,
 ) -> None:
     """Add the losses and gradients of all tiles, as one operation to torch."""
-    results = (image_gradient, text_gradient, sums)
-    for_each_block(_add_block, images, texts, scale, first_pair, memory, bias, *results)
+    arguments = (bias, image_ids, text_ids, image_gradient, text_gradient, sums)
+    for_each_block(_add_block, images, texts, scale, first_pair, memory, *arguments)
 
 
 def _add_block(
     tiles: SimilarityTiles,
     bias: torch.Tensor,
+    image_ids: torch.Tensor | None,
+    text_ids: torch.Tensor | None,
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:
     for tile in tiles:
         tile.logits.add_(bias)
+        signs = None
+        if image_ids is not None and text_ids is not None:
+            signs = 1 - 2 * (image_ids[tile.rows, None] == text_ids[tile.columns]).to(torch.int8)
         # With the positives negated, one function, softplus, gives the losses of positives and negatives.
-        tile.positives.neg_()
+        _negate_positives(tiles, tile, tile.logits, signs)
         logit_gradient = torch.sigmoid(tile.logits, out=tiles.second_buffer(tile))
-        tiles.positives_of(logit_gradient, tile).neg_()
+        _negate_positives(tiles, tile, logit_gradient, signs)
         losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
         sums[tile.rows, 0] += losses.sum(1)
         sums[tile.rows, 1] += logit_gradient.sum(1)
         tiles.add_products(tile, logit_gradient, image_gradient, text_gradient)
+
+
+def _negate_positives(tiles: SimilarityTiles, tile: Tile, matrix: torch.Tensor, signs: torch.Tensor | None) -> None:
+    """Negate the positives in a matrix of the size of the tile: those of `signs`, by default the pairs."""
+    if signs is None:
+        tiles.positives_of(matrix, tile).neg_()
+    else:
+        matrix.mul_(signs)

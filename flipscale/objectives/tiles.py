@@ -31,15 +31,16 @@ LOWEST_EXPONENT = -80.0
 class PrecomputedGradients(torch.autograd.Function):
     """A loss whose forward pass also computes its gradients.
 
-    `forward` sets `ctx.gradients` to the gradients of all inputs except the last, which is no tensor. `backward`
-    multiplies them in place by the upstream gradient, so it can run only once.
+    `forward` sets `ctx.gradients` to the gradients of the first inputs; the others have none. `backward` multiplies
+    them in place by the upstream gradient, so it can run only once.
     """
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the backward pass of this loss ran before"
-        return (*(gradient.mul_(upstream[0]) for gradient in gradients), None)
+        others = [None] * (len(ctx.needs_input_grad) - len(gradients))
+        return (*(gradient.mul_(upstream[0]) for gradient in gradients), *others)
 
 
 class LogSumExp(NamedTuple):

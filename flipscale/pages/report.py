@@ -70,7 +70,8 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
     missing: list[str] = []
     tests: dict[str, list[Result]] = {}
-    for result in with_changes(curve.results)[:_MOST_RESULTS]:
+    shown = with_changes(curve.results)
+    for result in shown[:_MOST_RESULTS]:
         tests.setdefault(_test(result), []).append(result)
     recipe_text = yaml.safe_dump(deciding_part(run.recipe, name_of=data_name), sort_keys=False, allow_unicode=True)
     if len(recipe_text) > _MOST_RECIPE:
@@ -80,7 +81,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "sentence": run_sentence(run, config),
         "samples": _samples(config),
         "speed": curve.images_per_s if run.trained_seconds else None,
-        "main": [result for result in curve.results if result.headline and result.who == THIS_MODEL][:2],
+        "main": [result for result in shown if result.headline and result.who == THIS_MODEL][:2],
         "tests": tests,
         "test_name": _test,
         "of_data": _of_data,

@@ -41,6 +41,8 @@ _LEAST_STEPS = 2_000
 # Largest share of repeated captions in a batch, because they become each other's negatives. A tenth did not harm the
 # demo.
 MOST_REPEATED = 0.1
+# Share of repeated captions in a batch above which captions are taken for names of a few classes.
+FEW_CLASSES = 0.5
 _WIDTH = 120
 # Enough samples for percentiles and for repeated captions; a few seconds in a large set.
 _MOST_SAMPLES = 4096
@@ -205,10 +207,14 @@ def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, nu
     else:
         proposal = _on_gpus(data, tokens, num_gpus)
     repeated = data.repeated(proposal.batch_size)
-    if repeated > MOST_REPEATED * proposal.batch_size:
+    shared = f"of the {proposal.batch_size} captions of a batch, about {repeated:.0f} also belong to another pair"
+    if repeated > FEW_CLASSES * proposal.batch_size:
+        proposal.fields["loss"] = {"positives": "equal_captions"}
+        proposal.reasons["loss.positives"] = shared
+    elif repeated > MOST_REPEATED * proposal.batch_size:
         proposal.warnings.append(
-            f"of the {proposal.batch_size} captions of a batch, about {repeated:.0f} also belong to another pair of "
-            "the batch, which the loss treats as negatives; captions that distinguish pictures would teach more"
+            f"{shared} of the batch, which the loss treats as negatives; with loss.positives equal_captions they are "
+            "positives, and captions that distinguish pictures would teach more"
         )
     return proposal
 

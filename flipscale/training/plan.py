@@ -149,7 +149,8 @@ def check(recipe: Recipe) -> Plan:
     check_shared_memory(data.num_workers)
     source = open_source(data)
     rank, world_size = place_in_world()
-    if 0 < len(source) < data.global_batch_size and rank == 0 and objective.is_coupled:
+    treats_as_negatives = objective.is_coupled and recipe.loss.positives == "pairs"
+    if 0 < len(source) < data.global_batch_size and rank == 0 and treats_as_negatives:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch repeats pairs, which the loss treats as "
             "negatives; use a smaller batch",

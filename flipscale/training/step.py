@@ -27,20 +27,23 @@ def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> S
 
     The list is emptied, which frees the batch's memory although the caller holds the list.
     """
+    coupled = {name: torch.cat([part.pop(name) for part in batch]) for name in objective.coupled_columns}
     if len(batch) == 1:
-        loss = one_pass(engine, batch[0], objective)
+        loss = one_pass(engine, batch[0], objective, **coupled)
+    elif objective.is_coupled:
+        loss = two_passes(engine, batch, objective, **coupled)
     else:
-        loss = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective)
+        loss = accumulated(engine, batch, objective)
     batch.clear()
     return loss
 
 
-def one_pass(engine: Engine, batch: Batch, objective: Objective) -> StepLoss:
-    """Collective. Compute the gradients of a batch of one micro-batch."""
+def one_pass(engine: Engine, batch: Batch, objective: Objective, **coupled: torch.Tensor) -> StepLoss:
+    """Collective. Compute the gradients of a batch of one micro-batch. `coupled` are its `coupled_columns`."""
     output = engine(**batch)
     loss = objective.mean_loss(output)
     if objective.is_coupled:
-        loss = objective.coupled_loss(*objective.compared(output), **objective.parameters(output)) + loss
+        loss = objective.coupled_loss(*objective.compared(output), **objective.parameters(output), **coupled) + loss
     else:
         loss = loss + _zero_of_the_rest(output, objective)
     metrics = _copied_metrics(output, objective)
@@ -62,13 +65,13 @@ def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) ->
     return StepLoss(torch.stack(losses).sum(), {**_mean_metrics(metrics), **_gradient_norms(squares)})
 
 
-def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
+def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **coupled: torch.Tensor) -> StepLoss:
     """Collective. Compute the gradients of all micro-batches, with one micro-batch's activations in memory at a time
     (Gao et al. 2021, arXiv 2101.06983).
 
     The first pass embeds all micro-batches without activations, and the loss gives each embedding its gradient. The
     second pass passes these gradients on to the weights. Masks and crops are part of the batch, so both passes see the
-    same images.
+    same images. `coupled` are the `coupled_columns` of all micro-batches.
     """
     with torch.no_grad():
         passes = [_first_pass(engine, micro_batch, objective) for micro_batch in batch]
@@ -77,7 +80,7 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> 
     cache = [*rows, *parameters.values()]
     for tensor in cache:
         tensor.requires_grad_()
-    loss = objective.coupled_loss(*rows, **parameters)
+    loss = objective.coupled_loss(*rows, **parameters, **coupled)
     gradients = torch.autograd.grad(loss, cache, materialize_grads=True)
     # All parameters are in every pass, so each micro-batch gets an equal part of their gradients.
     of_rows = [gradient.chunk(len(batch)) for gradient in gradients[: len(rows)]]

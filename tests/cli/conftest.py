@@ -4,6 +4,7 @@ The model was trained on 300 pictures in folders, as a user has them, and is wha
 """
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -91,8 +92,12 @@ def train_on_own_pictures(folder: Path, recipe: dict) -> None:
 
 
 def write_pictures(folder: Path) -> None:
-    """Photos with a table of captions, and folders of pets by class."""
+    """An album with a text beside each picture, photos with a table of captions, and folders of pets by class."""
     rng = np.random.default_rng(0)
+    (folder / "album").mkdir()
+    for number, (colour, shape) in enumerate(10 * list(itertools.product(COLOURS, SHAPES))):
+        Image.fromarray(draw(colour, shape, rng)).save(folder / f"album/{number}.jpg")
+        (folder / f"album/{number}.txt").write_text(f"a {colour} {shape}")
     places = [folder / f"pets/{part}/{colour}" for part in ("train", "test") for colour in COLOURS]
     captions = {}
     for kind in [folder / "photos", *places]:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import add_member, metrics, write_shards
+from conftest import COLOURS, add_member, metrics, write_shards
 
 from flipscale import cli
 from flipscale.data.recipe import DataRecipe
@@ -21,7 +21,16 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.convert_open_clip import open_clip_config
 from flipscale.init import _fitted, _recipe_of, measured_rates
 from flipscale.io import progress
-from flipscale.planning.proposal import MOST_REPEATED, Survey, commented_yaml, most_samples, propose, samples_in, survey
+from flipscale.planning.proposal import (
+    FEW_CLASSES,
+    MOST_REPEATED,
+    Survey,
+    commented_yaml,
+    most_samples,
+    propose,
+    samples_in,
+    survey,
+)
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -183,10 +192,43 @@ def test_proposals(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
 
 
 def test_a_warning_of_repeated_captions() -> None:
+    """A third of the pairs share a caption, which is too much, and too little for names of classes."""
+    data = dataclasses.replace(DATA, captions={"cat": 100, **{f"a {n}": 1 for n in range(200)}})
+    proposal = propose(data, {}, 30, cores=2, num_gpus=0)
+    (warning,) = proposal.warnings
+    assert warning.startswith("of the 32 captions of a batch, about 11 also belong")
+    assert "loss.positives equal_captions" in warning
+    assert MOST_REPEATED * 32 < data.repeated(32) < FEW_CLASSES * 32
+    assert "loss" not in proposal.fields
+
+
+@pytest.mark.parametrize("num_gpus", [0, 8])
+def test_captions_of_a_few_classes_are_positives_of_each_other(num_gpus: int) -> None:
     data = dataclasses.replace(DATA, captions={"cat": 150, "dog": 150})
-    (warning,) = propose(data, {}, 30, cores=2, num_gpus=0).warnings
-    assert warning.startswith("of the 32 captions of a batch, about 32 also belong")
-    assert data.repeated(32) > MOST_REPEATED * 32
+    proposal = propose(data, {}, 30, cores=2, num_gpus=num_gpus)
+    assert proposal.warnings == []
+    assert _recipe_of(proposal, 0).loss.positives == "equal_captions"
+    count = proposal.batch_size
+    assert proposal.reasons["loss.positives"].startswith(f"of the {count} captions of a batch, about {count} also")
+
+
+def test_a_recipe_for_folders_of_classes(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(32):
+        place = Path(f"pictures/a {list(COLOURS)[number % 2]} circle")
+        place.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place / f"{number}.png"), np.full((40, 40, 3), number, np.uint8))
+    cli.main(["prepare", "shards", "pictures", "data", "--labels", "folder", "--num_workers", "1"])
+    capsys.readouterr()
+    gpus = ["--gpu", "h100", "--hours", "1"]  # so nothing is measured
+    cli.main(["init", "mine.yaml", "--shards", "data", "--tokenizer", str(tokenizer_dir), *gpus])
+    said = capsys.readouterr()
+    (line,) = [line for line in said.out.splitlines() if "equal_captions" in line]
+    assert line.startswith("loss.positives: equal_captions, because of the 8 captions of a batch, about 8 also belong")
+    assert "warning" not in said.err
+    assert "loss:\n  positives: equal_captions # of the 8 captions" in Path("mine.yaml").read_text()
 
 
 def test_comments_keep_the_fields() -> None:

@@ -13,6 +13,7 @@ from conftest import write_shards
 from transformers import AutoTokenizer
 
 from flipscale.data import loader
+from flipscale.data.captions import caption_ids
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory, shared_buffer
 from flipscale.data.pairs import InputShape, PairDataset
@@ -70,6 +71,21 @@ def test_without_mirror_the_same_crops_are_as_they_were_taken(shards: Path, toke
     mirrored = [not torch.equal(a, b) for a, b in zip(either, plain, strict=True)]
     assert 0 < sum(mirrored) < len(mirrored)
     assert all(torch.equal(a.flip(1), b) for a, b, turned in zip(either, plain, mirrored, strict=True) if turned)
+
+
+def test_caption_ids_are_of_the_tokens_before_their_mask(shards: Path, tokenizer_dir: Path) -> None:
+    plain, masked = (dataset(shards, tokenizer_dir, 0.0) for _ in range(2))
+    masked.sends_caption_ids, masked.text_mask_ratio = True, 0.5
+    whole, batch = (data.__getitems__(list(range(96))) for data in (plain, masked))
+    assert "caption_ids" not in whole
+    ids, tokens = batch["caption_ids"], whole["input_ids"]
+    equal = (tokens[:, None] == tokens).all(dim=2)
+    assert 96 < equal.sum() < 96**2
+    assert torch.equal(ids[:, None] == ids, equal)
+    assert batch["input_ids"].shape[1] < tokens.shape[1]
+    assert caption_ids(torch.tensor([[1, 2]])).tolist() == [-6_578_062_687_609_052_266], (
+        "processes of other machines have others"
+    )
 
 
 def images_of(data: PairDataset) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 """The loss over real processes: its mean and the mean of its gradients are those of the whole batch in fp64."""
 
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from objectives.test_contrastive import plain_loss
+from objectives.test_contrastive import ids_of, plain_loss, plain_loss_of_ids
 from objectives.test_sigmoid import plain_loss as plain_sigmoid
+from objectives.test_sigmoid import plain_loss_of_ids as plain_sigmoid_of_ids
 from torch.nn.functional import normalize
 
 from flipscale.objectives.contrastive import contrastive_loss
@@ -46,6 +48,8 @@ CASES = [
 
 BIAS = torch.tensor([-7.0])
 LOSSES = {"infonce": contrastive_loss, "sigmoid": sigmoid_loss}
+# Ids of the 300 texts of `views_input`: of a few classes, and with few repetitions.
+IDS = {"no ids": None, "few": ids_of(300, 5), "many": ids_of(300, 400)}
 
 
 def views_input() -> list[torch.Tensor]:
@@ -70,12 +74,13 @@ def one_rank(rank: int, world: int, folder: str) -> None:
             loss = sigmoid_loss(*mine, exchange=exchange)
             loss.backward()
             found[number, exchange, "sigmoid"] = [loss.detach(), *(t.grad for t in mine)]
-    for exchange, (name, loss_of) in product(EXCHANGES, LOSSES.items()):
+    for exchange, (name, loss_of), (known, ids) in product(EXCHANGES, LOSSES.items(), IDS.items()):
         *sides, scale, bias = views_input()
         mine = [side.chunk(world)[rank].clone() for side in sides] + ([scale, bias] if name == "sigmoid" else [scale])
-        loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange)
+        my_ids = None if ids is None else ids.chunk(world)[rank]
+        loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange, ids=my_ids)
         loss.backward()
-        found["views", exchange, name] = [loss.detach(), *(t.grad for t in mine)]
+        found["views", exchange, name, known] = [loss.detach(), *(t.grad for t in mine)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -115,8 +120,11 @@ def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], number: i
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], name: str, exchange: str) -> None:
+@pytest.mark.parametrize("known", IDS)
+def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], known: str, name: str, exchange: str) -> None:
     images, texts, *head = (t.double().requires_grad_() for t in views_input())
     head, loss_of = (head, plain_sigmoid) if name == "sigmoid" else (head[:1], plain_loss)
+    if IDS[known] is not None:
+        loss_of = partial(plain_sigmoid_of_ids if name == "sigmoid" else plain_loss_of_ids, ids=IDS[known])
     loss = (loss_of(images[0::2], texts, *head) + loss_of(images[1::2], texts, *head)) / 2
-    check([rank["views", exchange, name] for rank in ranks], [images, texts, *head], loss)
+    check([rank["views", exchange, name, known] for rank in ranks], [images, texts, *head], loss)

@@ -142,6 +142,11 @@ FEATURES: dict[str, dict] = {
     "layer decay of muon": {"optim": {"layer_decay": 0.5, "name": "muon"}},
     "stochastic depth": {"model": {"drop_path_rate": 0.5}},
     "stochastic depth of two views": {"model": {"drop_path_rate": 0.5}, "mask": {"views": 2}},
+    "equal captions": {"loss": {"positives": "equal_captions"}},
+    "equal captions, sigmoid, two views": {
+        "loss": {"positives": "equal_captions", "kind": "sigmoid"},
+        "mask": {"views": 2},
+    },
 }
 
 
@@ -154,6 +159,10 @@ FEATURES: dict[str, dict] = {
         ("layer decay", "zero3", 2, {}),
         ("layer decay of muon", "fsdp2", 2, {}),
         ("stochastic depth", "fsdp2", 2, RECOMPUTED),
+        ("equal captions", "fsdp2", 2, {"data": {"micro_batch_size": 2}}),
+        ("equal captions, sigmoid, two views", "ddp", 2, {}),
+        *(long("equal captions", engine, 2, {"data": {"micro_batch_size": 2}}) for engine in ("ddp", "zero2", "zero3")),
+        long("equal captions, sigmoid, two views", "fsdp2", 4, {"data": {"micro_batch_size": 2}}),
         *(long("two image sizes", engine, 2, {}) for engine in ("ddp", "zero3")),
         *(long("muon", "fsdp2", world, {}) for world in (2, 4)),
         *(long("layer decay", engine, 2, {}) for engine in ("ddp", "fsdp2", "zero2")),

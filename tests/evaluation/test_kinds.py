@@ -126,6 +126,11 @@ def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert {name: result.chance for name, result in found.items()} == pytest.approx(chance)
     assert [name for name, result in found.items() if result.headline] == ["mean_per_class"]
     assert [name for name, r in evaluated(folder, kind="zero_shot").items() if r.headline] == ["top1", "top5"]
+    # Of five classes, top-5 is always right.
+    five = named(write_set(tmp_path / "five", 1, 10, lambda number, label: {"cls": b"%d" % (number % 5)}), NAMES[:5])
+    results = evaluate_tasks(drawn(), build_tasks([{"kind": "zero_shot", "data": str(five)}]))
+    assert [result.metric for result in results if result.headline] == ["top1"]
+    assert [result.metric for result in results if result.is_certain] == ["top5"]
     with pytest.raises(ValueError, match=r"set has 16 classes; roc_auc"):
         evaluated(folder, kind="zero_shot", metric="roc_auc")
 

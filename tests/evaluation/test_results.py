@@ -94,6 +94,12 @@ def test_what_a_training_changed() -> None:
     assert with_changes([results[0]]) == [results[0]]
 
 
+def test_results_that_any_model_reaches_are_left_out() -> None:
+    found = [Result("five", "zero_shot", "top5", 100.0, 20, chance=100.0, who=who) for who in (BEFORE, THIS_MODEL)]
+    assert with_changes([*found, TOP1]) == with_changes([*reversed(found), TOP1]) == [TOP1]
+    assert not Result("odds", "association", "ratio", 100.0, unit="", chance=100.0).is_certain
+
+
 def a_run(folder: Path, **metrics: float) -> Path:
     folder.mkdir(exist_ok=True)
     recipe = {"stages": [{"mask_ratio": 0.5}, {"mask_ratio": 0.0}], "eval": {"zero_shot": "data/test"}}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from flipscale.evaluation.reports.record import Line, append_lines, data_name, weights_digest
 from flipscale.evaluation.results import Result, append_results
-from flipscale.hub.card import model_index, read_audit, write_card
+from flipscale.hub.card import model_index, read_audit, results_table, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
 # Numbers that occur once each, so that none can stand for another.
@@ -79,6 +79,15 @@ def write_records(run_dir: Path, records: list[dict]) -> None:
 def card_of(run_dir: Path, step: int | None = None) -> str:
     write_card(run_dir / "model", run_dir, "org/flip-l16", step)
     return (run_dir / "model" / "README.md").read_text()
+
+
+def test_top_k_of_k_classes_is_left_out(run_dir: Path) -> None:
+    five = Result("five", "zero_shot", "top5", 100.0, chance=100.0, made_by={"data": "five_kinds"})
+    append_results(run_dir, [five], 23, 368, 9876.5)
+    assert "five_kinds" not in card_of(run_dir)
+    lines = [Line(five, {}), Line(replace(five, metric="top1", chance=20.0), {})]
+    assert model_index(lines) == model_index(lines[1:]) != []
+    assert results_table(lines) == results_table(lines[1:])
 
 
 def test_facts_of_the_run(run_dir: Path) -> None:

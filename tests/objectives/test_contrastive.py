@@ -19,6 +19,19 @@ def plain_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> 
     return ((logits.logsumexp(1) - pairs).mean() + (logits.logsumexp(0) - pairs).mean()) / 2
 
 
+def plain_loss_of_ids(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy against a target spread evenly over the rows and columns with equal ids."""
+    logits, equal = scale * image @ text.T, (ids[:, None] == ids).double()
+    target = equal / equal.sum(1)
+    return -(target * (logits.log_softmax(1) + logits.log_softmax(0))).sum() / len(logits) / 2
+
+
+def ids_of(batch: int, count: int) -> torch.Tensor:
+    """Ids of a batch, as far apart as hashes are, of which about `count` differ."""
+    drawn = torch.randint(count, (batch,), generator=torch.Generator().manual_seed(batch))
+    return (drawn - count // 2) * 1_234_567_890_123
+
+
 def embeds_of(batch: int, dim: int, noise: float | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Images and texts of unit length. Texts are images plus relative `noise`, or unrelated with None."""
     images, other = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch))
@@ -52,6 +65,46 @@ def check_against_fp64(
 @pytest.mark.parametrize(("batch", "dim"), [(1, 32), (2, 1024), (7, 32), (257, 96), (1025, 33), (1531, 256)])
 def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None) -> None:
     check_against_fp64([*embeds_of(batch, dim, noise, dtype), torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("count", [5, 200, 10**6])
+@pytest.mark.parametrize("noise", [None, 0.5], ids=["unrelated", "learned"])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (7, 32), (257, 96), (1531, 256)])
+def test_equal_ids_are_positives(batch: int, dim: int, scale: float, noise: float | None, count: int) -> None:
+    inputs, ids = [*embeds_of(batch, dim, noise), torch.tensor([scale])], ids_of(batch, count)
+    check_against_fp64(inputs, partial(contrastive_loss, ids=ids), partial(plain_loss_of_ids, ids=ids))
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_equal_ids_of_opposite_pairs(scale: float) -> None:
+    images, texts = embeds_of(300, 16, 0.1)
+    texts[:150], ids = -texts[:150], ids_of(300, 40)
+    loss, plain = partial(contrastive_loss, ids=ids), partial(plain_loss_of_ids, ids=ids)
+    check_against_fp64([images, texts, torch.tensor([scale])], loss, plain)
+
+
+def test_equal_texts_give_each_weight_the_same_gradient_with_and_without_ids() -> None:
+    """The loss of docs/your_pictures.md: equal captions embed equally, so they share their positives anyway."""
+    images, classes = (
+        side[:count] for side, count in zip(embeds_of(200, 16, None, torch.float64), (200, 9), strict=True)
+    )
+    ids, scale = torch.arange(200) % 9, torch.tensor([20.0])
+    with_ids, without = (leaves_of([images, classes, scale]) for _ in range(2))
+    losses = [contrastive_loss(x, c[ids], s, ids=used) for (x, c, s), used in ((with_ids, ids), (without, None))]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    gradients = torch.autograd.grad(losses[0], with_ids), torch.autograd.grad(losses[1], without)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("batch", [40, 300])
+def test_different_ids_change_no_bit(batch: int) -> None:
+    inputs, ids = [*embeds_of(batch, 32, 1.0), torch.tensor([30.0])], torch.randperm(batch) * 1_234_567_890_123
+    with_ids, without = leaves_of(inputs), leaves_of(inputs)
+    losses = contrastive_loss(*with_ids, ids=ids), contrastive_loss(*without)
+    assert torch.equal(*losses)
+    gradients = torch.autograd.grad(losses[0], with_ids), torch.autograd.grad(losses[1], without)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("scale", [30.0, 100.0])

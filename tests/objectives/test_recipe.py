@@ -104,6 +104,18 @@ def test_wrong_options_are_refused(kind: str, options: dict, message: str) -> No
         LossRecipe(kind, options)
 
 
+def test_positives() -> None:
+    recipe = LossRecipe("sigmoid", positives="equal_captions")
+    assert build_objective(recipe, MaskRecipe()) == Sigmoid(positives="equal_captions")
+    assert recipe.options == {}
+    for kind, options in {"classify": {"num_classes": 2}, "captioning": {}, "distance": {}}.items():
+        with pytest.raises(ValueError, match=f"loss.positives .*'equal_captions'.*'{kind}'"):
+            LossRecipe(kind, options, positives="equal_captions")
+    before = yaml.safe_load(to_yaml(parse_recipe(["--loss.kind", "sigmoid"])))
+    del before["loss"]["positives"]  # as in the recipe of a run before there was the field
+    assert differences(parse_recipe(["--loss.kind", "sigmoid"]), before) == []
+
+
 def test_options_in_files_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"loss": {"kind": "scaled", "options": {"factor": 1e-3}}}))

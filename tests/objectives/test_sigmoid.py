@@ -1,12 +1,13 @@
 """The sigmoid loss on one process, against a plain formula in fp64, and models with it."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TOWER
-from objectives.test_contrastive import check_against_fp64, embeds_of
+from objectives.test_contrastive import check_against_fp64, embeds_of, ids_of
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
@@ -30,11 +31,27 @@ def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: fl
     check_against_fp64(inputs, sigmoid_loss, plain_loss)
 
 
-def test_memory_does_not_grow_with_the_square() -> None:
+def plain_loss_of_ids(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    logits = scale * image @ text.T + bias
+    return -logsigmoid(torch.where(ids[:, None] == ids, 1, -1) * logits).sum() / len(logits)
+
+
+@pytest.mark.parametrize("count", [5, 200, 10**6])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (257, 96), (1531, 33)])
+def test_equal_ids_are_positives(batch: int, dim: int, scale: float, bias: float, count: int) -> None:
+    inputs, ids = [*embeds_of(batch, dim, 1.0), torch.tensor([scale]), torch.tensor([bias])], ids_of(batch, count)
+    check_against_fp64(inputs, partial(sigmoid_loss, ids=ids), partial(plain_loss_of_ids, ids=ids))
+
+
+@pytest.mark.parametrize("ids", [None, torch.arange(5000) % 3])
+def test_memory_does_not_grow_with_the_square(ids: torch.Tensor | None) -> None:
     embeds = [normalize(torch.randn(5000, 16), dim=1).requires_grad_() for _ in range(2)]
     head = (torch.tensor([10.0]), torch.tensor([-5.0]))
     before = reset_peak_memory(torch.device("cpu"))
-    sigmoid_loss(*embeds, *head).backward()
+    sigmoid_loss(*embeds, *head, ids=ids).backward()
     assert peak_memory(torch.device("cpu")) - before < 4 * 5000**2 / 2
 
 

@@ -29,8 +29,10 @@ WORLDS = (8, 256, 1024)
 PAIRS, DIM = 40, 8
 
 
-def recorded(function: type[PrecomputedGradients], world: int, views: int, device: str, rank: int = 1) -> Recorder:
-    """Record a loss with its gradients on one process.
+def recorded(
+    function: type[PrecomputedGradients], world: int, views: int, device: str, rank: int = 1, has_ids: bool = False
+) -> Recorder:
+    """Record a loss with its gradients on one process, with equal captions as positives if it `has_ids`.
 
     `forward` is called directly, because autograd aborts at fake GPU tensors without a GPU.
     """
@@ -39,8 +41,9 @@ def recorded(function: type[PrecomputedGradients], world: int, views: int, devic
         sides = [normalize(torch.randn(PAIRS * n, DIM, device=device), dim=1) for n in (views, 1)]
         head = [torch.full((1,), n, device=device) for n in (10.0, -10.0)]
         inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
+        ids = torch.arange(PAIRS, device=device) % 7 if has_ids else None
         with recorder:
-            loss = function.forward(wanted, *inputs, "gather")
+            loss = function.forward(wanted, *inputs, "gather", ids)
         assert [g.shape for g in wanted.gradients] == [t.shape for t in inputs]
         assert {t.device.type for t in (loss, *wanted.gradients)} == {device}
     return recorder
@@ -48,14 +51,18 @@ def recorded(function: type[PrecomputedGradients], world: int, views: int, devic
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("has_ids", [False, True])
 @pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
-def test_operations_do_not_grow_with_the_world(function: type[PrecomputedGradients], views: int, device: str) -> None:
-    first, *others = (recorded(function, world, views, device) for world in WORLDS)
+def test_operations_do_not_grow_with_the_world(
+    function: type[PrecomputedGradients], has_ids: bool, views: int, device: str
+) -> None:
+    first, *others = (recorded(function, world, views, device, has_ids=has_ids) for world in WORLDS)
     for other in others:
         assert other.counts == first.counts
     # These are launches and views of tensors; each pass over the tiles counts as one.
-    assert first.counts.total() <= 60 + 60 * views
-    assert recorded(function, WORLDS[-1], views, device, rank=WORLDS[-1] - 1).counts == first.counts
+    assert first.counts.total() <= (160 if has_ids else 60) + 60 * views
+    last = recorded(function, WORLDS[-1], views, device, rank=WORLDS[-1] - 1, has_ids=has_ids)
+    assert last.counts == first.counts
 
 
 class TwoLinearTowers(torch.nn.Module):
@@ -79,9 +86,10 @@ def test_operations_with_micro_batches_do_not_grow_with_the_world() -> None:
     assert [len(recorder.collectives) for recorder in found] == [5, 5, 5]
 
 
+@pytest.mark.parametrize("has_ids", [False, True])
 @pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
-def test_the_host_does_not_wait_for_a_gpu(function: type[PrecomputedGradients]) -> None:
-    recorder = recorded(function, 256, 1, "cuda")
+def test_the_host_does_not_wait_for_a_gpu(function: type[PrecomputedGradients], has_ids: bool) -> None:
+    recorder = recorded(function, 256, 1, "cuda", has_ids=has_ids)
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
     assert not [name for name in recorder.counts if name.split(".")[1] in waits]
     assert recorder.devices == {"cuda"}
@@ -99,6 +107,10 @@ def test_collectives_and_their_sizes(world: int, views: int, device: str) -> Non
     softmax = [("alltoall_base_", world * along, world * along), ("_allgather_base_", along, world * along)]
     assert recorded(_InfoNCE, world, views, device).collectives == [gather, *bounds, *softmax, scatter]
     assert recorded(_Sigmoid, world, views, device).collectives == [gather, scatter]
+    ids = ("_allgather_base_", PAIRS, world * PAIRS)
+    found = recorded(_InfoNCE, world, views, device, has_ids=True)
+    assert found.collectives == [gather, ids, *bounds, *softmax, scatter]
+    assert recorded(_Sigmoid, world, views, device, has_ids=True).collectives == [gather, ids, scatter]
 
 
 class Held(TorchDispatchMode):
@@ -126,7 +138,7 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
         with held:
             asked = SimpleNamespace(needs_input_grad=[True])
-            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather")
+            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather", None)
     said = exchange_bytes("gather", PAIRS, world, dim, views)
     tile = 4 * math.prod(workspace_elements(PAIRS, PAIRS * world, dim, 1, "cuda"))
     gradients = 4 * PAIRS * dim * views

@@ -13,7 +13,7 @@ from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.evaluation.results import latest, read_results
+from flipscale.evaluation.results import append_results, latest, read_results
 from flipscale.hub.loading import load_flip
 from flipscale.pages import report
 from flipscale.pages.report import MOST_BYTES, mask_rows, offer_report, write_report
@@ -105,6 +105,16 @@ def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: 
     page = write_report(changed, load_flip).read_text()
     assert f"the three nearest of {len(HOSTILE)} captions" in page
     assert "<script" not in page
+
+
+def test_top_k_of_k_classes_is_left_out(copied: Path) -> None:
+    (top1,) = [one for one in read_results(copied) if one.result.name == "zero_shot/top1"][-1:]
+    five = dataclasses.replace(top1.result, task="five kinds", metric="top5", value=100.0, chance=100.0)
+    append_results(copied, [five], top1.step, top1.samples_seen, top1.trained_seconds)
+    changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
+    assert "five kinds" not in write_report(changed, load_flip).read_text()
+    append_results(copied, [dataclasses.replace(five, chance=50.0)], top1.step, top1.samples_seen, top1.trained_seconds)
+    assert "five kinds" in write_report(changed, load_flip).read_text()
 
 
 def test_figures_make_room(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ class ClassHits:
         """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
 
         Args:
-            metric: the headline; `top1` makes `top5` a headline too.
+            metric: the headline; `top1` makes `top5` a headline too, if there are more than five classes.
         """
         task, (hits, right, counts) = self._task, self.totals()
         empty = np.flatnonzero(counts == 0)
@@ -196,7 +196,8 @@ class ClassHits:
         n, chance = int(counts.sum()), 100.0 / len(counts)
         results = [task.proportion("top1", hits[0], n, chance, headline=metric == "top1")]
         for top5 in hits[1:]:
-            results.append(task.proportion("top5", top5, n, 5 * chance, headline=metric in ("top1", "top5")))
+            is_headline = metric in ("top1", "top5") and len(counts) > 5
+            results.append(task.proportion("top5", top5, n, 5 * chance, headline=is_headline))
         mean = mean_per_class(right, counts)
         results.append(task.estimated("mean_per_class", mean, n, chance, headline=metric == "mean_per_class"))
         return results
