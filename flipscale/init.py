@@ -32,7 +32,8 @@ _RECORDS = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale init`."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="The file to write. It must not exist.")
-    parser.add_argument("--shards", required=True, help="The training data, as in data.shards of a recipe.")
+    shards_help = "The training data, as in data.shards of a recipe, or a saved data set or Parquet files with images."
+    parser.add_argument("--shards", required=True, help=shards_help)
     parser.add_argument(
         "--tokenizer", default="bert",
         help="A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, from the Hub.",
@@ -54,14 +55,16 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from flipscale.data.recipe import DataRecipe
-    from flipscale.data.sources.opening import open_shards
+    from flipscale.data.sources.opening import open_source
     from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
     from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
+    from flipscale.preparation.lists import source_of
     from flipscale.training.console import start_logging
     from flipscale.training.recipe import parse_recipe
 
     start_logging()
-    source = open_shards(args.shards, DataRecipe())
+    named = source_of(args.shards)
+    source = open_source(DataRecipe(sources=[named], max_bad_fraction=1.0))
     if len(source) < LEAST_PAIRS:
         raise UserError(f"{args.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
     try:
@@ -80,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
         tokens["pad_token_id"] = tokenizer.pad_token_id
     proposal = propose(data, tokens, minutes, usable_cores(), num_gpus)
     fields = proposal.fields
-    fields["data"] = {"shards": args.shards, "tokenizer": args.tokenizer, **fields["data"]}
+    columns = {"image_column": named.image_column, "caption_columns": named.caption_columns}
+    where = {"sources": [{"dataset": named.dataset, **columns}]} if named.dataset else {"shards": args.shards}
+    fields["data"] = {**where, "tokenizer": args.tokenizer, **fields["data"]}
     if args.tests:
         workers = {} if num_gpus else {"num_workers": fields["data"]["num_workers"]}
         fields["eval"] = {"tasks": list(_tasks(args.tests)), **workers}

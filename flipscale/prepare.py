@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_shards_arguments(shards)
 
     tokenizer = add(_tokenizer, "Train a SentencePiece tokenizer on the captions of shards.")
-    tokenizer.add_argument("shards", help=_SHARDS_HELP)
+    tokenizer.add_argument("shards", help=f"{_SHARDS_HELP} Or a folder of `save_to_disk` or Parquet files with images.")
     tokenizer.add_argument("directory", type=output_folder, help="Folder to write, for a recipe's data.tokenizer.")
     tokenizer.add_argument(
         "--vocab_size",
@@ -183,13 +183,15 @@ def _shards(args: argparse.Namespace) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.data.recipe import DataRecipe
-    from flipscale.data.sources.opening import open_shards
+    from flipscale.data.sources.opening import open_source
     from flipscale.data.tokenizers import train_sentencepiece
     from flipscale.io.atomic import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
+    from flipscale.preparation.lists import source_of
 
-    captions = read_captions(open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1)))
+    data = DataRecipe(sources=[source_of(args.shards)], lanes=1, shards_per_block=1, max_bad_fraction=1.0)
+    captions = read_captions(open_source(data))
     with new_folder(args.directory) as folder:
         tokenizer = train_sentencepiece(
             *(captions, folder, args.vocab_size, FlipTextConfig.max_position_embeddings, args.begin_and_end)

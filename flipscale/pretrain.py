@@ -16,7 +16,7 @@ from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
 from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.plan import Plan
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
 from flipscale.training.report import begin_run, end_run
 from flipscale.training.start import Start, join, prepare, resume
 from flipscale.training.step import consume_batch
@@ -37,6 +37,7 @@ def pretrain(recipe: Recipe) -> Path:
         OSError: a checkpoint could not be written.
     """
     run_dir = Path(recipe.output_dir)
+    recipe = with_vocabulary(recipe, fetches=True)
     prepared = prepare(recipe)
     if prepared is None:
         return run_dir

@@ -90,8 +90,8 @@ class DataRecipe:
     Args:
         shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. Shards at `s3://`,
             `gs://`, `hf://` or `https://` are prefetched through a cache. Does not change what is learned: the shards
-            may move between starts.
-        sources: Several sources, mixed by weight, in place of `shards`.
+            may move between starts. Null with `sources`.
+        sources: Several sources, mixed by weight, in place of `shards`. One may be a data set of `datasets`.
         fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
@@ -117,7 +117,7 @@ class DataRecipe:
             not change what is learned.
     """
 
-    shards: str = field(default="", metadata={"learned": False})
+    shards: str | None = field(default="", metadata={"learned": False})
     sources: list[SourceRecipe] = field(default_factory=list)
     fraction: ShareAboveZero = 1.0
     tokenizer: str = field(default="bert", metadata={"place": True})

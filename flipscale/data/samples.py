@@ -130,6 +130,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
+        """Return the captions of sample `number` of shard `shard`; raises as `read`."""
+        return self.read(shard, number).captions
+
     def fetch_ahead(self, shards: list[int]) -> None:
         """Start to prefetch shards in this order, without waiting. Local sources do nothing."""
 

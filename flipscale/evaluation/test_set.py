@@ -16,8 +16,8 @@ import torch
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample
-from flipscale.data.sources.manifest import no_shards
 from flipscale.data.sources.opening import open_shards
+from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, Value

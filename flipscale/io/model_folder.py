@@ -6,6 +6,7 @@ folder: code in it is never run, and pickles are never loaded.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ def is_path(name: str) -> bool:
     )
 
 
-def fetch_folder(name: str, more: tuple[str, ...] = ()) -> Path:
-    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after a download with `more` files.
+def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
+    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after a download of `files`.
 
     Raises:
         UserError: there is no such model, or it may not be read; offline, the cache does not have it.
@@ -77,7 +78,7 @@ def fetch_folder(name: str, more: tuple[str, ...] = ()) -> Path:
 
     guard_requests()
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_READ, *more], ignore_patterns=["*/*", "*.bf16*"]))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "*.bf16*"]))
     except HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None
     except (OSError, HTTPError) as error:

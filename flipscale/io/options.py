@@ -141,6 +141,7 @@ def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
 def parser_message(error: Exception) -> str:
     """Return an error of jsonargparse in one line, beginning with the field."""
     message = re.sub(r"Problem with given class_path '[^']*': ", "", " ".join(str(error).split()))
+    message = re.sub(r"Does not .* Errors: - (Expected an? [^-]*) - .* Given value: ", r"\1. Got value: ", message)
     return re.sub(r'Parser key "([^"]+)": ', r"\1: ", message)
 
 

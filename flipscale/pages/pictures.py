@@ -14,12 +14,13 @@ from flipscale.data.decode import UndecodableImage
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample, wrap_errors
 from flipscale.data.sources.opening import open_shards
+from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Decoder, SampleNumbers
 from flipscale.io.errors import UserError
 from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress
-from flipscale.preparation.lists import IMAGE_SUFFIXES, FileList, picture_files
+from flipscale.preparation.lists import FileList, picture_files
 
 _READ = DataRecipe(lanes=1, shards_per_block=1)
 _BATCH = 64

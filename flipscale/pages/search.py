@@ -15,6 +15,7 @@ import torch
 
 from flipscale.data.decode import decode_small
 from flipscale.data.samples import BadSample
+from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import weights_digest
 from flipscale.io.atomic import atomic_write, write_text
@@ -23,7 +24,7 @@ from flipscale.io.progress import each
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
 from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures, unit
 from flipscale.pages.text_tower import as_base64, text_tower
-from flipscale.preparation.lists import IMAGE_SUFFIXES, FileList
+from flipscale.preparation.lists import FileList
 
 MOST_BYTES = 5_000_000
 # Limits of a page that finds any words, which has all pictures.

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Sample, Source
-from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_png_path
 from flipscale.io.progress import Progress, each
@@ -92,7 +91,7 @@ def inspect_shards(
     }
 
 
-def read_captions(source: TarSource) -> list[str]:
+def read_captions(source: Source) -> list[str]:
     """Return the usable captions of the samples, or of a million samples, evenly spread.
 
     Raises:

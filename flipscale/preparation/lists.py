@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
+from flipscale.data.recipe import SourceRecipe
 from flipscale.data.samples import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -33,6 +34,8 @@ from flipscale.data.samples import (
     reason_of,
     wrap_errors,
 )
+from flipscale.data.sources.dataset import load_rows
+from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_saved_dataset, no_shards
 from flipscale.io.errors import UserError
 from flipscale.io.files import is_utf8
 from flipscale.io.model_folder import is_path
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import RecordBatch
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FOLDER = "folder"  # the value of --labels for class folders
 _USUAL_COLUMNS = {
     "image": ("image", "file_name", "filename", "path", "filepath", "image_path", "img"),
@@ -51,7 +53,6 @@ _USUAL_COLUMNS = {
 }
 _FLAGS = {"image": "--image_column", "caption": "--caption_column", "label": "--labels"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
-_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 _CAPTION_SUFFIXES = (".txt", ".json")
 _PARTS = {"train", "test", "val", "valid", "validation"}  # names that `datasets` gives the parts of a folder of images
 _MAX_ROW_LINES = 100  # lines of a row whose quoted captions have line breaks
@@ -155,16 +156,16 @@ def open_pairs(
     """
     path, asked = Path(source), {"image": image_column, "caption": caption_column, "label": labels}
     if path.is_dir():
-        metadata = (path / f"metadata{suffix}" for suffix in _TABLE_SUFFIXES)
+        metadata = (path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
         path = next((table for table in metadata if table.exists()), path)
     pairs: PairList
-    if path.suffix.lower() in _TABLE_SUFFIXES and not path.is_dir():
+    if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
         if not path.is_file():
             what = "is no file" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}; name a folder, a table or a data set")
         kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
         pairs = kind.open(path, asked, allow_outside)
-    elif not path.is_dir() or any((path / f"dataset_{what}.json").exists() for what in ("info", "dict")):
+    elif not path.is_dir() or is_saved_dataset(str(path)):
         pairs = DatasetList.load(source, asked, split, allow_outside)
     elif labels not in (None, FOLDER):
         raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
@@ -174,6 +175,25 @@ def open_pairs(
         what = f"images; they are files named {' '.join(IMAGE_SUFFIXES)}" if path.is_dir() else "rows"
         raise UserError(f"{source} has no {what}")
     return pairs
+
+
+def source_of(name: str) -> SourceRecipe:
+    """Return the source of shards, or of a saved data set or Parquet files that hold images.
+
+    Raises:
+        UserError: a data set cannot be loaded, or lacks images or captions in a column with a usual name.
+    """
+    path = Path(name)
+    holds_parquet = path.is_dir() and not any(path.glob("*.tar")) and any(path.rglob("*.parquet"))
+    if not (is_saved_dataset(str(path)) or path.suffix == ".parquet" or holds_parquet):
+        return SourceRecipe(shards=name)
+    features = load_rows(name, None, "train").features
+    texts = [column for column, feature in features.items() if getattr(feature, "dtype", "").endswith("string")]
+    image = next((column for column in _USUAL_COLUMNS["image"] if column in features.keys() - texts), None)
+    caption = next((column for column in _USUAL_COLUMNS["caption"] if column in features), None)
+    if image is None or caption is None:
+        raise no_shards(name)
+    return SourceRecipe(dataset=name, image_column=image, caption_columns=[caption])
 
 
 @dataclass(frozen=True)

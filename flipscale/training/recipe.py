@@ -15,7 +15,7 @@ from flipscale.data.recipe import DataRecipe, MaskRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import local_folder, read_object
+from flipscale.io.model_folder import fetch_folder, local_folder, read_object
 from flipscale.io.options import (
     CountOrZero,
     MinutesAboveZero,
@@ -30,8 +30,9 @@ from flipscale.io.options import (
     check_ranges,
     parser_message,
 )
-from flipscale.io.yaml_text import check_yaml, read_outline
+from flipscale.io.yaml_text import check_yaml, read_outline, read_saved_recipe
 from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.training.flags import unknown_flag, with_stages
 from flipscale.training.schedule import StageRecipe
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class ModelRecipe:
     Args:
         size: The size of the two towers: b16, l16, l14, h14 or g14.
         vision_config: Changed fields of the image tower, such as `{image_size: 112}`.
-        text_config: Changed fields of the text tower, such as `{num_hidden_layers: 6}`. `vocab_size` defaults to the
-            size of a tokenizer in a folder, else to 30,523.
+        text_config: Changed fields of the text tower, such as `{num_hidden_layers: 6}`. `vocab_size` defaults to that
+            of the start weights, else to the size of a tokenizer in a folder, else to 30,523.
         decoder_config: Changed fields of the caption decoder, which is as wide as the text tower. `bos_token_id` and
             `eos_token_id` default to those of a tokenizer in a folder, else to BERT's [CLS] and [SEP].
         answer_config: Changed fields of the transformer that answers questions (loss.kind answer).
@@ -201,7 +202,8 @@ class Recipe:
         hub: Pushes to the Hub, and facts for the model card.
         cost: The price of a device's hour, and the emissions of a kWh.
         stages: The stages of the run in their order. An example is '[{name: masked, samples: 1000000, mask_ratio: 0.5,
-            base_lr: 4e-6}]'. The usual stages are masked pre-training, then unmasked tuning.
+            base_lr: 4e-6}]'. The usual stages are masked pre-training, then unmasked tuning. A flag such as
+            `--stages.masked.base_lr 1e-5` changes one field of a stage, which has its name or its number from 0.
         budget_minutes: Training time in minutes, without evaluations and saves. Each stage then has a `share` of it.
             Without a budget, the run ends after the samples of its stages.
         output_dir: The run directory, which gets all files of the run.
@@ -317,31 +319,37 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         elif word.startswith(("{", "[", "&")):
             with suppress(yaml.YAMLError):  # a text, such as a path
                 check_yaml(word, flag)
+    words = with_stages(words, lambda others: parse_recipe(others, is_saved=True).stages)
     parser = build_parser()
     try:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
         message = parser_message(error)
-        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
-        near = (
-            difflib.get_close_matches(unknown[1], [f"--{name}" for name in as_fields(Recipe())], 1) if unknown else []
-        )
-        raise UserError(message + (f"; did you mean {near[0]}?" if near else "")) from None
+        if unknown := re.match(r"unrecognized arguments: (--\S+)", message):
+            flags = {flag for action in parser._actions for flag in action.option_strings}
+            message = unknown_flag(unknown[1], sorted(flags - set(_section_flags())))
+        raise UserError(message) from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
-    return recipe if is_saved else _with_vocabulary(recipe)
+    return recipe if is_saved else with_vocabulary(recipe)
 
 
-def _with_vocabulary(recipe: Recipe) -> Recipe:
+def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     """Return the recipe with the size of the vocabulary, and with the tokens around learned captions.
 
-    The size is that of the start weights, or else of the tokenizer, where they are folders. BERT's vocabulary keeps the
-    default size, which has one more row, as in the original.
+    The size is that of the start weights, or else of a tokenizer in a folder. BERT's vocabulary keeps the default size,
+    which has one more row, as in the original. Start weights on the Hub are looked up with `fetches` only.
     """
     model, folder = recipe.model, recipe.data.tokenizer
+    if re.match(r"(open_clip|hf|untrained):", model.init_from or ""):
+        raise UserError(
+            f"model.init_from is {model.init_from!r}, which `flipscale evaluate` takes and training does not; name a "
+            "run, a model folder or a Hub name of flipscale, or null to start afresh"
+        )
     if model.init_from and "vocab_size" not in model.text_config:
-        model = dataclasses.replace(model, text_config={**model.text_config, **_vocabulary_of(model.init_from)})
+        size = _vocabulary_of(model.init_from, Path(recipe.output_dir), fetches)
+        model = dataclasses.replace(model, text_config={**model.text_config, **size})
         recipe = dataclasses.replace(recipe, model=model)
     takes_size = "vocab_size" not in model.text_config and not model.init_from
     takes_ends = recipe.loss.learns_captions and not {"bos_token_id", "eos_token_id"} <= model.decoder_config.keys()
@@ -356,13 +364,20 @@ def _with_vocabulary(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
 
 
-def _vocabulary_of(init_from: str) -> dict[str, int]:
-    """Return the vocabulary's size in a local model folder; empty without one, which the start reports."""
-    with suppress(UserError, OSError):
-        if folder := local_folder(init_from):
-            text = read_object(folder / "config.json").get("text_config")
-            return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
-    return {}
+def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, Any]:
+    """Return the field `vocab_size` of start weights: as the run of these weights in `run_dir` has it, or else they."""
+    content: dict[str, Any] = {}
+    with suppress(UserError):
+        saved = read_saved_recipe(run_dir / "recipe.yaml").get("model")
+        content = saved if isinstance(saved, dict) and saved.get("init_from") == init_from else {}
+    try:
+        if not content and (folder := fetch_folder(init_from, ["config.json"]) if fetches else local_folder(init_from)):
+            content = read_object(folder / "config.json")
+    except (UserError, OSError) as error:
+        if fetches:
+            raise UserError(f"model.init_from {init_from!r} cannot be loaded ({error})") from error
+    text = content.get("text_config")
+    return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
 
 
 def _recipe_file(name: str) -> Path:

@@ -71,11 +71,16 @@ def open_run_directory(recipe: Recipe) -> Path | None:
 
 
 def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
-    if changed:
-        raise UserError(
-            f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"
-            + ("; a stage that is added needs a base_lr" if re.match(r"stages\[\d+\]: None", changed[0]) else "")
-        )
+    if not changed:
+        return
+    fix = "use that recipe or another output_dir"
+    if re.match(r"stages\[\d+\]: None", changed[0]):
+        fix += "; a stage that is added needs a base_lr"
+    # The weights fit the recipe's model.
+    if not any(re.match(r"model\.(?!init_from)", change) for change in changed) and (run_dir / "model").exists():
+        flags = shlex.join(["--model.init_from", str(run_dir), "--output_dir", f"{run_dir}_on"])
+        fix += f"; to train its model on with this recipe, add {flags}"
+    raise UserError(f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); {fix}")
 
 
 def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:

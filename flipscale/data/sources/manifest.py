@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
+from flipscale.data.sources.raw_data import is_raw, no_shards
 from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, load_index, open_plain, size_and_time
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
@@ -218,25 +219,9 @@ def expand_range(shards: str) -> list[str] | None:
     return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
 
 
-# Commands that write the data of the package's recipes, by the start of the path.
-_WRITERS = {
-    "data/demo/train_without_unseen": "python examples/demo/data.py data/demo --with_unseen",
-    "data/demo/unseen": "python examples/demo/data.py data/demo --with_unseen",
-    "data/demo": "python examples/demo/data.py data/demo",
-    "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
-}
-
-
 def without_own_files(names: list[str]) -> list[str]:
     """Return the names without those of files that flipscale writes."""
     return [name for name in names if not _OWN_FILES.fullmatch(name.rsplit("/", 1)[-1])]
-
-
-def no_shards(shards: str) -> UserError:
-    """Return the error of `shards` without a match."""
-    if writer := next((command for prefix, command in _WRITERS.items() if shards.startswith(prefix)), None):
-        return UserError(f"no shards at {shards!r}; `{writer}` writes them")
-    return UserError(f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar")
 
 
 def manifest_name(pattern: str) -> str:
@@ -280,7 +265,7 @@ class ShardList:
             # Sorted folder by folder, as paths are.
             matches = sorted(glob.glob(self.pattern, root_dir=self.folder), key=lambda name: name.split("/"))
             names = without_own_files(matches)
-        if not names:
+        if all(is_raw(name) for name in names):
             raise no_shards(self.shards)
         return names
 

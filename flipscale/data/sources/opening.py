@@ -19,8 +19,9 @@ def open_source(recipe: DataRecipe) -> Source:
             shards cannot be read, or `fraction` leaves no sample.
     """
     if recipe.shards and recipe.sources:
-        raise UserError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
-    recipes = recipe.sources or [SourceRecipe(shards=recipe.shards)]
+        both = f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}"
+        raise UserError(f"{both}; leave one out: --data.shards null or --data.sources []")
+    recipes = recipe.sources or [SourceRecipe(shards=recipe.shards or "")]
     names = [f"data.sources[{number}]" for number in range(len(recipes))] if recipe.sources else ["data.shards"]
     sources = [_open(one, recipe, name) for one, name in zip(recipes, names, strict=True)]
     if len(sources) == 1:

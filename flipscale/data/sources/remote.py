@@ -30,13 +30,13 @@ from flipscale.data.sources.manifest import (
     expand_range,
     in_windows,
     manifest_name,
-    no_shards,
     read_manifest,
     split_shards,
     without_own_files,
     write_manifest,
     written_once,
 )
+from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.shard_index import (
     Index,
     NotAFile,

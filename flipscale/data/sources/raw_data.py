@@ -1,0 +1,62 @@
+"""The error of a place without shards: what is there, and the command that makes shards of it."""
+
+import glob
+import os
+import shlex
+from itertools import islice
+from pathlib import Path
+
+from flipscale.io.errors import UserError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
+_RAW = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)
+_MOST_FILES, _MOST_FOLDERS = 10_000, 4  # looked at, and named in the error
+
+# Commands that write the data of the package's recipes, by the start of the path.
+_WRITERS = {
+    "data/demo/train_without_unseen": "python examples/demo/data.py data/demo --with_unseen",
+    "data/demo/unseen": "python examples/demo/data.py data/demo --with_unseen",
+    "data/demo": "python examples/demo/data.py data/demo",
+    "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
+}
+
+
+def is_raw(name: str) -> bool:
+    """Return whether a file name is that of a picture or a table."""
+    return name.lower().endswith(_RAW)
+
+
+def is_saved_dataset(folder: str) -> bool:
+    """Return whether `save_to_disk` of `datasets` wrote a folder."""
+    return any(os.path.exists(f"{folder}/dataset_{what}.json") for what in ("info", "dict"))
+
+
+def no_shards(shards: str) -> UserError:
+    """Return the error of `shards` that match nothing, or raw data."""
+    writer = next((f"`{command}` writes them" for prefix, command in _WRITERS.items() if shards.startswith(prefix)), "")
+    fix = _use_of(shards) or writer or "name a folder of *.tar, a glob, or a range like {00000..00041}.tar"
+    return UserError(f"no shards at {shards!r}; {fix}")
+
+
+def _use_of(shards: str) -> str:
+    """Return what is at `shards`, and how to train on it; empty if nothing known is there."""
+    is_folder = os.path.isdir(shards)
+    files = list(islice(Path(shards).rglob("*") if is_folder else map(Path, glob.iglob(shards)), _MOST_FILES))
+    if folders := sorted({str(file.parent) for file in files if file.suffix == ".tar"})[:_MOST_FOLDERS]:
+        return f"name the folder of its shards: {' or '.join(folders)}"
+    raw = sorted((file for file in files if is_raw(file.name)), key=lambda file: _RAW.index(file.suffix.lower()))
+    if is_saved_dataset(shards):
+        kind, source = "a saved data set", shards
+    elif not raw:
+        return ""
+    elif raw[0].suffix == ".parquet" and str(raw[0]) != shards:
+        columns = "image_column: image, caption_columns: [caption]"
+        return f"it is Parquet files: give --data.shards null --data.sources '[{{dataset: {shards}, {columns}}}]'"
+    elif raw[0].suffix.lower() in IMAGE_SUFFIXES:
+        kind, source = "pictures", shards if is_folder else str(raw[0].parent)
+    else:
+        kind, source = "a table", str(raw[0])
+    folder = f"data/{Path(source).absolute().stem}"
+    words = ["flipscale", "prepare", "shards", source, f"{folder}_shards" if os.path.exists(folder) else folder]
+    return f"it is {kind}: `{shlex.join(words)}` makes shards of it"
