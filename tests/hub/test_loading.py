@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.conftest import small_model
+import yaml
+from hub.conftest import TOWER, small_model
+from hub.loopback_hub import LoopbackHub
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.cli import main
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.model import FlipModel, FlipVisionModel
+from flipscale.training.recipe import parse_recipe
 
 LAST_SHARD = "model-00003-of-00003.safetensors"
 
@@ -156,3 +159,29 @@ def test_a_path_is_never_a_hub_name(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(ValueError, match=f"there is no folder '{name}'"):
         fetch_folder(name)
+
+
+def test_start_weights_on_the_hub_have_the_vocabulary(
+    hub: LoopbackHub, logged_in: None, exported: Path, write_recipe: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str],
+) -> None:  # fmt: skip
+    """`small_model` has another vocabulary than the recipe's tokenizer; its configuration is fetched at the start."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.add("org/start", {file.name: file.read_bytes() for file in exported.iterdir() if file.is_file()})
+    towers = {part: {**TOWER, "projection_dim": 16} for part in ("vision_config", "text_config")}
+    towers["vision_config"] |= {"image_size": 32, "patch_size": 8}
+    towers["text_config"] |= {"max_position_embeddings": 8}
+    stages = [{"name": "only", "samples": 32, "base_lr": 0.01}]
+    file = write_recipe(tmp_path / "run", model={"init_from": "org/start"}, stages=stages)
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, "model": {"init_from": "org/start", **towers}}))
+    parse_recipe(["--config", str(file)])
+    assert not hub.asked(".*"), "only a start fetches"
+    main(["pretrain", "--config", str(file)])
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["text_config"]["vocab_size"] == 16
+    # The recorded size is enough to go on, without the Hub.
+    hub.fail_next(100, status=401)
+    assert parse_recipe(["--config", str(file)]).model.text_config["vocab_size"] == 16
+    line = refused("pretrain", "--config", file, "--output_dir", tmp_path / "new", "--model.init_from", "org/none")
+    assert "model.init_from 'org/none' cannot be loaded" in line

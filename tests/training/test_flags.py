@@ -1,0 +1,129 @@
+"""Flags of one stage, names of other trainers, and training on with a changed recipe."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flipscale import cli
+from flipscale.training.flags import _SETTINGS
+from flipscale.training.recipe import build_parser, parse_recipe
+from flipscale.training.schedule import StageRecipe
+
+NAMED = "[{name: masked, samples: 64, base_lr: 0.1}, {name: a.b, samples: 32}, {name: '0', samples: 16}]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage", "field", "value"),
+    [
+        (["--stages.masked.base_lr", "0.001"], 0, "base_lr", 0.001),
+        (["--stages.masked.base_lr=1e-3"], 0, "base_lr", 1e-3),
+        (["--stages.masked.base_lr", "1", "--stages.masked.base_lr", "2"], 0, "base_lr", 2.0),
+        (["--stages.1.samples", "48"], 1, "samples", 48),
+        (["--stages.a.b.image_size", "16"], 1, "image_size", 16),
+        (["--stages.masked.base_lr", "null"], 0, "base_lr", None),
+        (["--stages.0.name", "7"], 2, "name", "7"),  # the stage of that name, not the first
+    ],
+)
+def test_a_flag_changes_one_field_of_a_stage(flags: list[str], stage: int, field: str, value: object) -> None:
+    before, after = (parse_recipe(["--stages", NAMED, *more]).stages for more in ([], flags))
+    assert getattr(after[stage], field) == value
+    pairs = enumerate(zip(before, after, strict=True))
+    changed = [(n, name) for n, (old, new) in pairs for name in vars(old) if vars(old)[name] != vars(new)[name]]
+    assert changed == [(stage, field)]
+
+
+def test_the_flag_wins_over_a_file_and_is_printed(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--stages.unmasked.base_lr", "0.5", "--config", str(write_recipe(tmp_path / "run"))]
+    assert [stage.base_lr for stage in parse_recipe(words).stages] == [0.012, 0.5]
+    with pytest.raises(SystemExit):
+        parse_recipe([*words, "--print_config"])
+    assert [stage["base_lr"] for stage in yaml.safe_load(capsys.readouterr().out)["stages"]] == [0.012, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--stages.maskd.base_lr 1", "--stages.maskd.base_lr .* --stages.masked.base_lr"),
+        ("--stages.3.base_lr 1", r"--stages.3.base_lr .* --stages\.\w+\.base_lr"),
+        ("--stages.base_lr 1", r"--stages.base_lr .* --stages\.\w+\.base_lr"),
+        ("--stages.masked.lr 1", "--stages.masked.lr .*base_lr"),
+        ("--stages.masked.base_lr -1", r"stages\[0\].base_lr is -1"),
+        ("--stages.masked.base_lr many", "base_lr: .*'float'.* many$"),
+        ("--stages.masked.base_lr", "--stages.masked.base_lr has no value"),
+        ("--stages.masked.base_lr --seed 3", "--stages.masked.base_lr has no value"),
+        ("--lr 1", "--lr .* --stages.STAGE.base_lr"),
+        ("--optim.lr 1", "--optim.lr .* --stages.STAGE.base_lr"),
+        ("--epochs 1", "--epochs .* --stages.STAGE.samples"),
+        ("--batch_size 1", "--batch_size .* --data.global_batch_size"),
+        ("--batch-size=1", "--batch-size .* --data.global_batch_size"),
+        ("--warmup 1", "--warmup .* --stages.STAGE.warmup_samples"),
+        ("--precision bf16", "--precision .* mixed_precision of the launch file"),
+        ("--weight-decay 1", "--weight-decay .* --optim.weight_decay"),
+        ("--frobnicate 1", "--frobnicate .* --help"),
+    ],
+)
+def test_flags_that_are_no_field(flags: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse_recipe(["--stages", NAMED, *flags.split()])
+
+
+def test_settings_exist() -> None:
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    known |= {f"--stages.STAGE.{name}" for name in StageRecipe.__dataclass_fields__}
+    flags = {re.split("[, ]", setting)[0] for setting in _SETTINGS.values()}
+    assert flags - known == {"mixed_precision", "--model.vision_config.image_size"}
+    assert not {f"--{name}" for name in _SETTINGS} & known
+
+
+@pytest.fixture
+def short(recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a recipe of two steps whose vocabulary is that of its tokenizer, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    model = {**recipe["model"], "text_config": dict(recipe["model"]["text_config"])}
+    del model["text_config"]["vocab_size"]
+    stages = [{"name": "only", "samples": 32, "mask_ratio": 0.5, "base_lr": 0.01}]
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "model": model, "stages": stages, "output_dir": "mine"}))
+    return file
+
+
+def vocabulary(run: str) -> int:
+    return json.loads(Path(run, "model/config.json").read_text())["text_config"]["vocab_size"]
+
+
+def test_the_refusal_of_a_changed_rate_names_a_command_that_works(short: Path, refused: Callable[..., str]) -> None:
+    cli.main(["pretrain", "--config", "mine.yaml"])
+    changed = ["pretrain", "--config", "mine.yaml", "--stages.only.base_lr", "0.02"]
+    line = refused(*changed)
+    assert "stages[0].base_lr: 0.01, now 0.02" in line
+    flags = shlex.split(line.split(" add ")[1])
+    assert flags == ["--model.init_from", "mine", "--output_dir", "mine_on"]
+    cli.main([*changed, *flags])
+    assert yaml.safe_load(Path("mine_on/recipe.yaml").read_text())["stages"][0]["base_lr"] == 0.02
+    assert vocabulary("mine_on") == vocabulary("mine") == 12
+    # Weights of another shape cannot be trained on.
+    assert "--model.init_from" not in refused(*changed, "--model.text_config.hidden_size", "64")
+    # The run goes on without its start weights, with the vocabulary that it recorded.
+    shutil.rmtree("mine")
+    shutil.rmtree("mine_on/model")
+    Path("mine_on/DONE").unlink()
+    cli.main([*changed, *flags])
+    assert vocabulary("mine_on") == 12
+    assert "mine_on holds a run of another recipe (stages[0].base_lr: 0.02, now 0.03)" in refused(
+        *changed[:-1], "0.03", *flags
+    )
+
+
+@pytest.mark.parametrize("name", ["open_clip:ViT-B-16,laion2b_s34b_b88k", "hf:openai/clip-vit-base-patch16"])
+def test_start_weights_of_another_program(name: str, short: Path, refused: Callable[..., str]) -> None:
+    line = refused("pretrain", "--config", "mine.yaml", "--model.init_from", name)
+    assert f"model.init_from is {name!r}" in line
+    assert not Path("mine").exists()
