@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
         fix += "; a stage that is added needs a base_lr"
     # The weights fit the recipe's model.
     if not any(re.match(r"model\.(?!init_from)", change) for change in changed) and (run_dir / "model").exists():
-        flags = shlex.join(["--model.init_from", str(run_dir), "--output_dir", f"{run_dir}_on"])
+        new = next(name for number in count(2) if not os.path.exists(name := f"{run_dir}_{number}"))
+        flags = shlex.join(["--model.init_from", str(run_dir), "--output_dir", new])
         fix += f"; to train its model on with this recipe, add {flags}"
     raise UserError(f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); {fix}")
 

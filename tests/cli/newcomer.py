@@ -3,7 +3,8 @@
     PYTHONPATH=tests python tests/cli/newcomer.py [--python PYTHON] [--minutes MINUTES]
 
 All commands are read from the pages and printed with their seconds. The user has 300 pictures in a folder. Commands
-that need an account are left out and printed. test_your_pictures.py does the same in the tests, at a small size.
+that need an account are left out and printed. After the page, the user makes the mistakes of a second run.
+test_your_pictures.py types the page in the tests, at a small size.
 """
 
 import argparse
@@ -35,13 +36,30 @@ def install(home: Path) -> Path:
     return home / "venv/bin/python"
 
 
-def timed(said: str, command: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """Run a command to its end and print its seconds; its output too, and the end of this program, if it fails."""
+def timed(said: str, command: list[str], folder: Path, environment: dict[str, str], code: int = 0) -> str:
+    """Run a command to its end, print its seconds, and return its errors. End this program on another exit code."""
     began = time.monotonic()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     print(f"{time.monotonic() - began:7.1f} s  {said}", flush=True)
-    if done.returncode:
+    if done.returncode != code:
         sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stderr
+
+
+def second_hour(folder: Path, environment: dict[str, str]) -> None:
+    """Make the mistakes of a second run, and type the commands that the errors print."""
+
+    def typed_in(text: str, code: int = 0) -> str:
+        return timed(text, ["bash", "-euc", text], folder, environment, code)
+
+    changed = "flipscale pretrain --config mine.yaml --stages.masked.base_lr 0.002 --stages.masked.samples 1600"
+    typed_in(changed.replace("stages.masked.base_lr", "lr"), code=2)
+    flags = typed_in(changed, code=2).rstrip().split("; to train its model on with this recipe, add ")[1]
+    typed_in(f"{changed} {flags}")
+    init = "flipscale init csv.yaml --tokenizer data/mine/tokenizer --minutes 1 --shards"
+    command = typed_in(f"{init} list.csv", code=2).split("`")[1]
+    typed_in(command)
+    typed_in(f"{init} {command.split()[-1]}")
 
 
 def main() -> None:
@@ -71,6 +89,7 @@ def main() -> None:
                 text = re.sub(r"--minutes \S+", f"--minutes {args.minutes}", text)
             command = ["bash", "-euc", text] if language == "bash" else [str(python), "-c", text]
             timed(text if language == "bash" else "the Python of the page", command, folder, environment)
+        second_hour(folder, environment)
     print(f"{time.monotonic() - began:7.1f} s  in all")
 
 

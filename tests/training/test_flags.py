@@ -102,22 +102,25 @@ def vocabulary(run: str) -> int:
 def test_the_refusal_of_a_changed_rate_names_a_command_that_works(short: Path, refused: Callable[..., str]) -> None:
     cli.main(["pretrain", "--config", "mine.yaml"])
     changed = ["pretrain", "--config", "mine.yaml", "--stages.only.base_lr", "0.02"]
+    Path("mine_2").mkdir()
+    assert refused(*changed).endswith("--output_dir mine_3")
+    Path("mine_2").rmdir()
     line = refused(*changed)
     assert "stages[0].base_lr: 0.01, now 0.02" in line
     flags = shlex.split(line.split(" add ")[1])
-    assert flags == ["--model.init_from", "mine", "--output_dir", "mine_on"]
+    assert flags == ["--model.init_from", "mine", "--output_dir", "mine_2"]
     cli.main([*changed, *flags])
-    assert yaml.safe_load(Path("mine_on/recipe.yaml").read_text())["stages"][0]["base_lr"] == 0.02
-    assert vocabulary("mine_on") == vocabulary("mine") == 12
+    assert yaml.safe_load(Path("mine_2/recipe.yaml").read_text())["stages"][0]["base_lr"] == 0.02
+    assert vocabulary("mine_2") == vocabulary("mine") == 12
     # Weights of another shape cannot be trained on.
     assert "--model.init_from" not in refused(*changed, "--model.text_config.hidden_size", "64")
     # The run goes on without its start weights, with the vocabulary that it recorded.
     shutil.rmtree("mine")
-    shutil.rmtree("mine_on/model")
-    Path("mine_on/DONE").unlink()
+    shutil.rmtree("mine_2/model")
+    Path("mine_2/DONE").unlink()
     cli.main([*changed, *flags])
-    assert vocabulary("mine_on") == 12
-    assert "mine_on holds a run of another recipe (stages[0].base_lr: 0.02, now 0.03)" in refused(
+    assert vocabulary("mine_2") == 12
+    assert "mine_2 holds a run of another recipe (stages[0].base_lr: 0.02, now 0.03)" in refused(
         *changed[:-1], "0.03", *flags
     )
 
