@@ -114,12 +114,12 @@ def _loss_and_gradients(
     This process computes every logit of its own images, view by view, against the texts of all processes. The softmax
     of an image is therefore known here; the softmax of a text is merged from all processes.
 
-    With ids, the tiles stay the same: the softmax is over all logits, and the target only replaces a pair's logit by
-    the mean of its positives' logits. This is the product of one side with the mean of the other, in both directions.
+    With ids, the tiles stay the same: the softmax is over all logits. The target replaces a pair's logit by the mean of
+    its positives' logits, which is a product of one embedding with a mean of the other side's.
     """
     views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange)
     equal = None if ids is None else EqualIds(ids)
-    text_sums = None if equal is None else equal.no_sums(texts)
+    text_sums = texts.new_zeros(0) if equal is None else equal.no_sums(texts)
     shift = _shift_of_all(views, texts, scale)
     positives = [view.new_empty(len(view)) for view in views]
     image_negatives = [LogSumExp.empty(view, shift) for view in views]
@@ -128,12 +128,12 @@ def _loss_and_gradients(
         for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
             _add_negatives(view, visited, scale, first_pair, shift, *sums, _workspace(view, visited))
         slot.results = _flat(text_negatives)
-        if equal is not None and text_sums is not None:
+        if equal is not None:
             equal.add(text_sums, visited, first_pair)
     text_negatives = [LogSumExp(*negatives) for negatives in _by_view(all_texts.reduced)]
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
     losses = [image.cross_entropy(p) + text.cross_entropy(p) for image, text, p in sides]
-    if equal is not None and text_sums is not None:
+    if equal is not None:
         shares = equal.shares.to(texts.dtype).unsqueeze(1)
         text_means = equal.look_up(text_sums, 0, len(texts)) * shares
         targets = [
