@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
     parse_recipe(["--config", str(args.recipe.absolute())])
     for warning in proposal.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if reason := proposal.reasons.get("loss.positives"):
-        print(f"loss.positives: equal_captions, because {reason}")
+    if reason := proposal.reasons.get("data.shards"):
+        print(f"{reason}; if naming them is all, loss.kind classify is right more often (docs/your_pictures.md)")
     print(f"{args.recipe}: {speed}")
     print(f"next: {command}")
 
@@ -273,7 +273,7 @@ def _recipe_text(proposal: "Proposal", facts: list[str], command: str, samples: 
         *(f"Warning: {warning}." for warning in proposal.warnings),
         command,
     ]
-    order = ("model", "data", "loss", "optim", "stages", "log", "save", "eval", "output_dir")
+    order = ("model", "data", "optim", "stages", "log", "save", "eval", "output_dir")
     return commented_yaml(head, {name: fields[name] for name in order if name in fields}, reasons)
 
 

@@ -43,10 +43,10 @@ class LossRecipe:
             towers and a transformer over them, on questions.
         options: Fields of the kind, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce` and
             `sigmoid` have none.
-        positives: What matches in a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`: an image
-            and all captions of the global batch with the same tokens as its own. `sigmoid` labels each as a match.
-            `infonce` spreads its target evenly over them (UniCL); it learns the same as with `pairs` if equal captions
-            have equal embeddings, as they have without a text mask.
+        positives: What matches in a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`: an
+            image and all captions of the global batch with the same tokens as its own. `sigmoid` labels each as a
+            match. `infonce` spreads its target evenly over them (UniCL); it learns the same as with `pairs` if equal
+            captions have equal embeddings, as they have without a text mask.
         exchange: How the images of each process meet the texts of all. `gather` sends at most four messages, whatever
             the number of processes. `ring` is for batches whose texts and their gradients (0.5 GB for 65,536 of width
             1,024) do not fit on one process. It passes texts from process to process, and waits for about four messages

@@ -38,8 +38,7 @@ LEAST_PAIRS = 16
 _EPOCHS_OF_SMALL, _EPOCHS_OF_LARGE, _LARGE = 100, 30, 1_000_000
 # Fewest steps, because a tiny set needs more passes.
 _LEAST_STEPS = 2_000
-# Largest share of repeated captions in a batch, because they become each other's negatives. A tenth did not harm the
-# demo.
+# Largest share of repeated captions in a batch, because they teach less. A tenth did not harm the demo.
 MOST_REPEATED = 0.1
 # Share of repeated captions in a batch above which captions are taken for names of a few classes.
 FEW_CLASSES = 0.5
@@ -207,14 +206,13 @@ def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, nu
     else:
         proposal = _on_gpus(data, tokens, num_gpus)
     repeated = data.repeated(proposal.batch_size)
-    shared = f"of the {proposal.batch_size} captions of a batch, about {repeated:.0f} also belong to another pair"
+    in_batch = f"{repeated:.0f} of the {proposal.batch_size} in a batch also belong to another pair"
     if repeated > FEW_CLASSES * proposal.batch_size:
-        proposal.fields["loss"] = {"positives": "equal_captions"}
-        proposal.reasons["loss.positives"] = shared
+        proposal.reasons["data.shards"] = f"captions name a few classes: about {in_batch}"
     elif repeated > MOST_REPEATED * proposal.batch_size:
         proposal.warnings.append(
-            f"{shared} of the batch, which the loss treats as negatives; with loss.positives equal_captions they are "
-            "positives, and captions that distinguish pictures would teach more"
+            f"captions repeat, as about {in_batch}; captions that distinguish pictures would teach more, and loss.kind "
+            "sigmoid needs loss.positives equal_captions"
         )
     return proposal
 

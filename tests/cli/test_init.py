@@ -61,9 +61,11 @@ def test_a_recipe_for_this_machine_trains(
     assert first.startswith(f"{shards}: 96 pairs; the median picture has ")
     assert "as measured here; " in length
     assert command == "next: flipscale pretrain --config mine.yaml"
-    assert said.err.splitlines()[-1].startswith("warning: of the 8 captions of a batch, about ")
+    assert said.err.splitlines()[-1].startswith("warning: captions repeat, as about ")
     text = file.read_text()
-    assert all(line in " ".join(text.split()) for line in ("# Written by `flipscale init`.", "# Warning: of the 8 cap"))
+    assert all(
+        line in " ".join(text.split()) for line in ("# Written by `flipscale init`.", "# Warning: captions repeat")
+    )
     recipe = parse_recipe(["--config", str(file)])
     assert [task.kind for task in recipe.eval.planned()] == ["zero_shot", "retrieval"]
     cli.main(["pretrain", "--config", "mine.yaml", "--dry_run"])
@@ -196,20 +198,19 @@ def test_a_warning_of_repeated_captions() -> None:
     data = dataclasses.replace(DATA, captions={"cat": 100, **{f"a {n}": 1 for n in range(200)}})
     proposal = propose(data, {}, 30, cores=2, num_gpus=0)
     (warning,) = proposal.warnings
-    assert warning.startswith("of the 32 captions of a batch, about 11 also belong")
+    assert warning.startswith("captions repeat, as about 11 of the 32 in a batch also belong to another pair")
     assert "loss.positives equal_captions" in warning
     assert MOST_REPEATED * 32 < data.repeated(32) < FEW_CLASSES * 32
-    assert "loss" not in proposal.fields
+    assert "data.shards" not in proposal.reasons
 
 
 @pytest.mark.parametrize("num_gpus", [0, 8])
-def test_captions_of_a_few_classes_are_positives_of_each_other(num_gpus: int) -> None:
+def test_captions_of_a_few_classes_are_no_warning(num_gpus: int) -> None:
     data = dataclasses.replace(DATA, captions={"cat": 150, "dog": 150})
     proposal = propose(data, {}, 30, cores=2, num_gpus=num_gpus)
     assert proposal.warnings == []
-    assert _recipe_of(proposal, 0).loss.positives == "equal_captions"
     count = proposal.batch_size
-    assert proposal.reasons["loss.positives"].startswith(f"of the {count} captions of a batch, about {count} also")
+    assert f"classes: about {count} of the {count} in a batch also" in proposal.reasons["data.shards"]
 
 
 def test_a_recipe_for_folders_of_classes(
@@ -225,10 +226,10 @@ def test_a_recipe_for_folders_of_classes(
     gpus = ["--gpu", "h100", "--hours", "1"]  # so nothing is measured
     cli.main(["init", "mine.yaml", "--shards", "data", "--tokenizer", str(tokenizer_dir), *gpus])
     said = capsys.readouterr()
-    (line,) = [line for line in said.out.splitlines() if "equal_captions" in line]
-    assert line.startswith("loss.positives: equal_captions, because of the 8 captions of a batch, about 8 also belong")
+    (line,) = [line for line in said.out.splitlines() if "classify" in line]
+    assert line.startswith("captions name a few classes: about 8 of the 8 in a batch also belong to another pair; ")
     assert "warning" not in said.err
-    assert "loss:\n  positives: equal_captions # of the 8 captions" in Path("mine.yaml").read_text()
+    assert "shards: data # captions name a few classes: about 8 of the 8" in Path("mine.yaml").read_text()
 
 
 def test_comments_keep_the_fields() -> None:
