@@ -178,17 +178,16 @@ def open_pairs(
 
 
 def source_of(name: str) -> SourceRecipe:
-    """Return the source of shards, or of a saved data set or Parquet files that hold images.
+    """Return the source of shards, or of a saved data set or Parquet files that hold images in columns of usual names.
 
-    Raises:
-        UserError: a data set cannot be loaded, or lacks images or captions in a column with a usual name.
+    Raise UserError for other Parquet files and data sets, such as a table of paths.
     """
     path = Path(name)
     holds_parquet = path.is_dir() and not any(path.glob("*.tar")) and any(path.rglob("*.parquet"))
-    if not (is_saved_dataset(str(path)) or path.suffix == ".parquet" or holds_parquet):
+    if not (is_saved_dataset(name) or path.suffix == ".parquet" or holds_parquet):
         return SourceRecipe(shards=name)
     features = load_rows(name, None, "train").features
-    texts = [column for column, feature in features.items() if getattr(feature, "dtype", "").endswith("string")]
+    texts = {column for column, feature in features.items() if getattr(feature, "dtype", "").endswith("string")}
     image = next((column for column in _USUAL_COLUMNS["image"] if column in features.keys() - texts), None)
     caption = next((column for column in _USUAL_COLUMNS["caption"] if column in features), None)
     if image is None or caption is None:

@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from flipscale.data.sources.raw_data import is_raw, no_shards
+from flipscale.data.sources.raw_data import RAW_SUFFIXES, no_shards
 from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, load_index, open_plain, size_and_time
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
@@ -265,7 +265,7 @@ class ShardList:
             # Sorted folder by folder, as paths are.
             matches = sorted(glob.glob(self.pattern, root_dir=self.folder), key=lambda name: name.split("/"))
             names = without_own_files(matches)
-        if all(is_raw(name) for name in names):
+        if all(name.lower().endswith(RAW_SUFFIXES) for name in names):
             raise no_shards(self.shards)
         return names
 

@@ -20,7 +20,7 @@ def open_source(recipe: DataRecipe) -> Source:
     """
     if recipe.shards and recipe.sources:
         both = f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}"
-        raise UserError(f"{both}; leave one out: --data.shards null or --data.sources []")
+        raise UserError(f"{both}; give one, and --data.shards null or --data.sources []")
     recipes = recipe.sources or [SourceRecipe(shards=recipe.shards or "")]
     names = [f"data.sources[{number}]" for number in range(len(recipes))] if recipe.sources else ["data.shards"]
     sources = [_open(one, recipe, name) for one, name in zip(recipes, names, strict=True)]

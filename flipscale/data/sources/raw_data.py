@@ -10,7 +10,7 @@ from flipscale.io.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
-_RAW = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)
+RAW_SUFFIXES = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)
 _MOST_FILES, _MOST_FOLDERS = 10_000, 4  # looked at, and named in the error
 
 # Commands that write the data of the package's recipes, by the start of the path.
@@ -20,11 +20,6 @@ _WRITERS = {
     "data/demo": "python examples/demo/data.py data/demo",
     "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
 }
-
-
-def is_raw(name: str) -> bool:
-    """Return whether a file name is that of a picture or a table."""
-    return name.lower().endswith(_RAW)
 
 
 def is_saved_dataset(folder: str) -> bool:
@@ -45,7 +40,8 @@ def _use_of(shards: str) -> str:
     files = list(islice(Path(shards).rglob("*") if is_folder else map(Path, glob.iglob(shards)), _MOST_FILES))
     if folders := sorted({str(file.parent) for file in files if file.suffix == ".tar"})[:_MOST_FOLDERS]:
         return f"name the folder of its shards: {' or '.join(folders)}"
-    raw = sorted((file for file in files if is_raw(file.name)), key=lambda file: _RAW.index(file.suffix.lower()))
+    known = (file for file in files if file.suffix.lower() in RAW_SUFFIXES)
+    raw = sorted(known, key=lambda file: RAW_SUFFIXES.index(file.suffix.lower()))
     if is_saved_dataset(shards):
         kind, source = "a saved data set", shards
     elif not raw:
