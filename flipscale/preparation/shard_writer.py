@@ -109,7 +109,8 @@ class _Job:
         return range(first, min(first + self.options.pairs_per_shard, len(self.pairs)))
 
     def path(self, shard: int) -> Path:
-        return self.out_dir / f"{shard:05d}.tar"
+        # CLIP_benchmark numbers the shards of a labelled set without zeros in front.
+        return self.out_dir / (f"{shard}.tar" if self.options.labels else f"{shard:05d}.tar")
 
 
 def write_set(
@@ -182,6 +183,8 @@ def write_shards(
     """
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
+    if options.labels:
+        begun["first_shard"] = job.path(0).name  # earlier versions named it 00000.tar
     out_dir.mkdir(parents=True, exist_ok=True)
     others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
     if others and not (out_dir / _MANIFEST).is_file():
@@ -210,6 +213,8 @@ def _write_locked(job: _Job, begun: dict[str, Any], processes: int) -> dict[str,
                     json_lines.append(job.out_dir / _MANIFEST, [line])
                     progress.update(len(job.numbers(line["shard"])))
     (job.out_dir / _HASHES).unlink(missing_ok=True)
+    if job.options.labels:
+        write_text(job.out_dir / "nshards.txt", f"{job.num_shards}\n")
     return _write_report(job, begun)
 
 

@@ -3,8 +3,9 @@
     PYTHONPATH=tests python tests/cli/newcomer.py [--python PYTHON] [--minutes MINUTES]
 
 All commands are read from the pages and printed with their seconds. The user has 300 pictures in a folder. Commands
-that need an account are left out and printed. After the page, the user makes the mistakes of a second run.
-test_your_pictures.py types the page in the tests, at a small size.
+that need an account are left out and printed. After the page, the user makes the mistakes of a second run,
+and evaluates the model with CLIP_benchmark by docs/evaluation.md. test_your_pictures.py types the page in the tests, at
+a small size.
 """
 
 import argparse
@@ -62,6 +63,15 @@ def second_hour(folder: Path, environment: dict[str, str]) -> None:
     typed_in(f"{init} {command.split()[-1]}")
 
 
+def benchmark(pages: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Evaluate the page's model with CLIP_benchmark, by the script and the commands of docs/evaluation.md."""
+    section = (pages / "evaluation.md").read_text().split("\n### CLIP_benchmark\n")[1].split("\n## ")[0]
+    script, *commands = re.findall(r"^```\w+\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    (folder / "clip_benchmark_flip.py").write_text(script)
+    for command in commands:
+        timed(typed(command)[0], ["bash", "-euc", command], folder, environment)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Type what the pages say as a new user, and print how long each takes."
@@ -90,6 +100,10 @@ def main() -> None:
             command = ["bash", "-euc", text] if language == "bash" else [str(python), "-c", text]
             timed(text if language == "bash" else "the Python of the page", command, folder, environment)
         second_hour(folder, environment)
+        if not args.python:
+            extra = "pip install -e '.[harnesses]'"
+            timed(extra, ["bash", "-euc", extra], home / "clone", environment)
+        benchmark(page.parent, folder, environment)
     print(f"{time.monotonic() - began:7.1f} s  in all")
 
 

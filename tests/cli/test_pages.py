@@ -211,7 +211,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(\.venv/bin/)?pip (install|wheel) ": installation,
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
-    r"python clip_benchmark_flip\.py eval ": other_program,
+    r"(python clip_benchmark_flip\.py|clip_benchmark) eval ": other_program,
     r"python (-m (fuzz|simulated\.world) |(examples|benchmarks|tests)/\w+(/\w+)?\.py)": script_s_help,
 }
 

@@ -17,6 +17,7 @@ from conftest import COLOURS, SHAPES, draw
 from flipscale import cli
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.test_set import TestSet
 from flipscale.preparation.lists import open_pairs
 
 NAMES = [f"{colour}_{shape}" for colour in COLOURS for shape in SHAPES]
@@ -162,6 +163,21 @@ def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.Capt
     shutil.move(tmp_path / "own", tmp_path / "moved")
     prepare("shards", tmp_path / "moved", tmp_path / "again", *again)
     assert sorted(contents(tmp_path / "again/test")) == sorted(test)
+
+
+def test_labelled_sets_have_the_names_of_clip_benchmark(by_class: Path, tmp_path: Path, refused: Callable) -> None:
+    options = ("--labels", "folder", "--split", "0.25", "--pairs_per_shard", "12", "--num_workers", 1)
+    prepare("shards", by_class, tmp_path / "out", *options)
+    for part in ("train", "test"):
+        folder = tmp_path / "out" / part
+        assert (folder / "nshards.txt").read_text() == "11\n"
+        assert {path.name for path in folder.glob("*.tar")} == {f"{number}.tar" for number in range(11)}
+    assert len(TestSet.open(str(tmp_path / "out"))) == len(contents(tmp_path / "out/test"))
+    # A folder that an earlier version began, with other names.
+    manifest = tmp_path / "out/train/manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace(', "first_shard": "0.tar"', "", 1))
+    line = refused("prepare", "shards", by_class, tmp_path / "out", *options)
+    assert "was begun with first_shard None (now 0.tar); use the same source and options, or another folder" in line
 
 
 def test_pictures_without_captions(by_class: Path, tmp_path: Path, refused: Callable) -> None:
