@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     for warning in proposal.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if reason := proposal.reasons.get("data.shards"):
-        print(f"{reason}; if naming them is all, loss.kind classify is right more often (docs/your_pictures.md)")
+        print(f"{reason}; if their names are all you need, see loss.kind classify in docs/your_pictures.md")
     print(f"{args.recipe}: {speed}")
     print(f"next: {command}")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_the_page_from_top_to_bottom(
             continue
         with ends_well(command.text, capsys):
             if command.text.startswith("flipscale pretrain"):
-                cli.main(command.text.split()[1:])  # elsewhere, pages only have it print the recipe
+                cli.main(shlex.split(command.text)[1:])  # elsewhere, pages only have it print the recipe
             else:
                 run(command)
         printed[command.text] = capsys.readouterr().out
