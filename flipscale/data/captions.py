@@ -1,6 +1,5 @@
 """Captions of a sample and their tokens."""
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -93,15 +92,3 @@ def tokenise_captions(
     if not tokens["attention_mask"].any(dim=1).all():
         raise UntokenizableCaption("the tokenizer makes no token of it")
     return tokens
-
-
-def caption_ids(input_ids: "torch.Tensor") -> "torch.Tensor":
-    """Return a hash of each row of tokens, int64 `(captions,)`, the same on all machines.
-
-    It has 64 bits: unequal captions of a batch of 65,536 share one with a probability of 1e-10.
-    """
-    import torch
-
-    rows = input_ids.numpy().astype("<i8", copy=False)
-    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
-    return torch.frombuffer(bytearray(digests), dtype=torch.int64)

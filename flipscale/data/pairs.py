@@ -1,6 +1,7 @@
 """A batch of training pairs: read, decoded, cropped, masked and tokenised, in a loader worker."""
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.captions import UntokenizableCaption, caption_ids, choose_caption, tokenise_captions
+from flipscale.data.captions import UntokenizableCaption, choose_caption, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
@@ -254,3 +255,9 @@ class PairDataset(Dataset):
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         assert self.tokenizer is not None
         return tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
+
+
+def caption_ids(input_ids: torch.Tensor) -> torch.Tensor:
+    """Return a hash of each row of tokens, int64 `(captions,)`, the same in all processes."""
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in input_ids.numpy()]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").copy())

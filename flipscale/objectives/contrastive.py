@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from flipscale.objectives import tiles
 from flipscale.objectives.exchange import Rows, exchange_of, world_size
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.positives import EqualIds
+from flipscale.objectives.positives import EqualIds, Ids
 from flipscale.objectives.tiles import (
     LogSumExp,
     PrecomputedGradients,
@@ -42,14 +42,8 @@ class Contrastive(Objective):
 
     takes_positives: ClassVar[bool] = True
 
-    def coupled_loss(
-        self,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        logit_scale: torch.Tensor,
-        caption_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return contrastive_loss(image_embeds, text_embeds, logit_scale, self.exchange, caption_ids)
+    def coupled_loss(self, *compared: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
+        return contrastive_loss(*compared, **parameters, exchange=self.exchange, ids=caption_ids)
 
 
 def contrastive_loss(
@@ -57,7 +51,7 @@ def contrastive_loss(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
     exchange: str = "gather",
-    ids: torch.Tensor | None = None,
+    ids: Ids = None,
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
@@ -82,32 +76,20 @@ def contrastive_loss(
 
 class _InfoNCE(PrecomputedGradients):
     @staticmethod
-    def forward(
-        ctx: Any,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        logit_scale: torch.Tensor,
-        exchange: str,
-        ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        image_embeds, text_embeds, logit_scale, exchange, ids = inputs
         pairs = len(text_embeds) * world_size()
         dtype = torch.float64 if pairs <= _FEW else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
             with_gradients = any(ctx.needs_input_grad)
             loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), exchange, with_gradients, ids)
-        inputs = (image_embeds, text_embeds, logit_scale)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
 
 
 def _loss_and_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    exchange: str,
-    with_gradients: bool,
-    ids: torch.Tensor | None,
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str, with_gradients: bool, ids: Ids
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
@@ -119,7 +101,7 @@ def _loss_and_gradients(
     """
     views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange)
     equal = None if ids is None else EqualIds(ids)
-    text_sums = texts.new_zeros(0) if equal is None else equal.no_sums(texts)
+    text_sums = equal.no_sums(texts) if equal else texts.new_zeros(0)
     shift = _shift_of_all(views, texts, scale)
     positives = [view.new_empty(len(view)) for view in views]
     image_negatives = [LogSumExp.empty(view, shift) for view in views]
@@ -128,18 +110,16 @@ def _loss_and_gradients(
         for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
             _add_negatives(view, visited, scale, first_pair, shift, *sums, _workspace(view, visited))
         slot.results = _flat(text_negatives)
-        if equal is not None:
+        if equal:
             equal.add(text_sums, visited, first_pair)
     text_negatives = [LogSumExp(*negatives) for negatives in _by_view(all_texts.reduced)]
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
     losses = [image.cross_entropy(p) + text.cross_entropy(p) for image, text, p in sides]
-    if equal is not None:
+    if equal:
         shares = equal.shares.to(texts.dtype).unsqueeze(1)
         text_means = equal.look_up(text_sums, 0, len(texts)) * shares
-        targets = [
-            p * equal.is_shared - scale * _dot(view, text_means) for view, (_, _, p) in zip(views, sides, strict=True)
-        ]
-        losses = [one + 2 * target.double() for one, target in zip(losses, targets, strict=True)]
+        for number, (view, pairs) in enumerate(zip(views, positives, strict=True)):
+            losses[number] += 2 * (pairs * equal.is_shared - scale * _dot(view, text_means)).double()
     loss = torch.stack(losses).mean() / 2
     if not with_gradients:
         return loss, ()
@@ -151,17 +131,14 @@ def _loss_and_gradients(
         for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
     ]
     image_gradient = torch.zeros_like(images)
-    if equal is not None:
+    if equal:
         positive_gradients = [gradient + 2 * equal.is_shared for gradient in positive_gradients]
         image_gradient -= 2 * text_means.repeat_interleave(len(views), dim=0)
         image_sums = equal.no_sums(texts)
         equal.add(image_sums, -2 * scale * shares * torch.stack(views).sum(0), 0)
     of_views = [*zip(views, views_of(image_gradient, len(texts)), image_softmax, positive_gradients, strict=True)]
     for first_pair, visited, slot in all_texts.visits(None, *_flat(text_softmax)):
-        if equal is None:
-            text_gradient = torch.zeros_like(visited)
-        else:
-            text_gradient = equal.look_up(image_sums, first_pair, len(visited))
+        text_gradient = equal.look_up(image_sums, first_pair, len(visited)) if equal else torch.zeros_like(visited)
         for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, _by_view(slot.along), strict=True):
             results = (view_gradient, text_gradient, _workspace(view, visited))
             _add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results)

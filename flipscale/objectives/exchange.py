@@ -36,16 +36,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first_row(rows: torch.Tensor) -> int:
-    """Return the index of this process's first row among all processes' rows."""
-    return dist.get_rank() * len(rows) if world_size() > 1 else 0
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Collective. Return the rows of all processes, one process after another."""
-    return _gather(rows).flatten(0, 1) if world_size() > 1 else rows
-
-
 def exchange_bytes(exchange: str, pairs: int, world: int, dim: int, views: int = 1, device_type: str = "cuda") -> int:
     """Return the peak bytes of an exchange on one of `world` processes, without the process's own embeddings.
 
@@ -82,8 +72,8 @@ class Gathered:
 
     def __init__(self, texts: torch.Tensor):
         """Collective. Gather `texts` `(batch, dim)`, the same `batch` on every process."""
-        self.first = first_row(texts)
-        self.texts = gather_rows(texts)
+        self.first = dist.get_rank() * len(texts)
+        self.texts = _gather(texts).flatten(0, 1)
         self.reduced: Rows = ()
 
     def visits(self, merge: Merge | None, *along: torch.Tensor) -> Iterator[Visit]:

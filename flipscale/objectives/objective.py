@@ -126,10 +126,6 @@ class WithSecondLoss(Objective):
     def is_coupled(self) -> bool:
         return self.other.is_coupled
 
-    @property
-    def coupled_columns(self) -> tuple[str, ...]:
-        return self.other.coupled_columns
-
     def model_config(self, config: FlipConfig) -> FlipConfig:
         return self.other.model_config(config)
 

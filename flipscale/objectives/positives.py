@@ -6,7 +6,9 @@ number of rows, not with its square.
 
 import torch
 
-from flipscale.objectives.exchange import first_row, gather_rows
+from flipscale.objectives.exchange import Gathered, exchange_of
+
+Ids = torch.Tensor | None
 
 
 class EqualIds:
@@ -21,7 +23,8 @@ class EqualIds:
 
     def __init__(self, ids: torch.Tensor):
         """Collective. Gather the `ids`, int64 `(batch,)`, the same `batch` on every process."""
-        self._all, self._first = gather_rows(ids), first_row(ids)
+        everywhere = exchange_of(ids, "gather")
+        self._all, self._first = everywhere.texts, everywhere.first if isinstance(everywhere, Gathered) else 0
         self._known, ordered = ids.sort().values, self._all.sort().values
         counts = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
         self.is_shared = counts > 1

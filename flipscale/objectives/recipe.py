@@ -43,7 +43,7 @@ class LossRecipe:
             towers and a transformer over them, on questions.
         options: Fields of the kind, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce` and
             `sigmoid` have none.
-        positives: What matches in a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`: an
+        positives: Matches within a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`: an
             image and all captions of the global batch with the same tokens as its own. `sigmoid` labels each as a
             match. `infonce` spreads its target evenly over them (UniCL); it learns the same as with `pairs` if equal
             captions have equal embeddings, as they have without a text mask.
@@ -125,7 +125,9 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
                 f"loss.caption_weight is {recipe.caption_weight:g} beside {other}, which trains another model class; "
                 "leave one of them out"
             )
-        return WithCaptions(other=objective, weight=recipe.caption_weight, prediction=recipe.caption_kind)
+        return WithCaptions(
+            other=objective, positives=recipe.positives, weight=recipe.caption_weight, prediction=recipe.caption_kind
+        )
     if recipe.reconstruction_weight == 0.0:
         return objective
     if mask.views > 1:
@@ -138,4 +140,4 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
             f"loss.reconstruction_weight is {recipe.reconstruction_weight:g} beside loss.kind {recipe.kind!r}, which "
             "trains another model class; use another kind, or weight 0"
         )
-    return WithReconstruction(other=objective, weight=recipe.reconstruction_weight)
+    return WithReconstruction(other=objective, positives=recipe.positives, weight=recipe.reconstruction_weight)

@@ -6,6 +6,7 @@ the next tile overwrites it.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,11 +15,10 @@ import torch
 from flipscale.model import FlipConfig
 from flipscale.objectives.exchange import Rows, exchange_of
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.positives import EqualIds
+from flipscale.objectives.positives import EqualIds, Ids
 from flipscale.objectives.tiles import (
     PrecomputedGradients,
     SimilarityTiles,
-    Tile,
     as_number,
     for_each_block,
     views_of,
@@ -38,15 +38,8 @@ class Sigmoid(Objective):
         config.logit_scale_init_value, config.logit_bias_init_value = math.log(10.0), -10.0
         return config
 
-    def coupled_loss(
-        self,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        logit_scale: torch.Tensor,
-        logit_bias: torch.Tensor,
-        caption_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, self.exchange, caption_ids)
+    def coupled_loss(self, *compared: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
+        return sigmoid_loss(*compared, **parameters, exchange=self.exchange, ids=caption_ids)
 
 
 def sigmoid_loss(
@@ -55,7 +48,7 @@ def sigmoid_loss(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     exchange: str = "gather",
-    ids: torch.Tensor | None = None,
+    ids: Ids = None,
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
@@ -80,12 +73,7 @@ class _Sigmoid(PrecomputedGradients):
 
 
 def _loss_and_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor,
-    exchange: str,
-    ids: torch.Tensor | None,
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, exchange: str, ids: Ids
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
@@ -95,10 +83,10 @@ def _loss_and_gradients(
     all_texts, equal = exchange_of(texts, exchange), None if ids is None else EqualIds(ids)
     for first_pair, visited, slot in all_texts.visits(None):
         text_gradient = torch.zeros_like(visited)
-        text_ids = None if equal is None else equal.visited(first_pair, len(visited))
+        both_ids = [ids, equal.visited(first_pair, len(visited))] if equal else []
         for view, view_gradient, view_sums in views:
             results = (view_gradient, text_gradient, view_sums, workspace(view, visited, buffers=2))
-            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, ids, text_ids, *results)
+            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, both_ids, *results)
         slot.results = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     loss, bias_gradient = sums.sum(0) / len(images)
@@ -116,45 +104,36 @@ def _add_pairwise_sigmoids(
     scale: torch.Tensor,
     bias: torch.Tensor,
     first_pair: int,
-    image_ids: torch.Tensor | None,
-    text_ids: torch.Tensor | None,
+    ids: Sequence[torch.Tensor],
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     sums: torch.Tensor,
     memory: torch.Tensor,
 ) -> None:
     """Add the losses and gradients of all tiles, as one operation to torch."""
-    arguments = (bias, image_ids, text_ids, image_gradient, text_gradient, sums)
-    for_each_block(_add_block, images, texts, scale, first_pair, memory, *arguments)
+    results = (image_gradient, text_gradient, sums)
+    for_each_block(_add_block, images, texts, scale, first_pair, memory, bias, ids, *results)
 
 
 def _add_block(
     tiles: SimilarityTiles,
     bias: torch.Tensor,
-    image_ids: torch.Tensor | None,
-    text_ids: torch.Tensor | None,
+    ids: Sequence[torch.Tensor],
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:
     for tile in tiles:
         tile.logits.add_(bias)
-        signs = None
-        if image_ids is not None and text_ids is not None:
-            signs = 1 - 2 * (image_ids[tile.rows, None] == text_ids[tile.columns]).to(torch.int8)
+        logit_gradient = tiles.second_buffer(tile)
         # With the positives negated, one function, softplus, gives the losses of positives and negatives.
-        _negate_positives(tiles, tile, tile.logits, signs)
-        logit_gradient = torch.sigmoid(tile.logits, out=tiles.second_buffer(tile))
-        _negate_positives(tiles, tile, logit_gradient, signs)
+        if ids:
+            signs = 1 - 2 * (ids[0][tile.rows, None] == ids[1][tile.columns]).to(torch.int8)
+            torch.sigmoid(tile.logits.mul_(signs), out=logit_gradient).mul_(signs)
+        else:
+            tile.positives.neg_()
+            tiles.positives_of(torch.sigmoid(tile.logits, out=logit_gradient), tile).neg_()
         losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
         sums[tile.rows, 0] += losses.sum(1)
         sums[tile.rows, 1] += logit_gradient.sum(1)
         tiles.add_products(tile, logit_gradient, image_gradient, text_gradient)
-
-
-def _negate_positives(tiles: SimilarityTiles, tile: Tile, matrix: torch.Tensor, signs: torch.Tensor | None) -> None:
-    """Negate the positives in a matrix of the size of the tile: those of `signs`, by default the pairs."""
-    if signs is None:
-        tiles.positives_of(matrix, tile).neg_()
-    else:
-        matrix.mul_(signs)

@@ -30,10 +30,8 @@ def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> S
     coupled = {name: torch.cat([part.pop(name) for part in batch]) for name in objective.coupled_columns}
     if len(batch) == 1:
         loss = one_pass(engine, batch[0], objective, **coupled)
-    elif objective.is_coupled:
-        loss = two_passes(engine, batch, objective, **coupled)
     else:
-        loss = accumulated(engine, batch, objective)
+        loss = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective, **coupled)
     batch.clear()
     return loss
 

@@ -13,10 +13,9 @@ from conftest import write_shards
 from transformers import AutoTokenizer
 
 from flipscale.data import loader
-from flipscale.data.captions import caption_ids
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory, shared_buffer
-from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.pairs import InputShape, PairDataset, caption_ids
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource
