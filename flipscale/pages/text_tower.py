@@ -11,8 +11,10 @@ from flipscale.model import FlipModel
 
 MOST_TOWER_BYTES = 20_000_000
 _ACTIVATIONS = ("relu", "gelu_pytorch_tanh")
-_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "layer_norm_eps")
-_FIELDS += ("hidden_act", "attend_to_padding", "pooling", "pad_token_id")
+_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "layer_norm_eps"),
+    *("hidden_act", "attend_to_padding", "pooling", "pad_token_id"),
+)
 # Steps of the tokenizers that `flipscale prepare tokenizer` writes, and all special tokens that these may have.
 _STEPS = [
     "Precompiled",

@@ -161,6 +161,31 @@ def test_any_words_find_what_python_finds(
     assert re.findall(r'<figure title="(.*?)"', found) == [names[row] for row in near]
 
 
+BROKEN = """
+    const broken = [];
+    for (const caption of document.querySelectorAll("figcaption")) {
+      for (const part of caption.childNodes) {
+        for (const {0: word, index} of part.textContent.matchAll(/\\S+/g)) {
+          const range = document.createRange();
+          range.setStart(part.firstChild ?? part, index);
+          range.setEnd(part.firstChild ?? part, index + word.length);
+          if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) broken.push(word);
+        }
+      }
+    }
+    document.body.append(Object.assign(document.createElement("pre"), {textContent: broken.join(" ") || "none"}));
+"""
+
+
+def test_names_break_between_words(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("IMG_20240812_134455.png", "incomprehensibilities-of-2024.png", "a word.png")):
+        Image.new("RGB", (40, 40), (number * 50, 0, 0)).save(pictures / name)
+    page = tmp_path / "search.html"
+    cli.main(["search", str(trained / "model"), str(pictures), "red", "--top", "19", "--out", str(page)])
+    assert "IMG_<wbr>20240812_<wbr>134455<wbr>.png" in page.read_text()
+    assert "<pre>none</pre>" in look(page, tmp_path, 400, script=BROKEN).dom
+
+
 @pytest.mark.parametrize(
     ("limit", "value", "words"),
     [
