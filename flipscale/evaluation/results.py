@@ -173,12 +173,11 @@ def with_changes(results: Sequence[Result]) -> list[Result]:
 
     The interval of a change treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for
     two Wilson intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""
+    results = [result for result in results if not result.is_certain]
     before = {result.name: result for result in results if result.who == BEFORE}
     changed = []
     for result in results:
-        if result.is_certain:
-            before.pop(result.name, None)
-        elif result.who == THIS_MODEL and result.name in before:
+        if result.who == THIS_MODEL and result.name in before:
             old = before.pop(result.name)
             value, low, high, who = result.value - old.value, None, None, UNCLEAR
             if old.low is not None and old.high is not None and result.low is not None and result.high is not None:

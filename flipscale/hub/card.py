@@ -297,9 +297,7 @@ def _merged(section: str, lines: Sequence[Line]) -> str:
 def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
     """Return the cells of each row by test, metric and model, task by task. The last result of each counts."""
     by_task: dict[str, dict[tuple[str, ...], list[str]]] = {}
-    for line in lines:
-        if line.result.is_certain:
-            continue
+    for line in (line for line in lines if not line.result.is_certain):
         result, rows = line.result, by_task.setdefault(line.result.task, {})
         cells = [_test(line), result.shown, result.who, result.value_text, result.interval_text]
         test, shown, who, *numbers = map(escape_markdown, cells)

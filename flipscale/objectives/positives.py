@@ -1,8 +1,4 @@
-"""Positives beside the pairs: pairs of the global batch with equal ids are positives of each other.
-
-Every process receives the ids of all pairs, 8 bytes each. Sums over equal ids take time and memory that grow with the
-number of rows, not with its square.
-"""
+"""Positives beside the pairs: pairs of the global batch with equal ids are positives of each other."""
 
 import torch
 
@@ -14,7 +10,8 @@ Ids = torch.Tensor | None
 class EqualIds:
     """The pairs of the global batch whose ids equal those of this process's pairs.
 
-    A visit's `first_pair` is that of `flipscale.objectives.exchange`. It is 0 for this process's own rows.
+    A visit's `first_pair` is that of `flipscale.objectives.exchange`. It is 0 for this process's own rows. Time and
+    memory grow with the number of rows, not with its square.
 
     Attributes:
         is_shared: bool `(batch,)`, whether the global batch has another pair with the id.
