@@ -3,14 +3,11 @@
 import argparse
 import re
 import textwrap
-from itertools import takewhile
 from pathlib import Path
 
 import yaml
 
 from flipscale.io.text_table import plain_table
-
-_FOLDER = Path(__file__).parent / "recipes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a line for each recipe, then the launch commands. The last line of a recipe's first comment is its own."""
     rows, launches = [["recipe", "size", "trains"]], dict[str, list[str]]()
-    for file in sorted(_FOLDER.glob("*.yaml")):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        *sentences, command = (line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
-        model = yaml.safe_load("\n".join(lines))["model"]
+    for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        *sentences, command = re.findall(r"^# (.*)", text.partition("\nmodel:")[0], re.MULTILINE)
+        model = yaml.safe_load(text)["model"]
         size = "own" if "hidden_size" in model.get("vision_config", {}) else model["size"]
         rows.append([file.stem, size, re.split(r"[:.;]( |$)", " ".join(sentences))[0]])
         launches.setdefault(command.replace(file.stem, "RECIPE"), []).append(file.stem)

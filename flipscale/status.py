@@ -167,8 +167,9 @@ def as_table(status: dict[str, Any]) -> str:
     samples, bad, crashes = status["checkpoint_samples"], status["num_bad_checkpoints"], status["num_crashes"]
     checkpoint = starts = "none yet"
     if samples is not None:
-        behind = f"{status['samples_seen'] - samples:,} ago"
-        checkpoint = f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind})"
+        behind = status["samples_seen"] - samples
+        checkpoint = f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs"
+        checkpoint += f", {behind:,} behind the run" if behind > 0 else ""
         checkpoint += f"; {bad} damaged and set aside" if bad else ""
     if status["num_starts"]:
         age, processes = duration(status["seconds_since_start"]), status["num_processes"]

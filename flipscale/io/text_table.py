@@ -23,6 +23,11 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
+def hours_text(hours: float) -> str:
+    """Return a number of hours with its unit, or `under a minute`."""
+    return "under a minute" if hours < 1 / 60 else f"{rounded(hours)} h"
+
+
 def duration(seconds: float) -> str:
     """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`; `0 s` for a negative one."""
     left = max(round(seconds), 0)

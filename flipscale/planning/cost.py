@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.io.errors import UserError
-from flipscale.io.text_table import plain_table, rounded
+from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.planning.flops import pair_flops
 from flipscale.training.recipe import CostRecipe, Recipe
 from flipscale.training.schedule import plan_stages
@@ -73,36 +73,39 @@ def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, Plan
 
 
 def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecipe]) -> str:
-    """Return the assumptions, and a table with a row for each stage and each recipe."""
-    head = ["recipe", "stage", "masked", "pairs", "hours", "GPU-hours", "of the first", "kWh", "dollars", "kg CO2"]
+    """Return the assumptions, and a table with a row for each recipe and one for each stage of several."""
+    head = ["recipe, stage", "masked", "pairs", "time", "GPU-hours", "of first", "kWh", "dollars", "kg CO2"]
     rows, first = [head], None
     for (name, recipe), cost in zip(recipes.items(), costs, strict=True):
         try:
             by_stage = planned_cost(recipe, gpus, cost)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
-        first = first or by_stage[_TOTAL].gpu_hours
-        masked = {
-            stage.name: f"{stage.mask_ratio:.0%}" + ("" if stage.image_size is None else f" of {stage.image_size} px")
+        total = by_stage.pop(_TOTAL)
+        first = first or total.gpu_hours
+        masked = [
+            f"{stage.mask_ratio:.0%}" + ("" if stage.image_size is None else f" of {stage.image_size} px")
             for stage in recipe.stages
-        }
-        for stage, planned in by_stage.items():
-            share = f"{planned.gpu_hours / first:.2f}" if stage == _TOTAL else ""
-            hours = [rounded(planned.hours), rounded(planned.gpu_hours), share]
-            others = ["-" if v is None else rounded(v) for v in (planned.kwh, planned.dollars, planned.co2_kg)]
-            rows.append([name, stage, masked.get(stage, ""), f"{planned.pairs:,}", *hours, *others])
+        ]
+        several = len(masked) > 1
+        rows.append(_row(name, "" if several else masked[0], total, f"{total.gpu_hours / first:.0%}"))
+        for share, (stage, planned) in zip(masked, by_stage.items(), strict=True):
+            rows += [_row(f"  {stage}", share, planned)] * several
     assumed = _assumed(gpus, dict(zip(recipes, costs, strict=True)))
     timed = [name for name, recipe in recipes.items() if recipe.budget_minutes is not None]
     assumed += [f"hours of {name} are its budget_minutes, and its pairs are computed" for name in timed]
-    return "\n".join([*assumed, "", plain_table(rows, range(2, len(head)))])
+    return "\n".join([*assumed, "", plain_table(rows, range(1, len(head)))])
+
+
+def _row(name: str, masked: str, planned: PlannedCost, share: str = "") -> list[str]:
+    hours = [hours_text(planned.hours), hours_text(planned.gpu_hours)]
+    others = ["-" if value is None else rounded(value) for value in (planned.kwh, planned.dollars, planned.co2_kg)]
+    return [name, masked, f"{planned.pairs:,}", *hours, share, *others]
 
 
 def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
     """Return the lines above the table."""
-    lines = [
-        "planned: all but masked and pairs is computed, and nothing is measured",
-        f"{gpus.count} x {gpus.name}, each at an MFU of {gpus.mfu:.1%} of {gpus.peak / 1e12:,.0f} Tflop/s",
-    ]
+    lines = [f"computed, for {gpus.count} x {gpus.name} at {gpus.mfu:.1%} of {gpus.peak / 1e12:,.0f} Tflop/s (MFU)"]
     same = len(set(costs.values())) == 1
     for name, cost in costs.items():
         of = "" if same else f"{name}: "
@@ -111,4 +114,4 @@ def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
         dollars = f"{price:g} dollars a GPU's hour" if price is not None else "price unknown (--device_hour_dollars)"
         co2 = f"{grid:g} g of CO2 a kWh" if grid is not None else "grid unknown (--kwh_co2_grams)"
         lines.append(f"{of}{dollars}, {watts}, a PUE of {cost.pue:g}, {co2}")
-    return lines[:3] if same else lines
+    return lines[:2] if same else lines

@@ -3,15 +3,16 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
-from flipscale.io.text_table import plain_table
+from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.planning.memory import (
     GPUS_OF_A_NODE,
     USABLE,
@@ -21,18 +22,38 @@ from flipscale.planning.memory import (
     recipe_memory,
     what_fits,
 )
-from flipscale.planning.time import USUAL_SHARE, Hardware, Links, share_of_peak, step_time
+from flipscale.planning.time import USUAL_SHARE, Hardware, Links, StepTime, share_of_peak, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
-_TIME_HEAD = (
-    *("processes", "pairs each", "compute ms", "exposed ms", "optimizer ms", "step ms", "pairs/s", "MFU"),
-    *("workers a node", "MB/s a node", "bottleneck"),
-)
+_MOST_COLUMNS = 6  # of a terminal with 100 columns
+_SAME_TIME = 1.02  # of two computed times
+_STEP_ROWS: dict[str, Callable[[StepTime], str]] = {
+    "  step, ms": lambda step: f"{1e3 * step.seconds:,.1f}",
+    "    computing": lambda step: f"{1e3 * step.compute:,.1f}",
+    "    awaiting messages": lambda step: f"{1e3 * step.exposed:,.1f}",
+    "    updating weights": lambda step: f"{1e3 * step.optimizer:,.1f}",
+    "  pairs/s": lambda step: f"{step.batch / step.seconds:,.0f}",
+    "  MFU": lambda step: f"{step.mfu:.0%}",
+    "  loader workers a node": lambda step: f"{step.workers:.1f}",
+    "  MB/s read by a node": lambda step: f"{step.node_mb_s:,.0f}",
+    "  bottleneck": lambda step: step.bottleneck,
+}
+
+
+class _Planned(NamedTuple):
+    """The computed needs of a launch. `seconds` is the time of all steps, or of a mean step if a run has a budget."""
+
+    name: str
+    launch: Launch
+    memory: Memory
+    steps: Sequence[StepTime]
+    seconds: float
+    hours: float
 
 
 def dry_run(arguments: Sequence[str]) -> None:
-    """Print parameters, bytes of each process and the time of a step under launch files. Other options are those of
+    """Print memory and time with a column for each launch, and an advice. Other options are those of
     `flipscale pretrain`.
 
     Raises:
@@ -48,31 +69,30 @@ def dry_run(arguments: Sequence[str]) -> None:
         pair_kb=args.pair_kb,
     )
     recipe = parse_recipe(rest)
-    by_file = _launches(args)
-    several = any(len(sizes) > 1 for sizes in by_file.values())
-    launches = {
-        f"{name} {launch.num_processes}" if several else name: launch
-        for name, sizes in by_file.items()
-        for launch in sizes
-    }
-    heading = _heading(recipe, launches)
+    launches = _launches(args)
+    heading = _heading(recipe, hardware)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     limit = args.gpu_memory_gib
     if limit is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / 2**30
-    needs = {name: recipe_memory(recipe, launch) for name, launch in launches.items()}
+    planned = [_planned(name, launch, recipe, hardware) for name, launch in launches]
+    counts = dict.fromkeys(launch.num_processes for _, launch in launches)
+    by_count = {count: [one for one in planned if one.launch.num_processes == count] for count in counts}
     print(heading)
-    print(_memory_table(needs, limit))
-    print(_time_tables(recipe, by_file, hardware))
-    if limit is not None and not any(memory.fits(limit) for memory in needs.values()):
-        name = min(needs, key=lambda name: needs[name].total)
-        fits = what_fits(recipe, launches[name], int(USABLE * limit * 2**30))
-        fix = f"what would fit: {', or '.join(fits)}" if fits else "no known change would fit: use larger GPUs"
+    for columns in [planned] if len(planned) <= _MOST_COLUMNS else by_count.values():
+        print(f"\n{_table(recipe, columns, limit)}")
+    if limit is not None and not any(one.memory.fits(limit) for one in planned):
+        least = min(planned, key=lambda one: one.memory.total)
+        fits = what_fits(recipe, least.launch, int(USABLE * limit * 2**30))
+        fix = f"what would fit: {', '.join(fits)}" if fits else "no known change would fit: use larger GPUs"
         raise UserError(
-            f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, but only {USABLE * limit:.1f} of a "
-            f"GPU's {limit:.0f} GiB are usable; {fix}"
+            f"{least.name} on {least.launch.num_processes} needs {least.memory.total / 2**30:.1f} GiB of each process, "
+            f"but only {USABLE * limit:.1f} of a GPU's {limit:.0f} GiB are usable; {fix}"
         )
+    print()
+    for count, group in by_count.items():
+        print(f"on {count:,} process{'es' * (count != 1)}, {_advice(group, limit)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,77 +143,83 @@ def _counts(text: str) -> list[int]:
     return [number(Count)(part) for part in text.split(",")]
 
 
-def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
+def _launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
     """Return the launches of each file, or of this process's environment, at each number of processes."""
+    counts = args.num_processes or [None]
     if args.launch_file:
-        counts = args.num_processes or [None]
-        return {file.stem: [read_launch_file(file, count) for count in counts] for file in args.launch_file}
+        return [(file.stem, read_launch_file(file, count)) for file in args.launch_file for count in counts]
     # bf16, because the planned GPUs train so without a launch file, whatever this machine does.
     launch = launch_of({PRECISION: "bf16", **os.environ})
-    counts = args.num_processes or [launch.num_processes]
-    return {launch.engine: [launch.using(num_processes=count) for count in counts]}
+    return [(launch.engine, launch.using(num_processes=count or launch.num_processes)) for count in counts]
 
 
-def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
+def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _Planned:
+    steps = [step_time(recipe, launch, stage, hardware) for stage in recipe.stages]
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    seconds = sum((stage.last - stage.first) * step.seconds for stage, step in zip(stages, steps, strict=True))
+    hours = seconds / 3600 if recipe.budget_minutes is None else recipe.budget_minutes / 60
+    return _Planned(name, launch, recipe_memory(recipe, launch), steps, seconds, hours)
+
+
+def _heading(recipe: Recipe, hardware: Hardware) -> str:
+    """Return the model, the stages and the assumptions."""
     model = planned_model(recipe.model_config(), recipe.objective().exported_class)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     vision, text = (
         sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in ("vision_", "text_")
     )
-    batch = recipe.data.global_batch_size
-    stages = plan_stages(recipe.stages, batch, recipe.budget_minutes)
-    length = f"{stages[-1].last:,}" if recipe.budget_minutes is None else f"{recipe.budget_minutes:g} minutes of"
-    lines = [
-        f"{recipe.model.size}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}",
-        f"{length} steps of {batch:,} pairs"
-        + (", activations recomputed" if recipe.model.gradient_checkpointing else ""),
-    ]
-    for name, launch in launches.items():
-        step = heaviest_step(recipe, launch)
+    minutes, batch, links = recipe.budget_minutes, recipe.data.global_batch_size, hardware.links
+    lines = [f"{recipe.model.size}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}"]
+    for stage in plan_stages(recipe.stages, batch, minutes):
+        length = stage.last - stage.first
         lines.append(
-            f"{name}: {launch.num_processes} processes of {batch // launch.num_processes} pairs, "
-            f"{step.batch_size} at once, {'bf16' if launch.bf16 else 'fp32'}, "
-            f"at most {1 - step.mask_ratio:.0%} of the patches"
-            + ("" if step.image_size is None else f" of {step.image_size} x {step.image_size} pixels")
+            f"{stage.name}: {f'{length:,} steps' if minutes is None else f'{length * minutes:g} minutes'} of {batch:,} "
+            f"pairs, {stage.mask_ratio:.0%} masked"
+            + ("" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels")
+            + (", activations recomputed" if recipe.model.gradient_checkpointing else "")
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + (
+        f"\ncomputed, for GPUs at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, "
+        f"{links.node_gb_s:g} GB/s a GPU within a node of {GPUS_OF_A_NODE}, {links.network_gb_s:g} between nodes,\n"
+        f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} kB a pair"
+    )
 
 
-def _memory_table(needs: dict[str, Memory], limit: float | None) -> str:
-    """Return GiB by kind, a column for each launch."""
-    rows = [["GiB of each process", *needs]]
+def _table(recipe: Recipe, planned: Sequence[_Planned], limit: float | None) -> str:
+    """Return memory, time and cost, with a column for each launch."""
+    rows = [["", *(one.name for one in planned)]]
+
+    def add(name: str, cell: Callable[[_Planned], str] = lambda _: "") -> None:
+        rows.append([name, *map(cell, planned)])
+
+    add("processes", lambda one: f"{one.launch.num_processes:,}")
+    add("pairs each", lambda one: f"{one.steps[0].pairs:,}")
+    if recipe.data.micro_batch_size is not None:
+        add("  in a micro-batch", lambda one: f"{heaviest_step(recipe, one.launch).batch_size:,}")
+    add("precision", lambda one: "bf16" if one.launch.bf16 else "fp32")
+    add("memory, GiB")
     for name in [*(field.name for field in dataclasses.fields(Memory)), "total"]:
-        rows.append([name, *(f"{getattr(memory, name) / 2**30:.2f}" for memory in needs.values())])
+        add(f"  {name}", lambda one, name=name: f"{getattr(one.memory, name) / 2**30:.2f}")
     if limit is not None:
-        rows.append([f"fits {limit:.0f} GiB", *("yes" if memory.fits(limit) else "no" for memory in needs.values())])
-    return "\n" + plain_table(rows, range(1, len(rows[0])))
+        add(f"  fits {limit:.0f} GiB", lambda one: "yes" if one.memory.fits(limit) else "no")
+    for at, stage in enumerate(recipe.stages):
+        add(f"stage: {stage.name}")
+        for name, text in _STEP_ROWS.items():
+            add(name, lambda one, at=at, text=text: text(one.steps[at]))
+    add("whole run", lambda one: hours_text(one.hours))
+    add("  GPU-hours", lambda one: hours_text(one.hours * one.launch.num_processes))
+    if recipe.cost.device_hour_dollars is not None:
+        add("  dollars", lambda one: rounded(recipe.cost.dollars(one.hours * one.launch.num_processes) or 0.0))
+    return plain_table(rows, range(1, len(rows[0])))
 
 
-def _time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Hardware) -> str:
-    """Return the assumptions, and a table for each stage and launch file with a row for each number of processes."""
-    links = hardware.links
-    lines = [
-        "",
-        f"time, at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gb_s:g} GB/s a GPU "
-        f"within a node of {GPUS_OF_A_NODE}, {links.network_gb_s:g} between nodes, "
-        f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} KB a pair:",
-    ]
-    plan = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
-    for name, sizes in launches.items():
-        hours = dict.fromkeys((launch.num_processes for launch in sizes), 0.0)
-        for stage, planned in zip(recipe.stages, plan, strict=True):
-            rows: list[tuple[str, ...]] = [_TIME_HEAD]
-            for launch in sizes:
-                step = step_time(recipe, launch, stage, hardware)
-                hours[launch.num_processes] += step.seconds * (planned.last - planned.first) / 3600
-                milliseconds = (1e3 * step.compute, 1e3 * step.exposed, 1e3 * step.optimizer, 1e3 * step.seconds)
-                cells = [f"{launch.num_processes:,}", f"{step.pairs:,}", *(f"{ms:,.1f}" for ms in milliseconds)]
-                cells += [f"{step.batch / step.seconds:,.0f}", f"{step.mfu:.0%}", f"{step.workers:.1f}"]
-                rows.append((*cells, f"{step.node_mb_s:,.0f}", step.bottleneck))
-            size = "" if stage.image_size is None else f" of {stage.image_size} x {stage.image_size} pixels"
-            table = plain_table(rows, range(len(_TIME_HEAD) - 1))
-            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{size}):", table]
-        if recipe.budget_minutes is None:
-            run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
-            lines += ["", f"{name}, the whole run: {run}"]
-    return "\n".join(lines)
+def _advice(planned: Sequence[_Planned], limit: float | None) -> str:
+    """Return the launch to use: the one with the most memory to spare of the fastest that fit."""
+    fitting = [one for one in planned if limit is None or one.memory.fits(limit)]
+    if not fitting:
+        return "nothing fits"
+    fastest = min(one.seconds for one in fitting)
+    best = min((one for one in fitting if one.seconds <= _SAME_TIME * fastest), key=lambda one: one.memory.total)
+    gib = best.memory.total / 2**30
+    room = f"fits in {limit:.0f} GiB with {USABLE * limit - gib:.0f} to spare" if limit else f"{gib:.1f} GiB a process"
+    return f"use {best.name}: {room}, {hours_text(best.hours)}"

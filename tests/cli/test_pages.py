@@ -45,6 +45,7 @@ SUBSTITUTES = {
     r"--minutes 15\b": "--minutes 0.05",
     r"runs/table_1d/runs/\*/model --zero_shot data/icons/test": "runs/demo/model --zero_shot data/demo/test",
     r"flipscale plan .* --gpu": "flipscale plan examples/demo/demo.yaml examples/demo/demo_clip.yaml --gpu",
+    r"--num_processes 64,1024 --gpu": "--num_processes 64,256 --gpu",
     r"--config h14_laion2b --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
     r"--config examples/demo/demo_unseen.yaml": "--config examples/demo/demo_unseen.yaml "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",

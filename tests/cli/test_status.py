@@ -182,7 +182,7 @@ def test_the_table_of_two_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> 
             "zero_shot/top1": "31.5 %",
         }.items()
     )
-    assert rows["checkpoint"].endswith("old, at 3,000 pairs (7,000 ago)")
+    assert rows["checkpoint"].endswith("old, at 3,000 pairs, 7,000 behind the run")
     assert re.fullmatch("2, the last .* ago on 8 processes; 1 crash", rows["starts"])
 
 

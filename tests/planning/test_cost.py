@@ -43,18 +43,19 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
 def test_several_recipes() -> None:
     flip, clip = (parse_recipe(["--config", name]) for name in ("l16_laion400m", "l16_laion400m_clip"))
     lines = cost_table({"clip": clip, "flip": flip}, H100S, [COST, CostRecipe()]).splitlines()
-    assert lines[1:4] == [
-        "256 x H100, each at an MFU of 45.0% of 989 Tflop/s",
+    assert lines[:4] == [
+        "computed, for 256 x H100 at 45.0% of 989 Tflop/s (MFU)",
         "clip: 2.5 dollars a GPU's hour, 700 W a GPU, a PUE of 1.1, 369 g of CO2 a kWh",
         "flip: price unknown (--device_hour_dollars), 700 W a GPU, a PUE of 1, grid unknown (--kwh_co2_grams)",
+        "",
     ]
-    rows = [re.split(" {2,}", line) for line in lines[6:]]
-    assert [row[0] for row in rows] == ["clip"] * (len(clip.stages) + 1) + ["flip"] * (len(flip.stages) + 1)
-    first, second = (row for row in rows if row[1] == "in all")
-    assert first[5] == "1.00"
-    assert second[5] == "0.53"
-    assert "-" not in first
-    assert second[-2:] == ["-", "-"]
+    rows = [re.split(" {2,}", line.strip()) for line in lines[5:]]
+    # A recipe of one stage has one row.
+    assert [row[0] for row in rows] == ["clip", "flip", *(stage.name for stage in flip.stages)]
+    clip_row, flip_row, masked_row, _ = rows
+    assert clip_row[1:6] == ["0%", "12,799,967,232", "12.04 h", "3,082 h", "100%"]
+    assert flip_row[1:] == ["12,927,959,040", "6.34 h", "1,622 h", "53%", "1,135", "-", "-"]
+    assert masked_row[1:5] == ["50%", "12,799,967,232", "6.22 h", "1,591 h"]
 
 
 def test_a_stage_is_counted_at_its_own_image_size() -> None:
@@ -82,16 +83,18 @@ def test_a_run_that_ends_by_its_clock() -> None:
 
 
 def cells(printed: str) -> list[float | str]:
-    """The cells of the last recipe's row, from its pairs on."""
-    texts = [text.replace(",", "") for text in printed.splitlines()[-1].partition("in all")[2].split()]
-    return [text if text == "-" else float(text) for text in texts]
+    """The cells of the only recipe's row, from its pairs on."""
+    row = next(line for line in printed.splitlines() if "  100%  " in line)
+    texts = [text.replace(",", "") for text in re.split(" {2,}", row)[1:]]
+    return [float(text) if re.fullmatch(r"[\d.e+-]*\d", text) else text for text in texts]
 
 
 def test_options_replace_the_recipe_s_prices(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write_recipe(tmp_path / "run", cost={"device_hour_dollars": 2e12, "kwh_co2_grams": 100.0}))
     main(["plan", file, *PLAN])
-    pairs, _, _, share, kwh, by_recipe, co2 = cells(capsys.readouterr().out)
-    assert (pairs, share, kwh, co2) == (640, 1, "-", "-")
+    pairs, time, gpu_time, share, kwh, by_recipe, co2 = cells(capsys.readouterr().out)
+    assert (pairs, share, kwh, co2) == (640, "100%", "-", "-")
+    assert time == gpu_time == "under a minute"
     main(["plan", file, *PLAN, "--device_hour_dollars", "4e12", "--watts", "1e15", "--pue", "1.5"])
     *_, kwh, dollars, co2 = cells(capsys.readouterr().out)
     assert dollars == pytest.approx(2 * by_recipe, rel=0.05)

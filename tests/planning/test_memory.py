@@ -137,19 +137,28 @@ def test_what_each_engine_keeps(h14: Recipe) -> None:
     assert all(0 < gradients[engine] < whole / 256 for engine in ("zero2", "zero3"))
 
 
+ROWS = [(["processes"], "256"), (["pairs", "each"], "256"), (["precision"], "bf16")]
+
+
 @pytest.mark.parametrize("size", ["h14", pytest.param("g14", marks=pytest.mark.long)])
 def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -> None:
     command = ["pretrain", "--config", "h14_laion2b", "--model.size", size, "--dry_run", "--launch_file"]
     main([*command, *map(str, LAUNCH_FILES), "--num_processes", "256", "--gpu_memory_gib", "80"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"{size}: {PARAMETERS[size]:,} parameters")
-    for file in LAUNCH_FILES:
-        assert f"{file.stem}: 256 processes of 256 pairs, 256 at once, bf16, at most 100% of the patches" in printed
-    lines = printed.split("\n\ntime, ")[0].splitlines()[-11:]
-    assert lines[0].split() == ["GiB", "of", "each", "process", *(file.stem for file in LAUNCH_FILES)]
-    *kinds, totals = (list(map(float, line.split()[1:])) for line in lines[1:-1])
+    head, *lines = (line.split() for line in printed.split("\n\n")[1].splitlines())
+    assert head == [file.stem for file in LAUNCH_FILES]
+    assert lines[:3] == [[*name, *[value] * len(head)] for name, value in ROWS]
+    first = lines.index(["memory,", "GiB"])
+    kinds = [list(map(float, line[1:])) for line in lines[first + 1 : first + 9]]
+    totals = list(map(float, lines[first + 9][1:]))
     assert totals == pytest.approx([sum(column) for column in zip(*kinds, strict=True)], abs=0.04)
-    assert lines[-1].split() == ["fits", "80", "GiB", *["yes"] * len(LAUNCH_FILES)]
+    assert lines[first + 10] == ["fits", "80", "GiB", *["yes"] * len(head)]
+    least = head[totals.index(min(totals))]
+    room = 0.94 * 80 - min(totals)
+    assert printed.splitlines()[-1].startswith(
+        f"on 256 processes, use {least}: fits in 80 GiB with {room:.0f} to spare, "
+    )
 
 
 @pytest.mark.long
@@ -170,7 +179,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
         main([*command, "--num_processes", "64", "--gpu_memory_gib", "40"])
     assert exit_info.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("flipscale: error: ddp needs ")
+    assert error.startswith("flipscale: error: ddp on 64 needs ")
     assert "GiB of each process, but only 37.6 of a GPU's 40 GiB are usable; what would fit: " in error
     assert "model.gradient_checkpointing (" in error
     assert "data.micro_batch_size 256 (" in error

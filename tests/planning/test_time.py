@@ -1,5 +1,6 @@
 """The time of a step by hand, the dry run's tables, and the errors of its options."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
+from flipscale.planning.dry_run import _advice, _Planned
+from flipscale.planning.memory import Memory
 from flipscale.planning.time import Hardware, Links, messages, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 
@@ -94,18 +97,48 @@ def test_the_bottleneck_is_named(h14: Recipe) -> None:
     assert (starved.bottleneck, starved.seconds) == ("loader", pytest.approx(256 / 80))
 
 
-def test_a_table_for_each_file_and_stage(h14: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def cells(printed: str) -> dict[str, list[str]]:
+    """The cells of a printed table by the name of their row. Of the stages' rows, the last stage's count."""
+    lines = [re.split(" {2,}", line.strip()) for line in printed.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) > 1}
+
+
+def test_a_column_for_each_launch_and_an_advice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "step.json").write_text('{"flops_per_pair": 1e12, "images_per_s": 494.5}\n')
-    files = [str(DS_CONFIGS / "ddp.yaml"), str(DS_CONFIGS / "hsdp.yaml")]
-    command = ["pretrain", "--dry_run", "--config", "h14_laion2b", "--launch_file", *files]
-    main([*command, "--num_processes", "64,256", "--bench", str(tmp_path / "step.json")])
+    files = [str(DS_CONFIGS / f"{name}.yaml") for name in ("ddp", "fsdp2", "hsdp")]
+    command = ["pretrain", "--dry_run", "--config", "h14_laion2b", "--cost.device_hour_dollars", "2", "--launch_file"]
+    main([*command, *files, "--num_processes", "256,1024", "--bench", str(tmp_path / "step.json")])
     printed = capsys.readouterr().out
-    assert "time, at 50% of 989 Tflop/s, 350 GB/s a GPU within a node of 8, 46 between nodes" in printed
-    for name in ("ddp", "hsdp"):
-        for stage in ("masked (50% masked)", "unmasked tuning (0% masked)"):
-            lines = printed.split(f"{name}, {stage}:\n")[1].splitlines()
-            assert [line.split()[0] for line in lines[1:3]] == ["64", "256"]
-        assert f"{name}, the whole run: " in printed
+    assert "computed, for GPUs at 50% of 989 Tflop/s, 350 GB/s a GPU within a node of 8, 46 between nodes" in printed
+    assert "unmasked tuning: 1,953 steps of 65,536 pairs, 0% masked, activations recomputed\n" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert printed.count("memory, GiB") == 1
+    table = cells(printed)
+    assert table["processes"] == ["256", "1,024"] * 3
+    hours = [float(cell.removesuffix(" h").replace(",", "")) for cell in table["whole run"]]
+    dollars = [float(cell.replace(",", "")) for cell in table["dollars"]]
+    assert dollars == pytest.approx(
+        [2 * count * time for count, time in zip([256, 1024] * 3, hours, strict=True)], rel=1e-3
+    )
+    # At 1,024 processes, the network limits fsdp2, and ddp is slower by its optimizer; at 256, all are equally fast.
+    total = [f"{float(cell):.1f} GiB a process" for cell in table["total"]]
+    advice = printed.splitlines()[-2:]
+    assert advice == [
+        f"on 256 processes, use fsdp2: {total[2]}, {table['whole run'][2]}",
+        f"on 1,024 processes, use hsdp: {total[5]}, {table['whole run'][5]}",
+    ]
+
+
+def test_the_advice_takes_the_fastest_that_fits() -> None:
+    def planned(name: str, gib: int, seconds: float) -> _Planned:
+        return _Planned(name, Launch(name, 8), Memory(gib * 2**30), [], seconds, seconds / 3600)
+
+    fast, same, slow = planned("ddp", 60, 3600.0), planned("hsdp", 50, 3610.0), planned("fsdp2", 10, 7200.0)
+    assert _advice([fast, same, slow], 80.0) == "use hsdp: fits in 80 GiB with 25 to spare, 1.00 h"
+    assert _advice([fast, slow], 80.0) == "use ddp: fits in 80 GiB with 15 to spare, 1.00 h"
+    assert _advice([fast, same, slow], 40.0) == "use fsdp2: fits in 40 GiB with 28 to spare, 2.00 h"
+    assert _advice([fast], 40.0) == "nothing fits"
+    assert _advice([planned("ddp", 1, 59.0)], None) == "use ddp: 1.0 GiB a process, under a minute"
 
 
 @pytest.mark.parametrize(
