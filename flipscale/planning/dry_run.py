@@ -187,29 +187,29 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
 
 def _table(recipe: Recipe, planned: Sequence[_Planned], limit: float | None) -> str:
     """Return memory, time and cost, with a column for each launch."""
-    rows = [["", *(one.name for one in planned)]]
-
-    def add(name: str, cell: Callable[[_Planned], str] = lambda _: "") -> None:
-        rows.append([name, *map(cell, planned)])
-
-    add("processes", lambda one: f"{one.launch.num_processes:,}")
-    add("pairs each", lambda one: f"{one.steps[0].pairs:,}")
+    blank = [""] * len(planned)
+    rows = [
+        ["", *(one.name for one in planned)],
+        ["processes", *(f"{one.launch.num_processes:,}" for one in planned)],
+        ["pairs each", *(f"{one.steps[0].pairs:,}" for one in planned)],
+        ["precision", *("bf16" if one.launch.bf16 else "fp32" for one in planned)],
+        ["memory, GiB", *blank],
+    ]
     if recipe.data.micro_batch_size is not None:
-        add("  in a micro-batch", lambda one: f"{heaviest_step(recipe, one.launch).batch_size:,}")
-    add("precision", lambda one: "bf16" if one.launch.bf16 else "fp32")
-    add("memory, GiB")
+        at_once = (f"{heaviest_step(recipe, one.launch).batch_size:,}" for one in planned)
+        rows.insert(3, ["  in a micro-batch", *at_once])
     for name in [*(field.name for field in dataclasses.fields(Memory)), "total"]:
-        add(f"  {name}", lambda one, name=name: f"{getattr(one.memory, name) / 2**30:.2f}")
+        rows.append([f"  {name}", *(f"{getattr(one.memory, name) / 2**30:.2f}" for one in planned)])
     if limit is not None:
-        add(f"  fits {limit:.0f} GiB", lambda one: "yes" if one.memory.fits(limit) else "no")
+        rows.append([f"  fits {limit:.0f} GiB", *("yes" if one.memory.fits(limit) else "no" for one in planned)])
     for at, stage in enumerate(recipe.stages):
-        add(f"stage: {stage.name}")
-        for name, text in _STEP_ROWS.items():
-            add(name, lambda one, at=at, text=text: text(one.steps[at]))
-    add("whole run", lambda one: hours_text(one.hours))
-    add("  GPU-hours", lambda one: hours_text(one.hours * one.launch.num_processes))
+        rows.append([f"stage: {stage.name}", *blank])
+        rows += [[name, *(text(one.steps[at]) for one in planned)] for name, text in _STEP_ROWS.items()]
+    gpu_hours = [one.hours * one.launch.num_processes for one in planned]
+    rows.append(["whole run", *(hours_text(one.hours) for one in planned)])
+    rows.append(["  GPU-hours", *map(hours_text, gpu_hours)])
     if recipe.cost.device_hour_dollars is not None:
-        add("  dollars", lambda one: rounded(recipe.cost.dollars(one.hours * one.launch.num_processes) or 0.0))
+        rows.append(["  dollars", *(rounded(recipe.cost.device_hour_dollars * hours) for hours in gpu_hours)])
     return plain_table(rows, range(1, len(rows[0])))
 
 
