@@ -70,7 +70,7 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
         # The nearest training image, at the first recipe's first zero-shot task, joins every run's results and page.
         first = runs[0].recipe
         for task in [task for task in first.eval.planned() if task.kind == "zero_shot"][:1]:
-            baselines = run_baselines(first.data.shards, task)
+            baselines = run_baselines(first.data.shards or "", task)
             for run in runs:
                 record_baselines(run.run_dir, baselines)
                 offer_report(run.recipe, load_with_tokenizer)
