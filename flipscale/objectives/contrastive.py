@@ -42,8 +42,8 @@ class Contrastive(Objective):
 
     takes_positives: ClassVar[bool] = True
 
-    def coupled_loss(self, *compared: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
-        return contrastive_loss(*compared, **parameters, exchange=self.exchange, ids=caption_ids)
+    def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
+        return contrastive_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)
 
 
 def contrastive_loss(

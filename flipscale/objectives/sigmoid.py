@@ -38,8 +38,8 @@ class Sigmoid(Objective):
         config.logit_scale_init_value, config.logit_bias_init_value = math.log(10.0), -10.0
         return config
 
-    def coupled_loss(self, *compared: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
-        return sigmoid_loss(*compared, **parameters, exchange=self.exchange, ids=caption_ids)
+    def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
+        return sigmoid_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)
 
 
 def sigmoid_loss(
