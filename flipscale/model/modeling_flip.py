@@ -444,14 +444,14 @@ class FlipPreTrainedModel(PreTrainedModel):
             raise ValueError("use_safetensors is False; a pickle can run code when it is read and is never loaded")
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
-    def set_attn_implementation(self, attn_implementation: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Set the attention kernel. The configuration of a part that this model lacks, such as a classifier's
         `text_config`, is left alone: transformers would warn of undefined behaviour."""
         if isinstance(attn_implementation, str):
             used = {id(module.config) for module in self.modules() if hasattr(module, "config")}
             parts = (name for name in self.config.sub_configs if id(getattr(self.config, name)) in used)
             attn_implementation = dict.fromkeys(["", *parts], attn_implementation)
-        super().set_attn_implementation(attn_implementation, **kwargs)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Call `_init_weights` for every module.
