@@ -80,7 +80,10 @@ def encoded_captions(value: Any, name: str) -> tuple[bytes, ...]:
 def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens: int) -> dict[str, "torch.Tensor"]:
     """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`; texts are cut or padded to that length."""
     with wrap_errors(UntokenizableCaption):
-        tokens = tokenizer(texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            *(texts,), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt",
+            return_attention_mask=True,
+        )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 

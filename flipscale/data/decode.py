@@ -131,14 +131,20 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
 
 
 def decode_box(
-    encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]
+    encoded: bytes,
+    draws: np.ndarray | None,
+    image_size: int,
+    crop_scale: tuple[float, float] = (1.0, 1.0),
+    squash: bool = False,
 ) -> np.ndarray:
     """Return the image, cropped and resized: uint8 RGB `(image_size, image_size, 3)`, contiguous. See `decode_crop`."""
-    return decode_crop(encoded, draws, image_size, crop_scale).fitted(image_size)
+    return decode_crop(encoded, draws, image_size, crop_scale, squash).fitted(image_size)
 
 
 @wrap_errors(UndecodableImage)
-def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]) -> Crop:
+def decode_crop(
+    encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float], squash: bool = False
+) -> Crop:
     """Return the crop of an image. A crop of a large image is `fitted` already, so that it holds no other memory.
 
     For a random crop, a JPEG is decoded at half, a quarter or an eighth of its size if the crop still has `image_size`
@@ -149,6 +155,7 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop, mirrored if the last is below 0.5; None for the
             centre.
         crop_scale: least and most area of a random crop as fractions of the image's.
+        squash: whether the whole image takes the place of its centre, as in SigLIP.
 
     Raises:
         UndecodableImage: the bytes are no image, or a damaged or an oversized one.
@@ -163,7 +170,7 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
         if orientation >= _FIRST_SIDEWAYS:
             height, width = width, height
     if draws is None:
-        box = centre_box(height, width, image_size)
+        box = Box(0, 0, height, width) if squash else centre_box(height, width, image_size)
     else:
         box = random_box(height, width, draws, image_size, crop_scale)
     if jpeg_size is not None:

@@ -30,18 +30,24 @@ _NARROW = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mas
 
 @dataclass(frozen=True)
 class InputShape:
-    """The sizes of the model's inputs: pixels along each side, tokens of a caption, blocks of the image tower."""
+    """The sizes of the model's inputs: pixels along each side, tokens of a caption, blocks of the image tower.
+
+    Args:
+        squashes: whether a test image is resized to the square, else its centre is cut out.
+    """
 
     image_size: int
     patch_size: int
     max_tokens: int
     num_blocks: int = 0
+    squashes: bool = False
 
     @classmethod
     def of(cls, config: FlipConfig) -> "InputShape":
         """Return the shape of the inputs of a model."""
         vision, text = config.vision_config, config.caption_config
-        return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
+        squashes = getattr(config, "squashes", False)
+        return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers, squashes)
 
     def at(self, image_size: int | None) -> "InputShape":
         """Return the shape for another image size; None keeps the size."""

@@ -37,6 +37,21 @@ _MARK = "\x01"  # control characters have been removed before it is used
 _NO_WORD = "\ue000"  # private use: in no vocabulary, so it becomes [UNK]
 
 
+def model_tokenizer(name: str, text: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer `name` for a model, see `load_tokenizer`, after `check_tokenizer`.
+
+    Args:
+        text: configuration of the text tower, or of the decoder in its place. CLIP's pools at the end of the caption,
+            so its tokenizer gets begin and end tokens if it adds none.
+    """
+    tokenizer = load_tokenizer(name, text.max_position_embeddings)
+    has_ends = None not in (tokenizer.bos_token, tokenizer.eos_token)
+    if text.model_type == "clip_text_model" and has_ends and tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
+        tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    check_tokenizer(tokenizer, text)
+    return tokenizer
+
+
 def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a recipe.
 
@@ -282,7 +297,7 @@ def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig | FlipDecoderConfig) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: Any) -> None:
     """Raise unless a tokenizer fits the text tower, or the decoder in its place."""
     entries = num_entries(tokenizer)
     if entries > text.vocab_size:
@@ -290,6 +305,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig | F
             f"the tokenizer has {entries} entries, the model's vocab_size is {text.vocab_size}; use the "
             "tokenizer that the model was trained with"
         )
+    if text.model_type == "clip_text_model":
+        last = tokenizer("a").input_ids[-1:]
+        # transformers takes an `eos_token_id` of 2, OpenAI's old configuration, to mean the largest id.
+        ends = [entries - 1] if text.eos_token_id == 2 else [text.eos_token_id]
+        if last != ends:
+            raise UserError(
+                f"the tokenizer ends a caption with id {last}, and CLIP's text tower pools at eos_token_id {ends}; use a "
+                "CLIP's tokenizer, or one that `flipscale prepare tokenizer SHARDS DIR --begin_and_end` writes"
+            )
+    if not isinstance(text, FlipTextConfig | FlipDecoderConfig):
+        if tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token, so captions cannot have one length; set its pad_token")
+        return
     if tokenizer.pad_token_id != text.pad_token_id:
         raise UserError(
             f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "

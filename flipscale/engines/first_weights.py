@@ -54,8 +54,9 @@ def build_weights(
             empty = torch.empty_like(parameter, device="cpu")
             setattr(module, field, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         tables: dict[str, torch.Tensor] = getattr(module, "fixed_tables", dict)()
-        for field, _ in list(module.named_buffers(recurse=False)):
-            setattr(module, field, tables[field])
+        for field, buffer in list(module.named_buffers(recurse=False)):
+            # In transformers' own towers, the only buffer numbers the positions.
+            setattr(module, field, tables[field] if tables else torch.arange(buffer.shape[-1]).expand(1, -1))
         init(name, module, owner)
         if isinstance(module, blocks):
             place(module)
@@ -145,7 +146,7 @@ def initial_weights(
             if prefix + field not in names:
                 continue
             if files:
-                parameter.data.copy_(files[prefix + field].get_tensor(prefix + field))
+                parameter.data.copy_(files[prefix + field].get_tensor(prefix + field).reshape(parameter.shape))
             if several:
                 sent = parameter.data.to(device)
                 dist.broadcast(sent, 0)
@@ -169,7 +170,7 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
     """
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name in shapes.keys() & files.keys():
-        stored = files[name].get_slice(name).get_shape()
+        stored = files[name].get_slice(name).get_shape() or [1]  # transformers' CLIP has a logit_scale of shape ()
         if stored != shapes[name]:
             raise UserError(f"{name} has the shape {stored} there, {shapes[name]} in this recipe's model")
     # Expected names, such as the text tower's for a classifier, are not logged.

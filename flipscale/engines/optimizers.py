@@ -61,9 +61,7 @@ def decays(model: nn.Module) -> dict[str, bool]:
     Biases, norms and the modules in a FLIP model's `no_weight_decay` do not decay. For the parameters of the loss the
     model decides. The class token, token embedding and `logit_scale` decay, as in the original.
     """
-    from flipscale.model import FlipPreTrainedModel  # takes seconds to import
-
-    exempt = model.no_weight_decay if isinstance(model, FlipPreTrainedModel) else frozenset()
+    exempt: frozenset[str] = getattr(model, "no_weight_decay", frozenset())
     decayed = {}
     for path, module in model.named_modules():
         is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))
@@ -86,15 +84,14 @@ def layer_scales(model: nn.Module, decay: float | None, tower_ratio: float = 1.0
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     if decay is None and tower_ratio == 1.0:
         return scales
-    from flipscale.model import FlipTextModel, FlipVisionModel  # takes seconds to import
-
     for path, tower in model.named_modules():
-        if isinstance(tower, FlipVisionModel | FlipTextModel):
+        if path in ("vision_model", "text_model"):
             last = len(tower.encoder.layers) + 1
             for name, _ in tower.named_parameters():
                 block = re.match(r"encoder\.layers\.(\d+)\.", name)
-                group = int(block[1]) + 1 if block else 0 if name.startswith("embeddings.") else last
-                scales[f"{path}.{name}" if path else name] = tower_ratio * (decay or 1.0) ** (last - group)
+                # CLIP has a norm before the first block.
+                group = int(block[1]) + 1 if block else 0 if name.startswith(("embeddings.", "pre_")) else last
+                scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (last - group)
     return scales
 
 

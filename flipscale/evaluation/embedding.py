@@ -342,7 +342,7 @@ class Embedder:
     def decoder(self) -> Decoder:
         """Return the function that turns an encoded image and its row into the model's columns, or raises
         `UndecodableImage`. It goes to the workers, without this embedder and its model."""
-        return partial(_whole_square, self.image_size, InputShape.of(self.model.config).patch_size)
+        return partial(whole_square, InputShape.of(self.model.config).at(self.image_size))
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         """Return the features of a batch of images, `(batch, dim)`, not normalised."""
@@ -535,5 +535,7 @@ def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
     return batch
 
 
-def _whole_square(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}
+def whole_square(shape: InputShape, encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    """Return the patches of an image in a model's size: `patches` uint8 `(num_patches, 3 * p * p)`."""
+    square = decode_box(encoded, None, shape.image_size, squash=shape.squashes)
+    return {"patches": visible_patches(square, shape.patch_size, None)}

@@ -126,7 +126,7 @@ class MaskedEmbedder(Embedder):
         return self.image_mask.fields
 
     def decoder(self) -> Decoder:
-        return partial(_masked_square, self.image_size, InputShape.of(self.model.config).patch_size, self.image_mask)
+        return partial(_masked_square, InputShape.of(self.model.config).at(self.image_size), self.image_mask)
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
@@ -139,14 +139,12 @@ class MaskedEmbedder(Embedder):
         return super().pooled_features(**columns).unflatten(0, (-1, self.image_mask.views)).mean(dim=1)
 
 
-def _masked_square(
-    image_size: int, patch_size: int, mask: ImageMask, encoded: bytes, row: int
-) -> dict[str, np.ndarray]:
+def _masked_square(shape: InputShape, mask: ImageMask, encoded: bytes, row: int) -> dict[str, np.ndarray]:
     """Return the remaining patches of the centred square: `patches` uint8 `(views, kept, 3 * p * p)` and `patch_index`
     int16 `(views, kept)`."""
-    index = mask.patches([row], image_size // patch_size)[0]
-    square = decode_box(encoded, None, image_size, (1.0, 1.0))
-    return {"patches": visible_patches(square, patch_size, index), "patch_index": index}
+    index = mask.patches([row], shape.side)[0]
+    square = decode_box(encoded, None, shape.image_size, squash=shape.squashes)
+    return {"patches": visible_patches(square, shape.patch_size, index), "patch_index": index}
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,18 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
-from flipscale.data.tokenizers import begin_and_end, check_tokenizer, load_tokenizer
+from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_whole
 from flipscale.evaluation.test_set import kept_class_names
 from flipscale.hub.push import sort_files
@@ -23,12 +27,14 @@ from flipscale.io.model_folder import check_folder, fetch_folder, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
+from flipscale.model.families import FAMILIES
 from flipscale.training.recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
 ReadWeight = Callable[[str], torch.Tensor]
-Processor = FlipProcessor | CLIPImageProcessorPil | None
+# An image processor, or the processor of a model with a text tower.
+Processor = CLIPImageProcessorPil | ProcessorMixin | None
 
 # Files of sentence-transformers: its modules in order, inputs and methods of the first, and the similarity. 6.0 is the
 # first release with both modules under these names.
@@ -58,8 +64,8 @@ _SENTENCE_TRANSFORMER = {
 }
 
 
-def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
-    """Return the processor of a model.
+def build_processor(config: Any, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    """Return the processor of a model; `clip` and `siglip` have transformers' own.
 
     It cuts and pads captions to `max_position_embeddings` ids. The begin and end tokens of written captions become
     special tokens of the tokenizer. Raise UserError if the tokenizer does not fit the model.
@@ -72,22 +78,22 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
         # Decoding leaves special tokens out.
         for name, token in begin_and_end(tokenizer).items():
             setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token))
-    return FlipProcessor(build_image_processor(config), tokenizer)
+    kind = FlipProcessor if isinstance(config, FlipConfig) else config.processor_class
+    return kind(build_image_processor(config), tokenizer)
 
 
-def build_image_processor(config: FlipConfig) -> CLIPImageProcessorPil:
+def build_image_processor(config: Any) -> Any:
     """Return the image processor of a model: resize the short side (bicubic), crop the centre, normalise.
 
-    It is transformers' PIL one, which needs no torchvision. The saved files name no backend: where torchvision is
+    SigLIP's resizes the whole image to the square. It is transformers' PIL one, which needs no torchvision. The saved files name no backend: where torchvision is
     installed, transformers loads its own instead. The two differ by one grey level at most.
     """
     vision = config.vision_config
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": vision.image_size},
-        crop_size={"height": vision.image_size, "width": vision.image_size},
-        image_mean=by_channel(vision.image_mean, vision.num_channels),
-        image_std=by_channel(vision.image_std, vision.num_channels),
-    )
+    square = {"height": vision.image_size, "width": vision.image_size}
+    pixels = {name: by_channel(getattr(vision, name), vision.num_channels) for name in ("image_mean", "image_std")}
+    if getattr(config, "squashes", False):
+        return SiglipImageProcessorPil(size=square, resample=PILImageResampling.BICUBIC, **pixels)
+    return CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=square, **pixels)
 
 
 def by_channel(value: float | list[float], num_channels: int) -> list[float]:
@@ -141,15 +147,15 @@ def export_checkpoint(
     objective = recipe.objective()
     processor: Processor
     if objective.takes_text:
-        tokenizer = load_tokenizer(recipe.data.tokenizer, config.caption_config.max_position_embeddings)
-        processor = build_processor(config, tokenizer)
+        processor = build_processor(config, model_tokenizer(recipe.data.tokenizer, config.caption_config))
     else:
         processor = build_image_processor(config)
     if objective.num_labels is not None:
         names = kept_class_names(checkpoint.parents[1], objective.num_labels)
         config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+    kind, exported = objective.exported_model(config)
     with torch.device("meta"):
-        model = objective.exported_class._from_config(config, dtype=dtype)
+        model = kind._from_config(exported, dtype=dtype)
     read: ReadWeight = partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
     if base is not None:
         read = _mixed({name: weight.shape for name, weight in model.state_dict().items()}, read, base, alpha)
@@ -186,7 +192,7 @@ def _write_weights(folder: Path, shapes: dict[str, torch.Size], read: ReadWeight
         def checked(name: str, kind: torch.dtype = kind) -> torch.Tensor:
             weight = read(name)
             check_weight(name, weight)
-            return weight.to(kind)
+            return weight.to(kind).reshape(shapes[name])
 
         weights = {name: torch.empty(shape, dtype=kind, device="meta") for name, shape in shapes.items()}
         split = split_torch_state_dict_into_shards(
@@ -204,12 +210,44 @@ def _write_json(path: Path, content: object, indent: int = 2) -> None:
     path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
-def _write_folder(model: FlipPreTrainedModel, processor: Processor, out_dir: Path, read: ReadWeight) -> Path:
-    """Write the configuration, the code, the processor and the weights that `read` returns to `out_dir`."""
+def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, read: ReadWeight) -> Path:
+    """Write the configuration, the code of our classes, the processor and the weights that `read` returns to
+    `out_dir`."""
     _check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    shapes, dtype = {name: weight.shape for name, weight in model.state_dict().items()}, model.dtype
+    is_ours = isinstance(model, FlipPreTrainedModel)
+    compares = isinstance(model, FlipModel) or not is_ours
+    if isinstance(model, FlipPreTrainedModel):
+        model = _with_code(model)
+    with atomic_write(out_dir) as folder:
+        if processor is not None:
+            processor.save_pretrained(folder)
+        if isinstance(processor, ProcessorMixin) and compares:
+            for name, content in _SENTENCE_TRANSFORMER.items():
+                _write_json(folder / name, content)
+        if not is_ours:
+            _write_for_transformers_4(folder, processor)
+        with without_bars():
+            model.save_pretrained(folder, state_dict={})
+        for empty in folder.glob("*.safetensors"):
+            empty.unlink()
+        _write_weights(folder, shapes, read, dtype)
+    return out_dir
+
+
+def _write_for_transformers_4(folder: Path, processor: Any) -> None:
+    """Write the names under which transformers 4 looks for an image processor and a tokenizer of its own classes."""
+    processor.image_processor.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    content = read_object(file)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        _write_json(file, {**content, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _with_code(model: FlipPreTrainedModel) -> FlipPreTrainedModel:
+    """Return a model that is saved with its code, under the names by which the Auto classes load it."""
     compares, config, dtype = isinstance(model, FlipModel), model.config, model.dtype
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     classes = {"AutoModelForImageClassification": "modeling_flip.FlipForImageClassification"}
     if compares:
         classes["AutoModelForZeroShotImageClassification"] = "modeling_flip.FlipModel"
@@ -221,18 +259,7 @@ def _write_folder(model: FlipPreTrainedModel, processor: Processor, out_dir: Pat
             with torch.device("meta"):
                 model = FlipForConditionalGeneration._from_config(config, dtype=dtype)
     model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **classes}
-    with atomic_write(out_dir) as folder:
-        if processor is not None:
-            processor.save_pretrained(folder)
-        if isinstance(processor, FlipProcessor) and compares:
-            for name, content in _SENTENCE_TRANSFORMER.items():
-                _write_json(folder / name, content)
-        with without_bars():
-            model.save_pretrained(folder, state_dict={})
-        for empty in folder.glob("*.safetensors"):
-            empty.unlink()
-        _write_weights(folder, shapes, read, dtype)
-    return out_dir
+    return model
 
 
 def _check_replaceable(out_dir: Path) -> None:
@@ -240,8 +267,8 @@ def _check_replaceable(out_dir: Path) -> None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     config = out_dir / "config.json"
-    if not config.is_file() or read_object(config).get("model_type") != FlipConfig.model_type:
-        raise UserError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")
+    if not config.is_file() or read_object(config).get("model_type") not in FAMILIES:
+        raise UserError(f"{out_dir} exists and is no model folder of flipscale; name another folder or remove it")
     if others := sort_files(out_dir)[1]:
         raise UserError(
             f"{out_dir} holds {', '.join(others[:6])}, which flipscale did not write and an export would remove; name "

@@ -27,7 +27,9 @@ from flipscale.model import (
     FlipModel,
     FlipPreTrainedModel,
 )
+from flipscale.model.families import FAMILIES, config_class
 from flipscale.objectives.captioning import CaptioningFlipModel
+from flipscale.training.start_weights import stored_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +94,12 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         folder = fetch_folder(name)
         files = check_folder(folder)
         content = read_object(folder / "config.json")
-        config = FlipConfig.from_own_fields(content)
+        if content.get("model_type") in FAMILIES.keys() - {"flip"}:
+            family = config_class(content["model_type"])
+            towers = stored_towers(folder)
+            config, kind = family.of_towers(towers["vision_config"], towers["text_config"]), family.trained_class
+        else:
+            config = FlipConfig.from_own_fields(content)
         if content.get("architectures") == [FlipForImageClassification.__name__]:
             names = content.get("id2label")
             if not isinstance(names, dict) or set(names) != {str(index) for index in range(len(names))}:
@@ -102,8 +109,14 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
             kind = FlipForQuestionAnswering
         elif config.decoder_config is not None:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
-        _check_shapes(config, {n: shape for file in files for n, shape in read_shapes(file).items()}, kind)
-        weights = {n: weight for file in files for n, weight in load_file(file).items()}
+        stored = {n: shape for file in files for n, shape in read_shapes(file).items()}
+        # transformers' CLIP has a logit_scale of shape (), and old files have its numbers of positions.
+        stored = {n: shape or [1] for n, shape in stored.items() if not n.endswith(".position_ids")}
+        if "logit_bias" in stored and not isinstance(config, FlipConfig):
+            config.logit_bias_init_value = 0.0  # replaced by the stored bias
+        _check_shapes(config, stored, kind)
+        weights = {n: weight for file in files for n, weight in load_file(file).items() if n in stored}
+        weights = {n: weight.reshape(stored[n]) for n, weight in weights.items()}
         for weight_name, weight in weights.items():
             check_weight(weight_name, weight)
     except (ValueError, SafetensorError) as error:

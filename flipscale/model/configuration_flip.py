@@ -456,6 +456,11 @@ class FlipConfig(FlipPreTrainedConfig):
         return self
 
     @classmethod
+    def parts(cls) -> dict[str, list[str]]:
+        """Return the fields of each part's configuration, without those that transformers adds to all."""
+        return {name: list(part.__annotations__) for name, part in PARTS}
+
+    @classmethod
     def from_size(
         cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
     ) -> "FlipConfig":

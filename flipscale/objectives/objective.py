@@ -60,6 +60,16 @@ class Objective:
         """Return the configuration of the trained model: `config`, or a changed copy."""
         return config
 
+    def trained_class(self, config: Any) -> Any:
+        """Return the class of the trained model: this objective's for FLIP, or that of another family."""
+        return self.model_class if isinstance(config, FlipConfig) else config.trained_class
+
+    def exported_model(self, config: Any) -> tuple[Any, Any]:
+        """Return the class and the configuration of the exported model."""
+        if isinstance(config, FlipConfig):
+            return self.exported_class, config
+        return config.exported_class, config.exported()
+
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass."""
         options["sends_masked"] = "masked_patches" in self.columns

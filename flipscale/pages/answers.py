@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import decode_box, visible_patches
+from flipscale.data.pairs import InputShape
 from flipscale.engines.device import best_attention
+from flipscale.evaluation.embedding import whole_square
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
@@ -174,8 +175,7 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.set_attn_implementation(best_attention(device))
     model = model.to(device).eval()  # type: ignore[arg-type]
-    vision = model.config.vision_config
-    decode = partial(_patches, task.image_size or vision.image_size, vision.patch_size)
+    decode = partial(whole_square, InputShape.of(model.config).at(task.image_size))
     # A random order leaves an even sample if the time ends early.
     order = np.random.default_rng(0).permutation(evenly(len(pictures), _MOST_PICTURES)).tolist()
 
@@ -194,17 +194,12 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
         if isinstance(task, Classification):
             # Logits are scores of classes already.
             return Tested(task, pictures, rows, answers_of(embeds, np.eye(len(names), dtype="f4"), names, right, 1.0))
-        assert isinstance(model, FlipModel)
         assert tokenizer is not None
         texts = _text_embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
     texts = texts.reshape(len(names), len(prompts), -1).mean(axis=1)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    scale = float(model.logit_scale.detach().exp().clamp(1.0, 100.0))
+    scale = float(model.loss_values()["logit_scale"])
     return Tested(task, pictures, rows, answers_of(embeds, texts, names, right, scale))
-
-
-def _patches(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}
 
 
 def _questions(

@@ -163,7 +163,8 @@ def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _
 
 def _heading(recipe: Recipe, hardware: Hardware) -> str:
     """Return the model, the stages and the assumptions."""
-    model = planned_model(recipe.model_config(), recipe.objective().exported_class)
+    kind, config = recipe.objective().exported_model(recipe.model_config())
+    model = planned_model(config, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     vision, text = (
         sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in ("vision_", "text_")

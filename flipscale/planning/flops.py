@@ -109,16 +109,16 @@ def forward_flops(
         image_size: image size in pixels; None for the model's own.
     """
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
-    return _counted(
-        config.to_json_string(use_diff=False), step, PLAIN if objective.exported_class is FlipModel else objective
-    )
+    objective = PLAIN if objective.exported_class is FlipModel else objective
+    return _counted(type(config), config.to_json_string(use_diff=False), step, objective)
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(config: str, step: Step, objective: Objective) -> Flops:
+def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Objective) -> Flops:
     # Fake tensors, because transformers reads the values of attention masks on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model_without_storage(FlipConfig(**json.loads(config)), objective.model_class)
+        config = kind(**json.loads(content))
+        model = model_without_storage(config, objective.trained_class(config))
         # Eager, because torch's counter lacks formulas for some fused attention kernels.
         model.set_attn_implementation("eager")
         with torch.device("meta"):

@@ -87,7 +87,7 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
     if refusal is not None:
         raise UserError(refusal)
-    model = planned_model(config, objective.model_class)
+    model = planned_model(config, objective.trained_class(config))
     micro_batches = recipe.data.global_batch_size // launch.num_processes // step.batch_size
     kept, moments = engine.memory(model, launch), num_moments(model, recipe.optim)
     with torch.device("meta"):
@@ -160,6 +160,12 @@ def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> S
     )
 
 
+def trained_model(recipe: Recipe) -> FlipPreTrainedModel:
+    """Return the trained model of a recipe without storage."""
+    config = recipe.model_config()
+    return planned_model(config, recipe.objective().trained_class(config))
+
+
 def planned_model(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel) -> FlipPreTrainedModel:
     """Return a model without storage. Models are cached by configuration."""
     return _planned_model(config.to_json_string(use_diff=False), kind)  # type: ignore[arg-type]  # hashable all the same
@@ -167,7 +173,7 @@ def planned_model(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipMode
 
 @functools.lru_cache(maxsize=8)
 def _planned_model(config: str, kind: type[FlipPreTrainedModel]) -> FlipPreTrainedModel:
-    return model_without_storage(FlipConfig(**json.loads(config)), kind)
+    return model_without_storage(kind.config_class(**json.loads(config)), kind)
 
 
 def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
@@ -253,20 +259,20 @@ class Activations:
 
 def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
     """Return the activations of a forward and a backward pass of the objective's model."""
-    return _simulated(config.to_json_string(use_diff=False), step, objective)
+    return _simulated(type(config), config.to_json_string(use_diff=False), step, objective)
 
 
 @functools.lru_cache(maxsize=64)
-def _simulated(config: str, step: Step, objective: Objective) -> Activations:
+def _simulated(kind: type[FlipConfig], content: str, step: Step, objective: Objective) -> Activations:
     with FakeTensorMode():
-        return measured(FlipConfig(**json.loads(config)), step, objective)
+        return measured(kind(**json.loads(content)), step, objective)
 
 
 def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
     """Return `activation_bytes` by running both passes, on fake tensors if that mode is on, else on real tensors. The
     memory of the loss's own computation is not included."""
     weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32
-    model = objective.model_class._from_config(config, dtype=weights_dtype).train()
+    model = objective.trained_class(config)._from_config(config, dtype=weights_dtype).train()
     products_dtype = torch.bfloat16 if step.bf16 else torch.float32
     model.set_attn_implementation(best_attention(torch.device(step.device_type), products_dtype))
     if step.gradient_checkpointing:

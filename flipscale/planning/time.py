@@ -16,7 +16,7 @@ from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.errors import UserError
 from flipscale.planning.flops import pair_flops
-from flipscale.planning.memory import GPUS_OF_A_NODE, planned_model
+from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
 
@@ -189,7 +189,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         + sent.last
         + sent.between
     )
-    kept = engine_class(launch).memory(planned_model(recipe.model_config(), recipe.objective().model_class), launch)
+    kept = engine_class(launch).memory(trained_model(recipe), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
@@ -218,7 +218,7 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
     if count == 1:
         return Messages()
     objective = recipe.objective()
-    model = planned_model(recipe.model_config(), objective.model_class)
+    model = trained_model(recipe)
     whole = sum(parameter.numel() for parameter in model.parameters())
     world, engine = links.group(count), engine_class(launch)
     # The texts and their gradients. The loss's other messages are a thousandth of these.

@@ -16,7 +16,7 @@ from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import Fault, Source
 from flipscale.data.sources.opening import open_source
-from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
+from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.launch import place_in_world
 from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
@@ -140,7 +140,7 @@ def check(recipe: Recipe) -> Plan:
     if recipe.model.frozen:
         from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
 
-        freeze(model_without_storage(config, objective.model_class), recipe.model.frozen)
+        freeze(model_without_storage(config, objective.trained_class(config)), recipe.model.frozen)
     stages = plan_stages(recipe.stages, data.global_batch_size, recipe.budget_minutes)
     _check_log(recipe)
     for task in tasks:
@@ -160,8 +160,7 @@ def check(recipe: Recipe) -> Plan:
     shape = InputShape.of(config)
     tokenizer: PreTrainedTokenizerBase | None = None
     if objective.takes_text:
-        tokenizer = load_tokenizer(data.tokenizer, config.caption_config.max_position_embeddings)
-        check_tokenizer(tokenizer, config.caption_config)
+        tokenizer = model_tokenizer(data.tokenizer, config.caption_config)
         if config.decoder_config is not None:
             check_begin_and_end(tokenizer, config.decoder_config)
     datasets = {

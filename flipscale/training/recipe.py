@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -54,7 +54,11 @@ class ModelRecipe:
     """The model.
 
     Args:
-        size: The size of the two towers: b16, l16, l14, h14 or g14.
+        family: The architecture: `flip` is the paper's; `clip` and `siglip` are transformers' CLIPModel and SiglipModel,
+            whose exported folders need no code of flipscale. They take all masks of images, and no text masks, drop
+            path, decoders or heads.
+        size: The size of the two towers: b16, l16, l14, h14 or g14; family `clip` has s16 and b32 too, and `siglip`
+            s16, b16, l16, so400m14, so400m16 and g16.
         vision_config: Changed fields of the image tower, such as `{image_size: 112}`.
         text_config: Changed fields of the text tower, such as `{num_hidden_layers: 6}`. `vocab_size` defaults to that
             of the start weights, else to the size of a tokenizer in a folder, else to 30,523.
@@ -73,6 +77,7 @@ class ModelRecipe:
             or `[vision_model, image_projection]`.
     """
 
+    family: Literal["flip", "clip", "siglip"] = "flip"
     size: str = "b16"
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
@@ -92,18 +97,19 @@ class ModelRecipe:
         """
         from huggingface_hub.errors import StrictDataclassError
 
-        from flipscale.model.configuration_flip import PARTS, FlipConfig
+        from flipscale.model.families import config_class
 
-        for section, tower in PARTS:
-            known = list(tower.__annotations__)  # what transformers adds may name code to load
-            for name in getattr(self, section, {}):
+        kind = config_class(self.family)
+        for section in ("vision_config", "text_config", "decoder_config", "answer_config"):
+            known = kind.parts().get(section, [])  # what transformers adds may name code to load
+            for name in getattr(self, section):
                 if name not in known:
                     near = difflib.get_close_matches(str(name), known, 1)
-                    has = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                    raise UserError(f"model.{section}.{name} is not a field of {tower.__name__}; {has}")
+                    has = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+                    raise UserError(f"model.{section}.{name} is not a field of model.family {self.family}; {has}")
         try:
-            config = FlipConfig.from_size(self.size, self.vision_config, self.text_config)
-            return config.with_parts(self.decoder_config, self.answer_config)
+            config = kind.from_size(self.size, self.vision_config, self.text_config)
+            return config.with_parts(self.decoder_config, self.answer_config) if self.family == "flip" else config
         except (StrictDataclassError, ValueError, OverflowError) as error:
             raise UserError(f"model: {' '.join(str(error).split())}") from None
 
@@ -245,6 +251,8 @@ class Recipe:
 
         if self.model.decoder_config and not self.loss.learns_captions:
             raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
+        if self.model.family != "flip":
+            self._refuse_flip_only()
         config = self.objective().model_config(self.model.config())
         sizes = {f"stage {stage.name!r}": stage.image_size for stage in self.stages}
         sizes.update({f"eval.tasks: {task.name}": task.image_size for task in self.eval.planned()})
@@ -255,6 +263,21 @@ class Recipe:
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
         return config
+
+    def _refuse_flip_only(self) -> None:
+        """Raise UserError for a setting that only the family `flip` has."""
+        masked = {f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages}
+        others = {
+            "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
+            "loss.caption_weight": self.loss.caption_weight,
+            "loss.reconstruction_weight": self.loss.reconstruction_weight,
+            "model.drop_path_rate": self.model.drop_path_rate,
+        }
+        for name, value in {**others, **masked}.items():
+            if value:
+                raise UserError(
+                    f"{name} is {value} and model.family is {self.model.family!r}; only flip has it: leave one out"
+                )
 
 
 def build_parser(verb: str = "pretrain") -> "ArgumentParser":
@@ -341,6 +364,10 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     The size is that of the start weights, or else of a tokenizer in a folder. BERT's vocabulary keeps the default size,
     which has one more row, as in the original. Start weights on the Hub are looked up with `fetches` only.
     """
+    if recipe.model.family != "flip":
+        from flipscale.training.start_weights import with_start_weights, with_tokenizer
+
+        return with_start_weights(recipe) if recipe.model.init_from else with_tokenizer(recipe)
     model, folder = recipe.model, recipe.data.tokenizer
     if re.match(r"(open_clip|hf|untrained):", model.init_from or ""):
         raise UserError(

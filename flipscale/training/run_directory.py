@@ -134,7 +134,8 @@ def write_run_files(
         (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     with torch.device("meta"):
-        num_parameters = recipe.objective().exported_class(recipe.model_config()).num_parameters()
+        kind, config = recipe.objective().exported_model(recipe.model_config())
+        num_parameters = kind(config).num_parameters()
     # Weights, moments and averages have four bytes a parameter.
     tensors = 1 + (2 if recipe.optim.name == "adamw" else 1) + (recipe.optim.ema_decay is not None)
     check_disk_space(run_dir, 4 * num_parameters * tensors, "train a smaller model")

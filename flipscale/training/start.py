@@ -126,7 +126,8 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
     from flipscale.engines.first_weights import compile_blocks, freeze, initial_weights, no_weights
 
-    config, model_class = recipe.model_config(), plan.objective.model_class
+    config = recipe.model_config()
+    model_class = plan.objective.trained_class(config)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     fill = no_weights if reader else initial_weights(recipe.model.init_from, config, recipe.seed, model_class)
 

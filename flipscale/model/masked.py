@@ -1,0 +1,285 @@
+"""Masks for transformers' own dual encoders: their image tower takes the visible patches only, and computes as before.
+
+A family of models is a configuration class in a file of its own, see `families.py`.
+"""
+
+import math
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_flip import check_ranges, patches_along
+from .modeling_flip import FlipOutput, normalise_embeds
+from .patches import patchify
+
+
+class MaskedVisionFields:
+    """What flipscale needs of an image tower's configuration beside transformers' fields.
+
+    Subclasses have the fields `image_mean` and `image_std`, one number per channel, on the 0..1 scale.
+    """
+
+    num_prefix_tokens: ClassVar[int]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        for name in ("image_size", "patch_size"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"vision_config: {name} is {getattr(self, name)}; it must be one number of pixels")
+        check_ranges(self)  # type: ignore[arg-type]
+        self.patches_along()
+
+    def patches_along(self, image_size: int | None = None) -> int:
+        """Return the number of patches along each side of an image; by default of the model's `image_size`."""
+        return patches_along(self.image_size if image_size is None else image_size, self.patch_size)  # type: ignore[attr-defined]
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of a whole image."""
+        return self.patches_along() ** 2
+
+
+class MaskedFields:
+    """What flipscale needs of a dual encoder's configuration beside transformers' fields.
+
+    Args:
+        logit_scale_init_value, logit_bias_init_value: as in `FlipConfig`. With a bias of None, the model learns none.
+    """
+
+    decoder_config: ClassVar[None] = None
+    answer_config: ClassVar[None] = None
+    # Sizes of the two towers by name, as in `configuration_flip.SIZES`.
+    sizes: ClassVar[dict[str, tuple[dict[str, Any], dict[str, Any]]]]
+    # Class that is trained, transformers' class, and the fields of ours that transformers' configurations lack.
+    trained_class: ClassVar[Any]
+    exported_class: ClassVar[Any]
+    own_fields: ClassVar[dict[str, tuple[str, ...]]]
+    processor_class: ClassVar[Any]
+    # Whether images are resized to a square, else their short side is, and the centre is cut out.
+    squashes: ClassVar[bool]
+
+    @classmethod
+    def from_size(
+        cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the configuration of a named size, with some fields of its towers replaced."""
+        if size not in cls.sizes:
+            raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(cls.sizes)}")
+        vision, text = cls.sizes[size]
+        return cls.of_towers({**vision, **(vision_config or {})}, {**text, **(text_config or {})})
+
+    @classmethod
+    def of_towers(cls, vision: dict[str, Any], text: dict[str, Any]) -> Any:
+        """Return the configuration of two towers, each given by its fields."""
+        return cls(vision_config=vision, text_config=text)  # type: ignore[call-arg]
+
+    @classmethod
+    def parts(cls) -> dict[str, list[str]]:
+        """Return the fields of each tower's configuration, without those that transformers adds to all."""
+        general = {field.name for field in fields(PreTrainedConfig)}
+        towers: dict[str, Any] = cls.sub_configs_defaults  # type: ignore[attr-defined]
+        of_towers = {name: [field.name for field in fields(spec.config_class)] for name, spec in towers.items()}
+        return {name: [field for field in of if field not in general] for name, of in of_towers.items()}
+
+    @property
+    def caption_config(self) -> Any:
+        """Configuration that describes captions: the text tower's."""
+        return self.text_config  # type: ignore[attr-defined]
+
+    def exported(self) -> PreTrainedConfig:
+        """Return transformers' own configuration of the same weights."""
+        content = self.to_dict()  # type: ignore[attr-defined]
+        for section, names in self.own_fields.items():
+            for name in names:
+                (content[section] if section else content).pop(name, None)
+        return self.exported_class.config_class.from_dict(content)
+
+
+class PackedImages(NamedTuple):
+    """The arguments of the same names of `FlipVisionModel.forward`."""
+
+    patches: torch.Tensor
+    patch_index: torch.Tensor | None
+    image_size: int | None
+
+
+class PackedPatchEmbedding(nn.Conv2d):
+    """A patch convolution, computed as a matrix product over the visible patches only."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Map patches `(batch, kept, channels * p * p)` to tokens `(batch, kept, hidden_size)`."""
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PackedEmbeddings:
+    """A mixin for transformers' embeddings of an image tower: the class token, if there is one, and visible patches."""
+
+    pixel_scale: torch.Tensor
+    pixel_shift: torch.Tensor
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        sizes = (config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.patch_embedding = PackedPatchEmbedding(*sizes, bias=self.patch_embedding.bias is not None)  # type: ignore[has-type]
+        for name, value in self.fixed_tables().items():
+            self.register_buffer(name, value, persistent=False)  # type: ignore[attr-defined]
+
+    def fixed_tables(self) -> dict[str, torch.Tensor]:
+        """Compute the buffers from the configuration. They are not saved."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        mean, std = (torch.tensor(value, dtype=torch.float32) for value in (config.image_mean, config.image_std))
+        count = config.num_patches + config.num_prefix_tokens
+        return {
+            "position_ids": torch.arange(count).expand(1, -1),
+            "pixel_scale": 1.0 / (255.0 * std),
+            "pixel_shift": -mean / std,
+        }
+
+    def forward(self, images: "PackedImages | torch.Tensor", interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Return the tokens `(batch, prefix + kept, hidden_size)`.
+
+        Args:
+            images: packed patches, or normalised pixels `(batch, channels, image_size, image_size)`.
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        if isinstance(images, torch.Tensor):
+            images = PackedImages(patchify(images, config.patch_size), None, images.shape[-1])
+        patches, index, image_size = images
+        if patches.ndim == 4 and index is not None:
+            patches, index = patches.flatten(0, 1), index.flatten(0, 1)
+        if patches.dtype == torch.uint8:
+            by_channel = patches.unflatten(2, (config.num_channels, -1)).to(torch.float32, copy=True)
+            patches = by_channel.mul_(self.pixel_scale.view(-1, 1)).add_(self.pixel_shift.view(-1, 1)).flatten(2)
+        embeds = self.patch_embedding(patches)
+        prefix, positions = self.positions(config.patches_along(image_size))
+        embeds = embeds + (positions if index is None else positions[index.long()]).to(embeds.dtype)
+        if not config.num_prefix_tokens:
+            return embeds
+        class_embeds = (self.class_embedding + prefix).to(embeds.dtype)  # type: ignore[attr-defined]
+        return torch.cat([class_embeds.expand(embeds.shape[0], 1, -1), embeds], dim=1)
+
+    def positions(self, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the learned positions of the class token, if there is one, and of `side` x `side` patches.
+
+        The table of another size is interpolated as in transformers (bicubic): `(prefix, width)` and
+        `(side * side, width)`.
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        # The whole table, by a call of its module, because an engine may gather its weights only then.
+        table = self.position_embedding(self.position_ids)[0]  # type: ignore[attr-defined]
+        prefix, own = table[: config.num_prefix_tokens], table[config.num_prefix_tokens :]
+        if side == config.patches_along():
+            return prefix, own
+        grid = own.float().unflatten(0, (config.patches_along(), -1)).permute(2, 0, 1)[None]
+        resized = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        return prefix, resized[0].flatten(1).t()
+
+
+class MaskedTower:
+    """A mixin for transformers' image tower, which takes `patches` beside `pixel_values`."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patches: torch.Tensor | None = None,
+        patch_index: torch.Tensor | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode whole images or their visible patches. The arguments are those of `FlipVisionModel.forward`."""
+        images = pixel_values if patches is None else PackedImages(patches, patch_index, image_size)
+        return super().forward(images, **kwargs)  # type: ignore[misc]
+
+
+class MaskedDualEncoder:
+    """A mixin for transformers' dual encoders, which trains as a `FlipModel` does."""
+
+    # No weight decay for what has one dimension, as in open_clip.
+    loss_parameters: ClassVar[dict[str, bool]] = {"logit_scale": False, "logit_bias": False}
+    no_weight_decay: ClassVar[frozenset[str]] = frozenset({"class_embedding"})
+    # Largest inverse temperature; None for no limit.
+    largest_scale: ClassVar[float | None] = None
+    config: Any
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
+
+    def set_loss_parameters(self) -> None:
+        """Set the parameters of the loss to those of the configuration. A bias that is not learned stays as it is."""
+        for name in self.loss_parameters:
+            value = getattr(self.config, f"{name}_init_value")
+            if value is not None:
+                # Shape (1,): a 0-d parameter cannot be sharded.
+                setattr(self, name, nn.Parameter(torch.full((1,), float(value))))
+            elif isinstance(getattr(self, name, None), nn.Parameter):
+                getattr(self, name).requires_grad_(False)
+            else:
+                setattr(self, name, None)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if module is self:
+            for name in self.loss_parameters:
+                parameter, value = getattr(self, name, None), getattr(self.config, f"{name}_init_value")
+                if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
+                    parameter.fill_(0.0 if value is None else value)
+        for name, value in getattr(module, "fixed_tables", dict)().items():
+            getattr(module, name).copy_(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Return the image tower's output with its embedding as `pooler_output`, `(batch, dim)`, not normalised."""
+        return super().get_image_features(pixel_values, **kwargs)  # type: ignore[misc]
+
+    def loss_values(self) -> dict[str, torch.Tensor]:
+        """Return the values of the learned loss parameters, fp32 `(1,)`, as in `FlipOutput`."""
+        scale = self.logit_scale.float()
+        if self.largest_scale is not None:
+            scale = _bounded(scale, math.log(self.largest_scale))
+        values = {"logit_scale": scale.exp()}
+        if self.logit_bias is not None and self.logit_bias.requires_grad:
+            values["logit_bias"] = self.logit_bias.float()
+        return values
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_logits: bool = True,
+        **kwargs: Any,
+    ) -> FlipOutput:
+        """Embed images and captions and compare them.
+
+        Args:
+            input_ids: `(batch, tokens)`, padded on the right.
+            attention_mask: not used. CLIP's tokens see no later ones, and SigLIP's see the padding.
+            kwargs: images, see `FlipVisionModel.forward`.
+        """
+        image_output = self.get_image_features(pixel_values, **kwargs)
+        text_output = self.get_text_features(input_ids)  # type: ignore[attr-defined]
+        image_embeds = normalise_embeds(image_output.pooler_output)
+        text_embeds = normalise_embeds(text_output.pooler_output)
+        values = self.loss_values()
+        logits = None
+        if return_logits:
+            logits = values["logit_scale"] * image_embeds @ text_embeds.t() + values.get("logit_bias", 0.0)
+        return FlipOutput(
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            **values,
+        )
+
+
+def _bounded(log_scale: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return `log_scale`, at most `limit`. Beyond the limit, only gradients that lead back are kept."""
+    value = log_scale + (log_scale.clamp(max=limit) - log_scale).detach()
+    if value.requires_grad:
+        is_beyond = log_scale.detach() >= limit
+        value.register_hook(lambda gradient: torch.where(is_beyond, gradient.clamp(min=0.0), gradient))
+    return value
