@@ -67,6 +67,9 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     does = _abilities(config)
     model_class, pipeline = _CLASSES[does]
+    is_ours = config["model_type"] == "flip"
+    if not is_ours:
+        (model_class,) = config["architectures"]
     lines = [*(Line(result, {}) for result in with_changes(curve.results)), *folder_lines(folder)]
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run.run_dir.name
     hub, init_from, data = run.recipe.get("hub", {}), run.recipe["model"].get("init_from"), run.recipe["data"]
@@ -75,12 +78,14 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     text = _rendered(
         "card.md.jinja",
         run=run,
-        config=config,
+        config={"projection_dim": None, **config},
         labels=list(config.get("id2label", {}).values()),
         name=name,
         where=escape_string(where),
         does=does,
         model_class=model_class,
+        remote=", trust_remote_code=True" if is_ours else "",
+        padding="" if is_ours else ', padding="max_length"',
         base=f" from {markdown_code(public_name(init_from))}" if init_from else "",
         results=results_table(lines),
         protocol=protocols(lines),
@@ -97,7 +102,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=["flip", "clip", "flipscale", *(["sentence-transformers"] if model_class == "FlipModel" else [])],
+        tags=["flip", "clip", "flipscale", *(["sentence-transformers"] if does.startswith("embeds") else [])],
         license=hub.get("license"),
         base_model=init_from if init_from and _is_hub_name(init_from) else None,
         model_name=name if entries else None,
