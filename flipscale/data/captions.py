@@ -81,7 +81,11 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens:
     """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`; texts are cut or padded to that length."""
     with wrap_errors(UntokenizableCaption):
         tokens = tokenizer(
-            *(texts,), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt",
+            *(texts,),
+            padding="max_length",
+            max_length=max_tokens,
+            truncation=True,
+            return_tensors="pt",
             return_attention_mask=True,
         )
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

@@ -47,7 +47,9 @@ class InputShape:
         """Return the shape of the inputs of a model."""
         vision, text = config.vision_config, config.caption_config
         squashes = getattr(config, "squashes", False)
-        return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers, squashes)
+        return cls(
+            vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers, squashes
+        )
 
     def at(self, image_size: int | None) -> "InputShape":
         """Return the shape for another image size; None keeps the size."""

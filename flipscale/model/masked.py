@@ -241,7 +241,8 @@ class MaskedDualEncoder:
             scale = _bounded(scale, math.log(self.largest_scale))
         values = {"logit_scale": scale.exp()}
         if self.logit_bias is not None and self.logit_bias.requires_grad:
-            values["logit_bias"] = self.logit_bias.float()
+            # A copy, because ZeRO-3 takes a parameter that is returned for one of the caller's.
+            values["logit_bias"] = self.logit_bias.to(torch.float32, copy=True)
         return values
 
     def forward(

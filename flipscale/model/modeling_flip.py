@@ -744,7 +744,8 @@ class FlipModel(FlipPreTrainedModel):
         # The parameter itself is not clipped: it may drift past ln(100), where its gradient is zero.
         values = {"logit_scale": self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()}
         if self.logit_bias is not None:
-            values["logit_bias"] = self.logit_bias.float()
+            # A copy, because ZeRO-3 takes a parameter that is returned for one of the caller's.
+            values["logit_bias"] = self.logit_bias.to(torch.float32, copy=True)
         return values
 
     @can_return_tuple

@@ -110,6 +110,12 @@ def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str) -> Non
     assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
 
 
+@pytest.mark.long
+def test_recomputed_it_learns_the_same_with_a_bias_of_logits(trainings: Trainings) -> None:
+    changes = {**RECOMPUTED, "loss": {"kind": "sigmoid"}}
+    assert close(losses(trainings.run("zero3", 2, **changes)), losses(trainings.run("ddp", 1, **changes)))
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", long("ddp")])
 def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path, engine: str) -> None:
     """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""

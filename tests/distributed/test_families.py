@@ -1,0 +1,55 @@
+"""transformers' CLIP and SigLIP, masked: every engine learns what one process does, and goes on bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOWER, losses
+from distributed.crowd import Crowds
+from distributed.test_engines import Trainings, close
+from safetensors.torch import load_file
+
+CLIP = {"family": "clip", "text_config": {**TOWER, "max_position_embeddings": 8}}
+SIGLIP = {**CLIP, "family": "siglip"}
+# The family, the loss, and a field that the engines shard, scale or recompute.
+CASES = {
+    "clip": {"model": CLIP, "optim": {"layer_decay": 0.7}},
+    "clip, sigmoid": {"model": CLIP, "loss": {"kind": "sigmoid"}, "data": {"micro_batch_size": 4}},
+    "siglip": {"model": {**SIGLIP, "gradient_checkpointing": True}, "loss": {"kind": "sigmoid"}},
+    "siglip, infonce": {"model": SIGLIP, "mask": {"views": 2}, "optim": {"ema_decay": 0.9}},
+}
+
+
+@pytest.fixture(scope="module")
+def trainings(
+    recipe: dict, caption_tokenizer: Path, crowds: Crowds, tmp_path_factory: pytest.TempPathFactory
+) -> Trainings:
+    data = {**recipe["data"], "tokenizer": str(caption_tokenizer)}
+    return Trainings(tmp_path_factory.mktemp("families"), {**recipe, "data": data}, crowds)
+
+
+@pytest.mark.parametrize(
+    ("case", "engine"),
+    [
+        *(("clip", engine) for engine in ("ddp", "fsdp2", "zero3")),
+        ("clip, sigmoid", "fsdp2"),
+        ("siglip", "ddp"),
+        ("siglip", "fsdp2"),
+        ("siglip", "zero3"),
+        ("siglip, infonce", "fsdp2"),
+    ],
+)
+def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, engine: str) -> None:
+    one, many = trainings.run("ddp", 1, **CASES[case]), trainings.run(engine, 2, **CASES[case])
+    assert len(losses(one)) == 20
+    assert losses(one)[-1] < losses(one)[0] - 0.02, "nothing was learned, so equality means little"
+    assert close(losses(one), losses(many))
+
+
+@pytest.mark.parametrize("case", ["clip", "siglip"])
+def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
+    whole = trainings.run("ddp", 1, **CASES[case])
+    again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
+    ours, theirs = (load_file(run_dir / "model/model.safetensors") for run_dir in (whole, again))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
