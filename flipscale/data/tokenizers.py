@@ -311,8 +311,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: Any) -> None:
         ends = [entries - 1] if text.eos_token_id == 2 else [text.eos_token_id]
         if last != ends:
             raise UserError(
-                f"the tokenizer ends a caption with id {last}, and CLIP's text tower pools at eos_token_id {ends}; use a "
-                "CLIP's tokenizer, or one that `flipscale prepare tokenizer SHARDS DIR --begin_and_end` writes"
+                f"the tokenizer ends a caption with id {last}, and CLIP's text tower pools at eos_token_id {ends}; use "
+                "a CLIP's tokenizer, or one that `flipscale prepare tokenizer SHARDS DIR --begin_and_end` writes"
             )
     if not isinstance(text, FlipTextConfig | FlipDecoderConfig):
         if tokenizer.pad_token_id is None:

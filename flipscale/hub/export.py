@@ -85,8 +85,9 @@ def build_processor(config: Any, tokenizer: PreTrainedTokenizerBase) -> Processo
 def build_image_processor(config: Any) -> Any:
     """Return the image processor of a model: resize the short side (bicubic), crop the centre, normalise.
 
-    SigLIP's resizes the whole image to the square. It is transformers' PIL one, which needs no torchvision. The saved files name no backend: where torchvision is
-    installed, transformers loads its own instead. The two differ by one grey level at most.
+    SigLIP's resizes the whole image to the square. It is transformers' PIL one, which needs no torchvision. The saved
+    files name no backend: where torchvision is installed, transformers loads its own instead. The two differ by one
+    grey level at most.
     """
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}

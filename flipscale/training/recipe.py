@@ -54,9 +54,9 @@ class ModelRecipe:
     """The model.
 
     Args:
-        family: The architecture: `flip` is the paper's; `clip` and `siglip` are transformers' CLIPModel and SiglipModel,
-            whose exported folders need no code of flipscale. They take all masks of images, and no text masks, drop
-            path, decoders or heads.
+        family: The architecture. `flip` is the paper's. `clip` and `siglip` are transformers' CLIPModel and
+            SiglipModel, and their exported folders need no code of flipscale. They take all masks of images, but no
+            text masks, drop path, decoders or heads.
         size: The size of the two towers: b16, l16, l14, h14 or g14; family `clip` has s16 and b32 too, and `siglip`
             s16, b16, l16, so400m14, so400m16 and g16.
         vision_config: Changed fields of the image tower, such as `{image_size: 112}`.

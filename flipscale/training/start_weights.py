@@ -1,4 +1,4 @@
-"""What a recipe of the family `clip` or `siglip` takes from its start weights or its tokenizer: towers, pixels, words."""
+"""What a recipe of the family `clip` or `siglip` takes from its start weights or its tokenizer."""
 
 import dataclasses
 from pathlib import Path
