@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."
     )
     open_clip.set_defaults(convert=_to_open_clip)
+    transformers = add(
+        "transformers", "Convert a model of open_clip to a folder of transformers' CLIPModel or SiglipModel."
+    )
+    transformers.add_argument("src", help="open_clip:NAME,PRETRAINED, open_clip:hf-hub:ORG/NAME or local-dir:FOLDER.")
+    transformers.add_argument("dst", type=output_folder, help="The folder to write; model.init_from takes it.")
+    transformers.set_defaults(convert=_to_transformers)
     onnx = add("onnx", "Write one ONNX file per tower, and check in onnxruntime that outputs equal the model's.")
     onnx.add_argument("src", help="A run, such as runs/l16, a model folder, or a Hub name.")
     onnx.add_argument("dst", type=output_folder, help="The folder to write.")
@@ -66,6 +72,13 @@ def _to_open_clip(args: argparse.Namespace) -> None:
         f"{args.dst}: {model.num_parameters() / 1e6:.1f} M parameters; open_clip.create_model_and_transforms"
         f"('local-dir:{args.dst}') and get_tokenizer of the same name load it"
     )
+
+
+def _to_transformers(args: argparse.Namespace) -> None:
+    from flipscale.hub.convert_transformers import convert_from_open_clip
+
+    for part, difference in convert_from_open_clip(args.src.removeprefix("open_clip:"), args.dst).items():
+        print(f"{args.dst}: embeddings of {part} within {difference:.1g} of open_clip's")
 
 
 def _to_onnx(args: argparse.Namespace) -> None:

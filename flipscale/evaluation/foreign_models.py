@@ -25,7 +25,15 @@ _LEADING = ("_attn_implementation", "attn_implementation", "experts_implementati
 
 
 def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a model that open_clip knows.
+    """Return the embedder of a model that open_clip knows, see `load_open_clip`."""
+    model, preprocess, tokenizer = load_open_clip(name)
+    model = model.to(accelerator.device).eval()
+    settings = (accelerator, batch_size, num_workers)
+    return OpenClipEmbedder(model, tokenizer, *settings, name=f"{OPEN_CLIP}{name}", preprocess=preprocess)
+
+
+def load_open_clip(name: str) -> tuple[Any, Any, Any]:
+    """Return a model that open_clip knows, the preprocessing of its images, and its tokenizer.
 
     Args:
         name: `NAME,PRETRAINED`, such as `ViT-B-16,laion2b_s34b_b88k`; `hf-hub:ORG/NAME`; or `local-dir:FOLDER`. NAME
@@ -35,7 +43,6 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         import open_clip
     except ImportError as error:
         raise UserError("open_clip is not installed; pip install 'flipscale[peers]'") from error
-    full_name = f"{OPEN_CLIP}{name}"
     name, _, pretrained = name.partition(",")
     folder = Path(name.removeprefix("local-dir:"))
     with _loading(name):
@@ -51,10 +58,7 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         raise UserError(f"open_clip:{name} names no weights; add them after a comma: {known}")
     with _loading(name):  # reads pickles as weights only
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    model = model.to(accelerator.device).eval()
-    settings = (accelerator, batch_size, num_workers)
-    return OpenClipEmbedder(model, tokenizer, *settings, name=full_name, preprocess=preprocess)
+        return model, preprocess, open_clip.get_tokenizer(name)
 
 
 def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
