@@ -88,6 +88,8 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
         raise UserError(f"open_clip:{name} is no ViT with the towers of a {family} model ({error})") from None
     ours = kind.exported_class(config.exported()).eval()
     weights = _renamed(theirs.state_dict())
+    if family == "clip":
+        weights.pop("logit_bias", None)  # a CLIPModel has none, and it changes no embedding
     shapes = {key: value.shape for key, value in ours.state_dict().items()}
     if odd := sorted(shapes.keys() ^ weights.keys()):
         raise UserError(f"open_clip:{name} is no {type(ours).__name__}: {odd[0]} is in one of them only")

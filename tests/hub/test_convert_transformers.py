@@ -43,8 +43,9 @@ def foreign(tmp_path: Path) -> Callable[..., str]:
         torch.manual_seed(0)
         model = open_clip.create_model(name, load_weights=False)
         with torch.no_grad():
-            for parameter in model.parameters():  # biases begin as zeros and norms as ones
-                parameter.add_(0.02 * torch.randn_like(parameter))
+            for key, parameter in model.named_parameters():  # biases begin as zeros and norms as ones
+                if key != "logit_bias":
+                    parameter.add_(0.02 * torch.randn_like(parameter))
         torch.save(model.state_dict(), weights)
         return f"open_clip:{file},{weights}"
 
