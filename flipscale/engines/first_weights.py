@@ -189,7 +189,8 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
     under_half = [count for count, own, _ in counts if 2 * count < own]
     if any(under_half) or len(under_half) == len(counts):
         raise UserError(
-            f"it has {words} of this recipe's model; use weights of flipscale, or convert them with flipscale convert"
+            f"it has {words} of this recipe's model; use weights of its model.family, or convert them with flipscale "
+            "convert"
         )
     _log.info("model.init_from: %s", words)
     return taken

@@ -19,11 +19,12 @@ _OBJECTS = [
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "processor_config.json", "preprocessor_config.json"),
 ]
-# Files that loaders read: the model, its tokenizer and its processor.
-_READ = [
-    *("*config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+# Files that loaders read: the configurations, the tokenizer and the processor, and with them the weights.
+TEXTS = [
+    *("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.jinja"),
 ]
+_READ = [*TEXTS, "model*.safetensors", "model.safetensors.index*.json"]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 

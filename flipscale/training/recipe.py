@@ -364,16 +364,16 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     The size is that of the start weights, or else of a tokenizer in a folder. BERT's vocabulary keeps the default size,
     which has one more row, as in the original. Start weights on the Hub are looked up with `fetches` only.
     """
-    if recipe.model.family != "flip":
-        from flipscale.training.start_weights import with_start_weights, with_tokenizer
-
-        return with_start_weights(recipe) if recipe.model.init_from else with_tokenizer(recipe)
     model, folder = recipe.model, recipe.data.tokenizer
     if re.match(r"(open_clip|hf|untrained):", model.init_from or ""):
         raise UserError(
             f"model.init_from is {model.init_from!r}, which `flipscale evaluate` takes and training does not; name a "
-            "run, a model folder or a Hub name of flipscale, or null to start afresh"
+            "run, a model folder or a Hub name, such as a folder that `flipscale convert transformers` made of it"
         )
+    if model.family != "flip":
+        from flipscale.training.start_weights import with_start_weights, with_tokenizer
+
+        return with_start_weights(recipe, fetches) if model.init_from else with_tokenizer(recipe)
     if model.init_from and "vocab_size" not in model.text_config:
         size = _vocabulary_of(model.init_from, Path(recipe.output_dir), fetches)
         model = dataclasses.replace(model, text_config={**model.text_config, **size})

@@ -1,11 +1,13 @@
 """What a recipe of the family `clip` or `siglip` takes from its start weights or its tokenizer."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import fetch_folder, read_object
+from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, read_object
+from flipscale.io.yaml_text import read_saved_recipe
 
 if TYPE_CHECKING:
     from flipscale.training.recipe import Recipe
@@ -14,26 +16,42 @@ if TYPE_CHECKING:
 _BERT = "bert"
 
 
-def with_start_weights(recipe: "Recipe") -> "Recipe":
+def with_start_weights(recipe: "Recipe", fetches: bool) -> "Recipe":
     """Return the recipe with the towers, the normalisation of pixels and the tokenizer of `model.init_from`.
 
-    Fields that the recipe sets stay. A resolved recipe is complete: a resume reads no folder.
+    Fields that the recipe sets stay. A run that began from these weights has all of them, so that its resume needs no
+    folder. A name on the Hub is looked up with `fetches` only.
 
     Raises:
-        UserError: the weights are of another family or cannot be trained with masks.
+        UserError: the weights are of another family.
         OSError: the Hub cannot be reached.
     """
-    model, folder = recipe.model, fetch_folder(str(recipe.model.init_from))
+    model, init_from = recipe.model, str(recipe.model.init_from)
+    with suppress(UserError):
+        saved = read_saved_recipe(Path(recipe.output_dir) / "recipe.yaml")
+        before = saved.get("model")
+        if isinstance(before, dict) and before.get("init_from") == init_from:
+            towers = {name: {**before[name], **getattr(model, name)} for name in ("vision_config", "text_config")}
+            return _with(recipe, towers, saved["data"]["tokenizer"])
+    folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
+    if folder is None:
+        return recipe
     kind = read_object(folder / "config.json").get("model_type")
     if kind != model.family:
         raise UserError(
-            f"model.init_from {model.init_from!r} is a {kind!r} and model.family is {model.family!r}; "
+            f"model.init_from {init_from!r} has the model_type {kind!r}, and model.family is {model.family!r}; "
             + ("set model.family to the same" if kind in ("flip", "clip", "siglip") else "it can start no such model")
         )
     towers = {name: {**fields, **getattr(model, name)} for name, fields in stored_towers(folder).items()}
-    tokenizer = str(folder) if recipe.data.tokenizer == _BERT else recipe.data.tokenizer
-    data = dataclasses.replace(recipe.data, tokenizer=tokenizer)
-    return dataclasses.replace(recipe, model=dataclasses.replace(model, **towers), data=data)
+    return _with(recipe, towers, init_from if local_folder(init_from) is None else str(folder))
+
+
+def _with(recipe: "Recipe", towers: dict[str, Any], tokenizer: str) -> "Recipe":
+    """Return the recipe with these towers, and with this tokenizer in place of the default."""
+    model, data = dataclasses.replace(recipe.model, **towers), recipe.data
+    if data.tokenizer == _BERT:
+        data = dataclasses.replace(data, tokenizer=tokenizer)
+    return dataclasses.replace(recipe, model=model, data=data)
 
 
 def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:

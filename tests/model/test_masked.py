@@ -1,0 +1,145 @@
+"""transformers' CLIP and SigLIP with masks compute what transformers does."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOWER
+from transformers import CLIPModel, SiglipModel
+
+from flipscale.engines.first_weights import build_weights, fresh_weights
+from flipscale.engines.optimizers import decays, layer_scales
+from flipscale.model.families import FAMILIES, config_class
+from flipscale.model.patches import keep_lowest, patchify, take_patches
+
+VISION, TEXT = {**TOWER, "image_size": 32, "patch_size": 8}, {**TOWER, "vocab_size": 50, "max_position_embeddings": 12}
+MASKED = [name for name in FAMILIES if name != "flip"]
+
+
+def models(family: str) -> tuple[Any, Any]:
+    """Return a small model with masks, and transformers' own with the same weights."""
+    config = config_class(family).from_size("s16", VISION, {**TEXT, "eos_token_id": 3, "bos_token_id": None})
+    config.logit_bias_init_value = -10.0 if family == "siglip" else None
+    torch.manual_seed(0)
+    ours = config.trained_class(config).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    theirs = config.exported_class(config.exported()).eval()
+    shapes = {name: weight.shape for name, weight in theirs.state_dict().items()}
+    theirs.load_state_dict({name: weight.reshape(shapes[name]) for name, weight in ours.state_dict().items()})
+    return ours, theirs
+
+
+def captions() -> torch.Tensor:
+    ids = torch.randint(4, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, 6], ids[:, 7:] = 3, 0
+    return ids
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_whole_images_and_captions(family: str) -> None:
+    ours, theirs = models(family)
+    assert type(theirs) in (CLIPModel, SiglipModel)
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(pixel_values=pixels, input_ids=captions())
+        for images in ({"pixel_values": pixels}, {"patches": patchify(pixels, 8)}):
+            found = ours(input_ids=captions(), **images)
+            for name in ("image_embeds", "text_embeds", "logits_per_image"):
+                assert torch.allclose(found[name], expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_a_mask_drops_tokens_after_the_embedding(family: str) -> None:
+    ours, theirs = models(family)
+    prefix = ours.config.vision_config.num_prefix_tokens
+    pixels, index = torch.randn(3, 3, 32, 32), keep_lowest(torch.rand(3, 4, 4), 4, views=2)
+    views = torch.stack([take_patches(patchify(pixels, 8), index[:, view]) for view in range(2)], dim=1)
+    with torch.no_grad():
+        found = ours.get_image_features(patches=views, patch_index=index).pooler_output
+        tokens = theirs.vision_model.embeddings(pixels)
+        for view in range(2):
+            kept = torch.cat([torch.arange(prefix).expand(3, -1), index[:, view] + prefix], dim=1)
+            dropped = tokens.gather(1, kept[:, :, None].expand(-1, -1, TOWER["hidden_size"]))
+            theirs.vision_model.embeddings.forward = lambda *_, dropped=dropped, **__: dropped
+            expected = theirs.get_image_features(pixels).pooler_output
+            assert torch.allclose(found[view::2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_another_size_has_transformers_interpolated_positions(family: str) -> None:
+    ours, theirs = models(family)
+    pixels = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        found = ours.get_image_features(patches=patchify(pixels, 8), image_size=48).pooler_output
+        expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_bytes_are_normalised_in_the_model(family: str) -> None:
+    ours, _ = models(family)
+    vision = ours.config.vision_config
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (vision.image_mean, vision.image_std))
+    with torch.no_grad():
+        found = ours.get_image_features(patches=patchify(pixels, 8)).pooler_output
+        expected = ours.get_image_features(pixel_values=(pixels / 255 - mean) / std).pooler_output
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_a_model_is_built_block_by_block(family: str) -> None:
+    config = models(family)[0].config
+    placed: list[str] = []
+    model = build_weights(
+        config,
+        lambda model: None,
+        fresh_weights(0),
+        lambda block: placed.append(type(block).__name__),
+        config.trained_class,
+    )
+    assert len(placed) == 2 + 2 * TOWER["num_hidden_layers"] + (family == "siglip")
+    assert model(patches=torch.zeros(2, 16, 192), input_ids=captions()[:2]).logits_per_image.isfinite().all()
+
+
+def test_decay_is_open_clips() -> None:
+    """Parameters of fewer than two dimensions do not decay; all others do."""
+    for family in MASKED:
+        ours, theirs = models(family)
+        expected = {name: parameter.ndim > 1 for name, parameter in theirs.named_parameters()}
+        assert {name: decays(ours)[name] for name in expected} == expected
+
+
+def test_layer_decay_counts_blocks() -> None:
+    scales = layer_scales(models("clip")[0], 0.5)
+    assert scales["vision_model.embeddings.class_embedding"] == scales["vision_model.pre_layrnorm.weight"] == 0.125
+    assert scales["text_model.encoder.layers.1.mlp.fc1.weight"] == 0.5
+    assert scales["vision_model.post_layernorm.weight"] == scales["logit_scale"] == 1.0
+
+
+@pytest.mark.parametrize(("start", "gradient", "moves"), [(99.0, -1.0, True), (101.0, -1.0, False), (101.0, 1.0, True)])
+def test_the_scale_of_clip_stops_at_100(start: float, gradient: float, moves: bool) -> None:
+    """Beyond the bound, a gradient counts only if a step against it leads back."""
+    model, _ = models("clip")
+    model.logit_scale.data.fill_(math.log(start))
+    scale = model.loss_values()["logit_scale"]
+    assert scale.item() == pytest.approx(min(start, 100.0))
+    scale.backward(torch.tensor([gradient]))
+    assert bool(model.logit_scale.grad) == moves
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("clip", {"projection_dim": 7}, "projection_dim.*7"),
+        ("siglip", {"vision_use_head": False}, "vision_use_head"),
+        ("clip", {"image_size": 33}, "image_size 33"),
+        ("siglip", {"image_size": [32, 48]}, "image_size.*48"),
+    ],
+)
+def test_towers_that_cannot_be_trained(family: str, changes: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        config_class(family).from_size("s16", {**VISION, **changes}, TEXT)
