@@ -1,4 +1,4 @@
-"""Train the same weights on the same batches with flipscale and with open_clip's trainer, and compare every loss.
+"""Train equal weights on equal batches with flipscale and with open_clip's trainer, and compare every loss.
 
     python benchmarks/same_losses.py --shards data/demo/train --steps 200 --loss sigmoid --mask_ratio 0.5
 
@@ -39,7 +39,7 @@ def compare(name: str, family: str, work: Path, **settings: Any) -> tuple[list[f
         name: open_clip's `NAME,WEIGHTS`.
         family: family of the converted model, `clip` or `siglip`.
         work: folder for the converted model and the run.
-        settings: as in `recipe_of`.
+        settings: arguments of `recipe_of`.
     """
     flipscale(["convert", "transformers", f"open_clip:{name}", str(work / "start")])
     recipe = parse_recipe(recipe_of(work, family, **settings))

@@ -18,7 +18,7 @@ from .patches import patchify
 
 
 class MaskedVisionFields:
-    """What flipscale needs of an image tower's configuration beside transformers' fields.
+    """A mixin for transformers' configuration of an image tower, with the members that flipscale reads.
 
     Subclasses have the fields `image_mean` and `image_std`, one number per channel, on the 0..1 scale.
     """
@@ -44,10 +44,11 @@ class MaskedVisionFields:
 
 
 class MaskedFields:
-    """What flipscale needs of a dual encoder's configuration beside transformers' fields.
+    """A mixin for transformers' configuration of a dual encoder, with the members that flipscale reads.
 
     Args:
-        logit_scale_init_value, logit_bias_init_value: as in `FlipConfig`. With a bias of None, the model learns none.
+        logit_scale_init_value, logit_bias_init_value: as in `FlipConfig`. Without a bias here, the model
+            learns no bias.
     """
 
     decoder_config: ClassVar[None] = None
@@ -116,7 +117,7 @@ class PackedPatchEmbedding(nn.Conv2d):
 
 
 class PackedEmbeddings:
-    """A mixin for transformers' embeddings of an image tower: the class token, if there is one, and visible patches."""
+    """A mixin for transformers' embeddings of an image tower. They take visible patches. Any class token goes first."""
 
     pixel_scale: torch.Tensor
     pixel_shift: torch.Tensor
@@ -163,10 +164,9 @@ class PackedEmbeddings:
         return torch.cat([class_embeds.expand(embeds.shape[0], 1, -1), embeds], dim=1)
 
     def positions(self, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the learned positions of the class token, if there is one, and of `side` x `side` patches.
+        """Return the learned positions of any class token, `(prefix, width)`, and of `side` x `side` patches.
 
-        The table of another size is interpolated as in transformers (bicubic): `(prefix, width)` and
-        `(side * side, width)`.
+        Patches have `(side * side, width)`. Another size is interpolated as in transformers (bicubic).
         """
         config: Any = self.config  # type: ignore[attr-defined]
         # The whole table, by a call of its module, because an engine may gather its weights only then.
@@ -180,7 +180,7 @@ class PackedEmbeddings:
 
 
 class MaskedTower:
-    """A mixin for transformers' image tower, which takes `patches` beside `pixel_values`."""
+    """A mixin for transformers' image tower: it takes `pixel_values` or `patches`."""
 
     def forward(
         self,

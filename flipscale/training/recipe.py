@@ -403,6 +403,9 @@ def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, An
     except (UserError, OSError) as error:
         if fetches:
             raise UserError(f"model.init_from {init_from!r} cannot be loaded ({error})") from error
+    if content.get("model_type") in ("clip", "siglip"):
+        kind = content["model_type"]
+        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}; set model.family to {kind}")
     text = content.get("text_config")
     return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
 

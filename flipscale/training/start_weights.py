@@ -1,4 +1,4 @@
-"""What a recipe of the family `clip` or `siglip` takes from its start weights or its tokenizer."""
+"""Recipes of the family `clip` or `siglip`: fields that come from the start weights or the tokenizer."""
 
 import dataclasses
 from contextlib import suppress
@@ -38,10 +38,8 @@ def with_start_weights(recipe: "Recipe", fetches: bool) -> "Recipe":
         return recipe
     kind = read_object(folder / "config.json").get("model_type")
     if kind != model.family:
-        raise UserError(
-            f"model.init_from {init_from!r} has the model_type {kind!r}, and model.family is {model.family!r}; "
-            + ("set model.family to the same" if kind in ("flip", "clip", "siglip") else "it can start no such model")
-        )
+        fix = f"set model.family to {kind}" if kind in ("flip", "clip", "siglip") else "no model.family starts from it"
+        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {model.family!r}; {fix}")
     towers = {name: {**fields, **getattr(model, name)} for name, fields in stored_towers(folder).items()}
     return _with(recipe, towers, init_from if local_folder(init_from) is None else str(folder))
 

@@ -111,12 +111,14 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_peer(folder: Path, tokenizer_dir: Path) -> None:
-    """A tiny model as open_clip stores it: peer.json and peer.safetensors."""
-    text = {**OPEN_CLIP["text_cfg"], "hf_tokenizer_name": str(tokenizer_dir)}
-    (folder / "peer.json").write_text(json.dumps({**OPEN_CLIP, "text_cfg": text}))
-    torch.manual_seed(0)
-    weights = open_clip.CLIP(**OPEN_CLIP).state_dict()
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "peer.safetensors")
+    """Tiny models as open_clip stores them: peer.json and peer.safetensors, and bpe with CLIP's own tokenizer."""
+    texts = {"peer": {"hf_tokenizer_name": str(tokenizer_dir)}, "bpe": {"vocab_size": 49408, "pool_type": "argmax"}}
+    for name, fields in texts.items():
+        config = {**OPEN_CLIP, "text_cfg": {**OPEN_CLIP["text_cfg"], **fields}}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        torch.manual_seed(0)
+        weights = open_clip.CLIP(**config).state_dict()
+        save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
 
 
 def write_clip(folder: Path, tokenizer_dir: Path) -> None:

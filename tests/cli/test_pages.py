@@ -32,6 +32,7 @@ from flipscale.training.recipe import parse_recipe
 SUBSTITUTES = {
     r"\{00000\.\.41407\}": "{00000..00003}",
     r"--step 120000": "--step 40",
+    r"convert transformers open_clip:\S+": "convert transformers open_clip:bpe.json,bpe.safetensors",
     r"open_clip:ViT-B-16,laion2b_s34b_b88k": "open_clip:peer.json,peer.safetensors",
     r"hf:openai/clip-vit-base-patch16": "hf:clip",
     r"(convert flip .*)--size l16": r"\1--image_heads 4 --text_heads 4",

@@ -1,5 +1,6 @@
 """A run of the family `clip` or `siglip` from a model folder takes its towers, pixels and tokenizer."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,13 +83,13 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_to
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model.family", "siglip"], "model_type 'clip'.*model.family is 'siglip'"),
-        (["--model.family", "flip"], "0 of"),
+        (["--model.family", "siglip"], "model_type 'clip', not 'siglip'.*family to clip"),
+        (["--model.family", "flip"], "model_type 'clip'.*model.family to clip"),
         (["--loss.kind", "captioning"], "loss.kind is captioning.*model.family is 'clip'"),
         (["--loss.caption_weight", "1"], "loss.caption_weight is 1.*'clip'"),
         (["--model.drop_path_rate", "0.1"], "model.drop_path_rate is 0.1.*'clip'"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'clip'"),
-        (["--model.decoder_config", "{num_hidden_layers: 1}"], "model.decoder_config.*family clip"),
+        (["--model.answer_config", "{num_answers: 1}"], "model.answer_config.num_answers.*model.family clip"),
         (["--model.vision_config", "{_attn_implementation: x/y}"], "model.vision_config._attn_implementation"),
         (["--data.tokenizer", "words"], r"ends a caption with id \[2\].*eos_token_id \[13\]"),
     ],
@@ -97,8 +98,6 @@ def test_what_does_not_fit_is_refused(
     file: Path, tokenizer_dir: Path, refused: Callable[..., str], flags: list[str], expected: str
 ) -> None:
     flags = [str(tokenizer_dir) if flag == "words" else flag for flag in flags]
-    import re
-
     assert re.search(expected, refused("pretrain", "--config", file, *flags))
 
 
