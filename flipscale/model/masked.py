@@ -5,7 +5,7 @@ A family of models is a configuration class in a file of its own, see `families.
 
 import math
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -262,9 +262,9 @@ class MaskedDualEncoder:
         """
         image_output = self.get_image_features(pixel_values, **kwargs)
         text_output = self.get_text_features(input_ids)  # type: ignore[attr-defined]
-        image_embeds = normalise_embeds(image_output.pooler_output)
+        image_embeds = normalise_embeds(cast(torch.Tensor, image_output.pooler_output))
         text_embeds = normalise_embeds(text_output.pooler_output)
-        values = self.loss_values()
+        values: dict[str, Any] = self.loss_values()
         logits = None
         if return_logits:
             logits = values["logit_scale"] * image_embeds @ text_embeds.t() + values.get("logit_bias", 0.0)
