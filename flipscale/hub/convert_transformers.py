@@ -159,7 +159,8 @@ def _activation(module: nn.Module) -> str:
     kind = type(module).__name__
     if kind not in names:
         raise ValueError(f"its activation is {kind}")
-    return "gelu_pytorch_tanh" if getattr(module, "approximate", "none") == "tanh" else names[kind]
+    approximation: Any = getattr(module, "approximate", None)
+    return "gelu_pytorch_tanh" if approximation == "tanh" else names[kind]
 
 
 def _renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

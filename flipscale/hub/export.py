@@ -91,7 +91,8 @@ def build_image_processor(config: Any) -> Any:
     """
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}
-    pixels = {name: by_channel(getattr(vision, name), vision.num_channels) for name in ("image_mean", "image_std")}
+    names = ("image_mean", "image_std")
+    pixels: dict[str, Any] = {name: by_channel(getattr(vision, name), vision.num_channels) for name in names}
     if getattr(config, "squashes", False):
         return SiglipImageProcessorPil(size=square, resample=PILImageResampling.BICUBIC, **pixels)
     return CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=square, **pixels)
@@ -102,8 +103,8 @@ def by_channel(value: float | list[float], num_channels: int) -> list[float]:
     return [float(value)] * num_channels if isinstance(value, int | float) else [float(v) for v in value]
 
 
-def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:
-    """Write configuration, weights (safetensors), processor and the code of `flipscale.model` to the folder `out_dir`.
+def export_model(model: PreTrainedModel, processor: ProcessorMixin | None, out_dir: Path | str) -> Path:
+    """Write configuration, weights (safetensors), processor and any code of `flipscale.model` to the folder `out_dir`.
 
     fp32 weights are written twice, as fp32 and as `variant="bf16"`. transformers and sentence-transformers load the
     folder without flipscale, with `trust_remote_code=True`. It is renamed once it is whole. An existing model folder is

@@ -119,13 +119,14 @@ class PackedPatchEmbedding(nn.Conv2d):
 class PackedEmbeddings:
     """A mixin for transformers' embeddings of an image tower. They take visible patches. Any class token goes first."""
 
+    patch_embedding: Any
     pixel_scale: torch.Tensor
     pixel_shift: torch.Tensor
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
         sizes = (config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
-        self.patch_embedding = PackedPatchEmbedding(*sizes, bias=self.patch_embedding.bias is not None)  # type: ignore[has-type]
+        self.patch_embedding = PackedPatchEmbedding(*sizes, bias=self.patch_embedding.bias is not None)
         for name, value in self.fixed_tables().items():
             self.register_buffer(name, value, persistent=False)  # type: ignore[attr-defined]
 
@@ -204,8 +205,8 @@ class MaskedDualEncoder:
     # Largest inverse temperature; None for no limit.
     largest_scale: ClassVar[float | None] = None
     config: Any
-    logit_scale: nn.Parameter
-    logit_bias: nn.Parameter | None
+    logit_scale: Any
+    logit_bias: Any
 
     def set_loss_parameters(self) -> None:
         """Set the parameters of the loss to those of the configuration. A bias that is not learned stays as it is."""

@@ -64,16 +64,20 @@ class MaskedSiglipConfig(MaskedFields, SiglipConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if not self.vision_config.vision_use_head:
+        vision: Any = self.vision_config
+        text: Any = self.text_config
+        if not vision.vision_use_head:
             raise ValueError("vision_config: vision_use_head is false, so there is no image embedding; use true")
-        image, text = self.vision_config.hidden_size, self.text_config.projection_size
-        if image != text:
-            raise ValueError(f"vision_config.hidden_size {image} and text_config.projection_size {text} differ")
+        dims = vision.hidden_size, text.projection_size
+        if dims[0] != dims[1]:
+            raise ValueError(f"vision_config.hidden_size {dims[0]} and text_config.projection_size {dims[1]} differ")
 
     @property
     def projection_dim(self) -> int:
         """Width of the joint embedding: the image tower's."""
-        return self.vision_config.hidden_size
+        vision: Any = self.vision_config
+        width: int = vision.hidden_size
+        return width
 
 
 class MaskedSiglipVisionEmbeddings(PackedEmbeddings, SiglipVisionEmbeddings):

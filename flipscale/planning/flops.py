@@ -110,7 +110,7 @@ def forward_flops(
     """
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
     objective = PLAIN if objective.exported_class is FlipModel else objective
-    return _counted(type(config), config.to_json_string(use_diff=False), step, objective)
+    return _counted(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)

@@ -259,7 +259,7 @@ class Activations:
 
 def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
     """Return the activations of a forward and a backward pass of the objective's model."""
-    return _simulated(type(config), config.to_json_string(use_diff=False), step, objective)
+    return _simulated(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)
