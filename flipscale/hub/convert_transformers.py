@@ -190,7 +190,7 @@ def _tokenizer(theirs: Any) -> PreTrainedTokenizerBase:
         names = dict(zip(("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>"), strict=True))
         vocabulary = {names.get(piece, piece): index for piece, index in theirs.encoder.items()}
         return CLIPTokenizer(vocab=vocabulary, merges=list(theirs.bpe_ranks))
-    if not hasattr(theirs, "tokenizer") or getattr(theirs, "tokenizer_mode", "") or theirs.strip_sep_token:
+    if not hasattr(theirs, "tokenizer") or getattr(theirs, "tokenizer_mode", False) or theirs.strip_sep_token:
         raise UserError(f"open_clip's {type(theirs).__name__} has no counterpart in transformers; use another model")
     tokenizer = theirs.tokenizer
     steps = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
