@@ -371,9 +371,7 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
             "run, a model folder or a Hub name, such as a folder that `flipscale convert transformers` made of it"
         )
     if model.family != "flip":
-        from flipscale.training.start_weights import with_start_weights, with_tokenizer
-
-        return with_start_weights(recipe, fetches) if model.init_from else with_tokenizer(recipe)
+        return _with_towers(recipe, fetches)
     if model.init_from and "vocab_size" not in model.text_config:
         size = _vocabulary_of(model.init_from, Path(recipe.output_dir), fetches)
         model = dataclasses.replace(model, text_config={**model.text_config, **size})
@@ -389,6 +387,22 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     size = {"vocab_size": entries} if takes_size and entries != _BERT_ENTRIES else {}
     text, decoder = {**model.text_config, **size}, {**ends, **model.decoder_config}
     return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
+
+
+def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
+    """Return a recipe of another family than `flip` with the towers and the tokenizer of its start weights, or without
+    them with the special tokens of its tokenizer. Fields that the recipe sets stay."""
+    from flipscale.training.start_weights import start_fields, tokenizer_fields  # imports the models
+
+    model, tokenizer = recipe.model, recipe.data.tokenizer
+    if model.init_from:
+        towers, own = start_fields(model.init_from, model.family, Path(recipe.output_dir), fetches)
+        tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
+    else:
+        towers = {"vision_config": {}, "text_config": tokenizer_fields(tokenizer)}
+    fields = {name: {**found, **getattr(model, name)} for name, found in towers.items()}
+    data = dataclasses.replace(recipe.data, tokenizer=tokenizer)
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, **fields), data=data)
 
 
 def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, Any]:

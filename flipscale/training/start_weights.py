@@ -1,55 +1,38 @@
 """Recipes of the family `clip` or `siglip`: fields that come from the start weights or the tokenizer."""
 
-import dataclasses
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, read_object
 from flipscale.io.yaml_text import read_saved_recipe
-
-if TYPE_CHECKING:
-    from flipscale.training.recipe import Recipe
-
-# Name of the original FLIP's tokenizer, the default of `data.tokenizer`.
-_BERT = "bert"
+from flipscale.model.families import FAMILIES, config_class
 
 
-def with_start_weights(recipe: "Recipe", fetches: bool) -> "Recipe":
-    """Return the recipe with the towers, the normalisation of pixels and the tokenizer of `model.init_from`.
+def start_fields(init_from: str, family: str, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return the fields of `vision_config` and `text_config` that start weights have, and the name of their tokenizer.
 
-    Fields that the recipe sets stay. A run that began from these weights has all of them, so that its resume needs no
-    folder. A name on the Hub is looked up with `fetches` only.
+    A run in `run_dir` that began from these weights has all of it, so that its resume needs no folder. A name on the
+    Hub is looked up with `fetches` only; else the fields are empty.
 
     Raises:
         UserError: the weights are of another family.
         OSError: the Hub cannot be reached.
     """
-    model, init_from = recipe.model, str(recipe.model.init_from)
     with suppress(UserError):
-        saved = read_saved_recipe(Path(recipe.output_dir) / "recipe.yaml")
-        before = saved.get("model")
-        if isinstance(before, dict) and before.get("init_from") == init_from:
-            towers = {name: {**before[name], **getattr(model, name)} for name in ("vision_config", "text_config")}
-            return _with(recipe, towers, saved["data"]["tokenizer"])
+        saved = read_saved_recipe(run_dir / "recipe.yaml")
+        model = saved.get("model")
+        if isinstance(model, dict) and model.get("init_from") == init_from:
+            return {name: model[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
     folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
     if folder is None:
-        return recipe
+        return {"vision_config": {}, "text_config": {}}, init_from
     kind = read_object(folder / "config.json").get("model_type")
-    if kind != model.family:
-        fix = f"set model.family to {kind}" if kind in ("flip", "clip", "siglip") else "no model.family starts from it"
-        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {model.family!r}; {fix}")
-    towers = {name: {**fields, **getattr(model, name)} for name, fields in stored_towers(folder).items()}
-    return _with(recipe, towers, init_from if local_folder(init_from) is None else str(folder))
-
-
-def _with(recipe: "Recipe", towers: dict[str, Any], tokenizer: str) -> "Recipe":
-    """Return the recipe with these towers, and with this tokenizer in place of the default."""
-    model, data = dataclasses.replace(recipe.model, **towers), recipe.data
-    if data.tokenizer == _BERT:
-        data = dataclasses.replace(data, tokenizer=tokenizer)
-    return dataclasses.replace(recipe, model=model, data=data)
+    if kind != family:
+        fix = f"set model.family to {kind}" if kind in FAMILIES else "no model.family starts from it"
+        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {family!r}; {fix}")
+    return stored_towers(folder), init_from if local_folder(init_from) is None else str(folder)
 
 
 def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
@@ -57,8 +40,6 @@ def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
 
     Fields that transformers adds to all configurations are left out: they may name code to load.
     """
-    from flipscale.model.families import config_class  # imports the models, which takes seconds
-
     content = read_object(folder / "config.json")
     kind = config_class(content["model_type"])
     towers = {}
@@ -82,13 +63,12 @@ def _pixels(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def with_tokenizer(recipe: "Recipe") -> "Recipe":
-    """Return the recipe with the vocabulary's size and special tokens of a tokenizer that is a folder."""
-    if not Path(recipe.data.tokenizer).is_dir():
-        return recipe
+def tokenizer_fields(folder: str) -> dict[str, Any]:
+    """Return the fields of `text_config` that a tokenizer in a folder decides: its size and its special tokens."""
+    if not Path(folder).is_dir():
+        return {}
     from flipscale.data.tokenizers import load_tokenizer, num_entries
 
-    tokenizer = load_tokenizer(recipe.data.tokenizer, 1)
+    tokenizer = load_tokenizer(folder, 1)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    text = {"vocab_size": num_entries(tokenizer), **ids, **recipe.model.text_config}
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, text_config=text))
+    return {"vocab_size": num_entries(tokenizer), **ids}

@@ -145,7 +145,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, caplog: pytest.Log
         (tmp_path / f"{name}/config.json").write_bytes((tmp_path / "own/config.json").read_bytes())
         save_file(weights, tmp_path / f"{name}/model.safetensors", {"format": "pt"})
         if message:
-            with pytest.raises(ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of flipscale"):
+            with pytest.raises(
+                ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of its model.family"
+            ):
                 started(str(tmp_path / name))
         else:
             with caplog.at_level("INFO", "flipscale"):
