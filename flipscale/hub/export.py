@@ -269,7 +269,9 @@ def _check_replaceable(out_dir: Path) -> None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     config = out_dir / "config.json"
-    if not config.is_file() or read_object(config).get("model_type") not in FAMILIES:
+    kind = read_object(config).get("model_type") if config.is_file() else None
+    # A CLIPModel or SiglipModel without sentence-transformers' files is another program's.
+    if kind not in FAMILIES or (kind != "flip" and not (out_dir / "modules.json").is_file()):
         raise UserError(f"{out_dir} exists and is no model folder of flipscale; name another folder or remove it")
     if others := sort_files(out_dir)[1]:
         raise UserError(

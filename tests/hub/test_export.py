@@ -170,7 +170,7 @@ def test_an_older_model_is_replaced_whole(tokenizer: PreTrainedTokenizerBase, tm
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"model holds notes\.txt"):
         export_model(model, None, out)
-    with pytest.raises(ValueError, match="exists and is not a FLIP model folder"):
+    with pytest.raises(ValueError, match="exists and is no model folder of flipscale"):
         export_model(model, None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
