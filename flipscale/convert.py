@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     transformers = add(
         "transformers", "Convert a model of open_clip to a folder of transformers' CLIPModel or SiglipModel."
     )
-    transformers.add_argument("src", help="A model: open_clip:NAME,PRETRAINED, open_clip:hf-hub:ORG/NAME or local-dir:FOLDER.")
+    transformers.add_argument(
+        "src", help="A model: open_clip:NAME,PRETRAINED, open_clip:hf-hub:ORG/NAME or local-dir:FOLDER."
+    )
     transformers.add_argument("dst", type=output_folder, help="The folder to write; model.init_from takes it.")
     transformers.set_defaults(convert=_to_transformers)
     onnx = add("onnx", "Write one ONNX file per tower, and check in onnxruntime that outputs equal the model's.")

@@ -400,7 +400,7 @@ def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
         tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
     else:
         towers = {"vision_config": {}, "text_config": tokenizer_fields(tokenizer)}
-    fields = {name: {**found, **getattr(model, name)} for name, found in towers.items()}
+    fields: dict[str, Any] = {name: {**found, **getattr(model, name)} for name, found in towers.items()}
     data = dataclasses.replace(recipe.data, tokenizer=tokenizer)
     return dataclasses.replace(recipe, model=dataclasses.replace(model, **fields), data=data)
 

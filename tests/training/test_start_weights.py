@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from flipscale.cli import main
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.pretrain import pretrain
 from flipscale.training.recipe import parse_recipe
@@ -68,6 +69,9 @@ def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(file: Path, fo
     assert 0 < (before["logit_scale"] - after["logit_scale"]).abs() < 0.1
     assert type(AutoModel.from_pretrained(run_dir / "model")) is CLIPModel
     assert not list((run_dir / "model").glob("*.py"))
+    main(["export", str(run_dir), "--out", str(run_dir / "model")])  # its own folder is replaced
+    with pytest.raises(SystemExit):
+        main(["export", str(run_dir), "--out", str(foreign)])
 
 
 def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_tokenizer: Path) -> None:
