@@ -95,7 +95,7 @@ def test_an_engine(
     assert yaml.safe_load(text) == {**shipped, "mpirun_config": {"role": "ddp_bf16"}}
     recipe = write_recipe(tmp_path / "run", stages=[{"name": "whole", "samples": 32, "base_lr": 0.01}])
     main(["pretrain", "--dry_run", "--launch_file", str(tmp_path / "ddp_bf16.yaml"), "--config", str(recipe)])
-    assert "ddp_bf16: 8 processes of 2 pairs" in capsys.readouterr().out
+    assert re.search(r"^ +ddp_bf16\nprocesses +8\npairs each +2\n", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setenv("ROLE_NAME", "ddp_bf16")
     main(["pretrain", "--config", str(recipe)])
     assert len(metrics(tmp_path / "run")) == 2
