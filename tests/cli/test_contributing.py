@@ -49,8 +49,8 @@ def test_its_files_exist() -> None:
         assert (ROOT / file).parent.is_dir(), file
 
 
-def test_there_are_five_lists() -> None:
-    assert list(SECTIONS) == ["loss", "kind of mask", "evaluation", "engine", "encoder variant"]
+def test_its_lists() -> None:
+    assert list(SECTIONS) == ["loss", "kind of mask", "evaluation", "engine", "encoder variant", "family of models"]
 
 
 def test_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
