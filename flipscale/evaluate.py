@@ -179,7 +179,9 @@ def run(args: argparse.Namespace) -> None:
             if any(args.mask_ratio):
                 config, size = embedder.model.config, embedder.pixels
                 counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
-                flops, whole = (count["vision_model"] + count["image_projection"] for count in counts)
+                # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
+                parts = ("vision_model", "image_projection", "visual_projection")
+                flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)
                 masked.append(MaskedResults(model.name, mask, flops, whole, [line.result for line in lines]))
             if accelerator.is_main_process and model.home == model.folder:
                 refresh_card(model.folder, lines)

@@ -49,6 +49,11 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
         UserError: the model has no text tower, or as `load_with_tokenizer`.
     """
     model, tokenizer = load_with_tokenizer(name)
+    if not isinstance(model, FlipPreTrainedModel):
+        raise UserError(
+            f"model {name!r} is transformers' {model.config.exported_class.__name__}, which other programs convert; "
+            "flipscale converts models of the family flip only"
+        )
     if not isinstance(model, FlipModel) or tokenizer is None:
         kind = "captioning" if tokenizer else "classification"
         raise UserError(

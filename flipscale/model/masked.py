@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_flip import check_ranges, patches_along
@@ -180,7 +181,18 @@ class PackedEmbeddings:
         return prefix, resized[0].flatten(1).t()
 
 
-class MaskedTower:
+class _WithTables:
+    """A mixin for models with `PackedEmbeddings`: it also initialises their buffers, which are not saved."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, PackedEmbeddings):
+            for name, value in module.fixed_tables().items():
+                init.copy_(getattr(module, name), value)
+
+
+class MaskedTower(_WithTables):
     """A mixin for transformers' image tower: it takes `pixel_values` or `patches`."""
 
     def forward(
@@ -196,7 +208,7 @@ class MaskedTower:
         return super().forward(images, **kwargs)  # type: ignore[misc]
 
 
-class MaskedDualEncoder:
+class MaskedDualEncoder(_WithTables):
     """A mixin for transformers' dual encoders, which trains as a `FlipModel` does."""
 
     # No weight decay for what has one dimension, as in open_clip.
@@ -222,14 +234,12 @@ class MaskedDualEncoder:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if module is self:
             for name in self.loss_parameters:
                 parameter, value = getattr(self, name, None), getattr(self.config, f"{name}_init_value")
-                if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.fill_(0.0 if value is None else value)
-        for name, value in getattr(module, "fixed_tables", dict)().items():
-            getattr(module, name).copy_(value)
+                if parameter is not None:
+                    init.constant_(parameter, 0.0 if value is None else value)
 
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the image tower's output with its embedding as `pooler_output`, `(batch, dim)`, not normalised."""

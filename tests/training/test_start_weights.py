@@ -1,5 +1,6 @@
 """A run of the family `clip` or `siglip` from a model folder takes its towers, pixels and tokenizer."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TOWER, losses
+from conftest import TOWER, losses, metrics
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -57,8 +58,10 @@ def test_a_recipe_takes_what_the_folder_has(file: Path, foreign: Path) -> None:
     assert recipe.data.tokenizer == str(foreign)
 
 
-def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(file: Path, foreign: Path, tmp_path: Path) -> None:
-    task = "[{kind: zero_shot, data: %s}]" % yaml.safe_load(file.read_text())["data"]["shards"]  # noqa: UP031
+def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(
+    file: Path, foreign: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = f"[{{kind: zero_shot, data: {shards}}}]"
     pretrain(parse_recipe(["--config", str(file), "--eval.tasks", task]))
     run_dir = tmp_path / "run"
     # It evaluates before the first step, as each run from weights does.
@@ -69,6 +72,11 @@ def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(file: Path, fo
     assert 0 < (before["logit_scale"] - after["logit_scale"]).abs() < 0.1
     assert type(AutoModel.from_pretrained(run_dir / "model")) is CLIPModel
     assert not list((run_dir / "model").glob("*.py"))
+    # Evaluated alone, it is as good as in its run.
+    capsys.readouterr()
+    main(["evaluate", str(run_dir), "--zero_shot", str(shards), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["zero_shot/top1"] == [r["zero_shot/top1"] for r in metrics(run_dir) if "zero_shot/top1" in r][-1]
     main(["export", str(run_dir), "--out", str(run_dir / "model")])  # its own folder is replaced
     with pytest.raises(SystemExit):
         main(["export", str(run_dir), "--out", str(foreign)])
