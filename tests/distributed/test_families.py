@@ -53,3 +53,16 @@ def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) 
     ours, theirs = (load_file(run_dir / "model/model.safetensors") for run_dir in (whole, again))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("case", ["clip", "siglip"])
+def test_in_bf16_a_sharded_run_learns_what_one_process_does(trainings: Trainings, case: str) -> None:
+    one, many = (trainings.run(*on, precision="bf16", **CASES[case]) for on in (("ddp", 1), ("fsdp2", 2)))
+    assert losses(many) == pytest.approx(losses(one), abs=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["clip", "siglip"])
+def test_a_compiled_run_learns_the_same(trainings: Trainings, case: str) -> None:
+    compiled = {**CASES[case], "model": {**CASES[case]["model"], "compile": True}}
+    assert close(losses(trainings.run("fsdp2", 2, **compiled)), losses(trainings.run("ddp", 1, **CASES[case])))
