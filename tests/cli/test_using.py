@@ -77,6 +77,20 @@ def test_linear_probe(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert float(re.search(r"top-1 ([\d.]+)%", capsys.readouterr().out)[1]) > 60.0  # chance is 25
 
 
+def test_training(in_site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's recipe takes minutes, so it is replaced by the recipe of the site's own model."""
+    heading = "Train and evaluate from Python"
+    snippet = SNIPPETS[heading].replace("examples/demo/demo.yaml", "runs/demo/recipe.yaml")
+    monkeypatch.setitem(SNIPPETS, heading, re.sub(r'"budget_minutes": 15, ', "", snippet))
+    names = run(heading)
+    assert names["recipe"].seed == 1
+    assert (in_site / "runs/from_python/report.html").is_file()
+    top1 = next(result for result in names["results"] if result.metric == "top1")
+    assert top1.low < top1.value < top1.high
+    assert top1.n == 96
+    assert "top1" in capsys.readouterr().out
+
+
 def test_fine_tuning(in_site: Path) -> None:
     names = run("Fine-tune it")
     losses = [record["eval_loss"] for record in names["trainer"].state.log_history if "eval_loss" in record]

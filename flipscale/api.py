@@ -1,0 +1,79 @@
+"""Training and evaluation from a script or a notebook: `from flipscale.api import read_recipe, train, evaluate`.
+
+On one process by default; a script with these calls runs on several under `accelerate launch`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flipscale.evaluation.results import RESULTS_FILE, Result
+from flipscale.training.recipe import Recipe, parse_recipe
+
+__all__ = ["Recipe", "Result", "evaluate", "read_recipe", "train"]
+
+
+def read_recipe(name: str | Path, **fields: Any) -> Recipe:
+    """Return a recipe, with fields replaced: `read_recipe("small_cpu", **{"data.shards": "data/mine"})`.
+
+    Args:
+        name: recipe file, or the name of a recipe of the package.
+        fields: values by the names of their flags, without dashes.
+
+    Raises:
+        UserError: the recipe or a field is wrong.
+    """
+    words = [word for field, value in fields.items() for word in (f"--{field}", _written(value))]
+    return parse_recipe(["--config", str(name), *words])
+
+
+def _written(value: Any) -> str:
+    """Return a value as it is typed after a flag."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20).removesuffix("...\n").strip()
+    return str(value) if isinstance(value, str | Path) else text
+
+
+def train(recipe: Recipe) -> Path:
+    """Collective. Train a recipe to its end, or on from its newest checkpoint, and return the run directory.
+
+    Raises:
+        UserError: the recipe cannot be run as it stands.
+        FloatingPointError: the loss stayed non-finite.
+        OSError: a checkpoint could not be written.
+    """
+    from flipscale.pretrain import pretrain, write_page
+    from flipscale.training.console import start_logging
+
+    start_logging()
+    run_dir = pretrain(recipe)
+    write_page(recipe)
+    return run_dir
+
+
+def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[Result]:
+    """Collective. Return the results of a model, one for each number; other processes than the main one return none.
+
+    `pandas.DataFrame(results)` is a table of them. Results of a model folder are kept in it and not computed again.
+
+    Args:
+        model: run, model folder, Hub name, `open_clip:NAME,PRETRAINED` or `hf:NAME`.
+        tasks: names of tasks' pages or their fields, as `eval.tasks` of a recipe.
+
+    Raises:
+        UserError: the model or the data of a task cannot be used.
+    """
+    from flipscale.engines.start import start_accelerator
+    from flipscale.evaluate import name_models
+    from flipscale.evaluation.reports.record import evaluate_model
+    from flipscale.evaluation.suite import build_tasks
+    from flipscale.hub.loading import open_embedder
+
+    built = build_tasks(tasks)
+    for task in built:
+        task.check()
+    (named,) = name_models([str(model)], None)
+    named.home.mkdir(parents=True, exist_ok=True)
+    embedder = open_embedder(str(model), start_accelerator([], "."))
+    return [line.result for line in evaluate_model(embedder, named.name, named.home / RESULTS_FILE, built)]
