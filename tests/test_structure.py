@@ -17,7 +17,7 @@ MODULES = {
 }
 # A row imports the rows below it; folders of one row do not know each other. Modules beside the folders are the verbs.
 ORDER = (
-    ("cli",),
+    ("cli", "api"),
     ("verbs",),
     ("studies",),
     ("hub", "pages", "planning"),
