@@ -183,8 +183,6 @@ def write_shards(
     """
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
-    if options.labels:
-        begun["first_shard"] = job.path(0).name  # earlier versions named it 00000.tar
     out_dir.mkdir(parents=True, exist_ok=True)
     others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
     if others and not (out_dir / _MANIFEST).is_file():
