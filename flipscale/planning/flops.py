@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.initialization import no_init_weights
 
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.model import FlipConfig, FlipModel
@@ -116,7 +117,7 @@ def forward_flops(
 @functools.lru_cache(maxsize=64)
 def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Objective) -> Flops:
     # Fake tensors, because transformers reads the values of attention masks on the meta device.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
         config = kind(**json.loads(content))
         model = model_without_storage(config, objective.trained_class(config))
         # Eager, because torch's counter lacks formulas for some fused attention kernels.

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.initialization import no_init_weights
 
 from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
 from flipscale.engines.device import best_attention
@@ -264,7 +265,8 @@ def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAI
 
 @functools.lru_cache(maxsize=64)
 def _simulated(kind: type[FlipConfig], content: str, step: Step, objective: Objective) -> Activations:
-    with FakeTensorMode():
+    # Some initialisers of transformers look at their numbers, which fake tensors lack.
+    with FakeTensorMode(), no_init_weights():
         return measured(kind(**json.loads(content)), step, objective)
 
 
@@ -288,7 +290,7 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
             if step.added_gradients > 0.0 or id(parameter) in in_blocks:
                 live.kept += int(4 * parameter.numel() * step.added_gradients)
 
-        for parameter in model.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(count_gradient)
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
             output = model(**batch, image_size=step.image_size, return_logits=False)

@@ -1,5 +1,6 @@
 """The operations counted: against a formula by hand, the paper's numbers, and a backward pass."""
 
+import re
 import resource
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flipscale.cli import main
 from flipscale.engines.launch import Launch
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipVisionConfig
 from flipscale.model.patches import num_kept
@@ -127,3 +129,16 @@ def test_a_huge_model_is_counted_without_its_weights_and_once() -> None:
     # Its weights are 4 GB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
     assert flops._counted.cache_info()[:2] == (1, 1)
+
+
+@pytest.mark.parametrize(("family", "size"), [("clip", "b16"), ("siglip", "so400m14"), ("siglip", "b16")])
+def test_other_families_are_planned(family: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Published sizes: open_clip's ViT-B-16 has 149.6 M parameters, Google's SigLIP so400m 878 M and B/16 203 M."""
+    changes = ["--model.family", family, "--model.size", size, "--data.tokenizer", "org/name"]
+    text = {"clip": "{}", "siglip": "{vocab_size: 32000, max_position_embeddings: 64}"}[family]
+    main(["pretrain", "--config", "b16_cc12m", *changes, "--model.text_config", text, "--dry_run"])
+    printed = capsys.readouterr().out
+    count = int(re.search(r"([\d,]+) parameters", printed)[1].replace(",", ""))
+    expected = {"clip b16": 149_620_737, "siglip so400m14": 877_360_882, "siglip b16": 203_156_738}
+    assert count == pytest.approx(expected[f"{family} {size}"], rel=0.005)
+    assert "use " in printed.splitlines()[-1]
