@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_flip import check_ranges, patches_along
+from .configuration_flip import check_tower, patches_along
 from .modeling_flip import FlipOutput, normalise_embeds
 from .patches import patchify
 
@@ -31,7 +31,7 @@ class MaskedVisionFields:
         for name in ("image_size", "patch_size"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"vision_config: {name} is {getattr(self, name)}; it must be one number of pixels")
-        check_ranges(self)  # type: ignore[arg-type]
+        check_tower(self)  # type: ignore[arg-type]
         self.patches_along()
 
     def patches_along(self, image_size: int | None = None) -> int:
@@ -63,6 +63,10 @@ class MaskedFields:
     processor_class: ClassVar[Any]
     # Whether images are resized to a square, else their short side is, and the centre is cut out.
     squashes: ClassVar[bool]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        check_tower(self.text_config)  # type: ignore[attr-defined]
 
     @classmethod
     def from_size(

@@ -35,7 +35,7 @@ _SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
 
 @strict
 class MaskedCLIPConfig(MaskedFields, CLIPConfig):
-    """The configuration of a CLIPModel for training. Sizes are open_clip's: its H/14 and bigG/14 have wider texts."""
+    """The configuration of a CLIPModel for training. Sizes are open_clip's, `g14` is its bigG/14."""
 
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": MaskedCLIPVisionConfig,

@@ -137,6 +137,8 @@ def test_the_scale_of_clip_stops_at_100(start: float, gradient: float, moves: bo
         ("clip", {"projection_dim": 7}, "projection_dim.*7"),
         ("siglip", {"vision_use_head": False}, "vision_use_head"),
         ("clip", {"image_size": 33}, "image_size 33"),
+        ("clip", {"hidden_act": "swash"}, "hidden_act 'swash'"),
+        ("siglip", {"num_attention_heads": 3}, "num_attention_heads 3"),
         ("siglip", {"image_size": [32, 48]}, "image_size.*48"),
     ],
 )
