@@ -61,7 +61,8 @@ def decays(model: nn.Module) -> dict[str, bool]:
     Biases, norms and the modules in a FLIP model's `no_weight_decay` do not decay. For the parameters of the loss the
     model decides. The class token, token embedding and `logit_scale` decay, as in the original.
     """
-    exempt: frozenset[str] = getattr(model, "no_weight_decay", frozenset())
+    named = getattr(model, "no_weight_decay", None)
+    exempt: frozenset[str] = named if isinstance(named, frozenset) else frozenset()  # timm has a method of this name
     decayed = {}
     for path, module in model.named_modules():
         is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))

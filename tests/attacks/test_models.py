@@ -148,7 +148,6 @@ REFUSED = {
         tokenizer(lambda c: c["model"]["vocab"].update(red=999), "tokenizer.json"), "1000", "vocab_size", "16",
     ),
     "a tokenizer without padding": (tokenizer(lambda c: c.pop("pad_token")), "tokenizer", "None"),
-    "a tokenizer of other inputs": (tokenizer(lambda c: c.update(model_input_names=["x"])), "cannot embed"),
     "an expression that cannot be": (tokenizer(lambda c: c.update(pre_tokenizer=SPLIT), "tokenizer.json"), "tokenizer"),
     "weights as a pickle": (pickle, "pytorch_model.bin"),
 }  # fmt: skip
@@ -249,6 +248,9 @@ ATTACKS = [
     refused("a model that brings its code", evaluated(code), "'mine'", check=lacks("ran")),
     survived("a model of ten billion labels", evaluated(config(num_labels=10**10)), "top-1"),
     survived("a model that names a kernel", evaluated(KERNEL), "top-1"),
+    survived(
+        "a tokenizer of other inputs", evaluated(tokenizer(lambda c: c.update(model_input_names=["x"]))), "top-1"
+    ),
     refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),
     refused(
         "weights to start from that are elsewhere", started_from(LEADS_OUT), "model.init_from", "../outside.safetensors"

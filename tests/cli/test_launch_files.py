@@ -1,6 +1,7 @@
 """The launch files and Slurm scripts of an installed package, from a wheel that is built here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,8 +76,9 @@ def test_every_launch_file_can_be_planned_with(site: Path) -> None:
     command = [sys.executable, *recipe.split()]
     done = launch([*command, "--launch_file", *files], site / "work", **path_of(site))
     assert done.returncode == 0, done.stderr
-    heading = next(line for line in done.stdout.splitlines() if line.startswith("GiB of each process"))
-    assert heading.split()[4:] == [Path(file).stem for file in files]
+    names = re.search(r"\n\n +(.*)\nprocesses ", done.stdout)
+    assert names is not None
+    assert names[1].split() == [Path(file).stem for file in files]
 
 
 def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
