@@ -1,6 +1,6 @@
 """Act as a new user in a clone: install by the README, and type docs/your_pictures.md from top to bottom.
 
-    PYTHONPATH=tests python tests/cli/newcomer.py [--python PYTHON] [--minutes MINUTES]
+    PYTHONPATH=.:tests python tests/cli/newcomer.py [--python PYTHON] [--minutes MINUTES]
 
 All commands are read from the pages and printed with their seconds. The user has 300 pictures in a folder. Commands
 that need an account are left out and printed. After the page, the user makes the mistakes of a second run,
