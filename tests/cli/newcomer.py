@@ -98,7 +98,11 @@ def main() -> None:
             if args.minutes:
                 text = re.sub(r"--minutes \S+", f"--minutes {args.minutes}", text)
             command = ["bash", "-euc", text] if language == "bash" else [str(python), "-c", text]
-            timed(text if language == "bash" else "the Python of the page", command, folder, environment)
+            in_clone = text.startswith("pip install -e")
+            if in_clone and args.python:
+                continue
+            where = home / "clone" if in_clone else folder
+            timed(text if language == "bash" else "the Python of the page", command, where, environment)
         second_hour(folder, environment)
         if not args.python:
             extra = "pip install -e '.[harnesses]'"
