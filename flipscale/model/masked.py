@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_flip import check_tower, patches_along
-from .modeling_flip import FlipOutput, normalise_embeds
+from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds
 from .patches import patchify
 
 
@@ -127,6 +127,7 @@ class PackedEmbeddings:
     patch_embedding: Any
     pixel_scale: torch.Tensor
     pixel_shift: torch.Tensor
+    normalise: Any = FlipVisionEmbeddings.normalise
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
@@ -146,7 +147,7 @@ class PackedEmbeddings:
             "pixel_shift": -mean / std,
         }
 
-    def forward(self, images: "PackedImages | torch.Tensor", interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def forward(self, images: PackedImages | torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Return the tokens `(batch, prefix + kept, hidden_size)`.
 
         Args:
@@ -159,8 +160,7 @@ class PackedEmbeddings:
         if patches.ndim == 4 and index is not None:
             patches, index = patches.flatten(0, 1), index.flatten(0, 1)
         if patches.dtype == torch.uint8:
-            by_channel = patches.unflatten(2, (config.num_channels, -1)).to(torch.float32, copy=True)
-            patches = by_channel.mul_(self.pixel_scale.view(-1, 1)).add_(self.pixel_shift.view(-1, 1)).flatten(2)
+            patches = self.normalise(patches)
         embeds = self.patch_embedding(patches)
         prefix, positions = self.positions(config.patches_along(image_size))
         embeds = embeds + (positions if index is None else positions[index.long()]).to(embeds.dtype)

@@ -57,8 +57,8 @@ class ModelRecipe:
         family: The architecture. `flip` is the paper's. `clip` and `siglip` are transformers' CLIPModel and
             SiglipModel, and their exported folders need no code of flipscale. They take all masks of images, but no
             text masks, drop path, decoders or heads.
-        size: The size of the two towers: b16, l16, l14, h14 or g14; family `clip` has s16 and b32 too, and `siglip`
-            s16, b16, l16, so400m14, so400m16 and g16.
+        size: The size of the two towers. Family `flip` has b16, l16, l14, h14 and g14. `clip` also has s16 and b32.
+            `siglip` has s16, b16, l16, so400m14, so400m16 and g16.
         vision_config: Changed fields of the image tower, such as `{image_size: 112}`.
         text_config: Changed fields of the text tower, such as `{num_hidden_layers: 6}`. `vocab_size` defaults to that
             of the start weights, else to the size of a tokenizer in a folder, else to 30,523.
