@@ -165,7 +165,7 @@ def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.Capt
     assert sorted(contents(tmp_path / "again/test")) == sorted(test)
 
 
-def test_labelled_sets_have_the_names_of_clip_benchmark(by_class: Path, tmp_path: Path, refused: Callable) -> None:
+def test_labelled_sets_have_the_names_of_clip_benchmark(by_class: Path, tmp_path: Path) -> None:
     options = ("--labels", "folder", "--split", "0.25", "--pairs_per_shard", "12", "--num_workers", 1)
     prepare("shards", by_class, tmp_path / "out", *options)
     for part in ("train", "test"):
@@ -173,11 +173,6 @@ def test_labelled_sets_have_the_names_of_clip_benchmark(by_class: Path, tmp_path
         assert (folder / "nshards.txt").read_text() == "11\n"
         assert {path.name for path in folder.glob("*.tar")} == {f"{number}.tar" for number in range(11)}
     assert len(TestSet.open(str(tmp_path / "out"))) == len(contents(tmp_path / "out/test"))
-    # A folder that an earlier version began, with other names.
-    manifest = tmp_path / "out/train/manifest.jsonl"
-    manifest.write_text(manifest.read_text().replace(', "first_shard": "0.tar"', "", 1))
-    line = refused("prepare", "shards", by_class, tmp_path / "out", *options)
-    assert "was begun with first_shard None (now 0.tar); use the same source and options, or another folder" in line
 
 
 def test_pictures_without_captions(by_class: Path, tmp_path: Path, refused: Callable) -> None:
