@@ -28,6 +28,10 @@ ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
 
 _log = logging.getLogger(__name__)
 
+# Learned positions of a text tower, and how many of the first ones LongCLIP (arXiv 2403.15378) leaves as they are.
+_TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embeddings?\.weight")
+_LONGCLIP_KEPT = 20
+
 # More than any list of stages needs. A limit is needed to notice a fault that makes a graph for every step.
 _MAX_GRAPHS = 64
 
@@ -103,7 +107,11 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
 
 
 def initial_weights(
-    init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipPreTrainedModel] = FlipModel
+    init_from: str | None,
+    config: FlipConfig,
+    seed: int,
+    kind: type[FlipPreTrainedModel] = FlipModel,
+    text_positions: str | None = None,
 ) -> ParameterInit:
     """Collective. Return the initialiser of a new run. All processes call it for the same modules.
 
@@ -112,6 +120,7 @@ def initial_weights(
 
     Args:
         init_from: folder or Hub name of a model; None for fresh draws.
+        text_positions: `ModelRecipe.text_positions`.
 
     Raises:
         UserError: there are no such weights, or one is not finite or has another shape than in a model of `config`.
@@ -127,7 +136,7 @@ def initial_weights(
         try:
             opened = [safe_open(file, "pt") for file in check_folder(fetch_folder(init_from))]
             files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-            usable = _usable(files, model_without_storage(config, kind))
+            usable = _usable(files, model_without_storage(config, kind), text_positions)
             for name in usable:
                 check_weight(name, files[name].get_tensor(name))
             names_or_fault = [usable]
@@ -146,7 +155,11 @@ def initial_weights(
             if prefix + field not in names:
                 continue
             if files:
-                parameter.data.copy_(files[prefix + field].get_tensor(prefix + field).reshape(parameter.shape))
+                stored = files[prefix + field].get_tensor(prefix + field)
+                if _TEXT_POSITIONS.fullmatch(prefix + field) and len(stored) != len(parameter):
+                    assert text_positions is not None, "`_usable` refuses"
+                    stored = longer_positions(stored, len(parameter), text_positions)
+                parameter.data.copy_(stored.reshape(parameter.shape))
             if several:
                 sent = parameter.data.to(device)
                 dist.broadcast(sent, 0)
@@ -162,7 +175,23 @@ def initial_weights(
     return init
 
 
-def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
+def longer_positions(table: torch.Tensor, count: int, kind: str) -> torch.Tensor:
+    """Return positions for `count` tokens, interpolated between those of `table`, `(positions, width)`.
+
+    `stretched` keeps the first and the last position. `longclip` keeps the first 20 and stretches the others, so that
+    the positions after the last old one are extrapolated, as in LongCLIP (77 become 248).
+    """
+    places = torch.arange(count, dtype=torch.float64)
+    if kind == "longclip":
+        rest = places[_LONGCLIP_KEPT:] - _LONGCLIP_KEPT
+        places[_LONGCLIP_KEPT:] = _LONGCLIP_KEPT + rest * (len(table) - _LONGCLIP_KEPT) / (count - _LONGCLIP_KEPT)
+    else:
+        places *= (len(table) - 1) / (count - 1)
+    lower = places.long().clamp(max=len(table) - 2)
+    return torch.lerp(table[lower], table[lower + 1], (places - lower)[:, None].to(table.dtype))
+
+
+def _usable(files: dict[str, Any], model: FlipPreTrainedModel, text_positions: str | None) -> set[str]:
     """Return the names of the tensors that `model` uses, and log missing and unused names.
 
     Raises:
@@ -171,7 +200,9 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name in shapes.keys() & files.keys():
         stored = files[name].get_slice(name).get_shape() or [1]  # transformers' CLIP has a logit_scale of shape ()
-        if stored != shapes[name]:
+        if _TEXT_POSITIONS.fullmatch(name) and stored[1:] == shapes[name][1:] and stored != shapes[name]:
+            _check_longer(stored[0], shapes[name][0], text_positions)
+        elif stored != shapes[name]:
             raise UserError(f"{name} has the shape {stored} there, {shapes[name]} in this recipe's model")
     # Expected names, such as the text tower's for a classifier, are not logged.
     others = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
@@ -194,6 +225,17 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
         )
     _log.info("model.init_from: %s", words)
     return taken
+
+
+def _check_longer(before: int, count: int, text_positions: str | None) -> None:
+    """Raise unless a text tower's positions can be made longer by `longer_positions`."""
+    words = f"it has {before} text positions, and text_config.max_position_embeddings is {count}"
+    if count < before or before < 2:
+        raise UserError(f"{words}; set it to {before}, or more with model.text_positions")
+    if text_positions is None:
+        raise UserError(f"{words}; set model.text_positions to stretched or longclip, or leave the length out")
+    if text_positions == "longclip" and before <= _LONGCLIP_KEPT:
+        raise UserError(f"{words}, but model.text_positions longclip keeps {_LONGCLIP_KEPT}; use stretched")
 
 
 def fresh_weights(seed: int) -> ParameterInit:

@@ -70,6 +70,9 @@ class ModelRecipe:
         compile: Compile the blocks with torch.compile. Compilation delays the first steps at each mask ratio. Does
             not change what is learned.
         init_from: The start weights: a run, a model folder or a Hub name.
+        text_positions: How the text positions of start weights become longer, where `text_config` has more
+            `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
+            and stretches the rest, as LongCLIP does (77 become 248).
         drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
             its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
             models drop nothing.
@@ -86,8 +89,16 @@ class ModelRecipe:
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
+    text_positions: Literal["stretched", "longclip"] | None = None
     drop_path_rate: ShareBelowOne = 0.0
     frozen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.text_positions and not self.init_from:
+            raise UserError(
+                f"model.text_positions is {self.text_positions!r} and model.init_from is not set, so there are no "
+                "positions to make longer; leave it out"
+            )
 
     def config(self) -> "FlipConfig":
         """Return the model's configuration.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flipscale.engines import first_weights
-from flipscale.engines.first_weights import build_weights, fresh_weights, initial_weights
+from flipscale.engines.first_weights import build_weights, fresh_weights, initial_weights, longer_positions
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
 
@@ -90,8 +90,10 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -
     return str(folder)
 
 
-def started(init_from: str, kind: type[FlipModel] = FlipModel, config: FlipConfig = CONFIG) -> Weights:
-    init = initial_weights(init_from, config, 3, kind)
+def started(
+    init_from: str, kind: type[FlipModel] = FlipModel, config: FlipConfig = CONFIG, text_positions: str | None = None
+) -> Weights:
+    init = initial_weights(init_from, config, 3, kind, text_positions)
     return build_weights(config, lambda model: None, init, lambda block: None, kind).state_dict()
 
 
@@ -170,6 +172,41 @@ def test_unusable_weights_are_one_error(tmp_path: Path) -> None:
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(ValueError, match=r"pickle \(model.bin\)"):
         initial_weights(folder, CONFIG, 0)
+
+
+def test_longclip_positions_are_its_authors() -> None:
+    """Of 77 positions, the published rule makes 248: 20 kept, three between each two of the others, three beyond."""
+    old = torch.randn(77, 8, dtype=torch.float64)
+    expected = list(old[:20])
+    for place in range(20, 76):
+        expected += [old[place] * (4 - part) / 4 + old[place + 1] * part / 4 for part in range(4)]
+    expected += [old[76] + part * (old[76] - old[75]) / 4 for part in range(4)]
+    assert len(expected) == 4 * 77 - 3 * 20
+    assert torch.allclose(longer_positions(old, 248, "longclip"), torch.stack(expected), atol=1e-12)
+
+
+def test_stretched_positions_are_torchs_interpolation() -> None:
+    old = torch.randn(12, 8)
+    expected = nn.functional.interpolate(old.t()[None], size=31, mode="linear", align_corners=True)[0].t()
+    assert torch.allclose(longer_positions(old, 31, "stretched"), expected, atol=1e-5)
+    assert torch.equal(longer_positions(old, 12, "stretched"), old)
+
+
+def test_text_positions_become_longer_by_a_field_only(tmp_path: Path) -> None:
+    folder, config, name = saved(tmp_path), copy.deepcopy(CONFIG), "text_model.embeddings.position_embedding.weight"
+    before = config.text_config.max_position_embeddings
+    config.text_config.max_position_embeddings = 40
+    own = started(folder)
+    longer = started(folder, config=config, text_positions="stretched")
+    assert torch.equal(longer[name], longer_positions(own[name], 40, "stretched"))
+    assert all(torch.equal(value, own[key]) for key, value in longer.items() if key != name)
+    with pytest.raises(ValueError, match=f"{before} text positions.*embeddings is 40.*model.text_positions"):
+        started(folder, config=config)
+    with pytest.raises(ValueError, match=r"model\.text_positions longclip keeps 20"):
+        started(folder, config=config, text_positions="longclip")
+    config.text_config.max_position_embeddings = before - 1
+    with pytest.raises(ValueError, match=f"embeddings is {before - 1}; set it to {before}"):
+        started(folder, config=config, text_positions="stretched")
 
 
 def _start_of_a_rank(init_from: str, other: bool, answer: Connection) -> None:

@@ -84,8 +84,10 @@ def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(
 
 def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_tokenizer: Path) -> None:
     """The run directory has the towers, so the start weights may be gone."""
-    flags = ["--config", str(file), "--data.tokenizer", str(caption_tokenizer)]
-    pretrain(parse_recipe(flags))
+    longer = ["--model.text_config", "{max_position_embeddings: 16}", "--model.text_positions", "stretched"]
+    flags = ["--config", str(file), "--data.tokenizer", str(caption_tokenizer), *longer]
+    run_dir = pretrain(parse_recipe(flags))
+    assert CLIPModel.from_pretrained(run_dir / "model").config.text_config.max_position_embeddings == 16
     shutil.rmtree(foreign)
     again = parse_recipe(flags)
     assert again.model.vision_config["image_mean"] == [0.1, 0.2, 0.3]
@@ -99,6 +101,7 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_to
         (["--model.family", "flip"], "model_type 'clip'.*model.family to clip"),
         (["--loss.kind", "captioning"], "loss.kind is captioning.*model.family is 'clip'"),
         (["--loss.caption_weight", "1"], "loss.caption_weight is 1.*'clip'"),
+        (["--model.init_from", "null", "--model.text_positions", "longclip"], "model.text_positions is 'longclip'"),
         (["--model.drop_path_rate", "0.1"], "model.drop_path_rate is 0.1.*'clip'"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'clip'"),
         (["--model.answer_config", "{num_answers: 1}"], "model.answer_config.num_answers.*model.family clip"),
