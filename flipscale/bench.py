@@ -31,11 +31,9 @@ def add_step_arguments(parser: argparse.ArgumentParser, num_steps: int = 10) -> 
     )
     parser.add_argument("--compile", action="store_true", help="Compile the model with torch.compile.")
     parser.add_argument(
-        "--steps",
-        type=number(Count),
-        default=num_steps,
+        "--steps", type=number(Count), default=num_steps,
         help=f"Timed steps, after two untimed steps. Default: {num_steps}.",
-    )
+    )  # fmt: skip
     parser.add_argument("--threads", type=number(Threads), help="CPU threads. Default: all.")
     parser.add_argument("--json", action="store_true", help="Print JSON lines instead of text.")
 

@@ -37,88 +37,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale evaluate`."""
     add = parser.add_argument
     add(
-        "models",
-        metavar="MODEL",
-        nargs="+",
+        "models", metavar="MODEL", nargs="+",
         help="A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or "
         "any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and "
         "untrained:FOLDER (random weights). Several models share one table.",
-    )
+    )  # fmt: skip
     add(
-        "--tasks",
-        metavar="DIR",
-        type=Path,
-        help=f"Folder in which `flipscale prepare tasks` put the tasks' data; {TASKS_DIR} by default. Without --suite "
+        "--tasks", metavar="DIR", type=Path,
+        help=f"Folder in which `flipscale prepare tasks` put the tasks' data. Default: {TASKS_DIR}. Without --suite "
         "and --only, every task prepared there runs.",
-    )
+    )  # fmt: skip
     add("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
     add("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
-    add(
-        "--zero_shot",
-        metavar="DIR",
-        help="Classify the images of this folder: shards with KEY.cls, and classnames.txt.",
-    )
+    add("--zero_shot", metavar="DIR", help="Classify the images of this folder, which has KEY.cls and classnames.txt.")
     add("--retrieval", metavar="DIR", help="Retrieve images and captions of this folder: shards with KEY.txt.")
     add(
-        "--task",
-        metavar="YAML",
-        action="append",
-        default=[],
+        "--task", metavar="YAML", action="append", default=[],
         help="Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
         "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe, "
         "captioning, likelihood, vqa, classification. May be given several times.",
-    )
+    )  # fmt: skip
     add(
-        "--without",
-        type=Path,
-        metavar="AUDIT",
+        "--without", type=Path, metavar="AUDIT",
         help="Also report each result without test images that are in the training data. AUDIT is the folder that "
         "`flipscale prepare audit --tests` wrote.",
-    )
+    )  # fmt: skip
     add(
-        "--output_dir",
-        metavar="DIR",
-        type=output_folder,
+        "--output_dir", metavar="DIR", type=output_folder,
         help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
         "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
-    )
+    )  # fmt: skip
+    add("--batch_size", type=number(Pairs), default=256, help="Images or texts embedded at once. Default: 256.")
+    workers_help = "Processes that decode images; 0 decodes in this process. Default: 4."
+    add("--num_workers", type=number(Workers), default=4, help=workers_help)
     add(
-        "--batch_size",
-        type=number(Pairs),
-        default=256,
-        help="Number of images or texts that a process embeds at once; 256 by default.",
-    )
+        "--image_size", type=number(Pixels), metavar="PIXELS",
+        help="Image size for tasks that set none, a multiple of the patch size. Default: the model's own.",
+    )  # fmt: skip
     add(
-        "--num_workers",
-        type=number(Workers),
-        default=4,
-        help="Number of processes that decode images; 4 by default, 0 decodes in this process.",
-    )
+        "--mask_ratio", type=number(ShareBelowOne), nargs="+", metavar="RATIO", default=[0.0],
+        help="Remove this fraction of each image's patches. Default: 0. Several ratios make a table of accuracy "
+        "against the encoder's FLOPs.",
+    )  # fmt: skip
     add(
-        "--image_size",
-        type=number(Pixels),
-        metavar="PIXELS",
-        help="Image size for tasks that set none; the model's own by default. It must be a multiple of the patch size.",
-    )
-    add(
-        "--mask_ratio",
-        type=number(ShareBelowOne),
-        nargs="+",
-        metavar="RATIO",
-        default=[0.0],
-        help="Remove this fraction of each image's patches; 0, the default, keeps it whole. Several ratios make a "
-        "table of accuracy against the encoder's FLOPs.",
-    )
-    add(
-        "--mask_views",
-        type=number(Count),
-        nargs="+",
-        metavar="VIEWS",
-        default=[1],
-        help="Average the embeddings of this many disjoint views of an image; 1 by default. Each number is tried with "
+        "--mask_views", type=number(Count), nargs="+", metavar="VIEWS", default=[1],
+        help="Average the embeddings of this many disjoint views of an image. Default: 1. Each number is tried with "
         "each ratio, as far as disjoint views fit.",
-    )
-    add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre; random by default.")
+    )  # fmt: skip
+    add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre. Default: random.")
     add("--json", action="store_true", help="Print one JSON line instead of a table.")
 
 

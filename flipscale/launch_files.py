@@ -19,11 +19,9 @@ _PACKAGE = Path(__file__).parent
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale launch_files`."""
     parser.add_argument(
-        "directory",
-        metavar="DIR",
-        type=output_folder,
+        "directory", metavar="DIR", type=output_folder,
         help="Folder that receives ds_configs/ and slurm/, such as `.`. Start training from it.",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

@@ -33,41 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer = add(_tokenizer, "Train a SentencePiece tokenizer on the captions of shards.")
     tokenizer.add_argument("shards", help=f"{_SHARDS_HELP} Or a folder of `save_to_disk` or Parquet files with images.")
     tokenizer.add_argument("directory", type=output_folder, help="Folder to write, for a recipe's data.tokenizer.")
-    tokenizer.add_argument(
-        "--vocab_size",
-        type=number(Count),
-        default=8000,
-        help="Largest number of entries (default: 8000). Few captions give fewer entries.",
-    )
+    tokenizer.add_argument("--vocab_size", type=number(Count), default=8000, help="Most entries. Default: 8000.")
     tokenizer.add_argument(
         "--begin_and_end", action="store_true", help="Add the begin and end tokens that a caption decoder needs."
     )
 
     inspect = add(_inspect, "Print counts and sizes of shards, find bad samples, and draw a contact sheet.")
     inspect.add_argument("shards", help=_SHARDS_HELP)
-    inspect.add_argument(
-        "--sheet", type=Path, default=Path("contact_sheet.png"), help="PNG file to draw (default: contact_sheet.png)."
-    )
+    sheet = Path("contact_sheet.png")
+    inspect.add_argument("--sheet", type=Path, default=sheet, help=f"PNG file to draw. Default: {sheet}.")
     inspect.add_argument("--tokenizer", help=_TOKENIZER_HELP)
-    inspect.add_argument(
-        "--max_samples",
-        type=number(CountOrZero),
-        default=0,
-        help="Number of samples to check, evenly spread; 0, the default, checks all.",
-    )
+    most_help = "Samples to check, evenly spread; 0 for all. Default: 0."
+    inspect.add_argument("--max_samples", type=number(CountOrZero), default=0, help=most_help)
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
     audit = add(_audit, "Report a data set's captions and duplicates, and the test images that it contains.")
     audit.add_argument("shards", help=_SHARDS_HELP)
     audit.add_argument(
-        "--tests",
-        type=Path,
-        metavar="DIR",
+        "--tests", type=Path, metavar="DIR",
         help="Look for test images in the training data. DIR is a test set's folder, or a folder of several sets.",
-    )
-    audit.add_argument(
-        "--output_dir", type=output_folder, default=Path("audit"), help="Folder to write (default: audit)."
-    )
+    )  # fmt: skip
+    folder = Path("audit")
+    audit.add_argument("--output_dir", type=output_folder, default=folder, help=f"Folder to write. Default: {folder}.")
     audit.add_argument("--tokenizer", help=_TOKENIZER_HELP)
     add_num_workers(audit)
 
@@ -88,60 +75,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
-    shards.add_argument(
+    add = shards.add_argument
+    add(
         "source",
         help="A folder of images (with a .txt or .json file beside each, a metadata table, or a folder per class), "
         "a CSV, TSV, JSONL or parquet table of paths and captions, or a data set of the `datasets` library (saved, or "
         "its name on the Hub).",
     )
-    shards.add_argument("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
-    shards.add_argument(
+    add("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
+    add(
         "--image_column",
         help="Column of images. Default: the first one named image, file_name, filename, path, filepath, image_path or "
         "img.",
     )
-    shards.add_argument(
+    add(
         "--caption_column",
         help="Column of captions. Default: the first one named caption, captions, text, title or txt. A list of texts "
         "holds several captions of one image.",
     )
-    shards.add_argument(
-        "--labels",
-        metavar="folder|COLUMN",
-        help="Also write classes: `folder` takes each image's folder as its class, COLUMN a column of the table. By "
-        "default no classes are written.",
-    )
-    shards.add_argument(
-        "--split",
-        type=number(ShareBelowOne),
-        default=0.0,
-        metavar="SHARE",
+    add(
+        "--labels", metavar="folder|COLUMN",
+        help="Also write classes: `folder` takes each image's folder as its class, COLUMN a column of the table. "
+        "Default: no classes.",
+    )  # fmt: skip
+    add(
+        "--split", type=number(ShareBelowOne), default=0.0, metavar="SHARE",
         help="Hold out this share of the images, such as 0.1, as a test set. The folder then has train/ and test/. An "
-        "image's content decides its part, so duplicates stay together. 0, the default, holds out none.",
-    )
-    shards.add_argument("--dataset_split", default="train", help="Split of a `datasets` data set (default: train).")
-    shards.add_argument(
-        "--short_side",
-        type=int,
-        default=256,
-        help="Shrink larger images until their short side has this many pixels (default: 256).",
-    )
-    shards.add_argument("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images (default: 90).")
-    shards.add_argument("--pairs_per_shard", type=int, default=10_000, help="Pairs in a shard (default: 10,000).")
-    shards.add_argument(
-        "--drop_duplicates", action="store_true", help="Keep only the first of several images with the same bytes."
-    )
-    shards.add_argument(
-        "--allow_outside",
-        action="store_true",
-        help="Also read files outside the source's folder, if a path or link leads there.",
-    )
-    shards.add_argument(
-        "--max_bad_fraction",
-        type=number(Share),
-        default=0.95,
-        help="Usable pairs are always written. Exit with code 2 if a larger share is unusable (default: 0.95).",
-    )
+        "image's content decides its part, so duplicates stay together. Default: 0.",
+    )  # fmt: skip
+    add("--dataset_split", default="train", help="Split of a `datasets` data set. Default: train.")
+    add("--short_side", type=int, default=256, help="Shrink larger images to this short side, in pixels. Default: 256.")
+    add("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images. Default: 90.")
+    add("--pairs_per_shard", type=int, default=10_000, help="Pairs in a shard. Default: 10,000.")
+    add("--drop_duplicates", action="store_true", help="Keep only the first of several images with the same bytes.")
+    add("--allow_outside", action="store_true", help="Also read files outside the source's folder, named or linked.")
+    add(
+        "--max_bad_fraction", type=number(Share), default=0.95,
+        help="Usable pairs are always written. Exit with code 2 if a larger share is unusable. Default: 0.95.",
+    )  # fmt: skip
     add_num_workers(shards)
 
 

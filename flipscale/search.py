@@ -14,24 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale search`."""
     parser.add_argument("model", metavar="MODEL", help="A model, as for `flipscale evaluate`.")
     parser.add_argument(
-        "pictures",
-        metavar="FOLDER",
+        "pictures", metavar="FOLDER",
         help="A folder of pictures, searched with its subfolders, or shards: a folder of *.tar, a glob, or a range.",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "queries",
-        metavar="QUERY",
-        nargs="*",
+        "queries", metavar="QUERY", nargs="*",
         help="Words, such as 'two arrows in a circle', or a picture file, which finds similar pictures.",
-    )
+    )  # fmt: skip
     parser.add_argument("--queries", dest="file", metavar="FILE", type=Path, help="A text file, one query per line.")
     parser.add_argument(
-        "--out",
-        metavar="PAGE",
-        type=Path,
-        default=Path("search.html"),
+        "--out", metavar="PAGE", type=Path, default=Path("search.html"),
         help="The page to write. Default: search.html. An .npz file beside it keeps embeddings for the next search.",
-    )
+    )  # fmt: skip
     parser.add_argument("--top", type=number(Count), default=8, help="Pictures per query. Default: 8.")
 
 

@@ -29,10 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="A run directory, such as runs/h14.")
     parser.add_argument("--json", action="store_true", help="Print a JSON line for each run instead of a table.")
     parser.add_argument(
-        "--watch",
-        action="store_true",
+        "--watch", action="store_true",
         help="Repeat every few seconds until all runs end. A terminal is redrawn; a file or pipe gets lines.",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

@@ -75,10 +75,9 @@ def _add_race_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model."
     )
     parser.add_argument(
-        "--baselines",
-        action="store_true",
+        "--baselines", action="store_true",
         help="Also report a baseline: the name of the nearest training image, by pixels and by HOG.",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def test_the_help_has_ranges_defaults_and_every_kind() -> None:
         assert re.search(words, text), words
     text, (*kinds, last) = " ".join(parser_of("evaluate").format_help().split()), IMAGE_MASKS
     assert f"The kinds are {', '.join(KINDS)}." in text
-    assert f"Kind of masks: {', '.join(kinds)} or {last}; random by default." in text
+    assert f"Kind of masks: {', '.join(kinds)} or {last}. Default: random." in text
 
 
 def test_the_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
