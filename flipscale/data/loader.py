@@ -357,6 +357,8 @@ class CudaTransfer:
 
     def send(self, batch: list[PackedBatch]) -> tuple[list[PackedBatch], torch.cuda.Event]:
         """Start to copy a batch, without waiting; the event is its arrival."""
+        # A thread begins on the first GPU. On leaving `stream`, torch would make a context there, of half a gigabyte.
+        torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._copying):
             sent = [micro_batch.to(self._device) for micro_batch in batch]
             return sent, self._copying.record_event()

@@ -5,12 +5,14 @@ among them, does as it would there. What torch asks a driver for is answered her
 """
 
 import ctypes
+import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest.mock import MagicMock, patch
 
 import numpy as np
@@ -21,7 +23,9 @@ from torch.autograd.graph import _engine_run_backward  # type: ignore[attr-defin
 from torch.nn.parallel import DistributedDataParallel, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = torch.device("cuda", 0)
+# The fourth of the machine's eight: what names no device lands on the first, and is seen.
+DEVICE = torch.device("cuda", 3)
+NUM_DEVICES = 8
 _META = torch.device("meta")
 _CPU, _CUDA = 0, 1  # of c10::DeviceType
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
@@ -35,12 +39,55 @@ _PROPERTIES = SimpleNamespace(
 Waits = Callable[[str], None]
 
 
+class Devices(threading.local):
+    """The current device and stream of each thread, which begins on the first device, and the devices ever touched."""
+
+    touched: ClassVar[set[int]] = set()
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.streams: dict[int, _Done] = {}
+
+    def choose(self, device: Any) -> None:
+        """Do as `torch.cuda.set_device`, which makes a context on the device."""
+        self.current = self.touch(device)
+
+    def touch(self, device: Any = None) -> int:
+        """Return the index of a device, by default the thread's, and remember that it was touched."""
+        index = device if isinstance(device, int) else getattr(device, "index", None)
+        index = self.current if index is None else index
+        self.touched.add(index)
+        return index
+
+    def stream(self, waits: Waits, device: Any = None) -> "_Done":
+        """Return the thread's current stream on a device."""
+        index = self.touch(device)
+        return self.streams.setdefault(index, _Done("Stream", waits, index))
+
+    @contextmanager
+    def on_stream(self, waits: Waits, stream: "_Done | None") -> Iterator[None]:
+        """Do as `torch.cuda.stream`: on exit, the thread's own device and its stream are set again."""
+        if stream is None:
+            yield
+            return
+        before = (self.current, self.stream(waits), self.stream(waits, stream.device))
+        self.current = self.touch(stream.device)
+        self.streams[self.current] = stream
+        try:
+            yield
+        finally:
+            index, outer, inner = before
+            self.streams[self.current] = inner
+            self.choose(index)
+            self.streams[index] = outer
+
+
 class _Done:
     """A stream or an event whose work is done as soon as it is queued."""
 
-    def __init__(self, kind: str, waits: Waits):
+    def __init__(self, kind: str, waits: Waits, index: int = DEVICE.index):
         self._kind, self._waits = kind, waits
-        self.device = DEVICE
+        self.device = torch.device("cuda", index)
 
     def wait_stream(self, stream: "_Done") -> None: ...
 
@@ -119,22 +166,24 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
         waits: called where the host waits for a stream, an event or the device.
         attention: gets `(dtype, head_dim, has_mask)` of every call of the fused attention.
     """
+    devices = Devices()
+    devices.touched.clear()
     cuda: dict[str, Any] = {
         # Asked by accelerate, by FSDP2, and by autocast, which is off where there is no GPU.
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda _: None,
+        "device_count": lambda: NUM_DEVICES,
+        "current_device": lambda: devices.current,
+        "set_device": devices.choose,
         "get_device_name": lambda *_: _PROPERTIES.name,
         "get_device_properties": lambda *_: _PROPERTIES,
         "_lazy_init": lambda: None,
         # FSDP2 copies and exchanges on streams of its own; the feeder does, too.
-        "Stream": lambda *_, **__: _Done("Stream", waits),
+        "Stream": lambda device=None, **_: _Done("Stream", waits, devices.touch(device)),
         "Event": lambda *_, **__: _Done("Event", waits),
-        "current_stream": lambda *_: _Done("Stream", waits),
-        "default_stream": lambda *_: _Done("Stream", waits),
-        "stream": _nothing,
+        "current_stream": functools.partial(devices.stream, waits),
+        "default_stream": lambda device=None: _Done("Stream", waits, devices.touch(device)),
+        "stream": functools.partial(devices.on_stream, waits),
         "synchronize": lambda *_: waits("torch.cuda.synchronize"),
         "max_memory_allocated": lambda *_: 0,
         "reset_peak_memory_stats": lambda *_: None,
@@ -144,7 +193,7 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
             stack.enter_context(patch.object(torch.cuda, name, value))
         # Nothing of the driver is asked, although a GPU seems to be there.
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
-        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: _Done("Stream", waits)))
+        stack.enter_context(patch.object(torch.accelerator, "current_stream", cuda["current_stream"]))
         attend = _fused_attention(attention)
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", attend))
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))
@@ -200,11 +249,6 @@ class _Reducer:
 
     def _rebuild_buckets(self) -> bool:
         return False
-
-
-@contextmanager
-def _nothing(*arguments: Any) -> Iterator[None]:
-    yield
 
 
 @contextmanager

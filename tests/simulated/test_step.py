@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from simulated.fake_gpu import DEVICE
 from simulated.world import StepReport, World, main, simulate
 from torch import nn
 
@@ -48,6 +49,7 @@ def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:
     found = step(engine, 8, 1, *flags)
     # It reads the verdict on the step before.
     assert [where.partition(":")[0] for where in found.host_syncs] == ["engines/device.py"], found.host_syncs
+    assert found.devices == {DEVICE.index}
 
 
 def test_the_loss_does_as_much_in_any_world() -> None:

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from simulated.fake_gpu import DEVICE, fake_gpu, visible_ddp
+from simulated.fake_gpu import DEVICE, Devices, fake_gpu, visible_ddp
 from simulated.recorder import Collective, Recorder, resizing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,6 +75,7 @@ class StepReport:
         host_syncs: places where the host waits for the device, as `file:line (why)`.
         peak_bytes: most bytes of live tensors on the device.
         attention: `(dtype, head_dim, has_mask)` of every call of the fused attention.
+        devices: indices of the GPUs on which anything was made or chosen, from the start on.
     """
 
     ops: Counter[str]
@@ -83,6 +84,7 @@ class StepReport:
     host_syncs: list[str]
     peak_bytes: int
     attention: list[tuple[torch.dtype, int, bool]]
+    devices: set[int]
 
     def figures(self) -> dict[str, Any]:
         """Return the report ready for JSON."""
@@ -137,7 +139,8 @@ def simulate(world: World) -> StepReport:
             sync.settle(wait=False)
         recorder.on = False
     peak = recorder.memory.peak
-    return StepReport(recorder.ops, recorder.loss_ops, recorder.collectives, recorder.waits, peak, attention)
+    seen = (recorder.collectives, recorder.waits, peak, attention, set(Devices.touched))
+    return StepReport(recorder.ops, recorder.loss_ops, *seen)
 
 
 def _batch(world: World) -> list[PackedBatch]:
@@ -176,7 +179,7 @@ def fake_processes(rank: int, launch: Launch) -> Iterator[None]:
     environment = {
         "RANK": str(rank),
         "WORLD_SIZE": str(launch.num_processes),
-        "LOCAL_RANK": "0",
+        "LOCAL_RANK": str(DEVICE.index),
         "LOCAL_WORLD_SIZE": "8",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",

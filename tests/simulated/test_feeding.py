@@ -1,0 +1,35 @@
+"""The feeding thread copies batches on the GPU of its process, and leaves the other seven alone."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+from simulated.fake_gpu import DEVICE, Devices, fake_gpu
+
+from flipscale.data.loader import PackedBatch, on_device
+
+
+def test_the_feeder_works_on_its_own_gpu_and_lends_no_memory() -> None:
+    lent: list[tuple[int, int]] = []
+    pending: list[PackedBatch] = []
+
+    def source() -> Iterator[list[PackedBatch]]:
+        for step in range(4):
+            yield [PackedBatch.of({"step": torch.tensor([step]), "faults": []})]
+
+    def record(tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        lent.append((tensor.untyped_storage()._cdata, stream.device.index))
+
+    def send(batch: PackedBatch, device: torch.device) -> PackedBatch:
+        assert torch.cuda.current_stream().device == device == DEVICE
+        pending.append(PackedBatch(batch.buffer.clone(), batch.layout, batch.faults))
+        return pending[-1]
+
+    with fake_gpu(lambda _: None, []), patch.object(torch.Tensor, "record_stream", record):
+        torch.cuda.set_device(DEVICE)
+        Devices.touched.clear()
+        with patch.object(PackedBatch, "to", send):
+            steps = [batch[0]["step"].item() for batch in on_device(source(), DEVICE)]
+    assert steps == list(range(4))
+    assert Devices.touched == {DEVICE.index}
+    assert lent == [(batch.buffer.untyped_storage()._cdata, DEVICE.index) for batch in pending]
