@@ -64,7 +64,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)
     evaluation = Evaluation(plan, engine, accelerator, tracker)
-    between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps)
+    between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps, watch)
     sync = StepSync(accelerator, saver.writer, watch, schedule.first_pace(start.state), schedule.budget_seconds)
     tracker.start(start.step)
     stops = False

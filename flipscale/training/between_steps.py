@@ -133,7 +133,8 @@ class BetweenSteps:
         num_steps: number of steps to profile; 0 for none.
     """
 
-    def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int):
+    def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int, watch: StepWatch):
+        self._watch = watch
         self._cuda, self._rank = accelerator.device.type == "cuda", accelerator.process_index
         self._is_one_of_several = accelerator.num_processes > 1
         self._folder = run_dir / "profile"
@@ -163,7 +164,8 @@ class BetweenSteps:
         self._steps += 1
         if self._num_steps and self._steps == _UNPROFILED_STEPS:
             if self._cuda:
-                torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+                # Python's stacks only: with those of C++, the snapshot takes minutes to write.
+                torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MEMORY_EVENTS)
             self._profile = torch.profiler.profile(record_shapes=True)
             self._profile.start()
         if self._steps == _UNPROFILED_STEPS + self._num_steps:
@@ -174,13 +176,14 @@ class BetweenSteps:
     def _stop(self) -> None:
         if self._profile is None:
             return
-        self._profile.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self._folder / f"rank-{self._rank:05d}.trace.json.gz"))
-        self._profile = None
+        profile, self._profile = self._profile, None
         viewers = "open its rank-*.trace.json.gz at https://ui.perfetto.dev"
-        if self._cuda:
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"rank-{self._rank:05d}.memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            viewers += " and its rank-*.memory.pickle at https://docs.pytorch.org/memory_viz"
+        with self._watch.paused("the profile"):
+            profile.stop()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(self._folder / f"rank-{self._rank:05d}.trace.json.gz"))
+            if self._cuda:
+                torch.cuda.memory._dump_snapshot(str(self._folder / f"rank-{self._rank:05d}.memory.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+                viewers += " and its rank-*.memory.pickle at https://docs.pytorch.org/memory_viz"
         _log.info("the profile of the steps is in %s: %s", self._folder, viewers)

@@ -3,12 +3,17 @@
 import gc
 import gzip
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
 from accelerate import Accelerator
 from conftest import metrics, pretrain
 
 from flipscale.training.between_steps import BetweenSteps
+from flipscale.training.watch import StepWatch
 
 
 def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: Path) -> None:
@@ -37,7 +42,8 @@ def test_garbage_is_collected_between_steps_only(tmp_path: Path) -> None:
     def alive() -> int:
         return sum(isinstance(found, Node) for found in gc.get_objects())
 
-    with BetweenSteps(Accelerator(cpu=True), tmp_path, 0) as between:
+    accelerator = Accelerator(cpu=True)
+    with BetweenSteps(accelerator, tmp_path, 0, StepWatch(accelerator, tmp_path, 60.0)) as between:
         assert not gc.isenabled()
         Node()
         between.after_step(999)
@@ -46,3 +52,24 @@ def test_garbage_is_collected_between_steps_only(tmp_path: Path) -> None:
         assert alive() == 0
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_writing_a_profile_is_no_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where a snapshot of many allocations takes longer than a step may."""
+    accelerator, recorded, clocks = Accelerator(cpu=True), [], []
+    watch = StepWatch(accelerator, tmp_path, hang_seconds=60.0)
+    batches = (SimpleNamespace(step=SimpleNamespace(stage="masked")) for _ in range(6))
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: recorded.append(options))
+
+    def dump(file: str) -> None:  # in a pause, the clock of training stands still
+        clocks.append(watch.trained_seconds)
+        time.sleep(0.01)
+        clocks.append(watch.trained_seconds)
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    with BetweenSteps(accelerator, tmp_path, 2, watch) as between:
+        between._cuda = True
+        for number, _ in enumerate(watch.timed(batches, 0)):
+            between.after_step(number)
+    assert recorded == [{"stacks": "python", "max_entries": 1_000_000}, {"enabled": None}]
+    assert clocks[0] == clocks[1] < watch.trained_seconds
