@@ -101,6 +101,9 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
     """
     # torch's limit is 8 graphs of one code, and both towers share one code, so a third stage could end the run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
+    # DDP would split a block's graph wherever one of its buckets of gradients is full. Blocks are small enough as they
+    # are: messages overlap with the backward passes of other blocks.
+    torch._dynamo.config.optimize_ddp = False
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(fullgraph=True, dynamic=False)

@@ -1,6 +1,7 @@
 """First weights: the model's own distributions, keyed draws, one block at a time, and weights of a model folder."""
 
 import copy
+import functools
 import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,9 +13,17 @@ import torch.distributed as dist
 from conftest import TOWER
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.engines import first_weights
-from flipscale.engines.first_weights import build_weights, fresh_weights, initial_weights, longer_positions
+from flipscale.engines.first_weights import (
+    build_weights,
+    compile_blocks,
+    fresh_weights,
+    initial_weights,
+    longer_positions,
+)
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
 
@@ -247,3 +256,23 @@ def test_one_rank_reads_and_all_get_the_same(tmp_path: Path) -> None:
         (_, _, first_error), (_, _, second_error) = of_two_ranks(name, other)
         assert first_error == second_error
         assert message in first_error
+
+
+def test_a_compiled_block_is_one_graph_under_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the width of B/16, a block's gradients fill more than one of DDP's buckets."""
+    graphs, compile_module = CompileCounterWithBackend("eager"), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend=graphs))
+    vision = {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    config = FlipConfig.from_size("b16", vision, {"num_hidden_layers": 0, "vocab_size": 64})
+    model = FlipModel(config)
+    compile_blocks(model)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        patches = torch.rand(2, 16, 3 * 8 * 8)
+        output = ddp(input_ids=torch.ones(2, 32, dtype=torch.int64), patches=patches)
+        (output.image_embeds.sum() + output.text_embeds.sum()).backward()
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert graphs.frame_count == 1
