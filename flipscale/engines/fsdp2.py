@@ -104,15 +104,21 @@ class _RowLayout(Layout):
         super().__init__(model, rank, world)
         self._num_replicas = num_replicas
         self._replica = rank // (world // num_replicas)
+        # First element of each parameter here. Kept, because DTensor takes 50 us to compute one, and averages of weights
+        # ask for all of them in each step.
+        self._firsts: dict[Any, int] = {}
 
     def weights(self, parameter: Any) -> Shard:
         return self._shard(parameter, parameter)
 
     def _shard(self, parameter: Any, moment: torch.Tensor) -> Shard:
         assert isinstance(parameter, DTensor)
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        row = parameter.shape[1:].numel()
-        return Shard(local(moment.detach()).view(-1), min(offset[0] * row, parameter.numel()))
+        if parameter not in self._firsts:
+            place = (parameter.shape, parameter.device_mesh, parameter.placements)
+            _, offset = compute_local_shape_and_global_offset(*place)
+            self._firsts[parameter] = min(offset[0] * parameter.shape[1:].numel(), parameter.numel())
+        with torch.no_grad():  # else DTensor would take part in autograd, and take longer
+            return Shard(local(moment).view(-1), self._firsts[parameter])
 
     def saved_ranges(self) -> dict[str, range]:
         """Return the rows that this process holds of the parameters that its replica saves."""
