@@ -29,7 +29,7 @@ def add_step_arguments(parser: argparse.ArgumentParser, num_steps: int = 10) -> 
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], default="bf16", help="Precision of products. Default: bf16."
     )
-    parser.add_argument("--compile", action="store_true", help="Compile the model with torch.compile.")
+    parser.add_argument("--compile", action="store_true", help="Compile the blocks, as a recipe's model.compile does.")
     parser.add_argument(
         "--steps", type=number(Count), default=num_steps,
         help=f"Timed steps, after two untimed steps. Default: {num_steps}.",

@@ -31,8 +31,8 @@ from flipscale.objectives.tiles import (
 
 _log = logging.getLogger(__name__)
 
-# Up to this many pairs the products are fp64: fp32 resolves a logit near 100 to 4e-6, and few pairs do not average
-# that error out.
+# Up to this many pairs the products are fp64 on a CPU: fp32 resolves a logit near 100 to 4e-6, and few pairs do not
+# average that error out. A GPU has its kernels in fp32.
 _FEW = 256
 
 
@@ -79,7 +79,7 @@ class _InfoNCE(PrecomputedGradients):
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         image_embeds, text_embeds, logit_scale, exchange, ids = inputs
         pairs = len(text_embeds) * world_size()
-        dtype = torch.float64 if pairs <= _FEW else torch.float32
+        dtype = torch.float64 if pairs <= _FEW and not image_embeds.is_cuda else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
             with_gradients = any(ctx.needs_input_grad)

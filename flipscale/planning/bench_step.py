@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
+from flipscale.engines.first_weights import compile_blocks
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.model import FlipConfig, FlipModel
@@ -32,7 +33,7 @@ class StepSetting:
         mask_ratio: fraction of the patches that is removed.
         batch_size: pairs in a step.
         dtype: `bf16` (autocast over fp32 weights, as accelerate's mixed precision) or `fp32`.
-        compile: whether torch.compile compiles the model, in one graph.
+        compile: whether the blocks are compiled, as with `model.compile` of a recipe.
         num_steps: timed steps, after two untimed steps.
     """
 
@@ -95,7 +96,7 @@ def flip_step(setting: StepSetting) -> TrainingStep:
     cast(nn.Module, model).to(setting.device)
     model.set_attn_implementation(best_attention(setting.device, DTYPES[setting.dtype]))
     if setting.compile:
-        model.compile(fullgraph=True)
+        compile_blocks(model)
     batch = flip_batch(setting)
 
     def loss() -> torch.Tensor:
