@@ -113,47 +113,57 @@ def test_any_part_of_the_matrix(
 
 
 class Compiler:
-    """Replaces a kernel and compiles it for its arguments; `programs` has the results."""
+    """Replaces a kernel: it is launched as on a GPU by Triton's own binder, up to the launch itself. `programs` has what
+    was compiled."""
 
-    def __init__(self, kernel: Any, capability: int):
-        self.kernel, self.capability, self.programs = kernel, capability, []
+    def __init__(self, kernel: Any):
+        self.kernel, self.programs = kernel, []
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        return self.compile
+        return lambda *arguments, **options: self.programs.append(
+            self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+        )
 
-    def compile(self, *arguments: torch.Tensor | int, **options: int) -> None:
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource, compile
 
-        blocks = {name: options.pop(name) for name in contrastive_triton.BLOCK}
-        kinds = ["*fp32" if isinstance(argument, torch.Tensor) else "i32" for argument in arguments]
-        signature = dict(zip(self.kernel.arg_names, [*kinds, *["constexpr"] * len(blocks)], strict=True))
-        aligned = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) or a % 16 == 0]
-        source = ASTSource(self.kernel, signature, blocks, {(i,): [["tt.divisibility", 16]] for i in aligned})
-        self.programs.append(compile(source, GPUTarget("cuda", self.capability, 32), options))
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Compiler]]:
+    """Both kernels, on a GPU of the capability `request.param` that Triton takes to be there."""
+    from triton import runtime
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", request.param, 32),
+    )
+    monkeypatch.setattr(runtime.driver, "_active", driver)
+    compilers = [Compiler(kernel) for kernel in (contrastive_triton.tile_negatives, contrastive_triton.tile_gradients)]
+    for compiler in compilers:
+        compiler.kernel.device_caches.clear()
+        monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
+    yield compilers
+    for compiler in compilers:
+        compiler.kernel.device_caches.clear()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_spills_or_tf32(
-    capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("gpu", [80, 90, 100], indirect=True)
+def test_kernels_compile_without_spills_or_tf32(gpu: list[Compiler], tmp_path: Path) -> None:
     from triton import knobs
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = (contrastive_triton.tile_negatives, contrastive_triton.tile_gradients)
-    compilers = [Compiler(kernel, capability) for kernel in kernels]
-    for compiler in compilers:
-        monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
-    both_passes(contrastive_triton, *torch.zeros(2, 512, 512), 0, None)
-    for compiler in compilers:
-        (program,) = compiler.programs
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(program.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert " STACK:0 " in usage
-        assert "tf32" not in program.asm["ptx"]
+    # Triton compiles anew for a 1 and for multiples of 16.
+    for first_pair in (0, 1, -7, 48):
+        both_passes(contrastive_triton, *torch.zeros(2, 512, 512), first_pair, None)
+    for compiler in gpu:
+        assert len(compiler.programs) == 4
+        for program in compiler.programs:
+            binary = tmp_path / "kernel.cubin"
+            binary.write_bytes(program.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert " STACK:0 " in usage
+            assert "tf32" not in program.asm["ptx"]
 
 
 def test_the_kernels_serve_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
