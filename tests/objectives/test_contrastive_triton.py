@@ -113,8 +113,7 @@ def test_any_part_of_the_matrix(
 
 
 class Compiler:
-    """Replaces a kernel: it is launched as on a GPU by Triton's own binder, up to the launch itself. `programs` has what
-    was compiled."""
+    """Replaces a kernel: Triton binds and compiles it as on a GPU, but does not launch it."""
 
     def __init__(self, kernel: Any):
         self.kernel, self.programs = kernel, []
