@@ -104,8 +104,8 @@ class _RowLayout(Layout):
         super().__init__(model, rank, world)
         self._num_replicas = num_replicas
         self._replica = rank // (world // num_replicas)
-        # First element of each parameter here. Kept, because DTensor takes 50 us to compute one, and averages of weights
-        # ask for all of them in each step.
+        # First element of each parameter here. Kept, because DTensor takes 50 us to compute one, and averages of the
+        # weights ask for all of them in each step.
         self._firsts: dict[Any, int] = {}
 
     def weights(self, parameter: Any) -> Shard:
