@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+# Most numbers of rows that packed captions of a batch can have, because torch.compile makes a graph for each.
+MAX_ROW_COUNTS = 32
 # A limit, because the time and memory of tokenizers grow with the length.
 MAX_CAPTION_BYTES = 1 << 16
 
@@ -99,3 +101,45 @@ def tokenise_captions(
     if not tokens["attention_mask"].any(dim=1).all():
         raise UntokenizableCaption("the tokenizer makes no token of it")
     return tokens
+
+
+def pack_captions(tokens: dict[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """Return captions in fewer rows of the same length, several in a row.
+
+    Args:
+        tokens: `tokenise_captions`, padded on the right, `(captions, max_tokens)`.
+
+    Returns:
+        `input_ids` and `position_ids` int64 `(rows, max_tokens)`. The positions of each caption begin at 0, and padding
+        has position 0. `caption_ends` int64 `(captions,)`: place of each caption's first end token in the flat rows.
+    """
+    import torch
+
+    ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
+    count, width = ids.shape
+    lengths = mask.sum(1)
+    places = _best_fit(lengths.tolist(), width)
+    unit = -(-count // MAX_ROW_COUNTS)
+    rows = min(count, -(-(max(places) // width + 1) // unit) * unit)
+    starts, steps = torch.tensor(places)[:, None], torch.arange(width).expand(count, -1)
+    packed = ids.new_zeros(2, rows * width)
+    packed[:, (starts + steps)[mask]] = torch.stack([ids[mask], steps[mask]])
+    # A caption may spell out its end token, and CLIP pools at the first.
+    ends = (ids == ids.gather(1, lengths[:, None] - 1)).int().argmax(1)
+    input_ids, position_ids = packed.view(2, rows, width)
+    return {"input_ids": input_ids, "position_ids": position_ids, "caption_ends": starts[:, 0] + ends}
+
+
+def _best_fit(lengths: list[int], width: int) -> list[int]:
+    """Return the place of each caption in flat rows of `width` tokens: the longest first, each where it fits best."""
+    places, num_rows = [0] * len(lengths), 0
+    rows_by_room: list[list[int]] = [[] for _ in range(width + 1)]
+    for caption in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        room = next((room for room in range(lengths[caption], width + 1) if rows_by_room[room]), None)
+        if room is None:
+            rows_by_room[width].append(num_rows)
+            num_rows, room = num_rows + 1, width
+        row = rows_by_room[room].pop()
+        places[caption] = row * width + width - room
+        rows_by_room[room - lengths[caption]].append(row)
+    return places

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.captions import UntokenizableCaption, choose_caption, tokenise_captions
+from flipscale.data.captions import UntokenizableCaption, choose_caption, pack_captions, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
@@ -25,7 +25,10 @@ from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 
 # Integers travel to the device in these types; the model widens them there.
-_NARROW = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mask": torch.bool}
+_NARROW = {
+    **dict.fromkeys(("input_ids", "position_ids", "caption_ends"), torch.int32),
+    "attention_mask": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class PairDataset(Dataset):
 
     * Several views: `patches` `(batch, views, kept, 3 * p * p)` and `patch_index` `(batch, views, kept)`.
     * `text_mask_ratio`: captions have the kept tokens only, and `position_ids` are their positions.
+    * `recipe.pack_captions`: the columns of `pack_captions`, `input_ids` `(rows, max_tokens)`, in place of the mask.
     * `sends_masked`: `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`, the removed patches.
     * `drop_path_rate`: `branch_scales` fp32 `(batch, blocks, 2)`, with several views `(batch, views, blocks, 2)`:
       factors of the branches of the image tower's blocks.
@@ -258,6 +262,8 @@ class PairDataset(Dataset):
         ids = {"caption_ids": caption_ids(tokens["input_ids"])} if self.sends_caption_ids else {}
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask.text_kind)
+        if self.recipe.pack_captions:
+            tokens = pack_captions(tokens)
         return {**tokens, **ids}
 
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:

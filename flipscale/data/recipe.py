@@ -96,6 +96,9 @@ class DataRecipe:
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
+        pack_captions: Put several short captions in one row of the text tower, so that padding costs little. The losses
+            stay equal up to rounding. For family `clip`, and for `flip` without `attend_to_padding`. Does not change
+            what is learned.
         global_batch_size: Pairs of a step over all processes; every process takes an equal part.
         micro_batch_size: Pairs whose activations a process holds at once; null is its whole part of the batch. Smaller
             values embed every pair twice under `infonce` and `sigmoid`. Does not change what is learned.
@@ -121,6 +124,7 @@ class DataRecipe:
     sources: list[SourceRecipe] = field(default_factory=list)
     fraction: ShareAboveZero = 1.0
     tokenizer: str = field(default="bert", metadata={"place": True})
+    pack_captions: bool = field(default=False, metadata={"learned": False})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
     crop_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.5, 1.0)

@@ -424,6 +424,11 @@ class FlipConfig(FlipPreTrainedConfig):
         """
         return self.decoder_config if self.text_config is None else self.text_config
 
+    @property
+    def packs_captions(self) -> bool:
+        """Whether captions can share a row of the text tower, because none sees its padding."""
+        return self.text_config is not None and not self.text_config.attend_to_padding
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """Return the configuration for transformers' `generate`: the decoder's, if there is a decoder."""
         if self.decoder_config is not None and not encoder:

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_flip import check_tower, patches_along
-from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds
+from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds, packed_mask
 from .patches import patchify
 
 
@@ -61,6 +61,8 @@ class MaskedFields:
     exported_class: ClassVar[Any]
     own_fields: ClassVar[dict[str, tuple[str, ...]]]
     processor_class: ClassVar[Any]
+    # Whether captions can share a row of the text tower, because none sees its padding.
+    packs_captions: ClassVar[bool] = False
     # Whether images are resized to a square, else their short side is, and the centre is cut out.
     squashes: ClassVar[bool]
 
@@ -249,6 +251,20 @@ class MaskedDualEncoder(_WithTables):
         """Return the image tower's output with its embedding as `pooler_output`, `(batch, dim)`, not normalised."""
         return super().get_image_features(pixel_values, **kwargs)  # type: ignore[misc]
 
+    def text_features(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+        caption_ends: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the embeddings of captions, `(captions, dim)`, not normalised. Arguments are those of `forward`."""
+        if caption_ends is None or position_ids is None:
+            return self.get_text_features(input_ids).pooler_output  # type: ignore[attr-defined]
+        text_model: Any = self.text_model  # type: ignore[attr-defined]
+        mask = packed_mask(position_ids, True, text_model.config._attn_implementation)
+        tokens = text_model(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+        return self.text_projection(tokens.flatten(0, 1).index_select(0, caption_ends))  # type: ignore[attr-defined]
+
     def loss_values(self) -> dict[str, torch.Tensor]:
         """Return the values of the learned loss parameters, fp32 `(1,)`, as in `FlipOutput`."""
         scale = self.logit_scale.float()
@@ -266,6 +282,8 @@ class MaskedDualEncoder(_WithTables):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         return_logits: bool = True,
+        position_ids: torch.Tensor | None = None,
+        caption_ends: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlipOutput:
         """Embed images and captions and compare them.
@@ -273,12 +291,12 @@ class MaskedDualEncoder(_WithTables):
         Args:
             input_ids: `(batch, tokens)`, padded on the right.
             attention_mask: not used. CLIP's tokens see no later ones, and SigLIP's see the padding.
+            position_ids, caption_ends: with several captions in a row, see `flipscale.data.captions.pack_captions`.
             kwargs: images, see `FlipVisionModel.forward`.
         """
         image_output = self.get_image_features(pixel_values, **kwargs)
-        text_output = self.get_text_features(input_ids)  # type: ignore[attr-defined]
         image_embeds = normalise_embeds(cast(torch.Tensor, image_output.pooler_output))
-        text_embeds = normalise_embeds(text_output.pooler_output)
+        text_embeds = normalise_embeds(self.text_features(input_ids, position_ids, caption_ends))
         values: dict[str, Any] = self.loss_values()
         logits = None
         if return_logits:

@@ -58,6 +58,7 @@ class MaskedCLIPConfig(MaskedFields, CLIPConfig):
         "g14": _size("g14"),
     }
     processor_class: ClassVar[Any] = CLIPProcessor
+    packs_captions: ClassVar[bool] = True
     squashes: ClassVar[bool] = False
 
     logit_bias_init_value: float | int | None = None

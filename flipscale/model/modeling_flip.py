@@ -283,6 +283,19 @@ def eager_attention_forward(
     return output.transpose(1, 2), returned
 
 
+def packed_mask(position_ids: torch.Tensor, is_causal: bool, attention: str) -> torch.Tensor:
+    """Return the attention mask `(rows, 1, tokens, tokens)` of rows that hold several captions: each sees itself only.
+
+    Args:
+        position_ids: `(rows, tokens)`; each caption, and each token of padding, begins at 0.
+        attention: transformers' name of the kernel, which takes bool as `sdpa` does, or fp32 that it adds.
+    """
+    caption = (position_ids == 0).cumsum(1)
+    mask = caption[:, None, :, None] == caption[:, None, None, :]
+    mask = mask.tril() if is_causal else mask
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min) if attention == "eager" else mask
+
+
 def cast_for_products(hidden_states: torch.Tensor) -> torch.Tensor:
     """Cast `hidden_states` as autocast does for a matrix product; without autocast, return them unchanged."""
     device_type = hidden_states.device.type
@@ -580,6 +593,7 @@ class FlipTextModel(FlipPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        caption_ends: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -590,9 +604,13 @@ class FlipTextModel(FlipPreTrainedModel):
             attention_mask: `(batch, tokens)`, 1 for the caption's own tokens; by default all that are not
                 `pad_token_id`. Not used with `attend_to_padding`: as the original does, shorter `input_ids` are padded
                 to the full length here. The embedding is therefore the same at any padded length.
+            caption_ends: `(captions,)`, place of a token of each caption in the flat `input_ids`, whose rows then hold
+                several captions. `position_ids` begin at 0 for each. Not with `attend_to_padding`.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
+        if caption_ends is not None and position_ids is not None:
+            return self._forward_packed(input_ids, position_ids, caption_ends, **kwargs)
         length, full_length = input_ids.shape[1], self.config.max_position_embeddings
         if self.config.attend_to_padding:
             attention_mask = None
@@ -615,6 +633,21 @@ class FlipTextModel(FlipPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states[:, :length], pooler_output=self._pool(hidden_states, attention_mask)
         )
+
+    def _forward_packed(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, caption_ends: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        mask = packed_mask(position_ids, False, cast(str, self.config._attn_implementation))
+        tokens = self.encoder(self.embeddings(input_ids, position_ids), mask, **kwargs)
+        tokens = self.final_layer_norm(tokens)
+        places, pooled = caption_ends, tokens
+        if self.config.pooling == "first":
+            places = places - position_ids.flatten()[places]
+        else:
+            together = packed_mask(position_ids, False, "sdpa")[:, 0].to(tokens.dtype)
+            pooled = (together @ tokens) / together.sum(dim=2, keepdim=True)
+        pooled = pooled.flatten(0, 1).index_select(0, places)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 
     def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if self.config.pooling == "first":
@@ -763,6 +796,7 @@ class FlipModel(FlipPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         image_size: int | None = None,
         branch_scales: torch.Tensor | None = None,
+        caption_ends: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
@@ -770,7 +804,7 @@ class FlipModel(FlipPreTrainedModel):
         transformers' pipeline `image-feature-extraction` calls a model this way.
 
         Args:
-            input_ids, attention_mask, position_ids: see `FlipTextModel.forward`.
+            input_ids, attention_mask, position_ids, caption_ends: see `FlipTextModel.forward`.
             pixel_values, kwargs: images, see `FlipVisionModel.forward`.
             return_loss: whether to compute the loss of this batch. Training computes its own over all processes
                 (`flipscale.objectives`).
@@ -788,8 +822,9 @@ class FlipModel(FlipPreTrainedModel):
         )
         if input_ids is None and attention_mask is None and not return_loss:
             return image_output
+        packed = {} if caption_ends is None else {"caption_ends": caption_ends}
         text_output = self.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packed, **kwargs
         )
         image_embeds = normalise_embeds(image_output.pooler_output)
         text_embeds = normalise_embeds(text_output.pooler_output)

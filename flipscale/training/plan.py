@@ -161,6 +161,11 @@ def check(recipe: Recipe) -> Plan:
     tokenizer: PreTrainedTokenizerBase | None = None
     if objective.takes_text:
         tokenizer = model_tokenizer(data.tokenizer, config.caption_config)
+        if data.pack_captions and tokenizer.padding_side != "right":
+            raise UserError(
+                f"data.pack_captions is true, and data.tokenizer {data.tokenizer!r} pads on the "
+                f"{tokenizer.padding_side}; set its padding_side to right, or leave packing out"
+            )
         if config.decoder_config is not None:
             check_begin_and_end(tokenizer, config.decoder_config)
     datasets = {

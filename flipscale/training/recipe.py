@@ -263,8 +263,17 @@ class Recipe:
         if self.model.decoder_config and not self.loss.learns_captions:
             raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
         if self.model.family != "flip":
-            self._refuse_flip_only()
+            drop_path = {"model.drop_path_rate": self.model.drop_path_rate}
+            self._refuse(drop_path, f"model.family is {self.model.family!r}; only flip has it")
         config = self.objective().model_config(self.model.config())
+        if self.data.pack_captions:
+            self._refuse({}, "data.pack_captions is true, which is for the contrastive losses of whole captions")
+            if not config.packs_captions:
+                fix = " or set model.text_config.attend_to_padding to false" if self.model.family == "flip" else ""
+                raise UserError(
+                    f"data.pack_captions is true, and captions of this model.family {self.model.family!r} see their "
+                    f"padding; leave it out{fix}"
+                )
         sizes = {f"stage {stage.name!r}": stage.image_size for stage in self.stages}
         sizes.update({f"eval.tasks: {task.name}": task.image_size for task in self.eval.planned()})
         patch_size = config.vision_config.patch_size
@@ -275,20 +284,18 @@ class Recipe:
                 raise UserError(f"{name}: {error}") from None
         return config
 
-    def _refuse_flip_only(self) -> None:
-        """Raise UserError for a setting that only the family `flip` has."""
+    def _refuse(self, settings: dict[str, Any], reason: str) -> None:
+        """Raise UserError for one of the settings that is set, for a text mask, and for losses besides the contrastive
+        ones."""
         masked = {f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages}
         others = {
             "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
             "loss.caption_weight": self.loss.caption_weight,
             "loss.reconstruction_weight": self.loss.reconstruction_weight,
-            "model.drop_path_rate": self.model.drop_path_rate,
         }
-        for name, value in {**others, **masked}.items():
+        for name, value in {**others, **settings, **masked}.items():
             if value:
-                raise UserError(
-                    f"{name} is {value} and model.family is {self.model.family!r}; only flip has it: leave one out"
-                )
+                raise UserError(f"{name} is {value} and {reason}: leave one out")
 
 
 def build_parser(verb: str = "pretrain") -> "ArgumentParser":

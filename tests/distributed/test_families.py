@@ -14,6 +14,7 @@ SIGLIP = {**CLIP, "family": "siglip"}
 # The family, the loss, and a field that the engines shard, scale or recompute.
 CASES = {
     "clip": {"model": CLIP, "optim": {"layer_decay": 0.7}},
+    "clip, packed": {"model": {**CLIP, "gradient_checkpointing": True}, "data": {"pack_captions": True}},
     "clip, sigmoid": {"model": CLIP, "loss": {"kind": "sigmoid"}, "data": {"micro_batch_size": 4}},
     "siglip": {"model": {**SIGLIP, "gradient_checkpointing": True}, "loss": {"kind": "sigmoid"}},
     "siglip, infonce": {"model": SIGLIP, "mask": {"views": 2}, "optim": {"ema_decay": 0.9}},
@@ -32,6 +33,7 @@ def trainings(
     ("case", "engine"),
     [
         *(("clip", engine) for engine in ("ddp", "fsdp2", "zero3")),
+        *(("clip, packed", engine) for engine in ("fsdp2", "zero3")),
         ("clip, sigmoid", "fsdp2"),
         ("siglip", "ddp"),
         ("siglip", "fsdp2"),
@@ -46,7 +48,7 @@ def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, en
     assert close(losses(one), losses(many))
 
 
-@pytest.mark.parametrize("case", ["clip", "siglip"])
+@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip"])
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
     whole = trainings.run("ddp", 1, **CASES[case])
     again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
@@ -62,7 +64,7 @@ def test_in_bf16_a_sharded_run_learns_what_one_process_does(trainings: Trainings
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["clip", "siglip"])
+@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip"])
 def test_a_compiled_run_learns_the_same(trainings: Trainings, case: str) -> None:
     compiled = {**CASES[case], "model": {**CASES[case]["model"], "compile": True}}
     assert close(losses(trainings.run("fsdp2", 2, **compiled)), losses(trainings.run("ddp", 1, **CASES[case])))
