@@ -47,20 +47,27 @@ def pretrain(recipe: Recipe) -> Path:
     try:
         engine = resume(recipe, plan, start)
         begin_run(recipe, plan, start, engine.name)
-        from flipscale.planning.flops import pair_flops  # imports the models, as `resume` does
+        from flipscale.planning.flops import pair_flops, row_flops  # imports the models, as `resume` does
 
-        train(recipe, plan, start, engine, pair_flops(recipe))
+        train(recipe, plan, start, engine, pair_flops(recipe), row_flops(recipe) if recipe.data.pack_captions else None)
     finally:
         start.release_lock()
     return run_dir
 
 
-def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops: dict[str, int]) -> None:
+def train(
+    recipe: Recipe,
+    plan: Plan,
+    start: Start,
+    engine: "Engine",
+    pair_flops: dict[str, int],
+    row_flops: dict[str, int] | None = None,
+) -> None:
     """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
     schedule, clock = plan.schedule, plan.clock(start.state)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)
-    tracker = Tracker(plan, accelerator, watch, pair_flops)
+    tracker = Tracker(plan, accelerator, watch, pair_flops, row_flops)
     saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)
     evaluation = Evaluation(plan, engine, accelerator, tracker)
@@ -75,6 +82,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.starts_afresh:
                 engine.layout.forget_moments()
+            tracker.count_rows(micro_batches)
             loss = consume_batch(engine, micro_batches, plan.objective)
             taken = sync.start(step, loss, engine.gradient_norm(), faults)
             engine.step(step.learning_rate, taken)

@@ -33,7 +33,7 @@ _TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embeddings?\.wei
 _LONGCLIP_KEPT = 20
 
 # More than any list of stages needs. A limit is needed to notice a fault that makes a graph for every step.
-_MAX_GRAPHS = 64
+_MAX_GRAPHS = 128
 
 
 def build_weights(
@@ -94,8 +94,9 @@ def freeze(model: FlipPreTrainedModel, parts: Sequence[str]) -> None:
 def compile_blocks(model: FlipPreTrainedModel) -> None:
     """Compile the encoder blocks with torch.compile, one graph for each shape.
 
-    The image tower has a graph for every number of visible patches, the text tower for every number of tokens. With
-    micro-batches there are twice as many, because the first pass has no gradients. All blocks of a tower share graphs.
+    The image tower has a graph for every number of visible patches, the text tower for every number of tokens, or of
+    rows of packed captions (at most `MAX_ROW_COUNTS`; a run meets a few). With micro-batches there are twice as many,
+    because the first pass has no gradients. All blocks of a tower share graphs.
 
     Evaluations run the uncompiled blocks (`training.between_steps`), because their last batch has another size.
     """

@@ -146,3 +146,8 @@ def stage_flops(recipe: Recipe) -> dict[str, Flops]:
 def pair_flops(recipe: Recipe) -> dict[str, int]:
     """Return the operations of a pair's training step by stage name."""
     return {name: flops.training for name, flops in stage_flops(recipe).items()}
+
+
+def row_flops(recipe: Recipe) -> dict[str, int]:
+    """Return the operations of a row of the text tower in a training step by stage name; a padded caption has a row."""
+    return {name: 3 * flops.modules.get("text_model", 0) for name, flops in stage_flops(recipe).items()}

@@ -159,17 +159,26 @@ class Tracker:
     far longer than usual); energy_kwh of the run so far, if it is measured.
     """
 
-    def __init__(self, plan: Plan, accelerator: "Accelerator", watch: StepWatch, pair_flops: Mapping[str, int]):
+    def __init__(
+        self,
+        plan: Plan,
+        accelerator: "Accelerator",
+        watch: StepWatch,
+        pair_flops: Mapping[str, int],
+        row_flops: Mapping[str, int] | None = None,
+    ):
         """Collective. Open the energy counters.
 
         Args:
             pair_flops: operations of a pair, forward and backward, by the stage's name.
+            row_flops: operations of a row of the text tower, if captions are packed; `pair_flops` counts a row a pair.
         """
         self.watch = watch
         self._plan, self._accelerator, self._run_dir = plan, accelerator, Path(plan.recipe.output_dir)
         self.bad_samples = BadSamples(self._run_dir, accelerator.is_main_process, plan.recipe.data.max_bad_fraction)
         self._recipe, self._schedule, self._step_samples = plan.recipe.log, plan.schedule, plan.batch_size
-        self._pair_flops = pair_flops
+        self._pair_flops, self._row_flops = pair_flops, row_flops
+        self._rows = self._captions = 0
         self._energy = EnergyMeter(accelerator, self._run_dir)
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
@@ -235,13 +244,26 @@ class Tracker:
             if is_last or ends_interval:
                 self._write_interval(result, upcoming, is_last)
 
+    def count_rows(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Count the rows of the text tower that the packed captions of a step take, for `mfu`."""
+        for batch in micro_batches if self._row_flops else ():
+            self._rows += len(batch["input_ids"])
+            self._captions += len(batch["caption_ends"])
+
+    def _flops(self, stage: str) -> float:
+        """Return the operations of a pair, with the rows that its captions took since the last call."""
+        if self._row_flops is None or not self._captions:
+            return self._pair_flops[stage]
+        saved, self._rows, self._captions = 1 - self._rows / self._captions, 0, 0
+        return self._pair_flops[stage] - saved * self._row_flops[stage]
+
     def _write_interval(self, result: StepResult, upcoming: Step, is_last: bool) -> None:
         """Collective. Write the record of the interval that ends with a step."""
         stage, replaced = result.step.stage.name, self.bad_samples.take_counts()
         seconds, wait_seconds, num_slow = (now - before for now, before in zip(result.clock, self._begin, strict=True))
         self._begin = result.clock
         images_per_s = self._steps * self._step_samples / seconds
-        mfu = {} if self._peak_flops is None else {"mfu": images_per_s * self._pair_flops[stage] / self._peak_flops}
+        mfu = {} if self._peak_flops is None else {"mfu": images_per_s * self._flops(stage) / self._peak_flops}
         metrics = {
             "loss": result.loss,
             "lr": result.step.learning_rate,

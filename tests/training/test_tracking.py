@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -68,3 +69,16 @@ def test_a_torn_line_of_metrics_is_dropped_on_resume(write_recipe, tmp_path: Pat
     Tracker(plan, accelerator, StepWatch(accelerator, tmp_path, 60.0), {}).start(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"
+
+
+def test_mfu_counts_the_rows_of_packed_captions(write_recipe, tmp_path: Path) -> None:
+    """A batch of four captions took three rows, so a pair took three quarters of a row."""
+    plan = check(parse_recipe(["--config", str(write_recipe(tmp_path))]))
+    accelerator, batch = Accelerator(cpu=True), {"input_ids": torch.zeros(3, 8), "caption_ends": torch.zeros(4)}
+    watch = StepWatch(accelerator, tmp_path, 60.0)
+    packed = Tracker(plan, accelerator, watch, {"masked": 100}, {"masked": 40})
+    packed.count_rows([batch, batch])
+    assert packed._flops("masked") == 90
+    padded = Tracker(plan, accelerator, watch, {"masked": 100})
+    padded.count_rows([batch])
+    assert padded._flops("masked") == 100
