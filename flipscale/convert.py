@@ -86,5 +86,5 @@ def _to_transformers(args: argparse.Namespace) -> None:
 def _to_onnx(args: argparse.Namespace) -> None:
     from flipscale.hub.convert_onnx import convert_to_onnx
 
-    for name, difference in convert_to_onnx(args.src, args.dst).items():
-        print(f"{args.dst}/{name}_model.onnx: embeddings within {difference:.1g} of the model's")
+    for file, difference in convert_to_onnx(args.src, args.dst).items():
+        print(f"{args.dst}/{file}: embeddings within {difference:.1g} of the model's")

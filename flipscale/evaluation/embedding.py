@@ -483,7 +483,7 @@ def text_embeds(
     """Return the embeddings of texts: fp32 `(texts, dim)` of unit length."""
 
     def inputs(batch: Sequence[str]) -> Any:
-        return processor(text=list(batch), return_tensors="pt")
+        return processor(text=list(batch), padding="max_length", truncation=True, return_tensors="pt")
 
     return _embeds(model, model.get_text_features, inputs, texts, batch_size, "texts")
 

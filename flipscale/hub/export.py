@@ -78,8 +78,10 @@ def build_processor(config: Any, tokenizer: PreTrainedTokenizerBase) -> Processo
         # Decoding leaves special tokens out.
         for name, token in begin_and_end(tokenizer).items():
             setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token))
-    kind = FlipProcessor if isinstance(config, FlipConfig) else config.processor_class
-    return kind(build_image_processor(config), tokenizer)
+    if isinstance(config, FlipConfig):
+        return FlipProcessor(build_image_processor(config), tokenizer)
+    tokenizer.model_input_names = list(config.caption_inputs)
+    return config.processor_class(build_image_processor(config), tokenizer)
 
 
 def build_image_processor(config: Any) -> Any:

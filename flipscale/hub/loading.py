@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,18 +43,28 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """Return the model and tokenizer of a model folder or Hub name, as `load_with_tokenizer`.
+    """Return the model and tokenizer of a model folder or Hub name of the family `flip`, as `load_dual_encoder`.
+
+    Raises:
+        UserError: the model is of another family, or as `load_dual_encoder`.
+    """
+    model, tokenizer = load_dual_encoder(name)
+    if not isinstance(model, FlipModel):
+        raise UserError(
+            f"model {name!r} is transformers' {model.config.exported_class.__name__}, which other programs convert; "
+            "flipscale converts models of the family flip only"
+        )
+    return model, tokenizer
+
+
+def load_dual_encoder(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return the model and tokenizer of a model folder or Hub name of any family, as `load_with_tokenizer`.
 
     Raises:
         UserError: the model has no text tower, or as `load_with_tokenizer`.
     """
     model, tokenizer = load_with_tokenizer(name)
-    if not isinstance(model, FlipPreTrainedModel):
-        raise UserError(
-            f"model {name!r} is transformers' {model.config.exported_class.__name__}, which other programs convert; "
-            "flipscale converts models of the family flip only"
-        )
-    if not isinstance(model, FlipModel) or tokenizer is None:
+    if tokenizer is None or (isinstance(model, FlipPreTrainedModel) and not isinstance(model, FlipModel)):
         kind = "captioning" if tokenizer else "classification"
         raise UserError(
             f"model {name!r} is a {type(model).__name__}, which has no text tower; use `flipscale evaluate` with "

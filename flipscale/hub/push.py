@@ -38,7 +38,9 @@ _WRITTEN = re.compile(
     r"""(?x) (?: open_clip_)? (?: config|generation_config|config_sentence_transformers|sentence_bert_config|modules
         |processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json
     | (?: open_clip_)? model [\w.-]* \.safetensors (?: \.index [\w.]* \.json)?
-    | (?: image|text) _model\.onnx (?: \.data)?
+    | (?: image_model|text_model|visual/model|textual/model) \.onnx (?: \.data)?
+    | visual/preprocess_cfg\.json
+    | textual/ (?: (?: tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json|merges\.txt|vocab\.txt)
     | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
     | (?: configuration_flip|modeling_flip|modeling_flip_caption|modeling_flip_vqa|processing_flip|patches) \.py
     | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
@@ -190,15 +192,16 @@ def sort_files(folder: Path) -> tuple[list[str], list[str]]:
 
     Links belong to the others and are marked.
     """
-    figures, own, others = folder / "figures", [], []
-    drawn = figures.iterdir() if figures.is_dir() and not figures.is_symlink() else ()
-    for path in sorted([*folder.iterdir(), *drawn]):
+    folders = [folder / name for name in ("figures", "visual", "textual")]
+    folders = [inner for inner in folders if inner.is_dir() and not inner.is_symlink()]
+    own, others = [], []
+    for path in sorted([*folder.iterdir(), *(path for inner in folders for path in inner.iterdir())]):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             others.append(f"{name} (a link)")
         elif _WRITTEN.fullmatch(name) and path.is_file():
             own.append(name)
-        elif path != figures:
+        elif path not in folders:
             others.append(name)
     return own, others
 
@@ -213,8 +216,8 @@ def left_out(folder: Path) -> str | None:
 
 def check_to_push(folder: Path) -> None:
     """Raise UserError unless a folder is a complete model with finite weights and without links."""
-    if (folder / "image_model.onnx").is_file():  # `flipscale convert onnx` has compared it with its model
-        return
+    if any((folder / name).is_file() for name in ("visual/model.onnx", "image_model.onnx")):
+        return  # `flipscale convert onnx` has compared it with its model
     files = check_folder(folder)
     for file in [folder / "config.json", folder / "README.md", *files]:
         if file.is_symlink():

@@ -65,6 +65,8 @@ class MaskedFields:
     packs_captions: ClassVar[bool] = False
     # Whether images are resized to a square, else their short side is, and the centre is cut out.
     squashes: ClassVar[bool]
+    # What the saved tokenizer returns for captions.
+    caption_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]

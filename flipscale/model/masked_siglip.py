@@ -58,6 +58,8 @@ class MaskedSiglipConfig(MaskedFields, SiglipConfig):
     }
     processor_class: ClassVar[Any] = SiglipProcessor
     squashes: ClassVar[bool] = True
+    # Without a mask, because SigLIP attends to the padding.
+    caption_inputs: ClassVar[tuple[str, ...]] = ("input_ids",)
 
     logit_scale_init_value: float | int = 2.6592600369327783
     logit_bias_init_value: float | int | None = None

@@ -1,6 +1,7 @@
-"""Both towers as ONNX, run by onnxruntime."""
+"""Both towers as ONNX, run by onnxruntime, as our processors and as Immich call them."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import AutoTokenizer
+from hub.native import NATIVE, export_native
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from flipscale import cli
+from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.hub import convert_onnx
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
@@ -90,3 +95,50 @@ def test_a_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     with pytest.raises(ValueError, match="onnxscript is not installed"):
         convert_onnx.convert_to_onnx("flip", tmp_path / "onnx")
+
+
+def immich_image(folder: Path, picture: Image.Image) -> dict[str, np.ndarray]:
+    """Prepare a picture as Immich's OpenClipVisualEncoder does."""
+    given = json.loads((folder / "visual/preprocess_cfg.json").read_text())
+    size, resample = given["size"][0], Image.Resampling[given["interpolation"].upper()]
+    picture = picture.convert("RGB")
+    if given["resize_mode"] == "squash":
+        picture = picture.resize((size, size), resample=resample)
+    else:
+        shorter = min(picture.size)
+        picture = picture.resize([int(side / shorter * size) for side in picture.size], resample=resample)
+        left, upper = (int(side / 2 - size / 2) for side in picture.size)
+        picture = picture.crop((left, upper, left + size, upper + size))
+    pixels = np.asarray(picture, np.float32) / 255.0
+    mean, std = (np.array(given[name], np.float32) for name in ("mean", "std"))
+    return {"image": ((pixels - mean) / std).transpose(2, 0, 1)[None]}
+
+
+def immich_text(folder: Path, text: str) -> dict[str, np.ndarray]:
+    """Prepare a search as Immich's OpenClipTextualEncoder does."""
+    length = json.loads((folder / "config.json").read_text())["text_cfg"]["context_length"]
+    pad = json.loads((folder / "textual/tokenizer_config.json").read_text())["pad_token"]
+    tokenizer = Tokenizer.from_file(str(folder / "textual/tokenizer.json"))
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
+    return {"text": np.array([tokenizer.encode(" ".join(text.split())).ids], np.int32)}
+
+
+@pytest.mark.parametrize("family", [*NATIVE, "flip", "flip without padding"])
+def test_immich_reads_the_folder(family: str, save: Callable[..., Path], image: Path, tmp_path: Path) -> None:
+    folder = export_native(family, tmp_path / family) if family in NATIVE else save(attend_to_padding=family == "flip")
+    dst = tmp_path / "onnx"
+    cli.main(["convert", "onnx", str(folder), str(dst)])
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(dst)
+    assert (type(model).__name__, type(processor).__name__) == {
+        "clip": ("CLIPModel", "CLIPProcessor"),
+        "siglip": ("SiglipModel", "SiglipProcessor"),
+    }.get(family, ("FlipModel", "FlipProcessor"))
+    visual, textual = (onnxruntime.InferenceSession(dst / f"{part}/model.onnx") for part in ("visual", "textual"))
+    for picture in (Image.open(image), Image.open(image).rotate(90, expand=True)):
+        found = visual.run(None, immich_image(dst, picture))[0][0]
+        expected = image_embeds(model, processor, [picture])[0]
+        assert np.abs(found - expected).max() < 1e-4
+    for text in ("a red disc", "The  blue cat!", "some green bars and a grey cross " * 20):
+        found = textual.run(None, immich_text(dst, text))[0][0]
+        assert np.abs(found - text_embeds(model, processor, [text])[0]).max() < 1e-4, text
