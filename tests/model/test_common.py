@@ -1,4 +1,4 @@
-"""Run transformers' common model tests on the FLIP classes in `common_classes`."""
+"""Run transformers' common model tests on the classes in `common_classes`: FLIP's, and those of exported folders."""
 
 import subprocess
 
@@ -8,6 +8,8 @@ pytestmark = pytest.mark.long
 
 try:
     from model.common_classes import (  # noqa: F401
+        ExportedCLIPModelTest,
+        ExportedSiglipModelTest,
         FlipCleanTextModelTest,
         FlipForConditionalGenerationTest,
         FlipModelTest,

@@ -1,0 +1,139 @@
+"""Exported CLIPModel and SiglipModel folders, as other programs take them, without remote code."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hub.native import LENGTH, NATIVE, export_native
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionModel,
+    pipeline,
+)
+
+from flipscale.data.captions import tokenise
+from flipscale.hub.loading import load_with_tokenizer
+
+TEXTS = ["a red disc", "The blue ring!", "cat", "some green bars and a grey cross " * 9]
+
+
+class Native(NamedTuple):
+    family: str
+    folder: Path
+    model: Any  # as flipscale loads it, with masks
+    pictures: list[Image.Image]
+    pixels: torch.Tensor
+    ids: torch.Tensor
+
+    def embeds(self) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            output = self.model(input_ids=self.ids, pixel_values=self.pixels)
+        return output.image_embeds.numpy(), output.text_embeds.numpy()
+
+
+@pytest.fixture(scope="module", params=NATIVE)
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Native:
+    folder = export_native(request.param, tmp_path_factory.mktemp(request.param))
+    model, tokenizer = load_with_tokenizer(str(folder))
+    assert tokenizer is not None
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in ((40, 60), (32, 32), (50, 33))
+    ]
+    pixels = AutoProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")["pixel_values"]
+    return Native(
+        request.param, folder, model, pictures, pixels, tokenise(tokenizer, TEXTS, LENGTH[request.param])["input_ids"]
+    )
+
+
+def test_pipeline(native: Native) -> None:
+    classify = pipeline("zero-shot-image-classification", model=str(native.folder), device="cpu")
+    assert type(classify.model).__name__ == {"clip": "CLIPModel", "siglip": "SiglipModel"}[native.family]
+    with torch.no_grad():
+        logits = native.model(input_ids=native.ids[:3], pixel_values=native.pixels).logits_per_image
+    for picture, row in zip(native.pictures, logits, strict=True):
+        found = classify(picture, candidate_labels=TEXTS[:3], hypothesis_template="{}")
+        scores = row.sigmoid() if native.family == "siglip" else row.softmax(0)
+        by_label = {line["label"]: line["score"] for line in found}
+        assert [by_label[text] for text in TEXTS[:3]] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_sentence_transformers_and_faiss(native: Native) -> None:
+    images, texts = native.embeds()
+    model = SentenceTransformer(str(native.folder), device="cpu")
+    found = model.encode(native.pictures, batch_size=2), model.encode(TEXTS, batch_size=3)
+    assert np.abs(found[0] - images).max() < 1e-5
+    assert np.abs(found[1] - texts).max() < 1e-5
+    index = faiss.IndexFlatIP(images.shape[1])
+    index.add(found[0])
+    cosines, nearest = index.search(found[1], 1)
+    expected = texts @ images.T
+    assert (nearest[:, 0] == expected.argmax(1)).all()
+    assert np.abs(cosines[:, 0] - expected.max(1)).max() < 1e-5
+
+
+def test_attention_and_bf16(native: Native) -> None:
+    images, texts = native.embeds()
+    for options, limit in (
+        ({"attn_implementation": "eager"}, 1e-5),
+        ({"attn_implementation": "sdpa"}, 1e-5),
+        ({"dtype": torch.bfloat16}, 0.03),
+        ({"variant": "bf16", "dtype": torch.float32}, 0.03),
+    ):
+        model = AutoModel.from_pretrained(native.folder, **options).eval()
+        with torch.no_grad():
+            output = model(input_ids=native.ids, pixel_values=native.pixels.to(model.dtype))
+        for found, expected in ((output.image_embeds, images), (output.text_embeds, texts)):
+            assert np.abs(torch.nn.functional.normalize(found.float(), dim=1).numpy() - expected).max() < limit, options
+
+
+def test_torch_export(native: Native) -> None:
+    model = AutoModel.from_pretrained(native.folder).eval()
+    inputs = {"input_ids": native.ids, "pixel_values": native.pixels}
+    program = torch.export.export(model, (), inputs, strict=False)
+    assert torch.allclose(program.module()(**inputs).image_embeds, torch.from_numpy(native.embeds()[0]), atol=1e-5)
+
+
+def test_the_image_tower_of_a_llava(native: Native) -> None:
+    """Three steps with the tower frozen, as LLaVA's first stage has it."""
+    tower = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}[native.family].from_pretrained(native.folder)
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=LlamaConfig(vocab_size=50, pad_token_id=0, **sizes),
+        image_token_index=49,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default" if native.family == "clip" else "full",
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    ids = torch.cat([torch.full((3, patches), 49), torch.tensor([[3, 4, 5], [6, 7, 8], [9, 10, 11]])], dim=1)
+    labels = ids.masked_fill(ids == 49, -100)
+    before = {name: weight.clone() for name, weight in model.model.multi_modal_projector.state_dict().items()}
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, pixel_values=native.pixels, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    after = model.model.multi_modal_projector.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert all(
+        torch.equal(value, tower.state_dict()[name]) for name, value in model.model.vision_tower.state_dict().items()
+    )
