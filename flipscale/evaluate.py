@@ -54,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--task", metavar="YAML", action="append", default=[],
         help="Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
-        "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe, "
-        "captioning, likelihood, vqa, classification. May be given several times.",
+        "The kinds are zero_shot, zero_shot_multilabel, retrieval, multilingual_retrieval, multilingual_zero_shot, "
+        "worst_group, association, few_shot, probe, captioning, likelihood, vqa, classification. May be given several "
+        "times.",
     )  # fmt: skip
     add(
         "--without", type=Path, metavar="AUDIT",

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument(
         "directory", type=output_folder, nargs="?", help=f"Folder to write. The recipes expect data/tasks. {_CONTINUES}"
     )
-    tasks.add_argument("--suite", help="Prepare the tasks of a suite: paper, robustness, fairness, or all.")
+    tasks.add_argument("--suite", help="Prepare the tasks of a suite: paper, robustness, fairness, languages, or all.")
     tasks.add_argument("--only", nargs="+", metavar="TASK", help="Prepare these tasks, such as food101 pets.")
     tasks.add_argument("--list", action="store_true", help="Print the tasks, and download nothing.")
 
@@ -226,7 +226,9 @@ def _task_set(page: "TaskPage") -> "TaskSet":
         shards=source.shards,
         real_labels=page.options.get("labels") == REAL_LABELS,
         **{name: getattr(page, name) for name in ("licence", "images", "num_classes", "class_names", "templates")},
-        is_classification=page.kind != "retrieval",
+        is_classification=not page.kind.endswith("retrieval"),
+        captions=source.captions,
+        names=source.names,
     )
 
 

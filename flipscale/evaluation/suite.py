@@ -17,6 +17,7 @@ from flipscale.data.samples import BadSample
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
+from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot
 from flipscale.evaluation.kinds.probe import FewShot, Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
@@ -33,6 +34,8 @@ KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
     "zero_shot_multilabel": ZeroShotMultilabel,
     "retrieval": Retrieval,
+    "multilingual_retrieval": MultilingualRetrieval,
+    "multilingual_zero_shot": MultilingualZeroShot,
     "worst_group": WorstGroup,
     "association": Association,
     "few_shot": FewShot,

@@ -16,7 +16,7 @@ PAGES = Path(__file__).parent / "tasks"
 # Kinds with several metrics. A task names its headline.
 _WITH_METRICS = ("zero_shot", "zero_shot_multilabel")
 PAPER_MODEL = "FLIP L/14, LAION-400M"
-SUITES = ("paper", "robustness", "fairness")
+SUITES = ("paper", "robustness", "fairness", "languages")
 # CLIP's prompts for ImageNet: the 7 that do most of the work according to its authors, and the 80 of its notebook.
 _IMAGENET7 = """
 itap of a {c} / a bad photo of the {c} / a origami {c} / a photo of the large {c} / a {c} in a video game / art of
@@ -57,6 +57,9 @@ class TaskSource:
         clip: columns that identify a clip, if rows are frames of videos. The middle frame is used.
         frame: column of a frame's number in its clip.
         shards: pattern of the shards' names; empty for `SPLIT/0.tar`, `SPLIT/1.tar`, ...
+        captions: for sets that are not on the Hub, whose `repo` is the URL of an archive of images: languages by the
+            URL of their captions, a zip file or a text file for each `{language}`.
+        names: URL of the names of the images, in the order of the captions.
     """
 
     repo: str
@@ -67,6 +70,8 @@ class TaskSource:
     clip: tuple[str, ...] = ()
     frame: str = ""
     shards: str = ""
+    captions: dict[str, list[str]] = field(default_factory=dict)
+    names: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -29,11 +29,13 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, size_text
 from flipscale.io.progress import Progress
 from flipscale.io.text_table import plain_table
+from flipscale.preparation.languages import archive_bytes, write_languages
 
 REAL_LABELS = "real_labels.json"
 _BEGUN = ".begun.json"  # the source and commit of an unfinished set, so that a later start continues with the same one
 _DOWNLOAD, _PARQUET = ".download", ".parquet"
 _TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
+_PREPARED_FILES = ("test/*.tar", "test/*.txt", "*.txt", "captions/*.json")
 _TIMM_LABELS = "data/_info/imagenet_real_labels.json"  # of image ILSVRC2012_val_00000001, of 00000002, ...
 _LIST_SECONDS = 30.0
 IMAGES_PER_SHARD = 1000  # of shards that are made of tables
@@ -103,6 +105,7 @@ class TaskSet:
         class_names: class names of the page, for sources without names or with another spelling.
         templates: prompts of the page, for sources without prompts.
         is_classification: whether the task needs class names.
+        captions, names: as in `TaskSource`.
     """
 
     name: str
@@ -118,6 +121,8 @@ class TaskSet:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     is_classification: bool
+    captions: dict[str, list[str]] = field(default_factory=dict)
+    names: str = ""
 
     @property
     def source(self) -> dict[str, str]:
@@ -206,6 +211,8 @@ def _plan(folder: Path, task: TaskSet) -> _Plan | None:
     if prepared is not None and prepared.get("source") == task.source:
         _remove_leftovers(place)
         return None
+    if task.captions:
+        return _Plan(task, "", (), archive_bytes(task.repo), 0)
     begun = next(json_lines.iterate(place / _BEGUN, "source", commit=str), {})
     commit, listed = list_files(task.repo, begun["commit"] if begun.get("source") == task.source else task.revision)
     files = task.files(listed)
@@ -235,6 +242,9 @@ def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
                 tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.name)]
                 names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
                 write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
+            if task.captions:
+                write_languages(place, task.repo, task.captions, task.names)
+                progress.update(plan.num_bytes)
             _complete_texts(place, task)
             source = _open_shards(place, plan)
             if task.real_labels:
@@ -372,7 +382,7 @@ def _open_shards(place: Path, plan: _Plan) -> TarSource:
         UserError: a shard is missing or damaged, or there are no images.
     """
     folder = place / "test"
-    if not plan.task.columns:
+    if not plan.task.columns and not plan.task.captions:
         for path in set(folder.glob("*.tar")) - {place / file.path for file in plan.files}:
             path.unlink()
     names = {path.name for path in folder.glob("*.tar")}
@@ -432,7 +442,7 @@ def write_real_labels(place: Path, source: TarSource) -> None:
 def _write_prepared(place: Path, task: TaskSet, commit: str, num_images: int) -> None:
     """Mark a set as whole."""
     files = {}
-    for path in sorted([*place.glob("test/*.tar"), *place.glob("test/*.txt"), *place.glob("*.txt")]):
+    for path in sorted(path for pattern in _PREPARED_FILES for path in place.glob(pattern)):
         sync(path)
         files[path.relative_to(place).as_posix()] = {"bytes": path.stat().st_size}
     if task.real_labels:

@@ -201,7 +201,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
-    r"flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
+    r"flipscale evaluate .*(--without |--suite languages|association|captioning|vqa)": verb_s_arguments,
     r"flipscale prepare ((shards imagenet|tokenizer data/icons)/)": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config examples/demo/demo_unseen": verb,
     r"flipscale finetune --config examples/demo/finetune_demo.yaml --data": verb,

@@ -9,7 +9,16 @@ from flipscale.evaluation.suite import build_task, build_tasks
 from flipscale.evaluation.task_page import page_names, read_page, suite_pages
 
 # Tasks with the source's class names, because CLIP lists other classes or no classes.
-WITHOUT_NAMES = {"let_it_wag", "birdsnap", "objectnet", "dollar_street", "geode", "fairface", "utkface"}
+WITHOUT_NAMES = {
+    "babel_imagenet",
+    "let_it_wag",
+    "birdsnap",
+    "objectnet",
+    "dollar_street",
+    "geode",
+    "fairface",
+    "utkface",
+}
 
 
 @pytest.mark.parametrize("name", page_names())
@@ -18,7 +27,7 @@ def test_a_page_is_a_task(name: str) -> None:
     assert page.comparable or page.why_not
     assert page.licence
     assert page.title
-    named = page.kind != "retrieval" and name not in WITHOUT_NAMES
+    named = not page.kind.endswith("retrieval") and name not in WITHOUT_NAMES
     assert len(page.class_names) == len(set(page.class_names)) == (page.num_classes if named else 0) or name in (
         "imagenet1k", "imagenet1k_80", "imagenet_real", "imagenetv2", "imagenet_sketch"
     )  # fmt: skip
@@ -42,6 +51,7 @@ def test_suites() -> None:
     robust = {"imagenet1k", "imagenetv2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"}
     assert {page.name for page in suite_pages("robustness")} == robust | {"imagenet_real", "let_it_wag"}
     assert {page.name for page in suite_pages("fairness")} == {"dollar_street", "geode", "fairface", "utkface"}
+    assert {page.name for page in suite_pages("languages")} == {"xm3600", "xtd10", "flickr30k_200", "babel_imagenet"}
     assert len(suite_pages("paper")) == 32
     with pytest.raises(ValueError, match="no suite is called 'fair'"):
         suite_pages("fair")

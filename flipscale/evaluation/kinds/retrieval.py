@@ -53,10 +53,6 @@ so their interval counts as many queries as the variance between images shows.""
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         captions = test_set.captions(embedder)
-        groups: dict[str | int, int] = {}
-        keys = [lines[0] if self.group_by_caption else number for number, lines in enumerate(captions)]
-        image_ids = torch.tensor([groups.setdefault(key, len(groups)) for key in keys])
-        text_ids = image_ids.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
         texts = embedder.texts([line for lines in captions for line in lines])
         my_images = texts.new_empty(len(embedder.rows(len(captions))), texts.shape[1])
 
@@ -64,14 +60,25 @@ so their interval counts as many queries as the variance between images shows.""
             my_images[mine] = embeds
 
         def results() -> list[Result]:
-            images = embedder.gathered(my_images, len(captions))
-            sides = (texts, text_ids), (images, image_ids)
-            return [
-                *self._recalls(embedder, "text_to_image", *sides),
-                *self._recalls(embedder, "image_to_text", *reversed(sides)),
-            ]
+            return self.recalls(embedder, embedder.gathered(my_images, len(captions)), captions, texts)
 
         return Scorer(add, results)
+
+    def recalls(
+        self, embedder: Embedder, images: torch.Tensor, captions: list[list[str]], texts: torch.Tensor | None = None
+    ) -> list[Result]:
+        """Collective. Return the recalls both ways of all images, `(images, dim)`, and their captions."""
+        if texts is None:
+            texts = embedder.texts([line for lines in captions for line in lines])
+        groups: dict[str | int, int] = {}
+        keys = [lines[0] if self.group_by_caption else number for number, lines in enumerate(captions)]
+        image_ids = torch.tensor([groups.setdefault(key, len(groups)) for key in keys])
+        text_ids = image_ids.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
+        sides = (texts, text_ids), (images, image_ids)
+        return [
+            *self._recalls(embedder, "text_to_image", *sides),
+            *self._recalls(embedder, "image_to_text", *reversed(sides)),
+        ]
 
     def _recalls(self, embedder: Embedder, way: str, asked: _Side, answers: _Side) -> list[Result]:
         (queries, query_ids), (targets, target_ids) = asked, answers

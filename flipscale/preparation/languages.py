@@ -1,0 +1,76 @@
+"""Test sets with captions in many languages, from the addresses at which CLIP_benchmark finds them."""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from flipscale.data.sources.tar import add_member
+from flipscale.io.atomic import atomic_write, write_text
+from flipscale.io.errors import UserError
+
+
+def archive_bytes(url: str) -> int:
+    """Return the size of a file at a URL; 0 if the server does not say it."""
+    system, path = url_to_fs(url)
+    return int(system.size(path) or 0)
+
+
+def write_languages(place: Path, images: str, captions: dict[str, list[str]], names: str) -> None:
+    """Write `test/0.tar`, `languages.txt` and `captions/LANGUAGE.json` to the folder `place`.
+
+    As in CLIP_benchmark, an image has its first caption in each language, and images that the archive lacks are left
+    out.
+
+    Args:
+        images: URL of a tar archive; folders in it do not count.
+        captions: languages by the URL of their captions, see `TaskSource`.
+        names: URL of the names of the images, for captions in text files.
+
+    Raises:
+        UserError: the archive has none of the images.
+        OSError: a URL cannot be read.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    for url, languages in captions.items():
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(_read(url))) as zipped:
+                (file,) = (name for name in zipped.namelist() if name.endswith(".jsonl"))
+                rows = [json.loads(line) for line in zipped.read(file).splitlines()]
+            for language in languages:
+                texts[language] = {f"{row['image/key']}.jpg": row[language]["caption"][0] for row in rows}
+        else:
+            listed = _read(names).decode().splitlines()
+            for language in languages:
+                lines = _read(url.format(language=language)).decode().splitlines()
+                texts[language] = dict(zip(listed, lines, strict=False))
+    common = [name for name in next(iter(texts.values())) if all(name in those for those in texts.values())]
+    with TemporaryDirectory(dir=place) as partial:
+        with fsspec.open(images) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
+            for member in archive:
+                name, content = PurePosixPath(member.name).name, archive.extractfile(member)
+                if content is not None and name in texts[languages[0]]:
+                    (Path(partial) / name).write_bytes(content.read())
+        order = [name for name in common if (Path(partial) / name).exists()]
+        if not order:
+            raise UserError(f"{images} has none of the {len(common)} images with captions; the source has changed")
+        with atomic_write(place / "test") as folder:
+            folder.mkdir()
+            with tarfile.open(folder / "0.tar", "w") as shard:
+                for number, name in enumerate(order):
+                    add_member(shard, f"s{number:07d}{Path(name).suffix}", (Path(partial) / name).read_bytes())
+    (place / "captions").mkdir(exist_ok=True)
+    for language, those in texts.items():
+        write_text(place / f"captions/{language}.json", json.dumps([those[name] for name in order]) + "\n")
+    write_text(place / "languages.txt", "".join(f"{language}\n" for language in texts))
+
+
+def _read(url: str) -> bytes:
+    with fsspec.open(url) as file:
+        content: bytes = file.read()
+        return content
