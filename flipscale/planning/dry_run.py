@@ -33,6 +33,7 @@ _STEP_ROWS: dict[str, Callable[[StepTime], str]] = {
     "    computing": lambda step: f"{1e3 * step.compute:,.1f}",
     "    awaiting messages": lambda step: f"{1e3 * step.exposed:,.1f}",
     "    updating weights": lambda step: f"{1e3 * step.optimizer:,.1f}",
+    "  host, ms": lambda step: f"{1e3 * step.host:,.1f}",
     "  pairs/s": lambda step: f"{step.batch / step.seconds:,.0f}",
     "  MFU": lambda step: f"{step.mfu:.0%}",
     "  loader workers a node": lambda step: f"{step.workers:.1f}",

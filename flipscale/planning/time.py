@@ -28,6 +28,10 @@ _BUCKET = 25 * 2**20
 _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
 # Bytes per second that the optimiser reads and writes: data sheet of an H100 SXM.
 _MEMORY_BANDWIDTH = 3.35e12
+# torch operations of a step: a block's two passes, and all else. tests/simulated counts them.
+_FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 78, 145, 440
+# Seconds in which the host queues an operation, and a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).
+_CALL_SECONDS, _UNIT_SECONDS = 2.2e-6, 1e-3
 
 
 def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float) -> float:
@@ -151,7 +155,8 @@ class StepTime:
         compute: seconds of matrix products.
         exposed: seconds of messages that no computation hides.
         optimizer: seconds of reading and writing weights, gradients and moments.
-        seconds: seconds of the whole step: the sum of these, or the loader's seconds if they are more.
+        host: seconds in which the host queues the step's operations, beside the GPU's work.
+        seconds: seconds of the whole step: the sum of the first three, or the loader's or the host's if they are more.
         mfu: useful operations as a share of the peak, without recomputation.
         workers: loader workers that a node needs to keep up.
         node_mb_s: MB per second that a node reads.
@@ -163,6 +168,7 @@ class StepTime:
     compute: float
     exposed: float
     optimizer: float
+    host: float
     seconds: float
     mfu: float
     workers: float
@@ -193,12 +199,14 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
-    busy = compute + exposed + optimizer
-    rate = pairs / busy * min(count, GPUS_OF_A_NODE)
+    busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, passes, micro_batches)
+    rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
     vision = recipe.model_config().vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
-    if loader > busy:
+    if loader > max(busy, host):
         bottleneck = "loader"
+    elif host > busy:
+        bottleneck = "host"
     elif exposed + optimizer > compute / 4:
         bottleneck = "node links" if count <= GPUS_OF_A_NODE else "network"
     # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
@@ -206,10 +214,29 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         bottleneck = "small batch"
     else:
         bottleneck = "compute"
-    seconds = max(busy, loader)
+    seconds = max(busy, loader, host)
     mfu = useful * pairs / seconds / hardware.peak
     workers, node_mb_s = rate / hardware.images_per_worker_s, rate * hardware.pair_kb / 1e3
-    return StepTime(pairs, batch, compute, exposed, optimizer, seconds, mfu, workers, node_mb_s, bottleneck)
+    return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, workers, node_mb_s, bottleneck)
+
+
+def host_calls(recipe: Recipe, passes: int, micro_batches: int) -> int:
+    """Return the torch operations of a step with `passes` forward passes and `micro_batches` backward passes.
+
+    Compiled blocks are left out, because their kernels take the host little time.
+    """
+    blocks = 0 if recipe.model.compile else len(encoder_blocks(trained_model(recipe)))
+    again = micro_batches if recipe.model.gradient_checkpointing else 0
+    return _OTHER_CALLS + blocks * (_FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches)
+
+
+def _host_seconds(recipe: Recipe, launch: Launch, passes: int, micro_batches: int) -> float:
+    seconds = _CALL_SECONDS * host_calls(recipe, passes, micro_batches)
+    if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1:
+        model = trained_model(recipe)
+        units = len(encoder_blocks(model)) + len(list(model.children())) + 1
+        seconds += _UNIT_SECONDS * units * passes
+    return seconds
 
 
 def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:

@@ -16,6 +16,7 @@ from torch import nn
 
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import read_launch_file
+from flipscale.planning.time import host_calls
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -63,6 +64,15 @@ def test_all_that_is_sent_is_on_the_accelerator(engine: str) -> None:
     found = step(engine, 8, 1, MUON, PARTS)
     assert found.collectives
     assert {device for one in found.collectives for device in one.devices} == {"cuda"}
+
+
+@pytest.mark.parametrize("flags", [(), (PARTS,), ("--model.gradient_checkpointing=true",)])
+def test_the_plan_knows_how_many_operations_the_host_queues(flags: tuple[str, ...]) -> None:
+    recipe = parse_recipe([*RECIPE, *flags])
+    micro_batches = BATCH // 8 // 256 if PARTS in flags else 1
+    planned = host_calls(recipe, 2 * micro_batches if PARTS in flags else 1, micro_batches)
+    for engine in ENGINES:
+        assert planned == pytest.approx(step(engine, 8, 1, *flags).ops.total(), rel=0.15), engine
 
 
 @pytest.mark.parametrize("engine", ENGINES)
