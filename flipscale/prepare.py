@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--only", nargs="+", metavar="TASK", help="Prepare these tasks, such as food101 pets.")
     tasks.add_argument("--list", action="store_true", help="Print the tasks, and download nothing.")
 
+    resize = add(_resize, "Shrink the images of shards, so that training decodes fewer pixels.")
+    resize.add_argument("shards", help=_SHARDS_HELP)
+    resize.add_argument("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
+    resize.add_argument("--short_side", type=int, default=288, help="Short side of shrunk images. Default: 288.")
+    resize.add_argument("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images. Default: 90.")
+    add_num_workers(resize)
+
     index = add(
         _index,
         "Write the manifest of all shards, and an index of offsets beside each shard. Training does this too if the "
@@ -229,6 +236,18 @@ def _task_set(page: "TaskPage") -> "TaskSet":
         is_classification=not page.kind.endswith("retrieval"),
         captions=source.captions,
         names=source.names,
+    )
+
+
+def _resize(args: argparse.Namespace) -> None:
+    from flipscale.preparation.resize import resize_shards
+    from flipscale.preparation.shard_writer import ShardOptions
+
+    options = ShardOptions(short_side=args.short_side, jpeg_quality=args.jpeg_quality)
+    total = resize_shards(args.shards, args.directory, options, args.num_workers)
+    print(
+        f"{args.directory}: {total['images']:,} images, {total['shrunk']:,} of them shrunk to a short side of "
+        f"{args.short_side}; {total['before'] / 1e9:.2f} GB became {total['after'] / 1e9:.2f}"
     )
 
 

@@ -13,6 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -184,22 +185,32 @@ def write_shards(
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     out_dir.mkdir(parents=True, exist_ok=True)
+    with only_writer(out_dir, "prepare shards", _MANIFEST):
+        return _write_locked(job, begun, processes)
+
+
+@contextmanager
+def only_writer(out_dir: Path, command: str, begun: str) -> Iterator[None]:
+    """Hold the lock of a folder that has the file `begun`, or nothing, and remove what killed processes left there.
+
+    Raises:
+        UserError: the folder has other files, or another process writes to it.
+    """
     others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
-    if others and not (out_dir / _MANIFEST).is_file():
-        raise UserError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
+    if others and not (out_dir / begun).is_file():
+        raise UserError(f"{out_dir} holds something that `{command}` did not write; name a new folder")
     try:
         with FileLock(out_dir / _LOCK, timeout=0):
-            report = _write_locked(job, begun, processes)
+            for left in out_dir.glob(_PARTIAL):
+                left.unlink()
+            yield
             # Removed while held, so that no other process waits for a removed file.
             (out_dir / _LOCK).unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
-    return report
 
 
 def _write_locked(job: _Job, begun: dict[str, Any], processes: int) -> dict[str, Any]:
-    for left in job.out_dir.glob(_PARTIAL):
-        left.unlink()
     todo = range(_open_manifest(job, begun), job.num_shards)
     if todo:
         remedy = "the same command goes on where it stopped"
@@ -295,7 +306,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                     captions = pairs.captions(number)
                     label = _job.class_numbers[pairs.label(number)] if options.labels else None
                     votes = pairs.votes(number)
-                    image, extension, sizes = _stored_image(pairs.image(number), options)
+                    image, extension, sizes = stored_image(pairs.image(number), options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
                     line["left_out"].append({name: text[:_MAX_SHOWN] for name, text in fault.items()})
@@ -334,7 +345,7 @@ def _is_of_part(number: int) -> bool:
     return (int.from_bytes(digest, "big") < options.held_out * 2**64) == (options.part == "test")
 
 
-def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
+def stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
     """Return the bytes to store, their extension, and the sizes before and after.
 
     Raises:

@@ -1,0 +1,115 @@
+"""Shrink the images of tar shards, so that a training run decodes fewer pixels.
+
+A shard is written aside and renamed, so a killed run goes on with the shards that are missing. A shard depends only on
+its source and the options, so any number of processes writes the same bytes.
+"""
+
+import tarfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flipscale.data.samples import BadSample
+from flipscale.data.sources.manifest import ShardList
+from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, no_shards
+from flipscale.data.sources.shard_index import load_index, size_and_time
+from flipscale.data.sources.tar import add_member
+from flipscale.io import json_lines
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path
+from flipscale.io.errors import UserError
+from flipscale.io.progress import each
+from flipscale.preparation.shard_writer import ShardOptions, only_writer, stored_image
+from flipscale.preparation.worker_pool import worker_pool
+
+_DECIDING, _COUNTED = ("short_side", "jpeg_quality"), ("images", "shrunk", "before", "after")
+_LINES = "resized.jsonl"  # the options, then the counts of each finished shard
+
+
+def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: int) -> Counter[str]:
+    """Write each shard to `out_dir` under its own name, with smaller images.
+
+    Keys, captions, other files and their order stay. So do images that are small enough or cannot be decoded. A shrunk
+    image becomes a JPEG.
+
+    Args:
+        shards: as in `data.shards` of a recipe, on this machine.
+        options: `short_side` and `jpeg_quality`.
+
+    Returns:
+        Counts over all shards: `images`, `shrunk` images, and bytes `before` and `after`.
+
+    Raises:
+        UserError: the shards are at a URL, `out_dir` has shards of other options, or, after all others are written, a
+            shard is damaged.
+        OSError: a worker died, or the disk is full.
+    """
+    if "://" in shards:
+        raise UserError(f"{shards!r} is a URL; copy the shards here first")
+    listed = ShardList(shards)
+    names, about = listed.names(), {"source": shards, **{name: getattr(options, name) for name in _DECIDING}}
+    if not names:
+        raise no_shards(shards)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with only_writer(out_dir, "prepare resize", _LINES):
+        done = _finished(out_dir, about)
+        todo, damaged = [name for name in names if name not in done], []
+        with worker_pool(min(processes, len(todo) or 1), remedy="the same command goes on where it stopped") as pool:
+            places = (map(listed.path, todo), (out_dir / name for name in todo))
+            lines = pool.map(partial(_resize, options=options), *places)
+            for name, line in zip(todo, each(lines, "resizing", "shards", len(todo)), strict=True):
+                if isinstance(line, str):
+                    damaged.append(line)
+                    continue
+                json_lines.append(out_dir / _LINES, [{"shard": name, **line}])
+                done[name] = line
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} of {len(names)} shards are damaged and left out: {damaged[0]}; fetch them again and run "
+            "the same command, or go on without them"
+        )
+    return sum((Counter({name: line[name] for name in _COUNTED}) for line in done.values()), Counter())
+
+
+def _finished(out_dir: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the lines of the finished shards by name, and write `resized.jsonl` with these lines only."""
+    lines = json_lines.iterate(out_dir / _LINES)
+    if (begun := next(lines, about)) != about:
+        raise UserError(f"{out_dir} was begun with {begun}, now {about}; use the same options, or name a new folder")
+    whole = [line for line in lines if size_and_time(out_dir / line["shard"])[0] == line["after"]]
+    json_lines.rewrite(out_dir / _LINES, [about, *whole])
+    return {line["shard"]: line for line in whole}
+
+
+def _resize(source: Path, target: Path, options: ShardOptions) -> dict[str, int] | str:
+    """Write a shard and its index, and return its counts, or what is wrong with it."""
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Under a name of this process, because a worker of a killed run may live a little into the next run.
+        with atomic_write(target, unique_partial_path(target)) as written:
+            with tarfile.open(source, ignore_zeros=True) as old, tarfile.open(written, mode="w") as new:
+                for member in old:
+                    if (file := old.extractfile(member)) is None:
+                        continue
+                    name, content = member.name, file.read()
+                    if name.lower().endswith(IMAGE_SUFFIXES):
+                        name, content = _smaller(name, content, options, counts)
+                    add_member(new, name, content)
+            sync(written)
+    except tarfile.TarError as error:
+        return f"{source} ({error})"
+    load_index(target)
+    return {**counts, "before": source.stat().st_size, "after": target.stat().st_size}
+
+
+def _smaller(name: str, content: bytes, options: ShardOptions, counts: Counter[str]) -> tuple[str, bytes]:
+    counts["images"] += 1
+    try:
+        stored, extension, sizes = stored_image(content, options)
+    except BadSample:
+        return name, content
+    if sizes["width"] == sizes["original_width"]:
+        return name, content
+    counts["shrunk"] += 1
+    return f"{name.rpartition('.')[0]}.{extension}", stored
