@@ -317,7 +317,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: Any) -> None:
     if not isinstance(text, FlipTextConfig | FlipDecoderConfig):
         if tokenizer.pad_token_id is None:
             raise UserError("the tokenizer has no padding token, so captions cannot have one length; set its pad_token")
-        return
+        if text.model_type in ("clip_text_model", "siglip_text_model"):
+            return
     if tokenizer.pad_token_id != text.pad_token_id:
         raise UserError(
             f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "

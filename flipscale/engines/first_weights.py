@@ -9,7 +9,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_folder, fetch_folder
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+
+if TYPE_CHECKING:
+    from flipscale.engines.start_towers import Towers
 
 # Sets a module's own parameters, given its name, the module, and the model or tower whose rules it follows.
 ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
@@ -59,8 +63,10 @@ def build_weights(
             setattr(module, field, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         tables: dict[str, torch.Tensor] = getattr(module, "fixed_tables", dict)()
         for field, buffer in list(module.named_buffers(recurse=False)):
-            # In transformers' own towers, the only buffer numbers the positions.
-            setattr(module, field, tables[field] if tables else torch.arange(buffer.shape[-1]).expand(1, -1))
+            # In transformers' own towers, the buffers number the positions, or a caption's segments, which are all 0.
+            numbers = torch.arange(buffer.shape[-1]).expand(1, -1)
+            others = torch.zeros(buffer.shape, dtype=buffer.dtype) if field == "token_type_ids" else numbers
+            setattr(module, field, tables[field] if tables else others)
         init(name, module, owner)
         if isinstance(module, blocks):
             place(module)
@@ -111,8 +117,8 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
 
 
 def initial_weights(
-    init_from: str | None,
-    config: FlipConfig,
+    init_from: "str | Towers | None",
+    config: Any,
     seed: int,
     kind: type[FlipPreTrainedModel] = FlipModel,
     text_positions: str | None = None,
@@ -123,7 +129,7 @@ def initial_weights(
     drawn in the order and with the generator of `from_pretrained` after `torch.manual_seed(seed)`.
 
     Args:
-        init_from: folder or Hub name of a model; None for fresh draws.
+        init_from: folder or Hub name of a model, or those of two towers; None for fresh draws.
         text_positions: `ModelRecipe.text_positions`.
 
     Raises:
@@ -132,20 +138,21 @@ def initial_weights(
     """
     if init_from is None:
         return fresh_weights(seed)
-    files: dict[str, Any] = {}
+    stored: dict[str, Callable[[], torch.Tensor]] = {}
     several = dist.is_initialized() and dist.get_world_size() > 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names_or_fault: list[set[str] | str] = [set()]
+    start = "model.init_from" if isinstance(init_from, str) else str(init_from)
     if not several or dist.get_rank() == 0:
         try:
-            opened = [safe_open(file, "pt") for file in check_folder(fetch_folder(init_from))]
-            files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-            usable = _usable(files, model_without_storage(config, kind), text_positions)
+            stored, shapes = _stored(init_from, config)
+            usable = _usable(shapes, model_without_storage(config, kind), start, text_positions)
             for name in usable:
-                check_weight(name, files[name].get_tensor(name))
+                check_weight(name, stored[name]())
             names_or_fault = [usable]
         except (ValueError, OSError, SafetensorError) as error:
-            names_or_fault = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
+            named = f"{start} {init_from!r}" if isinstance(init_from, str) else start
+            names_or_fault = [f"{named} cannot be loaded ({str(error).splitlines()[0]})"]
     if several:
         dist.broadcast_object_list(names_or_fault, device=device)
     (names,) = names_or_fault
@@ -158,12 +165,12 @@ def initial_weights(
         for field, parameter in module.named_parameters(recurse=False):
             if prefix + field not in names:
                 continue
-            if files:
-                stored = files[prefix + field].get_tensor(prefix + field)
-                if _TEXT_POSITIONS.fullmatch(prefix + field) and len(stored) != len(parameter):
+            if stored:
+                weight = stored[prefix + field]()
+                if _TEXT_POSITIONS.fullmatch(prefix + field) and len(weight) != len(parameter):
                     assert text_positions is not None, "`_usable` refuses"
-                    stored = longer_positions(stored, len(parameter), text_positions)
-                parameter.data.copy_(stored.reshape(parameter.shape))
+                    weight = longer_positions(weight, len(parameter), text_positions)
+                parameter.data.copy_(weight.reshape(parameter.shape))
             if several:
                 sent = parameter.data.to(device)
                 dist.broadcast(sent, 0)
@@ -195,27 +202,45 @@ def longer_positions(table: torch.Tensor, count: int, kind: str) -> torch.Tensor
     return torch.lerp(table[lower], table[lower + 1], (places - lower)[:, None].to(table.dtype))
 
 
-def _usable(files: dict[str, Any], model: FlipPreTrainedModel, text_positions: str | None) -> set[str]:
+def _stored(
+    init_from: "str | Towers", config: Any
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, list[int]]]:
+    """Return a reader and the shape of each stored weight, by its name in the model of a configuration."""
+    if config.model_type == "vision-text-dual-encoder":
+        from flipscale.engines.start_towers import tower_weights  # imports the models
+
+        weights = tower_weights(init_from, config)
+        readers = {name: partial(weights.__getitem__, name) for name in weights}
+        return readers, {name: list(weight.shape) for name, weight in weights.items()}
+    files = [safe_open(file, "pt") for file in check_folder(fetch_folder(str(init_from)))]
+    owners = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    shapes = {name: file.get_slice(name).get_shape() for name, file in owners.items()}
+    return {name: partial(file.get_tensor, name) for name, file in owners.items()}, shapes
+
+
+def _usable(
+    stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str, text_positions: str | None
+) -> set[str]:
     """Return the names of the tensors that `model` uses, and log missing and unused names.
 
     Raises:
         UserError: a tensor has another shape, or under half of a tower is there. One whole tower may be missing.
     """
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in shapes.keys() & files.keys():
-        stored = files[name].get_slice(name).get_shape() or [1]  # transformers' CLIP has a logit_scale of shape ()
-        if _TEXT_POSITIONS.fullmatch(name) and stored[1:] == shapes[name][1:] and stored != shapes[name]:
-            _check_longer(stored[0], shapes[name][0], text_positions)
-        elif stored != shapes[name]:
-            raise UserError(f"{name} has the shape {stored} there, {shapes[name]} in this recipe's model")
+    for name in shapes.keys() & stored.keys():
+        found = stored[name] or [1]  # transformers' CLIP has a logit_scale of shape ()
+        if _TEXT_POSITIONS.fullmatch(name) and found[1:] == shapes[name][1:] and found != shapes[name]:
+            _check_longer(found[0], shapes[name][0], text_positions)
+        elif found != shapes[name]:
+            raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
     # Expected names, such as the text tower's for a classifier, are not logged.
     others = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
-    left = {name for name in files.keys() - shapes.keys() if not others.search(name)}
-    for names, words in ((shapes.keys() - files.keys(), "drawn"), (left, "left out")):
+    left = {name for name in stored.keys() - shapes.keys() if not others.search(name)}
+    for names, words in ((shapes.keys() - stored.keys(), "drawn"), (left, "left out")):
         if names:
             listed = ", ".join(sorted(names))
-            _log.warning("of the weights in model.init_from, %d are %s: %s", len(names), words, listed)
-    taken = shapes.keys() & files.keys()
+            _log.warning("of the weights in %s, %d are %s: %s", start, len(names), words, listed)
+    taken = shapes.keys() & stored.keys()
     counts = []
     for tower, prefix in (("image", "vision_model."), ("text", "text_model.")):
         if own := {name for name in shapes if name.startswith(prefix)}:
@@ -227,7 +252,7 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel, text_positions: s
             f"it has {words} of this recipe's model; use weights of its model.family, or convert them with flipscale "
             "convert"
         )
-    _log.info("model.init_from: %s", words)
+    _log.info("%s: %s", start, words)
     return taken
 
 

@@ -87,9 +87,9 @@ def layer_scales(model: nn.Module, decay: float | None, tower_ratio: float = 1.0
         return scales
     for path, tower in model.named_modules():
         if path in ("vision_model", "text_model"):
-            last = len(tower.encoder.layers) + 1
+            last = len(encoder_blocks(tower)) + 1
             for name, _ in tower.named_parameters():
-                block = re.match(r"encoder\.layers\.(\d+)\.", name)
+                block = re.match(r"(?:encoder\.)?layers?\.(\d+)\.", name)
                 # CLIP has a norm before the first block.
                 group = int(block[1]) + 1 if block else 0 if name.startswith(("embeddings.", "pre_")) else last
                 scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (last - group)

@@ -354,7 +354,7 @@ class Embedder:
 
     def tokens(self, texts: list[str]) -> Any:
         """Return the tokens of texts, `(texts, length)`, in the form that `text_features` takes."""
-        length = self.model.config.text_config.max_position_embeddings
+        length = self.model.config.caption_config.max_position_embeddings
         return tokenise(self.tokenizer, texts, length)["input_ids"]
 
     def text_features(self, batch: Any) -> torch.Tensor:

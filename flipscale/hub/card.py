@@ -72,7 +72,9 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         (model_class,) = config["architectures"]
     lines = [*(Line(result, {}) for result in with_changes(curve.results)), *folder_lines(folder)]
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run.run_dir.name
-    hub, init_from, data = run.recipe.get("hub", {}), run.recipe["model"].get("init_from"), run.recipe["data"]
+    hub, data, model = run.recipe.get("hub", {}), run.recipe["data"], run.recipe["model"]
+    starts = [model[field] for field in ("init_from", "vision", "text") if model.get(field)]
+    bases = [start for start in starts if _is_hub_name(start)]
     sources = data.get("sources") or ([{"shards": data_name(data["shards"])}] if data["shards"] else [])
     recipe = yaml.safe_dump(deciding_part(run.recipe, name_of=public_name), sort_keys=False).rstrip()
     text = _rendered(
@@ -86,7 +88,8 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         model_class=model_class,
         remote=", trust_remote_code=True" if is_ours else "",
         padding="" if is_ours else ', padding="max_length"',
-        base=f" from {markdown_code(public_name(init_from))}" if init_from else "",
+        base=" from " + " and ".join(markdown_code(public_name(start)) for start in starts) if starts else "",
+        max_tokens=model["text_config"].get("caption_tokens"),
         results=results_table(lines),
         protocol=protocols(lines),
         figures=figures,
@@ -104,7 +107,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         pipeline_tag=pipeline,
         tags=["flip", "clip", "flipscale", *(["sentence-transformers"] if does.startswith("embeds") else [])],
         license=hub.get("license"),
-        base_model=init_from if init_from and _is_hub_name(init_from) else None,
+        base_model=bases[0] if len(bases) == 1 else bases or None,
         model_name=name if entries else None,
         eval_results=entries or None,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -27,7 +27,7 @@ from flipscale.io.model_folder import check_folder, fetch_folder, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
-from flipscale.model.families import FAMILIES
+from flipscale.model.families import family_of
 from flipscale.training.recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
@@ -162,17 +162,19 @@ def export_checkpoint(
         model = kind._from_config(exported, dtype=dtype)
     read: ReadWeight = partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
     if base is not None:
-        read = _mixed({name: weight.shape for name, weight in model.state_dict().items()}, read, base, alpha)
+        read = _mixed(model, read, base, alpha)
     return _write_folder(model, processor, out_dir, read)
 
 
-def _mixed(shapes: dict[str, torch.Size], read: ReadWeight, base: str, alpha: float) -> ReadWeight:
-    """Return a reader of weights between those that `read` returns and those of the model `base`, in fp32."""
+def _mixed(model: PreTrainedModel, read: ReadWeight, base: str, alpha: float) -> ReadWeight:
+    """Return a reader of a model's weights between those that `read` returns and those of `base`, in fp32."""
     files = {}
     for path in check_folder(fetch_folder(base)):
         file = safe_open(path, "pt")
         files.update(dict.fromkeys(file.keys(), file))
-    for name, shape in shapes.items():
+    stored = stored_names(model)
+    for name, weight in model.state_dict().items():
+        name, shape = stored[name], weight.shape
         base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None
         if base_shape != list(shape):
             has = f"shape {base_shape}" if base_shape else "no value"
@@ -182,7 +184,7 @@ def _mixed(shapes: dict[str, torch.Size], read: ReadWeight, base: str, alpha: fl
             )
 
     def mixed(name: str) -> torch.Tensor:
-        weight = files[name].get_tensor(name).float()
+        weight = files[stored[name]].get_tensor(stored[name]).float()
         check_weight(f"{name} of {base}", weight)
         return torch.lerp(weight, read(name).float(), alpha)
 
@@ -219,7 +221,9 @@ def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, r
     `out_dir`."""
     _check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    shapes, dtype = {name: weight.shape for name, weight in model.state_dict().items()}, model.dtype
+    own = {stored: name for name, stored in stored_names(model).items()}
+    weights, dtype = model.state_dict(), model.dtype
+    shapes = {stored: weights[name].shape for stored, name in own.items()}
     is_ours = isinstance(model, FlipPreTrainedModel)
     compares = isinstance(model, FlipModel) or not is_ours
     if isinstance(model, FlipPreTrainedModel):
@@ -236,8 +240,17 @@ def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, r
             model.save_pretrained(folder, state_dict={})
         for empty in folder.glob("*.safetensors"):
             empty.unlink()
-        _write_weights(folder, shapes, read, dtype)
+        _write_weights(folder, shapes, lambda stored: read(own[stored]), dtype)
     return out_dir
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the name in a model folder of each weight, by its name in the model. Most are the same."""
+    if not isinstance(model, VisionTextDualEncoderModel):
+        return {name: name for name in model.state_dict()}
+    from flipscale.model.masked_towers import stored_names as names_of_towers  # imports the models
+
+    return names_of_towers(model)
 
 
 def _write_for_transformers_4(folder: Path, processor: Any) -> None:
@@ -272,8 +285,8 @@ def _check_replaceable(out_dir: Path) -> None:
         return
     config = out_dir / "config.json"
     kind = read_object(config).get("model_type") if config.is_file() else None
-    # A CLIPModel or SiglipModel without sentence-transformers' files is another program's.
-    if kind not in FAMILIES or (kind != "flip" and not (out_dir / "modules.json").is_file()):
+    # A model of another family without sentence-transformers' files is another program's.
+    if family_of(kind) is None or (kind != "flip" and not (out_dir / "modules.json").is_file()):
         raise UserError(f"{out_dir} exists and is no model folder of flipscale; name another folder or remove it")
     if others := sort_files(out_dir)[1]:
         raise UserError(

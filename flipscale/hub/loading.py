@@ -27,7 +27,7 @@ from flipscale.model import (
     FlipModel,
     FlipPreTrainedModel,
 )
-from flipscale.model.families import FAMILIES, config_class
+from flipscale.model.families import config_class, family_of
 from flipscale.objectives.captioning import CaptioningFlipModel
 from flipscale.training.start_weights import stored_towers
 
@@ -109,8 +109,8 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         folder = fetch_folder(name)
         files = check_folder(folder)
         content = read_object(folder / "config.json")
-        if content.get("model_type") in FAMILIES.keys() - {"flip"}:
-            family = config_class(content["model_type"])
+        if (name_of_family := family_of(content.get("model_type"))) not in ("flip", None):
+            family = config_class(str(name_of_family))
             towers = stored_towers(folder)
             config, kind = family.of_towers(towers["vision_config"], towers["text_config"]), family.trained_class
         else:
@@ -125,12 +125,18 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         elif config.decoder_config is not None:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
         stored = {n: shape for file in files for n, shape in read_shapes(file).items()}
+        if name_of_family == "towers":
+            from flipscale.engines.start_towers import tower_weights  # imports the models
+
+            weights = tower_weights(str(folder), config)
+            stored = {n: list(weight.shape) for n, weight in weights.items()}
         # transformers' CLIP has a logit_scale of shape (), and old files have its numbers of positions.
         stored = {n: shape or [1] for n, shape in stored.items() if not n.endswith(".position_ids")}
         if "logit_bias" in stored and not isinstance(config, FlipConfig):
             config.logit_bias_init_value = 0.0  # replaced by the stored bias
         _check_shapes(config, stored, kind)
-        weights = {n: weight for file in files for n, weight in load_file(file).items() if n in stored}
+        if name_of_family != "towers":
+            weights = {n: weight for file in files for n, weight in load_file(file).items() if n in stored}
         weights = {n: weight.reshape(stored[n]) for n, weight in weights.items()}
         for weight_name, weight in weights.items():
             check_weight(weight_name, weight)

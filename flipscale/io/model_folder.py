@@ -162,6 +162,17 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def pixel_fields(folder: Path) -> dict[str, Any]:
+    """Return what a folder's image processor says: `image_mean`, `image_std`, and `squashes` of the family `towers`."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            content = read_object(folder / name)
+            content = content.get("image_processor", content)
+            pixels = {field: content[field] for field in ("image_mean", "image_std") if field in content}
+            return {**pixels, "squashes": not content.get("do_center_crop", False)}
+    return {}
+
+
 def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object from its pairs. Duplicate keys are refused, because other readers may take the other value."""
     for key, count in Counter(key for key, _ in pairs).items():

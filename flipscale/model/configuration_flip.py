@@ -461,7 +461,7 @@ class FlipConfig(FlipPreTrainedConfig):
         return self
 
     @classmethod
-    def parts(cls) -> dict[str, list[str]]:
+    def parts(cls, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None) -> dict[str, list[str]]:
         """Return the fields of each part's configuration, without those that transformers adds to all."""
         return {name: list(part.__annotations__) for name, part in PARTS}
 

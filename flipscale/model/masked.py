@@ -88,11 +88,15 @@ class MaskedFields:
         return cls(vision_config=vision, text_config=text)  # type: ignore[call-arg]
 
     @classmethod
-    def parts(cls) -> dict[str, list[str]]:
+    def tower_classes(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration classes of towers with these fields, `vision_config` and `text_config`."""
+        return {name: spec.config_class for name, spec in cls.sub_configs_defaults.items()}  # type: ignore[attr-defined]
+
+    @classmethod
+    def parts(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, list[str]]:
         """Return the fields of each tower's configuration, without those that transformers adds to all."""
         general = {field.name for field in fields(PreTrainedConfig)}
-        towers: dict[str, Any] = cls.sub_configs_defaults  # type: ignore[attr-defined]
-        of_towers = {name: [field.name for field in fields(spec.config_class)] for name, spec in towers.items()}
+        of_towers = {name: [f.name for f in fields(kind)] for name, kind in cls.tower_classes(vision, text).items()}
         return {name: [field for field in of if field not in general] for name, of in of_towers.items()}
 
     @property
@@ -116,6 +120,15 @@ class PackedImages(NamedTuple):
     patch_index: torch.Tensor | None
     image_size: int | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the patches. A ViT casts its images before the embeddings, which need the bytes."""
+        return self.patches.dtype
+
+    def to(self, dtype: torch.dtype) -> "PackedImages":
+        """Return the same images, because the embeddings cast them."""
+        return self
+
 
 class PackedPatchEmbedding(nn.Conv2d):
     """A patch convolution, computed as a matrix product over the visible patches only."""
@@ -128,21 +141,26 @@ class PackedPatchEmbedding(nn.Conv2d):
 class PackedEmbeddings:
     """A mixin for transformers' embeddings of an image tower. They take visible patches. Any class token goes first."""
 
-    patch_embedding: Any
+    # Path of the patch convolution, and whether transformers shrinks positions with a low-pass filter.
+    patch_embedding_name: ClassVar[str] = "patch_embedding"
+    smooths: ClassVar[bool] = False
     pixel_scale: torch.Tensor
     pixel_shift: torch.Tensor
     normalise: Any = FlipVisionEmbeddings.normalise
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
+        self.config = config
         sizes = (config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
-        self.patch_embedding = PackedPatchEmbedding(*sizes, bias=self.patch_embedding.bias is not None)
+        path, _, name = self.patch_embedding_name.rpartition(".")
+        holder = self.get_submodule(path)  # type: ignore[attr-defined]
+        setattr(holder, name, PackedPatchEmbedding(*sizes, bias=getattr(holder, name).bias is not None))
         for name, value in self.fixed_tables().items():
             self.register_buffer(name, value, persistent=False)  # type: ignore[attr-defined]
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
         """Compute the buffers from the configuration. They are not saved."""
-        config: Any = self.config  # type: ignore[attr-defined]
+        config = self.config
         mean, std = (torch.tensor(value, dtype=torch.float32) for value in (config.image_mean, config.image_std))
         count = config.num_patches + config.num_prefix_tokens
         return {
@@ -157,7 +175,7 @@ class PackedEmbeddings:
         Args:
             images: packed patches, or normalised pixels `(batch, channels, image_size, image_size)`.
         """
-        config: Any = self.config  # type: ignore[attr-defined]
+        config = self.config
         if isinstance(images, torch.Tensor):
             images = PackedImages(patchify(images, config.patch_size), None, images.shape[-1])
         patches, index, image_size = images
@@ -165,12 +183,12 @@ class PackedEmbeddings:
             patches, index = patches.flatten(0, 1), index.flatten(0, 1)
         if patches.dtype == torch.uint8:
             patches = self.normalise(patches)
-        embeds = self.patch_embedding(patches)
+        embeds = self.get_submodule(self.patch_embedding_name)(patches)  # type: ignore[attr-defined]
         prefix, positions = self.positions(config.patches_along(image_size))
         embeds = embeds + (positions if index is None else positions[index.long()]).to(embeds.dtype)
         if not config.num_prefix_tokens:
             return embeds
-        class_embeds = (self.class_embedding + prefix).to(embeds.dtype)  # type: ignore[attr-defined]
+        class_embeds = (self.class_token() + prefix).to(embeds.dtype)
         return torch.cat([class_embeds.expand(embeds.shape[0], 1, -1), embeds], dim=1)
 
     def positions(self, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,15 +196,24 @@ class PackedEmbeddings:
 
         Patches have `(side * side, width)`. Another size is interpolated as in transformers (bicubic).
         """
-        config: Any = self.config  # type: ignore[attr-defined]
-        # The whole table, by a call of its module, because an engine may gather its weights only then.
-        table = self.position_embedding(self.position_ids)[0]  # type: ignore[attr-defined]
+        config = self.config
+        table = self.position_table()
         prefix, own = table[: config.num_prefix_tokens], table[config.num_prefix_tokens :]
         if side == config.patches_along():
             return prefix, own
         grid = own.float().unflatten(0, (config.patches_along(), -1)).permute(2, 0, 1)[None]
-        resized = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        size = {"size": (side, side), "antialias": self.smooths}
+        resized = nn.functional.interpolate(grid, mode="bicubic", align_corners=False, **size)
         return prefix, resized[0].flatten(1).t()
+
+    def class_token(self) -> torch.Tensor:
+        """Return the class token without its position."""
+        return self.class_embedding  # type: ignore[attr-defined, no-any-return]
+
+    def position_table(self) -> torch.Tensor:
+        """Return the positions of any class token and of the patches of a whole image, `(count, width)`."""
+        # By a call of its module, because an engine may gather its weights only then.
+        return self.position_embedding(self.position_ids)[0]  # type: ignore[attr-defined, no-any-return]
 
 
 class _WithTables:
@@ -292,7 +319,8 @@ class MaskedDualEncoder(_WithTables):
 
         Args:
             input_ids: `(batch, tokens)`, padded on the right.
-            attention_mask: not used. CLIP's tokens see no later ones, and SigLIP's see the padding.
+            attention_mask: not used. CLIP's tokens see no later ones, SigLIP's see the padding, and the family `towers`
+                knows the padding by its id.
             position_ids, caption_ends: with several captions in a row, see `flipscale.data.captions.pack_captions`.
             kwargs: images, see `FlipVisionModel.forward`.
         """

@@ -208,12 +208,13 @@ def _check_log(recipe: Recipe) -> None:
 def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
     data = recipe.data
     for name in ("vision_config", "text_config") if data.micro_batch_size is not None and objective.is_coupled else ():
-        dropout = getattr(config, name).attention_dropout
-        if dropout > 0.0:
-            raise UserError(
-                f"model.{name}.attention_dropout is {dropout} and data.micro_batch_size is set: the second pass would "
-                "drop other weights than the first; leave one of them out"
-            )
+        tower = getattr(config, name)
+        for field in ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate"):
+            if (rate := getattr(tower, field, 0.0)) > 0.0:
+                raise UserError(
+                    f"model.{name}.{field} is {rate} and data.micro_batch_size is set: the second pass would drop "
+                    "other weights than the first; leave one of them out"
+                )
     sampler = StepSampler(0, 0, data.global_batch_size, *place_in_world(), data.micro_batch_size)
     if data.augment != AugmentRecipe() and "labels" not in objective.columns:
         name = next(field for field, value in vars(data.augment).items() if value)

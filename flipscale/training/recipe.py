@@ -31,6 +31,7 @@ from flipscale.io.options import (
     parser_message,
 )
 from flipscale.io.yaml_text import check_yaml, read_outline, read_saved_recipe
+from flipscale.model.families import family_of
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.flags import unknown_flag, with_stages
 from flipscale.training.schedule import StageRecipe
@@ -38,6 +39,7 @@ from flipscale.training.schedule import StageRecipe
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from flipscale.engines.start_towers import Towers
     from flipscale.model.configuration_flip import FlipConfig
     from flipscale.objectives.objective import Objective
 
@@ -56,7 +58,8 @@ class ModelRecipe:
     Args:
         family: The architecture. `flip` is the paper's. `clip` and `siglip` are transformers' CLIPModel and
             SiglipModel, and their exported folders need no code of flipscale. They take all masks of images, but no
-            text masks, drop path, decoders or heads.
+            text masks, drop path, decoders or heads. `towers` is the same for their VisionTextDualEncoderModel of
+            any two towers, `vision` and `text`.
         size: The size of the two towers. Family `flip` has b16, l16, l14, h14 and g14. `clip` also has s16 and b32.
             `siglip` has s16, b16, l16, so400m14, so400m16 and g16.
         vision_config: Changed fields of the image tower, such as `{image_size: 112}`.
@@ -73,6 +76,10 @@ class ModelRecipe:
         text_positions: How the text positions of start weights become longer, where `text_config` has more
             `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
             and stretches the rest, as LongCLIP does (77 become 248).
+        vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its
+            normalisation of pixels comes with it. The projections are drawn.
+        text: The text tower of family `towers`, a folder or a Hub name: a text encoder of transformers. Its tokenizer
+            comes with it.
         drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
             its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
             models drop nothing.
@@ -80,7 +87,7 @@ class ModelRecipe:
             or `[vision_model, image_projection]`.
     """
 
-    family: Literal["flip", "clip", "siglip"] = "flip"
+    family: Literal["flip", "clip", "siglip", "towers"] = "flip"
     size: str = "b16"
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +96,8 @@ class ModelRecipe:
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
+    vision: str | None = field(default=None, metadata={"place": True})
+    text: str | None = field(default=None, metadata={"place": True})
     text_positions: Literal["stretched", "longclip"] | None = None
     drop_path_rate: ShareBelowOne = 0.0
     frozen: list[str] = field(default_factory=list)
@@ -99,6 +108,15 @@ class ModelRecipe:
                 f"model.text_positions is {self.text_positions!r} and model.init_from is not set, so there are no "
                 "positions to make longer; leave it out"
             )
+
+    @property
+    def start(self) -> "str | Towers | None":
+        """The start weights, or None."""
+        if self.vision is None or self.text is None:
+            return self.init_from
+        from flipscale.engines.start_towers import Towers  # imports the models
+
+        return Towers(self.vision, self.text)
 
     def config(self) -> "FlipConfig":
         """Return the model's configuration.
@@ -112,7 +130,8 @@ class ModelRecipe:
 
         kind = config_class(self.family)
         for section in ("vision_config", "text_config", "decoder_config", "answer_config"):
-            known = kind.parts().get(section, [])  # what transformers adds may name code to load
+            # What transformers adds may name code to load.
+            known = kind.parts(self.vision_config, self.text_config).get(section, [])
             for name in getattr(self, section):
                 if name not in known:
                     near = difflib.get_close_matches(str(name), known, 1)
@@ -383,6 +402,17 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     which has one more row, as in the original. Start weights on the Hub are looked up with `fetches` only.
     """
     model, folder = recipe.model, recipe.data.tokenizer
+    named = [name for name in ("vision", "text") if getattr(model, name) is not None]
+    if named and model.family != "towers":
+        raise UserError(
+            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family is {model.family!r}; set model.family "
+            "to towers"
+        )
+    if model.family == "towers" and (len(named) == 1 or bool(named) == bool(model.init_from)):
+        raise UserError(
+            f"model.family is 'towers', model.vision {model.vision!r}, model.text {model.text!r} and model.init_from "
+            f"{model.init_from!r}; set both towers, or init_from to a folder of both"
+        )
     if re.match(r"(open_clip|hf|untrained):", model.init_from or ""):
         raise UserError(
             f"model.init_from is {model.init_from!r}, which `flipscale evaluate` takes and training does not; name a "
@@ -413,8 +443,8 @@ def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
     from flipscale.training.start_weights import start_fields, tokenizer_fields  # imports the models
 
     model, tokenizer = recipe.model, recipe.data.tokenizer
-    if model.init_from:
-        towers, own = start_fields(model.init_from, model.family, Path(recipe.output_dir), fetches)
+    if model.start:
+        towers, own = start_fields(model, Path(recipe.output_dir), fetches or model.family == "towers")
         tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
     else:
         towers = {"vision_config": {}, "text_config": tokenizer_fields(tokenizer)}
@@ -435,9 +465,9 @@ def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, An
     except (UserError, OSError) as error:
         if fetches:
             raise UserError(f"model.init_from {init_from!r} cannot be loaded ({error})") from error
-    if content.get("model_type") in ("clip", "siglip"):
+    if (family := family_of(content.get("model_type"))) not in ("flip", None):
         kind = content["model_type"]
-        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}; set model.family to {kind}")
+        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}; set model.family to {family}")
     text = content.get("text_config")
     return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
 

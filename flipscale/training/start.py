@@ -129,7 +129,7 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
     config = recipe.model_config()
     model_class = plan.objective.trained_class(config)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
-    start_from = (recipe.model.init_from, config, recipe.seed, model_class, recipe.model.text_positions)
+    start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
     fill = no_weights if reader else initial_weights(*start_from)
 
     def configure(model: FlipPreTrainedModel) -> None:

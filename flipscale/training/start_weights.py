@@ -1,20 +1,20 @@
-"""Recipes of the family `clip` or `siglip`: fields that come from the start weights or the tokenizer."""
+"""Recipes of the families other than `flip`: fields that come from the start weights or the tokenizer."""
 
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, read_object
+from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, pixel_fields, read_object
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.model.families import FAMILIES, config_class
+from flipscale.model.families import config_class, family_of
 
 
-def start_fields(init_from: str, family: str, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
+def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
     """Return the fields of `vision_config` and `text_config` that start weights have, and the name of their tokenizer.
 
-    A run in `run_dir` that began from these weights has all of it, so that its resume needs no folder. A name on the
-    Hub is looked up with `fetches` only; else the fields are empty.
+    `model` is a recipe's section. A run in `run_dir` that began from these weights has all of it, so that its resume
+    needs no folder. A name on the Hub is looked up with `fetches` only; else the fields are empty.
 
     Raises:
         UserError: the weights are of another family.
@@ -22,45 +22,56 @@ def start_fields(init_from: str, family: str, run_dir: Path, fetches: bool) -> t
     """
     with suppress(UserError):
         saved = read_saved_recipe(run_dir / "recipe.yaml")
-        model = saved.get("model")
-        if isinstance(model, dict) and model.get("init_from") == init_from:
-            return {name: model[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
+        before = saved.get("model")
+        if isinstance(before, dict) and all(
+            before.get(name) == getattr(model, name) for name in ("init_from", "vision", "text")
+        ):
+            return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
+    if isinstance(model.start, tuple):
+        from flipscale.engines.start_towers import tower_fields
+
+        return tower_fields(model.start), str(local_folder(model.start.text) or model.start.text)
+    init_from = str(model.init_from)
     folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
     if folder is None:
         return {"vision_config": {}, "text_config": {}}, init_from
     kind = read_object(folder / "config.json").get("model_type")
-    if kind != family:
-        fix = f"set model.family to {kind}" if kind in FAMILIES else "no model.family starts from it"
-        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {family!r}; {fix}")
+    if (family := family_of(kind)) != model.family:
+        fix = f"set model.family to {family}" if family else "no model.family starts from it"
+        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {model.family!r}; {fix}")
     return stored_towers(folder), init_from if local_folder(init_from) is None else str(folder)
 
 
 def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the fields of `vision_config` and `text_config` in a model folder of the family `clip` or `siglip`.
+    """Return the fields of `vision_config` and `text_config` in a model folder of another family than `flip`.
 
     Fields that transformers adds to all configurations are left out: they may name code to load.
     """
     content = read_object(folder / "config.json")
-    kind = config_class(content["model_type"])
-    towers = {}
-    for name, known in kind.parts().items():
+    kind = config_class(str(family_of(content["model_type"])))
+    given = [content.get(name) or {} for name in ("vision_config", "text_config")]
+    towers, classes = {}, kind.tower_classes(*given)
+    for name, known in kind.parts(*given).items():
         # A file leaves out transformers' defaults, which are not those of our sizes.
-        defaults = kind.sub_configs_defaults[name].config_class()
-        fields = {**(content.get(name) or {}), **(_pixels(folder) if name == "vision_config" else {})}
+        defaults = classes[name]()
+        fields = {**(content.get(name) or {}), **(pixel_fields(folder) if name == "vision_config" else {})}
         if "projection_dim" in known:  # a CLIPModel's projections have the width that is named outside of the towers
-            fields["projection_dim"] = content.get("projection_dim", defaults.projection_dim)
-        towers[name] = {key: fields.get(key, getattr(defaults, key)) for key in known}
+            fields["projection_dim"] = content.get("projection_dim", 512)
+        if "caption_tokens" in known:
+            fields |= _caption_tokens(folder)
+        towers[name] = {
+            key: fields.get(key, getattr(defaults, key, None))
+            for key in known
+            if key in fields or hasattr(defaults, key)
+        }
     return towers
 
 
-def _pixels(folder: Path) -> dict[str, Any]:
-    """Return the mean and standard deviation of a folder's image processor."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = read_object(folder / name)
-            content = content.get("image_processor", content)
-            return {field: content[field] for field in ("image_mean", "image_std") if field in content}
-    return {}
+def _caption_tokens(folder: Path) -> dict[str, Any]:
+    """Return the field `caption_tokens` of a folder that flipscale wrote, whose tokenizer cuts captions there."""
+    if not (folder / "modules.json").is_file():
+        return {}
+    return {"caption_tokens": read_object(folder / "tokenizer_config.json").get("model_max_length", 64)}
 
 
 def tokenizer_fields(folder: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOWER
-from transformers import CLIPModel, SiglipModel
+from transformers import CLIPModel, SiglipModel, VisionTextDualEncoderModel
 
 from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.engines.optimizers import decays, layer_scales
@@ -19,7 +19,14 @@ MASKED = [name for name in FAMILIES if name != "flip"]
 
 def models(family: str) -> tuple[Any, Any]:
     """Return a small model with masks, and transformers' own with the same weights."""
-    config = config_class(family).from_size("s16", VISION, {**TEXT, "eos_token_id": 3, "bos_token_id": None})
+    vision, text = VISION, {**TEXT, "eos_token_id": 3, "bos_token_id": None}
+    if family == "towers":
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        vision, text = (
+            {**VISION, "model_type": "vit"},
+            {**text, "model_type": "bert", "caption_tokens": 12, **no_dropout},
+        )
+    config = config_class(family).from_size("s16", vision, text)
     config.logit_bias_init_value = -10.0 if family == "siglip" else None
     torch.manual_seed(0)
     ours = config.trained_class(config).eval()
@@ -41,10 +48,11 @@ def captions() -> torch.Tensor:
 @pytest.mark.parametrize("family", MASKED)
 def test_whole_images_and_captions(family: str) -> None:
     ours, theirs = models(family)
-    assert type(theirs) in (CLIPModel, SiglipModel)
+    assert type(theirs) in (CLIPModel, SiglipModel, VisionTextDualEncoderModel)
     pixels = torch.randn(3, 3, 32, 32)
+    padding = {"attention_mask": captions() != 0} if family == "towers" else {}
     with torch.no_grad():
-        expected = theirs(pixel_values=pixels, input_ids=captions())
+        expected = theirs(pixel_values=pixels, input_ids=captions(), **padding)
         for images in ({"pixel_values": pixels}, {"patches": patchify(pixels, 8)}):
             found = ours(input_ids=captions(), **images)
             for name in ("image_embeds", "text_embeds", "logits_per_image"):
@@ -109,11 +117,20 @@ def test_decay_is_open_clips() -> None:
     """Parameters of fewer than two dimensions do not decay; all others do."""
     for family in MASKED:
         ours, theirs = models(family)
-        expected = {name: parameter.ndim > 1 for name, parameter in theirs.named_parameters()}
+        # The class token of a ViT has two dimensions of one number.
+        expected = {
+            name: parameter.ndim > 1 and not name.endswith("cls_token") for name, parameter in theirs.named_parameters()
+        }
         assert {name: decays(ours)[name] for name in expected} == expected
 
 
 def test_layer_decay_counts_blocks() -> None:
+    scales = layer_scales(models("towers")[0], 0.5)
+    assert scales["vision_model.embeddings.cls_token"] == scales["text_model.embeddings.LayerNorm.bias"] == 0.125
+    assert (
+        scales["vision_model.layers.1.mlp.fc1.weight"] == scales["text_model.encoder.layer.1.output.dense.bias"] == 0.5
+    )
+    assert scales["vision_model.pooler.dense.weight"] == 1.0
     scales = layer_scales(models("clip")[0], 0.5)
     assert scales["vision_model.embeddings.class_embedding"] == scales["vision_model.pre_layrnorm.weight"] == 0.125
     assert scales["text_model.encoder.layers.1.mlp.fc1.weight"] == 0.5

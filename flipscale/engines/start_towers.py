@@ -1,0 +1,245 @@
+"""Two towers of other programs as the start of a run: their configurations, and their weights."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
+
+from flipscale.io.errors import UserError
+from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
+from flipscale.io.streams import without_bars
+from flipscale.model.masked_towers import TEXT_TOWERS, VISION_TOWERS, MaskedTowersConfig, stored_names
+
+# Embeddings of a timm model and of transformers' with its weights differ by rounding only, at most by this.
+TOLERANCE = 1e-4
+
+# Why image towers of other types do not fit.
+_NO_PLAIN_VIT = {
+    "dinov3_vit": "whose positions are rotary (RoPE)",
+    "Eva": "whose positions may be rotary (RoPE)",
+    "siglip2": "whose NaFlex patches have no fixed grid",
+    "siglip2_vision_model": "whose NaFlex patches have no fixed grid",
+    "NaFlexVit": "whose NaFlex patches have no fixed grid",
+}
+# Folders of both towers, in which the image tower's configuration is a section.
+_DUAL = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+# timm's names of weights, and those in a folder of transformers. "(qkv)" is one matrix of queries, keys and values.
+_TIMM = [
+    (r"^(cls_token)$", r"embeddings.\1"),
+    (r"^reg_token$", "embeddings.register_tokens"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.qkv\.", ".attention.attention.(qkv)."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"),
+]
+_TIMM_VIT = [
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+]
+
+
+class Towers(NamedTuple):
+    """Names of the folders of two towers: paths or Hub names."""
+
+    vision: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"model.vision {self.vision!r} and model.text {self.text!r}"
+
+
+def tower_fields(towers: Towers) -> dict[str, dict[str, Any]]:
+    """Return the fields of `vision_config` and `text_config` of two towers, without their dropout.
+
+    Raises:
+        UserError: a tower does not fit the family `towers`.
+        OSError: the Hub cannot be reached.
+    """
+    return {"vision_config": _vision_fields(towers.vision), "text_config": _text_fields(towers.text)}
+
+
+def tower_weights(start: Towers | str, config: MaskedTowersConfig) -> dict[str, torch.Tensor]:
+    """Return the weights of two towers, or of a folder of the family `towers`, by their names in the model.
+
+    Weights that the folders lack are left out.
+    """
+    exported = config.exported()
+    if isinstance(start, str):
+        return _read(config.exported_class, fetch_folder(start), exported)
+    vision, text = (fetch_folder(name) for name in start)
+    check_folder(vision)
+    if "architecture" in read_object(vision / "config.json"):
+        images = _timm_weights(start.vision, vision, exported.vision_config)
+    else:
+        images = _read(MODEL_MAPPING[type(exported.vision_config)], vision, exported.vision_config)
+    if getattr(exported.vision_config, "pooler_act", None) == "linear":
+        width = exported.vision_config.hidden_size
+        images |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+    texts = _read(MODEL_MAPPING[type(exported.text_config)], text, exported.text_config)
+    pairs = (("vision_model", images), ("text_model", texts))
+    return {f"{tower}.{name}": weight for tower, weights in pairs for name, weight in weights.items()}
+
+
+def _read(kind: Any, folder: Path, config: Any) -> dict[str, torch.Tensor]:
+    check_folder(folder)
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        with without_bars():
+            model, report = kind.from_pretrained(folder, config=config, **options)
+    except RuntimeError as error:
+        shapes = re.search(r"size mismatch[^\n]*|\S[^\n]*MISMATCH[^\n]*", str(error))
+        reason = shapes[0] if shapes else str(error).splitlines()[0]
+        raise UserError(
+            f"{folder} has no weights of the recipe's {kind.__name__} ({' '.join(reason.split())})"
+        ) from None
+    missing = set(report["missing_keys"])
+    return {name: weight for name, weight in model.state_dict().items() if name not in missing}
+
+
+def _vision_fields(name: str) -> dict[str, Any]:
+    folder = fetch_folder(name)
+    content = read_object(folder / "config.json")
+    if "architecture" in content:
+        return _timm_fields(name, folder, content)
+    kind = str(content.get("model_type"))
+    content = content.get("vision_config", {}) if kind in _DUAL else content
+    own = {"vit_mae": "vit"}.get(kind, _DUAL.get(kind, kind))
+    if own not in VISION_TOWERS:
+        raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), [*VISION_TOWERS, "timm"])
+    fields = _own_fields(own, content)
+    if fields.get("use_swiglu_ffn"):
+        raise _refusal("vision", name, kind, "whose use_swiglu_ffn is true", [*VISION_TOWERS, "timm"])
+    stored = {weight for file in check_folder(folder) for weight in read_shapes(file)}
+    if own == "vit" and not any(weight.endswith("pooler.dense.weight") for weight in stored):
+        # Without a pooler, the class token is the image's.
+        fields |= {"pooler_act": "linear", "pooler_output_size": fields["hidden_size"]}
+    return {**fields, **pixel_fields(folder)}
+
+
+def _text_fields(name: str) -> dict[str, Any]:
+    folder = fetch_folder(name)
+    content = read_object(folder / "config.json")
+    kind = str(content.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise _refusal("text", name, kind, "which transformers does not know", TEXT_TOWERS)
+    if content.get("add_cross_attention") or getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False):
+        raise _refusal("text", name, kind, "which has cross attention", TEXT_TOWERS)
+    if kind not in TEXT_TOWERS or content.get("is_decoder"):
+        raise _refusal("text", name, kind, "whose output is not pooled, or which reads one way only", TEXT_TOWERS)
+    return {**_own_fields(kind, content)}
+
+
+def _refusal(tower: str, name: str, kind: str, reason: str, fitting: Any) -> UserError:
+    return UserError(f"model.{tower} {name!r} is of the type {kind!r}, {reason}; use one of {', '.join(fitting)}")
+
+
+def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a tower's configuration, without dropout, and without fields that may name code."""
+    sections = {"vision_config": {"model_type": kind}, "text_config": {"model_type": kind}}
+    section = "vision_config" if kind in VISION_TOWERS else "text_config"
+    sections["vision_config" if section == "text_config" else "text_config"] = {}
+    known = MaskedTowersConfig.parts(sections["vision_config"], sections["text_config"])[section]
+    plain = CONFIG_MAPPING[kind].from_dict({key: value for key, value in content.items() if key in known}).to_dict()
+    fields = {key: value for key, value in plain.items() if key in known and not key.startswith("_")}
+    off = {key: 0.0 for key, value in fields.items() if re.search("drop", key) and isinstance(value, int | float)}
+    masks = {"use_mask_token": False} if "use_mask_token" in fields else {}
+    return {**json.loads(json.dumps(fields)), **off, **masks, "model_type": kind}
+
+
+def _timm_model(name: str, folder: Path, pretrained: bool) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"model.vision {name!r} is a timm model, and timm is not installed; pip install timm") from None
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=0).eval()
+    except Exception as error:  # timm's factories raise any
+        raise UserError(f"model.vision {name!r} cannot be built by timm ({error}); save it again") from error
+
+
+def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the class of transformers that a timm ViT fits."""
+    with torch.device("meta"):
+        model = _timm_model(name, folder, pretrained=False)
+    kind, own = type(model).__name__, VISION_TOWERS.keys()
+    if kind != "VisionTransformer":
+        raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), own)
+    if model.global_pool != "token" or not isinstance(model.fc_norm, nn.Identity):
+        raise _refusal("vision", name, kind, f"whose global_pool is {model.global_pool!r}, not 'token'", own)
+    if not isinstance(model.norm_pre, nn.Identity):
+        raise _refusal("vision", name, kind, "which has a norm before its blocks", own)
+    block, pixels = model.blocks[0], content.get("pretrained_cfg", {})
+    if not hasattr(block, "attn") or not hasattr(block.attn, "qkv") or not hasattr(block.mlp, "fc2"):
+        raise _refusal("vision", name, kind, f"whose blocks are {type(block).__name__}", own)
+    activation = getattr(block.mlp.act, "approximate", type(block.mlp.act).__name__)
+    fields = {
+        "model_type": "dinov2_with_registers" if model.num_reg_tokens else "dinov2",
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "hidden_act": {"none": "gelu", "tanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}.get(activation, "gelu"),
+        "layer_norm_eps": model.norm.eps,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "image_size": model.patch_embed.img_size[0],
+        "patch_size": model.patch_embed.patch_size[0],
+        "num_channels": model.patch_embed.proj.in_channels,
+        "image_mean": [float(value) for value in pixels.get("mean", (0.5,) * 3)],
+        "image_std": [float(value) for value in pixels.get("std", (0.5,) * 3)],
+        "squashes": pixels.get("crop_mode") == "squash",
+    }
+    if hasattr(block.ls1, "gamma"):
+        ratio = block.mlp.fc1.out_features / model.embed_dim
+        return {**fields, "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio}
+    pooler = {"pooler_act": "linear", "pooler_output_size": model.embed_dim}
+    return {**fields, "model_type": "vit", "intermediate_size": block.mlp.fc1.out_features, **pooler}
+
+
+def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
+    theirs = _timm_model(name, folder, pretrained=True)
+    weights = {}
+    for key, value in theirs.state_dict().items():
+        for pattern, replacement in [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]:
+            key = re.sub(pattern, replacement, key)
+        if key == "embeddings.position_embeddings" and theirs.no_embed_class:
+            value = torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)
+        thirds = zip(("query", "key", "value"), value.chunk(3), strict=True) if "(qkv)" in key else [("", value)]
+        weights |= {key.replace("(qkv)", part): third for part, third in thirds}
+    ours: PreTrainedModel = MODEL_MAPPING[type(config)](config).eval()
+    own = {stored: inner for inner, stored in stored_names(ours).items()}
+    needed = {stored for stored in own if not re.search(r"^pooler|mask_token$", stored)}
+    if odd := sorted(needed ^ weights.keys()):
+        raise UserError(f"model.vision {name!r} is no {type(ours).__name__}: {odd[0]} is in one of them only")
+    return _compared(name, theirs, ours, {own[key]: value.float() for key, value in weights.items()})
+
+
+def _compared(
+    name: str, theirs: Any, ours: PreTrainedModel, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the weights if both models embed two images of noise alike."""
+    config: Any = ours.config
+    try:
+        ours.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"model.vision {name!r} is no {type(ours).__name__} ({str(error).splitlines()[-1]})") from None
+    size = (2, config.num_channels, config.image_size, config.image_size)
+    pixels = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = theirs(pixels), ours(pixels).last_hidden_state[:, 0]
+    difference = (expected - found).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise UserError(
+            f"model.vision {name!r} as a {type(ours).__name__} embeds images with a difference of {difference:.1g}, at "
+            f"most {TOLERANCE:g} is rounding: it has parts that transformers' class lacks"
+        )
+    return weights

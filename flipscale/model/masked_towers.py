@@ -1,0 +1,232 @@
+"""The family `towers`: transformers' VisionTextDualEncoderModel, of a plain ViT and a text encoder, with masks."""
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
+from transformers.models.vit.modeling_vit import ViTEmbeddings
+
+from .masked import MaskedDualEncoder, MaskedFields, MaskedTower, MaskedVisionFields, PackedEmbeddings
+from .masked_clip import MaskedCLIPVisionConfig, MaskedCLIPVisionModel
+from .masked_siglip import MaskedSiglipVisionConfig, MaskedSiglipVisionModel
+
+# Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects.
+TEXT_TOWERS = (
+    *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ernie", "megatron-bert", "mpnet"),
+    *("data2vec-text", "roberta-prelayernorm", "rembert"),
+)
+
+
+@strict
+class MaskedViTConfig(MaskedVisionFields, ViTConfig):
+    num_prefix_tokens: ClassVar[int] = 1
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+@strict
+class MaskedDinov2Config(MaskedVisionFields, Dinov2Config):
+    num_prefix_tokens: ClassVar[int] = 1
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@strict
+class MaskedDinov2WithRegistersConfig(MaskedVisionFields, Dinov2WithRegistersConfig):
+    num_prefix_tokens: ClassVar[int] = 1
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class PackedViTEmbeddings(PackedEmbeddings):
+    """A mixin for embeddings of a ViT, which keep their positions in one parameter with the class token's first."""
+
+    patch_embedding_name: ClassVar[str] = "patch_embeddings.projection"
+
+    def forward(self, images: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the tokens; arguments that transformers' towers pass besides the images do not apply."""
+        tokens = super().forward(images)
+        if (registers := getattr(self, "register_tokens", None)) is not None:
+            registers = registers.to(tokens.dtype).expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
+        return self.dropout(tokens)  # type: ignore[attr-defined]
+
+    def class_token(self) -> Any:
+        return self.cls_token  # type: ignore[attr-defined]
+
+    def position_table(self) -> Any:
+        return self.position_embeddings[0]  # type: ignore[attr-defined]
+
+
+class MaskedViTEmbeddings(PackedViTEmbeddings, ViTEmbeddings):
+    pass
+
+
+class MaskedDinov2Embeddings(PackedViTEmbeddings, Dinov2Embeddings):
+    pass
+
+
+class MaskedDinov2WithRegistersEmbeddings(PackedViTEmbeddings, Dinov2WithRegistersEmbeddings):
+    smooths: ClassVar[bool] = True
+
+    def __init__(self, config: MaskedDinov2WithRegistersConfig):
+        super().__init__(config)
+        self.mask_token.requires_grad_(False)  # for DINOv2's own pre-training
+
+
+class MaskedViTModel(MaskedTower, ViTModel):
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.embeddings = MaskedViTEmbeddings(config)
+
+
+class MaskedDinov2Model(MaskedTower, Dinov2Model):
+    def __init__(self, config: MaskedDinov2Config):
+        super().__init__(config)
+        self.embeddings = MaskedDinov2Embeddings(config)
+
+
+class MaskedDinov2WithRegistersModel(MaskedTower, Dinov2WithRegistersModel):
+    def __init__(self, config: MaskedDinov2WithRegistersConfig):
+        super().__init__(config)
+        self.embeddings = MaskedDinov2WithRegistersEmbeddings(config)
+
+
+# Image towers by `model_type`: the configuration and the model for training.
+VISION_TOWERS: dict[str, tuple[Any, Any]] = {
+    "vit": (MaskedViTConfig, MaskedViTModel),
+    "dinov2": (MaskedDinov2Config, MaskedDinov2Model),
+    "dinov2_with_registers": (MaskedDinov2WithRegistersConfig, MaskedDinov2WithRegistersModel),
+    "clip_vision_model": (MaskedCLIPVisionConfig, MaskedCLIPVisionModel),
+    "siglip_vision_model": (MaskedSiglipVisionConfig, MaskedSiglipVisionModel),
+}
+
+
+@strict
+class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
+    """The configuration of a VisionTextDualEncoderModel for training.
+
+    Args:
+        caption_tokens: tokens after which a caption is cut. The text tower may have more positions.
+        squashes: as in `MaskedFields`.
+    """
+
+    own_fields: ClassVar[dict[str, tuple[str, ...]]] = {
+        "": ("logit_bias_init_value", "caption_tokens", "squashes"),
+        "vision_config": ("image_mean", "image_std"),
+    }
+    sizes: ClassVar[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
+    processor_class: ClassVar[Any] = VisionTextDualEncoderProcessor
+
+    logit_bias_init_value: float | int | None = None
+    caption_tokens: int = 64
+    squashes: bool = False  # type: ignore[misc]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.vision_config, dict):
+            fields = {**self.vision_config}
+            self.vision_config = VISION_TOWERS[fields.pop("model_type")][0](**fields)
+        super().__post_init__(**kwargs)
+        text: Any = self.text_config
+        # RoBERTa and its kin number positions from the padding's id on, which is 1.
+        positions = text.max_position_embeddings - (2 if text.pad_token_id == 1 else 0)
+        if not 1 <= self.caption_tokens <= positions:
+            raise ValueError(
+                f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions} positions"
+            )
+
+    @classmethod
+    def from_size(
+        cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
+    ) -> Any:
+        if not vision_config or not text_config:
+            raise ValueError("family towers has no sizes; set model.vision and model.text, or model.init_from")
+        return cls.of_towers(vision_config, text_config)
+
+    @classmethod
+    def of_towers(cls, vision: dict[str, Any], text: dict[str, Any]) -> "MaskedTowersConfig":
+        vision, text = {**vision}, {**text}
+        own = {name: text.pop(name) for name in ("projection_dim", "caption_tokens") if name in text}
+        own |= {name: vision.pop(name) for name in ("squashes",) if name in vision}
+        return cls(vision_config=vision, text_config=text, **own)
+
+    @classmethod
+    def tower_classes(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+        kinds = VISION_TOWERS.get(vision.get("model_type", "vit")), CONFIG_MAPPING[text.get("model_type", "bert")]
+        return {"vision_config": kinds[0][0], "text_config": kinds[1]} if kinds[0] else {}
+
+    @classmethod
+    def parts(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, list[str]]:
+        fields = super().parts(vision, text)
+        fields["vision_config"] += ["model_type", "squashes"]
+        fields["text_config"] += ["model_type", "projection_dim", "caption_tokens"]
+        return fields
+
+    @property
+    def caption_config(self) -> Any:
+        text = copy.copy(self.text_config)
+        text.max_position_embeddings = self.caption_tokens  # type: ignore[union-attr]
+        return text
+
+
+class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
+    """A VisionTextDualEncoderModel with the same names of weights. Its image tower also takes visible patches."""
+
+    config_class = MaskedTowersConfig
+    largest_scale: ClassVar[float | None] = 100.0
+    no_weight_decay: ClassVar[frozenset[str]] = frozenset(
+        {"class_embedding", "cls_token", "register_tokens", "lambda1"}
+    )
+
+    def __init__(self, config: MaskedTowersConfig):
+        vision: Any = config.vision_config
+        tower = VISION_TOWERS[vision.model_type][1]._from_config(vision)
+        super().__init__(config, vision_model=tower, text_model=AutoModel.from_config(config.text_config))
+        blocks = {type(module).__name__ for module in tower.modules() if isinstance(module, PackedEmbeddings)}
+        self._no_split_modules = {*self._no_split_modules, *blocks}
+        self.set_loss_parameters()
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Return the text tower's output with its embedding as `pooler_output`. Padding takes no part in attention."""
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.text_config.pad_token_id
+        return super().get_text_features(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+MaskedTowersConfig.trained_class = MaskedTowersModel
+MaskedTowersConfig.exported_class = VisionTextDualEncoderModel
+
+
+def stored_names(model: Any) -> dict[str, str]:
+    """Return the name in a model folder of each weight of a model of transformers, by its name in the model.
+
+    They are those of transformers 4.57, which newer releases read and write too.
+    """
+    weights = model.state_dict()
+    own = {id(weight): name for name, weight in weights.items()}
+    names = {own[id(weight)]: name for name, weight in revert_weight_conversion(model, weights).items()}
+    if not isinstance(model, VisionTextDualEncoderModel) or not hasattr(
+        model.vision_model.embeddings, "patch_embedding"
+    ):
+        return names
+    # transformers 5 took a level out of the towers of CLIP and SigLIP.
+    return {name: stored.replace("vision_model.", "vision_model.vision_model.", 1) for name, stored in names.items()}

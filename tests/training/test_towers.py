@@ -1,0 +1,166 @@
+"""A run of the family `towers` from two folders of other programs: a timm ViT and a BERT."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import foreign_towers
+import pytest
+import torch
+import yaml
+from conftest import losses, metrics
+from foreign_towers import END, OTHER_TEXTS, SMALL_TIMM, START, VISION, save_text, save_timm
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, ViTModel
+
+from flipscale.cli import main
+from flipscale.pretrain import pretrain
+from flipscale.training.recipe import parse_recipe
+
+STAGES = [
+    {"name": "masked", "samples": 160, "mask_ratio": 0.5, "base_lr": 0.004},
+    {"name": "small", "samples": 32, "image_size": 16},
+    {"name": "whole", "samples": 32},
+]
+
+
+@pytest.fixture
+def file(recipe: dict, tmp_path: Path) -> Path:
+    """A recipe that trains on from a timm ViT and a BERT."""
+    save_timm("vit_tiny_patch16_224", tmp_path / "vit", **SMALL_TIMM)
+    save_text("bert", tmp_path / "bert", initializer_range=0.2)
+    data = {name: value for name, value in recipe["data"].items() if name != "tokenizer"}
+    fields = {"projection_dim": 24, "caption_tokens": 8}
+    model = {"family": "towers", "vision": str(tmp_path / "vit"), "text": str(tmp_path / "bert"), "text_config": fields}
+    file, run_dir = tmp_path / "recipe.yaml", str(tmp_path / "run")
+    file.write_text(yaml.safe_dump({**recipe, "model": model, "data": data, "stages": STAGES, "output_dir": run_dir}))
+    return file
+
+
+def test_a_recipe_takes_what_the_folders_have(file: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(file), "--model.text_config.hidden_dropout_prob", "0.1"])
+    vision, text = recipe.model.vision_config, recipe.model.text_config
+    assert (vision["model_type"], vision["image_size"], vision["image_mean"]) == ("vit", 32, [0.5, 0.5, 0.5])
+    assert (text["model_type"], text["vocab_size"], text["max_position_embeddings"]) == ("bert", 16, 20)
+    # Dropout is off, unless a recipe asks for it.
+    assert (text["attention_probs_dropout_prob"], text["hidden_dropout_prob"]) == (0.0, 0.1)
+    assert recipe.data.tokenizer == str(tmp_path / "bert")
+
+
+def test_it_trains_on_and_exports_a_plain_folder(
+    file: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = f"[{{kind: zero_shot, data: {shards}}}]"
+    pretrain(parse_recipe(["--config", str(file), "--eval.tasks", task]))
+    run_dir = tmp_path / "run"
+    assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.1
+    before, after = load_file(tmp_path / "bert/model.safetensors"), load_file(run_dir / "model/model.safetensors")
+    # The names of weights are those of transformers 4, and BERT's are its own.
+    assert "vision_model.encoder.layer.1.attention.attention.query.weight" in after
+    assert {f"text_model.{name}" for name in before} == {name for name in after if name.startswith("text_model.")}
+    model = AutoModel.from_pretrained(run_dir / "model")
+    assert (type(model), type(model.vision_model)) == (VisionTextDualEncoderModel, ViTModel)
+    assert not list((run_dir / "model").glob("*.py"))
+    # Its processor pads captions, and the model leaves the padding out.
+    processor = AutoProcessor.from_pretrained(run_dir / "model")
+    tokens = processor(text=["a red circle", "the blue square"], return_tensors="pt", padding="max_length")
+    assert tokens["input_ids"].shape == (2, 8)
+    # Evaluated alone, it is as good as in its run.
+    capsys.readouterr()
+    main(["evaluate", str(run_dir), "--zero_shot", str(shards), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["zero_shot/top1"] == [r["zero_shot/top1"] for r in metrics(run_dir) if "zero_shot/top1" in r][-1]
+    main(["export", str(run_dir), "--out", str(run_dir / "model"), "--interpolate", str(run_dir / "model")])
+    # Another run starts from the folder of both, and its tokens and projections come with it.
+    flags = ["--model.init_from", str(run_dir), "--output_dir", str(tmp_path / "next")]
+    again = tmp_path / "again.yaml"
+    content = yaml.safe_load(file.read_text())
+    again.write_text(yaml.safe_dump({**content, "model": {"family": "towers"}}))
+    follower = parse_recipe(["--config", str(again), *flags])
+    assert [follower.model.text_config[name] for name in ("projection_dim", "caption_tokens")] == [24, 8]
+    pretrain(follower)
+    assert losses(tmp_path / "next")[0] < losses(run_dir)[0] - 0.1
+
+
+def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
+    """The run directory has the towers, so the image tower's folder may be gone."""
+    flags = ["--config", str(file), "--save.every_samples", "64"]
+    pretrain(parse_recipe(flags))
+    shutil.rmtree(tmp_path / "vit")
+    assert parse_recipe(flags).model.vision_config["hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.family", "clip"], "model.vision is '.*vit' and model.family is 'clip'"),
+        (["--model.init_from", "x"], "model.init_from 'x'"),
+        (["--model.vision", "null"], "model.vision None"),
+        (["--model.vision", "{tmp}/none"], "there is no folder '.*none'"),
+        (["--model.vision", "{tmp}/bert"], "model.vision '.*bert' is of the type 'bert', which is no plain ViT"),
+        (["--model.text", "{tmp}/vit"], "model.text '.*vit' is of the type 'None'"),
+        (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*20 positions"),
+        (["--model.text_config.hidden_dropout", "0"], "model.text_config.hidden_dropout .*hidden_dropout_prob"),
+        (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),
+        (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'towers'"),
+        (["--stages.masked.image_size", "20"], "image_size 20"),
+        (
+            ["--data.micro_batch_size", "4", "--model.vision_config.hidden_dropout_prob", "0.1"],
+            "vision_config.hidden_dropout_prob is 0.1 and data.micro_batch_size",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    file: Path, tmp_path: Path, refused: Callable[..., str], flags: list[str], expected: str
+) -> None:
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    assert re.search(expected, refused("pretrain", "--config", file, *flags))
+
+
+def test_a_tokenizer_without_padding_is_refused(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    name = tmp_path / "bert/tokenizer_config.json"
+    content = {key: value for key, value in json.loads(name.read_text()).items() if key != "pad_token"}
+    name.write_text(json.dumps(content))
+    assert "no padding token" in refused("pretrain", "--config", file)
+
+
+@pytest.mark.parametrize("name", ["timm, EVA02", "`DINOv3ViTModel`", "timm, ResNet", "`Siglip2VisionModel` (NaFlex)"])
+def test_other_image_towers_are_refused(file: Path, tmp_path: Path, refused: Callable[..., str], name: str) -> None:
+    VISION[name](tmp_path / "other")
+    found = refused("pretrain", "--config", file, "--model.vision", tmp_path / "other")
+    assert re.search(r"model.vision '.*other' is of the type '\w+', wh", found)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_other_text_towers_are_refused(file: Path, tmp_path: Path, refused: Callable[..., str], kind: str) -> None:
+    save_text(kind, tmp_path / "other", **OTHER_TEXTS[kind])
+    found = refused("pretrain", "--config", file, "--model.text", tmp_path / "other")
+    assert re.search(f"model.text '.*other' is of the type '{kind}', wh", found)
+
+
+def test_a_timm_model_that_computes_otherwise_is_refused(
+    file: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    save_timm("vit_tiny_patch16_224", tmp_path / "normed", **SMALL_TIMM, qk_norm=True)
+    assert "attn.q_norm" in refused("pretrain", "--config", file, "--model.vision", tmp_path / "normed")
+    save_timm("vit_tiny_patch16_224", tmp_path / "steep", **SMALL_TIMM, act_layer="relu")
+    found = refused("pretrain", "--config", file, "--model.vision", tmp_path / "steep")
+    assert "embeds images with a difference of" in found
+
+
+@pytest.mark.long
+def test_the_page_lists_what_fits(tmp_path: Path) -> None:
+    """Each row of the table is tried, and equal to its own library to 1e-5."""
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    assert page.partition(START)[2].partition(END)[0] == foreign_towers.table(tmp_path)
+
+
+def test_stored_images_are_normalised_by_the_folders_numbers(tmp_path: Path) -> None:
+    """A ViT with its own mean keeps it, and the exported processor has it."""
+    save_text("bert", tmp_path / "bert")
+    VISION["`Dinov2Model`"](tmp_path / "dino")
+    config = foreign_towers.opened(tmp_path / "dino", tmp_path / "bert").config
+    assert list(config.vision_config.image_mean) == [0.1, 0.2, 0.3]
+    assert torch.isfinite(torch.tensor(config.vision_config.image_std)).all()
