@@ -181,7 +181,8 @@ def tried(measure: Callable[..., tuple[str, float]], *arguments: object) -> str:
     try:
         kind, difference = measure(*arguments)
     except UserError as error:
-        return "refused: " + str(error).split(", ", 1)[1].split("; ")[0]
+        reason = str(error).split(", ", 1)[1].split("; ")[0]
+        return f"refused: {reason}"
     assert difference < 1e-5, (kind, difference)
     return f"`{kind}`"
 
