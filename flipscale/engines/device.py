@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend
 
 # Dense bf16 operations per second by words of the device's name; the first entry whose words all match counts. From the
 # makers' data sheets, without sparsity.
@@ -102,9 +103,16 @@ def best_attention(device: torch.device, dtype: torch.dtype = torch.bfloat16) ->
     """Return the transformers attention implementation that trains fastest on `device` with products in `dtype`.
 
     In bf16 on CPUs two plain matrix products beat the fused kernel. Its backward pass takes 7 times as long at the 50
-    tokens of B/16 with a 75 % mask. On GPUs `sdpa` chooses the flash kernels.
+    tokens of B/16 with a 75 % mask. On GPUs `sdpa` chooses, see `attention_kernel`.
     """
     return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
+def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:
+    """Return the kernel that torch chooses for attention in training, such as `flash_attention`."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    query = torch.empty(1, 1, 64, head_dim, dtype=dtype, device=device, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(query, query, query)).name.lower()
 
 
 def default_precision() -> Literal["no", "bf16"]:

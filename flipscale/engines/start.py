@@ -48,7 +48,10 @@ def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe
 
 def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
     """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU."""
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # On Hopper, torch would prefer cuDNN's kernel, which plans anew for the shapes of each stage and evaluation.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
         keep_freed_memory()
     from accelerate import Accelerator
 

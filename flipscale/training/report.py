@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flipscale.engines.launch import precision_in_words
+from flipscale.engines.device import attention_kernel
+from flipscale.engines.launch import launched_precision, precision_in_words
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
@@ -57,6 +58,10 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
             ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
             ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
         ]
+        device, vision = start.accelerator.device, recipe.model_config().vision_config
+        if device.type == "cuda":
+            bf16, head_dim = launched_precision(os.environ) == "bf16", vision.hidden_size // vision.num_attention_heads
+            rows.insert(5, ("attention", attention_kernel(device, bf16, head_dim)))
         head = f"training {run_dir}"
         if start.step:
             head = f"going on with {run_dir} from step {start.step:,}{'' if is_timed else f' of {last:,}'}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flipscale.engines.device import best_attention, peak_flops
+from flipscale.engines.device import attention_kernel, best_attention, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,10 @@ def test_a_cpu_is_measured() -> None:
 def test_plain_attention_for_bf16_on_cpus() -> None:
     asked = [(device, dtype) for device in ("cpu", "cuda") for dtype in (torch.bfloat16, torch.float32)]
     assert [best_attention(torch.device(device), dtype) for device, dtype in asked] == ["eager", *["sdpa"] * 3]
+
+
+def test_the_attention_kernel_is_the_one_that_torch_takes() -> None:
+    cpu = torch.device("cpu")
+    assert attention_kernel(cpu, False, 64) == "flash_attention"
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert attention_kernel(cpu, False, 64) == "math"

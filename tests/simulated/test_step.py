@@ -77,7 +77,9 @@ def test_the_plan_knows_how_many_operations_the_host_queues(flags: tuple[str, ..
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_attention_is_flash(engine: str) -> None:
-    calls = step(engine, 8, 1).attention
+    found = step(engine, 8, 1)
+    assert not found.uses_cudnn
+    calls = found.attention
     assert len(calls) == 4
     assert {(dtype, has_mask) for dtype, _, has_mask in calls} == {(torch.bfloat16, False)}
     assert all(width % 8 == 0 for _, width, _ in calls)

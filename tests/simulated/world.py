@@ -76,6 +76,7 @@ class StepReport:
         peak_bytes: most bytes of live tensors on the device.
         attention: `(dtype, head_dim, has_mask)` of every call of the fused attention.
         devices: indices of the GPUs on which anything was made or chosen, from the start on.
+        uses_cudnn: whether torch may take cuDNN's attention, which it prefers on Hopper.
     """
 
     ops: Counter[str]
@@ -85,6 +86,7 @@ class StepReport:
     peak_bytes: int
     attention: list[tuple[torch.dtype, int, bool]]
     devices: set[int]
+    uses_cudnn: bool
 
     def figures(self) -> dict[str, Any]:
         """Return the report ready for JSON."""
@@ -139,7 +141,14 @@ def simulate(world: World) -> StepReport:
             sync.settle(wait=False)
         recorder.on = False
     peak = recorder.memory.peak
-    seen = (recorder.collectives, recorder.waits, peak, attention, set(Devices.touched))
+    seen = (
+        recorder.collectives,
+        recorder.waits,
+        peak,
+        attention,
+        set(Devices.touched),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
     return StepReport(recorder.ops, recorder.loss_ops, *seen)
 
 
