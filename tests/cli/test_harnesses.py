@@ -13,12 +13,16 @@ import pytest
 from accelerate import Accelerator
 from cli.pages import ROOT
 from datasets import load_dataset
+from evaluation.made_up_sets import NAMES, write_set
+from hub.native import NATIVE, export_native
 from hub.test_export import environment_of
 from PIL import Image
+from transformers import AutoProcessor
 
 from flipscale import cli
 from flipscale.evaluation.embedding import Embedder, image_embeds, text_embeds
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.hub.loading import load_with_tokenizer, open_embedder
 from flipscale.model import FlipModel, FlipProcessor
 
 pytestmark = pytest.mark.long
@@ -78,6 +82,45 @@ def test_sentence_transformers_and_mteb_agree(in_site: Path, results: dict) -> N
     ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
     assert results["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
     assert (ranks < 5).mean() > 5 / 8  # chance
+
+
+@pytest.fixture(params=NATIVE)
+def native_site(request: pytest.FixtureRequest, in_site: Path, tmp_path: Path) -> Path:
+    """A folder with the pictures of the site, and a CLIPModel or a SiglipModel of random weights as the run's model."""
+    for name in ("photos", "photos.csv", "pets"):
+        (tmp_path / name).symlink_to(in_site / name)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    export_native(request.param, tmp_path / "exported").rename(tmp_path / "runs/demo/model")
+    os.chdir(tmp_path)  # in_site goes back
+    return tmp_path
+
+
+def test_native_folders(native_site: Path, stranger: Path) -> None:
+    """The same snippets take a CLIPModel or a SiglipModel as it is."""
+    write_set(native_site / "data/set", 1, 24, lambda number, label: {"cls": str(label).encode()})
+    (native_site / "data/set/classnames.txt").write_text("\n".join(NAMES) + "\n")
+    (native_site / "data/set/zeroshot_classification_templates.txt").write_text("a {c}\na photo of the {c}.\n")
+    (native_site / "clip_benchmark_flip.py").write_text(CLIP_BENCHMARK)
+    run(stranger, "-I", "-c", BEGIN + SENTENCE_TRANSFORMERS + MTEB + END)
+    results = json.loads((native_site / "found.json").read_text())
+    model = load_with_tokenizer("runs/demo/model")[0]
+    processor = AutoProcessor.from_pretrained("runs/demo/model")
+    photos = image_embeds(model, processor, [f"photos/{number}.jpg" for number in range(8)])
+    assert np.abs(results["images"] - photos).max() < 1e-5
+    assert np.abs(results["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < 1e-5
+    captions = [line.split(",")[1] for line in Path("photos.csv").read_text().splitlines()[1:]]
+    cosines = text_embeds(model, processor, captions) @ photos.T
+    ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
+    assert results["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
+
+    words = shlex.split(BY_SCRIPT.replace("\\\n", " ").replace("runs/mine/model", "runs/demo/model"))
+    words = [word.replace("data/mine", "data/set").replace("wds/mine", "wds/set") for word in words[1:]]
+    run(stranger, *words)
+    theirs = json.loads((native_site / words[-1]).read_text())["metrics"]
+    embedder = open_embedder("hf:runs/demo/model", Accelerator(cpu=True))  # with transformers' own image processing
+    ours = {r.metric: r.value / 100 for r in ZeroShot(kind="zero_shot", data="data/set").evaluate(embedder)}
+    assert theirs["acc1"] == pytest.approx(ours["top1"], abs=1e-6)
+    assert theirs["acc5"] == pytest.approx(ours["top5"], abs=1e-6)
 
 
 def test_clip_benchmark_reads_what_prepare_writes(in_site: Path, stranger: Path) -> None:
