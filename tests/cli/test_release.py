@@ -22,7 +22,7 @@ import flipscale
 # A run of twelve steps, by the recipe of the package with narrower towers.
 TRAINING = """--config small_cpu --model.vision_config.hidden_size 32 --model.vision_config.intermediate_size 64
 --model.vision_config.num_hidden_layers 2 --model.vision_config.image_size 32 --data.global_batch_size 32
---data.num_workers 0 --data.prefetch_batches 1 --stages.masked.samples 320 --stages.masked.warmup_samples 32
+--data.num_workers 0 --stages.masked.samples 320 --stages.masked.warmup_samples 32
 --stages.unmasked.samples 64 --eval.num_workers 0 --output_dir runs/mine"""
 LOAD = """
 import sys, flipscale
