@@ -62,34 +62,48 @@ def contrastive_loss(
     With several views of each image, the loss is the mean over views. Views of one image are not negatives of each
     other. The texts are exchanged once.
 
+    With several captions of each image, the target of an image is spread evenly over its captions, as in UniCL. The
+    images are exchanged, not the texts.
+
     Args:
         image_embeds: `(batch * views, dim)`, of unit length; the views of an image are neighbouring rows.
-        text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process.
+        text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process. Or `(batch * captions, dim)` for
+            `(batch, dim)` images without ids; the captions of an image are neighbouring rows.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
         exchange: `gather` or `ring`, see `flipscale.objectives.exchange`.
         ids: int64 `(batch,)`; pairs with equal ids are positives of each other. The target of a row is spread evenly
             over its positives, as in UniCL (Yang et al. 2022, arXiv 2204.03610). None: each pair is the only positive.
     """
-    loss: torch.Tensor = _InfoNCE.apply(image_embeds, text_embeds, logit_scale, exchange, ids)
+    sides = (image_embeds, text_embeds)
+    has_captions = len(text_embeds) > len(image_embeds)
+    loss: torch.Tensor = _InfoNCE.apply(*sides[:: -1 if has_captions else 1], logit_scale, exchange, ids, has_captions)
     return loss
 
 
 class _InfoNCE(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        image_embeds, text_embeds, logit_scale, exchange, ids = inputs
+        image_embeds, text_embeds, logit_scale, exchange, ids, spreads = inputs
         pairs = len(text_embeds) * world_size()
         dtype = torch.float64 if pairs <= _FEW and not image_embeds.is_cuda else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
             with_gradients = any(ctx.needs_input_grad)
-            loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), exchange, with_gradients, ids)
+            loss, gradients = _loss_and_gradients(
+                *sides, as_number(logit_scale), exchange, with_gradients, ids, spreads
+            )
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
 
 
 def _loss_and_gradients(
-    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str, with_gradients: bool, ids: Ids
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    exchange: str,
+    with_gradients: bool,
+    ids: Ids,
+    spreads: bool,
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
@@ -98,6 +112,9 @@ def _loss_and_gradients(
 
     With ids, the tiles stay the same: the softmax is over all logits. The target replaces a pair's logit by the mean of
     its positives' logits, which is a product of one embedding with a mean of the other side's.
+
+    With `spreads`, `images` are several captions of each image, and `texts` are the images. The softmax of an image is
+    then over the captions of all views, and its target is spread over its own.
     """
     views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange)
     equal = None if ids is None else EqualIds(ids)
@@ -113,6 +130,10 @@ def _loss_and_gradients(
         if equal:
             equal.add(text_sums, visited, first_pair)
     text_negatives = [LogSumExp(*negatives) for negatives in _by_view(all_texts.reduced)]
+    if spreads:
+        # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
+        positives = [scale * _dot(view.double(), texts.double()) for view in views]
+        text_negatives = _beside_each(text_negatives, positives, shift)
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
     losses = [image.cross_entropy(p) + text.cross_entropy(p) for image, text, p in sides]
     if equal:
@@ -131,6 +152,17 @@ def _loss_and_gradients(
         for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
     ]
     image_gradient = torch.zeros_like(images)
+    if spreads:
+        # The mean over views divides by their number, but each view has only its part of the one softmax.
+        text_softmax = [Softmax(of_text.shift, len(views) * of_text.factor) for of_text in text_softmax]
+        positive_gradients = [
+            (len(views) - 1 - image.total * of_image.factor - text.total * of_text.factor).to(texts.dtype)
+            for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
+        ]
+        image_softmax, text_softmax = (
+            [Softmax(*(part.to(texts.dtype) for part in one)) for one in softmax]
+            for softmax in (image_softmax, text_softmax)
+        )
     if equal:
         positive_gradients = [gradient + 2 * equal.is_shared for gradient in positive_gradients]
         image_gradient -= 2 * text_means.repeat_interleave(len(views), dim=0)
@@ -147,6 +179,23 @@ def _loss_and_gradients(
     count = 2 * len(images)
     scale_gradient = _dot(images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
     return loss, (image_gradient.mul_(scale / count), text_gradient.div_(count), scale_gradient)
+
+
+def _beside_each(negatives: list[LogSumExp], positives: list[torch.Tensor], shift: float | None) -> list[LogSumExp]:
+    """Return the log-sum-exp of all logits of a text, besides its positive in each view.
+
+    Args:
+        negatives: log-sum-exps of the texts' negatives in each view.
+        positives: logits of the pairs in each view.
+        shift: `common_shift` of all logits, or None.
+    """
+    both = merge(LogSumExp(*(torch.stack(parts) for parts in zip(*negatives, strict=True))))
+    if shift is None:
+        both.raise_shift(torch.stack(positives).amax(0))
+    own = torch.stack([(positive - both.shift).exp() for positive in positives])
+    # Sums without one of them, because a difference would round small ones away.
+    others = [torch.cat([own[:view], own[view + 1 :]]).sum(0) for view in range(len(own))]
+    return [LogSumExp(both.shift, both.total + rest) for rest in others]
 
 
 # Each pass over the tiles is one operation to torch. So tracers and fake tensors see two operations a view in any

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from objectives.test_contrastive import ids_of, plain_loss, plain_loss_of_ids
+from objectives.test_contrastive import plain_loss_of_captions as infonce_of_captions
 from objectives.test_sigmoid import plain_loss as plain_sigmoid
+from objectives.test_sigmoid import plain_loss_of_captions as sigmoid_of_captions
 from objectives.test_sigmoid import plain_loss_of_ids as plain_sigmoid_of_ids
 from torch.nn.functional import normalize
 
@@ -59,6 +61,12 @@ def views_input() -> list[torch.Tensor]:
     return [*embeds, torch.tensor([30.0]), BIAS.clone()]
 
 
+def captions_input() -> list[torch.Tensor]:
+    """300 images, two captions of each in a row, a scale and a bias."""
+    texts, images, *head = views_input()
+    return [images, texts, *head]
+
+
 def one_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -81,6 +89,12 @@ def one_rank(rank: int, world: int, folder: str) -> None:
         loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange, ids=my_ids)
         loss.backward()
         found["views", exchange, name, known] = [loss.detach(), *(t.grad for t in mine)]
+    for exchange, (name, loss_of) in product(EXCHANGES, LOSSES.items()):
+        *sides, scale, bias = captions_input()
+        mine = [side.chunk(world)[rank].clone() for side in sides] + ([scale, bias] if name == "sigmoid" else [scale])
+        loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange)
+        loss.backward()
+        found["captions", exchange, name] = [loss.detach(), *(t.grad for t in mine)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -128,3 +142,11 @@ def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], known: str, n
         loss_of = partial(plain_sigmoid_of_ids if name == "sigmoid" else plain_loss_of_ids, ids=IDS[known])
     loss = (loss_of(images[0::2], texts, *head) + loss_of(images[1::2], texts, *head)) / 2
     check([rank["views", exchange, name, known] for rank in ranks], [images, texts, *head], loss)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_several_captions_of_an_image(ranks: list[dict], name: str, exchange: str) -> None:
+    inputs = [t.double().requires_grad_() for t in captions_input()]
+    inputs, plain = (inputs, sigmoid_of_captions) if name == "sigmoid" else (inputs[:3], infonce_of_captions)
+    check([rank["captions", exchange, name] for rank in ranks], inputs, plain(*inputs))

@@ -26,6 +26,23 @@ def plain_loss_of_ids(image: torch.Tensor, text: torch.Tensor, scale: torch.Tens
     return -(target * (logits.log_softmax(1) + logits.log_softmax(0))).sum() / len(logits) / 2
 
 
+def plain_loss_of_captions(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The cross-entropies of images, with targets spread over their captions, and of captions."""
+    owner = torch.arange(len(text)) // (len(text) // len(image))
+    logits, own = scale * image @ text.T, (torch.arange(len(image))[:, None] == owner).double()
+    of_images = -(own / own.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    return (of_images - (own * logits.log_softmax(0)).sum(0).mean()) / 2
+
+
+def captions_of(batch: int, captions: int, dim: int, noise: float | None) -> list[torch.Tensor]:
+    """Images and several texts of each, as `embeds_of`."""
+    images, texts = embeds_of(batch * captions, dim, None)
+    images = images[:batch]
+    if noise is not None:
+        texts = normalize(images.repeat_interleave(captions, dim=0) + noise * texts, dim=1)
+    return [images, texts]
+
+
 def ids_of(batch: int, count: int) -> torch.Tensor:
     """Ids of a batch, as far apart as hashes are, of which about `count` differ."""
     drawn = torch.randint(count, (batch,), generator=torch.Generator().manual_seed(batch))
@@ -74,6 +91,23 @@ def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: fl
 def test_equal_ids_are_positives(batch: int, dim: int, scale: float, noise: float | None, count: int) -> None:
     inputs, ids = [*embeds_of(batch, dim, noise), torch.tensor([scale])], ids_of(batch, count)
     check_against_fp64(inputs, partial(contrastive_loss, ids=ids), partial(plain_loss_of_ids, ids=ids))
+
+
+@pytest.mark.parametrize("captions", [2, 5])
+@pytest.mark.parametrize("noise", [None, 3.0, 0.5], ids=["unrelated", "learning", "learned"])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (7, 32), (257, 96), (701, 256)])
+def test_several_captions_of_an_image(batch: int, dim: int, scale: float, noise: float | None, captions: int) -> None:
+    inputs = [*captions_of(batch, captions, dim, noise), torch.tensor([scale])]
+    check_against_fp64(inputs, contrastive_loss, plain_loss_of_captions)
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_captions_that_contradict_each_other(scale: float) -> None:
+    """One caption of an image is its opposite, so no common shift exists and the positives lie 200 apart."""
+    images, texts = captions_of(300, 3, 16, 0.1)
+    texts[::3] *= -1
+    check_against_fp64([images, texts, torch.tensor([scale])], contrastive_loss, plain_loss_of_captions)
 
 
 @pytest.mark.parametrize("scale", [20.0, 100.0])

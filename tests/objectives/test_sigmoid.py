@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOWER
-from objectives.test_contrastive import check_against_fp64, embeds_of, ids_of
+from objectives.test_contrastive import captions_of, check_against_fp64, embeds_of, ids_of
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
@@ -36,6 +36,23 @@ def plain_loss_of_ids(
 ) -> torch.Tensor:
     logits = scale * image @ text.T + bias
     return -logsigmoid(torch.where(ids[:, None] == ids, 1, -1) * logits).sum() / len(logits)
+
+
+def plain_loss_of_captions(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """The mean over sets of captions, one of each image, of SigLIP's loss with a positive for each caption's image."""
+    owner = torch.arange(len(text)) // (len(text) // len(image))
+    signs = torch.where(torch.arange(len(image))[:, None] == owner, 1, -1)
+    return -logsigmoid(signs * (scale * image @ text.T + bias)).sum() / len(text)
+
+
+@pytest.mark.parametrize("captions", [2, 5])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (257, 96), (701, 33)])
+def test_several_captions_of_an_image(batch: int, dim: int, scale: float, bias: float, captions: int) -> None:
+    inputs = [*captions_of(batch, captions, dim, 1.0), torch.tensor([scale]), torch.tensor([bias])]
+    check_against_fp64(inputs, sigmoid_loss, plain_loss_of_captions)
 
 
 @pytest.mark.parametrize("count", [5, 200, 10**6])
