@@ -1,6 +1,7 @@
 """Captions of a sample and their tokens."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.samples import (
@@ -35,10 +36,32 @@ def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
     Args:
         draw: uniform number in [0, 1) that chooses the caption.
     """
-    texts = [text for text in (_text(caption) for caption in captions) if text]
-    if not texts:
-        raise MissingCaption("it is blank" if captions else "there is none")
-    return texts[int(draw * len(texts))]
+    return choose_captions({"": captions}, {"": 1.0}, [draw])[0]
+
+
+def choose_captions(
+    kinds: Mapping[str, tuple[bytes, ...]], weights: Mapping[str, float], draws: Sequence[float]
+) -> list[str]:
+    """Return a caption for each draw, a uniform number in [0, 1). None is taken twice before all are taken.
+
+    The weights choose among the kinds that the sample has. A blank caption does not count.
+    """
+    texts = {kind: [text for text in map(_text, kinds.get(kind, ())) if text] for kind in weights}
+    if not any(texts.values()):
+        raise MissingCaption("it is blank" if any(kinds.get(kind) for kind in weights) else "there is none")
+    chosen: list[str] = []
+    left: dict[str, list[str]] = {}
+    for draw in draws:
+        left = {kind: rest for kind, rest in left.items() if rest}
+        left = left or {kind: list(given) for kind, given in texts.items() if given}
+        point = draw * sum(weights[kind] for kind in left)
+        for kind in left:
+            if point < weights[kind]:
+                break
+            point -= weights[kind]
+        rest = left[kind]
+        chosen.append(rest.pop(min(int(point / weights[kind] * len(rest)), len(rest) - 1)))
+    return chosen
 
 
 def _text(caption: bytes) -> str:
@@ -56,6 +79,13 @@ def _text(caption: bytes) -> str:
 
 def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
     """Return the captions in a sample's `KEY.json`, an object: the field `captions`, else `caption`."""
+    fields = fields_of_json(stored)
+    name = "captions" if fields.get("captions") not in (None, [], "") else "caption"
+    return encoded_captions(fields.get(name), f"KEY.json: {name!r}")
+
+
+def fields_of_json(stored: bytes) -> dict[str, Any]:
+    """Return the fields of a sample's `KEY.json`, an object."""
     check_bytes(len(stored), MAX_TEXT_BYTES, "KEY.json")
     try:
         fields = json.loads(stored)
@@ -63,8 +93,7 @@ def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
         raise UndecodableCaption(f"KEY.json: {reason_of(error)}") from error
     if not isinstance(fields, dict):
         raise UndecodableCaption(f"KEY.json holds a {type(fields).__name__}; it must be an object with a caption")
-    name = "captions" if fields.get("captions") not in (None, [], "") else "caption"
-    return encoded_captions(fields.get(name), f"KEY.json: {name!r}")
+    return fields
 
 
 def encoded_captions(value: Any, name: str) -> tuple[bytes, ...]:

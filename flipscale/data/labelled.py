@@ -42,7 +42,7 @@ class LabelledDataset(PairDataset):
         self.augment = Augment(self.recipe.augment, self.seed, self.shape.image_size)
         _check_labels(self.source)
 
-    def _annotation(self, sample: Sample, draw: float) -> int:
+    def _annotation(self, sample: Sample, draws: list[float]) -> int:
         return _number(sample, "class", "num_classes", self.num_classes)
 
     def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
@@ -82,8 +82,8 @@ class QuestionDataset(PairDataset):
         super().__init__(*arguments, **options)
         self.num_answers = num_answers
 
-    def _annotation(self, sample: Sample, draw: float) -> tuple[str, np.ndarray]:
-        question, scores = super()._annotation(sample, draw), np.zeros(self.num_answers, np.float32)
+    def _annotation(self, sample: Sample, draws: list[float]) -> tuple[list[str], np.ndarray]:
+        question, scores = super()._annotation(sample, draws), np.zeros(self.num_answers, np.float32)
         try:
             votes = sample.read_array() if sample.read_array else None
         except BadSample:
@@ -102,7 +102,7 @@ class QuestionDataset(PairDataset):
         scores[:] = np.array(SCORES, np.float32)[np.minimum(votes[:-1], len(SCORES) - 1)]
         return question, scores
 
-    def _text(self, annotation: Any) -> str:
+    def _texts(self, annotation: Any) -> list[str]:
         return annotation[0]
 
     def _annotation_columns(self, annotations: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:

@@ -174,9 +174,11 @@ def removed_patches(index: np.ndarray, num_patches: int) -> np.ndarray:
 def mask_tokens(
     tokens: dict[str, torch.Tensor], seed: int, positions: np.ndarray, mask_ratio: float, kind: str
 ) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask` `(len(positions), kept)` of the kept tokens, and their `position_ids` in
-    the whole caption. `kind` is a key of `TEXT_MASKS`."""
-    noise = torch.from_numpy(keyed_uniform(seed, "text mask", positions, tokens["input_ids"].shape[1]))
+    """Return `input_ids` and `attention_mask` `(captions, kept)` of the kept tokens, and their `position_ids` in the
+    whole caption. `kind` is a key of `TEXT_MASKS`. Each position has the same number of captions."""
+    captions, width = tokens["input_ids"].shape
+    draws = keyed_uniform(seed, "text mask", positions, captions // len(positions) * width)
+    noise = torch.from_numpy(draws.reshape(captions, width))
     index = keep_tokens(noise, tokens["attention_mask"], mask_ratio, kind)
     return {**{name: values.gather(1, index) for name, values in tokens.items()}, "position_ids": index}
 

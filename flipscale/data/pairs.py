@@ -2,8 +2,10 @@
 
 import copy
 import hashlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar
@@ -13,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.captions import UntokenizableCaption, choose_caption, pack_captions, tokenise_captions
+from flipscale.data.captions import UntokenizableCaption, choose_captions, pack_captions, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
@@ -23,6 +25,8 @@ from flipscale.data.sources.mixture import order_of
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
+
+_log = logging.getLogger(__name__)
 
 # Integers travel to the device in these types; the model widens them there.
 _NARROW = {
@@ -75,6 +79,8 @@ class InputShape:
         return self.side**2
 
 
+# Number of samples that are read at the start for the names of kinds of captions.
+_SAMPLES_WITH_KINDS = 256
 # Number of the model's pixels that are decoded before the first crop is resized. Alternating decoders and filters would
 # evict each other's code from the cache and cost a fifth more. Of large images, only one is in memory.
 _PIXELS_TOGETHER = 1 << 16
@@ -87,7 +93,8 @@ class PairDataset(Dataset):
 
     * `patches` uint8 `(batch, kept, 3 * p * p)`: visible patches of each crop.
     * `patch_index` int16 `(batch, kept)`: positions of the visible patches; absent without a mask.
-    * `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`.
+    * `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`, with `captions_per_image` as many rows, the
+      captions of an image in a row.
     * `faults`: a list of `Fault`, one for each bad sample. The first good one of its `candidates` replaces it.
 
     Options add columns or change shapes:
@@ -119,6 +126,7 @@ class PairDataset(Dataset):
         sends_caption_ids: bool = False,
         parallel_share: float = 0.0,
         drop_path_rate: float = 0.0,
+        captions_per_image: int = 1,
     ):
         """
         Raises:
@@ -136,6 +144,7 @@ class PairDataset(Dataset):
         self.sends_caption_ids = sends_caption_ids
         self.parallel_share = parallel_share
         self.drop_path_rate = drop_path_rate
+        self.captions_per_image = captions_per_image
         try:
             self.kept = num_kept(shape.num_patches, mask_ratio)
             num_kept(shape.max_tokens, text_mask_ratio, "tokens")
@@ -182,7 +191,7 @@ class PairDataset(Dataset):
             checked.checks_captions = True
             for row, annotation in enumerate(annotations):
                 try:
-                    self._tokenise([self._text(annotation)])
+                    self._tokenise(self._texts(annotation))
                 except UntokenizableCaption:
                     fill(row, *next(checked._images(where[row : row + 1])))
             columns = self._annotation_columns(annotations, where)
@@ -216,7 +225,7 @@ class PairDataset(Dataset):
         crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
         if not self.recipe.mirror:
             crop_draws[:, -1] = 1.0
-        caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
+        caption_draws = keyed_uniform(self.seed, "caption", where, self.captions_per_image).tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
             crop, annotation, error = self._first_good(shard, number, crop_draws[row], caption_draws[row])
@@ -227,7 +236,7 @@ class PairDataset(Dataset):
             yield crop, annotation, fault
 
     def _first_good(
-        self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float
+        self, shard: int, number: int, crop_draw: np.ndarray, caption_draws: list[float]
     ) -> tuple[Crop, Any, BadSample | None]:
         """Return the crop and annotation of a sample or its replacement, and the error of a replaced sample."""
         first_error: BadSample | None = None
@@ -237,9 +246,9 @@ class PairDataset(Dataset):
         for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
                 sample = self.source.read(*candidate)
-                annotation = self._annotation(sample, caption_draw)
+                annotation = self._annotation(sample, caption_draws)
                 if self.checks_captions:
-                    self._tokenise([self._text(annotation)])
+                    self._tokenise(self._texts(annotation))
                 crop = decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale)
                 return crop, annotation, first_error
             except BadSample as error:
@@ -249,16 +258,18 @@ class PairDataset(Dataset):
             f"readable image and {self.annotation} ({first_error}); fetch the shards again or remove them"
         )
 
-    def _annotation(self, sample: Sample, draw: float) -> Any:
-        """Return the annotation of a sample; `draw` chooses one of its captions."""
-        return choose_caption(sample.captions, draw)
+    def _annotation(self, sample: Sample, draws: list[float]) -> Any:
+        """Return the annotation of a sample; each of `draws` chooses one of its captions."""
+        if self.recipe.captions:
+            return choose_captions(sample.kinds, self.recipe.captions, draws)
+        return choose_captions({"": sample.captions}, {"": 1.0}, draws)
 
-    def _text(self, annotation: Any) -> str:
+    def _texts(self, annotation: Any) -> list[str]:
         return annotation
 
     def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the columns of the annotations, with the recipe's mask of tokens."""
-        tokens = self._tokenise(captions)
+        tokens = self._tokenise([text for texts in captions for text in texts])
         ids = {"caption_ids": caption_ids(tokens["input_ids"])} if self.sends_caption_ids else {}
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask.text_kind)
@@ -275,3 +286,27 @@ def caption_ids(input_ids: torch.Tensor) -> torch.Tensor:
     """Return a hash of each row of tokens, int64 `(captions,)`, the same in all processes."""
     digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in input_ids.numpy()]
     return torch.from_numpy(np.frombuffer(b"".join(digests), "<i8").copy())
+
+
+def check_kinds(source: Source, names: Sequence[str]) -> None:
+    """Log how many of the first samples of a source have each of some kinds of captions.
+
+    Raises:
+        UserError: none of them has a kind.
+    """
+    places = ((shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size))
+    counts, total = dict.fromkeys(names, 0), 0
+    for place in islice(places, _SAMPLES_WITH_KINDS if names else 0):
+        with suppress(BadSample):
+            kinds, total = source.read(*place).kinds, total + 1
+            for kind in counts:
+                counts[kind] += any(text.strip() for text in kinds.get(kind, ()))
+    words = ", ".join(f"{kind} in {count}" for kind, count in counts.items())
+    for kind, count in counts.items():
+        if total and not count:
+            raise UserError(
+                f"data.captions has the kind {kind!r}, which none of the first {total} samples has ({words}); name a "
+                "field of KEY.json, txt, or a column"
+            )
+    if names:
+        _log.info("captions: of the first %d samples, %s", total, words)

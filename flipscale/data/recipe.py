@@ -96,6 +96,9 @@ class DataRecipe:
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
+        captions: Weights of the kinds of captions, such as `{alt: 0.3, synthetic: 0.7}`; each read of a sample draws
+            one. A kind is a field of `KEY.json`, `txt` for the text file, or a column of a dataset. It has a text or a
+            list. Among the kinds that a sample has, the weights keep their proportions. A stage may have its own.
         pack_captions: Put several short captions in one row of the text tower, so that padding costs little. The losses
             stay equal up to rounding. For family `clip`, and for `flip` without `attend_to_padding`. Does not change
             what is learned.
@@ -124,6 +127,7 @@ class DataRecipe:
     sources: list[SourceRecipe] = field(default_factory=list)
     fraction: ShareAboveZero = 1.0
     tokenizer: str = field(default="bert", metadata={"place": True})
+    captions: dict[str, float] | None = None
     pack_captions: bool = field(default=False, metadata={"learned": False})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
@@ -140,8 +144,15 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if not self.crop_scale[0] <= self.crop_scale[1]:
             raise UserError(f"data.crop_scale is {list(self.crop_scale)}; expected the smaller share first")
+        check_weights(self.captions, "data.captions")
 
     @property
     def num_lanes(self) -> int:
         """Number of lanes of the order."""
         return number_of_lanes(self.lanes, self.global_batch_size)
+
+
+def check_weights(captions: dict[str, float] | None, name: str) -> None:
+    """Raise unless a recipe's field of weights of caption kinds is None or has positive weights."""
+    if captions is not None and not (captions and all(0.0 < weight < float("inf") for weight in captions.values())):
+        raise UserError(f"{name} is {captions}; expected kinds with weights above 0, such as {{alt: 1, txt: 2}}")

@@ -1,7 +1,7 @@
 """Samples, the interface of their sources, the faults of a sample, and the choice of its replacement."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -97,6 +97,7 @@ class Sample:
 
     Args:
         label: class number, if the source has one.
+        kinds: captions by kind, if the source is asked for `kinds`; `captions` has all of them.
         read_array: reads the array beside the image, as `TarSource.read_array`; None if the source has no arrays.
     """
 
@@ -104,6 +105,7 @@ class Sample:
     image: bytes
     captions: tuple[bytes, ...]
     label: int | None = None
+    kinds: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
     read_array: Callable[[], np.ndarray | None] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -117,6 +119,7 @@ class Source:
 
     shard_sizes: list[int]
     faults: list[Fault]  # of whole shards
+    kinds: tuple[str, ...] = ()  # keys of `data.captions`
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)

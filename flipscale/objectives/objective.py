@@ -26,6 +26,7 @@ class Objective:
     Args:
         exchange: `gather` or `ring`, see `flipscale.objectives.exchange`. Does not change what is learned.
         positives: `pairs` or `equal_captions`, see `LossRecipe`.
+        captions_per_image: see `LossRecipe`; each image has as many rows of text.
     """
 
     # Class of the trained model, and class of the exported model, whose weights are a subset of the trained ones.
@@ -35,11 +36,13 @@ class Objective:
     takes_text: ClassVar[bool] = True
     # Columns of a batch besides the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
-    # Whether `coupled_loss` takes `caption_ids` as a keyword: int64 `(batch,)`, equal for equal captions.
+    # Whether `coupled_loss` takes several captions of an image, and `caption_ids` as a keyword: int64 `(batch,)`, equal
+    # for equal captions.
     takes_positives: ClassVar[bool] = False
 
     exchange: str = "gather"
     positives: str = "pairs"
+    captions_per_image: int = 1
 
     @property
     def num_labels(self) -> int | None:
@@ -73,6 +76,7 @@ class Objective:
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass."""
         options["sends_masked"] = "masked_patches" in self.columns
+        options["captions_per_image"] = self.captions_per_image
         options["sends_caption_ids"] = "caption_ids" in self.coupled_columns
         return PairDataset(*arguments, **options)
 

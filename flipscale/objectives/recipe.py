@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.recipe import MaskRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.options import NonNegative, check_ranges
+from flipscale.io.options import Count, NonNegative, check_ranges
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
@@ -47,6 +47,8 @@ class LossRecipe:
             image and all captions of the global batch with the same tokens as its own. `sigmoid` labels each as a
             match. `infonce` spreads its target evenly over them (UniCL); it learns the same as with `pairs` if equal
             captions have equal embeddings, as they have without a text mask.
+        captions_per_image: Number of captions of each image in a step, all positives of it. `infonce` spreads an
+            image's target evenly over them. `sigmoid` labels each as a match. They differ if the sample has as many.
         exchange: How the images of each process meet the texts of all. `gather` sends at most four messages, whatever
             the number of processes. `ring` is for batches whose texts and their gradients (0.5 GB for 65,536 of width
             1,024) do not fit on one process. It passes texts from process to process, and waits for about four messages
@@ -62,6 +64,7 @@ class LossRecipe:
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
     positives: Literal["pairs", "equal_captions"] = "pairs"
+    captions_per_image: Count = 1
     exchange: str = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
     caption_weight: NonNegative = 0.0
@@ -114,8 +117,23 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
 
-    objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, positives=recipe.positives, **recipe.options)
+    shared = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
+    objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **shared, **recipe.options)
     check_ranges(objective, "loss.options")
+    if recipe.captions_per_image > 1:
+        others: dict[str, Any] = {
+            "loss.kind": None if objective.takes_positives else recipe.kind,
+            "loss.positives": None if recipe.positives == "pairs" else recipe.positives,
+            "loss.caption_weight": recipe.caption_weight,
+            "loss.reconstruction_weight": recipe.reconstruction_weight,
+            "mask.views": mask.views - 1 and mask.views,
+        }
+        for name, value in others.items():
+            if value:
+                raise UserError(
+                    f"loss.captions_per_image is {recipe.captions_per_image} beside {name} {value}, which takes one "
+                    "caption of an image; leave one of them out"
+                )
     if recipe.caption_weight > 0.0:
         if objective.model_class is not Objective.model_class or recipe.reconstruction_weight > 0.0:
             other = f"loss.kind {recipe.kind!r}"

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,9 +56,10 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
     tokens = num_kept(text.max_position_embeddings, step.text_mask_ratio, "tokens")
     batch = {"patches": torch.zeros(images, kept, pixels, dtype=torch.uint8)}
+    captions = step.batch_size * objective.captions_per_image
     if objective.takes_text:
-        batch["input_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
-        batch["attention_mask"] = torch.ones(step.batch_size, tokens, dtype=torch.int64)
+        batch["input_ids"] = torch.zeros(captions, tokens, dtype=torch.int64)
+        batch["attention_mask"] = torch.ones(captions, tokens, dtype=torch.int64)
     if decoder is not None and decoder.mask_token_id is not None:
         batch["in_parallel"] = torch.ones(step.batch_size, dtype=torch.bool)
     if "labels" in objective.columns:
@@ -68,7 +69,7 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
         if "masked_patches" in objective.columns:
             batch["masked_patches"] = torch.zeros(images, num_patches - kept, pixels, dtype=torch.uint8)
     if step.text_mask_ratio > 0.0:
-        batch["position_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
+        batch["position_ids"] = torch.zeros(captions, tokens, dtype=torch.int64)
     return batch
 
 
@@ -110,7 +111,8 @@ def forward_flops(
         image_size: image size in pixels; None for the model's own.
     """
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
-    objective = PLAIN if objective.exported_class is FlipModel else objective
+    if objective.exported_class is FlipModel:
+        objective = replace(PLAIN, captions_per_image=objective.captions_per_image)
     return _counted(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
 
 
@@ -149,5 +151,5 @@ def pair_flops(recipe: Recipe) -> dict[str, int]:
 
 
 def row_flops(recipe: Recipe) -> dict[str, int]:
-    """Return the operations of a row of the text tower in a training step by stage name; a padded caption has a row."""
+    """Return the operations of the text tower in a pair's training step by stage name: a row for each caption."""
     return {name: 3 * flops.modules.get("text_model", 0) for name, flops in stage_flops(recipe).items()}

@@ -184,6 +184,7 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     needs only one buffer.
     """
     dim, batch = int(recipe.model_config().projection_dim or 0), recipe.data.global_batch_size
+    views = max(views, recipe.loss.captions_per_image)
     pairs = batch // launch.num_processes
     columns = pairs if recipe.loss.exchange == "ring" else batch
     tiles = 4 * math.prod(workspace_elements(pairs, columns, dim, buffers=2, device_type="cuda"))

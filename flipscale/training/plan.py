@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory, on_device, restartable_batches
-from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.pairs import InputShape, PairDataset, check_kinds
 from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import Fault, Source
 from flipscale.data.sources.opening import open_source
@@ -147,7 +147,9 @@ def check(recipe: Recipe) -> Plan:
         task.check()
     _check_micro_batches(recipe, objective, config)
     check_shared_memory(data.num_workers)
-    source = open_source(data)
+    kinds = dict.fromkeys((kind for one in (data, *stages) for kind in one.captions or ()), 1.0)
+    source = open_source(replace(data, captions=kinds or None))
+    check_kinds(source, list(kinds))
     rank, world_size = place_in_world()
     treats_as_negatives = objective.is_coupled and recipe.loss.positives == "pairs"
     if 0 < len(source) < data.global_batch_size and rank == 0 and treats_as_negatives:
@@ -170,8 +172,9 @@ def check(recipe: Recipe) -> Plan:
             check_begin_and_end(tokenizer, config.decoder_config)
     datasets = {
         stage: objective.dataset(
-            source, tokenizer, data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
-            stage.text_mask_ratio, drop_path_rate=recipe.model.drop_path_rate,
+            source, tokenizer, replace(data, captions=stage.captions or data.captions), shape.at(stage.image_size),
+            recipe.seed, stage.mask_ratio, recipe.mask, stage.text_mask_ratio,
+            drop_path_rate=recipe.model.drop_path_rate,
         )
         for stage in stages
     }  # fmt: skip

@@ -8,9 +8,10 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from flipscale.data.recipe import check_weights
 from flipscale.io.errors import UserError
 from flipscale.io.options import (
     NonNegative,
@@ -42,6 +43,7 @@ class StageRecipe:
         warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.
         image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. Position
             coordinates are rescaled to the new grid of patches.
+        captions: Weights of the kinds of captions, in place of `data.captions`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class StageRecipe:
     share: ShareAboveZero | None = None
     warmup_share: ShareBelowOne = 0.0
     image_size: Pixels | None = None
+    captions: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Stage:
         warmup: length of the linear warm-up at the start of the schedule.
         peak_lr: learning rate of the whole batch after the warm-up.
         image_size: side of the images in pixels; None for the model's own.
+        captions: weights of the kinds of captions; None for those of the data.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Stage:
     peak_lr: float
     text_mask_ratio: float = 0.0
     image_size: int | None = None
+    captions: Mapping[str, float] | None = field(default=None, hash=False)
 
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
@@ -239,6 +244,8 @@ def plan_stages(
     if not stages or stages[0].base_lr is None:
         raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
     check_ranges(list(stages), "stages")
+    for stage in stages:
+        check_weights(stage.captions, f"stages.{stage.name}.captions")
     for name, count in Counter(stage.name for stage in stages).items():
         if count > 1:
             raise UserError(f"{count} stages are named {name!r}; give every stage a name of its own")
@@ -263,7 +270,7 @@ def plan_stages(
         planned.append(
             Stage(
                 *(stage.name, stage.mask_ratio, ends[number], ends[number + 1], schedule_first, schedule_last),
-                *(warmup, peak_lr, stage.text_mask_ratio, stage.image_size),
+                *(warmup, peak_lr, stage.text_mask_ratio, stage.image_size, stage.captions),
             )
         )
     return planned
@@ -277,10 +284,10 @@ def _lengths(stages: Sequence[StageRecipe], global_batch_size: int, is_timed: bo
     if not is_timed:
         reason = "is of budget_minutes, which is not set"
     for stage in stages:
-        for field, other in zip(fields, others, strict=True):
+        for own, other in zip(fields, others, strict=True):
             if getattr(stage, other):
                 fix = "leave out" if is_timed else "set"
-                raise UserError(f"stage {stage.name!r}: {other} {reason}; use {field}, or {fix} budget_minutes")
+                raise UserError(f"stage {stage.name!r}: {other} {reason}; use {own}, or {fix} budget_minutes")
         if getattr(stage, fields[0]) is None:
             raise UserError(f"stage {stage.name!r} has no {fields[0]}; set it")
     lengths = [getattr(stage, fields[0]) for stage in stages]

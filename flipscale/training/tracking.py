@@ -171,7 +171,7 @@ class Tracker:
 
         Args:
             pair_flops: operations of a pair, forward and backward, by the stage's name.
-            row_flops: operations of a row of the text tower, if captions are packed; `pair_flops` counts a row a pair.
+            row_flops: part of them in the text tower, if captions are packed; it counts a row for each caption.
         """
         self.watch = watch
         self._plan, self._accelerator, self._run_dir = plan, accelerator, Path(plan.recipe.output_dir)

@@ -121,6 +121,7 @@ def test_the_sections_that_decide() -> None:
         *(
             "sources",
             "fraction",
+            "captions",
             "tokenizer",
             "global_batch_size",
             "crop_scale",

@@ -15,6 +15,7 @@ SIGLIP = {**CLIP, "family": "siglip"}
 CASES = {
     "clip": {"model": CLIP, "optim": {"layer_decay": 0.7}},
     "clip, packed": {"model": {**CLIP, "gradient_checkpointing": True}, "data": {"pack_captions": True}},
+    "clip, captions": {"model": CLIP, "loss": {"captions_per_image": 2}, "data": {"pack_captions": True}},
     "clip, sigmoid": {"model": CLIP, "loss": {"kind": "sigmoid"}, "data": {"micro_batch_size": 4}},
     "siglip": {"model": {**SIGLIP, "gradient_checkpointing": True}, "loss": {"kind": "sigmoid"}},
     "siglip, infonce": {"model": SIGLIP, "mask": {"views": 2}, "optim": {"ema_decay": 0.9}},
@@ -34,6 +35,7 @@ def trainings(
     [
         *(("clip", engine) for engine in ("ddp", "fsdp2", "zero3")),
         *(("clip, packed", engine) for engine in ("fsdp2", "zero3")),
+        ("clip, captions", "ddp"),
         ("clip, sigmoid", "fsdp2"),
         ("siglip", "ddp"),
         ("siglip", "fsdp2"),

@@ -90,10 +90,12 @@ class DatasetSource(Source):
     def read(self, shard: int, number: int) -> Sample:
         """Return `Source.read`."""
         row = self._row(shard * _ROWS_PER_SHARD + number)
-        captions = [text for column in self.caption_columns for text in encoded_captions(row[column], repr(column))]
+        kinds = {column: encoded_captions(row[column], repr(column)) for column in self.caption_columns}
+        captions = tuple(text for texts in kinds.values() for text in texts)
         if not captions:
             raise MissingCaption("there is none")
-        return Sample(f"{self.name}#{self.key(shard, number)}", self._image(row[self.image_column]), tuple(captions))
+        image = self._image(row[self.image_column])
+        return Sample(f"{self.name}#{self.key(shard, number)}", image, captions, kinds=kinds)
 
     def _row(self, number: int) -> dict[str, Any]:
         """Return a row of the dataset.

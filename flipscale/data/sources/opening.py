@@ -49,7 +49,9 @@ def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
         source = open_shards(recipe.shards or "", data)
     else:
         rows = load_rows(recipe.dataset, recipe.config, recipe.split)
-        source = DatasetSource(rows, recipe.dataset, recipe.image_column, recipe.caption_columns)
+        columns = list(data.captions or recipe.caption_columns)
+        source = DatasetSource(rows, recipe.dataset, recipe.image_column, columns)
+    source.kinds = tuple(data.captions or ())
     bad = [fault for fault in source.faults if fault.cause == "unreadable_shard"]
     if len(bad) > data.max_bad_fraction * len(source.shard_sizes):
         raise UserError(

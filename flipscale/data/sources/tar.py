@@ -16,7 +16,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from flipscale.data.captions import captions_of_json
+from flipscale.data.captions import captions_of_json, encoded_captions, fields_of_json
 from flipscale.data.samples import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -109,13 +109,47 @@ class TarSource(Source):
         check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
         image, caption, label = self._read(shard, where.image, where.caption, where.class_number)
         assert image is not None
+        kinds = self._by_kind(shard, where, caption) if self.kinds else {}
+        captions = tuple(text for texts in kinds.values() for text in texts) if kinds else _captions(caption, where)
         return Sample(
             name=f"{self.manifest.names[shard].rsplit('/', 1)[-1]}#{number}",
             image=image,
-            captions=_captions(caption, where),
+            captions=captions,
             label=_label(label),
+            kinds=kinds,
             read_array=partial(self.read_array, shard, number),
         )
+
+    def _by_kind(self, shard: int, where: Places, caption: bytes | None) -> dict[str, tuple[bytes, ...]]:
+        """Return the captions of a sample by kind: the text file as `txt`, and fields of its JSON file."""
+        text, stored = (None, caption) if where.is_json else (caption, self._json_beside(shard, where))
+        fields = fields_of_json(stored) if stored else {}
+        kinds = {kind: encoded_captions(fields.get(kind), f"KEY.json: {kind!r}") for kind in self.kinds}
+        return {**kinds, "txt": (text,)} if text is not None and "txt" in self.kinds else kinds
+
+    def _json_beside(self, shard: int, where: Places) -> bytes | None:
+        """Return the JSON file directly after one of a sample's files, or before them. An index has no place for it
+        beside a text file."""
+        with self._naming(shard):
+            file = self._opened(shard)
+            present = [place for place in (where.image, where.caption, where.class_number, where.array) if place]
+            start, image = min(present).offset - BLOCK, os.pread(file, 100, where.image.offset - BLOCK)
+            folder, slash, name = image.split(b"\0", 1)[0].rpartition(b"/")
+            header = folder + slash + name.partition(b".")[0] + b".json\0"
+
+            def candidates() -> Iterator[int]:
+                yield from (place.offset + -(-place.size // BLOCK) * BLOCK for place in present)
+                window = max(start - _MAX_GAP_BYTES, 0) // BLOCK * BLOCK
+                before = os.pread(file, start - window, window)
+                yield from (window + at for at in range(0, len(before), BLOCK) if before.startswith(header, at))
+
+            for place in candidates():
+                block = os.pread(file, BLOCK, place)
+                if block.startswith(header):
+                    size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+                    check_bytes(size, MAX_TEXT_BYTES, "KEY.json")
+                    return os.pread(file, size, place + BLOCK)
+        return None
 
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
         """Return the captions of sample `number` of shard `shard`, without reading its image."""
