@@ -44,12 +44,34 @@ def model_tokenizer(name: str, text: Any) -> PreTrainedTokenizerBase:
         text: configuration of the text tower, or of the decoder in its place. CLIP's pools at the end of the caption,
             so its tokenizer gets begin and end tokens if it adds none.
     """
-    tokenizer = load_tokenizer(name, text.max_position_embeddings)
+    tokenizer = with_lower_case(load_tokenizer(name, text.max_position_embeddings), text)
     has_ends = None not in (tokenizer.bos_token, tokenizer.eos_token)
     if text.model_type == "clip_text_model" and has_ends and tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
         tokenizer.add_bos_token = tokenizer.add_eos_token = True
     check_tokenizer(tokenizer, text)
     return tokenizer
+
+
+def with_lower_case(tokenizer: PreTrainedTokenizerBase, text: Any) -> PreTrainedTokenizerBase:
+    """Return SigLIP 2's tokenizer with the lower case of its training, and any other tokenizer as it is.
+
+    The fixed-size models of SigLIP 2 are SiglipModels and name Gemma's class, which keeps upper case (transformers
+    issue 43054). The result is of a general class, because Gemma's would drop the change when it is loaded.
+
+    Args:
+        text: configuration of the text tower.
+    """
+    if text.model_type != "siglip_text_model" or not type(tokenizer).__name__.startswith("Gemma"):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **tokenizer.special_tokens_map,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        model_input_names=tokenizer.model_input_names,
+    )
 
 
 def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
+from flipscale.data.tokenizers import with_lower_case
 from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
@@ -104,6 +105,7 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
             raise UserError(
                 f"{full_name} has no {part}; it needs preprocessor_config.json and the files of its tokenizer"
             )
+    processor.tokenizer = with_lower_case(processor.tokenizer, model.config.get_text_config())
     model = model.to(accelerator.device).eval()
     return TransformersEmbedder(model, processor, accelerator, batch_size, num_workers, name=full_name)
 
@@ -215,7 +217,12 @@ class TransformersEmbedder(Embedder):
         config = self.model.config
         padding = "max_length" if "siglip" in config.model_type else True
         length = config.text_config.max_position_embeddings
-        return self.tokenizer.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+        columns = self.tokenizer.tokenizer(
+            texts, padding=padding, truncation=True, max_length=length, return_tensors="pt"
+        )
+        if config.model_type == "siglip":
+            columns.pop("attention_mask", None)  # of SigLIP 2's tokenizer
+        return columns
 
     def text_features(self, batch: Any) -> torch.Tensor:
         return self.model.get_text_features(**batch).pooler_output

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flipscale.data.tokenizers import check_tokenizer
+from flipscale.data.tokenizers import check_tokenizer, with_lower_case
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
@@ -89,6 +89,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
             "tokenizer_config.json: copy those of its training, or export it again"
         ) from error
+    tokenizer = with_lower_case(tokenizer, model.config.caption_config)
     check_tokenizer(tokenizer, model.config.caption_config)
     return model, tokenizer
 
