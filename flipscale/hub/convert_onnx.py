@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, VisionTextDualEncoderModel
 
 from flipscale.hub.card import derived_card
 from flipscale.hub.export import build_processor, by_channel
@@ -64,15 +64,18 @@ _IMMICH = (
 class _Embedding(nn.Module):
     """A tower and its projection, with outputs of unit length."""
 
-    def __init__(self, tower: nn.Module, projection: nn.Module, arguments: list[str]):
+    def __init__(self, tower: nn.Module, projection: nn.Module, arguments: list[str], pad: int | None):
         super().__init__()
         self.tower = tower
         self.projection = projection
         self.arguments = arguments
+        self.pad = pad  # id that takes no part in attention; None if the tower decides
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        output = self.tower(**dict(zip(self.arguments, inputs, strict=True)))
-        return normalise_embeds(self.projection(output.pooler_output))
+        given = dict(zip(self.arguments, inputs, strict=True))
+        if self.pad is not None and "input_ids" in given:
+            given["attention_mask"] = (given["input_ids"] != self.pad).long()
+        return normalise_embeds(self.projection(self.tower(**given).pooler_output))
 
 
 def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
@@ -151,7 +154,7 @@ def _write_for_immich(folder: Path, config: Any, tokenizer: PreTrainedTokenizerB
     """Write the other files of Immich's layout. Raise UserError if its reading of the tokenizer gives other ids."""
     from tokenizers import Tokenizer
 
-    vision, length = config.vision_config, config.text_config.max_position_embeddings
+    vision, length = config.vision_config, config.caption_config.max_position_embeddings
     preprocess = {
         "size": [vision.image_size] * 2,
         "mode": "RGB",
@@ -190,7 +193,7 @@ def _image_batches(config: Any) -> list[dict[str, torch.Tensor]]:
 
 def _text_batches(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, torch.Tensor]]:
     """Return two batches of captions: one half full, then three that are full, of one token and a third full."""
-    text, generator = config.text_config, torch.Generator().manual_seed(0)
+    text, generator = config.caption_config, torch.Generator().manual_seed(0)
     length, end = text.max_position_embeddings, getattr(text, "eos_token_id", None)
     batches = []
     for lengths in ((length // 2,), (length, 1, length // 3)):
@@ -213,7 +216,8 @@ def _write_and_check(
     names = ("image_projection", "visual_projection") if graph.tower == "vision" else ("text_projection",)
     projections = [getattr(model, name) for name in names if hasattr(model, name)]
     module = getattr(model, f"{graph.tower}_model")
-    tower = _Embedding(module, *(projections or [nn.Identity()]), list(graph.inputs.values())).eval()
+    pad = model.config.text_config.pad_token_id if isinstance(model, VisionTextDualEncoderModel) else None
+    tower = _Embedding(module, *(projections or [nn.Identity()]), list(graph.inputs.values()), pad).eval()
     # Immich's token ids have 32 bits.
     kind = torch.int32 if "text" in graph.inputs else None
     given = [tuple(batch[name].to(kind) for name in tower.arguments) for batch in batches]

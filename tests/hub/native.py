@@ -14,12 +14,12 @@ from flipscale.model.families import config_class
 
 NATIVE = ("clip", "siglip")
 CAPTIONS = ["a photo of a cat", "a red disc", "The blue ring!", "some green bars and a grey cross"]
-LENGTH = {"clip": 24, "siglip": 64}
+LENGTH = {"clip": 24, "siglip": 64, "towers": 16}
 
 
 def small_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
     """CLIP's pads with its end token, and SigLIP's has no end token."""
-    if family == "siglip":
+    if family != "clip":
         return train_sentencepiece(CAPTIONS * 3, folder, 80, LENGTH[family])
     letters = [*ascii_lowercase, *digits, "!", "'", ","]
     pieces = ["<|pad|>", *letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -32,6 +32,8 @@ def export_native(family: str, folder: Path, **text: Any) -> Path:
     fields = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": LENGTH[family]}
     fields |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    if family == "towers":  # a ViT and a BERT
+        vision["model_type"], fields = "vit", {**fields, "model_type": "bert", "caption_tokens": LENGTH[family]}
     config = config_class(family).from_size("b16", vision, {**fields, **text})
     torch.manual_seed(0)
     model = config.exported_class(config.exported())

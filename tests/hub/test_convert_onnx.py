@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hub.native import NATIVE, export_native
+from hub.native import LENGTH, NATIVE, export_native
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
@@ -124,15 +124,16 @@ def immich_text(folder: Path, text: str) -> dict[str, np.ndarray]:
     return {"text": np.array([tokenizer.encode(" ".join(text.split())).ids], np.int32)}
 
 
-@pytest.mark.parametrize("family", [*NATIVE, "flip", "flip without padding"])
+@pytest.mark.parametrize("family", [*NATIVE, "towers", "flip", "flip without padding"])
 def test_immich_reads_the_folder(family: str, save: Callable[..., Path], image: Path, tmp_path: Path) -> None:
-    folder = export_native(family, tmp_path / family) if family in NATIVE else save(attend_to_padding=family == "flip")
+    folder = export_native(family, tmp_path / family) if family in LENGTH else save(attend_to_padding=family == "flip")
     dst = tmp_path / "onnx"
     cli.main(["convert", "onnx", str(folder), str(dst)])
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(dst)
     assert (type(model).__name__, type(processor).__name__) == {
         "clip": ("CLIPModel", "CLIPProcessor"),
         "siglip": ("SiglipModel", "SiglipProcessor"),
+        "towers": ("VisionTextDualEncoderModel", "VisionTextDualEncoderProcessor"),
     }.get(family, ("FlipModel", "FlipProcessor"))
     visual, textual = (onnxruntime.InferenceSession(dst / f"{part}/model.onnx") for part in ("visual", "textual"))
     for picture in (Image.open(image), Image.open(image).rotate(90, expand=True)):
