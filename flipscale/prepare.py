@@ -86,8 +86,8 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     add(
         "source",
         help="A folder of images (with a .txt or .json file beside each, a metadata table, or a folder per class), "
-        "a CSV, TSV, JSONL or parquet table of paths and captions, or a data set of the `datasets` library (saved, or "
-        "its name on the Hub).",
+        "a CSV, TSV, JSONL or parquet table of paths and captions, a folder of Parquet files, or a data set of the "
+        "`datasets` library (saved, or its name on the Hub).",
     )
     add("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
     add(

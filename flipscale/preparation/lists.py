@@ -165,7 +165,7 @@ def open_pairs(
             raise UserError(f"{path} {what}; name a folder, a table or a data set")
         kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
         pairs = kind.open(path, asked, allow_outside)
-    elif not path.is_dir() or is_saved_dataset(str(path)):
+    elif not path.is_dir() or is_saved_dataset(str(path)) or (holds_parquet(path) and not holds_images(path)):
         pairs = DatasetList.load(source, asked, split, allow_outside)
     elif labels not in (None, FOLDER):
         raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
@@ -183,8 +183,7 @@ def source_of(name: str) -> SourceRecipe:
     Raise UserError for other Parquet files and data sets, such as a table of paths.
     """
     path = Path(name)
-    holds_parquet = path.is_dir() and not any(path.glob("*.tar")) and any(path.rglob("*.parquet"))
-    if not (is_saved_dataset(name) or path.suffix == ".parquet" or holds_parquet):
+    if not (is_saved_dataset(name) or path.suffix == ".parquet" or holds_parquet(path)):
         return SourceRecipe(shards=name)
     features = load_rows(name, None, "train").features
     texts = {column for column, feature in features.items() if getattr(feature, "dtype", "").endswith("string")}
@@ -193,6 +192,15 @@ def source_of(name: str) -> SourceRecipe:
     if image is None or caption is None:
         raise no_shards(name)
     return SourceRecipe(dataset=name, image_column=image, caption_columns=[caption])
+
+
+def holds_parquet(path: Path) -> bool:
+    """Return whether a folder has Parquet files, in its subfolders too, and no shards."""
+    return path.is_dir() and not any(path.glob("*.tar")) and any(path.rglob("*.parquet"))
+
+
+def holds_images(path: Path) -> bool:
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
 
 
 @dataclass(frozen=True)
@@ -699,7 +707,10 @@ class DatasetList(RowList):
 
         errors = (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException)
         try:
-            loaded = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source, split=split)
+            if is_saved_dataset(source):
+                loaded = datasets.load_from_disk(source)
+            else:
+                loaded = datasets.load_dataset(source, split=split)
             loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         except errors as error:
             raise UserError(

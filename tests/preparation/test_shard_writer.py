@@ -85,6 +85,18 @@ def test_parquet_images_with_several_captions(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/report.json").read_text())["left_out"] == {"missing_caption": 1}
 
 
+def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
+    for number in range(3):
+        rows = {"image": [{"bytes": image(number), "path": None}], "caption": [f"picture {number}"]}
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        (tmp_path / "files/data").mkdir(parents=True, exist_ok=True)
+        file = tmp_path / f"files/data/train-0000{number}-of-00003.parquet"
+        datasets.Dataset.from_dict(rows, features).to_parquet(str(file))
+    source = shards_of([tmp_path / "files"], tmp_path / "out")
+    assert [source.read(0, row).captions for row in range(3)] == [(f"picture {row}".encode(),) for row in range(3)]
+    assert source.read(0, 2).image == image(2)
+
+
 def test_what_is_left_out_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "0.txt").write_bytes(b"\xff\xfe")
     (folder / "1.png").write_bytes(b"no picture")
