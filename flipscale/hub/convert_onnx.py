@@ -27,16 +27,16 @@ _CARD = """The two towers of a {kind} as ONNX, compared with the model in onnxru
 ```python
 import onnxruntime
 
-image_model = onnxruntime.InferenceSession("{image}")
-text_model = onnxruntime.InferenceSession("{text}")
+image_model = onnxruntime.InferenceSession("visual/model.onnx")
+text_model = onnxruntime.InferenceSession("textual/model.onnx")
 ```
 
-`{image}` takes `{image_input}`. `{text}` takes `{text_inputs}`. The processor in this folder makes all of
-them. The outputs have unit length; logits are
+`image` is `pixel_values` of the processor in this folder. `text` is its `input_ids` as int32, padded to {length} ids.
+{own}The outputs have unit length; logits are
 {logit_scale} times their products{and_bias}.
 
-`visual/`, `textual/` and `config.json` are what Immich's machine learning reads. Immich knows its models by name: put
-this folder in place of one of {dim} dimensions, such as `CACHE/clip/NAME`, and search with NAME.
+The layout is that of Immich's models. Immich knows its models by name: put this folder in place of one of {dim}
+dimensions, in its cache `clip/NAME`, and choose NAME.
 """
 
 # Protobuf files cannot be larger; larger weights get a file of their own.
@@ -103,26 +103,24 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
     with new_folder(dst) as folder:
         model, tokenizer = load_dual_encoder(src)
         values, config = model.loss_values(), model.config
-        tokenizer = build_processor(config, tokenizer).tokenizer
+        processor = build_processor(config, tokenizer)
         model = _plain(model.float())
         model.set_attn_implementation("sdpa")
-        build_processor(config, tokenizer).save_pretrained(folder)
+        processor.save_pretrained(folder)
         model.config.save_pretrained(folder)
-        _write_for_immich(folder, config, tokenizer, f"model {src!r}")
+        _write_for_immich(folder, config, processor.tokenizer, f"model {src!r}")
         metadata = {name: repr(value.item()) for name, value in values.items()}
         graphs = [*_own_graphs(config), *_IMMICH]
         card = _CARD.format(
             kind=type(model).__name__,
-            image=graphs[0].file,
-            text=graphs[1].file,
-            image_input=", ".join(graphs[0].inputs),
-            text_inputs="` and `".join(graphs[1].inputs),
+            length=config.caption_config.max_position_embeddings,
+            own=" ".join(f"`{file}`" for file, *_ in graphs[:-2]) + " take its output.\n" if graphs[2:] else "",
             logit_scale=metadata["logit_scale"],
             and_bias=f", plus {metadata['logit_bias']}" if "logit_bias" in metadata else "",
             dim=config.projection_dim,
         )
         (folder / "README.md").write_text(derived_card(src, dst.name, "onnx", card), encoding="utf-8")
-        batches = {"vision": _image_batches(config), "text": _text_batches(config, tokenizer)}
+        batches = {"vision": _image_batches(config), "text": _text_batches(config, processor.tokenizer)}
         return {
             graph.file: _write_and_check(model, graph, batches[graph.tower], folder / graph.file, metadata)
             for graph in each(graphs, "writing", "files")

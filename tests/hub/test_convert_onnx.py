@@ -143,3 +143,15 @@ def test_immich_reads_the_folder(family: str, save: Callable[..., Path], image: 
     for text in ("a red disc", "The  blue cat!", "some green bars and a grey cross " * 20):
         found = textual.run(None, immich_text(dst, text))[0][0]
         assert np.abs(found - text_embeds(model, processor, [text])[0]).max() < 1e-4, text
+
+
+def test_a_tokenizer_that_immich_would_read_otherwise(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Immich takes no settings from tokenizer_config.json, such as the one by which special tokens are plain text."""
+    folder = export_native("siglip", tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "split_special_tokens": True}))
+    monkeypatch.setattr(convert_onnx, "_TEXTS", ["a red disc", "a <pad> disc"])
+    assert "other ids than its tokenizer for 'a <pad> disc'" in refused("convert", "onnx", folder, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
