@@ -215,7 +215,7 @@ def test_what_stops_it_before_a_download(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "food10"], "no task is called 'food10'; did you mean food101 or ucf101?"),
+        (["--only", "food10"], "no task is called 'food10'; did you mean food101 or xtd10 or ucf101?"),
         (["--suite", "robust"], "no suite is called 'robust'; use one of paper, robustness, fairness, languages, all"),
         (["--suite", "all", "--only", "mnist"], "--suite and --only exclude each other"),
         ([], "name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks"),
