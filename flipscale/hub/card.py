@@ -234,7 +234,7 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
     for line in lines:
         result, data = line.result, line.about.get("data") or {}
         of_whole_images = result.who == THIS_MODEL and "data" in result.made_by and not line.about.get("mask")
-        if not of_whole_images or not math.isfinite(result.value) or result.is_certain:
+        if not of_whole_images or not math.isfinite(result.value) or not _is_on_card(result):
             continue
         kind = KINDS.get(result.kind)
         entry = EvalResult(
@@ -249,6 +249,11 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
         )
         entries[_entry_key(entry)] = entry
     return list(entries.values())
+
+
+def _is_on_card(result: Result) -> bool:
+    """Return whether a card lists a result. Of many languages, it has the mean and its spread only."""
+    return not result.is_certain and (result.headline or not result.kind.startswith("multilingual"))
 
 
 def _entry_key(entry: EvalResult) -> tuple[str | None, ...]:
@@ -305,7 +310,7 @@ def _merged(section: str, lines: Sequence[Line]) -> str:
 def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
     """Return the cells of each row by test, metric and model, task by task. The last result of each counts."""
     by_task: dict[str, dict[tuple[str, ...], list[str]]] = {}
-    for line in (line for line in lines if not line.result.is_certain):
+    for line in (line for line in lines if _is_on_card(line.result)):
         result, rows = line.result, by_task.setdefault(line.result.task, {})
         cells = [_test(line), result.shown, result.who, result.value_text, result.interval_text]
         test, shown, who, *numbers = map(escape_markdown, cells)

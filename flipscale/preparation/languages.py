@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 from fsspec.core import url_to_fs
 
+from flipscale.data.samples import reason_of
 from flipscale.data.sources.tar import add_member
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
@@ -18,7 +19,10 @@ from flipscale.io.errors import UserError
 def archive_bytes(url: str) -> int:
     """Return the size of a file at a URL; 0 if the server does not say it."""
     system, path = url_to_fs(url)
-    return int(system.size(path) or 0)
+    try:
+        return int(system.size(path) or 0)
+    except Exception:  # every protocol raises its own types, and the download raises again
+        return 0
 
 
 def write_languages(place: Path, images: str, captions: dict[str, list[str]], names: str) -> None:
@@ -33,9 +37,20 @@ def write_languages(place: Path, images: str, captions: dict[str, list[str]], na
         names: URL of the names of the images, for captions in text files.
 
     Raises:
-        UserError: the archive has none of the images.
+        UserError: the archive has none of the images, or a file is not as it was.
         OSError: a URL cannot be read.
     """
+    try:
+        _write(place, images, captions, names)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # archives, JSON and every protocol raise their own types
+        raise UserError(
+            f"{images} or its captions cannot be read ({reason_of(error)}); the source has changed"
+        ) from error
+
+
+def _write(place: Path, images: str, captions: dict[str, list[str]], names: str) -> None:
     texts: dict[str, dict[str, str]] = {}
     for url, languages in captions.items():
         if url.endswith(".zip"):

@@ -33,6 +33,9 @@ from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.reports.suite_report import Column, suite_tables
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.hub.card import model_index
+from flipscale.io.errors import UserError
+from flipscale.preparation.languages import write_languages
 
 pytestmark = pytest.mark.long
 
@@ -270,9 +273,15 @@ def test_captions_in_many_languages(
         assert own == pytest.approx(expected[language]["text_to_image_r1"], abs=2e-5)
     assert_means(name, found, expected, "text_to_image_r1")
     about = {"data": {"images": 23}}
-    table = suite_tables([Column("model", [Line(result, about) for result in results])], [])
+    lines_of_results = [Line(result, about) for result in results]
+    table = suite_tables([Column("model", lines_of_results)], [])
     assert f"text to image R@1, mean of {len(chosen)} languages" in table
     assert "standard deviation between languages" in table
+    on_card = model_index(lines_of_results)
+    assert [entry.metric_name.partition(": ")[0].partition(", ")[2] for entry in on_card] == [
+        f"mean of {len(chosen)} languages, %", "standard deviation between languages, %", "lowest", "highest",
+    ]  # fmt: skip
+    assert {entry.dataset_type for entry in on_card} == {name}
 
 
 def assert_means(name: str, found: dict[str, float], expected: dict[str, dict[str, float]], headline: str) -> None:
@@ -316,6 +325,24 @@ def test_classes_in_many_languages(polyglot: Sides, tmp_path: Path, monkeypatch:
         expected[language] = {"top1": 100 * theirs["acc1"], "mean_per_class": 100 * theirs["mean_per_class_recall"]}
         assert found[f"babel/top1_{language}"] == pytest.approx(expected[language]["top1"], abs=2e-5)
     assert_means("babel", found, expected, "top1")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("images.tgz", b"no archive"), ("images.tgz", None), ("captions.zip", b"PK"), ("captions.zip", b"")],
+)
+def test_a_source_that_has_changed(tmp_path: Path, file: str, content: bytes | None) -> None:
+    """The archive is none, or has none of the images; the captions are no zip file."""
+    with tarfile.open(tmp_path / "images.tgz", "w:gz") as archive:
+        add_member(archive, "other.jpg", b"picture")
+    with zipfile.ZipFile(tmp_path / "captions.zip", "w") as zipped:
+        zipped.writestr("captions.jsonl", json.dumps({"image/key": "one", "de": {"caption": ["ein Bild"]}}))
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    here = f"file://{tmp_path}"
+    with pytest.raises(UserError, match=r"images.tgz .*; the source has changed"):
+        write_languages(tmp_path, f"{here}/images.tgz", {f"{here}/captions.zip": ["de"]}, "")
+    assert not (tmp_path / "test").exists()
 
 
 @pytest.mark.parametrize("captions", [["一"] * 4, None, [1] * 5])

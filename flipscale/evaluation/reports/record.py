@@ -195,7 +195,7 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
         "options": options,
         "data": {
             "name": page.name if page else data_name(task.data),
-            "repo": page.source.repo if page else None,
+            "repo": page.source.repo if page and not page.source.captions else None,
             "split": page.source.split if page else None,
             "revision": prepared.get("revision") or (page.source.revision if page else None),
             "images": len(test_set),
