@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Share of the run's own weights with --interpolate. Default: 0.5. Several shares get a folder each in "
         "--out, such as alpha-0.25.",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="Write only the changes of a run with optim.lora, as a folder for PEFT. Default: add them to the weights.",
+    )
     parser.add_argument("--out", metavar="DIR", type=output_folder, help="Folder to write. Default: RUN/export-STEP.")
 
 
@@ -36,12 +41,17 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from flipscale.engines.checkpoint import checkpoint_of, latest_checkpoint
-    from flipscale.hub.export import export_checkpoint
+    from flipscale.hub.export import export_adapter, export_checkpoint
 
     checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
     if checkpoint is None:
         raise UserError(f"{args.run_dir} has no checkpoint; name a run directory with checkpoints/step-*")
     out = args.out or args.run_dir / f"export-{int(checkpoint.name[5:])}"
+    if args.adapter:
+        if args.interpolate or args.dtype != "fp32":
+            raise UserError("--adapter writes the changes alone, in fp32; leave --interpolate and --dtype out")
+        print(export_adapter(checkpoint, args.out or args.run_dir / f"adapter-{int(checkpoint.name[5:])}"))
+        return
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.interpolate is None:
         print(export_checkpoint(checkpoint, out, dtype))

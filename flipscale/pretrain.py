@@ -81,7 +81,7 @@ def train(
         for step, micro_batches, faults in watch.timed(plan.batches(clock, accelerator), start.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.starts_afresh:
-                engine.layout.forget_moments()
+                engine.restart(step.stage.frozen)
             tracker.count_rows(micro_batches)
             loss = consume_batch(engine, micro_batches, plan.objective)
             taken = sync.start(step, loss, engine.gradient_norm(), faults)

@@ -17,9 +17,9 @@ class DdpEngine(Engine):
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
         """Return the memory: everything is whole, and gradients are accumulated and sent in place."""
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        whole = sum(sizes.values())
-        return ModelMemory(weights=whole, copies=0, gradients=whole, moments=sizes, communication_bytes=0)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        whole, trained = sum(parameter.numel() for parameter in model.parameters()), sum(sizes.values())
+        return ModelMemory(weights=whole, copies=0, gradients=trained, moments=sizes, communication_bytes=0)
 
     def _wrap(self) -> nn.Module:
         if self.accelerator.num_processes == 1:

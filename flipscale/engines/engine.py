@@ -6,6 +6,7 @@ The launch chooses the engine (`flipscale.engines.start.engine_classes`). All en
 same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from flipscale.engines.optimizers import (
 )
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.stragglers import PhaseLog
+from flipscale.engines.trained import freeze
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 if TYPE_CHECKING:
@@ -170,10 +172,11 @@ class Engine:
 
     1. `build` makes the model with its first weights, sharded where the engine shards.
     2. `layout.load_weights` fills them from a checkpoint, if the run goes on from one.
-    3. `prepare` wraps the model for training and makes optimisers without moments.
+    3. `prepare` freezes parts, wraps the model for training and makes optimisers without moments.
     4. `layout.load_moments` fills the moments from that checkpoint.
     5. `start_averages` starts the averages of the weights, if the recipe asks for them.
-    6. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`.
+    6. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`. Before
+       the first step of a schedule: `restart`.
 
     `model` is the model itself, for evaluation and parameter names. `wrapped` is its wrapper for training, which a call
     of the engine calls.
@@ -194,6 +197,9 @@ class Engine:
         self.wrapped: Any = None
         # Kept here, because a walk through the modules takes the host longer than the sum of the norms.
         self._parameters: list[nn.Parameter] = []
+        # Parameters that are trained in some stage, and the parts of them that are frozen now.
+        self._trainable: list[nn.Parameter] = []
+        self._frozen: tuple[str, ...] = ()
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
         # Exponential moving averages of this process's elements of each parameter, if the recipe asks for them.
@@ -242,13 +248,40 @@ class Engine:
     def _make_layout(self) -> Layout:
         return Layout(self.model, self.accelerator.process_index, self.accelerator.num_processes)
 
-    def prepare(self) -> None:
-        """Collective. Wrap the model for training and make its optimisers, without moments."""
+    def prepare(self, frozen: Sequence[str] = ()) -> None:
+        """Collective. Freeze parts, wrap the model for training and make its optimisers, without moments.
+
+        `frozen` are parts besides those that `configure` of `build` has frozen.
+        """
+        self._freeze(frozen)
         self.wrapped = self._wrap()
         self._parameters = list(self.model.parameters())
         muon_dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
         self.optimizers = build_optimizers(self.model, self.recipe, muon_dtype, self._sharers())
         self.layout.optimizers = self.optimizers
+
+    def _freeze(self, frozen: Sequence[str]) -> None:
+        self._trainable = self._trainable or [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        freeze(self.model, frozen, "stages.frozen")
+        self._frozen = tuple(frozen)
+
+    def restart(self, frozen: Sequence[str]) -> None:
+        """Collective. Drop the moments. If other parts are now `frozen`, wrap the model and make optimisers again."""
+        if tuple(frozen) == self._frozen:
+            self.layout.forget_moments()
+            return
+        self._release()
+        # The wrapper has reference cycles, and the loop has turned Python's collector off.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        self.prepare(frozen)
+
+    def _release(self) -> None:
+        """Drop the wrapper and the optimisers."""
+        self.wrapped, self.optimizers, self.layout.optimizers = None, [], ()
 
     def _wrap(self) -> Any:
         return self.model

@@ -7,8 +7,10 @@ number of processes.
 
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -79,22 +81,6 @@ def model_without_storage(config: FlipConfig, kind: type[FlipPreTrainedModel] = 
     """Return a model on the meta device."""
     with torch.device("meta"):
         return kind(config)
-
-
-def freeze(model: FlipPreTrainedModel, parts: Sequence[str]) -> None:
-    """Freeze `parts` of a model, which are names of modules or parameters."""
-    for part in parts:
-        parameters = [p for name, p in model.named_parameters() if name == part or name.startswith(f"{part}.")]
-        if not parameters:
-            known = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
-            raise UserError(
-                f"model.frozen has {part!r}; expected {', '.join(known)}, or a part of one such as "
-                "vision_model.encoder.layers.0"
-            )
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"model.frozen is {list(parts)}, which leaves nothing to learn; leave a part out")
 
 
 def compile_blocks(model: FlipPreTrainedModel) -> None:
@@ -183,7 +169,22 @@ def initial_weights(
                 owner._init_weights(module)
                 generator.set_state(torch.get_rng_state())
 
-    return init
+    return _with_lora(init, seed)
+
+
+def _with_lora(init: ParameterInit, seed: int) -> ParameterInit:
+    """Return an initialiser also of a model with LoRA, which changes nothing at first: A is drawn, and B is zero."""
+
+    def of_module(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+        if ".lora_" not in name:
+            return init(name.replace(".base_layer", ""), module, owner)
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+            if ".lora_A." in name:
+                with _draws_of(seed, name):
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # as PEFT does
+
+    return of_module
 
 
 def longer_positions(table: torch.Tensor, count: int, kind: str) -> torch.Tensor:
@@ -271,12 +272,19 @@ def fresh_weights(seed: int) -> ParameterInit:
     """Return an initialiser that draws weights by the model's own `_init_weights`."""
 
     def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        with _draws_of(seed, name):
             owner._init_weights(module)
 
     return init
+
+
+@contextmanager
+def _draws_of(seed: int, name: str) -> Iterator[None]:
+    """Draw random numbers that depend only on the seed and the module's name."""
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        yield
 
 
 def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:

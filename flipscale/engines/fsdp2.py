@@ -4,6 +4,7 @@ They are sharded over all processes, or over groups of processes that each hold 
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import local
-from flipscale.engines.optimizers import encoder_blocks, gradient_norm
+from flipscale.engines.optimizers import encoder_blocks, gradient_norm, num_trained
 
 
 class Fsdp2Engine(Engine):
@@ -53,15 +54,17 @@ class Fsdp2Engine(Engine):
         """
         count = launch.shard_size or launch.num_processes
         rows = {name: -(-p.shape[0] // count) * p.shape[1:].numel() for name, p in model.named_parameters()}
+        trained = {name: rows[name] for name, p in model.named_parameters() if p.requires_grad}
         kept = sum(rows.values())
-        gradients = sum(p.numel() for p in model.parameters()) if accumulates else kept
-        blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
-        rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+        gradients = num_trained(model) if accumulates else sum(trained.values())
+        blocks = [(sum(p.numel() for p in block.parameters()), num_trained(block)) for block in encoder_blocks(model)]
+        rest = sum(p.numel() for p in model.parameters()) + num_trained(model) - sum(map(sum, blocks))
         # The computing block and the next, already gathered block; a block's gradients in both precisions; the weights
         # outside of blocks with their gradients, which are sent after the backward pass.
         width = 2 if launch.bf16 else 4
-        gathered = max(blocks, default=0) * (2 * width + width + 4) + rest * 2 * width
-        return ModelMemory(kept, 0, gradients, rows, gathered if launch.num_processes > 1 else 0)
+        of_blocks = [2 * width * whole + (width + 4) * learned for whole, learned in blocks]
+        gathered = max(of_blocks, default=0) + rest * width
+        return ModelMemory(kept, 0, gradients, trained, gathered if launch.num_processes > 1 else 0)
 
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -81,12 +84,13 @@ class Fsdp2Engine(Engine):
     def _make_layout(self) -> Layout:
         return _RowLayout(self.model, dist.get_rank(), dist.get_world_size(), self._num_replicas)
 
-    def _wrap(self) -> nn.Module:
+    def _freeze(self, frozen: Sequence[str]) -> None:
         model: nn.Module = self.model
         assert isinstance(model, FSDPModule)
-        # The model must be the root, but an evaluation may call a tower before training has called the model.
+        # The model must be the root, but an evaluation may call a tower before training has called the model. And FSDP2
+        # looks once for the modules to reduce gradients of, so all that some stage trains must still be trainable.
         model._get_fsdp_state()._lazy_init()
-        return model
+        super()._freeze(frozen)
 
     def _reduce_gradients(self, enabled: bool) -> None:
         self.wrapped.set_requires_gradient_sync(enabled)

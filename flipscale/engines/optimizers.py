@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
 from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.trained import part_of_model
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -55,6 +56,11 @@ def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def num_trained(module: nn.Module) -> int:
+    """Return the number of trained elements in a module."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
 def decays(model: nn.Module) -> dict[str, bool]:
     """Return for each parameter, by name, whether weight decay applies to it.
 
@@ -74,31 +80,34 @@ def decays(model: nn.Module) -> dict[str, bool]:
     return decayed
 
 
-def layer_scales(model: nn.Module, decay: float | None, tower_ratio: float = 1.0) -> dict[str, float]:
+def layer_scales(
+    model: nn.Module, decay: float | None, tower_ratio: float = 1.0, ratios: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Return the factor of each parameter's learning rate, by name.
 
     The factor is `tower_ratio` in the towers and 1 elsewhere, times a power of `decay`. In a tower of N blocks, the
     embeddings are group 0, block k (from 0) is group k + 1, and the final norm is group N + 1. All parameters outside
     of the towers are group N + 1 too. Group i has `decay ** (N + 1 - i)` (BEiT, arXiv 2106.08254, and MAE's
-    fine-tuning).
+    fine-tuning). `ratios` are further factors of parts by their names; the longest name that fits counts.
     """
     scales = {name: 1.0 for name, _ in model.named_parameters()}
-    if decay is None and tower_ratio == 1.0:
-        return scales
     for path, tower in model.named_modules():
-        if path in ("vision_model", "text_model"):
+        if path in ("vision_model", "text_model") and (decay is not None or tower_ratio != 1.0):
             last = len(encoder_blocks(tower)) + 1
             for name, _ in tower.named_parameters():
                 block = re.match(r"(?:encoder\.)?layers?\.(\d+)\.", name)
                 # CLIP has a norm before the first block.
                 group = int(block[1]) + 1 if block else 0 if name.startswith(("embeddings.", "pre_")) else last
                 scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (last - group)
-    return scales
+    of_parts: dict[str, float] = {}
+    for part, ratio in sorted((ratios or {}).items()):
+        of_parts |= dict.fromkeys(part_of_model(model, part, "optim.lr_ratios"), ratio)
+    return {name: scale * of_parts.get(name, 1.0) for name, scale in scales.items()}
 
 
 def muon_matrices(model: nn.Module) -> set[str]:
-    """Return the names of Muon's parameters: the matrices of the encoders' layers."""
-    matrices = {id(p) for block in encoder_blocks(model) for p in block.parameters() if p.ndim == 2}
+    """Return the names of Muon's parameters: the trained matrices of the encoders' layers."""
+    matrices = {id(p) for block in encoder_blocks(model) for p in block.parameters() if p.ndim == 2 and p.requires_grad}
     return {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
 
 
@@ -115,7 +124,7 @@ def build_optimizers(
         sharers: processes that share Muon's work on whole matrices; None if each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio)
+    scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio, recipe.lr_ratios)
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         names = muon_matrices(model)
@@ -123,7 +132,8 @@ def build_optimizers(
             {"params": [parameters[name] for name in group], "lr_ratio": recipe.muon_lr_ratio * scales[group[0]]}
             for group in _alike({name: scales[name] for name in parameters if name in names})
         ]
-        optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype, sharers))
+        if matrices:
+            optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype, sharers))
         parameters = {name: parameter for name, parameter in parameters.items() if name not in names}
     decayed = decays(model)
     groups = [
@@ -145,9 +155,9 @@ def _alike(values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
-    """Return the number of moments of each parameter, by name."""
+    """Return the number of moments of each trained parameter, by name."""
     matrices = muon_matrices(model) if recipe.name == "muon" else set()
-    return {name: 1 if name in matrices else 2 for name, _ in model.named_parameters()}
+    return {name: 1 if name in matrices else 2 for name, p in model.named_parameters() if p.requires_grad}
 
 
 def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:

@@ -1,6 +1,6 @@
 """The recipe's `optim` and `save` sections, without torch, which `--help` does not import."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flipscale.io.options import (
@@ -13,6 +13,29 @@ from flipscale.io.options import (
     ShareAboveZero,
     ShareBelowOne,
 )
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Low-rank changes that are trained in place of the weights (LoRA, arXiv 2106.09685), by the package peft.
+
+    Args:
+        rank: The rank of the changes; null to train the weights themselves.
+        alpha: The changes are multiplied by alpha / rank. Null is the rank, so that the factor is 1.
+        towers: The towers that learn changes. All other weights stay fixed, the temperature too.
+        modules: The linear layers of these towers' blocks that learn changes, by the last part of their names, such as
+            q_proj, k_proj, v_proj, out_proj, fc1, fc2. The default is the paper's.
+    """
+
+    rank: Count | None = None
+    alpha: Positive | None = None
+    towers: tuple[str, ...] = ("vision_model", "text_model")
+    modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    @property
+    def factor(self) -> float:
+        """Factor of the changes."""
+        return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,9 @@ class OptimRecipe:
             rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
         tower_lr_ratio: The learning rate of the two towers relative to other parts, such as a new decoder or head; 0.1
             in the paper's captioning and question answering.
+        lr_ratios: Learning rates of single parts relative to the others, by their names in the model, such as
+            `{vision_model: 0.1, text_model: 0.5}`. The longest name that fits a weight counts.
+        lora: Low-rank changes in place of the weights.
         max_grad_norm: Gradients are clipped to this global norm. By default they are not clipped, as in the paper.
     """
 
@@ -50,6 +76,8 @@ class OptimRecipe:
     ema_decay: OpenShare | None = None
     layer_decay: ShareAboveZero | None = None
     tower_lr_ratio: Positive = 1.0
+    lr_ratios: dict[str, Positive] = field(default_factory=dict)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from flipscale.engines.engine import Batch, Engine, Layout, ModelMemory, Shard
 from flipscale.engines.launch import Launch, shipped
-from flipscale.engines.optimizers import build_optimizers, empty_state
+from flipscale.engines.optimizers import build_optimizers, empty_state, num_trained
 from flipscale.io.errors import UserError
 
 # DeepSpeed's defaults, in elements.
@@ -81,18 +81,20 @@ class ZeroEngine(Engine):
         """
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         parts = {name: -(-size // launch.num_processes) for name, size in sizes.items()}
-        whole, kept, stage = sum(sizes.values()), sum(parts.values()), _stage(launch)
+        moments = {name: parts[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        whole, trained, kept, stage = sum(sizes.values()), num_trained(model), sum(moments.values()), _stage(launch)
         settings = launch.deepspeed.get("zero_optimization", {})
         # A bucket of gradients, and a second bucket if communication overlaps; weights that stage 3 keeps gathered.
         buckets = 2 if settings.get("overlap_comm", stage == 3) else 1
-        transit = min(whole, buckets * int(settings.get("reduce_bucket_size", _BUCKET)))
+        transit = min(trained, buckets * int(settings.get("reduce_bucket_size", _BUCKET)))
         if stage == 3:
             transit += min(whole, int(settings.get("stage3_max_live_parameters", _MAX_LIVE)))
+        gradients = trained if stage == 1 else kept
         return ModelMemory(
-            weights=kept if stage == 3 else whole,
+            weights=sum(parts.values()) if stage == 3 else whole,
             copies=kept,
-            gradients={1: whole, 2: whole, 3: whole + kept}[stage] if accumulates else whole if stage == 1 else kept,
-            moments=parts,
+            gradients=(trained + kept if stage == 3 else trained) if accumulates else gradients,
+            moments=moments,
             communication_bytes=4 * transit if launch.num_processes > 1 else 0,
         )
 
@@ -116,9 +118,10 @@ class ZeroEngine(Engine):
     def _make_layout(self) -> Layout:
         return (_Stage3Layout if self.stage == 3 else _FragmentLayout)(self.model, dist.get_rank(), self.launch)
 
-    def prepare(self) -> None:
+    def prepare(self, frozen: Sequence[str] = ()) -> None:
         import deepspeed
 
+        self._freeze(frozen)
         (optimizer,) = build_optimizers(self.model, self.recipe)
         self.wrapped, self.zero, _, _ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False
@@ -126,6 +129,16 @@ class ZeroEngine(Engine):
         self.optimizers = [self.zero.optimizer]
         assert isinstance(self.layout, _ZeroLayout)
         self.layout.optimizers, self.layout.zero = self.optimizers, self.zero
+
+    def _release(self) -> None:
+        self.wrapped.destroy()
+        self.layout.forget_moments()
+        for parameter in cast("list[Any]", self._trainable):
+            # Weights are views of the flat tensors of the trained weights, which a copy lets go.
+            held = parameter.ds_tensor if self.stage == 3 else parameter
+            held.data = held.data.clone()
+        super()._release()
+        self.zero = self.layout.zero = None  # type: ignore[attr-defined]
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -18,17 +19,18 @@ from transformers.processing_utils import ProcessorMixin
 
 from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_whole
+from flipscale.engines.trained import lora_config, lora_layers, merged
 from flipscale.evaluation.test_set import kept_class_names
 from flipscale.hub.push import sort_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import check_folder, fetch_folder, read_object
+from flipscale.io.model_folder import check_folder, fetch_folder, local_folder, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
 from flipscale.model.families import family_of
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.recipe import Recipe, parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
@@ -128,8 +130,8 @@ def export_checkpoint(
 ) -> Path:
     """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, without a card.
 
-    The recipe's averages of the weights are exported if it keeps them. One tensor is in memory at a time, for any
-    engine and number of processes of the checkpoint.
+    The recipe's averages of the weights are exported if it keeps them. LoRA's changes are added to the weights. A
+    tensor or two are in memory at a time, for any engine and number of processes of the checkpoint.
 
     Args:
         dtype: data type of the weights.
@@ -142,13 +144,8 @@ def export_checkpoint(
         UserError: the checkpoint does not exist, its tokenizer cannot be loaded, the other model has other weights, or
             as `export_model`.
     """
-    if not checkpoint.exists():
-        names = [path.name for path in list_checkpoints(checkpoint.parents[1])]
-        raise UserError(f"{checkpoint} does not exist; the checkpoints are {', '.join(names) or 'none'}")
-    require_whole(checkpoint)
-    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
-    config, reader = recipe.model_config(), CheckpointReader(checkpoint)
-    objective = recipe.objective()
+    recipe, reader = _opened(checkpoint)
+    config, objective = recipe.model_config(), recipe.objective()
     processor: Processor
     if objective.takes_text:
         processor = build_processor(config, model_tokenizer(recipe.data.tokenizer, config.caption_config))
@@ -160,19 +157,67 @@ def export_checkpoint(
     kind, exported = objective.exported_model(config)
     with torch.device("meta"):
         model = kind._from_config(exported, dtype=dtype)
-    read: ReadWeight = partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
+    read = merged(_reader_of(recipe, reader), reader.shapes, recipe.optim.lora)
     if base is not None:
         read = _mixed(model, read, base, alpha)
     return _write_folder(model, processor, out_dir, read)
 
 
+def _opened(checkpoint: Path) -> tuple[Recipe, CheckpointReader]:
+    if not checkpoint.exists():
+        names = [path.name for path in list_checkpoints(checkpoint.parents[1])]
+        raise UserError(f"{checkpoint} does not exist; the checkpoints are {', '.join(names) or 'none'}")
+    require_whole(checkpoint)
+    return parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True), CheckpointReader(checkpoint)
+
+
+def _reader_of(recipe: Recipe, reader: CheckpointReader) -> ReadWeight:
+    return partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
+
+
+def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
+    """Write the LoRA changes of a run's checkpoint to the folder `out_dir`, for PEFT. Their base is the run's start.
+
+    Raises:
+        OSError: the checkpoint is damaged or cannot be read.
+        UserError: the run has no LoRA, its other weights are not those of the start weights, or the folder is in use.
+    """
+    recipe, reader = _opened(checkpoint)
+    lora, base = recipe.optim.lora, recipe.model.init_from or ""
+    if lora.rank is None:
+        raise UserError(f"--adapter needs optim.lora, and optim.lora.rank of {checkpoint} is null; leave --adapter out")
+    if out_dir.exists() and not (out_dir / "adapter_config.json").is_file():
+        raise UserError(f"{out_dir} exists and is no adapter; name another folder or remove it")
+    _check_base(base, reader)
+    folder, layers, read = local_folder(base), lora_layers(reader.shapes), _reader_of(recipe, reader)
+    weights = {}
+    for name in (f"{layer}.lora_{letter}" for layer in layers for letter in "AB"):
+        weights[f"base_model.model.{name}.weight"] = weight = read(f"{name}.default.weight")
+        check_weight(name, weight)
+    with atomic_write(out_dir) as adapter:
+        lora_config(layers, lora, str(folder or base)).save_pretrained(adapter)
+        save_file(weights, adapter / "adapter_model.safetensors")
+    return out_dir
+
+
+def _check_base(base: str, reader: CheckpointReader) -> None:
+    """Raise UserError unless a run's fixed weights are those of its start weights."""
+    files = _stored(base)
+    for name in (name for name in reader.shapes if ".lora_" not in name):
+        stored, fixed = name.replace(".base_layer", ""), reader.tensor("weight", name)
+        if stored not in files or not torch.equal(files[stored].get_tensor(stored).float().reshape(fixed.shape), fixed):
+            raise UserError(f"--adapter: {stored} of the run is not that of {base}; leave --adapter out")
+
+
+def _stored(base: str) -> dict[str, Any]:
+    """Return the open file of each weight of a run, a model folder or a model on the Hub."""
+    opened = [safe_open(path, "pt") for path in check_folder(fetch_folder(base))]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+
+
 def _mixed(model: PreTrainedModel, read: ReadWeight, base: str, alpha: float) -> ReadWeight:
     """Return a reader of a model's weights between those that `read` returns and those of `base`, in fp32."""
-    files = {}
-    for path in check_folder(fetch_folder(base)):
-        file = safe_open(path, "pt")
-        files.update(dict.fromkeys(file.keys(), file))
-    stored = stored_names(model)
+    files, stored = _stored(base), stored_names(model)
     for name, weight in model.state_dict().items():
         name, shape = stored[name], weight.shape
         base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None

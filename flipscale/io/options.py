@@ -105,6 +105,9 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
     elif get_origin(hint) in (Union, types.UnionType) and isinstance(value, int | float):
         for option in get_args(hint):
             yield from _numbers(value, option, path)
+    elif isinstance(value, dict) and len(get_args(hint)) == 2:
+        for key, element in value.items():
+            yield from _numbers(element, get_args(hint)[1], f"{path}.{key}")
     elif isinstance(value, list | tuple):
         kinds = [kind for kind in get_args(hint) if kind is not ...]
         for place, element in enumerate(value):

@@ -300,7 +300,7 @@ class MaskedDualEncoder(_WithTables):
         if self.largest_scale is not None:
             scale = _bounded(scale, math.log(self.largest_scale))
         values = {"logit_scale": scale.exp()}
-        if self.logit_bias is not None and self.logit_bias.requires_grad:
+        if self.logit_bias is not None and self.config.logit_bias_init_value is not None:
             # A copy, because ZeRO-3 takes a parameter that is returned for one of the caller's.
             values["logit_bias"] = self.logit_bias.to(torch.float32, copy=True)
         return values

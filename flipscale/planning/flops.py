@@ -3,14 +3,17 @@
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from flipscale.engines.first_weights import model_without_storage
+from flipscale.engines.recipe import LoraRecipe
+from flipscale.engines.trained import add_lora, freeze
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import num_kept
 from flipscale.objectives.contrastive import Contrastive
@@ -34,6 +37,8 @@ class Step:
         added_gradients: share of each fp32 gradient that stays on the process when it is ready; below 0 if a block's
             gradients from earlier passes are then sent away.
         image_size: image size in pixels; None for the model's own.
+        frozen: parts of the model without gradients, by name.
+        lora: low-rank changes in place of the weights.
     """
 
     batch_size: int
@@ -46,6 +51,14 @@ class Step:
     device_type: str = "cuda"
     added_gradients: float = 0.0
     image_size: int | None = None
+    frozen: tuple[str, ...] = ()
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Add LoRA to a model and freeze parts of it."""
+        with unset_fake_temporarily():  # PEFT cannot move fake tensors
+            add_lora(model, self.lora)
+        freeze(model, self.frozen)
 
 
 def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
@@ -82,16 +95,18 @@ class Flops:
     Args:
         forward: operations of a forward pass.
         modules: operations by module name, such as `vision_model.embeddings`.
+        backward: operations of a backward pass: two forward passes, unless weights are frozen. This is 0.1 % too many,
+            because the pixels need no gradient.
     """
 
     forward: int
     modules: Mapping[str, int]
+    backward: int
 
     @property
     def training(self) -> int:
-        """Operations of a training step: three forward passes, without recomputation. This is 0.1 % too many, because
-        the pixels need no gradient."""
-        return 3 * self.forward
+        """Operations of a training step without recomputation."""
+        return self.forward + self.backward
 
 
 def forward_flops(
@@ -101,6 +116,8 @@ def forward_flops(
     text_mask_ratio: float = 0.0,
     image_size: int | None = None,
     objective: Objective = PLAIN,
+    frozen: tuple[str, ...] = (),
+    lora: LoraRecipe | None = None,
 ) -> Flops:
     """Return the operations of a pair whose image is embedded `views` times at `mask_ratio`.
 
@@ -109,8 +126,10 @@ def forward_flops(
 
     Args:
         image_size: image size in pixels; None for the model's own.
+        frozen: parts of the model without gradients.
+        lora: low-rank changes in place of the weights.
     """
-    step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
+    step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size, frozen=frozen, lora=lora or LoraRecipe())
     if objective.exported_class is FlipModel:
         objective = replace(PLAIN, captions_per_image=objective.captions_per_image)
     return _counted(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
@@ -122,15 +141,22 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
         config = kind(**json.loads(content))
         model = model_without_storage(config, objective.trained_class(config))
+        step.prepare(model)
         # Eager, because torch's counter lacks formulas for some fused attention kernels.
         model.set_attn_implementation("eager")
         with torch.device("meta"):
             batch = example_batch(model.config, step, objective)
-        with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
-            model(**batch, image_size=step.image_size, return_logits=False)
-    prefix = f"{type(model).__name__}."
-    counts = {name.removeprefix(prefix): sum(by_op.values()) for name, by_op in counter.flop_counts.items()}
-    return Flops(counter.get_total_flops(), counts)
+        is_whole = not step.frozen and step.lora.rank is None
+        with torch.set_grad_enabled(not is_whole), FlopCounterMode(display=False, depth=64) as counter:
+            output = model(**batch, image_size=step.image_size, return_logits=False)
+        prefix, forward = f"{type(model).__name__}.", counter.get_total_flops()
+        counts = {name.removeprefix(prefix): sum(by_op.values()) for name, by_op in counter.flop_counts.items()}
+        if is_whole:
+            return Flops(forward, counts, 2 * forward)
+        loss = objective.mean_loss(output) + sum(tensor.float().sum() for tensor in objective.compared(output))
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+    return Flops(forward, counts, counter.get_total_flops())
 
 
 def stage_flops(recipe: Recipe) -> dict[str, Flops]:
@@ -139,7 +165,7 @@ def stage_flops(recipe: Recipe) -> dict[str, Flops]:
     return {
         stage.name: forward_flops(
             *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio),
-            *(stage.image_size, objective),
+            *(stage.image_size, objective, (*recipe.model.frozen, *stage.frozen), recipe.optim.lora),
         )
         for stage in recipe.stages
     }
@@ -152,4 +178,14 @@ def pair_flops(recipe: Recipe) -> dict[str, int]:
 
 def row_flops(recipe: Recipe) -> dict[str, int]:
     """Return the operations of the text tower in a pair's training step by stage name: a row for each caption."""
-    return {name: 3 * flops.modules.get("text_model", 0) for name, flops in stage_flops(recipe).items()}
+    lora, flops = recipe.optim.lora, stage_flops(recipe)
+
+    def passes(frozen: tuple[str, ...]) -> int:
+        if "text_model" in frozen or (lora.rank is not None and "text_model" not in lora.towers):
+            return 1
+        return 3 if lora.rank is None else 2
+
+    return {
+        stage.name: passes((*recipe.model.frozen, *stage.frozen)) * flops[stage.name].modules.get("text_model", 0)
+        for stage in recipe.stages
+    }

@@ -23,7 +23,7 @@ from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_moments
+from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_moments, num_trained
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
@@ -83,12 +83,19 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
     Raises:
         UserError: the processes do not divide the batch, or the engine cannot run the recipe.
     """
+    parts = dict.fromkeys(stage.frozen for stage in recipe.stages)
+    by_frozen = [replace(recipe, stages=[s for s in recipe.stages if s.frozen == frozen]) for frozen in parts]
+    return max((_memory(one, launch) for one in by_frozen), key=lambda memory: memory.total)
+
+
+def _memory(recipe: Recipe, launch: Launch) -> Memory:
+    """Return the memory in the heaviest stage. All stages have the same frozen parts."""
     config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
     step = heaviest_step(recipe, launch)
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
     if refusal is not None:
         raise UserError(refusal)
-    model = planned_model(config, objective.trained_class(config))
+    model = planned_model(config, objective.trained_class(config), step)
     micro_batches = recipe.data.global_batch_size // launch.num_processes // step.batch_size
     kept, moments = engine.memory(model, launch), num_moments(model, recipe.optim)
     with torch.device("meta"):
@@ -102,7 +109,7 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
     # The memory of a loss that is a mean over samples is among the activations.
     loss_peak, loss_kept = loss_bytes(recipe, launch, step.views) if objective.is_coupled else (0, 0)
     waiting = engine.memory(model, launch, accumulates=micro_batches > 1).gradients
-    passes = _passes(sum(parameter.numel() for parameter in model.parameters()), kept.gradients, waiting, micro_batches)
+    passes = _passes(num_trained(model), kept.gradients, waiting, micro_batches)
     activations = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
     at_loss = replace(
         always,
@@ -158,23 +165,31 @@ def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> S
         bf16=launch.bf16,
         autocast=engine_class(launch).autocasts,
         image_size=stage.image_size,
+        frozen=(*recipe.model.frozen, *stage.frozen),
+        lora=recipe.optim.lora,
     )
 
 
-def trained_model(recipe: Recipe) -> FlipPreTrainedModel:
-    """Return the trained model of a recipe without storage."""
-    config = recipe.model_config()
-    return planned_model(config, recipe.objective().trained_class(config))
+def trained_model(recipe: Recipe, stage: StageRecipe | Stage | None = None) -> FlipPreTrainedModel:
+    """Return the trained model of a recipe without storage, with the parts frozen that a stage freezes."""
+    config, frozen = recipe.model_config(), (*recipe.model.frozen, *(stage.frozen if stage else ()))
+    step = Step(1, frozen=frozen, lora=recipe.optim.lora)
+    return planned_model(config, recipe.objective().trained_class(config), step)
 
 
-def planned_model(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel) -> FlipPreTrainedModel:
-    """Return a model without storage. Models are cached by configuration."""
-    return _planned_model(config.to_json_string(use_diff=False), kind)  # type: ignore[arg-type]  # hashable all the same
+def planned_model(
+    config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel, step: Step | None = None
+) -> FlipPreTrainedModel:
+    """Return a model without storage, with the frozen parts and the LoRA of a step. Models are cached."""
+    trained = Step(1) if step is None else Step(1, frozen=step.frozen, lora=step.lora)
+    return _planned_model(config.to_json_string(use_diff=False), kind, trained)  # type: ignore[arg-type]  # hashable
 
 
 @functools.lru_cache(maxsize=8)
-def _planned_model(config: str, kind: type[FlipPreTrainedModel]) -> FlipPreTrainedModel:
-    return model_without_storage(kind.config_class(**json.loads(config)), kind)
+def _planned_model(config: str, kind: type[FlipPreTrainedModel], step: Step) -> FlipPreTrainedModel:
+    model = model_without_storage(kind.config_class(**json.loads(config)), kind)
+    step.prepare(model)
+    return model
 
 
 def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
@@ -276,6 +291,11 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
     memory of the loss's own computation is not included."""
     weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32
     model = objective.trained_class(config)._from_config(config, dtype=weights_dtype).train()
+    step.prepare(model)
+    for module in model.modules():
+        for name, matrix in module.named_parameters(recurse=False):
+            if matrix.device.type == "meta":  # LoRA's
+                setattr(module, name, nn.Parameter(torch.zeros(matrix.shape, dtype=weights_dtype)))
     products_dtype = torch.bfloat16 if step.bf16 else torch.float32
     model.set_attn_implementation(best_attention(torch.device(step.device_type), products_dtype))
     if step.gradient_checkpointing:

@@ -11,11 +11,11 @@ from pathlib import Path
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import encoder_blocks, muon_matrices
+from flipscale.engines.optimizers import encoder_blocks, muon_matrices, num_trained
 from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.errors import UserError
-from flipscale.planning.flops import pair_flops
+from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
@@ -181,13 +181,14 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     batch, count = recipe.data.global_batch_size, launch.num_processes
     pairs = pairs_of_a_process(batch, count)
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)
-    micro_batches, useful = pairs // at_once, pair_flops(recipe)[stage.name]
-    # A backward pass is two forward passes, and recomputation adds one. A coupled loss embeds micro-batches twice.
-    forward = useful / 3 * at_once / (hardware.peak * hardware.matmul_share)
-    backward = forward * (3 if recipe.model.gradient_checkpointing else 2)
+    flops = stage_flops(recipe)[stage.name]
+    micro_batches, useful = pairs // at_once, flops.training
+    # Recomputation adds a forward pass to the backward pass. A coupled loss embeds micro-batches twice.
+    forward, backward = (n * at_once / (hardware.peak * hardware.matmul_share) for n in (flops.forward, flops.backward))
+    backward += forward if recipe.model.gradient_checkpointing else 0.0
     passes = (2 if micro_batches > 1 and recipe.objective().is_coupled else 1) * micro_batches
     compute = passes * forward + micro_batches * backward
-    sent = messages(recipe, launch, hardware.links)
+    sent = messages(recipe, launch, stage, hardware.links)
     exposed = (
         passes * (sent.first + max(0.0, sent.forward - forward))
         + (micro_batches - 1) * max(0.0, sent.again - backward)
@@ -195,7 +196,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         + sent.last
         + sent.between
     )
-    kept = engine_class(launch).memory(trained_model(recipe), launch)
+    kept = engine_class(launch).memory(trained_model(recipe, stage), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
@@ -239,14 +240,13 @@ def _host_seconds(recipe: Recipe, launch: Launch, passes: int, micro_batches: in
     return seconds
 
 
-def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
+def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -> Messages:
     """Return the seconds of the messages of the engine, the loss and Muon in a step."""
     count = launch.num_processes
     if count == 1:
         return Messages()
     objective = recipe.objective()
-    model = trained_model(recipe)
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    model = trained_model(recipe, stage)
     world, engine = links.group(count), engine_class(launch)
     # The texts and their gradients. The loss's other messages are a thousandth of these.
     dim = int(recipe.model_config().projection_dim or 0) if objective.is_coupled else 0
@@ -261,10 +261,12 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
         else:
             between += links.group(launch.neighbours).gather(size)
     if issubclass(engine, Fsdp2Engine) or launch.engine == "zero3":
-        blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
+        modules = [*encoder_blocks(model), model]
+        sizes = [(sum(p.numel() for p in module.parameters()), num_trained(module)) for module in modules]
+        rest = tuple(2 * whole - sum(of) for whole, of in zip(sizes[-1], zip(*sizes, strict=True), strict=True))
         width = 2 if launch.bf16 and issubclass(engine, Fsdp2Engine) else 4
-        return _sharded([*blocks, whole - sum(blocks)], width, launch, links, between)
-    size = 4 * whole
+        return _sharded([*sizes[:-1], rest], width, launch, links, between)
+    size = 4 * num_trained(model)
     if issubclass(engine, ZeroEngine):
         settings = launch.deepspeed.get("zero_optimization", {})
         reduced = world.gather(size)
@@ -276,15 +278,15 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
     return Messages(backward=(buckets - 1) * last, last=last, between=between)
 
 
-def _sharded(groups: list[int], width: int, launch: Launch, links: Links, between: float) -> Messages:
-    """Return the seconds of sharded weights. Each group is gathered before its use in both passes, and its fp32
-    gradients are sent behind the last backward pass."""
+def _sharded(groups: list[tuple[int, ...]], width: int, launch: Launch, links: Links, between: float) -> Messages:
+    """Return the seconds of sharded weights, given the weights and the trained weights of each group. A group is
+    gathered before its use in both passes, and its fp32 gradients are sent behind the last backward pass."""
     shard_size = launch.shard_size or launch.num_processes
     shards, replicas = links.group(shard_size), launch.num_processes // shard_size
-    gathers = [shards.gather(width * size) for size in groups]
-    scatters = [shards.gather(4 * size) for size in groups]
+    gathers = [shards.gather(width * whole) for whole, _ in groups]
+    scatters = [shards.gather(4 * trained) if trained else 0.0 for _, trained in groups]
     copies = links.group(replicas, stride=shard_size)
-    reduces = [copies.reduce(4 * size // shard_size) for size in groups]
+    reduces = [copies.reduce(4 * trained // shard_size) if trained else 0.0 for _, trained in groups]
     # The maximum, because messages within a node and between nodes travel at the same time.
     return Messages(
         forward=sum(gathers) - gathers[0],

@@ -137,10 +137,7 @@ def check(recipe: Recipe) -> Plan:
         OSError: shared memory is full, or a file cannot be fetched.
     """
     objective, config, tasks, data = recipe.objective(), recipe.model_config(), recipe.eval.planned(), recipe.data
-    if recipe.model.frozen:
-        from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
-
-        freeze(model_without_storage(config, objective.trained_class(config)), recipe.model.frozen)
+    _check_trained(recipe, objective, config)
     stages = plan_stages(recipe.stages, data.global_batch_size, recipe.budget_minutes)
     _check_log(recipe)
     for task in tasks:
@@ -182,6 +179,29 @@ def check(recipe: Recipe) -> Plan:
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     schedule = Schedule(tuple(stages), budget_seconds)
     return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names)
+
+
+def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
+    """Raise UserError for parts that the model lacks, and for LoRA where it cannot train."""
+    from flipscale.engines.first_weights import model_without_storage  # seconds to import, with the models
+    from flipscale.engines.optimizers import layer_scales
+    from flipscale.engines.trained import add_lora, freeze
+    from flipscale.model import FlipModel
+
+    lora, words = recipe.optim.lora, f"optim.lora.rank is {recipe.optim.lora.rank}"
+    if lora.rank is not None and recipe.model.init_from is None:
+        raise UserError(f"{words} and model.init_from is null; set it, because LoRA changes weights that are there")
+    if lora.rank is not None and recipe.optim.name != "adamw":
+        raise UserError(f"{words} and optim.name is {recipe.optim.name!r}; use adamw")
+    if lora.rank is not None and objective.model_class is not FlipModel:
+        raise UserError(f"{words} and the loss has a head or a decoder, which would stay as drawn; leave one out")
+    for stage in recipe.stages:
+        if lora.rank is not None or recipe.optim.lr_ratios or recipe.model.frozen or stage.frozen:
+            model = model_without_storage(config, objective.trained_class(config))
+            layer_scales(model, None, ratios=recipe.optim.lr_ratios)
+            add_lora(model, lora)
+            freeze(model, recipe.model.frozen)
+            freeze(model, stage.frozen, f"stages.{stage.name}.frozen")
 
 
 def _check_log(recipe: Recipe) -> None:

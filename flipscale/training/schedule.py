@@ -44,6 +44,9 @@ class StageRecipe:
         image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. Position
             coordinates are rescaled to the new grid of patches.
         captions: Weights of the kinds of captions, in place of `data.captions`.
+        frozen: Parts whose weights stay fixed in this stage, besides those of `model.frozen`, such as
+            `[vision_model, text_model]` to train only the projections. A stage with other frozen parts than the
+            previous stage needs a base_lr.
     """
 
     name: str
@@ -56,6 +59,7 @@ class StageRecipe:
     warmup_share: ShareBelowOne = 0.0
     image_size: Pixels | None = None
     captions: dict[str, float] | None = None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Stage:
         peak_lr: learning rate of the whole batch after the warm-up.
         image_size: side of the images in pixels; None for the model's own.
         captions: weights of the kinds of captions; None for those of the data.
+        frozen: parts of the model whose weights stay fixed, besides those of the whole run.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Stage:
     text_mask_ratio: float = 0.0
     image_size: int | None = None
     captions: Mapping[str, float] | None = field(default=None, hash=False)
+    frozen: tuple[str, ...] = ()
 
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
@@ -263,6 +269,11 @@ def plan_stages(
             peak_lr = stage.base_lr * global_batch_size / 256
         elif given:
             raise UserError(f"stage {stage.name!r}: {'warmup_share' if is_timed else 'warmup_samples'} needs a base_lr")
+        elif set(stage.frozen) != set(stages[number - 1].frozen):
+            raise UserError(
+                f"stage {stage.name!r}: frozen is {[*stage.frozen]}, and {[*stages[number - 1].frozen]} before; "
+                "set its base_lr, because a change of the frozen parts starts a new schedule and optimiser"
+            )
         if warmup >= (length := schedule_last - schedule_first):
             words = f"{given} of the budget" if is_timed else f"{given} samples"
             limit = f"{length:g}" if is_timed else length * global_batch_size
@@ -270,7 +281,7 @@ def plan_stages(
         planned.append(
             Stage(
                 *(stage.name, stage.mask_ratio, ends[number], ends[number + 1], schedule_first, schedule_last),
-                *(warmup, peak_lr, stage.text_mask_ratio, stage.image_size, stage.captions),
+                *(warmup, peak_lr, stage.text_mask_ratio, stage.image_size, stage.captions, stage.frozen),
             )
         )
     return planned

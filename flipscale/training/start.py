@@ -124,7 +124,8 @@ def join(recipe: Recipe, plan: Plan) -> Start:
 def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
     """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train."""
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
-    from flipscale.engines.first_weights import compile_blocks, freeze, initial_weights, no_weights
+    from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
+    from flipscale.engines.trained import add_lora, freeze
 
     config = recipe.model_config()
     model_class = plan.objective.trained_class(config)
@@ -133,6 +134,7 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
     fill = no_weights if reader else initial_weights(*start_from)
 
     def configure(model: FlipPreTrainedModel) -> None:
+        add_lora(model, recipe.optim.lora)
         freeze(model, recipe.model.frozen)
         model.set_attn_implementation(best_attention(start.accelerator.device))
         if recipe.model.gradient_checkpointing:
@@ -147,8 +149,8 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
         # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
         if reader:
             engine.layout.load_weights(reader)
-        # 3. Wrap the model, and make its optimisers without moments.
-        engine.prepare()
+        # 3. Freeze the stage's parts, wrap the model, and make its optimisers without moments.
+        engine.prepare(plan.schedule.first(start.state).stage.frozen)
         # 4. Load the moments, unless the optimisers start afresh at this step.
         if reader and not plan.schedule.first(start.state).starts_afresh:
             engine.layout.load_moments(reader, start.state["optimizer_steps"])

@@ -56,6 +56,7 @@ SUBSTITUTES = {
     "'{image_size: 32, patch_size: 8, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
     "intermediate_size: 64}' --data.global_batch_size 16 --stages "
     "'[{name: one, samples: 64, base_lr: 0.01, warmup_samples: 0}]' --data",
+    r"(--config examples/icons/finetune_clip.yaml)": r"\1 --model.init_from org/clip",
     r"runs/finetune_contrastive_l16 --interpolate runs/l16_laion400m": "runs/demo --interpolate runs/mine",
     r"runs/l16_laion400m (models/between/alpha-\* )runs/finetune_contrastive_l16 ": r"runs/demo \1runs/mine ",
 }
@@ -93,7 +94,8 @@ def verb_s_help(words: list[str]) -> None:
 
 
 def verb_s_arguments(words: list[str]) -> None:
-    """Parse the arguments only, because these verbs download data or measure for minutes, and have their own tests."""
+    """Parse the arguments only, because these verbs have their own tests: they download data, measure for minutes, or
+    need a run of another kind."""
     parsed = parser_of(words[1]).parse_args(words[2:])
     for recipe in getattr(parsed, "recipes", []):
         parse_recipe(["--config", recipe])
@@ -202,6 +204,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale evaluate .*(--without |--suite languages|association|captioning|vqa)": verb_s_arguments,
+    r"flipscale export .*--adapter": verb_s_arguments,
     r"flipscale prepare ((shards imagenet|tokenizer data/icons)/)": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config examples/demo/demo_unseen": verb,
     r"flipscale finetune --config examples/demo/finetune_demo.yaml --data": verb,

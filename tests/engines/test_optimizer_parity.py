@@ -106,6 +106,23 @@ def test_scales_set_the_rates_and_leave_the_decay(name: str, decay: float | None
         assert rates[id(parameter)] == (pytest.approx(rate), recipe.weight_decay if decayed[key] else 0.0), key
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_part_has_its_own_rate(name: str) -> None:
+    model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
+    ratios = {"vision_model.encoder.layers.1": 0.5, "vision_model": 0.1, "logit_scale": 4.0}
+    recipe = OptimRecipe(name=name, layer_decay=0.5, muon_lr_ratio=3.0, lr_ratios=ratios)
+    optimizers, plain = build_optimizers(model, recipe), layer_scales(model, 0.5)
+    set_learning_rate(optimizers, 0.2)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert len(rates) == len(plain)
+    for key, parameter in model.named_parameters():
+        ratio = 4.0 if key == "logit_scale" else 0.1 if key.startswith("vision_model.") else 1.0
+        ratio = 0.5 if key.startswith("vision_model.encoder.layers.1.") else ratio
+        muon = 3.0 if name == "muon" and key in muon_matrices(model) else 1.0
+        assert rates[id(parameter)] == pytest.approx(0.2 * plain[key] * ratio * muon), key
+
+
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:
     with tarfile.open(FIXTURES / "t5x.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")

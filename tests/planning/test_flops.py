@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
+from flipscale.engines.recipe import LoraRecipe
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipVisionConfig
+from flipscale.model.families import config_class
 from flipscale.model.patches import num_kept
 from flipscale.planning import flops
 from flipscale.planning.flops import forward_flops, pair_flops
@@ -142,3 +144,16 @@ def test_other_families_are_planned(family: str, size: str, capsys: pytest.Captu
     expected = {"clip b16": 149_620_737, "siglip so400m14": 877_360_882, "siglip b16": 203_156_738}
     assert count == pytest.approx(expected[f"{family} {size}"], rel=0.005)
     assert "use " in printed.splitlines()[-1]
+
+
+def test_frozen_parts_have_no_backward_pass() -> None:
+    """The image tower's two passes are left out, and under LoRA the pass for the weights' gradients is."""
+    config = config_class("clip").from_size("b32")
+    whole, forward = forward_flops(config, 0.5), forward_flops(config, 0.5).modules
+    assert whole.backward == 2 * whole.forward
+    frozen = forward_flops(config, 0.5, frozen=("vision_model",))
+    expected = 2 * forward["text_model"] + 2 * forward["text_projection"] + forward["visual_projection"]
+    assert frozen.forward == whole.forward
+    assert frozen.backward == pytest.approx(expected, rel=1e-3)
+    lora = forward_flops(config, 0.5, lora=LoraRecipe(rank=8))
+    assert lora.backward == pytest.approx(whole.forward, rel=0.03)

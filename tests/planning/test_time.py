@@ -37,7 +37,7 @@ TEXTS = 2 * gathered(4 * 65536 * 1024, 256, 350e9)
 
 
 def test_ddp_sends_twice_the_gradients(h14: Recipe) -> None:
-    sent = messages(h14, Launch("ddp", 256, "bf16"), Links())
+    sent = messages(h14, Launch("ddp", 256, "bf16"), h14.stages[0], Links())
     buckets = -(-4 * PARAMETERS // (25 * 2**20))
     # Up and down a tree over 32 nodes: 7 hops within one and 5 between them, each way.
     hops = 2 * (7 * 1.9e-6 + 5 * 4e-6)
@@ -49,7 +49,7 @@ def test_ddp_sends_twice_the_gradients(h14: Recipe) -> None:
 
 
 def test_fsdp2_gathers_twice_and_scatters(h14: Recipe) -> None:
-    sent = messages(h14, Launch("fsdp2", 256, "bf16"), Links())
+    sent = messages(h14, Launch("fsdp2", 256, "bf16"), h14.stages[0], Links())
     gathers = [gathered(2 * size, 256, 350e9) for size in GROUPS]
     scatters = [gathered(4 * size, 256, 350e9) for size in GROUPS]
     assert sent.first + sent.forward == pytest.approx(sum(gathers), rel=1e-6)
@@ -60,7 +60,7 @@ def test_fsdp2_gathers_twice_and_scatters(h14: Recipe) -> None:
 
 def test_hsdp_gathers_within_a_node_and_reduces_shards_between(h14: Recipe) -> None:
     links = Links(network_gb_s=2.0)
-    sent = messages(h14, Launch("fsdp2", 256, "bf16", shard_size=8), links)
+    sent = messages(h14, Launch("fsdp2", 256, "bf16", shard_size=8), h14.stages[0], links)
     assert sent.first + sent.forward == pytest.approx(sum(gathered(2 * size, 8, 350e9) for size in GROUPS), rel=1e-6)
     # Each GPU has its own adapter to the other 31 copies of its shard.
     reduces = [2 * 5 * 4e-6 + 2 * (4 * size // 8) * 31 / 32 / 2e9 for size in GROUPS]
