@@ -101,7 +101,7 @@ def layer_scales(
                 scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (last - group)
     of_parts: dict[str, float] = {}
     for part, ratio in sorted((ratios or {}).items()):
-        of_parts |= dict.fromkeys(part_of_model(model, part, "optim.lr_ratios"), ratio)
+        of_parts |= dict.fromkeys(part_of_model(model, part, "optim.part_lr_ratios"), ratio)
     return {name: scale * of_parts.get(name, 1.0) for name, scale in scales.items()}
 
 
@@ -124,7 +124,7 @@ def build_optimizers(
         sharers: processes that share Muon's work on whole matrices; None if each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio, recipe.lr_ratios)
+    scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio, recipe.part_lr_ratios)
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         names = muon_matrices(model)

@@ -59,7 +59,7 @@ class OptimRecipe:
             rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
         tower_lr_ratio: The learning rate of the two towers relative to other parts, such as a new decoder or head; 0.1
             in the paper's captioning and question answering.
-        lr_ratios: Learning rates of single parts relative to the others, by their names in the model, such as
+        part_lr_ratios: Learning rates of single parts relative to the others, by their names in the model, such as
             `{vision_model: 0.1, text_model: 0.5}`. The longest name that fits a weight counts.
         lora: Low-rank changes in place of the weights.
         max_grad_norm: Gradients are clipped to this global norm. By default they are not clipped, as in the paper.
@@ -76,7 +76,7 @@ class OptimRecipe:
     ema_decay: OpenShare | None = None
     layer_decay: ShareAboveZero | None = None
     tower_lr_ratio: Positive = 1.0
-    lr_ratios: dict[str, Positive] = field(default_factory=dict)
+    part_lr_ratios: dict[str, Positive] = field(default_factory=dict)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
 
 

@@ -196,9 +196,9 @@ def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> 
     if lora.rank is not None and objective.model_class is not FlipModel:
         raise UserError(f"{words} and the loss has a head or a decoder, which would stay as drawn; leave one out")
     for stage in recipe.stages:
-        if lora.rank is not None or recipe.optim.lr_ratios or recipe.model.frozen or stage.frozen:
+        if lora.rank is not None or recipe.optim.part_lr_ratios or recipe.model.frozen or stage.frozen:
             model = model_without_storage(config, objective.trained_class(config))
-            layer_scales(model, None, ratios=recipe.optim.lr_ratios)
+            layer_scales(model, None, ratios=recipe.optim.part_lr_ratios)
             add_lora(model, lora)
             freeze(model, recipe.model.frozen)
             freeze(model, stage.frozen, f"stages.{stage.name}.frozen")

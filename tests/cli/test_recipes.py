@@ -113,7 +113,7 @@ def test_what_does_not_change_what_is_learned_is_declared_so_and_says_so(section
 def test_the_sections_that_decide() -> None:
     assert {section.__name__ for section in sections()} == {
         *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),
-        "StageRecipe",
+        *("LoraRecipe", "StageRecipe"),
     }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", DEMO]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}

@@ -110,7 +110,7 @@ def test_scales_set_the_rates_and_leave_the_decay(name: str, decay: float | None
 def test_a_part_has_its_own_rate(name: str) -> None:
     model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
     ratios = {"vision_model.encoder.layers.1": 0.5, "vision_model": 0.1, "logit_scale": 4.0}
-    recipe = OptimRecipe(name=name, layer_decay=0.5, muon_lr_ratio=3.0, lr_ratios=ratios)
+    recipe = OptimRecipe(name=name, layer_decay=0.5, muon_lr_ratio=3.0, part_lr_ratios=ratios)
     optimizers, plain = build_optimizers(model, recipe), layer_scales(model, 0.5)
     set_learning_rate(optimizers, 0.2)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]

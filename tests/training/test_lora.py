@@ -116,10 +116,10 @@ def test_only_the_chosen_layers_change_and_peft_agrees(
 
 
 def test_averages_micro_batches_and_recomputation(trainings: Trainings, changes: Callable[..., dict]) -> None:
-    fields = changes("clip", ema_decay=0.9, lr_ratios={"vision_model": 0.5})
+    fields = changes("clip", ema_decay=0.9, part_lr_ratios={"vision_model": 0.5})
     fields["model"] = {**fields["model"], "gradient_checkpointing": True}
     fields["data"] = {"micro_batch_size": 4}
-    plain = trainings.run("ddp", 1, **changes("clip", lr_ratios={"vision_model": 0.5}))
+    plain = trainings.run("ddp", 1, **changes("clip", part_lr_ratios={"vision_model": 0.5}))
     many = trainings.run("fsdp2", 2, **fields)
     assert close(losses(many), losses(plain))
     again = trainings.resume(many, 5, "ddp", 1, **fields)
@@ -152,8 +152,11 @@ def test_compiled_it_learns_the_same(trainings: Trainings, changes: Callable[...
             {"optim": {"lora": {"rank": 4, "modules": ["fc1", "fc3"]}}},
             "optim.lora.modules has 'fc3', which no block",
         ),
-        ({"optim": {"lr_ratios": {"image": 0.1}}}, "optim.lr_ratios has 'image'; expected logit_scale"),
-        ({"optim": {"lr_ratios": {"vision_model": -1.0}}}, "optim.lr_ratios.vision_model is -1.0; it must be above 0"),
+        ({"optim": {"part_lr_ratios": {"image": 0.1}}}, "optim.part_lr_ratios has 'image'; expected logit_scale"),
+        (
+            {"optim": {"part_lr_ratios": {"vision_model": -1.0}}},
+            "part_lr_ratios.vision_model is -1.0; it must be above 0",
+        ),
     ],
 )
 def test_refused(
