@@ -9,6 +9,7 @@ import torch
 from conftest import TOWER, losses
 
 from flipscale.data.captions import MAX_ROW_COUNTS, pack_captions
+from flipscale.engines.first_weights import compile_blocks
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.families import config_class
 from flipscale.pretrain import pretrain
@@ -95,6 +96,28 @@ def test_embeddings_and_gradients_are_those_of_padded_captions(name: str, attent
     assert torch.allclose(found["packed"][0], found["padded"][0], atol=1e-6)
     for key, gradient in found["padded"][1].items():
         assert torch.allclose(found["packed"][1][key], gradient, atol=1e-5), key
+
+
+def test_a_compiled_tower_has_a_graph_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+    compile_ = torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend=backend, **options))
+    torch._dynamo.reset()
+    model = models()["clip"]
+    compile_blocks(model)
+    rows = set()
+    for seed in range(30):
+        packed = pack_captions(captions(64, most=6 + seed % 10, seed=seed))
+        rows.add(len(packed["input_ids"]))
+        model(patches=torch.rand(64, 4, 192), return_logits=False, **packed)
+    assert len(rows) > 3
+    assert len(graphs) == 1 + len(rows), "one of the image tower, and one of the text tower for each number of rows"
+    torch._dynamo.reset()
 
 
 CLIP = {"family": "clip", "text_config": {**TOWER, "max_position_embeddings": 12}}

@@ -1,0 +1,95 @@
+"""Measure a training step of family `clip` with packed and with padded captions in turn, at equal losses.
+
+    python benchmarks/captions.py --tokens 64 --image_size 224 --mask_ratio 0.9
+
+Captions have 8 to 64 tokens, each length as often. The time of packing them is part of the packed step.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from flipscale.data.captions import pack_captions
+from flipscale.engines.device import best_attention
+from flipscale.model.families import config_class
+from flipscale.model.patches import keep_lowest, num_kept
+from flipscale.objectives.contrastive import contrastive_loss
+from flipscale.planning.bench_step import time_in_turn, training_step
+
+SHORTEST, LONGEST = 8, 64
+END = 3
+VOCABULARY = 49_408
+
+
+def captions(count: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Return random captions padded to `tokens`."""
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count, 1))
+    mask = torch.arange(tokens) < lengths
+    ids = torch.randint(END + 1, VOCABULARY, (count, tokens)) * mask
+    return {"input_ids": ids.scatter(1, lengths - 1, END), "attention_mask": mask.long()}
+
+
+def images(vision: Any, count: int, mask_ratio: float) -> dict[str, torch.Tensor]:
+    """Return random images in the loader's format."""
+    side, kept = vision.patches_along(), num_kept(vision.num_patches, mask_ratio)
+    patches = torch.randint(0, 256, (count, kept, 3 * vision.patch_size**2), dtype=torch.uint8)
+    return {"patches": patches, "patch_index": keep_lowest(torch.rand(count, side, side), kept)[:, 0]}
+
+
+def compare(
+    config: Any, batch_size: int = 64, mask_ratio: float = 0.75, num_steps: int = 5, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """Return the medians of both steps, their ratio, the rows of a packed batch, and the difference of the losses."""
+    torch.manual_seed(0)
+    model = config.trained_class(config).train()
+    model.set_attn_implementation(best_attention(torch.device("cpu"), dtype))
+    tokens = captions(batch_size, config.text_config.max_position_embeddings)
+    batch = images(config.vision_config, batch_size, mask_ratio)
+
+    def loss_of(columns: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], torch.Tensor]:
+        def loss() -> torch.Tensor:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                output = model(**batch, **columns(), return_logits=False)
+            return contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+
+        return loss
+
+    losses = {"padded": loss_of(lambda: tokens), "packed": loss_of(lambda: pack_captions(tokens))}
+    with torch.no_grad():
+        padded, packed = (loss().item() for loss in losses.values())
+    steps = {name: training_step(model, loss) for name, loss in losses.items()}
+    times = time_in_turn(steps, num_steps, torch.device("cpu"))
+    medians = {name: one.median_s for name, one in times.items()}
+    return {
+        **{f"{name}_s": seconds for name, seconds in medians.items()},
+        "ratio": medians["padded"] / medians["packed"],
+        "rows": len(pack_captions(tokens)["input_ids"]),
+        "batch_size": batch_size,
+        "loss_difference": abs(packed - padded),
+        "cpu_share": statistics.median(one.cpu_share for one in times.values()),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a JSON object with the figures of `compare`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="s16", help="The model, as model.size of family clip.")
+    parser.add_argument("--image_size", type=int, default=224, help="Pixels along each side.")
+    parser.add_argument("--tokens", type=int, default=77, help="Tokens of a padded caption, at least 64.")
+    parser.add_argument("--mask_ratio", type=float, default=0.75, help="Share of the patches that is removed.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Pairs of a step.")
+    parser.add_argument("--num_steps", type=int, default=5, help="Timed steps of each kind.")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="Precision of the products.")
+    args = parser.parse_args(arguments)
+    text = {"max_position_embeddings": args.tokens, "vocab_size": VOCABULARY, "eos_token_id": END, "bos_token_id": None}
+    config = config_class("clip").from_size(args.size, {"image_size": args.image_size}, text)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    print(json.dumps(compare(config, args.batch_size, args.mask_ratio, args.num_steps, dtype)))
+
+
+if __name__ == "__main__":
+    main()
