@@ -65,10 +65,11 @@ def build_weights(
             setattr(module, field, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         tables: dict[str, torch.Tensor] = getattr(module, "fixed_tables", dict)()
         for field, buffer in list(module.named_buffers(recurse=False)):
-            # In transformers' own towers, the buffers number the positions, or a caption's segments, which are all 0.
-            numbers = torch.arange(buffer.shape[-1]).expand(1, -1)
-            others = torch.zeros(buffer.shape, dtype=buffer.dtype) if field == "token_type_ids" else numbers
-            setattr(module, field, tables[field] if tables else others)
+            if tables or field == "position_ids":
+                setattr(module, field, tables[field] if tables else torch.arange(buffer.shape[-1]).expand(1, -1))
+            else:
+                setattr(module, field, torch.empty_like(buffer, device="cpu"))
+                fresh_weights(0)(name, module, owner)  # transformers computes other buffers with the weights
         init(name, module, owner)
         if isinstance(module, blocks):
             place(module)

@@ -71,7 +71,8 @@ def decays(model: nn.Module) -> dict[str, bool]:
     exempt: frozenset[str] = named if isinstance(named, frozenset) else frozenset()  # timm has a method of this name
     decayed = {}
     for path, module in model.named_modules():
-        is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))
+        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        is_exempt = is_norm or bool(exempt & set(path.split(".")))
         for field, _ in module.named_parameters(recurse=False):
             decayed[f"{path}.{field}" if path else field] = not (is_exempt or field.endswith("bias") or field in exempt)
     for name, does_decay in getattr(model, "loss_parameters", {}).items():

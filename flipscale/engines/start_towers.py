@@ -1,6 +1,7 @@
 """Two towers of other programs as the start of a run: their configurations, and their weights."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
 from flipscale.io.streams import without_bars
-from flipscale.model.masked_towers import TEXT_TOWERS, VISION_TOWERS, MaskedTowersConfig, stored_names
+from flipscale.model.masked_towers import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
+
+_log = logging.getLogger(__name__)
 
 # Embeddings of a timm model and of transformers' with its weights differ by rounding only, at most by this.
 TOLERANCE = 1e-4
@@ -85,6 +88,12 @@ def tower_weights(start: Towers | str, config: MaskedTowersConfig) -> dict[str, 
     if getattr(exported.vision_config, "pooler_act", None) == "linear":
         width = exported.vision_config.hidden_size
         images |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+    if exported.text_config.model_type in UNPOOLED:
+        _log.warning(
+            "model.text %r has no pooled output: a caption is the mean of its tokens, and the exported folder needs "
+            "trust_remote_code",
+            start.text,
+        )
     texts = _read(MODEL_MAPPING[type(exported.text_config)], text, exported.text_config)
     pairs = (("vision_model", images), ("text_model", texts))
     return {f"{tower}.{name}": weight for tower, weights in pairs for name, weight in weights.items()}
@@ -130,13 +139,15 @@ def _text_fields(name: str) -> dict[str, Any]:
     folder = fetch_folder(name)
     content = read_object(folder / "config.json")
     kind = str(content.get("model_type"))
+    fitting = [*POOLED, *UNPOOLED]
     if kind not in CONFIG_MAPPING:
-        raise _refusal("text", name, kind, "which transformers does not know", TEXT_TOWERS)
+        raise _refusal("text", name, kind, "which transformers does not know", fitting)
     if content.get("add_cross_attention") or getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False):
-        raise _refusal("text", name, kind, "which has cross attention", TEXT_TOWERS)
-    if kind not in TEXT_TOWERS or content.get("is_decoder"):
-        raise _refusal("text", name, kind, "whose output is not pooled, or which reads one way only", TEXT_TOWERS)
-    return {**_own_fields(kind, content)}
+        raise _refusal("text", name, kind, "which has cross attention", fitting)
+    reads_both_ways = kind in fitting and not content.get("is_decoder")
+    if not reads_both_ways or (kind == "gemma3_text" and not content.get("use_bidirectional_attention")):
+        raise _refusal("text", name, kind, "which is no encoder that reads both ways", fitting)
+    return _own_fields(kind, content)
 
 
 def _refusal(tower: str, name: str, kind: str, reason: str, fitting: Any) -> UserError:

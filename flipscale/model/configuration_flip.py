@@ -134,7 +134,7 @@ def check_tower(config: PreTrainedConfig) -> None:
         )
     from transformers.activations import ACT2FN  # takes seconds to import
 
-    if config.hidden_act not in ACT2FN:
+    if getattr(config, "hidden_act", "gelu") not in ACT2FN:  # some text encoders of others have another name for it
         raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; use one of {', '.join(sorted(ACT2FN))}")
 
 

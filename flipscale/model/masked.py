@@ -110,7 +110,8 @@ class MaskedFields:
         for section, names in self.own_fields.items():
             for name in names:
                 (content[section] if section else content).pop(name, None)
-        return self.exported_class.config_class.from_dict(content)
+        kind: Any = self.exported_class
+        return kind.config_class.from_dict(content)
 
 
 class PackedImages(NamedTuple):

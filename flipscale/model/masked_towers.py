@@ -26,12 +26,14 @@ from transformers.models.vit.modeling_vit import ViTEmbeddings
 from .masked import MaskedDualEncoder, MaskedFields, MaskedTower, MaskedVisionFields, PackedEmbeddings
 from .masked_clip import MaskedCLIPVisionConfig, MaskedCLIPVisionModel
 from .masked_siglip import MaskedSiglipVisionConfig, MaskedSiglipVisionModel
+from .modeling_mean_pooled import MeanPooledDualEncoderModel, pool_captions
 
-# Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects.
-TEXT_TOWERS = (
+# Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects; and others.
+POOLED = (
     *("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ernie", "megatron-bert", "mpnet"),
     *("data2vec-text", "roberta-prelayernorm", "rembert"),
 )
+UNPOOLED = ("modernbert", "distilbert", "electra", "deberta-v2", "eurobert", "gemma3_text")
 
 
 @strict
@@ -180,6 +182,12 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         return fields
 
     @property
+    def exported_class(self) -> Any:  # type: ignore[override]
+        """Class of the exported folder: transformers' own, if its text tower pools."""
+        text: Any = self.text_config
+        return MeanPooledDualEncoderModel if text.model_type in UNPOOLED else VisionTextDualEncoderModel
+
+    @property
     def caption_config(self) -> Any:
         text = copy.copy(self.text_config)
         text.max_position_embeddings = self.caption_tokens  # type: ignore[union-attr]
@@ -190,6 +198,7 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
     """A VisionTextDualEncoderModel with the same names of weights. Its image tower also takes visible patches."""
 
     config_class = MaskedTowersConfig
+    supports_gradient_checkpointing = True
     largest_scale: ClassVar[float | None] = 100.0
     no_weight_decay: ClassVar[frozenset[str]] = frozenset(
         {"class_embedding", "cls_token", "register_tokens", "lambda1"}
@@ -201,6 +210,8 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
         super().__init__(config, vision_model=tower, text_model=AutoModel.from_config(config.text_config))
         blocks = {type(module).__name__ for module in tower.modules() if isinstance(module, PackedEmbeddings)}
         self._no_split_modules = {*self._no_split_modules, *blocks}
+        if self.text_model.config.model_type in UNPOOLED:
+            pool_captions(self.text_model)
         self.set_loss_parameters()
 
     def get_text_features(
@@ -213,7 +224,6 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
 
 
 MaskedTowersConfig.trained_class = MaskedTowersModel
-MaskedTowersConfig.exported_class = VisionTextDualEncoderModel
 
 
 def stored_names(model: Any) -> dict[str, str]:

@@ -171,7 +171,8 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
         sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in ("vision_", "text_")
     )
     minutes, batch, links = recipe.budget_minutes, recipe.data.global_batch_size, hardware.links
-    lines = [f"{recipe.model.size}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}"]
+    name = "towers" if recipe.model.family == "towers" else recipe.model.size
+    lines = [f"{name}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}"]
     for stage in plan_stages(recipe.stages, batch, minutes):
         length = stage.last - stage.first
         lines.append(

@@ -1,4 +1,4 @@
-"""transformers' CLIP and SigLIP, masked: every engine learns what one process does, and goes on bit for bit."""
+"""transformers' dual encoders, masked: every engine learns what one process does, and goes on bit for bit."""
 
 from pathlib import Path
 
@@ -7,27 +7,44 @@ import torch
 from conftest import TOWER, losses
 from distributed.crowd import Crowds
 from distributed.test_engines import Trainings, close
+from foreign_towers import SMALL_TIMM, save_text, save_timm
 from safetensors.torch import load_file
 
 CLIP = {"family": "clip", "text_config": {**TOWER, "max_position_embeddings": 8}}
 SIGLIP = {**CLIP, "family": "siglip"}
 # The family, the loss, and a field that the engines shard, scale or recompute.
-CASES = {
+CASES: dict[str, dict] = {
     "clip": {"model": CLIP, "optim": {"layer_decay": 0.7}},
     "clip, packed": {"model": {**CLIP, "gradient_checkpointing": True}, "data": {"pack_captions": True}},
     "clip, captions": {"model": CLIP, "loss": {"captions_per_image": 2}, "data": {"pack_captions": True}},
     "clip, sigmoid": {"model": CLIP, "loss": {"kind": "sigmoid"}, "data": {"micro_batch_size": 4}},
     "siglip": {"model": {**SIGLIP, "gradient_checkpointing": True}, "loss": {"kind": "sigmoid"}},
     "siglip, infonce": {"model": SIGLIP, "mask": {"views": 2}, "optim": {"ema_decay": 0.9}},
+    # The fixture adds the folders of both towers.
+    "towers": {"model": {"gradient_checkpointing": True}, "optim": {"layer_decay": 0.7}},
+    "towers, sigmoid": {"model": {}, "loss": {"kind": "sigmoid"}, "data": {"micro_batch_size": 4}},
 }
+STAGES = [
+    {"name": "masked", "samples": 800, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
+    {"name": "small", "samples": 64, "image_size": 16},
+]
 
 
 @pytest.fixture(scope="module")
 def trainings(
     recipe: dict, caption_tokenizer: Path, crowds: Crowds, tmp_path_factory: pytest.TempPathFactory
 ) -> Trainings:
+    folder = tmp_path_factory.mktemp("families")
     data = {**recipe["data"], "tokenizer": str(caption_tokenizer)}
-    return Trainings(tmp_path_factory.mktemp("families"), {**recipe, "data": data}, crowds)
+    trainings = Trainings(folder, {**recipe, "data": data}, crowds)
+    trainings.recipe |= {"stages": STAGES, "save": {"every_samples": 160, "total_limit": 20}}
+    save_timm("vit_tiny_patch16_224", folder / "vit", **SMALL_TIMM)
+    save_text("bert", folder / "bert", initializer_range=0.2)
+    towers: dict = {"family": "towers", "vision": str(folder / "vit"), "text": str(folder / "bert")}
+    towers |= {"vision_config": {}, "text_config": {"caption_tokens": 8, "projection_dim": 24}}
+    for case in ("towers", "towers, sigmoid"):
+        CASES[case]["model"] |= towers
+    return trainings
 
 
 @pytest.mark.parametrize(
@@ -41,16 +58,18 @@ def trainings(
         ("siglip", "fsdp2"),
         ("siglip", "zero3"),
         ("siglip, infonce", "fsdp2"),
+        *(("towers", engine) for engine in ("ddp", "fsdp2", "zero3")),
+        ("towers, sigmoid", "zero2"),
     ],
 )
 def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, engine: str) -> None:
     one, many = trainings.run("ddp", 1, **CASES[case]), trainings.run(engine, 2, **CASES[case])
-    assert len(losses(one)) == 20
+    assert len(losses(one)) == 54
     assert losses(one)[-1] < losses(one)[0] - 0.02, "nothing was learned, so equality means little"
     assert close(losses(one), losses(many))
 
 
-@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip"])
+@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip", "towers"])
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
     whole = trainings.run("ddp", 1, **CASES[case])
     again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
@@ -59,14 +78,14 @@ def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("case", ["clip", "siglip"])
+@pytest.mark.parametrize("case", ["clip", "siglip", "towers"])
 def test_in_bf16_a_sharded_run_learns_what_one_process_does(trainings: Trainings, case: str) -> None:
     one, many = (trainings.run(*on, precision="bf16", **CASES[case]) for on in (("ddp", 1), ("fsdp2", 2)))
     assert losses(many) == pytest.approx(losses(one), abs=0.05)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip"])
+@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip", "towers"])
 def test_a_compiled_run_learns_the_same(trainings: Trainings, case: str) -> None:
     compiled = {**CASES[case], "model": {**CASES[case]["model"], "compile": True}}
     assert close(losses(trainings.run("fsdp2", 2, **compiled)), losses(trainings.run("ddp", 1, **CASES[case])))

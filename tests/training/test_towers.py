@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, ViTModel
 
 from flipscale.cli import main
+from flipscale.hub.loading import load_with_tokenizer
 from flipscale.pretrain import pretrain
 from flipscale.training.recipe import parse_recipe
 
@@ -82,6 +83,30 @@ def test_it_trains_on_and_exports_a_plain_folder(
     assert [follower.model.text_config[name] for name in ("projection_dim", "caption_tokens")] == [24, 8]
     pretrain(follower)
     assert losses(tmp_path / "next")[0] < losses(run_dir)[0] - 0.1
+
+
+def test_a_text_encoder_without_pooling_needs_code_in_the_folder(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A caption is the mean of its tokens, whatever its padding; transformers computes it from the folder alone."""
+    save_text("modernbert", tmp_path / "modern", **OTHER_TEXTS["modernbert"], initializer_range=0.2)
+    pretrain(parse_recipe(["--config", str(file), "--model.text", str(tmp_path / "modern")]))
+    assert f"{tmp_path / 'modern'}' has no pooled output" in caplog.text
+    folder = tmp_path / "run/model"
+    theirs = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "transformers_modules" in type(theirs).__module__
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    ours, tokenizer = load_with_tokenizer(str(folder))
+    short, long = (tokenizer(["a red circle"], padding="max_length", max_length=size) for size in (4, 8))
+    with torch.no_grad():
+        found = [
+            model.get_text_features(
+                torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"])
+            ).pooler_output
+            for model, tokens in ((ours, short), (ours, long), (theirs, long))
+        ]
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert torch.allclose(found[1], found[2], atol=1e-5)
 
 
 def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
