@@ -109,7 +109,7 @@ def test_the_report() -> None:
 
 def test_the_dot_plot(tmp_path: Path) -> None:
     columns = [
-        Column(name, [line_of(page, shift + 2.0 * number) for number, page in enumerate(suite_pages("all"))])
+        Column(name, [line_of(page, shift + 1.8 * number) for number, page in enumerate(suite_pages("all"))])
         for shift, name in ((10, "demo"), (13, "open_clip:ViT-B-16,laion2b_s34b_b88k"), (19, "hf:google/siglip"))
     ]
     draw_results(columns, tmp_path / "results.png")
