@@ -17,7 +17,7 @@ from PIL import Image
 from flipscale.data.captions import choose_captions
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds
 from flipscale.data.recipe import DataRecipe, SourceRecipe
-from flipscale.data.samples import MissingCaption
+from flipscale.data.samples import BadSample, MissingCaption
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.pretrain import pretrain
@@ -71,6 +71,23 @@ def test_samples_may_lack_a_file_or_a_field(tmp_path: Path) -> None:
     check_kinds(source, ["alt", "txt"])
     with pytest.raises(ValueError, match=r"data.captions has the kind 'atl'.*first 3 samples.*alt in 0"):
         check_kinds(open_source(DataRecipe(shards=str(tmp_path), captions={"atl": 1})), ["atl", "alt"])
+
+
+@pytest.mark.parametrize("damage", [b"x" * 8, b"\x80" + b"\xff" * 7])
+def test_a_damaged_header_of_the_json_file_is_a_bad_sample(tmp_path: Path, damage: bytes) -> None:
+    shards = write(tmp_path, 2 * [{name: FILES[name] for name in ("jpg", "json", "txt")}])
+    open_source(DataRecipe(shards=shards))
+    stored = bytearray((tmp_path / "0.tar").read_bytes())
+    header = stored.index(b"00000.json\0")
+    stored[header + 124 : header + 132] = damage
+    (tmp_path / "0.tar").write_bytes(stored)
+    index, manifest = tmp_path / "0.tar.index.npy", tmp_path / "shards.manifest"
+    assert index.exists()
+    assert manifest.exists()
+    source = open_source(DataRecipe(shards=shards, captions=KINDS))
+    with pytest.raises(BadSample):
+        source.read(0, 0)
+    assert source.read(0, 1).kinds["alt"] == (b"red disc",)
 
 
 def test_columns_of_a_dataset_are_kinds(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from flipscale.data.samples import (
     Fault,
     Sample,
     Source,
+    UndecodableCaption,
     check_bytes,
+    wrap_errors,
 )
 from flipscale.data.sources.manifest import Manifest, ShardList
 from flipscale.data.sources.shard_index import (
@@ -146,9 +148,10 @@ class TarSource(Source):
             for place in candidates():
                 block = os.pread(file, BLOCK, place)
                 if block.startswith(header):
-                    size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
-                    check_bytes(size, MAX_TEXT_BYTES, "KEY.json")
-                    return os.pread(file, size, place + BLOCK)
+                    with wrap_errors(UndecodableCaption):
+                        size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+                        check_bytes(size, MAX_TEXT_BYTES, "KEY.json")
+                        return os.pread(file, size, place + BLOCK)
         return None
 
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
