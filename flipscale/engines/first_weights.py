@@ -259,14 +259,13 @@ def _usable(
 
 
 def _check_longer(before: int, count: int, text_positions: str | None) -> None:
-    """Raise unless a text tower's positions can be made longer by `longer_positions`."""
-    words = f"it has {before} text positions, and text_config.max_position_embeddings is {count}"
-    if count < before or before < 2:
-        raise UserError(f"{words}; set it to {before}, or more with model.text_positions")
-    if text_positions is None:
-        raise UserError(f"{words}; set model.text_positions to stretched or longclip, or leave the length out")
-    if text_positions == "longclip" and before <= _LONGCLIP_KEPT:
-        raise UserError(f"{words}, but model.text_positions longclip keeps {_LONGCLIP_KEPT}; use stretched")
+    """Raise unless `longer_positions` can make a text tower's positions longer."""
+    if text_positions is None or not (_LONGCLIP_KEPT if text_positions == "longclip" else 1) < before < count:
+        raise UserError(
+            f"it has {before} text positions, and text_config.max_position_embeddings is {count}; use {before}, or a "
+            f"larger one and model.text_positions, now {text_positions}: stretched, or longclip if the weights have "
+            f"more than {_LONGCLIP_KEPT}"
+        )
 
 
 def fresh_weights(seed: int) -> ParameterInit:

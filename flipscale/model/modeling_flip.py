@@ -609,8 +609,6 @@ class FlipTextModel(FlipPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
-        if caption_ends is not None and position_ids is not None:
-            return self._forward_packed(input_ids, position_ids, caption_ends, **kwargs)
         length, full_length = input_ids.shape[1], self.config.max_position_embeddings
         if self.config.attend_to_padding:
             attention_mask = None
@@ -618,6 +616,8 @@ class FlipTextModel(FlipPreTrainedModel):
                 input_ids = nn.functional.pad(input_ids, (0, full_length - length), value=self.config.pad_token_id)
         elif attention_mask is None:
             attention_mask = torch.ne(input_ids, self.config.pad_token_id).long()
+        if caption_ends is not None and position_ids is not None:
+            attention_mask = packed_mask(position_ids, False, cast(str, self.config._attn_implementation))
         hidden_states = self.embeddings(input_ids, position_ids)
         # A batch without padding needs no mask. Only a CPU checks that, because on an accelerator the host would wait.
         may_skip = attention_mask is None or attention_mask.device.type == "cpu"
@@ -630,24 +630,17 @@ class FlipTextModel(FlipPreTrainedModel):
         padding = hidden_states[:, length:] if hidden_states.shape[1] > length else None
         hidden_states = self.encoder(hidden_states[:, :length], layer_mask, padding, **kwargs)
         hidden_states = self.final_layer_norm(hidden_states)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states[:, :length], pooler_output=self._pool(hidden_states, attention_mask)
-        )
-
-    def _forward_packed(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, caption_ends: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        mask = packed_mask(position_ids, False, cast(str, self.config._attn_implementation))
-        tokens = self.encoder(self.embeddings(input_ids, position_ids), mask, **kwargs)
-        tokens = self.final_layer_norm(tokens)
-        places, pooled = caption_ends, tokens
-        if self.config.pooling == "first":
-            places = places - position_ids.flatten()[places]
+        if caption_ends is not None and position_ids is not None:
+            pooled = self._pool_packed(hidden_states, position_ids, caption_ends)
         else:
-            together = packed_mask(position_ids, False, "sdpa")[:, 0].to(tokens.dtype)
-            pooled = (together @ tokens) / together.sum(dim=2, keepdim=True)
-        pooled = pooled.flatten(0, 1).index_select(0, places)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
+            pooled = self._pool(hidden_states, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states[:, :length], pooler_output=pooled)
+
+    def _pool_packed(self, tokens: torch.Tensor, position_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if self.config.pooling == "first":
+            return tokens.flatten(0, 1).index_select(0, ends - position_ids.flatten()[ends])
+        together = packed_mask(position_ids, False, "sdpa")[:, 0].to(tokens.dtype)
+        return ((together @ tokens) / together.sum(dim=2, keepdim=True)).flatten(0, 1).index_select(0, ends)
 
     def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if self.config.pooling == "first":

@@ -132,26 +132,19 @@ class TarSource(Source):
     def _json_beside(self, shard: int, where: Places) -> bytes | None:
         """Return the JSON file directly after one of a sample's files, or before them. An index has no place for it
         beside a text file."""
+        present = [place for place in (where.image, where.caption, where.class_number, where.array) if place]
         with self._naming(shard):
-            file = self._opened(shard)
-            present = [place for place in (where.image, where.caption, where.class_number, where.array) if place]
-            start, image = min(present).offset - BLOCK, os.pread(file, 100, where.image.offset - BLOCK)
-            folder, slash, name = image.split(b"\0", 1)[0].rpartition(b"/")
-            header = folder + slash + name.partition(b".")[0] + b".json\0"
-
-            def candidates() -> Iterator[int]:
-                yield from (place.offset + -(-place.size // BLOCK) * BLOCK for place in present)
-                window = max(start - _MAX_GAP_BYTES, 0) // BLOCK * BLOCK
-                before = os.pread(file, start - window, window)
-                yield from (window + at for at in range(0, len(before), BLOCK) if before.startswith(header, at))
-
-            for place in candidates():
-                block = os.pread(file, BLOCK, place)
+            file, start = self._opened(shard), min(present).offset - BLOCK
+            name = os.pread(file, 100, where.image.offset - BLOCK).split(b"\0", 1)[0]
+            header = name[: name.find(b".", name.rfind(b"/") + 1)] + b".json\0"
+            after = [place.offset + -(-place.size // BLOCK) * BLOCK for place in present]
+            for at in (*after, *range(start - BLOCK, max(start - _MAX_GAP_BYTES, 0) - 1, -BLOCK)):
+                block = os.pread(file, BLOCK, at)
                 if block.startswith(header):
                     with wrap_errors(UndecodableCaption):
                         size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
-                        check_bytes(size, MAX_TEXT_BYTES, "KEY.json")
-                        return os.pread(file, size, place + BLOCK)
+                    check_bytes(size, MAX_TEXT_BYTES, "KEY.json")
+                    return os.pread(file, max(size, 0), at + BLOCK)
         return None
 
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
