@@ -153,7 +153,8 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
         counts = {name.removeprefix(prefix): sum(by_op.values()) for name, by_op in counter.flop_counts.items()}
         if is_whole:
             return Flops(forward, counts, 2 * forward)
-        loss = objective.mean_loss(output) + sum(tensor.float().sum() for tensor in objective.compared(output))
+        values = [*objective.compared(output), *objective.parameters(output).values()]
+        loss = objective.mean_loss(output) + sum(value.float().sum() for value in values)
         with FlopCounterMode(display=False) as counter:
             loss.backward()
     return Flops(forward, counts, counter.get_total_flops())

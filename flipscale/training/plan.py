@@ -198,8 +198,8 @@ def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> 
     for stage in recipe.stages:
         if lora.rank is not None or recipe.optim.part_lr_ratios or recipe.model.frozen or stage.frozen:
             model = model_without_storage(config, objective.trained_class(config))
-            layer_scales(model, None, ratios=recipe.optim.part_lr_ratios)
             add_lora(model, lora)
+            layer_scales(model, None, ratios=recipe.optim.part_lr_ratios)
             freeze(model, recipe.model.frozen)
             freeze(model, stage.frozen, f"stages.{stage.name}.frozen")
 

@@ -62,6 +62,11 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
         if device.type == "cuda":
             bf16, head_dim = launched_precision(os.environ) == "bf16", vision.hidden_size // vision.num_attention_heads
             rows.insert(5, ("attention", attention_kernel(device, bf16, head_dim)))
+        if recipe.model.frozen:
+            rows.insert(1, ("frozen", ", ".join(recipe.model.frozen)))
+        if (lora := recipe.optim.lora).rank is not None:
+            words = f"LoRA of rank {lora.rank} on {', '.join(lora.modules)} of {', '.join(lora.towers)}"
+            rows.insert(1, ("trained", words))
         head = f"training {run_dir}"
         if start.step:
             head = f"going on with {run_dir} from step {start.step:,}{'' if is_timed else f' of {last:,}'}"
@@ -161,6 +166,8 @@ def _stage_words(stage: Stage, is_timed: bool) -> str:
     seen = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
     if stage.image_size is not None:
         seen += f" of {stage.image_size} x {stage.image_size} pixels"
+    if stage.frozen:
+        seen += f" with {' and '.join(stage.frozen)} frozen"
     length = stage.last - stage.first
     words = f"{f'{length:.1%}' if is_timed else f'{length:,}'} {seen}"
     return words if stage.name in words.split() else f"{words} ({stage.name})"

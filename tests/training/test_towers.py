@@ -83,6 +83,14 @@ def test_it_trains_on_and_exports_a_plain_folder(
     assert [follower.model.text_config[name] for name in ("projection_dim", "caption_tokens")] == [24, 8]
     pretrain(follower)
     assert losses(tmp_path / "next")[0] < losses(run_dir)[0] - 0.1
+    # LoRA takes each tower's own names of layers, and its changes are exported as the folder names the weights.
+    lora = ["--optim.lora.rank", "4", "--optim.lora.modules", "[q_proj, query]", "--output_dir", str(tmp_path / "lora")]
+    pretrain(parse_recipe(["--config", str(again), *flags, *lora]))
+    changed = load_file(tmp_path / "lora/model/model.safetensors")
+    assert {name.split(".", 2)[0] for name in after if not torch.equal(after[name], changed[name])} == {
+        "text_model", "vision_model",
+    }  # fmt: skip
+    assert all(torch.equal(after[name], changed[name]) for name in after if "query" not in name)
 
 
 def test_a_text_encoder_without_pooling_needs_code_in_the_folder(
