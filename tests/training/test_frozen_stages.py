@@ -1,5 +1,6 @@
 """Parts that are frozen in one stage only: every engine learns the same, and goes on bit for bit."""
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses
-from distributed.crowd import Crowds
+from distributed.crowd import ENVIRONMENTS, LAUNCH_FILES, Crowds
 from distributed.test_engines import Trainings, close
 
 from flipscale.engines.checkpoint import CheckpointReader, checkpoint_of
@@ -82,6 +83,20 @@ def test_the_first_weights_are_not_touched_in_a_stage_that_freezes_them(training
 def test_another_engine_goes_on(trainings: Trainings, step: int) -> None:
     whole = trainings.run("fsdp2", 2, **FROZEN)
     assert close(losses(trainings.resume(whole, step, "ddp", 1, **FROZEN)), losses(whole))
+
+
+@pytest.mark.long
+def test_zero_3_without_whole_weights(trainings: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its launch file, all weights of these small towers are kept whole."""
+    settings = json.loads((LAUNCH_FILES["zero3"].parent / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    changed = {**ENVIRONMENTS["zero3"], "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero3.json")}
+    monkeypatch.setitem(ENVIRONMENTS, "partitioned", changed)
+    many = trainings.run("partitioned", 2, **FROZEN)
+    assert close(losses(many), losses(trainings.run("ddp", 1, **FROZEN)))
+    again = tensors(trainings.resume(many, 5, "partitioned", 2, **FROZEN), 20)
+    assert all(torch.equal(value, again[name]) for name, value in tensors(many, 20).items())
 
 
 def test_muon_without_matrices_in_a_stage(trainings: Trainings) -> None:
