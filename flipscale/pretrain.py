@@ -82,6 +82,7 @@ def train(
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.starts_afresh:
                 engine.restart(step.stage.frozen)
+            engine.recompute(recipe.recomputes(step.stage))
             tracker.count_rows(micro_batches)
             loss = consume_batch(engine, micro_batches, plan.objective)
             taken = sync.start(step, loss, engine.gradient_norm(), faults)

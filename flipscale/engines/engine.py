@@ -200,6 +200,7 @@ class Engine:
         # Parameters that are trained in some stage, and the parts of them that are frozen now.
         self._trainable: list[nn.Parameter] = []
         self._frozen: tuple[str, ...] = ()
+        self._recomputes = False
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
         # Exponential moving averages of this process's elements of each parameter, if the recipe asks for them.
@@ -278,6 +279,12 @@ class Engine:
         gc.collect()
         gc.freeze()
         self.prepare(frozen)
+
+    def recompute(self, enabled: bool) -> None:
+        """Recompute the blocks' activations in backward passes from here on, or keep them."""
+        if enabled != self._recomputes:
+            self._recomputes = enabled
+            (self.model.gradient_checkpointing_enable if enabled else self.model.gradient_checkpointing_disable)()
 
     def _release(self) -> None:
         """Drop the wrapper and the optimisers."""

@@ -179,7 +179,7 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
             f"{stage.name}: {f'{length:,} steps' if minutes is None else f'{length * minutes:g} minutes'} of {batch:,} "
             f"pairs, {stage.mask_ratio:.0%} masked"
             + ("" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels")
-            + (", activations recomputed" if recipe.model.gradient_checkpointing else "")
+            + (", activations recomputed" if recipe.recomputes(stage) else "")
         )
     return "\n".join(lines) + (
         f"\ncomputed, for GPUs at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, "

@@ -83,13 +83,15 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
     Raises:
         UserError: the processes do not divide the batch, or the engine cannot run the recipe.
     """
-    parts = dict.fromkeys(stage.frozen for stage in recipe.stages)
-    by_frozen = [replace(recipe, stages=[s for s in recipe.stages if s.frozen == frozen]) for frozen in parts]
-    return max((_memory(one, launch) for one in by_frozen), key=lambda memory: memory.total)
+    groups: dict[tuple[Any, ...], list[StageRecipe]] = {}
+    for stage in recipe.stages:
+        groups.setdefault((stage.frozen, recipe.recomputes(stage)), []).append(stage)
+    alike = [replace(recipe, stages=stages) for stages in groups.values()]
+    return max((_memory(one, launch) for one in alike), key=lambda memory: memory.total)
 
 
 def _memory(recipe: Recipe, launch: Launch) -> Memory:
-    """Return the memory in the heaviest stage. All stages have the same frozen parts."""
+    """Return the memory in the heaviest stage. All stages have the same frozen parts, and recompute or not."""
     config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
     step = heaviest_step(recipe, launch)
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
@@ -161,7 +163,7 @@ def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> S
         mask_ratio=stage.mask_ratio,
         views=recipe.mask.views_at(stage.mask_ratio),
         text_mask_ratio=stage.text_mask_ratio,
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        gradient_checkpointing=recipe.recomputes(stage),
         bf16=launch.bf16,
         autocast=engine_class(launch).autocasts,
         image_size=stage.image_size,
@@ -220,8 +222,9 @@ def what_fits(recipe: Recipe, launch: Launch, limit: int) -> list[str]:
     """Return single changes that bring the total under `limit` bytes, with the new totals. If no single change does,
     return recomputation with another change."""
     again = "model.gradient_checkpointing"
-    recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True))
-    if recipe.model.gradient_checkpointing:
+    stages = [replace(stage, gradient_checkpointing=None) for stage in recipe.stages]
+    recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True), stages=stages)
+    if recipe == recomputing:
         return _fitting(_changes(recipe, launch), limit)
     single = _fitting([{again: (recomputing, launch)}, *_changes(recipe, launch)], limit)
     return single or [f"{again} and {other}" for other in _fitting(_changes(recomputing, launch), limit)]

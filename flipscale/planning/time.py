@@ -185,7 +185,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     micro_batches, useful = pairs // at_once, flops.training
     # Recomputation adds a forward pass to the backward pass. A coupled loss embeds micro-batches twice.
     forward, backward = (n * at_once / (hardware.peak * hardware.matmul_share) for n in (flops.forward, flops.backward))
-    backward += forward if recipe.model.gradient_checkpointing else 0.0
+    backward += forward if recipe.recomputes(stage) else 0.0
     passes = (2 if micro_batches > 1 and recipe.objective().is_coupled else 1) * micro_batches
     compute = passes * forward + micro_batches * backward
     sent = messages(recipe, launch, stage, hardware.links)
@@ -200,7 +200,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
-    busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, passes, micro_batches)
+    busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, passes, micro_batches)
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
     vision = recipe.model_config().vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
@@ -221,18 +221,18 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, workers, node_mb_s, bottleneck)
 
 
-def host_calls(recipe: Recipe, passes: int, micro_batches: int) -> int:
+def host_calls(recipe: Recipe, stage: StageRecipe, passes: int, micro_batches: int) -> int:
     """Return the torch operations of a step with `passes` forward passes and `micro_batches` backward passes.
 
     Compiled blocks are left out, because their kernels take the host little time.
     """
     blocks = 0 if recipe.model.compile else len(encoder_blocks(trained_model(recipe)))
-    again = micro_batches if recipe.model.gradient_checkpointing else 0
+    again = micro_batches if recipe.recomputes(stage) else 0
     return _OTHER_CALLS + blocks * (_FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches)
 
 
-def _host_seconds(recipe: Recipe, launch: Launch, passes: int, micro_batches: int) -> float:
-    seconds = _CALL_SECONDS * host_calls(recipe, passes, micro_batches)
+def _host_seconds(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> float:
+    seconds = _CALL_SECONDS * host_calls(recipe, stage, passes, micro_batches)
     if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1:
         model = trained_model(recipe)
         units = len(encoder_blocks(model)) + len(list(model.children())) + 1

@@ -34,7 +34,7 @@ from flipscale.io.yaml_text import check_yaml, read_outline, read_saved_recipe
 from flipscale.model.families import family_of
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.flags import unknown_flag, with_stages
-from flipscale.training.schedule import StageRecipe
+from flipscale.training.schedule import Stage, StageRecipe
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -262,6 +262,11 @@ class Recipe:
     cost: CostRecipe = field(default_factory=CostRecipe, metadata={"learned": False})
     output_dir: str = field(default="runs/flip", metadata={"learned": False})
     resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
+
+    def recomputes(self, stage: StageRecipe | Stage) -> bool:
+        """Return whether activations are recomputed in a stage."""
+        own = stage.gradient_checkpointing
+        return self.model.gradient_checkpointing if own is None else own
 
     def objective(self) -> "Objective":
         """Return the training objective.

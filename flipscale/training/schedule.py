@@ -47,6 +47,8 @@ class StageRecipe:
         frozen: Parts whose weights stay fixed in this stage, besides those of `model.frozen`, such as
             `[vision_model, text_model]` to train only the projections. A stage with other frozen parts than the
             previous stage needs a base_lr.
+        gradient_checkpointing: `model.gradient_checkpointing` of this stage, as masked images may fit without it. Null
+            is the model's. Does not change what is learned.
     """
 
     name: str
@@ -60,6 +62,7 @@ class StageRecipe:
     image_size: Pixels | None = None
     captions: dict[str, float] | None = None
     frozen: tuple[str, ...] = ()
+    gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Stage:
         image_size: side of the images in pixels; None for the model's own.
         captions: weights of the kinds of captions; None for those of the data.
         frozen: parts of the model whose weights stay fixed, besides those of the whole run.
+        gradient_checkpointing: whether activations are recomputed; None for the model's setting.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Stage:
     image_size: int | None = None
     captions: Mapping[str, float] | None = field(default=None, hash=False)
     frozen: tuple[str, ...] = ()
+    gradient_checkpointing: bool | None = None
 
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
@@ -281,7 +286,15 @@ def plan_stages(
         planned.append(
             Stage(
                 *(stage.name, stage.mask_ratio, ends[number], ends[number + 1], schedule_first, schedule_last),
-                *(warmup, peak_lr, stage.text_mask_ratio, stage.image_size, stage.captions, stage.frozen),
+                *(
+                    warmup,
+                    peak_lr,
+                    stage.text_mask_ratio,
+                    stage.image_size,
+                    stage.captions,
+                    stage.frozen,
+                    stage.gradient_checkpointing,
+                ),
             )
         )
     return planned

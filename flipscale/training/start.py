@@ -137,8 +137,6 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
         add_lora(model, recipe.optim.lora)
         freeze(model, recipe.model.frozen)
         model.set_attn_implementation(best_attention(start.accelerator.device))
-        if recipe.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
         if recipe.model.compile:
             compile_blocks(model)
 

@@ -9,7 +9,7 @@ import pytest
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
 from flipscale.planning.dry_run import _advice, _Planned
-from flipscale.planning.memory import Memory
+from flipscale.planning.memory import Memory, recipe_memory
 from flipscale.planning.time import Hardware, Links, messages, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 
@@ -84,6 +84,18 @@ def test_the_yardstick(h14: Recipe) -> None:
     assert step_time(parts, Launch("ddp", 256, "bf16"), h14.stages[0], Hardware()).compute == pytest.approx(
         compute * 5 / 3
     )
+
+
+def test_a_stage_keeps_its_activations_and_the_other_recomputes(h14: Recipe) -> None:
+    masked, unmasked = h14.stages
+    kept = replace(h14, stages=[replace(masked, gradient_checkpointing=False), unmasked])
+    launch = Launch("fsdp2", 256, "bf16")
+    before, after = (step_time(h14, launch, masked, Hardware()), step_time(kept, launch, kept.stages[0], Hardware()))
+    assert after.compute == pytest.approx(before.compute * 3 / 4)
+    assert after.host < before.host
+    assert step_time(kept, launch, unmasked, Hardware()) == step_time(h14, launch, unmasked, Hardware())
+    alone = replace(kept, stages=[kept.stages[0]])
+    assert recipe_memory(h14, launch).total < recipe_memory(kept, launch).total == recipe_memory(alone, launch).total
 
 
 def test_the_bottleneck_is_named(h14: Recipe) -> None:
