@@ -212,10 +212,11 @@ def _write_and_check(
     import onnxruntime
 
     names = ("image_projection", "visual_projection") if graph.tower == "vision" else ("text_projection",)
-    projections = [getattr(model, name) for name in names if hasattr(model, name)]
+    projection = next((getattr(model, name) for name in names if hasattr(model, name)), nn.Identity())
+    text: Any = model.config.text_config
     module = getattr(model, f"{graph.tower}_model")
-    pad = model.config.text_config.pad_token_id if isinstance(model, VisionTextDualEncoderModel) else None
-    tower = _Embedding(module, *(projections or [nn.Identity()]), list(graph.inputs.values()), pad).eval()
+    pad = text.pad_token_id if isinstance(model, VisionTextDualEncoderModel) else None
+    tower = _Embedding(module, projection, list(graph.inputs.values()), pad).eval()
     # Immich's token ids have 32 bits.
     kind = torch.int32 if "text" in graph.inputs else None
     given = [tuple(batch[name].to(kind) for name in tower.arguments) for batch in batches]
