@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Most numbers of rows that packed captions of a batch can have, because torch.compile makes a graph for each.
-MAX_ROW_COUNTS = 32
+MAX_ROW_COUNTS = 64
 # A limit, because the time and memory of tokenizers grow with the length.
 MAX_CAPTION_BYTES = 1 << 16
 

@@ -39,7 +39,7 @@ _TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embeddings?\.wei
 _LONGCLIP_KEPT = 20
 
 # More than any list of stages needs. A limit is needed to notice a fault that makes a graph for every step.
-_MAX_GRAPHS = 128
+_MAX_GRAPHS = 256
 
 
 def build_weights(
