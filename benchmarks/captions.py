@@ -2,7 +2,8 @@
 
     python benchmarks/captions.py --tokens 64 --image_size 224 --mask_ratio 0.9
 
-Captions have 8 to 64 tokens, each length as often. The time of packing them is part of the packed step.
+Captions have 8 to 64 tokens, each length as often. The time of packing them is part of the packed step. Times are CPU
+seconds of this process, which other programs disturb less.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from flipscale.engines.device import best_attention
 from flipscale.model.families import config_class
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
-from flipscale.planning.bench_step import time_in_turn, training_step
+from flipscale.planning.bench_step import timed, training_step
 
 SHORTEST, LONGEST = 8, 64
 END = 3
@@ -62,15 +63,19 @@ def compare(
     with torch.no_grad():
         padded, packed = (loss().item() for loss in losses.values())
     steps = {name: training_step(model, loss) for name, loss in losses.items()}
-    times = time_in_turn(steps, num_steps, torch.device("cpu"))
-    medians = {name: one.median_s for name, one in times.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(-1, num_steps):
+        for name, step in steps.items():
+            _, cpu = timed(step, torch.device("cpu"))
+            if turn >= 0:
+                seconds[name].append(cpu)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         **{f"{name}_s": seconds for name, seconds in medians.items()},
         "ratio": medians["padded"] / medians["packed"],
         "rows": len(pack_captions(tokens)["input_ids"]),
         "batch_size": batch_size,
         "loss_difference": abs(packed - padded),
-        "cpu_share": statistics.median(one.cpu_share for one in times.values()),
     }
 
 
