@@ -64,12 +64,15 @@ def _write(place: Path, images: str, captions: dict[str, list[str]], names: str)
             for language in languages:
                 lines = _read(url.format(language=language)).decode().splitlines()
                 texts[language] = dict(zip(listed, lines, strict=False))
-    common = [name for name in next(iter(texts.values())) if all(name in those for those in texts.values())]
-    with TemporaryDirectory(dir=place) as partial:
+    common = dict.fromkeys(
+        name for name in next(iter(texts.values())) if all(name in those for those in texts.values())
+    )
+    # A killed run's folder has a name that the next run removes.
+    with TemporaryDirectory(dir=place, prefix=".", suffix=".partial") as partial:
         with fsspec.open(images) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
             for member in archive:
                 name, content = PurePosixPath(member.name).name, archive.extractfile(member)
-                if content is not None and name in texts[languages[0]]:
+                if content is not None and name in common:
                     (Path(partial) / name).write_bytes(content.read())
         order = [name for name in common if (Path(partial) / name).exists()]
         if not order:
