@@ -45,6 +45,8 @@ def model_tokenizer(name: str, text: Any) -> PreTrainedTokenizerBase:
             so its tokenizer gets begin and end tokens if it adds none.
     """
     tokenizer = with_lower_case(load_tokenizer(name, text.max_position_embeddings), text)
+    if not isinstance(text, FlipTextConfig | FlipDecoderConfig):
+        tokenizer.padding_side = "right"
     has_ends = None not in (tokenizer.bos_token, tokenizer.eos_token)
     if text.model_type == "clip_text_model" and has_ends and tokenizer("a").input_ids[-1] != tokenizer.eos_token_id:
         tokenizer.add_bos_token = tokenizer.add_eos_token = True

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
 from flipscale.io.streams import without_bars
+from flipscale.model.masked import tower_fields
 from flipscale.model.masked_towers import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
 
 _log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ _NO_PLAIN_VIT = {
 }
 # Folders of both towers, in which the image tower's configuration is a section.
 _DUAL = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+_TEXTS = (*POOLED, *UNPOOLED)
 
 # timm's names of weights, and those in a folder of transformers. "(qkv)" is one matrix of queries, keys and values.
 _TIMM = [
@@ -61,7 +65,7 @@ class Towers(NamedTuple):
         return f"model.vision {self.vision!r} and model.text {self.text!r}"
 
 
-def tower_fields(towers: Towers) -> dict[str, dict[str, Any]]:
+def start_fields(towers: Towers) -> dict[str, dict[str, Any]]:
     """Return the fields of `vision_config` and `text_config` of two towers, without their dropout.
 
     Raises:
@@ -69,6 +73,24 @@ def tower_fields(towers: Towers) -> dict[str, dict[str, Any]]:
         OSError: the Hub cannot be reached.
     """
     return {"vision_config": _vision_fields(towers.vision), "text_config": _text_fields(towers.text)}
+
+
+def stored_fields(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the same of a folder of the family `towers`, whose configuration has `content`. Raise UserError if a
+    tower does not fit."""
+    vision, text = ({"model_type": None, **(content.get(name) or {})} for name in ("vision_config", "text_config"))
+    for tower, fields, fitting in (("vision", vision, VISION_TOWERS), ("text", text, _TEXTS)):
+        if fields["model_type"] not in fitting:
+            raise _refusal(
+                f"init_from's {tower}", str(folder), str(fields["model_type"]), "which does not fit", fitting
+            )
+    own = {"projection_dim": content.get("projection_dim", 512)}
+    if (folder / "modules.json").is_file():  # flipscale wrote it, and its tokenizer cuts captions
+        own["caption_tokens"] = read_object(folder / "tokenizer_config.json")["model_max_length"]
+    return {
+        "vision_config": {**_own_fields(vision["model_type"], vision), **pixel_fields(folder)},
+        "text_config": {**_own_fields(text["model_type"], text), **own},
+    }
 
 
 def tower_weights(start: Towers | str, config: MaskedTowersConfig) -> dict[str, torch.Tensor]:
@@ -126,8 +148,9 @@ def _vision_fields(name: str) -> dict[str, Any]:
     if own not in VISION_TOWERS:
         raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), [*VISION_TOWERS, "timm"])
     fields = _own_fields(own, content)
-    if fields.get("use_swiglu_ffn"):
-        raise _refusal("vision", name, kind, "whose use_swiglu_ffn is true", [*VISION_TOWERS, "timm"])
+    for field, value in (("use_swiglu_ffn", False), ("num_channels", 3), ("pooler_output_size", fields["hidden_size"])):
+        if (found := fields.get(field, value)) != value:
+            raise _refusal("vision", name, kind, f"whose {field} is {found}, not {value}", [*VISION_TOWERS, "timm"])
     stored = {weight for file in check_folder(folder) for weight in read_shapes(file)}
     if own == "vit" and not any(weight.endswith("pooler.dense.weight") for weight in stored):
         # Without a pooler, the class token is the image's.
@@ -139,14 +162,11 @@ def _text_fields(name: str) -> dict[str, Any]:
     folder = fetch_folder(name)
     content = read_object(folder / "config.json")
     kind = str(content.get("model_type"))
-    fitting = [*POOLED, *UNPOOLED]
-    if kind not in CONFIG_MAPPING:
-        raise _refusal("text", name, kind, "which transformers does not know", fitting)
-    if content.get("add_cross_attention") or getattr(CONFIG_MAPPING[kind](), "is_encoder_decoder", False):
-        raise _refusal("text", name, kind, "which has cross attention", fitting)
-    reads_both_ways = kind in fitting and not content.get("is_decoder")
+    if content.get("is_encoder_decoder") or content.get("add_cross_attention"):
+        raise _refusal("text", name, kind, "which has cross attention", _TEXTS)
+    reads_both_ways = kind in _TEXTS and not content.get("is_decoder")
     if not reads_both_ways or (kind == "gemma3_text" and not content.get("use_bidirectional_attention")):
-        raise _refusal("text", name, kind, "which is no encoder that reads both ways", fitting)
+        raise _refusal("text", name, kind, "which is no encoder that reads both ways", _TEXTS)
     return _own_fields(kind, content)
 
 
@@ -156,15 +176,15 @@ def _refusal(tower: str, name: str, kind: str, reason: str, fitting: Any) -> Use
 
 def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a tower's configuration, without dropout, and without fields that may name code."""
-    sections = {"vision_config": {"model_type": kind}, "text_config": {"model_type": kind}}
-    section = "vision_config" if kind in VISION_TOWERS else "text_config"
-    sections["vision_config" if section == "text_config" else "text_config"] = {}
-    known = MaskedTowersConfig.parts(sections["vision_config"], sections["text_config"])[section]
-    plain = CONFIG_MAPPING[kind].from_dict({key: value for key, value in content.items() if key in known}).to_dict()
-    fields = {key: value for key, value in plain.items() if key in known and not key.startswith("_")}
-    off = {key: 0.0 for key, value in fields.items() if re.search("drop", key) and isinstance(value, int | float)}
+    known = {name for name in tower_fields(CONFIG_MAPPING[kind]) if not name.startswith("_")}
+    try:
+        plain = CONFIG_MAPPING[kind].from_dict({name: value for name, value in content.items() if name in known})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"a config.json is no {kind}'s: {' '.join(str(error).split())}") from None
+    fields = {name: value for name, value in json.loads(plain.to_json_string(use_diff=False)).items() if name in known}
+    off = {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, int | float)}
     masks = {"use_mask_token": False} if "use_mask_token" in fields else {}
-    return {**json.loads(json.dumps(fields)), **off, **masks, "model_type": kind}
+    return {**fields, **off, **masks, "model_type": kind}
 
 
 def _timm_model(name: str, folder: Path, pretrained: bool) -> Any:
@@ -185,13 +205,17 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
     kind, own = type(model).__name__, VISION_TOWERS.keys()
     if kind != "VisionTransformer":
         raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), own)
-    if model.global_pool != "token" or not isinstance(model.fc_norm, nn.Identity):
-        raise _refusal("vision", name, kind, f"whose global_pool is {model.global_pool!r}, not 'token'", own)
-    if not isinstance(model.norm_pre, nn.Identity):
-        raise _refusal("vision", name, kind, "which has a norm before its blocks", own)
     block, pixels = model.blocks[0], content.get("pretrained_cfg", {})
-    if not hasattr(block, "attn") or not hasattr(block.attn, "qkv") or not hasattr(block.mlp, "fc2"):
-        raise _refusal("vision", name, kind, f"whose blocks are {type(block).__name__}", own)
+    parts = [type(part).__name__ for part in (block, block.attn, block.mlp)]
+    for is_plain, reason in (
+        (model.global_pool == "token", f"whose global_pool is {model.global_pool!r}, not 'token'"),
+        (isinstance(model.fc_norm, nn.Identity), "which has a norm after its pooling"),
+        (isinstance(model.norm_pre, nn.Identity), "which has a norm before its blocks"),
+        (parts == ["Block", "Attention", "Mlp"], f"whose blocks are of {', '.join(parts)}"),
+        (model.patch_embed.proj.in_channels == 3, "which takes other images than in colour"),
+    ):
+        if not is_plain:
+            raise _refusal("vision", name, kind, reason, own)
     activation = getattr(block.mlp.act, "approximate", type(block.mlp.act).__name__)
     fields = {
         "model_type": "dinov2_with_registers" if model.num_reg_tokens else "dinov2",
@@ -203,7 +227,6 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         "qkv_bias": block.attn.qkv.bias is not None,
         "image_size": model.patch_embed.img_size[0],
         "patch_size": model.patch_embed.patch_size[0],
-        "num_channels": model.patch_embed.proj.in_channels,
         "image_mean": [float(value) for value in pixels.get("mean", (0.5,) * 3)],
         "image_std": [float(value) for value in pixels.get("std", (0.5,) * 3)],
         "squashes": pixels.get("crop_mode") == "squash",

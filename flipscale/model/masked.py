@@ -44,6 +44,12 @@ class MaskedVisionFields:
         return self.patches_along() ** 2
 
 
+def tower_fields(kind: Any) -> list[str]:
+    """Return the fields of a tower's configuration class, without those that transformers adds to all."""
+    general = {field.name for field in fields(PreTrainedConfig)}
+    return [field.name for field in fields(kind) if field.name not in general]
+
+
 class MaskedFields:
     """A mixin for transformers' configuration of a dual encoder, with the members that flipscale reads.
 
@@ -88,16 +94,10 @@ class MaskedFields:
         return cls(vision_config=vision, text_config=text)  # type: ignore[call-arg]
 
     @classmethod
-    def tower_classes(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-        """Return the configuration classes of towers with these fields, `vision_config` and `text_config`."""
-        return {name: spec.config_class for name, spec in cls.sub_configs_defaults.items()}  # type: ignore[attr-defined]
-
-    @classmethod
     def parts(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, list[str]]:
-        """Return the fields of each tower's configuration, without those that transformers adds to all."""
-        general = {field.name for field in fields(PreTrainedConfig)}
-        of_towers = {name: [f.name for f in fields(kind)] for name, kind in cls.tower_classes(vision, text).items()}
-        return {name: [field for field in of if field not in general] for name, of in of_towers.items()}
+        """Return the fields of each tower's configuration, by the fields that are set of both."""
+        towers: dict[str, Any] = cls.sub_configs_defaults  # type: ignore[attr-defined]
+        return {name: tower_fields(spec.config_class) for name, spec in towers.items()}
 
     @property
     def caption_config(self) -> Any:

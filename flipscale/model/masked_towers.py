@@ -23,7 +23,14 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from .masked import MaskedDualEncoder, MaskedFields, MaskedTower, MaskedVisionFields, PackedEmbeddings
+from .masked import (
+    MaskedDualEncoder,
+    MaskedFields,
+    MaskedTower,
+    MaskedVisionFields,
+    PackedEmbeddings,
+    tower_fields,
+)
 from .masked_clip import MaskedCLIPVisionConfig, MaskedCLIPVisionModel
 from .masked_siglip import MaskedSiglipVisionConfig, MaskedSiglipVisionModel
 from .modeling_mean_pooled import MeanPooledDualEncoderModel, pool_captions
@@ -170,16 +177,14 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         return cls(vision_config=vision, text_config=text, **own)
 
     @classmethod
-    def tower_classes(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-        kinds = VISION_TOWERS.get(vision.get("model_type", "vit")), CONFIG_MAPPING[text.get("model_type", "bert")]
-        return {"vision_config": kinds[0][0], "text_config": kinds[1]} if kinds[0] else {}
-
-    @classmethod
     def parts(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, list[str]]:
-        fields = super().parts(vision, text)
-        fields["vision_config"] += ["model_type", "squashes"]
-        fields["text_config"] += ["model_type", "projection_dim", "caption_tokens"]
-        return fields
+        image, words = vision.get("model_type", "vit"), text.get("model_type", "bert")
+        if image not in VISION_TOWERS or words not in (*POOLED, *UNPOOLED):
+            return {}
+        return {
+            "vision_config": [*tower_fields(VISION_TOWERS[image][0]), "model_type", "squashes"],
+            "text_config": [*tower_fields(CONFIG_MAPPING[words]), "model_type", "projection_dim", "caption_tokens"],
+        }
 
     @property
     def exported_class(self) -> Any:  # type: ignore[override]

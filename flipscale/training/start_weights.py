@@ -28,9 +28,9 @@ def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, di
         ):
             return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
     if isinstance(model.start, tuple):
-        from flipscale.engines.start_towers import tower_fields
+        from flipscale.engines.start_towers import start_fields as fields_of_towers  # imports the models
 
-        return tower_fields(model.start), str(local_folder(model.start.text) or model.start.text)
+        return fields_of_towers(model.start), str(local_folder(model.start.text) or model.start.text)
     init_from = str(model.init_from)
     folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
     if folder is None:
@@ -48,30 +48,20 @@ def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
     Fields that transformers adds to all configurations are left out: they may name code to load.
     """
     content = read_object(folder / "config.json")
-    kind = config_class(str(family_of(content["model_type"])))
-    given = [content.get(name) or {} for name in ("vision_config", "text_config")]
-    towers, classes = {}, kind.tower_classes(*given)
-    for name, known in kind.parts(*given).items():
+    if (family := str(family_of(content["model_type"]))) == "towers":
+        from flipscale.engines.start_towers import stored_fields  # imports the models
+
+        return stored_fields(folder, content)
+    kind = config_class(family)
+    towers = {}
+    for name, known in kind.parts({}, {}).items():
         # A file leaves out transformers' defaults, which are not those of our sizes.
-        defaults = classes[name]()
+        defaults = kind.sub_configs_defaults[name].config_class()
         fields = {**(content.get(name) or {}), **(pixel_fields(folder) if name == "vision_config" else {})}
         if "projection_dim" in known:  # a CLIPModel's projections have the width that is named outside of the towers
-            fields["projection_dim"] = content.get("projection_dim", 512)
-        if "caption_tokens" in known:
-            fields |= _caption_tokens(folder)
-        towers[name] = {
-            key: fields.get(key, getattr(defaults, key, None))
-            for key in known
-            if key in fields or hasattr(defaults, key)
-        }
+            fields["projection_dim"] = content.get("projection_dim", defaults.projection_dim)
+        towers[name] = {key: fields.get(key, getattr(defaults, key)) for key in known}
     return towers
-
-
-def _caption_tokens(folder: Path) -> dict[str, Any]:
-    """Return the field `caption_tokens` of a folder that flipscale wrote, whose tokenizer cuts captions there."""
-    if not (folder / "modules.json").is_file():
-        return {}
-    return {"caption_tokens": read_object(folder / "tokenizer_config.json").get("model_max_length", 64)}
 
 
 def tokenizer_fields(folder: str) -> dict[str, Any]:

@@ -139,6 +139,8 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
         (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'towers'"),
         (["--stages.masked.image_size", "20"], "image_size 20"),
+        (["--model.vision_config.model_type", "swin"], "model.vision_config.model_type is not a field"),
+        (["--model.text_config.max_position_embeddings", "30"], "MISMATCH|max_position_embeddings|mismatch"),
         (
             ["--data.micro_batch_size", "4", "--model.vision_config.hidden_dropout_prob", "0.1"],
             "vision_config.hidden_dropout_prob is 0.1 and data.micro_batch_size",
@@ -150,6 +152,23 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     assert re.search(expected, refused("pretrain", "--config", file, *flags))
+
+
+def test_a_folder_of_other_towers_is_refused(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    save_text("bert", tmp_path / "both")
+    content = {"model_type": "vision-text-dual-encoder", "vision_config": {"model_type": "swin"}}
+    content["text_config"] = {**json.loads((tmp_path / "both/config.json").read_text())}
+    (tmp_path / "both/config.json").write_text(json.dumps(content))
+    expected = "is of the type 'swin', which does not fit"
+    start = ["--model.family", "towers", "--model.init_from", tmp_path / "both"]
+    assert expected in refused("pretrain", "--config", "b16_cc3m", *start)
+    assert expected in refused("evaluate", tmp_path / "both", "--zero_shot", shards)
+
+
+def test_a_damaged_configuration_is_refused(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    name = tmp_path / "bert/config.json"
+    name.write_text(json.dumps({**json.loads(name.read_text()), "hidden_size": "wide"}))
+    assert "no bert's" in refused("pretrain", "--config", file)
 
 
 def test_a_tokenizer_without_padding_is_refused(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
