@@ -10,12 +10,34 @@ import foreign_towers
 import pytest
 import torch
 import yaml
-from conftest import losses, metrics
-from foreign_towers import END, OTHER_TEXTS, SMALL_TIMM, START, VISION, save_text, save_timm
+from conftest import TOWER, losses, metrics
+from foreign_towers import (
+    END,
+    OTHER_TEXTS,
+    SMALL_TIMM,
+    START,
+    VISION,
+    image_difference,
+    opened,
+    save_text,
+    save_timm,
+    text_difference,
+)
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderModel, ViTModel
+from sentence_transformers import SentenceTransformer
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    VisionTextDualEncoderModel,
+    ViTModel,
+)
 
 from flipscale.cli import main
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import load_with_tokenizer
 from flipscale.pretrain import pretrain
 from flipscale.training.recipe import parse_recipe
@@ -209,10 +231,50 @@ def test_the_page_lists_what_fits(tmp_path: Path) -> None:
     assert page.partition(START)[2].partition(END)[0] == foreign_towers.table(tmp_path)
 
 
-def test_stored_images_are_normalised_by_the_folders_numbers(tmp_path: Path) -> None:
-    """A ViT with its own mean keeps it, and the exported processor has it."""
+def test_a_timm_vit_and_a_bert_embed_as_in_their_own_libraries(file: Path, tmp_path: Path) -> None:
+    assert image_difference("timm", tmp_path / "vit", tmp_path / "bert")[1] < 1e-5
+    assert text_difference(tmp_path / "bert", tmp_path / "vit")[1] < 1e-5
+
+
+def test_an_image_processor_of_the_folder_counts(tmp_path: Path) -> None:
     save_text("bert", tmp_path / "bert")
     VISION["`Dinov2Model`"](tmp_path / "dino")
-    config = foreign_towers.opened(tmp_path / "dino", tmp_path / "bert").config
-    assert list(config.vision_config.image_mean) == [0.1, 0.2, 0.3]
-    assert torch.isfinite(torch.tensor(config.vision_config.image_std)).all()
+    config = opened(tmp_path / "dino", tmp_path / "bert").config
+    assert (list(config.vision_config.image_mean), config.squashes) == ([0.1, 0.2, 0.3], False)
+
+
+def test_in_other_programs(tmp_path: Path) -> None:
+    """sentence-transformers embeds captions alike, and the image tower trains as the encoder of a LLaVA."""
+    save_text("xlm-roberta", tmp_path / "text")
+    VISION["`Dinov2Model`"](tmp_path / "dino")
+    ours = opened(tmp_path / "dino", tmp_path / "text")
+    torch.nn.init.normal_(ours.text_projection.weight)
+    plain = VisionTextDualEncoderModel(ours.config.exported())
+    weights = {name: weight.reshape(plain.state_dict()[name].shape) for name, weight in ours.state_dict().items()}
+    plain.load_state_dict(weights)
+    processor = build_processor(ours.config, load_tokenizer(str(tmp_path / "text"), 8))
+    folder = export_model(plain, processor, tmp_path / "both")
+    texts = ["a red circle", "the blue square and the green triangle"]
+    tokens = torch.tensor(processor.tokenizer(texts, padding="max_length", max_length=8, truncation=True)["input_ids"])
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(ours.get_text_features(tokens).pooler_output)
+    found = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+    tower = AutoModel.from_pretrained(folder).vision_model
+    words = LlamaConfig(**TOWER, vocab_size=50, pad_token_id=0)
+    towers = {"vision_config": tower.config, "text_config": words}
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(**towers, image_token_index=49, vision_feature_layer=-1))
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.cat([torch.full((2, 16), 49), torch.tensor([[3, 4, 5], [6, 7, 8]])], dim=1)
+    pixels, found_losses = torch.randn(2, 3, 32, 32), []
+    for _ in range(3):
+        loss = model(input_ids=ids, pixel_values=pixels, labels=ids.masked_fill(ids == 49, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found_losses.append(loss.item())
+    assert found_losses[2] < found_losses[1] < found_losses[0]
+    assert not torch.equal(model.model.vision_tower.embeddings.cls_token, tower.embeddings.cls_token)
