@@ -13,13 +13,14 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import TOWER, add_member, write_shards
+from conftest import COLOURS, SHAPES, TOWER, add_member, write_shards
 from distributed.crowd import start_ranks
 from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
 
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Decoder, Embedder, SampleNumbers
+from flipscale.evaluation.kinds import languages
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.model import FlipConfig, FlipModel
 
@@ -40,7 +41,11 @@ def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
 
 
 def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
-    """Write the samples that this process read for three tasks, and the embeddings of all images."""
+    """Write the samples that this process read for five tasks, and the embeddings of all images."""
+    languages.babel_imagenet = lambda: {  # type: ignore[assignment]
+        "de": ([3, 0, 7], ["red cross", "red disc", "green cross"], ["a {c}", "the {c}"]),
+        "zh": ([9, 5], ["blue bar", "green bar"], ["{c} a"]),
+    }
     read: list[list[int]] = []
     whole = TarSource.read
     TarSource.read = lambda self, *where: read.append([*where]) or whole(self, *where)  # type: ignore[method-assign]
@@ -49,6 +54,8 @@ def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
         {"kind": "zero_shot", "data": folder},
         {"kind": "zero_shot", "data": folder, "name": "clip", "templates": "imagenet7"},
         {"kind": "retrieval", "data": folder},
+        {"kind": "multilingual_retrieval", "data": folder},
+        {"kind": "multilingual_zero_shot", "data": folder},
     ]
     results = evaluate_tasks(embedder, build_tasks(listed))
     found = {"read": read.copy(), "values": {result.name: result.value for result in results}}
@@ -70,6 +77,11 @@ def run_ranks(world: int, seconds: float, function: Callable[..., None], *argume
 def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, tokenizer_dir: Path) -> None:
     folder = tmp_path / "set"
     write_shards(folder, SIZES)
+    (folder / "captions").mkdir()
+    (folder / "languages.txt").write_text("de\nzh\n")
+    for seed, language in enumerate(("de", "zh")):
+        words = np.random.default_rng(seed).choice([*COLOURS, *SHAPES, "a", "the"], (99, 5))
+        (folder / f"captions/{language}.json").write_text(json.dumps([" ".join(row) for row in words]))
     every = [[*where] for where in SampleNumbers(TarSource(str(folder)))]
     assert len(every) == 99
     found = {}
@@ -81,6 +93,12 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
         assert sorted(where for one in told for where in one["read"]) == every
         assert all(one["values"] == told[0]["values"] for one in told)
         found[world] = (told[0]["values"], *torch.load(out / "0.pt"))
+    whole = found[1][0]
+    for metric in ("multilingual_retrieval/image_to_text_r10", "multilingual_zero_shot/top1"):
+        assert 0 < whole[metric] < 100
+    assert whole["multilingual_zero_shot/top1"] == (
+        pytest.approx((whole["multilingual_zero_shot/top1_de"] + whole["multilingual_zero_shot/top1_zh"]) / 2)
+    )
     for values, embeds, texts in (found[2], found[3]):
         assert values == found[1][0]
         assert torch.equal(embeds, found[1][1])
