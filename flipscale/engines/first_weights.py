@@ -212,12 +212,13 @@ def _stored(
         from flipscale.engines.start_towers import tower_weights  # imports the models
 
         weights = tower_weights(init_from, config)
-        readers = {name: partial(weights.__getitem__, name) for name in weights}
+        readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(weights.__getitem__, name) for name in weights}
         return readers, {name: list(weight.shape) for name, weight in weights.items()}
     files = [safe_open(file, "pt") for file in check_folder(fetch_folder(str(init_from)))]
     owners = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     shapes = {name: file.get_slice(name).get_shape() for name, file in owners.items()}
-    return {name: partial(file.get_tensor, name) for name, file in owners.items()}, shapes
+    readers = {name: partial(file.get_tensor, name) for name, file in owners.items()}
+    return readers, shapes
 
 
 def _usable(

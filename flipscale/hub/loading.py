@@ -83,7 +83,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
     if isinstance(model, FlipForImageClassification):
         return model, None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself for damaged files
         raise UserError(
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "

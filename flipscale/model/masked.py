@@ -203,8 +203,9 @@ class PackedEmbeddings:
         if side == config.patches_along():
             return prefix, own
         grid = own.float().unflatten(0, (config.patches_along(), -1)).permute(2, 0, 1)[None]
-        size = {"size": (side, side), "antialias": self.smooths}
-        resized = nn.functional.interpolate(grid, mode="bicubic", align_corners=False, **size)
+        resized = nn.functional.interpolate(
+            grid, size=(side, side), mode="bicubic", align_corners=False, antialias=self.smooths
+        )
         return prefix, resized[0].flatten(1).t()
 
     def class_token(self) -> torch.Tensor:

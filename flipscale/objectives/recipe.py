@@ -117,7 +117,7 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
 
-    shared = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
+    shared: dict[str, Any] = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
     objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **shared, **recipe.options)
     check_ranges(objective, "loss.options")
     if recipe.captions_per_image > 1:

@@ -144,7 +144,8 @@ def check(recipe: Recipe) -> Plan:
         task.check()
     _check_micro_batches(recipe, objective, config)
     check_shared_memory(data.num_workers)
-    kinds = dict.fromkeys((kind for one in (data, *stages) for kind in one.captions or ()), 1.0)
+    by_kind = [data.captions, *(stage.captions for stage in stages)]
+    kinds = dict.fromkeys((kind for shares in by_kind for kind in shares or ()), 1.0)
     source = open_source(replace(data, captions=kinds or None))
     check_kinds(source, list(kinds))
     rank, world_size = place_in_world()

@@ -23,6 +23,8 @@ from flipscale.io.options import (
     check_ranges,
 )
 
+# Fields that a stage has as its recipe does.
+_SAME = ("text_mask_ratio", "image_size", "captions", "frozen", "gradient_checkpointing")
 # Shares are written with a few digits, so their sum may differ from 1 by this.
 _SUM_TOLERANCE = 1e-4
 
@@ -90,7 +92,7 @@ class Stage:
     peak_lr: float
     text_mask_ratio: float = 0.0
     image_size: int | None = None
-    captions: Mapping[str, float] | None = field(default=None, hash=False)
+    captions: dict[str, float] | None = field(default=None, hash=False)
     frozen: tuple[str, ...] = ()
     gradient_checkpointing: bool | None = None
 
@@ -283,20 +285,9 @@ def plan_stages(
             words = f"{given} of the budget" if is_timed else f"{given} samples"
             limit = f"{length:g}" if is_timed else length * global_batch_size
             raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {limit}")
-        planned.append(
-            Stage(
-                *(stage.name, stage.mask_ratio, ends[number], ends[number + 1], schedule_first, schedule_last),
-                *(
-                    warmup,
-                    peak_lr,
-                    stage.text_mask_ratio,
-                    stage.image_size,
-                    stage.captions,
-                    stage.frozen,
-                    stage.gradient_checkpointing,
-                ),
-            )
-        )
+        times = (ends[number], ends[number + 1], schedule_first, schedule_last, warmup, peak_lr)
+        same: dict[str, Any] = {name: getattr(stage, name) for name in _SAME}
+        planned.append(Stage(stage.name, stage.mask_ratio, *times, **same))
     return planned
 
 
