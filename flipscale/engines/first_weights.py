@@ -35,7 +35,7 @@ ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
 _log = logging.getLogger(__name__)
 
 # Learned positions of a text tower, and how many of the first ones LongCLIP (arXiv 2403.15378) leaves as they are.
-_TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embeddings?\.weight")
+_TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embedding\.weight")
 _LONGCLIP_KEPT = 20
 
 # More than any list of stages needs. A limit is needed to notice a fault that makes a graph for every step.
