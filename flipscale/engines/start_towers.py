@@ -109,7 +109,7 @@ def tower_weights(start: Towers | str, config: MaskedTowersConfig) -> dict[str, 
         images = _read(MODEL_MAPPING[type(exported.vision_config)], vision, exported.vision_config)
     if getattr(exported.vision_config, "pooler_act", None) == "linear":
         width = exported.vision_config.hidden_size
-        images |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+        images = {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width), **images}
     if exported.text_config.model_type in UNPOOLED:
         _log.warning(
             "model.text %r has no pooled output: a caption is the mean of its tokens, and the exported folder needs "
@@ -123,18 +123,12 @@ def tower_weights(start: Towers | str, config: MaskedTowersConfig) -> dict[str, 
 
 def _read(kind: Any, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     check_folder(folder)
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    try:
-        with without_bars():
-            model, report = kind.from_pretrained(folder, config=config, **options)
-    except RuntimeError as error:
-        shapes = re.search(r"size mismatch[^\n]*|\S[^\n]*MISMATCH[^\n]*", str(error))
-        reason = shapes[0] if shapes else str(error).splitlines()[0]
-        raise UserError(
-            f"{folder} has no weights of the recipe's {kind.__name__} ({' '.join(reason.split())})"
-        ) from None
-    missing = set(report["missing_keys"])
-    return {name: weight for name, weight in model.state_dict().items() if name not in missing}
+    options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with without_bars():
+        model, report = kind.from_pretrained(folder, config=config, dtype=torch.float32, **options)
+    for name, found, expected in report["mismatched_keys"]:
+        raise UserError(f"{name} has the shape {[*found]} there, {[*expected]} in this recipe's model")
+    return {name: weight for name, weight in model.state_dict().items() if name not in report["missing_keys"]}
 
 
 def _vision_fields(name: str) -> dict[str, Any]:

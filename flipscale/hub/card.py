@@ -26,7 +26,7 @@ from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
-from flipscale.io.model_folder import local_folder
+from flipscale.io.model_folder import local_folder, read_object
 from flipscale.io.text_table import escape_markdown, markdown_code
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_summary import RunSummary
@@ -90,7 +90,8 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         module="flipscale.model" if is_ours else "flipscale.model.modeling_mean_pooled",
         padding="" if is_ours else ', padding="max_length"',
         base=" from " + " and ".join(markdown_code(public_name(start)) for start in starts) if starts else "",
-        max_tokens=model["text_config"].get("caption_tokens"),
+        # A text encoder may have more positions than captions have tokens.
+        max_tokens=None if is_ours else read_object(folder / "tokenizer_config.json").get("model_max_length"),
         results=results_table(lines),
         protocol=protocols(lines),
         figures=figures,

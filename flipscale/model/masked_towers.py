@@ -133,7 +133,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
     """The configuration of a VisionTextDualEncoderModel for training.
 
     Args:
-        caption_tokens: tokens after which a caption is cut. The text tower may have more positions.
+        caption_tokens: tokens after which a caption is cut, by default 64 if there are as many positions.
         squashes: as in `MaskedFields`.
     """
 
@@ -145,7 +145,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
     processor_class: ClassVar[Any] = VisionTextDualEncoderProcessor
 
     logit_bias_init_value: float | int | None = None
-    caption_tokens: int = 64
+    caption_tokens: int | None = None
     squashes: bool = False  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -156,6 +156,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         text: Any = self.text_config
         # RoBERTa and its kin number positions from the padding's id on, which is 1.
         positions = text.max_position_embeddings - (2 if text.pad_token_id == 1 else 0)
+        self.caption_tokens = min(64, positions) if self.caption_tokens is None else self.caption_tokens
         if not 1 <= self.caption_tokens <= positions:
             raise ValueError(
                 f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions} positions"
