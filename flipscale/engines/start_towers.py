@@ -235,7 +235,7 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
     theirs = _timm_model(name, folder, pretrained=True)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for key, value in theirs.state_dict().items():
         for pattern, replacement in [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]:
             key = re.sub(pattern, replacement, key)
@@ -243,7 +243,8 @@ def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tenso
             value = torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)
         thirds = zip(("query", "key", "value"), value.chunk(3), strict=True) if "(qkv)" in key else [("", value)]
         weights |= {key.replace("(qkv)", part): third for part, third in thirds}
-    ours: PreTrainedModel = MODEL_MAPPING[type(config)](config).eval()
+    kind: Any = MODEL_MAPPING[type(config)]
+    ours: PreTrainedModel = kind(config).eval()
     own = {stored: inner for inner, stored in stored_names(ours).items()}
     needed = {stored for stored in own if not re.search(r"^pooler|mask_token$", stored)}
     if odd := sorted(needed ^ weights.keys()):

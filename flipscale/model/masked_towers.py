@@ -69,7 +69,7 @@ class PackedViTEmbeddings(PackedEmbeddings):
 
     patch_embedding_name: ClassVar[str] = "patch_embeddings.projection"
 
-    def forward(self, images: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, images: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         """Return the tokens; arguments that transformers' towers pass besides the images do not apply."""
         tokens = super().forward(images)
         if (registers := getattr(self, "register_tokens", None)) is not None:
@@ -84,15 +84,15 @@ class PackedViTEmbeddings(PackedEmbeddings):
         return self.position_embeddings[0]  # type: ignore[attr-defined]
 
 
-class MaskedViTEmbeddings(PackedViTEmbeddings, ViTEmbeddings):
+class MaskedViTEmbeddings(PackedViTEmbeddings, ViTEmbeddings):  # type: ignore[misc]
     pass
 
 
-class MaskedDinov2Embeddings(PackedViTEmbeddings, Dinov2Embeddings):
+class MaskedDinov2Embeddings(PackedViTEmbeddings, Dinov2Embeddings):  # type: ignore[misc]
     pass
 
 
-class MaskedDinov2WithRegistersEmbeddings(PackedViTEmbeddings, Dinov2WithRegistersEmbeddings):
+class MaskedDinov2WithRegistersEmbeddings(PackedViTEmbeddings, Dinov2WithRegistersEmbeddings):  # type: ignore[misc]
     smooths: ClassVar[bool] = True
 
     def __init__(self, config: MaskedDinov2WithRegistersConfig):
@@ -173,7 +173,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
     @classmethod
     def of_towers(cls, vision: dict[str, Any], text: dict[str, Any]) -> "MaskedTowersConfig":
         vision, text = {**vision}, {**text}
-        own = {name: text.pop(name) for name in ("projection_dim", "caption_tokens") if name in text}
+        own: dict[str, Any] = {name: text.pop(name) for name in ("projection_dim", "caption_tokens") if name in text}
         own |= {name: vision.pop(name) for name in ("squashes",) if name in vision}
         return cls(vision_config=vision, text_config=text, **own)
 
@@ -215,7 +215,7 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
         tower = VISION_TOWERS[vision.model_type][1]._from_config(vision)
         super().__init__(config, vision_model=tower, text_model=AutoModel.from_config(config.text_config))
         blocks = {type(module).__name__ for module in tower.modules() if isinstance(module, PackedEmbeddings)}
-        self._no_split_modules = {*self._no_split_modules, *blocks}
+        self._no_split_modules = {*(self._no_split_modules or ()), *blocks}
         if self.text_model.config.model_type in UNPOOLED:
             pool_captions(self.text_model)
         self.set_loss_parameters()

@@ -27,12 +27,11 @@ def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, di
             before.get(name) == getattr(model, name) for name in ("init_from", "vision", "text")
         ):
             return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
-    if isinstance(start := model.start, tuple):
-        from flipscale.engines.start_towers import Towers  # imports the models
-        from flipscale.engines.start_towers import start_fields as fields_of_towers
+    if model.vision:
+        from flipscale.engines.start_towers import start_fields as fields_of_towers  # imports the models
 
-        towers = Towers(*start)
-        return fields_of_towers(towers), str(local_folder(towers.text) or towers.text)
+        start = model.start
+        return fields_of_towers(start), str(local_folder(start.text) or start.text)
     init_from = str(model.init_from)
     folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
     if folder is None:
