@@ -305,8 +305,8 @@ def check_kinds(source: Source, names: Sequence[str]) -> None:
     for kind, count in counts.items():
         if total and not count:
             raise UserError(
-                f"data.captions has the kind {kind!r}, which none of the first {total} samples has ({words}); name a "
-                "field of KEY.json, txt, or a column"
+                f"data.captions or a stage's has the kind {kind!r}, which none of the first {total} samples has "
+                f"({words}); name a field of KEY.json, txt, or a column"
             )
     if names:
         _log.info("captions: of the first %d samples, %s", total, words)

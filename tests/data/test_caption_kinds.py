@@ -69,7 +69,7 @@ def test_samples_may_lack_a_file_or_a_field(tmp_path: Path) -> None:
     source = open_source(DataRecipe(shards=write(tmp_path, samples), captions={"alt": 1, "txt": 1}))
     assert [source.read(0, number).captions for number in range(3)] == [(b"a",), (b"b",), (b"a grey cross",)]
     check_kinds(source, ["alt", "txt"])
-    with pytest.raises(ValueError, match=r"data.captions has the kind 'atl'.*first 3 samples.*alt in 0"):
+    with pytest.raises(ValueError, match=r"data.captions or a stage's has the kind 'atl'.*first 3 samples.*alt in 0"):
         check_kinds(open_source(DataRecipe(shards=str(tmp_path), captions={"atl": 1})), ["atl", "alt"])
 
 
