@@ -144,7 +144,7 @@ def export_checkpoint(
         UserError: the checkpoint does not exist, its tokenizer cannot be loaded, the other model has other weights, or
             as `export_model`.
     """
-    recipe, reader = _opened(checkpoint)
+    recipe, reader, stored = _opened(checkpoint)
     config, objective = recipe.model_config(), recipe.objective()
     processor: Processor
     if objective.takes_text:
@@ -157,22 +157,21 @@ def export_checkpoint(
     kind, exported = objective.exported_model(config)
     with torch.device("meta"):
         model = kind._from_config(exported, dtype=dtype)
-    read = merged(_reader_of(recipe, reader), reader.shapes, recipe.optim.lora)
+    read = merged(stored, reader.shapes, recipe.optim.lora)
     if base is not None:
         read = _mixed(model, read, base, alpha)
     return _write_folder(model, processor, out_dir, read)
 
 
-def _opened(checkpoint: Path) -> tuple[Recipe, CheckpointReader]:
+def _opened(checkpoint: Path) -> tuple[Recipe, CheckpointReader, ReadWeight]:
+    """Return the recipe of a whole checkpoint, and readers of its tensors and of its averages or else its weights."""
     if not checkpoint.exists():
         names = [path.name for path in list_checkpoints(checkpoint.parents[1])]
         raise UserError(f"{checkpoint} does not exist; the checkpoints are {', '.join(names) or 'none'}")
     require_whole(checkpoint)
-    return parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True), CheckpointReader(checkpoint)
-
-
-def _reader_of(recipe: Recipe, reader: CheckpointReader) -> ReadWeight:
-    return partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
+    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
+    reader = CheckpointReader(checkpoint)
+    return recipe, reader, partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
 
 
 def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
@@ -182,14 +181,14 @@ def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
         OSError: the checkpoint is damaged or cannot be read.
         UserError: the run has no LoRA, its other weights are not those of the start weights, or the folder is in use.
     """
-    recipe, reader = _opened(checkpoint)
+    recipe, reader, read = _opened(checkpoint)
     lora, base = recipe.optim.lora, recipe.model.init_from or ""
     if lora.rank is None:
         raise UserError(f"--adapter needs optim.lora, and optim.lora.rank of {checkpoint} is null; leave --adapter out")
     if out_dir.exists() and not (out_dir / "adapter_config.json").is_file():
         raise UserError(f"{out_dir} exists and is no adapter; name another folder or remove it")
     _check_base(base, reader)
-    folder, layers, read = local_folder(base), lora_layers(reader.shapes), _reader_of(recipe, reader)
+    folder, layers = local_folder(base), lora_layers(reader.shapes)
     weights = {}
     for name in (f"{layer}.lora_{letter}" for layer in layers for letter in "AB"):
         weights[f"base_model.model.{name}.weight"] = weight = read(f"{name}.default.weight")
