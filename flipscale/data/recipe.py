@@ -127,7 +127,7 @@ class DataRecipe:
     sources: list[SourceRecipe] = field(default_factory=list)
     fraction: ShareAboveZero = 1.0
     tokenizer: str = field(default="bert", metadata={"place": True})
-    captions: dict[str, float] | None = None
+    captions: dict[str, NonNegative] | None = None
     pack_captions: bool = field(default=False, metadata={"learned": False})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})

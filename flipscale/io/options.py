@@ -102,7 +102,7 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
             raise UserError(f"{path} is {value[:60]!r}; it must be without {odd!r}")
     elif get_origin(hint) is Annotated:
         yield from ((path, value, extra) for extra in hint.__metadata__ if isinstance(extra, Range))
-    elif get_origin(hint) in (Union, types.UnionType) and isinstance(value, int | float):
+    elif get_origin(hint) in (Union, types.UnionType) and isinstance(value, int | float | dict):
         for option in get_args(hint):
             yield from _numbers(value, option, path)
     elif isinstance(value, dict) and len(get_args(hint)) == 2:

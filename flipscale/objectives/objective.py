@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flipscale.data.pairs import PairDataset
+from flipscale.io.options import Count
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 
@@ -42,7 +43,7 @@ class Objective:
 
     exchange: str = "gather"
     positives: str = "pairs"
-    captions_per_image: int = 1
+    captions_per_image: Count = 1
 
     @property
     def num_labels(self) -> int | None:

@@ -62,7 +62,7 @@ class StageRecipe:
     share: ShareAboveZero | None = None
     warmup_share: ShareBelowOne = 0.0
     image_size: Pixels | None = None
-    captions: dict[str, float] | None = None
+    captions: dict[str, NonNegative] | None = None
     frozen: tuple[str, ...] = ()
     gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})
 
