@@ -43,7 +43,7 @@ def recorded(
         inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
         ids = torch.arange(PAIRS, device=device) % 7 if has_ids else None
         with recorder:
-            loss = function.forward(wanted, *inputs, "gather", ids)
+            loss = function.forward(wanted, *inputs, "gather", ids, *([False] if function is _InfoNCE else []))
         assert [g.shape for g in wanted.gradients] == [t.shape for t in inputs]
         assert {t.device.type for t in (loss, *wanted.gradients)} == {device}
     return recorder
@@ -138,7 +138,7 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
         with held:
             asked = SimpleNamespace(needs_input_grad=[True])
-            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather", None)
+            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather", None, False)
     said = exchange_bytes("gather", PAIRS, world, dim, views)
     tile = 4 * math.prod(workspace_elements(PAIRS, PAIRS * world, dim, 1, "cuda"))
     gradients = 4 * PAIRS * dim * views
