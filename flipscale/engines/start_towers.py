@@ -76,8 +76,11 @@ def start_fields(towers: Towers) -> dict[str, dict[str, Any]]:
 
 
 def stored_fields(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the same of a folder of the family `towers`, whose configuration has `content`. Raise UserError if a
-    tower does not fit."""
+    """Return these fields of a folder of the family `towers`. `content` is its config.json.
+
+    Raises:
+        UserError: a tower does not fit.
+    """
     vision, text = ({"model_type": None, **(content.get(name) or {})} for name in ("vision_config", "text_config"))
     for tower, fields, fitting in (("vision", vision, VISION_TOWERS), ("text", text, _TEXTS)):
         if fields["model_type"] not in fitting:
@@ -235,14 +238,11 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
     theirs = _timm_model(name, folder, pretrained=True)
-    weights: dict[str, torch.Tensor] = {}
-    for key, value in theirs.state_dict().items():
-        for pattern, replacement in [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]:
-            key = re.sub(pattern, replacement, key)
-        if key == "embeddings.position_embeddings" and theirs.no_embed_class:
-            value = torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)
-        thirds = zip(("query", "key", "value"), value.chunk(3), strict=True) if "(qkv)" in key else [("", value)]
-        weights |= {key.replace("(qkv)", part): third for part, third in thirds}
+    names = [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]
+    weights = renamed(theirs.state_dict(), names, ("query", "key", "value"))
+    positions = weights.get("embeddings.position_embeddings")
+    if theirs.no_embed_class and positions is not None:
+        weights["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     kind: Any = MODEL_MAPPING[type(config)]
     ours: PreTrainedModel = kind(config).eval()
     own = {stored: inner for inner, stored in stored_names(ours).items()}
@@ -250,6 +250,22 @@ def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tenso
     if odd := sorted(needed ^ weights.keys()):
         raise UserError(f"model.vision {name!r} is no {type(ours).__name__}: {odd[0]} is in one of them only")
     return _compared(name, theirs, ours, {own[key]: value.float() for key, value in weights.items()})
+
+
+def renamed(
+    weights: dict[str, torch.Tensor], names: list[tuple[str, str]], parts: tuple[str, str, str]
+) -> dict[str, torch.Tensor]:
+    """Return weights under new names, by patterns that are applied one after another.
+
+    A new name with "(qkv)" is of one matrix of queries, keys and values, which becomes three, named by `parts`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        thirds = zip(parts, weight.chunk(3), strict=True) if "(qkv)" in name else [("", weight)]
+        found |= {name.replace("(qkv)", part): third for part, third in thirds}
+    return found
 
 
 def _compared(

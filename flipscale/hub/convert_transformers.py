@@ -10,6 +10,7 @@ from tokenizers import Regex, normalizers
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from flipscale.engines.start_towers import renamed
 from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.hub.card import derived_card
 from flipscale.hub.export import build_processor, export_model
@@ -165,23 +166,17 @@ def _activation(module: nn.Module) -> str:
 
 def _renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return open_clip's weights under transformers' names. Names of neither model stay as they are."""
-    renamed = {}
     pooled = {name: value for name, value in weights.items() if re.search(r"attn_pool\.(q|kv)\.", name)}
+    heads = {}
     for kind in ("weight", "bias") if pooled else ():
         query, others = (pooled[f"visual.trunk.attn_pool.{part}.{kind}"] for part in ("q", "kv"))
-        renamed[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([query, others])
-    for name, value in weights.items():
-        if name in pooled:
-            continue
-        new = name
-        for pattern, replacement in [*_NAMES, *_BLOCKS]:
-            new = re.sub(pattern, replacement, new)
-        if "(qkv)" in new:
-            for part, third in zip("qkv", value.chunk(3), strict=True):
-                renamed[new.replace("(qkv)", f"{part}_proj")] = third
-        else:
-            renamed[new] = value.t() if name in ("visual.proj", "text_projection", "text.text_projection") else value
-    return renamed
+        heads[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([query, others])
+    plain = {
+        name: value.t() if name in ("visual.proj", "text_projection", "text.text_projection") else value
+        for name, value in weights.items()
+        if name not in pooled
+    }
+    return {**heads, **renamed(plain, [*_NAMES, *_BLOCKS], ("q_proj", "k_proj", "v_proj"))}
 
 
 def _tokenizer(theirs: Any) -> PreTrainedTokenizerBase:

@@ -59,11 +59,9 @@ class MultilingualRetrieval(Retrieval):
             captions = json.loads(read_text(self.data, name) or "null")
         except ValueError as error:
             raise UserError(f"{self.data}/{name} is no JSON ({error}); prepare the task again") from None
-        count = len(captions) if isinstance(captions, list) else 0
-        if count != len(TestSet.open(self.data)) or not all(isinstance(caption, str) for caption in captions):
-            raise UserError(
-                f"{self.data}/{name} has {count} captions of {len(TestSet.open(self.data))} images; list one for each"
-            )
+        count, num_images = len(captions) if isinstance(captions, list) else 0, len(TestSet.open(self.data))
+        if count != num_images or not all(isinstance(caption, str) for caption in captions):
+            raise UserError(f"{self.data}/{name} has {count} captions of {num_images} images; list one for each")
         return [[captions[number]] for number in test_set.row_numbers]
 
 
