@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flipscale.data.prepared import TASKS_DIR, read_prepared
+from flipscale.data.task_page import SUITES, suite_pages
 from flipscale.evaluation.results import RESULTS_FILE, as_metrics
-from flipscale.evaluation.task_page import SUITES, suite_pages
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable

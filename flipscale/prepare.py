@@ -4,14 +4,9 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, CountOrZero, Share, ShareBelowOne, add_num_workers, number, output_folder
-
-if TYPE_CHECKING:
-    from flipscale.evaluation.task_page import TaskPage
-    from flipscale.preparation.task_sets import TaskSet
 
 _SHARDS_HELP = "Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
 _TOKENIZER_HELP = "Also count the tokens of captions, with a tokenizer named as in a recipe."
@@ -208,7 +203,7 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _tasks(args: argparse.Namespace) -> None:
-    from flipscale.evaluation.task_page import pages_table, read_page, suite_pages
+    from flipscale.data.task_page import pages_table, read_page, suite_pages
     from flipscale.preparation.task_sets import prepare_tasks
 
     if args.suite and args.only:
@@ -220,23 +215,7 @@ def _tasks(args: argparse.Namespace) -> None:
     if args.directory is None or not (args.suite or args.only):
         raise UserError("name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks")
     named = dict.fromkeys(page.data for page in pages)
-    prepare_tasks(args.directory, [_task_set(read_page(name)) for name in named])
-
-
-def _task_set(page: "TaskPage") -> "TaskSet":
-    from flipscale.preparation.task_sets import REAL_LABELS, Columns, TaskSet
-
-    source = page.source
-    return TaskSet(
-        *(page.name, source.repo, source.revision, source.split),
-        columns=Columns(source.image, source.label, source.clip, source.frame) if source.image else None,
-        shards=source.shards,
-        real_labels=page.options.get("labels") == REAL_LABELS,
-        **{name: getattr(page, name) for name in ("licence", "images", "num_classes", "class_names", "templates")},
-        is_classification=not page.kind.endswith("retrieval"),
-        captions=source.captions,
-        names=source.names,
-    )
+    prepare_tasks(args.directory, list(map(read_page, named)))
 
 
 def _resize(args: argparse.Namespace) -> None:

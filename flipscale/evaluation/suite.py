@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from flipscale.data.decode import decode_box
 from flipscale.data.prepared import TASKS_DIR
 from flipscale.data.samples import BadSample
+from flipscale.data.task_page import read_page
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
@@ -25,7 +26,6 @@ from flipscale.evaluation.kinds.vqa import Vqa
 from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot, ZeroShotMultilabel
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.task_page import read_page
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.options import check_ranges, parser_message

@@ -12,6 +12,7 @@ from fsspec.core import url_to_fs
 
 from flipscale.data.samples import reason_of
 from flipscale.data.sources.tar import add_member
+from flipscale.data.task_page import TaskSource
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 
@@ -25,34 +26,29 @@ def archive_bytes(url: str) -> int:
         return 0
 
 
-def write_languages(place: Path, images: str, captions: dict[str, list[str]], names: str) -> None:
+def write_languages(place: Path, source: TaskSource) -> None:
     """Write `test/0.tar`, `languages.txt` and `captions/LANGUAGE.json` to the folder `place`.
 
     As in CLIP_benchmark, an image has its first caption in each language, and images that the archive lacks are left
-    out.
-
-    Args:
-        images: URL of a tar archive; folders in it do not count.
-        captions: languages by the URL of their captions, see `TaskSource`.
-        names: URL of the names of the images, for captions in text files.
+    out. Folders in the archive do not count.
 
     Raises:
         UserError: the archive has none of the images, or a file is not as it was.
         OSError: a URL cannot be read.
     """
     try:
-        _write(place, images, captions, names)
+        _write(place, source)
     except (UserError, OSError):
         raise
     except Exception as error:  # archives, JSON and every protocol raise their own types
         raise UserError(
-            f"{images} or its captions cannot be read ({reason_of(error)}); the source has changed"
+            f"{source.repo} or its captions cannot be read ({reason_of(error)}); the source has changed"
         ) from error
 
 
-def _write(place: Path, images: str, captions: dict[str, list[str]], names: str) -> None:
+def _write(place: Path, source: TaskSource) -> None:
     texts: dict[str, dict[str, str]] = {}
-    for url, languages in captions.items():
+    for url, languages in source.captions.items():
         if url.endswith(".zip"):
             with zipfile.ZipFile(io.BytesIO(_read(url))) as zipped:
                 (file,) = (name for name in zipped.namelist() if name.endswith(".jsonl"))
@@ -60,7 +56,7 @@ def _write(place: Path, images: str, captions: dict[str, list[str]], names: str)
             for language in languages:
                 texts[language] = {f"{row['image/key']}.jpg": row[language]["caption"][0] for row in rows}
         else:
-            listed = _read(names).decode().splitlines()
+            listed = _read(source.names).decode().splitlines()
             for language in languages:
                 lines = _read(url.format(language=language)).decode().splitlines()
                 texts[language] = dict(zip(listed, lines, strict=False))
@@ -69,14 +65,14 @@ def _write(place: Path, images: str, captions: dict[str, list[str]], names: str)
     )
     # A killed run's folder has a name that the next run removes.
     with TemporaryDirectory(dir=place, prefix=".", suffix=".partial") as partial:
-        with fsspec.open(images) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
+        with fsspec.open(source.repo) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
             for member in archive:
                 name, content = PurePosixPath(member.name).name, archive.extractfile(member)
                 if content is not None and name in common:
                     (Path(partial) / name).write_bytes(content.read())
         order = [name for name in common if (Path(partial) / name).exists()]
         if not order:
-            raise UserError(f"{images} has none of the {len(common)} images with captions; the source has changed")
+            raise UserError(f"{source.repo} has none of the {len(common)} images with captions; the source has changed")
         with atomic_write(place / "test") as folder:
             folder.mkdir()
             with tarfile.open(folder / "0.tar", "w") as shard:

@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.samples import reason_of
 from flipscale.data.sources.tar import TarSource, add_member
+from flipscale.data.task_page import TaskPage, TaskSource
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, remove, sync, write_text
 from flipscale.io.errors import UserError
@@ -75,89 +76,18 @@ class HubFile:
         return content.hexdigest() == digest
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns.
-
-    Args:
-        image: column of images.
-        label: column of classes.
-        clip: columns that identify a clip. With them, rows are frames of videos, and the middle frame is taken.
-        frame: column of a frame's number in its clip.
-    """
-
-    image: str
-    label: str
-    clip: tuple[str, ...] = ()
-    frame: str = ""
-
-
-@dataclass(frozen=True)
-class TaskSet:
-    """The data of a task's page; see `TaskPage`.
-
-    Args:
-        name: name of the task and its folder.
-        split: folder of the shards in the repository, or split of its parquet files.
-        columns: columns of parquet files; None for shards.
-        shards: pattern of the shards' names; empty for SPLIT/0.tar, SPLIT/1.tar, ...
-        real_labels: whether to write ImageNet-ReaL's labels of the images.
-        class_names: class names of the page, for sources without names or with another spelling.
-        templates: prompts of the page, for sources without prompts.
-        is_classification: whether the task needs class names.
-        captions, names: as in `TaskSource`.
-    """
-
-    name: str
-    repo: str
-    revision: str
-    split: str
-    columns: Columns | None
-    shards: str
-    real_labels: bool
-    licence: str
-    images: int
-    num_classes: int | None
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    is_classification: bool
-    captions: dict[str, list[str]] = field(default_factory=dict)
-    names: str = ""
-
-    @property
-    def source(self) -> dict[str, str]:
-        """Repository, revision and split, which decide the data."""
-        return {"repo": self.repo, "revision": self.revision, "split": self.split}
-
-    def files(self, files: Iterable[HubFile]) -> tuple[HubFile, ...]:
-        """Return the files of the repository that belong to the set, with their paths."""
-        chosen = [file for file in files if self._has(file.name)]
-        if not self.shards:
-            return tuple(chosen)
-        chosen.sort(key=lambda file: file.name)
-        return tuple(replace(file, path=f"test/{number}.tar") for number, file in enumerate(chosen))
-
-    def _has(self, file: str) -> bool:
-        if self.shards:
-            return fnmatch(file, self.shards)
-        split = re.escape(self.split)
-        if self.columns:
-            return re.fullmatch(rf"([\w-]+/)*{split}([-/][\w.-]+)?\.parquet", file) is not None
-        return file in _TEXTS or re.fullmatch(rf"{split}/(\d+\.tar|nshards\.txt)", file) is not None
-
-
 class _Plan(NamedTuple):
     """A set to download, `num_bytes` in all."""
 
-    task: TaskSet
+    page: TaskPage
     commit: str
     files: tuple[HubFile, ...]
     num_bytes: int
     bytes_present: int
 
 
-def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
-    """Print the sets and their sizes, then download the missing ones into `folder`/NAME.
+def prepare_tasks(folder: Path, pages: Sequence[TaskPage]) -> None:
+    """Print the sets of pages and their sizes, then download the missing ones into `folder`/NAME.
 
     A killed run leaves whole files and no `prepared.json`; the same command continues with the same commit. A set whose
     source cannot be read is left out and reported at the end.
@@ -169,19 +99,19 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
     plans: list[_Plan] = []
     rows: list[list[str]] = []
     faults: dict[str, str] = {}
-    for task in sets:
+    for page in pages:
         plan, state = None, "is prepared"
         try:
-            plan = _plan(folder, task)
+            plan = _plan(folder, page)
         except ValueError as error:
-            faults[task.name], state = str(error), "not to be had"
+            faults[page.name], state = str(error), "not to be had"
         if plan:
             plans.append(plan)
             state = size_text(plan.num_bytes)
-        rows.append([task.name, f"{task.images:,}", state, task.licence, task.repo])
+        rows.append([page.name, f"{page.images:,}", state, page.licence, page.source.repo])
     print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
     total, present = sum(plan.num_bytes for plan in plans), sum(plan.bytes_present for plan in plans)
-    of_tables = sum(plan.num_bytes for plan in plans if plan.task.columns)  # which become shards of the same size
+    of_tables = sum(plan.num_bytes for plan in plans if plan.page.source.image)  # which become shards of the same size
     check_disk_space(folder, total - present + of_tables, "prepare fewer tasks with --only")
     if plans:
         print(
@@ -191,73 +121,101 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
     with Progress(total, "tasks", "B") as progress:
         for plan in plans:
             try:
-                _prepare(folder / plan.task.name, plan, progress)
+                _prepare(folder / plan.page.name, plan, progress)
             except (ValueError, WrongFile) as error:
-                faults[plan.task.name] = str(error)
+                faults[plan.page.name] = str(error)
     if len(faults) > 1:
         print(*(f"{name}: {reason}" for name, reason in faults.items()), sep="\n")
-        raise UserError(f"{len(faults)} of {len(sets)} tasks are not prepared, see above: {', '.join(faults)}")
+        raise UserError(f"{len(faults)} of {len(pages)} tasks are not prepared, see above: {', '.join(faults)}")
     for name, reason in faults.items():
         raise UserError(f"{name} is not prepared: {reason}")
-    print(f"{len(sets)} of {len(sets)} tasks are whole in {folder}")
+    print(f"{len(pages)} of {len(pages)} tasks are whole in {folder}")
 
 
-def _plan(folder: Path, task: TaskSet) -> _Plan | None:
+def _plan(folder: Path, page: TaskPage) -> _Plan | None:
     """Return the download of a set; None if the set is whole."""
-    place = folder / task.name
-    if task.real_labels:
+    place, source = folder / page.name, page.source
+    if _has_real_labels(page):
         find_real_labels()
     prepared = read_prepared(place)
-    if prepared is not None and prepared.get("source") == task.source:
+    if prepared is not None and prepared.get("source") == _origin(source):
         _remove_leftovers(place)
         return None
-    if task.captions:
-        return _Plan(task, "", (), archive_bytes(task.repo), 0)
+    if source.captions:
+        return _Plan(page, "", (), archive_bytes(source.repo), 0)
     begun = next(json_lines.iterate(place / _BEGUN, "source", commit=str), {})
-    commit, listed = list_files(task.repo, begun["commit"] if begun.get("source") == task.source else task.revision)
-    files = task.files(listed)
+    revision = begun["commit"] if begun.get("source") == _origin(source) else source.revision
+    commit, listed = list_files(source.repo, revision)
+    files = _files_of(source, listed)
     if not any(file.name.endswith((".tar", ".parquet")) for file in files):
-        what = f"parquet files of the split {task.split}" if task.columns else task.shards or f"{task.split}/*.tar"
-        raise UserError(f"data set {task.repo} has no {what}; the source has changed")
-    has_names = task.columns or task.class_names or "classnames.txt" in {file.name for file in files}
-    if task.is_classification and not has_names:
-        raise UserError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
-    paths = {file: _downloaded(place, task) / file.path for file in files}
+        what = (
+            f"parquet files of the split {source.split}" if source.image else source.shards or f"{source.split}/*.tar"
+        )
+        raise UserError(f"data set {source.repo} has no {what}; the source has changed")
+    has_names = source.image or page.class_names or "classnames.txt" in {file.name for file in files}
+    if _needs_names(page) and not has_names:
+        raise UserError(f"data set {source.repo} has no classnames.txt, and the task's page lists no class names")
+    paths = {file: _downloaded(place, source) / file.path for file in files}
     present = sum(file.size for file, path in paths.items() if path.is_file() and path.stat().st_size == file.size)
-    return _Plan(task, commit, files, sum(file.size for file in files), present)
+    return _Plan(page, commit, files, sum(file.size for file in files), present)
 
 
 def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
     """Download a set and write its `prepared.json`."""
-    task, lock = plan.task, place.with_name(f".{place.name}.lock")
+    page, source, lock = plan.page, plan.page.source, place.with_name(f".{place.name}.lock")
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             (place / PREPARED).unlink(missing_ok=True)
-            json_lines.rewrite(place / _BEGUN, [{"source": task.source, "commit": plan.commit}])
+            json_lines.rewrite(place / _BEGUN, [{"source": _origin(source), "commit": plan.commit}])
             for file in plan.files:
-                _download(task.repo, plan.commit, file, _downloaded(place, task) / file.path, place / _DOWNLOAD)
+                _download(source.repo, plan.commit, file, _downloaded(place, source) / file.path, place / _DOWNLOAD)
                 progress.update(file.size)
-            if task.columns:
+            if source.image:
                 tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.name)]
-                names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
+                names = convert(tables, place / "test", source, page.name) or list(page.class_names)
                 write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
-            if task.captions:
-                write_languages(place, task.repo, task.captions, task.names)
+            if source.captions:
+                write_languages(place, source)
                 progress.update(plan.num_bytes)
-            _complete_texts(place, task)
-            source = _open_shards(place, plan)
-            if task.real_labels:
-                write_real_labels(place, source)
-            _write_prepared(place, task, plan.commit, len(source))
+            _complete_texts(place, page)
+            images = _open_shards(place, plan)
+            if _has_real_labels(page):
+                write_real_labels(place, images)
+            _write_prepared(place, page, plan.commit, len(images))
     except Timeout:
         raise UserError(f"another process prepares {place}; wait for it to end") from None
     lock.unlink(missing_ok=True)
 
 
-def _downloaded(place: Path, task: TaskSet) -> Path:
+def _origin(source: TaskSource) -> dict[str, str]:
+    """Return repository, revision and split, which decide the data."""
+    return {"repo": source.repo, "revision": source.revision, "split": source.split}
+
+
+def _needs_names(page: TaskPage) -> bool:
+    return not page.kind.endswith("retrieval")
+
+
+def _has_real_labels(page: TaskPage) -> bool:
+    return page.options.get("labels") == REAL_LABELS
+
+
+def _files_of(source: TaskSource, files: Iterable[HubFile]) -> tuple[HubFile, ...]:
+    """Return the files of a repository that belong to a set, with their paths."""
+    if source.shards:
+        chosen = sorted((file for file in files if fnmatch(file.name, source.shards)), key=lambda file: file.name)
+        return tuple(replace(file, path=f"test/{number}.tar") for number, file in enumerate(chosen))
+    split = re.escape(source.split)
+    pattern = rf"{split}/(\d+\.tar|nshards\.txt)|{'|'.join(map(re.escape, _TEXTS))}"
+    if source.image:
+        pattern = rf"([\w-]+/)*{split}([-/][\w.-]+)?\.parquet"
+    return tuple(file for file in files if re.fullmatch(pattern, file.name))
+
+
+def _downloaded(place: Path, source: TaskSource) -> Path:
     """Return the folder of downloaded files; tables do not belong to the prepared set."""
-    return place / _PARQUET if task.columns else place
+    return place / _PARQUET if source.image else place
 
 
 def list_files(repo: str, revision: str) -> tuple[str, list[HubFile]]:
@@ -340,18 +298,18 @@ def _explained(error: Exception, repo: str, revision: str) -> Exception:
     )
 
 
-def _complete_texts(place: Path, task: TaskSet) -> None:
+def _complete_texts(place: Path, page: TaskPage) -> None:
     """Write missing class names and prompts, and spell class names as the page does."""
-    for name, lines in zip(_TEXTS[:2], (task.class_names, task.templates), strict=True):
+    for name, lines in zip(_TEXTS[:2], (page.class_names, page.templates), strict=True):
         if lines and not (place / name).exists():
             write_text(place / name, "".join(f"{line}\n" for line in lines))
-    if not task.is_classification:
+    if not _needs_names(page):
         return
     file = place / _TEXTS[0]
     names = [line for line in _text(file).splitlines() if line.strip()] if file.exists() else []
-    if not names or (task.num_classes and len(names) != task.num_classes):
-        raise UserError(f"{file} lists {len(names)} classes, {task.num_classes} are expected; the source has changed")
-    spelled = spelled_as(names, task.class_names)
+    if not names or (page.num_classes and len(names) != page.num_classes):
+        raise UserError(f"{file} lists {len(names)} classes, {page.num_classes} are expected; the source has changed")
+    spelled = spelled_as(names, page.class_names)
     if spelled != names:
         write_text(file, "".join(f"{name}\n" for name in spelled))
 
@@ -382,7 +340,7 @@ def _open_shards(place: Path, plan: _Plan) -> TarSource:
         UserError: a shard is missing or damaged, or there are no images.
     """
     folder = place / "test"
-    if not plan.task.columns and not plan.task.captions:
+    if not plan.page.source.image and not plan.page.source.captions:
         for path in set(folder.glob("*.tar")) - {place / file.path for file in plan.files}:
             path.unlink()
     names = {path.name for path in folder.glob("*.tar")}
@@ -439,19 +397,19 @@ def write_real_labels(place: Path, source: TarSource) -> None:
     write_text(place / REAL_LABELS, json.dumps(of_images) + "\n")
 
 
-def _write_prepared(place: Path, task: TaskSet, commit: str, num_images: int) -> None:
+def _write_prepared(place: Path, page: TaskPage, commit: str, num_images: int) -> None:
     """Mark a set as whole."""
     files = {}
     for path in sorted(path for pattern in _PREPARED_FILES for path in place.glob(pattern)):
         sync(path)
         files[path.relative_to(place).as_posix()] = {"bytes": path.stat().st_size}
-    if task.real_labels:
+    if _has_real_labels(page):
         files[REAL_LABELS] = {"bytes": (place / REAL_LABELS).stat().st_size}
-    about = {"task": task.name, "source": task.source, "revision": commit, "licence": task.licence}
+    about = {"task": page.name, "source": _origin(page.source), "revision": commit, "licence": page.licence}
     write_text(place / PREPARED, json.dumps({**about, "images": num_images, "files": files}, indent=2) + "\n")
     _remove_leftovers(place)
-    if num_images != task.images:
-        print(f"{task.name}: {num_images:,} images, not the {task.images:,} that its page says")
+    if num_images != page.images:
+        print(f"{page.name}: {num_images:,} images, not the {page.images:,} that its page says")
 
 
 def _remove_leftovers(place: Path) -> None:
@@ -459,13 +417,13 @@ def _remove_leftovers(place: Path) -> None:
         remove(path)
 
 
-def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -> list[str] | None:
+def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:
     """Write `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`; a kill leaves the folder as it was.
 
     Args:
         files: parquet files of a split, in order.
         out_dir: folder to write.
-        columns: names of the columns.
+        columns: names of the columns, see `TaskSource`.
         name: name of the task, for messages.
 
     Returns:
@@ -487,7 +445,7 @@ def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -
         ) from error
 
 
-def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -> list[str] | None:
+def _convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:
     from datasets import ClassLabel, Features
     from pyarrow import parquet
 
@@ -518,7 +476,7 @@ def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) 
     return list(label.names) if isinstance(label, ClassLabel) else None
 
 
-def _middle_frames(files: Sequence[Path], columns: Columns) -> set[int]:
+def _middle_frames(files: Sequence[Path], columns: TaskSource) -> set[int]:
     """Return the rows with the middle frame of each clip: frame n // 2 of n in order."""
     clips: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for row, (*clip, frame) in enumerate(_rows(files, [*columns.clip, columns.frame])):

@@ -5,8 +5,8 @@ import re
 import yaml
 from cli.pages import ROOT
 
+from flipscale.data.task_page import Reference, TaskPage, suite_pages
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.evaluation.task_page import Reference, TaskPage, suite_pages
 
 PAGE = (ROOT / "docs/evaluation.md").read_text()
 PAPER_MODEL = "FLIP L/14, LAION-400M"

@@ -26,7 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flipscale.cli import main
-from flipscale.evaluation import task_page
+from flipscale.data import task_page
+from flipscale.data.task_page import TaskSource
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.evaluation.kinds import languages
 from flipscale.evaluation.reports.record import Line
@@ -341,7 +342,7 @@ def test_a_source_that_has_changed(tmp_path: Path, file: str, content: bytes | N
         (tmp_path / file).write_bytes(content)
     here = f"file://{tmp_path}"
     with pytest.raises(UserError, match=r"images.tgz .*; the source has changed"):
-        write_languages(tmp_path, f"{here}/images.tgz", {f"{here}/captions.zip": ["de"]}, "")
+        write_languages(tmp_path, TaskSource(f"{here}/images.tgz", captions={f"{here}/captions.zip": ["de"]}))
     assert not (tmp_path / "test").exists()
 
 

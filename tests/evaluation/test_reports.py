@@ -6,13 +6,13 @@ from pathlib import Path
 import cv2
 import pytest
 
+from flipscale.data.task_page import SUITES, TaskPage, read_page, suite_pages
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.reports import suite_report
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.reports.suite_report import Column, draw_results, report, suite_tables
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, suite_pages
 
 
 def line_of(page: TaskPage, value: float, **about: object) -> Line:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from flipscale.data.task_page import page_names, read_page, suite_pages
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.suite import build_task, build_tasks
-from flipscale.evaluation.task_page import page_names, read_page, suite_pages
 
 # Tasks with the source's class names, because CLIP lists other classes or no classes.
 WITHOUT_NAMES = {

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from flipscale.data.task_page import TEMPLATES
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Scorer, StreamedTask, Task
 from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.task_page import TEMPLATES
 from flipscale.evaluation.test_set import TestSet, of_my_rows, read_text
 from flipscale.io.errors import UserError
 

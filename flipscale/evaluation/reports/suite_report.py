@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flipscale.data.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
 from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.results import NOTHING, Result, with_unit
 from flipscale.evaluation.suite import KINDS
-from flipscale.evaluation.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
 from flipscale.io.text_table import markdown_table
 
 INTERVALS = """Intervals of 95 % treat the n queries as independent draws. They do not include the variation between
