@@ -492,7 +492,8 @@ PARTS: tuple[tuple[str, type[FlipPreTrainedConfig]], ...] = (
 )
 
 
-def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:
+def tower_size(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:
+    """Return the fields of a tower of some size."""
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -505,9 +506,9 @@ def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields
 # (image tower, text tower, projection_dim). Widths, layers and heads: paper, Table 9. The paper has no G: this G/14 is
 # LAION's, trained with patch dropout.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "b16": (_tower(768, 12, 12), _tower(512, 12, 8), 512),
-    "l16": (_tower(1024, 24, 16), _tower(768, 12, 12), 768),
-    "l14": (_tower(1024, 24, 16, patch_size=14), _tower(768, 12, 12), 768),
-    "h14": (_tower(1280, 32, 16, patch_size=14), _tower(1024, 24, 16), 1024),
-    "g14": (_tower(1664, 48, 16, mlp=8192, patch_size=14), _tower(1280, 32, 20), 1280),
+    "b16": (tower_size(768, 12, 12), tower_size(512, 12, 8), 512),
+    "l16": (tower_size(1024, 24, 16), tower_size(768, 12, 12), 768),
+    "l14": (tower_size(1024, 24, 16, patch_size=14), tower_size(768, 12, 12), 768),
+    "h14": (tower_size(1280, 32, 16, patch_size=14), tower_size(1024, 24, 16), 1024),
+    "g14": (tower_size(1664, 48, 16, mlp=8192, patch_size=14), tower_size(1280, 32, 20), 1280),
 }

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -42,6 +43,23 @@ class MaskedVisionFields:
     def num_patches(self) -> int:
         """Number of patches of a whole image."""
         return self.patches_along() ** 2
+
+
+def masked_config(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], num_prefix: int = 1) -> Any:
+    """Return transformers' configuration class `kind` of an image tower with `MaskedVisionFields`.
+
+    Args:
+        mean, std: default `image_mean` and `image_std`.
+        num_prefix: number of tokens before those of the patches: 1 for a class token.
+    """
+
+    @strict
+    class MaskedConfig(MaskedVisionFields, kind):
+        num_prefix_tokens: ClassVar[int] = num_prefix
+        image_mean: list[float] | tuple[float, ...] = mean
+        image_std: list[float] | tuple[float, ...] = std
+
+    return MaskedConfig
 
 
 def tower_fields(kind: Any) -> list[str]:
@@ -232,6 +250,12 @@ class _WithTables:
 class MaskedTower(_WithTables):
     """A mixin for transformers' image tower: it takes `pixel_values` or `patches`."""
 
+    embeddings_class: ClassVar[Any]
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.embeddings = self.embeddings_class(config)
+
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -245,6 +269,12 @@ class MaskedTower(_WithTables):
         return super().forward(images, **kwargs)  # type: ignore[misc]
 
 
+def masked_tower(tower: Any, embeddings: Any, packed: type[PackedEmbeddings] = PackedEmbeddings) -> Any:
+    """Return transformers' class `tower` as a `MaskedTower`, with its class of `embeddings` mixed with `packed`."""
+    own = type(f"Masked{embeddings.__name__}", (packed, embeddings), {})
+    return type(f"Masked{tower.__name__}", (MaskedTower, tower), {"embeddings_class": own})
+
+
 class MaskedDualEncoder(_WithTables):
     """A mixin for transformers' dual encoders, which trains as a `FlipModel` does."""
 
@@ -253,12 +283,17 @@ class MaskedDualEncoder(_WithTables):
     no_weight_decay: ClassVar[frozenset[str]] = frozenset({"class_embedding"})
     # Largest inverse temperature; None for no limit.
     largest_scale: ClassVar[float | None] = None
+    # Class of the image tower; None if the constructor gets the tower.
+    tower_class: ClassVar[Any] = None
     config: Any
     logit_scale: Any
     logit_bias: Any
 
-    def set_loss_parameters(self) -> None:
-        """Set the parameters of the loss to those of the configuration. A bias that is not learned stays as it is."""
+    def __init__(self, config: Any, **towers: Any):
+        super().__init__(config, **towers)  # type: ignore[call-arg]
+        if self.tower_class is not None:
+            self.vision_model = self.tower_class._from_config(config.vision_config)
+        # The parameters of the loss are the configuration's. A bias that is not learned stays as it is.
         for name in self.loss_parameters:
             value = getattr(self.config, f"{name}_init_value")
             if value is not None:

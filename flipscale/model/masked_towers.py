@@ -23,16 +23,10 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from .masked import (
-    MaskedDualEncoder,
-    MaskedFields,
-    MaskedTower,
-    MaskedVisionFields,
-    PackedEmbeddings,
-    tower_fields,
-)
-from .masked_clip import MaskedCLIPVisionConfig, MaskedCLIPVisionModel
-from .masked_siglip import MaskedSiglipVisionConfig, MaskedSiglipVisionModel
+from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD
+from .masked import MaskedDualEncoder, MaskedFields, PackedEmbeddings, masked_config, masked_tower, tower_fields
+from .masked_clip import MaskedCLIPConfig, MaskedCLIPModel
+from .masked_siglip import MaskedSiglipConfig, MaskedSiglipModel
 from .modeling_mean_pooled import MeanPooledDualEncoderModel, pool_captions
 
 # Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects; and others.
@@ -41,27 +35,6 @@ POOLED = (
     *("data2vec-text", "roberta-prelayernorm", "rembert"),
 )
 UNPOOLED = ("modernbert", "distilbert", "electra", "deberta-v2", "eurobert", "gemma3_text")
-
-
-@strict
-class MaskedViTConfig(MaskedVisionFields, ViTConfig):
-    num_prefix_tokens: ClassVar[int] = 1
-    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-
-
-@strict
-class MaskedDinov2Config(MaskedVisionFields, Dinov2Config):
-    num_prefix_tokens: ClassVar[int] = 1
-    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
-
-
-@strict
-class MaskedDinov2WithRegistersConfig(MaskedVisionFields, Dinov2WithRegistersConfig):
-    num_prefix_tokens: ClassVar[int] = 1
-    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 class PackedViTEmbeddings(PackedEmbeddings):
@@ -84,47 +57,30 @@ class PackedViTEmbeddings(PackedEmbeddings):
         return self.position_embeddings[0]  # type: ignore[attr-defined]
 
 
-class MaskedViTEmbeddings(PackedViTEmbeddings, ViTEmbeddings):  # type: ignore[misc]
-    pass
+class PackedRegisters(PackedViTEmbeddings):
+    """A mixin for embeddings of a DINOv2 with registers."""
 
-
-class MaskedDinov2Embeddings(PackedViTEmbeddings, Dinov2Embeddings):  # type: ignore[misc]
-    pass
-
-
-class MaskedDinov2WithRegistersEmbeddings(PackedViTEmbeddings, Dinov2WithRegistersEmbeddings):  # type: ignore[misc]
     smooths: ClassVar[bool] = True
 
-    def __init__(self, config: MaskedDinov2WithRegistersConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
-        self.mask_token.requires_grad_(False)  # for DINOv2's own pre-training
+        self.mask_token.requires_grad_(False)  # type: ignore[attr-defined]  # for DINOv2's own pre-training
 
 
-class MaskedViTModel(MaskedTower, ViTModel):
-    def __init__(self, config: MaskedViTConfig):
-        super().__init__(config)
-        self.embeddings = MaskedViTEmbeddings(config)
-
-
-class MaskedDinov2Model(MaskedTower, Dinov2Model):
-    def __init__(self, config: MaskedDinov2Config):
-        super().__init__(config)
-        self.embeddings = MaskedDinov2Embeddings(config)
-
-
-class MaskedDinov2WithRegistersModel(MaskedTower, Dinov2WithRegistersModel):
-    def __init__(self, config: MaskedDinov2WithRegistersConfig):
-        super().__init__(config)
-        self.embeddings = MaskedDinov2WithRegistersEmbeddings(config)
-
-
+_HALF, _MEAN, _STD = (0.5,) * 3, IMAGENET_MEAN, IMAGENET_STD
 # Image towers by `model_type`: the configuration and the model for training.
 VISION_TOWERS: dict[str, tuple[Any, Any]] = {
-    "vit": (MaskedViTConfig, MaskedViTModel),
-    "dinov2": (MaskedDinov2Config, MaskedDinov2Model),
-    "dinov2_with_registers": (MaskedDinov2WithRegistersConfig, MaskedDinov2WithRegistersModel),
-    "clip_vision_model": (MaskedCLIPVisionConfig, MaskedCLIPVisionModel),
-    "siglip_vision_model": (MaskedSiglipVisionConfig, MaskedSiglipVisionModel),
+    "vit": (masked_config(ViTConfig, _HALF, _HALF), masked_tower(ViTModel, ViTEmbeddings, PackedViTEmbeddings)),
+    "dinov2": (
+        masked_config(Dinov2Config, _MEAN, _STD),
+        masked_tower(Dinov2Model, Dinov2Embeddings, PackedViTEmbeddings),
+    ),
+    "dinov2_with_registers": (
+        masked_config(Dinov2WithRegistersConfig, _MEAN, _STD),
+        masked_tower(Dinov2WithRegistersModel, Dinov2WithRegistersEmbeddings, PackedRegisters),
+    ),
+    "clip_vision_model": (MaskedCLIPConfig.sub_configs_defaults["vision_config"], MaskedCLIPModel.tower_class),
+    "siglip_vision_model": (MaskedSiglipConfig.sub_configs_defaults["vision_config"], MaskedSiglipModel.tower_class),
 }
 
 
@@ -137,12 +93,12 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         squashes: as in `MaskedFields`.
     """
 
-    own_fields: ClassVar[dict[str, tuple[str, ...]]] = {
+    own_fields: ClassVar[dict[str, Any]] = {
         "": ("logit_bias_init_value", "caption_tokens", "squashes"),
         "vision_config": ("image_mean", "image_std"),
     }
-    sizes: ClassVar[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
-    processor_class: ClassVar[Any] = VisionTextDualEncoderProcessor
+    sizes: ClassVar[dict[str, Any]] = {}
+    processor_class = VisionTextDualEncoderProcessor
 
     logit_bias_init_value: float | int | None = None
     caption_tokens: int | None = None
@@ -205,10 +161,8 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
 
     config_class = MaskedTowersConfig
     supports_gradient_checkpointing = True
-    largest_scale: ClassVar[float | None] = 100.0
-    no_weight_decay: ClassVar[frozenset[str]] = frozenset(
-        {"class_embedding", "cls_token", "register_tokens", "lambda1"}
-    )
+    largest_scale = 100.0
+    no_weight_decay = frozenset({"class_embedding", "cls_token", "register_tokens", "lambda1"})
 
     def __init__(self, config: MaskedTowersConfig):
         vision: Any = config.vision_config
@@ -218,7 +172,6 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
         self._no_split_modules = {*(self._no_split_modules or ()), *blocks}
         if self.text_model.config.model_type in UNPOOLED:
             pool_captions(self.text_model)
-        self.set_loss_parameters()
 
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
