@@ -1,5 +1,6 @@
 """The command `flipscale VERB`. Each verb is the module of its name."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in TRAINING:
         if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
             importlib.import_module("flipscale.training.recipe").build_parser(arguments[0]).parse_args(["--help"])
+        gc.disable()  # as `main` does, which enables it
         importlib.import_module("flipscale.pretrain").main(arguments[1:])
         return
     parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")

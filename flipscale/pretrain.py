@@ -1,16 +1,21 @@
 """Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
 
+import gc
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The imports below take seconds, in which Ctrl-C would print a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    gc.disable()  # until the first step, see `main`
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # The imports below take seconds, in which Ctrl-C would print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from flipscale import __version__
 from flipscale.engines.failures import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
@@ -18,6 +23,7 @@ from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
 from flipscale.training.report import begin_run, end_run
+from flipscale.training.run_summary import RunSummary
 from flipscale.training.start import Start, join, prepare, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
@@ -42,32 +48,45 @@ def pretrain(recipe: Recipe) -> Path:
     if prepared is None:
         return run_dir
     plan, resumes = prepared
+    gc.freeze()  # the imports, so that the collection before the first step is short
     open_target(recipe.hub, resumes)
     start = join(recipe, plan)
     try:
         engine = resume(recipe, plan, start)
-        begin_run(recipe, plan, start, engine.name)
-        from flipscale.planning.flops import pair_flops, row_flops  # imports the models, as `resume` does
-
-        train(recipe, plan, start, engine, pair_flops(recipe), row_flops(recipe) if recipe.data.pack_captions else None)
+        flops = count_flops(recipe) if start.accelerator.is_main_process else {}
+        begin_run(recipe, plan, start, engine.name, flops)
+        train(recipe, plan, start, engine, flops)
     finally:
         start.release_lock()
     return run_dir
 
 
-def train(
-    recipe: Recipe,
-    plan: Plan,
-    start: Start,
-    engine: "Engine",
-    pair_flops: dict[str, int],
-    row_flops: dict[str, int] | None = None,
-) -> None:
-    """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end."""
+def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Return the operations of a `pair` by stage name, and of the text tower for a `row` if captions are packed.
+
+    Counting takes seconds, so a restart reads what the start before it has counted.
+    """
+    kinds = ("pair", "row") if recipe.data.pack_captions else ("pair",)
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # no start before, or a damaged file
+        before = RunSummary(Path(recipe.output_dir)).environment
+        names = {kind: {stage.name for stage in recipe.stages} for kind in kinds}
+        if before["flipscale"] == __version__ and {kind: {*of} for kind, of in before["flops"].items()} == names:
+            return before["flops"]
+    from flipscale.planning.flops import pair_flops, row_flops  # imports the models, as `resume` does
+
+    return {kind: {"pair": pair_flops, "row": row_flops}[kind](recipe) for kind in kinds}
+
+
+def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dict[str, dict[str, int]]) -> None:
+    """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end.
+
+    Args:
+        flops: result of `count_flops` on the main process; empty on others.
+    """
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
     schedule, clock = plan.schedule, plan.clock(start.state)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)
-    tracker = Tracker(plan, accelerator, watch, pair_flops, row_flops)
+    tracker = Tracker(plan, accelerator, watch, flops.get("pair", {}), flops.get("row"))
     saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)
     evaluation = Evaluation(plan, engine, accelerator, tracker)
@@ -158,13 +177,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--dry_run" in arguments:
             from flipscale.planning.dry_run import dry_run
 
+            gc.enable()
             return dry_run(arguments)
-        recipe = parse_recipe(arguments)
-        error_report.run_dir = Path(recipe.output_dir)
-        pretrain(recipe)
-        close_process_group()
-        write_page(recipe)
-        push_finished(recipe)
+        # The collector would go through the objects of all imports again and again, for a fifth of the start's time.
+        gc.disable()
+        try:
+            recipe = parse_recipe(arguments)
+            error_report.run_dir = Path(recipe.output_dir)
+            pretrain(recipe)
+            close_process_group()
+            write_page(recipe)
+            push_finished(recipe)
+        finally:
+            gc.enable()
     exit_now()
 
 

@@ -35,6 +35,13 @@ HEAVY = (
     *("torch._dynamo", "torch.distributed.tensor", "transformers.modeling_utils", "transformers.models.auto"),
 )
 
+# Of them and others, the ones that no first step needs: transformers and accelerate import the rest themselves.
+UNNEEDED = {
+    *("datasets", "deepspeed", "fsspec", "matplotlib", "onnx", "open_clip", "pandas", "peft", "pyarrow", "sklearn"),
+    *("tensorboard", "timm", "torch._inductor.compile_fx", "torch.utils.tensorboard", "transformers.pipelines"),
+    *("flipscale.hub.export", "flipscale.pages.report", "flipscale.planning.dry_run", "flipscale.preparation.lists"),
+}
+
 
 def folder_of(module: str) -> str:
     """Return the folder of a module such as flipscale.data.order; `verbs` for the modules beside the folders."""
@@ -111,6 +118,27 @@ def test_the_trainer_is_imported_without_heavy_packages() -> None:
     code = f"import sys, flipscale.pretrain\nprint(*[name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+# Prints the modules of a start at the end of its first step, and how often the collector has gone through all objects.
+FIRST_STEP = """
+import gc, os, runpy, sys
+def look(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("/metrics.jsonl") and "a" in str(arguments[1]):
+        os.write(1, " ".join([str(gc.get_stats()[2]["collections"]), *sys.modules]).encode())
+        os._exit(0)
+sys.addaudithook(look)
+runpy.run_module("flipscale.pretrain", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_start_imports_nothing_that_its_first_step_does_not_need(write_recipe, tmp_path: Path) -> None:
+    arguments = ["--config", str(write_recipe(tmp_path / "run"))]
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    collections, *modules = done.stdout.split()
+    assert int(collections) == 1
+    assert not UNNEEDED & set(modules)
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

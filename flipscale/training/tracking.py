@@ -289,7 +289,7 @@ class Tracker:
                 self._bar.close()  # later lines stand below it
         else:
             left = None
-            if not is_last:
+            if not is_last and self._accelerator.is_main_process:
                 step_seconds = seconds / self._steps
                 left = self._schedule.seconds_left(result.num_done, upcoming.position, step_seconds, self._pair_flops)
             _log.info("%s", interval_line(place, metrics, left))

@@ -81,7 +81,7 @@ def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest
         built = resume(recipe, plan, start)
         with recorder:
             recorder.on = True
-            pretrain.train(recipe, plan, start, built, pair_flops(recipe))
+            pretrain.train(recipe, plan, start, built, {"pair": pair_flops(recipe)})
     found = [one.signature for one in recorder.collectives]
     # Objects are bytes, as many as their numbers have digits.
     return [(kind, dtype, 0 if dtype == torch.uint8 else size, group) for kind, dtype, size, group in found]

@@ -52,7 +52,7 @@ def is_held(run):
         return False
 
 def stand(event, arguments):
-    if event == "open" and arguments[1] == "ab" and str(arguments[0]).endswith("/metrics.jsonl"):
+    if event == "open" and "a" in str(arguments[1]) and str(arguments[0]).endswith("/metrics.jsonl"):
         while is_held(os.path.dirname(arguments[0])):
             time.sleep(0.05)
 

@@ -1,12 +1,15 @@
 """What a start writes into the run directory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from flipscale.model import FlipModel
+from flipscale.planning.flops import pair_flops
+from flipscale.pretrain import count_flops
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.run_directory import open_run_directory, write_run_files
 from flipscale.training.run_summary import RunSummary
@@ -24,6 +27,24 @@ def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Pat
     recorded = json.loads((tmp_path / "run/environment.json").read_text())
     assert recorded["data_samples"] == 96
     assert recorded["num_parameters"] == FlipModel(recipe.model.config()).num_parameters()
+
+
+def test_a_restart_counts_no_operations_again(write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    recipe = parse_recipe(["--config", str(write_recipe(run_dir))])
+    counted = count_flops(recipe)
+    assert counted == {"pair": pair_flops(recipe)}
+    monkeypatch.setattr("flipscale.planning.flops.pair_flops", lambda recipe: {"counted": "again"})
+    again = {"pair": {"counted": "again"}}
+    assert count_flops(recipe) == again
+    write_run_files(recipe, "ddp", 1, {}, 96, flops=counted)
+    assert count_flops(recipe) == counted
+    assert count_flops(replace(recipe, stages=[*recipe.stages, replace(recipe.stages[0], name="more")])) == again
+    written = json.loads((run_dir / "environment.json").read_text())
+    for of_others in ({"flipscale": "0.1"}, {"flops": 5}, {"flops": {"pair": 5}}):
+        damaged = {**written, **of_others}
+        (run_dir / "environment.json").write_text(json.dumps(damaged))
+        assert count_flops(recipe) == again
 
 
 def test_a_start_that_a_full_disk_cut_off_spoils_no_other(write_recipe, tmp_path: Path) -> None:
