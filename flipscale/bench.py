@@ -1,9 +1,15 @@
-"""Measure the speed and memory of a training step on this machine."""
+"""Measure the speed and memory of a training step on this machine, or check a node of GPUs."""
 
 import argparse
 import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Pairs, ShareBelowOne, Threads, number
 
 if TYPE_CHECKING:
@@ -11,12 +17,22 @@ if TYPE_CHECKING:
 
 _SIZES = ("b16", "l16", "l14", "h14", "g14")  # flipscale.model's, which takes seconds to import
 _SUMMARY = "Measure a training step: images/s, memory, and the fraction of the device's matmul peak."
+_GPU_SUMMARY = "Check the GPUs of this node and measure the training step on them, on made-up data."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale bench`."""
     subjects = parser.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     add_step_arguments(subjects.add_parser("step", help=_SUMMARY, description=_SUMMARY))
+    gpu = subjects.add_parser("gpu", help=_GPU_SUMMARY, description=_GPU_SUMMARY)
+    gpu.add_argument(
+        "--recipes", nargs="+", default=["l16_laion400m", "h14_laion2b"], metavar="RECIPE",
+        help="Recipes whose first stage is measured: files, or names of the package. Default: L/16 and H/14.",
+    )  # fmt: skip
+    gpu.add_argument("--batch_size", type=number(Pairs), default=256, help="Pairs of a GPU. Default: 256.")
+    gpu.add_argument("--shards", help="Shards for the loader. Default: made-up pictures of 500 x 400.")
+    gpu.add_argument("--output", type=Path, default=Path("gpu.json"), help="File of all figures. Default: gpu.json.")
+    gpu.add_argument("--json", action="store_true", help="Print the figures as JSON instead of the report.")
 
 
 def add_step_arguments(parser: argparse.ArgumentParser, num_steps: int = 10) -> None:
@@ -39,11 +55,46 @@ def add_step_arguments(parser: argparse.ArgumentParser, num_steps: int = 10) -> 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the figures of a training step, as a JSON line or one figure a line."""
+    """Print the figures of a training step, as a JSON line or one figure a line, or the report of the GPUs."""
+    if args.subject == "gpu":
+        _check_gpus(args)
+        return
     from flipscale.planning.bench_step import measure_step
 
     figures = {"code": "flipscale", **measure_step(step_setting(args))}
     print(json.dumps(figures) if args.json else as_text(figures))
+
+
+def _check_gpus(args: argparse.Namespace) -> None:
+    """Run all checks and write their figures. Under a launcher, a node's first process does so for all."""
+    from flipscale.checks.bench import as_json, report, run_checks
+    from flipscale.checks.findings import Bench
+    from flipscale.checks.group import Node
+    from flipscale.engines.launch import whole_number
+    from flipscale.io.atomic import write_text
+
+    if (nodes := whole_number(os.environ, "GROUP_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"the launcher started {nodes} nodes; bench gpu measures one. Fix: start it on one node")
+    if whole_number(os.environ, "LOCAL_RANK", 0) > 0:
+        return
+    import torch
+
+    num_gpus = whole_number(os.environ, "LOCAL_WORLD_SIZE", torch.cuda.device_count())
+    if not 0 < num_gpus <= torch.cuda.device_count():
+        raise UserError(
+            f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and bench gpu needs {max(num_gpus, 1)}. "
+            "Fix: see what `nvidia-smi` prints, and install torch for CUDA"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="flipscale-bench-"))
+    bench = Bench(Node(num_gpus, folder), args.recipes, args.batch_size, args.shards)
+    run_checks(bench, lambda line: print(line, file=sys.stderr, flush=True))
+    if any(one.status == "FAILED" for one in bench.findings):
+        print(f"the output of all processes is in {folder}", file=sys.stderr)
+    else:
+        shutil.rmtree(folder)
+    text = json.dumps(as_json(bench))
+    write_text(args.output, f"{text}\n")
+    print(text if args.json else report(bench))
 
 
 def step_setting(args: argparse.Namespace) -> "StepSetting":

@@ -24,7 +24,7 @@ VERBS = {
     "push": "Upload a trained model to the Hugging Face Hub.",
     "convert": "Convert models from and to the formats of other programs.",
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
-    "bench": "Measure the speed and memory of a training step on this machine.",
+    "bench": "Measure the speed and memory of a training step on this machine, or check a node of GPUs.",
 }
 
 # Verbs with a recipe's own parser, whose help needs none of the training's imports.

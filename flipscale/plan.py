@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--bench", type=Path, metavar="FILE",
-        help="The JSON line of `flipscale bench step --json` on such a GPU, instead of --mfu.",
+        help="gpu.json of `flipscale bench gpu` on such GPUs, or the JSON line of `flipscale bench step --json`, "
+        "instead of --mfu.",
     )  # fmt: skip
     parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")
     parser.add_argument(

@@ -19,7 +19,7 @@ MODULES = {
 ORDER = (
     ("cli", "api"),
     ("verbs",),
-    ("studies",),
+    ("studies", "checks"),
     ("hub", "pages", "planning"),
     ("training",),
     ("objectives", "evaluation", "preparation"),

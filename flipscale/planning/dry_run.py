@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from flipscale.planning.memory import (
     recipe_memory,
     what_fits,
 )
-from flipscale.planning.time import USUAL_SHARE, Hardware, Links, StepTime, share_of_peak, step_time
+from flipscale.planning.time import USUAL_SHARE, Hardware, Links, StepTime, bench_figures, share_of_peak, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -61,15 +62,8 @@ def dry_run(arguments: Sequence[str]) -> None:
         UserError: a recipe or launch file cannot be run, or no launch fits the stated memory.
     """
     args, rest = _parser().parse_known_args(arguments)
-    peak = args.peak_tflops * 1e12
-    hardware = Hardware(
-        links=Links(args.node_gb_s, args.network_gb_s),
-        peak=peak,
-        matmul_share=share_of_peak("--matmul_share", args.matmul_share, args.bench, peak),
-        images_per_worker_s=args.images_per_worker_s,
-        pair_kb=args.pair_kb,
-    )
     recipe = parse_recipe(rest)
+    hardware = _hardware(args, recipe)
     launches = _launches(args)
     heading = _heading(recipe, hardware)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -96,6 +90,17 @@ def dry_run(arguments: Sequence[str]) -> None:
         print(f"on {count:,} process{'es' * (count != 1)}, {_advice(group, limit)}")
 
 
+def _hardware(args: argparse.Namespace, recipe: Recipe) -> Hardware:
+    """Return the stated figures, else those of `--bench`, else the defaults."""
+    peak = args.peak_tflops * 1e12
+    share = share_of_peak("--matmul_share", args.matmul_share, args.bench, peak, recipe.model.size)
+    hardware = Hardware(peak=peak, matmul_share=share, pair_kb=args.pair_kb)
+    if args.bench is not None:
+        hardware = hardware.measured(bench_figures(args.bench))
+    links = Links(args.node_gb_s or hardware.links.node_gb_s, args.network_gb_s)
+    return replace(hardware, links=links, images_per_worker_s=args.images_per_worker_s or hardware.images_per_worker_s)
+
+
 def _parser() -> argparse.ArgumentParser:
     links, hardware = Links(), Hardware()
     parser = Parser(
@@ -118,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--bench", type=Path, metavar="FILE",
-        help="JSON line of `flipscale bench step --json` on such a GPU, instead of --matmul_share.",
+        help="gpu.json of `flipscale bench gpu` on such GPUs, with their speed, links, host and loaders; or the JSON "
+        "line of `flipscale bench step --json`. Replaces --matmul_share.",
     )  # fmt: skip
     sizes = {
         "peak_tflops": (hardware.peak / 1e12, "bf16 peak of a GPU in Tflop/s", " (H100)"),
@@ -131,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         "pair_kb": (hardware.pair_kb, "kB per pair in the shards", ""),
     }
     for name, (default, words, source) in sizes.items():
-        add(f"--{name}", type=number(Positive), default=default, help=f"{words}. Default: {default:g}{source}.")
+        # These may come from --bench, too.
+        kept = None if name in ("node_gb_s", "images_per_worker_s") else default
+        add(f"--{name}", type=number(Positive), default=kept, help=f"{words}. Default: {default:g}{source}.")
     add(
         "--gpu_memory_gib", type=number(Positive), metavar="GIB",
         help="Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default: the memory "

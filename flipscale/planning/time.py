@@ -5,8 +5,10 @@ docs/planning.md has the model, the sources of its numbers, and its limits.
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
@@ -30,30 +32,43 @@ _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
 _MEMORY_BANDWIDTH = 3.35e12
 # torch operations of a step: a block's two passes, and all else. tests/simulated counts them.
 _FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 78, 145, 440
-# Seconds in which the host queues an operation, and a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).
-_CALL_SECONDS, _UNIT_SECONDS = 2.2e-6, 1e-3
+# Seconds that the host spends on a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).
+_UNIT_SECONDS = 1e-3
 
 
-def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float) -> float:
+def bench_figures(bench: Path) -> dict[str, Any]:
+    """Return the figures of a `--bench` file: `planning` of `flipscale bench gpu`'s gpu.json, or the line of a step.
+
+    They are `step_flops_per_s`, useful operations of whole steps on one GPU by model size, and of gpu.json also
+    `call_s`, `node_gb_s` and `images_per_worker_s`, each perhaps None.
+    """
+    try:
+        line = json.loads(bench.read_text(encoding="utf-8").strip().splitlines()[-1])
+        if "planning" in line:
+            return {"step_flops_per_s": dict(line["planning"]["step_flops_per_s"]), **line["planning"]}
+        return {"step_flops_per_s": {"": float(line["flops_per_pair"]) * float(line["images_per_s"])}}
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--bench {bench} is neither gpu.json of `flipscale bench gpu` nor a JSON line of `flipscale bench step "
+            f"--json` ({error!r}); write one there"
+        ) from error
+
+
+def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float, size: str = "") -> float:
     """Return the reached share of the peak: stated, measured, or the usual share.
 
     Args:
         option: name of the option for `stated`.
-        bench: file with the JSON line of `flipscale bench step --json`, which counts the useful operations of whole
-            steps on one GPU.
+        bench: file of `bench_figures`. A model size that was not measured gets the mean of the others.
         peak: operations per second of a GPU.
+        size: model size.
     """
     if bench is None:
         return USUAL_SHARE if stated is None else stated
     if stated is not None:
         raise UserError(f"{option} and --bench both give the share of a GPU's peak; leave one of them out")
-    try:
-        line = json.loads(bench.read_text(encoding="utf-8").strip().splitlines()[-1])
-        flops = float(line["flops_per_pair"]) * float(line["images_per_s"])
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--bench {bench} is not a JSON line of `flipscale bench step --json` ({error!r}); write one there"
-        ) from error
+    speeds = bench_figures(bench)["step_flops_per_s"]
+    flops = speeds.get(size) or sum(speeds.values()) / max(len(speeds), 1)
     if not 0.0 < flops <= peak:
         raise UserError(
             f"--bench {bench} has {flops / 1e12:,.1f} Tflop/s, and the GPU's peak is {peak / 1e12:,.0f}; measure it on "
@@ -115,6 +130,7 @@ class Hardware:
         matmul_share: share of the peak that matrix products reach on a GPU alone.
         images_per_worker_s: images per second of a loader's worker; 827: docs/speed.md, JPEGs of 500x400.
         pair_kb: size of a pair on disk or network in kB.
+        call_s: seconds in which the host queues a torch operation; an assumption.
     """
 
     links: Links = field(default_factory=Links)
@@ -122,6 +138,13 @@ class Hardware:
     matmul_share: float = USUAL_SHARE
     images_per_worker_s: float = 827.0
     pair_kb: float = 40.0
+    call_s: float = 2.2e-6
+
+    def measured(self, figures: Mapping[str, Any]) -> "Hardware":
+        """Return a copy with the links, loaders and host of `bench_figures`, as far as they were measured."""
+        node_gb_s = figures.get("node_gb_s") or self.links.node_gb_s
+        own = {name: figures.get(name) or getattr(self, name) for name in ("images_per_worker_s", "call_s")}
+        return replace(self, links=replace(self.links, node_gb_s=node_gb_s), **own)
 
 
 @dataclass(frozen=True)
@@ -200,7 +223,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
-    busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, passes, micro_batches)
+    busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, hardware, passes, micro_batches)
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
     vision = recipe.model_config().vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
@@ -231,8 +254,10 @@ def host_calls(recipe: Recipe, stage: StageRecipe, passes: int, micro_batches: i
     return _OTHER_CALLS + blocks * (_FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches)
 
 
-def _host_seconds(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> float:
-    seconds = _CALL_SECONDS * host_calls(recipe, stage, passes, micro_batches)
+def _host_seconds(
+    recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware, passes: int, micro_batches: int
+) -> float:
+    seconds = hardware.call_s * host_calls(recipe, stage, passes, micro_batches)
     if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1:
         model = trained_model(recipe)
         units = len(encoder_blocks(model)) + len(list(model.children())) + 1

@@ -49,6 +49,7 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
             names = folder / "data/demo" / name / part / "classnames.txt"
             names.replace(folder / "data/demo" / name / "classnames.txt")
     write_shards(folder / "laion", [8] * 4)
+    (folder / "gpu.json").write_text('{"planning": {"step_flops_per_s": {"h14": 4.5e14}, "node_gb_s": 320.0}}')
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
     train_on_own_pictures(folder, recipe)
     for name in ("h14", "mine"):

@@ -114,7 +114,7 @@ def test_options_replace_the_recipe_s_prices(write_recipe, tmp_path: Path, capsy
     [
         (["--gpu", "abacus"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
         (["--num_gpus", "3"], "global_batch_size 16 is not divisible by 3 processes"),
-        (["--bench", "nowhere"], "--bench nowhere is not a JSON line of `flipscale bench step --json`"),
+        (["--bench", "nowhere"], "--bench nowhere is neither gpu.json"),
         (["--bench", "fast.json"], "--bench fast.json has 1,978.0 Tflop/s, and the GPU's peak is 989"),
         (["--bench", "fast.json", "--mfu", "0.4"], "--mfu and --bench both give"),
         (["--pue", "0.9"], "--pue is 0.9"),

@@ -32,7 +32,7 @@ _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard
 
 # At an address that no bus has.
 _PROPERTIES = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, pci_domain_id=0xFFFF, pci_bus_id=0, pci_device_id=0
+    name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, uuid="3", pci_domain_id=0xFFFF, pci_bus_id=0, pci_device_id=0
 )
 
 # What the mode is told of a host that waits for the device: what the host asks for.

@@ -1,0 +1,1 @@
+"""What `flipscale bench gpu` measures and tests on a node of GPUs."""

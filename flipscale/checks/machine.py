@@ -1,0 +1,114 @@
+"""Versions, GPUs, links, limits, and the GPUs on which a process has memory."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata, util
+
+import torch
+
+import flipscale
+from flipscale.checks.findings import Bench, NotRun
+from flipscale.checks.group import Row
+from flipscale.io.options import usable_cores
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed")
+# Fields of `nvidia-smi --query-gpu`: name, driver, MiB, MHz now and at most, watts now and at most, PCIe.
+FIELDS = (
+    "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit",
+    "temperature.gpu", "pcie.link.gen.current", "pcie.link.width.current",
+)  # fmt: skip
+
+
+def own_device() -> torch.device:
+    """Return this rank's GPU, which becomes the current one; the CPU without GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def machine(num_gpus: int) -> Iterator[Row]:
+    """Yield versions, the GPUs by nvidia-smi, the kinds of links between them, and the limits of a process."""
+    installed = {name: metadata.version(name) for name in _PACKAGES if util.find_spec(name)}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+    yield {
+        "versions": {
+            "flipscale": flipscale.__version__,
+            **installed,
+            **{name: str(version) for name, version in libraries.items() if version},
+        }
+    }
+    yield {"gpus": query_gpus()[:num_gpus]}
+    yield {"links": links(nvidia_smi("topo", "-m"))}
+    shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    locked, files = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE))
+    yield {
+        "cores": usable_cores(),
+        "shm_gb": shared and shared.f_bavail * shared.f_frsize / 1e9,
+        "open_files": files,
+        "locked_bytes": None if locked == resource.RLIM_INFINITY else locked,
+    }
+
+
+def nvidia_smi(*arguments: str) -> str:
+    """Return the output of nvidia-smi; empty if it is absent or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def query_gpus(device: torch.device | None = None) -> list[dict[str, str]]:
+    """Return the `FIELDS` of all GPUs, or of one device."""
+    chosen = []
+    if device is not None and device.type == "cuda":
+        chosen = [f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"]
+    lines = nvidia_smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", *chosen).splitlines()
+    return [dict(zip(FIELDS, map(str.strip, line.split(",")), strict=False)) for line in lines if line.strip()]
+
+
+def links(topology: str) -> dict[str, int]:
+    """Return the number of GPU pairs of each kind of link, such as NV18, from `nvidia-smi topo -m`."""
+    # nvidia-smi underlines the head by escapes. A GPU's row has an X where it meets itself.
+    lines = [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", topology).splitlines()]
+    rows = [cells for cells in lines if cells and re.fullmatch(r"GPU\d+", cells[0]) and "X" in cells]
+    kinds = (kind for number, row in enumerate(rows, 1) for kind in row[1 + number : 1 + len(rows)])
+    return dict(Counter(kinds))
+
+
+def contexts() -> list[int]:
+    """Return the GPUs on which this process has a context, which takes half a gigabyte of each."""
+    # torch asks the driver by cuDevicePrimaryCtxGetState, which makes no context.
+    asked = torch._C._cuda_hasPrimaryContext
+    return [index for index in range(torch.cuda.device_count()) if asked(index)]
+
+
+def check_machine(bench: Bench) -> None:
+    """Report versions, GPUs, links and limits; GPUs must be alike."""
+    rows = bench.node.run(f"{__name__}:machine", 120, num_gpus=bench.node.num_gpus)[0]
+    found = {name: value for row in rows for name, value in row.items()}
+    bench.figures["machine"] = found
+    bench.add("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    gpus, faults = found["gpus"], []
+    if not gpus:
+        raise NotRun("nvidia-smi is absent or fails")
+    for name in ("name", "memory.total", "clocks.max.sm", "power.limit", "pcie.link.width.current"):
+        if len(values := dict.fromkeys(gpu[name] for gpu in gpus)) > 1:
+            faults.append(f"GPUs differ in {name}: {', '.join(values)}")
+    if found["shm_gb"] is not None and found["shm_gb"] < 1.0:
+        faults.append(f"/dev/shm has {found['shm_gb']:.2f} GB; loader workers need more")
+    links = ", ".join(f"{count} x {kind}" for kind, count in found["links"].items()) or "unknown"
+    one = gpus[0]
+    bench.add(
+        "machine",
+        f"{len(gpus)} x {one['name']}, driver {one['driver_version']}, {one['clocks.max.sm']} MHz and "
+        f"{one['power.limit']} W at most, links {links}, {found['cores']} cores, shm {found['shm_gb'] or 0:.0f} GB",
+        faults,
+    )

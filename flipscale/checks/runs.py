@@ -1,0 +1,234 @@
+"""Short trainings by the trainer itself: equal losses, a resume, a stalled and a killed rank. And the node's loader."""
+
+import os
+import shutil
+import signal
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import yaml
+
+from flipscale.checks.findings import Bench
+from flipscale.checks.group import CheckError, Group, Row, descendants
+from flipscale.checks.steps import engine_variables, first_stage
+from flipscale.data.loader import restartable_batches
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.tar import add_member
+from flipscale.data.tokenizers import load_tokenizer, train_sentencepiece
+from flipscale.io import json_lines
+from flipscale.io.options import usable_cores
+
+_PAIRS, _STEPS, _SAVED = 8, 12, 6
+_TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+# Losses in fp32 differ by the order of sums, after a dozen steps by less than this.
+LOSS_TOLERANCE = 1e-3
+_LIMIT_SECONDS, _STALL_SECONDS, _END_SECONDS, _LOADER_SECONDS = 180.0, 4.0, 90.0, 15.0
+_PICTURES, _SHARDS = 2048, 8
+_WORDS = ["a", "photo", "of", "the", "red", "green", "blue", "grey", "disc", "bar", "ring", "cross"]
+
+
+def make_pairs(folder: Path) -> Path:
+    """Write shards of noisy pictures of 500 x 400 with captions, about 40 kB each, and a tokenizer beside them."""
+    shards, random = folder / "pairs", np.random.default_rng(0)
+    if not shards.exists():
+        shards.mkdir()
+        captions = [" ".join(random.choice(_WORDS, 8)) for _ in range(_PICTURES)]
+        train_sentencepiece(captions, folder / "tokenizer", 64, 16)
+        for shard in range(_SHARDS):
+            with tarfile.open(shards / f"{shard:05d}.tar", "w") as tar:
+                for number in range(shard, _PICTURES, _SHARDS):
+                    coarse = random.integers(0, 256, (50, 62, 3), dtype=np.uint8)
+                    picture = cv2.resize(coarse, (500, 400), interpolation=cv2.INTER_CUBIC)
+                    jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+                    add_member(tar, f"{number:06d}.jpg", jpeg)
+                    add_member(tar, f"{number:06d}.txt", captions[number].encode())
+    return shards
+
+
+class Training:
+    """A run of a small model on made-up pairs, in fp32, with the trainer's command."""
+
+    def __init__(self, bench: Bench, name: str, steps: int = _STEPS):
+        self.node, self.directory = bench.node, bench.node.folder / name
+        batch = _PAIRS * bench.node.num_gpus
+        tower = {"vision_config": {**_TOWER, "image_size": 64}, "text_config": {**_TOWER, "vocab_size": 64}}
+        recipe = {
+            "model": {"size": "b16", **tower},
+            "data": {
+                "shards": str(make_pairs(self.node.folder)), "tokenizer": str(self.node.folder / "tokenizer"),
+                "global_batch_size": batch, "num_workers": 1, "lanes": 1,
+            },
+            "stages": [{"name": "masked", "samples": steps * batch, "mask_ratio": 0.5, "base_lr": 1e-3}],
+            "log": {"every_samples": batch, "report_to": []},
+            "save": {"every_samples": _SAVED * batch},
+            "output_dir": str(self.directory),
+        }  # fmt: skip
+        self.file = self.node.folder / f"{name}.yaml"
+        self.file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        self.logs = self.node.folder / f"{name}.logs"
+        self.logs.mkdir()
+
+    def start(
+        self,
+        processes: int,
+        engine: str = "ddp",
+        variables: Mapping[str, str] | None = None,
+        module: str = "flipscale.pretrain",
+        before: Sequence[str] = (),
+    ) -> AbstractContextManager[Group]:
+        """Return the context in which the trainer runs in some processes; `before` are arguments of a launcher."""
+        own = {**engine_variables(engine, processes), "ACCELERATE_MIXED_PRECISION": "no", **(variables or {})}
+        return self.node.group(module, [*before, "--config", str(self.file)], self.logs, processes, own)
+
+    def run(self, *arguments: Any) -> dict[int, float]:
+        """Train to the end, and return the loss of each step."""
+        with self.start(*arguments) as group:
+            group.wait(_LIMIT_SECONDS)
+        return {record["step"]: record["loss"] for record in self.records("metrics") if "loss" in record}
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Return the records of one of the run's files so far."""
+        file = self.directory / f"{name}.jsonl"
+        return json_lines.read(file) if file.exists() else []
+
+    def await_steps(self, group: Group, count: int) -> None:
+        """Wait until the run has taken some steps."""
+        await_true(lambda: len(self.records("metrics")) >= count, _LIMIT_SECONDS, f"step {count}", group)
+
+
+def await_true(is_so: Callable[[], bool], limit_s: float, what: str, group: Group | None = None) -> float:
+    """Wait until something is so, and return the seconds.
+
+    Raises:
+        CheckError: the time limit passed, or a process of `group` ended.
+    """
+    start = time.monotonic()
+    while not is_so():
+        ended = [rank for rank, process in enumerate(group.processes if group else []) if process.poll() is not None]
+        if group and ended:
+            raise CheckError(f"rank {ended[0]} ended before {what}: {group.message(ended[0])}")
+        if time.monotonic() > start + limit_s:
+            raise CheckError(f"{what} did not come in {limit_s:.0f} s")
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def _difference(losses: Mapping[int, float], others: Mapping[int, float]) -> float:
+    """Return the largest relative difference of the losses of shared steps."""
+    shared = losses.keys() & others.keys()
+    return max((abs(losses[step] - others[step]) / abs(others[step]) for step in shared), default=float("inf"))
+
+
+def check_losses(bench: Bench) -> None:
+    """The losses of all GPUs, of one and of the CPU must be equal."""
+    one = Training(bench, "one").run(1)
+    others = {"the CPU": Training(bench, "cpu").run(1, "ddp", {"CUDA_VISIBLE_DEVICES": ""})}
+    if bench.node.num_gpus > 1:
+        others[f"{bench.node.num_gpus} GPUs"] = Training(bench, "all").run(bench.node.num_gpus, "ddp")
+    found = {name: _difference(losses, one) for name, losses in others.items()}
+    bench.figures["losses"] = found
+    bench.add(
+        "losses",
+        f"{_STEPS} steps in fp32, largest difference from one GPU: "
+        + ", ".join(f"{name} {difference:.1e}" for name, difference in found.items()),
+        [f"{name} differs" for name, difference in found.items() if not difference <= LOSS_TOLERANCE],
+    )
+
+
+def check_resume(bench: Bench) -> None:
+    """A run that goes on with half of the GPUs and another engine must have the same losses."""
+    bench.need_gpus(2)
+    whole, half = Training(bench, "whole"), Training(bench, "half")
+    losses = whole.run(bench.node.num_gpus, "fsdp2")
+    left_out = shutil.ignore_patterns("model", "DONE", "report.html", f"step-{_STEPS:08d}")
+    shutil.copytree(whole.directory, half.directory, ignore=left_out)
+    resumed = half.run(bench.node.num_gpus // 2, "ddp")
+    later = {step: loss for step, loss in resumed.items() if step > _SAVED}
+    difference = _difference(later, losses)
+    faults = [] if len(later) == _STEPS - _SAVED and difference <= LOSS_TOLERANCE else ["the losses differ"]
+    words = f"fsdp2 on {bench.node.num_gpus} GPUs to ddp on {bench.node.num_gpus // 2}"
+    bench.add("resume", f"{words}, {len(later)} steps, largest difference {difference:.1e}", faults)
+
+
+def check_stall(bench: Bench) -> None:
+    """A rank that stands still for some seconds must be named."""
+    bench.need_gpus(2)
+    training = Training(bench, "stalled", 100_000)
+    with training.start(bench.node.num_gpus, "ddp") as group:
+        training.await_steps(group, 15)  # the usual time of a step is known after ten
+        os.kill(group.processes[1].pid, signal.SIGSTOP)
+        time.sleep(_STALL_SECONDS)
+        os.kill(group.processes[1].pid, signal.SIGCONT)
+        await_true(lambda: bool(training.records("slow_steps")), _END_SECONDS, "the report of the slow step", group)
+        record = training.records("slow_steps")[0]
+    bench.figures["stall"] = record
+    late = record["late_rank"]
+    faults = [] if late == 1 else [f"rank 1 stalled, and the record names rank {late}"]
+    bench.add("stalled rank", f"rank {late} named, {record['late_s']:.1f} s late in {record['phase']}", faults)
+
+
+def check_kill(bench: Bench) -> None:
+    """All ranks must end soon after one is killed. torchrun starts them, because it is what notices on GPUs."""
+    bench.need_gpus(2)
+    training = Training(bench, "killed", 100_000)
+    launcher = ["--standalone", "--nproc_per_node", str(bench.node.num_gpus), "-m", "flipscale.pretrain"]
+    with training.start(1, module="torch.distributed.run", before=launcher) as group:
+        training.await_steps(group, 5)
+        os.kill(_worker(group.processes[0].pid, 1), signal.SIGKILL)
+        ended = await_true(lambda: group.processes[0].poll() is not None, _END_SECONDS, "the end of the other ranks")
+    bench.figures["kill_s"] = ended
+    bench.add("killed rank", f"torchrun and the other ranks ended {ended:.1f} s later")
+
+
+def _worker(launcher: int, rank: int) -> int:
+    """Return the process id of a rank that torchrun has started."""
+    for pid in descendants(launcher):
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return pid
+    raise CheckError(f"torchrun has no rank {rank}")
+
+
+def loaded(recipe: str, batch_size: int, changes: dict[str, Any], seconds: float) -> Iterator[Row]:
+    """Yield the images that this rank's workers prepare in a second, while all ranks do so."""
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    planned = first_stage(recipe, batch_size * world)
+    data, shape, stage = replace(planned.data, **changes), InputShape.of(planned.model_config()), planned.stages[0]
+    tokenizer = load_tokenizer(data.tokenizer, shape.max_tokens)
+    given = (open_source(data), tokenizer, data, shape.at(stage.image_size), planned.seed, stage.mask_ratio)
+    dataset = PairDataset(*given, planned.mask)
+    batches = restartable_batches(dataset, 0, 1_000_000, rank, world, pin_memory=False)
+    list(islice(batches, 2))  # the workers start
+    start, images = time.monotonic(), 0
+    while time.monotonic() < start + seconds:
+        images += sum(len(part["patches"]) for part in next(batches))
+    yield {"images_per_s": images / (time.monotonic() - start)}
+    batches.close()
+
+
+def check_loader(bench: Bench) -> None:
+    """The node's workers must prepare images faster than the steps use them."""
+    made_up = make_pairs(bench.node.folder)
+    num_gpus = bench.node.num_gpus
+    workers = max(usable_cores() // num_gpus - 1, 1)
+    for recipe in bench.recipes:
+        own = {"shards": bench.shards} if bench.shards else {"shards": str(made_up), "lanes": 1}
+        changes = {**own, "tokenizer": str(made_up.with_name("tokenizer")), "num_workers": workers}
+        given = {"recipe": recipe, "batch_size": bench.batch_size, "changes": changes, "seconds": _LOADER_SECONDS}
+        rows = bench.node.run(f"{__name__}:loaded", _LIMIT_SECONDS, num_gpus, **given)
+        rate = sum(row["images_per_s"] for (row,) in rows)
+        bench.figures["loader"] = {"images_per_s": rate, "images_per_worker_s": rate / workers / num_gpus}
+        steps = [row for row in bench.figures.get("steps", []) if row["recipe"] == recipe and "seconds" in row]
+        needed = max((num_gpus * row["pairs"] / row["seconds"] for row in steps), default=0.0)
+        faults = [f"the fastest step uses {needed:,.0f} images/s"] if rate < needed else []
+        kind = "own shards" if bench.shards else "made-up 500 x 400"
+        words = f"{rate:,.0f} images/s by {num_gpus} x {workers} workers, {kind}; needed {needed:,.0f}"
+        bench.add(f"loader {Path(recipe).stem}", words, faults)

@@ -1,0 +1,298 @@
+"""The trainer's step under each engine: time, MFU, host, waits and memory, beside the plan's figures."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+import flipscale
+from flipscale.checks.findings import OFF, Bench
+from flipscale.checks.group import CheckError, Row
+from flipscale.checks.machine import contexts
+from flipscale.data.loader import PackedBatch, on_device
+from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.device import best_attention, peak_flops, peak_memory_bytes, wait_for
+from flipscale.engines.failures import end_process
+from flipscale.engines.first_weights import compile_blocks, fresh_weights
+from flipscale.engines.launch import launch_environment, launch_of
+from flipscale.engines.recipe import SaveRecipe
+from flipscale.engines.start import build_engine, engine_class, start_accelerator
+from flipscale.planning.flops import example_batch, pair_flops
+from flipscale.planning.memory import micro_batch, recipe_memory
+from flipscale.planning.time import Hardware, host_calls, step_time
+from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.training.step import consume_batch
+from flipscale.training.sync import StepSync
+from flipscale.training.watch import StepWatch
+
+ENGINES = ("ddp", "fsdp2", "hsdp", "zero3")
+ALONE = "one GPU"
+_WARM_UP, _TIMED, _PROFILED = 4, 8, 2
+# With so few pairs, the host is slower than the GPU.
+_HOST_PAIRS = 2
+_LIMIT_SECONDS = 300.0
+
+
+def engine_variables(engine: str, processes: int) -> dict[str, str]:
+    """Return accelerate's variables for a shipped launch file; under HSDP, half of the node has a copy."""
+    variables = launch_environment(Path(flipscale.__file__).parent / "ds_configs" / f"{engine}.yaml", processes)
+    if engine == "hsdp":
+        variables["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(processes // 2)
+    return variables
+
+
+def first_stage(name: str, batch_size: int, compiled: bool = False, recomputes: bool = False) -> Recipe:
+    """Return a recipe with its first stage only, and a global batch in one piece on each process."""
+    recipe = parse_recipe(["--config", name])
+    return replace(
+        recipe,
+        model=replace(recipe.model, compile=compiled, gradient_checkpointing=recomputes),
+        data=replace(recipe.data, global_batch_size=batch_size, micro_batch_size=None),
+        stages=[replace(recipe.stages[0], gradient_checkpointing=None)],
+    )
+
+
+class Loop:
+    """Collective. The trainer's model, engine and step, on made-up batches that a thread copies to the GPU ahead."""
+
+    def __init__(self, name: str, batch_size: int, compiled: bool, folder: str):
+        accelerator, launch = start_accelerator([], folder), launch_of(os.environ)
+        self.recipe = recipe = first_stage(name, batch_size * accelerator.num_processes, compiled)
+        self.accelerator, self.launch, self.device = accelerator, launch, accelerator.device
+        self.objective, config = recipe.objective(), recipe.model_config()
+        self.engine = build_engine(accelerator, launch, recipe.optim, recipe.data.global_batch_size)
+
+        def configure(model: Any) -> None:
+            model.set_attn_implementation(best_attention(self.device))
+            if compiled:
+                compile_blocks(model)
+
+        self.engine.build(config, configure, fresh_weights(0), self.objective.trained_class(config))
+        self.engine.prepare()
+        self.engine.start_averages(None)
+        watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
+        writer = CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None)
+        self._sync = StepSync(accelerator, writer, watch)
+        (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        self._schedule = Schedule((stage,))
+        self._now = self._schedule.first({})
+
+    def batches(self, pairs: int) -> Iterator[list[PackedBatch]]:
+        """Yield batches of random pixels, places and tokens, on the device."""
+        config, stage = self.recipe.model_config(), self.recipe.stages[0]
+        step = micro_batch(self.recipe, self.launch, stage)
+        content = example_batch(config, replace(step, batch_size=pairs), self.objective)
+        content["patches"].random_(0, 256)
+        if "input_ids" in content:
+            content["input_ids"].random_(1, config.caption_config.vocab_size)
+        if "patch_index" in content:
+            images, kept = content["patch_index"].shape
+            places = torch.rand(images, config.vision_config.patches_along(stage.image_size) ** 2).argsort(dim=1)
+            content["patch_index"].copy_(places[:, :kept])
+        host = PackedBatch.of({**content, "faults": []})
+        host = host.pin_memory() if self.device.type == "cuda" else host
+
+        def endless() -> Iterator[list[PackedBatch]]:
+            while True:
+                yield [host]  # the copy on the device is another object
+
+        for batch in on_device(endless(), self.device):  # type: ignore[arg-type]
+            yield [part.with_image_size(stage.image_size) for part in batch]
+
+    def take(self, batches: Iterator[list[PackedBatch]], count: int) -> float:
+        """Collective. Take steps, and return the seconds of one."""
+        wait_for(self.device)
+        start = time.perf_counter()
+        for _ in range(count):
+            loss = consume_batch(self.engine, next(batches), self.objective)
+            taken = self._sync.start(self._now, loss, self.engine.gradient_norm(), [])
+            self.engine.step(1e-6, taken)
+            self._now = self._schedule.after(self._now, None)
+            self._sync.settle(wait=False)
+        wait_for(self.device)
+        return (time.perf_counter() - start) / count
+
+
+def steps(recipe: str, batch_size: int, compiled: bool, folder: str) -> Iterator[Row]:
+    """Collective. Yield the figures of steps with recomputed activations, then with kept ones, which take more."""
+    loop = Loop(recipe, batch_size, compiled, folder)
+    batches, device = loop.batches(batch_size), loop.device
+    (flops,) = pair_flops(loop.recipe).values()
+    peak = peak_flops(device, loop.accelerator.mixed_precision) if device.type == "cuda" else None
+    for recomputes in (True, False):
+        row: Row = {"recipe": recipe, "pairs": batch_size, "compiled": compiled, "recomputes": recomputes}
+        try:
+            loop.engine.recompute(recomputes)
+            loop.take(batches, _WARM_UP)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = loop.take(batches, _TIMED)
+            row |= {"peak_bytes": peak_memory_bytes(device), "seconds": seconds}
+            row |= {"flops_per_s": flops * batch_size / seconds, "mfu": peak and flops * batch_size / seconds / peak}
+            with torch.profiler.profile() as profile:
+                loop.take(batches, _PROFILED)
+            yield row | shares(profile.events() or [])
+        except torch.OutOfMemoryError:
+            yield row | {"out_of_memory": True}
+            end_process(0)  # the other ranks may wait for this one
+    if not compiled:
+        few = loop.batches(_HOST_PAIRS)
+        loop.take(few, _WARM_UP)
+        yield {"host_seconds": loop.take(few, _TIMED), "calls": host_calls(loop.recipe, loop.recipe.stages[0], 1, 1)}
+
+
+def shares(events: Iterable[Any]) -> Row:
+    """Return the shares of the profiled time in which the GPU is idle and in which it only sends messages, and the
+    number of the host's waits in a step."""
+    kernels, waits = [], 0.0
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            kernels.append((event.time_range.start, event.time_range.end, event.name))
+        waits += event.name.startswith("cuda") and event.name.endswith("Synchronize")
+    waits = max(waits - 2, 0) / _PROFILED  # without those of `take`
+    if not kernels:
+        return {"idle": None, "messages": None, "waits": waits}
+    window = max(end for _, end, _ in kernels) - min(start for start, _, _ in kernels)
+    busy = _covered([(start, end) for start, end, _ in kernels])
+    computing = _covered([(start, end) for start, end, name in kernels if "nccl" not in name.lower()])
+    return {"idle": 1 - busy / window, "messages": (busy - computing) / window, "waits": waits}
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the length of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+def visited(recipe: str, folder: str) -> Iterator[Row]:
+    """Collective. Yield the GPUs on which this rank has memory after a few steps."""
+    loop = Loop(recipe, _HOST_PAIRS, False, folder)
+    loop.take(loop.batches(_HOST_PAIRS), 3)
+    yield {"own": loop.device.index, "contexts": contexts()}
+
+
+def plans(rows: Sequence[Row], figures: Row) -> Iterator[Row]:
+    """Yield the plan's bytes and seconds for measured steps, on GPUs with the measured figures."""
+    for row in rows:
+        launch = launch_of(row["variables"])
+        recipe = first_stage(row["recipe"], row["pairs"] * launch.num_processes, row["compiled"], row["recomputes"])
+        speeds, size = figures["step_flops_per_s"], recipe.model.size
+        share = {"matmul_share": speeds[size] / Hardware().peak} if size in speeds else {}
+        # The batches are made up, so no loader is waited for.
+        hardware = replace(Hardware().measured(figures), images_per_worker_s=1e12, **share)
+        memory = recipe_memory(recipe, launch)
+        planned = step_time(recipe, launch, recipe.stages[0], hardware)
+        yield {"bytes": memory.total - memory.nccl, "seconds": planned.seconds}
+
+
+def check_contexts(bench: Bench) -> None:
+    """No rank may have memory on another's GPU."""
+    rows = bench.node.run(
+        f"{__name__}:visited", 180, bench.node.num_gpus, recipe=bench.recipes[0], folder=str(bench.node.folder)
+    )
+    faults = [
+        f"the rank of GPU {row['own']} has memory on GPU {', '.join(map(str, others))}"
+        for (row,) in rows
+        if (others := [index for index in row["contexts"] if index != row["own"]])
+    ]
+    bench.add("contexts", "each rank has memory on its own GPU only" if not faults else "", list(dict.fromkeys(faults)))
+
+
+def check_steps(bench: Bench) -> None:
+    """Measure the step of each recipe under each engine, with compiled blocks and without."""
+    measured = bench.figures.setdefault("steps", [])
+    for recipe in bench.recipes:
+        for engine in (ALONE, *ENGINES):
+            for compiled in (False, True):
+                name = f"step {Path(recipe).stem} {engine}{' compiled' * compiled}"
+                world = 1 if engine == ALONE else bench.node.num_gpus
+                refusal = _refusal(bench, engine, recipe, compiled)
+                if refusal is not None:
+                    bench.skip(name, refusal)
+                    continue
+                variables = {} if engine == ALONE else engine_variables(engine, world)
+                given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled}
+                faults: list[str] = []
+                try:
+                    rows = bench.node.run(
+                        f"{__name__}:steps", _LIMIT_SECONDS, world, variables, **given, folder=str(bench.node.folder)
+                    )
+                except CheckError as error:
+                    rows, faults = error.rows, [str(error)]
+                place = {"engine": engine, "variables": variables or {"ACCELERATE_MIXED_PRECISION": "bf16"}}
+                # The slowest rank, which the others wait for.
+                slowest = [
+                    max(of_ranks, key=lambda row: row.get("seconds", 0.0)) for of_ranks in zip(*rows, strict=False)
+                ]
+                measured += [{**place, **row} for row in slowest]
+                bench.add(name, "; ".join(map(_step_words, slowest)), faults)
+
+
+def _refusal(bench: Bench, engine: str, recipe: str, compiled: bool) -> str | None:
+    """Return why a step cannot be measured here, or None."""
+    if engine == ALONE:
+        return None
+    if bench.node.num_gpus < (needed := 4 if engine == "hsdp" else 2):
+        return f"it needs {needed} GPUs"
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
+    launch = launch_of(engine_variables(engine, bench.node.num_gpus))
+    return engine_class(launch).refusal(launch, parse_recipe(["--config", recipe]).optim.name, compiled)
+
+
+def _step_words(row: Row) -> str:
+    if "host_seconds" in row:
+        return f"host {1e3 * row['host_seconds']:.1f} ms"
+    kind = "recomputed" if row["recomputes"] else "kept"
+    if "out_of_memory" in row:
+        return f"{kind} out of memory"
+    words = [f"{name} {row[name]:.0%}" for name in ("mfu", "idle", "messages") if row[name] is not None]
+    words += [f"waits {row['waits']:g}", f"{row['peak_bytes'] / 2**30:.1f} GiB"]
+    return f"{kind} {1e3 * row['seconds']:.1f} ms, {', '.join(words)}"
+
+
+def check_plan(bench: Bench) -> None:
+    """Compare the measured memory and time of each step with the plan's, which knows the measured hardware."""
+    rows = [row for row in bench.figures.get("steps", []) if "seconds" in row]
+    if not rows:
+        raise CheckError("no step was measured")
+    figures = planning_figures(bench)
+    (planned,) = bench.node.run(f"{__name__}:plans", _LIMIT_SECONDS, rows=rows, figures=figures)
+    faults, ratios = [], {"memory": [], "time": []}  # type: ignore[var-annotated]
+    for row, plan in zip(rows, planned, strict=True):
+        row["planned"] = plan
+        for kind, ratio in (("memory", row["peak_bytes"] / plan["bytes"]), ("time", row["seconds"] / plan["seconds"])):
+            ratios[kind].append(ratio)
+            if abs(ratio - 1.0) > OFF:
+                how = "compiled " * row["compiled"] + ("recomputed" if row["recomputes"] else "kept")
+                faults.append(f"{kind} {ratio:.2f}x {Path(row['recipe']).stem} {row['engine']} {how}")
+    ranges = (f"{kind} {min(found):.2f}x to {max(found):.2f}x" for kind, found in ratios.items())
+    bench.add("plan", f"measured over planned: {', '.join(ranges)}", faults)
+
+
+def planning_figures(bench: Bench) -> Row:
+    """Return the measured figures that replace the plan's assumptions, for `--bench`."""
+    alone = [row for row in bench.figures.get("steps", []) if row["engine"] == ALONE]
+    speeds = {
+        parse_recipe(["--config", row["recipe"]]).model.size: row["flops_per_s"]
+        for row in alone
+        if row.get("flops_per_s") and not row["recomputes"] and not row["compiled"]
+    }
+    host = [row["host_seconds"] / row["calls"] for row in alone if "host_seconds" in row]
+    buses = [row["bus_bytes_per_s"] for row in bench.figures.get("collectives", []) if row.get("is_large")]
+    return {
+        "step_flops_per_s": speeds,
+        "call_s": min(host, default=None),
+        "node_gb_s": min(buses) / 1e9 if buses else None,
+        "images_per_worker_s": bench.figures.get("loader", {}).get("images_per_worker_s"),
+    }

@@ -1,0 +1,196 @@
+"""A node of eight GPUs that is not there, on which `flipscale bench gpu` runs all its checks.
+
+Checks that look at devices, memory and operations run on the fake GPU, as rank 3 of 8. Checks that compare numbers run
+on CPUs, as two processes of gloo. The other ranks repeat the outcome of a simulated one.
+"""
+
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import processes
+import torch
+from simulated.fake_gpu import DEVICE, NUM_DEVICES, Devices, fake_gpu
+from simulated.recorder import Recorder, resizing
+from simulated.world import fake_processes
+from torch.nn.attention import SDPBackend
+
+from flipscale.checks.group import Process
+from flipscale.checks.steps import Loop
+from flipscale.data.loader import CudaTransfer, PackedBatch
+from flipscale.engines.engine import Engine
+from flipscale.engines.first_weights import no_weights
+
+# Functions of checks that run on the fake GPU; the others run on CPUs.
+FAKE = ("products", "attention", "visited", "steps")
+# One process for this many GPUs, on CPUs.
+_GPUS_OF_A_PROCESS = 4
+Fault = Callable[[ExitStack], None]
+
+_GPU = "NVIDIA H100 80GB HBM3, 570.86, 81559, 1980, 1980, 650.1, 700.00, 41, 5, 16"
+_TOPOLOGY = "\n".join(
+    ["\x1b[4m" + "\t".join(f"GPU{i}" for i in range(NUM_DEVICES)) + "\tCPU Affinity\x1b[0m"]
+    + ["\t".join([f"GPU{i}", *("X" if i == j else "NV18" for j in range(NUM_DEVICES)), "0-95"]) for i in range(8)]
+)
+
+
+def write_nvidia_smi(folder: Path) -> None:
+    """Write a program `nvidia-smi` that answers for the node."""
+    file = folder / "nvidia-smi"
+    gpus = "\n".join([_GPU] * NUM_DEVICES)
+    cases = {"*--id=*": _GPU, "*topo*": _TOPOLOGY, "*": gpus}
+    lines = "".join(f"{case}) echo '{answer}' ;;\n" for case, answer in cases.items())
+    file.write_text(f'#!/bin/sh\ncase "$*" in\n{lines}esac\n')
+    file.chmod(0o755)
+
+
+class _Started:
+    """A process of a check."""
+
+    def __init__(self, process: BaseProcess):
+        self._process, self.pid = process, process.pid or 0
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+
+class _Repeated:
+    """A rank that repeats the outcome of a simulated rank."""
+
+    pid = 2**22 + 1  # no process of the system
+
+    def __init__(self, leader: list[Process], theirs: Path, ours: Path):
+        self._leader, self._theirs, self._ours = leader, theirs, ours
+
+    def poll(self) -> int | None:
+        if not self._leader:
+            return None
+        if (code := self._leader[0].poll()) is not None and self._theirs.exists():
+            shutil.copy(self._theirs, self._ours)
+        return code
+
+
+class Starter:
+    """Starts the processes of checks in the simulated node.
+
+    Args:
+        fault: function that breaks something inside of the processes, until the stack is closed.
+    """
+
+    def __init__(self, fault: Fault | None = None):
+        self._fault, self._leaders = fault, {}
+
+    def __call__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+        rank, world = (int(environment.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        function = arguments[0].partition(":")[2]
+        is_fake = module == "flipscale.checks.group" and function in FAKE
+        leader = self._leaders.setdefault(log.parent, [])
+        first = DEVICE.index if is_fake and world > 1 else 0
+        count = max(world // _GPUS_OF_A_PROCESS, 1)
+        if rank != first and (is_fake or rank >= count):
+            log.touch()
+            names = (f"rank-{of}.json" for of in (first, rank))
+            return _Repeated(leader, *(log.parent / name for name in names))
+        changes = {} if is_fake or world == 1 else dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+        words = [str(NUM_DEVICES // _GPUS_OF_A_PROCESS) if word == str(NUM_DEVICES) else word for word in arguments]
+        serving = (module, words, str(log), is_fake, self._fault)
+        if function == "triton_tiles":
+            started = _Started(_spawned(serving))
+        else:
+            started = _Started(processes.start(serve, *serving, environment={**environment, **changes}))
+        if rank == first:
+            leader.append(started)
+        return started
+
+
+def _spawned(arguments: tuple[Any, ...]) -> BaseProcess:
+    """Start a process whose Triton interprets kernels, which it decides when it is imported."""
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
+    with patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        process.start()
+    return process
+
+
+def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fault | None) -> None:
+    """Call `main` of a module as a process of a check, with its output in `log`."""
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    with ExitStack() as stack:
+        if is_fake:
+            on_fake_gpu(stack)
+        if fault is not None:
+            fault(stack)
+        sys.argv = [module, *arguments]
+        importlib.import_module(module).main(arguments)
+
+
+def _fake_time(take: Callable[..., float]) -> Callable[..., float]:
+    """Return `Loop.take` with one step, of a second if nothing is recomputed; the host needs a fifth of that."""
+
+    def taken(loop: Loop, batches: Any, count: int) -> float:
+        take(loop, batches, 1)
+        if batches.gi_frame.f_locals["pairs"] == 2:
+            return 0.2
+        return 4 / 3 if loop.engine._recomputes else 1.0
+
+    return taken
+
+
+def on_fake_gpu(stack: ExitStack) -> Recorder:
+    """Let this process be rank 3 of 8 on a fake GPU."""
+    recorder = Recorder()
+    if "WORLD_SIZE" in os.environ:
+        from flipscale.engines.launch import launch_of
+
+        stack.enter_context(fake_processes(int(os.environ["RANK"]), launch_of(os.environ)))
+    fake = stack.enter_context(fake_gpu(recorder.wait, []))
+    stack.enter_context(
+        patch.object(torch._C, "_cuda_hasPrimaryContext", lambda index: index in Devices.touched, create=True)
+    )
+    stack.enter_context(patch.object(torch, "_fused_sdp_choice", lambda *_: SDPBackend.FLASH_ATTENTION.value))
+    # The fake store keeps no message of a failure.
+    stack.enter_context(patch("flipscale.engines.failures._have_met", lambda: False))
+    # Clocks measure nothing here: every kernel takes a tenth of a second.
+    for module in ("kernels", "network"):
+        stack.enter_context(patch(f"flipscale.checks.{module}.seconds_of", lambda call, *_: (call(), 0.1)[1]))
+    stack.enter_context(patch.object(Loop, "take", _fake_time(Loop.take)))
+    # Graphs are not made here: tests/objectives and tests/distributed compile.
+    stack.enter_context(patch("flipscale.checks.steps.compile_blocks", lambda model: None))
+    # A fake tensor has no first weights, and a fake GPU no profile and no queue of frees.
+    stack.enter_context(patch("flipscale.checks.steps.fresh_weights", lambda seed: no_weights))
+    stack.enter_context(patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
+    # Two threads must not make fake tensors at once, so the feeder's batch is copied where it is received.
+    copy, receive = PackedBatch.to, CudaTransfer.receive
+
+    def received(transfer: CudaTransfer, sent: Any) -> list[PackedBatch]:
+        return [copy(batch, DEVICE) for batch in receive(transfer, sent)]
+
+    stack.enter_context(patch.object(PackedBatch, "to", lambda batch, device: batch))
+    stack.enter_context(patch.object(CudaTransfer, "receive", received))
+    stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *_: recorder.memory.peak))
+    stack.enter_context(resizing(recorder.memory))
+
+    def forget_peak(device: torch.device) -> None:
+        recorder.memory.peak = recorder.memory.now
+
+    stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", forget_peak))
+    build = Engine.build
+
+    def build_on_device(engine: Engine, *arguments: Any) -> None:
+        with recorder.building_on_device():
+            build(engine, *arguments)
+
+    stack.enter_context(patch.object(Engine, "build", build_on_device))
+    stack.enter_context(fake)
+    stack.enter_context(recorder)
+    return recorder

@@ -1,0 +1,205 @@
+"""All checks of `flipscale bench gpu` run on a simulated node, and each finds the fault that it is for."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+from simulated.fake_gpu import NUM_DEVICES
+from simulated.node import Fault, Starter, write_nvidia_smi
+from torch.autograd import DeviceType
+
+from flipscale.checks import bench as checks
+from flipscale.checks import group, runs, steps
+from flipscale.checks.bench import as_json, report, run_checks
+from flipscale.checks.findings import Bench
+from flipscale.checks.group import CheckError, Node, Process, Row, start_python
+from flipscale.checks.machine import links
+from flipscale.cli import main
+
+
+@pytest.fixture(scope="module")
+def small(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of the tests with one stage, and nvidia-smi beside it."""
+    folder = tmp_path_factory.mktemp("node")
+    write_nvidia_smi(folder)
+    file = folder / "small.yaml"
+    text = {**recipe["model"]["text_config"], "vocab_size": 64}
+    model = {**recipe["model"], "text_config": text}
+    file.write_text(yaml.safe_dump({**recipe, "model": model, "stages": recipe["stages"][:1]}))
+    return file
+
+
+def run(small: Path, folder: Path, fault: Fault | None = None, *names: str, **figures: Any) -> Bench:
+    """Run all checks, or those named, and return their findings and figures."""
+    bench = Bench(Node(NUM_DEVICES, folder, Starter(fault)), [str(small)], 8, figures=figures)
+    chosen = [check for check in checks.CHECKS if not names or check.__name__.removeprefix("check_") in names]
+    path = f"{small.parent}:{os.environ['PATH']}"
+    patches = patch.object(checks, "CHECKS", chosen), patch.object(runs, "_LOADER_SECONDS", 2.0)
+    # DeepSpeed reads from the GPU, so the fake world has none.
+    without = patch.object(steps, "find_spec", lambda name: None)
+    with patches[0], patches[1], without, patch.dict(os.environ, {"PATH": path}):
+        run_checks(bench, print)
+    return bench
+
+
+def failed(bench: Bench) -> str:
+    """The text of the only finding, which has failed."""
+    (finding,) = bench.findings
+    assert finding.status == "FAILED", finding
+    return finding.text
+
+
+def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = run(small, tmp_path)
+    printed = report(bench)
+    others = {one.name: one.text for one in bench.findings if one.status != "ok"}
+    assert others == dict.fromkeys(("step small zero3", "step small zero3 compiled"), "deepspeed is not installed"), (
+        printed
+    )
+    assert len(printed.splitlines()) == len(bench.findings) + 1 <= 60
+    assert {name.removeprefix("check_") for name in (one.__name__ for one in checks.CHECKS)} == bench.figures[
+        "seconds"
+    ].keys()
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(as_json(bench)))
+    capsys.readouterr()
+    main(["plan", str(small), "--gpu", "h100", "--bench", str(file)])
+    main(["pretrain", "--dry_run", "--config", str(small), "--num_processes", "8", "--bench", str(file)])
+    planned = capsys.readouterr().out
+    assert f" {as_json(bench)['planning']['node_gb_s']:g} GB/s a GPU within a node" in planned
+    print(printed)
+
+
+def feed_on_any_gpu(stack: ExitStack) -> None:
+    from flipscale.data.loader import CudaTransfer
+
+    def send(transfer: CudaTransfer, batch: list) -> tuple:
+        with torch.cuda.stream(transfer._copying):
+            return batch, transfer._copying.record_event()
+
+    stack.enter_context(patch.object(CudaTransfer, "send", send))
+
+
+def refuse_flash(stack: ExitStack) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    stack.enter_context(patch("flipscale.checks.kernels.scaled_dot_product_attention", refuse))
+
+
+def spoil_a_tile(stack: ExitStack) -> None:
+    from flipscale.objectives import contrastive_triton
+
+    right = contrastive_triton.add_gradients
+
+    def wrong(tiles: Any, *given: Any) -> None:
+        right(tiles, *given)
+        given[3][:128, :16] *= 1.01  # a block of the rows' gradient
+
+    stack.enter_context(patch.object(contrastive_triton, "add_gradients", wrong))
+
+
+def plan_too_much(stack: ExitStack) -> None:
+    planned = steps.recipe_memory
+    stack.enter_context(
+        patch.object(steps, "recipe_memory", lambda *given: SimpleNamespace(total=1.2 * planned(*given).total, nccl=0))
+    )
+
+
+def load_slowly(stack: ExitStack) -> None:
+    from flipscale.data.pairs import PairDataset
+
+    load = PairDataset.__getitems__
+    stack.enter_context(patch.object(PairDataset, "__getitems__", lambda *given: (time.sleep(0.5), load(*given))[1]))
+
+
+def test_memory_on_another_gpu_is_found(small: Path, tmp_path: Path) -> None:
+    assert failed(run(small, tmp_path, feed_on_any_gpu, "contexts")) == "the rank of GPU 3 has memory on GPU 0"
+
+
+def test_an_absent_attention_backend_is_found(small: Path, tmp_path: Path) -> None:
+    text = failed(run(small, tmp_path, refuse_flash, "attention"))
+    assert "flash_attention is not there at 5 tokens: No available kernel" in text
+
+
+def test_a_wrong_tile_is_found(small: Path, tmp_path: Path) -> None:
+    assert "row gradient of [300, 257, 512] off by " in failed(run(small, tmp_path, spoil_a_tile, "triton"))
+
+
+STEP = {"engine": "ddp", "compiled": False, "recomputes": False, "pairs": 8, "peak_bytes": 1e9, "waits": 1.0}
+
+
+def test_a_wrong_plan_is_found(small: Path, tmp_path: Path) -> None:
+    row = {**STEP, "recipe": str(small), "variables": steps.engine_variables("ddp", 8)}
+    (plan,) = steps.plans([row], {"step_flops_per_s": {}})
+    measured = {**row, "peak_bytes": plan["bytes"], "seconds": plan["seconds"]}
+    text = failed(run(small, tmp_path, plan_too_much, "plan", steps=[measured]))
+    assert text.startswith("memory 0.83x small ddp kept")
+
+
+def test_a_slow_loader_is_found(small: Path, tmp_path: Path) -> None:
+    measured = {**STEP, "recipe": str(small), "seconds": 1.0}
+    assert "the fastest step uses 64 images/s" in failed(run(small, tmp_path, load_slowly, "loader", steps=[measured]))
+
+
+def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> None:
+    def fail(bench: Bench) -> None:
+        raise CheckError("rank 1 ended with code 1: upside down")
+
+    def need(bench: Bench) -> None:
+        bench.need_gpus(2)
+
+    bench = Bench(Node(1, tmp_path), [str(small)], 8)
+    with patch.object(checks, "CHECKS", [fail, need, lambda bench: bench.add("last", "fine")]):
+        run_checks(bench, print)
+    assert [one.status for one in bench.findings] == ["FAILED", "not run", "ok"]
+    assert [one.text for one in bench.findings][1] == "it needs 2 GPUs, and here is 1"
+    assert "1 ok, 1 FAILED, 1 not run" in report(bench)
+
+
+def half_asleep() -> Iterator[Row]:
+    yield {"rank": os.environ["RANK"]}
+    if os.environ["RANK"] == "1":
+        time.sleep(600)
+
+
+def test_a_rank_that_stays_behind_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(group, "_GRACE_SECONDS", 1.0)
+    started: list[Process] = []
+
+    def start(*given: Any) -> Process:
+        started.append(start_python(*given))
+        return started[-1]
+
+    with pytest.raises(CheckError, match="rank 1 did not end with the others") as failure:
+        Node(2, tmp_path, start).run(f"{__name__}:half_asleep", 600.0, 2)
+    assert failure.value.rows == [[{"rank": "0"}], [{"rank": "1"}]]
+    assert None not in [process.poll() for process in started]
+
+
+def test_idle_time_and_waits_are_read_from_the_profile() -> None:
+    def event(name: str, start: float, end: float, kind: DeviceType = DeviceType.CUDA) -> SimpleNamespace:
+        times = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=kind, time_range=times, is_user_annotation=False)
+
+    waits = [*["cudaEventSynchronize"] * 2, *["cudaDeviceSynchronize"] * 2]
+    kernels = [event("gemm", 0, 40), event("ncclDevKernel_AllReduce", 30, 60), event("gelu", 70, 100)]
+    found = steps.shares([*kernels, *(event(name, 0, 1, DeviceType.CPU) for name in waits)])
+    assert found == {"idle": pytest.approx(0.1), "messages": pytest.approx(0.2), "waits": 1.0}
+
+
+def test_kinds_of_links_are_counted() -> None:
+    head = "\x1b[4m\tGPU0\tGPU1\tGPU2\tNIC0\x1b[0m"
+    rows = ["GPU0\t X \tNV18\tSYS\tPIX", "GPU1\tNV18\t X \tSYS\tSYS", "GPU2\tSYS\tSYS\t X \tPIX"]
+    assert links("\n".join([head, *rows])) == {"NV18": 1, "SYS": 2}
