@@ -59,6 +59,7 @@ def failed(bench: Bench) -> str:
     return finding.text
 
 
+@pytest.mark.long
 def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = run(small, tmp_path)
     printed = report(bench)
@@ -123,15 +124,18 @@ def load_slowly(stack: ExitStack) -> None:
     stack.enter_context(patch.object(PairDataset, "__getitems__", lambda *given: (time.sleep(0.5), load(*given))[1]))
 
 
+@pytest.mark.long
 def test_memory_on_another_gpu_is_found(small: Path, tmp_path: Path) -> None:
     assert failed(run(small, tmp_path, feed_on_any_gpu, "contexts")) == "the rank of GPU 3 has memory on GPU 0"
 
 
+@pytest.mark.long
 def test_an_absent_attention_backend_is_found(small: Path, tmp_path: Path) -> None:
     text = failed(run(small, tmp_path, refuse_flash, "attention"))
     assert "flash_attention is not there at 5 tokens: No available kernel" in text
 
 
+@pytest.mark.long
 def test_a_wrong_tile_is_found(small: Path, tmp_path: Path) -> None:
     assert "row gradient of [300, 257, 512] off by " in failed(run(small, tmp_path, spoil_a_tile, "triton"))
 
@@ -139,6 +143,7 @@ def test_a_wrong_tile_is_found(small: Path, tmp_path: Path) -> None:
 STEP = {"engine": "ddp", "compiled": False, "recomputes": False, "pairs": 8, "peak_bytes": 1e9, "waits": 1.0}
 
 
+@pytest.mark.long
 def test_a_wrong_plan_is_found(small: Path, tmp_path: Path) -> None:
     row = {**STEP, "recipe": str(small), "variables": steps.engine_variables("ddp", 8)}
     (plan,) = steps.plans([row], {"step_flops_per_s": {}})
@@ -147,6 +152,7 @@ def test_a_wrong_plan_is_found(small: Path, tmp_path: Path) -> None:
     assert text.startswith("memory 0.83x small ddp kept")
 
 
+@pytest.mark.long
 def test_a_slow_loader_is_found(small: Path, tmp_path: Path) -> None:
     measured = {**STEP, "recipe": str(small), "seconds": 1.0}
     assert "the fastest step uses 64 images/s" in failed(run(small, tmp_path, load_slowly, "loader", steps=[measured]))
