@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flipscale.checks.findings import Bench, NotRun
+from flipscale.checks.findings import Bench, Finding, NotRun
 from flipscale.checks.group import CheckError
 from flipscale.checks.kernels import check_attention, check_products, check_triton
 from flipscale.checks.machine import check_machine
@@ -38,7 +38,7 @@ def run_checks(bench: Bench, announce: Callable[[str], None]) -> None:
         try:
             check(bench)
         except NotRun as reason:
-            bench.skip(name, str(reason))
+            bench.findings.append(Finding(name, "not run", str(reason)))
         except Exception as error:  # a check may fail in any way, and the others still run
             bench.add(name, "", [str(error) if isinstance(error, CheckError) else f"{type(error).__name__}: {error}"])
         bench.figures.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)

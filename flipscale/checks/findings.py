@@ -50,12 +50,7 @@ class Bench:
         """Add a finding, which has failed if there are faults."""
         self.findings.append(Finding(name, "FAILED" if faults else "ok", "; ".join([*faults, *filter(None, [text])])))
 
-    def skip(self, name: str, reason: str) -> None:
-        """Add a check that cannot run here."""
-        self.findings.append(Finding(name, "not run", reason))
-
     def need_gpus(self, count: int) -> None:
         """Raise NotRun on a node with fewer GPUs."""
         if self.node.num_gpus < count:
-            raise NotRun(f"it needs {count} GPUs, and here {'is' if self.node.num_gpus == 1 else 'are'} "
-                         f"{self.node.num_gpus}")  # fmt: skip
+            raise NotRun(f"it needs {count} GPUs")

@@ -19,9 +19,9 @@ from flipscale.io.options import usable_cores
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed")
 # Fields of `nvidia-smi --query-gpu`: name, driver, MiB, MHz now and at most, watts now and at most, PCIe.
 FIELDS = (
-    "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit",
-    "temperature.gpu", "pcie.link.gen.current", "pcie.link.width.current",
-)  # fmt: skip
+    *("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit"),
+    *("temperature.gpu", "pcie.link.gen.current", "pcie.link.width.current"),
+)
 
 
 def own_device() -> torch.device:
@@ -38,22 +38,13 @@ def machine(num_gpus: int) -> Iterator[Row]:
     installed = {name: metadata.version(name) for name in _PACKAGES if util.find_spec(name)}
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
     libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+    known = {name: str(version) for name, version in libraries.items() if version}
+    yield {"versions": {"flipscale": flipscale.__version__, **installed, **known}}
+    yield {"gpus": query_gpus()[:num_gpus], "links": links(nvidia_smi("topo", "-m")), "cores": usable_cores()}
+    shared, locked = os.statvfs("/dev/shm"), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     yield {
-        "versions": {
-            "flipscale": flipscale.__version__,
-            **installed,
-            **{name: str(version) for name, version in libraries.items() if version},
-        }
-    }
-    yield {"gpus": query_gpus()[:num_gpus]}
-    yield {"links": links(nvidia_smi("topo", "-m"))}
-    shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-    locked, files = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_MEMLOCK, resource.RLIMIT_NOFILE))
-    yield {
-        "cores": usable_cores(),
-        "shm_gb": shared and shared.f_bavail * shared.f_frsize / 1e9,
-        "open_files": files,
-        "locked_bytes": None if locked == resource.RLIM_INFINITY else locked,
+        "shm_gb": shared.f_bavail * shared.f_frsize / 1e9,
+        "locked_gb": None if locked == resource.RLIM_INFINITY else locked / 1e9,
     }
 
 
@@ -102,13 +93,13 @@ def check_machine(bench: Bench) -> None:
     for name in ("name", "memory.total", "clocks.max.sm", "power.limit", "pcie.link.width.current"):
         if len(values := dict.fromkeys(gpu[name] for gpu in gpus)) > 1:
             faults.append(f"GPUs differ in {name}: {', '.join(values)}")
-    if found["shm_gb"] is not None and found["shm_gb"] < 1.0:
+    if found["shm_gb"] < 1.0:
         faults.append(f"/dev/shm has {found['shm_gb']:.2f} GB; loader workers need more")
-    links = ", ".join(f"{count} x {kind}" for kind, count in found["links"].items()) or "unknown"
-    one = gpus[0]
+    kinds, one = [f"{count} x {kind}" for kind, count in found["links"].items()], gpus[0]
     bench.add(
         "machine",
         f"{len(gpus)} x {one['name']}, driver {one['driver_version']}, {one['clocks.max.sm']} MHz and "
-        f"{one['power.limit']} W at most, links {links}, {found['cores']} cores, shm {found['shm_gb'] or 0:.0f} GB",
+        f"{one['power.limit']} W at most, links {', '.join(kinds) or 'unknown'}, {found['cores']} cores, shm "
+        f"{found['shm_gb']:.0f} GB, locked memory {found['locked_gb'] or 'unlimited'}",
         faults,
     )

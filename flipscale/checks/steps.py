@@ -1,5 +1,6 @@
 """The trainer's step under each engine: time, MFU, host, waits and memory, beside the plan's figures."""
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 
 import flipscale
-from flipscale.checks.findings import OFF, Bench
+from flipscale.checks.findings import OFF, Bench, Finding
 from flipscale.checks.group import CheckError, Row
 from flipscale.checks.machine import contexts
 from flipscale.data.loader import PackedBatch, on_device
@@ -25,7 +26,7 @@ from flipscale.engines.recipe import SaveRecipe
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
-from flipscale.planning.time import Hardware, host_calls, step_time
+from flipscale.planning.time import Hardware, host_calls, speed_key, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.training.step import consume_batch
@@ -38,6 +39,7 @@ _WARM_UP, _TIMED, _PROFILED = 4, 8, 2
 # With so few pairs, the host is slower than the GPU.
 _HOST_PAIRS = 2
 _LIMIT_SECONDS = 300.0
+_ALONE = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 
 def engine_variables(engine: str, processes: int) -> dict[str, str]:
@@ -186,8 +188,8 @@ def plans(rows: Sequence[Row], figures: Row) -> Iterator[Row]:
     for row in rows:
         launch = launch_of(row["variables"])
         recipe = first_stage(row["recipe"], row["pairs"] * launch.num_processes, row["compiled"], row["recomputes"])
-        speeds, size = figures["step_flops_per_s"], recipe.model.size
-        share = {"matmul_share": speeds[size] / Hardware().peak} if size in speeds else {}
+        speed = figures["step_flops_per_s"].get(speed_key(recipe))
+        share = {"matmul_share": speed / Hardware().peak} if speed else {}
         # The batches are made up, so no loader is waited for.
         hardware = replace(Hardware().measured(figures), images_per_worker_s=1e12, **share)
         memory = recipe_memory(recipe, launch)
@@ -197,45 +199,34 @@ def plans(rows: Sequence[Row], figures: Row) -> Iterator[Row]:
 
 def check_contexts(bench: Bench) -> None:
     """No rank may have memory on another's GPU."""
-    rows = bench.node.run(
-        f"{__name__}:visited", 180, bench.node.num_gpus, recipe=bench.recipes[0], folder=str(bench.node.folder)
-    )
-    faults = [
-        f"the rank of GPU {row['own']} has memory on GPU {', '.join(map(str, others))}"
-        for (row,) in rows
-        if (others := [index for index in row["contexts"] if index != row["own"]])
-    ]
-    bench.add("contexts", "each rank has memory on its own GPU only" if not faults else "", list(dict.fromkeys(faults)))
+    given = {"recipe": bench.recipes[0], "folder": str(bench.node.folder)}
+    rows = [row for (row,) in bench.node.run(f"{__name__}:visited", _LIMIT_SECONDS, bench.node.num_gpus, **given)]
+    others = {row["own"]: [index for index in row["contexts"] if index != row["own"]] for row in rows}
+    faults = [f"the rank of GPU {own} has memory on GPU {', '.join(map(str, at))}" for own, at in others.items() if at]
+    bench.add("contexts", "" if faults else "each rank has memory on its own GPU only", faults)
 
 
 def check_steps(bench: Bench) -> None:
     """Measure the step of each recipe under each engine, with compiled blocks and without."""
     measured = bench.figures.setdefault("steps", [])
-    for recipe in bench.recipes:
-        for engine in (ALONE, *ENGINES):
-            for compiled in (False, True):
-                name = f"step {Path(recipe).stem} {engine}{' compiled' * compiled}"
-                world = 1 if engine == ALONE else bench.node.num_gpus
-                refusal = _refusal(bench, engine, recipe, compiled)
-                if refusal is not None:
-                    bench.skip(name, refusal)
-                    continue
-                variables = {} if engine == ALONE else engine_variables(engine, world)
-                given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled}
-                faults: list[str] = []
-                try:
-                    rows = bench.node.run(
-                        f"{__name__}:steps", _LIMIT_SECONDS, world, variables, **given, folder=str(bench.node.folder)
-                    )
-                except CheckError as error:
-                    rows, faults = error.rows, [str(error)]
-                place = {"engine": engine, "variables": variables or {"ACCELERATE_MIXED_PRECISION": "bf16"}}
-                # The slowest rank, which the others wait for.
-                slowest = [
-                    max(of_ranks, key=lambda row: row.get("seconds", 0.0)) for of_ranks in zip(*rows, strict=False)
-                ]
-                measured += [{**place, **row} for row in slowest]
-                bench.add(name, "; ".join(map(_step_words, slowest)), faults)
+    for recipe, engine, compiled in itertools.product(bench.recipes, (ALONE, *ENGINES), (False, True)):
+        name = f"step {Path(recipe).stem} {engine}{' compiled' * compiled}"
+        if (refusal := _refusal(bench, engine, recipe, compiled)) is not None:
+            bench.findings.append(Finding(name, "not run", refusal))
+            continue
+        world = 1 if engine == ALONE else bench.node.num_gpus
+        variables = {} if engine == ALONE else engine_variables(engine, world)
+        given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled}
+        folder, faults = str(bench.node.folder), []
+        try:
+            rows = bench.node.run(f"{__name__}:steps", _LIMIT_SECONDS, world, variables, **given, folder=folder)
+        except CheckError as error:
+            rows, faults = error.rows, [str(error)]
+        # The slowest rank, which the others wait for.
+        by_row = zip(*filter(None, rows), strict=False)
+        slowest = [max(of_ranks, key=lambda row: row.get("seconds", 0.0)) for of_ranks in by_row]
+        measured += [{"engine": engine, "variables": variables or _ALONE, **row} for row in slowest]
+        bench.add(name, "; ".join(map(_step_words, slowest)), faults)
 
 
 def _refusal(bench: Bench, engine: str, recipe: str, compiled: bool) -> str | None:
@@ -266,33 +257,29 @@ def check_plan(bench: Bench) -> None:
     rows = [row for row in bench.figures.get("steps", []) if "seconds" in row]
     if not rows:
         raise CheckError("no step was measured")
-    figures = planning_figures(bench)
-    (planned,) = bench.node.run(f"{__name__}:plans", _LIMIT_SECONDS, rows=rows, figures=figures)
-    faults, ratios = [], {"memory": [], "time": []}  # type: ignore[var-annotated]
+    (planned,) = bench.node.run(f"{__name__}:plans", _LIMIT_SECONDS, rows=rows, figures=planning_figures(bench))
+    faults, ratios = [], []
     for row, plan in zip(rows, planned, strict=True):
         row["planned"] = plan
-        for kind, ratio in (("memory", row["peak_bytes"] / plan["bytes"]), ("time", row["seconds"] / plan["seconds"])):
-            ratios[kind].append(ratio)
+        ratios.append((memory := row["peak_bytes"] / plan["bytes"], seconds := row["seconds"] / plan["seconds"]))
+        # Compiled blocks keep less than the plan counts.
+        for kind, ratio in (("memory", max(memory, 1.0) if row["compiled"] else memory), ("time", seconds)):
             if abs(ratio - 1.0) > OFF:
                 how = "compiled " * row["compiled"] + ("recomputed" if row["recomputes"] else "kept")
                 faults.append(f"{kind} {ratio:.2f}x {Path(row['recipe']).stem} {row['engine']} {how}")
-    ranges = (f"{kind} {min(found):.2f}x to {max(found):.2f}x" for kind, found in ratios.items())
-    bench.add("plan", f"measured over planned: {', '.join(ranges)}", faults)
+    ranges = [f"{min(found):.2f}x to {max(found):.2f}x" for found in zip(*ratios, strict=True)]
+    bench.add("plan", f"measured over planned: memory {ranges[0]}, time {ranges[1]}", faults)
 
 
 def planning_figures(bench: Bench) -> Row:
     """Return the measured figures that replace the plan's assumptions, for `--bench`."""
     alone = [row for row in bench.figures.get("steps", []) if row["engine"] == ALONE]
-    speeds = {
-        parse_recipe(["--config", row["recipe"]]).model.size: row["flops_per_s"]
-        for row in alone
-        if row.get("flops_per_s") and not row["recomputes"] and not row["compiled"]
-    }
-    host = [row["host_seconds"] / row["calls"] for row in alone if "host_seconds" in row]
-    buses = [row["bus_bytes_per_s"] for row in bench.figures.get("collectives", []) if row.get("is_large")]
+    kept = [row for row in alone if row.get("seconds") and not row["recomputes"]]
+    keys = [speed_key(first_stage(row["recipe"], row["pairs"], row["compiled"])) for row in kept]
+    buses = [row["bus_bytes_per_s"] / 1e9 for row in bench.figures.get("collectives", []) if row["is_large"]]
     return {
-        "step_flops_per_s": speeds,
-        "call_s": min(host, default=None),
-        "node_gb_s": min(buses) / 1e9 if buses else None,
+        "step_flops_per_s": {key: row["flops_per_s"] for key, row in zip(keys, kept, strict=True)},
+        "call_s": min((row["host_seconds"] / row["calls"] for row in alone if "host_seconds" in row), default=None),
+        "node_gb_s": min(buses, default=None),
         "images_per_worker_s": bench.figures.get("loader", {}).get("images_per_worker_s"),
     }

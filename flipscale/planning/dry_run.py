@@ -23,7 +23,16 @@ from flipscale.planning.memory import (
     recipe_memory,
     what_fits,
 )
-from flipscale.planning.time import USUAL_SHARE, Hardware, Links, StepTime, bench_figures, share_of_peak, step_time
+from flipscale.planning.time import (
+    USUAL_SHARE,
+    Hardware,
+    Links,
+    StepTime,
+    bench_figures,
+    share_of_peak,
+    speed_key,
+    step_time,
+)
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -93,7 +102,7 @@ def dry_run(arguments: Sequence[str]) -> None:
 def _hardware(args: argparse.Namespace, recipe: Recipe) -> Hardware:
     """Return the stated figures, else those of `--bench`, else the defaults."""
     peak = args.peak_tflops * 1e12
-    share = share_of_peak("--matmul_share", args.matmul_share, args.bench, peak, recipe.model.size)
+    share = share_of_peak("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
     hardware = Hardware(peak=peak, matmul_share=share, pair_kb=args.pair_kb)
     if args.bench is not None:
         hardware = hardware.measured(bench_figures(args.bench))

@@ -39,7 +39,7 @@ _UNIT_SECONDS = 1e-3
 def bench_figures(bench: Path) -> dict[str, Any]:
     """Return the figures of a `--bench` file: `planning` of `flipscale bench gpu`'s gpu.json, or the line of a step.
 
-    They are `step_flops_per_s`, useful operations of whole steps on one GPU by model size, and of gpu.json also
+    They are `step_flops_per_s`, useful operations of whole steps on one GPU by `speed_key`, and of gpu.json also
     `call_s`, `node_gb_s` and `images_per_worker_s`, each perhaps None.
     """
     try:
@@ -54,21 +54,26 @@ def bench_figures(bench: Path) -> dict[str, Any]:
         ) from error
 
 
-def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float, size: str = "") -> float:
+def speed_key(recipe: Recipe) -> str:
+    """Return the key of a recipe in `step_flops_per_s`: its model size, and whether its blocks are compiled."""
+    return f"{recipe.model.size}{' compiled' * bool(recipe.model.compile)}"
+
+
+def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float, key: str = "") -> float:
     """Return the reached share of the peak: stated, measured, or the usual share.
 
     Args:
         option: name of the option for `stated`.
-        bench: file of `bench_figures`. A model size that was not measured gets the mean of the others.
+        bench: file of `bench_figures`.
         peak: operations per second of a GPU.
-        size: model size.
+        key: `speed_key`; for a step that was not measured, the mean of the others counts.
     """
     if bench is None:
         return USUAL_SHARE if stated is None else stated
     if stated is not None:
         raise UserError(f"{option} and --bench both give the share of a GPU's peak; leave one of them out")
     speeds = bench_figures(bench)["step_flops_per_s"]
-    flops = speeds.get(size) or sum(speeds.values()) / max(len(speeds), 1)
+    flops = speeds.get(key) or sum(speeds.values()) / max(len(speeds), 1)
     if not 0.0 < flops <= peak:
         raise UserError(
             f"--bench {bench} has {flops / 1e12:,.1f} Tflop/s, and the GPU's peak is {peak / 1e12:,.0f}; measure it on "

@@ -102,7 +102,7 @@ class Starter:
         changes = {} if is_fake or world == 1 else dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
         words = [str(NUM_DEVICES // _GPUS_OF_A_PROCESS) if word == str(NUM_DEVICES) else word for word in arguments]
         serving = (module, words, str(log), is_fake, self._fault)
-        if function == "triton_tiles":
+        if function == "triton_loss":
             started = _Started(_spawned(serving))
         else:
             started = _Started(processes.start(serve, *serving, environment={**environment, **changes}))
@@ -128,6 +128,11 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
     with ExitStack() as stack:
         if is_fake:
             on_fake_gpu(stack)
+        elif "TRITON_INTERPRET" in os.environ:
+            from flipscale.objectives import contrastive
+
+            stack.enter_context(patch.object(contrastive, "triton_serves", lambda rows: rows.dtype == torch.float32))
+            stack.enter_context(patch.object(contrastive, "_FEW", 0))
         if fault is not None:
             fault(stack)
         sys.argv = [module, *arguments]
