@@ -352,8 +352,9 @@ class CudaTransfer:
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
-        self._copying = torch.cuda.Stream(device)
+        # Without a launcher, accelerate's device is `cuda` without a number, which `set_device` refuses.
+        self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        self._copying = torch.cuda.Stream(self._device)
 
     def send(self, batch: list[PackedBatch]) -> tuple[list[PackedBatch], torch.cuda.Event]:
         """Start to copy a batch, without waiting; the event is its arrival."""

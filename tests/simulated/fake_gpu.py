@@ -49,7 +49,9 @@ class Devices(threading.local):
         self.streams: dict[int, _Done] = {}
 
     def choose(self, device: Any) -> None:
-        """Do as `torch.cuda.set_device`, which makes a context on the device."""
+        """Do as `torch.cuda.set_device`, which makes a context on the device, and refuses one without a number."""
+        if not isinstance(device, int) and device.index is None:
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
         self.current = self.touch(device)
 
     def touch(self, device: Any = None) -> int:

@@ -159,6 +159,8 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
 
         stack.enter_context(fake_processes(int(os.environ["RANK"]), launch_of(os.environ)))
     fake = stack.enter_context(fake_gpu(recorder.wait, []))
+    if "WORLD_SIZE" not in os.environ:
+        torch.cuda.set_device(DEVICE)
     stack.enter_context(
         patch.object(torch._C, "_cuda_hasPrimaryContext", lambda index: index in Devices.touched, create=True)
     )

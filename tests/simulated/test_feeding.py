@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from unittest.mock import patch
 
+import pytest
 import torch
 from simulated.fake_gpu import DEVICE, Devices, fake_gpu
 
 from flipscale.data.loader import PackedBatch, on_device
 
 
-def test_the_feeder_works_on_its_own_gpu_and_lends_no_memory() -> None:
+@pytest.mark.parametrize("device", [DEVICE, torch.device("cuda")], ids=str)
+def test_the_feeder_works_on_its_own_gpu_and_lends_no_memory(device: torch.device) -> None:
+    """`cuda` without a number is what accelerate gives a single process."""
     lent: list[tuple[int, int]] = []
     pending: list[PackedBatch] = []
 
@@ -20,8 +23,8 @@ def test_the_feeder_works_on_its_own_gpu_and_lends_no_memory() -> None:
     def record(tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
         lent.append((tensor.untyped_storage()._cdata, stream.device.index))
 
-    def send(batch: PackedBatch, device: torch.device) -> PackedBatch:
-        assert torch.cuda.current_stream().device == device == DEVICE
+    def send(batch: PackedBatch, target: torch.device) -> PackedBatch:
+        assert torch.cuda.current_stream().device == target == DEVICE
         pending.append(PackedBatch(batch.buffer.clone(), batch.layout, batch.faults))
         return pending[-1]
 
@@ -29,7 +32,7 @@ def test_the_feeder_works_on_its_own_gpu_and_lends_no_memory() -> None:
         torch.cuda.set_device(DEVICE)
         Devices.touched.clear()
         with patch.object(PackedBatch, "to", send):
-            steps = [batch[0]["step"].item() for batch in on_device(source(), DEVICE)]
+            steps = [batch[0]["step"].item() for batch in on_device(source(), device)]
     assert steps == list(range(4))
     assert Devices.touched == {DEVICE.index}
     assert lent == [(batch.buffer.untyped_storage()._cdata, DEVICE.index) for batch in pending]
