@@ -209,3 +209,18 @@ def test_kinds_of_links_are_counted() -> None:
     head = "\x1b[4m\tGPU0\tGPU1\tGPU2\tNIC0\x1b[0m"
     rows = ["GPU0\t X \tNV18\tSYS\tPIX", "GPU1\tNV18\t X \tSYS\tSYS", "GPU2\tSYS\tSYS\t X \tPIX"]
     assert links("\n".join([head, *rows])) == {"NV18": 1, "SYS": 2}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_steps_are_taken_by_real_processes(
+    engine: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    given = {"recipe": str(small), "batch_size": 4, "compiled": False, "folder": str(tmp_path)}
+    variables = steps.engine_variables(engine, 2)
+    ranks = Node(2, tmp_path).run("flipscale.checks.steps:steps", 300.0, 2, variables, **given)
+    for recomputed, kept, host in ranks:
+        assert (recomputed["recomputes"], kept["recomputes"]) == (True, False)
+        assert min(recomputed["seconds"], kept["seconds"], host["host_seconds"]) > 0
+        assert host["calls"] > 1000
