@@ -3,6 +3,7 @@
 It works under any launcher, because the processes talk through the store in which torch's process group met.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,14 +17,21 @@ from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from flipscale.engines.launch import promised_processes
+from flipscale.engines.launch import promised_processes, whole_number
+from flipscale.io.lock import machine, start_of
 
 # Keys of the store: the first failure, the number of processes that know it, all signs of life, a rank's looks.
 _FAILED, _KNOWING, _SIGNS, _LOOKS = "flipscale/failed", "flipscale/knowing", "flipscale/signs", "flipscale/looks/{}"
+# A rank's process, and who has seen its end. A launcher may use one store for several starts of its processes.
+_PROCESS = f"flipscale/process/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{{}}"
+# Message of a process that was killed and could print none.
+_KILLED = "killed"
 _MESSAGE_CHARACTERS = 2_000
 # A store whose process is gone blocks for minutes.
 _STORE_SECONDS = 3.0
-# Between two looks at the store, and between a failure's message and the end of the other processes.
+# Between two looks at the store and at the processes of this machine: a request or two a second of each rank.
+_LOOK_SECONDS = 0.5
+# Between two signs of life, and between a failure's message and the end of the other processes.
 _LATER_SECONDS = 2.0
 # Rank 0 often keeps the store, so it stays until all know of the failure, but no longer than this.
 _STAY_SECONDS = 10.0
@@ -41,10 +49,13 @@ class Failure(NamedTuple):
 _UNKNOWN = Failure(0, "the first host", "")
 
 
-def claim_failure(words: str) -> Failure:
+def claim_failure(words: str, may_be_consequence: bool = False) -> Failure:
     """Return the first failure of the run: this process's with `words`, unless another process failed before.
 
     Takes five seconds at most.
+
+    Args:
+        may_be_consequence: whether the end of another process may have caused it, which is then awaited shortly.
     """
     mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_MESSAGE_CHARACTERS])
     if not _have_met():
@@ -57,11 +68,14 @@ def claim_failure(words: str) -> Failure:
         first[0], store = _UNKNOWN, own_store()
         with suppress(RuntimeError):
             if store is not None:
+                deadline = time.monotonic() + 3 * _LOOK_SECONDS * may_be_consequence
+                while time.monotonic() < deadline and not store.check([_FAILED]):
+                    time.sleep(0.05)
                 first[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
                 store.add(_KNOWING, 1)
 
     _within(_STORE_SECONDS, claim)
-    if first[0] != mine:
+    if first[0] != mine and first[0].words != _KILLED:
         time.sleep(_LATER_SECONDS)  # a launcher that sees this process end would cut the other's message off
     return first[0]
 
@@ -127,35 +141,65 @@ class OtherProcesses:
         return silent
 
     def _look(self) -> None:
-        given, store = 0, None
-        while not self._finished.wait(_LATER_SECONDS):
-            store = store or own_store()
-            if store is None:
-                continue
+        given, store, neighbours = 0, None, None
+        for look in itertools.count():
+            if self._finished.wait(_LOOK_SECONDS):
+                return
             try:
-                store.add(_LOOKS.format(dist.get_rank()), 1)
-                news = self.signs - given
-                given += news
-                self.heard = store.add(_SIGNS, news) - given
+                store = store or own_store()
+                if store is None:
+                    continue
+                neighbours = neighbours or _Neighbours(store)
+                if look % int(_LATER_SECONDS / _LOOK_SECONDS) == 0:
+                    store.add(_LOOKS.format(dist.get_rank()), 1)
+                    news = self.signs - given
+                    given += news
+                    self.heard = store.add(_SIGNS, news) - given
+                neighbours.claim_killed()
                 if not store.check([_FAILED]):
                     continue
                 failure = Failure(*json.loads(store.get(_FAILED)))
             except RuntimeError:
                 failure = _UNKNOWN
             # Its message first. Meanwhile this process may fail alike, and must find the failure in the store.
-            if not self._finished.wait(_LATER_SECONDS):
+            if not self._finished.wait(0.0 if failure.words == _KILLED else _LATER_SECONDS):
                 with suppress(RuntimeError):
                     store.add(_KNOWING, 1)
                 leave(failure)
 
 
+class _Neighbours:
+    """The other processes of this launcher, whose end this process sees before any collective fails or any launcher
+    acts. On GPUs, collectives do not fail: they wait."""
+
+    def __init__(self, store: dist.Store):
+        self._store, rank = store, dist.get_rank()
+        first = rank - whole_number(os.environ, "LOCAL_RANK", 0)
+        self._unknown = {*range(first, first + whole_number(os.environ, "LOCAL_WORLD_SIZE", 1))} - {rank}
+        self._started: dict[int, tuple[int, str]] = {}
+        store.set(_PROCESS.format(rank), json.dumps([machine(), os.getpid(), start_of(os.getpid())]))
+
+    def claim_killed(self) -> None:
+        """Claim the failure of a process that was killed."""
+        for rank in [rank for rank in self._unknown if self._store.check([_PROCESS.format(rank)])]:
+            self._unknown.remove(rank)
+            place, pid, started = json.loads(self._store.get(_PROCESS.format(rank)))
+            if place == machine():
+                self._started[rank] = pid, started
+        for rank, (pid, started) in self._started.items():
+            if start_of(pid) != started:
+                killed = json.dumps(Failure(rank, socket.gethostname(), _KILLED))
+                is_first = self._store.compare_set(_FAILED, "", killed) == killed.encode()
+                if is_first and self._store.add(f"{_PROCESS.format(rank)}/ended", 1) == 1:
+                    self._store.add(_KNOWING, 1)  # in its place
+                return
+
+
 def leave(failure: Failure) -> NoReturn:
     """End this process after another one has failed; rank 0 prints which."""
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"flipscale: rank 0 ends too, as rank {failure.rank} on {failure.host} has failed; its message says why",
-            file=sys.stderr,
-        )
+        why = "was killed" if failure.words == _KILLED else "has failed; its message says why"
+        print(f"flipscale: rank 0 ends too, as rank {failure.rank} on {failure.host} {why}", file=sys.stderr)
     end_process(1)
 
 

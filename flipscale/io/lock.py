@@ -60,9 +60,9 @@ class Holder:
 
     def is_alive(self) -> bool | None:
         """Return whether the process lives; None on another machine."""
-        if self.machine != _machine():
+        if self.machine != machine():
             return None
-        started = _start_of(self.pid)
+        started = start_of(self.pid)
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -93,9 +93,9 @@ class FolderLock:
         self.holder = Holder(
             token=uuid.uuid4().hex,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
-            started=_start_of(os.getpid()) or "",
+            started=start_of(os.getpid()) or "",
             since=time.time(),
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
             slurm_restart=int(restart) if restart.isdecimal() else 0,
@@ -215,7 +215,7 @@ def _parse(content: bytes) -> Holder | None:
     return holder
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return the boot and the process namespace, which processes that see each other share."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -224,7 +224,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _start_of(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """Return when a process started, in ticks since the boot; None if the process ended or is not readable."""
     try:
         # The process name, in brackets, may hold spaces and brackets.

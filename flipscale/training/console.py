@@ -218,7 +218,7 @@ def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoRetu
     from flipscale.engines.failures import claim_failure, end_process, leave, stay_until_others_know
 
     # After the failure of another process, only another and independent error is printed.
-    first = claim_failure(ending.line)
+    first = claim_failure(ending.line, ending.is_consequence)
     if first.rank == _number("RANK", 0) or not (ending.is_consequence or first.words == ending.line):
         show()
         stay_until_others_know()

@@ -121,6 +121,33 @@ def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+def be_killed(file: str, folder: str) -> None:
+    """Train on three processes; rank 1 is killed in a step, in which the others are stuck, as behind a GPU."""
+    from flipscale import pretrain
+
+    def stays_or_dies(*arguments: object) -> None:
+        Path(folder, f"in_step-{os.environ['RANK']}").touch()
+        while not all(Path(folder, f"in_step-{rank}").exists() for rank in range(3)):
+            time.sleep(0.01)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+    pretrain.consume_batch = stays_or_dies
+    processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+def test_all_end_after_a_kill_although_they_are_stuck(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "run", data={"global_batch_size": 12})
+    ranks = start_ranks(3, be_killed, str(file), str(tmp_path))
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [1, -signal.SIGKILL, 1]
+    printed = (tmp_path / "stderr").read_text()
+    assert printed.count("flipscale: rank 0 ends too, as rank 1 on ") == printed.count(" was killed\n") == 1
+    assert "flipscale: error: " not in printed
+
+
 def fail_together(file: str, folder: str, last: int | None) -> None:
     """Train on two processes that fail alike at the first batch; the rank `last` knows of the other's failure."""
     from flipscale import pretrain
