@@ -24,7 +24,7 @@ from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
 from flipscale.training.report import begin_run, end_run
 from flipscale.training.run_summary import RunSummary
-from flipscale.training.start import Start, join, prepare, resume
+from flipscale.training.start import Laps, Start, join, prepare, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
 from flipscale.training.tracking import Tracker
@@ -44,17 +44,18 @@ def pretrain(recipe: Recipe) -> Path:
     """
     run_dir = Path(recipe.output_dir)
     recipe = with_vocabulary(recipe, fetches=True)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, laps := Laps())
     if prepared is None:
         return run_dir
     plan, resumes = prepared
     gc.freeze()  # the imports, so that the collection before the first step is short
     open_target(recipe.hub, resumes)
-    start = join(recipe, plan)
+    start = join(recipe, plan, laps)
     try:
         engine = resume(recipe, plan, start)
+        laps.end("checkpoint")
         flops = count_flops(recipe) if start.accelerator.is_main_process else {}
-        begin_run(recipe, plan, start, engine.name, flops)
+        begin_run(recipe, plan, start, engine.name, flops, laps.seconds)
         train(recipe, plan, start, engine, flops)
     finally:
         start.release_lock()

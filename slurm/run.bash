@@ -7,7 +7,9 @@ LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which reads no launch file: p
 # How a stopped job continues. `scontrol` requeues it. `sbatch` submits a new job, for sites that forbid a requeue; jobs
 # that depend on the first job (--dependency) then start too early. `no` leaves it to you.
 REQUEUE=${REQUEUE:-scontrol}
-MAX_CRASHES=${MAX_CRASHES:-3}       # restarts after a crash without a new checkpoint; other ends do not count
+# Restarts after a crash without a new checkpoint; other ends do not count. The first restart is on the same nodes, without
+# Slurm's wait for a requeue of two minutes. The others are requeued, as a node may be at fault.
+MAX_CRASHES=${MAX_CRASHES:-3}
 CONTAINER=${CONTAINER:-}            # an image that has PYTHON; by default none
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-image
 
@@ -126,30 +128,35 @@ train() {
   trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"' USR1
   # TERM comes with scancel, or when Slurm itself requeues the job. The processes have received it too.
   trap 'ending=1; say "told to end"' TERM
-  # Of the cores of a process, one trains and the others decode.
-  launch flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" \
-    --data.num_workers $((cores / per_node > 1 ? cores / per_node - 1 : 0)) "$@" &
-  pid=$!
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap interrupts `wait`
-  wait "$pid" || rc=$?
-  rm -f "$FLIPSCALE_STOP_FILE"
-  [ -z "$ending" ] || exit "$((rc ? rc : 1))"
-  [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] || fail "not restarted: see the end of the output for what to change"
-  [ "$rc" != 0 ] || [ -n "$stopping" ] || exit 0
+  local job=$SLURM_JOB_ID state preempted count
   # The last task of an array has the number of the array, by which all its tasks would be requeued.
-  local job=$SLURM_JOB_ID state preempted
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime) || state=unknown
-  # Slurm is ending the job, and its TERM may reach this script last: no crash, and a cancelled job must not run again.
-  [ "$state" = RUNNING ] || { say "left to Slurm: job $job is $state" && exit "$((rc ? rc : 1))"; }
-  [ "$rc" = 0 ] || crashed "$rc" || exit "$rc"
+  while :; do
+    rc=0
+    # Of the cores of a process, one trains and the others decode.
+    launch flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" \
+      --data.num_workers $((cores / per_node > 1 ? cores / per_node - 1 : 0)) "$@" &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap interrupts `wait`
+    wait "$pid" || rc=$?
+    rm -f "$FLIPSCALE_STOP_FILE"
+    [ -z "$ending" ] || exit "$((rc ? rc : 1))"
+    [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] || fail "not restarted: see the end of the output for what to change"
+    [ "$rc" != 0 ] || [ -n "$stopping" ] || exit 0
+    read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime) || state=unknown
+    # Slurm is ending the job, and its TERM may reach this script last: no crash, and a cancelled job must not run again.
+    [ "$state" = RUNNING ] || { say "left to Slurm: job $job is $state" && exit "$((rc ? rc : 1))"; }
+    [ "$rc" = 0 ] || crashed "$rc" || exit "$rc"
+    [ "$rc" != 0 ] && [ "$count" = 1 ] && [ -z "$stopping" ] || break
+    say "start again on the same nodes"
+  done
   case $preempted in N/A | '') ;; *) say "preempted: Slurm requeues" && exit 0 ;; esac
   requeue "$job" "$@"
 }
 
-# Counts a crash with exit code $1. Fails if there were more than MAX_CRASHES since the newest checkpoint of the run.
+# Counts a crash with exit code $1 since the newest checkpoint of the run in `count`. Fails above MAX_CRASHES.
 crashed() {
-  local newest count
+  local newest
   newest=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1)
   newest=${newest:-start}
   echo "$newest job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} exit $1 $(date '+%F %T')" >> "$RUN/slurm/crashes"

@@ -120,6 +120,7 @@ def write_run_files(
     data_samples: int,
     set_aside: Sequence[str] = (),
     flops: Mapping[str, Mapping[str, int]] | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> int:
     """Write `recipe.yaml` and `environment.json`, append this start to `starts.jsonl`, and return the number of the
     model's parameters. The main process calls this.
@@ -129,6 +130,7 @@ def write_run_files(
         state: state of the checkpoint to resume from; empty for a fresh start.
         set_aside: names of newer checkpoints that were damaged.
         flops: operations that the next start need not count again.
+        seconds: seconds of each part of this start up to now.
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -155,6 +157,7 @@ def write_run_files(
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "set_aside": list(set_aside),
+        "seconds": seconds,
     }
     json_lines.append(run_dir / "starts.jsonl", [start])
     return num_parameters

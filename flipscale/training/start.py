@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
-from flipscale.io.lock import FolderLock
+from flipscale.io.lock import FolderLock, start_of
+from flipscale.objectives.recipe import loss_kinds
 from flipscale.training.plan import Plan, check
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
@@ -71,7 +73,26 @@ class Start:
             self.lock.release()
 
 
-def prepare(recipe: Recipe) -> tuple[Plan, bool] | None:
+class Laps:
+    """The seconds of each part of a start, from the start of the process on.
+
+    Attributes:
+        seconds: seconds by part: imports, data, processes, checkpoint.
+    """
+
+    def __init__(self) -> None:
+        ticks = start_of(os.getpid())  # since the boot; None without /proc
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK") if ticks else 0.0
+        self._last = time.monotonic() - age
+        self.seconds: dict[str, float] = {}
+
+    def end(self, part: str) -> None:
+        """End a part."""
+        now = time.monotonic()
+        self.seconds[part], self._last = round(now - self._last, 2), now
+
+
+def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
     """Check a run before its processes wait for each other.
 
     Returns:
@@ -84,10 +105,14 @@ def prepare(recipe: Recipe) -> tuple[Plan, bool] | None:
     checkpoint = open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return None
-    return check(recipe), checkpoint is not None
+    loss_kinds()  # imports the models
+    laps.end("imports")
+    plan = check(recipe)
+    laps.end("data")
+    return plan, checkpoint is not None
 
 
-def join(recipe: Recipe, plan: Plan) -> Start:
+def join(recipe: Recipe, plan: Plan, laps: Laps | None = None) -> Start:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
     Raises:
@@ -109,6 +134,8 @@ def join(recipe: Recipe, plan: Plan) -> Start:
                 "same"
             )
         lock = _take_run_directory(accelerator, run_dir)
+        if laps:
+            laps.end("processes")
         chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
         if chosen is None:
             return Start(accelerator, None, {}, lock=lock)
