@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     gc.disable()  # until the first step, see `main`
@@ -15,7 +15,6 @@ if __name__ == "__main__":
         # The imports below take seconds, in which Ctrl-C would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from flipscale import __version__
 from flipscale.engines.failures import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
@@ -55,7 +54,7 @@ def pretrain(recipe: Recipe) -> Path:
         engine = resume(recipe, plan, start)
         laps.end("checkpoint")
         flops = count_flops(recipe) if start.accelerator.is_main_process else {}
-        begin_run(recipe, plan, start, engine.name, flops, laps.seconds)
+        begin_run(recipe, plan, start, engine.name, flops=flops, seconds=laps)
         train(recipe, plan, start, engine, flops)
     finally:
         start.release_lock()
@@ -68,11 +67,12 @@ def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:
     Counting takes seconds, so a restart reads what the start before it has counted.
     """
     kinds = ("pair", "row") if recipe.data.pack_captions else ("pair",)
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # no start before, or a damaged file
-        before = RunSummary(Path(recipe.output_dir)).environment
-        names = {kind: {stage.name for stage in recipe.stages} for kind in kinds}
-        if before["flipscale"] == __version__ and {kind: {*of} for kind, of in before["flops"].items()} == names:
-            return before["flops"]
+    before: Any = ([{}] + RunSummary(Path(recipe.output_dir)).starts)[-1].get("flops")
+    with suppress(AttributeError, TypeError):  # none, or a damaged record
+        if {kind: {*of} for kind, of in before.items()} == dict.fromkeys(
+            kinds, {stage.name for stage in recipe.stages}
+        ):
+            return before
     from flipscale.planning.flops import pair_flops, row_flops  # imports the models, as `resume` does
 
     return {kind: {"pair": pair_flops, "row": row_flops}[kind](recipe) for kind in kinds}

@@ -27,27 +27,19 @@ _log = logging.getLogger(__name__)
 OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
 
 
-def begin_run(
-    recipe: Recipe,
-    plan: Plan,
-    start: Start,
-    engine: str,
-    flops: Mapping[str, Mapping[str, int]],
-    seconds: Mapping[str, float],
-) -> None:
+def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Mapping[str, Any]) -> None:
     """Write the first files of a run, and log its model, data, length and hardware; nothing except on the main process.
 
     Args:
         engine: name of the engine.
-        flops: operations of a pair by stage name, see `flipscale.pretrain.count_flops`.
-        seconds: seconds of each part of this start, see `Laps`.
+        facts: further fields of the record in `starts.jsonl`.
     """
     if not start.accelerator.is_main_process:
         return
     with watched(recipe, 0, "the building of the model"):
         num_processes, num_pairs, run_dir = start.accelerator.num_processes, len(plan.source), recipe.output_dir
-        facts = (num_processes, start.state, num_pairs, start.set_aside, flops, seconds)
-        num_parameters = write_run_files(recipe, engine, *facts)
+        counts = num_processes, start.state, num_pairs, start.set_aside
+        num_parameters = write_run_files(recipe, engine, *counts, **facts)
         if plan.class_names:
             keep_class_names(Path(run_dir), plan.class_names)
         batch, side = recipe.data.global_batch_size, recipe.model_config().vision_config.image_size

@@ -119,8 +119,7 @@ def write_run_files(
     state: Mapping[str, Any],
     data_samples: int,
     set_aside: Sequence[str] = (),
-    flops: Mapping[str, Mapping[str, int]] | None = None,
-    seconds: Mapping[str, float] | None = None,
+    **facts: Mapping[str, Any],
 ) -> int:
     """Write `recipe.yaml` and `environment.json`, append this start to `starts.jsonl`, and return the number of the
     model's parameters. The main process calls this.
@@ -129,8 +128,7 @@ def write_run_files(
         engine: name of the engine.
         state: state of the checkpoint to resume from; empty for a fresh start.
         set_aside: names of newer checkpoints that were damaged.
-        flops: operations that the next start need not count again.
-        seconds: seconds of each part of this start up to now.
+        facts: further fields of the record in `starts.jsonl`.
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -143,8 +141,7 @@ def write_run_files(
     # Weights, moments and averages have four bytes a parameter.
     tensors = 1 + (2 if recipe.optim.name == "adamw" else 1) + (recipe.optim.ema_decay is not None)
     check_disk_space(run_dir, 4 * num_parameters * tensors, "train a smaller model")
-    counts = {"num_parameters": num_parameters, "data_samples": data_samples, "flops": flops or {}}
-    content = {**environment(), **counts}
+    content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {
         "time": time.time(),
@@ -157,7 +154,7 @@ def write_run_files(
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "set_aside": list(set_aside),
-        "seconds": seconds,
+        **facts,
     }
     json_lines.append(run_dir / "starts.jsonl", [start])
     return num_parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,23 +74,17 @@ class Start:
             self.lock.release()
 
 
-class Laps:
-    """The seconds of each part of a start, from the start of the process on.
-
-    Attributes:
-        seconds: seconds by part: imports, data, processes, checkpoint.
-    """
+class Laps(dict[str, float]):
+    """The seconds of each part of a start, from the start of the process on: imports, data, processes, checkpoint."""
 
     def __init__(self) -> None:
-        ticks = start_of(os.getpid())  # since the boot; None without /proc
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK") if ticks else 0.0
-        self._last = time.monotonic() - age
-        self.seconds: dict[str, float] = {}
+        ticks = start_of(os.getpid()) or math.inf  # since the boot; unknown without /proc
+        self._last = min(float(ticks) / os.sysconf("SC_CLK_TCK"), time.clock_gettime(time.CLOCK_BOOTTIME))
 
     def end(self, part: str) -> None:
         """End a part."""
-        now = time.monotonic()
-        self.seconds[part], self._last = round(now - self._last, 2), now
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self[part], self._last = round(now - self._last, 2), now
 
 
 def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
@@ -112,7 +107,7 @@ def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
     return plan, checkpoint is not None
 
 
-def join(recipe: Recipe, plan: Plan, laps: Laps | None = None) -> Start:
+def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
     Raises:
@@ -134,8 +129,7 @@ def join(recipe: Recipe, plan: Plan, laps: Laps | None = None) -> Start:
                 "same"
             )
         lock = _take_run_directory(accelerator, run_dir)
-        if laps:
-            laps.end("processes")
+        laps.end("processes")
         chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
         if chosen is None:
             return Start(accelerator, None, {}, lock=lock)

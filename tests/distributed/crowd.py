@@ -135,11 +135,11 @@ def resumed(file: str) -> tuple:
     """Return a recipe, its plan, the start of its run and the engine, ready to train."""
     from flipscale.training.plan import check
     from flipscale.training.recipe import parse_recipe
-    from flipscale.training.start import join, resume
+    from flipscale.training.start import Laps, join, resume
 
     recipe = parse_recipe(["--config", file])
     plan = check(recipe)
-    start = join(recipe, plan)
+    start = join(recipe, plan, Laps())
     return recipe, plan, start, resume(recipe, plan, start)
 
 
