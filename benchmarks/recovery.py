@@ -37,7 +37,7 @@ OPEN_CLIP_MAIN = """
 import sys, open_clip
 open_clip.add_model_config({folder!r})
 from open_clip_train.main import main
-main(sys.argv[1:])
+main([*sys.argv[1:], "--logs", {logs!r}])  # torchrun takes --logs for its own
 """
 Seconds = dict[str, float]
 
@@ -143,11 +143,13 @@ def killed_open_clip(folder: Path, shards: str) -> Seconds:
     """Kill a process of open_clip's trainer, start it again with `--resume latest`, and count to its first step."""
     (folder / "models").mkdir(parents=True)
     (folder / "models/tiny.json").write_text(json.dumps(OPEN_CLIP_MODEL), encoding="utf-8")
-    (folder / "main.py").write_text(OPEN_CLIP_MAIN.format(folder=str(folder / "models")), encoding="utf-8")
+    (folder / "main.py").write_text(
+        OPEN_CLIP_MAIN.format(folder=str(folder / "models"), logs=str(folder)), encoding="utf-8"
+    )
     flags = {
         "train-data": shards, "dataset-type": "webdataset", "train-num-samples": EPOCH_SAMPLES, "batch-size": 8,
         "workers": 1, "epochs": 1000, "model": "tiny", "device": "cpu", "dist-backend": "gloo", "precision": "fp32",
-        "logs": folder, "name": "run", "resume": "latest", "log-every-n-steps": 1, "warmup": 10,
+        "name": "run", "resume": "latest", "log-every-n-steps": 1, "warmup": 10,
     }  # fmt: skip
     words = ["--dataset-resampled", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     log = folder / "run/out.log"

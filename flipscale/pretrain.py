@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     gc.disable()  # until the first step, see `main`
@@ -67,12 +67,10 @@ def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:
     Counting takes seconds, so a restart reads what the start before it has counted.
     """
     kinds = ("pair", "row") if recipe.data.pack_captions else ("pair",)
-    before: Any = ([{}] + RunSummary(Path(recipe.output_dir)).starts)[-1].get("flops")
-    with suppress(AttributeError, TypeError):  # none, or a damaged record
-        if {kind: {*of} for kind, of in before.items()} == dict.fromkeys(
-            kinds, {stage.name for stage in recipe.stages}
-        ):
-            return before
+    names, starts = {stage.name for stage in recipe.stages}, RunSummary(Path(recipe.output_dir)).starts
+    with suppress(AttributeError, IndexError, TypeError):  # none before, or a damaged record
+        if {kind: {*of} for kind, of in starts[-1].get("flops", {}).items()} == dict.fromkeys(kinds, names):
+            return starts[-1]["flops"]
     from flipscale.planning.flops import pair_flops, row_flops  # imports the models, as `resume` does
 
     return {kind: {"pair": pair_flops, "row": row_flops}[kind](recipe) for kind in kinds}
