@@ -22,7 +22,7 @@ from flipscale.io.lock import machine, start_of
 
 # Keys of the store: the first failure, the number of processes that know it, all signs of life, a rank's looks.
 _FAILED, _KNOWING, _SIGNS, _LOOKS = "flipscale/failed", "flipscale/knowing", "flipscale/signs", "flipscale/looks/{}"
-# A rank's process, and who has seen its end. A launcher may use one store for several starts of its processes.
+# A rank's process. A launcher may use one store for several starts of its processes.
 _PROCESS = f"flipscale/process/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{{}}"
 # Message of a process that was killed and could print none.
 _KILLED = "killed"
@@ -188,11 +188,7 @@ class _Neighbours:
                 self._started[rank] = pid, started
         for rank, (pid, started) in self._started.items():
             if start_of(pid) != started:
-                killed = json.dumps(Failure(rank, socket.gethostname(), _KILLED))
-                is_first = self._store.compare_set(_FAILED, "", killed) == killed.encode()
-                if is_first and self._store.add(f"{_PROCESS.format(rank)}/ended", 1) == 1:
-                    self._store.add(_KNOWING, 1)  # in its place
-                return
+                self._store.compare_set(_FAILED, "", json.dumps(Failure(rank, socket.gethostname(), _KILLED)))
 
 
 def leave(failure: Failure) -> NoReturn:

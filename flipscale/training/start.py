@@ -100,7 +100,8 @@ def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
     checkpoint = open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return None
-    loss_kinds()  # imports the models
+    prepare_workers()  # whose imports take as long as these
+    loss_kinds()
     laps.end("imports")
     plan = check(recipe)
     laps.end("data")
@@ -115,7 +116,6 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
             damaged, or another run has the run directory.
         OSError: a checkpoint cannot be read, or the run directory is not writable.
     """
-    prepare_workers()
     run_dir, source = Path(recipe.output_dir), plan.source
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
