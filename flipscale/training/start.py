@@ -119,6 +119,8 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
     run_dir, source = Path(recipe.output_dir), plan.source
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        # Now, because accelerate may bind this process to the cores near its GPU, and workers inherit them.
+        prepare_workers()
         # A node's copy of the data may be older or incomplete, and its order of samples would differ.
         digest = shard_sizes_digest(source)
         digests_found = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()

@@ -1,5 +1,6 @@
 """What is asked before a run begins."""
 
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from conftest import add_member
 from flipscale.engines.launch import place_in_world
 from flipscale.evaluation.suite import build_tasks, check_decodable
 from flipscale.io.files import check_writable
+from flipscale.training import start
 from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
 
@@ -34,6 +36,24 @@ def test_a_batch_of_more_pairs_than_there_are(
 def test_a_rank_outside_of_its_world() -> None:
     with pytest.raises(ValueError, match="RANK=2 and WORLD_SIZE=2; a launcher sets 0 to 1"):
         place_in_world({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_workers_inherit_the_cores_that_accelerate_chooses(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = os.sched_getaffinity(0)
+
+    def stop() -> None:
+        raise InterruptedError(sorted(os.sched_getaffinity(0)))
+
+    monkeypatch.setattr(start, "start_accelerator", lambda *_: os.sched_setaffinity(0, {min(cores)}))
+    monkeypatch.setattr(start, "prepare_workers", stop)
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+    try:
+        with pytest.raises(InterruptedError, match=rf"^\[{min(cores)}\]$"):
+            start.join(recipe, check(recipe))
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_a_bad_sample_of_a_test_set_is_found_by_one_process(shards: Path, tmp_path: Path) -> None:
