@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 7
 
-.PHONY: setup demo test nightly lint bench fuzz
+.PHONY: setup demo test nightly lint bench fuzz cuda
 
 setup: .venv/installed
 
@@ -42,3 +42,15 @@ bench: setup
 
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds 300
+
+# What torch.compile and Triton make for GPUs, with the CUDA wheel of the same torch (6 GB), on a machine without a GPU.
+cuda: export FLIPSCALE_LONG = all
+cuda: .venv-cuda/installed
+	.venv-cuda/bin/pytest -s tests/simulated/test_inductor.py
+	.venv-cuda/bin/pytest tests/objectives/test_contrastive_triton.py -k compile
+
+# `===` leaves out builds for CPUs, whose versions end in +cpu.
+.venv-cuda/installed: setup.cfg pyproject.toml .venv/installed
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check --editable . pytest pytest-timeout torch===$$($(BIN)/python -c "import torch; print(torch.__version__.split('+')[0])")
+	touch $@

@@ -171,7 +171,7 @@ def target(words: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
-        text = line.replace(".venv/bin/", "")
+        text = re.sub(r"\.venv(-cuda)?/bin/", "", line)
         if not re.match(r"(touch|python3 -m venv) ", text):
             run(Command("Makefile", text))
 
@@ -194,7 +194,7 @@ def script_s_help(words: list[str]) -> None:
 
 
 def other_program(words: list[str]) -> None:
-    """Run nothing, because test_harnesses.py runs it in its own environment."""
+    """Run nothing, because it needs its own environment: test_harnesses.py and `make cuda` make them."""
 
 
 # The first rule that matches a command, without the variables set before it, runs it.
@@ -213,6 +213,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale recipes$": verb,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
     r"flipscale (\w+|--help)( |$)": verb,
+    r"pip install .* torch===": other_program,
     r"(\.venv/bin/)?pip (install|wheel) ": installation,
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,

@@ -153,9 +153,12 @@ class OnDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+_WRAPPERS = ("__torch_dispatch__", "_fn", "inner", "dispatch", "wrapper", "device_of")
+
+
 def _asked_by_engine(frame: FrameType | None) -> bool:
     """Return whether C++ called the mode from inside the engine; between them are only torch's wrappers."""
-    while frame is not None and frame.f_code.co_name in ("__torch_dispatch__", "_fn", "inner"):
+    while frame is not None and frame.f_code.co_name in _WRAPPERS:
         frame = frame.f_back
     return frame is not None and frame.f_code is _engine_run_backward.__code__
 
