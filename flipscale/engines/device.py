@@ -1,6 +1,9 @@
 """Properties of the device: its speed, its best attention kernel and precision, and its memory use."""
 
 import ctypes
+import functools
+import logging
+import os
 import re
 import resource
 import time
@@ -9,6 +12,8 @@ from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend
+
+_log = logging.getLogger(__name__)
 
 # Dense bf16 operations per second by words of the device's name; the first entry whose words all match counts. From the
 # makers' data sheets, without sparsity.
@@ -106,6 +111,22 @@ def best_attention(device: torch.device, dtype: torch.dtype = torch.bfloat16) ->
     tokens of B/16 with a 75 % mask. On GPUs `sdpa` chooses, see `attention_kernel`.
     """
     return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile works on a GPU. If it does not, one process of each node logs why."""
+    try:
+        torch.compile(torch.nn.functional.gelu, dynamic=False)(torch.ones(64, device=device))
+    except Exception as error:  # compilers, assemblers and drivers raise errors of any type
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _log.warning(
+                "blocks are not compiled, which is slower, because torch.compile fails (%s); to compile them, install "
+                "a C compiler such as gcc and the headers of this Python, or set model.compile to false",
+                " ".join(f"{type(error).__name__}: {error}".split())[:300],
+            )
+        return False
+    return True
 
 
 def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:

@@ -3,9 +3,10 @@
 They are sharded over all processes, or over groups of processes that each hold a copy (HSDP).
 """
 
+import itertools
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ class Fsdp2Engine(Engine):
     """
 
     autocasts = False
+    # Type in which gradients are summed.
+    reduce_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -64,13 +67,17 @@ class Fsdp2Engine(Engine):
         width = 2 if launch.bf16 else 4
         of_blocks = [2 * width * whole + (width + 4) * learned for whole, learned in blocks]
         gathered = max(of_blocks, default=0) + rest * width
+        if not launch.reshards:
+            gathered += sum(width * whole for whole, _ in blocks[2:])
         return ModelMemory(kept, 0, gradients, trained, gathered if launch.num_processes > 1 else 0)
 
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.launch.bf16 and not fp32:
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype)
-        fully_shard(module, mesh=self._mesh, mp_policy=policy)
+            policy = MixedPrecisionPolicy(torch.bfloat16, self.reduce_dtype, output_dtype)
+        # By default the root alone stays whole.
+        reshard = None if self.launch.reshards else False
+        fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard)
 
     def _place_block(self, block: nn.Module) -> None:
         self._shard(block)
@@ -80,6 +87,10 @@ class Fsdp2Engine(Engine):
         for child in self.model.children():
             self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear))
         self._shard(self.model, fp32=True)
+        for child in self.model.children() if self.launch.prefetches else ():
+            blocks = [module for module in child.modules() if isinstance(module, FSDPModule) and module is not child]
+            for block, following in itertools.pairwise(blocks):
+                block.set_modules_to_forward_prefetch([following])
 
     def _make_layout(self) -> Layout:
         return _RowLayout(self.model, dist.get_rank(), dist.get_world_size(), self._num_replicas)
@@ -94,11 +105,20 @@ class Fsdp2Engine(Engine):
 
     def _reduce_gradients(self, enabled: bool) -> None:
         self.wrapped.set_requires_gradient_sync(enabled)
+        if not self.launch.reshards:
+            # Weights stay whole until the step's last backward pass.
+            self.wrapped.set_reshard_after_backward(enabled)
 
     def gradient_norm(self) -> torch.Tensor:
         # Groups with a copy each (HSDP) have the same gradients, so each sums its own.
         holders = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
         return gradient_norm(self._parameters, self.recipe.max_grad_norm, holders)
+
+
+class Fsdp2Bf16ReduceEngine(Fsdp2Engine):
+    """FSDP2 that sums gradients in bf16: half the bytes, and rounding that grows with the number of processes."""
+
+    reduce_dtype = torch.bfloat16
 
 
 class _RowLayout(Layout):
@@ -114,6 +134,12 @@ class _RowLayout(Layout):
 
     def weights(self, parameter: Any) -> Shard:
         return self._shard(parameter, parameter)
+
+    def weights_changed(self) -> None:
+        # Evaluations leave whole weights behind, if they are not dropped after a forward pass.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _shard(self, parameter: Any, moment: torch.Tensor) -> Shard:
         assert isinstance(parameter, DTensor)

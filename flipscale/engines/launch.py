@@ -53,6 +53,9 @@ class Launch:
         precision: precision of matrix products, in accelerate's words; `no` is fp32. Weights, moments and the loss are
             fp32 with either.
         shard_size: number of neighbouring processes that share one copy of the weights under `fsdp2`; None for all.
+        reshards: whether `fsdp2` drops gathered weights after the forward pass, and gathers them again for the backward
+            pass. False takes the memory of all weights in the products' precision.
+        prefetches: whether `fsdp2` begins to gather the next block before a block computes.
         deepspeed: DeepSpeed's settings, for the ZeRO engines.
         processes_per_node: number of processes on each machine; None if unknown.
     """
@@ -61,6 +64,8 @@ class Launch:
     num_processes: int = 1
     precision: Literal["no", "bf16"] = "no"
     shard_size: int | None = None
+    reshards: bool = True
+    prefetches: bool = False
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     processes_per_node: int | None = None
 
@@ -131,7 +136,9 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
             raise UserError(
                 f"the launch file's fsdp_version is {version}; write fsdp_version: 2, as in {shipped('fsdp2')}"
             )
-        launch = launch.using(engine="fsdp2")
+        reshards = _is_set(environment, "FSDP_RESHARD_AFTER_FORWARD", "true")
+        prefetches = _is_set(environment, "FSDP_FORWARD_PREFETCH")
+        launch = launch.using(engine="fsdp2", reshards=reshards, prefetches=prefetches)
     role = environment.get("ROLE_NAME", _NO_ROLE)
     return launch if role == _NO_ROLE else launch.using(engine=role)
 
@@ -159,6 +166,8 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
     }
     if settings["distributed_type"] == "FSDP":
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp.get("fsdp_version", 1))}
+        for name, default in (("reshard_after_forward", True), ("forward_prefetch", False)):
+            environment[f"FSDP_{name.upper()}"] = str(fsdp.get(f"fsdp_{name}", default)).lower()
     elif settings["distributed_type"] == "DEEPSPEED":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         if "zero_stage" in deepspeed:
@@ -226,9 +235,9 @@ def precision_in_words(environment: Mapping[str, str]) -> str:
     return f"{precision} ({chosen}{faster})"
 
 
-def _is_set(environment: Mapping[str, str], name: str) -> bool:
+def _is_set(environment: Mapping[str, str], name: str, default: str = "") -> bool:
     """Return whether a flag has one of accelerate's words for true."""
-    return environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
+    return environment.get(name, default).lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int | None:

@@ -4,6 +4,7 @@ A family of models is a configuration class in a file of its own, see `families.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -350,6 +351,7 @@ class MaskedDualEncoder(_WithTables):
         return_logits: bool = True,
         position_ids: torch.Tensor | None = None,
         caption_ends: torch.Tensor | None = None,
+        on_texts: Callable[[torch.Tensor], None] | None = None,
         **kwargs: Any,
     ) -> FlipOutput:
         """Embed images and captions and compare them.
@@ -359,11 +361,14 @@ class MaskedDualEncoder(_WithTables):
             attention_mask: not used. CLIP's tokens see no later ones, SigLIP's see the padding, and the family `towers`
                 knows the padding by its id.
             position_ids, caption_ends: with several captions in a row, see `flipscale.data.captions.pack_captions`.
+            on_texts: see `FlipModel.forward`.
             kwargs: images, see `FlipVisionModel.forward`.
         """
+        text_embeds = normalise_embeds(self.text_features(input_ids, position_ids, caption_ends))
+        if on_texts is not None:
+            on_texts(text_embeds)
         image_output = self.get_image_features(pixel_values, **kwargs)
         image_embeds = normalise_embeds(cast(torch.Tensor, image_output.pooler_output))
-        text_embeds = normalise_embeds(self.text_features(input_ids, position_ids, caption_ends))
         values: dict[str, Any] = self.loss_values()
         logits = None
         if return_logits:

@@ -1,7 +1,8 @@
 """FLIP models: CLIP whose image encoder sees only the visible patches (arXiv 2212.00794)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -48,6 +49,20 @@ class FlipOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys()))
+
+
+# Types of the devices for which one product of three weights and norms in bf16 are faster than their usual forms.
+_gpu_types = {"cuda"}
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Compute on a CPU in the forms that GPUs take, which differ by rounding: for plans and tests."""
+    _gpu_types.add("cpu")
+    try:
+        yield
+    finally:
+        _gpu_types.remove("cpu")
 
 
 def sincos_positions(width: int, rows: int, columns: int, side: int | None = None) -> torch.Tensor:
@@ -240,7 +255,9 @@ class FlipTextEmbeddings(nn.Module):
             raise ValueError(f"input_ids has {input_ids.shape[1]} tokens; expected at most {limit}. Fix: truncate them")
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        embeds = self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        # Else the text tower's residuals would be fp32 under autocast, and the image tower's are bf16.
+        return cast_for_products(embeds) if embeds.device.type in _gpu_types else embeds
 
 
 def eager_attention_forward(
@@ -304,6 +321,23 @@ def cast_for_products(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
+class BlockLayerNorm(nn.LayerNorm):
+    """The layer norm of a block. On a GPU it stays in bf16 where its input is bf16, and computes in fp32 inside.
+
+    Autocast would cast the input to fp32 and the output back: 20 bytes an element instead of 4. Weights are rounded to
+    bf16, as FSDP2 does.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the normalised states in their own type on a GPU, else in autocast's."""
+        device, dtype = hidden_states.device.type, hidden_states.dtype
+        if device not in _gpu_types or dtype != torch.bfloat16 or self.weight.dtype == dtype:
+            return super().forward(hidden_states)
+        with torch.autocast(device, enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return nn.functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+
+
 class FlipAttention(nn.Module):
     """Multi-head self-attention with separate query, key and value projections."""
 
@@ -324,12 +358,25 @@ class FlipAttention(nn.Module):
         """Return the output `(batch, tokens, hidden_size)`, and attention weights if the implementation has them."""
         # Autocast would cast the norm's fp32 output for q, k and v each, and keep three copies for the backward pass.
         hidden_states = cast_for_products(hidden_states)
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        output, weights = self._attend(*self._projected(hidden_states), attention_mask, **kwargs)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    def _projected(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Return query, key and value `(batch, heads, tokens, head_dim)` of the same states.
+
+        On a GPU they are one product of the three weights side by side. On a CPU this would take as long, with other
+        rounding. It is for plain layers only: LoRA replaces them, and ZeRO-3 gathers weights when a layer is called.
+        """
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        are_plain = all(type(each) is nn.Linear and not each._forward_pre_hooks for each in linears)
+        if hidden_states.device.type not in _gpu_types or not are_plain:
+            return [self._heads(linear(hidden_states)) for linear in linears]
+        weight, bias = (torch.cat([getattr(each, name) for each in linears]) for name in ("weight", "bias"))
+        states = nn.functional.linear(hidden_states, weight, bias).unflatten(-1, (3, -1, self.head_dim))
+        return [each.transpose(1, 2) for each in states.unbind(2)]
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attend(self, *states: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend with `states`: query, key, value and attention mask."""
@@ -370,9 +417,9 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = BlockLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = FlipAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = BlockLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FlipMLP(config)
 
     def forward(
@@ -790,6 +837,7 @@ class FlipModel(FlipPreTrainedModel):
         image_size: int | None = None,
         branch_scales: torch.Tensor | None = None,
         caption_ends: torch.Tensor | None = None,
+        on_texts: Callable[[torch.Tensor], None] | None = None,
         **kwargs: Any,
     ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
@@ -802,7 +850,17 @@ class FlipModel(FlipPreTrainedModel):
             return_loss: whether to compute the loss of this batch. Training computes its own over all processes
                 (`flipscale.objectives`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
+            on_texts: function that is called with `text_embeds` before the images are encoded.
         """
+        is_of_images = input_ids is None and attention_mask is None and not return_loss
+        if not is_of_images:
+            packed = {} if caption_ends is None else {"caption_ends": caption_ends}
+            text_output = self.get_text_features(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packed, **kwargs
+            )
+            text_embeds = normalise_embeds(text_output.pooler_output)
+            if on_texts is not None:
+                on_texts(text_embeds)
         image_output = self.get_image_features(
             pixel_values=pixel_values,
             image_mask_ratio=image_mask_ratio,
@@ -813,14 +871,9 @@ class FlipModel(FlipPreTrainedModel):
             branch_scales=branch_scales,
             **kwargs,
         )
-        if input_ids is None and attention_mask is None and not return_loss:
+        if is_of_images:
             return image_output
-        packed = {} if caption_ends is None else {"caption_ends": caption_ends}
-        text_output = self.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packed, **kwargs
-        )
         image_embeds = normalise_embeds(image_output.pooler_output)
-        text_embeds = normalise_embeds(text_output.pooler_output)
         loss_values = self.loss_values()
         logit_scale, logit_bias = loss_values["logit_scale"], loss_values.get("logit_bias")
         logits = logit_scale * image_embeds @ text_embeds.t() if return_logits or return_loss else None

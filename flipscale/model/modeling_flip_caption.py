@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_flip import FlipConfig, FlipDecoderConfig
 from .modeling_flip import (
+    BlockLayerNorm,
     FlipAttention,
     FlipEncoderLayer,
     FlipMLP,
@@ -128,26 +129,29 @@ class FlipDecoderAttention(FlipAttention):
             cache: keys and values of earlier tokens. Cross-attention writes its own once and then reads them.
         """
         hidden_states = cast_for_products(hidden_states)
-        query = self._heads(self.q_proj(hidden_states))
         if self.is_causal:
-            key, value = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
+            query, key, value = self._projected(hidden_states)
             if cache is not None:
                 key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
-        elif cache is not None and cache.is_updated.get(self.layer_idx):
-            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
-            key, value = layer.keys, layer.values
         else:
-            assert image_states is not None
-            image_states = cast_for_products(image_states)
-            key, value = self._heads(self.k_proj(image_states)), self._heads(self.v_proj(image_states))
-            if cache is not None:
-                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-                cache.is_updated[self.layer_idx] = True
+            query, (key, value) = self._heads(self.q_proj(hidden_states)), self._of_image(image_states, cache)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _of_image(
+        self, image_states: torch.Tensor | None, cache: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of cross-attention."""
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        assert image_states is not None
+        image_states = cast_for_products(image_states)
+        key, value = self._heads(self.k_proj(image_states)), self._heads(self.v_proj(image_states))
+        if cache is not None:
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
 
 
 class FlipDecoderLayer(GradientCheckpointingLayer):
@@ -155,11 +159,11 @@ class FlipDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: FlipDecoderConfig, layer_idx: int):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = BlockLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = FlipDecoderAttention(config, layer_idx, is_causal=True)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = BlockLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.cross_attn = FlipDecoderAttention(config, layer_idx, is_causal=False)
-        self.layer_norm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm3 = BlockLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FlipMLP(cast(Any, config))
 
     def forward(

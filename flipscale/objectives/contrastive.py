@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flipscale.objectives import tiles
-from flipscale.objectives.exchange import Rows, exchange_of, world_size
+from flipscale.objectives.exchange import EarlyGather, Rows, exchange_of, world_size
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.positives import EqualIds, Ids
 from flipscale.objectives.tiles import (
@@ -41,6 +41,7 @@ class Contrastive(Objective):
     """Each pair against the rest of the batch, in both directions (InfoNCE)."""
 
     takes_positives: ClassVar[bool] = True
+    takes_gather: ClassVar[bool] = True
 
     def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
         return contrastive_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)
@@ -52,6 +53,7 @@ def contrastive_loss(
     logit_scale: torch.Tensor,
     exchange: str = "gather",
     ids: Ids = None,
+    begun: EarlyGather | None = None,
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
@@ -73,24 +75,27 @@ def contrastive_loss(
         exchange: `gather` or `ring`, see `flipscale.objectives.exchange`.
         ids: int64 `(batch,)`; pairs with equal ids are positives of each other. The target of a row is spread evenly
             over its positives, as in UniCL (Yang et al. 2022, arXiv 2204.03610). None: each pair is the only positive.
+        begun: the gather of these texts, if it has begun.
     """
     sides = (image_embeds, text_embeds)
     has_captions = len(text_embeds) > len(image_embeds)
-    loss: torch.Tensor = _InfoNCE.apply(*sides[:: -1 if has_captions else 1], logit_scale, exchange, ids, has_captions)
+    loss: torch.Tensor = _InfoNCE.apply(
+        *sides[:: -1 if has_captions else 1], logit_scale, exchange, ids, has_captions, begun
+    )
     return loss
 
 
 class _InfoNCE(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        image_embeds, text_embeds, logit_scale, exchange, ids, spreads = inputs
+        image_embeds, text_embeds, logit_scale, exchange, ids, spreads, begun = inputs
         pairs = len(text_embeds) * world_size()
         dtype = torch.float64 if pairs <= _FEW and not image_embeds.is_cuda else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
             with_gradients = any(ctx.needs_input_grad)
             loss, gradients = _loss_and_gradients(
-                *sides, as_number(logit_scale), exchange, with_gradients, ids, spreads
+                *sides, as_number(logit_scale), exchange, with_gradients, ids, spreads, begun
             )
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
@@ -104,6 +109,7 @@ def _loss_and_gradients(
     with_gradients: bool,
     ids: Ids,
     spreads: bool,
+    begun: EarlyGather | None,
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
@@ -116,7 +122,7 @@ def _loss_and_gradients(
     With `spreads`, `images` are several captions of each image, and `texts` are the images. The softmax of an image is
     then over the captions of all views, and its target is spread over its own.
     """
-    views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange)
+    views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange, begun)
     equal = None if ids is None else EqualIds(ids)
     text_sums = equal.no_sums(texts) if equal else texts.new_zeros(0)
     shift = _shift_of_all(views, texts, scale)

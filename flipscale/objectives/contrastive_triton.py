@@ -132,7 +132,10 @@ def logits_of_block(
     rows: tl.tensor, columns: tl.tensor, height: tl.tensor, width: tl.tensor, depth: tl.tensor,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Return this program's rows `(HEIGHT, 1)`, its columns `(1, WIDTH)` and their products in full fp32, not TF32."""
+    """Return this program's rows `(HEIGHT, 1)`, its columns `(1, WIDTH)` and their products.
+
+    Three products of TF32 are as exact as one of fp32, and tensor cores compute them.
+    """
     row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     logits = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -140,5 +143,5 @@ def logits_of_block(
         step = first + tl.arange(0, DEPTH)
         left = tl.load(rows + row * depth + step[None, :], (row < height) & (step < depth)[None, :], 0.0)
         right = tl.load(columns + column * depth + step[:, None], (column < width) & (step < depth)[:, None], 0.0)
-        logits = tl.dot(left, right, logits, input_precision="ieee")
+        logits = tl.dot(left, right, logits, input_precision="tf32x3")
     return row, column, logits

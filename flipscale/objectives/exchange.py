@@ -70,10 +70,10 @@ Visit = tuple[int, torch.Tensor, Slot]
 class Gathered:
     """All texts on every process, of two or more: a fixed number of messages, and memory that grows with the world."""
 
-    def __init__(self, texts: torch.Tensor):
-        """Collective. Gather `texts` `(batch, dim)`, the same `batch` on every process."""
+    def __init__(self, texts: torch.Tensor, begun: "EarlyGather | None" = None):
+        """Collective. Gather `texts` `(batch, dim)`, the same `batch` on every process, or take the gather `begun`."""
         self.first = dist.get_rank() * len(texts)
-        self.texts = _gather(texts).flatten(0, 1)
+        self.texts = _gather(texts).flatten(0, 1) if begun is None else begun.wait().to(texts.dtype)
         self.reduced: Rows = ()
 
     def visits(self, merge: Merge | None, *along: torch.Tensor) -> Iterator[Visit]:
@@ -95,6 +95,26 @@ class Gathered:
             self.reduced = tuple(_sum_to_owner(rows) for rows in by_owner)
         else:
             self.reduced = merge(_to_owner(torch.stack(by_owner, dim=1)).unbind(1))
+
+
+class EarlyGather:
+    """The gather of a step's texts, which begins when the text tower is done and goes on beside the image tower."""
+
+    def __init__(self, micro_batches: int):
+        self._missing, self._own = micro_batches, torch.empty(0)
+
+    def add(self, texts: torch.Tensor) -> None:
+        """Collective. Take the embeddings `(batch, dim)` of the next micro-batch, and gather all after the last."""
+        self._own = torch.cat([self._own, texts.detach()]) if len(self._own) else texts.detach().contiguous()
+        self._missing -= 1
+        if not self._missing:
+            self._everywhere = texts.new_empty(world_size() * len(self._own), texts.shape[1])
+            self._work = dist.all_gather_single(self._everywhere, self._own, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """Return the texts of all processes `(processes * batch, dim)`. On a GPU only its stream waits for them."""
+        self._work.wait()
+        return self._everywhere
 
 
 class Ring:
@@ -156,9 +176,9 @@ class _Passing:
         return self._received
 
 
-def exchange_of(texts: torch.Tensor, exchange: str) -> Gathered | Ring:
+def exchange_of(texts: torch.Tensor, exchange: str, begun: EarlyGather | None = None) -> Gathered | Ring:
     """Collective. Return the exchange of this name; a single process uses a ring of one."""
-    return Gathered(texts) if exchange == "gather" and world_size() > 1 else Ring(texts)
+    return Gathered(texts, begun) if exchange == "gather" and world_size() > 1 else Ring(texts)
 
 
 def _packed(rows: Rows) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from flipscale.data.pairs import PairDataset
 from flipscale.io.options import Count
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+from flipscale.objectives.exchange import EarlyGather, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class Objective:
     # Whether `coupled_loss` takes several captions of an image, and `caption_ids` as a keyword: int64 `(batch,)`, equal
     # for equal captions.
     takes_positives: ClassVar[bool] = False
+    # Whether `coupled_loss` gathers the texts, and takes a gather that has begun as the keyword `begun`.
+    takes_gather: ClassVar[bool] = False
 
     exchange: str = "gather"
     positives: str = "pairs"
@@ -84,6 +87,13 @@ class Objective:
     def example_labels(self, batch_size: int) -> torch.Tensor:
         """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""
         return torch.zeros(batch_size, 1, dtype=torch.int64)
+
+    def early_gather(self, micro_batches: int) -> EarlyGather | None:
+        """Return the gather of a step's texts that begins beside the image tower, or None if the loss has none."""
+        gathers = self.takes_gather and self.exchange == "gather" and world_size() > 1
+        # With several captions of an image, the images are gathered.
+        is_of_texts = self.captions_per_image == 1 and type(self).compared is Objective.compared
+        return EarlyGather(micro_batches) if gathers and is_of_texts else None
 
     def parameters(self, output: Any) -> dict[str, torch.Tensor]:
         """Return the loss's parameters by name from the output of the model's `forward`."""
@@ -144,10 +154,13 @@ class WithSecondLoss(Objective):
     def model_config(self, config: FlipConfig) -> FlipConfig:
         return self.other.model_config(config)
 
+    def early_gather(self, micro_batches: int) -> EarlyGather | None:
+        return self.other.early_gather(micro_batches)
+
     def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
         return self.other.compared(output)
 
-    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+    def coupled_loss(self, *compared: torch.Tensor, **parameters: Any) -> torch.Tensor:
         return self.other.coupled_loss(*compared, **parameters)
 
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:

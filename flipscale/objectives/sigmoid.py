@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from flipscale.model import FlipConfig
-from flipscale.objectives.exchange import Rows, exchange_of
+from flipscale.objectives.exchange import EarlyGather, Rows, exchange_of
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.positives import EqualIds, Ids
 from flipscale.objectives.tiles import (
@@ -31,6 +31,7 @@ class Sigmoid(Objective):
     """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
 
     takes_positives: ClassVar[bool] = True
+    takes_gather: ClassVar[bool] = True
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         config = copy.deepcopy(config)
@@ -49,6 +50,7 @@ def sigmoid_loss(
     logit_bias: torch.Tensor,
     exchange: str = "gather",
     ids: Ids = None,
+    begun: EarlyGather | None = None,
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
@@ -60,31 +62,37 @@ def sigmoid_loss(
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.
         image_embeds, text_embeds = text_embeds, image_embeds
-    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange, ids)
+    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange, ids, begun)
     return loss
 
 
 class _Sigmoid(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *tensors, exchange, ids = inputs
+        *tensors, exchange, ids, begun = inputs
         with torch.autocast(tensors[0].device.type, enabled=False):
             images, texts = (side.float() for side in tensors[:2])
             scale, bias = (as_number(parameter) for parameter in tensors[2:])
-            loss, gradients = _loss_and_gradients(images, texts, scale, bias, exchange, ids)
+            loss, gradients = _loss_and_gradients(images, texts, scale, bias, exchange, ids, begun)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return loss.float()
 
 
 def _loss_and_gradients(
-    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, exchange: str, ids: Ids
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    exchange: str,
+    ids: Ids,
+    begun: EarlyGather | None,
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
     # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
-    all_texts, equal = exchange_of(texts, exchange), None if ids is None else EqualIds(ids)
+    all_texts, equal = exchange_of(texts, exchange, begun), None if ids is None else EqualIds(ids)
     for first_pair, visited, slot in all_texts.visits(None):
         text_gradient = torch.zeros_like(visited)
         both_ids = [ids, equal.visited(first_pair, len(visited))] if equal else []

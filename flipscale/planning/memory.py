@@ -9,6 +9,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.exchange import exchange_bytes
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import workspace_elements
@@ -94,7 +96,7 @@ def _memory(recipe: Recipe, launch: Launch) -> Memory:
     """Return the memory in the heaviest stage. All stages have the same frozen parts, and recompute or not."""
     config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
     step = heaviest_step(recipe, launch)
-    refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
+    refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile is True)
     if refusal is not None:
         raise UserError(refusal)
     model = planned_model(config, objective.trained_class(config), step)
@@ -240,7 +242,8 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     takes = [
         other
         for other in others
-        if other != launch and engine_class(other).refusal(other, recipe.optim.name, recipe.model.compile) is None
+        if other != launch
+        and engine_class(other).refusal(other, recipe.optim.name, recipe.model.compile is True) is None
     ]
     in_parts = {n: replace(recipe, data=replace(recipe.data, micro_batch_size=n)) for n in parts}
     return [
@@ -306,7 +309,8 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
     if step.bf16 and step.autocast and step.device_type == "cuda":
         cast_norms_as_cuda_does(model)
     batch = example_batch(config, step, objective)
-    with LiveBytes([*model.parameters(), *model.buffers(), *batch.values()]) as live:
+    as_there = as_on_gpu() if step.device_type == "cuda" else nullcontext()
+    with as_there, LiveBytes([*model.parameters(), *model.buffers(), *batch.values()]) as live:
         in_blocks = {id(parameter) for block in encoder_blocks(model) for parameter in block.parameters()}
 
         def count_gradient(parameter: torch.Tensor) -> None:
@@ -330,7 +334,7 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
 def cast_norms_as_cuda_does(model: nn.Module) -> None:
     """Cast the inputs of layer norms to fp32. CUDA's autocast does so and keeps them; the CPU's does not."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) and not isinstance(module, BlockLayerNorm):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
@@ -19,6 +21,7 @@ from flipscale.engines.zero import ZeroEngine
 from flipscale.io.errors import UserError
 from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
+from flipscale.training.plan import compiles_on_gpus
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
 
@@ -249,12 +252,12 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, workers, node_mb_s, bottleneck)
 
 
-def host_calls(recipe: Recipe, stage: StageRecipe, passes: int, micro_batches: int) -> int:
+def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> int:
     """Return the torch operations of a step with `passes` forward passes and `micro_batches` backward passes.
 
     Compiled blocks are left out, because their kernels take the host little time.
     """
-    blocks = 0 if recipe.model.compile else len(encoder_blocks(trained_model(recipe)))
+    blocks = 0 if compiles_on_gpus(recipe, launch) else len(encoder_blocks(trained_model(recipe)))
     again = micro_batches if recipe.recomputes(stage) else 0
     return _OTHER_CALLS + blocks * (_FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches)
 
@@ -262,7 +265,7 @@ def host_calls(recipe: Recipe, stage: StageRecipe, passes: int, micro_batches: i
 def _host_seconds(
     recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware, passes: int, micro_batches: int
 ) -> float:
-    seconds = hardware.call_s * host_calls(recipe, stage, passes, micro_batches)
+    seconds = hardware.call_s * host_calls(recipe, launch, stage, passes, micro_batches)
     if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1:
         model = trained_model(recipe)
         units = len(encoder_blocks(model)) + len(list(model.children())) + 1
@@ -295,7 +298,8 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
         sizes = [(sum(p.numel() for p in module.parameters()), num_trained(module)) for module in modules]
         rest = tuple(2 * whole - sum(of) for whole, of in zip(sizes[-1], zip(*sizes, strict=True), strict=True))
         width = 2 if launch.bf16 and issubclass(engine, Fsdp2Engine) else 4
-        return _sharded([*sizes[:-1], rest], width, launch, links, between)
+        reduced = getattr(engine, "reduce_dtype", torch.float32).itemsize
+        return _sharded([*sizes[:-1], rest], width, reduced, launch, links, between)
     size = 4 * num_trained(model)
     if issubclass(engine, ZeroEngine):
         settings = launch.deepspeed.get("zero_optimization", {})
@@ -308,20 +312,27 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
     return Messages(backward=(buckets - 1) * last, last=last, between=between)
 
 
-def _sharded(groups: list[tuple[int, ...]], width: int, launch: Launch, links: Links, between: float) -> Messages:
+def _sharded(
+    groups: list[tuple[int, ...]], width: int, reduced: int, launch: Launch, links: Links, between: float
+) -> Messages:
     """Return the seconds of sharded weights, given the weights and the trained weights of each group. A group is
-    gathered before its use in both passes, and its fp32 gradients are sent behind the last backward pass."""
+    gathered before its use in both passes, and its gradients are sent behind the last backward pass.
+
+    Args:
+        width, reduced: bytes of a gathered weight and of a sent gradient.
+    """
     shard_size = launch.shard_size or launch.num_processes
     shards, replicas = links.group(shard_size), launch.num_processes // shard_size
     gathers = [shards.gather(width * whole) for whole, _ in groups]
-    scatters = [shards.gather(4 * trained) if trained else 0.0 for _, trained in groups]
+    scatters = [shards.gather(reduced * trained) if trained else 0.0 for _, trained in groups]
     copies = links.group(replicas, stride=shard_size)
-    reduces = [copies.reduce(4 * trained // shard_size) if trained else 0.0 for _, trained in groups]
+    reduces = [copies.reduce(reduced * trained // shard_size) if trained else 0.0 for _, trained in groups]
     # The maximum, because messages within a node and between nodes travel at the same time.
+    again = sum(gathers) if launch.reshards else 0.0
     return Messages(
         forward=sum(gathers) - gathers[0],
-        backward=max(sum(gathers) + sum(scatters), sum(reduces)) - scatters[-1] - reduces[-1],
-        again=sum(gathers),
+        backward=max(again + sum(scatters), sum(reduces)) - scatters[-1] - reduces[-1],
+        again=again,
         first=gathers[0],
         last=scatters[-1] + reduces[-1],
         between=between,

@@ -17,7 +17,8 @@ from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import Fault, Source
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
-from flipscale.engines.launch import place_in_world
+from flipscale.engines.launch import Launch, place_in_world
+from flipscale.engines.start import engine_class
 from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.suite import check_decodable
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
 
 _log = logging.getLogger(__name__)
+
+
+def compiles_on_gpus(recipe: Recipe, launch: Launch) -> bool:
+    """Return whether a run's blocks are compiled on GPUs that have a compiler.
+
+    The towers of other libraries are compiled only if the recipe says so: not each of their blocks is one graph.
+    """
+    if recipe.model.compile is not None:
+        return recipe.model.compile
+    refusal = engine_class(launch).refusal(launch, recipe.optim.name, compiles=True)
+    return refusal is None and recipe.model.family != "towers"
 
 
 class StepBatch(NamedTuple):

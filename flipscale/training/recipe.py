@@ -70,8 +70,9 @@ class ModelRecipe:
         answer_config: Changed fields of the transformer that answers questions (loss.kind answer).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does
             not change what is learned.
-        compile: Compile the blocks with torch.compile. Compilation delays the first steps at each mask ratio. Does
-            not change what is learned.
+        compile: Compile the blocks with torch.compile. Compilation delays the first steps at each mask ratio. By
+            default blocks are compiled on GPUs, except with ZeRO-3 and in family `towers`. Does not change what is
+            learned.
         init_from: The start weights: a run, a model folder or a Hub name.
         text_positions: How the text positions of start weights become longer, where `text_config` has more
             `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
@@ -94,7 +95,7 @@ class ModelRecipe:
     decoder_config: dict[str, Any] = field(default_factory=dict)
     answer_config: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
-    compile: bool = field(default=False, metadata={"learned": False})
+    compile: bool | None = field(default=None, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
     vision: str | None = field(default=None, metadata={"place": True})
     text: str | None = field(default=None, metadata={"place": True})

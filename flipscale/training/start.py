@@ -16,14 +16,14 @@ import torch
 from flipscale.data.loader import prepare_workers
 from flipscale.data.samples import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointReader, Contents, newest_whole
-from flipscale.engines.device import best_attention
-from flipscale.engines.launch import launch_of
+from flipscale.engines.device import best_attention, can_compile
+from flipscale.engines.launch import Launch, launch_of
 from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock, start_of
 from flipscale.objectives.recipe import loss_kinds
-from flipscale.training.plan import Plan, check
+from flipscale.training.plan import Plan, check, compiles_on_gpus
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.watch import HangWatch
@@ -152,6 +152,7 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
 
     config = recipe.model_config()
     model_class = plan.objective.trained_class(config)
+    launch = launch_of(os.environ)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
     fill = no_weights if reader else initial_weights(*start_from)
@@ -160,11 +161,11 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
         add_lora(model, recipe.optim.lora)
         freeze(model, recipe.model.frozen)
         model.set_attn_implementation(best_attention(start.accelerator.device))
-        if recipe.model.compile:
+        if compiles(recipe, launch, start.accelerator.device):
             compile_blocks(model)
 
     with watched(recipe, start.accelerator.process_index, "the building of the model"):
-        engine = build_engine(start.accelerator, launch_of(os.environ), recipe.optim, plan.batch_size)
+        engine = build_engine(start.accelerator, launch, recipe.optim, plan.batch_size)
         # 1. Build the model block by block. Each block moves to its device, or is sharded, as soon as it has weights.
         engine.build(config, configure, fill, model_class)
         # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
@@ -178,6 +179,13 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
         # 5. Start the averages: the checkpoint's, or the current weights.
         engine.start_averages(reader)
     return engine
+
+
+def compiles(recipe: Recipe, launch: Launch, device: torch.device) -> bool:
+    """Return whether a run's blocks are compiled on `device`. If the recipe leaves it open, a GPU is tried."""
+    if recipe.model.compile is not None:
+        return recipe.model.compile
+    return compiles_on_gpus(recipe, launch) and device.type == "cuda" and can_compile(device)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,7 +27,11 @@ def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> S
 
     The list is emptied, which frees the batch's memory although the caller holds the list.
     """
-    coupled = {name: torch.cat([part.pop(name) for part in batch]) for name in objective.coupled_columns}
+    coupled: dict[str, Any] = {
+        name: torch.cat([part.pop(name) for part in batch]) for name in objective.coupled_columns
+    }
+    if gather := objective.early_gather(len(batch)):
+        coupled["begun"] = gather
     if len(batch) == 1:
         loss = one_pass(engine, batch[0], objective, **coupled)
     else:
@@ -36,9 +40,10 @@ def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> S
     return loss
 
 
-def one_pass(engine: Engine, batch: Batch, objective: Objective, **coupled: torch.Tensor) -> StepLoss:
-    """Collective. Compute the gradients of a batch of one micro-batch. `coupled` are its `coupled_columns`."""
-    output = engine(**batch)
+def one_pass(engine: Engine, batch: Batch, objective: Objective, **coupled: Any) -> StepLoss:
+    """Collective. Compute the gradients of a batch of one micro-batch. `coupled` are its `coupled_columns`, and any
+    `EarlyGather` as `begun`."""
+    output = engine(**batch, **_listener(coupled))
     loss = objective.mean_loss(output)
     if objective.is_coupled:
         loss = objective.coupled_loss(*objective.compared(output), **objective.parameters(output), **coupled) + loss
@@ -63,16 +68,17 @@ def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) ->
     return StepLoss(torch.stack(losses).sum(), {**_mean_metrics(metrics), **_gradient_norms(squares)})
 
 
-def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **coupled: torch.Tensor) -> StepLoss:
+def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **coupled: Any) -> StepLoss:
     """Collective. Compute the gradients of all micro-batches, with one micro-batch's activations in memory at a time
     (Gao et al. 2021, arXiv 2101.06983).
 
     The first pass embeds all micro-batches without activations, and the loss gives each embedding its gradient. The
     second pass passes these gradients on to the weights. Masks and crops are part of the batch, so both passes see the
-    same images. `coupled` are the `coupled_columns` of all micro-batches.
+    same images. `coupled` are the `coupled_columns` of all micro-batches, and any `EarlyGather`
+    as `begun`.
     """
     with torch.no_grad():
-        passes = [_first_pass(engine, micro_batch, objective) for micro_batch in batch]
+        passes = [_first_pass(engine, micro_batch, objective, _listener(coupled)) for micro_batch in batch]
     rows = [torch.cat(parts) for parts in zip(*(part.compared for part in passes), strict=True)]
     parameters = passes[0].parameters
     cache = [*rows, *parameters.values()]
@@ -95,6 +101,11 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **c
     return StepLoss(loss.detach() + mean_loss, {**metrics, **_gradient_norms(squares)})
 
 
+def _listener(coupled: dict[str, Any]) -> dict[str, Any]:
+    """Return the model's argument that begins the gather of its texts."""
+    return {"on_texts": coupled["begun"].add} if "begun" in coupled else {}
+
+
 class _FirstPass(NamedTuple):
     """Outputs of a micro-batch's first pass."""
 
@@ -104,8 +115,8 @@ class _FirstPass(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-def _first_pass(engine: Engine, micro_batch: Batch, objective: Objective) -> _FirstPass:
-    output = engine(**micro_batch)
+def _first_pass(engine: Engine, micro_batch: Batch, objective: Objective, listener: dict[str, Any]) -> _FirstPass:
+    output = engine(**micro_batch, **listener)
     parameters = {name: value.clone() for name, value in objective.parameters(output).items()}
     metrics = _copied_metrics(output, objective)
     return _FirstPass(objective.compared(output), parameters, objective.mean_loss(output), metrics)

@@ -28,6 +28,7 @@ def environment_of(engine: str) -> dict[str, str]:
 
 
 ENVIRONMENTS = {engine: environment_of(engine) for engine in LAUNCH_FILES}
+ENVIRONMENTS["fsdp2_bf16_reduce"] = {**ENVIRONMENTS["fsdp2"], "ROLE_NAME": "fsdp2_bf16_reduce"}
 
 
 def start_ranks(world: int, function: Callable[..., None], *arguments: object, **environment: str) -> list[BaseProcess]:
@@ -99,9 +100,17 @@ def train_on_a_small_disk(file: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def train_as_on_gpu(file: str) -> None:
+    """Train with blocks in the forms of GPUs."""
+    from flipscale.model.modeling_flip import as_on_gpu
+
+    with as_on_gpu():
+        train(file)
+
+
 def train_compiled(file: str) -> None:
     """Train with blocks compiled into graphs, but not to machine code, because that takes a minute. The number of
-    graphs is written beside the recipe."""
+    graphs is written beside the recipe. Blocks take the forms of GPUs."""
     import torch
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -109,7 +118,7 @@ def train_compiled(file: str) -> None:
     graphs, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: compile_module(self, backend=graphs, **options)
     try:
-        train(file)
+        train_as_on_gpu(file)
     finally:
         torch.nn.Module.compile = compile_module
     Path(file).with_suffix(f".graphs-{os.environ['RANK']}").write_text(str(graphs.frame_count))

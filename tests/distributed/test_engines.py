@@ -117,6 +117,13 @@ def test_recomputed_it_learns_the_same_with_a_bias_of_logits(trainings: Training
     assert close(losses(trainings.run("zero3", 2, **changes)), losses(trainings.run("ddp", 1, **changes)))
 
 
+@pytest.mark.parametrize("engine", [long("ddp"), "fsdp2", "zero3"])
+def test_in_the_forms_of_gpus_it_learns_the_same(trainings: Trainings, engine: str) -> None:
+    run_dir = trainings.run(engine, 2, "train_as_on_gpu", **RECOMPUTED)
+    assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
+    assert losses(run_dir) != losses(trainings.run("ddp", 1)) or engine == "zero3"
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", long("ddp")])
 def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path, engine: str) -> None:
     """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""
@@ -167,6 +174,7 @@ FEATURES: dict[str, dict] = {
         ("layer decay of muon", "fsdp2", 2, {}),
         ("stochastic depth", "fsdp2", 2, RECOMPUTED),
         ("equal captions", "fsdp2", 2, {"data": {"micro_batch_size": 2}}),
+        ("layer decay", "hsdp", 4, {"data": {"micro_batch_size": 1}}),
         ("equal captions, sigmoid, two views", "ddp", 2, {}),
         *(long("equal captions", engine, 2, {"data": {"micro_batch_size": 2}}) for engine in ("ddp", "zero2", "zero3")),
         long("equal captions, sigmoid, two views", "fsdp2", 4, {"data": {"micro_batch_size": 2}}),
@@ -242,7 +250,9 @@ def test_an_engine_refuses(trainings: Trainings, engine: str, section: str, fiel
         assert answer.startswith(f"UserError: {refusal}")
 
 
-@pytest.mark.parametrize(("engine", "world"), [long("ddp", 2), ("fsdp2", 2), long("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("engine", "world"), [long("ddp", 2), ("fsdp2", 2), ("hsdp", 4), long("zero2", 2), ("zero3", 2)]
+)
 def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: Path, engine: str, world: int) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards)}, {"kind": "retrieval", "data": str(shards), "every_samples": 0}]
     changes = {"optim": {"ema_decay": 0.5}, "eval": {"tasks": tasks, "every_samples": 160, "batch_size": 7}}
@@ -420,6 +430,13 @@ def test_the_temperature_is_fp32_in_bf16(trainings: Trainings, engine: str, worl
     # Five steps of 1e-4, each of them seen: neighbours on the bf16 grid are 0.0625 apart, at the inverse 0.9.
     changes = [abs(after - before) for before, after in pairwise(used[1:])]
     assert all(0.0 < change < 0.01 for change in changes), used
+
+
+def test_gradients_can_be_summed_in_bf16(trainings: Trainings) -> None:
+    one, many = (trainings.run(engine, 2, precision="bf16") for engine in ("fsdp2", "fsdp2_bf16_reduce"))
+    apart = [abs(a - b) for a, b in zip(losses(one), losses(many), strict=True)]
+    assert apart[0] == 0.0
+    assert 0.0 < max(apart) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The model against the original JAX FLIP: embeddings, losses and gradients of the same weights on the same inputs."""
 
 import tarfile
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_name
 from flipscale.model import FlipModel
-from flipscale.model.modeling_flip import FlipOutput
+from flipscale.model.modeling_flip import FlipOutput, as_on_gpu
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
@@ -30,9 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-@pytest.fixture(params=["eager", "sdpa"])
-def model(folder: Path, request: pytest.FixtureRequest) -> FlipModel:
-    return FlipModel.from_pretrained(folder, attn_implementation=request.param)
+@pytest.fixture(params=["eager", "sdpa", "sdpa as on a GPU"])
+def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[FlipModel]:
+    attention, _, place = request.param.partition(" ")
+    with as_on_gpu() if place else nullcontext():
+        yield FlipModel.from_pretrained(folder, attn_implementation=attention)
 
 
 def distance(tensor: torch.Tensor, expected: np.ndarray) -> float:

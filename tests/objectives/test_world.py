@@ -43,7 +43,7 @@ def recorded(
         inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
         ids = torch.arange(PAIRS, device=device) % 7 if has_ids else None
         with recorder:
-            loss = function.forward(wanted, *inputs, "gather", ids, *([False] if function is _InfoNCE else []))
+            loss = function.forward(wanted, *inputs, "gather", ids, *([False] if function is _InfoNCE else []), None)
         assert [g.shape for g in wanted.gradients] == [t.shape for t in inputs]
         assert {t.device.type for t in (loss, *wanted.gradients)} == {device}
     return recorder

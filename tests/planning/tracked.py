@@ -27,6 +27,7 @@ from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.start import build_engine
+from flipscale.model.modeling_flip import as_on_gpu
 from flipscale.objectives import exchange, tiles
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
@@ -47,7 +48,7 @@ def tracked_bytes(recipe: Recipe, launch: Launch) -> dict[str, int]:
     The second step is tracked, when there are moments. All tensors are fake ones on the CPU, but attention and the
     precision of norms are CUDA's.
     """
-    with fake_processes(0, launch):
+    with fake_processes(0, launch), as_on_gpu():
         accelerator: Any = SimpleNamespace(
             device=CPU,
             num_processes=launch.num_processes,

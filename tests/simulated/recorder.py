@@ -1,5 +1,6 @@
 """What a step asks of the accelerator and of the network, seen operation by operation."""
 
+import math
 import sys
 import weakref
 from collections import Counter
@@ -25,6 +26,46 @@ _aten, _c10d = torch.ops.aten, torch.ops.c10d
 # Questions about a tensor, which are no work.
 _QUESTIONS = ("prim::", "aten::size", "aten::stride", "aten::storage_offset", "aten::sym_", "aten::is_contiguous")
 
+# Operations of aten that start no kernel, although torch does not call them views.
+_NO_KERNELS = ("aten::_unsafe_view", "aten::empty", "aten::new_empty", "aten::lift_fresh", "aten::record_stream")
+
+
+@dataclass
+class Work:
+    """Work on the device.
+
+    Args:
+        kernels: operations that compute or copy; views and new memory are none.
+        casts: kernels that only change the type.
+        bytes: what the kernels read and write, each tensor once.
+    """
+
+    kernels: int = 0
+    casts: int = 0
+    bytes: int = 0
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(self.kernels - other.kernels, self.casts - other.casts, self.bytes - other.bytes)
+
+    def add(self, func: Any, args: Any, result: Any) -> None:
+        """Count an operation."""
+        name = func._schema.name
+        if func.is_view or name.startswith(_NO_KERNELS):
+            return
+        inputs, outputs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in (args, result))
+        if not any(tensor.device.type == "cuda" for tensor in outputs or inputs):
+            return
+        self.kernels += 1
+        self.casts += name == "aten::_to_copy" and inputs[0].dtype != outputs[0].dtype
+        self.casts += name == "aten::copy_" and inputs[0].dtype != inputs[1].dtype
+        overwritten = name in ("aten::copy_", "aten::fill_", "aten::zero_")
+        self.bytes += sum(_bytes(tensor) for tensor in [*inputs[overwritten:], *outputs])
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's different elements: an expanded one has few."""
+    return math.prod(s for s, step in zip(tensor.shape, tensor.stride(), strict=True) if step) * tensor.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -34,27 +75,29 @@ class Collective:
         kind: such as `all_reduce`.
         dtype: of what is sent.
         size: elements of this process's input.
-        group_size: how many processes take part.
+        group: ranks of the processes that take part.
         devices: of all its tensors.
         place: the line of ours that caused it.
+        kernels: how many kernels of the passes went before.
     """
 
     kind: str
     dtype: torch.dtype
     size: int
-    group_size: int
+    group: tuple[int, ...]
     devices: frozenset[str]
     place: str
+    kernels: int
 
     @property
-    def signature(self) -> tuple[str, torch.dtype, int, int]:
-        """What must be equal on every process, or the processes wait for each other for ever."""
-        return self.kind, self.dtype, self.size, self.group_size
+    def signature(self) -> tuple[str, torch.dtype, int, tuple[int, ...]]:
+        """What must be equal on every process of the group, or the processes wait for each other for ever."""
+        return self.kind, self.dtype, self.size, self.group
 
     @property
     def bytes(self) -> tuple[int, int]:
         """Bytes that this process sends and receives, by the algorithm that sends least: around a ring."""
-        size, n = self.size * self.dtype.itemsize, self.group_size
+        size, n = self.size * self.dtype.itemsize, len(self.group)
         if self.kind == "all_gather":
             each = size * (n - 1)
         elif self.kind in ("reduce_scatter", "all_to_all"):
@@ -112,6 +155,7 @@ class Recorder(OnDevice):
         self.on = False
         self.ops: Counter[str] = Counter()
         self.loss_ops: Counter[str] = Counter()
+        self.work = Work()
         self.collectives: list[Collective] = []
         self.waits: list[str] = []
         self.in_loss = False
@@ -159,6 +203,8 @@ class Recorder(OnDevice):
             result = super().__torch_dispatch__(func, types, args, kwargs)
             if pins:
                 self._pinned.add(result.untyped_storage()._cdata)
+        if self.on and name.startswith("aten::"):
+            self.work.add(func, (args, kwargs), result)
         if func in (_aten._to_copy.default, _aten.copy_.default):
             self._copy(func, args, kwargs, result)
         for tensor in tree_leaves(result):
@@ -183,8 +229,8 @@ class Recorder(OnDevice):
                 self.loss_ops[name] += self.in_loss
             return
         devices = frozenset(tensor.device.type for tensor in tensors)
-        size = sum(tensor.numel() for tensor in sent)
-        self.collectives.append(Collective(kind, sent[0].dtype, size, group.size(), devices, place()))
+        size, ranks = sum(tensor.numel() for tensor in sent), tuple(dist.get_process_group_ranks(group))
+        self.collectives.append(Collective(kind, sent[0].dtype, size, ranks, devices, place(), self.work.kernels))
 
     def _copy(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         source = args[1] if func is _aten.copy_.default else args[0]

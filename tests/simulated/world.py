@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from simulated.fake_gpu import DEVICE, Devices, fake_gpu, visible_ddp
-from simulated.recorder import Collective, Recorder, resizing
+from simulated.recorder import Collective, Recorder, Work, resizing
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.data.loader import PackedBatch
@@ -71,6 +71,7 @@ class StepReport:
     Args:
         ops: number of calls of each aten operation.
         loss_ops: the same, for the coupled loss alone.
+        work: kernels, casts and bytes of the passes, without the optimiser.
         collectives: messages in their order.
         host_syncs: places where the host waits for the device, as `file:line (why)`.
         peak_bytes: most bytes of live tensors on the device.
@@ -81,6 +82,7 @@ class StepReport:
 
     ops: Counter[str]
     loss_ops: Counter[str]
+    work: Work
     collectives: list[Collective]
     host_syncs: list[str]
     peak_bytes: int
@@ -134,7 +136,10 @@ def simulate(world: World) -> StepReport:
             if number == _WARM_UP:
                 attention.clear()
                 recorder.memory.peak, recorder.on = recorder.memory.now, True
-            found = consume_batch(engine, _batch(world), objective)
+            batch = _batch(world)
+            recorder.work = Work()
+            found = consume_batch(engine, batch, objective)
+            work = recorder.work
             taken = sync.start(step, found, engine.gradient_norm(), [])
             engine.step(_LEARNING_RATE, taken)
             step = schedule.after(step, None)
@@ -149,13 +154,14 @@ def simulate(world: World) -> StepReport:
         set(Devices.touched),
         torch.backends.cuda.cudnn_sdp_enabled(),
     )
-    return StepReport(recorder.ops, recorder.loss_ops, *seen)
+    return StepReport(recorder.ops, recorder.loss_ops, work, *seen)
 
 
 def _batch(world: World) -> list[PackedBatch]:
     recipe, processes = world.recipe, world.launch.num_processes
-    step = micro_batch(recipe, world.launch, world.stage)
-    batch = {**example_batch(recipe.model_config(), step), "faults": []}
+    step, objective = micro_batch(recipe, world.launch, world.stage), recipe.objective()
+    ids = {name: torch.zeros(step.batch_size, dtype=torch.int64) for name in objective.coupled_columns}
+    batch = {**example_batch(recipe.model_config(), step, objective), **ids, "faults": []}
     return [
         PackedBatch.of(batch).pin_memory().to(DEVICE).with_image_size(step.image_size)
         for _ in range(recipe.data.global_batch_size // processes // step.batch_size)

@@ -1,0 +1,103 @@
+"""The forms that a block takes on GPUs give what those of CPUs give, to rounding."""
+
+import pytest
+import torch
+from conftest import TOWER
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.modeling_flip import BlockLayerNorm, FlipAttention, as_on_gpu
+
+BATCH = {
+    "pixel_values": torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    "input_ids": torch.arange(6 * 16).view(6, 16) % 63 + 1,
+}
+
+
+class Counter(TorchDispatchMode):
+    """Counts calls of matrix products with a bias, and of norms by the type of their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.norms = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.products += func is torch.ops.aten.addmm.default
+        if func is torch.ops.aten.native_layer_norm.default:
+            self.norms.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def model() -> FlipModel:
+    torch.manual_seed(0)
+    text = {**TOWER, "vocab_size": 64, "max_position_embeddings": 16}
+    model = FlipModel(FlipConfig(vision_config={**TOWER, "image_size": 32, "patch_size": 8}, text_config=text))
+    for module in model.modules():
+        if isinstance(module, BlockLayerNorm | FlipAttention):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, mean=float(isinstance(module, BlockLayerNorm)), std=0.2)
+    return model
+
+
+def gradients(model: FlipModel, bf16: bool = False) -> torch.Tensor:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = model(**BATCH, return_loss=True)
+    output.loss.backward()
+    # The true gradient of a key's bias is 0.
+    found = [p.grad.flatten() for name, p in model.named_parameters() if not name.endswith("k_proj.bias")]
+    return torch.cat([output.image_embeds.detach().flatten(), output.text_embeds.detach().flatten(), *found])
+
+
+def test_one_product_gives_what_three_do(model: FlipModel) -> None:
+    plain = gradients(model)
+    with as_on_gpu(), Counter() as counter:
+        one = gradients(model)
+    assert (one - plain).abs().max() < 1e-6
+    assert counter.products == 4 * 4 + 1, "q, k and v; out; fc1; fc2 of each block, and the patches"
+
+
+@pytest.mark.parametrize("kind", ["another class", "a hook"])
+def test_layers_that_are_not_plain_are_called(model: FlipModel, kind: str) -> None:
+    calls: list[int] = []
+
+    class Changed(nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return super().forward(states)
+
+    for module in list(model.modules()):
+        if isinstance(module, FlipAttention) and kind == "a hook":
+            module.v_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+        elif isinstance(module, FlipAttention):
+            module.v_proj.__class__ = Changed
+    with as_on_gpu(), Counter() as counter:
+        gradients(model)
+    assert len(calls) == 4
+    assert counter.products == 4 * 6 + 1
+
+
+def test_frozen_weights_get_no_gradient(model: FlipModel) -> None:
+    plain = gradients(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" not in name)
+    model.zero_grad()
+    with as_on_gpu():
+        model(**BATCH, return_loss=True).loss.backward()
+    found = [p.grad for name, p in model.named_parameters() if not name.endswith("k_proj.bias")]
+    assert {name for name, p in model.named_parameters() if p.grad is None} == {
+        name for name, _ in model.named_parameters() if "q_proj" in name
+    }
+    assert plain[-len(found[-1].flatten()) :].allclose(found[-1].flatten(), atol=1e-6)
+
+
+def test_norms_stay_in_bf16_and_are_as_exact(model: FlipModel) -> None:
+    exact, rounded = gradients(model), gradients(model, bf16=True)
+    with as_on_gpu(), Counter() as counter:
+        ours = gradients(model, bf16=True)
+    assert counter.norms.count(torch.bfloat16) >= 2 * 4, "those of both towers' blocks"
+    assert not torch.equal(ours, rounded)
+    assert (rounded - exact).norm() / exact.norm() > 1e-3
+    assert (ours - exact).norm() < 1.2 * (rounded - exact).norm()
