@@ -5,7 +5,8 @@ They are sharded over all processes, or over groups of processes that each hold 
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -109,6 +110,15 @@ class Fsdp2Engine(Engine):
             # Weights stay whole until the step's last backward pass.
             self.wrapped.set_reshard_after_backward(enabled)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with super().averaged():
+            yield
+            # Without a backward pass, weights stay whole that are not dropped after a forward pass.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def gradient_norm(self) -> torch.Tensor:
         # Groups with a copy each (HSDP) have the same gradients, so each sums its own.
         holders = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
@@ -134,12 +144,6 @@ class _RowLayout(Layout):
 
     def weights(self, parameter: Any) -> Shard:
         return self._shard(parameter, parameter)
-
-    def weights_changed(self) -> None:
-        # Evaluations leave whole weights behind, if they are not dropped after a forward pass.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     def _shard(self, parameter: Any, moment: torch.Tensor) -> Shard:
         assert isinstance(parameter, DTensor)

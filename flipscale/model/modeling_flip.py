@@ -338,6 +338,14 @@ class BlockLayerNorm(nn.LayerNorm):
             return nn.functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether a layer's weight may be used without a call of the layer.
+
+    LoRA replaces the layer, quantisation replaces it or the weight, and ZeRO-3 gathers the weight by a hook.
+    """
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not linear._forward_pre_hooks
+
+
 class FlipAttention(nn.Module):
     """Multi-head self-attention with separate query, key and value projections."""
 
@@ -365,11 +373,10 @@ class FlipAttention(nn.Module):
         """Return query, key and value `(batch, heads, tokens, head_dim)` of the same states.
 
         On a GPU they are one product of the three weights side by side. On a CPU this would take as long, with other
-        rounding. It is for plain layers only: LoRA replaces them, and ZeRO-3 gathers weights when a layer is called.
+        rounding.
         """
         linears = (self.q_proj, self.k_proj, self.v_proj)
-        are_plain = all(type(each) is nn.Linear and not each._forward_pre_hooks for each in linears)
-        if hidden_states.device.type not in _gpu_types or not are_plain:
+        if hidden_states.device.type not in _gpu_types or not all(map(_is_plain, linears)):
             return [self._heads(linear(hidden_states)) for linear in linears]
         weight, bias = (torch.cat([getattr(each, name) for each in linears]) for name in ("weight", "bias"))
         states = nn.functional.linear(hidden_states, weight, bias).unflatten(-1, (3, -1, self.head_dim))

@@ -6,6 +6,7 @@ from conftest import TOWER
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flipscale.engines.first_weights import compile_blocks
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.modeling_flip import BlockLayerNorm, FlipAttention, as_on_gpu
 
@@ -13,6 +14,10 @@ BATCH = {
     "pixel_values": torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
     "input_ids": torch.arange(6 * 16).view(6, 16) % 63 + 1,
 }
+
+
+class Quantised(nn.Parameter):
+    """A weight of its own kind."""
 
 
 class Counter(TorchDispatchMode):
@@ -59,7 +64,28 @@ def test_one_product_gives_what_three_do(model: FlipModel) -> None:
     assert counter.products == 4 * 4 + 1, "q, k and v; out; fc1; fc2 of each block, and the patches"
 
 
-@pytest.mark.parametrize("kind", ["another class", "a hook"])
+def test_a_compiled_block_has_one_product_too(model: FlipModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(sum(node.target is nn.functional.linear for node in graph.graph.nodes))
+        return graph
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=backend, **options))
+    plain = gradients(model)
+    compile_blocks(model)
+    try:
+        with as_on_gpu():
+            assert (gradients(model) - plain).abs().max() < 1e-6
+            gradients(model, bf16=True)
+    finally:
+        torch._dynamo.reset()
+    # Of the image and of the text tower, in fp32 and in bf16.
+    assert graphs == [4] * 4
+
+
+@pytest.mark.parametrize("kind", ["another class", "a hook", "another weight"])
 def test_layers_that_are_not_plain_are_called(model: FlipModel, kind: str) -> None:
     calls: list[int] = []
 
@@ -71,11 +97,13 @@ def test_layers_that_are_not_plain_are_called(model: FlipModel, kind: str) -> No
     for module in list(model.modules()):
         if isinstance(module, FlipAttention) and kind == "a hook":
             module.v_proj.register_forward_pre_hook(lambda *_: calls.append(1))
-        elif isinstance(module, FlipAttention):
+        elif isinstance(module, FlipAttention) and kind == "another class":
             module.v_proj.__class__ = Changed
+        elif isinstance(module, FlipAttention):
+            module.v_proj.weight = Quantised(module.v_proj.weight.detach())
     with as_on_gpu(), Counter() as counter:
         gradients(model)
-    assert len(calls) == 4
+    assert len(calls) == (0 if kind == "another weight" else 4)
     assert counter.products == 4 * 6 + 1
 
 
