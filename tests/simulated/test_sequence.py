@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from conftest import write_shards
 from simulated.recorder import Recorder
@@ -16,7 +17,7 @@ from simulated.world import fake_processes
 
 from flipscale import pretrain
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
-from flipscale.engines.launch import launch_environment, read_launch_file
+from flipscale.engines.launch import Launch, launch_environment, read_launch_file
 from flipscale.engines.start import start_accelerator
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
@@ -121,3 +122,23 @@ def test_ranks_send_alike(
     assert {message[:3] for message in found[0]} == {message[:3] for message in found[world - 1]}
     assert len(found[0]) > 6 * 4
     assert [path.name for path in list_checkpoints(tmp_path / "0")][-1:] == [f"step-{SIGNALLED + 1:08d}"]
+
+
+def sums(rank: int, swapped: bool) -> list[tuple]:
+    """The sums of a rank of 16 within its four neighbours, then over the four that have its place among theirs."""
+    recorder = Recorder()
+    with fake_processes(rank, Launch("fsdp2", 16, shard_size=4)):
+        first, place = rank // 4 * 4, rank % 4
+        groups = [dist.new_group(ranks) for ranks in (range(first, first + 4), range(place, 16, 4))]
+        with recorder:
+            recorder.on = True
+            for size, group in zip((8, 2), reversed(groups) if swapped else groups, strict=True):
+                dist.all_reduce(torch.ones(size), group=group)
+    return [one.signature for one in recorder.collectives]
+
+
+def test_swapped_groups_of_one_size_are_told_apart() -> None:
+    right, wrong = sums(1, swapped=False), sums(1, swapped=True)
+    assert [message[:3] for message in right] == [message[:3] for message in wrong]
+    for other in (0, 13):
+        assert shared(right, 1, other) == shared(sums(other, swapped=False), 1, other) != shared(wrong, 1, other)
