@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,14 +26,13 @@ from flipscale.engines.optimizers import encoder_blocks, gradient_norm, num_trai
 class Fsdp2Engine(Engine):
     """`fully_shard` on every block, the towers, the projections and the rest.
 
-    In bf16 the weights of blocks and towers are gathered in bf16 and compute in bf16; gradients are reduced in fp32.
+    In bf16 the weights of blocks and towers are gathered in bf16 and compute in bf16; gradients are reduced in fp32,
+    or in bf16 with `launch.sums_in_bf16`.
     The projections, `logit_scale`, embeddings and the loss are fp32 throughout. `launch.shard_size` neighbouring
     processes share one copy of the weights.
     """
 
     autocasts = False
-    # Type in which gradients are summed.
-    reduce_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -75,7 +74,8 @@ class Fsdp2Engine(Engine):
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.launch.bf16 and not fp32:
-            policy = MixedPrecisionPolicy(torch.bfloat16, self.reduce_dtype, output_dtype)
+            summed = torch.bfloat16 if self.launch.sums_in_bf16 else torch.float32
+            policy = MixedPrecisionPolicy(torch.bfloat16, summed, output_dtype)
         # By default the root alone stays whole.
         reshard = None if self.launch.reshards else False
         fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -123,12 +123,6 @@ class Fsdp2Engine(Engine):
         # Groups with a copy each (HSDP) have the same gradients, so each sums its own.
         holders = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
         return gradient_norm(self._parameters, self.recipe.max_grad_norm, holders)
-
-
-class Fsdp2Bf16ReduceEngine(Fsdp2Engine):
-    """FSDP2 that sums gradients in bf16: half the bytes, and rounding that grows with the number of processes."""
-
-    reduce_dtype = torch.bfloat16
 
 
 class _RowLayout(Layout):

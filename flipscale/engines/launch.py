@@ -31,6 +31,8 @@ NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 # torchrun's default role.
 _NO_ROLE = "default"
+# The role that sums gradients in bf16; accelerate passes no setting of its own for this.
+BF16_REDUCE = "fsdp2_bf16_reduce"
 _MAX_DIGITS = 9
 # Sections of a launch file.
 _SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
@@ -56,6 +58,8 @@ class Launch:
         reshards: whether `fsdp2` drops gathered weights after the forward pass, and gathers them again for the backward
             pass. False takes the memory of all weights in the products' precision.
         prefetches: whether `fsdp2` begins to gather the next block before a block computes.
+        sums_in_bf16: whether `fsdp2` sums gradients in bf16: half the bytes, and rounding that grows with the number of
+            processes.
         deepspeed: DeepSpeed's settings, for the ZeRO engines.
         processes_per_node: number of processes on each machine; None if unknown.
     """
@@ -66,6 +70,7 @@ class Launch:
     shard_size: int | None = None
     reshards: bool = True
     prefetches: bool = False
+    sums_in_bf16: bool = False
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     processes_per_node: int | None = None
 
@@ -140,6 +145,8 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
         prefetches = _is_set(environment, "FSDP_FORWARD_PREFETCH")
         launch = launch.using(engine="fsdp2", reshards=reshards, prefetches=prefetches)
     role = environment.get("ROLE_NAME", _NO_ROLE)
+    if role == BF16_REDUCE:
+        return launch.using(engine="fsdp2", sums_in_bf16=True)
     return launch if role == _NO_ROLE else launch.using(engine=role)
 
 

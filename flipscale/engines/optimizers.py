@@ -163,7 +163,7 @@ def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
 
 def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:
     """Return the bytes of Muon's step on the fullest process, besides weights, gradients and momentum."""
-    names, is_sharded = muon_matrices(model), launch.engine.startswith("fsdp2")
+    names, is_sharded = muon_matrices(model), launch.engine == "fsdp2"
     shapes = [parameter.shape for name, parameter in model.named_parameters() if name in names]
     sharers = (launch.shard_size or launch.num_processes) if is_sharded else launch.neighbours
     return buffer_elements(shapes, sharers, is_sharded) * (2 if launch.bf16 else 4)

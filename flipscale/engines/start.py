@@ -23,11 +23,10 @@ def engine_classes() -> dict[str, type["Engine"]]:
     """Return the engine classes by their names in a `Launch`."""
     # Imported here, because torch's sharding and the models take seconds.
     from flipscale.engines.ddp import DdpEngine
-    from flipscale.engines.fsdp2 import Fsdp2Bf16ReduceEngine, Fsdp2Engine
+    from flipscale.engines.fsdp2 import Fsdp2Engine
     from flipscale.engines.zero import ZeroEngine
 
-    sharding = {"fsdp2": Fsdp2Engine, "fsdp2_bf16_reduce": Fsdp2Bf16ReduceEngine}
-    return {"ddp": DdpEngine, **sharding, **dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine)}
+    return {"ddp": DdpEngine, "fsdp2": Fsdp2Engine, **dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine)}
 
 
 def engine_class(launch: Launch) -> type["Engine"]:

@@ -238,7 +238,7 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     at_once = recipe.data.micro_batch_size or pairs
     parts = [at_once // count for count in (4, 16) if at_once % count == 0]
     counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
-    others = [launch.using(engine=engine, shard_size=None) for engine in engine_classes()]
+    others = [launch.using(engine=engine, shard_size=None, reshards=True) for engine in engine_classes()]
     takes = [
         other
         for other in others

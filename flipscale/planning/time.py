@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
@@ -298,8 +296,7 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
         sizes = [(sum(p.numel() for p in module.parameters()), num_trained(module)) for module in modules]
         rest = tuple(2 * whole - sum(of) for whole, of in zip(sizes[-1], zip(*sizes, strict=True), strict=True))
         width = 2 if launch.bf16 and issubclass(engine, Fsdp2Engine) else 4
-        reduced = getattr(engine, "reduce_dtype", torch.float32).itemsize
-        return _sharded([*sizes[:-1], rest], width, reduced, launch, links, between)
+        return _sharded([*sizes[:-1], rest], width, launch, links, between)
     size = 4 * num_trained(model)
     if issubclass(engine, ZeroEngine):
         settings = launch.deepspeed.get("zero_optimization", {})
@@ -312,15 +309,10 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
     return Messages(backward=(buckets - 1) * last, last=last, between=between)
 
 
-def _sharded(
-    groups: list[tuple[int, ...]], width: int, reduced: int, launch: Launch, links: Links, between: float
-) -> Messages:
+def _sharded(groups: list[tuple[int, ...]], width: int, launch: Launch, links: Links, between: float) -> Messages:
     """Return the seconds of sharded weights, given the weights and the trained weights of each group. A group is
-    gathered before its use in both passes, and its gradients are sent behind the last backward pass.
-
-    Args:
-        width, reduced: bytes of a gathered weight and of a sent gradient.
-    """
+    gathered before its use in both passes, and its gradients are sent behind the last backward pass."""
+    reduced = 2 if launch.sums_in_bf16 else 4
     shard_size = launch.shard_size or launch.num_processes
     shards, replicas = links.group(shard_size), launch.num_processes // shard_size
     gathers = [shards.gather(width * whole) for whole, _ in groups]

@@ -55,6 +55,7 @@ def test_launch_files_are_read_as_by_accelerate(file: Path, monkeypatch: pytest.
     assert read == launch_of(made)
     assert read.engine == {"hsdp": "fsdp2"}.get(file.stem, file.stem)
     assert (read.num_processes, read.precision) == (8, "bf16")
+    assert (read.reshards, read.prefetches) == (file.stem != "hsdp", file.stem in ("fsdp2", "hsdp"))
     assert launch_environment(file).items() <= made.items()
 
 
@@ -63,6 +64,10 @@ def test_the_role_names_other_engines(tmp_path: Path, monkeypatch: pytest.Monkey
     file = tmp_path / "other.yaml"
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "fsdp2"}}))
     expected = Launch("fsdp2", 8, "bf16", processes_per_node=8)
+    assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == expected
+    sharded = yaml.safe_load((FOLDER / "hsdp.yaml").read_text())
+    file.write_text(yaml.safe_dump({**sharded, "mpirun_config": {"role": "fsdp2_bf16_reduce"}}))
+    expected = read_launch_file(FOLDER / "hsdp.yaml").using(sums_in_bf16=True)
     assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == expected
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "ddq"}}))
     with pytest.raises(ValueError, match="role 'ddq'"):
@@ -96,7 +101,7 @@ def test_neighbours(world: int, per_node: int | None, neighbours: int) -> None:
 
 def test_engines() -> None:
     assert type(build_engine(Accelerator(cpu=True), Launch(), OptimRecipe(), 8)) is DdpEngine
-    assert {read_launch_file(file).engine for file in LAUNCH_FILES} == engine_classes().keys() - {"fsdp2_bf16_reduce"}
+    assert {read_launch_file(file).engine for file in LAUNCH_FILES} == engine_classes().keys()
 
 
 def test_fsdp_1_and_fp16_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
