@@ -176,6 +176,12 @@ def test_sharded_weights_are_gathered_and_gradients_scattered(engine: str, world
     assert len([one for one in sums if one.size > 7]) == (len(parts) - 1 if replicas > 1 else 0)
 
 
+def test_weights_that_stay_whole_are_gathered_once_for_all_micro_batches() -> None:
+    counts = step("hsdp", 8, 1, PARTS).figures()["collectives"]
+    assert counts["all_gather"] == 2 + len(units(8))
+    assert counts["reduce_scatter"] == 1 + len(units(8))
+
+
 def test_one_line_of_json(recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(recipe))
