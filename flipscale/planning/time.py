@@ -32,7 +32,7 @@ _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
 # Bytes per second that the optimiser reads and writes: data sheet of an H100 SXM.
 _MEMORY_BANDWIDTH = 3.35e12
 # torch operations of a step: a block's two passes, and all else. tests/simulated counts them.
-_FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 78, 145, 440
+_FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 74, 98, 440
 # Seconds that the host spends on a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).
 _UNIT_SECONDS = 1e-3
 
@@ -57,7 +57,7 @@ def bench_figures(bench: Path) -> dict[str, Any]:
 
 def speed_key(recipe: Recipe) -> str:
     """Return the key of a recipe in `step_flops_per_s`: its model size, and whether its blocks are compiled."""
-    return f"{recipe.model.size}{' compiled' * bool(recipe.model.compile)}"
+    return f"{recipe.model.size}{' compiled' * (recipe.model.compile is not False)}"
 
 
 def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float, key: str = "") -> float:
