@@ -17,6 +17,7 @@ from flipscale.data.prepared import TASKS_DIR, read_prepared
 from flipscale.data.task_page import SUITES, suite_pages
 from flipscale.evaluation.results import RESULTS_FILE, as_metrics
 from flipscale.io.atomic import write_text
+from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.model_folder import local_folder
@@ -69,8 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
     )  # fmt: skip
     add("--batch_size", type=number(Pairs), default=256, help="Images or texts embedded at once. Default: 256.")
-    workers_help = "Processes that decode images; 0 decodes in this process. Default: 4."
-    add("--num_workers", type=number(Workers), default=4, help=workers_help)
+    add(
+        "--num_workers", type=number(Workers),
+        help="Processes that decode images; 0 decodes in this process. Default: its part of the cores, except one.",
+    )  # fmt: skip
     add(
         "--image_size", type=number(Pixels), metavar="PIXELS",
         help="Image size for tasks that set none, a multiple of the patch size. Default: the model's own.",
@@ -121,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         task.check()
     if args.without:
         tasks = with_clean_tasks(tasks, args.without)
+    workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
     accelerator = start_accelerator([], ".")
     home = args.output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
     if accelerator.is_main_process:
@@ -132,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     masked: list[MaskedResults] = []
     faults: list[UserError | OSError] = []
     for model in models:
-        embedder = open_together(partial(open_embedder, model.given, accelerator, args.batch_size, args.num_workers))
+        embedder = open_together(partial(open_embedder, model.given, accelerator, args.batch_size, workers))
         if isinstance(embedder, UserError | OSError):
             if len(models) == 1:
                 raise embedder

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, is_utf8
-from flipscale.io.options import Count, MinutesAboveZero, Positive, number, usable_cores
+from flipscale.io.options import Count, MinutesAboveZero, Positive, number
 
 if TYPE_CHECKING:
     from flipscale.engines.launch import Launch

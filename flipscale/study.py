@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, MinutesAboveZero, number, output_folder, usable_cores
+from flipscale.io.options import Count, MinutesAboveZero, number, output_folder
 from flipscale.training.console import start_logging
 
 _RESAMPLES = 400

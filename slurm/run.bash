@@ -133,9 +133,7 @@ train() {
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   while :; do
     rc=0
-    # Of the cores of a process, one trains and the others decode.
-    launch flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" \
-      --data.num_workers $((cores / per_node > 1 ? cores / per_node - 1 : 0)) "$@" &
+    launch flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" "$@" &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap interrupts `wait`
     wait "$pid" || rc=$?

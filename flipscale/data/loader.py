@@ -214,10 +214,10 @@ def build_loader(
             first_step, last_step, recipe.global_batch_size, rank, world_size, recipe.micro_batch_size
         ),
         collate_fn=_unchanged,
-        num_workers=recipe.num_workers,
+        num_workers=recipe.workers,
         pin_memory=pin_memory,
         worker_init_fn=settle_worker,
-        multiprocessing_context=worker_context() if recipe.num_workers else None,
+        multiprocessing_context=worker_context() if recipe.workers else None,
     )
 
 

@@ -155,7 +155,7 @@ class PairDataset(Dataset):
             keep_patches(torch.zeros(1, shape.side, shape.side), mask_ratio, self.mask.kind, self.mask.views)
         self.order = order_of(source, seed, recipe)
         # Process number and current shard of each worker, in shared memory, to report the shard of a dead worker.
-        self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
+        self.reading = torch.zeros((max(recipe.workers, 1), 2), dtype=torch.int64).share_memory_()
         # Whether a caption is tokenised as soon as it is read, so that an untokenizable caption is replaced.
         self.checks_captions = False
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from flipscale.data.order import number_of_lanes
+from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.options import Bytes, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
 
@@ -114,8 +115,8 @@ class DataRecipe:
             At 1, all nodes read all shards.
         shards_per_block: Number of shards shuffled together, summed over all lanes; a lane has at least one. More
             shards take more memory and open files.
-        num_workers: Decoding processes of each training process; 0 decodes in the training process. Does not change
-            what is learned.
+        num_workers: Decoding processes of each training process; 0 decodes in the training process. Null is the
+            process's part of the node's cores, except one. Does not change what is learned.
         cache_dir: A folder on a local disk that keeps fetched shards. Does not change what is learned.
         cache_bytes: Size limit of the cache, in bytes. For each source, it must hold the shards that the node's lanes
             read now and next: by default two for each lane. Does not change what is learned.
@@ -136,7 +137,7 @@ class DataRecipe:
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     lanes: Pairs | None = field(default=None, metadata={"before": 1})
     shards_per_block: Count = 16
-    num_workers: Workers = field(default=8, metadata={"learned": False})
+    num_workers: Workers | None = field(default=None, metadata={"learned": False})
     cache_dir: str = field(default="~/.cache/flipscale/shards", metadata={"learned": False})
     cache_bytes: Bytes = field(default=100_000_000_000, metadata={"learned": False})
     max_bad_fraction: Share = field(default=0.05, metadata={"learned": False})
@@ -145,6 +146,11 @@ class DataRecipe:
         if not self.crop_scale[0] <= self.crop_scale[1]:
             raise UserError(f"data.crop_scale is {list(self.crop_scale)}; expected the smaller share first")
         check_weights(self.captions, "data.captions")
+
+    @property
+    def workers(self) -> int:
+        """Number of decoding processes of this process."""
+        return decoding_workers(self.num_workers)
 
     @property
     def num_lanes(self) -> int:

@@ -27,7 +27,7 @@ class EvalRecipe:
         retrieval: Adds the task `{kind: retrieval, data: FOLDER}`, or changes the data of the listed task.
         tasks_dir: Folder in which `flipscale prepare tasks` put the data of built-in tasks.
         batch_size: Images that a process embeds at once.
-        num_workers: Decoding processes of each training process; 0 decodes in the training process.
+        num_workers: Decoding processes of each training process, as `data.num_workers`.
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
@@ -37,7 +37,7 @@ class EvalRecipe:
     retrieval: str | None = None
     tasks_dir: str = TASKS_DIR
     batch_size: Count = 256
-    num_workers: Workers = 4
+    num_workers: Workers | None = None
 
     def __post_init__(self) -> None:
         if self.tasks or self.zero_shot or self.retrieval:

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import difflib
 import math
-import os
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 
@@ -204,8 +204,3 @@ def add_num_workers(parser: argparse.ArgumentParser) -> None:
         default=usable_cores(),
         help="Number of worker processes; by default one for each core.",
     )
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use; on a shared node, those of its job."""
-    return len(os.sched_getaffinity(0))

@@ -17,8 +17,8 @@ from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Decoder, SampleNumbers
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress
 from flipscale.preparation.lists import FileList, picture_files
 

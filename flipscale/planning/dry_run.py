@@ -103,7 +103,7 @@ def _hardware(args: argparse.Namespace, recipe: Recipe) -> Hardware:
     """Return the stated figures, else those of `--bench`, else the defaults."""
     peak = args.peak_tflops * 1e12
     share = share_of_peak("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
-    hardware = Hardware(peak=peak, matmul_share=share, pair_kb=args.pair_kb)
+    hardware = Hardware(peak=peak, matmul_share=share, pair_kb=args.pair_kb, node_cores=round(args.node_cores))
     if args.bench is not None:
         hardware = hardware.measured(bench_figures(args.bench))
     links = Links(args.node_gb_s or hardware.links.node_gb_s, args.network_gb_s)
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "peak_tflops": (hardware.peak / 1e12, "bf16 peak of a GPU in Tflop/s", " (H100)"),
         "node_gb_s": (links.node_gb_s, "GB/s per GPU within a node", " (NVLink of an H100)"),
         "network_gb_s": (links.network_gb_s, "GB/s per GPU between nodes", " (one 400 Gb/s adapter per GPU)"),
+        "node_cores": (hardware.node_cores, "Cores of a node", ""),
         "images_per_worker_s": (
             *(hardware.images_per_worker_s, "Images per second of a loader's worker"),
             ", as measured by `python benchmarks/data.py --alone`",
@@ -201,7 +202,8 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
     return "\n".join(lines) + (
         f"\ncomputed, for GPUs at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, "
         f"{links.node_gb_s:g} GB/s a GPU within a node of {GPUS_OF_A_NODE}, {links.network_gb_s:g} between nodes,\n"
-        f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} kB a pair"
+        f"{hardware.node_cores} cores a node, {hardware.images_per_worker_s:g} images/s a worker, "
+        f"{hardware.pair_kb:g} kB a pair"
     )
 
 

@@ -246,7 +246,7 @@ def _small_on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Propo
     fields = _fields(
         {"image_size": 128, "patch_size": 16, **_tower(384, 12, 6), "projection_dim": 384},
         {**tokens, **_tower(384, 6, 6), **_text(data), "projection_dim": 384},
-        {"global_batch_size": batch, "num_workers": 8},
+        {"global_batch_size": batch},
         {},
     )
     reasons = {
@@ -262,7 +262,7 @@ def _on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
     batch = _shared(min(65536, max(1024, _power_below(data.pairs // 3000))), data, num_gpus)
     fields: Fields = {
         "model": {"size": size, "text_config": tokens},
-        "data": {"global_batch_size": batch, "num_workers": 8},
+        "data": {"global_batch_size": batch},
     }
     reasons = {
         "model.size": f"the paper's towers for {data.pairs:,} pairs: b16, l16 from 100 M, h14 from a billion",

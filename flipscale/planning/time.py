@@ -134,6 +134,7 @@ class Hardware:
     Args:
         peak: bf16 operations per second of a GPU; 989e12: data sheet of an H100 SXM, dense.
         matmul_share: share of the peak that matrix products reach on a GPU alone.
+        node_cores: cores of a node, as in the Slurm scripts; they decide the workers of a recipe that states none.
         images_per_worker_s: images per second of a loader's worker; 827: docs/speed.md, JPEGs of 500x400.
         pair_kb: size of a pair on disk or network in kB.
         call_s: seconds in which the host queues a torch operation; an assumption.
@@ -142,6 +143,7 @@ class Hardware:
     links: Links = field(default_factory=Links)
     peak: float = 989e12
     matmul_share: float = USUAL_SHARE
+    node_cores: int = 96
     images_per_worker_s: float = 827.0
     pair_kb: float = 40.0
     call_s: float = 2.2e-6
@@ -228,7 +230,10 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     kept = engine_class(launch).memory(trained_model(recipe, stage), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
-    loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
+    workers = recipe.data.num_workers
+    if workers is None:
+        workers = max(1, hardware.node_cores // min(count, GPUS_OF_A_NODE) - 1)
+    loader = pairs / (workers * hardware.images_per_worker_s) if workers else 0.0
     busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, hardware, passes, micro_batches)
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
     vision = recipe.model_config().vision_config
@@ -246,8 +251,8 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         bottleneck = "compute"
     seconds = max(busy, loader, host)
     mfu = useful * pairs / seconds / hardware.peak
-    workers, node_mb_s = rate / hardware.images_per_worker_s, rate * hardware.pair_kb / 1e3
-    return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, workers, node_mb_s, bottleneck)
+    eaten = rate / hardware.images_per_worker_s, rate * hardware.pair_kb / 1e3
+    return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, *eaten, bottleneck)
 
 
 def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> int:

@@ -24,9 +24,9 @@ from flipscale.evaluation.reports.figures import draw_loss, draw_result, drawing
 from flipscale.hub.card import write_card
 from flipscale.hub.loading import load_with_tokenizer
 from flipscale.io.atomic import atomic_write, write_text
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
-from flipscale.io.options import usable_cores
 from flipscale.pages.report import offer_report
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes

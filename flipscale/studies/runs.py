@@ -16,9 +16,9 @@ import yaml
 
 from flipscale.evaluation.results import read_metrics
 from flipscale.io.atomic import write_text
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
-from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress
 from flipscale.training.recipe import Recipe, differences, to_yaml
 from flipscale.training.schedule import StageRecipe, plan_stages

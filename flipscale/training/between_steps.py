@@ -15,6 +15,7 @@ from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE
 from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.io.cores import decoding_workers
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import to_yaml
 from flipscale.training.run_directory import typed_command
@@ -44,7 +45,8 @@ class Evaluation:
         self._engine, self._watch, self._tracker = engine, tracker.watch, tracker
         kind, recipe = Embedder if plan.objective.takes_text else ClassifierEmbedder, plan.recipe.eval
         self._embedder = kind(
-            *(engine.model, plan.tokenizer, accelerator, recipe.batch_size, recipe.num_workers, self._watch.alive)
+            *(engine.model, plan.tokenizer, accelerator, recipe.batch_size, decoding_workers(recipe.num_workers)),
+            self._watch.alive,
         )
 
     def run(self, tasks: list[Task], num_steps: int) -> None:

@@ -155,7 +155,7 @@ def check(recipe: Recipe) -> Plan:
     for task in tasks:
         task.check()
     _check_micro_batches(recipe, objective, config)
-    check_shared_memory(data.num_workers)
+    check_shared_memory(data.workers)
     by_kind = [data.captions, *(stage.captions for stage in stages)]
     kinds = dict.fromkeys((kind for shares in by_kind for kind in shares or ()), 1.0)
     source = open_source(replace(data, captions=kinds or None))

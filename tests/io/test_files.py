@@ -1,6 +1,5 @@
 """Room on a disk, sizes in words, and cores."""
 
-import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from flipscale.io.files import check_disk_space, size_text
-from flipscale.io.options import usable_cores
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,13 +24,3 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch:
 )
 def test_sizes(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
-
-
-def test_cores_of_a_job() -> None:
-    cores = os.sched_getaffinity(0)
-    assert usable_cores() == len(cores)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        assert usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, cores)

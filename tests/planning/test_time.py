@@ -107,7 +107,7 @@ def test_the_bottleneck_is_named(h14: Recipe) -> None:
     slow = Hardware(links=Links(node_gb_s=0.2))
     assert step_time(h14, Launch("ddp", 8, "bf16"), stage, slow).bottleneck == "node links"
     starved = step_time(h14, Launch("ddp", 256, "bf16"), stage, Hardware(images_per_worker_s=10.0))
-    assert (starved.bottleneck, starved.seconds) == ("loader", pytest.approx(256 / 80))
+    assert (starved.bottleneck, starved.seconds) == ("loader", pytest.approx(256 / 110))
 
 
 def cells(printed: str) -> dict[str, list[str]]:
