@@ -14,7 +14,7 @@ import torch
 import flipscale
 from flipscale.checks.findings import Bench, NotRun
 from flipscale.checks.group import Row
-from flipscale.io.options import usable_cores
+from flipscale.io.cores import usable_cores
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed")
 # Fields of `nvidia-smi --query-gpu`: name, driver, MiB, MHz now and at most, watts now and at most, PCIe.

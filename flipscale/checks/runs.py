@@ -25,7 +25,7 @@ from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import load_tokenizer, train_sentencepiece
 from flipscale.io import json_lines
-from flipscale.io.options import usable_cores
+from flipscale.io.cores import usable_cores
 
 _PAIRS, _STEPS, _SAVED = 8, 12, 6
 _TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
