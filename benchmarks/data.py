@@ -2,7 +2,9 @@
 
     python benchmarks/data.py --shards data/photos/500x400 data/photos/1024x768
 
-`--alone` measures ours in detail, with any number of workers.
+`--alone` measures ours in detail, with a worker on each core at once:
+
+    python benchmarks/data.py --alone --shards data/photos/500x400
 """
 
 import argparse
@@ -33,7 +35,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.data import decode
 from flipscale.data.captions import tokenise
-from flipscale.data.loader import PackedBatch, build_loader
+from flipscale.data.loader import PackedBatch, build_loader, keep_decoded_memory
 from flipscale.data.masks import keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
@@ -41,6 +43,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.io.cores import usable_cores
 from flipscale.model import FlipConfig
 from flipscale.planning.bench_step import Figures
 
@@ -211,9 +214,16 @@ def _loader_process(name: str, setting: DataSetting) -> Connection:
     return ours
 
 
-def _serve(connection: Connection, name: str, setting: DataSetting) -> None:
+def _settle(name: str = "flipscale") -> None:
+    """Set up this process as a worker of a loader, except for its signals."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if name == "flipscale":
+        keep_decoded_memory()
+
+
+def _serve(connection: Connection, name: str, setting: DataSetting) -> None:
+    _settle(name)
     batches = LOADERS[name](setting)
     while True:
         try:
@@ -231,6 +241,8 @@ def _serve(connection: Connection, name: str, setting: DataSetting) -> None:
 def measure_data(setting: DataSetting) -> Figures:
     """Return speed, bytes, memory and time shares of the loader that `pretrain` uses, ready for JSON.
 
+    The shares are those of as many processes at once as there are workers. With a GPU, `transfer_ms` is the time in
+    which a batch is pinned and copied there, beside the decoding.
     `bytes_to_device_per_image` counts pixels, `other_bytes_to_device_per_image` patch indices and tokens.
     `peak_memory_bytes_per_worker` is a worker's peak resident memory; it includes pages shared with the parent.
     """
@@ -246,6 +258,9 @@ def measure_data(setting: DataSetting) -> Figures:
     memory = max(peak_memory(pid) for pid in pids)
     del batches
     dataset = setting.dataset()
+    # Forked, as the loader's workers are without a GPU.
+    with multiprocessing.get_context("fork").Pool(workers, _settle) as pool:
+        shares = pool.map(time_shares, workers * [dataset], chunksize=1)
     read_bytes = np.mean([_sample_bytes(dataset, position) for position in range(256)])
     return {
         "code": "flipscale",
@@ -257,11 +272,20 @@ def measure_data(setting: DataSetting) -> Figures:
         "num_workers": num_workers,
         "images_per_s": images_per_s,
         "images_per_s_per_worker": images_per_s / workers,
+        "images_per_s_per_core": images_per_s / min(workers, usable_cores()),
         "read_mb_per_s": images_per_s * float(read_bytes) / 1e6,
         **device_bytes(batch, batch_size),
         "peak_memory_bytes_per_worker": memory,
-        **time_shares(dataset),
+        **{name: statistics.mean(share[name] for share in shares) for name in shares[0]},
+        **({"transfer_ms": _transfer_ms(batch)} if torch.cuda.is_available() else {}),
     }
+
+
+def _transfer_ms(batch: PackedBatch) -> float:
+    start = time.perf_counter()
+    batch.pin_memory().to(torch.device("cuda"))
+    torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
 
 
 def _sample_bytes(dataset: PairDataset, position: int) -> int:
@@ -324,7 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", nargs="+", required=True, help="Folders, globs or ranges of tar shards.")
     parser.add_argument("--alone", action="store_true", help="Measure our loader alone, in detail, as JSON lines.")
-    parser.add_argument("--num_workers", type=int, default=1, help="Workers with --alone; 0 decodes in this process.")
+    parser.add_argument(
+        "--num_workers", type=int, default=usable_cores(),
+        help="Workers with --alone, by default one for each core; 0 decodes in this process.",
+    )  # fmt: skip
     parser.add_argument("--mask_ratio", type=float, default=0.75, help="Share of patches removed.")
     parser.add_argument("--image_size", type=int, default=224, help="Side of the image in pixels.")
     parser.add_argument("--patch_size", type=int, default=16, help="Side of a patch in pixels.")

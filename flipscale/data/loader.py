@@ -260,8 +260,13 @@ def settle_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     gc.enable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer reads it at each batch
-    # glibc keeps up to 64 MiB of freed memory, because returning and getting a decoded image's pages takes a tenth of a
-    # worker's time. Other C libraries lack this function.
+    keep_decoded_memory()
+
+
+def keep_decoded_memory() -> None:
+    """Let glibc keep up to 64 MiB of freed memory, because returning and getting a decoded image's pages takes a tenth
+    of a worker's time."""
+    # Other C libraries lack this function.
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3

@@ -24,6 +24,7 @@ def setting(shards: Path, num_workers: int = 0) -> DataSetting:
 def test_figures_add_up(shards: Path, num_workers: int) -> None:
     figures = measure_data(setting(shards, num_workers))
     assert figures["images_per_s"] == pytest.approx(max(1, num_workers) * figures["images_per_s_per_worker"])
+    assert figures["images_per_s_per_core"] >= figures["images_per_s_per_worker"]
     assert figures["bytes_to_device_per_image"] == 4 * 3 * 8 * 8
     assert figures["other_bytes_to_device_per_image"] == 4 * 2 + 8 * 4 + 8
     assert figures["peak_memory_bytes_per_worker"] > 2**20
