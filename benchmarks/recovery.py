@@ -112,7 +112,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def recover(run: Run, fault: Callable[[dict[int, psutil.Process]], object], again: Callable[[], None]) -> Seconds:
-    """Return the seconds of each part of a recovery.
+    """Return the seconds of each part of a recovery, their sum `all`, and a new process's seconds on its `cpu`.
+
+    `redone` is the number of steps since the checkpoint.
 
     Args:
         fault: function that makes the fault for the processes by rank.
@@ -133,10 +135,11 @@ def recover(run: Run, fault: Callable[[dict[int, psutil.Process]], object], agai
     metrics = run.folder / "metrics.jsonl"
     wait_for(lambda: metrics.stat().st_mtime > batch and run.steps() > start["step"])
     step = time.time()
+    cpu = max(sum(process.cpu_times()[:2]) for process in new.values())
     parts = {"ending": ended - began, "waiting": first - ended, **(start.get("seconds") or {})}
     parts["other"] = start["time"] - began - sum(parts.values())
     parts |= {"batch": batch - start["time"], "step": step - batch}
-    return {**parts, "all": step - began, "redone": reached - start["step"]}
+    return {**parts, "all": step - began, "cpu": cpu, "redone": reached - start["step"]}
 
 
 def killed_open_clip(folder: Path, shards: str) -> Seconds:

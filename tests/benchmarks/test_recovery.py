@@ -13,8 +13,9 @@ def test_a_killed_rank(write_recipe, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", Path(__file__).parents[2], write_recipe(tmp_path / "unused"))
     parts = under_torchrun(run, "killed")
     assert {"ending", "waiting", "imports", "data", "processes", "checkpoint", "batch", "step"} <= parts.keys()
-    whole, redone = parts.pop("all"), parts.pop("redone")
+    whole, cpu, redone = (parts.pop(name) for name in ("all", "cpu", "redone"))
     assert sum(parts.values()) == pytest.approx(whole)
     assert min(parts.values()) > -0.1  # clocks of the boot and of the day
+    assert 0.5 < cpu < whole
     assert redone >= STEPS_BEFORE % STEPS_A_SAVE
     assert run.ranks() == {}
