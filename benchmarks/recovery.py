@@ -26,15 +26,21 @@ import psutil
 import yaml
 
 STEPS_BEFORE, STEPS_A_SAVE, HANG_SECONDS = 30, 20, 20.0
-# A model of two small towers, and epochs of a hundred steps of 16 pairs.
+# A model of two small towers, and epochs of fifty steps of 16 pairs.
 OPEN_CLIP_MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-EPOCH_SAMPLES = 1600
+EPOCH_SAMPLES = 800
 OPEN_CLIP_MAIN = """
-import sys, open_clip
+import sys, open_clip, torch
+
+class OnCpus(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, module, device_ids=None, **options):
+        super().__init__(module, **options)
+
+torch.nn.parallel.DistributedDataParallel = OnCpus  # open_clip names a device, which torch refuses for CPUs
 open_clip.add_model_config({folder!r})
 from open_clip_train.main import main
 main([*sys.argv[1:], "--logs", {logs!r}])  # torchrun takes --logs for its own

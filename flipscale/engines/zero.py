@@ -166,7 +166,8 @@ class ZeroEngine(Engine):
         """
         if dist.get_rank() == 0:
             # DeepSpeed must skip the step also if only the loss is not finite. It ignores padding, and the first number
-            # of the first gradient is never padding.
+            # of the first gradient is never padding. No stream is waited for: DeepSpeed's backward pass has waited for
+            # its reductions, and without fp16 its step reads gradients on this stream.
             first = next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[:1]
             first.copy_(torch.where(taken > 0.0, first, math.nan))
         self.wrapped.step()
