@@ -72,6 +72,7 @@ def _check_gpus(args: argparse.Namespace) -> None:
     from flipscale.checks.group import Node
     from flipscale.engines.launch import whole_number
     from flipscale.io.atomic import write_text
+    from flipscale.training.recipe import parse_recipe
 
     if (nodes := whole_number(os.environ, "GROUP_WORLD_SIZE", 1)) > 1:
         raise UserError(f"the launcher started {nodes} nodes; bench gpu measures one. Fix: start it on one node")
@@ -85,6 +86,8 @@ def _check_gpus(args: argparse.Namespace) -> None:
             f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, and bench gpu needs {max(num_gpus, 1)}. "
             "Fix: see what `nvidia-smi` prints, and install torch for CUDA"
         )
+    for recipe in args.recipes:
+        parse_recipe(["--config", recipe])  # refuses an unknown recipe before all checks
     folder = Path(tempfile.mkdtemp(prefix="flipscale-bench-"))
     bench = Bench(Node(num_gpus, folder), args.recipes, args.batch_size, args.shards)
     run_checks(bench, lambda line: print(line, file=sys.stderr, flush=True))
@@ -93,8 +96,8 @@ def _check_gpus(args: argparse.Namespace) -> None:
     else:
         shutil.rmtree(folder)
     text = json.dumps(as_json(bench))
-    write_text(args.output, f"{text}\n")
     print(text if args.json else report(bench))
+    write_text(args.output, f"{text}\n")
 
 
 def step_setting(args: argparse.Namespace) -> "StepSetting":

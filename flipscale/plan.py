@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bench", type=Path, metavar="FILE",
         help="gpu.json of `flipscale bench gpu` on such GPUs, or the JSON line of `flipscale bench step --json`, "
-        "instead of --mfu.",
+        "instead of --mfu. The step of the first recipe's model counts.",
     )  # fmt: skip
     parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")
     parser.add_argument(
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.engines.device import BF16_PEAKS
     from flipscale.planning.cost import Gpus, cost_table
     from flipscale.planning.proposal import gpu_named
-    from flipscale.planning.time import share_of_peak
+    from flipscale.planning.time import share_of_peak, speed_key
     from flipscale.training.recipe import parse_recipe
 
     name = gpu_named(args.gpu)
     peak = BF16_PEAKS[name]
-    mfu = share_of_peak("--mfu", args.mfu, args.bench, peak)
-    gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)
     recipes = {recipe: parse_recipe(["--config", recipe]) for recipe in args.recipes}
+    mfu = share_of_peak("--mfu", args.mfu, args.bench, peak, speed_key(recipes[args.recipes[0]]))
+    gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)
     prices = ("device_hour_dollars", "pue", "kwh_co2_grams")
     given = {field: getattr(args, field) for field in prices if getattr(args, field) is not None}
     print(cost_table(recipes, gpus, [dataclasses.replace(recipe.cost, **given) for recipe in recipes.values()]))

@@ -1,1 +1,1 @@
-"""What `flipscale bench gpu` measures and tests on a node of GPUs."""
+"""Checks and measurements of a node of GPUs, for `flipscale bench gpu`."""

@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass
 class Bench:
-    """The settings of the checks, and what they have measured so far.
+    """The settings of the checks, their findings and measurements.
 
     Args:
         recipes: names or files of the recipes whose steps are measured.

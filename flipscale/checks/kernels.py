@@ -128,7 +128,7 @@ def check_products(bench: Bench) -> None:
     """Report the speed of matrix products on all GPUs at once; GPUs must be equally fast."""
     for recipe in bench.recipes:
         given = {"recipe": recipe, "batch_size": bench.batch_size}
-        rows = bench.node.run(f"{__name__}:products", 180, bench.node.num_gpus, **given)
+        rows = bench.node.run(f"{__name__}:products", 180.0, bench.node.num_gpus, **given)
         speeds = [[row["flops_per_s"] for row in of_rank if "shape" in row] for of_rank in rows]
         means = [len(of_rank) / sum(1 / speed for speed in of_rank) for of_rank in speeds]
         slowest = min(range(len(means)), key=means.__getitem__)
@@ -149,7 +149,7 @@ def check_products(bench: Bench) -> None:
 def check_attention(bench: Bench) -> None:
     """Report the speed of attention's kernels; the one that the trainer uses must be there."""
     for recipe in bench.recipes:
-        (rows,) = bench.node.run(f"{__name__}:attention", 180, recipe=recipe, batch_size=bench.batch_size)
+        (rows,) = bench.node.run(f"{__name__}:attention", 180.0, recipe=recipe, batch_size=bench.batch_size)
         bench.figures.setdefault("attention", {})[recipe] = rows
         faults, texts = [], []
         for row in rows:
@@ -169,7 +169,7 @@ def check_attention(bench: Bench) -> None:
 def check_triton(bench: Bench) -> None:
     """Compare the loss in Triton with torch in fp64."""
     dim = int(parse_recipe(["--config", bench.recipes[0]]).model_config().projection_dim or 0)
-    (rows,) = bench.node.run(f"{__name__}:triton_loss", 180, dim=dim, batch_size=bench.batch_size)
+    (rows,) = bench.node.run(f"{__name__}:triton_loss", 180.0, dim=dim, batch_size=bench.batch_size)
     bench.figures["triton"], (*compared, speed) = rows, rows
     # NaN is no match either.
     off = [row for row in compared if not row["difference"] <= LOSS_TOLERANCE]

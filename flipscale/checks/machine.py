@@ -83,7 +83,7 @@ def contexts() -> list[int]:
 
 def check_machine(bench: Bench) -> None:
     """Report versions, GPUs, links and limits; GPUs must be alike."""
-    rows = bench.node.run(f"{__name__}:machine", 120, num_gpus=bench.node.num_gpus)[0]
+    rows = bench.node.run(f"{__name__}:machine", 120.0, num_gpus=bench.node.num_gpus)[0]
     found = {name: value for row in rows for name, value in row.items()}
     bench.figures["machine"] = found
     bench.add("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))

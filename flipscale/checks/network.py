@@ -63,7 +63,7 @@ def check_collectives(bench: Bench) -> None:
     bench.need_gpus(2)
     for recipe in bench.recipes:
         rows = bench.node.run(
-            f"{__name__}:collectives", 180, bench.node.num_gpus, recipe=recipe, batch_size=bench.batch_size,
+            f"{__name__}:collectives", 180.0, bench.node.num_gpus, recipe=recipe, batch_size=bench.batch_size,
             folder=str(bench.node.folder),
         )  # fmt: skip
         setup = max(of_rank[0]["setup_s"] for of_rank in rows)

@@ -136,8 +136,9 @@ def check_stall(bench: Bench) -> None:
     training = Training(bench, "stalled", 100_000)
     with training.start(bench.node.num_gpus, "ddp") as group:
         training.await_steps(group, 15)  # the usual time of a step is known after ten
+        usual = training.records("metrics")[-1]["trained_seconds"] / 15
         os.kill(group.processes[1].pid, signal.SIGSTOP)
-        time.sleep(_STALL_SECONDS)
+        time.sleep(max(_STALL_SECONDS, 10 * usual))
         os.kill(group.processes[1].pid, signal.SIGCONT)
         group.await_true(lambda: bool(training.records("slow_steps")), _END_SECONDS, "the report of the slow step")
         record = training.records("slow_steps")[0]

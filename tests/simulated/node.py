@@ -140,13 +140,13 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
 
 
 def _fake_time(take: Callable[..., float]) -> Callable[..., float]:
-    """Return `Loop.take` with one step, of a second if nothing is recomputed; the host needs a fifth of that."""
+    """Return `Loop.take` with one step, of ten seconds if nothing is recomputed; the host needs a fifth of that."""
 
     def taken(loop: Loop, batches: Any, count: int) -> float:
         take(loop, batches, 1)
         if batches.gi_frame.f_locals["pairs"] == 2:
-            return 0.2
-        return 4 / 3 if loop.engine._recomputes else 1.0
+            return 2.0
+        return 40 / 3 if loop.engine._recomputes else 10.0
 
     return taken
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,15 +39,30 @@ def small(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def patient(wait: Callable[..., None]) -> Callable[..., None]:
+    """Return a function of `Group` with twenty times its time limit."""
+
+    def waited(self: group.Group, *given: Any) -> None:
+        wait(self, *(20 * one if isinstance(one, float) else one for one in given))
+
+    return waited
+
+
 def run(small: Path, folder: Path, fault: Fault | None = None, *names: str, **figures: Any) -> Bench:
     """Run all checks, or those named, and return their findings and figures."""
     bench = Bench(Node(NUM_DEVICES, folder, Starter(fault)), [str(small)], 8, figures=figures)
     chosen = [check for check in checks.CHECKS if not names or check.__name__.removeprefix("check_") in names]
     path = f"{small.parent}:{os.environ['PATH']}"
-    patches = patch.object(checks, "CHECKS", chosen), patch.object(runs, "_LOADER_SECONDS", 2.0)
-    # DeepSpeed reads from the GPU, so the fake world has none.
-    without = patch.object(steps, "find_spec", lambda name: None)
-    with patches[0], patches[1], without, patch.dict(os.environ, {"PATH": path}):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(checks, "CHECKS", chosen))
+        stack.enter_context(patch.object(runs, "_LOADER_SECONDS", 2.0))
+        # A busy machine takes its time.
+        stack.enter_context(patch.object(runs, "_END_SECONDS", 1800.0))
+        stack.enter_context(patch.object(group.Group, "wait", patient(group.Group.wait)))
+        stack.enter_context(patch.object(group.Group, "await_true", patient(group.Group.await_true)))
+        # DeepSpeed reads from the GPU, so the fake world has none.
+        stack.enter_context(patch.object(steps, "find_spec", lambda name: None))
+        stack.enter_context(patch.dict(os.environ, {"PATH": path}))
         run_checks(bench, print)
     return bench
 
@@ -121,7 +136,7 @@ def load_slowly(stack: ExitStack) -> None:
     from flipscale.data.pairs import PairDataset
 
     load = PairDataset.__getitems__
-    stack.enter_context(patch.object(PairDataset, "__getitems__", lambda *given: (time.sleep(0.5), load(*given))[1]))
+    stack.enter_context(patch.object(PairDataset, "__getitems__", lambda *given: (time.sleep(4.0), load(*given))[1]))
 
 
 @pytest.mark.long
@@ -154,8 +169,8 @@ def test_a_wrong_plan_is_found(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_slow_loader_is_found(small: Path, tmp_path: Path) -> None:
-    measured = {**STEP, "recipe": str(small), "seconds": 1.0}
-    assert "the fastest step uses 64 images/s" in failed(run(small, tmp_path, load_slowly, "loader", steps=[measured]))
+    measured = {**STEP, "recipe": str(small), "seconds": 10.0}
+    assert "the fastest step uses 6 images/s" in failed(run(small, tmp_path, load_slowly, "loader", steps=[measured]))
 
 
 def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> None:
