@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ def check_products(bench: Bench) -> None:
         clocks = sorted(float(gpu["clocks.sm"]) for gpu in loaded if gpu["clocks.sm"].replace(".", "").isdigit())
         bench.figures.setdefault("products", {})[recipe] = {"flops_per_s": means, "rows": rows[slowest]}
         bench.add(
-            f"products {recipe}",
+            f"products {Path(recipe).stem}",
             f"{min(map(min, speeds)) / 1e12:.0f} to {max(map(max, speeds)) / 1e12:.0f} Tflop/s in bf16, mean "
             f"{sum(means) / len(means) / 1e12:.0f}" + (f"; {clocks[0]:.0f} to {clocks[-1]:.0f} MHz" if clocks else ""),
             faults,
@@ -163,7 +164,7 @@ def check_attention(bench: Bench) -> None:
             best = (f"{name.split('_')[0]} {times[name]:.2f}" for name in sorted(times, key=times.__getitem__)[:3])
             texts.append(f"{row['tokens']} tokens {', '.join(best)}")
         used = rows[0]["used"].removesuffix("_attention")
-        bench.add(f"attention {recipe}", f"ms, fastest first, {used} is used: {'; '.join(texts)}", faults)
+        bench.add(f"attention {Path(recipe).stem}", f"ms, fastest first, {used} is used: {'; '.join(texts)}", faults)
 
 
 def check_triton(bench: Bench) -> None:

@@ -100,6 +100,6 @@ def check_machine(bench: Bench) -> None:
         "machine",
         f"{len(gpus)} x {one['name']}, driver {one['driver_version']}, {one['clocks.max.sm']} MHz and "
         f"{one['power.limit']} W at most, links {', '.join(kinds) or 'unknown'}, {found['cores']} cores, shm "
-        f"{found['shm_gb']:.0f} GB, locked memory {found['locked_gb'] or 'unlimited'}",
+        f"{found['shm_gb']:.0f} GB" + (f", locked memory {found['locked_gb']:.2g} GB" if found["locked_gb"] else ""),
         faults,
     )

@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -71,4 +72,4 @@ def check_collectives(bench: Bench) -> None:
         bench.figures.setdefault("collectives", []).extend({"recipe": recipe, **row} for row in found)
         bench.figures["setup_s"] = max(setup, bench.figures.get("setup_s", 0.0))
         words = ", ".join(f"{row['name']} {row['bus_bytes_per_s'] / 1e9:.3g}" for row in found)
-        bench.add(f"NCCL {recipe}", f"set up in {setup:.1f} s; GB/s: {words}")
+        bench.add(f"NCCL {Path(recipe).stem}", f"set up in {setup:.1f} s; GB/s: {words}")

@@ -21,13 +21,16 @@ import torch
 from simulated.fake_gpu import DEVICE, NUM_DEVICES, Devices, fake_gpu
 from simulated.recorder import Recorder, resizing
 from simulated.world import fake_processes
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
+from flipscale.checks import steps
 from flipscale.checks.group import Process
 from flipscale.checks.steps import Loop
 from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
+from flipscale.engines.launch import launch_of
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps")
@@ -154,13 +157,9 @@ def _fake_time(take: Callable[..., float]) -> Callable[..., float]:
 def on_fake_gpu(stack: ExitStack) -> Recorder:
     """Let this process be rank 3 of 8 on a fake GPU."""
     recorder = Recorder()
-    if "WORLD_SIZE" in os.environ:
-        from flipscale.engines.launch import launch_of
-
-        stack.enter_context(fake_processes(int(os.environ["RANK"]), launch_of(os.environ)))
+    # A single process gets a number of its GPU too, because the fake guard has no current device.
+    stack.enter_context(fake_processes(int(os.environ.get("RANK", "0")), launch_of(os.environ)))
     fake = stack.enter_context(fake_gpu(recorder.wait, []))
-    if "WORLD_SIZE" not in os.environ:
-        torch.cuda.set_device(DEVICE)
     stack.enter_context(
         patch.object(torch._C, "_cuda_hasPrimaryContext", lambda index: index in Devices.touched, create=True)
     )
@@ -191,6 +190,14 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
         recorder.memory.peak = recorder.memory.now
 
     stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", forget_peak))
+    # The mesh of FSDP2 reads its ranks' numbers.
+    make = steps.build_engine
+
+    def make_engine(*arguments: Any) -> Engine:
+        with unset_fake_temporarily():
+            return make(*arguments)
+
+    stack.enter_context(patch.object(steps, "build_engine", make_engine))
     build = Engine.build
 
     def build_on_device(engine: Engine, *arguments: Any) -> None:

@@ -75,6 +75,7 @@ def failed(bench: Bench) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = run(small, tmp_path)
     printed = report(bench)
@@ -140,17 +141,20 @@ def load_slowly(stack: ExitStack) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_memory_on_another_gpu_is_found(small: Path, tmp_path: Path) -> None:
     assert failed(run(small, tmp_path, feed_on_any_gpu, "contexts")) == "the rank of GPU 3 has memory on GPU 0"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_an_absent_attention_backend_is_found(small: Path, tmp_path: Path) -> None:
     text = failed(run(small, tmp_path, refuse_flash, "attention"))
     assert "flash_attention is not there at 5 tokens: No available kernel" in text
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_wrong_tile_is_found(small: Path, tmp_path: Path) -> None:
     assert "gradient of images of 300 pairs off by " in failed(run(small, tmp_path, spoil_a_tile, "triton"))
 
@@ -159,6 +163,7 @@ STEP = {"engine": "ddp", "compiled": False, "recomputes": False, "pairs": 8, "pe
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_wrong_plan_is_found(small: Path, tmp_path: Path) -> None:
     row = {**STEP, "recipe": str(small), "variables": steps.engine_variables("ddp", 8)}
     (plan,) = steps.plans([row], {"step_flops_per_s": {}})
@@ -168,6 +173,7 @@ def test_a_wrong_plan_is_found(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_slow_loader_is_found(small: Path, tmp_path: Path) -> None:
     measured = {**STEP, "recipe": str(small), "seconds": 10.0}
     assert "the fastest step uses 6 images/s" in failed(run(small, tmp_path, load_slowly, "loader", steps=[measured]))
@@ -227,6 +233,7 @@ def test_kinds_of_links_are_counted() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_steps_are_taken_by_real_processes(
     engine: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
