@@ -216,7 +216,7 @@ def check_steps(bench: Bench) -> None:
             bench.findings.append(Finding(name, "not run", refusal))
             continue
         world = 1 if engine == ALONE else bench.node.num_gpus
-        variables = {} if engine == ALONE else engine_variables(engine, world)
+        variables = _ALONE if engine == ALONE else engine_variables(engine, world)
         given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled}
         folder, faults = str(bench.node.folder), []
         try:
@@ -226,7 +226,7 @@ def check_steps(bench: Bench) -> None:
         # The slowest rank, which the others wait for.
         by_row = zip(*filter(None, rows), strict=False)
         slowest = [max(of_ranks, key=lambda row: row.get("seconds", 0.0)) for of_ranks in by_row]
-        measured += [{"engine": engine, "variables": variables or _ALONE, **row} for row in slowest]
+        measured += [{"engine": engine, "variables": variables, **row} for row in slowest]
         bench.add(name, "; ".join(map(_step_words, slowest)), faults)
 
 
