@@ -100,8 +100,7 @@ def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
     checkpoint = open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return None
-    prepare_workers()  # whose imports take as long as these
-    loss_kinds()
+    loss_kinds()  # imports the models
     laps.end("imports")
     plan = check(recipe)
     laps.end("data")
