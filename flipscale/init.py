@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, is_utf8
+from flipscale.io.files import check_writable, is_utf8, last_line
 from flipscale.io.options import Count, MinutesAboveZero, Positive, number
 
 if TYPE_CHECKING:
@@ -237,10 +237,7 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
             process.terminate()
             process.wait()
     if process.returncode:
-        line = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-        words = (
-            f"measuring the speed ended with exit code {process.returncode}: {line.removeprefix('flipscale: error: ')}"
-        )
+        words = f"measuring the speed ended with exit code {process.returncode}: {last_line(log)}"
         raise (UserError if process.returncode == 2 else OSError)(words)
     return [_recorded_rates(short, stage.name)[-1] for stage in short.stages]
 

@@ -20,7 +20,7 @@ from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_pat
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe, MaskRecipe
-from flipscale.data.samples import BadSample, Fault, Sample, Source, candidates
+from flipscale.data.samples import BadSample, Fault, Sample, SampleNumbers, Source, candidates
 from flipscale.data.sources.mixture import order_of
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
@@ -294,9 +294,8 @@ def check_kinds(source: Source, names: Sequence[str]) -> None:
     Raises:
         UserError: none of them has a kind.
     """
-    places = ((shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size))
     counts, total = dict.fromkeys(names, 0), 0
-    for place in islice(places, _SAMPLES_WITH_KINDS if names else 0):
+    for place in islice(SampleNumbers(source), _SAMPLES_WITH_KINDS if names else 0):
         with suppress(BadSample):
             kinds, total = source.read(*place).kinds, total + 1
             for kind in counts:

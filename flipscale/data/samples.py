@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -147,6 +148,27 @@ class Source:
     def key(self, shard: int, number: int) -> str:
         """Return the name of sample `number` of shard `shard` for messages."""
         raise NotImplementedError
+
+
+class SampleNumbers(Sequence[tuple[int, int]]):
+    """(shard, number) of every row of a source, in shard order, in eight bytes a shard."""
+
+    def __init__(self, source: Source):
+        self._ends = np.cumsum(source.shard_sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
 
 
 def shard_sizes_digest(source: Source) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 from flipscale.io.hub_requests import guard_requests
 from flipscale.io.model_folder import check_texts, is_path
 from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
@@ -96,8 +96,7 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
             guard_requests()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises any
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.tokenizer {name!r} cannot be loaded ({reason})") from error
+        raise UserError(f"data.tokenizer {name!r} cannot be loaded ({first_line(error)})") from error
     tokenizer.model_max_length = max_tokens
     return tokenizer
 
@@ -266,9 +265,8 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
     try:
         return Path(hf_hub_download(str(name_or_vocab_file), "vocab.txt"))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no vocabulary {str(name_or_vocab_file)!r}: no such file, and not from the Hub ({reason}); "
+            f"no vocabulary {str(name_or_vocab_file)!r}: no such file, and not from the Hub ({first_line(error)}); "
             "name a vocab.txt, or a model that has one such as google-bert/bert-base-uncased"
         ) from error
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.io.digests import check_weight
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import check_folder, fetch_folder
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
@@ -139,7 +139,7 @@ def initial_weights(
             names_or_fault = [usable]
         except (ValueError, OSError, SafetensorError) as error:
             named = f"{start} {init_from!r}" if isinstance(init_from, str) else start
-            names_or_fault = [f"{named} cannot be loaded ({str(error).splitlines()[0]})"]
+            names_or_fault = [f"{named} cannot be loaded ({first_line(error)})"]
     if several:
         dist.broadcast_object_list(names_or_fault, device=device)
     (names,) = names_or_fault

@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from flipscale.data.decode import decode_box
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Decoder, Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers
+from flipscale.data.samples import SampleNumbers
+from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError

@@ -18,7 +18,7 @@ from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
 from flipscale.data.pairs import InputShape
-from flipscale.data.samples import BadSample, Sample, wrap_errors
+from flipscale.data.samples import BadSample, Sample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress, each
@@ -80,22 +80,6 @@ class Share:
         rows = torch.arange(self.count)
         batch = rows // self.size
         return batch % self.world * self.most + batch // self.world * self.size + rows % self.size
-
-
-class SampleNumbers(Sequence[tuple[int, int]]):
-    """(shard, number) of every row of a source, in shard order, in eight bytes a shard."""
-
-    def __init__(self, source: TarSource):
-        self._ends = np.cumsum(source.shard_sizes, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, row: Any) -> Any:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
 
 
 class ChosenRows(TarSource):

@@ -17,7 +17,7 @@ from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
 from flipscale.data.tokenizers import with_lower_case
 from flipscale.evaluation.embedding import Decoder, Embedder
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
@@ -82,8 +82,8 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
             )
     except Exception as error:  # transformers raises any type
         if isinstance(error, OSError) and not Path(name).is_dir():
-            raise OSError(f"{full_name} cannot be loaded ({_first_line(error)})") from error
-        raise UserError(f"{full_name} cannot be loaded ({_first_line(error)})") from error
+            raise OSError(f"{full_name} cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{full_name} cannot be loaded ({first_line(error)})") from error
     for method in ("get_image_features", "get_text_features"):
         if not hasattr(model, method):
             raise UserError(
@@ -99,7 +99,7 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
         with no_code_of_models():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises any type for bad files
-        raise UserError(f"{full_name} has no processor that can be read ({_first_line(error)})") from error
+        raise UserError(f"{full_name} has no processor that can be read ({first_line(error)})") from error
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise UserError(
@@ -148,11 +148,7 @@ def _loading(name: str) -> Iterator[None]:
         with no_code_of_models():
             yield
     except Exception as error:  # open_clip, timm, transformers and torch raise any type
-        raise UserError(f"open_clip model {name!r} cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"open_clip model {name!r} cannot be loaded ({first_line(error)})") from error
 
 
 @dataclass(frozen=True)

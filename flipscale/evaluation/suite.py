@@ -13,9 +13,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.decode import decode_box
 from flipscale.data.prepared import TASKS_DIR
-from flipscale.data.samples import BadSample
+from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.task_page import read_page
-from flipscale.evaluation.embedding import Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
 from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot

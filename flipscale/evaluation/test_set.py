@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.samples import BadSample
+from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, Value
+from flipscale.evaluation.embedding import ChosenRows, Embedder, Value
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 

@@ -16,7 +16,7 @@ from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, unt
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, dummy_batch
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
 from flipscale.io.digests import check_weight
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import check_folder, fetch_folder, read_object, read_shapes
 from flipscale.io.streams import without_bars
 from flipscale.model import (
@@ -86,7 +86,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself for damaged files
         raise UserError(
-            f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
+            f"model {name!r} has no tokenizer that can be read ({first_line(error)}); it needs tokenizer.json and "
             "tokenizer_config.json: copy those of its training, or export it again"
         ) from error
     tokenizer = with_lower_case(tokenizer, model.config.caption_config)
@@ -200,7 +200,7 @@ def _tried(embedder: Embedder) -> Embedder:
             if embedder.tokenizer is not None and "texts" in embedder.gives:
                 embeds["a text"] = embedder.text_features(embedder.tokens(["a photo"]).to(device))
     except Exception as error:  # other programs' tokenizers, processors and models raise any exception
-        raise UserError(f"model {embedder.name!r} cannot embed ({_first_line(error)}); download it again") from error
+        raise UserError(f"model {embedder.name!r} cannot embed ({first_line(error)}); download it again") from error
     for kind, features in embeds.items():
         if not features.isfinite().all():
             raise UserError(f"model {embedder.name!r} embeds {kind} as NaN or infinite numbers; use another model")
@@ -218,7 +218,3 @@ def open_together(open_one: Callable[[], Embedder]) -> Embedder | UserError | OS
         faults = [(OSError if isinstance(error, OSError) else UserError, str(error))]
     faults = gather_object(faults)
     return faults[0][0](faults[0][1]) if faults else embedder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from flipscale.hub.card import read_audit
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
+from flipscale.io.files import last_line
 from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
 from flipscale.io.model_folder import check_folder
 from flipscale.training.recipe import HubRecipe, Recipe
@@ -313,9 +314,7 @@ class BackgroundPush:
         """Log the failure of a push that has ended."""
         process, self._process = self._process, None
         if process is not None and process.returncode != 0:
-            log = self.run_dir / "push.log"
-            lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines() if log.exists() else []
-            self._warn(lines[-1].removeprefix("flipscale: error: ") if lines else "no output")
+            self._warn(last_line(self.run_dir / "push.log"))
 
     def _warn(self, reason: str) -> None:
         message = "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint"

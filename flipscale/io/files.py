@@ -81,6 +81,12 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def last_line(log: Path) -> str:
+    """Return the last line of a process's output in a file, without the mark of an error."""
+    lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines() if log.exists() else []
+    return lines[-1].removeprefix("flipscale: error: ") if lines else "no output"
+
+
 def is_utf8(text: str) -> bool:
     """Return whether a text can be encoded. File names that are not UTF-8 hold halves of surrogate pairs."""
     try:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
 from flipscale.data.pairs import InputShape
+from flipscale.data.samples import evenly
 from flipscale.engines.device import best_attention
 from flipscale.evaluation.embedding import whole_square
 from flipscale.evaluation.kinds.retrieval import Retrieval
@@ -18,7 +19,6 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.test_set import TestSet
 from flipscale.model import FlipModel, FlipPreTrainedModel
-from flipscale.pages.page import evenly
 from flipscale.pages.pictures import ShardPictures, embed_pictures, unit
 
 _ROWS = 256  # pictures at a time, to bound the memory

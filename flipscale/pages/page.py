@@ -66,11 +66,6 @@ def shortened(text: str, most: int) -> str:
     return f"{head[:at] if at > most // 2 else head}…"
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers below `count`, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
-
-
 def listed(names: Sequence[str]) -> str:
     """Return names joined for a sentence: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

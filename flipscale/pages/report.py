@@ -13,7 +13,7 @@ import yaml
 
 from flipscale.data.decode import decode_small
 from flipscale.data.pairs import InputShape
-from flipscale.data.samples import BadSample
+from flipscale.data.samples import BadSample, evenly
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.reports.curves import Curve, read_curve
@@ -33,7 +33,7 @@ from flipscale.pages.answers import (
     mistakes,
     shown_task,
 )
-from flipscale.pages.page import Picture, drawing, evenly, listed, rendered, shortened, thumbnail
+from flipscale.pages.page import Picture, drawing, listed, rendered, shortened, thumbnail
 from flipscale.training.recipe import Recipe, deciding_part
 from flipscale.training.report import OWN_TASKS, evaluation_flags
 from flipscale.training.run_summary import RunSummary

@@ -3,7 +3,7 @@
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_whole
-from flipscale.data.samples import BadSample, Sample, Source
+from flipscale.data.samples import BadSample, Sample, SampleNumbers, Source, evenly
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_png_path
 from flipscale.io.progress import Progress, each
@@ -60,18 +60,17 @@ def inspect_shards(
     total = len(source)
     if not total:
         raise UserError(f"there is no sample in {len(source.shard_sizes)} shards")
-    count = min(max_samples, total) if max_samples else total
-    numbers = np.unique(np.linspace(0, total - 1, count).round().astype(np.int64))
-    shown = set(np.linspace(0, len(numbers) - 1, min(_COLUMNS * _ROWS, len(numbers))).round().astype(int).tolist())
+    numbers, samples = evenly(total, max_samples or total), SampleNumbers(source)
+    shown = set(evenly(len(numbers), _COLUMNS * _ROWS))
     good: list[Checked] = []
     faults = Faults()
     for fault in source.faults:
         faults.add(fault.cause, f"{fault.shard}: {fault.detail}")
     with ThreadPoolExecutor() as pool, Progress(len(numbers), "inspecting", "samples") as progress:
-        places = enumerate(_places(source, numbers))
+        places = enumerate(samples[number] for number in numbers)
         while chunk := list(islice(places, _CHUNK)):
-            samples = [_read(source, *place) for _, place in chunk]
-            results = pool.map(_check, samples, [row in shown for row, _ in chunk])
+            read = [_read(source, *place) for _, place in chunk]
+            results = pool.map(_check, read, [row in shown for row, _ in chunk])
             for (_, (shard, number)), result in zip(chunk, results, strict=True):
                 if isinstance(result, BadSample):
                     faults.add(result.cause, f"{source.shard_name(shard)}#{number}: {result}")
@@ -97,23 +96,15 @@ def read_captions(source: Source) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    count = min(len(source), _MAX_CAPTIONS)
-    numbers = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
+    samples = SampleNumbers(source)
     captions: list[str] = []
-    for place in each(_places(source, numbers), "captions", "samples", len(numbers)):
+    for number in each(evenly(len(source), _MAX_CAPTIONS), "captions", "samples"):
         with suppress(BadSample):
-            stored = source.read_captions(*place)
+            stored = source.read_captions(*samples[number])
             captions += [choose_caption((caption,), 0.0) for caption in stored if caption.strip()]
     if not captions:
         raise UserError(f"none of {len(source):,} samples has a caption that can be read")
     return captions
-
-
-def _places(source: Source, numbers: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield the shard and the number in it of samples that are counted through all shards."""
-    starts = np.concatenate([[0], np.cumsum(source.shard_sizes)])
-    shards = np.searchsorted(starts, numbers, side="right") - 1
-    yield from zip(shards.tolist(), (numbers - starts[shards]).tolist(), strict=True)
 
 
 def _read(source: Source, shard: int, number: int) -> Sample | BadSample:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.prepared import PREPARED, read_prepared
-from flipscale.data.samples import reason_of
+from flipscale.data.samples import SampleNumbers, reason_of
 from flipscale.data.sources.tar import TarSource, add_member
 from flipscale.data.task_page import TaskPage, TaskSource
 from flipscale.io import json_lines
@@ -380,17 +380,14 @@ def write_real_labels(place: Path, source: TarSource) -> None:
     """
     labels: list[list[int]] = json.loads(find_real_labels().read_text(encoding="utf-8"))
     of_images, labelled, agreeing = [], 0, 0
-    for shard, size in enumerate(source.shard_sizes):
-        for number in range(size):
-            key = source.key(shard, number)
-            name = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})", key)
-            if name is None or not 1 <= int(name[1]) <= len(labels):
-                raise UserError(
-                    f"{source.shard_name(shard)} has an image {key}, not ILSVRC2012_val_...; it has changed"
-                )
-            of_images.append(labels[int(name[1]) - 1])
-            labelled += bool(of_images[-1])
-            agreeing += source.read_label(shard, number) in of_images[-1]
+    for shard, number in SampleNumbers(source):
+        key = source.key(shard, number)
+        name = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})", key)
+        if name is None or not 1 <= int(name[1]) <= len(labels):
+            raise UserError(f"{source.shard_name(shard)} has an image {key}, not ILSVRC2012_val_...; it has changed")
+        of_images.append(labels[int(name[1]) - 1])
+        labelled += bool(of_images[-1])
+        agreeing += source.read_label(shard, number) in of_images[-1]
     # Nine in ten agree; of labels in another order, one in a thousand would.
     if 2 * agreeing < labelled:
         raise UserError(f"{agreeing} of {labelled} images have their class among their labels; the source has changed")

@@ -18,7 +18,7 @@ from flipscale.evaluation.results import read_metrics
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.files import last_line, read_text
 from flipscale.io.progress import Progress
 from flipscale.training.recipe import Recipe, differences, to_yaml
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -191,9 +191,8 @@ def _start(run: StudyRun, variables: dict[str, str]) -> "subprocess.Popen[bytes]
 
 def _end_text(run: StudyRun, code: int) -> str:
     """Return how a run failed, and its last line of output."""
-    lines = run.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines() or ["no output"]
     ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return f"ended {ended}: {lines[-1].removeprefix('flipscale: error: ')}; its output is in {run.beside('log')}"
+    return f"ended {ended}: {last_line(run.beside('log'))}; its output is in {run.beside('log')}"
 
 
 @contextmanager

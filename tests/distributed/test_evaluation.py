@@ -18,8 +18,9 @@ from distributed.crowd import start_ranks
 from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
 
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Decoder, Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.evaluation.kinds import languages
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.model import FlipConfig, FlipModel

@@ -13,8 +13,9 @@ from conftest import COLOURS, SHAPES, TOWER, add_member, write_shards
 from evaluation.tiny_model import CAPTION_LENGTH, pixels_of, tiny_writer
 
 from flipscale.data.captions import tokenise
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, cider, rouge_l
 from flipscale.evaluation.kinds.captioning import Likelihoods, captioner, generated_captions
 from flipscale.evaluation.results import Result

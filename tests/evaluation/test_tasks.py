@@ -11,8 +11,9 @@ import torch
 from conftest import add_member
 from evaluation.tiny_model import pixels_of, tiny_embedder
 
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks

@@ -30,8 +30,8 @@ from transformers import (
     SiglipProcessor,
 )
 
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import SampleNumbers
 from flipscale.evaluation.foreign_models import transformers_embedder
 
 CAPTIONS = ["a red disc", "the blue ring", "a"]

@@ -15,8 +15,9 @@ from evaluation.made_up_sets import npy
 from evaluation.tiny_model import pixels_of, tiny_embedder
 from transformers import AutoTokenizer
 
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.vqa import accuracy
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flipscale.data.decode import decode_box
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, SampleNumbers
+from flipscale.evaluation.embedding import Embedder
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "the", *COLOURS, *SHAPES]

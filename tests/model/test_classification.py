@@ -10,8 +10,8 @@ from conftest import COLOURS, SHAPES
 from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import SampleNumbers
 from flipscale.model import FlipForImageClassification, FlipModel
 
 

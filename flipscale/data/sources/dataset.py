@@ -18,7 +18,7 @@ from flipscale.data.samples import (
     reason_of,
 )
 from flipscale.data.sources.shard_index import NotAFile, open_plain
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,10 +52,9 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
             return datasets.load_dataset(kind, data_files={split: name}, split=split)
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library and its builders raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"dataset {name!r}, split {split!r}, cannot be loaded ({reason}); name a folder, parquet or Arrow files, "
-            "or a dataset on the Hub"
+            f"dataset {name!r}, split {split!r}, cannot be loaded ({first_line(error)}); name a folder, parquet or "
+            "Arrow files, or a dataset on the Hub"
         ) from error
 
 

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from flipscale.data.order import Lanes, share_out
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.samples import evenly
 from flipscale.data.sources.manifest import (
     Manifest,
     ShardList,
@@ -376,7 +377,7 @@ class RemoteShardList(ShardList):
         """Return a manifest made on this machine, unless a few of its shards have other sizes now."""
         manifest = self._read_cached(place)
         if manifest is not None:
-            for shard in np.linspace(0, len(manifest) - 1, min(_CHECKED_SHARDS, len(manifest))).astype(int).tolist():
+            for shard in evenly(len(manifest), _CHECKED_SHARDS):
                 if information(self.path(manifest.names[shard]))["size"] not in (None, manifest.num_bytes[shard]):
                     return None
         return manifest

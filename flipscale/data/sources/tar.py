@@ -26,6 +26,7 @@ from flipscale.data.samples import (
     Source,
     UndecodableCaption,
     check_bytes,
+    evenly,
     wrap_errors,
 )
 from flipscale.data.sources.manifest import Manifest, ShardList
@@ -87,8 +88,7 @@ class TarSource(Source):
         """Return whether a few of the shards agree with the manifest."""
         self._describe(manifest)
         try:
-            count = min(_CHECKED_SHARDS, len(manifest))
-            for shard in np.linspace(0, len(manifest) - 1, count).astype(int).tolist():
+            for shard in evenly(len(manifest), _CHECKED_SHARDS):
                 if size_and_time(self.shard_name(shard)) != tuple(manifest.sizes[shard, 1:]):
                     os.close(self._open_checked(shard))
         except (StaleManifest, OSError):
@@ -247,8 +247,7 @@ class TarSource(Source):
 
     def _holds_its_samples(self, file: int, shard: int) -> bool:
         """Return whether a few samples have their tar headers before their files."""
-        size = self.shard_sizes[shard]
-        numbers = np.linspace(0, size - 1, min(_CHECKED_SAMPLES, size)).astype(int).tolist()
+        numbers = evenly(self.shard_sizes[shard], _CHECKED_SAMPLES)
         rows = [places(self._row(shard, number)) for number in numbers]
         files = [place for where in rows for place in (where.image, where.caption, where.class_number) if place]
         return all(announces(os.pread(file, BLOCK, max(offset - BLOCK, 0)), size) for offset, size in files)

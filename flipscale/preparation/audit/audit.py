@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, Template
 from PIL import Image
 
 from flipscale.data.decode import decode_whole
-from flipscale.data.samples import BadSample, Source
+from flipscale.data.samples import BadSample, SampleNumbers, Source, evenly
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
@@ -27,7 +27,6 @@ from flipscale.preparation.audit.scan import (
     near_copies,
     open_in_worker,
     overlaps,
-    place,
     scan_source,
 )
 from flipscale.preparation.audit.words import (
@@ -209,7 +208,7 @@ def _write(
 
 def _overlap(test: Source, source: Source, match: Match) -> dict[str, Any]:
     """Return the places of a test set's image and of the training image that it matches."""
-    (shard, number), (train_shard, train_number) = place(test, match.row), place(source, match.other)
+    (shard, number), (train_shard, train_number) = SampleNumbers(test)[match.row], SampleNumbers(source)[match.other]
     return {
         "shard": Path(test.shard_name(shard)).name,
         "number": number,
@@ -223,7 +222,7 @@ def _overlap(test: Source, source: Source, match: Match) -> dict[str, Any]:
 def _write_sheet(file: Path, pairs: Sequence[tuple[tuple[Source, int], tuple[Source, int], str]]) -> None:
     """Draw at most 24 pairs side by side, each with a line about it and a caption of each image."""
     tiles = []
-    for number in np.unique(np.linspace(0, len(pairs) - 1, _MAX_PAIRS).round().astype(int)).tolist():
+    for number in evenly(len(pairs), _MAX_PAIRS):
         (source, row), (other, other_row), about = pairs[number]
         tiles += [_tile(source, row, f"{about}: "), _tile(other, other_row, "")]
     contact_sheet(tiles).save(file)
@@ -232,7 +231,7 @@ def _write_sheet(file: Path, pairs: Sequence[tuple[tuple[Source, int], tuple[Sou
 def _tile(source: Source, row: int, about: str) -> tuple[Image.Image, str]:
     """Return the thumbnail and the first caption of an image."""
     try:
-        sample = source.read(*place(source, row))
+        sample = source.read(*SampleNumbers(source)[row])
         tile = Image.fromarray(np.ascontiguousarray(decode_whole(sample.image)))
     except BadSample:  # `decode_small` reads some images that `decode_whole` refuses
         return Image.new("RGB", (TILE, TILE), "#f2f2f2"), about

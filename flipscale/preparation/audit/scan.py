@@ -1,12 +1,11 @@
 """Passes over sources by worker processes: a few bytes of each image and caption, counts of words, and copies."""
 
 import hashlib
-from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import decode_small
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.samples import BadSample, MissingCaption, Sample, Source, UndecodableCaption
+from flipscale.data.samples import BadSample, MissingCaption, Sample, SampleNumbers, Source, UndecodableCaption
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.io.progress import Progress, each
 from flipscale.preparation.audit.duplicates import (
@@ -92,9 +91,10 @@ def scan_source(pool: ProcessPoolExecutor, source: Source, number: int, what: st
     Raises:
         OSError: a shard cannot be read.
     """
+    starts = [0, *accumulate(source.shard_sizes)]
     runs = [
         _Run(number, shard, at, row + at, min(_RUN, size - at), sampled_share)
-        for shard, (size, row) in enumerate(zip(source.shard_sizes, _starts(source), strict=True))
+        for shard, (size, row) in enumerate(zip(source.shard_sizes, starts, strict=False))
         for at in range(0, size, _RUN)
     ]
     images, captions = [np.zeros(0, _IMAGE)], [np.zeros(0, _CAPTION)]
@@ -159,18 +159,6 @@ def digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _starts(source: Source) -> list[int]:
-    """Return the row of the first sample of each shard."""
-    return np.concatenate([[0], np.cumsum(source.shard_sizes)])[:-1].astype(int).tolist()
-
-
-def place(source: Source, row: int) -> tuple[int, int]:
-    """Return the shard and number of a row of a source."""
-    firsts = _starts(source)
-    shard = bisect_right(firsts, row) - 1
-    return shard, row - firsts[shard]
-
-
 class Match(NamedTuple):
     """Rows of two images, perhaps of two sources, and the likeness of their thumbnails; `exact` for the same bytes."""
 
@@ -194,7 +182,7 @@ def _likenesses(source: int, other: int, pairs: list[list[int]]) -> list[Match]:
     @lru_cache(2 * _COMPARED_AT_ONCE)
     def thumbnail_of(number: int, row: int) -> np.ndarray:
         opened = _sources[number]
-        return thumbnail(decode_small(opened.read(*place(opened, row)).image, _DECODED_SIDE))
+        return thumbnail(decode_small(opened.read(*SampleNumbers(opened)[row]).image, _DECODED_SIDE))
 
     return [Match(a, b, likeness(thumbnail_of(source, a), thumbnail_of(other, b))) for a, b in pairs]
 
@@ -246,10 +234,10 @@ def overlaps(pool: ProcessPoolExecutor, test: np.ndarray, number: int, train: np
 def commonest_captions(scan: Scan, source: Source, count: int) -> list[dict[str, Any]]:
     """Return the commonest captions with their numbers and shares."""
     _, first, counts = np.unique(scan.captions["digest"], return_index=True, return_counts=True)
-    commonest = []
+    commonest, places = [], SampleNumbers(source)
     for number in np.lexsort((first, -counts))[:count].tolist():
         caption = scan.captions[first[number]]
-        texts = texts_of(source.read(*place(source, int(caption["row"]))), "", Faults())
+        texts = texts_of(source.read(*places[int(caption["row"])]), "", Faults())
         text = next(text for text in texts if digest(text.encode()) == caption["digest"])
         share = counts[number] / len(scan.captions)
         commonest.append({"caption": text[:LONGEST], "count": int(counts[number]), "share": float(share)})
