@@ -1,5 +1,6 @@
 """A test set in CLIP_benchmark's layout: shards, labels, captions, class names and prompts; and a run's classes."""
 
+import json
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -249,6 +250,17 @@ def read_text(folder: str, name: str) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}); write it anew") from error
+
+
+def read_list(data: str, name: str, what: str) -> list[Any]:
+    """Return the list in a JSON file of a set, of `what`."""
+    try:
+        rows = json.loads(read_text(data, name) or "null")
+    except ValueError as error:
+        raise UserError(f"{data}/{name} is no JSON ({error}); write it anew") from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{data}/{name} has no list of {what}; write it anew")
+    return rows
 
 
 @contextmanager

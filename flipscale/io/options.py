@@ -114,6 +114,13 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
             yield from _numbers(element, kinds[min(place, len(kinds) - 1)] if kinds else None, f"{path}[{place}]")
 
 
+def refuse_set(settings: dict[str, Any], reason: str) -> None:
+    """Raise UserError for the first of `settings`, values by field, that is set, beside the setting in `reason`."""
+    for name, value in settings.items():
+        if value:
+            raise UserError(f"{name} is {value} and {reason}; leave one of them out")
+
+
 def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
     """Raise UserError unless a recipe file has mappings for sections, with known fields only.
 

@@ -15,7 +15,13 @@ from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import FlipOutput
 from flipscale.model.modeling_flip_caption import FlipCaptionDecoder, caption_inputs, read_captions
-from flipscale.objectives.objective import Objective, WithSecondLoss, recorded_inputs, watch_gradients
+from flipscale.objectives.objective import (
+    Objective,
+    WithSecondLoss,
+    recorded_inputs,
+    watch_gradients,
+    without_text_mask,
+)
 
 Prediction = Literal["next_token", "parallel", "mixed"]
 # Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
@@ -130,10 +136,5 @@ def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
 
 def captioned(dataset: Any, prediction: Prediction, *arguments: Any, **options: Any) -> PairDataset:
     """Return `dataset(...)` that also draws which captions are predicted in parallel."""
-    captions: PairDataset = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
-    if captions.text_mask_ratio > 0.0:
-        raise UserError(
-            f"text_mask_ratio of a stage is {captions.text_mask_ratio:g}; expected 0, because the loss learns every "
-            "word of a caption. Fix: leave it out"
-        )
-    return captions
+    captions = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
+    return without_text_mask(captions, "the loss learns every word of a caption")

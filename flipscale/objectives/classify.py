@@ -10,10 +10,9 @@ from transformers.utils import ModelOutput
 
 from flipscale.data.labelled import LabelledDataset
 from flipscale.data.pairs import PairDataset
-from flipscale.io.errors import UserError
 from flipscale.io.options import Range, ShareBelowOne
 from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
-from flipscale.objectives.objective import Objective
+from flipscale.objectives.objective import Objective, without_text_mask
 
 
 @dataclass
@@ -73,12 +72,7 @@ class Classify(Objective):
 
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         dataset = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
-        if dataset.text_mask_ratio > 0.0:
-            raise UserError(
-                f"text_mask_ratio of a stage is {dataset.text_mask_ratio:g}; expected 0, because loss.kind 'classify' "
-                "has no text. Fix: leave it out"
-            )
-        return dataset
+        return without_text_mask(dataset, "loss.kind 'classify' has no text")
 
     def compared(self, output: ClassifyOutput) -> tuple[torch.Tensor, ...]:
         return ()

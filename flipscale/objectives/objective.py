@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flipscale.data.pairs import PairDataset
+from flipscale.io.errors import UserError
 from flipscale.io.options import Count
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.objectives.exchange import EarlyGather, world_size
@@ -169,6 +170,14 @@ class WithSecondLoss(Objective):
     def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
         names = ("contrastive_grad_norm", f"{self.second_loss}_grad_norm")
         return dict(zip(names, output.gradient_squares, strict=True))
+
+
+def without_text_mask(dataset: PairDataset, reason: str) -> PairDataset:
+    """Return the data set unless it masks text, which `reason` forbids."""
+    if dataset.text_mask_ratio > 0.0:
+        words = f"text_mask_ratio of a stage is {dataset.text_mask_ratio:g}; expected 0, because {reason}"
+        raise UserError(f"{words}. Fix: leave it out")
+    return dataset
 
 
 @contextmanager

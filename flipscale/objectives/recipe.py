@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.recipe import MaskRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, NonNegative, check_ranges
+from flipscale.io.options import Count, NonNegative, check_ranges, refuse_set
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
@@ -120,6 +120,7 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     shared: dict[str, Any] = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
     objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **shared, **recipe.options)
     check_ranges(objective, "loss.options")
+    other_model = None if objective.model_class is Objective.model_class else recipe.kind
     if recipe.captions_per_image > 1:
         others: dict[str, Any] = {
             "loss.kind": None if objective.takes_positives else recipe.kind,
@@ -128,34 +129,17 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
             "loss.reconstruction_weight": recipe.reconstruction_weight,
             "mask.views": mask.views - 1 and mask.views,
         }
-        for name, value in others.items():
-            if value:
-                raise UserError(
-                    f"loss.captions_per_image is {recipe.captions_per_image} beside {name} {value}, which takes one "
-                    "caption of an image; leave one of them out"
-                )
+        reason = "which is for a contrastive loss alone, of pairs and one view"
+        refuse_set(others, f"loss.captions_per_image is {recipe.captions_per_image}, {reason}")
     if recipe.caption_weight > 0.0:
-        if objective.model_class is not Objective.model_class or recipe.reconstruction_weight > 0.0:
-            other = f"loss.kind {recipe.kind!r}"
-            if recipe.reconstruction_weight > 0.0:
-                other = f"loss.reconstruction_weight {recipe.reconstruction_weight:g}"
-            raise UserError(
-                f"loss.caption_weight is {recipe.caption_weight:g} beside {other}, which trains another model class; "
-                "leave one of them out"
-            )
+        others = {"loss.kind": other_model, "loss.reconstruction_weight": recipe.reconstruction_weight}
+        refuse_set(others, f"loss.caption_weight is {recipe.caption_weight:g}, and both train another model class")
         return WithCaptions(
             other=objective, positives=recipe.positives, weight=recipe.caption_weight, prediction=recipe.caption_kind
         )
     if recipe.reconstruction_weight == 0.0:
         return objective
-    if mask.views > 1:
-        raise UserError(
-            f"loss.reconstruction_weight is {recipe.reconstruction_weight:g} with mask.views {mask.views}, but the "
-            "views see each other's masked patches; use 1 view, or weight 0"
-        )
-    if objective.model_class is not Objective.model_class or objective.columns:
-        raise UserError(
-            f"loss.reconstruction_weight is {recipe.reconstruction_weight:g} beside loss.kind {recipe.kind!r}, which "
-            "trains another model class; use another kind, or weight 0"
-        )
+    words = f"loss.reconstruction_weight is {recipe.reconstruction_weight:g}"
+    refuse_set({"mask.views": mask.views - 1 and mask.views}, f"{words}, but views see each other's masked patches")
+    refuse_set({"loss.kind": other_model}, f"{words}, and both train another model class")
     return WithReconstruction(other=objective, positives=recipe.positives, weight=recipe.reconstruction_weight)

@@ -29,6 +29,7 @@ from flipscale.io.options import (
     check_fields,
     check_ranges,
     parser_message,
+    refuse_set,
 )
 from flipscale.io.yaml_text import check_yaml, read_outline, read_saved_recipe
 from flipscale.model.families import family_of
@@ -288,11 +289,12 @@ class Recipe:
         if self.model.decoder_config and not self.loss.learns_captions:
             raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
         if self.model.family != "flip":
-            drop_path = {"model.drop_path_rate": self.model.drop_path_rate}
-            self._refuse(drop_path, f"model.family is {self.model.family!r}; only flip has it")
+            settings = {"model.drop_path_rate": self.model.drop_path_rate, **self._besides_contrastive()}
+            refuse_set(settings, f"model.family is {self.model.family!r}, and only flip has it")
         config = self.objective().model_config(self.model.config())
         if self.data.pack_captions:
-            self._refuse({}, "data.pack_captions is true, which is for the contrastive losses of whole captions")
+            reason = "data.pack_captions is true, which is for the contrastive losses of whole captions"
+            refuse_set(self._besides_contrastive(), reason)
             if not config.packs_captions:
                 fix = " or set model.text_config.attend_to_padding to false" if self.model.family == "flip" else ""
                 raise UserError(
@@ -309,18 +311,14 @@ class Recipe:
                 raise UserError(f"{name}: {error}") from None
         return config
 
-    def _refuse(self, settings: dict[str, Any], reason: str) -> None:
-        """Raise UserError for one of the settings that is set, for a text mask, and for losses besides the contrastive
-        ones."""
-        masked = {f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages}
-        others = {
+    def _besides_contrastive(self) -> dict[str, Any]:
+        """Return the settings of losses besides the contrastive ones, and of text masks."""
+        return {
             "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
             "loss.caption_weight": self.loss.caption_weight,
             "loss.reconstruction_weight": self.loss.reconstruction_weight,
+            **{f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages},
         }
-        for name, value in {**others, **settings, **masked}.items():
-            if value:
-                raise UserError(f"{name} is {value} and {reason}: leave one out")
 
 
 def build_parser(verb: str = "pretrain") -> "ArgumentParser":

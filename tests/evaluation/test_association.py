@@ -48,8 +48,8 @@ def test_association(roles: Path, embedder: Embedder) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (None, "roles.json is missing"),
-        ("{}", "lists no couple"),
+        (None, "roles.json has no list"),
+        ("{}", "roles.json has no list"),
         ("[{}]", "is not a list of"),
         (json.dumps([{"role": "a", "woman": 0, "man": 11}]), "names rows 0 and 11 of 11"),
     ],

@@ -346,13 +346,15 @@ def test_a_source_that_has_changed(tmp_path: Path, file: str, content: bytes | N
     assert not (tmp_path / "test").exists()
 
 
-@pytest.mark.parametrize("captions", [["一"] * 4, None, [1] * 5])
-def test_captions_that_do_not_fit(polyglot: Sides, tmp_path: Path, captions: list | None) -> None:
+@pytest.mark.parametrize(
+    ("captions", "expected"), [(["一"] * 4, "4 captions of 5"), (None, "no list"), ([1] * 5, "5 captions of 5")]
+)
+def test_captions_that_do_not_fit(polyglot: Sides, tmp_path: Path, captions: list | None, expected: str) -> None:
     folder = write_set(tmp_path / "set", 1, 5, lambda number, label: {})
     (folder / "captions").mkdir()
     (folder / "languages.txt").write_text("de\nzh\n")
     (folder / "captions/de.json").write_text(json.dumps(["ein Bild"] * 5))
     (folder / "captions/zh.json").write_text(json.dumps(captions))
     (task,) = build_tasks([{"kind": "multilingual_retrieval", "data": str(folder)}])
-    with pytest.raises(ValueError, match=rf"captions/zh.json has {len(captions or [])} captions of 5 images"):
+    with pytest.raises(ValueError, match=rf"captions/zh.json has {expected}"):
         evaluate_tasks(polyglot.ours, [task])

@@ -258,9 +258,9 @@ def test_contradicting_recipes_are_refused(write: Write, tokenizer_dir: Path, sh
         ({"model": short}, "model.decoder_config is set"),
         (
             {"loss": {**both, "reconstruction_weight": 1.0}},
-            "loss.caption_weight is 1 beside loss.reconstruction_weight",
+            "loss.reconstruction_weight is 1.0 and loss.caption_weight is 1",
         ),
-        ({"loss": {**both, "kind": "captioning"}}, "loss.caption_weight is 1 beside loss.kind 'captioning'"),
+        ({"loss": {**both, "kind": "captioning"}}, "loss.kind is captioning and loss.caption_weight is 1"),
         ({"loss": both, "model": {"decoder_config": {"layers": 2}}}, "model.decoder_config.layers"),
         ({"loss": {**alone, "options": {"prediction": "all"}}}, "loss.options of loss.kind 'captioning'"),
         ({"loss": {**both, "caption_kind": "all"}}, "caption_kind"),

@@ -1,6 +1,5 @@
 """Gender association: whether the word for a role is nearer to the picture of a man or of a woman in that role."""
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,7 +10,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Z95, clustered_share
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, read_text
+from flipscale.evaluation.test_set import TestSet, read_list
 from flipscale.io.errors import UserError
 
 ROLES = "roles.json"
@@ -88,15 +87,11 @@ preference. The intervals treat roles as independent draws, and pictures of one 
 
     def _couples(self, test_set: TestSet) -> list[Couple]:
         path = f"{self.data}/{ROLES}"
-        text = read_text(self.data, ROLES)
-        if text is None:
-            raise UserError(f"{path} is missing; it lists the role, woman and man of each couple")
+        rows = read_list(self.data, ROLES, "roles")
         try:
-            couples = [Couple(str(line["role"]), int(line["woman"]), int(line["man"])) for line in json.loads(text)]
+            couples = [Couple(str(row["role"]), int(row["woman"]), int(row["man"])) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a list of {{role, woman, man}}: {error!r}") from error
-        if not couples:
-            raise UserError(f"{path} lists no couple; write it anew with the images")
         count = len(TestSet.open(self.data))
         for couple in couples:
             if not 0 <= min(couple[1:]) <= max(couple[1:]) < count:

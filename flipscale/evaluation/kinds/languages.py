@@ -16,7 +16,7 @@ from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Scorer, StreamedTask
 from flipscale.evaluation.kinds.zero_shot import Scores, classifier
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, read_lines, read_text
+from flipscale.evaluation.test_set import TestSet, read_lines, read_list
 from flipscale.io.errors import UserError
 
 _PROTOCOL = """The figure is the mean over the languages, each with the same weight. The standard deviation between the
@@ -40,28 +40,21 @@ class MultilingualRetrieval(Retrieval):
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         captions = {language: self._captions(test_set, language) for language in self._languages()}
-        mine: list[torch.Tensor] = []
 
-        def results() -> list[Result]:
-            images = embedder.gathered(torch.cat(mine), len(test_set))
-            return _over_languages(
-                {language: self.recalls(embedder, images, texts) for language, texts in captions.items()}
-            )
+        def results(images: torch.Tensor) -> list[Result]:
+            recalls = {language: self.recalls(embedder, images, texts) for language, texts in captions.items()}
+            return _over_languages(recalls)
 
-        return Scorer(lambda _, rows, embeds: mine.append(embeds), results)
+        return self.image_scorer(embedder, test_set, results)
 
     def _languages(self) -> list[str]:
         return read_lines(self.data, "languages.txt", "the languages")
 
     def _captions(self, test_set: TestSet, language: str) -> list[list[str]]:
         name = f"captions/{language}.json"
-        try:
-            captions = json.loads(read_text(self.data, name) or "null")
-        except ValueError as error:
-            raise UserError(f"{self.data}/{name} is no JSON ({error}); prepare the task again") from None
-        count, num_images = len(captions) if isinstance(captions, list) else 0, len(TestSet.open(self.data))
-        if count != num_images or not all(isinstance(caption, str) for caption in captions):
-            raise UserError(f"{self.data}/{name} has {count} captions of {num_images} images; list one for each")
+        captions, count = read_list(self.data, name, "captions"), len(TestSet.open(self.data))
+        if len(captions) != count or not all(isinstance(caption, str) for caption in captions):
+            raise UserError(f"{self.data}/{name} has {len(captions)} captions of {count} images; list one for each")
         return [[captions[number]] for number in test_set.row_numbers]
 
 

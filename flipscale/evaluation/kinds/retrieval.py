@@ -53,23 +53,21 @@ so their interval counts as many queries as the variance between images shows.""
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         captions = test_set.captions(embedder)
-        texts = embedder.texts([line for lines in captions for line in lines])
-        my_images = texts.new_empty(len(embedder.rows(len(captions))), texts.shape[1])
+        return self.image_scorer(embedder, test_set, lambda images: self.recalls(embedder, images, captions))
 
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            my_images[mine] = embeds
+    def image_scorer(
+        self, embedder: Embedder, test_set: TestSet, results: Callable[[torch.Tensor], list[Result]]
+    ) -> Scorer:
+        """Return the scorer that computes its results from the embeddings of all images, `(images, dim)`."""
+        mine: list[torch.Tensor] = []
+        return Scorer(
+            lambda _, rows, embeds: mine.append(embeds),
+            lambda: results(embedder.gathered(torch.cat(mine), len(test_set))),
+        )
 
-        def results() -> list[Result]:
-            return self.recalls(embedder, embedder.gathered(my_images, len(captions)), captions, texts)
-
-        return Scorer(add, results)
-
-    def recalls(
-        self, embedder: Embedder, images: torch.Tensor, captions: list[list[str]], texts: torch.Tensor | None = None
-    ) -> list[Result]:
+    def recalls(self, embedder: Embedder, images: torch.Tensor, captions: list[list[str]]) -> list[Result]:
         """Collective. Return the recalls both ways of all images, `(images, dim)`, and their captions."""
-        if texts is None:
-            texts = embedder.texts([line for lines in captions for line in lines])
+        texts = embedder.texts([line for lines in captions for line in lines])
         groups: dict[str | int, int] = {}
         keys = [lines[0] if self.group_by_caption else number for number, lines in enumerate(captions)]
         image_ids = torch.tensor([groups.setdefault(key, len(groups)) for key in keys])

@@ -1,7 +1,6 @@
 """Classification: zero-shot, by the class whose name is nearest to the image, with one label or several; and by the
 model's own head, after fine-tuning."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Scorer, StreamedTask, Task
 from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, of_my_rows, read_text
+from flipscale.evaluation.test_set import TestSet, of_my_rows, read_list
 from flipscale.io.errors import UserError
 
 # ImageNet-21k with CLIP's 80 prompts has 1.8 million texts.
@@ -163,14 +162,10 @@ images. The interval of an AUC is DeLong's."""
         return Scorer(add, results)
 
     def _label_sets(self, test_set: TestSet) -> list[list[int]]:
-        path, count = f"{self.data}/{self.labels}", len(TestSet.open(self.data))
-        try:
-            rows = json.loads(read_text(self.data, str(self.labels)) or "null")
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON ({error}); write it anew") from error
-        if not isinstance(rows, list) or len(rows) != count or not any(rows):
-            has = f"has {len(rows)} lists" if isinstance(rows, list) else "has no list"
-            raise UserError(f"{path} {has}; it must list the class numbers of each of {count} images")
+        rows, count = read_list(self.data, str(self.labels), "class numbers"), len(TestSet.open(self.data))
+        if len(rows) != count or not any(rows):
+            has = f"{self.data}/{self.labels} has {len(rows)} lists"
+            raise UserError(f"{has}; it must list the class numbers of each of {count} images")
         return [rows[number] for number in test_set.row_numbers]
 
 
