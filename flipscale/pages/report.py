@@ -217,9 +217,26 @@ def _short(text: str) -> str:
 
 
 def mask_rows(recipe: Recipe, count: int = 6) -> dict[str, list[Picture]]:
-    """Return the first `count` training pictures as each stage shows them, in rows by title.
+    """Return the first `count` training pictures as each stage shows them, in rows by title."""
+    captions, views = masked_crops(recipe, count)
+    rows = {}
+    for (ratio, side), (stages, pictures) in views.items():
+        words = f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
+        words += "" if side is None else f", at {side} x {side} pixels"
+        alts = [f"{caption or 'a training picture'}, {words}" for caption in captions]
+        thumbnails = [thumbnail(pixels, alt, _MASK_SIDE) for pixels, alt in zip(pictures, alts, strict=True)]
+        rows[f"{', '.join(stages)}: {words}" if stages else "the crops"] = thumbnails
+    return rows
 
-    Patches that a mask removes are transparent. Equal stages share a row.
+
+# The names of stages and pictures, by mask ratio and image size in pixels (None for the model's).
+MaskedViews = dict[tuple[float, int | None], tuple[list[str], list[np.ndarray]]]
+
+
+def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
+    """Return the captions of the first `count` training pictures, and the pictures whole and as each stage shows them.
+
+    Pictures are uint8 RGBA. Patches that a mask removes are transparent.
     """
     source, shape = open_source(recipe.data), InputShape.of(recipe.model_config())
     objective = recipe.objective()
@@ -239,26 +256,19 @@ def mask_rows(recipe: Recipe, count: int = 6) -> dict[str, list[Picture]]:
     else:
         classes = kept_class_names(Path(recipe.output_dir), recipe.loss.options["num_classes"])
         captions = [" and ".join(classes[n] for n in dict.fromkeys(labels)) for labels in whole["labels"].tolist()]
-    # Stages by their mask ratio and image size in pixels (None for the model's).
-    views: dict[tuple[float, int | None], list[str]] = {(0.0, None): []}
+    views: MaskedViews = {(0.0, None): ([], [])}
     for stage in recipe.stages:
-        views.setdefault((stage.mask_ratio, stage.image_size), []).append(stage.name)
-    rows = {}
-    for (ratio, side), stages in views.items():
+        views.setdefault((stage.mask_ratio, stage.image_size), ([], []))[0].append(stage.name)
+    for (ratio, side), (_, pictures) in views.items():
         columns, size = whole if (ratio, side) == (0.0, None) else batch(ratio, side), shape.at(side)
-        words = f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
-        words += "" if side is None else f", at {side} x {side} pixels"
         everything = np.arange(size.num_patches)
         index = columns["patch_index"].numpy() if "patch_index" in columns else [everything] * len(positions)
-        pictures = []
-        for place, caption in enumerate(captions):
+        for place in range(len(captions)):
             patches, where = columns["patches"][place].numpy(), np.asarray(index[place])
             if where.ndim > 1:  # the first of several views
                 patches, where = patches[0], where[0]
-            alt = f"{caption or 'a training picture'}, {words}"
-            pictures.append(thumbnail(_pasted(patches, where, size), alt, _MASK_SIDE))
-        rows[f"{', '.join(stages)}: {words}" if stages else "the crops"] = pictures
-    return rows
+            pictures.append(_pasted(patches, where, size))
+    return captions, views
 
 
 def _pasted(patches: np.ndarray, index: np.ndarray, shape: InputShape) -> np.ndarray:

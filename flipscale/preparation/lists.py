@@ -705,21 +705,11 @@ class DatasetList(RowList):
         import datasets
         from pyarrow import ArrowException
 
-        errors = (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException)
-        try:
-            if is_saved_dataset(source):
-                loaded = datasets.load_from_disk(source)
-            else:
-                loaded = datasets.load_dataset(source, split=split)
-            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        except errors as error:
-            raise UserError(
-                f"{source!r} is no folder, no table and no data set that `datasets` loads ({reason_of(error)})"
-            ) from error
+        loaded = load_rows(source, None, split)
         columns = Columns.find(source, loaded.column_names, asked, loaded.features)
         try:
             loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
-        except errors as error:
+        except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException) as error:
             raise UserError(
                 f"column {columns.image} of {source} holds no images ({reason_of(error)}); name the images' with "
                 "--image_column"

@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.sources.opening import open_source
-from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.baselines import run_baselines
 from flipscale.evaluation.reports.curves import (
     comparison_table,
@@ -27,10 +24,10 @@ from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
-from flipscale.pages.report import offer_report
+from flipscale.pages.report import masked_crops, offer_report
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.recipe import Recipe, parse_recipe
 
 # Marks a folder as a race's.
 _MARK = "study.json"
@@ -110,15 +107,7 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
         draw_result(curves, result, figures / f"{name}.png")
         if number == 0:
             shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
-    # The training set under the first stage's mask, and the same samples without a mask.
-    recipe = runs[0].recipe
-    source, shape = open_source(recipe.data), InputShape.of(recipe.model_config()).at(recipe.stages[0].image_size)
-    tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
-    masked, whole = (
-        PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio, recipe.mask)
-        for ratio in (recipe.stages[0].mask_ratio, 0.0)
-    )
-    _draw_patches(masked, whole, figures / "patches.png")
+    _draw_patches(runs[0].recipe, figures / "patches.png")
     write_text(output_dir / "table.md", table + "\n")
     run_dir, model = runs[0].run_dir, output_dir / "model"
     with atomic_write(model) as partial:
@@ -129,24 +118,19 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
     print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
 
 
-def _draw_patches(masked: PairDataset, whole: PairDataset, path: Path) -> None:
-    """Draw the first eight training samples: the crops, and the patches that the image encoder sees."""
-    assert masked.tokenizer is not None
-    count, size = 8, masked.shape.patch_size
-    side = masked.shape.image_size // size
-    seen, full = (dataset.__getitems__(list(range(count))) for dataset in (masked, whole))
-    everything = np.tile(np.arange(side * side), (count, 1))
-    figure, axes = drawing_pyplot().subplots(2, count, figsize=(1.5 * count, 3.6), constrained_layout=True)
-    for row, batch in zip(axes, (full, seen), strict=True):
-        index = batch["patch_index"].numpy().astype(int) if "patch_index" in batch else everything
-        for axis, patches, places in zip(row, batch["patches"].numpy(), index, strict=True):
-            image = np.full((side, side, 3, size, size), 190, np.uint8)  # grey where a patch is missing
-            image[places // side, places % side] = patches.reshape(-1, 3, size, size)
-            axis.imshow(image.transpose(0, 3, 1, 4, 2).reshape(side * size, side * size, 3))
+def _draw_patches(recipe: Recipe, path: Path) -> None:
+    """Draw the first eight training samples: the crops, and the patches that the image encoder sees at first."""
+    captions, views = masked_crops(recipe, 8)
+    first = recipe.stages[0]
+    shown = [views[place][1] for place in ((0.0, None), (first.mask_ratio, first.image_size))]
+    size = (1.5 * len(captions), 3.6)
+    figure, axes = drawing_pyplot().subplots(2, len(captions), figsize=size, constrained_layout=True)
+    for row, pictures in zip(axes, shown, strict=True):
+        for axis, pixels in zip(row, pictures, strict=True):
+            axis.imshow(np.where(pixels[:, :, 3:], pixels[:, :, :3], 190))  # grey where a patch is missing
             axis.set_axis_off()
-    for axis, ids in zip(axes[0], full["input_ids"], strict=True):
-        caption = str(masked.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    for axis, caption in zip(axes[0], captions, strict=True):
         axis.set_title("\n".join(textwrap.wrap(caption, 24, max_lines=2, placeholder=" …")), fontsize=7)
-    kept = masked.kept / masked.shape.num_patches
+    kept = 1 - first.mask_ratio
     figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
     save_figure(figure, path)

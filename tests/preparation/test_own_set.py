@@ -209,7 +209,7 @@ def test_a_name_that_is_no_path_is_not_looked_for(
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: asked.append(name) or int("x"))
     names = ["cifar10", "org/birds", "laion/laion2B-en-v1.0"]
     for name in names:
-        assert "no data set that `datasets` loads (invalid literal" in refused("prepare", "shards", name, "out")
+        assert "cannot be loaded (invalid literal" in refused("prepare", "shards", name, "out")
     assert asked == names
 
 

@@ -199,7 +199,7 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, fails: Callabl
     assert "a.jsonl is no JSONL table in UTF-8" in fails(tmp_path / "a.jsonl")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/dataset_info.json").write_text("{}")
-    assert "is no folder, no table and no data set that `datasets` loads" in fails(tmp_path / "saved")
+    assert "cannot be loaded" in fails(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
