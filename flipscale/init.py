@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         tokenizer = load_tokenizer(args.tokenizer, 64)
     except ValueError as error:
-        raise UserError(
-            f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of the captions"
-        ) from error
+        raise UserError(f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of captions") from error
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else int(torch.cuda.is_available())

@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> None:
     for source, copy in copies.items():
         if copy.exists() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
             raise UserError(
-                f"{copy} exists and differs from this version's; nothing was written: move it away, or name another "
-                "folder"
+                f"{copy} exists and differs from this version's; nothing was written: move it, or name another folder"
             )
     for source, copy in copies.items():
         if not copy.exists():

@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
     # Imported where needed, because torch, scipy and the hub take seconds, which --help should not wait for.
     start_logging()
     if args.kind in ("budget", "run") and args.workers > usable_cores():
-        raise UserError(
-            f"--workers is {args.workers}, and there are {usable_cores()} cores; give each run at least one"
-        )
+        raise UserError(f"--workers is {args.workers}, and there are {usable_cores()} cores; give each run one")
     if args.kind == "race":
         from flipscale.studies.race import race
 

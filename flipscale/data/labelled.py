@@ -213,8 +213,7 @@ def _require_timm(field: str, value: object) -> None:
         import timm.data  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"data.augment.{field} is {value!r}, which needs timm, and timm is not installed; "
-            "pip install 'flipscale[finetune]'"
+            f"data.augment.{field} is {value!r}, and timm is not installed; pip install 'flipscale[finetune]'"
         ) from error
 
 

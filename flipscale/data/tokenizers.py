@@ -150,7 +150,7 @@ def train_sentencepiece(
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             reason = f"their characters alone need {needed[1]}" if needed else "there is no room for their characters"
             raise UserError(
-                f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}; use more"
+                f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}"
             ) from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model.getvalue())
@@ -256,9 +256,7 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
     if path.is_file():
         return path
     if path.suffix == ".txt" or is_path(str(name_or_vocab_file)):
-        raise UserError(
-            f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, a folder that has one, or ORG/NAME"
-        )
+        raise UserError(f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, its folder, or ORG/NAME")
     from huggingface_hub import hf_hub_download
 
     guard_requests()

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.model_folder import check_folder, fetch_folder
+from flipscale.io.model_folder import fetch_folder, open_weights
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 if TYPE_CHECKING:
@@ -214,8 +214,7 @@ def _stored(
         weights = tower_weights(init_from, config)
         readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(weights.__getitem__, name) for name in weights}
         return readers, {name: list(weight.shape) for name, weight in weights.items()}
-    files = [safe_open(file, "pt") for file in check_folder(fetch_folder(str(init_from)))]
-    owners = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    owners = open_weights(fetch_folder(str(init_from)))
     shapes = {name: file.get_slice(name).get_shape() for name, file in owners.items()}
     readers = {name: partial(file.get_tensor, name) for name, file in owners.items()}
     return readers, shapes
@@ -252,8 +251,7 @@ def _usable(
     under_half = [count for count, own, _ in counts if 2 * count < own]
     if any(under_half) or len(under_half) == len(counts):
         raise UserError(
-            f"it has {words} of this recipe's model; use weights of its model.family, or convert them with flipscale "
-            "convert"
+            f"it has {words} of this recipe's model; use weights of its family, or convert them with flipscale convert"
         )
     _log.info("%s: %s", start, words)
     return taken

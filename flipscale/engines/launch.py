@@ -103,9 +103,7 @@ def whole_number(environment: Mapping[str, str], name: str, default: int) -> int
     """Return the value of a launcher's variable."""
     text = environment.get(name, str(default))
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise UserError(
-            f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it, or use a launcher"
-        )
+        raise UserError(f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it")
     return int(text)
 
 
@@ -138,9 +136,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     elif _is_set(environment, "ACCELERATE_USE_FSDP"):
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
-            raise UserError(
-                f"the launch file's fsdp_version is {version}; write fsdp_version: 2, as in {shipped('fsdp2')}"
-            )
+            raise UserError(f"the launch file's fsdp_version is {version}; write 2, as in {shipped('fsdp2')}")
         reshards = _is_set(environment, "FSDP_RESHARD_AFTER_FORWARD", "true")
         prefetches = _is_set(environment, "FSDP_FORWARD_PREFETCH")
         launch = launch.using(engine="fsdp2", reshards=reshards, prefetches=prefetches)
@@ -200,18 +196,16 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings["distributed_type"]
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
+            f"launch file {file} cannot be read as accelerate's ({error!r}); use {shipped('ddp')}"
         ) from error
     for name in _SECTIONS:
         settings[name] = settings.get(name) or {}
         if not isinstance(settings[name], dict):
-            raise UserError(
-                f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it, or leave it out"
-            )
+            raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it")
     for name in ("num_processes", "num_machines"):
         if type(settings[name]) is not int or not 1 <= settings[name] < 10**_MAX_DIGITS:
             raise UserError(
-                f"launch file {file}: {name} is {str(settings[name])[:60]!r}; it must be a whole number of 1 or more"
+                f"launch file {file}: {name} is {str(settings[name])[:60]!r}; it must be a whole number above 0"
             )
     return settings
 
@@ -252,10 +246,7 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
     if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
     if not _is_set(environment, "ACCELERATE_USE_FSDP"):
-        raise UserError(
-            "the launch file has a parallelism_config, but no distributed_type: FSDP; leave it out, or use "
-            f"{shipped('hsdp')}"
-        )
+        raise UserError(f"the launch file has parallelism_config, but no distributed_type: FSDP; use {shipped('hsdp')}")
     sizes = {kind: whole_number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) for kind in _PARALLELISM}
     num_replicas, shard_size = sizes.pop("dp_replicate"), sizes.pop("dp_shard")
     for kind, size in sizes.items():
@@ -291,10 +282,7 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         settings = _read_deepspeed_file(file)
     for name in _DECIDED_ELSEWHERE:
         if name in settings:
-            raise UserError(
-                f"{file}: {name} is {settings[name]}; leave it out: the recipe and the launch file's mixed_precision "
-                "decide it"
-            )
+            raise UserError(f"{file}: {name} is {settings[name]}; leave it out: recipe and mixed_precision decide it")
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage") if isinstance(zero, dict) else zero
     if type(stage) is not int or stage not in (1, 2, 3):

@@ -84,9 +84,7 @@ def stored_fields(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, 
     vision, text = ({"model_type": None, **(content.get(name) or {})} for name in ("vision_config", "text_config"))
     for tower, fields, fitting in (("vision", vision, VISION_TOWERS), ("text", text, _TEXTS)):
         if fields["model_type"] not in fitting:
-            raise _refusal(
-                f"init_from's {tower}", str(folder), str(fields["model_type"]), "which does not fit", fitting
-            )
+            raise _refusal(f"init_from's {tower}", str(folder), fields["model_type"], "which does not fit", fitting)
     own = {"projection_dim": content.get("projection_dim", 512)}
     if (folder / "modules.json").is_file():  # flipscale wrote it, and its tokenizer cuts captions
         own["caption_tokens"] = read_object(folder / "tokenizer_config.json")["model_max_length"]
@@ -167,7 +165,7 @@ def _text_fields(name: str) -> dict[str, Any]:
     return _own_fields(kind, content)
 
 
-def _refusal(tower: str, name: str, kind: str, reason: str, fitting: Any) -> UserError:
+def _refusal(tower: str, name: str, kind: object, reason: str, fitting: Any) -> UserError:
     return UserError(f"model.{tower} {name!r} is of the type {kind!r}, {reason}; use one of {', '.join(fitting)}")
 
 
@@ -213,14 +211,9 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
     ):
         if not is_plain:
             raise _refusal("vision", name, kind, reason, own)
-    activation = getattr(block.mlp.act, "approximate", type(block.mlp.act).__name__)
     fields = {
+        **block_fields(model.blocks, model.norm, block.mlp.fc1, block.mlp.act),
         "model_type": "dinov2_with_registers" if model.num_reg_tokens else "dinov2",
-        "hidden_size": model.embed_dim,
-        "num_hidden_layers": len(model.blocks),
-        "num_attention_heads": block.attn.num_heads,
-        "hidden_act": {"none": "gelu", "tanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu"}.get(activation, "gelu"),
-        "layer_norm_eps": model.norm.eps,
         "qkv_bias": block.attn.qkv.bias is not None,
         "image_size": model.patch_embed.img_size[0],
         "patch_size": model.patch_embed.patch_size[0],
@@ -229,10 +222,27 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         "squashes": pixels.get("crop_mode") == "squash",
     }
     if hasattr(block.ls1, "gamma"):
-        ratio = block.mlp.fc1.out_features / model.embed_dim
+        ratio = fields.pop("intermediate_size") / model.embed_dim
         return {**fields, "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio}
     pooler = {"pooler_act": "linear", "pooler_output_size": model.embed_dim}
-    return {**fields, "model_type": "vit", "intermediate_size": block.mlp.fc1.out_features, **pooler}
+    return {**fields, "model_type": "vit", **pooler}
+
+
+def block_fields(blocks: Any, norm: Any, linear: Any, activation: nn.Module) -> dict[str, Any]:
+    """Return the fields of a tower of blocks, by a norm, the MLP's first layer and its activation."""
+    kind = type(activation).__name__
+    names = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
+    if kind not in names:
+        raise UserError(f"its activation is {kind}; expected one of {', '.join(names)}")
+    is_tanh = getattr(activation, "approximate", None) == "tanh"
+    return {
+        "hidden_size": norm.normalized_shape[0],
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "intermediate_size": linear.out_features,
+        "layer_norm_eps": norm.eps,
+        "hidden_act": "gelu_pytorch_tanh" if is_tanh else names[kind],
+    }
 
 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:

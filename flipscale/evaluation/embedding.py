@@ -186,9 +186,7 @@ class Embedder:
         if image_size is None:
             return self
         if type(self).image_size is not Embedder.image_size:
-            raise UserError(
-                f"{self.name} takes images of {self.image_size} pixels; an image_size is for flipscale's models"
-            )
+            raise UserError(f"{self.name} takes images of {self.image_size} pixels; an image_size is for flipscale's")
         self.model.config.vision_config.patches_along(image_size)
         return replace(self, pixels=image_size)
 

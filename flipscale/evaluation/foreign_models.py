@@ -102,9 +102,7 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
         raise UserError(f"{full_name} has no processor that can be read ({first_line(error)})") from error
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
-            raise UserError(
-                f"{full_name} has no {part}; it needs preprocessor_config.json and the files of its tokenizer"
-            )
+            raise UserError(f"{full_name} has no {part}; it needs preprocessor_config.json and its tokenizer's files")
     processor.tokenizer = with_lower_case(processor.tokenizer, model.config.get_text_config())
     model = model.to(accelerator.device).eval()
     return TransformersEmbedder(model, processor, accelerator, batch_size, num_workers, name=full_name)

@@ -92,9 +92,7 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(
-                f"{names.count(name)} of eval.tasks have the name {name!r}; give each its own, such as name: {name}_2"
-            )
+            raise UserError(f"{names.count(name)} of eval.tasks are named {name!r}; give each its own, as {name}_2")
     return tasks
 
 
@@ -135,8 +133,6 @@ def check_decodable(tasks: Sequence[Task], image_size: int, rank: int, world: in
                     decode_box(source.read(shard, number).image, None, task.image_size or image_size, (1.0, 1.0))
                 except BadSample as error:
                     name = f"{source.shard_name(shard)}#{number}"
-                    raise UserError(
-                        f"evaluation image {name} cannot be decoded: {error}; fetch the set again"
-                    ) from error
+                    raise UserError(f"evaluation image {name} cannot be decoded: {error}; fetch it anew") from error
                 if time.monotonic() > end:
                     break

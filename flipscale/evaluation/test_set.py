@@ -63,9 +63,7 @@ class TestSet:
             raise no_shards(shards) from error
         if source.faults:
             fault = source.faults[0]
-            raise UserError(
-                f"shard {fault.shard} is damaged ({fault.detail}); an evaluation needs it whole: fetch it again"
-            )
+            raise UserError(f"shard {fault.shard} is damaged ({fault.detail}); an evaluation needs it whole: fetch it")
         return cls(data, source)
 
     def __len__(self) -> int:
@@ -98,9 +96,7 @@ class TestSet:
     def label(self, num_classes: int, shard: int, number: int) -> int:
         label = self.source.read_label(shard, number)
         if label is None or not 0 <= label < num_classes:
-            raise UserError(
-                f"{self.source.shard_name(shard)}#{number} has class {label}; {num_classes} names are listed"
-            )
+            raise UserError(f"{self.source.shard_name(shard)}#{number} has class {label}; {num_classes} are listed")
         return label
 
     def label_set(self, num_classes: int, shard: int, number: int) -> np.ndarray:
@@ -199,9 +195,7 @@ def training_class_names(recipe: DataRecipe, num_classes: int) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{where} names {len(names)} class; a classifier has two or more to choose from")
     if len(names) != num_classes:
-        raise UserError(
-            f"{where} names {len(names)} classes, and loss.options says {num_classes}; set it to {len(names)}"
-        )
+        raise UserError(f"{where} names {len(names)} classes, loss.options says {num_classes}; set it to {len(names)}")
     return names
 
 

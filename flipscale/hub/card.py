@@ -16,23 +16,21 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
-from safetensors import safe_open
 
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.record import Line, data_name, read_lines, weights_digest
-from flipscale.evaluation.results import CHANGED, CHANGES, RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
+from flipscale.evaluation.reports.suite_report import INTERVALS, protocols
+from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
-from flipscale.io.model_folder import local_folder, read_object
+from flipscale.io.model_folder import local_folder, open_weights, read_object
 from flipscale.io.text_table import escape_markdown, markdown_code
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_summary import RunSummary
 
-INTERVALS = """The 95 % intervals (Wilson's, for shares) treat the n queries as independent draws. They do not cover the
-difference between training runs."""
 NOT_EVALUATED = "Not evaluated."
 _HEAD = ["| test | metric | who | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]
 _RESULTS_SECTION = re.compile(r"(?<=\n## Results\n\n).*?(?=\n\n## |\Z)", re.DOTALL)
@@ -191,9 +189,7 @@ def read_audit(file: str) -> tuple[int, str]:
         audit = json.loads(read_text(Path(file)))
         return audit["samples"], _rendered("audit.md.jinja", **audit)
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
-        raise UserError(
-            f"hub.audit is {file!r}, which is not an audit ({error!r}); use the audit.json of flipscale prepare audit"
-        ) from None
+        raise UserError(f"hub.audit is {file!r}, no audit ({error!r}); use that of flipscale prepare audit") from None
 
 
 def folder_lines(folder: Path) -> list[Line]:
@@ -205,11 +201,7 @@ def folder_lines(folder: Path) -> list[Line]:
     lines = read_lines(folder / RESULTS_FILE)
     if not lines:
         return []
-    files: dict[str, Any] = {}  # maps each weight to its opened file, which reads one tensor at a time
-    for path in folder.glob("model*.safetensors"):
-        if ".bf16" not in path.name:
-            file = safe_open(path, "pt")
-            files |= dict.fromkeys(file.keys(), file)
+    files = open_weights(folder)
     weights = weights_digest(files, lambda name: files[name].get_tensor(name))
     return [line for line in lines if line.about["weights"] == weights]
 
@@ -217,17 +209,6 @@ def folder_lines(folder: Path) -> list[Line]:
 def results_table(lines: Sequence[Line]) -> str:
     """Return the table of results as Markdown; the last result of each test, metric and model counts."""
     return _table(_rows(lines)) if lines else NOT_EVALUATED
-
-
-def protocols(lines: Sequence[Line]) -> str | None:
-    """Return paragraphs about the methods of the evaluations, or None without results."""
-    kinds = dict.fromkeys(line.result.kind for line in lines)
-    paragraphs = [KINDS[kind].protocol for kind in kinds if kind in KINDS]
-    if any(line.result.interval_text for line in lines):
-        paragraphs.append(INTERVALS)
-    if any(line.result.who in CHANGES for line in lines):
-        paragraphs.append(CHANGED)
-    return "\n\n".join(filter(None, paragraphs)) or None
 
 
 def model_index(lines: Iterable[Line]) -> list[EvalResult]:
@@ -358,8 +339,8 @@ def _task_name(result: Result) -> str:
     return kind if result.task == result.kind else f"{result.task} ({kind})"
 
 
-def derived_card(src: str, name: str, library: str, text: str) -> str:
-    """Return the card of a converted model as Markdown; `text` is its body, `library` loads the model.
+def write_derived_card(folder: Path, src: str, name: str, library: str, text: str) -> None:
+    """Write the card of a converted model into a folder; `text` is its body, `library` loads the model.
 
     The licence is that of the original's card, in the model folder or the Hub's repository `src`.
     """
@@ -374,4 +355,5 @@ def derived_card(src: str, name: str, library: str, text: str) -> str:
         tags=["flip", "clip", "flipscale"],
         base_model=None if Path(src).exists() else src,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {escape_markdown(name)}\n\n{text}"
+    card = f"---\n{data.to_yaml()}\n---\n\n# {escape_markdown(name)}\n\n{text}"
+    (folder / "README.md").write_text(card, encoding="utf-8")

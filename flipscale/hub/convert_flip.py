@@ -108,9 +108,7 @@ class StoredArray:
         compressor = (meta["compressor"] or {"id": None})["id"]
         form = f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
         if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
-            raise UserError(
-                f"array {name} is stored as {form}; the original FLIP writes zarr 2, gzip, order C, no filters"
-            )
+            raise UserError(f"array {name} is stored as {form}; the original writes zarr 2, gzip, order C, no filters")
         self.shape: tuple[int, ...] = tuple(meta["shape"])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -148,17 +146,14 @@ def open_flip_checkpoint(path: Path) -> Arrays:
     try:
         files = ZipFileSystem(str(path)).get_mapper("") if path.is_file() else LocalFileSystem().get_mapper(str(path))
     except zipfile.BadZipFile as error:
-        raise UserError(
-            f"{path} is not a checkpoint of the original FLIP: it is not a zip, or cut short ({error})"
-        ) from error
+        raise UserError(f"{path} is not a checkpoint of the original: not a zip, or cut short ({error})") from error
     places = [PurePosixPath(name).parent for name in files if name.endswith("/.zarray")]
     arrays = [place for place in places if place.name.startswith("target.")]  # the others are of the optimiser
     folders = sorted({str(array.parent) for array in arrays})
     if len(folders) != 1:
         found = ", ".join(folders) or "no target.* folder in it"
         raise UserError(
-            f"{path} has {len(folders)} checkpoints of the original FLIP ({found}); name one folder checkpoint_N, or "
-            "its zip"
+            f"{path} has {len(folders)} checkpoints of the original FLIP ({found}); name one checkpoint_N, or its zip"
         )
     names = {array: array.name.removeprefix("target.").replace(".", "/") for array in arrays}
     return {name: StoredArray(name, files, str(array)) for array, name in names.items()}
@@ -271,8 +266,7 @@ def _config(arrays: Arrays, size: str | None, image_heads: int | None, text_head
         image_heads, text_heads = (t.num_attention_heads for t in (expected.vision_config, expected.text_config))
     if image_heads is None or text_heads is None:
         raise UserError(
-            f"image_heads is {image_heads}, text_heads is {text_heads}, and the checkpoint lacks them; give size or "
-            "both"
+            f"image_heads is {image_heads}, text_heads is {text_heads}; the checkpoint lacks them; give size or both"
         )
     return FlipConfig(
         vision_config={**vision, "num_attention_heads": image_heads},

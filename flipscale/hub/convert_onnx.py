@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, VisionTextDualEncoderModel
 
-from flipscale.hub.card import derived_card
+from flipscale.hub.card import write_derived_card
 from flipscale.hub.export import build_processor, by_channel
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.io.atomic import new_folder
@@ -42,7 +42,8 @@ dimensions, in its cache `clip/NAME`, and choose NAME.
 # Protobuf files cannot be larger; larger weights get a file of their own.
 _MAX_FILE_BYTES = 2_000_000_000
 
-_TEXTS = ["a photo of a cat", "Émile's 3 red_apples, <b>&</b> a naïve café!", "猫 UPPER lower 12345", "x " * 200]
+# Captions by which tokenizers are compared.
+TEXTS = ["a photo of a cat", "Émile's 3 red_apples, <b>&</b> a naïve café!", "猫 UPPER lower 12345", "x " * 200]
 
 
 class _Graph(NamedTuple):
@@ -119,7 +120,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
             and_bias=f", plus {metadata['logit_bias']}" if "logit_bias" in metadata else "",
             dim=config.projection_dim,
         )
-        (folder / "README.md").write_text(derived_card(src, dst.name, "onnx", card), encoding="utf-8")
+        write_derived_card(folder, src, dst.name, "onnx", card)
         batches = {"vision": _image_batches(config), "text": _text_batches(config, processor.tokenizer)}
         return {
             graph.file: _write_and_check(model, graph, batches[graph.tower], folder / graph.file, metadata)
@@ -177,7 +178,7 @@ def _write_for_immich(folder: Path, config: Any, tokenizer: PreTrainedTokenizerB
     read, pad = Tokenizer.from_file(str(file)), str(tokenizer.pad_token)
     read.enable_padding(length=length, pad_token=pad, pad_id=read.token_to_id(pad))
     read.enable_truncation(max_length=length)
-    for text in _TEXTS:
+    for text in TEXTS:
         if read.encode(text).ids != tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids:
             raise UserError(f"{where}: tokenizer.json alone gives other ids than its tokenizer for {text[:40]!r}")
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flipscale.hub.card import derived_card
+from flipscale.hub.card import write_derived_card
 from flipscale.hub.export import by_channel
 from flipscale.hub.loading import load_flip
 from flipscale.io.atomic import new_folder
@@ -77,9 +77,7 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(
-            derived_card(src, dst.name, "open_clip", _CARD.format(path=dst)), encoding="utf-8"
-        )
+        write_derived_card(folder, src, dst.name, "open_clip", _CARD.format(path=dst))
     return model
 
 

@@ -10,9 +10,10 @@ from tokenizers import Regex, normalizers
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from flipscale.engines.start_towers import renamed
+from flipscale.engines.start_towers import block_fields, renamed
 from flipscale.evaluation.foreign_models import load_open_clip
-from flipscale.hub.card import derived_card
+from flipscale.hub.card import write_derived_card
+from flipscale.hub.convert_onnx import TEXTS
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.errors import UserError
 from flipscale.model.families import config_class
@@ -50,7 +51,6 @@ _NAMES = [
     (r"^text\.text_projection\.", "text_model.head."),
 ]
 
-_TEXTS = ["a photo of a cat", "Émile's 3 red_apples, <b>&</b> a naïve café!", "猫 UPPER lower 12345", "x " * 200]
 _CARD = """The weights of open_clip's `{name}` in transformers' own {kind}, with equal embeddings.
 
 ```python
@@ -105,7 +105,7 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
             )
     export_model(ours, processor, dst)
     text = _CARD.format(name=name, kind=type(ours).__name__, path=dst, family=family)
-    (dst / "README.md").write_text(derived_card(f"open_clip:{name}", dst.name, "transformers", text), encoding="utf-8")
+    write_derived_card(dst, f"open_clip:{name}", dst.name, "transformers", text)
     return differences
 
 
@@ -143,25 +143,8 @@ def _text_fields(model: Any) -> dict[str, Any]:
 
 def _block_fields(blocks: Any, is_timm: bool) -> dict[str, Any]:
     first = blocks[0]
-    norm, mlp = (first.norm1, first.mlp.fc1) if is_timm else (first.ln_1, first.mlp.c_fc)
-    activation = first.mlp.act if is_timm else first.mlp.gelu
-    return {
-        "hidden_size": norm.normalized_shape[0],
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": first.attn.num_heads,
-        "intermediate_size": mlp.out_features,
-        "layer_norm_eps": norm.eps,
-        "hidden_act": _activation(activation),
-    }
-
-
-def _activation(module: nn.Module) -> str:
-    names = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
-    kind = type(module).__name__
-    if kind not in names:
-        raise ValueError(f"its activation is {kind}")
-    approximation: Any = getattr(module, "approximate", None)
-    return "gelu_pytorch_tanh" if approximation == "tanh" else names[kind]
+    parts = (first.norm1, first.mlp.fc1, first.mlp.act) if is_timm else (first.ln_1, first.mlp.c_fc, first.mlp.gelu)
+    return block_fields(blocks, *parts)
 
 
 def _renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -207,10 +190,10 @@ def _compare(theirs: Any, tokenizer: Any, ours: Any, processor: Any) -> dict[str
     """Return the largest difference of the embeddings of two images of noise, and of some texts."""
     vision, length = ours.config.vision_config, ours.config.text_config.max_position_embeddings
     pixels = torch.randn(2, 3, vision.image_size, vision.image_size, generator=torch.Generator().manual_seed(0))
-    tokens = processor.tokenizer(_TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    tokens = processor.tokenizer(TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     pairs = {
         "images": (theirs.encode_image(pixels), ours.get_image_features(pixels)),
-        "texts": (theirs.encode_text(tokenizer(_TEXTS)), ours.get_text_features(tokens["input_ids"])),
+        "texts": (theirs.encode_text(tokenizer(TEXTS)), ours.get_text_features(tokens["input_ids"])),
     }
     return {
         part: (normalise_embeds(expected) - normalise_embeds(found.pooler_output)).abs().max().item()

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, VisionTextDualEncoderModel
 from transformers.image_utils import PILImageResampling
@@ -25,7 +24,7 @@ from flipscale.hub.push import sort_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import check_folder, fetch_folder, local_folder, read_object
+from flipscale.io.model_folder import fetch_folder, local_folder, open_weights, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
@@ -201,22 +200,16 @@ def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
 
 def _check_base(base: str, reader: CheckpointReader) -> None:
     """Raise UserError unless a run's fixed weights are those of its start weights."""
-    files = _stored(base)
+    files = open_weights(fetch_folder(base))
     for name in (name for name in reader.shapes if ".lora_" not in name):
         stored, fixed = name.replace(".base_layer", ""), reader.tensor("weight", name)
         if stored not in files or not torch.equal(files[stored].get_tensor(stored).float().reshape(fixed.shape), fixed):
             raise UserError(f"--adapter: {stored} of the run is not that of {base}; leave --adapter out")
 
 
-def _stored(base: str) -> dict[str, Any]:
-    """Return the open file of each weight of a run, a model folder or a model on the Hub."""
-    opened = [safe_open(path, "pt") for path in check_folder(fetch_folder(base))]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-
-
 def _mixed(model: PreTrainedModel, read: ReadWeight, base: str, alpha: float) -> ReadWeight:
     """Return a reader of a model's weights between those that `read` returns and those of `base`, in fp32."""
-    files, stored = _stored(base), stored_names(model)
+    files, stored = open_weights(fetch_folder(base)), stored_names(model)
     for name, weight in model.state_dict().items():
         name, shape = stored[name], weight.shape
         base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None

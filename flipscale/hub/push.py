@@ -19,14 +19,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 
 from flipscale.hub.card import read_audit
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.files import last_line
 from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
-from flipscale.io.model_folder import check_folder
+from flipscale.io.model_folder import check_folder, open_weights
 from flipscale.training.recipe import HubRecipe, Recipe
 
 _log = logging.getLogger(__name__)
@@ -111,9 +110,7 @@ def open_repo(target: Target) -> str:
         OSError: the Hub cannot be reached.
     """
     if get_token() is None:
-        raise UserError(
-            f"no token to push to {target} with; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-        )
+        raise UserError(f"no token to push to {target}; log in with `hf auth login`, or set HF_TOKEN")
     guard_requests()
     api = HfApi()
     try:
@@ -220,14 +217,11 @@ def check_to_push(folder: Path) -> None:
     """Raise UserError unless a folder is a complete model with finite weights and without links."""
     if any((folder / name).is_file() for name in ("visual/model.onnx", "image_model.onnx")):
         return  # `flipscale convert onnx` has compared it with its model
-    files = check_folder(folder)
-    for file in [folder / "config.json", folder / "README.md", *files]:
+    for file in [folder / "config.json", folder / "README.md", *check_folder(folder)]:
         if file.is_symlink():
             raise UserError(f"{file} is a link, which is not uploaded; put the file itself there")
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                check_weight(name, weights.get_tensor(name))
+    for name, file in open_weights(folder).items():
+        check_weight(name, file.get_tensor(name))
 
 
 def _explain(error: Exception, target: Target) -> UserError | OSError:

@@ -192,6 +192,14 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
         raise UserError(f"{file} is cut short or damaged ({error}); download or export it again") from None
 
 
+def open_weights(folder: Path) -> dict[str, Any]:
+    """Return the open file of each weight of a complete model folder. It reads one tensor at a time."""
+    from safetensors import safe_open
+
+    files = [safe_open(file, "pt") for file in check_folder(folder)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
 def _listed(index: Path) -> list[str]:
     """Return the file names that an index lists; all are in its folder."""
     names = read_object(index).get("weight_map")

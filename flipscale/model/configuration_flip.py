@@ -110,9 +110,7 @@ def check_ranges(config: PreTrainedConfig) -> None:
     for name, (least, greatest) in RANGES.items():
         value = getattr(config, name, None)
         if value is not None and not least <= value <= greatest:
-            raise ValueError(
-                f"{_prefix(config)}{name} is {value}; it must be at least {least:,} and at most {greatest:,}"
-            )
+            raise ValueError(f"{_prefix(config)}{name} is {value}; it must be between {least:,} and {greatest:,}")
 
 
 def patches_along(image_size: int, patch_size: int) -> int:

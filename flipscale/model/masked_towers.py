@@ -114,9 +114,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         positions = text.max_position_embeddings - (2 if text.pad_token_id == 1 else 0)
         self.caption_tokens = min(64, positions) if self.caption_tokens is None else self.caption_tokens
         if not 1 <= self.caption_tokens <= positions:
-            raise ValueError(
-                f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions} positions"
-            )
+            raise ValueError(f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions}")
 
     @classmethod
     def from_size(

@@ -218,9 +218,7 @@ class FlipVisionEmbeddings(nn.Module):
         if patch_index is None and patches.shape[1] != num_patches:
             raise ValueError(f"patches has {patches.shape[1]} of {num_patches} patches; give their patch_index")
         if patch_index is not None and patch_index.shape != patches.shape[:2]:
-            raise ValueError(
-                f"patch_index has shape {tuple(patch_index.shape)}; expected {tuple(patches.shape[:2])} like patches"
-            )
+            raise ValueError(f"patch_index has shape {tuple(patch_index.shape)}; expected {tuple(patches.shape[:2])}")
 
     def _positions_of(self, pixel_values: torch.Tensor, image_size: int | None, interpolate: bool) -> torch.Tensor:
         size, patch, channels = image_size or self.config.image_size, self.config.patch_size, self.config.num_channels

@@ -481,8 +481,6 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         lengths = own.sum(dim=1)
         shortest, longest = int(lengths.min()), int(lengths.max())
         if shortest != longest:
-            raise ValueError(
-                f"the prompts in input_ids have {shortest} to {longest} tokens; give prompts of one length at a time"
-            )
+            raise ValueError(f"the prompts in input_ids have {shortest} to {longest} tokens; give equal lengths")
         begin = ids.new_full((len(ids), 1), self.config.decoder_config.bos_token_id)
         return torch.cat([begin, ids[:, :longest]], dim=1)

@@ -93,10 +93,8 @@ class _InfoNCE(PrecomputedGradients):
         dtype = torch.float64 if pairs <= _FEW and not image_embeds.is_cuda else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
-            with_gradients = any(ctx.needs_input_grad)
-            loss, gradients = _loss_and_gradients(
-                *sides, as_number(logit_scale), exchange, with_gradients, ids, spreads, begun
-            )
+            wanted = any(ctx.needs_input_grad)
+            loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), exchange, wanted, ids, spreads, begun)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
 

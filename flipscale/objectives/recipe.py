@@ -83,9 +83,7 @@ class LossRecipe:
         if self.kind not in loss_kinds():
             raise UserError(f"loss.kind is {self.kind!r}; use {' or '.join(map(repr, loss_kinds()))}")
         if self.exchange not in EXCHANGES:
-            raise UserError(
-                f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring': both give the gradient of the whole batch"
-            )
+            raise UserError(f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring', which learn the same")
         kind = loss_kinds()[self.kind]
         if self.positives != "pairs" and not kind.takes_positives:
             raise UserError(

@@ -130,9 +130,8 @@ class ReconstructingFlipModel(FlipModel):
         patch_index = patch_index.long()
         pixels = self.vision_model.embeddings.normalise(masked_patches)
         predicted = self.reconstruction(tokens, patch_index, complement(patch_index, num_patches), image_size)
-        return ReconstructionOutput(
-            **output, reconstruction_loss=pixel_loss(predicted, pixels), gradient_squares=squares
-        )
+        loss = pixel_loss(predicted, pixels)
+        return ReconstructionOutput(**output, reconstruction_loss=loss, gradient_squares=squares)
 
 
 def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

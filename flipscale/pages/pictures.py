@@ -109,8 +109,7 @@ def open_pictures(place: str) -> Pictures:
     pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
         raise UserError(
-            f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)} in it or below it, or shards "
-            "named *.tar"
+            f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)} there, or shards named *.tar"
         )
     return pictures
 

@@ -123,10 +123,14 @@ def _check(sample: Sample | BadSample, is_shown: bool) -> Checked | BadSample:
     except BadSample as error:
         return error
     height, width = pixels.shape[:2]
-    thumbnail = Image.fromarray(np.ascontiguousarray(pixels)) if is_shown else None
-    if thumbnail is not None:
-        thumbnail.thumbnail((TILE, TILE))
-    return Checked(_kind(sample.image), width, height, len(sample.image), caption, thumbnail)
+    return Checked(_kind(sample.image), width, height, len(sample.image), caption, tile(pixels) if is_shown else None)
+
+
+def tile(pixels: np.ndarray) -> Image.Image:
+    """Return an image, uint8 RGB `(height, width, 3)`, shrunk for a contact sheet."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((TILE, TILE))
+    return image
 
 
 def _kind(encoded: bytes) -> str:

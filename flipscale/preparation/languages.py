@@ -60,9 +60,7 @@ def _write(place: Path, source: TaskSource) -> None:
             for language in languages:
                 lines = _read(url.format(language=language)).decode().splitlines()
                 texts[language] = dict(zip(listed, lines, strict=False))
-    common = dict.fromkeys(
-        name for name in next(iter(texts.values())) if all(name in those for those in texts.values())
-    )
+    common = dict.fromkeys(name for name in next(iter(texts.values())) if all(name in own for own in texts.values()))
     # A killed run's folder has a name that the next run removes.
     with TemporaryDirectory(dir=place, prefix=".", suffix=".partial") as partial:
         with fsspec.open(source.repo) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:

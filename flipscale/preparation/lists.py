@@ -711,7 +711,7 @@ class DatasetList(RowList):
             loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
         except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException) as error:
             raise UserError(
-                f"column {columns.image} of {source} holds no images ({reason_of(error)}); name the images' with "
+                f"column {columns.image} of {source} holds no images ({reason_of(error)}); name theirs by "
                 "--image_column"
             ) from error
         # Downloaded images lie in the cache.

@@ -293,9 +293,7 @@ def _explained(error: Exception, repo: str, revision: str) -> Exception:
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         return cause
     reason = " ".join(str(getattr(cause, "server_message", None) or cause).split())
-    return OSError(
-        f"{where} cannot be read ({reason}); the same command goes on later, or name a mirror in HF_ENDPOINT"
-    )
+    return OSError(f"{where} cannot be read ({reason}); the same command goes on later; or set HF_ENDPOINT to a mirror")
 
 
 def _complete_texts(place: Path, page: TaskPage) -> None:
@@ -437,9 +435,7 @@ def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str
         # pyarrow's OSErrors have no number; a full disk's have.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(
-            f"{name}: the tables of its source cannot be read ({reason_of(error)}); the source has changed"
-        ) from error
+        raise UserError(f"{name}: its tables cannot be read ({reason_of(error)}); the source has changed") from error
 
 
 def _convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:

@@ -329,7 +329,7 @@ def _bootstrap(law: Law, points: Points, resamples: int, seed: int) -> np.ndarra
     if count < needed:
         has = f"{count} points" + ("" if count == len(points) else f" of {len(points)} on the front")
         raise UserError(
-            f"{law.name}: {has}, too few for {len(law.parameters)} parameters, which need {needed}; train more "
+            f"{law.name}: {has}, too few for {len(law.parameters)} parameters (at least {needed}); train more "
             "configurations"
         )
     rng = np.random.default_rng(seed)

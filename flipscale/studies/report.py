@@ -79,9 +79,7 @@ def report(output_dir: Path, resamples: int) -> None:
     groups = {label: group for label, group in groups.items() if group}
     names = headlines([one.curve for group in groups.values() for one in group])
     if not names:
-        raise UserError(
-            f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan another study"
-        )
+        raise UserError(f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan it anew")
     table = _table(groups, names)
     missing = [run.name for run in runs if not run.is_done]
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""

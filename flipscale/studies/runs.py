@@ -87,8 +87,7 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     if shares[-1] <= 0.0:
         last = recipe.stages[-1]
         raise UserError(
-            f"stage {last.name!r}: {last.samples} samples have no share of the time beside the other stages; give it "
-            "more"
+            f"stage {last.name!r}: {last.samples} samples have no share of time beside the other stages; give it more"
         )
     return [
         dataclasses.replace(
@@ -122,9 +121,7 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
     """
     if failed := train_runs(runs, workers):
         others = "the others are done, and " if len(failed) < len(runs) else ""
-        raise OSError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}the same command tries these again"
-        )
+        raise OSError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}this command retries")
 
 
 def train_together(runs: Sequence[StudyRun]) -> None:

@@ -144,9 +144,7 @@ def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:
         return _Ending(f"flipscale: error: {_description(error)}", 1, is_consequence=True, is_expected=False)
     words = str(error)
     if run_dir is not None and isinstance(error, FileNotFoundError) and not run_dir.exists():
-        words = (
-            f"{run_dir} was removed or renamed while the run used it ({error}); put it back, and start the run again"
-        )
+        words = f"{run_dir} was removed or renamed during the run ({error}); put it back, and start the run again"
     elif run_dir is not None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         words = (
             f"the disk of {run_dir} is full ({error}); its checkpoints are whole: free some space and start the run "

@@ -57,7 +57,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
         raise UserError(
-            f"{run_dir}/model exists without a checkpoint, and training would replace it; move it away, or use another "
+            f"{run_dir}/model exists without a checkpoint, and training would replace it; move it, or use another "
             "output_dir"
         )
     saved = run_dir / "recipe.yaml"
@@ -65,9 +65,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     changed = conflicts(recipe, read_saved_recipe(saved)) if saved.exists() else []
     _refuse_another(run_dir, changed)
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
-        raise UserError(
-            f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
-        )
+        raise UserError(f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; change output_dir")
     return checkpoint
 
 

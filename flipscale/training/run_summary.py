@@ -118,9 +118,7 @@ class RunSummary:
     @cached_property
     def checkpoint(self) -> Path | None:
         """Path of the newest checkpoint, None before the first."""
-        checkpoints = [
-            path for path in (self.run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)
-        ]
+        checkpoints = [one for one in (self.run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(one.name)]
         return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
 
     @property

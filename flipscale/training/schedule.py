@@ -310,7 +310,5 @@ def _lengths(stages: Sequence[StageRecipe], global_batch_size: int, is_timed: bo
         raise UserError(f"the shares of the stages add up to {sum(lengths):g}; they must add up to 1")
     for stage, length in zip(stages, lengths, strict=True):
         if not is_timed and length < global_batch_size:
-            raise UserError(
-                f"stage {stage.name!r}: {length} samples are less than one step of {global_batch_size} pairs"
-            )
+            raise UserError(f"stage {stage.name!r}: {length} samples are less than a step of {global_batch_size} pairs")
     return lengths if is_timed else [samples // global_batch_size for samples in lengths]

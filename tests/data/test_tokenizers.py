@@ -135,7 +135,7 @@ def test_a_path_never_becomes_a_name_on_the_hub(name: str, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=missing):
         load_tokenizer(name, 8)
     for vocabulary in (name, "vocab.txt"):
-        with pytest.raises(ValueError, match=f"there is no vocabulary at {vocabulary}; name a vocab.txt, a folder"):
+        with pytest.raises(ValueError, match=f"there is no vocabulary at {vocabulary}; name a vocab.txt, its folder"):
             bert_tokenizer(vocabulary)
 
 

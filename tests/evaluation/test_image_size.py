@@ -81,7 +81,7 @@ def test_sizes_that_cannot_be(embedder: Embedder, recipe: dict, shards: Path) ->
             return 224
 
     other = Other(embedder.model, embedder.tokenizer, embedder.accelerator, name="hf:clip")
-    with pytest.raises(ValueError, match="hf:clip takes images of 224 pixels; an image_size is for flipscale's models"):
+    with pytest.raises(ValueError, match="hf:clip takes images of 224 pixels; an image_size is for flipscale's"):
         other.at(32)
     with pytest.raises(ValueError, match=r"eval.tasks\[0\].image_size is 0; it must be at least 1 and at most 16,384"):
         build_tasks([{"kind": "zero_shot", "data": str(shards), "image_size": 0}])

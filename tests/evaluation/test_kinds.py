@@ -249,7 +249,7 @@ def test_groups_of_faces(tmp_path: Path) -> None:
     [
         ("classnames.txt", "emotion:glad", r"class name is 'emotion:glad'; .*race:"),
         ("zeroshot_classification_templates.txt", "{c}", r"prompt is '\{c\}'; .*race:"),
-        ("classnames.txt", "race:black", r"set: objective 'race' has 1 class names and 1 prompts"),
+        ("classnames.txt", "race:black", r"set: objective 'race' has 1 names and 1 prompts"),
     ],
 )
 def test_faces_without_objectives(tmp_path: Path, file: str, line: str, message: str) -> None:

@@ -131,7 +131,7 @@ def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
         ([{"kind": "other", "data": "x"}], r"eval.tasks\[0\]: kind is 'other'; use one of zero_shot, "),
         ([{"kind": "retrieval"}], r"eval.tasks\[0\]: data is missing"),
         ([{"kind": "retrieval", "data": "x", "templates": "imagenet7"}], r"retrieval has no field 'templates'"),
-        ([{"kind": "zero_shot", "data": "x"}] * 2, r"2 of eval.tasks have the name 'zero_shot'"),
+        ([{"kind": "zero_shot", "data": "x"}] * 2, r"2 of eval.tasks are named 'zero_shot'"),
         ([{"kind": "zero_shot", "data": "x", "name": "a/b"}], r"name is 'a/b'"),
         ([{"kind": "zero_shot", "data": "x", "templates": "imagenet9"}], r"templates is 'imagenet9'"),
         ([{"kind": "zero_shot", "data": "x", "templates": []}], r"templates is \[\]"),

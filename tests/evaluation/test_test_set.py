@@ -91,8 +91,8 @@ def test_names_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         (np.ones(15), r"labels of shape \(15,\); 16"),
         (np.full(16, 2), "a label 2;"),
         (np.array(["yes"] * 16), "values of type <U3"),
-        (np.array([print] * 16), r"KEY.npy that cannot be read \(Object arrays"),
-        (None, r"KEY.npy that cannot be read \(.+\)"),
+        (np.array([print] * 16), r"unreadable KEY.npy \(Object arrays"),
+        (None, r"unreadable KEY.npy \(.+\)"),
     ],
 )
 def test_label_sets_that_cannot_be(tmp_path: Path, array: np.ndarray | None, message: str) -> None:

@@ -156,7 +156,7 @@ def test_mistakes(
     assert "hf_another" not in line
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
-    assert "no token to push to org/name with" in refused([str(run_dir), "org/name"], capsys)
+    assert "no token to push to org/name" in refused([str(run_dir), "org/name"], capsys)
     assert hub.requests == []
 
 

@@ -207,7 +207,7 @@ def test_what_stops_it_before_a_download(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
     line = refusal(capsys, tmp_path, "--only", "mnist")
     assert f"data set {MNIST} at {nowhere} cannot be read (" in line
-    assert "or name a mirror in HF_ENDPOINT" in line
+    assert "or set HF_ENDPOINT to a mirror" in line
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set; unset it" in refusal(capsys, tmp_path, "--only", "mnist")
 

@@ -220,7 +220,7 @@ def test_two_processes_with_micro_batches(tmp_path: Path, write: Write, crowds: 
 def test_contradicting_recipes_are_refused(tmp_path: Path, write: Write) -> None:
     folder = write_questions(tmp_path / "set", 16, label)
     for changes, message in (
-        ({"loss": {"kind": "answer", "options": {"num_answers": 9}}}, "names 8 classes, and loss.options says 9"),
+        ({"loss": {"kind": "answer", "options": {"num_answers": 9}}}, "names 8 classes, loss.options says 9"),
         ({"loss": {"kind": "infonce"}, "model": {}}, "vqa.* has no list of answers"),
         ({"eval": {"tasks": [{"kind": "captioning", "data": str(folder)}]}}, "captioning.* has no decoder"),
     ):

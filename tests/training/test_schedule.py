@@ -47,7 +47,7 @@ FIRST = StageRecipe("a", 100, 0.5, 1.0)
         ([], r"stages\[0\].base_lr is missing"),
         ([StageRecipe("a", 100)], r"stages\[0\].base_lr is missing"),
         ([FIRST, StageRecipe("b", 100), FIRST], "2 stages are named 'a'"),
-        ([replace(FIRST, samples=9)], "stage 'a': 9 samples are less than one step of 10 pairs"),
+        ([replace(FIRST, samples=9)], "stage 'a': 9 samples are less than a step of 10 pairs"),
         ([replace(FIRST, mask_ratio=1.0)], r"stages\[0\].mask_ratio is 1.0"),
         ([replace(FIRST, mask_ratio=-0.1)], r"stages\[0\].mask_ratio is -0.1"),
         ([replace(FIRST, warmup_samples=100)], "a warm-up of 100 samples is not shorter than its schedule of 100"),

@@ -365,9 +365,7 @@ def in_windows(
                         yield result
                         bar.update()
         except BrokenExecutor as error:
-            raise OSError(
-                "a process that indexed shards was killed, perhaps for lack of memory; start again"
-            ) from error
+            raise OSError("an indexing process was killed, perhaps for lack of memory; start again") from error
 
 
 def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Callable[[], Manifest]) -> Manifest:
@@ -394,9 +392,7 @@ def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Ca
                     raise
         except Timeout:
             if not is_waiting:
-                _log.info(
-                    "waiting for the process that writes %s, the list of all shards; it shows its progress", place
-                )
+                _log.info("waiting for the process that writes %s, the list of all shards; it shows progress", place)
             is_waiting = True
             time.sleep(_POLL_SECONDS)
     return manifest

@@ -67,9 +67,7 @@ class Subset(_Derived):
         rounding = keyed_uniform(_SEED, f"{_PURPOSE}: sizes", np.arange(len(sizes)), 1)[:, 0]
         self.shard_sizes: list[int] = np.minimum(sizes, (fraction * sizes + rounding).astype(np.int64)).tolist()
         if len(source) and not len(self):
-            raise UserError(
-                f"data.fraction {fraction:g} leaves none of the {len(source):,} samples of {name}; use a larger one"
-            )
+            raise UserError(f"data.fraction {fraction:g} leaves none of {len(source):,} samples of {name}; raise it")
         self._chosen: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def fetch_ahead(self, shards: list[int]) -> None:

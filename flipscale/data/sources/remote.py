@@ -165,15 +165,11 @@ def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENC
             if isinstance(error, FileNotFoundError) and not _may_pass(error.__cause__):
                 raise
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise OSError(
-                    f"{url} cannot be kept ({error.strerror}); make room, or name another folder in data.cache_dir"
-                ) from error
+                raise OSError(f"{url} cannot be kept ({error.strerror}); free space in data.cache_dir") from error
             cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
             reason = " ".join(str(cause).split()) or type(cause).__name__
             if number == _TRIES or time.monotonic() - started > patience:
-                raise OSError(
-                    f"{url} could not be fetched in {number} tries ({reason}); start the run again when it can"
-                ) from error
+                raise OSError(f"{url} could not be fetched in {number} tries ({reason}); start again later") from error
             _log.warning("%s could not be fetched (%s); trying again", url, reason)
             time.sleep(_FIRST_DELAY_SECONDS * 2 ** (number - 1))
 
@@ -231,9 +227,7 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"data.cache_dir {folder} cannot be made ({error.strerror}); name a folder on a local disk"
-            ) from error
+            raise UserError(f"data.cache_dir {folder} cannot be made ({error.strerror}); use a local disk") from error
         if not os.access(folder, os.W_OK):
             raise UserError(f"data.cache_dir {folder} may not be written; name a folder on a local disk")
 

@@ -170,9 +170,7 @@ class TarSource(Source):
             return np.lib.format.read_array(io.BytesIO(stored), allow_pickle=False)
         except Exception as error:  # numpy raises many kinds for a damaged header
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.shard_name(shard)}#{number} has a KEY.npy that cannot be read ({reason})"
-            ) from error
+            raise UserError(f"{self.shard_name(shard)}#{number} has an unreadable KEY.npy ({reason})") from error
 
     def key(self, shard: int, number: int) -> str:
         """Return the key of sample `number` of shard `shard`, from the tar header before its image."""
@@ -208,9 +206,7 @@ class TarSource(Source):
         except OSError as error:
             if error.errno is None:
                 raise
-            raise OSError(
-                f"shard {self.shard_name(shard)} cannot be read ({error.strerror}); start again when it can"
-            ) from error
+            raise OSError(f"shard {self.shard_name(shard)} cannot be read ({error.strerror}); start again") from error
 
     def _opened(self, shard: int) -> int:
         """Return the file descriptor of a shard. The last used shards stay open."""

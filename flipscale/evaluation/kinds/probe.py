@@ -110,7 +110,7 @@ class LabelledSets(NamedTuple):
             if (theirs := one.class_names()) != names:
                 own, other = next(pair for pair in zip_longest(names, theirs) if pair[0] != pair[1])
                 raise UserError(
-                    f"the classes of {train} and {one.data} differ: {own!r} and {other!r}; use sets with the same "
+                    f"the classes of {train} and {one.data} differ: {own!r} and {other!r}; give both the same "
                     "classnames.txt"
                 )
         return cls(names, sets[0], sets[1], sets[2] if validation else None)
@@ -247,9 +247,7 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
                     learned, asked = known, _embedded(embedder, sets.validation, sets.class_names, self.features)
                     known = learned.followed_by(asked)
                 if not all(total(part.labels.new_tensor([len(part.labels)])).item() for part in (learned, asked)):
-                    raise UserError(
-                        f"train has {len(sets.train)} images, too few to set a fifth aside; give validation or l2"
-                    )
+                    raise UserError(f"train has {len(sets.train)} images, too few to split; give validation or l2")
                 l2, start, accuracy = search_penalty(learned, asked, num_classes, total, step_done)
                 about["validation_top1"] = 100.0 * accuracy
             last = fit(known, num_classes, l2, total, start=start, step_done=step_done)

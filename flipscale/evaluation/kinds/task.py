@@ -64,9 +64,7 @@ class Task(ABC):
         """Raise unless the model has the part that this task needs."""
         if self.needs not in parts:
             kind = next((kind for part, kind in _KINDS_FOR.items() if part in parts), "probe")
-            raise UserError(
-                f"{self.name} is of kind {self.kind!r}, and {model} has {_LACKS[self.needs]}; use kind {kind}"
-            )
+            raise UserError(f"{self.name} is of kind {self.kind!r}; {model} has {_LACKS[self.needs]}; use kind {kind}")
 
     def prompts(self, test_set: TestSet) -> list[str]:
         """Return the prompts, `{c}` for the class name; an empty list for kinds without classes."""

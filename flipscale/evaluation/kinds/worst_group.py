@@ -159,9 +159,7 @@ and does not count the choice of the group."""
         for objective in FACE_OBJECTIVES:
             num_names, num_prompts = len(names[objective]), len(prompts[objective])
             if num_names < least.get(objective, 1) or not num_prompts:
-                raise UserError(
-                    f"{self.data}: objective {objective!r} has {num_names} class names and {num_prompts} prompts"
-                )
+                raise UserError(f"{self.data}: objective {objective!r} has {num_names} names and {num_prompts} prompts")
         return {objective: (names[objective], prompts[objective]) for objective in FACE_OBJECTIVES}
 
 

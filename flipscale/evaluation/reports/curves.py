@@ -22,6 +22,7 @@ from flipscale.evaluation.results import (
     with_unit,
 )
 from flipscale.io.errors import UserError
+from flipscale.io.text_table import markdown_table
 from flipscale.io.yaml_text import read_saved_recipe
 
 # Sections of a recipe that decide what is learned. Stages and the seed do too.
@@ -154,7 +155,7 @@ def comparison_table(curves: Sequence[Curve]) -> str:
     """Return the runs, chance and the first run's baselines as a Markdown table with 95 % intervals. Runs that differ
     only in their seeds also have a row for their mean, with the interval over seeds."""
     columns = headlines(curves)
-    rows = [["", "pairs seen", "pairs/s", "training", *columns.values()], ["---", *["---:"] * (3 + len(columns))]]
+    rows = [["", "pairs seen", "pairs/s", "training", *columns.values()]]
     groups = by_recipe(curves)
     seeded = [curve for group in groups if len(group) > 1 for curve in group]
     for curve in curves:
@@ -176,7 +177,7 @@ def comparison_table(curves: Sequence[Curve]) -> str:
             others.setdefault("chance", {})[result.name] = chance
     for who, own in others.items():
         rows.append([who, *3 * [NOTHING], *(own[n].estimate_text if n in own else NOTHING for n in columns)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows, 1)
 
 
 def estimate(results: Sequence[Result]) -> str:

@@ -35,11 +35,11 @@ def drawing_pyplot() -> Any:
     return pyplot
 
 
-def save_figure(figure: "Figure", path: Path, file_format: str | None = None) -> None:
-    """Write a figure as reproducible bytes and close it. `file_format` overrides the ending of the name."""
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as reproducible bytes and close it."""
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=150, metadata={"Software": None}, format=file_format)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from flipscale.data.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
 from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.results import NOTHING, Result, with_unit
+from flipscale.evaluation.results import CHANGED, CHANGES, NOTHING, Result, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.text_table import markdown_table
 
-INTERVALS = """Intervals of 95 % treat the n queries as independent draws. They do not include the variation between
-training runs."""
+INTERVALS = """The 95 % intervals (Wilson's, for shares) treat the n queries as independent draws. They do not cover the
+difference between training runs."""
 _OTHER = "other tasks"
 
 
@@ -53,10 +53,20 @@ def report(columns: Sequence[Column], suites: Sequence[str]) -> str:
     blocks = ["# Results", suite_tables(columns, suites)]
     if others := [row for row in _rows_of(columns) if not _is_main(row)]:
         blocks.append("## Other metrics\n\n" + _table(_head(columns, False), [_cells(row, None) for row in others]))
-    kinds = dict.fromkeys(line.result.kind for column in columns for line in column.lines)
-    protocols = [KINDS[kind].protocol for kind in kinds if kind in KINDS]
-    blocks += ["## How they were made", *filter(None, protocols), INTERVALS, _made(columns)]
+    methods = protocols([line for column in columns for line in column.lines])
+    blocks += ["## How they were made", *filter(None, [methods]), _made(columns)]
     return "\n\n".join(blocks) + "\n"
+
+
+def protocols(lines: Sequence[Line]) -> str | None:
+    """Return paragraphs about the methods of the evaluations, or None without results."""
+    kinds = dict.fromkeys(line.result.kind for line in lines)
+    paragraphs = [KINDS[kind].protocol for kind in kinds if kind in KINDS]
+    if any(line.result.interval_text for line in lines):
+        paragraphs.append(INTERVALS)
+    if any(line.result.who in CHANGES for line in lines):
+        paragraphs.append(CHANGED)
+    return "\n\n".join(filter(None, paragraphs)) or None
 
 
 def suite_tables(columns: Sequence[Column], suites: Sequence[str]) -> str:

@@ -237,7 +237,7 @@ def test_those_that_wait_say_so_and_take_over(
         thread.join()
     assert len(waiting[0]) == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"waiting for the process that writes {tmp_path}/shards.manifest, the list of all shards; it shows its progress"
+        f"waiting for the process that writes {tmp_path}/shards.manifest, the list of all shards; it shows progress"
     ]
 
 

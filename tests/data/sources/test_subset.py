@@ -70,8 +70,8 @@ def test_shards_at_a_url_have_the_same_fraction(shards: Path, tmp_path: Path, to
 
 
 def test_a_fraction_that_leaves_nothing(shards: Path, mixture: DataRecipe) -> None:
-    message = "data.fraction 0.0001 leaves none of the 96 samples of data.shards; use a larger one"
+    message = "data.fraction 0.0001 leaves none of 96 samples of data.shards; raise it"
     with pytest.raises(ValueError, match=message):
         open_source(DataRecipe(shards=str(shards), fraction=1e-4))
-    with pytest.raises(ValueError, match=r"data.fraction 0.02 leaves none of the 17 samples of data.sources\[1\]; use"):
+    with pytest.raises(ValueError, match=r"data.fraction 0.02 leaves none of 17 samples of data.sources\[1\]; raise"):
         open_source(replace(mixture, fraction=0.02))

@@ -202,5 +202,5 @@ def test_an_array_that_cannot_be_read(tmp_path: Path, spoilt: str) -> None:
     whole = npy(np.zeros(20))
     content = {"truncated": whole[:-8], "pickled": npy(np.array([print], object)), "no array": b"1 0 1"}[spoilt]
     source = write(tmp_path / "0.tar", jpg=b"picture", npy=content)
-    with pytest.raises(ValueError, match=r"0\.tar#0 has a KEY.npy that cannot be read \(.+\)"):
+    with pytest.raises(ValueError, match=r"0\.tar#0 has an unreadable KEY.npy \(.+\)"):
         source.read_array(0, 0)
