@@ -141,8 +141,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dic
 
 
 def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float) -> None:
-    """Collective. Export the model of the last checkpoint with its card, and mark the run as done, on the main
-    process."""
+    """Collective. Export the last checkpoint's model with its card on the main process, and mark the run as done."""
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.engines.checkpoint import checkpoint_of

@@ -67,8 +67,7 @@ class LabelledDataset(PairDataset):
 
 
 class QuestionDataset(PairDataset):
-    """Questions about images by global position. A batch has the columns of `PairDataset`, with questions as captions,
-    and:
+    """Questions about images by global position. A batch has `PairDataset`'s columns, with questions as captions, and:
 
     * `labels` fp32 `(batch, num_answers)`: score of each answer, from 0 to 1.
 

@@ -95,8 +95,7 @@ class DataRecipe:
         sources: Several sources, mixed by weight, in place of `shards`. One may be a data set of `datasets`.
         fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
-        tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
-            tokens.
+        tokenizer: A folder or Hub name of a fast tokenizer, or `bert`: the original's WordPiece without special tokens.
         captions: Weights of the kinds of captions, such as `{alt: 0.3, synthetic: 0.7}`; each read of a sample draws
             one. A kind is a field of `KEY.json`, `txt` for the text file, or a column of a dataset. It has a text or a
             list. Among the kinds that a sample has, the weights keep their proportions. A stage may have its own.

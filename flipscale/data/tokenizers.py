@@ -112,8 +112,7 @@ def train_sentencepiece(
     Args:
         vocab_size: limit of the number of pieces; few captions yield fewer.
         max_length: tokens after which a caption is cut; the tokenizer stores it.
-        begin_and_end: whether to reserve tokens 2 and 3 for the begin and end of generated captions. The tokenizer does
-            not add them.
+        begin_and_end: whether to reserve tokens 2 and 3 for begin and end of captions. The tokenizer does not add them.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2

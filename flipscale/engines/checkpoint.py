@@ -12,8 +12,7 @@ processes: each process reads the ranges that it needs.
 
 A run resumes from its newest whole checkpoint. Newer, damaged ones are kept as `bad-step-00012345`. All processes read
 the checkpoint once, each an equal share, before any of them uses its content. The first process alone reads its texts
-and judges damage that another process found: a network file system may show a new folder to one machine later than to
-another.
+and judges damage that others found: a network file system may show a new folder to one machine later than another.
 """
 
 import errno

@@ -43,8 +43,7 @@ class OptimRecipe:
     """The optimiser. Learning rates are in `stages`.
 
     Args:
-        name: The optimiser: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything
-            else.
+        name: The optimiser: `adamw` (the paper's), or `muon` for the blocks' matrices with `adamw` for the others.
         weight_decay: The decoupled weight decay, which is multiplied by the learning rate; 0.2 in the paper's Table 10.
         adam_beta1: The decay of AdamW's mean of gradients; 0.9 in the paper's Table 10.
         adam_beta2: The decay of AdamW's mean of squares; 0.95 in the paper's Table 10.
@@ -85,8 +84,7 @@ class SaveRecipe:
     """When checkpoints are written. Training goes on during the write.
 
     Args:
-        every_samples: Number of samples between two checkpoints. At 0, checkpoints are written only at the end and on a
-            stop signal.
+        every_samples: Samples between two checkpoints. At 0, they are written only at the end and on a stop signal.
         every_minutes: Also save every so many minutes; 0 turns this off.
         total_limit: Number of newest checkpoints to keep.
     """

@@ -116,8 +116,7 @@ class Cause(NamedTuple):
         rank, host: the straggler; None and empty if all ranks were slow, or if the arrivals are unknown.
         seconds: delay of the straggler, or time that all spent in one place.
         phase: phase of the straggler, or of all ranks; None if it is unknown.
-        collective: collective that the straggler reached late, or that all ranks were in or had just left; None if it
-            is unknown.
+        collective: collective that the straggler reached late, or that all ranks were in or just left; None if unknown.
         is_known: whether the arrivals are known.
         ranks: times of every rank.
     """

@@ -177,8 +177,7 @@ class MaskedResults:
 
 
 def mask_table(rows: Sequence[MaskedResults]) -> str:
-    """Return a Markdown table with a row for each model and mask: operations per image, then each headline with its
-    95 % interval."""
+    """Return a Markdown table of models and masks: operations per image, then each headline with its interval."""
     columns = list(dict.fromkeys(name for row in rows for name in row.headlines))
     several = len({row.model for row in rows}) > 1
     table = [[*(["model"] if several else []), "image", "encoder GFLOPs", "of whole", *columns]]

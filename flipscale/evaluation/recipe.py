@@ -19,8 +19,7 @@ class EvalRecipe:
         tasks: Evaluations. A task is a built-in name (`imagenet1k`), that name with changed fields (`{task: imagenet1k,
             ...}`), or a kind with your folder (`{kind: zero_shot, data: FOLDER}`). Fields of all tasks are `name`,
             `every_samples`, `image_size` and the options of the kind.
-        every_samples: Training samples between two runs of a task without its own `every_samples`; 0 runs it only at
-            the end.
+        every_samples: Training samples between two runs of a task without its own `every_samples`; 0 for the end only.
         every_share: Share of `budget_minutes` between two runs of such a task, in place of `every_samples`.
         zero_shot: Adds the task `{kind: zero_shot, data: FOLDER}`. If `tasks` already lists a task of this name, only
             its data changes.

@@ -85,8 +85,7 @@ class TestSet:
         return torch.tensor(of_my_rows(embedder, self.source, partial(self.label, num_classes)), dtype=torch.int64)
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
-        """Collective. Return the captions of every image: the lines of its `KEY.txt`, with blank ones, as in
-        CLIP_benchmark."""
+        """Collective. Return the captions of every image: the lines of its `KEY.txt`, blank ones too."""
         from accelerate.utils import gather_object
 
         mine = of_my_rows(embedder, self.source, self.captions_of)

@@ -311,8 +311,7 @@ def _table(rows: dict[tuple[str, ...], list[str]]) -> str:
 def _test(line: Line) -> str:
     """Return a test's name in the card.
 
-    It has the title of the test's page and the number of prompts, or else the kind and the data. Options and the mask
-    follow.
+    It has the title of the test's page and the number of prompts, or the kind and the data, then options and the mask.
     """
     result, about = line.result, line.about
     prompts = about.get("prompts")

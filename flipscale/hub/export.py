@@ -254,8 +254,7 @@ def _write_json(path: Path, content: object, indent: int = 2) -> None:
 
 
 def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, read: ReadWeight) -> Path:
-    """Write the configuration, the code of our classes, the processor and the weights that `read` returns to
-    `out_dir`."""
+    """Write the configuration, our classes' code, the processor and the weights that `read` returns to `out_dir`."""
     _check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     own = {stored: name for name, stored in stored_names(model).items()}

@@ -156,8 +156,7 @@ def parser_message(error: Exception) -> str:
 
 
 def changed_fields(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yield the differences of two recipes as `path: old, now new`. Sections and lists of sections are compared field
-    by field."""
+    """Yield the differences of two recipes as `path: old, now new`. Sections and their lists are compared by field."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in old.keys() | new.keys():
             yield from changed_fields(old.get(name), new.get(name), f"{path}.{name}" if path else name)

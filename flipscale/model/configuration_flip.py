@@ -272,8 +272,7 @@ _SHARED_WITH_TEXT = (
 @strict
 class FlipDecoderConfig(FlipPreTrainedConfig):
     r"""
-    The configuration of the decoder that writes captions; the defaults have the width of B/16's text tower and BERT's
-    tokens.
+    The configuration of the decoder that writes captions; the defaults are B/16's text tower's and BERT's tokens.
 
     The decoder is a causal pre-norm transformer with learned positions and cross-attention to the image tower's tokens.
 
@@ -363,11 +362,9 @@ class FlipConfig(FlipPreTrainedConfig):
         text_config: None, together with a `decoder_config`, for a captioner without text tower.
         decoder_config: decoder of a model that writes captions, `FlipForConditionalGeneration`.
         answer_config: transformer of a model that answers questions, `FlipForQuestionAnswering`.
-        projection_dim: width of the joint embedding, set on both towers. None takes the towers' width, which must be
-            equal.
+        projection_dim: width of the joint embedding, set on both towers. None takes that of the towers, if equal.
         logit_scale_init_value: initial `logit_scale`, before the exponential: ln(1/0.07).
-        logit_bias_init_value: initial `logit_bias`, which the sigmoid loss adds to every logit; None for a model
-            without it.
+        logit_bias_init_value: initial `logit_bias`, which the sigmoid loss adds to every logit; None for none.
 
     Example:
 

@@ -73,8 +73,7 @@ class MaskedFields:
     """A mixin for transformers' configuration of a dual encoder, with the members that flipscale reads.
 
     Args:
-        logit_scale_init_value, logit_bias_init_value: as in `FlipConfig`. Without a bias here, the model
-            learns no bias.
+        logit_scale_init_value, logit_bias_init_value: as in `FlipConfig`. Without one, no bias is learned.
     """
 
     decoder_config: ClassVar[None] = None

@@ -438,8 +438,7 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
         """Return the tokens `(batch, tokens, width)` after the block.
 
         Args:
-            padding: more tokens that take part in attention. They are returned separately: the result is then the pair
-                of both.
+            padding: more tokens that take part in attention. They are returned separately, as the second of a pair.
             branch_scales: `(batch, 2)`, factors of each sample's attention and MLP.
         """
         length = hidden_states.shape[1]
@@ -530,8 +529,7 @@ class FlipPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module as the original does.
 
-        Matrices are Xavier-uniform (q, k and v as one fused matrix). Tokens and positions are normal with standard
-        deviation 0.02.
+        Matrices are Xavier-uniform (q, k and v as one). Tokens and positions are normal with standard deviation 0.02.
         """
         super()._init_weights(module)
         if isinstance(module, FlipVisionEmbeddings):

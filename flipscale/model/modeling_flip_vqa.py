@@ -78,8 +78,7 @@ class FlipFusion(FlipPreTrainedModel):
         """Return the logits of the answers, `(batch, num_answers)`.
 
         Args:
-            image_tokens: `(batch, image tokens, image_width)`, output of the image tower; None for a model without
-                images.
+            image_tokens: `(batch, image tokens, image_width)`, output of the image tower; None without images.
             text_tokens: `(batch, tokens, text_width)`, output of the text tower.
             own: bool `(batch, tokens)`, False for padding.
         """
@@ -136,8 +135,7 @@ class FlipForQuestionAnswering(FlipModel):
         Args:
             input_ids, attention_mask: `(batch, tokens)`, the questions, see `FlipTextModel.forward`.
             labels: `(batch, num_answers)`, the score of each answer, from 0 to 1; the output then has a loss.
-            kwargs: images in other forms than `pixel_values`, see `FlipVisionModel.forward`. Views of an image share
-                its question.
+            kwargs: images in other forms than `pixel_values`, see `FlipVisionModel.forward`. Views share a question.
 
         Raises:
             ValueError: there are no questions.

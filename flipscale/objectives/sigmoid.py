@@ -56,8 +56,7 @@ def sigmoid_loss(
 
     As in SigLIP, it is summed over the texts and averaged over the images. Means, views and the other arguments are
     those of `contrastive_loss`; `logit_bias` is `(1,)`, as `FlipModel.forward` returns it. An image and a text of pairs
-    with equal `ids` match. With several captions of each image, each of them matches, and the loss is also averaged
-    over them.
+    with equal `ids` match. With several captions of each image, all of them match, and the loss is their mean too.
     """
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.

@@ -3,8 +3,7 @@
 A tile fits the cache. The work on its logits between the matrix products therefore costs little.
 
 One pass over the tiles sums the negatives of rows and columns together (`add_negatives`). A second pass makes each tile
-again and takes both gradients from it (`add_gradients`): four matrix products in all. Autograd on the whole matrix
-takes six.
+again and takes both gradients from it (`add_gradients`): four matrix products. Autograd on the whole takes six.
 """
 
 from collections.abc import Callable, Iterator

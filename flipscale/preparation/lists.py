@@ -542,8 +542,7 @@ def _row_starts(text: mmap.mmap, at: int, delimiter: str, width: int, image: int
     """Yield the start of each row that is not blank.
 
     A row of CSV goes on until its quotes are balanced. If the result has too many lines or another number of fields,
-    the first line is a row alone. So it is if a later line names an image itself, because then the quote is a stray
-    one.
+    the first line is a row alone. So it is if a later line names an image itself, because then the quote is stray.
 
     Args:
         text: content of the table.

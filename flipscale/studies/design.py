@@ -193,8 +193,7 @@ def plan(study: Study, folder: Path) -> list[StudyRun]:
     """Return the runs of a study with a resolved base, each checked as far as possible without its data.
 
     Raises:
-        UserError: the base is not a recipe, a change has no place in it, a changed recipe cannot be run, or two runs
-            have one name.
+        UserError: the base is not a recipe, a change has no place in it, a recipe cannot be run, or runs share a name.
     """
     recipe = parse_recipe(["--config", study.base])
     base = yaml.safe_load(to_yaml(recipe if study.minutes is None else in_time(recipe, study.minutes)))

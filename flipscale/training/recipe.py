@@ -80,8 +80,7 @@ class ModelRecipe:
             and stretches the rest, as LongCLIP does (77 become 248).
         vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its
             normalisation of pixels comes with it. The projections are drawn.
-        text: The text tower of family `towers`, a folder or a Hub name: a text encoder of transformers. Its tokenizer
-            comes with it.
+        text: The text tower of family `towers`, a folder or a Hub name: a text encoder, with its tokenizer.
         drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
             its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
             models drop nothing.
@@ -152,11 +151,9 @@ class LogRecipe:
 
     Args:
         every_samples: Samples between two records of training metrics; 0 for no records.
-        every_share: Share of a time budget between two records, instead of `every_samples`. At 0, `every_samples`
-            applies.
+        every_share: Share of a time budget between two records, in place of `every_samples`; 0 leaves it in place.
         report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
-            They receive the recipe as their run configuration. wandb, trackio and comet_ml continue the same run after
-            a resume.
+            They receive the recipe as their configuration. wandb, trackio and comet_ml continue a run after a resume.
         hang_seconds: The run ends after this time without progress. Ranks write their stacks at half of it, or
             earlier. NCCL would end the run silently after ten minutes.
         profile_steps: Steps of each start to profile in `profile/` of the run directory; 0 for none.
@@ -224,8 +221,7 @@ class CostRecipe:
 class Recipe:
     """The run.
 
-    `model`, `data`, `mask`, `loss`, `optim`, `stages`, `budget_minutes` and `seed` decide what is learned; the others
-    do not.
+    `model`, `data`, `mask`, `loss`, `optim`, `stages`, `budget_minutes` and `seed` decide what is learned.
 
     Args:
         model: The model.
@@ -551,8 +547,7 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
 def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Return the `differences` by which a recipe cannot resume the run of a saved one.
 
-    Added stages are no conflict if the first of them has a base_lr, because its schedule leaves earlier steps as they
-    were.
+    Added stages are no conflict if the first of them has a base_lr, because its schedule leaves earlier steps alone.
     """
     stages = saved.get("stages")
     count = len(stages) if isinstance(stages, list) else 0

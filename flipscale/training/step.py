@@ -140,7 +140,6 @@ def _gradient_norms(squares: Sequence[dict[str, torch.Tensor]]) -> dict[str, tor
 
 
 def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:
-    """Return 0 with a gradient of 0 for outputs that the loss leaves out, because engines expect gradients of all
-    weights."""
+    """Return 0 with a gradient of 0 for outputs that the loss leaves out, because engines expect all gradients."""
     values = [*objective.compared(output), *objective.parameters(output).values()]
     return 0.0 * torch.stack([value.float().sum() for value in values]).sum() if values else torch.zeros(())

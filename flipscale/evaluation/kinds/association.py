@@ -29,8 +29,7 @@ class Association(StreamedTask):
     """`nearer_man`: percent of couples whose role word ("firefighter") is nearer to the man than to the woman.
     `man_less_woman`: mean difference of the two cosines.
 
-    `data` has images and `roles.json`, a list of `{role, woman, man}`: the word and the rows of two images that differ
-    by gender only.
+    `data` has images and `roles.json`, a list of `{role, woman, man}`: the word, and two rows that differ by gender.
 
     Args:
         template: the prompt, with `{c}` for the role word.

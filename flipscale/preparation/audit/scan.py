@@ -190,8 +190,7 @@ def _likenesses(source: int, other: int, pairs: list[list[int]]) -> list[Match]:
 def near_copies(pool: ProcessPoolExecutor, images: np.ndarray) -> tuple[int, list[Match]]:
     """Return the number of images of source 0 that are nearly an earlier one, and the pairs that are alike.
 
-    Of images with the same bytes only the first takes part. Nearly blank images do not, because their hashes mean
-    nothing.
+    Of images with the same bytes only the first takes part. Nearly blank images do not: their hashes mean nothing.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
