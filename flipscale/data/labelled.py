@@ -164,8 +164,7 @@ class Augment:
             return np.asarray(self._rand_augment(Image.fromarray(image)))
 
     def mixed(self, one: np.ndarray, other: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return two images, each with a part of the other, and the share of its own in each, by the draws of the
-        first one's position."""
+        """Return two images, each with a part of the other, and the share of its own, by the draws of the first one."""
         mixup, cutmix = self.recipe.mixup_alpha, self.recipe.cutmix_alpha
         with _seeded(self.seed, "mix", position):
             cuts = cutmix > 0.0 and (mixup == 0.0 or random.random() < 0.5)

@@ -46,8 +46,7 @@ class Lanes:
 def share_out(num_shards: int, shards_per_block: int, lanes: Lanes) -> tuple[Lanes, int]:
     """Return the lanes of an order of `num_shards` shards, and the number of shards that each lane reads at a time.
 
-    All lanes together read `shards_per_block` at a time, each lane at least one. If that covers all shards, a single
-    lane reads them.
+    All lanes together read `shards_per_block` at a time, at least one each. If that is all shards, one lane reads them.
     """
     of_each = -(-shards_per_block // lanes.count)
     return (lanes, of_each) if of_each * lanes.count < num_shards else (Lanes(), num_shards)

@@ -93,8 +93,7 @@ class PairDataset(Dataset):
 
     * `patches` uint8 `(batch, kept, 3 * p * p)`: visible patches of each crop.
     * `patch_index` int16 `(batch, kept)`: positions of the visible patches; absent without a mask.
-    * `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`, with `captions_per_image` as many rows, the
-      captions of an image in a row.
+    * `input_ids` int32, `attention_mask` bool `(batch * captions_per_image, max_tokens)`, an image's captions in a row.
     * `faults`: a list of `Fault`, one for each bad sample. The first good one of its `candidates` replaces it.
 
     Options add columns or change shapes:

@@ -21,8 +21,7 @@ class SourceRecipe:
         image_column: The dataset's column of images.
         caption_columns: The dataset's columns of captions. Each has a caption or a list of captions. Each read of a
             sample draws one of its captions.
-        weight: The source's share of the samples, relative to the other sources' weights. Without weights, sources
-            are mixed by their sizes.
+        weight: The source's share of the samples, relative to the others'. Without weights, sources are mixed by size.
     """
 
     shards: str | None = field(default=None, metadata={"learned": False})

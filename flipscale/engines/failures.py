@@ -209,8 +209,7 @@ def close_process_group() -> None:
 def exit_now() -> None:
     """Exit at once with code 0 if this process is one of several.
 
-    Unwinding the interpreter while gloo's threads run aborts about one launch in ten on a busy CPU, and the launcher
-    then reports a failure.
+    Unwinding the interpreter beside gloo's threads aborts one launch in ten on a busy CPU, which looks like a failure.
     """
     if promised_processes(os.environ) > 1:
         end_process(0)

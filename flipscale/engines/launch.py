@@ -5,8 +5,7 @@ from the file, and one parser reads them for both.
 
 accelerate knows data parallelism, FSDP and DeepSpeed. Other engines are named by the role of the workers, which
 `torchrun --role NAME` and `accelerate launch --role NAME` pass to every process. In a launch file, write `role: NAME`
-inside a section such as `mpirun_config`. accelerate refuses unknown keys at the top of the file, and treats keys inside
-a section as its flags.
+inside a section such as `mpirun_config`. accelerate refuses other keys at the top, and takes keys of sections as flags.
 """
 
 import json

@@ -22,8 +22,7 @@ class ShardedAdamW(torch.optim.AdamW):
     """torch's fused AdamW for parameters that are DTensors.
 
     Its kernel gets this process's rows of each as plain tensors, and moments are plain tensors too. DTensor's own
-    dispatch of a kernel with 900 parameters (H/14) takes longer than the kernel. Parameters without rows on this
-    process are skipped.
+    dispatch of a kernel with 900 parameters (H/14) takes longer than it runs. Parameters without rows here are skipped.
     """
 
     found_inf: torch.Tensor | None = None

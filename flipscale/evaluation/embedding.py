@@ -59,8 +59,7 @@ class Share:
         return [range(first, min(first + self.size, self.count)) for first in firsts]
 
     def rounds(self) -> Iterator[tuple[range, int]]:
-        """Yield this process's rows of each round of batches, none if only others have a batch left, and the number of
-        rows of all processes."""
+        """Yield this process's rows of each round of batches, perhaps none, and the number of rows of all processes."""
         together, mine = self.size * self.world, self.batches()
         for number, first in enumerate(range(0, self.count, together)):
             yield mine[number] if number < len(mine) else range(0), min(together, self.count - first)
@@ -219,8 +218,7 @@ class Embedder:
         The last batch has no rows if other processes have a batch more.
 
         Args:
-            features: `embeds`, after the projection and of unit length; or `pooled`, before the projection and not
-                normalised, for linear probes.
+            features: `embeds`, projected and of unit length; or `pooled`, before the projection, for linear probes.
 
         Raises:
             UserError, OSError: any process cannot decode an image, read a shard, or lost a worker.

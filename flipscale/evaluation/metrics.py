@@ -55,8 +55,7 @@ def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> Estimate:
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> Estimate:
-    """Return the area under the ROC curve with DeLong's interval. A tie of a positive and a negative counts half.
-    Both kinds must occur."""
+    """Return the area under the ROC curve with DeLong's interval. Ties of the two kinds count half; both must occur."""
     from scipy.stats import rankdata  # slow to import, and few tasks need it
 
     of_positive, of_negative = scores[positive].astype(np.float64), scores[~positive].astype(np.float64)

@@ -21,8 +21,7 @@ class EvalRecipe:
             `every_samples`, `image_size` and the options of the kind.
         every_samples: Training samples between two runs of a task without its own `every_samples`; 0 for the end only.
         every_share: Share of `budget_minutes` between two runs of such a task, in place of `every_samples`.
-        zero_shot: Adds the task `{kind: zero_shot, data: FOLDER}`. If `tasks` already lists a task of this name, only
-            its data changes.
+        zero_shot: Adds the task `{kind: zero_shot, data: FOLDER}`. If `tasks` names it, only its data changes.
         retrieval: Adds the task `{kind: retrieval, data: FOLDER}`, or changes the data of the listed task.
         tasks_dir: Folder in which `flipscale prepare tasks` put the data of built-in tasks.
         batch_size: Images that a process embeds at once.

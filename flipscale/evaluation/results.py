@@ -121,8 +121,7 @@ def with_unit(value: float, unit: str) -> str:
 
 
 def as_metrics(results: Iterable[Result]) -> dict[str, float]:
-    """Return the results for `metrics.jsonl` and the trackers: `task/metric`, and each task's first chance as
-    `task/chance`."""
+    """Return the results for `metrics.jsonl` and the trackers: `task/metric`, and the first chance as `task/chance`."""
     metrics: dict[str, float] = {}
     for result in results:
         metrics[result.name] = result.value
@@ -168,8 +167,7 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
 
 
 def with_changes(results: Sequence[Result]) -> list[Result]:
-    """Return the results that are not certain. Each is followed by the same result before the training, if measured,
-    and by the change.
+    """Return the uncertain results, each followed by the same before the training, if measured, and by the change.
 
     The interval of a change treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for
     two Wilson intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""

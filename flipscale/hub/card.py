@@ -246,8 +246,7 @@ def _entry_key(entry: EvalResult) -> tuple[str | None, ...]:
 def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
     """Put results into the card of a model folder: into the table under `## Results` and the `model-index`.
 
-    They replace earlier results of the same tests. The rest of the card stays unchanged. A card that flipscale did not
-    write is left alone.
+    They replace earlier results of the same tests, and nothing else. A card that flipscale did not write is left alone.
     """
     path = folder / "README.md"
     if not path.is_file() or path.is_symlink():

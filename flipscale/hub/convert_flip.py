@@ -174,8 +174,7 @@ def convert_flip_checkpoint(
 
     Args:
         src: see `open_flip_checkpoint`.
-        size: model size: b16, l16 or h14. The arrays lack the numbers of attention heads, so this or both numbers of
-            heads are needed.
+        size: model size: b16, l16 or h14. The arrays lack the numbers of heads, so this or both numbers are needed.
 
     Raises:
         UserError: the heads, the arrays or the image positions do not fit a FLIP model, or see `open_flip_checkpoint`

@@ -93,8 +93,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         Largest difference of the embeddings from the model's, by file.
 
     Raises:
-        UserError: packages are missing, `src` has no model or no tokenizer, its tokenizer is none that Immich can read,
-            or `dst` exists.
+        UserError: packages are missing, `src` has no model or no tokenizer that Immich can read, or `dst` exists.
         FloatingPointError: onnxruntime's embeddings differ by more than `TOLERANCE`; nothing is written.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]

@@ -62,8 +62,7 @@ _ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick
 def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
     """Convert the model of the folder or Hub name `src` to the folder `dst`, and return the model.
 
-    The folder has `open_clip_config.json`, `open_clip_model.safetensors`, the tokenizer and a card. open_clip loads it
-    as `local-dir:DST`.
+    The folder has `open_clip_config.json`, `open_clip_model.safetensors`, tokenizer and card, as open_clip loads it.
 
     Raises:
         UserError: `src` has no model or no tokenizer, open_clip cannot express the model, or `dst` exists.

@@ -73,8 +73,7 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
         Largest difference of the embeddings of images and of texts.
 
     Raises:
-        UserError: open_clip cannot load the model, its towers are no CLIPModel or SiglipModel, its tokenizer cannot be
-            expressed, or `dst` exists.
+        UserError: open_clip cannot load the model, its towers or its tokenizer have no counterpart, or `dst` exists.
     """
     dst = Path(dst)
     if dst.exists():

@@ -89,8 +89,7 @@ def build_image_processor(config: Any) -> Any:
     """Return the image processor of a model: resize the short side (bicubic), crop the centre, normalise.
 
     SigLIP's resizes the whole image to the square. It is transformers' PIL one, which needs no torchvision. The saved
-    files name no backend: where torchvision is installed, transformers loads its own instead. The two differ by one
-    grey level at most.
+    files name no backend: with torchvision, transformers loads its own instead, which differs by a grey level at most.
     """
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}
@@ -110,8 +109,7 @@ def export_model(model: PreTrainedModel, processor: ProcessorMixin | None, out_d
     """Write configuration, weights (safetensors), processor and any code of `flipscale.model` to the folder `out_dir`.
 
     fp32 weights are written twice, as fp32 and as `variant="bf16"`. transformers and sentence-transformers load the
-    folder without flipscale, with `trust_remote_code=True`. It is renamed once it is whole. An existing model folder is
-    replaced with all its files.
+    folder without flipscale, with `trust_remote_code=True`. Once whole, it replaces an existing model folder entirely.
 
     Raises:
         UserError: `out_dir` exists and is neither a model folder nor empty.

@@ -146,8 +146,7 @@ def open_target(recipe: HubRecipe, resumes: bool) -> None:
 def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> tuple[str, str | None]:
     """Upload flipscale's files in `folder` in one commit, with a retry after each of `waits` seconds.
 
-    Files that only the repository has are kept, except shards of weights. Other files and links in the folder are left
-    out; one log line names them.
+    Files that only the repository has are kept, except shards of weights. One log line names what is not uploaded.
 
     Returns:
         URL of the model, and the new commit, or None if the repository had the same files.

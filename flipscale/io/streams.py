@@ -59,8 +59,7 @@ class _SafeStream:
     """A stream that escapes control characters.
 
     Args:
-        is_optional: whether lost lines are harmless, as in a log. Otherwise `flush` repeats an error of `write`,
-            because argparse ignores it.
+        is_optional: whether lost lines are harmless, as in a log. Else `flush` repeats errors that argparse ignores.
     """
 
     def __init__(self, stream: Any, is_optional: bool):

@@ -357,8 +357,7 @@ class MaskedDualEncoder(_WithTables):
 
         Args:
             input_ids: `(batch, tokens)`, padded on the right.
-            attention_mask: not used. CLIP's tokens see no later ones, SigLIP's see the padding, and the family `towers`
-                knows the padding by its id.
+            attention_mask: not used. CLIP's tokens see no later ones, SigLIP's see padding, `towers` has a padding id.
             position_ids, caption_ends: with several captions in a row, see `flipscale.data.captions.pack_captions`.
             on_texts: see `FlipModel.forward`.
             kwargs: images, see `FlipVisionModel.forward`.

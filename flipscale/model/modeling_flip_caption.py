@@ -399,8 +399,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         of the decoder (`decoder_input_ids`).
 
         Args:
-            input_ids, attention_mask: `(batch, tokens)`, captions; `caption_inputs` makes `decoder_input_ids` and
-                `labels` from them.
+            input_ids, attention_mask: `(batch, tokens)`, captions, of which `caption_inputs` makes inputs and labels.
             decoder_input_ids: `(batch, tokens)`, beginning with `bos_token_id`. `logits[:, i]` predict the token after
                 the i-th. By default the labels, shifted right by one.
             decoder_attention_mask, decoder_position_ids, in_parallel: see `FlipCaptionDecoder.forward`.
@@ -408,8 +407,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             labels: `(batch, tokens)`, each ending with `eos_token_id`; -100 at positions without target. The output has
                 a loss if labels or `input_ids` are given.
             return_logits: False leaves out `logits`, which training does not need.
-            kwargs: images, as arguments of `FlipVisionModel.forward`. The decoder sees only the given patches. Views of
-                an image share its caption.
+            kwargs: images, as in `FlipVisionModel.forward`. The decoder sees only given patches. Views share a caption.
 
         Raises:
             ValueError: no captions are given, or a caption is longer than the decoder's positions.

@@ -49,8 +49,7 @@ class Classify(Objective):
 
     Args:
         num_classes: number of classes of the head, one per line of `classnames.txt` beside the training shards.
-        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2015, arXiv
-            1512.00567); 0.1 in the paper.
+        label_smoothing: share of the target spread evenly over all classes (arXiv 1512.00567); 0.1 in the paper.
     """
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = ClassifyingFlipModel

@@ -85,8 +85,7 @@ def tile_negatives(
 ) -> None:  # fmt: skip
     """Sum the exponentials of a block's negatives by row `(column blocks, height)` and by column `(row blocks, width)`.
 
-    The shift is the block's largest logit in that row or column, positives included. Write the logits of the pairs to
-    `positives` `(height,)`.
+    The shift is the block's largest logit in that row or column, with positives. `positives` gets the pairs' logits.
     """
     row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
     partner, begin = row + first_pair, tl.program_id(1) * WIDTH

@@ -41,8 +41,7 @@ class LossRecipe:
             `logit_bias`. `captioning` replaces the text tower by a decoder, which predicts the tokens of captions.
             `classify` fine-tunes the image tower with a head, on images with class numbers. `answer` fine-tunes both
             towers and a transformer over them, on questions.
-        options: Fields of the kind, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce` and
-            `sigmoid` have none.
+        options: Fields of the kind, such as `{num_classes: 1000}` of `classify`; `infonce` and `sigmoid` have none.
         positives: Matches within a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`: an
             image and all captions of the global batch with the same tokens as its own. `sigmoid` labels each as a
             match. `infonce` spreads its target evenly over them (UniCL); it learns the same as with `pairs` if equal
@@ -57,8 +56,7 @@ class LossRecipe:
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
             `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.
-        caption_kind: How captions are predicted: `next_token`, `parallel` or `mixed`, as `options.prediction` of the
-            kind `captioning`.
+        caption_kind: How captions are predicted: `next_token`, `parallel` or `mixed`, as `prediction` of `captioning`.
     """
 
     kind: str = "infonce"

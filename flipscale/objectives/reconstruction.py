@@ -1,7 +1,6 @@
 """Reconstruction of the masked patches as a second loss: MAE (arXiv 2111.06377).
 
-FLIP tried it, and was 0.2 and 0.3 points worse than without (paper, Table 1f). It is off by default, and never part of
-the exported model.
+FLIP tried it, and was 0.2 and 0.3 points worse (paper, Table 1f). It is off by default, and never exported.
 """
 
 import copy

@@ -1,7 +1,6 @@
 """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch.
 
-Memory does not grow with the batch's square: each tile of logits is computed once, and its gradients are taken before
-the next tile overwrites it.
+Memory does not grow with the batch's square: a tile of logits gives its gradients before the next overwrites it.
 """
 
 import copy

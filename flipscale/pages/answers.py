@@ -39,8 +39,7 @@ class Answers:
         top: indices of the nearest answers, nearest first, int64 `(pictures, k)`.
         shares: the model's probabilities of these answers, fp32 `(pictures, k)`; all answers sum to one.
         ranks: number of answers nearer than the right one, int64 `(pictures,)`.
-        leads: cosine (or logit of a classifier) of the right answer minus the best other, fp32 `(pictures,)`; negative
-            for a wrong answer.
+        leads: cosine (or logit) of the right answer minus the best other, fp32 `(pictures,)`; negative for wrong ones.
     """
 
     names: list[str]

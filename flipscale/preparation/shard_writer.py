@@ -2,8 +2,7 @@
 
 Shard s holds the usable pairs among [s * n, (s + 1) * n), so any process can write it at any time. A shard is written
 aside and renamed; then, in the order of the shards, `manifest.jsonl` gets a line with its contents and the pairs that
-were left out. A killed run continues with the first shard without a line, and ends with the same bytes as an
-uninterrupted run.
+were left out. A killed run continues with the first shard without a line, and ends with an uninterrupted run's bytes.
 """
 
 import hashlib
@@ -119,8 +118,7 @@ def write_set(
 ) -> dict[Path, dict[str, Any]]:
     """Write pairs to `out_dir`, or to its folders `train` and `test` if a share is held out.
 
-    With `options.labels`, `out_dir` also gets `classnames.txt` and a prompt, so that it is a labelled set in
-    CLIP_benchmark's layout.
+    With `options.labels`, `out_dir` is a labelled set in CLIP_benchmark's layout, with `classnames.txt` and a prompt.
 
     Returns:
         The report of each folder.

@@ -180,8 +180,7 @@ class Rung:
 
 
 def search_paths(file: Path, output_dir: Path, workers: int) -> None:
-    """Train the paths of a search rung by rung, and write the report, the figure and the winner's recipe. Finished runs
-    are not trained again.
+    """Train the unfinished paths of a search rung by rung, and write the report, the figure and the winner's recipe.
 
     Raises:
         UserError: the search is wrong, or the folder holds something else or another search.

@@ -64,8 +64,7 @@ class Study:
         design: `star` or `grid`. A star has the base, each level alone, and the last levels of the first two axes, of
             the first three, and so on. A grid has all combinations of levels, with the base of each axis.
         seeds: seeds of every combination.
-        minutes: training time of every run by its own clock; the stages of the base get shares of it. None ends runs
-            as the base does.
+        minutes: training time of every run by its own clock, shared by its stages. None ends runs as the base does.
         changes: changes of the base in all runs: values by their path in the recipe.
         more_seeds: further seeds for a part of the combinations.
     """

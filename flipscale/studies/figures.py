@@ -224,8 +224,7 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
 def _panels(
     outcomes: Sequence[Outcome], size: tuple[float, float], sharey: bool = False
 ) -> "tuple[Figure, list[tuple[Axes, str, Result]]]":
-    """Return a figure with a titled panel of `size` inches for each task: its axes, the task's first headline, and one
-    result of it."""
+    """Return a figure with a panel of `size` inches for each task: its axes, first headline, and one result of it."""
     shown: dict[str, tuple[str, Result]] = {}
     for outcome in outcomes:
         for name, results in outcome.results.items():

@@ -229,8 +229,7 @@ class AdditiveLaw(Law):
 
 
 def _log_sum(fitted: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log of the sum of all terms, `(starts, points)`, and the terms' shares, `(starts, points, terms)`. The
-    last term is the floor.
+    """Return the log of the sum of all terms and the terms' shares, `(starts, points, terms)`. The last is the floor.
 
     Args:
         fitted: exponents, logs of the terms at a unit, and the log of the floor: `(starts, 2 axes + 1)`.

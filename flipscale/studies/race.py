@@ -36,8 +36,7 @@ _MARK = "study.json"
 def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, with_baselines: bool) -> None:
     """Train every recipe for the same time with each seed, and write a table, figures and the first recipe's model.
 
-    The runs of one seed train side by side, one seed after the other. With more recipes than cores, as many runs as
-    cores train at a time.
+    The runs of one seed train side by side, as many at a time as there are cores, one seed after the other.
 
     Raises:
         UserError: a recipe cannot be run, or the folder holds something else.

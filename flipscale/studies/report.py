@@ -168,8 +168,7 @@ def _masked_table(groups: Groups) -> str:
 
 
 def _laws_of(groups: Groups, name: str, words: str, output_dir: Path, resamples: int) -> str:
-    """Draw the laws of a result and return them as Markdown, each with its prediction of the largest budget or the
-    reason for its refusal."""
+    """Draw the laws of a result; return them as Markdown, with their predictions of the largest budget or refusals."""
     kept = {label: [one for one in group if one.result(name)] for label, group in groups.items()}
     kept = {label: group for label, group in kept.items() if group}
     results = {label: _results(group, name) for label, group in kept.items()}

@@ -135,8 +135,7 @@ def train_together(runs: Sequence[StudyRun]) -> None:
 
 
 def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
-    """Train the unfinished runs, `workers` at a time, and print how each ends. Return the exit codes and last lines of
-    failed runs by name.
+    """Train the unfinished runs, `workers` at a time, printing each end. Return exit codes and last lines of failures.
 
     Raises:
         SystemExit: the study received a signal; the runs have saved.

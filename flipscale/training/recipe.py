@@ -69,11 +69,9 @@ class ModelRecipe:
         decoder_config: Changed fields of the caption decoder, which is as wide as the text tower. `bos_token_id` and
             `eos_token_id` default to those of a tokenizer in a folder, else to BERT's [CLS] and [SEP].
         answer_config: Changed fields of the transformer that answers questions (loss.kind answer).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does
-            not change what is learned.
-        compile: Compile the blocks with torch.compile. Compilation delays the first steps at each mask ratio. By
-            default blocks are compiled on GPUs, except with ZeRO-3 and in family `towers`. Does not change what is
-            learned.
+        gradient_checkpointing: Recompute activations: less memory, more time. Does not change what is learned.
+        compile: Compile the blocks, which delays the first steps at each mask ratio. By default on GPUs, except with
+            ZeRO-3 and in family `towers`. Does not change what is learned.
         init_from: The start weights: a run, a model folder or a Hub name.
         text_positions: How the text positions of start weights become longer, where `text_config` has more
             `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
@@ -189,14 +187,12 @@ class HubRecipe:
 
 @dataclass(frozen=True)
 class CostRecipe:
-    """The recipe's section `cost`: prices for the model card, the page and `flipscale plan`. They leave out a cost
-    whose price is null.
+    """The section `cost`: prices for the model card, the page and `flipscale plan`. Null leaves out a cost.
 
     Args:
         device_hour_dollars: The price of a device for an hour, in dollars.
         kwh_co2_grams: The grid's CO2 emissions in grams per kWh.
-        pue: Power usage effectiveness: total power of the data centre divided by its machines' power. 1 leaves out
-            cooling and the like.
+        pue: Power usage effectiveness: total power of the data centre divided by its machines'. 1 leaves out cooling.
     """
 
     device_hour_dollars: NonNegative | None = None

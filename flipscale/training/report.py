@@ -76,8 +76,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
 
 
 def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> None:
-    """Draw the figures of a run whose model is exported, mark the run as done, and log where its results are. The main
-    process calls this."""
+    """Main process only. Draw the figures of an exported run, mark it as done, and log where its results are."""
     run_dir = Path(recipe.output_dir)
     figures = draw_figures(run_dir)
     sync(run_dir)  # the model's name is on disk before the mark

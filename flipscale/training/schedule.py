@@ -23,8 +23,6 @@ from flipscale.io.options import (
     check_ranges,
 )
 
-# Fields that a stage has as its recipe does.
-_SAME = ("text_mask_ratio", "image_size", "captions", "frozen", "gradient_checkpointing")
 # Shares are written with a few digits, so their sum may differ from 1 by this.
 _SUM_TOLERANCE = 1e-4
 
@@ -62,13 +60,13 @@ class StageRecipe:
     share: ShareAboveZero | None = None
     warmup_share: ShareBelowOne = 0.0
     image_size: Pixels | None = None
-    captions: dict[str, NonNegative] | None = None
+    captions: dict[str, NonNegative] | None = field(default=None, hash=False)
     frozen: tuple[str, ...] = ()
     gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})
 
 
-@dataclass(frozen=True)
-class Stage:
+@dataclass(frozen=True, kw_only=True)
+class Stage(StageRecipe):
     """A stage in positions: step numbers or, in a run with a time budget, used shares of the budget.
 
     Args:
@@ -76,25 +74,14 @@ class Stage:
         schedule_first, schedule_last: range of positions of its learning-rate schedule, which stages may share.
         warmup: length of the linear warm-up at the start of the schedule.
         peak_lr: learning rate of the whole batch after the warm-up.
-        image_size: side of the images in pixels; None for the model's own.
-        captions: weights of the kinds of captions; None for those of the data.
-        frozen: parts of the model whose weights stay fixed, besides those of the whole run.
-        gradient_checkpointing: whether activations are recomputed; None for the model's setting.
     """
 
-    name: str
-    mask_ratio: float
     first: float
     last: float
     schedule_first: float
     schedule_last: float
     warmup: float
     peak_lr: float
-    text_mask_ratio: float = 0.0
-    image_size: int | None = None
-    captions: dict[str, float] | None = field(default=None, hash=False)
-    frozen: tuple[str, ...] = ()
-    gradient_checkpointing: bool | None = None
 
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
@@ -285,9 +272,9 @@ def plan_stages(
             words = f"{given} of the budget" if is_timed else f"{given} samples"
             limit = f"{length:g}" if is_timed else length * global_batch_size
             raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {limit}")
-        times = (ends[number], ends[number + 1], schedule_first, schedule_last, warmup, peak_lr)
-        same: dict[str, Any] = {name: getattr(stage, name) for name in _SAME}
-        planned.append(Stage(stage.name, stage.mask_ratio, *times, **same))
+        schedule = {"schedule_first": schedule_first, "schedule_last": schedule_last, "warmup": warmup}
+        times = {"first": ends[number], "last": ends[number + 1], **schedule, "peak_lr": peak_lr}
+        planned.append(Stage(**vars(stage), **times))
     return planned
 
 

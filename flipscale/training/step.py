@@ -55,8 +55,7 @@ def one_pass(engine: Engine, batch: Batch, objective: Objective, **coupled: Any)
 
 
 def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
-    """Collective. Compute the gradients of all micro-batches by plain accumulation, for a loss that is a mean over
-    samples."""
+    """Collective. Compute gradients by plain accumulation over micro-batches, for a loss that is a mean of samples."""
     losses, metrics, squares = [], [], []
     for micro_batch in engine.accumulate(batch):
         output = engine(**micro_batch)

@@ -11,8 +11,9 @@ import yaml
 from conftest import changed_recipe
 from PIL import Image
 
+from flipscale.data.samples import evenly
 from flipscale.io.text_table import rounded
-from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
+from flipscale.pages.page import Picture, listed, rendered, shortened, thumbnail
 from flipscale.pages.report import mask_rows, run_sentence
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.run_summary import Energy, RunSummary

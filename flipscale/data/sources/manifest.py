@@ -60,8 +60,7 @@ class Manifest:
     Args:
         pattern: name of the shards in the recipe, relative to the folder.
         names: paths of the shards relative to the folder, or URLs.
-        sizes: number of samples, number of bytes and time in nanoseconds of each shard, int64 `(shards, 3)`; 0 for
-            unknown bytes and times.
+        sizes: samples, bytes and time in nanoseconds of each shard, int64 `(shards, 3)`; 0 for unknown bytes and times.
         damage: descriptions of damaged shards, by the shard's number.
         folders: relative paths of the folders that are watched for new and removed shards.
         digest: digest of the JSON object.
@@ -369,8 +368,7 @@ def in_windows(
 
 
 def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Callable[[], Manifest]) -> Manifest:
-    """Return the manifest from `read`, or from `write` in one process while the others wait. If the writer dies,
-    another process writes.
+    """Return the manifest from `read`, or from `write` in one process while others wait. If it dies, another writes.
 
     Args:
         read: returns a good manifest or None; its argument is whether it may list the shards, as one process does.

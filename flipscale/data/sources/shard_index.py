@@ -3,8 +3,7 @@
 `SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: offset and size of the image, the caption and the label. An
 offset counts tar blocks of 512 bytes (0 for no file), a size counts bytes. The high bit of a caption's size marks a
 JSON object. A label is `KEY.cls`, a class number, or, with the high bit, `KEY.npy`, an array. A sample with both and
-without a caption has its class number in the caption's place, marked by the second highest bit. With a caption, its
-array is left out.
+without a caption has its class number there, marked by the second highest bit. With a caption, no array is listed.
 
 The array is in version 2.0 of numpy's format. Behind it are a JSON object, with the shard's size, time and damage, and
 a digest of 16 bytes of everything before. So the index of another shard, or a changed index, is detected and rebuilt.
@@ -158,8 +157,7 @@ def _trouble(member: tarfile.TarInfo, file: int, start: int) -> str:
 
 
 def _after_zeros(file: BinaryIO, position: int, total: int) -> int:
-    """Return the position of the next block with a byte other than zero; `total` if there is none. Holes of a sparse
-    file are skipped."""
+    """Return the position of the next block with a byte other than zero, or `total`. Holes of a file are skipped."""
     while position < total:
         try:
             # Rounded down, because holes end at blocks of the file system.
@@ -289,14 +287,12 @@ def read_index(content: bytes) -> Index:
 
 
 def most_bytes(num_bytes: int) -> int:
-    """Return the largest size of the index of a shard of `num_bytes`: a sample needs at least two blocks, and the
-    damage less than 64 KiB."""
+    """Return the largest index of a shard of `num_bytes`: a sample needs at least two blocks, and the damage 64 KiB."""
     return num_bytes // (2 * BLOCK) * ROW_BYTES + (1 << 16)
 
 
 def build_index(shard: Path, path: Path) -> Index:
-    """Return the index of a shard, and write it to `path` if the folder is writable. A shard that is no file or not
-    readable has no samples.
+    """Return the index of a shard, and write it to `path` if possible. A shard that cannot be read has no samples.
 
     Raises:
         OSError: the shard does not exist, or reading failed and may succeed the next time.

@@ -45,8 +45,7 @@ from flipscale.io.errors import UserError
 # Enough for the shards of 64 lanes in one process.
 _MAX_OPEN_SHARDS = 2048
 _MAX_GAP_BYTES = 1 << 16
-# Number of shards whose size and time are checked when a source is opened, and of samples that are checked in a shard
-# with a new time.
+# Number of shards whose size and time are checked at opening, and of samples checked in a shard with a new time.
 _CHECKED_SHARDS, _CHECKED_SAMPLES = 64, 3
 
 
@@ -157,8 +156,7 @@ class TarSource(Source):
         return _label(self._read(shard, None, places(self._row(shard, number)).class_number)[1])
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
-        """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if the
-        index lists no array.
+        """Return the array in `KEY.npy` of a sample, without reading its image; None if the index lists no array.
 
         Raises:
             UserError: the file is no array of numbers, or cut short. Pickled objects are not read.

@@ -165,8 +165,7 @@ class Probe(LabelledTask):
         validation: folder of the images that choose the penalty; by default a fifth of the training images.
         solver: `lbfgs`, logistic regression on whole images; or `lars`, the paper's recipe on random crops.
         features: `pooled`, before the projection and not normalised; or `embeds`, after it and of unit length.
-        l2: penalty of `lbfgs`, scikit-learn's 1 / C. By default it is searched, and the last fit includes the
-            validation images.
+        l2: penalty of `lbfgs`, scikit-learn's 1 / C. By default searched; the last fit includes the validation images.
         seed: seed of the validation images' draw.
     """
 

@@ -28,8 +28,7 @@ Scores = Callable[[torch.Tensor], torch.Tensor]
 
 
 def classifier(embedder: Embedder, class_names: list[str], templates: list[str]) -> Scores:
-    """Collective. Return a function from embeddings `(images, dim)` to 100 times their cosines with the classes,
-    `(images, classes)`."""
+    """Collective. Return a function from embeddings to 100 times their cosines with classes, `(images, classes)`."""
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
     weights = embedder.texts(prompts, together=len(templates)).t().contiguous()
     return lambda embeds: 100.0 * embeds @ weights
@@ -221,8 +220,7 @@ images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations over 
 class Classification(LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
-    `data` has shards with `KEY.cls`, and beside them `classnames.txt` with the classes of the model's head. `metric`
-    is the headline.
+    `data` has shards with `KEY.cls`, and `classnames.txt` with the head's classes. `metric` is the headline.
     """
 
     metric: Literal["top1", "mean_per_class"] = "top1"

@@ -89,8 +89,7 @@ def _axes(title: str, y_label: str, curves: Sequence[Curve]) -> "tuple[Figure, A
 
 
 def draw_loss(curves: list[Curve], path: Path) -> None:
-    """Draw the loss against training time, a line for each run, and mark where stages begin. Lines of many points are
-    smoothed."""
+    """Draw the loss against training time, a line for each run, smoothed if it is long, and mark where stages begin."""
     figure, axes, unit = _axes("Loss of the training batches", "loss", curves)
     groups = by_recipe(curves)
     for group, colour in zip(groups, COLOURS, strict=False):

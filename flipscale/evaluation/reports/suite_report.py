@@ -80,8 +80,7 @@ def suite_tables(columns: Sequence[Column], suites: Sequence[str]) -> str:
 
 
 def draw_results(columns: Sequence[Column], path: Path) -> None:
-    """Draw each task's first headline in percent: a row with a dot and a 95 % interval for each model. Without such a
-    headline, there is no figure."""
+    """Draw each task's first headline, if in percent: a row with a dot and a 95 % interval for each model."""
     first: dict[str, Row] = {}
     for row in _rows_of(columns):
         if row.result.headline and row.result.unit == "%":

@@ -37,8 +37,7 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 def look(pixels: np.ndarray) -> tuple[int, bool]:
     """Return the perceptual hash of an image, and whether it is nearly blank, so that the hash means nothing.
 
-    It is the DCT hash known as pHash: for each of the 64 lowest frequencies of the grey 32 x 32 image, whether it is
-    above their median.
+    It is pHash: for each of the 64 lowest DCT frequencies of the grey 32 x 32 image, whether it is above their median.
 
     Args:
         pixels: uint8 RGB `(height, width, 3)`.

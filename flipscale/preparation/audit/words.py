@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from lingua import LanguageDetector
 
 UNSURE, NO_LETTERS = "unsure", "no letters"
-# Letters from which 96 % of texts of known language were identified correctly (docs/evaluation.md). Shorter captions
-# are reported apart.
+# Letters from which 96 % of texts of known language were identified (docs/evaluation.md). Shorter ones are apart.
 LONG_LETTERS = 25
 LEAST_RATIO = 2.0  # likelihood of the language over the next one, below which it is unsure
 _TEXTS_AT_ONCE = 1000
