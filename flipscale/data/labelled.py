@@ -210,9 +210,7 @@ def _require_timm(field: str, value: object) -> None:
     try:
         import timm.data  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"data.augment.{field} is {value!r}, and timm is not installed; pip install 'flipscale[finetune]'"
-        ) from error
+        raise UserError(f"data.augment.{field} is {value!r} without timm; pip install 'flipscale[finetune]'") from error
 
 
 @contextmanager

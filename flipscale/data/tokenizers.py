@@ -148,9 +148,7 @@ def train_sentencepiece(
             # SentencePiece names the size that the characters need, unless there is no room at all.
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             reason = f"their characters alone need {needed[1]}" if needed else "there is no room for their characters"
-            raise UserError(
-                f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}"
-            ) from error
+            raise UserError(f"no tokenizer of {vocab_size=} from {len(captions)} captions: {reason}") from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model.getvalue())
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a temporary path, different every time

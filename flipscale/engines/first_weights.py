@@ -250,9 +250,7 @@ def _usable(
     words = " and ".join(f"{count} of {own} tensors of the {tower} tower" for count, own, tower in counts)
     under_half = [count for count, own, _ in counts if 2 * count < own]
     if any(under_half) or len(under_half) == len(counts):
-        raise UserError(
-            f"it has {words} of this recipe's model; use weights of its family, or convert them with flipscale convert"
-        )
+        raise UserError(f"it has {words} of this recipe's model; use weights of its family, or convert them")
     _log.info("%s: %s", start, words)
     return taken
 

@@ -194,18 +194,14 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings = {"num_processes": 1, "num_machines": 1, **yaml.safe_load(text)}
         settings["distributed_type"]
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"launch file {file} cannot be read as accelerate's ({error!r}); use {shipped('ddp')}"
-        ) from error
+        raise UserError(f"launch file {file} is not one of accelerate's ({error!r}); use {shipped('ddp')}") from error
     for name in _SECTIONS:
         settings[name] = settings.get(name) or {}
         if not isinstance(settings[name], dict):
             raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it")
     for name in ("num_processes", "num_machines"):
         if type(settings[name]) is not int or not 1 <= settings[name] < 10**_MAX_DIGITS:
-            raise UserError(
-                f"launch file {file}: {name} is {str(settings[name])[:60]!r}; it must be a whole number above 0"
-            )
+            raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; use a whole number above 0")
     return settings
 
 

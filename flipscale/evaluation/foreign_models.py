@@ -210,10 +210,8 @@ class TransformersEmbedder(Embedder):
         its texts have the same length."""
         config = self.model.config
         padding = "max_length" if "siglip" in config.model_type else True
-        length = config.text_config.max_position_embeddings
-        columns = self.tokenizer.tokenizer(
-            texts, padding=padding, truncation=True, max_length=length, return_tensors="pt"
-        )
+        lengths = {"padding": padding, "truncation": True, "max_length": config.text_config.max_position_embeddings}
+        columns = self.tokenizer.tokenizer(texts, **lengths, return_tensors="pt")
         if config.model_type == "siglip":
             columns.pop("attention_mask", None)  # of SigLIP 2's tokenizer
         return columns

@@ -152,9 +152,7 @@ def open_flip_checkpoint(path: Path) -> Arrays:
     folders = sorted({str(array.parent) for array in arrays})
     if len(folders) != 1:
         found = ", ".join(folders) or "no target.* folder in it"
-        raise UserError(
-            f"{path} has {len(folders)} checkpoints of the original FLIP ({found}); name one checkpoint_N, or its zip"
-        )
+        raise UserError(f"{path} has {len(folders)} checkpoints of FLIP ({found}); name one checkpoint_N, or its zip")
     names = {array: array.name.removeprefix("target.").replace(".", "/") for array in arrays}
     return {name: StoredArray(name, files, str(array)) for array, name in names.items()}
 
@@ -264,9 +262,7 @@ def _config(arrays: Arrays, size: str | None, image_heads: int | None, text_head
             raise UserError(f"size is {size}, but the checkpoint has {'; '.join(differences)}")
         image_heads, text_heads = (t.num_attention_heads for t in (expected.vision_config, expected.text_config))
     if image_heads is None or text_heads is None:
-        raise UserError(
-            f"image_heads is {image_heads}, text_heads is {text_heads}; the checkpoint lacks them; give size or both"
-        )
+        raise UserError(f"image_heads is {image_heads}, text_heads is {text_heads}; give size or both numbers of heads")
     return FlipConfig(
         vision_config={**vision, "num_attention_heads": image_heads},
         text_config={**text, "num_attention_heads": text_heads},
@@ -293,9 +289,8 @@ def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
 def _check_arrays(arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> None:
     stored = {name: torch.empty(array.shape, device="meta") for name, array in arrays.items() if name != _POSITIONS}
     shapes = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
-    wrong = [
-        f"{n} is {shapes.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if shapes.get(n) != shape
-    ]
+    unlike = [(name, shape) for name, shape in expected.items() if shapes.get(name) != shape]
+    wrong = [f"{name} is {shapes.get(name, 'missing')}, not {shape}" for name, shape in unlike]
     wrong += [f"{name} is unknown" for name in shapes if name not in expected]
     if wrong:
         raise UserError(f"the checkpoint's arrays, in our names, do not fit a FLIP model: {'; '.join(wrong[:4])}")

@@ -199,10 +199,9 @@ def _tower(
     outer = matrix.weight
     if _averages(config):
         # The block applies the projection if the width leaves a channel for the negative sum; else the last step does.
-        fits = len(matrix.weight) < copies * config.hidden_size
-        inner, outer = (
-            (matrix.weight, torch.eye(len(matrix.weight))) if fits else (torch.eye(config.hidden_size), outer)
-        )
+        width = config.hidden_size
+        fits = len(outer) < copies * width
+        inner, outer = (outer, torch.eye(len(outer))) if fits else (torch.eye(width), outer)
         blocks.append(_averaging_block(tower, inner))
         weight, bias = torch.ones_like(weight), torch.zeros_like(bias)
     elif not blocks:

@@ -54,10 +54,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: `(batch, tokens, vocab_size)`.
         labels: `(batch, tokens)`; positions with `NO_TARGET` do not count.
     """
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_TARGET, reduction="none"
-    )
-    return losses.view(labels.shape)
+    options: dict[str, Any] = {"ignore_index": NO_TARGET, "reduction": "none"}
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), **options).view(labels.shape)
 
 
 def caption_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -175,9 +173,8 @@ class FlipDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the tokens `(batch, tokens, width)` after the block."""
-        hidden_states = (
-            hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask, cache=cache, **kwargs)[0]
-        )
+        read = self.self_attn(self.layer_norm1(hidden_states), attention_mask, cache=cache, **kwargs)[0]
+        hidden_states = hidden_states + read
         seen = self.cross_attn(self.layer_norm2(hidden_states), None, image_states, cache=cache, **kwargs)[0]
         hidden_states = hidden_states + seen
         return hidden_states + self.mlp(self.layer_norm3(hidden_states))
@@ -277,9 +274,8 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
         visible = causal[None, None] | in_parallel[:, None, None, None]
         if self.config._attn_implementation == "sdpa":
             return visible
-        return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(
-            ~visible, torch.finfo(hidden_states.dtype).min
-        )
+        dtype = hidden_states.dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def read_captions(

@@ -108,9 +108,7 @@ def open_pictures(place: str) -> Pictures:
         raise UserError(f"there is no folder {place}; name a folder of pictures, or shards named *.tar")
     pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
-        raise UserError(
-            f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)} there, or shards named *.tar"
-        )
+        raise UserError(f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)}, or shards, *.tar")
     return pictures
 
 

@@ -41,9 +41,7 @@ def write_languages(place: Path, source: TaskSource) -> None:
     except (UserError, OSError):
         raise
     except Exception as error:  # archives, JSON and every protocol raise their own types
-        raise UserError(
-            f"{source.repo} or its captions cannot be read ({reason_of(error)}); the source has changed"
-        ) from error
+        raise UserError(f"{source.repo} or its captions have changed ({reason_of(error)})") from error
 
 
 def _write(place: Path, source: TaskSource) -> None:

@@ -260,10 +260,8 @@ def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validati
         near = [path.name for path in ranked[1:] if path.result and last.low <= path.result.value <= last.high]
         inside = f"the interval of {ranked[0].name}, of one seed, lie"
         parts.append(f"Within {inside}: {', '.join(near) or 'no other paths'}.")
-    failed = [
-        f"- {path.name}, {rung.minutes:g} min: {path.failure}" for rung in rungs for path in rung.paths if path.failure
-    ]
-    if failed:
+    tried = [(path, rung.minutes) for rung in rungs for path in rung.paths]
+    if failed := [f"- {path.name}, {minutes:g} min: {path.failure}" for path, minutes in tried if path.failure]:
         parts.append("Failed, and out:\n\n" + "\n".join(failed))
     text = "\n\n".join(parts)
     write_text(output_dir / "report.md", f"# The search\n\n{text}\n")

@@ -178,9 +178,7 @@ def check_names(names: Iterable[Any], file: Path) -> None:
     """Raise unless names in a file can name folders."""
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            raise UserError(
-                f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, in quotes if it is a number"
-            )
+            raise UserError(f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, and quote a number")
 
 
 def resolve_base(base: str, file: Path) -> str:

@@ -61,9 +61,8 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
     """
     is_single = len(panels) == 1
     size = (7.5, 4.5) if is_single else (4.2 * len(panels), 3.8)
-    figure, axes = drawing_pyplot().subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, constrained_layout=True
-    )
+    look = {"figsize": size, "sharey": True, "squeeze": False, "constrained_layout": True}
+    figure, axes = drawing_pyplot().subplots(1, len(panels), **look)
     all_groups = [group for groups in panels.values() for group in groups.values()]
     most = max(curve.records[-1][along] for group in all_groups for curve in group)
     label, unit = _pairs_unit(most) if along == "samples_seen" else _time_unit(most)

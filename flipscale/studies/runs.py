@@ -86,9 +86,7 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     shares[-1] = round(1.0 - sum(shares[:-1]), 4)
     if shares[-1] <= 0.0:
         last = recipe.stages[-1]
-        raise UserError(
-            f"stage {last.name!r}: {last.samples} samples have no share of time beside the other stages; give it more"
-        )
+        raise UserError(f"stage {last.name!r}: {last.samples} samples have no share of time; give it more samples")
     return [
         dataclasses.replace(
             stage, samples=None, warmup_samples=0, share=own, warmup_share=share(stage, stage.warmup_samples)

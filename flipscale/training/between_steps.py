@@ -44,10 +44,8 @@ class Evaluation:
     def __init__(self, plan: Plan, engine: "Engine", accelerator: "Accelerator", tracker: Tracker):
         self._engine, self._watch, self._tracker = engine, tracker.watch, tracker
         kind, recipe = Embedder if plan.objective.takes_text else ClassifierEmbedder, plan.recipe.eval
-        self._embedder = kind(
-            *(engine.model, plan.tokenizer, accelerator, recipe.batch_size, decoding_workers(recipe.num_workers)),
-            self._watch.alive,
-        )
+        sizes = (recipe.batch_size, decoding_workers(recipe.num_workers))
+        self._embedder = kind(engine.model, plan.tokenizer, accelerator, *sizes, self._watch.alive)
 
     def run(self, tasks: list[Task], num_steps: int) -> None:
         """Collective. Run the tasks and write their results.

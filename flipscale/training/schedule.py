@@ -273,7 +273,7 @@ def plan_stages(
             limit = f"{length:g}" if is_timed else length * global_batch_size
             raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {limit}")
         schedule = {"schedule_first": schedule_first, "schedule_last": schedule_last, "warmup": warmup}
-        times = {"first": ends[number], "last": ends[number + 1], **schedule, "peak_lr": peak_lr}
+        times: dict[str, Any] = {"first": ends[number], "last": ends[number + 1], **schedule, "peak_lr": peak_lr}
         planned.append(Stage(**vars(stage), **times))
     return planned
 

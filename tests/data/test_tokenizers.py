@@ -123,7 +123,7 @@ def test_sentencepiece_refuses_no_text_and_too_few_pieces(tmp_path: Path) -> Non
     """Both messages say what to change."""
     with pytest.raises(ValueError, match="captions is empty"):
         train_sentencepiece([], tmp_path, 400, 16)
-    with pytest.raises(ValueError, match="no tokenizer of vocab_size 5 from 22 captions"):
+    with pytest.raises(ValueError, match="no tokenizer of vocab_size=5 from 22 captions"):
         train_sentencepiece(CAPTIONS, tmp_path, 5, 16)
 
 

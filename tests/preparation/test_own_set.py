@@ -251,7 +251,7 @@ def test_a_tokenizer_of_own_captions(own_shards: Path, tmp_path: Path, capsys: p
 
 def test_a_tokenizer_that_cannot_be(own_shards: Path, tmp_path: Path, refused: Callable) -> None:
     line = refused("prepare", "tokenizer", own_shards, tmp_path / "words", "--vocab_size", 9)
-    assert re.search(r"no tokenizer of vocab_size 9 from 128 captions: their characters alone need \d+", line)
+    assert re.search(r"no tokenizer of vocab_size=9 from 128 captions: their characters alone need \d+", line)
     assert "use more" in refused("prepare", "tokenizer", own_shards, tmp_path / "words", "--vocab_size", 1)
     assert not (tmp_path / "words").exists()
     (tmp_path / "empty").mkdir()

@@ -165,9 +165,7 @@ def _check_columns(rows: "Dataset", name: str, image_column: str, caption_column
         feature = rows.features[column]
         text = getattr(feature, "feature", feature)
         if getattr(text, "dtype", "") not in _TEXTS:
-            raise UserError(
-                f"dataset {name!r} has no captions in column {column!r} but {feature}; name texts, or lists of texts"
-            )
+            raise UserError(f"dataset {name!r} has no captions in column {column!r} but {feature}; name texts or lists")
 
 
 def _folders_of(name: str) -> Iterable[str]:

@@ -154,9 +154,8 @@ class Likelihoods:
         self._embedder, self._model, self._images = embedder, captioner(embedder), images
         config, device = self._model.config.decoder_config, embedder.accelerator.device
         tokens = tokenise_captions(embedder.tokenizer, texts, config.max_position_embeddings)
-        inputs, targets = (
-            part.to(device) for part in caption_inputs(tokens["input_ids"], tokens["attention_mask"], config)
-        )
+        columns = caption_inputs(tokens["input_ids"], tokens["attention_mask"], config)
+        inputs, targets = (part.to(device) for part in columns)
         # Images times texts in one decoder batch: about as many as the embedder's batch has images.
         self._group = min(images, max(1, embedder.batch_size // len(texts)))
         together = max(1, embedder.batch_size // self._group)

@@ -93,9 +93,7 @@ this language, among these classes. {_PROTOCOL}"""
             for own, hits, score in parts.values():
                 hits.add(score(embeds[own[mine]]))
 
-        return Scorer(
-            add, lambda: _over_languages({language: part[1].results("top1") for language, part in parts.items()})
-        )
+        return Scorer(add, lambda: _over_languages({name: part[1].results("top1") for name, part in parts.items()}))
 
 
 def babel_imagenet() -> dict[str, tuple[list[int], list[str], list[str]]]:

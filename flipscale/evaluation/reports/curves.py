@@ -236,9 +236,8 @@ def times_to_equal(curves: Sequence[Curve]) -> list[str]:
         means = [float(np.mean([end.result.value for end in group])) for group in ends]
         is_second = (means[1] > means[0]) == ends[0][0].result.higher_is_better and means[0] != means[1]
         better, slower, last = pair[is_second], pair[not is_second], ends[not is_second]
-        times = [
-            (end, seconds_to(curve, str(name), end.result.value)) for curve, end in zip(better, last, strict=False)
-        ]
+        reached = zip(better, last, strict=False)
+        times = [(end, seconds_to(curve, str(name), end.result.value)) for curve, end in reached]
         # A curve that begins at that result gives no ratio.
         ratios = [end.trained_seconds / seconds for end, seconds in times if seconds]
         value = with_unit(means[not is_second], last[0].result.unit)
