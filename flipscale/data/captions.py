@@ -122,11 +122,9 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens:
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
-def tokenise_captions(
-    tokenizer: "PreTrainedTokenizerBase", captions: list[str], length: int
-) -> dict[str, "torch.Tensor"]:
+def tokenise_captions(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int) -> dict[str, "torch.Tensor"]:
     """Return `tokenise` of captions, each of which needs a token."""
-    tokens = tokenise(tokenizer, captions, length)
+    tokens = tokenise(tokenizer, texts, length)
     if not tokens["attention_mask"].any(dim=1).all():
         raise UntokenizableCaption("the tokenizer makes no token of it")
     return tokens

@@ -204,25 +204,21 @@ def longer_positions(table: torch.Tensor, count: int, kind: str) -> torch.Tensor
     return torch.lerp(table[lower], table[lower + 1], (places - lower)[:, None].to(table.dtype))
 
 
-def _stored(
-    init_from: "str | Towers", config: Any
-) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, list[int]]]:
+def _stored(start: "str | Towers", config: Any) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, list[int]]]:
     """Return a reader and the shape of each stored weight, by its name in the model of a configuration."""
     if config.model_type == "vision-text-dual-encoder":
         from flipscale.engines.start_towers import tower_weights  # imports the models
 
-        weights = tower_weights(init_from, config)
+        weights = tower_weights(start, config)
         readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(weights.__getitem__, name) for name in weights}
         return readers, {name: list(weight.shape) for name, weight in weights.items()}
-    owners = open_weights(fetch_folder(str(init_from)))
+    owners = open_weights(fetch_folder(str(start)))
     shapes = {name: file.get_slice(name).get_shape() for name, file in owners.items()}
     readers = {name: partial(file.get_tensor, name) for name, file in owners.items()}
     return readers, shapes
 
 
-def _usable(
-    stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str, text_positions: str | None
-) -> set[str]:
+def _usable(stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str, positions: str | None) -> set[str]:
     """Return the names of the tensors that `model` uses, and log missing and unused names.
 
     Raises:
@@ -232,7 +228,7 @@ def _usable(
     for name in shapes.keys() & stored.keys():
         found = stored[name] or [1]  # transformers' CLIP has a logit_scale of shape ()
         if _TEXT_POSITIONS.fullmatch(name) and found[1:] == shapes[name][1:] and found != shapes[name]:
-            _check_longer(found[0], shapes[name][0], text_positions)
+            _check_longer(found[0], shapes[name][0], positions)
         elif found != shapes[name]:
             raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
     # Expected names, such as the text tower's for a classifier, are not logged.

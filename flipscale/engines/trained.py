@@ -14,6 +14,7 @@ from flipscale.engines.recipe import LoraRecipe
 from flipscale.io.errors import UserError
 
 _MATRIX = ".lora_{}.default.weight"
+ReadWeight = Callable[[str], torch.Tensor]
 
 
 def freeze(model: nn.Module, parts: Sequence[str], field: str = "model.frozen") -> None:
@@ -80,9 +81,7 @@ def _peft() -> Any:
     return peft
 
 
-def merged(
-    read: Callable[[str], torch.Tensor], names: Collection[str], recipe: LoraRecipe
-) -> Callable[[str], torch.Tensor]:
+def merged(read: ReadWeight, names: Collection[str], recipe: LoraRecipe) -> ReadWeight:
     """Return a reader of a model's weights with the changes added, given a reader of the weights with LoRA."""
 
     def merge(name: str) -> torch.Tensor:

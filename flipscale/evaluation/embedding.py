@@ -209,9 +209,7 @@ class Embedder:
         """Return this process's rows of `count`, int64 `(rows,)`, in the order of its batches."""
         return self.share(count).rows()
 
-    def image_batches(
-        self, source: TarSource, features: Features = "embeds"
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def image_batches(self, source: TarSource, features: Features = "embeds") -> Iterator[tuple[torch.Tensor, ...]]:
         """Collective, to its end. Yield this process's rows of `source`, int64 `(rows,)`, and their features, fp32
         `(rows, dim)` on the CPU, batch by batch.
 

@@ -130,10 +130,8 @@ def as_metrics(results: Iterable[Result]) -> dict[str, float]:
     return metrics
 
 
-def append_results(
-    run_dir: Path, results: Iterable[Result], step: int, samples_seen: int, trained_seconds: float
-) -> None:
-    place = {"step": step, "samples_seen": samples_seen, "trained_seconds": trained_seconds}
+def append_results(run_dir: Path, results: Iterable[Result], step: int, samples: int, seconds: float) -> None:
+    place = {"step": step, "samples_seen": samples, "trained_seconds": seconds}
     json_lines.append(run_dir / RESULTS_FILE, ({**place, **dataclasses.asdict(result)} for result in results))
 
 

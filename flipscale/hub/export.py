@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_whole
-from flipscale.engines.trained import lora_config, lora_layers, merged
+from flipscale.engines.trained import ReadWeight, lora_config, lora_layers, merged
 from flipscale.evaluation.test_set import kept_class_names
 from flipscale.hub.push import sort_files
 from flipscale.io.atomic import atomic_write
@@ -33,7 +32,6 @@ from flipscale.training.recipe import Recipe, parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
-ReadWeight = Callable[[str], torch.Tensor]
 # An image processor, or the processor of a model with a text tower.
 Processor = CLIPImageProcessorPil | ProcessorMixin | None
 

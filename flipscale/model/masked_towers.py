@@ -171,9 +171,7 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
         if self.text_model.config.model_type in UNPOOLED:
             pool_captions(self.text_model)
 
-    def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Return the text tower's output with its embedding as `pooler_output`. Padding takes no part in attention."""
         if attention_mask is None:
             attention_mask = input_ids != self.config.text_config.pad_token_id
@@ -191,9 +189,8 @@ def stored_names(model: Any) -> dict[str, str]:
     weights = model.state_dict()
     own = {id(weight): name for name, weight in weights.items()}
     names = {own[id(weight)]: name for name, weight in revert_weight_conversion(model, weights).items()}
-    if not isinstance(model, VisionTextDualEncoderModel) or not hasattr(
-        model.vision_model.embeddings, "patch_embedding"
-    ):
+    is_of_two = isinstance(model, VisionTextDualEncoderModel)
+    if not is_of_two or not hasattr(model.vision_model.embeddings, "patch_embedding"):
         return names
     # transformers 5 took a level out of the towers of CLIP and SigLIP.
     return {name: stored.replace("vision_model.", "vision_model.vision_model.", 1) for name, stored in names.items()}

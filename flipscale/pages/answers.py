@@ -194,16 +194,14 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
             # Logits are scores of classes already.
             return Tested(task, pictures, rows, answers_of(embeds, np.eye(len(names), dtype="f4"), names, right, 1.0))
         assert tokenizer is not None
-        texts = _text_embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
+        texts = _embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
     texts = texts.reshape(len(names), len(prompts), -1).mean(axis=1)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     scale = float(model.loss_values()["logit_scale"])
     return Tested(task, pictures, rows, answers_of(embeds, texts, names, right, scale))
 
 
-def _questions(
-    task: Task, test_set: TestSet, places: Sequence[tuple[int, int]]
-) -> tuple[list[str], list[int], list[str]]:
+def _questions(task: Task, test_set: TestSet, places: list[tuple[int, int]]) -> tuple[list[str], list[int], list[str]]:
     """Return the possible answers, the index of each picture's right answer, and the prompts of an answer."""
     if isinstance(task, ZeroShot | Classification):
         names = test_set.class_names()
@@ -216,9 +214,7 @@ def _questions(
 
 
 @torch.no_grad()
-def _text_embeds(
-    model: FlipModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device
-) -> np.ndarray:
+def _embeds(model: FlipModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> np.ndarray:
     length, parts = model.config.text_config.max_position_embeddings, []
     for first in range(0, len(texts), _TEXT_BATCH):
         tokens = tokenise(tokenizer, texts[first : first + _TEXT_BATCH], length)["input_ids"].to(device)

@@ -237,10 +237,8 @@ def has_passed(before: float, position: float, every_share: float) -> bool:
     return every_share > 0 and math.floor(position / every_share) > math.floor(max(before, 0.0) / every_share)
 
 
-def plan_stages(
-    stages: Sequence[StageRecipe], global_batch_size: int, budget_minutes: float | None = None
-) -> list[Stage]:
-    """Return the stages in positions: in steps or, with a budget, in shares of it."""
+def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int, minutes: float | None = None) -> list[Stage]:
+    """Return the stages in positions: in steps or, with a budget of minutes, in shares of it."""
     if not stages or stages[0].base_lr is None:
         raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
     check_ranges(list(stages), "stages")
@@ -249,7 +247,7 @@ def plan_stages(
     for name, count in Counter(stage.name for stage in stages).items():
         if count > 1:
             raise UserError(f"{count} stages are named {name!r}; give every stage a name of its own")
-    is_timed = budget_minutes is not None
+    is_timed = minutes is not None
     ends = [0, *itertools.accumulate(_lengths(stages, global_batch_size, is_timed))]
     if is_timed:
         ends[-1] = 1.0

@@ -23,9 +23,8 @@ def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, di
     with suppress(UserError):
         saved = read_saved_recipe(run_dir / "recipe.yaml")
         before = saved.get("model")
-        if isinstance(before, dict) and all(
-            before.get(name) == getattr(model, name) for name in ("init_from", "vision", "text")
-        ):
+        starts = ("init_from", "vision", "text")
+        if isinstance(before, dict) and all(before.get(name) == getattr(model, name) for name in starts):
             return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
     if model.vision:
         from flipscale.engines.start_towers import start_fields as fields_of_towers  # imports the models
