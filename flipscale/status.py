@@ -21,6 +21,8 @@ _SILENT_PAUSE_SECONDS = 3600.0
 _LONGEST_SECONDS = 1e10  # no date is computed for longer times
 _WATCH_SECONDS = 3.0
 _ENDED = ("done", "stopped", "dead")  # states that a run does not leave by itself
+# Values of the last interval that a status has under the names of `metrics.jsonl`.
+_LATEST = ("stage", "images_per_s", "mfu", "data_wait_share", "peak_memory_bytes", "loss", "lr")
 _CLEAR = b"\033[H\033[J"  # moves the cursor to the upper left and clears the screen below
 
 
@@ -83,15 +85,9 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "samples_seen": run.samples_seen,
         "total_samples": run.total_samples,
         "budget_minutes": run.budget_minutes,
-        "stage": run.latest("stage"),
-        "images_per_s": run.latest("images_per_s"),
-        "mfu": run.latest("mfu"),
-        "data_wait_share": run.latest("data_wait_share"),
-        "peak_memory_bytes": run.latest("peak_memory_bytes"),
+        **{name: run.latest(name) for name in _LATEST},
         "seconds_left": None if run.is_done else _seconds_left(run),
         "trained_seconds": run.trained_seconds,
-        "loss": run.latest("loss"),
-        "lr": run.latest("lr"),
         "checkpoint_samples": run.checkpoint_samples,
         "checkpoint_age_seconds": _age(run.checkpoint.stat().st_mtime, now) if run.checkpoint else None,
         "energy_kwh": run.energy.kwh,

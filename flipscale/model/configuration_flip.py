@@ -10,6 +10,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Fields of a tower, in place of those of a named size.
+TowerFields = dict[str, Any] | None
 
 # Newest format of the configuration and the weights. It grows when older code would misread a newer folder: a new field
 # changes the computation, or weights change their meaning. A file without the number has format 1. Format 2 adds the
@@ -461,9 +463,7 @@ class FlipConfig(FlipPreTrainedConfig):
         return {name: list(part.__annotations__) for name, part in PARTS}
 
     @classmethod
-    def from_size(
-        cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
-    ) -> "FlipConfig":
+    def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> "FlipConfig":
         """Return the configuration of a named size, with some fields of its towers replaced.
 
         Args:

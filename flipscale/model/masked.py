@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_flip import check_tower, patches_along
+from .configuration_flip import TowerFields, check_tower, patches_along
 from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds, packed_mask
 from .patches import patchify
 
@@ -97,9 +97,7 @@ class MaskedFields:
         check_tower(self.text_config)  # type: ignore[attr-defined]
 
     @classmethod
-    def from_size(
-        cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
-    ) -> Any:
+    def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> Any:
         """Return the configuration of a named size, with some fields of its towers replaced."""
         if size not in cls.sizes:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(cls.sizes)}")

@@ -23,7 +23,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD
+from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD, TowerFields
 from .masked import MaskedDualEncoder, MaskedFields, PackedEmbeddings, masked_config, masked_tower, tower_fields
 from .masked_clip import MaskedCLIPConfig, MaskedCLIPModel
 from .masked_siglip import MaskedSiglipConfig, MaskedSiglipModel
@@ -117,9 +117,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
             raise ValueError(f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions}")
 
     @classmethod
-    def from_size(
-        cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
-    ) -> Any:
+    def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> Any:
         if not vision_config or not text_config:
             raise ValueError("family towers has no sizes; set model.vision and model.text, or model.init_from")
         return cls.of_towers(vision_config, text_config)

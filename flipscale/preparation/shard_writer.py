@@ -40,7 +40,7 @@ PARTS = ("train", "test")
 _MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
 _HASHES, _LOCK, _PARTIAL = ".hashes.npy", ".lock", ".*.partial*"
 _MAX_SHOWN = 300  # characters of a name or a detail
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
 _SPLIT_KEY = b"flipscale prepare shards --split"
 _REMEDIES = {
@@ -354,7 +354,7 @@ def stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dic
     sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
     scale = options.short_side / min(height, width)
     try:
-        extension = _KEPT_FORMATS.get(Image.open(io.BytesIO(encoded)).format or "")
+        extension = KEPT_FORMATS.get(Image.open(io.BytesIO(encoded)).format or "")
         if scale >= 1 and extension:
             return encoded, extension, sizes
         if scale < 1:

@@ -31,6 +31,7 @@ from flipscale.io.files import check_disk_space, size_text
 from flipscale.io.progress import Progress
 from flipscale.io.text_table import plain_table
 from flipscale.preparation.languages import archive_bytes, write_languages
+from flipscale.preparation.shard_writer import KEPT_FORMATS
 
 REAL_LABELS = "real_labels.json"
 _BEGUN = ".begun.json"  # the source and commit of an unfinished set, so that a later start continues with the same one
@@ -41,7 +42,6 @@ _TIMM_LABELS = "data/_info/imagenet_real_labels.json"  # of image ILSVRC2012_val
 _LIST_SECONDS = 30.0
 IMAGES_PER_SHARD = 1000  # of shards that are made of tables
 _ROWS_AT_ONCE = 64
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class WrongFile(OSError):
@@ -496,8 +496,8 @@ def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
         raise UserError(f"{where} has no {missing}; the source has changed")
     try:
         kind = Image.open(io.BytesIO(content)).format
-        if kind in _EXTENSIONS:
-            return content, _EXTENSIONS[kind], label
+        if kind in KEPT_FORMATS:
+            return content, KEPT_FORMATS[kind], label
         png = io.BytesIO()
         Image.fromarray(decode_whole(content)).save(png, "PNG")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
