@@ -76,10 +76,9 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
         if not any(folder.glob("*.safetensors")):
             folder = fetch_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
         _check_foreign(folder)
+        options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
         with no_code_of_models():
-            model, report = AutoModel.from_pretrained(
-                folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-            )
+            model, report = AutoModel.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises any type
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise OSError(f"{full_name} cannot be loaded ({first_line(error)})") from error

@@ -102,9 +102,8 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
     tasks = list(tasks)
     for task in tasks:
         task.check_model(embedder.gives, f"the model {embedder.name}".rstrip())
-    for (is_streamed, _, image_size), group in groupby(
-        tasks, lambda task: (isinstance(task, StreamedTask), task.data, task.image_size)
-    ):
+    alike = groupby(tasks, lambda task: (isinstance(task, StreamedTask), task.data, task.image_size))
+    for (is_streamed, _, image_size), group in alike:
         together, sized = list(group), embedder.at(image_size)
         embedder.alive()
         if is_streamed:

@@ -219,9 +219,8 @@ class PackedEmbeddings:
         if side == config.patches_along():
             return prefix, own
         grid = own.float().unflatten(0, (config.patches_along(), -1)).permute(2, 0, 1)[None]
-        resized = nn.functional.interpolate(
-            grid, size=(side, side), mode="bicubic", align_corners=False, antialias=self.smooths
-        )
+        options: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": self.smooths}
+        resized = nn.functional.interpolate(grid, size=(side, side), **options)
         return prefix, resized[0].flatten(1).t()
 
     def class_token(self) -> torch.Tensor:

@@ -196,9 +196,8 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
     def __init__(self, config: FlipDecoderConfig, image_width: int):
         super().__init__(config)
         self.image_projection = nn.Linear(image_width, config.hidden_size)
-        self.image_layers = nn.ModuleList(
-            [FlipEncoderLayer(cast(Any, config)) for _ in range(config.num_encoder_layers)]
-        )
+        image_layers = (FlipEncoderLayer(cast(Any, config)) for _ in range(config.num_encoder_layers))
+        self.image_layers = nn.ModuleList(image_layers)
         self.embeddings = FlipTextEmbeddings(cast(Any, config))
         self.layers = nn.ModuleList([FlipDecoderLayer(config, number) for number in range(config.num_hidden_layers)])
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -344,9 +343,8 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             raise ValueError("the config has no decoder_config, which captions need; load the model as a FlipModel")
         super().__init__(config)
         self.vision_model = FlipVisionModel._from_config(config.vision_config)
-        self.decoder = FlipCaptionDecoder._from_config(
-            config.decoder_config, image_width=config.vision_config.hidden_size
-        )
+        width = config.vision_config.hidden_size
+        self.decoder = FlipCaptionDecoder._from_config(config.decoder_config, image_width=width)
         self.post_init()
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:

@@ -154,6 +154,5 @@ class FlipForQuestionAnswering(FlipModel):
         logits = self.fusion(image_tokens if self.config.answer_config.sees_image else None, text_tokens, own)
         losses = None if labels is None else answer_losses(logits, labels)
         towers = {name: value for name, value in output.items() if name != "loss"}
-        return FlipAnswerOutput(
-            loss=None if losses is None else losses.mean(), **towers, logits=logits, answer_losses=losses
-        )
+        mean = None if losses is None else losses.mean()
+        return FlipAnswerOutput(loss=mean, **towers, logits=logits, answer_losses=losses)

@@ -41,9 +41,8 @@ class CaptioningFlipModel(FlipModel):
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
-        self.decoder = FlipCaptionDecoder._from_config(
-            config.decoder_config, image_width=config.vision_config.hidden_size
-        )
+        width = config.vision_config.hidden_size
+        self.decoder = FlipCaptionDecoder._from_config(config.decoder_config, image_width=width)
         self.post_init()
         self._keys_to_ignore_on_load_unexpected = set()
 
@@ -96,6 +95,7 @@ class WithCaptions(WithSecondLoss):
     """Another objective plus `weight` times `CaptionLoss`."""
 
     second_loss: ClassVar[str] = "caption"
+    second_values: ClassVar[str] = "caption_losses"
     model_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
 
@@ -113,10 +113,6 @@ class WithCaptions(WithSecondLoss):
 
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         return captioned(super().dataset, self.prediction, *arguments, **options)
-
-    def mean_loss(self, output: CaptioningOutput) -> torch.Tensor:
-        assert output.caption_losses is not None
-        return self.other.mean_loss(output) + self.weight * output.caption_losses.mean()
 
     def metrics(self, output: CaptioningOutput) -> dict[str, torch.Tensor]:
         assert output.caption_losses is not None

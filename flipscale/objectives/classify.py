@@ -83,10 +83,9 @@ class Classify(Objective):
         shares = torch.ones_like(labels, dtype=torch.float32) if output.label_shares is None else output.label_shares
         views = len(logits) // len(labels)
         # The cross-entropy is linear in the target, so the loss of a mixture is the mixture of its classes' losses.
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "reduction": "none"}
         total = logits.new_zeros(())
         for label, share in zip(labels.unbind(dim=1), shares.unbind(dim=1), strict=True):
-            each = nn.functional.cross_entropy(
-                logits, label.repeat_interleave(views), label_smoothing=self.label_smoothing, reduction="none"
-            )
+            each = nn.functional.cross_entropy(logits, label.repeat_interleave(views), **options)
             total = total + (share.repeat_interleave(views) * each).mean()
         return total

@@ -142,8 +142,9 @@ class WithSecondLoss(Objective):
     The model's output has `gradient_squares` of `watch_gradients`.
     """
 
-    # Name of the second loss in metrics.
+    # Name of the second loss in metrics, and of its values in the model's output.
     second_loss: ClassVar[str]
+    second_values: ClassVar[str]
 
     other: Objective
     weight: float
@@ -163,6 +164,9 @@ class WithSecondLoss(Objective):
 
     def coupled_loss(self, *compared: torch.Tensor, **parameters: Any) -> torch.Tensor:
         return self.other.coupled_loss(*compared, **parameters)
+
+    def mean_loss(self, output: Any) -> torch.Tensor:
+        return self.other.mean_loss(output) + self.weight * output[self.second_values].mean()
 
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:
         return self.other.metrics(output)

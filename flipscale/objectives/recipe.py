@@ -130,9 +130,8 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     if recipe.caption_weight > 0.0:
         others = {"loss.kind": other_model, "loss.reconstruction_weight": recipe.reconstruction_weight}
         refuse_set(others, f"loss.caption_weight is {recipe.caption_weight:g}, and both train another model class")
-        return WithCaptions(
-            other=objective, positives=recipe.positives, weight=recipe.caption_weight, prediction=recipe.caption_kind
-        )
+        weight, prediction = recipe.caption_weight, recipe.caption_kind
+        return WithCaptions(other=objective, positives=recipe.positives, weight=weight, prediction=prediction)
     if recipe.reconstruction_weight == 0.0:
         return objective
     words = f"loss.reconstruction_weight is {recipe.reconstruction_weight:g}"

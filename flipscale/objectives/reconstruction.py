@@ -149,10 +149,6 @@ class WithReconstruction(WithSecondLoss):
     """Another objective plus `weight` times the reconstruction of the masked patches."""
 
     second_loss: ClassVar[str] = "reconstruction"
+    second_values: ClassVar[str] = "reconstruction_loss"
     model_class: ClassVar[type[FlipPreTrainedModel]] = ReconstructingFlipModel
     columns: ClassVar[tuple[str, ...]] = ("masked_patches",)
-
-    def mean_loss(self, output: FlipOutput) -> torch.Tensor:
-        assert isinstance(output, ReconstructionOutput)
-        assert output.reconstruction_loss is not None
-        return self.other.mean_loss(output) + self.weight * output.reconstruction_loss

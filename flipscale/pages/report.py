@@ -42,7 +42,7 @@ REPORT = "report.html"
 MOST_BYTES = 2_000_000
 
 _SIDE, _MASK_SIDE = 112, 96
-_MOST_SHOWN, _MOST_CLASSES, _MOST_MISTAKES, _LARGEST_MATRIX = 12, 6, 9, 12
+_MOST_SHOWN, _MOST_CLASSES, _MOST_WRONG, _LARGEST_MATRIX = 12, 6, 9, 12
 _MOST_LETTERS, _MOST_RECIPE = 90, 20_000
 _MOST_FIGURES, _MOST_RESULTS = 8, 60
 # Pictures, texts and files on the page may be anybody's, or gone.
@@ -173,9 +173,7 @@ def _section(tested: Tested) -> dict[str, Any]:
         "cards": [_card(tested, place) for place in evenly(len(tested.rows), _MOST_SHOWN)],
         "best": [_card(tested, row.example, _row_note(row)) for row in best],
         "worst": [_card(tested, row.example, _row_note(row)) for row in worst],
-        "mistakes": [
-            _card(tested, one.example, _mistake_note(tested, one)) for one in mistakes(answers, _MOST_MISTAKES)
-        ],
+        "mistakes": [_card(tested, one.example, _mistake_note(tested, one)) for one in mistakes(answers, _MOST_WRONG)],
         "classes": [_short(name) for name in answers.names] if is_small else [],
         "counts": confusion(answers) if is_small else [],
     }

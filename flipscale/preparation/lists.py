@@ -710,8 +710,7 @@ class DatasetList(RowList):
             loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
         except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException) as error:
             raise UserError(
-                f"column {columns.image} of {source} holds no images ({reason_of(error)}); name theirs by "
-                "--image_column"
+                f"column {columns.image} of {source} holds no images ({reason_of(error)}); name another --image_column"
             ) from error
         # Downloaded images lie in the cache.
         root = Path(source) if is_saved else Path(datasets.config.HF_CACHE_HOME)

@@ -148,9 +148,8 @@ def _plan(folder: Path, page: TaskPage) -> _Plan | None:
     commit, listed = list_files(source.repo, revision)
     files = _files_of(source, listed)
     if not any(file.name.endswith((".tar", ".parquet")) for file in files):
-        what = (
-            f"parquet files of the split {source.split}" if source.image else source.shards or f"{source.split}/*.tar"
-        )
+        shards = source.shards or f"{source.split}/*.tar"
+        what = f"parquet files of the split {source.split}" if source.image else shards
         raise UserError(f"data set {source.repo} has no {what}; the source has changed")
     has_names = source.image or page.class_names or "classnames.txt" in {file.name for file in files}
     if _needs_names(page) and not has_names:

@@ -205,9 +205,8 @@ class AdditiveLaw(Law):
             off = value[0] - y
             slope = np.clip(off, -_HUBER, _HUBER)  # The derivative of Huber's loss.
             by_term = (slope[:, None] * weights[0]).sum(0)
-            return huber(_HUBER, off).sum(), np.concatenate(
-                [-(slope[:, None] * weights[0, :, :count] * x).sum(0), by_term]
-            )
+            by_exponent = -(slope[:, None] * weights[0, :, :count] * x).sum(0)
+            return huber(_HUBER, off).sum(), np.concatenate([by_exponent, by_term])
 
         bounds = [(0.0, 4.0)] * count + [(y.min() - 12, y.max() + 3)] * (count + 1)
         options = {"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-9}
@@ -328,8 +327,7 @@ def _bootstrap(law: Law, points: Points, resamples: int, seed: int) -> np.ndarra
     if count < needed:
         has = f"{count} points" + ("" if count == len(points) else f" of {len(points)} on the front")
         raise UserError(
-            f"{law.name}: {has}, too few for {len(law.parameters)} parameters (at least {needed}); train more "
-            "configurations"
+            f"{law.name}: {has}, too few for {len(law.parameters)} parameters (at least {needed}); train more"
         )
     rng = np.random.default_rng(seed)
     fits: list[np.ndarray] = []

@@ -87,11 +87,10 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     if shares[-1] <= 0.0:
         last = recipe.stages[-1]
         raise UserError(f"stage {last.name!r}: {last.samples} samples have no share of time; give it more samples")
+    warmups = [share(stage, stage.warmup_samples) for stage in recipe.stages]
     return [
-        dataclasses.replace(
-            stage, samples=None, warmup_samples=0, share=own, warmup_share=share(stage, stage.warmup_samples)
-        )
-        for stage, own in zip(recipe.stages, shares, strict=True)
+        dataclasses.replace(stage, samples=None, warmup_samples=0, share=own, warmup_share=warmup)
+        for stage, own, warmup in zip(recipe.stages, shares, warmups, strict=True)
     ]
 
 

@@ -260,8 +260,7 @@ def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfi
         )
     if data.augment.mixes and sampler.micro_batch_size % 2:
         raise UserError(
-            f"data.augment mixes pairs of images, and a process takes {sampler.micro_batch_size} at once; use an "
-            "even number"
+            f"data.augment mixes pairs of images; a process takes {sampler.micro_batch_size}, not an even number"
         )
 
 

@@ -401,8 +401,7 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     named = [name for name in ("vision", "text") if getattr(model, name) is not None]
     if named and model.family != "towers":
         raise UserError(
-            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family is {model.family!r}; set model.family "
-            "to towers"
+            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family {model.family!r}; set it to towers"
         )
     if model.family == "towers" and (len(named) == 1 or bool(named) == bool(model.init_from)):
         raise UserError(

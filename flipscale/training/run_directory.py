@@ -57,8 +57,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
         raise UserError(
-            f"{run_dir}/model exists without a checkpoint, and training would replace it; move it, or use another "
-            "output_dir"
+            f"{run_dir}/model has no checkpoint, and training would replace it; move it, or use another output_dir"
         )
     saved = run_dir / "recipe.yaml"
     # Without this file, the checkpoints' own copies are compared later.

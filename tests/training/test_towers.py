@@ -151,7 +151,7 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model.family", "clip"], "model.vision is '.*vit' and model.family is 'clip'"),
+        (["--model.family", "clip"], "model.vision is '.*vit' and model.family 'clip'"),
         (["--model.init_from", "x"], "model.init_from 'x'"),
         (["--model.vision", "null"], "model.vision None"),
         (["--model.vision", "{tmp}/none"], "there is no folder '.*none'"),

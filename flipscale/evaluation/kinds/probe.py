@@ -110,8 +110,7 @@ class LabelledSets(NamedTuple):
             if (theirs := one.class_names()) != names:
                 own, other = next(pair for pair in zip_longest(names, theirs) if pair[0] != pair[1])
                 raise UserError(
-                    f"the classes of {train} and {one.data} differ: {own!r} and {other!r}; give both the same "
-                    "classnames.txt"
+                    f"the classes of {train} and {one.data} differ: {own!r}, {other!r}; give both one classnames.txt"
                 )
         return cls(names, sets[0], sets[1], sets[2] if validation else None)
 
@@ -539,9 +538,8 @@ training images. Its interval counts both the draws (Student's t) and the test i
             mean = float(hits.mean()) / n
             low, high = wilson(mean * n, n)
             spread = student(draws - 1) * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0
-            share = Estimate(
-                mean, max(mean - math.hypot(mean - low, spread), 0.0), min(mean + math.hypot(high - mean, spread), 1.0)
-            )
+            down, up = (math.hypot(end - mean, spread) for end in (low, high))
+            share = Estimate(mean, max(mean - down, 0.0), min(mean + up, 1.0))
             label, headline = f"{shots}-shot top-1", shots == self.shots[-1]
             results.append(self.estimated(f"{shots}_shot", share, n, chance, headline, label=label))
         return results
