@@ -13,12 +13,13 @@ from flipscale.data.pairs import PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import BadSample, Fault, Sample, Source
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, needed
 from flipscale.model.configuration_flip import IMAGENET_MEAN
 
 # Score of an answer by the number of people who gave it, 4 or more scoring 1: METER (arXiv 2111.02387).
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 _TRANSLATE = 0.45  # largest shift as a fraction of an image's side, as in timm's `create_transform`
+_FINETUNE = "'flipscale[finetune]'"
 
 
 class LabelledDataset(PairDataset):
@@ -154,7 +155,7 @@ class Augment:
         if recipe.rand_augment is not None:
             self._rand_augment = _rand_augment(recipe.rand_augment, image_size)
         if recipe.cutmix_alpha > 0.0:
-            _require_timm("cutmix_alpha", recipe.cutmix_alpha)
+            needed("timm.data", f"data.augment.cutmix_alpha is {recipe.cutmix_alpha} without timm", _FINETUNE)
 
     def varied(self, image: np.ndarray, position: int) -> np.ndarray:
         """Return an image, uint8 RGB `(height, width, 3)`, after RandAugment with the draws of its position."""
@@ -189,28 +190,19 @@ def _cut(one: np.ndarray, other: np.ndarray, share: float) -> tuple[np.ndarray, 
 
 
 def _rand_augment(words: str, image_size: int) -> Callable[[Image.Image], Image.Image]:
-    _require_timm("rand_augment", words)
-    from timm.data.auto_augment import rand_augment_transform
-
+    timm_data = needed("timm.data", f"data.augment.rand_augment is {words!r} without timm", _FINETUNE)
     options = {
         "translate_const": int(image_size * _TRANSLATE),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        return rand_augment_transform(words, options)
+        return timm_data.rand_augment_transform(words, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
             f"data.augment.rand_augment is {words!r}, which timm does not know ({' '.join(str(error).split())}); use "
             "such as 'rand-m9-mstd0.5-inc1'"
         ) from error
-
-
-def _require_timm(field: str, value: object) -> None:
-    try:
-        import timm.data  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"data.augment.{field} is {value!r} without timm; pip install 'flipscale[finetune]'") from error
 
 
 @contextmanager

@@ -39,8 +39,7 @@ class AugmentRecipe:
 
     Args:
         rand_augment: RandAugment (arXiv 1909.13719) in timm's words; `rand-m9-mstd0.5-inc1` in the paper.
-        mixup_alpha: Mix the images and labels of two samples (arXiv 1710.09412) by a share drawn from Beta(alpha,
-            alpha); 0.8 in the paper.
+        mixup_alpha: Mix images and labels of two samples by a share from Beta(alpha, alpha) (arXiv 1710.09412: 0.8).
         cutmix_alpha: Paste a box from another image and mix the labels by area (arXiv 1905.04899); 1.0 in the paper.
             With mixup on, each pair of images gets one of the two.
     """

@@ -139,8 +139,7 @@ def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:
 def default_precision() -> Literal["no", "bf16"]:
     """Return the default precision of matrix products, in accelerate's words: bf16 on a GPU that has it, else `no`.
 
-    On CPUs it is always fp32, so that a recipe learns the same on each. CPUs with AMX or AVX-512's bf16 are faster in
-    bf16, others slower.
+    On CPUs it is always fp32, so that a recipe learns the same on each. Only AMX or AVX-512's bf16 make bf16 faster.
     """
     return "bf16" if torch.cuda.is_available() and is_faster_in_bf16() else "no"
 

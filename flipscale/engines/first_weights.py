@@ -1,8 +1,7 @@
 """The weights that a run starts from: drawn, or read from a model folder, one module at a time.
 
 The model is built on the meta device and gets memory block by block, so no process holds more than its shard and one
-block. Draws are keyed by (seed, module name), so a recipe starts from the same numbers under every engine and at every
-number of processes.
+block. Draws are keyed by (seed, module name): a recipe starts from the same numbers with all engines and processes.
 """
 
 import hashlib

@@ -51,8 +51,7 @@ class Launch:
     Args:
         engine: name in `flipscale.engines.start.engine_classes`.
         num_processes: number of processes of the run.
-        precision: precision of matrix products, in accelerate's words; `no` is fp32. Weights, moments and the loss are
-            fp32 with either.
+        precision: precision of matrix products, in accelerate's words; `no` is fp32. The rest is fp32 with either.
         shard_size: number of neighbouring processes that share one copy of the weights under `fsdp2`; None for all.
         reshards: whether `fsdp2` drops gathered weights after the forward pass, and gathers them again for the backward
             pass. False takes the memory of all weights in the products' precision.

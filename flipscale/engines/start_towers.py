@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, needed
 from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
 from flipscale.io.streams import without_bars
 from flipscale.model.masked import tower_fields
@@ -183,10 +183,7 @@ def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timm_model(name: str, folder: Path, pretrained: bool) -> Any:
-    try:
-        import timm
-    except ImportError:
-        raise UserError(f"model.vision {name!r} is a timm model, and timm is not installed; pip install timm") from None
+    timm = needed("timm", f"model.vision {name!r} is a timm model, and timm is not installed", "timm")
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=0).eval()
     except Exception as error:  # timm's factories raise any

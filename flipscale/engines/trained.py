@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flipscale.engines.recipe import LoraRecipe
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, needed
 
 _MATRIX = ".lora_{}.default.weight"
 ReadWeight = Callable[[str], torch.Tensor]
@@ -74,11 +74,7 @@ def lora_config(layers: list[str], recipe: LoraRecipe, base: str | None = None) 
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError("optim.lora needs the package peft; pip install 'flipscale[lora]'") from error
-    return peft
+    return needed("peft", "optim.lora needs the package peft", "'flipscale[lora]'")
 
 
 def merged(read: ReadWeight, names: Collection[str], recipe: LoraRecipe) -> ReadWeight:

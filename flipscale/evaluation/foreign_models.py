@@ -17,7 +17,7 @@ from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
 from flipscale.data.tokenizers import with_lower_case
 from flipscale.evaluation.embedding import Decoder, Embedder
-from flipscale.io.errors import UserError, first_line
+from flipscale.io.errors import UserError, first_line, needed
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
@@ -40,10 +40,7 @@ def load_open_clip(name: str) -> tuple[Any, Any, Any]:
         name: `NAME,PRETRAINED`, such as `ViT-B-16,laion2b_s34b_b88k`; `hf-hub:ORG/NAME`; or `local-dir:FOLDER`. NAME
             may be a JSON file with a model configuration, PRETRAINED a file of weights.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError("open_clip is not installed; pip install 'flipscale[peers]'") from error
+    open_clip = needed("open_clip", "open_clip is not installed", "'flipscale[peers]'")
     name, _, pretrained = name.partition(",")
     folder = Path(name.removeprefix("local-dir:"))
     with _loading(name):

@@ -81,6 +81,10 @@ class Result:
         return self.label or re.sub(r"(?<= )r(\d+)$", r"R@\1", re.sub(r"^top(\d+)$", r"top-\1", words))
 
     @property
+    def shown_with_unit(self) -> str:
+        return ", ".join(filter(None, (self.shown, self.unit)))
+
+    @property
     def value_text(self) -> str:
         """Value with its unit: `47.1 %`."""
         return with_unit(self.value, self.unit)

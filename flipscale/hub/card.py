@@ -227,7 +227,7 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
             dataset_split=data.get("split"),
             dataset_revision=data.get("revision"),
             metric_type=(kind and kind.hub_metric) or result.metric,
-            metric_name=", ".join(filter(None, (result.shown, result.unit))),
+            metric_name=result.shown_with_unit,
             metric_value=round(result.value, 2 if result.unit == "%" else 4),
         )
         entries[_entry_key(entry)] = entry

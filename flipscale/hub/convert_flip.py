@@ -1,7 +1,6 @@
 """Convert a checkpoint of the original JAX FLIP to a model folder with its processor and card.
 
-A checkpoint is a folder `checkpoint_N` with a zarr v2 array for each parameter, in a folder `target.<dotted name>`. It
-is read without JAX.
+A checkpoint is a folder `checkpoint_N` with a zarr v2 array `target.<dotted name>` per parameter. JAX is not needed.
 """
 
 import gzip
@@ -175,8 +174,7 @@ def convert_flip_checkpoint(
         size: model size: b16, l16 or h14. The arrays lack the numbers of heads, so this or both numbers are needed.
 
     Raises:
-        UserError: the heads, the arrays or the image positions do not fit a FLIP model, or see `open_flip_checkpoint`
-            and `build_processor`.
+        UserError: the heads, arrays or positions fit no FLIP model; see `open_flip_checkpoint` and `build_processor`.
     """
     arrays = open_flip_checkpoint(Path(src))
     config = _config(arrays, size, image_heads, text_heads)

@@ -136,8 +136,7 @@ def export_checkpoint(
 
     Raises:
         OSError: the checkpoint is damaged or cannot be read.
-        UserError: the checkpoint does not exist, its tokenizer cannot be loaded, the other model has other weights, or
-            as `export_model`.
+        UserError: there is no such checkpoint, its tokenizer cannot be loaded, weights differ, or as `export_model`.
     """
     recipe, reader, stored = _opened(checkpoint)
     config, objective = recipe.model_config(), recipe.objective()

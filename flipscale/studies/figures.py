@@ -195,7 +195,7 @@ def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], pa
             place.errorbar(at, values, yerr=(below, above), elinewidth=1.1, label=label, **_BARS, **style)
         if shown.chance is not None:
             place.axhline(shown.chance, **_CHANCE)
-        place.set(xlabel=along, ylabel=_axis_label(shown), xlim=(-0.4, len(ticks) - 0.6))
+        place.set(xlabel=along, ylabel=shown.shown_with_unit, xlim=(-0.4, len(ticks) - 0.6))
         place.set_xticks(range(len(ticks)), ticks)
         if _is_never_negative(outcomes, name):
             place.set_ylim(bottom=0)
@@ -213,7 +213,7 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
             place.errorbar(value, row, xerr=([below], [above]), color=_COLOURS[0] if row else _BASE_COLOUR, **_BARS)
         if shown.chance is not None:
             place.axvline(shown.chance, **_CHANCE)
-        place.set(xlabel=_axis_label(shown), ylim=(len(labels) - 0.4, -0.6))
+        place.set(xlabel=shown.shown_with_unit, ylim=(len(labels) - 0.4, -0.6))
         place.set_yticks(range(len(labels)), labels, fontsize=8)
         if _is_never_negative(outcomes, name):
             place.set_xlim(left=0)
@@ -241,10 +241,6 @@ def _panels(
         place.set_title(result.task.replace("_", "-"), loc="left", fontsize=10)
         tidy(place)
     return figure, panels
-
-
-def _axis_label(result: Result) -> str:
-    return ", ".join(filter(None, (result.shown, result.unit)))
 
 
 def _is_never_negative(outcomes: Sequence[Outcome], name: str) -> bool:

@@ -25,8 +25,7 @@ _HUBER = 1e-3
 class Points:
     """Trained models, each an entry of every array, all at the ends of their schedules.
 
-    Several seeds of a configuration make one point, the mean of their errors. With single runs, the Pareto front would
-    select lucky ones.
+    Several seeds of a configuration make one point, their mean error. Of single runs, the front selects lucky ones.
 
     Args:
         compute: operations of the whole training.

@@ -154,8 +154,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe(LabelledTask):
-    """`top1` and `mean_per_class` of a linear classifier, in percent of the test images. Chance of `top1` is the share
-    of the commonest class.
+    """`top1` and `mean_per_class` of a linear classifier, in percent of images. Chance of `top1`: the commonest class.
 
     `data`, `train` and `validation` have shards with `KEY.cls` and `classnames.txt`.
 

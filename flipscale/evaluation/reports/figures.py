@@ -157,7 +157,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     The interval is over seeds where a recipe has several, else over queries. The first run's baselines are levels.
     Chance is given in words, because its level would squeeze the lines."""
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
-    figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
+    figure, axes, unit = _axes(title, shown.shown_with_unit, curves)
     drawn: list[float] = []
     groups = [own for group in by_recipe(curves) if (own := [c for c in group if c.course(shown.name)])]
     notes: dict[str, None] = {}
