@@ -364,8 +364,8 @@ def test_sets_that_do_not_fit(tmp_path: Path, labels: list[str | None], names: l
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["0", "1", None], r"0.tar#2 has class None; 2 names"),
-        (["0", "1", "2"], r"0.tar#2 has class 2; 2 names"),
+        (["0", "1", None], r"0.tar#2 has class None; 2 are listed"),
+        (["0", "1", "2"], r"0.tar#2 has class 2; 2 are listed"),
         (["1", "1", "1"], r"class 'cat' has no image in .*set"),
     ],
 )

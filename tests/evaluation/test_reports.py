@@ -103,7 +103,7 @@ def test_the_report() -> None:
     text = report([Column("one", lines)], [])
     assert cells(text.split("## Other metrics")[1], page.title)[1:3] == ["top-5", "70.0 % (69.0 to 71.0)"]
     assert "Zero-shot classification" in text
-    assert "Intervals of 95 %" in text
+    assert "The 95 % intervals" in text
     assert cells(text, "one") == ["one", "`12ab34cd56ef`", "224 px", "whole", "bf16", "flipscale 0.1.0"]
 
 

@@ -79,7 +79,7 @@ def test_errors(tmp_path: Path) -> None:
         build_tasks([{"task": "qqq"}])
     (task,) = build_tasks(["imagenetv2"], tmp_path)
     folder, fix = tmp_path / "imagenetv2", f"run `flipscale prepare tasks {tmp_path} --only imagenetv2`"
-    with pytest.raises(ValueError, match=rf"the data of task imagenetv2 is missing \({folder}\); {fix}"):
+    with pytest.raises(ValueError, match=rf"the data of task imagenetv2 is missing; {fix}"):
         task.check()
     folder.mkdir()
     with pytest.raises(ValueError, match=rf"the data of task imagenetv2 was prepared only in part .*; {fix}"):

@@ -117,7 +117,7 @@ def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
     refused(r"classnames.txt is missing", "zero_shot")
     (tmp_path / "classnames.txt").write_text("one\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}\n")
-    refused(r"0.tar#0 has class None; 1 names", "zero_shot")
+    refused(r"0.tar#0 has class None; 1 are listed", "zero_shot")
     with pytest.raises(ValueError, match=r"image 0.tar#0 cannot be decoded"):
         embedder.images(TarSource(str(tmp_path)))
     with tarfile.open(tmp_path / "0.tar", "w"):

@@ -150,7 +150,7 @@ def test_what_is_wrong_with_a_set_is_told(tmp_path: Path, embedder: Embedder, to
         evaluated(embedder, write_questions(tmp_path / "blank", [good, good], [" ", "a"]))
     other = tiny_embedder(tokenizer_dir, batch_size=4)
     write_questions(tmp_path, [good, good])
-    with pytest.raises(ValueError, match=r"vqa is of kind 'vqa', and the model has no list of answers"):
+    with pytest.raises(ValueError, match=r"vqa is of kind 'vqa'; the model has no list of answers"):
         evaluated(other, tmp_path)
     (tmp_path / "classnames.txt").write_text("yes\nno\n", encoding="utf-8")
     with pytest.raises(ValueError, match="lists 2 answers, and the model chooses among 10; use a test set"):
