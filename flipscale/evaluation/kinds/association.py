@@ -94,8 +94,8 @@ preference. The intervals treat roles as independent draws, and pictures of one 
         count = len(TestSet.open(self.data))
         for couple in couples:
             if not 0 <= min(couple[1:]) <= max(couple[1:]) < count:
-                rows = f"rows {couple.woman} and {couple.man} of {count}"
-                raise UserError(f"{path} names {rows}; write it anew with the images")
+                them = f"rows {couple.woman} and {couple.man} of {count}"
+                raise UserError(f"{path} names {them}; write it anew with the images")
         place = {number: row for row, number in enumerate(test_set.row_numbers)}
         there = [couple for couple in couples if place.keys() >= {couple.woman, couple.man}]
         if not there:
