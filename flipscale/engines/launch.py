@@ -193,7 +193,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings = {"num_processes": 1, "num_machines": 1, **yaml.safe_load(text)}
         settings["distributed_type"]
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"launch file {file} is not one of accelerate's ({error!r}); use {shipped('ddp')}") from error
+        raise UserError(f"launch file {file} cannot be read ({error!r}); use such as {shipped('ddp')}") from error
     for name in _SECTIONS:
         settings[name] = settings.get(name) or {}
         if not isinstance(settings[name], dict):

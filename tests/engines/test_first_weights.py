@@ -157,7 +157,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, caplog: pytest.Log
         save_file(weights, tmp_path / f"{name}/model.safetensors", {"format": "pt"})
         if message:
             with pytest.raises(
-                ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of its model.family"
+                ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of its family"
             ):
                 started(str(tmp_path / name))
         else:

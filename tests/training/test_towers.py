@@ -157,7 +157,7 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
         (["--model.vision", "{tmp}/none"], "there is no folder '.*none'"),
         (["--model.vision", "{tmp}/bert"], "model.vision '.*bert' is of the type 'bert', which is no plain ViT"),
         (["--model.text", "{tmp}/vit"], "model.text '.*vit' is of the type 'None'"),
-        (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*20 positions"),
+        (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*has 20"),
         (["--model.text_config.hidden_dropout", "0"], "model.text_config.hidden_dropout .*hidden_dropout_prob"),
         (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'towers'"),
