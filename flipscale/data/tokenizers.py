@@ -148,7 +148,8 @@ def train_sentencepiece(
             # SentencePiece names the size that the characters need, unless there is no room at all.
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             reason = f"their characters alone need {needed[1]}" if needed else "there is no room for their characters"
-            raise UserError(f"no tokenizer of {vocab_size=} from {len(captions)} captions: {reason}") from error
+            words = f"{vocab_size=} from {len(captions)} captions: {reason}"
+            raise UserError(f"no tokenizer of {words}; use more") from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model.getvalue())
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a temporary path, different every time

@@ -155,6 +155,6 @@ def test_a_tokenizer_that_immich_would_read_otherwise(
     folder = export_native("siglip", tmp_path)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "split_special_tokens": True}))
-    monkeypatch.setattr(convert_onnx, "_TEXTS", ["a red disc", "a <pad> disc"])
+    monkeypatch.setattr(convert_onnx, "TEXTS", ["a red disc", "a <pad> disc"])
     assert "other ids than its tokenizer for 'a <pad> disc'" in refused("convert", "onnx", folder, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
