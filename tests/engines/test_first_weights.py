@@ -17,7 +17,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
-from flipscale.engines import first_weights
 from flipscale.engines.first_weights import (
     build_weights,
     compile_blocks,
@@ -157,9 +156,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, caplog: pytest.Log
         (tmp_path / f"{name}/config.json").write_bytes((tmp_path / "own/config.json").read_bytes())
         save_file(weights, tmp_path / f"{name}/model.safetensors", {"format": "pt"})
         if message:
-            with pytest.raises(
-                ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of its family"
-            ):
+            with pytest.raises(ValueError, match=rf"model.init_from .*{message} \d*.*; use weights of its family"):
                 started(str(tmp_path / name))
         else:
             with caplog.at_level("INFO", "flipscale"):
