@@ -351,7 +351,7 @@ def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
     ("labels", "names", "message"),
     [
         (["0"], ["cat"], r"set has 1 class; .*2 or more"),
-        (["0", "1"], ["cat", "cow"], r"differ: 'cow' and 'dog'"),
+        (["0", "1"], ["cat", "cow"], r"differ: 'cow', 'dog'"),
         ([], ["cat", "dog"], r"set has no images"),
     ],
 )

@@ -82,5 +82,5 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"the data of task imagenetv2 is missing; {fix}"):
         task.check()
     folder.mkdir()
-    with pytest.raises(ValueError, match=rf"the data of task imagenetv2 was prepared only in part .*; {fix}"):
+    with pytest.raises(ValueError, match=rf"the data of task imagenetv2 was prepared only in part; {fix}"):
         task.check()
