@@ -206,10 +206,11 @@ def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
     """Resize a crop `(height, width, 3)` to `(image_size, image_size, 3)`, both uint8, by Pillow's BICUBIC."""
     import torch  # here, because its import takes seconds and decoding alone does not need it
 
-    # In this order (unsqueeze, permute) torch recognises channels-last memory and copies nothing.
-    planes = torch.from_numpy(np.ascontiguousarray(crop)).unsqueeze(0).permute(0, 3, 1, 2)
+    # Views by numpy, because each call of torch runs code that decoding has evicted from the cache. With the strides of
+    # `reshape`, torch recognises channels-last memory and copies nothing.
+    planes = torch.from_numpy(np.ascontiguousarray(crop).reshape(1, *crop.shape).transpose(0, 3, 1, 2))
     resized = torch.nn.functional.interpolate(planes, (image_size, image_size), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    return resized.numpy()[0].transpose(1, 2, 0)
 
 
 def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray | None) -> np.ndarray:

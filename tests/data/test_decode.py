@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flipscale.data.decode import (
@@ -82,6 +83,17 @@ def test_dct_scaled_crops_are_where_whole_ones_are(size: int) -> None:
         ours, whole = (decode_box(data, row, size, (0.5, 1.0)).astype(float) for data in (jpeg, png))
         slope = np.abs(np.diff(whole, axis=0)).mean() + np.abs(np.diff(whole, axis=1)).mean()
         assert np.abs(ours - whole).mean() < 0.5 * slope + 1.5
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (7, 90), (16, 16), (1, 9), (9, 1), (1, 1)])
+def test_resizes_as_torch_does_plane_by_plane(shape: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (shape[0] + 4, shape[1] + 3, 3), np.uint8)
+    for crop in (image[2:-2, 1:-2], np.ascontiguousarray(image[2:-2, 1:-2])):
+        planes = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)[None]))
+        expected = torch.nn.functional.interpolate(planes, (16, 16), mode="bicubic", antialias=True)[0]
+        resized = resize(crop, 16)
+        assert resized.flags.c_contiguous
+        assert np.array_equal(resized, expected.permute(1, 2, 0).numpy())
 
 
 def test_flip_is_the_last_draw() -> None:
