@@ -72,8 +72,7 @@ class QuestionDataset(PairDataset):
 
     * `labels` fp32 `(batch, num_answers)`: score of each answer, from 0 to 1.
 
-    `KEY.cls` of a sample holds the number of its one answer. Or `KEY.npy` counts the people who gave each answer and,
-    last, any other answer.
+    `KEY.cls` is the number of a sample's one answer. Or `KEY.npy` counts people for each answer and, last, any other.
     """
 
     annotation: ClassVar[str] = "question with an answer"

@@ -53,10 +53,8 @@ class InputShape:
     def of(cls, config: FlipConfig) -> "InputShape":
         """Return the shape of the inputs of a model."""
         vision, text = config.vision_config, config.caption_config
-        squashes = getattr(config, "squashes", False)
-        return cls(
-            vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers, squashes
-        )
+        sizes = (vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
+        return cls(*sizes, squashes=getattr(config, "squashes", False))
 
     def at(self, image_size: int | None) -> "InputShape":
         """Return the shape for another image size; None keeps the size."""

@@ -119,8 +119,7 @@ def initial_weights(
         text_positions: `ModelRecipe.text_positions`.
 
     Raises:
-        UserError: there are no such weights, or one is not finite or has another shape than in a model of `config`.
-            Raised on every process.
+        UserError: on every process: no such weights, or one is not finite or not of the shape in a model of `config`.
     """
     if init_from is None:
         return fresh_weights(seed)

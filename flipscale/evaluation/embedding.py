@@ -260,8 +260,7 @@ class Embedder:
         return self.gathered(self.my_images(source, features), len(source))
 
     def texts(self, texts: Sequence[str], together: int | None = None) -> torch.Tensor:
-        """Collective. Return the embeddings of `texts`, the same list on every process: fp32 `(texts, dim)` of unit
-        length, CPU.
+        """Collective. Return the embeddings of `texts`, equal on all processes: unit fp32 `(texts, dim)`, on the CPU.
 
         Args:
             together: number of consecutive texts that share an embedding, such as the prompts of a class: their mean,

@@ -39,8 +39,7 @@ class Objective:
     takes_text: ClassVar[bool] = True
     # Columns of a batch besides the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
-    # Whether `coupled_loss` takes several captions of an image, and `caption_ids` as a keyword: int64 `(batch,)`, equal
-    # for equal captions.
+    # Whether `coupled_loss` takes several captions of an image, with `caption_ids`, int64 `(batch,)`, of equal ones.
     takes_positives: ClassVar[bool] = False
     # Whether `coupled_loss` gathers the texts, and takes a gather that has begun as the keyword `begun`.
     takes_gather: ClassVar[bool] = False

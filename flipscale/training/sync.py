@@ -135,8 +135,7 @@ class StepSync:
         return settled
 
     def _own_pace(self, step: Step) -> list[float]:
-        """Return the used share of the budget and the share of a step, 0 except on the main process; empty without a
-        budget."""
+        """Return the budget's used share and that of a step, 0 except on the main process; empty without a budget."""
         if self._budget_seconds is None:
             return []
         seconds = self._watch.trained_seconds

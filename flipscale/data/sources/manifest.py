@@ -298,8 +298,7 @@ class ShardList:
             is_good: checks a few shards.
 
         Raises:
-            UserError: a manifest is of another version, damaged, or lists other shards; a shard is missing; or no
-                manifest can be written.
+            UserError: a manifest is of another version or other shards, damaged or unwritable; a shard is missing.
         """
         if not os.access(self.folder, os.W_OK):
             with suppress(OSError):
