@@ -209,8 +209,8 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         if not is_plain:
             raise _refusal("vision", name, kind, reason, own)
     fields = {
-        **block_fields(model.blocks, model.norm, block.mlp.fc1, block.mlp.act),
         "model_type": "dinov2_with_registers" if model.num_reg_tokens else "dinov2",
+        **block_fields(model.blocks, model.norm, block.mlp.fc1, block.mlp.act),
         "qkv_bias": block.attn.qkv.bias is not None,
         "image_size": model.patch_embed.img_size[0],
         "patch_size": model.patch_embed.patch_size[0],
