@@ -206,7 +206,7 @@ def test_a_name_that_is_no_path_is_not_looked_for(
     for name in ("./birds", "/no/birds", "my/own/birds", "birds.zip", "photos/birds", "~/birds", "birds/"):
         assert f"{name} does not exist; name a folder, a table (.csv" in refused("prepare", "shards", name, "out")
     asked: list[str] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: asked.append(name) or int("x"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: asked.append(name) or int("x"))
     names = ["cifar10", "org/birds", "laion/laion2B-en-v1.0"]
     for name in names:
         assert "cannot be loaded (invalid literal" in refused("prepare", "shards", name, "out")
