@@ -90,7 +90,7 @@ def attention(recipe: str, batch_size: int) -> Iterator[Row]:
         gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
 
         def call(inputs: tuple[torch.Tensor, ...] = inputs, gradient: torch.Tensor = gradient) -> None:
-            torch.autograd.grad(scaled_dot_product_attention(*inputs), inputs, gradient)
+            torch.autograd.grad(scaled_dot_product_attention(*inputs), inputs, gradient)  # type: ignore[arg-type]
 
         row: Row = {"tower": tower.name, "tokens": tower.tokens, "head_dim": head_dim, "absent": {}}
         row["used"] = attention_kernel(device, bf16=True, head_dim=head_dim)
@@ -116,8 +116,9 @@ def triton_loss(dim: int, batch_size: int) -> Iterator[Row]:
         plain.backward()
         loss = contrastive_loss(images, texts, scale)
         loss.backward()
-        found = [loss, *(tensor.grad for tensor in (images, texts, scale))]
-        for name, ours, theirs in zip(_RESULTS, found, [plain, *(one.grad for one in exact)], strict=True):
+        found: list[Any] = [loss, *(tensor.grad for tensor in (images, texts, scale))]
+        expected: list[Any] = [plain, *(one.grad for one in exact)]
+        for name, ours, theirs in zip(_RESULTS, found, expected, strict=True):
             off = (ours.double() - theirs).abs().max() / theirs.abs().max()
             yield {"result": f"{name} of {pairs} pairs", "difference": off.item()}
     seconds = seconds_of(lambda: contrastive_loss(images, texts, scale), device, 5)
@@ -128,7 +129,7 @@ def triton_loss(dim: int, batch_size: int) -> Iterator[Row]:
 def check_products(bench: Bench) -> None:
     """Report the speed of matrix products on all GPUs at once; GPUs must be equally fast."""
     for recipe in bench.recipes:
-        given = {"recipe": recipe, "batch_size": bench.batch_size}
+        given: Row = {"recipe": recipe, "batch_size": bench.batch_size}
         rows = bench.node.run(f"{__name__}:products", 180.0, bench.node.num_gpus, **given)
         speeds = [[row["flops_per_s"] for row in of_rank if "shape" in row] for of_rank in rows]
         means = [len(of_rank) / sum(1 / speed for speed in of_rank) for of_rank in speeds]

@@ -77,7 +77,7 @@ def links(topology: str) -> dict[str, int]:
 def contexts() -> list[int]:
     """Return the GPUs on which this process has a context, which takes half a gigabyte of each."""
     # torch asks the driver by cuDevicePrimaryCtxGetState, which makes no context.
-    asked = torch._C._cuda_hasPrimaryContext
+    asked = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
     return [index for index in range(torch.cuda.device_count()) if asked(index)]
 
 

@@ -77,8 +77,8 @@ class Training:
     def start(self, processes: int, engine: str, *launcher: str, **variables: str) -> AbstractContextManager[Group]:
         """Return the context in which the trainer runs in some processes. `launcher` is a module and its arguments."""
         own = {**engine_variables(engine, processes), "ACCELERATE_MIXED_PRECISION": "no", **variables}
-        module, *arguments = [*launcher, "flipscale.pretrain", "--config", str(self.logs / "recipe.yaml")]
-        return self.node.group(module, arguments, self.logs, processes, own)
+        command = [*launcher, "flipscale.pretrain", "--config", str(self.logs / "recipe.yaml")]
+        return self.node.group(command[0], command[1:], self.logs, processes, own)
 
     def run(self, processes: int, engine: str = "ddp", **variables: str) -> dict[int, float]:
         """Train to the end, and return the loss of each step."""
@@ -182,7 +182,7 @@ def loaded(recipe: str, batch_size: int, changes: dict[str, Any], seconds: float
     given = (open_source(data), tokenizer, data, shape.at(stage.image_size), planned.seed, stage.mask_ratio)
     dataset = PairDataset(*given, planned.mask)
     batches = restartable_batches(dataset, 0, 1_000_000, rank, world, pin_memory=False)
-    list(islice(batches, max(data.num_workers, 2)))  # the workers start, all at once
+    list(islice(batches, max(data.num_workers or 0, 2)))  # the workers start, all at once
     start, images = time.monotonic(), 0
     while time.monotonic() < start + seconds:
         images += sum(len(part["patches"]) for part in next(batches))
@@ -198,7 +198,7 @@ def check_loader(bench: Bench) -> None:
     for recipe in bench.recipes:
         own = {"shards": bench.shards} if bench.shards else {"shards": str(made_up), "lanes": 1}
         changes = {**own, "tokenizer": str(made_up.with_name("tokenizer")), "num_workers": workers}
-        given = {"recipe": recipe, "batch_size": bench.batch_size, "changes": changes, "seconds": _LOADER_SECONDS}
+        given: Row = {"recipe": recipe, "batch_size": bench.batch_size, "changes": changes, "seconds": _LOADER_SECONDS}
         rows = bench.node.run(f"{__name__}:loaded", _LIMIT_SECONDS, num_gpus, **given)
         rate = sum(row["images_per_s"] for (row,) in rows)
         bench.figures["loader"] = {"images_per_s": rate, "images_per_worker_s": rate / workers / num_gpus}

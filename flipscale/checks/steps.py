@@ -200,7 +200,7 @@ def plans(rows: Sequence[Row], figures: Row) -> Iterator[Row]:
 
 def check_contexts(bench: Bench) -> None:
     """No rank may have memory on another's GPU."""
-    given = {"recipe": bench.recipes[0], "folder": str(bench.node.folder)}
+    given: Row = {"recipe": bench.recipes[0], "folder": str(bench.node.folder)}
     rows = [row for (row,) in bench.node.run(f"{__name__}:visited", _LIMIT_SECONDS, bench.node.num_gpus, **given)]
     others = {row["own"]: [index for index in row["contexts"] if index != row["own"]] for row in rows}
     faults = [f"the rank of GPU {own} has memory on GPU {', '.join(map(str, at))}" for own, at in others.items() if at]

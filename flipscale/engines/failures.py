@@ -145,10 +145,10 @@ class OtherProcesses:
         for look in itertools.count():
             if self._finished.wait(_LOOK_SECONDS):
                 return
+            store = store or own_store()
+            if store is None:
+                continue
             try:
-                store = store or own_store()
-                if store is None:
-                    continue
                 neighbours = neighbours or _Neighbours(store)
                 if look % int(_LATER_SECONDS / _LOOK_SECONDS) == 0:
                     store.add(_LOOKS.format(dist.get_rank()), 1)

@@ -38,8 +38,9 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         return
     with watched(recipe, 0, "the building of the model"):
         num_processes, num_pairs, run_dir = start.accelerator.num_processes, len(plan.source), recipe.output_dir
-        counts = num_processes, start.state, num_pairs, start.set_aside
-        num_parameters = write_run_files(recipe, engine, *counts, **facts)
+        num_parameters = write_run_files(
+            recipe, engine, num_processes, start.state, num_pairs, start.set_aside, **facts
+        )
         if plan.class_names:
             keep_class_names(Path(run_dir), plan.class_names)
         batch, side = recipe.data.global_batch_size, recipe.model_config().vision_config.image_size
