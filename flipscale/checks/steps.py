@@ -129,7 +129,7 @@ def steps(recipe: str, batch_size: int, compiled: bool, folder: str) -> Iterator
     (flops,) = pair_flops(loop.recipe).values()
     peak = peak_flops(device, loop.accelerator.mixed_precision) if device.type == "cuda" else None
     for recomputes in (True, False):
-        row: Row = {"recipe": recipe, "pairs": batch_size, "compiled": compiled, "recomputes": recomputes}
+        row: Row = {"pairs": batch_size, "compiled": compiled, "recomputes": recomputes}
         try:
             loop.engine.recompute(recomputes)
             loop.take(batches, _WARM_UP)
@@ -226,7 +226,7 @@ def check_steps(bench: Bench) -> None:
         # The slowest rank, which the others wait for.
         by_row = zip(*filter(None, rows), strict=False)
         slowest = [max(of_ranks, key=lambda row: row.get("seconds", 0.0)) for of_ranks in by_row]
-        measured += [{"engine": engine, "variables": variables, **row} for row in slowest]
+        measured += [{"recipe": recipe, "engine": engine, "variables": variables, **row} for row in slowest]
         bench.add(name, "; ".join(map(_step_words, slowest)), faults)
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
@@ -31,6 +32,7 @@ from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import launch_of
+from flipscale.engines.stragglers import PhaseLog
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps")
@@ -136,10 +138,19 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
 
             stack.enter_context(patch.object(contrastive, "triton_serves", lambda rows: rows.dtype == torch.float32))
             stack.enter_context(patch.object(contrastive, "_FEW", 0))
+        elif log.endswith("/stalled.logs/rank-1.log"):
+            stack.enter_context(patch.object(PhaseLog, "mark", _mark_later))
         if fault is not None:
             fault(stack)
         sys.argv = [module, *arguments]
         importlib.import_module(module).main(arguments)
+
+
+def _mark_later(phases: PhaseLog, phase: str, mark: Callable[[PhaseLog, str], None] = PhaseLog.mark) -> None:
+    """Do as `PhaseLog.mark`, and wait before a forward pass. A rank that stalls in a message of gloo is not late."""
+    mark(phases, phase)
+    if phase == "forward":
+        time.sleep(0.3)
 
 
 def _fake_time(take: Callable[..., float]) -> Callable[..., float]:
@@ -166,6 +177,8 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
     stack.enter_context(patch.object(torch, "_fused_sdp_choice", lambda *_: SDPBackend.FLASH_ATTENTION.value))
     # The fake store keeps no message of a failure.
     stack.enter_context(patch("flipscale.engines.failures._have_met", lambda: False))
+    # The context of the fake processes destroys their group.
+    stack.enter_context(patch("flipscale.engines.failures.close_process_group", lambda: None))
     # Clocks measure nothing here: every kernel takes a tenth of a second.
     for module in ("kernels", "network"):
         stack.enter_context(patch(f"flipscale.checks.{module}.seconds_of", lambda call, *_: (call(), 0.1)[1]))

@@ -128,9 +128,12 @@ def spoil_a_tile(stack: ExitStack) -> None:
 
 def plan_too_much(stack: ExitStack) -> None:
     planned = steps.recipe_memory
-    stack.enter_context(
-        patch.object(steps, "recipe_memory", lambda *given: SimpleNamespace(total=1.2 * planned(*given).total, nccl=0))
-    )
+
+    def too_much(*given: Any) -> SimpleNamespace:
+        memory = planned(*given)
+        return SimpleNamespace(total=1.2 * (memory.total - memory.nccl), nccl=0)
+
+    stack.enter_context(patch.object(steps, "recipe_memory", too_much))
 
 
 def load_slowly(stack: ExitStack) -> None:
