@@ -25,7 +25,7 @@ class Finding:
 
     def line(self) -> str:
         """Return the line of the report."""
-        return f"{self.status:<8}{self.name:<24}{self.text}"[:_CHARACTERS]
+        return f"{self.status:<8}{self.name:<34} {self.text}"[:_CHARACTERS]
 
 
 @dataclass
