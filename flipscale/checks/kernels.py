@@ -62,11 +62,7 @@ def products(recipe: str, batch_size: int) -> Iterator[Row]:
     for tower in towers(recipe, _MASK_RATIOS[1:]):
         rows, width, mlp = batch_size * tower.tokens, tower.config.hidden_size, tower.config.intermediate_size
         # Forward products of a block, and the weight gradient of the wide one, which sums over the rows.
-        for m, k, n in (
-            *((rows, width, out) for out in (3 * width, width, mlp)),
-            (rows, mlp, width),
-            (width, rows, mlp),
-        ):
+        for m, k, n in (*((rows, width, to) for to in (3 * width, width, mlp)), (rows, mlp, width), (width, rows, mlp)):
             left = torch.randn(m, k, device=device, dtype=torch.bfloat16)
             right = torch.randn(k, n, device=device, dtype=torch.bfloat16)
             seconds = seconds_of(lambda a=left, b=right: torch.mm(a, b), device)  # type: ignore[misc]
@@ -94,8 +90,7 @@ def attention(recipe: str, batch_size: int) -> Iterator[Row]:
 
         row: Row = {"tower": tower.name, "tokens": tower.tokens, "head_dim": head_dim, "absent": {}}
         row["used"] = attention_kernel(device, bf16=True, head_dim=head_dim)
-        for backend in _BACKENDS:
-            name = backend.name.lower()
+        for backend, name in zip(_BACKENDS, _NAMES, strict=True):
             try:
                 with sdpa_kernel(backend):
                     row[name] = 1e3 * seconds_of(call, device)

@@ -1,5 +1,6 @@
 """Short trainings by the trainer itself: equal losses, a resume, a stalled and a killed rank. And the node's loader."""
 
+import functools
 import os
 import shutil
 import signal
@@ -140,13 +141,11 @@ def check_stall(bench: Bench) -> None:
         os.kill(group.processes[1].pid, signal.SIGSTOP)
         time.sleep(stalled)
         os.kill(group.processes[1].pid, signal.SIGCONT)
-
         # A stall between two steps belongs to the second, and both are recorded.
-        def records() -> list[Row]:
-            return [record for record in training.records("slow_steps") if record["late_s"] > stalled / 2]
-
-        group.await_true(lambda: bool(records()), _END_SECONDS, "the report of the slow step")
-        record = records()[0]
+        slow_steps = functools.partial(training.records, "slow_steps")
+        what = "the report of the slow step"
+        group.await_true(lambda: any(one["late_s"] > stalled / 2 for one in slow_steps()), _END_SECONDS, what)
+        record = max(slow_steps(), key=lambda one: one["late_s"])
     bench.figures["stall"] = record
     late = record["late_rank"]
     faults = [] if late == 1 else [f"rank 1 stalled, and the record names rank {late}"]
