@@ -230,7 +230,7 @@ def block_fields(blocks: Any, norm: Any, linear: Any, activation: nn.Module) -> 
     kind = type(activation).__name__
     names = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
     if kind not in names:
-        raise UserError(f"its activation is {kind}; expected one of {', '.join(names)}")
+        raise UserError(f"the activation of a tower's blocks is {kind}; it must be one of {', '.join(names)}")
     is_tanh = getattr(activation, "approximate", None) == "tanh"
     return {
         "hidden_size": norm.normalized_shape[0],

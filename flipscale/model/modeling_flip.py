@@ -339,9 +339,10 @@ class BlockLayerNorm(nn.LayerNorm):
 def _is_plain(linear: nn.Module) -> bool:
     """Return whether a layer's weight may be used without a call of the layer.
 
-    LoRA replaces the layer, quantisation replaces it or the weight, and ZeRO-3 gathers the weight by a hook.
+    LoRA replaces the layer, quantisation replaces it or wraps the weight, and ZeRO-3 gathers the weight by a hook.
     """
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not linear._forward_pre_hooks
+    wraps = hasattr(linear.weight, "__tensor_flatten__")
+    return type(linear) is nn.Linear and not wraps and not linear._forward_pre_hooks
 
 
 class FlipAttention(nn.Module):

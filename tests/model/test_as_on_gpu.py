@@ -17,7 +17,10 @@ BATCH = {
 
 
 class Quantised(nn.Parameter):
-    """A weight of its own kind."""
+    """A weight that wraps other tensors, as quantised weights do."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
 
 
 class Counter(TorchDispatchMode):

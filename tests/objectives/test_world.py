@@ -138,7 +138,7 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
         with held:
             asked = SimpleNamespace(needs_input_grad=[True])
-            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather", None, False)
+            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather", None, False, None)
     said = exchange_bytes("gather", PAIRS, world, dim, views)
     tile = 4 * math.prod(workspace_elements(PAIRS, PAIRS * world, dim, 1, "cuda"))
     gradients = 4 * PAIRS * dim * views

@@ -51,7 +51,7 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     try:
         with pytest.raises(InterruptedError, match=rf"^\[{min(cores)}\]$"):
-            start.join(recipe, check(recipe))
+            start.join(recipe, check(recipe), start.Laps())
     finally:
         os.sched_setaffinity(0, cores)
 
