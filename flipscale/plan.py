@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--bench", type=Path, metavar="FILE",
-        help="gpu.json of `flipscale bench gpu` on such GPUs, or the JSON line of `flipscale bench step --json`, "
+        help="The gpu.json of `flipscale bench gpu` on such GPUs, or the JSON line of `flipscale bench step --json`, "
         "instead of --mfu. The step of the first recipe's model counts.",
     )  # fmt: skip
     parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")

@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--bench", type=Path, metavar="FILE",
-        help="gpu.json of `flipscale bench gpu` on such GPUs, with their speed, links, host and loaders; or the JSON "
+        help="The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders, or the JSON "
         "line of `flipscale bench step --json`. Replaces --matmul_share.",
     )  # fmt: skip
     sizes = {
