@@ -154,7 +154,7 @@ class Augment:
         if recipe.rand_augment is not None:
             self._rand_augment = _rand_augment(recipe.rand_augment, image_size)
         if recipe.cutmix_alpha > 0.0:
-            needed("timm.data", f"data.augment.cutmix_alpha is {recipe.cutmix_alpha} without timm", _FINETUNE)
+            needed("timm.data", f"data.augment.cutmix_alpha is {recipe.cutmix_alpha}, which needs timm", _FINETUNE)
 
     def varied(self, image: np.ndarray, position: int) -> np.ndarray:
         """Return an image, uint8 RGB `(height, width, 3)`, after RandAugment with the draws of its position."""
@@ -189,7 +189,7 @@ def _cut(one: np.ndarray, other: np.ndarray, share: float) -> tuple[np.ndarray, 
 
 
 def _rand_augment(words: str, image_size: int) -> Callable[[Image.Image], Image.Image]:
-    timm_data = needed("timm.data", f"data.augment.rand_augment is {words!r} without timm", _FINETUNE)
+    timm_data = needed("timm.data", f"data.augment.rand_augment is {words!r}, which needs timm", _FINETUNE)
     options = {
         "translate_const": int(image_size * _TRANSLATE),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
