@@ -371,8 +371,7 @@ class FlipAttention(nn.Module):
     def _projected(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
         """Return query, key and value `(batch, heads, tokens, head_dim)` of the same states.
 
-        On a GPU they are one product of the three weights side by side. On a CPU this would take as long, with other
-        rounding.
+        On a GPU they are one product of the three weights side by side. On a CPU they stay three, and so does rounding.
         """
         linears = (self.q_proj, self.k_proj, self.v_proj)
         if hidden_states.device.type not in _gpu_types or not all(map(_is_plain, linears)):

@@ -50,9 +50,9 @@ def test_compiled_blocks_are_assembled(
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     graphs: list[dict[str, Any]] = json.loads(made.stdout.splitlines()[-1])
-    # The image tower's block and the text tower's, each in one piece.
+    # The text tower's block and the image tower's, each in one piece.
     assert [graph["backward"] for graph in graphs] == [False, True] * 2
-    assert [graph["tokens"][:2] for graph in graphs[::2]] == [[256, tokens], [256, 32]]
+    assert [graph["tokens"][:2] for graph in graphs[::2]] == [[256, 32], [256, tokens]]
     for graph in graphs:
         programs = graph.pop("programs")
         registers = max(program["registers"] for program in programs)
