@@ -26,7 +26,7 @@ from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import load_tokenizer, train_sentencepiece
 from flipscale.io import json_lines
-from flipscale.io.cores import usable_cores
+from flipscale.io.cores import usable_cores, workers_of
 
 _PAIRS, _STEPS, _SAVED = 8, 12, 6
 _TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
@@ -198,7 +198,7 @@ def check_loader(bench: Bench) -> None:
     """The node's workers must prepare images faster than the steps use them."""
     made_up = make_pairs(bench.node.folder)
     num_gpus = bench.node.num_gpus
-    workers = max(usable_cores() // num_gpus - 1, 1)
+    workers = workers_of(usable_cores(), num_gpus)
     for recipe in bench.recipes:
         own = {"shards": bench.shards} if bench.shards else {"shards": str(made_up), "lanes": 1}
         changes = {**own, "tokenizer": str(made_up.with_name("tokenizer")), "num_workers": workers}

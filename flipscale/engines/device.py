@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -113,20 +113,26 @@ def best_attention(device: torch.device, dtype: torch.dtype = torch.bfloat16) ->
     return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
+def succeeds(attempt: Callable[[], object], problem: str, fix: str) -> bool:
+    """Return whether an attempt on a GPU works. If not, one process of each node logs the problem and the fix."""
+    try:
+        attempt()
+    except Exception as error:  # compilers, assemblers and drivers raise errors of any type
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            _log.warning("%s (%s); %s", problem, reason, fix)
+        return False
+    return True
+
+
 @functools.cache
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile works on a GPU. If it does not, one process of each node logs why."""
-    try:
-        torch.compile(torch.nn.functional.gelu, dynamic=False)(torch.ones(64, device=device))
-    except Exception as error:  # compilers, assemblers and drivers raise errors of any type
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _log.warning(
-                "blocks are not compiled, which is slower, because torch.compile fails (%s); to compile them, install "
-                "a C compiler such as gcc and the headers of this Python, or set model.compile to false",
-                " ".join(f"{type(error).__name__}: {error}".split())[:300],
-            )
-        return False
-    return True
+    return succeeds(
+        lambda: torch.compile(torch.nn.functional.gelu, dynamic=False)(torch.ones(64, device=device)),
+        "blocks are not compiled, which is slower, because torch.compile fails",
+        "to compile them, install a C compiler and the headers of this Python, or set model.compile to false",
+    )
 
 
 def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:

@@ -33,7 +33,12 @@ def decoding_workers(stated: int | None) -> int:
         with suppress(OSError):
             cores = max(cores, _cores_of(os.getppid()))
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, cores // max(1, torch.cuda.device_count(), int(local) if local.isdecimal() else 0) - 1)
+    return workers_of(cores, max(1, torch.cuda.device_count(), int(local) if local.isdecimal() else 0))
+
+
+def workers_of(cores: int, processes: int) -> int:
+    """Return the workers of each of a node's processes: its part of the cores, except one, at least 1."""
+    return max(1, cores // processes - 1)
 
 
 def _cores_of(process: int) -> int:

@@ -1,8 +1,6 @@
 """The contrastive loss (InfoNCE) over the whole global batch: exact, in memory that does not grow with its square."""
 
 import functools
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from flipscale.engines.device import succeeds
 from flipscale.objectives import tiles
 from flipscale.objectives.exchange import EarlyGather, Rows, exchange_of, world_size
 from flipscale.objectives.objective import Objective
@@ -28,8 +27,6 @@ from flipscale.objectives.tiles import (
     views_of,
     workspace,
 )
-
-_log = logging.getLogger(__name__)
 
 # Up to this many pairs the products are fp64 on a CPU: fp32 resolves a logit near 100 to 4e-6, and few pairs do not
 # average that error out. A GPU has its kernels in fp32.
@@ -273,19 +270,17 @@ def triton_serves(rows: torch.Tensor) -> bool:
 @functools.cache
 def _triton_runs_on(device: torch.device) -> bool:
     """Try the kernels once. If they fail, one process of each node logs why."""
-    try:
+
+    def attempt() -> None:
         from flipscale.objectives import contrastive_triton
 
         contrastive_triton.try_out(device)
-    except Exception as error:  # compilers, assemblers and drivers raise errors of any type
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _log.warning(
-                "the loss's tiles run in torch, slower than in Triton, because Triton fails (%s); to use it, install "
-                "the package triton, a C compiler such as gcc, and the headers of this Python",
-                " ".join(f"{type(error).__name__}: {error}".split())[:300],
-            )
-        return False
-    return True
+
+    return succeeds(
+        attempt,
+        "the loss's tiles run in torch, slower than in Triton, because Triton fails",
+        "to use it, install the package triton, a C compiler such as gcc, and the headers of this Python",
+    )
 
 
 def _merge_views(parts: Rows) -> Rows:

@@ -16,6 +16,7 @@ from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_matrices, num_trained
 from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
+from flipscale.io.cores import workers_of
 from flipscale.io.errors import UserError
 from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
@@ -33,6 +34,8 @@ _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
 _MEMORY_BANDWIDTH = 3.35e12
 # torch operations of a step: a block's two passes, and all else. tests/simulated counts them.
 _FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 74, 98, 440
+# Those that gather a block's weights once more, where FSDP2 drops them after a pass.
+_GATHER_CALLS = 21
 # Seconds that the host spends on a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).
 _UNIT_SECONDS = 1e-3
 
@@ -232,7 +235,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     workers = recipe.data.num_workers
     if workers is None:
-        workers = max(1, hardware.node_cores // min(count, GPUS_OF_A_NODE) - 1)
+        workers = workers_of(hardware.node_cores, min(count, GPUS_OF_A_NODE))
     loader = pairs / (workers * hardware.images_per_worker_s) if workers else 0.0
     busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, hardware, passes, micro_batches)
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
@@ -258,11 +261,16 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
 def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> int:
     """Return the torch operations of a step with `passes` forward passes and `micro_batches` backward passes.
 
-    Compiled blocks are left out, because their kernels take the host little time.
+    Of compiled blocks only the gathers count, because their kernels take the host little time.
     """
-    blocks = 0 if compiles_on_gpus(recipe, launch) else len(encoder_blocks(trained_model(recipe)))
+    blocks = len(encoder_blocks(trained_model(recipe)))
     again = micro_batches if recipe.recomputes(stage) else 0
-    return _OTHER_CALLS + blocks * (_FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches)
+    calls = _FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches
+    if compiles_on_gpus(recipe, launch):
+        calls = 0
+    if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1 and launch.reshards:
+        calls += _GATHER_CALLS * (passes + micro_batches)
+    return _OTHER_CALLS + blocks * calls
 
 
 def _host_seconds(

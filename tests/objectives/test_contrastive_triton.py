@@ -14,6 +14,7 @@ import torch
 from objectives import test_contrastive
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flipscale.engines import device as gpus
 from flipscale.objectives import contrastive, tiles
 from flipscale.objectives.tiles import LogSumExp, SimilarityTiles, workspace
 
@@ -234,7 +235,7 @@ def test_torch_replaces_failing_kernels_with_one_warning(fault: Exception, monke
 
     monkeypatch.setattr(contrastive_triton, "try_out", fail)
     contrastive._triton_runs_on.cache_clear()
-    monkeypatch.setattr(contrastive._log, "warning", lambda words, *values: warnings.append(words % values))
+    monkeypatch.setattr(gpus._log, "warning", lambda words, *values: warnings.append(words % values))
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
     try:
         assert [contrastive.tile_functions(gpu) for _ in range(3)] == [tiles] * 3
