@@ -110,9 +110,14 @@ class OtherProcesses:
         self._thread: threading.Thread | None = None
 
     def watch(self) -> None:
-        """Begin, if there are other processes, as soon as they have met."""
-        if promised_processes(os.environ) > 1:
-            self._thread = threading.Thread(target=self._look, name="other processes", daemon=True)
+        """Begin, if there are other processes and they have met."""
+        store = own_store()
+        if store is not None:
+            # Now and not in the thread, because the first step may kill this process.
+            neighbours = _Neighbours(store)
+            self._thread = threading.Thread(
+                target=self._look, args=(store, neighbours), name="other processes", daemon=True
+            )
             self._thread.start()
 
     def stop(self) -> None:
@@ -140,16 +145,12 @@ class OtherProcesses:
         _within(3 * _LATER_SECONDS + _STORE_SECONDS, ask)
         return silent
 
-    def _look(self) -> None:
-        given, store, neighbours = 0, None, None
+    def _look(self, store: dist.Store, neighbours: "_Neighbours") -> None:
+        given = 0
         for look in itertools.count():
             if self._finished.wait(_LOOK_SECONDS):
                 return
-            store = store or own_store()
-            if store is None:
-                continue
             try:
-                neighbours = neighbours or _Neighbours(store)
                 if look % int(_LATER_SECONDS / _LOOK_SECONDS) == 0:
                     store.add(_LOOKS.format(dist.get_rank()), 1)
                     news = self.signs - given

@@ -164,7 +164,7 @@ ATTACKS = [
     row("mask_ratio 1.0", stages(mask_ratio=1.0), "stages[0].mask_ratio is 1.0"),
     row("a word for a number", recipe(optim={"weight_decay": "some"}), "weight_decay", "some"),
     row("yes for a number", written("data: {num_workers: yes}\n"), "num_workers", "True"),
-    row("a number of no value", written("data: {num_workers: }\n"), "data.num_workers"),
+    row("a number of no value", written("data: {global_batch_size: }\n"), "data.global_batch_size"),
     row("R@0", task(ks=[0]), "eval.tasks[0].ks[0] is 0"),
     row("an evaluation every -5 samples", task(every_samples=-5), "eval.tasks[0].every_samples is -5"),
     # The model of a recipe.
