@@ -491,6 +491,8 @@ class FlipPreTrainedModel(PreTrainedModel):
     config_class = FlipConfig
     base_model_prefix = "flip"
     input_modalities: Any = ("image", "text")
+    # Name of the part whose input embeddings are the model's; empty for a part itself.
+    embedding_part: ClassVar[str] = ""
     supports_gradient_checkpointing = True
     # Names of modules without weight decay, besides biases and norms, as in the original.
     no_weight_decay: ClassVar[frozenset[str]] = frozenset({"position_embedding"})
@@ -516,6 +518,14 @@ class FlipPreTrainedModel(PreTrainedModel):
             parts = (name for name in self.config.sub_configs if id(getattr(self.config, name)) in used)
             attn_implementation = dict.fromkeys(["", *parts], attn_implementation)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        part = getattr(self, self.embedding_part) if self.embedding_part else super()
+        return part.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        part = getattr(self, self.embedding_part) if self.embedding_part else super()
+        part.set_input_embeddings(value)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Call `_init_weights` for every module.
@@ -707,6 +717,7 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
     config: FlipVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    embedding_part = "vision_model"
     _keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
@@ -714,9 +725,6 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
         self.vision_model = FlipVisionModel._from_config(config)
         self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> CLIPVisionModelOutput:
@@ -735,6 +743,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
     config: FlipTextConfig
     input_modalities = ("text",)
+    embedding_part = "text_model"
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_", r"^(decoder|fusion)"]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
@@ -742,12 +751,6 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
         self.text_model = FlipTextModel._from_config(config)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> CLIPTextModelOutput:
@@ -765,6 +768,7 @@ class FlipModel(FlipPreTrainedModel):
     """Both towers, their projections and the parameters of the loss."""
 
     config: FlipConfig
+    embedding_part = "text_model"
     # Parameters of the loss, and whether weight decay applies to them, as in the original and in SigLIP. The model has
     # the parameters with an initial value in the configuration, `NAME_init_value`. The output of `forward` has a field
     # of each name.
@@ -788,12 +792,6 @@ class FlipModel(FlipPreTrainedModel):
         self.post_init()
         # Replaces the union of the towers' lists, because each list names the other tower's weights.
         self._keys_to_ignore_on_load_unexpected = {r"^(decoder|fusion)\."}
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -905,6 +903,7 @@ class FlipForImageClassification(FlipPreTrainedModel):
     config: FlipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    embedding_part = "vision_model"
     _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^(decoder|fusion)\."]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):
@@ -912,9 +911,6 @@ class FlipForImageClassification(FlipPreTrainedModel):
         self.vision_model = FlipVisionModel._from_config(config.vision_config)
         self.classifier = nn.Linear(config.vision_config.hidden_size, cast(int, config.num_labels))
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     def forward(

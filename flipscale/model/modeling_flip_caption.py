@@ -335,6 +335,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
 
     config: FlipConfig
     main_input_name = "pixel_values"
+    embedding_part = "decoder"
     _can_compile_fullgraph = True  # `generate` compiles the decoder for a static cache
     _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^fusion\."]  # noqa: RUF012
 
@@ -349,12 +350,6 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.vision_model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.get_output_embeddings()
