@@ -208,16 +208,20 @@ def build_loader(
     It yields a `PackedBatch`, or the error that making the batch raised.
     """
     recipe = dataset.recipe
+    sampler = StepSampler(first_step, last_step, recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
+    return loader_of(_PackedBatches(dataset), sampler, recipe.workers, pin_memory)
+
+
+def loader_of(batches: Dataset, sampler: Any, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Return a DataLoader over whole batches, which `batches` makes of the rows that `sampler` lists."""
     return DataLoader(
-        _PackedBatches(dataset),
-        batch_sampler=StepSampler(
-            first_step, last_step, recipe.global_batch_size, rank, world_size, recipe.micro_batch_size
-        ),
+        batches,
+        batch_sampler=sampler,
         collate_fn=_unchanged,
-        num_workers=recipe.workers,
+        num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=settle_worker,
-        multiprocessing_context=worker_context() if recipe.workers else None,
+        multiprocessing_context=worker_context() if num_workers else None,
     )
 
 

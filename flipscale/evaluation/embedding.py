@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
-from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
+from flipscale.data.loader import PackedBatch, loader_of, start_workers
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
@@ -403,16 +403,8 @@ def parts_of(config: Any) -> tuple[str, ...]:
 def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:
     """Yield the decoded images of each batch of rows, as tensors by name."""
     workers = min(num_workers, len(batches) if len(batches) > 1 else 0)
-    loader = DataLoader(
-        WholeImages(source, decode),
-        batch_sampler=cast(Any, batches),  # a range serves as the list of its rows
-        collate_fn=_unchanged,
-        num_workers=workers,
-        worker_init_fn=settle_worker,
-        multiprocessing_context=worker_context() if workers else None,
-    )
     try:
-        for batch in start_workers(loader):
+        for batch in start_workers(loader_of(WholeImages(source, decode), batches, workers)):
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -493,10 +485,6 @@ def _on_white(picture: Picture) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
