@@ -342,15 +342,12 @@ def open_image(encoded: bytes) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise OversizedImage(str(error)) from error
-    except UnidentifiedImageError as error:
-        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise UndecodableImage(
-            f"{len(encoded)} bytes starting {encoded[:8]!r} are no {kinds} that can be read"
-        ) from error
     except BadSample:
         raise
-    except Exception as error:
-        raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r}: {error}") from error
+    except Exception as error:  # Pillow raises many kinds
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        reason = f" are no {kinds} that can be read" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r}{reason}") from error
     file.is_opened = True
     # A value of the modes I and F has four bytes.
     _check_size(image.height, image.width, 4 if image.mode in ("I", "F") else len(image.getbands()))
