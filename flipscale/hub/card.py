@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
 
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
@@ -27,7 +27,8 @@ from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.model_folder import local_folder, open_weights, read_object
-from flipscale.io.text_table import escape_markdown, markdown_code
+from flipscale.io.templates import render
+from flipscale.io.text_table import escape_markdown, markdown_code, rounded
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_summary import RunSummary
 
@@ -75,8 +76,8 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     bases = [start for start in starts if _is_hub_name(start)]
     sources = data.get("sources") or ([{"shards": data_name(data["shards"])}] if data["shards"] else [])
     recipe = yaml.safe_dump(deciding_part(run.recipe, name_of=public_name), sort_keys=False).rstrip()
-    text = _rendered(
-        "card.md.jinja",
+    text = card_text(
+        "card",
         run=run,
         config={"projection_dim": None, **config},
         labels=list(config.get("id2label", {}).values()),
@@ -111,20 +112,13 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         model_name=name if entries else None,
         eval_results=entries or None,
     )
-    write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
+    write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def _rendered(template: str, **values: object) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        code=markdown_code,
-        plain=escape_markdown,
-        number="{:,}".format,
-        rounded=lambda value: f"{value:,.{0 if value >= 100 else 2}f}",
-    )
-    return environment.get_template(template).render(**values)
+def card_text(template: str, **values: object) -> str:
+    """Return the text that a template of this folder makes of `values`, with an end of line."""
+    filters = {"code": markdown_code, "plain": escape_markdown, "number": "{:,}".format, "rounded": rounded}
+    return render(Path(__file__).with_name(f"{template}.md.jinja"), filters, **values) + "\n"
 
 
 def _abilities(config: Mapping[str, Any]) -> str:
@@ -187,7 +181,7 @@ def read_audit(file: str) -> tuple[int, str]:
     """
     try:
         audit = json.loads(read_text(Path(file)))
-        return audit["samples"], _rendered("audit.md.jinja", **audit)
+        return audit["samples"], card_text("audit", **audit).rstrip("\n")
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
         raise UserError(f"hub.audit is {file!r}, no audit ({error!r}); use that of flipscale prepare audit") from None
 
@@ -337,8 +331,8 @@ def _task_name(result: Result) -> str:
     return kind if result.task == result.kind else f"{result.task} ({kind})"
 
 
-def write_derived_card(folder: Path, src: str, name: str, library: str, text: str) -> None:
-    """Write the card of a converted model into a folder; `text` is its body, `library` loads the model.
+def write_derived_card(folder: Path, src: str, name: str, library: str, **facts: object) -> None:
+    """Write the card of a converted model that `library` loads into a folder, by its template and `facts`.
 
     The licence is that of the original's card, in the model folder or the Hub's repository `src`.
     """
@@ -353,5 +347,5 @@ def write_derived_card(folder: Path, src: str, name: str, library: str, text: st
         tags=["flip", "clip", "flipscale"],
         base_model=None if Path(src).exists() else src,
     )
-    card = f"---\n{data.to_yaml()}\n---\n\n# {escape_markdown(name)}\n\n{text}"
+    card = f"---\n{data.to_yaml()}\n---\n\n# {escape_markdown(name)}\n\n{card_text(library, **facts)}"
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
+from flipscale.hub.card import card_text
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.atomic import write_text
 from flipscale.io.digests import check_weight
@@ -58,40 +59,6 @@ _OUTSIDE_THE_BLOCKS = {
     "txt_mlp1/kernel": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
-_CARD = """---
-license: cc-by-nc-4.0
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-tags:
-- flip
-- clip
----
-
-# {name}
-
-Weights of the original FLIP ([arXiv 2212.00794](https://arxiv.org/abs/2212.00794),
-[facebookresearch/flip](https://github.com/facebookresearch/flip)), converted from its JAX checkpoint without changes:
-{parameters:.1f} M parameters, {image_size}-pixel images in patches of {patch_size}, captions of {length} ids.
-
-```python
-{use}
-```
-
-With flipscale installed, `from flipscale.model import FlipModel` needs no `trust_remote_code`.
-
-**Licence.** The original's code and weights are [CC-BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), which
-excludes commercial use. This copy has the same licence.
-
-**Limits.** The checkpoint names neither its training data nor its results; the original's README describes the released
-checkpoints. They learned from pictures and texts of the web and carry the biases of these.
-"""
-_USE_PIPELINE = """from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model="{path}", trust_remote_code=True)
-classify("image.png", candidate_labels=["a red apple", "a bicycle"], hypothesis_template="{{}}")"""
-_USE_MODEL = """from transformers import AutoModel  # this copy has no tokenizer
-
-model = AutoModel.from_pretrained("{path}", trust_remote_code=True)"""
 
 
 class StoredArray:
@@ -195,13 +162,14 @@ def convert_flip_checkpoint(
             warnings.warn(f"the model is saved without a processor: {error}", stacklevel=2)
     processor = build_processor(config, tokenizer) if tokenizer is not None else None
     folder = export_model(model, processor, dst)
-    card = _CARD.format(
+    card = card_text(
+        "flip",
         name=folder.name,
+        path=folder,
         parameters=model.num_parameters() / 1e6,
-        image_size=config.vision_config.image_size,
-        patch_size=config.vision_config.patch_size,
+        vision=config.vision_config,
         length=config.text_config.max_position_embeddings,
-        use=(_USE_MODEL if processor is None else _USE_PIPELINE).format(path=folder),
+        has_processor=processor is not None,
     )
     write_text(folder / "README.md", card)
     return model

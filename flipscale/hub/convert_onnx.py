@@ -22,22 +22,6 @@ from flipscale.model.modeling_flip import normalise_embeds
 # Largest difference in any number of a unit embedding, in fp32. Rounding gives about 1e-6, a wrong GELU 4e-5.
 TOLERANCE = 1e-5
 
-_CARD = """The two towers of a {kind} as ONNX, compared with the model in onnxruntime.
-
-```python
-import onnxruntime
-
-image_model = onnxruntime.InferenceSession("visual/model.onnx")
-text_model = onnxruntime.InferenceSession("textual/model.onnx")
-```
-
-`image` is `pixel_values` of the processor in this folder. `text` is its `input_ids` as int32, padded to {length} ids.
-{own}The outputs have unit length; logits are
-{logit_scale} times their products{and_bias}.
-
-The layout is that of Immich's models. Immich knows its models by name: put this folder in place of one of {dim}
-dimensions, in its cache `clip/NAME`, and choose NAME.
-"""
 
 # Protobuf files cannot be larger; larger weights get a file of their own.
 _MAX_FILE_BYTES = 2_000_000_000
@@ -111,15 +95,9 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         _write_for_immich(folder, config, processor.tokenizer, f"model {src!r}")
         metadata = {name: repr(value.item()) for name, value in values.items()}
         graphs = [*_own_graphs(config), *_IMMICH]
-        card = _CARD.format(
-            kind=type(model).__name__,
-            length=config.caption_config.max_position_embeddings,
-            own=" ".join(f"`{file}`" for file, *_ in graphs[:-2]) + " take its output.\n" if graphs[2:] else "",
-            logit_scale=metadata["logit_scale"],
-            and_bias=f", plus {metadata['logit_bias']}" if "logit_bias" in metadata else "",
-            dim=config.projection_dim,
-        )
-        write_derived_card(folder, src, dst.name, "onnx", card)
+        own = " ".join(f"`{file}`" for file, *_ in graphs[:-2])
+        facts = {"length": config.caption_config.max_position_embeddings, "dim": config.projection_dim, **metadata}
+        write_derived_card(folder, src, dst.name, "onnx", kind=type(model).__name__, own=own, **facts)
         batches = {"vision": _image_batches(config), "text": _text_batches(config, processor.tokenizer)}
         return {
             graph.file: _write_and_check(model, graph, batches[graph.tower], folder / graph.file, metadata)

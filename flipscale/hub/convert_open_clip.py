@@ -31,22 +31,6 @@ from flipscale.model.modeling_flip import FlipEncoderLayer
 # the last norm. A power of two causes no rounding; its square fits fp32 and bf16 (not fp16).
 _AVERAGE_SCALE = 2.0**40
 
-_CARD = """A FLIP model for [open_clip](https://github.com/mlfoundations/open_clip), with the embeddings of the original
-model folder.
-
-```python
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{path}")
-tokenizer = open_clip.get_tokenizer("local-dir:{path}")
-```
-
-To load it as `hf-hub:ORG/NAME`, write that name as `text_cfg.hf_tokenizer_name` in `open_clip_config.json` before the
-upload.
-
-The tower's last block replaces the mean over all tokens, which open_clip lacks. Its weights are large, so this form is
-for inference in fp32 or bf16, not for training. fp16 overflows.
-"""
 
 # GELU(s x) / s equals ReLU(x) up to 0.2 / s.
 _RELU_SCALE = 2.0**32
@@ -76,7 +60,7 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_derived_card(folder, src, dst.name, "open_clip", _CARD.format(path=dst))
+        write_derived_card(folder, src, dst.name, "open_clip", path=dst)
     return model
 
 

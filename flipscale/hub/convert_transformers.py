@@ -51,17 +51,6 @@ _NAMES = [
     (r"^text\.text_projection\.", "text_model.head."),
 ]
 
-_CARD = """The weights of open_clip's `{name}` in transformers' own {kind}, with equal embeddings.
-
-```python
-from transformers import AutoModel, AutoProcessor
-
-model, processor = AutoModel.from_pretrained("{path}"), AutoProcessor.from_pretrained("{path}")
-```
-
-`flipscale pretrain --model.family {family} --model.init_from {path}` trains on from them.
-"""
-
 
 def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
     """Convert a model that open_clip knows to the model folder `dst`, with its processor.
@@ -103,8 +92,8 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
                 f"most {TOLERANCE:g} is rounding: its towers or tokenizer have parts that transformers' lack"
             )
     export_model(ours, processor, dst)
-    text = _CARD.format(name=name, kind=type(ours).__name__, path=dst, family=family)
-    write_derived_card(dst, f"open_clip:{name}", dst.name, "transformers", text)
+    facts = {"model": name, "kind": type(ours).__name__, "path": dst, "family": family}
+    write_derived_card(dst, f"open_clip:{name}", dst.name, "transformers", **facts)
     return differences
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from flipscale.io.templates import render
 from flipscale.io.text_table import duration, rounded
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -29,17 +29,10 @@ class Picture(NamedTuple):
 
 def rendered(template: str, **values: object) -> str:
     """Return the page that a template of `templates/` makes of `values`. HTML in the values is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(duration=duration, rounded=rounded, listed=listed, number="{:,}".format, parts=_parts)
+    filters = {"duration": duration, "rounded": rounded, "listed": listed, "number": "{:,}".format, "parts": _parts}
+    text = render(_TEMPLATES / template, filters, **values)
     # File names may contain halves of surrogate pairs, which UTF-8 lacks, and control characters, which HTML lacks.
-    text = environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
-    return _CONTROL.sub("", text)
+    return _CONTROL.sub("", text.encode("utf-8", "backslashreplace").decode())
 
 
 def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import StrictUndefined, Template
 from PIL import Image
 
 from flipscale.data.decode import decode_whole
@@ -17,6 +16,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
+from flipscale.io.templates import render
 from flipscale.preparation.audit.duplicates import LEAST_LIKENESS, MOST_BITS, MOST_DIFFERENCE, exact_copies
 from flipscale.preparation.audit.scan import (
     BLANK,
@@ -187,8 +187,9 @@ def _write(
             shown.append(((test, match.row), (source, match.other), f"{name}, training: {how}"))
     if shown:
         _write_sheet(out_dir / "overlap.png", shown)
-    template = Template(_PAGE.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined)
-    page = template.render(
+    page = render(
+        _PAGE,
+        {},
         **figures,
         summary=summary(figures),
         overlapping=bool(shown),
