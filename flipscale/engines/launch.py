@@ -84,10 +84,6 @@ class Launch:
         count = math.gcd(self.num_processes, self.processes_per_node or 8)
         return count if count > 1 else self.num_processes
 
-    def using(self, **changes: Any) -> "Launch":
-        """Return a copy with `changes`."""
-        return replace(self, **changes)
-
 
 def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return the rank of this process and the number of processes, from a launcher's variables."""
@@ -130,18 +126,18 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     )
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         settings = _deepspeed_settings(environment)
-        launch = launch.using(engine=f"zero{settings['zero_optimization']['stage']}", deepspeed=settings)
+        launch = replace(launch, engine=f"zero{settings['zero_optimization']['stage']}", deepspeed=settings)
     elif _is_set(environment, "ACCELERATE_USE_FSDP"):
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
             raise UserError(f"the launch file's fsdp_version is {version}; write 2, as in {shipped('fsdp2')}")
         reshards = _is_set(environment, "FSDP_RESHARD_AFTER_FORWARD", "true")
         prefetches = _is_set(environment, "FSDP_FORWARD_PREFETCH")
-        launch = launch.using(engine="fsdp2", reshards=reshards, prefetches=prefetches)
+        launch = replace(launch, engine="fsdp2", reshards=reshards, prefetches=prefetches)
     role = environment.get("ROLE_NAME", _NO_ROLE)
     if role == BF16_REDUCE:
-        return launch.using(engine="fsdp2", sums_in_bf16=True)
-    return launch if role == _NO_ROLE else launch.using(engine=role)
+        return replace(launch, engine="fsdp2", sums_in_bf16=True)
+    return launch if role == _NO_ROLE else replace(launch, engine=role)
 
 
 def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:

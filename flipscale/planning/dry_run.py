@@ -169,7 +169,7 @@ def _launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
         return [(file.stem, read_launch_file(file, count)) for file in args.launch_file for count in counts]
     # bf16, because the planned GPUs train so without a launch file, whatever this machine does.
     launch = launch_of({PRECISION: "bf16", **os.environ})
-    return [(launch.engine, launch.using(num_processes=count or launch.num_processes)) for count in counts]
+    return [(launch.engine, replace(launch, num_processes=count or launch.num_processes)) for count in counts]
 
 
 def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _Planned:

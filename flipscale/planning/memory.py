@@ -238,7 +238,7 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     at_once = recipe.data.micro_batch_size or pairs
     parts = [at_once // count for count in (4, 16) if at_once % count == 0]
     counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
-    others = [launch.using(engine=engine, shard_size=None, reshards=True) for engine in engine_classes()]
+    others = [replace(launch, engine=engine, shard_size=None, reshards=True) for engine in engine_classes()]
     takes = [
         other
         for other in others
@@ -249,7 +249,7 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     return [
         {f"data.micro_batch_size {n}": (changed, launch) for n, changed in in_parts.items()},
         *({other.engine: (recipe, other)} for other in takes),
-        {f"{count} processes": (recipe, launch.using(num_processes=count)) for count in counts},
+        {f"{count} processes": (recipe, replace(launch, num_processes=count)) for count in counts},
     ]
 
 

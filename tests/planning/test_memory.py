@@ -166,11 +166,11 @@ def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -
 @pytest.mark.long
 def test_copies_follow_the_number_of_processes(h14: Recipe) -> None:
     fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
-    assert hsdp == fsdp2.using(shard_size=8)
+    assert hsdp == replace(fsdp2, shard_size=8)
     kept, other = recipe_memory(h14, hsdp), recipe_memory(h14, fsdp2)
     assert kept.weights == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
     assert kept.communication == other.communication
-    assert recipe_memory(h14, hsdp.using(num_processes=512)).weights == kept.weights
+    assert recipe_memory(h14, replace(hsdp, num_processes=512)).weights == kept.weights
     assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
 
 
