@@ -18,17 +18,17 @@ from flipscale.checks.group import CheckError, Row
 from flipscale.checks.machine import contexts
 from flipscale.data.loader import PackedBatch, on_device
 from flipscale.engines.checkpoint import CheckpointWriter
-from flipscale.engines.device import best_attention, peak_flops, peak_memory_bytes, wait_for
+from flipscale.engines.device import peak_flops, peak_memory_bytes, wait_for
 from flipscale.engines.failures import end_process
-from flipscale.engines.first_weights import compile_blocks, fresh_weights
 from flipscale.engines.launch import launch_environment, launch_of
 from flipscale.engines.recipe import SaveRecipe
-from flipscale.engines.start import build_engine, engine_class, start_accelerator
+from flipscale.engines.start import engine_class, start_accelerator
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
 from flipscale.planning.time import Hardware, host_calls, speed_key, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.training.start import Start, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
 from flipscale.training.watch import StepWatch
@@ -51,11 +51,12 @@ def engine_variables(engine: str, processes: int) -> dict[str, str]:
 
 
 def first_stage(name: str, batch_size: int, compiled: bool = False, recomputes: bool = False) -> Recipe:
-    """Return a recipe with its first stage only, and a global batch in one piece on each process."""
+    """Return a recipe from scratch with its first stage only, and a global batch in one piece on each process."""
     recipe = parse_recipe(["--config", name])
+    scratch = dict.fromkeys(("init_from", "vision", "text", "text_positions"))
     return replace(
         recipe,
-        model=replace(recipe.model, compile=compiled, gradient_checkpointing=recomputes),
+        model=replace(recipe.model, compile=compiled, gradient_checkpointing=recomputes, **scratch),
         data=replace(recipe.data, global_batch_size=batch_size, micro_batch_size=None),
         stages=[replace(recipe.stages[0], gradient_checkpointing=None)],
     )
@@ -65,26 +66,17 @@ class Loop:
     """Collective. The trainer's model, engine and step, on made-up batches that a thread copies to the GPU ahead."""
 
     def __init__(self, name: str, batch_size: int, compiled: bool, folder: str):
-        accelerator, launch = start_accelerator([], folder), launch_of(os.environ)
-        self.recipe = recipe = first_stage(name, batch_size * accelerator.num_processes, compiled)
-        self.accelerator, self.launch, self.device = accelerator, launch, accelerator.device
-        self.objective, config = recipe.objective(), recipe.model_config()
-        self.engine = build_engine(accelerator, launch, recipe.optim, recipe.data.global_batch_size)
-
-        def configure(model: Any) -> None:
-            model.set_attn_implementation(best_attention(self.device))
-            if compiled:
-                compile_blocks(model)
-
-        self.engine.build(config, configure, fresh_weights(0), self.objective.trained_class(config))
-        self.engine.prepare()
-        self.engine.start_averages(None)
+        accelerator = start_accelerator([], folder)
+        recipe = first_stage(name, batch_size * accelerator.num_processes, compiled)
+        self.recipe, self.objective = replace(recipe, output_dir=folder), recipe.objective()
+        self.accelerator, self.launch, self.device = accelerator, launch_of(os.environ), accelerator.device
+        stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        self._schedule = Schedule(tuple(stages))
+        self._now = self._schedule.first({})
+        self.engine = resume(self.recipe, self._schedule, Start(accelerator, None, {}))
         watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
         writer = CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None)
         self._sync = StepSync(accelerator, writer, watch)
-        (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
-        self._schedule = Schedule((stage,))
-        self._now = self._schedule.first({})
 
     def batches(self, pairs: int) -> Iterator[list[PackedBatch]]:
         """Yield batches of random pixels, places and tokens, on the device."""

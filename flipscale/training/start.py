@@ -26,6 +26,7 @@ from flipscale.objectives.recipe import loss_kinds
 from flipscale.training.plan import Plan, check, compiles_on_gpus
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
+from flipscale.training.schedule import Schedule
 from flipscale.training.watch import HangWatch
 
 if TYPE_CHECKING:
@@ -143,15 +144,14 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
         return Start(accelerator, *chosen, lock=lock)
 
 
-def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
+def resume(recipe: Recipe, schedule: Schedule, start: Start) -> Engine:
     """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train."""
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
     from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
     from flipscale.engines.trained import add_lora, freeze
 
-    config = recipe.model_config()
-    model_class = plan.objective.trained_class(config)
-    launch = launch_of(os.environ)
+    config, launch, first = recipe.model_config(), launch_of(os.environ), schedule.first(start.state)
+    model_class = recipe.objective().trained_class(config)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
     fill = no_weights if reader else initial_weights(*start_from)
@@ -164,16 +164,16 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
             compile_blocks(model)
 
     with watched(recipe, start.accelerator.process_index, "the building of the model"):
-        engine = build_engine(start.accelerator, launch, recipe.optim, plan.batch_size)
+        engine = build_engine(start.accelerator, launch, recipe.optim, recipe.data.global_batch_size)
         # 1. Build the model block by block. Each block moves to its device, or is sharded, as soon as it has weights.
         engine.build(config, configure, fill, model_class)
         # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
         if reader:
             engine.layout.load_weights(reader)
         # 3. Freeze the stage's parts, wrap the model, and make its optimisers without moments.
-        engine.prepare(plan.schedule.first(start.state).stage.frozen)
+        engine.prepare(first.stage.frozen)
         # 4. Load the moments, unless the optimisers start afresh at this step.
-        if reader and not plan.schedule.first(start.state).starts_afresh:
+        if reader and not first.starts_afresh:
             engine.layout.load_moments(reader, start.state["optimizer_steps"])
         # 5. Start the averages: the checkpoint's, or the current weights.
         engine.start_averages(reader)

@@ -149,7 +149,7 @@ def resumed(file: str) -> tuple:
     recipe = parse_recipe(["--config", file])
     plan = check(recipe)
     start = join(recipe, plan, Laps())
-    return recipe, plan, start, resume(recipe, plan, start)
+    return recipe, plan, start, resume(recipe, plan.schedule, start)
 
 
 def leave_out(file: str) -> None:

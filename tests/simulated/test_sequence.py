@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def partial_index(index: Callable) -> Callable:
 
 def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What a run sends as process `rank`; its tensors have content, and are on the CPU."""
-    launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", world).using(precision="no")
+    launch = replace(read_launch_file(LAUNCH_FILES / f"{engine}.yaml", world), precision="no")
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         patches = stack.enter_context(monkeypatch.context())
@@ -80,7 +81,7 @@ def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest
             Path(recipe.output_dir, "checkpoints", f".step-{number:08d}.partial").mkdir(parents=True)
         plan = check(recipe)
         start = Start(start_accelerator([], recipe.output_dir), None, {})
-        built = resume(recipe, plan, start)
+        built = resume(recipe, plan.schedule, start)
         with recorder:
             recorder.on = True
             pretrain.train(recipe, plan, start, built, {"pair": pair_flops(recipe)})
