@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,31 +37,8 @@ MAX_SHARD_SIZE = "5GB"
 Processor = CLIPImageProcessorPil | ProcessorMixin | None
 
 # Files of sentence-transformers: its modules in order, inputs and methods of the first, and the similarity. 6.0 is the
-# first release with both modules under these names.
-_MODULES = "sentence_transformers.base.modules"
-_SENTENCE_TRANSFORMER = {
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": f"{_MODULES}.transformer.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{_MODULES}.normalize.Normalize"},
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {
-            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
-            for kind in ("text", "image")
-        },
-        "module_output_name": "sentence_embedding",
-        # The default would pad to the longest caption of a batch.
-        "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},
-    },
-    "config_sentence_transformers.json": {
-        "model_type": "SentenceTransformer",
-        "requirements": {"sentence_transformers": ">=6.0"},
-        "prompts": {},
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    },
-}
+# first release with both modules under these names. The default padding would be to the longest caption of a batch.
+_SENTENCE_TRANSFORMER = Path(__file__).with_name("sentence_transformers")
 
 
 def build_processor(config: Any, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
@@ -263,8 +241,8 @@ def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, r
         if processor is not None:
             processor.save_pretrained(folder)
         if isinstance(processor, ProcessorMixin) and compares:
-            for name, content in _SENTENCE_TRANSFORMER.items():
-                _write_json(folder / name, content)
+            for file in _SENTENCE_TRANSFORMER.iterdir():
+                shutil.copyfile(file, folder / file.name)
         if not is_ours:
             _write_for_transformers_4(folder, processor)
         with without_bars():
