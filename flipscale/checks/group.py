@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 Row = dict[str, Any]
 
 # Variables of the launcher of this command, which its processes must not see.
@@ -25,7 +27,6 @@ _OF_RANK = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "FLIPSCALE_NUM_PROCESSES",
 )
-_NO_CHANGE: Mapping[str, str] = {}
 # As slurm/run.bash sets them. The recorder names the straggler of a stalled step.
 _USUAL = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "8192"}
 # Seconds that the other ranks may take to end after the first, and after the first that fails.
@@ -67,7 +68,7 @@ class Node:
     start: Callable[[str, Sequence[str], Mapping[str, str], Path], Process] = start_python
 
     def run(
-        self, function: str, limit_s: float, processes: int = 1, variables: Mapping[str, str] = _NO_CHANGE, **given: Any
+        self, function: str, limit_s: float, processes: int = 1, variables: Mapping[str, str] = {}, **given: Any
     ) -> list[list[Row]]:
         """Call `MODULE:FUNCTION` with `given` in processes of its own, and return the yielded rows of each rank.
 
@@ -156,24 +157,23 @@ class Group:
 
 def kill(process: Process) -> None:
     """Kill a process and all that it has started."""
-    living = process.poll() is None
-    for pid in [process.pid, *descendants(process.pid)]:
-        # The number of a process that has ended may be another's, but not the number of its group.
-        for end in (os.killpg, os.kill) if living or pid != process.pid else (os.killpg,):
-            with suppress(ProcessLookupError):
-                end(pid, signal.SIGKILL)
+    started = descendants(process.pid) if process.poll() is None else []
+    # The number of a process that has ended may be another's, but not the number of its group.
+    for pid in [process.pid, *(one.pid for one in started)]:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    for one in started:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     while process.poll() is None:
         time.sleep(0.01)
 
 
-def descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[psutil.Process]:
     """Return the processes that a process and its children have started."""
-    found: list[int] = []
-    with suppress(OSError):  # the process has ended
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in map(int, children.read_text("ascii").split()):
-                found += [child, *descendants(child)]
-    return found
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 def _environments(processes: int, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:

@@ -25,7 +25,6 @@ from simulated.world import fake_processes
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
-from flipscale.checks import steps
 from flipscale.checks.group import Process
 from flipscale.checks.steps import Loop
 from flipscale.data.loader import CudaTransfer, PackedBatch
@@ -33,6 +32,7 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import launch_of
 from flipscale.engines.stragglers import PhaseLog
+from flipscale.training import start
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps")
@@ -184,9 +184,9 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
         stack.enter_context(patch(f"flipscale.checks.{module}.seconds_of", lambda call, *_: (call(), 0.1)[1]))
     stack.enter_context(patch.object(Loop, "take", _fake_time(Loop.take)))
     # Graphs are not made here: tests/objectives and tests/distributed compile.
-    stack.enter_context(patch("flipscale.checks.steps.compile_blocks", lambda model: None))
+    stack.enter_context(patch("flipscale.engines.first_weights.compile_blocks", lambda model: None))
     # A fake tensor has no first weights, and a fake GPU no profile and no queue of frees.
-    stack.enter_context(patch("flipscale.checks.steps.fresh_weights", lambda seed: no_weights))
+    stack.enter_context(patch("flipscale.engines.first_weights.initial_weights", lambda *_: no_weights))
     stack.enter_context(patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
     # Two threads must not make fake tensors at once, so the feeder's batch is copied where it is received.
     copy, receive = PackedBatch.to, CudaTransfer.receive
@@ -204,13 +204,13 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
 
     stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", forget_peak))
     # The mesh of FSDP2 reads its ranks' numbers.
-    make = steps.build_engine
+    make = start.build_engine
 
     def make_engine(*arguments: Any) -> Engine:
         with unset_fake_temporarily():
             return make(*arguments)
 
-    stack.enter_context(patch.object(steps, "build_engine", make_engine))
+    stack.enter_context(patch.object(start, "build_engine", make_engine))
     build = Engine.build
 
     def build_on_device(engine: Engine, *arguments: Any) -> None:
