@@ -18,14 +18,11 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> np.uint64(31))
 
 
-def _key(seed: int, purpose: str) -> np.ndarray:
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-
 def keyed_uniform(seed: int, purpose: str, positions: np.ndarray, count: int) -> np.ndarray:
     """Return `count` uniform numbers in [0, 1) for each of `positions`: float64 `(len(positions), count)`."""
-    rows = _mix(_key(seed, purpose) + np.asarray(positions).astype(np.uint64) * _GOLDEN)
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    rows = _mix(key + np.asarray(positions).astype(np.uint64) * _GOLDEN)
     bits = _mix(rows[:, None] + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

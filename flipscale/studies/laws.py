@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares, minimize
-from scipy.special import huber
+from scipy.special import huber, logsumexp, softmax
 from scipy.stats import norm, t
 
 from flipscale.io.errors import UserError
@@ -237,10 +237,7 @@ def _log_sum(fitted: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     terms = fitted[:, None, count:-1] - fitted[:, None, :count] * x
     floor = np.broadcast_to(fitted[:, None, -1:], (*terms.shape[:2], 1))
     terms = np.concatenate([terms, floor], axis=2)
-    most = terms.max(axis=2, keepdims=True)
-    powers = np.exp(terms - most)
-    total = powers.sum(axis=2, keepdims=True)
-    return (most + np.log(total))[..., 0], powers / total
+    return logsumexp(terms, axis=2), softmax(terms, axis=2)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit, logit
 
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.results import NOTHING
@@ -107,12 +108,12 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
         # A line needs its two parameters + 2.
         if len(xy) < 4 or not ((xy > 0) & (xy < 100)).all() or np.ptp(xy[:, 0]) == 0:
             continue
-        line = np.polyfit(_logit(xy[:, 0]), _logit(xy[:, 1]), 1)
+        line = np.polyfit(*logit(xy.T / 100), 1)
 
         def residuals(arm: Arm, task: str = task, line: np.ndarray = line) -> Arm:
             own, others = arm.results.get(reference, {}), arm.results.get(task, {})
-            at = {seed: np.polyval(line, _logit(own[seed])) for seed in others if seed in own}
-            left = {seed: others[seed] - float(100 / (1 + np.exp(-place))) for seed, place in at.items()}
+            at = {seed: np.polyval(line, logit(own[seed] / 100)) for seed in others if seed in own}
+            left = {seed: others[seed] - 100 * float(expit(place)) for seed, place in at.items()}
             return Arm(arm.levels, {task: left})
 
         zero = residuals(base)
@@ -120,11 +121,6 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
             if (effect := _combined([(1, arm), (-1, zero)], task)) is not None:
                 table.setdefault(arm.label, {})[task] = effect
     return table
-
-
-def _logit(percent: np.ndarray | float) -> np.ndarray:
-    share = np.asarray(percent) / 100
-    return np.log(share / (1 - share))
 
 
 def _base(arms: Sequence[Arm]) -> Arm:

@@ -105,12 +105,6 @@ def information(url: str) -> dict[str, Any]:
     return with_retries(url, lambda: _ask(url, "info"), _START_PATIENCE_SECONDS)
 
 
-def list_urls(url: str) -> list[str]:
-    """Return the URLs that match a pattern, sorted."""
-    names = with_retries(url, lambda: _ask(url, "glob", _LISTING_SECONDS), _START_PATIENCE_SECONDS)
-    return sorted(file_system(url)[0].unstrip_protocol(name) for name in names)
-
-
 def _ask(url: str, method: str, seconds: float | None = None) -> Any:
     system, remote = file_system(url)
     return _watched(system, method, lambda: 0, seconds or _SILENT_SECONDS, remote)
@@ -352,7 +346,10 @@ class RemoteShardList(ShardList):
         if named is None:
             url = self.path(self.pattern)
             system, path = file_system(url)
-            urls = list_urls(url) if re.search(r"[*?\[]", path) else [system.unstrip_protocol(path)]
+            paths = [path]
+            if re.search(r"[*?\[]", path):
+                paths = with_retries(url, lambda: _ask(url, "glob", _LISTING_SECONDS), _START_PATIENCE_SECONDS)
+            urls = sorted(map(system.unstrip_protocol, paths))
             named = without_own_files([url.removeprefix(f"{self.folder}/") for url in urls])
         if not named:
             raise no_shards(self.shards)
