@@ -77,11 +77,8 @@ def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:
 
 
 def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dict[str, dict[str, int]]) -> None:
-    """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end.
-
-    Args:
-        flops: result of `count_flops` on the main process; empty on others.
-    """
+    """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end. `flops` is
+    the result of `count_flops` on the main process; empty on others."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
     schedule, clock = plan.schedule, plan.clock(start.state)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)

@@ -31,11 +31,7 @@ class UntokenizableCaption(BadSample):
 
 
 def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
-    """Return one of a sample's captions. Blank captions do not count.
-
-    Args:
-        draw: uniform number in [0, 1) that chooses the caption.
-    """
+    """Return the caption that `draw`, a uniform number in [0, 1), chooses. Blank captions do not count."""
     return choose_captions({"": captions}, {"": 1.0}, [draw])[0]
 
 

@@ -57,11 +57,9 @@ def model_tokenizer(name: str, text: Any) -> PreTrainedTokenizerBase:
 def with_lower_case(tokenizer: PreTrainedTokenizerBase, text: Any) -> PreTrainedTokenizerBase:
     """Return SigLIP 2's tokenizer with the lower case of its training, and any other tokenizer as it is.
 
-    The fixed-size models of SigLIP 2 are SiglipModels and name Gemma's class, which keeps upper case (transformers
-    issue 43054). The result is of a general class, because Gemma's would drop the change when it is loaded.
-
-    Args:
-        text: configuration of the text tower.
+    `text` configures the text tower. The fixed-size models of SigLIP 2 are SiglipModels and name Gemma's class, which
+    keeps upper case (transformers issue 43054). The result is of a general class, because Gemma's would drop the change
+    when it is loaded.
     """
     if text.model_type != "siglip_text_model" or not type(tokenizer).__name__.startswith("Gemma"):
         return tokenizer

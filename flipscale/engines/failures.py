@@ -52,10 +52,7 @@ _UNKNOWN = Failure(0, "the first host", "")
 def claim_failure(words: str, may_be_consequence: bool = False) -> Failure:
     """Return the first failure of the run: this process's with `words`, unless another process failed before.
 
-    Takes five seconds at most.
-
-    Args:
-        may_be_consequence: whether the end of another process may have caused it, which is then awaited shortly.
+    Takes five seconds at most. If it `may_be_consequence` of another process's end, that is awaited shortly.
     """
     mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_MESSAGE_CHARACTERS])
     if not _have_met():

@@ -68,11 +68,8 @@ class Decontaminated(StreamedTask):
 
 
 def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
-    """Return the tasks, each with its decontaminated form after it if its test set overlaps with the training data.
-
-    Args:
-        audit: folder that `flipscale prepare audit SHARDS --tests DIR` wrote about the training data.
-    """
+    """Return the tasks, each with its decontaminated form after it if its test set overlaps with the training data, by
+    the folder that `flipscale prepare audit SHARDS --tests DIR` wrote."""
     audited: list[str] = []
     overlaps: dict[str, frozenset[tuple[str, int]]] = {}
     for file in sorted((audit / "overlap").glob("*.json")):

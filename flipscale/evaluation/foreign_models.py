@@ -62,8 +62,7 @@ def load_open_clip(name: str) -> tuple[Any, Any, Any]:
 def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
     """Return the embedder of a dual encoder that transformers' `AutoModel` loads, in fp32. Its own code never runs.
 
-    Args:
-        name: a Hub name, such as `openai/clip-vit-base-patch32`, or a folder.
+    `name` is a Hub name, such as `openai/clip-vit-base-patch32`, or a folder.
     """
     from transformers import AutoModel, AutoProcessor
 

@@ -58,10 +58,7 @@ def clustered_share(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     """Return the share of hits among clustered queries, such as the captions of one image.
 
     The interval is Wilson's for the number of independent queries with the same variance as the clusters. That number
-    is at most the number of queries.
-
-    Args:
-        counts: queries in each cluster, at least 1.
+    is at most the number of queries. Each cluster has one query or more.
     """
     n, clusters = int(counts.sum()), len(counts)
     share = float(hits.sum() / n)
@@ -74,8 +71,7 @@ def clustered_share(hits: np.ndarray, counts: np.ndarray) -> Estimate:
 def bootstrapped(measure: Callable[[np.ndarray], float], n: int) -> Estimate:
     """Return `measure` of all `n` rows, with 1.96 standard deviations over bootstrap draws of a fixed seed.
 
-    Args:
-        measure: a function of the number of times that each row was drawn, int64 `(n,)`.
+    `measure` takes the number of times that each row was drawn, int64 `(n,)`.
     """
     rng = np.random.default_rng(0)
     draws = [measure(np.bincount(rng.integers(n, size=n), minlength=n)) for _ in range(_DRAWS)]

@@ -22,11 +22,8 @@ def hits_at(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> to
 
 
 def recall_hits(scores: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor, k: int) -> torch.Tensor:
-    """Return whether a target with the query's id is among the k of highest score, bool `(queries,)`.
-
-    Args:
-        scores: similarities, `(queries, targets)`.
-    """
+    """Return whether a target with the query's id is among the k of highest score `(queries, targets)`: bool
+    `(queries,)`."""
     nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (target_ids[nearest] == query_ids[:, None]).any(dim=1)
 
@@ -42,11 +39,8 @@ def recall_chance(num_right: np.ndarray, num_targets: int, k: int) -> float:
 def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     """Return the mean over classes of the share of hits; classes without queries are left out, as in scikit-learn.
 
-    The variance is the sum of the class variances. Each class gets one more hit and one more miss for it, because a
-    class of few images that are all right is not certain.
-
-    Args:
-        counts: queries in each class; at least one class has queries.
+    `counts` are the queries in each class. The variance is the sum of the class variances. Each class gets one more hit
+    and one more miss for it, because a class of few images that are all right is not certain.
     """
     hits, counts = hits[counts > 0].astype(np.float64), counts[counts > 0].astype(np.float64)
     smooth = (hits + 1) / (counts + 2)

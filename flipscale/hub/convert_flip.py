@@ -101,8 +101,7 @@ Arrays = Mapping[str, StoredArray]
 def open_flip_checkpoint(path: Path) -> Arrays:
     """Return all parameters of a checkpoint by the original's names (`img_encoder/cls`), without reading their values.
 
-    Args:
-        path: folder `checkpoint_N`, or a folder or zip that contains it at any depth.
+    `path` is the folder `checkpoint_N`, or a folder or zip that contains it at any depth.
 
     Raises:
         UserError: there is no checkpoint or more than one, or as `StoredArray`.

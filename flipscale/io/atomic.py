@@ -26,10 +26,8 @@ def atomic_write(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield a temporary name for a file or a folder, and rename it to `path` at the end.
 
     An exception or a kill leaves the old content of `path`. An exception also removes the temporary file. A folder is
-    replaced by two renames, and a kill between them leaves the old folder as `.NAME.old`.
-
-    Args:
-        partial: temporary name in the folder of `path`; by default `partial_path(path)`. Remains of a kill are removed.
+    replaced by two renames, and a kill between them leaves the old folder as `.NAME.old`. The temporary name is in the
+    folder of `path`, by default `partial_path(path)`. Remains of a kill are removed.
     """
     partial = partial or partial_path(path)
     remove(partial)

@@ -24,11 +24,8 @@ def check_png_path(path: Path, flag: str) -> None:
 
 
 def check_writable(folder: str | Path, field: str) -> None:
-    """Raise UserError unless `folder` can be written, or can be made. Nothing is made here.
-
-    Args:
-        field: option or recipe field that named the folder, for the message.
-    """
+    """Raise UserError, which names the option or recipe field of the folder, unless it can be written, or can be made.
+    Nothing is made here."""
     name = str(folder)
     nearest = next((p for p in (Path(name), *Path(name).absolute().parents) if os.path.lexists(p)), Path("/"))
     if not name or name.startswith("~"):
@@ -47,11 +44,8 @@ def check_writable(folder: str | Path, field: str) -> None:
 
 
 def check_disk_space(folder: Path, needed: int, remedy: str) -> None:
-    """Raise UserError unless the disk of `folder`, which need not exist, has `needed` bytes free.
-
-    Args:
-        remedy: a way to need less, such as `prepare fewer tasks with --only`.
-    """
+    """Raise UserError unless the disk of `folder`, which need not exist, has `needed` bytes free. `remedy` is a way to
+    need less, such as `prepare fewer tasks with --only`."""
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if needed > free:
         raise UserError(

@@ -464,11 +464,7 @@ class FlipConfig(FlipPreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> "FlipConfig":
-        """Return the configuration of a named size, with some fields of its towers replaced.
-
-        Args:
-            size: a key of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
-        """
+        """Return the configuration of a named size, a key of `SIZES`, with some fields of its towers replaced."""
         if size not in SIZES:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")
         vision, text, projection_dim = SIZES[size]
@@ -498,8 +494,8 @@ def tower_size(width: int, layers: int, heads: int, mlp: int | None = None, **fi
     }
 
 
-# (image tower, text tower, projection_dim). Widths, layers and heads: paper, Table 9. The paper has no G: this G/14 is
-# LAION's, trained with patch dropout.
+# (image tower, text tower, projection_dim). Widths, layers and heads: paper, Table 9; of l14, Table 2. The paper has no
+# G: this G/14 is LAION's, trained with patch dropout.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "b16": (tower_size(768, 12, 12), tower_size(512, 12, 8), 512),
     "l16": (tower_size(1024, 24, 16), tower_size(768, 12, 12), 768),

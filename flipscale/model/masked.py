@@ -187,11 +187,8 @@ class PackedEmbeddings:
         }
 
     def forward(self, images: PackedImages | torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """Return the tokens `(batch, prefix + kept, hidden_size)`.
-
-        Args:
-            images: packed patches, or normalised pixels `(batch, channels, image_size, image_size)`.
-        """
+        """Return the tokens `(batch, prefix + kept, hidden_size)` of packed patches, or of normalised pixels `(batch,
+        channels, image_size, image_size)`."""
         config = self.config
         if isinstance(images, torch.Tensor):
             images = PackedImages(patchify(images, config.patch_size), None, images.shape[-1])

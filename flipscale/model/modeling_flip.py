@@ -469,10 +469,8 @@ class FlipEncoder(nn.Module):
     ) -> torch.Tensor:
         """Return all tokens after the last block, `(batch, tokens, width)`, the padding last.
 
-        The hidden states and attention weights that transformers records do not include the padding.
-
-        Args:
-            branch_scales: `(batch, blocks, 2)`, see `FlipEncoderLayer`; not together with `padding`.
+        The hidden states and attention weights that transformers records do not include the padding. `branch_scales`,
+        see `FlipEncoderLayer`, are `(batch, blocks, 2)` here, and not together with `padding`.
         """
         if padding is None:
             for number, layer in enumerate(self.layers):

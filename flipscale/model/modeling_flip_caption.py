@@ -83,13 +83,10 @@ def bare_captions(
 def caption_inputs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FlipDecoderConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the decoder's inputs and targets for captions, both int64 `(batch, tokens)`.
+    """Return the decoder's inputs and targets for captions from a tokenizer, all int64 `(batch, tokens)`.
 
     Inputs are `bos_token_id` and the caption's tokens. Targets are the tokens and `eos_token_id`. A caption that fills
     its row has no `eos_token_id` target, because most such captions have been cut.
-
-    Args:
-        input_ids, attention_mask: `(batch, tokens)`, captions from a tokenizer.
     """
     ids, own = bare_captions(input_ids, attention_mask, config)
     reaches = torch.cat([torch.ones_like(own[:, :1]), own[:, :-1]], dim=1)

@@ -30,10 +30,8 @@ class FlipAnswerOutput(FlipOutput):
 def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the binary cross-entropy of each question, summed over the answers, in nats: fp32 `(batch,)`.
 
-    The sum, and labels that are scores from 0 to 1, follow METER (arXiv 2111.02387).
-
-    Args:
-        logits, labels: `(batch, num_answers)`.
+    Logits and labels are `(batch, num_answers)`. The sum, and labels that are scores from 0 to 1, follow METER (arXiv
+    2111.02387).
     """
     losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
     return losses.sum(dim=1)

@@ -4,14 +4,8 @@ import torch
 
 
 def num_kept(num_tokens: int, mask_ratio: float, what: str = "patches") -> int:
-    """Return the number of tokens left at `mask_ratio`: int(num_tokens * (1 - mask_ratio)), as in the original.
-
-    Args:
-        what: plural noun for the tokens, for messages.
-
-    Raises:
-        ValueError: `mask_ratio` is outside of [0, 1), or no token is left.
-    """
+    """Return the number of tokens left at `mask_ratio`: int(num_tokens * (1 - mask_ratio)), as in the original. Raise a
+    ValueError, which calls them `what`, if `mask_ratio` is outside of [0, 1), or no token is left."""
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio is {mask_ratio}; it must be in [0, 1): the fraction of {what} removed")
     kept = int(num_tokens * (1.0 - mask_ratio))

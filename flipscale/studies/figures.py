@@ -54,11 +54,8 @@ class Outcome:
 
 def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words: str, path: Path) -> None:
     """Draw the result `name` against a field of the records, a panel for each title. A panel has a line for each
-    configuration: the mean over its seeds, with the 95 % interval as a band. The base comes first.
-
-    Args:
-        along: `samples_seen` or `trained_seconds`.
-    """
+    configuration: the mean over its seeds, with the 95 % interval as a band. The base comes first. `along` is
+    `samples_seen` or `trained_seconds`."""
     is_single = len(panels) == 1
     size = (7.5, 4.5) if is_single else (4.2 * len(panels), 3.8)
     look = {"figsize": size, "sharey": True, "squeeze": False, "constrained_layout": True}
@@ -132,11 +129,7 @@ def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) ->
 
 def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str, path: Path) -> None:
     """Draw the results of a search's paths against training time. Paths of the last rung are coloured, with their 95 %
-    intervals; the others are grey.
-
-    Args:
-        courses: training seconds and result of each path in each of its rungs, by its name.
-    """
+    intervals; the others are grey. `courses` has the training seconds and the result of each path in each rung."""
     figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
     most = max(map(len, courses.values()))
     times = next([seconds for seconds, _ in course] for course in courses.values() if len(course) == most)

@@ -91,9 +91,6 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
 
     The prediction is a line between the logits of the two tasks, fitted to all runs. Tasks with values outside
     (0, 100) or with fewer than four runs are left out.
-
-    Args:
-        reference: task that predicts the others, such as zero-shot classification.
     """
     table: EffectTable = {}
     base = _base(arms)

@@ -48,11 +48,7 @@ class Evaluation:
         self._embedder = kind(engine.model, plan.tokenizer, accelerator, *sizes, self._watch.alive)
 
     def run(self, tasks: list[Task], num_steps: int) -> None:
-        """Collective. Run the tasks and write their results.
-
-        Args:
-            num_steps: number of steps taken; at 0, the results are those of the model before the training.
-        """
+        """Collective. Run the tasks and write their results. Those after 0 steps are of the untrained model."""
         if not tasks:
             return
         with self._watch.paused("an evaluation"):
@@ -156,11 +152,7 @@ class BetweenSteps:
             self._stop()
 
     def after_step(self, num_steps: int) -> None:
-        """Begin or write the profile, and collect garbage after some steps.
-
-        Args:
-            num_steps: number of steps of the run so far.
-        """
+        """Begin or write the profile, and collect garbage, after `num_steps` steps of the run so far."""
         self._steps += 1
         if self._num_steps and self._steps == _UNPROFILED_STEPS:
             if self._cuda:

@@ -271,8 +271,7 @@ class ShardList:
     def is_complete(self, manifest: Manifest, may_list: bool) -> bool:
         """Return whether no shard was added or removed since `manifest` was written.
 
-        Args:
-            may_list: whether to list the shards again if a folder has changed.
+        With `may_list`, the shards are listed again if a folder has changed.
         """
         with suppress(OSError, ValueError):
             newest = max((self.path(folder).stat().st_mtime_ns for folder in manifest.folders), default=None)
@@ -292,10 +291,8 @@ class ShardList:
     def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
         """Return the manifest of the shards. If it is missing or stale, one process writes it and the others wait.
 
-        These are all processes that see the folder; they need not have joined a process group.
-
-        Args:
-            is_good: checks a few shards.
+        These are all processes that see the folder; they need not have joined a process group. `is_good` checks a few
+        shards.
 
         Raises:
             UserError: a manifest is of another version or other shards, damaged or unwritable; a shard is missing.

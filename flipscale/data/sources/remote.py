@@ -111,10 +111,7 @@ def _ask(url: str, method: str, seconds: float | None = None) -> Any:
 
 
 def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
-    """Write a file to `path`, without retries.
-
-    Args:
-        most_bytes: limit of the written bytes.
+    """Write a file of at most `most_bytes` to `path`, without retries.
 
     Raises:
         OSError: the size differs, or the transfer is too slow or too long.
@@ -140,11 +137,7 @@ def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
 
 
 def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENCE_SECONDS) -> Result:
-    """Return the result of `ask`, with retries and a warning after each error that may pass.
-
-    Args:
-        patience: seconds after which no further try begins.
-    """
+    """Return the result of `ask`, with a warning after each error that may pass, and retries for `patience` seconds."""
     started = time.monotonic()
     number = 0
     while True:
@@ -381,11 +374,7 @@ class RemoteShardList(ShardList):
         return None
 
     def index(self, name: str, size: int | None = None) -> Index:
-        """Return the index of a shard: from the cache, from beside the shard, or built.
-
-        Args:
-            size: length of the shard, if known; an index of another length is rebuilt.
-        """
+        """Return the index of a shard of `size` bytes, if known: from the cache, from beside the shard, or built."""
         url, path = self.path(name), self.index_path(name)
         with suppress(OSError, ValueError):
             index = read_index(path.read_bytes())

@@ -183,8 +183,7 @@ class ClassHits:
     def results(self, metric: str) -> list[Result]:
         """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
 
-        Args:
-            metric: the headline; `top1` makes `top5` a headline too, if there are more than five classes.
+        `metric` is the headline; `top1` makes `top5` a headline too, if there are more than five classes.
         """
         task, (hits, right, counts) = self._task, self.totals()
         empty = np.flatnonzero(counts == 0)

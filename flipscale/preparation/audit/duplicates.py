@@ -35,12 +35,10 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 
 def look(pixels: np.ndarray) -> tuple[int, bool]:
-    """Return the perceptual hash of an image, and whether it is nearly blank, so that the hash means nothing.
+    """Return the perceptual hash of an image, uint8 RGB `(height, width, 3)`, and whether it is nearly blank, so that
+    the hash means nothing.
 
     It is pHash: for each of the 64 lowest DCT frequencies of the grey 32 x 32 image, whether it is above their median.
-
-    Args:
-        pixels: uint8 RGB `(height, width, 3)`.
     """
     grey = cv2.cvtColor(thumbnail(pixels), cv2.COLOR_RGB2GRAY).astype(np.float32)
     low = (cv2.dct(grey)[:_LOW, :_LOW].reshape(-1) + _OFFSETS)[_SPREAD]
