@@ -200,11 +200,8 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "L
 
 
 def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float]:
-    """Return the pairs per second of each stage, by `num_steps` steps of `flipscale pretrain` in `folder`.
-
-    Raises:
-        UserError, OSError: the recipe cannot be trained; the message has the trainer's last line.
-    """
+    """Return the pairs per second of each stage, by `num_steps` steps of `flipscale pretrain` in `folder`. If it
+    fails, raise UserError or OSError with its last line."""
     from flipscale.evaluation.recipe import EvalRecipe
     from flipscale.io.atomic import write_text
     from flipscale.io.progress import Progress

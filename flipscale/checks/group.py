@@ -70,11 +70,8 @@ class Node:
     def run(
         self, function: str, limit_s: float, processes: int = 1, variables: Mapping[str, str] = {}, **given: Any
     ) -> list[list[Row]]:
-        """Call `MODULE:FUNCTION` with `given` in processes of its own, and return the yielded rows of each rank.
-
-        Raises:
-            CheckError: a process failed, or the time limit passed.
-        """
+        """Call `MODULE:FUNCTION` with `given` in processes of its own, and return the yielded rows of each rank. Raise
+        CheckError if a process failed, or the time limit passed."""
         folder = self.folder / f"{len(list(self.folder.iterdir())):02d}-{function.partition(':')[2]}"
         folder.mkdir()
         reason = ""
@@ -113,11 +110,7 @@ class Group:
     processes: list[Process] = field(default_factory=list)
 
     def wait(self, limit_s: float) -> None:
-        """Wait for all processes to end with code 0.
-
-        Raises:
-            CheckError: a process failed, or the time limit passed.
-        """
+        """Wait for all processes to end with code 0. Raise CheckError if a process failed, or the time limit passed."""
         deadline, first_end = time.monotonic() + limit_s, float("inf")
         while None in (codes := [process.poll() for process in self.processes]):
             now = time.monotonic()
@@ -133,11 +126,8 @@ class Group:
             raise CheckError(f"rank {', '.join(late)} {what}; output in {self.folder}")
 
     def await_true(self, is_so: Callable[[], bool], limit_s: float, what: str) -> None:
-        """Wait until something is so while all processes run.
-
-        Raises:
-            CheckError: a process ended, or the time limit passed.
-        """
+        """Wait until something is so while all processes run. Raise CheckError if a process ended, or the time limit
+        passed."""
         deadline = time.monotonic() + limit_s
         while not is_so():
             for rank, process in enumerate(self.processes):

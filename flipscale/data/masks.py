@@ -36,10 +36,7 @@ def grid(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
 
 def grid_cell(rows: int, columns: int, kept: int) -> tuple[int, int]:
     """Return the height and width, in patches, of the smallest cell that tiles the image and keeps a whole number of
-    patches; among equal sizes, the squarest.
-
-    Raises:
-        UserError: no cell of at most 16 patches and half the image does.
+    patches; among equal sizes, the squarest. Raise UserError if no cell of at most 16 patches and half the image does.
     """
     heights = [height for height in range(1, rows + 1) if rows % height == 0]
     widths = [width for width in range(1, columns + 1) if columns % width == 0]

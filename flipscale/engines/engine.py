@@ -154,11 +154,8 @@ class Layout:
             reader.fill("weight", name, *self.weights(parameter))
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fill the moments from a checkpoint after `steps` optimiser steps.
-
-        Raises:
-            UserError: another optimiser wrote the checkpoint.
-        """
+        """Fill the moments from a checkpoint after `steps` optimiser steps. Raise UserError if another optimiser wrote
+        the checkpoint."""
         if steps == 0:
             return
         self.allocate_moments(steps)

@@ -217,11 +217,8 @@ def _stored(start: "str | Towers", config: Any) -> tuple[dict[str, Callable[[], 
 
 
 def _usable(stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str, positions: str | None) -> set[str]:
-    """Return the names of the tensors that `model` uses, and log missing and unused names.
-
-    Raises:
-        UserError: a tensor has another shape, or under half of a tower is there. One whole tower may be missing.
-    """
+    """Return the names of the tensors that `model` uses, and log missing and unused names. Raise UserError if a tensor
+    has another shape, or under half of a tower is there. One whole tower may be missing."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name in shapes.keys() & stored.keys():
         found = stored[name] or [1]  # transformers' CLIP has a logit_scale of shape ()

@@ -111,11 +111,8 @@ def promised_processes(environment: Mapping[str, str]) -> int:
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch:
-    """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process.
-
-    Raises:
-        UserError: flipscale does not support the launch, or it sets a value that the recipe sets.
-    """
+    """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process. Raise UserError
+    if flipscale does not support the launch, or it sets a value that the recipe sets."""
     num_processes = whole_number(environment, "WORLD_SIZE", 1)
     per_node = whole_number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else None
     launch = Launch(
@@ -141,11 +138,8 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
 
 
 def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
-    """Return the launch of `accelerate launch --config_file FILE`, by default of the file's number of processes.
-
-    Raises:
-        UserError: the file cannot be read, or flipscale does not support it.
-    """
+    """Return the launch of `accelerate launch --config_file FILE`, by default of the file's number of processes. Raise
+    UserError if the file cannot be read, or flipscale does not support it."""
     return launch_of(launch_environment(file, num_processes))
 
 

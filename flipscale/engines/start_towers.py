@@ -76,11 +76,8 @@ def start_fields(towers: Towers) -> dict[str, dict[str, Any]]:
 
 
 def stored_fields(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return these fields of a folder of the family `towers`. `content` is its config.json.
-
-    Raises:
-        UserError: a tower does not fit.
-    """
+    """Return these fields of a folder of the family `towers`. `content` is its config.json. Raise UserError if a tower
+    does not fit."""
     vision, text = ({"model_type": None, **(content.get(name) or {})} for name in ("vision_config", "text_config"))
     for tower, fields, fitting in (("vision", vision, VISION_TOWERS), ("text", text, _TEXTS)):
         if fields["model_type"] not in fitting:

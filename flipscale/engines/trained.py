@@ -36,11 +36,8 @@ def part_of_model(model: nn.Module, part: str, field: str) -> dict[str, nn.Param
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe) -> None:
-    """Put LoRA's matrices into a model, on the meta device, if the recipe has a rank. Freeze everything else.
-
-    Raises:
-        UserError: peft is not installed, or a tower or a module is not in the model.
-    """
+    """Put LoRA's matrices into a model, on the meta device, if the recipe has a rank. Freeze everything else. Raise
+    UserError if peft is not installed, or a tower or a module is not in the model."""
     if recipe.rank is None:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds to import

@@ -177,11 +177,8 @@ class Embedder:
     batches_of: int | None = None
 
     def at(self, image_size: int | None) -> "Embedder":
-        """Return the embedder of images of `image_size` pixels; None returns this embedder.
-
-        Raises:
-            ValueError: the patch size does not divide the image size, or the model is not flipscale's.
-        """
+        """Return the embedder of images of `image_size` pixels; None returns this embedder. Raise ValueError if the
+        patch size does not divide the image size, or the model is not flipscale's."""
         if image_size is None:
             return self
         if type(self).image_size is not Embedder.image_size:
@@ -352,12 +349,8 @@ class Embedder:
         return counter.get_total_flops() < _LIGHT_FLOPS
 
     def agreed(self, make: Callable[[], Value]) -> Value:
-        """Collective. Return the result of `make`.
-
-        Raises:
-            UserError, OSError: `make` raised it on any process. All raise it, because a process that stopped alone
-                would leave the others waiting.
-        """
+        """Collective. Return the result of `make`. If it raised UserError or OSError on any process, all raise it,
+        because a process that stopped alone would leave the others waiting."""
         from accelerate.utils import gather_object
 
         made, faults = None, list[tuple[bool, str]]()

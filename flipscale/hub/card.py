@@ -174,11 +174,8 @@ def _audit(file: str | None, num_samples: int | None) -> str | None:
 
 
 def read_audit(file: str) -> tuple[int, str]:
-    """Return the number of samples and the card's section from the file of `flipscale prepare audit`.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Return the number of samples and the card's section from the file of `flipscale prepare audit`. Raise UserError
+    if the file cannot be read."""
     try:
         audit = json.loads(read_text(Path(file)))
         return audit["samples"], card_text("audit", **audit).rstrip("\n")
@@ -187,11 +184,8 @@ def read_audit(file: str) -> tuple[int, str]:
 
 
 def folder_lines(folder: Path) -> list[Line]:
-    """Return the lines of a model folder's `results.jsonl` that belong to its weights.
-
-    Raises:
-        UserError: the file has lines that `flipscale evaluate` did not write.
-    """
+    """Return the lines of a model folder's `results.jsonl` that belong to its weights. Raise UserError if the file has
+    lines that `flipscale evaluate` did not write."""
     lines = read_lines(folder / RESULTS_FILE)
     if not lines:
         return []

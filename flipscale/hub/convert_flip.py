@@ -62,11 +62,8 @@ _OUTSIDE_THE_BLOCKS = {
 
 
 class StoredArray:
-    """A parameter in the checkpoint: `shape` is known at once, `np.asarray` reads the values (fp32).
-
-    Raises:
-        UserError: the array is damaged, or in a format that the original does not write.
-    """
+    """A parameter in the checkpoint: `shape` is known at once, `np.asarray` reads the values (fp32). Raise UserError if
+    the array is damaged, or in a format that the original does not write."""
 
     def __init__(self, name: str, files: Mapping[str, bytes], folder: str):
         self._name, self._files, self._folder = name, files, folder

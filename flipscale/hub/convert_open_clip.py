@@ -65,11 +65,8 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
 
 
 def open_clip_config(config: FlipConfig) -> dict[str, Any]:
-    """Return open_clip's `model_cfg` and `preprocess_cfg` for a model of `config`.
-
-    Raises:
-        UserError: open_clip cannot express it; the message names every reason.
-    """
+    """Return open_clip's `model_cfg` and `preprocess_cfg` for a model of `config`. Raise UserError if open_clip cannot
+    express it; the message names every reason."""
     vision, text = config.vision_config, config.text_config
     acts = {"image": vision.hidden_act, "text": text.hidden_act}
     wrong = [

@@ -43,11 +43,7 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """Return the model and tokenizer of a model folder or Hub name of the family `flip`, as `load_dual_encoder`.
-
-    Raises:
-        UserError: the model is of another family, or as `load_dual_encoder`.
-    """
+    """Return `load_dual_encoder` of a model of the family `flip`. Raise UserError for another family, too."""
     model, tokenizer = load_dual_encoder(name)
     if not isinstance(model, FlipModel):
         raise UserError(
@@ -58,11 +54,7 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
 
 
 def load_dual_encoder(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the model and tokenizer of a model folder or Hub name of any family, as `load_with_tokenizer`.
-
-    Raises:
-        UserError: the model has no text tower, or as `load_with_tokenizer`.
-    """
+    """Return `load_with_tokenizer` of a model of any family with texts. Raise UserError for one without texts, too."""
     model, tokenizer = load_with_tokenizer(name)
     if tokenizer is None or (isinstance(model, FlipPreTrainedModel) and not isinstance(model, FlipModel)):
         kind = "captioning" if tokenizer else "classification"
@@ -74,11 +66,8 @@ def load_dual_encoder(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model, as `load_model`, and its tokenizer, which is None for a classifier.
-
-    Raises:
-        UserError: as `load_model`; or the tokenizer cannot be read, or does not fit.
-    """
+    """Return the model of `load_model`, and its tokenizer, which is None for a classifier. Raise as `load_model`, and
+    UserError if the tokenizer cannot be read or does not fit."""
     folder, model = load_model(name)
     if isinstance(model, FlipForImageClassification):
         return model, None

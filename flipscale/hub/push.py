@@ -315,11 +315,8 @@ class BackgroundPush:
 
 
 def push_finished(recipe: Recipe) -> None:
-    """Push the model of a finished run if its recipe asks for a push. Only rank 0 does so.
-
-    Raises:
-        OSError: the push failed; the message has the command that pushes the model by hand.
-    """
+    """Push the model of a finished run if its recipe asks for a push. Only rank 0 does so. Raise OSError if the push
+    failed; the message has the command that pushes the model by hand."""
     target, run_dir = target_of(recipe.hub), Path(recipe.output_dir)
     if target is None or not _is_rank_0() or not (run_dir / "DONE").exists():
         return

@@ -106,10 +106,7 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Take the lock, and keep it fresh in a thread. Wait a minute at most for a silent holder on another machine.
-
-        Raises:
-            UserError: another process holds the lock.
-        """
+        Raise UserError if another process holds the lock."""
         first: tuple[Holder | None, float] | None = None
         while not self._create():
             if (seen := self._look()) is None:

@@ -75,11 +75,8 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
 
 
 def _load(cache: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file of embeddings; none if there is no file.
-
-    Raises:
-        UserError: another file has this name.
-    """
+    """Return the arrays of a file of embeddings; none if there is no file. Raise UserError if another file has this
+    name."""
     if not cache.exists() and not cache.is_symlink():
         return {}
     # numpy raises these for files that are damaged or not its own.

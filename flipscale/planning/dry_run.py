@@ -64,12 +64,8 @@ class _Planned(NamedTuple):
 
 
 def dry_run(arguments: Sequence[str]) -> None:
-    """Print memory and time with a column for each launch, and an advice. Other options are those of
-    `flipscale pretrain`.
-
-    Raises:
-        UserError: a recipe or launch file cannot be run, or no launch fits the stated memory.
-    """
+    """Print memory and time with a column for each launch, and an advice. Other options are those of `flipscale
+    pretrain`. Raise UserError if a recipe or launch file cannot be run, or no launch fits the stated memory."""
     args, rest = _parser().parse_known_args(arguments)
     recipe = parse_recipe(rest)
     hardware = _hardware(args, recipe)

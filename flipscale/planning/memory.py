@@ -80,11 +80,8 @@ class Memory:
 
 
 def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
-    """Return the memory of the fullest process in the recipe's heaviest stage.
-
-    Raises:
-        UserError: the processes do not divide the batch, or the engine cannot run the recipe.
-    """
+    """Return the memory of the fullest process in the recipe's heaviest stage. Raise UserError if the processes do not
+    divide the batch, or the engine cannot run the recipe."""
     groups: dict[tuple[Any, ...], list[StageRecipe]] = {}
     for stage in recipe.stages:
         groups.setdefault((stage.frozen, recipe.recomputes(stage)), []).append(stage)

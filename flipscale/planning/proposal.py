@@ -88,11 +88,8 @@ class Survey:
 
 
 def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
-    """Return the statistics of evenly spaced pairs of `source`.
-
-    Raises:
-        UserError: no sampled pair has a picture and a caption.
-    """
+    """Return the statistics of evenly spaced pairs of `source`. Raise UserError if no sampled pair has a picture and a
+    caption."""
     sizes: list[tuple[int, int]] = []
     captions: Counter[str] = Counter()
     places = list(_spread(source))

@@ -91,11 +91,8 @@ def inspect_shards(
 
 
 def read_captions(source: Source) -> list[str]:
-    """Return the usable captions of the samples, or of a million samples, evenly spread.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the usable captions of the samples, or of a million samples, evenly spread. Raise UserError if there is
+    none."""
     samples = SampleNumbers(source)
     captions: list[str] = []
     for number in each(evenly(len(source), _MAX_CAPTIONS), "captions", "samples"):

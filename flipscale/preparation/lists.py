@@ -405,11 +405,7 @@ class RowList(PairList):
 
     @abstractmethod
     def row(self, number: int) -> Sequence[Any]:
-        """Return the fields of a row, in the order of `columns.names`.
-
-        Raises:
-            BadSample: the row cannot be read.
-        """
+        """Return the fields of a row, in the order of `columns.names`. Raise BadSample if the row cannot be read."""
 
     def place(self, number: int) -> str:
         return f"{self.source}#{number}"
@@ -457,11 +453,7 @@ class TextTable(RowList):
 
     @classmethod
     def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "TextTable":
-        """Find the columns and rows of a table.
-
-        Raises:
-            UserError: it is no such table, or a column is missing.
-        """
+        """Find the columns and rows of a table. Raise UserError if it is no such table, or a column is missing."""
         delimiter = _DELIMITERS[path.suffix.lower()]
         if not path.stat().st_size:
             raise UserError(f"{path} is empty; expected a table with a header")
@@ -631,11 +623,7 @@ class ParquetList(RowList):
 
     @classmethod
     def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "ParquetList":
-        """Read the metadata of a file.
-
-        Raises:
-            UserError: it is no parquet file, or a column is missing.
-        """
+        """Read the metadata of a file. Raise UserError if it is no parquet file, or a column is missing."""
         from datasets import Features
         from pyarrow import ArrowException, parquet
 
@@ -690,11 +678,8 @@ class DatasetList(RowList):
 
     @classmethod
     def load(cls, source: str, asked: dict[str, str | None], split: str, allow_outside: bool) -> "DatasetList":
-        """Load a data set by its name on the Hub, or from its folder.
-
-        Raises:
-            UserError: there is none, or it lacks a column.
-        """
+        """Load a data set by its name on the Hub, or from its folder. Raise UserError if there is none, or it lacks a
+        column."""
         is_saved = Path(source).is_dir()
         if not is_saved and (is_path(source) or _FILE_NAME.search(source)):
             raise UserError(

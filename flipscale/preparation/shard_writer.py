@@ -149,11 +149,8 @@ def write_classes(folder: Path, names: Iterable[str]) -> None:
 
 
 def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
-    """Return the names of all classes in alphabetical order, or in the order of their numbers if all are numbers.
-
-    Raises:
-        UserError: no pair has a class.
-    """
+    """Return the names of all classes in alphabetical order, or in the order of their numbers if all are numbers. Raise
+    UserError if no pair has a class."""
     names: set[str] = set()
     why = ""
     for number in range(len(pairs)):
@@ -190,10 +187,7 @@ def write_shards(
 @contextmanager
 def only_writer(out_dir: Path, command: str, begun: str) -> Iterator[None]:
     """Hold the lock of a folder that has the file `begun`, or nothing, and remove what killed processes left there.
-
-    Raises:
-        UserError: the folder has other files, or another process writes to it.
-    """
+    Raise UserError if the folder has other files, or another process writes to it."""
     others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
     if others and not (out_dir / begun).is_file():
         raise UserError(f"{out_dir} holds something that `{command}` did not write; name a new folder")
@@ -344,11 +338,8 @@ def _is_of_part(number: int) -> bool:
 
 
 def stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
-    """Return the bytes to store, their extension, and the sizes before and after.
-
-    Raises:
-        BadSample: the image cannot be decoded or stored.
-    """
+    """Return the bytes to store, their extension, and the sizes before and after. Raise BadSample if the image cannot
+    be decoded or stored."""
     image = decode_whole(encoded)
     height, width = image.shape[:2]
     sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
@@ -408,11 +399,8 @@ def _first(report: dict[str, Any], cause: str) -> str:
 
 
 def check_reports(reports: dict[Path, dict[str, Any]], max_bad_fraction: float) -> None:
-    """Check that enough pairs of each folder can be used, and that no part is empty; duplicates can be used.
-
-    Raises:
-        UserError: nothing was written, or more than `max_bad_fraction` of the pairs are unusable, or a part is empty.
-    """
+    """Check that enough pairs of each folder can be used, and that no part is empty; duplicates can be used. Raise
+    UserError if nothing was written, or more than `max_bad_fraction` of the pairs are unusable, or a part is empty."""
     for folder, report in reports.items():
         unusable = {cause: count for cause, count in report["left_out"].items() if cause != DuplicateImage.cause}
         written, bad = report["written"], sum(unusable.values())

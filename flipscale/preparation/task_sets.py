@@ -331,11 +331,8 @@ def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def _open_shards(place: Path, plan: _Plan) -> TarSource:
-    """Remove shards of other sets, and open the others: `.../test/{0..3}.tar`.
-
-    Raises:
-        UserError: a shard is missing or damaged, or there are no images.
-    """
+    """Remove shards of other sets, and open the others: `.../test/{0..3}.tar`. Raise UserError if a shard is missing or
+    damaged, or there are no images."""
     folder = place / "test"
     if not plan.page.source.image and not plan.page.source.captions:
         for path in set(folder.glob("*.tar")) - {place / file.path for file in plan.files}:
@@ -357,11 +354,8 @@ def _open_shards(place: Path, plan: _Plan) -> TarSource:
 
 
 def find_real_labels() -> Path:
-    """Return the file of ImageNet-ReaL's labels (Beyer et al., 2020) in the package timm.
-
-    Raises:
-        UserError: timm is not installed.
-    """
+    """Return the file of ImageNet-ReaL's labels (Beyer et al., 2020) in the package timm. Raise UserError if timm is
+    not installed."""
     spec = importlib.util.find_spec("timm")
     path = Path(spec.origin).parent / _TIMM_LABELS if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -370,11 +364,8 @@ def find_real_labels() -> Path:
 
 
 def write_real_labels(place: Path, source: TarSource) -> None:
-    """Write `real_labels.json` to `place`: the classes of each image of `source`, found by its file name.
-
-    Raises:
-        UserError: the images are not named as ImageNet's, or most of their own classes are not among their labels.
-    """
+    """Write `real_labels.json` to `place`: the classes of each image of `source`, found by its file name. Raise
+    UserError if the images are not named as ImageNet's, or most of their own classes are not among their labels."""
     labels: list[list[int]] = json.loads(find_real_labels().read_text(encoding="utf-8"))
     of_images, labelled, agreeing = [], 0, 0
     for shard, number in SampleNumbers(source):

@@ -105,11 +105,8 @@ def read_search(file: Path) -> BudgetSearch:
 
 def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
     """Return the recipe of each path for the whole budget, with all evaluations of the base at the size of the path's
-    last stage. Each is checked as far as possible without its data.
-
-    Raises:
-        UserError: the base is not a recipe or lacks the evaluation, or a path cannot be run.
-    """
+    last stage. Each is checked as far as possible without its data. Raise UserError if the base is not a recipe or
+    lacks the evaluation, or a path cannot be run."""
     base = parse_recipe(["--config", search.base])
     names = [task.name for task in base.eval.planned()]
     if search.validation not in names:

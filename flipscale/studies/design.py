@@ -187,11 +187,8 @@ def resolve_base(base: str, file: Path) -> str:
 
 
 def plan(study: Study, folder: Path) -> list[StudyRun]:
-    """Return the runs of a study with a resolved base, each checked as far as possible without its data.
-
-    Raises:
-        UserError: the base is not a recipe, a change has no place in it, a recipe cannot be run, or runs share a name.
-    """
+    """Return the runs of a study with a resolved base, each checked as far as possible without its data. Raise
+    UserError if the base is not a recipe, a change has no place in it, a recipe cannot be run, or runs share a name."""
     recipe = parse_recipe(["--config", study.base])
     base = yaml.safe_load(to_yaml(recipe if study.minutes is None else in_time(recipe, study.minutes)))
     runs = []
@@ -205,11 +202,8 @@ def plan(study: Study, folder: Path) -> list[StudyRun]:
 
 
 def change(content: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
-    """Set fields of a recipe, each by a path such as `stages.0.samples`.
-
-    Raises:
-        UserError: there is no such field, or it is a section, or the study sets it.
-    """
+    """Set fields of a recipe, each by a path such as `stages.0.samples`. Raise UserError if there is no such field, or
+    it is a section, or the study sets it."""
     for path, value in changes.items():
         if path in _OWN:
             raise UserError(f"{where}: {path} is the study's own; {_OWN[path]}")
@@ -276,11 +270,8 @@ def check_folder(output_dir: Path, mark: str, what: str) -> None:
 
 
 def read_plan(output_dir: Path) -> tuple[Study, list[StudyRun]]:
-    """Return a planned study and its runs.
-
-    Raises:
-        UserError: the folder holds no planned study, or a recipe is missing.
-    """
+    """Return a planned study and its runs. Raise UserError if the folder holds no planned study, or a recipe is
+    missing."""
     file = output_dir / STUDY_FILE
     if not file.is_file():
         raise UserError(f"{output_dir} holds no planned study; write one there: flipscale study plan STUDY.yaml")

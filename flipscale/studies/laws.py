@@ -288,10 +288,7 @@ class Prediction:
 
 def fit_law(law: Law, points: Points, resamples: int = 400, seed: int = 0) -> LawFit:
     """Return a law fitted to points, with intervals by a bootstrap over configurations. Each draw has its own front.
-
-    Raises:
-        UserError: there are too few points.
-    """
+    Raise UserError if there are too few points."""
     low, high = _interval(_bootstrap(law, points, resamples, seed), law, points)
     return LawFit(law, law.fit(points), low, high, len(law.fitted_to(points)))
 

@@ -50,11 +50,8 @@ Groups = dict[str, list[StudyResult]]
 
 
 def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyResult]]:
-    """Return a planned study, its runs, and the results of its finished runs.
-
-    Raises:
-        UserError: the folder holds no planned study, or no run of the base is finished.
-    """
+    """Return a planned study, its runs, and the results of its finished runs. Raise UserError if the folder holds no
+    planned study, or no run of the base is finished."""
     study, runs = read_plan(output_dir)
     levels = {name: dict(own) for name, (own, _) in study.runs().items()}
     results = [StudyResult(run, levels[run.name], study.label(levels[run.name])) for run in runs if run.is_done]
@@ -67,11 +64,8 @@ def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyRes
 
 
 def report(output_dir: Path, resamples: int) -> None:
-    """Write `report.md`, `transfer.md` and the figures of a study's finished runs, and print the table.
-
-    Raises:
-        UserError: the folder holds no planned study, or no run of the base is finished and evaluated.
-    """
+    """Write `report.md`, `transfer.md` and the figures of a study's finished runs, and print the table. Raise UserError
+    if the folder holds no planned study, or no run of the base is finished and evaluated."""
     study, runs, results = read_results(output_dir)
     groups: Groups = {study.label(own): [] for own in study.combinations()}
     for one in results:

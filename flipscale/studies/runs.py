@@ -95,11 +95,8 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
 
 
 def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:
-    """Write the recipe of each run beside its run directory, and first the file that marks their common folder.
-
-    Raises:
-        UserError: an earlier recipe of a run differs in what is learned.
-    """
+    """Write the recipe of each run beside its run directory, and first the file that marks their common folder. Raise
+    UserError if an earlier recipe of a run differs in what is learned."""
     for run in runs:
         saved = run.beside("yaml")
         if changed := differences(run.recipe, yaml.safe_load(read_text(saved))) if saved.exists() else []:
@@ -111,32 +108,23 @@ def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:
 
 
 def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
-    """Train the unfinished runs, `workers` at a time. A failed run stops no other.
-
-    Raises:
-        OSError: some runs failed; the others are done.
-    """
+    """Train the unfinished runs, `workers` at a time. A failed run stops no other. Raise OSError if some runs failed;
+    the others are done."""
     if failed := train_runs(runs, workers):
         others = "the others are done, and " if len(failed) < len(runs) else ""
         raise OSError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}this command retries")
 
 
 def train_together(runs: Sequence[StudyRun]) -> None:
-    """Train the unfinished runs at the same time. When one fails, the others save and stop.
-
-    Raises:
-        UserError, OSError: a run failed; the message has its last line of output.
-    """
+    """Train the unfinished runs at the same time. When one fails, the others save and stop, and UserError or
+    OSError is raised with its last line of output."""
     for name, (code, text) in train_runs(runs, len(runs), stops_at_failure=True).items():
         raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
 
 
 def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
     """Train the unfinished runs, `workers` at a time, printing each end. Return exit codes and last lines of failures.
-
-    Raises:
-        SystemExit: the study received a signal; the runs have saved.
-    """
+    Raise SystemExit if the study received a signal; the runs have saved."""
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = _environment(workers) if waiting else {}

@@ -29,11 +29,8 @@ _SETTINGS = {name: setting for setting, names in _NAMES.items() for name in name
 
 
 def with_stages(words: Sequence[str], stages_of: Callable[[list[str]], list[StageRecipe]]) -> list[str]:
-    """Return a command line in which `--stages` has the values of flags such as `--stages.masked.base_lr 1e-5`.
-
-    Raises:
-        UserError: such a flag has no value, or names no field of a stage by its name or its number from 0.
-    """
+    """Return a command line in which `--stages` has the values of flags such as `--stages.masked.base_lr 1e-5`. Raise
+    UserError if such a flag has no value, or names no field of a stage by its name or its number from 0."""
     others, changes, rest = [], {}, iter(words)
     for word in rest:
         if not word.startswith("--stages.") or word == "--stages.help":

@@ -118,11 +118,8 @@ class ModelRecipe:
         return Towers(self.vision, self.text)
 
     def config(self) -> "FlipConfig":
-        """Return the model's configuration.
-
-        Raises:
-            UserError: the size or a field is unknown, or the patch does not divide the image size.
-        """
+        """Return the model's configuration. Raise UserError if the size or a field is unknown, or the patch does not
+        divide the image size."""
         from huggingface_hub.errors import StrictDataclassError
 
         from flipscale.model.families import config_class
@@ -263,19 +260,12 @@ class Recipe:
         return self.model.gradient_checkpointing if own is None else own
 
     def objective(self) -> "Objective":
-        """Return the training objective.
-
-        Raises:
-            UserError: the section `loss` is wrong.
-        """
+        """Return the training objective. Raise UserError if the section `loss` is wrong."""
         return build_objective(self.loss, self.mask)
 
     def model_config(self) -> "FlipConfig":
-        """Return the model's configuration, with the loss parameters that the objective needs.
-
-        Raises:
-            UserError: the section `model` or `loss` is wrong, or the patch does not divide an image size.
-        """
+        """Return the model's configuration, with the loss parameters that the objective needs. Raise UserError if the
+        section `model` or `loss` is wrong, or the patch does not divide an image size."""
         from flipscale.model.configuration_flip import patches_along  # seconds to import
 
         if self.model.decoder_config and not self.loss.learns_captions:

@@ -46,10 +46,7 @@ _LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.com
 
 def open_run_directory(recipe: Recipe) -> Path | None:
     """Return the checkpoint to resume from, None for a fresh start. Every process calls this before any of them writes.
-
-    Raises:
-        UserError: the directory holds a run of another recipe, or a checkpoint against `resume_from_checkpoint`.
-    """
+    Raise UserError if the directory holds a run of another recipe, or a checkpoint against `resume_from_checkpoint`."""
     run_dir = Path(recipe.output_dir)
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         raise UserError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")

@@ -111,11 +111,7 @@ class DatasetSource(Source):
             raise BadSample(reason_of(error), "unreadable_row") from error
 
     def _image(self, stored: Any) -> bytes:
-        """Return the encoded image of a row.
-
-        Raises:
-            BadSample: the row has no image, or it is too large.
-        """
+        """Return the encoded image of a row. Raise BadSample if the row has no image, or it is too large."""
         content, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
         if content is None and file:
             content = self._file(file)

@@ -88,11 +88,8 @@ class Subset(_Derived):
 
 
 class Mixture(_Derived):
-    """The shards of several sources, one source after another.
-
-    Raises:
-        UserError: a weight is less than a ten-thousandth of the sum, or a source is empty.
-    """
+    """The shards of several sources, one source after another. Raise UserError if a weight is less than a
+    ten-thousandth of the sum, or a source is empty."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):

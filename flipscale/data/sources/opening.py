@@ -12,12 +12,8 @@ from flipscale.io.errors import UserError
 
 
 def open_source(recipe: DataRecipe) -> Source:
-    """Return the source of a recipe's samples.
-
-    Raises:
-        UserError: the recipe has no source or names it twice, it does not exist, more than `max_bad_fraction` of its
-            shards cannot be read, or `fraction` leaves no sample.
-    """
+    """Return the source of a recipe's samples. Raise UserError if the recipe has no source or names it twice, it does
+    not exist, more than `max_bad_fraction` of its shards cannot be read, or `fraction` leaves no sample."""
     if recipe.shards and recipe.sources:
         both = f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}"
         raise UserError(f"{both}; give one, and --data.shards null or --data.sources []")

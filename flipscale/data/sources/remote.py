@@ -111,11 +111,8 @@ def _ask(url: str, method: str, seconds: float | None = None) -> Any:
 
 
 def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
-    """Write a file of at most `most_bytes` to `path`, without retries.
-
-    Raises:
-        OSError: the size differs, or the transfer is too slow or too long.
-    """
+    """Write a file of at most `most_bytes` to `path`, without retries. Raise OSError if the size differs, or the
+    transfer is too slow or too long."""
     import fsspec
 
     class Counter(fsspec.callbacks.Callback):

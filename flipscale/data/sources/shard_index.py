@@ -293,10 +293,7 @@ def most_bytes(num_bytes: int) -> int:
 
 def build_index(shard: Path, path: Path) -> Index:
     """Return the index of a shard, and write it to `path` if possible. A shard that cannot be read has no samples.
-
-    Raises:
-        OSError: the shard does not exist, or reading failed and may succeed the next time.
-    """
+    Raise OSError if the shard does not exist, or reading failed and may succeed the next time."""
     try:
         file = open_plain(shard)
     except OSError as error:

@@ -156,11 +156,8 @@ class TarSource(Source):
         return _label(self._read(shard, None, places(self._row(shard, number)).class_number)[1])
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
-        """Return the array in `KEY.npy` of a sample, without reading its image; None if the index lists no array.
-
-        Raises:
-            UserError: the file is no array of numbers, or cut short. Pickled objects are not read.
-        """
+        """Return the array in `KEY.npy` of a sample, without reading its image; None if the index lists no array. Raise
+        UserError if the file is no array of numbers, or cut short. Pickled objects are not read."""
         stored = self._read(shard, None, places(self._row(shard, number)).array)[1]
         if stored is None:
             return None
@@ -277,12 +274,9 @@ def _read_places(file: int, wanted: list[Place | None]) -> list[bytes | None]:
 
 
 def _cut_out(content: bytes, place: Place, first: int) -> bytes:
-    """Return the file at `place` from content that begins at byte `first`, after a check of its tar header.
-
-    Raises:
-        BadSample: the content ends inside the file, or the header is missing or gives another size, because the index
-            belongs to another shard.
-    """
+    """Return the file at `place` from content that begins at byte `first`, after a check of its tar header. Raise
+    BadSample if the content ends inside the file, or the header is missing or gives another size, because the index
+    belongs to another shard."""
     at = place.offset - first
     if at + place.size > len(content):
         raise BadSample(f"{max(len(content) - at, 0)} of {place.size} bytes at {place.offset}", "truncated_shard")

@@ -97,11 +97,8 @@ this language, among these classes. {_PROTOCOL}"""
 
 
 def babel_imagenet() -> dict[str, tuple[list[int], list[str], list[str]]]:
-    """Return the classes, their names and the prompts, `{c}` for the name, of each language that has prompts.
-
-    Raises:
-        UserError: clip-benchmark is not installed.
-    """
+    """Return the classes, their names and the prompts, `{c}` for the name, of each language that has prompts. Raise
+    UserError if clip-benchmark is not installed."""
     spec = importlib.util.find_spec("clip_benchmark")
     if spec is None or spec.origin is None:
         raise UserError("the names of Babel-ImageNet come in the package clip-benchmark; `pip install clip-benchmark`")

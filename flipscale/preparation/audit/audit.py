@@ -51,11 +51,8 @@ _PAGE = Path(__file__).with_name("audit.md.jinja")
 
 
 def find_test_sets(folder: Path) -> dict[str, TarSource]:
-    """Return the test sets in a folder by name: each folder in it with tars, `NAME/test` being called NAME.
-
-    Raises:
-        UserError: there is none, or two have one name.
-    """
+    """Return the test sets in a folder by name: each folder in it with tars, `NAME/test` being called NAME. Raise
+    UserError if there is none, or two have one name."""
     folders: dict[str, Path] = {}
     for inner in sorted({tar.parent for tar in folder.rglob("*.tar")}):
         named = inner.parent if inner.name == "test" and inner != folder else inner
