@@ -239,7 +239,7 @@ def under_slurm(run: Run, name: str) -> Seconds:
     variables = {"RECIPE": recipe, "RUN": str(run.folder), "PYTHON": sys.executable}
     variables |= {"PYTHONPATH": str(run.checkout), "HOME": os.environ.get("HOME", "/")}
     script = run.checkout / "slurm/pretrain.sh"
-    job = _output(["sbatch", *options, str(script), *flags], cwd=run.checkout, **run.environment, **variables)
+    job = _output(["sbatch", *options, str(script), *flags], cwd=run.checkout, **{**run.environment, **variables})
     try:
         wait_for(lambda: run.steps() >= STEPS_BEFORE)
 

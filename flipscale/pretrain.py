@@ -98,7 +98,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dic
             if step.starts_afresh:
                 engine.restart(step.stage.frozen)
             engine.recompute(recipe.recomputes(step.stage))
-            tracker.count_rows(micro_batches)
+            tracker.look(micro_batches)
             loss = consume_batch(engine, micro_batches, plan.objective)
             taken = sync.start(step, loss, engine.gradient_norm(), faults)
             engine.step(step.learning_rate, taken)

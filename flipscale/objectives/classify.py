@@ -1,6 +1,7 @@
 """Classification: the image tower is fine-tuned with a linear head on its pooled output (paper, section 4.3)."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -72,6 +73,9 @@ class Classify(Objective):
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         dataset = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
         return without_text_mask(dataset, "loss.kind 'classify' has no text")
+
+    def chance_loss(self, batch_size: int) -> float:
+        return math.log(self.num_classes)
 
     def compared(self, output: ClassifyOutput) -> tuple[torch.Tensor, ...]:
         return ()

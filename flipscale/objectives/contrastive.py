@@ -1,6 +1,7 @@
 """The contrastive loss (InfoNCE) over the whole global batch: exact, in memory that does not grow with its square."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -39,6 +40,10 @@ class Contrastive(Objective):
 
     takes_positives: ClassVar[bool] = True
     takes_gather: ClassVar[bool] = True
+
+    def chance_loss(self, batch_size: int) -> float:
+        # With several captions, an image chooses among all of them, and a caption among the images.
+        return math.log(batch_size) + math.log(self.captions_per_image) / 2
 
     def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
         return contrastive_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)

@@ -119,12 +119,19 @@ class Objective:
         assert output.image_embeds is not None
         return output.image_embeds.new_zeros((), dtype=torch.float32)
 
+    def chance_loss(self, batch_size: int) -> float | None:
+        """Return the loss, in nats, of a model that cannot tell the samples of a batch apart; None if it is unknown."""
+        return None
+
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:
-        """Return numbers for `metrics.jsonl`, `()` or `(1,)`; by default the loss's parameters.
+        """Return numbers for `metrics.jsonl`, `()` or `(1,)`: the loss's parameters, and `image_spread` and
+        `text_spread`, 1 minus the mean cosine of two embeddings of a micro-batch: 0 if all are one vector.
 
         The mean over the main process's micro-batches is logged.
         """
-        return self.parameters(output)
+        sides = zip(("image_spread", "text_spread"), self.compared(output) if self.is_coupled else (), strict=False)
+        spreads = {name: 1.0 - rows.detach().mean(0, dtype=torch.float32).square().sum() for name, rows in sides}
+        return {**self.parameters(output), **spreads}
 
     def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
         """Return squared gradient norms `()` by their names in `metrics.jsonl`, after the backward pass of `output`.

@@ -38,6 +38,10 @@ class Sigmoid(Objective):
         config.logit_scale_init_value, config.logit_bias_init_value = math.log(10.0), -10.0
         return config
 
+    def chance_loss(self, batch_size: int) -> float:
+        # Each decision gives a pair the probability 1 / batch_size.
+        return math.log(batch_size) - (batch_size - 1) * math.log1p(-1 / batch_size) if batch_size > 1 else 0.0
+
     def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
         return sigmoid_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)
 

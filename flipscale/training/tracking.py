@@ -20,6 +20,7 @@ from flipscale.evaluation.results import Result, append_results, as_metrics, dro
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import read_text
+from flipscale.training.diagnosis import Diagnosis
 from flipscale.training.energy_meter import EnergyMeter
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import as_fields
@@ -152,11 +153,11 @@ class BadSamples:
 class Tracker:
     """Writes a record for every interval and every evaluation on the main process; used in a `with` block.
 
-    An interval's record has loss, lr, grad_norm and metrics of its last step. Of the whole interval it has:
-    images_per_s; mfu (operations of these images without masked patches, as a share of the devices' peak; GPUs with a
-    known peak only); data_wait_share; peak_memory_bytes of the main process; num_replaced (bad samples of all
-    processes; `replaced/CAUSE` for each cause); num_skipped (steps with a non-finite loss or gradient); num_slow (steps
-    far longer than usual); energy_kwh of the run so far, if it is measured.
+    An interval's record has loss, lr, grad_norm and metrics of its last step, see `Objective.metrics`. Of the whole
+    interval it has: images_per_s; mfu (operations of these images without masked patches, as a share of the devices'
+    peak; GPUs with a known peak only); data_wait_share; peak_memory_bytes of the main process; num_replaced (bad
+    samples of all processes; `replaced/CAUSE` for each cause); num_skipped (steps with a non-finite loss or gradient);
+    num_slow (steps far longer than usual); energy_kwh of the run so far, if it is measured.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Tracker:
         self._recipe, self._schedule, self._step_samples = plan.recipe.log, plan.schedule, plan.batch_size
         self._pair_flops, self._row_flops = pair_flops, row_flops
         self._rows = self._captions = 0
+        self._diagnosis = Diagnosis(plan.recipe, plan.objective.chance_loss(plan.batch_size))
         self._energy = EnergyMeter(accelerator, self._run_dir)
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
@@ -244,8 +246,11 @@ class Tracker:
             if is_last or ends_interval:
                 self._write_interval(result, upcoming, is_last)
 
-    def count_rows(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-        """Count the rows of the text tower that the packed captions of a step take, for `mfu`."""
+    def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Count the rows of the text tower that the packed captions of a step take, for `mfu`, and say why the run
+        does not learn, if it does not."""
+        for words in self._diagnosis.look(micro_batches):
+            _log.warning("%s", words)
         for batch in micro_batches if self._row_flops else ():
             self._rows += len(batch["input_ids"])
             self._captions += len(batch["caption_ends"])
@@ -280,7 +285,9 @@ class Tracker:
             "num_slow": num_slow,
             **self._energy.update(result.num_done),
         }
-        self._append(result.num_done, result.clock.seconds, metrics)
+        record = self._append(result.num_done, result.clock.seconds, metrics)
+        for words in self._diagnosis.add(record) if record else ():
+            _log.warning("%s", words)
         place = self._schedule.words(result.num_done, upcoming.position)
         if self._bar is not None:
             done = "" if self._schedule.total_steps else f", {place}"
@@ -295,16 +302,20 @@ class Tracker:
             _log.info("%s", interval_line(place, metrics, left))
         self._steps = self._skipped = 0
 
-    def _append(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
-        """Append a record, and pass its numbers to the trackers; a number that is not finite becomes null."""
+    def _append(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Append a record, pass its numbers to the trackers, and return it; a number that is not finite becomes null.
+
+        Nothing except on the main process.
+        """
         if not self._accelerator.is_main_process:
-            return
+            return None
         place = {"step": step, "samples_seen": step * self._step_samples, "trained_seconds": trained_seconds}
         record = {**place, **metrics}
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         json_lines.append(self._run_dir / "metrics.jsonl", [record])
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=step)
+        return record
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
         """Append results of evaluations to `results.jsonl` and, as one record, to `metrics.jsonl`."""

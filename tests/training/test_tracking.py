@@ -77,8 +77,8 @@ def test_mfu_counts_the_rows_of_packed_captions(write_recipe, tmp_path: Path) ->
     accelerator, batch = Accelerator(cpu=True), {"input_ids": torch.zeros(3, 8), "caption_ends": torch.zeros(4)}
     watch = StepWatch(accelerator, tmp_path, 60.0)
     packed = Tracker(plan, accelerator, watch, {"masked": 100}, {"masked": 40})
-    packed.count_rows([batch, batch])
+    packed.look([batch, batch])
     assert packed._flops("masked") == 90
     padded = Tracker(plan, accelerator, watch, {"masked": 100})
-    padded.count_rows([batch])
+    padded.look([batch])
     assert padded._flops("masked") == 100

@@ -1,0 +1,86 @@
+"""A run that does not learn says why, once, and a run that learns says nothing."""
+
+import math
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import add_member, metrics, pretrain
+
+from flipscale.training.diagnosis import Diagnosis
+from flipscale.training.recipe import Recipe, parse_recipe
+
+CHANCE = math.log(16)
+
+
+@pytest.fixture
+def tiny(write_recipe, tmp_path: Path) -> Recipe:
+    return parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+
+
+def said(recipe: Recipe, captions: torch.Tensor | None = None, **changes: object) -> list[str]:
+    """Return what a run of 60 intervals of 20 steps says; a change is a value or a function of the interval."""
+    diagnosis, words = Diagnosis(recipe, CHANCE), []
+    ids = torch.arange(128).view(16, 8) if captions is None else captions
+    for number in range(60):
+        record = {"samples_seen": 320 * (number + 1), "lr": 1e-3 * min(1.0, (number + 1) / 5), "grad_norm": 1.0}
+        record |= {"loss": 2 * 0.97**number, "logit_scale": 14.3, "image_spread": 0.5, "text_spread": 0.5}
+        record |= {name: value(number) if callable(value) else value for name, value in changes.items()}
+        words += [*diagnosis.look([{"input_ids": ids}]), *diagnosis.add(record)]
+    return words
+
+
+def test_a_run_that_learns_says_nothing(tiny: Recipe) -> None:
+    assert said(tiny) == []
+    assert said(tiny, logit_scale=100.0, loss=lambda number: 1.0 - number / 60) == []
+    assert said(tiny, loss=lambda number: CHANCE + 2 - number / 20) == [], "it starts above chance and falls"
+    assert said(tiny, loss=None, grad_norm=None) == [], "skipped steps have a message of their own"
+
+
+@pytest.mark.parametrize(
+    ("cause", "changes"),
+    [
+        ("the captions may belong to other images", {"loss": CHANCE}),
+        ("raise stages.base_lr", {"loss": CHANCE, "lr": 1e-9}),
+        ("nearly all images have one embedding; lower stages.base_lr", {"loss": CHANCE, "image_spread": 0.001}),
+        ("75% of a batch's captions are one caption", {"loss": CHANCE, "text_spread": 0.0}),
+        ("logit_scale is at its bound 100 at a loss of 2.5", {"loss": 2.5, "logit_scale": 99.99}),
+        ("logit_scale is at its bound 1 at", {"loss": 2.5, "logit_scale": 1.0}),
+        ("the gradient norm grew from 1 to 20; lower", {"grad_norm": lambda number: 20.0 if number > 30 else 1.0}),
+    ],
+)
+def test_each_cause_is_said_once_with_its_field(tiny: Recipe, cause: str, changes: dict) -> None:
+    captions = torch.arange(128).view(16, 8)
+    captions[:12] = 0
+    (words,) = said(tiny, captions if cause.startswith("75%") else None, **changes)
+    assert cause in words
+
+
+def with_captions(shards: Path, folder: Path, caption: str) -> Path:
+    """Return a copy of shards in which each image has one caption."""
+    folder.mkdir()
+    for file in shards.glob("*.tar"):
+        with tarfile.open(file) as old, tarfile.open(folder / file.name, "w") as new:
+            for member in old:
+                content = old.extractfile(member).read()
+                add_member(new, member.name, caption.encode() if member.name.endswith(".txt") else content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cause", "base_lr"), [("", 0.012), ("of a batch's captions are one caption", 0.012), ("one embedding", 30.0)]
+)
+def test_a_run(write_recipe, shards: Path, tmp_path: Path, cause: str, base_lr: float) -> None:
+    stages = [{"name": "masked", "samples": 16 * 620, "mask_ratio": 0.75, "base_lr": base_lr, "warmup_samples": 160}]
+    changes: dict = {"stages": stages, "log": {"every_samples": 320}}
+    if "captions" in cause:
+        changes["data"] = {"shards": str(with_captions(shards, tmp_path / "one", "a red circle"))}
+    done = pretrain(write_recipe(tmp_path / "run", **changes))
+    assert done.returncode == 0, done.stderr
+    last = metrics(tmp_path / "run")[-1]
+    lines = [line for line in done.stderr.splitlines() if "chance" in line]
+    assert len(lines) == bool(cause), (lines, last)
+    assert not cause or cause in lines[0]
+    assert 0.0 <= last["image_spread"] <= 1.0
+    assert (last["text_spread"] < 1e-3) == bool(cause), last
