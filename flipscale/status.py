@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flipscale.data.weights import Composition
 from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.io.lock import is_holder_alive
 from flipscale.io.text_table import duration
@@ -95,6 +96,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
+        "composition": starts[-1].get("composition") if starts else None,
         "seconds_since_start": _age(starts[-1]["time"], now) if starts else None,
         "num_crashes": len(crashes.read_bytes().splitlines()) if crashes.is_file() else 0,
         "num_bad_samples": run.total("num_replaced"),
@@ -149,6 +151,8 @@ def as_table(status: dict[str, Any]) -> str:
         if status["data_wait_share"] is not None:
             speed.append(f"{status['data_wait_share']:.1%} of the time waiting for data")
         rows.append(("speed", ", ".join(speed)))
+    for name, composition in (status["composition"] or {}).items():
+        rows.append((name.removeprefix("data."), str(Composition(**composition))))
     if status["peak_memory_bytes"] is not None:
         rows.append(("memory", f"{status['peak_memory_bytes'] / 2**30:.1f} GiB at most, of the main process"))
     if status["seconds_left"] is not None:

@@ -240,7 +240,7 @@ class PairDataset(Dataset):
         worker = get_worker_info()
         if worker is not None:
             self.reading.numpy()[worker.id] = os.getpid(), shard
-        for candidate in candidates(self.source.shard_sizes, shard, number):
+        for candidate in candidates(self.source, shard, number):
             try:
                 sample = self.source.read(*candidate)
                 annotation = self._annotation(sample, caption_draws)

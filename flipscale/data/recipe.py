@@ -22,6 +22,7 @@ class SourceRecipe:
         caption_columns: The dataset's columns of captions. Each has a caption or a list of captions. Each read of a
             sample draws one of its captions.
         weight: The source's share of the samples, relative to the others'. Without weights, sources are mixed by size.
+        weights: Sampling weights of the source's samples, see `data.weights`.
     """
 
     shards: str | None = field(default=None, metadata={"learned": False})
@@ -31,6 +32,7 @@ class SourceRecipe:
     image_column: str = "image"
     caption_columns: list[str] = field(default_factory=lambda: ["caption"])
     weight: Positive | None = None
+    weights: str | None = field(default=None, metadata={"place": True})
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class DataRecipe:
         sources: Several sources, mixed by weight, in place of `shards`. One may be a data set of `datasets`.
         fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
+        weights: A folder of sampling weights, written by `flipscale prepare weights`. Each epoch draws its samples
+            anew, as often on average as their weights say, and never those of weight 0. Null with `sources`, which may
+            have their own.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert`: the original's WordPiece without special tokens.
         captions: Weights of the kinds of captions, such as `{alt: 0.3, synthetic: 0.7}`; each read of a sample draws
             one. A kind is a field of `KEY.json`, `txt` for the text file, or a column of a dataset. It has a text or a
@@ -124,6 +129,7 @@ class DataRecipe:
     shards: str | None = field(default="", metadata={"learned": False})
     sources: list[SourceRecipe] = field(default_factory=list)
     fraction: ShareAboveZero = 1.0
+    weights: str | None = field(default=None, metadata={"place": True})
     tokenizer: str = field(default="bert", metadata={"place": True})
     captions: dict[str, NonNegative] | None = None
     pack_captions: bool = field(default=False, metadata={"learned": False})

@@ -1,6 +1,7 @@
 """Samples, the interface of their sources, the faults of a sample, and the choice of its replacement."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flipscale.data.weights import SampleWeights
 from flipscale.io.errors import UserError
 
 # Limits of a sample's files: an image of 8192 x 8192 pixels without compression, and each text.
@@ -118,9 +120,24 @@ class Source:
     shard_sizes: list[int]
     faults: list[Fault]  # of whole shards
     kinds: tuple[str, ...] = ()  # keys of `data.captions`
+    weights: SampleWeights | None = None
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
+
+    @property
+    def all_weights(self) -> list[SampleWeights]:
+        """Sampling weights; those of each source in a mixture."""
+        return [] if self.weights is None else [self.weights]
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of samples with a weight above 0."""
+        return len(self) if self.weights is None else self.weights.composition.visits
+
+    def drawn(self, shard: int) -> np.ndarray | None:
+        """Return the numbers of a shard's samples with a weight above 0; None for all."""
+        return None if self.weights is None else np.flatnonzero(self.weights.of_shard(shard))
 
     def read(self, shard: int, number: int) -> Sample:
         """Return sample `number` of shard `shard`.
@@ -169,19 +186,31 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def shard_sizes_digest(source: Source) -> int:
-    """Return a 63-bit digest of the sizes of a source's shards, which its order depends on."""
-    digest = hashlib.blake2b(np.asarray(source.shard_sizes, dtype="<i8").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """Return a 63-bit digest of the sizes of a source's shards, and of its weights, which its order depends on."""
+    content = np.asarray(source.shard_sizes, dtype="<i8").tobytes()
+    content += "".join(f"{weights.name} {weights.digest}" for weights in source.all_weights).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
-def candidates(shard_sizes: Sequence[int], shard: int, number: int) -> Iterator[tuple[int, int]]:
+def shard_names_digest(source: Source) -> str:
+    """Return a digest of the names of a source's shards, without folders, of their sizes and of their order."""
+    names = [source.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(source.shard_sizes))]
+    return hashlib.blake2b(json.dumps([names, source.shard_sizes]).encode(), digest_size=16).hexdigest()
+
+
+def candidates(source: Source, shard: int, number: int) -> Iterator[tuple[int, int]]:
     """Yield the sample (shard, number), then 255 possible replacements. All ranks and reruns get the same ones.
 
     First come the next samples of the shard, cyclically. After 16 samples of a shard, the next shard with samples
-    follows, from the same number on.
+    follows, from the same number on. A sample of weight 0 replaces none.
     """
-    for _ in range(_SHARDS_TRIED):
-        size = shard_sizes[shard]
-        for step in range(min(_TRIED_IN_SHARD, size)):
-            yield shard, (number + step) % size
-        shard = (shard + 1) % len(shard_sizes)
+    yield shard, number
+    for turn in range(_SHARDS_TRIED):
+        drawn = source.drawn(shard)
+        size, first = source.shard_sizes[shard], number
+        if drawn is not None:
+            size, first = len(drawn), int(np.searchsorted(drawn, number))
+        for step in range(turn == 0, min(_TRIED_IN_SHARD, size)):
+            at = (first + step) % size
+            yield shard, at if drawn is None else int(drawn[at])
+        shard = (shard + 1) % len(source.shard_sizes)

@@ -162,11 +162,11 @@ def check(recipe: Recipe) -> Plan:
     check_kinds(source, list(kinds))
     rank, world_size = place_in_world()
     treats_as_negatives = objective.is_coupled and recipe.loss.positives == "pairs"
-    if 0 < len(source) < data.global_batch_size and rank == 0 and treats_as_negatives:
+    if 0 < source.num_drawn < data.global_batch_size and rank == 0 and treats_as_negatives:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch repeats pairs, which the loss treats as "
             "negatives; use a smaller batch",
-            *(data.global_batch_size, len(source)),
+            *(data.global_batch_size, source.num_drawn),
         )
     names = _class_names(recipe, objective, config, tasks)
     shape = InputShape.of(config)

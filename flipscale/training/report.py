@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         return
     with watched(recipe, 0, "the building of the model"):
         num_processes, num_pairs, run_dir = start.accelerator.num_processes, len(plan.source), recipe.output_dir
+        drawn = {weights.name: weights.composition for weights in plan.source.all_weights}
+        if drawn:
+            facts["composition"] = {name: asdict(composition) for name, composition in drawn.items()}
         num_parameters = write_run_files(
             recipe, engine, num_processes, start.state, num_pairs, start.set_aside, **facts
         )
@@ -46,7 +50,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         batch, side = recipe.data.global_batch_size, recipe.model_config().vision_config.image_size
         is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
         stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
-        times = last * batch / num_pairs
+        times = last * batch / plan.source.num_drawn
         seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
         size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
         length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
@@ -65,6 +69,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         if device.type == "cuda":
             bf16, head_dim = launched_precision(os.environ) == "bf16", vision.hidden_size // vision.num_attention_heads
             rows.insert(5, ("attention", attention_kernel(device, bf16, head_dim)))
+        rows[2:2] = [(name.removeprefix("data."), str(composition)) for name, composition in drawn.items()]
         if recipe.model.frozen:
             rows.insert(1, ("frozen", ", ".join(recipe.model.frozen)))
         if (lora := recipe.optim.lora).rank is not None:

@@ -127,8 +127,8 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
         if others := [rank for rank, found in enumerate(digests_found) if found != digests_found[0]]:
             raise UserError(
                 f"processes {', '.join(map(str, others))} of {len(digests_found)} found other numbers of samples in "
-                "the shards than process 0, so that they would read them in another order; make the nodes' copies the "
-                "same"
+                "the shards than process 0, or other data.weights, so that they would read them in another order; make "
+                "the nodes' copies the same"
             )
         lock = _take_run_directory(accelerator, run_dir)
         laps.end("processes")
@@ -139,7 +139,8 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
         if (state["data_samples"], state["data_fingerprint"]) != (len(source), digest):
             raise UserError(
                 f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
-                "or in other shards; the order of samples would change: use the same data or another output_dir"
+                "or in other shards, or other data.weights; the order of samples would change: use the same data or "
+                "another output_dir"
             )
         return Start(accelerator, *chosen, lock=lock)
 

@@ -25,7 +25,7 @@ def source_of(sizes: np.ndarray | list[int]) -> Source:
         def __len__(self) -> int:
             return sum(self.shard_sizes)
 
-    return Sizes(shard_sizes=[int(size) for size in sizes], faults=[])
+    return Sizes(shard_sizes=[int(size) for size in sizes], faults=[], weights=None)
 
 
 def uneven(seed: int, count: int, usual: int) -> list[int]:

@@ -11,6 +11,7 @@ from flipscale.data.order import GlobalOrder, Lanes, by_value
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Fault, Sample, Source
+from flipscale.data.weights import SampleWeights
 from flipscale.io.errors import UserError
 
 # In each stretch of this many positions, every source has the share of its weight, rounded to a sample. The stretch of
@@ -39,6 +40,10 @@ class _Derived(Source):
     def key(self, shard: int, number: int) -> str:
         source, place = self._find(shard)
         return source.key(place, self._number(shard, number))
+
+    def drawn(self, shard: int) -> np.ndarray | None:
+        source, place = self._find(shard)
+        return source.drawn(place)
 
     def _find(self, shard: int) -> tuple[Source, int]:
         """Return the source of a shard, and the shard's number there."""
@@ -106,6 +111,14 @@ class Mixture(_Derived):
         self.faults: list[Fault] = [fault for source in sources for fault in source.faults]
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
 
+    @property
+    def all_weights(self) -> list[SampleWeights]:
+        return [weights for source in self.sources for weights in source.all_weights]
+
+    @property
+    def num_drawn(self) -> int:
+        return sum(source.num_drawn for source in self.sources)
+
     def fetch_ahead(self, shards: list[int]) -> None:
         for source, first, last in zip(self.sources, self.first_shards[:-1], self.first_shards[1:], strict=True):
             source.fetch_ahead([shard - first for shard in shards if first <= shard < last])
@@ -134,7 +147,10 @@ class MixtureOrder:
         self.first_shards = mixture.first_shards
         own_lanes = Lanes(lanes.count, lanes.count)
         self.orders = [
-            GlobalOrder(source.shard_sizes, seed, shards_per_block, f" of source {number}" if number else "", own_lanes)
+            GlobalOrder(
+                *(source.shard_sizes, seed, shards_per_block, f" of source {number}" if number else "", own_lanes),
+                source.weights,
+            )
             for number, source in enumerate(mixture.sources)
         ]
         # Small sources have a single lane. If all are small, so has the mixture.
@@ -168,15 +184,15 @@ class MixtureOrder:
     def shards_ahead(self, positions: np.ndarray) -> list[int]:
         """Return the current and next shards of the lanes of `positions`, in each source."""
         lanes, counts = self.lanes.split(np.asarray(positions, dtype=np.int64))
-        ahead: list[list[int]] = [[] for _ in self.orders]
+        ahead: list[list[np.ndarray]] = [[] for _ in self.orders]
         for lane, chosen in by_value(lanes):
-            for count in (int(counts[chosen].min()), int(counts[chosen].max())):
-                for number, passed in enumerate(self._dealt(lane, count)):
-                    ahead[number].append(passed * self.lanes.count + lane)
+            firsts, lasts = (self._dealt(lane, int(count)) for count in (counts[chosen].min(), counts[chosen].max()))
+            for places, first, last in zip(ahead, firsts, lasts, strict=True):
+                places.append(np.arange(first, last + 1) * self.lanes.count + lane)
         return [
             self.first_shards[number] + shard
             for number, order in enumerate(self.orders)
-            for shard in order.shards_ahead(np.array(ahead[number]))
+            for shard in order.shards_ahead(np.concatenate(ahead[number]))
         ]
 
     def _dealt(self, lane: int, count: int) -> list[int]:
@@ -219,4 +235,4 @@ def order_of(source: Source, seed: int, recipe: DataRecipe) -> GlobalOrder | Mix
     lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
     if isinstance(source, Mixture):
         return MixtureOrder(source, seed, recipe.shards_per_block, lanes)
-    return GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block, lanes=lanes)
+    return GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block, lanes=lanes, weights=source.weights)
