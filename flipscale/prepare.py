@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, CountOrZero, Share, ShareBelowOne, add_num_workers, number, output_folder
+from flipscale.io.options import (
+    Count,
+    CountOrZero,
+    Finite,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    add_num_workers,
+    number,
+    output_folder,
+)
 
 _SHARDS_HELP = "Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
 _TOKENIZER_HELP = "Also count the tokens of captions, with a tokenizer named as in a recipe."
@@ -68,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resize.add_argument("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images. Default: 90.")
     add_num_workers(resize)
 
+    weights = add(_weights, "Make sampling weights of shards, for a recipe's data.weights.")
+    _add_weights_arguments(weights)
+
     index = add(
         _index,
         "Write the manifest of all shards, and an index of offsets beside each shard. Training does this too if the "
@@ -116,6 +129,36 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         help="Usable pairs are always written. Exit with code 2 if a larger share is unusable. Default: 0.95.",
     )  # fmt: skip
     add_num_workers(shards)
+
+
+def _add_weights_arguments(weights: argparse.ArgumentParser) -> None:
+    add = weights.add_argument
+    add("shards", help=f"{_SHARDS_HELP} Or a folder of `save_to_disk` or Parquet files with images.")
+    add("directory", type=output_folder, help="Folder to write.")
+    order = "in the order of the manifest"
+    add("--scores", type=Path, metavar="FILE", help=f"An .npy file of a score for each sample, {order}.")
+    add("--field", help="Field of KEY.json with the score. A sample without a number there is never drawn.")
+    add(
+        "--at_least", type=number(Finite), metavar="SCORE",
+        help="Draw samples of at least this score equally often, and no others. Default: a score is a weight.",
+    )  # fmt: skip
+    add("--top", type=number(ShareAboveZero), metavar="SHARE", help="The same for this share of the highest scores.")
+    add(
+        "--clusters", type=Path, metavar="FILE",
+        help=f"An .npy file of each sample's cluster, {order}. A sample with a negative number is never drawn.",
+    )  # fmt: skip
+    add(
+        "--features", type=Path, metavar="DIR",
+        help="Cluster these features by k-means: NNNNN.npy for each shard, a row for each sample. Keeps the clusters "
+        "in clusters.npy. Needs faiss-cpu.",
+    )  # fmt: skip
+    add("--num_clusters", type=number(Count), metavar="N", help="Number of clusters of --features.")
+    add(
+        "--power", type=number(Share), default=0.2,
+        help="A cluster of n samples is drawn in proportion to n ** POWER: 1 as the data is, 0 all clusters equally "
+        "often. Default: 0.2.",
+    )  # fmt: skip
+    add_num_workers(weights)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -228,6 +271,21 @@ def _resize(args: argparse.Namespace) -> None:
         f"{args.directory}: {total['images']:,} images, {total['shrunk']:,} of them shrunk to a short side of "
         f"{args.short_side}; {total['before'] / 1e9:.2f} GB became {total['after'] / 1e9:.2f}"
     )
+
+
+def _weights(args: argparse.Namespace) -> None:
+    from flipscale.data.recipe import DataRecipe
+    from flipscale.data.sources.opening import open_source
+    from flipscale.io.atomic import new_folder
+    from flipscale.preparation.lists import source_of
+    from flipscale.preparation.weights import WeightOptions, make_weights
+
+    options = WeightOptions(**{name: getattr(args, name) for name in WeightOptions.__dataclass_fields__})
+    options.check()
+    data = DataRecipe(sources=[source_of(args.shards)], lanes=1, shards_per_block=1, max_bad_fraction=1.0)
+    with new_folder(args.directory) as folder:
+        composition = make_weights(open_source(data), args.shards, options, folder, args.num_workers)
+    print(f"{args.directory}: {composition}\nnext: flipscale pretrain --config RECIPE --data.weights {args.directory}")
 
 
 def _index(args: argparse.Namespace) -> None:

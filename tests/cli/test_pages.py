@@ -202,7 +202,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
-    r"flipscale (study|prepare (audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
+    r"flipscale (study|prepare (audit|weights|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale evaluate .*(--without |--suite languages|association|captioning|vqa)": verb_s_arguments,
     r"flipscale export .*--adapter": verb_s_arguments,
     r"flipscale prepare ((shards imagenet|tokenizer data/icons)/)": verb_s_arguments,

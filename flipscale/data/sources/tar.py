@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -123,10 +124,13 @@ class TarSource(Source):
 
     def _by_kind(self, shard: int, where: Places, caption: bytes | None) -> dict[str, tuple[bytes, ...]]:
         """Return the captions of a sample by kind: the text file as `txt`, and fields of its JSON file."""
-        text, stored = (None, caption) if where.is_json else (caption, self._json_beside(shard, where))
-        fields = fields_of_json(stored) if stored else {}
+        text, fields = None if where.is_json else caption, self._fields(shard, where, caption)
         kinds = {kind: encoded_captions(fields.get(kind), f"KEY.json: {kind!r}") for kind in self.kinds}
         return {**kinds, "txt": (text,)} if text is not None and "txt" in self.kinds else kinds
+
+    def _fields(self, shard: int, where: Places, caption: bytes | None) -> dict[str, Any]:
+        stored = caption if where.is_json else self._json_beside(shard, where)
+        return fields_of_json(stored) if stored else {}
 
     def _json_beside(self, shard: int, where: Places) -> bytes | None:
         """Return the JSON file directly after one of a sample's files, or before them. An index has no place for it
@@ -150,6 +154,11 @@ class TarSource(Source):
         """Return the captions of sample `number` of shard `shard`, without reading its image."""
         where = places(self._row(shard, number))
         return _captions(self._read(shard, None, where.caption)[1], where)
+
+    def read_fields(self, shard: int, number: int) -> dict[str, Any]:
+        """Return the fields of `KEY.json` of sample `number` of shard `shard`, without reading its image."""
+        where = places(self._row(shard, number))
+        return self._fields(shard, where, self._read(shard, None, where.caption)[1])
 
     def read_label(self, shard: int, number: int) -> int | None:
         """Return the class number of sample `number` of shard `shard`, or None, without reading its image."""

@@ -1,0 +1,236 @@
+"""Make sampling weights from scores, or from clusters of features, for `data.weights` of a recipe.
+
+Scores, clusters and weights are in memory, a few numbers a sample. Features are read one shard at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from flipscale.data.samples import BadSample, SampleNumbers, Source, shard_names_digest
+from flipscale.data.sources.opening import in_words
+from flipscale.data.sources.tar import TarSource
+from flipscale.data.weights import ABOUT, SUMS, WEIGHTS, Composition, total
+from flipscale.io.errors import UserError, needed
+from flipscale.io.progress import each
+from flipscale.preparation.worker_pool import worker_pool
+
+CLUSTERS = "clusters.npy"
+# Features of each cluster that k-means learns from; faiss takes no more.
+_ROWS_PER_CLUSTER = 256
+_ITERATIONS = 20
+
+_source: TarSource  # set in each worker
+_field: str
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """The options of `flipscale prepare weights`."""
+
+    scores: Path | None = None
+    field: str | None = None
+    at_least: float | None = None
+    top: float | None = None
+    clusters: Path | None = None
+    features: Path | None = None
+    num_clusters: int | None = None
+    power: float = 0.2
+
+    def check(self) -> None:
+        """Raise UserError for options that exclude each other, or miss one."""
+        for one, other in (("scores", "field"), ("at_least", "top"), ("clusters", "features")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise UserError(f"--{one} is {getattr(self, one)} and --{other} is {getattr(self, other)}; give one")
+        has_scores, has_clusters = bool(self.scores or self.field), bool(self.clusters or self.features)
+        if not has_scores and not has_clusters:
+            raise UserError("name what the weights are made from: --scores, --field, --clusters or --features")
+        for name in ("at_least", "top"):
+            if getattr(self, name) is not None and not has_scores:
+                raise UserError(f"--{name} is {getattr(self, name)} and there are no scores; add --scores or --field")
+        if (self.features is None) != (self.num_clusters is None):
+            raise UserError(
+                f"--features is {self.features} and --num_clusters is {self.num_clusters}; give both or neither"
+            )
+
+
+def make_weights(source: Source, shards: str, options: WeightOptions, folder: Path, processes: int) -> Composition:
+    """Write the files of a folder of weights, and return the composition of an epoch.
+
+    Args:
+        shards: name of the source.
+        folder: empty folder.
+        processes: number of processes that read scores.
+
+    Raises:
+        UserError: an option is wrong, a number is no weight, or no sample has a weight above 0.
+    """
+    options.check()
+    weights = np.ones(len(source))
+    if options.scores is not None or options.field is not None:
+        weights = _of_scores(source, options, processes)
+    if options.clusters is not None:
+        clusters = _read_numbers(options.clusters, "--clusters", source)
+        if clusters.dtype.kind not in "iu":
+            raise UserError(f"--clusters {options.clusters} has {clusters.dtype}; expected whole numbers of clusters")
+    elif options.features is not None:
+        clusters = _cluster(options.features, source, options.num_clusters or 1)
+        np.save(folder / CLUSTERS, clusters)
+    if options.clusters is not None or options.features is not None:
+        weights[clusters < 0] = 0.0
+        _, members, sizes = np.unique(clusters[weights > 0.0], return_inverse=True, return_counts=True)
+        weights[weights > 0.0] *= (sizes ** (options.power - 1.0))[members]
+    if not weights.any():
+        raise UserError(f"none of {in_words(source, shards)} would have a weight above 0; lower the threshold")
+    made = {name: str(value) for name, value in asdict(options).items() if value is not None}
+    return _write(folder, source, shards, weights, made)
+
+
+def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.ndarray:
+    """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold."""
+    if options.scores is not None:
+        name, scores = f"--scores {options.scores}", _read_numbers(options.scores, "--scores", source)
+        has_score = np.isfinite(scores)
+        is_bad = ~has_score
+    else:
+        name, scores = f"--field {options.field}", _read_field(source, options.field or "", processes)
+        has_score = np.isfinite(scores)
+        is_bad = np.zeros(len(scores), bool)
+    is_weight = options.at_least is None and options.top is None
+    if is_weight:
+        is_bad |= scores < 0
+    if is_bad.any():
+        row = int(np.argmax(is_bad))
+        shard, number = SampleNumbers(source)[row]
+        raise UserError(
+            f"{name}: sample {row}, number {number} of {source.shard_name(shard)}, has {scores[row]}; expected finite "
+            f"numbers{' of at least 0, or a threshold --at_least or --top' if is_weight else ''}"
+        )
+    if is_weight:
+        return np.where(has_score, scores, 0.0).astype(np.float64)
+    limit = options.at_least
+    if options.top is not None:
+        count = max(1, round(options.top * np.count_nonzero(has_score)))
+        limit = np.partition(scores[has_score], -count)[-count]
+    # In the precision of the scores: 0.7 in float32 is below 0.7.
+    limit = scores.dtype.type(limit) if scores.dtype.kind == "f" else limit
+    return (has_score & (scores >= limit)).astype(np.float64)
+
+
+def _read_numbers(file: Path, option: str, source: Source) -> np.ndarray:
+    """Return the numbers in an .npy file, one a sample."""
+    try:
+        numbers = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{option} {file} is no .npy file of numbers ({error})") from error
+    if getattr(numbers, "shape", None) != (len(source),) or numbers.dtype.kind not in "fiu":
+        what = f"{numbers.dtype} {numbers.shape}" if isinstance(numbers, np.ndarray) else "several arrays"
+        raise UserError(
+            f"{option} {file} has {what}; expected {len(source)} numbers, one a sample in the order of the manifest"
+        )
+    return np.asarray(numbers)
+
+
+def _read_field(source: Source, field: str, processes: int) -> np.ndarray:
+    """Return a number of each sample's `KEY.json`, float64; NaN for samples without one."""
+    if not isinstance(source, TarSource):
+        raise UserError(f"--field is {field!r}, which reads KEY.json of tar shards; give --scores for a data set")
+    shards = range(len(source.shard_sizes))
+    with worker_pool(min(processes, len(shards)), _keep, (source, field)) as pool:
+        read = list(each(pool.map(_read_shard, shards), "reading scores", "shards", len(shards)))
+    scores = np.concatenate(read)
+    if not np.isfinite(scores).any():
+        raise UserError(f"--field is {field!r}, which no KEY.json of {len(source)} samples has as a number")
+    return scores
+
+
+def _keep(source: TarSource, field: str) -> None:
+    global _source, _field
+    _source, _field = source, field
+
+
+def _read_shard(shard: int) -> np.ndarray:
+    scores = np.full(_source.shard_sizes[shard], np.nan)
+    for number in range(len(scores)):
+        try:
+            value = _source.read_fields(shard, number).get(_field)
+        except BadSample:
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+            scores[number] = value
+    return scores
+
+
+def _cluster(folder: Path, source: Source, count: int) -> np.ndarray:
+    """Return the cluster of each sample by spherical k-means, int32; -1 for rows that are not finite.
+
+    It learns from at most 256 rows a cluster, evenly spread over the data.
+    """
+    faiss = needed("faiss", "--features needs the package faiss-cpu", "'flipscale[weights]'")
+    step = max(1, len(source) // (_ROWS_PER_CLUSTER * count))
+    learned = np.concatenate(list(_features(folder, source, step)))
+    learned = learned[np.isfinite(learned).all(1)]
+    if len(learned) < count:
+        raise UserError(f"--num_clusters is {count} and {len(learned)} samples have features; use fewer clusters")
+    means = faiss.Kmeans(
+        *(learned.shape[1], count), niter=_ITERATIONS, spherical=True, seed=0, min_points_per_centroid=1
+    )
+    means.train(learned)
+    nearest = [np.empty(0, np.int32)]
+    for rows in each(_features(folder, source), "clustering", "shards", len(source.shard_sizes)):
+        usable, found = np.isfinite(rows).all(1), np.full(len(rows), -1, np.int32)
+        if usable.any():
+            found[usable] = means.index.search(rows[usable], 1)[1][:, 0]
+        nearest.append(found)
+    return np.concatenate(nearest)
+
+
+def _features(folder: Path, source: Source, step: int = 1) -> Iterator[np.ndarray]:
+    """Yield the features of every `step`-th sample by shard, float32 `(samples, width)` of length 1."""
+    width, row = None, 0
+    for shard, size in enumerate(source.shard_sizes):
+        file = folder / f"{shard:05d}.npy"
+        try:
+            rows = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"--features: {file} cannot be read ({error}); expected the features of a shard") from error
+        width = rows.shape[-1] if width is None else width
+        if rows.shape != (size, width) or rows.dtype.kind != "f":
+            raise UserError(
+                f"--features: {file} has {rows.dtype} {rows.shape}; expected ({size}, {width}), the features of "
+                f"{source.shard_name(shard)}"
+            )
+        rows, row = rows[(-row) % step :: step].astype(np.float32), row + size
+        yield rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, made: dict[str, str]) -> Composition:
+    visits = (weights / (weights.sum() / np.count_nonzero(weights))).astype("<f4")
+    drawn = np.sort(visits[visits > 0])
+    heaviest = drawn[len(drawn) - -(-len(drawn) // 100) :]
+    composition = Composition(
+        samples=len(visits),
+        never=len(visits) - len(drawn),
+        visits=len(drawn),
+        distinct=float(np.minimum(drawn, 1.0).sum(dtype=np.float64)),
+        heaviest_share=float(heaviest.sum(dtype=np.float64) / drawn.sum(dtype=np.float64)),
+        most_visits=float(drawn[-1]),
+    )
+    np.save(folder / WEIGHTS, visits)
+    ends = np.cumsum([0, *source.shard_sizes]).tolist()
+    sums = [total(visits[first:last].astype(np.float64)) for first, last in pairwise(ends)]
+    np.save(folder / SUMS, np.array(sums, "<f8"))
+    about = {
+        "shards": in_words(source, shards),
+        "shards_digest": shard_names_digest(source),
+        "digest": hashlib.blake2b(visits.tobytes(), digest_size=16).hexdigest(),
+        "composition": asdict(composition),
+        "made": made,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return composition

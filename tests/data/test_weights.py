@@ -1,0 +1,260 @@
+"""Draws by weight: as often as the weights say, the same whatever the processes, and nothing of weight 0."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cut, losses, pretrain, write_shards
+
+from flipscale.data.loader import StepSampler
+from flipscale.data.order import GlobalOrder, Lanes
+from flipscale.data.recipe import DataRecipe, SourceRecipe
+from flipscale.data.samples import Source, candidates, shard_sizes_digest
+from flipscale.data.sources.mixture import Mixture, order_of
+from flipscale.data.sources.opening import open_source, open_weights
+from flipscale.preparation.weights import WeightOptions, make_weights
+from flipscale.status import as_table, read_status
+
+BATCH = 96
+
+
+class Sizes(Source):
+    """What an order needs of a source, with weights."""
+
+    def __init__(self, folder: Path, sizes: list[int], weights: np.ndarray, name: str = "data.weights"):
+        self.shard_sizes, self.faults = sizes, []
+        folder.mkdir()
+        np.save(folder / "scores.npy", weights)
+        make_weights(self, "made up", WeightOptions(scores=folder / "scores.npy"), folder, 1)
+        self.weights = open_weights(name, str(folder), self, "made up")
+
+    def shard_name(self, shard: int) -> str:
+        return f"{shard:05d}.tar"
+
+
+def uneven(seed: int = 0, shards: int = 40) -> tuple[list[int], np.ndarray]:
+    """Sizes of shards, some empty, and weights of six orders of magnitude, a third of them 0, one shard all 0."""
+    rng = np.random.default_rng(seed)
+    sizes = [0, *rng.integers(0, 60, shards - 2).tolist(), 50]
+    weights = rng.lognormal(0, 1.5, sum(sizes)) * (rng.random(sum(sizes)) > 0.33)
+    weights[-50:] = 0.0
+    return sizes, weights
+
+
+def rows(source: Source, order: GlobalOrder, positions: np.ndarray) -> np.ndarray:
+    """Return the row in the source of each position."""
+    shards, numbers = order.locate(positions)
+    return np.cumsum([0, *source.shard_sizes])[shards] + numbers
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_visits_are_as_frequent_as_the_weights(tmp_path: Path, lanes: int) -> None:
+    """Over 400 epochs, each of the exact length; a sample of weight 2.3 has two or three visits in each."""
+    sizes, weights = uneven()
+    source, epochs = Sizes(tmp_path / "weights", sizes, weights), 400
+    order = GlobalOrder(sizes, 3, 16, lanes=Lanes(lanes, BATCH), weights=source.weights)
+    expected = weights / weights[weights > 0].mean()
+    length = np.count_nonzero(weights)
+    assert order.num_samples == length == source.num_drawn
+    counts = np.array(
+        [
+            np.bincount(rows(source, order, np.arange(length) + epoch * length), minlength=len(weights))
+            for epoch in range(epochs)
+        ]
+    )
+    assert (counts.sum(1) == length).all()
+    assert (counts >= np.floor(expected - 1e-4)).all()
+    assert (counts <= np.ceil(expected + 1e-4)).all()
+    assert not counts[:, weights == 0].any()
+    rest = expected % 1
+    deviation = np.sqrt(np.maximum(rest * (1 - rest), 1e-3) / epochs)
+    assert (np.abs(counts.mean(0) - expected) < 5 * deviation).all()
+    composition = source.weights.composition
+    assert (counts > 0).sum(1).mean() == pytest.approx(composition.distinct, rel=0.01)
+    assert composition.never == np.count_nonzero(weights == 0)
+    heaviest = np.sort(expected)[-math.ceil(length / 100) :].sum() / length
+    assert composition.heaviest_share == pytest.approx(heaviest, rel=1e-4)
+    assert composition.most_visits == pytest.approx(expected.max(), rel=1e-4)
+
+
+def test_neighbours_are_drawn_independently(tmp_path: Path) -> None:
+    """Of samples with half a visit an epoch, two neighbours come together in a quarter of the epochs."""
+    weights = np.where(np.arange(300) < 200, 0.5, 2.0)
+    source = Sizes(tmp_path / "weights", [100, 100, 100], weights)
+    order = GlobalOrder([100, 100, 100], 0, weights=source.weights)
+    length = order.num_samples
+    drawn = [rows(source, order, np.arange(length) + epoch * length) for epoch in range(300)]
+    light = np.array([np.isin(np.arange(200), epoch) for epoch in drawn])
+    assert (light[:, :-1] & light[:, 1:]).mean() == pytest.approx(light.mean() ** 2, abs=0.02)
+    assert np.abs(np.corrcoef(light[:-1].ravel(), light[1:].ravel())[0, 1]) < 0.05, "epochs are independent too"
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("weight", [1.0, 0.3, 7e-9])
+def test_equal_weights_give_the_order_without_weights(tmp_path: Path, lanes: int, weight: float) -> None:
+    sizes, _ = uneven()
+    source = Sizes(tmp_path / "weights", sizes, np.full(sum(sizes), weight))
+    plain, weighted = (
+        GlobalOrder(sizes, 5, 16, lanes=Lanes(lanes, BATCH), weights=weights) for weights in (None, source.weights)
+    )
+    positions = np.arange(5 * sum(sizes))
+    assert (np.stack(plain.locate(positions)) == np.stack(weighted.locate(positions))).all()
+
+
+def test_a_threshold_draws_each_kept_sample_once_an_epoch(tmp_path: Path) -> None:
+    sizes, weights = uneven(2)
+    source = Sizes(tmp_path / "weights", sizes, (weights > 0).astype(int))
+    order = order_of(source, 1, DataRecipe(global_batch_size=BATCH, lanes=8))
+    for epoch in (0, 9):
+        drawn = rows(source, order, np.arange(source.num_drawn) + epoch * source.num_drawn)
+        assert (np.sort(drawn) == np.flatnonzero(weights)).all()
+
+
+def test_visits_of_a_sample_are_spread_over_its_block(tmp_path: Path) -> None:
+    """Twenty visits among a thousand: at most two in any 50 of them, where random places give five and more."""
+    weights = np.ones(981)
+    weights[17] = 20.0
+    weights *= 981 / 1000
+    source = Sizes(tmp_path / "weights", [981], weights)
+    order = GlobalOrder([981], 0, weights=source.weights)
+    places = np.flatnonzero(rows(source, order, np.arange(order.num_samples)) == 17)
+    assert len(places) in (19, 20)
+    assert (places[2:] - places[:-2]).min() > 40
+
+
+def weighted_source(folder: Path, kind: str) -> Source:
+    if kind == "one":
+        return Sizes(folder / "a", *uneven(1))
+    sources = [
+        Sizes(folder / name, *uneven(seed, 30), f"data.sources[{seed}].weights") for seed, name in enumerate("ab")
+    ]
+    plain = Sizes(folder / "c", [20, 30], np.ones(50))
+    plain.weights = None
+    return Mixture([*sources, plain], [5, 2, 1])
+
+
+@pytest.mark.parametrize("kind", ["one", "mixture"])
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_same_stream_at_any_world_size_and_from_any_step(
+    tmp_path: Path, kind: str, lanes: int, world_size: int
+) -> None:
+    source = weighted_source(tmp_path, kind)
+    recipe = DataRecipe(lanes=lanes, global_batch_size=BATCH, shards_per_block=16)
+    whole = np.stack(order_of(source, 4, recipe).locate(np.arange(24 * BATCH)))
+    seen = {(shard, number) for shard, number in whole.T.tolist()}
+    assert all(drawn is None or number in drawn for shard, number in seen for drawn in [source.drawn(shard)])
+    for rank in range(world_size):
+        for first in (0, 7, 13, 23):
+            order = order_of(source, 4, recipe)
+            for positions in StepSampler(first, 24, BATCH, rank, world_size):
+                where = np.array(positions)
+                assert (np.stack(order.locate(where)) == whole[:, where]).all()
+                ahead = order.shards_ahead(where)
+                assert set(whole[0, where].tolist()) <= set(ahead)
+                drawn = {shard: source.drawn(shard) for shard in ahead if source.shard_sizes[shard]}
+                assert all(numbers is None or len(numbers) for numbers in drawn.values()), "fetched in vain"
+
+
+def test_a_sample_of_weight_0_replaces_no_bad_sample(shards: Path, tmp_path: Path) -> None:
+    """The first of 96 samples in four shards, one of them of weight 0 as a whole, has all others as replacements."""
+    kept = np.flatnonzero(np.random.default_rng(0).random(96) < 0.2)
+    kept = np.union1d(kept[kept >= 30], [0, 3])
+    np.save(tmp_path / "scores.npy", np.isin(np.arange(96), kept).astype(float))
+    source = open_source(DataRecipe(shards=str(shards)))
+    plain = list(candidates(source, 0, 3))
+    assert (plain[:3], len(set(plain))) == ([(0, 3), (0, 4), (0, 5)], 49)
+    (tmp_path / "weights").mkdir()
+    make_weights(source, str(shards), WeightOptions(scores=tmp_path / "scores.npy"), tmp_path / "weights", 1)
+    mixture = open_source(
+        DataRecipe(shards=None, sources=[SourceRecipe(shards=str(shards), weights=str(tmp_path / "weights"))] * 2)
+    )
+    assert mixture.num_drawn == 2 * len(kept)
+    for source, first in ((mixture.sources[0], 0), (mixture, 4)):
+        starts = np.cumsum([0, 30, 17, 1, 48])
+        replacements = list(candidates(source, first, 3))
+        assert replacements[:2] == [(first, 3), (first, 0)]
+        assert {int(starts[shard % 4]) + number for shard, number in replacements} <= set(kept.tolist())
+
+
+def test_a_run_with_weights_is_the_same_resumed_and_on_two_processes(
+    shards: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    rng = np.random.default_rng(1)
+    folders = [tmp_path / "weights", tmp_path / "others"]
+    for folder in folders:
+        folder.mkdir()
+        np.save(tmp_path / "scores.npy", rng.lognormal(0, 1, 96) * (rng.random(96) > 0.5))
+        options = WeightOptions(scores=tmp_path / "scores.npy")
+        make_weights(open_source(DataRecipe(shards=str(shards))), str(shards), options, folder, 1)
+    changes = {
+        "data": {"shards": str(shards), "weights": str(folders[0])},
+        "save": {"every_samples": 160, "total_limit": 9},
+    }
+    one, resumed, two = (tmp_path / name for name in ("one", "resumed", "two"))
+    done = pretrain(write_recipe(one, **changes))
+    assert done.returncode == 0, done.stderr
+    composition = open_source(DataRecipe(shards=str(shards), weights=str(folders[0]))).weights.composition
+    assert f"  weights     {composition}\n" in done.stderr
+    (started,) = [json.loads(line) for line in (one / "starts.jsonl").read_text().splitlines()]
+    assert started["composition"]["data.weights"]["never"] == composition.never
+    assert str(composition) in as_table(read_status(one, 0.0))
+
+    cut(one, resumed, 20)
+    assert pretrain(write_recipe(resumed, **changes)).returncode == 0
+    assert losses(resumed)[-20:] == losses(one)[-20:]
+    assert pretrain(write_recipe(two, **changes), 2).returncode == 0
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+    shutil.rmtree(resumed)
+    cut(one, resumed, 20)
+    shutil.rmtree(folders[0])
+    folders[1].rename(folders[0])
+    done = pretrain(write_recipe(resumed, **changes))
+    assert done.returncode == 2
+    assert "96 samples, the data now has 96 or in other shards, or other data.weights" in done.stderr
+
+
+def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
+    folder, other = tmp_path / "weights", tmp_path / "other"
+    write_shards(other, [30, 17, 48, 1])
+    folder.mkdir()
+    np.save(tmp_path / "scores.npy", np.ones(96))
+    recipe = DataRecipe(shards=str(shards), weights=str(folder))
+    source = open_source(replace(recipe, weights=None))
+    make_weights(source, str(shards), WeightOptions(scores=tmp_path / "scores.npy"), folder, 1)
+    assert shard_sizes_digest(open_source(recipe)) != shard_sizes_digest(source)
+    for changed, message in (
+        (replace(recipe, shards=str(other)), rf"data.weights '.*weights' has weights of 96 samples in 4 .*{shards}"),
+        (replace(recipe, fraction=0.5), "data.fraction is 0.5 and data.weights is '.*weights'; leave one"),
+        (
+            replace(recipe, weights=str(tmp_path / "scores.npy")),
+            "data.weights is '.*scores.npy'; .*`--scores .*npy` reads",
+        ),
+        (replace(recipe, weights="nowhere"), "data.weights is 'nowhere'; .* `flipscale prepare weights .* FOLDER`"),
+        (
+            replace(recipe, shards=None, sources=[SourceRecipe(shards="x")]),
+            "data.weights is '.*' and data.sources names 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(changed)
+    # A file that is changed, cut or written by hand after it was made.
+    opened, made = open_source(recipe), np.load(folder / "weights.npy")
+    for value in (np.nan, -1.0, 2.0):
+        np.save(folder / "weights.npy", np.where(np.arange(96) == 40, np.float32(value), made))
+        opened.weights.of_shard(0)
+        with pytest.raises(ValueError, match=r"data.weights '.*': weights.npy has changed at shard 1; make it anew"):
+            opened.weights.of_shard(1)
+    for damaged in (made[:-1], made.astype(float), made[:, None]):
+        np.save(folder / "weights.npy", damaged)
+        with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged .*lengths or types"):
+            open_source(recipe)
+    (folder / "weights.npy").write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged"):
+        open_source(recipe)

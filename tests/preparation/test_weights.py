@@ -1,0 +1,157 @@
+"""`flipscale prepare weights`: scores with a threshold, clusters of given sizes, and what it refuses."""
+
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import add_member
+from data.test_caption_kinds import picture
+
+from flipscale import cli
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.opening import open_source
+
+SIZES = [30, 17, 1, 48]
+
+
+def prepared(shards: Path, folder: Path, *options: str | Path) -> np.ndarray:
+    """Return the weights of all samples, in visits an epoch."""
+    cli.main(["prepare", "weights", str(shards), str(folder), "--num_workers", "2", *map(str, options)])
+    source = open_source(DataRecipe(shards=str(shards), weights=str(folder)))
+    return np.concatenate([source.weights.of_shard(shard) for shard in range(len(source.shard_sizes))])
+
+
+def test_scores(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CLIP's scores may be negative; a threshold takes those at it, and without one they are the weights."""
+    scores = np.random.default_rng(0).normal(0, 0.3, 96)
+    scores[[3, 50]] = 0.28
+    np.save(tmp_path / "scores.npy", scores)
+    name = ["--scores", tmp_path / "scores.npy"]
+    assert (prepared(shards, tmp_path / "a", *name, "--at_least", "0.28") == (scores >= 0.28)).all()
+    assert f"{(scores < 0.28).sum()} of 96 samples are never drawn" in capsys.readouterr().out
+    top = prepared(shards, tmp_path / "b", *name, "--top", "0.25")
+    assert set(np.flatnonzero(top)) == set(np.argsort(scores)[-24:])
+    np.save(tmp_path / "scores.npy", np.where(np.arange(96) < 9, 0.7, 0.6).astype(np.float32))
+    assert prepared(shards, tmp_path / "c", *name, "--at_least", "0.7").sum() == 9
+    np.save(tmp_path / "scores.npy", np.arange(96))
+    assert prepared(shards, tmp_path / "d", *name) == pytest.approx(np.arange(96) / 48, rel=1e-6)
+
+
+def test_a_field_of_key_json(tmp_path: Path) -> None:
+    """Beside KEY.txt and alone; a sample without a finite number, or with a damaged file, is never drawn."""
+    stored = [0.5, 0.1, None, "0.9", True, float("nan"), 0.3, 1]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, value in enumerate(stored):
+            add_member(tar, f"{number}.jpg", picture())
+            content = json.dumps({"caption": "a red disc", "similarity": value}).encode()
+            add_member(tar, f"{number}.json", content)
+            if number % 2:
+                add_member(tar, f"{number}.txt", b"a red disc")
+        add_member(tar, "8.jpg", picture())
+        add_member(tar, "8.json", b"{damaged")
+        add_member(tar, "9.jpg", picture())
+        add_member(tar, "9.txt", b"no json")
+    weights = prepared(tmp_path, tmp_path / "weights", "--field", "similarity", "--at_least", "0.2")
+    assert weights.tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 0, 0]
+    weights = prepared(tmp_path, tmp_path / "raw", "--field", "similarity")
+    assert weights[[0, 1, 6, 7]] == pytest.approx(np.array([0.5, 0.1, 0.3, 1]) / 1.9 * 4)
+
+
+def test_clusters_are_drawn_by_a_power_of_their_size(shards: Path, tmp_path: Path) -> None:
+    """DynamiCS: a cluster of n samples has n ** power visits in proportion. A score filters first."""
+    clusters = np.repeat([7, 2, 0, -1], [64, 16, 4, 12])
+    scores = np.where(np.arange(96) % 2, 0.1, 0.9)
+    np.save(tmp_path / "clusters.npy", clusters)
+    np.save(tmp_path / "scores.npy", scores)
+    name = ["--clusters", tmp_path / "clusters.npy"]
+    filtered = ["--scores", tmp_path / "scores.npy", "--at_least", "0.5"]
+    for power, options, sizes in ((0.5, [], [64, 16, 4]), (0.0, [], [64, 16, 4]), (0.2, filtered, [32, 8, 2])):
+        weights = prepared(shards, tmp_path / str(power), *name, "--power", str(power), *options)
+        visits = np.array([weights[clusters == cluster].sum() for cluster in (7, 2, 0)])
+        assert visits / visits[0] == pytest.approx((np.array(sizes) / sizes[0]) ** power, rel=1e-5)
+        assert not weights[clusters < 0].any()
+        assert not (options and weights[1::2].any())
+    assert prepared(shards, tmp_path / "whole", *name, "--power", "1").tolist() == [1.0] * 84 + [0.0] * 12
+
+
+def features(folder: Path) -> np.ndarray:
+    """Write features of the 96 samples in three directions, whatever their length, and return the directions."""
+    rng = np.random.default_rng(0)
+    directions = rng.choice(3, 96, p=[0.7, 0.2, 0.1])
+    rows = (np.eye(3, 16)[directions] + rng.normal(0, 0.05, (96, 16))) * rng.uniform(0.5, 9, (96, 1))
+    rows[5] = np.nan
+    folder.mkdir()
+    for shard, part in enumerate(np.split(rows.astype(np.float16), np.cumsum(SIZES)[:-1])):
+        np.save(folder / f"{shard:05d}.npy", part)
+    return directions
+
+
+def test_features_are_clustered_and_two_runs_give_the_same_bytes(shards: Path, tmp_path: Path) -> None:
+    directions = features(tmp_path / "images")
+    options = ["--features", tmp_path / "images", "--num_clusters", "3", "--power", "0"]
+    weights = prepared(shards, tmp_path / "a", *options)
+    prepared(shards, tmp_path / "b", *options)
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert files == ["clusters.npy", "shards.npy", "weights.json", "weights.npy"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    directions[5] = -1
+    assert weights[5] == 0
+    assert [weights[directions == one].sum() for one in range(3)] == pytest.approx([95 / 3] * 3, rel=1e-5)
+    again = prepared(shards, tmp_path / "c", "--clusters", tmp_path / "a/clusters.npy", "--power", "0")
+    assert (again == weights).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--scores, --field, --clusters or --features"),
+        (["--scores", "ones", "--field", "x"], "--scores is ones.npy and --field is x; give one"),
+        (["--scores", "ones", "--top", "0.1", "--at_least", "2"], "--at_least is 2.0 and --top is 0.1; give one"),
+        (["--clusters", "whole", "--top", "0.1"], "--top is 0.1 and there are no scores"),
+        (["--features", "x"], "--features is x.npy and --num_clusters is None; give both"),
+        (["--scores", "nan"], "--scores nan.npy: sample 40, number 10 of .*00001.tar, has nan; expected finite"),
+        (["--scores", "nan", "--top", "0.5"], "sample 40, number 10 of .*00001.tar, has nan; expected finite"),
+        (["--scores", "infinite"], "sample 40, .* has inf"),
+        (["--scores", "negative"], "sample 40, .* has -1.0; expected finite numbers of at least 0, or a threshold"),
+        (["--scores", "zero"], "none of 96 samples in 4 shards of .* would have a weight above 0"),
+        (["--scores", "ones", "--at_least", "2"], "none of 96 samples .* lower the threshold"),
+        (["--scores", "ones", "--at_least", "nan"], "--at_least.* nan"),
+        (["--scores", "short"], r"--scores short.npy has float64 \(95,\); expected 96 numbers, one a sample"),
+        (["--scores", "square"], r"--scores square.npy has float64 \(96, 2\); expected 96"),
+        (["--scores", "text"], "--scores text.npy has <U1"),
+        (["--scores", "junk"], "--scores junk.npy is no .npy file"),
+        (["--scores", "nowhere"], "--scores nowhere.npy is no .npy file"),
+        (["--clusters", "ones"], "--clusters ones.npy has float64; expected whole numbers"),
+        (["--field", "similarity"], "--field is 'similarity', which no KEY.json of 96 samples has"),
+        (["--features", "images", "--num_clusters", "97"], "--num_clusters is 97 and 95 samples have features"),
+        (["--features", "other", "--num_clusters", "2"], "--features: other.*/00000.npy cannot be read"),
+    ],
+    ids=str,
+)
+def test_refusals(
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("nan", np.nan), ("infinite", np.inf), ("negative", -1.0)):
+        np.save(name, np.where(np.arange(96) == 40, value, 1.0))
+    np.save("ones", np.ones(96))
+    np.save("zero", np.zeros(96))
+    np.save("short", np.ones(95))
+    np.save("square", np.ones((96, 2)))
+    np.save("text", np.array(["a"] * 96))
+    np.save("whole", np.ones(96, int))
+    Path("junk.npy").write_bytes(b"\x93NUMPY junk")
+    features(tmp_path / "images.npy")
+    files = ("--scores", "--clusters", "--features")
+    words = [f"{word}.npy" if flag in files else word for flag, word in zip(["", *options], options, strict=False)]
+    assert re.search(message, refused("prepare", "weights", shards, "weights", *words))
+    assert not Path("weights").exists()
