@@ -53,7 +53,7 @@ def engine_variables(engine: str, processes: int) -> dict[str, str]:
 def first_stage(name: str, batch_size: int, compiled: bool = False, recomputes: bool = False) -> Recipe:
     """Return a recipe from scratch with its first stage only, and a global batch in one piece on each process."""
     recipe = parse_recipe(["--config", name])
-    scratch = dict.fromkeys(("init_from", "vision", "text", "text_positions"))
+    scratch: dict[str, Any] = dict.fromkeys(("init_from", "vision", "text", "text_positions"))
     return replace(
         recipe,
         model=replace(recipe.model, compile=compiled, gradient_checkpointing=recomputes, **scratch),

@@ -1,12 +1,13 @@
 """Texts from jinja2 templates, such as cards and pages."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
-def render(template: Path, filters: Mapping[str, Callable[..., object]], **values: object) -> str:
+def render(template: Path, filters: Mapping[str, Any], **values: object) -> str:
     """Return the text that a template makes of `values`. HTML in the values of a page `*.html` is escaped."""
     environment = Environment(
         loader=FileSystemLoader(template.parent),

@@ -518,11 +518,11 @@ class FlipPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        part = getattr(self, self.embedding_part) if self.embedding_part else super()
+        part: Any = getattr(self, self.embedding_part) if self.embedding_part else super()
         return part.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        part = getattr(self, self.embedding_part) if self.embedding_part else super()
+        part: Any = getattr(self, self.embedding_part) if self.embedding_part else super()
         part.set_input_embeddings(value)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:

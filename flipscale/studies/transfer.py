@@ -105,7 +105,7 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
         # A line needs its two parameters + 2.
         if len(xy) < 4 or not ((xy > 0) & (xy < 100)).all() or np.ptp(xy[:, 0]) == 0:
             continue
-        line = np.polyfit(*logit(xy.T / 100), 1)
+        line = np.polyfit(logit(xy[:, 0] / 100), logit(xy[:, 1] / 100), 1)
 
         def residuals(arm: Arm, task: str = task, line: np.ndarray = line) -> Arm:
             own, others = arm.results.get(reference, {}), arm.results.get(task, {})
