@@ -28,7 +28,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.model_folder import local_folder, open_weights, read_object
 from flipscale.io.templates import render
-from flipscale.io.text_table import escape_markdown, markdown_code, rounded
+from flipscale.io.text_table import escape_markdown, markdown_code
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_summary import RunSummary
 
@@ -117,7 +117,8 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
 
 def card_text(template: str, **values: object) -> str:
     """Return the text that a template of this folder makes of `values`, with an end of line."""
-    filters = {"code": markdown_code, "plain": escape_markdown, "number": "{:,}".format, "rounded": rounded}
+    filters: dict[str, Any] = {"code": markdown_code, "plain": escape_markdown, "number": "{:,}".format}
+    filters["rounded"] = lambda value: f"{value:,.{0 if value >= 100 else 2}f}"
     return render(Path(__file__).with_name(f"{template}.md.jinja"), filters, **values) + "\n"
 
 
