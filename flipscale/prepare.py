@@ -78,8 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resize.add_argument("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images. Default: 90.")
     add_num_workers(resize)
 
-    weights = add(_weights, "Make sampling weights of shards, for a recipe's data.weights.")
-    _add_weights_arguments(weights)
+    _add_weights_arguments(add(_weights, "Make sampling weights of shards, for a recipe's data.weights."))
 
     index = add(
         _index,
@@ -132,32 +131,21 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
 
 
 def _add_weights_arguments(weights: argparse.ArgumentParser) -> None:
-    add = weights.add_argument
+    add, order = weights.add_argument, "in the order of the manifest"
     add("shards", help=f"{_SHARDS_HELP} Or a folder of `save_to_disk` or Parquet files with images.")
     add("directory", type=output_folder, help="Folder to write.")
-    order = "in the order of the manifest"
     add("--scores", type=Path, metavar="FILE", help=f"An .npy file of a score for each sample, {order}.")
     add("--field", help="Field of KEY.json with the score. A sample without a number there is never drawn.")
-    add(
-        "--at_least", type=number(Finite), metavar="SCORE",
-        help="Draw samples of at least this score equally often, and no others. Default: a score is a weight.",
-    )  # fmt: skip
+    least_help = "Draw samples of at least this score equally often, and no others. Default: a score is a weight."
+    add("--at_least", type=number(Finite), metavar="SCORE", help=least_help)
     add("--top", type=number(ShareAboveZero), metavar="SHARE", help="The same for this share of the highest scores.")
-    add(
-        "--clusters", type=Path, metavar="FILE",
-        help=f"An .npy file of each sample's cluster, {order}. A sample with a negative number is never drawn.",
-    )  # fmt: skip
-    add(
-        "--features", type=Path, metavar="DIR",
-        help="Cluster these features by k-means: NNNNN.npy for each shard, a row for each sample. Keeps the clusters "
-        "in clusters.npy. Needs faiss-cpu.",
-    )  # fmt: skip
+    clusters_help = f"An .npy file of each sample's cluster, {order}. Negative numbers are never drawn."
+    add("--clusters", type=Path, metavar="FILE", help=clusters_help)
+    features_help = "Cluster features by k-means: NNNNN.npy of each shard. Keeps clusters.npy. Needs faiss-cpu."
+    add("--features", type=Path, metavar="DIR", help=features_help)
     add("--num_clusters", type=number(Count), metavar="N", help="Number of clusters of --features.")
-    add(
-        "--power", type=number(Share), default=0.2,
-        help="A cluster of n samples is drawn in proportion to n ** POWER: 1 as the data is, 0 all clusters equally "
-        "often. Default: 0.2.",
-    )  # fmt: skip
+    power_help = "Draw a cluster of n samples in proportion to n ** POWER: 1 as the data is, 0 all alike. Default: 0.2."
+    add("--power", type=number(Share), default=0.2, help=power_help)
     add_num_workers(weights)
 
 

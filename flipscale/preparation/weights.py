@@ -20,10 +20,8 @@ from flipscale.io.errors import UserError, needed
 from flipscale.io.progress import each
 from flipscale.preparation.worker_pool import worker_pool
 
-CLUSTERS = "clusters.npy"
 # Features of each cluster that k-means learns from; faiss takes no more.
 _ROWS_PER_CLUSTER = 256
-_ITERATIONS = 20
 
 _source: TarSource  # set in each worker
 _field: str
@@ -44,19 +42,18 @@ class WeightOptions:
 
     def check(self) -> None:
         """Raise UserError for options that exclude each other, or miss one."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
         for one, other in (("scores", "field"), ("at_least", "top"), ("clusters", "features")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise UserError(f"--{one} is {getattr(self, one)} and --{other} is {getattr(self, other)}; give one")
-        has_scores, has_clusters = bool(self.scores or self.field), bool(self.clusters or self.features)
-        if not has_scores and not has_clusters:
-            raise UserError("name what the weights are made from: --scores, --field, --clusters or --features")
-        for name in ("at_least", "top"):
-            if getattr(self, name) is not None and not has_scores:
-                raise UserError(f"--{name} is {getattr(self, name)} and there are no scores; add --scores or --field")
-        if (self.features is None) != (self.num_clusters is None):
-            raise UserError(
-                f"--features is {self.features} and --num_clusters is {self.num_clusters}; give both or neither"
-            )
+            if one in given and other in given:
+                raise UserError(f"--{one} is {given[one]} and --{other} is {given[other]}; give one of them")
+        if not given.keys() & {"scores", "field", "clusters", "features"}:
+            raise UserError("no option names what the weights are made from; give --scores, --field, --clusters or "
+                            "--features")  # fmt: skip
+        for name in given.keys() & {"at_least", "top"}:
+            if not given.keys() & {"scores", "field"}:
+                raise UserError(f"--{name} is {given[name]} and there are no scores; add --scores or --field")
+        if ("features" in given) != ("num_clusters" in given):
+            raise UserError(f"--features is {self.features} and --num_clusters {self.num_clusters}; give both or none")
 
 
 def make_weights(source: Source, shards: str, options: WeightOptions, folder: Path, processes: int) -> Composition:
@@ -71,45 +68,39 @@ def make_weights(source: Source, shards: str, options: WeightOptions, folder: Pa
         UserError: an option is wrong, a number is no weight, or no sample has a weight above 0.
     """
     options.check()
-    weights = np.ones(len(source))
+    weights, clusters = np.ones(len(source)), None
     if options.scores is not None or options.field is not None:
         weights = _of_scores(source, options, processes)
     if options.clusters is not None:
-        clusters = _read_numbers(options.clusters, "--clusters", source)
-        if clusters.dtype.kind not in "iu":
-            raise UserError(f"--clusters {options.clusters} has {clusters.dtype}; expected whole numbers of clusters")
+        clusters = _read_numbers("--clusters", options.clusters, source, "iu")
     elif options.features is not None:
         clusters = _cluster(options.features, source, options.num_clusters or 1)
-        np.save(folder / CLUSTERS, clusters)
-    if options.clusters is not None or options.features is not None:
+        np.save(folder / "clusters.npy", clusters)
+    if clusters is not None:
         weights[clusters < 0] = 0.0
         _, members, sizes = np.unique(clusters[weights > 0.0], return_inverse=True, return_counts=True)
         weights[weights > 0.0] *= (sizes ** (options.power - 1.0))[members]
     if not weights.any():
         raise UserError(f"none of {in_words(source, shards)} would have a weight above 0; lower the threshold")
-    made = {name: str(value) for name, value in asdict(options).items() if value is not None}
-    return _write(folder, source, shards, weights, made)
+    return _write(folder, source, shards, weights, options)
 
 
 def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.ndarray:
     """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold."""
     if options.scores is not None:
-        name, scores = f"--scores {options.scores}", _read_numbers(options.scores, "--scores", source)
-        has_score = np.isfinite(scores)
-        is_bad = ~has_score
+        scores = _read_numbers("--scores", options.scores, source, "fiu")
+        has_score = is_good = np.isfinite(scores)
     else:
-        name, scores = f"--field {options.field}", _read_field(source, options.field or "", processes)
-        has_score = np.isfinite(scores)
-        is_bad = np.zeros(len(scores), bool)
+        scores = _read_field(source, options.field or "", processes)
+        has_score, is_good = np.isfinite(scores), np.ones(len(scores), bool)
     is_weight = options.at_least is None and options.top is None
-    if is_weight:
-        is_bad |= scores < 0
-    if is_bad.any():
-        row = int(np.argmax(is_bad))
+    is_good = is_good & ~(scores < 0) if is_weight else is_good
+    if not is_good.all():
+        row = int(np.argmin(is_good))
         shard, number = SampleNumbers(source)[row]
         raise UserError(
-            f"{name}: sample {row}, number {number} of {source.shard_name(shard)}, has {scores[row]}; expected finite "
-            f"numbers{' of at least 0, or a threshold --at_least or --top' if is_weight else ''}"
+            f"{options.scores or options.field}: sample {row}, number {number} of {source.shard_name(shard)}, has "
+            f"{scores[row]}; expected finite numbers{' of at least 0, or --at_least or --top' if is_weight else ''}"
         )
     if is_weight:
         return np.where(has_score, scores, 0.0).astype(np.float64)
@@ -122,18 +113,23 @@ def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.nda
     return (has_score & (scores >= limit)).astype(np.float64)
 
 
-def _read_numbers(file: Path, option: str, source: Source) -> np.ndarray:
-    """Return the numbers in an .npy file, one a sample."""
-    try:
-        numbers = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{option} {file} is no .npy file of numbers ({error})") from error
-    if getattr(numbers, "shape", None) != (len(source),) or numbers.dtype.kind not in "fiu":
-        what = f"{numbers.dtype} {numbers.shape}" if isinstance(numbers, np.ndarray) else "several arrays"
+def _read_numbers(option: str, file: Path, source: Source, kinds: str) -> np.ndarray:
+    """Return the numbers in an .npy file, one a sample, of numpy's `kinds` of types."""
+    numbers = _read_array(option, file)
+    if numbers.shape != (len(source),) or numbers.dtype.kind not in kinds:
+        whole = "" if "f" in kinds else "whole "
         raise UserError(
-            f"{option} {file} has {what}; expected {len(source)} numbers, one a sample in the order of the manifest"
+            f"{option} {file} has {numbers.dtype} {numbers.shape}; expected {len(source)} {whole}numbers, one a sample "
+            "in the order of the manifest"
         )
     return np.asarray(numbers)
+
+
+def _read_array(option: str, file: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option}: {file} cannot be read as an .npy file ({error}); write it with np.save") from error
 
 
 def _read_field(source: Source, field: str, processes: int) -> np.ndarray:
@@ -177,39 +173,28 @@ def _cluster(folder: Path, source: Source, count: int) -> np.ndarray:
     learned = learned[np.isfinite(learned).all(1)]
     if len(learned) < count:
         raise UserError(f"--num_clusters is {count} and {len(learned)} samples have features; use fewer clusters")
-    means = faiss.Kmeans(
-        *(learned.shape[1], count), niter=_ITERATIONS, spherical=True, seed=0, min_points_per_centroid=1
-    )
+    means = faiss.Kmeans(learned.shape[1], count, niter=20, spherical=True, seed=0, min_points_per_centroid=1)
     means.train(learned)
-    nearest = [np.empty(0, np.int32)]
+    clusters = []
     for rows in each(_features(folder, source), "clustering", "shards", len(source.shard_sizes)):
-        usable, found = np.isfinite(rows).all(1), np.full(len(rows), -1, np.int32)
-        if usable.any():
-            found[usable] = means.index.search(rows[usable], 1)[1][:, 0]
-        nearest.append(found)
-    return np.concatenate(nearest)
+        nearest = means.index.search(np.nan_to_num(rows), 1)[1][:, 0]
+        clusters.append(np.where(np.isfinite(rows).all(1), nearest, -1).astype(np.int32))
+    return np.concatenate(clusters)
 
 
 def _features(folder: Path, source: Source, step: int = 1) -> Iterator[np.ndarray]:
     """Yield the features of every `step`-th sample by shard, float32 `(samples, width)` of length 1."""
     width, row = None, 0
     for shard, size in enumerate(source.shard_sizes):
-        file = folder / f"{shard:05d}.npy"
-        try:
-            rows = np.load(file, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"--features: {file} cannot be read ({error}); expected the features of a shard") from error
-        width = rows.shape[-1] if width is None else width
+        rows = _read_array("--features", file := folder / f"{shard:05d}.npy")
+        width = width or rows.shape[-1]
         if rows.shape != (size, width) or rows.dtype.kind != "f":
-            raise UserError(
-                f"--features: {file} has {rows.dtype} {rows.shape}; expected ({size}, {width}), the features of "
-                f"{source.shard_name(shard)}"
-            )
+            raise UserError(f"--features: {file} has {rows.dtype} {rows.shape}; expected {size} rows of {width}")
         rows, row = rows[(-row) % step :: step].astype(np.float32), row + size
         yield rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, made: dict[str, str]) -> Composition:
+def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, options: WeightOptions) -> Composition:
     visits = (weights / (weights.sum() / np.count_nonzero(weights))).astype("<f4")
     drawn = np.sort(visits[visits > 0])
     heaviest = drawn[len(drawn) - -(-len(drawn) // 100) :]
@@ -223,14 +208,13 @@ def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, made:
     )
     np.save(folder / WEIGHTS, visits)
     ends = np.cumsum([0, *source.shard_sizes]).tolist()
-    sums = [total(visits[first:last].astype(np.float64)) for first, last in pairwise(ends)]
-    np.save(folder / SUMS, np.array(sums, "<f8"))
+    np.save(folder / SUMS, [total(visits[first:last].astype(np.float64)) for first, last in pairwise(ends)])
     about = {
         "shards": in_words(source, shards),
         "shards_digest": shard_names_digest(source),
         "digest": hashlib.blake2b(visits.tobytes(), digest_size=16).hexdigest(),
         "composition": asdict(composition),
-        "made": made,
+        "options": {name: str(value) for name, value in vars(options).items() if value is not None},
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return composition
