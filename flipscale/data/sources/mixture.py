@@ -106,7 +106,7 @@ class Mixture(_Derived):
             if not len(source):
                 raise UserError(f"data.sources[{number}] is empty: 0 samples in {len(source.shard_sizes)} shards")
         self.sources = list(sources)
-        self.weights = [Fraction(weight) for weight in weights]
+        self.shares = [Fraction(weight) for weight in weights]
         self.first_shards = [0, *accumulate(len(source.shard_sizes) for source in sources)]
         self.faults: list[Fault] = [fault for source in sources for fault in source.faults]
         self.shard_sizes = [size for source in sources for size in source.shard_sizes]
@@ -155,11 +155,11 @@ class MixtureOrder:
         ]
         # Small sources have a single lane. If all are small, so has the mixture.
         self.lanes = lanes if any(order.lanes.count > 1 for order in self.orders) else Lanes()
-        total = sum(mixture.weights)
-        rarest = int(_LEAST_IN_STRETCH * total / min(mixture.weights)) + 1
+        total = sum(mixture.shares)
+        rarest = int(_LEAST_IN_STRETCH * total / min(mixture.shares)) + 1
         self.stretch = min(_STRETCH, max(_STRETCH // self.lanes.count, rarest))
         # Fractions, because rounding errors would grow with the position.
-        self.ends = [share / total for share in accumulate(mixture.weights)]
+        self.ends = [share / total for share in accumulate(mixture.shares)]
         self._deals: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
