@@ -2,17 +2,22 @@
 
 import argparse
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.options import (
     Count,
     CountOrZero,
     Finite,
+    Pairs,
     Share,
     ShareAboveZero,
     ShareBelowOne,
+    Workers,
     add_num_workers,
     number,
     output_folder,
@@ -79,6 +84,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_num_workers(resize)
 
     _add_weights_arguments(add(_weights, "Make sampling weights of shards, for a recipe's data.weights."))
+
+    embed = add(_embed, "Embed the images and texts of shards once, and store their features for training.")
+    embed.add_argument("shards", help=_SHARDS_HELP)
+    embed.add_argument(
+        "directory", type=output_folder, help=f"Folder to write. {_CONTINUES} Several processes share the shards."
+    )
+    embed.add_argument(
+        "--model", required=True,
+        help="A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as of `flipscale evaluate`.",
+    )  # fmt: skip
+    embed.add_argument(
+        "--features", choices=["embeds", "pooled"], default="embeds",
+        help="`embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains. "
+        "Default: embeds.",
+    )  # fmt: skip
+    embed.add_argument(
+        "--towers", nargs="+", choices=["images", "texts"], default=["images", "texts"],
+        help="Embed the images, the texts (the first caption of each) or both. Default: both.",
+    )  # fmt: skip
+    embed.add_argument("--batch_size", type=number(Pairs), default=256, help="Samples embedded at once. Default: 256.")
+    embed.add_argument(
+        "--num_workers", type=number(Workers),
+        help="Processes that decode images; 0 decodes in this process. Default: its part of the cores, except one.",
+    )  # fmt: skip
 
     index = add(
         _index,
@@ -274,6 +303,27 @@ def _weights(args: argparse.Namespace) -> None:
     with new_folder(args.directory) as folder:
         composition = make_weights(open_source(data), args.shards, options, folder, args.num_workers)
     print(f"{args.directory}: {composition}\nnext: flipscale pretrain --config RECIPE --data.weights {args.directory}")
+
+
+def _embed(args: argparse.Namespace) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
+    from flipscale.data.recipe import DataRecipe
+    from flipscale.data.sources.opening import open_shards
+    from flipscale.engines.start import start_accelerator
+    from flipscale.evaluation.stored import store_features
+    from flipscale.hub.loading import open_embedder
+
+    workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
+    source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1))
+    embedder = open_embedder(args.model, start_accelerator([], "."), args.batch_size, workers)
+    began = time.monotonic()
+    counts = store_features(embedder, source, args.directory, args.towers, args.features)
+    bad = ", ".join(f"{counts[f'bad {tower}']:,} {tower}" for tower in args.towers)
+    left = f"; {counts['left']:,} shards are left to other processes" if counts["left"] else ""
+    print(
+        f"{args.directory}: {' and '.join(args.towers)} of {counts['samples']:,} samples in {counts['shards']:,} "
+        f"shards, {counts['samples'] / (time.monotonic() - began):,.0f} a second; bad: {bad}{left}"
+    )
 
 
 def _index(args: argparse.Namespace) -> None:

@@ -36,6 +36,8 @@ _MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
 # Operations of one core in the millisecond in which another core decodes an image of 500 x 400 pixels.
 _LIGHT_FLOPS = 3e7
 
+# An encoded image in place of none.
+GREY = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
 # Turns the bytes of an image and its row into the columns that the model takes; it may raise `UndecodableImage`.
 Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
 Features = Literal["embeds", "pooled"]
@@ -128,7 +130,7 @@ class WholeImages(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> PackedBatch | Exception:
         try:
-            return _packed((self.decoded(row) for row in rows), len(rows))
+            return packed((self.decoded(row) for row in rows), len(rows))
         except (ValueError, OSError) as error:
             return error
 
@@ -231,7 +233,9 @@ class Embedder:
         """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
         device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image."""
         share, decode = self.share(len(source)), self.decoder()
-        decoded = decoded_batches(source, decode, share.batches(), self.num_workers)
+        mine = share.batches()
+        workers = min(self.num_workers, len(mine) if len(mine) > 1 else 0)
+        decoded = decoded_batches(WholeImages(source, decode), mine, workers)
         bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows, news in share.rounds():
@@ -335,6 +339,18 @@ class Embedder:
         """Return the features of `tokens`, `(batch, dim)`, not normalised."""
         return self.model.get_text_features(batch).pooler_output
 
+    def pooled_text_features(self, batch: Any) -> torch.Tensor:
+        """Return the features of `tokens` before the projection, `(batch, width)`; of SigLIP, which has none, after."""
+        projection, inputs = getattr(self.model, "text_projection", None), list[torch.Tensor]()
+        if projection is None:
+            return self.text_features(batch)
+        handle = projection.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        try:
+            self.text_features(batch)
+        finally:
+            handle.remove()
+        return inputs[0]
+
     def _is_on_cpu(self) -> bool:
         return torch.device(self.accelerator.device).type == "cpu"
 
@@ -393,11 +409,10 @@ def parts_of(config: Any) -> tuple[str, ...]:
     return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
 
 
-def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:
-    """Yield the decoded images of each batch of rows, as tensors by name."""
-    workers = min(num_workers, len(batches) if len(batches) > 1 else 0)
+def decoded_batches(dataset: Dataset, batches: Iterable[range], num_workers: int) -> Iterator[Any]:
+    """Yield what `dataset` makes of each batch of rows, and raise the errors that it returns."""
     try:
-        for batch in start_workers(loader_of(WholeImages(source, decode), batches, workers)):
+        for batch in start_workers(loader_of(dataset, batches, num_workers)):
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -405,8 +420,8 @@ def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], nu
         if "DataLoader worker" not in str(error):
             raise
         raise OSError(
-            f"a worker that decoded evaluation images died ({' '.join(str(error).split())}); give it more memory "
-            "or set eval.num_workers to 0"
+            f"a worker that decoded images died ({' '.join(str(error).split())}); give it more memory, or set "
+            "num_workers (eval.num_workers of a recipe) to 0"
         ) from error
 
 
@@ -423,8 +438,7 @@ def one_thread(wanted: bool) -> Iterator[None]:
 
 def dummy_batch(decode: Decoder) -> PackedBatch:
     """Return a batch of one grey image, for a process without a batch left."""
-    png = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
-    return _packed([decode(png, 0)], 1)
+    return packed([decode(GREY, 0)], 1)
 
 
 def image_embeds(
@@ -480,7 +494,7 @@ def _on_white(picture: Picture) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
+def packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
     """Return the columns of `count` images; each image is written into the batch's memory as soon as it is decoded."""
     batch: PackedBatch | None = None
     for place, columns in enumerate(images):

@@ -176,6 +176,19 @@ class OpenClipEmbedder(Embedder):
     def text_features(self, batch: torch.Tensor) -> torch.Tensor:
         return self.model.encode_text(batch)
 
+    def pooled_text_features(self, batch: torch.Tensor) -> torch.Tensor:
+        tower = copy.copy(getattr(self.model, "text", self.model))
+        projection = getattr(tower, "text_projection", None)
+        if projection is None:
+            raise UserError(
+                f"{self.name} has a {type(tower).__name__}, whose text features before the projection are not known; "
+                "use features: embeds, or a model with a text_projection"
+            )
+        # Copies of the module's dictionaries, not of its weights.
+        parts = "_parameters" if isinstance(projection, torch.nn.Parameter) else "_modules"
+        setattr(tower, parts, {**getattr(tower, parts), "text_projection": None})
+        return getattr(tower, "encode_text", tower)(batch)
+
 
 @dataclass(frozen=True)
 class TransformersEmbedder(Embedder):

@@ -159,7 +159,7 @@ def fail(folder: str, tokenizer: str, out: str, deadly: bool) -> None:
     ("deadly", "sentence"),
     [
         (False, r"UserError: evaluation image 0.tar#20 cannot be decoded: .*"),
-        (True, r"OSError: a worker that decoded evaluation images died \(.*\); give it more memory or set .* to 0"),
+        (True, r"OSError: a worker that decoded images died \(.*\); give it more memory, or set .* to 0"),
     ],
 )
 def test_what_one_process_finds_ends_both(tmp_path: Path, tokenizer_dir: Path, deadly: bool, sentence: str) -> None:

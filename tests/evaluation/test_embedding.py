@@ -18,7 +18,7 @@ from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
-from flipscale.evaluation.embedding import Embedder, Share, decoded_batches, dummy_batch
+from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, dummy_batch
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
 
 
@@ -46,7 +46,7 @@ def test_workers_share_memory(embedder: Embedder, shards: Path, monkeypatch: pyt
     """Without room for shared memory, batches go through pipes."""
     batches = [range(0, 40), range(40, 96)]
     source, decode = TarSource(str(shards)), embedder.decoder()
-    ours, here = (list(decoded_batches(source, decode, batches, workers)) for workers in (2, 0))
+    ours, here = (list(decoded_batches(WholeImages(source, decode), batches, workers)) for workers in (2, 0))
     assert all(batch.buffer.is_shared() for batch in ours)
     assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(ours, here, strict=True))
     assert [len(batch["patches"]) for batch in here] == [40, 56]

@@ -1,0 +1,270 @@
+"""Embed the images and texts of shards once, and store their features, see `flipscale.data.features`.
+
+A process claims a shard by a lock, writes its files aside and renames them. The bytes depend only on the samples and
+the model. So a killed run goes on with the shards that are missing, and any number of processes share them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+from torch.utils.data import Dataset
+
+from flipscale.data.captions import UntokenizableCaption, choose_caption
+from flipscale.data.decode import UndecodableImage
+from flipscale.data.features import ABOUT, PROBE, shard_file, tokens_digest, weights_digest
+from flipscale.data.loader import PackedBatch
+from flipscale.data.pairs import InputShape
+from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
+from flipscale.data.sources.tar import TarSource
+from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, decoded_batches, dummy_batch, packed
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path
+from flipscale.io.errors import UserError
+from flipscale.io.model_folder import read_object
+from flipscale.io.progress import Progress
+from flipscale.model.modeling_flip import normalise_embeds
+
+# In place of a caption that cannot be used.
+_NO_CAPTION = "a"
+# Names and places, which may change between starts.
+_FREE = ("model", "shards")
+
+
+def store_features(
+    embedder: Embedder, source: TarSource, out_dir: Path, towers: Sequence[str], features: Features
+) -> Counter[str]:
+    """Write the features of all shards that no other process writes.
+
+    Args:
+        towers: `images`, `texts` or both. A sample's text is its first caption that is not blank.
+        features: `embeds`, projected and of unit length; or `pooled`, before the projection, as the tower gives them.
+
+    Returns:
+        Counts of this process: `shards`, `samples`, and `bad` rows of each tower. `left` are shards of other processes.
+
+    Raises:
+        UserError: the model has no such tower, its numbers exceed float16, or `out_dir` has other features or files.
+        OSError: a shard cannot be read, a worker died, or the disk is full.
+    """
+    about = _describe(embedder, source, towers, features)
+    _begin(out_dir, about)
+    widths = {tower: about[tower]["width"] for tower in towers}
+    where, size = SampleNumbers(source), embedder.share(len(source)).size
+    decode = embedder.decoder() if "images" in towers else None
+    claims, counts = _Claims(out_dir, towers), Counter(dict.fromkeys(("shards", "samples", "left"), 0))
+    done = sum(count for shard, count in enumerate(source.shard_sizes) if claims.is_finished(shard))
+    with Progress(len(where), "embedding", "images", initial=done) as bar:
+
+        def batches() -> Iterator[range]:
+            first = 0
+            for shard, count in enumerate(source.shard_sizes):
+                if not claims.is_finished(shard) and claims.take(shard):
+                    if not count:
+                        claims.write(
+                            shard, {tower: np.empty((0, width), np.float16) for tower, width in widths.items()}
+                        )
+                    for row in range(first, first + count, size):
+                        yield range(row, min(row + size, first + count))
+                first += count
+
+        arrays: dict[str, np.ndarray] = {}
+        workers = embedder.num_workers if len(where) > size else 0
+        for batch in decoded_batches(_Samples(source, decode, "texts" in towers), batches(), workers):
+            shard, first = where[batch.row]
+            if not first:
+                arrays = {t: np.empty((source.shard_sizes[shard], width), np.float16) for t, width in widths.items()}
+            for tower, rows in _computed(embedder, batch, features).items():
+                rows[batch.bad[tower]] = np.nan
+                counts[f"bad {tower}"] += len(batch.bad[tower])
+                arrays[tower][first : first + len(rows)] = rows
+            bar.update(len(rows))
+            counts["samples"] += len(rows)
+            if first + len(rows) == source.shard_sizes[shard]:
+                claims.write(shard, arrays)
+                counts["shards"] += 1
+    counts["left"] = sum(not claims.is_finished(shard) for shard in range(len(source.shard_sizes)))
+    return counts
+
+
+class _Batch(NamedTuple):
+    """The columns of images, and the captions, of consecutive rows from `row` on; places of `bad` ones by tower."""
+
+    row: int
+    images: PackedBatch | None
+    texts: list[str]
+    bad: dict[str, list[int]]
+
+
+class _Samples(Dataset):
+    """Batches of consecutive samples. A grey image and a word stand for those that cannot be used."""
+
+    def __init__(self, source: TarSource, decode: Decoder | None, reads_texts: bool):
+        self.source, self.decode, self.reads_texts = source, decode, reads_texts
+        self.where = SampleNumbers(source)
+
+    def __getitems__(self, rows: Sequence[int]) -> _Batch | Exception:
+        batch = _Batch(rows[0], None, [], {"images": [], "texts": []})
+        decoded = (self._decoded(batch, place, row) for place, row in enumerate(rows))
+        try:
+            if self.decode is not None:
+                return batch._replace(images=packed(decoded, len(rows)))
+            list(decoded)  # reads the captions
+            return batch
+        except (ValueError, OSError) as error:
+            return error
+
+    def _decoded(self, batch: _Batch, place: int, row: int) -> dict[str, np.ndarray]:
+        """Return the columns of an image, if images are decoded, and add the caption to the batch."""
+        captions: tuple[bytes, ...] = ()
+        try:
+            if self.decode is None:
+                captions = self.source.read_captions(*self.where[row])
+                return {}
+            sample = self.source.read(*self.where[row])
+            captions = sample.captions
+            with wrap_errors(UndecodableImage):
+                return self.decode(sample.image, row)
+        except BadSample:
+            batch.bad["images"].append(place)
+            return self.decode(GREY, row) if self.decode else {}
+        finally:
+            if self.reads_texts:
+                self._add_text(batch, place, captions)
+
+    def _add_text(self, batch: _Batch, place: int, captions: tuple[bytes, ...]) -> None:
+        try:
+            batch.texts.append(choose_caption(captions, 0.0))
+        except BadSample:
+            batch.texts.append(_NO_CAPTION)
+            batch.bad["texts"].append(place)
+
+
+def _computed(embedder: Embedder, batch: _Batch, features: Features) -> dict[str, np.ndarray]:
+    """Return the features of a batch by tower, float16 `(rows, width)`."""
+    device, raw = embedder.accelerator.device, dict[str, torch.Tensor]()
+    with torch.no_grad(), embedder.accelerator.autocast():
+        if batch.images is not None:
+            compute = embedder.image_features if features == "embeds" else embedder.pooled_features
+            raw["images"] = compute(**batch.images.to(device).with_image_size(embedder.pixels))
+        if batch.texts:
+            compute = embedder.text_features if features == "embeds" else embedder.pooled_text_features
+            raw["texts"] = compute(_tokens(embedder, batch).to(device))
+    found = {}
+    for tower, rows in raw.items():
+        found[tower] = (normalise_embeds(rows) if features == "embeds" else rows).to(torch.float16).cpu().numpy()
+        if not np.isfinite(found[tower]).all():
+            raise UserError(
+                f"{embedder.name!r} gives features of {tower} as large as {rows.abs().max():g}, which float16 cannot "
+                "hold; use --features embeds, or another model"
+            )
+    return found
+
+
+def _tokens(embedder: Embedder, batch: _Batch) -> Any:
+    """Return the tokens of a batch's captions. Another word replaces a caption that has none."""
+    try:
+        return embedder.tokens(batch.texts)
+    except UntokenizableCaption:
+        for place, text in enumerate(batch.texts):
+            try:
+                embedder.tokens([text])
+            except UntokenizableCaption:
+                batch.texts[place] = _NO_CAPTION
+                batch.bad["texts"].append(place)
+        return embedder.tokens(batch.texts)
+
+
+class _Claims:
+    """The shards that this process writes."""
+
+    def __init__(self, folder: Path, towers: Sequence[str]):
+        self._folder, self._towers, self._held = folder, towers, dict[int, FileLock]()
+
+    def is_finished(self, shard: int) -> bool:
+        return all(shard_file(self._folder, tower, shard).is_file() for tower in self._towers)
+
+    def take(self, shard: int) -> bool:
+        """Return whether this process now has to write a shard. A killed process has no claims."""
+        lock = FileLock(self._folder / f".{shard:05d}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        self._held[shard] = lock
+        if self.is_finished(shard):
+            self._release(shard)
+            return False
+        for tower in self._towers:
+            for left in (self._folder / tower).glob(f".{shard:05d}.npy.partial*"):
+                left.unlink(missing_ok=True)
+        return True
+
+    def write(self, shard: int, arrays: dict[str, np.ndarray]) -> None:
+        for tower, rows in arrays.items():
+            path = shard_file(self._folder, tower, shard)
+            with atomic_write(path, unique_partial_path(path)) as written:
+                with open(written, "wb") as file:
+                    np.save(file, rows)
+                sync(written)
+        self._release(shard)
+
+    def _release(self, shard: int) -> None:
+        lock = self._held.pop(shard)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], features: Features) -> dict[str, Any]:
+    """Return the content of `features.json`."""
+    model = embedder.model
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {embedder.name!r} has no weights to name in {ABOUT}; use a model")
+    if "texts" in towers and "texts" not in embedder.gives:
+        raise UserError(f"--model {embedder.name!r} embeds no texts; use --towers images")
+    decode = embedder.decoder()
+    tried = _Batch(0, dummy_batch(decode), [_NO_CAPTION] * ("texts" in towers), {})
+    widths = {tower: rows.shape[1] for tower, rows in _computed(embedder, tried, features).items()}
+    about: dict[str, Any] = {
+        **{"model": embedder.name, "model_digest": weights_digest(model.parameters()), "features": features},
+        **{"shards": source.list.shards, "shards_digest": source.contents_digest(), "samples": len(source)},
+        "dtype": "float16",
+    }
+    for tower, part in (("images", "vision_model"), ("texts", "text_model")):
+        if tower in towers:
+            weights = getattr(model, part, model).parameters()
+            about[tower] = {"width": widths[tower], "weights_digest": weights_digest(weights)}
+    is_ours = type(embedder).image_size is Embedder.image_size
+    if "images" in towers:
+        squashes = is_ours and InputShape.of(model.config).squashes
+        resize = ("to a square" if squashes else "short side, then the centre") if is_ours else "by its own processor"
+        about["images"] |= {"image_size": embedder.image_size, "resize": resize}
+    if "texts" in towers and is_ours:
+        about["texts"]["tokens_digest"] = tokens_digest(embedder.tokens([PROBE]))
+    return about
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Write `features.json`, or compare it with `about`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ABOUT
+    if any(not path.name.startswith(".") for path in folder.iterdir()) and not file.is_file():
+        raise UserError(f"{folder} holds something that `prepare embed` did not write; name a new folder")
+    if not file.is_file():
+        with atomic_write(file, unique_partial_path(file)) as written:
+            written.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    begun = read_object(file)
+    for name in sorted((begun.keys() | about.keys()) - {*_FREE}):
+        if begun.get(name) != about.get(name):
+            raise UserError(
+                f"{folder} was begun with {name} {begun.get(name)} by the model {begun.get('model')!r}, now "
+                f"{about.get(name)}; use the same model, shards and options, or name a new folder"
+            )
+    for tower in ("images", "texts"):
+        if tower in about:
+            (folder / tower).mkdir(exist_ok=True)

@@ -1,0 +1,166 @@
+"""Stored features: those of the model in the order of the manifest, the same bytes by any processes and after kills."""
+
+import json
+import shutil
+import tarfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from accelerate import Accelerator
+from cli.conftest import write_clip, write_peer
+from conftest import add_member, flipscale, write_shards
+from evaluation.tiny_model import tiny_embedder
+from torch import nn
+
+from flipscale.cli import main
+from flipscale.data.sources.tar import TarSource
+from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.loading import open_embedder
+
+BAD_IMAGE, BAD_TEXT = 11, 12  # rows
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """49 pairs in four shards, one of them empty. One image cannot be decoded, and one caption is blank."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_shards(folder, [11, 0, 36])
+    with tarfile.open(folder / "00000a.tar", "w") as tar:  # the second shard
+        add_member(tar, "last.jpg", b"not an image")
+        add_member(tar, "last.txt", b"a red disc")
+        with tarfile.open(folder / "00000.tar") as other:
+            add_member(tar, "wordless.jpg", other.extractfile(other.next()).read())
+        add_member(tar, "wordless.txt", b" ")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "flip"
+    ours = tiny_embedder(tokenizer_dir, batch_size=16, projection_dim=24)
+    return export_model(ours.model, build_processor(ours.model.config, ours.tokenizer), folder)
+
+
+def embed(pairs: Path, out: Path, model: object, *options: object) -> dict[str, np.ndarray]:
+    main([str(word) for word in ("prepare", "embed", pairs, out, "--model", model, "--num_workers", 1, *options)])
+    return stored(out)
+
+
+def stored(out: Path) -> dict[str, np.ndarray]:
+    return {
+        tower.name: np.concatenate([np.load(file) for file in sorted(tower.glob("*.npy"))])
+        for tower in out.iterdir()
+        if tower.is_dir()
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rows_are_the_model_s_and_bad_ones_are_marked(
+    pairs: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {name: embed(pairs, tmp_path / name, model, "--features", name) for name in ("embeds", "pooled")}
+    assert "49 samples in 4 shards" in capsys.readouterr().out
+    embedder = open_embedder(str(model), Accelerator(cpu=True))
+    source = TarSource(str(pairs))
+    places = [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
+    assert source.shard_sizes == [11, 2, 0, 36]
+    for row, place in enumerate(places):
+        sample = source.read(*place)
+        if row != BAD_IMAGE:
+            columns = embedder.decoder()(sample.image, 0)
+            image = embedder.image_features(patches=torch.from_numpy(columns["patches"])[None])
+            assert np.abs(found["embeds"]["images"][row] - unit(image)).max() < 1e-3
+        if row != BAD_TEXT:
+            text = embedder.text_features(embedder.tokens([sample.captions[0].decode()]))
+            assert np.abs(found["embeds"]["texts"][row] - unit(text)).max() < 1e-3
+    for features, arrays in found.items():
+        about = json.loads((tmp_path / features / "features.json").read_text())
+        assert np.flatnonzero(np.isnan(arrays["images"]).all(axis=1)).tolist() == [BAD_IMAGE]
+        assert np.flatnonzero(np.isnan(arrays["texts"]).all(axis=1)).tolist() == [BAD_TEXT]
+        for tower, projection in (("images", "image_projection"), ("texts", "text_projection")):
+            assert arrays[tower].dtype == np.float16
+            assert arrays[tower].shape == (49, about[tower]["width"])
+            if features == "pooled":
+                embeds = getattr(embedder.model, projection)(torch.from_numpy(arrays[tower]).float())
+                assert np.nanmax(np.abs(unit(embeds) - found["embeds"][tower])) < 4e-3
+    assert about["samples"] == 49
+    assert about["images"]["resize"] == "short side, then the centre"
+
+
+def unit(rows: torch.Tensor) -> np.ndarray:
+    return nn.functional.normalize(rows, dim=-1).detach().numpy()
+
+
+def test_two_processes_and_kills_give_one_s_bytes(pairs: Path, model: Path, tmp_path: Path) -> None:
+    embed(pairs, tmp_path / "one", model, "--batch_size", 4)
+    expected = contents(tmp_path / "one")
+    words = ["prepare", "embed", str(pairs), "OUT", "--model", str(model), "--batch_size", "4", "--num_workers", "1"]
+
+    def start(out: str) -> object:
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        named = [str(tmp_path / out) if word == "OUT" else word for word in words]
+        return processes.start(processes.call_main, "flipscale.cli", named, str(tmp_path / "logs"))
+
+    together = [start("two"), start("two")]
+    for process in together:
+        process.join(120)
+    assert contents(tmp_path / "two") == expected, (tmp_path / "logs/stderr").read_text()
+    for number in range(3):
+        process = start("killed")
+        while process.is_alive() and len(list((tmp_path / "killed").rglob("*.npy*"))) <= 2 * number:
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+    (tmp_path / "killed/images/00003.npy").unlink(missing_ok=True)
+    (tmp_path / "killed/images/.00003.npy.partial.host.1.2").write_bytes(b"torn")
+    assert flipscale(*[tmp_path / "killed" if word == "OUT" else word for word in words]).returncode == 0
+    assert contents(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("kind", ["hf", "open_clip"])
+def test_models_of_other_programs(
+    pairs: Path, tokenizer_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled features, projected by the model's own matrices, are its embeddings."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (write_clip if kind == "hf" else write_peer)(tmp_path / "clip" if kind == "hf" else tmp_path, tokenizer_dir)
+    name = "hf:clip" if kind == "hf" else "open_clip:peer.json,peer.safetensors"
+    embeds, pooled = (embed(pairs, tmp_path / kind, name, "--features", kind) for kind in ("embeds", "pooled"))
+    model = open_embedder(name, Accelerator(cpu=True)).model
+    if kind == "hf":
+        images, texts = model.visual_projection.weight.T, model.text_projection.weight.T
+    else:
+        images, texts = model.visual.proj, model.text_projection
+    for tower, projection in (("images", images), ("texts", texts)):
+        projected = unit(torch.from_numpy(pooled[tower]).float() @ projection)
+        assert np.nanmax(np.abs(projected - embeds[tower])) < 4e-3
+        assert np.isnan(projected).all(axis=1).sum() == 1
+
+
+def test_other_features_and_other_files_are_refused(
+    pairs: Path, shards: Path, model: Path, tokenizer_dir: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    embed(pairs, out, model)
+    shutil.copytree(model, tmp_path / "moved")
+    embed(pairs, out, tmp_path / "moved")  # the same model elsewhere
+    torch.manual_seed(1)
+    other = tiny_embedder(tokenizer_dir, batch_size=16, projection_dim=24)
+    other.model.text_projection.weight.data.add_(1.0)
+    export_model(other.model, build_processor(other.model.config, other.tokenizer), tmp_path / "other")
+    run = partial(refused, "prepare", "embed")
+    assert "model_digest" in run(pairs, out, "--model", tmp_path / "other")
+    assert "samples 49" in run(shards, out, "--model", model)
+    assert "features embeds" in run(pairs, out, "--model", model, "--features", "pooled")
+    assert "holds something that" in run(pairs, pairs, "--model", model)
+    assert "no weights" in run(pairs, tmp_path / "new", "--model", "pixels")
