@@ -315,15 +315,16 @@ def _embed(args: argparse.Namespace) -> None:
 
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
     source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1))
-    embedder = open_embedder(args.model, start_accelerator([], "."), args.batch_size, workers)
+    accelerator = start_accelerator([], ".")
+    embedder = open_embedder(args.model, accelerator, args.batch_size, workers)
     began = time.monotonic()
     counts = store_features(embedder, source, args.directory, args.towers, args.features)
-    bad = ", ".join(f"{counts[f'bad {tower}']:,} {tower}" for tower in args.towers)
-    left = f"; {counts['left']:,} shards are left to other processes" if counts["left"] else ""
-    print(
-        f"{args.directory}: {' and '.join(args.towers)} of {counts['samples']:,} samples in {counts['shards']:,} "
-        f"shards, {counts['samples'] / (time.monotonic() - began):,.0f} a second; bad: {bad}{left}"
-    )
+    if accelerator.is_main_process:
+        bad = " and ".join(f"{counts[f'bad {tower}']:,} {tower}" for tower in args.towers)
+        print(
+            f"{args.directory}: embedded {counts['samples']:,} samples of {counts['shards']:,} shards, "
+            f"{counts['samples'] / (time.monotonic() - began):,.0f} a second; {bad} cannot be used"
+        )
 
 
 def _index(args: argparse.Namespace) -> None:

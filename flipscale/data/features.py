@@ -5,13 +5,29 @@ in the order of its samples. The row of a sample that cannot be used is NaN. `fe
 shards.
 """
 
-from collections.abc import Iterable
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
+from flipscale.data.captions import UntokenizableCaption
+from flipscale.data.decode import Crop, decode_crop
+from flipscale.data.order import by_value
+from flipscale.data.pairs import PairDataset, narrowed
+from flipscale.data.randomness import keyed_uniform
+from flipscale.data.samples import BadSample, Fault, Sample
+from flipscale.io.errors import UserError
+from flipscale.io.model_folder import read_object
+
 ABOUT = "features.json"
+# Number of mapped files, a limit of the system.
+_MOST_MAPPED = 4096
 # A caption whose tokens tell tokenizers and lengths apart.
 PROBE = "A photo of two Dogs, 3 ünïcödé birds & a red fire-engine (1998)"
 
@@ -21,12 +37,139 @@ def shard_file(folder: Path, tower: str, shard: int) -> Path:
     return folder / tower / f"{shard:05d}.npy"
 
 
-def weights_digest(weights: Iterable[torch.Tensor]) -> str:
-    """Return a digest of weights in fp32, whatever their names, order and files."""
-    digests = [xxhash.xxh3_128(weight.detach().float().cpu().contiguous().numpy()).hexdigest() for weight in weights]
-    return xxhash.xxh3_128("".join(sorted(digests))).hexdigest()
-
-
 def tokens_digest(tokens: torch.Tensor) -> str:
     """Return a digest of the token ids of `PROBE`, padded to the model's length."""
     return xxhash.xxh3_128(tokens.long().cpu().contiguous().numpy()).hexdigest()
+
+
+class MissingFeatures(BadSample):
+    """The sample has no stored features, because it could not be embedded."""
+
+    cause = "missing_features"
+
+
+class Features:
+    """The stored features of one tower, mapped to memory shard by shard.
+
+    Args:
+        tower: `images` or `texts`.
+        sizes: number of samples of each shard.
+
+    Raises:
+        UserError: `prepare embed` has not written such features there, or not all of them.
+    """
+
+    def __init__(self, folder: Path, tower: str, sizes: Sequence[int]):
+        self.folder, self.tower, self._sizes = folder, tower, sizes
+        self.about = read_object(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+        if tower not in self.about:
+            raise UserError(f"{folder} has no features of {tower}; write them by `flipscale prepare embed`")
+        self.width, self.digest = int(self.about[tower]["width"]), str(self.about[tower]["weights_digest"])
+        lacking = [shard for shard in range(len(sizes)) if not shard_file(folder, tower, shard).is_file()]
+        if lacking:
+            raise UserError(
+                f"{shard_file(folder, tower, lacking[0])} and {len(lacking) - 1} others are missing; run the same "
+                "`flipscale prepare embed` again"
+            )
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return the features of samples, float16 `(samples, width)`. Rows of NaN are of samples that are bad."""
+        found = np.empty((len(shards), self.width), np.float16)
+        for shard, places in by_value(shards):
+            found[places] = self._mapped(shard)[numbers[places]]
+        return found
+
+    def row(self, place: tuple[int, int]) -> np.ndarray:
+        """Return the features of a sample, float16 `(width,)`, or raise MissingFeatures."""
+        shard, number = place
+        row = self._mapped(shard)[number]
+        if np.isnan(row[0]):
+            raise MissingFeatures(f"{shard_file(self.folder, self.tower, shard)} has none in row {number}")
+        return row
+
+    def _mapped(self, shard: int) -> np.ndarray:
+        if shard not in self._open:
+            file = shard_file(self.folder, self.tower, shard)
+            try:
+                self._open[shard] = array = np.load(file, mmap_mode="r")
+                if (array.dtype, array.shape) != (np.float16, (self._sizes[shard], self.width)):
+                    raise UserError(f"{array.dtype} {array.shape}, not float16 {(self._sizes[shard], self.width)}")
+            except ValueError as error:
+                raise UserError(f"{file} is damaged ({error}); remove it and run `flipscale prepare embed`") from error
+            if len(self._open) > _MOST_MAPPED:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+class StoredPairs(PairDataset):
+    """Training pairs with stored features in place of the images, the captions or both.
+
+    Columns: `image_features` and `text_features`, float16 `(batch, width)`; `PairDataset`'s for a tower that learns.
+    """
+
+    def __init__(self, *arguments: Any, stored: Mapping[str, Features], **options: Any):
+        super().__init__(*arguments, **options)
+        self.stored = stored
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        if "images" not in self.stored:
+            return super().__getitems__(positions)
+        where = np.asarray(positions, dtype=np.int64)
+        shards, numbers = self.order.locate(where)
+        found = {tower: features.rows(shards, numbers) for tower, features in self.stored.items()}
+        captions: list[Any] = []
+        faults: dict[int, Fault] = {}
+        if "texts" in self.stored:
+            rows = np.flatnonzero(np.isnan(np.stack([of_tower[:, 0] for of_tower in found.values()])).any(axis=0))
+        else:
+            self.source.fetch_ahead(self.order.shards_ahead(where))
+            rows = np.arange(len(where))
+        draws = keyed_uniform(self.seed, "caption", where, self.captions_per_image)
+        for row in rows.tolist():
+            usable = partial(self._usable, draws=draws[row].tolist())
+            at = int(where[row]), int(shards[row]), int(numbers[row])
+            (place, annotation), fault = self._first_good(*at, usable)
+            captions.append(annotation)
+            if fault is not None:
+                (shards[row], numbers[row]), faults[row] = place, fault
+        replaced = list(faults)
+        for tower, features in self.stored.items():
+            found[tower][replaced] = features.rows(shards[replaced], numbers[replaced])
+        columns = {f"{tower[:-1]}_features": torch.from_numpy(of_tower) for tower, of_tower in found.items()}
+        if "texts" not in self.stored:
+            try:
+                columns |= self._annotation_columns(captions, where)
+            except UntokenizableCaption:
+                checked = copy.copy(self)
+                checked.checks_captions = True
+                return checked.__getitems__(positions)
+        return {**narrowed(columns), "faults": list(faults.values())}
+
+    def _usable(self, place: tuple[int, int], draws: list[float]) -> tuple[tuple[int, int], Any]:
+        """Return the place of a sample with features, and its caption if that is not stored."""
+        for features in self.stored.values():
+            features.row(place)
+        if "texts" in self.stored:
+            return place, None
+        if self.recipe.captions:
+            sample = self.source.read(*place)
+        else:
+            sample = Sample("", b"", self.source.read_captions(*place))
+        annotation = self._annotation(sample, draws)
+        if self.checks_captions:
+            self._tokenise(annotation)
+        return place, annotation
+
+    def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
+        features, sample = self.stored["texts"].row(place), self.source.read(*place)
+        return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), features
+
+    def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
+        if "texts" in self.stored:
+            return {"text_features": torch.from_numpy(np.stack(captions))}
+        return super()._annotation_columns(captions, where)

@@ -4,11 +4,12 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 
 _log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 # Integers travel to the device in these types; the model widens them there.
 _NARROW = {
@@ -204,8 +207,7 @@ class PairDataset(Dataset):
             views = self.mask.views_at(self.mask_ratio)
             scales = branch_scales(self.seed, where, views, self.shape.num_blocks, self.drop_path_rate)
             columns["branch_scales"] = torch.from_numpy(scales if views > 1 else scales[:, 0])
-        tensors = {name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}
-        return {**tensors, "faults": [faults[row] for row in sorted(faults)]}
+        return {**narrowed(columns), "faults": [faults[row] for row in sorted(faults)]}
 
     def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
         """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, its annotation and its fault."""
@@ -225,35 +227,37 @@ class PairDataset(Dataset):
         caption_draws = keyed_uniform(self.seed, "caption", where, self.captions_per_image).tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
-            crop, annotation, error = self._first_good(shard, number, crop_draws[row], caption_draws[row])
-            fault = None
-            if error is not None:
-                name, key = self.source.shard_name(shard), self.source.key(shard, number)
-                fault = Fault(position, name, number, key, error.cause, str(error))
+            read = partial(self._read, crop_draw=crop_draws[row], draws=caption_draws[row])
+            (crop, annotation), fault = self._first_good(position, shard, number, read)
             yield crop, annotation, fault
 
     def _first_good(
-        self, shard: int, number: int, crop_draw: np.ndarray, caption_draws: list[float]
-    ) -> tuple[Crop, Any, BadSample | None]:
-        """Return the crop and annotation of a sample or its replacement, and the error of a replaced sample."""
-        first_error: BadSample | None = None
+        self, position: int, shard: int, number: int, read: Callable[[tuple[int, int]], Value]
+    ) -> tuple[Value, Fault | None]:
+        """Return what `read` makes of a sample or its first good replacement, and the fault of a replaced sample."""
+        fault: Fault | None = None
         worker = get_worker_info()
         if worker is not None:
             self.reading.numpy()[worker.id] = os.getpid(), shard
         for candidate in candidates(self.source, shard, number):
             try:
-                sample = self.source.read(*candidate)
-                annotation = self._annotation(sample, caption_draws)
-                if self.checks_captions:
-                    self._tokenise(self._texts(annotation))
-                crop = decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale)
-                return crop, annotation, first_error
+                return read(candidate), fault
             except BadSample as error:
-                first_error = first_error or error
+                if fault is None:
+                    name, key = self.source.shard_name(shard), self.source.key(shard, number)
+                    fault = Fault(position, name, number, key, error.cause, str(error))
         raise UserError(
             f"shard {self.source.shard_name(shard)}: neither sample {number} nor any of its replacements has a "
-            f"readable image and {self.annotation} ({first_error}); fetch the shards again or remove them"
+            f"readable image and {self.annotation} ({fault and fault.detail}); fetch the shards again or remove them"
         )
+
+    def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
+        """Return the crop and the annotation of a sample."""
+        sample = self.source.read(*place)
+        annotation = self._annotation(sample, draws)
+        if self.checks_captions:
+            self._tokenise(self._texts(annotation))
+        return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), annotation
 
     def _annotation(self, sample: Sample, draws: list[float]) -> Any:
         """Return the annotation of a sample; each of `draws` chooses one of its captions."""
@@ -277,6 +281,11 @@ class PairDataset(Dataset):
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         assert self.tokenizer is not None
         return tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
+
+
+def narrowed(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the columns in the types in which they travel to the device."""
+    return {name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}
 
 
 def caption_ids(input_ids: torch.Tensor) -> torch.Tensor:

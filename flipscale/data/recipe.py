@@ -102,6 +102,9 @@ class DataRecipe:
         captions: Weights of the kinds of captions, such as `{alt: 0.3, synthetic: 0.7}`; each read of a sample draws
             one. A kind is a field of `KEY.json`, `txt` for the text file, or a column of a dataset. It has a text or a
             list. Among the kinds that a sample has, the weights keep their proportions. A stage may have its own.
+        image_features: A folder in which `flipscale prepare embed --features pooled` stored what the image tower gives
+            for these shards. The tower then is frozen and not run. It is that of the start weights.
+        text_features: The same for the captions and the text tower.
         pack_captions: Put several short captions in one row of the text tower, so that padding costs little. The losses
             stay equal up to rounding. For family `clip`, and for `flip` without `attend_to_padding`. Does not change
             what is learned.
@@ -132,6 +135,8 @@ class DataRecipe:
     weights: str | None = field(default=None, metadata={"place": True})
     tokenizer: str = field(default="bert", metadata={"place": True})
     captions: dict[str, NonNegative] | None = None
+    image_features: str | None = field(default=None, metadata={"place": True})
+    text_features: str | None = field(default=None, metadata={"place": True})
     pack_captions: bool = field(default=False, metadata={"learned": False})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
@@ -149,6 +154,12 @@ class DataRecipe:
         if not self.crop_scale[0] <= self.crop_scale[1]:
             raise UserError(f"data.crop_scale is {list(self.crop_scale)}; expected the smaller share first")
         check_weights(self.captions, "data.captions")
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """Folders of stored features by tower, `images` and `texts`."""
+        folders = {"images": self.image_features, "texts": self.text_features}
+        return {tower: folder for tower, folder in folders.items() if folder}
 
     @property
     def workers(self) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flipscale.io.digests import check_weight
+from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import fetch_folder, open_weights
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
@@ -108,6 +108,7 @@ def initial_weights(
     seed: int,
     kind: type[FlipPreTrainedModel] = FlipModel,
     text_positions: str | None = None,
+    embedded: Mapping[str, tuple[str, str]] | None = None,
 ) -> ParameterInit:
     """Collective. Return the initialiser of a new run. All processes call it for the same modules.
 
@@ -117,6 +118,8 @@ def initial_weights(
     Args:
         init_from: folder or Hub name of a model, or those of two towers; None for fresh draws.
         text_positions: `ModelRecipe.text_positions`.
+        embedded: folder of the stored features of each tower, by its name in the model, and the digest of the weights
+            that made them.
 
     Raises:
         UserError: on every process: no such weights, or one is not finite or not of the shape in a model of `config`.
@@ -134,6 +137,9 @@ def initial_weights(
             usable = _usable(shapes, model_without_storage(config, kind), start, text_positions)
             for name in usable:
                 check_weight(name, stored[name]())
+            for tower, (folder, digest) in (embedded or {}).items():
+                if weights_digest(stored[name]() for name in usable if name.startswith(f"{tower}.")) != digest:
+                    raise UserError(f"its {tower} is not that of the features in {folder}; embed by this model")
             names_or_fault = [usable]
         except (ValueError, OSError, SafetensorError) as error:
             named = f"{start} {init_from!r}" if isinstance(init_from, str) else start
@@ -210,7 +216,14 @@ def _stored(start: "str | Towers", config: Any) -> tuple[dict[str, Callable[[], 
         weights = tower_weights(start, config)
         readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(weights.__getitem__, name) for name in weights}
         return readers, {name: list(weight.shape) for name, weight in weights.items()}
-    owners = open_weights(fetch_folder(str(start)))
+    folders = {"": start} if isinstance(start, str) else {"vision_model.": start.vision, "text_model.": start.text}
+    owners = {
+        name: file
+        for prefix, folder in folders.items()
+        if folder
+        for name, file in open_weights(fetch_folder(folder)).items()
+        if name.startswith(prefix)
+    }
     shapes = {name: file.get_slice(name).get_shape() for name, file in owners.items()}
     readers = {name: partial(file.get_tensor, name) for name, file in owners.items()}
     return readers, shapes

@@ -21,6 +21,7 @@ from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import local
 from flipscale.engines.optimizers import encoder_blocks, gradient_norm, num_trained
+from flipscale.model.modeling_flip import FlipProjection
 
 
 class Fsdp2Engine(Engine):
@@ -86,7 +87,7 @@ class Fsdp2Engine(Engine):
     def _place_rest(self) -> None:
         self.model.to(self.accelerator.device)
         for child in self.model.children():
-            self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear))
+            self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear | FlipProjection))
         self._shard(self.model, fp32=True)
         for child in self.model.children() if self.launch.prefetches else ():
             blocks = [module for module in child.modules() if isinstance(module, FSDPModule) and module is not child]

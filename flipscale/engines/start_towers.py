@@ -56,7 +56,7 @@ _TIMM_VIT = [
 
 
 class Towers(NamedTuple):
-    """Names of the folders of two towers: paths or Hub names."""
+    """Names of the folders of two towers: paths or Hub names. In family `flip`, a tower that is None is drawn."""
 
     vision: str
     text: str

@@ -421,7 +421,7 @@ def decoded_batches(dataset: Dataset, batches: Iterable[range], num_workers: int
             raise
         raise OSError(
             f"a worker that decoded images died ({' '.join(str(error).split())}); give it more memory, or set "
-            "num_workers (eval.num_workers of a recipe) to 0"
+            "num_workers or eval.num_workers to 0"
         ) from error
 
 

@@ -4,6 +4,7 @@ A process claims a shard by a lock, writes its files aside and renames them. The
 the model. So a killed run goes on with the shards that are missing, and any number of processes share them.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,18 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
 from torch.utils.data import Dataset
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.features import ABOUT, PROBE, shard_file, tokens_digest, weights_digest
+from flipscale.data.features import ABOUT, PROBE, shard_file, tokens_digest
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, decoded_batches, dummy_batch, packed
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
+from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.progress import Progress
@@ -39,14 +40,14 @@ _FREE = ("model", "shards")
 def store_features(
     embedder: Embedder, source: TarSource, out_dir: Path, towers: Sequence[str], features: Features
 ) -> Counter[str]:
-    """Write the features of all shards that no other process writes.
+    """Collective. Write the features of all shards that no other process writes.
 
     Args:
         towers: `images`, `texts` or both. A sample's text is its first caption that is not blank.
         features: `embeds`, projected and of unit length; or `pooled`, before the projection, as the tower gives them.
 
     Returns:
-        Counts of this process: `shards`, `samples`, and `bad` rows of each tower. `left` are shards of other processes.
+        Counts of all processes that torchrun started: `shards`, `samples`, and `bad images` and `bad texts`.
 
     Raises:
         UserError: the model has no such tower, its numbers exceed float16, or `out_dir` has other features or files.
@@ -54,42 +55,41 @@ def store_features(
     """
     about = _describe(embedder, source, towers, features)
     _begin(out_dir, about)
-    widths = {tower: about[tower]["width"] for tower in towers}
-    where, size = SampleNumbers(source), embedder.share(len(source)).size
+    where, sizes, size = SampleNumbers(source), source.shard_sizes, embedder.share(len(source)).size
     decode = embedder.decoder() if "images" in towers else None
-    claims, counts = _Claims(out_dir, towers), Counter(dict.fromkeys(("shards", "samples", "left"), 0))
-    done = sum(count for shard, count in enumerate(source.shard_sizes) if claims.is_finished(shard))
+    claims = _Claims(out_dir, towers)
+    counts = Counter({"shards": 0, "samples": 0, "bad images": 0, "bad texts": 0})
+    done = sum(count for shard, count in enumerate(sizes) if claims.is_finished(shard))
+
+    def empty(shard: int) -> dict[str, np.ndarray]:
+        return {tower: np.empty((sizes[shard], about[tower]["width"]), np.float16) for tower in towers}
+
     with Progress(len(where), "embedding", "images", initial=done) as bar:
 
         def batches() -> Iterator[range]:
-            first = 0
-            for shard, count in enumerate(source.shard_sizes):
-                if not claims.is_finished(shard) and claims.take(shard):
-                    if not count:
-                        claims.write(
-                            shard, {tower: np.empty((0, width), np.float16) for tower, width in widths.items()}
-                        )
-                    for row in range(first, first + count, size):
-                        yield range(row, min(row + size, first + count))
-                first += count
+            for shard, end in enumerate(itertools.accumulate(sizes)):
+                if claims.take(shard):
+                    if not sizes[shard]:
+                        claims.write(shard, empty(shard))
+                    for row in range(end - sizes[shard], end, size):
+                        yield range(row, min(row + size, end))
 
         arrays: dict[str, np.ndarray] = {}
         workers = embedder.num_workers if len(where) > size else 0
         for batch in decoded_batches(_Samples(source, decode, "texts" in towers), batches(), workers):
             shard, first = where[batch.row]
             if not first:
-                arrays = {t: np.empty((source.shard_sizes[shard], width), np.float16) for t, width in widths.items()}
+                arrays = empty(shard)
             for tower, rows in _computed(embedder, batch, features).items():
                 rows[batch.bad[tower]] = np.nan
                 counts[f"bad {tower}"] += len(batch.bad[tower])
                 arrays[tower][first : first + len(rows)] = rows
             bar.update(len(rows))
             counts["samples"] += len(rows)
-            if first + len(rows) == source.shard_sizes[shard]:
+            if first + len(rows) == sizes[shard]:
                 claims.write(shard, arrays)
                 counts["shards"] += 1
-    counts["left"] = sum(not claims.is_finished(shard) for shard in range(len(source.shard_sizes)))
-    return counts
+    return Counter(dict(zip(counts, embedder.total(list(counts.values())), strict=True)))
 
 
 class _Batch(NamedTuple):
@@ -191,6 +191,8 @@ class _Claims:
 
     def take(self, shard: int) -> bool:
         """Return whether this process now has to write a shard. A killed process has no claims."""
+        if self.is_finished(shard):
+            return False
         lock = FileLock(self._folder / f".{shard:05d}.lock", timeout=0)
         try:
             lock.acquire()
@@ -223,8 +225,6 @@ class _Claims:
 def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], features: Features) -> dict[str, Any]:
     """Return the content of `features.json`."""
     model = embedder.model
-    if not isinstance(model, nn.Module):
-        raise UserError(f"--model {embedder.name!r} has no weights to name in {ABOUT}; use a model")
     if "texts" in towers and "texts" not in embedder.gives:
         raise UserError(f"--model {embedder.name!r} embeds no texts; use --towers images")
     decode = embedder.decoder()

@@ -79,6 +79,8 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
         wrong.append(f"quick_gelu in one tower and {', '.join(others)} in the other")
     if vision.num_channels != 3:
         wrong.append(f"images of {vision.num_channels} channels")
+    if vision.projection_hidden_size is not None or text.projection_hidden_size is not None:
+        wrong.append("projections of two layers")
     if wrong:
         raise UserError(f"open_clip cannot express {'; nor '.join(wrong)}")
     return {

@@ -194,3 +194,9 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise UserError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
     if weight.numel() and not all(end.isfinite() for end in weight.detach().float().aminmax()):
         raise UserError(f"weight {name} has numbers that are NaN or infinite; use weights of an earlier step")
+
+
+def weights_digest(weights: Iterable[torch.Tensor]) -> str:
+    """Return a digest of weights in fp32, whatever their names, order and files."""
+    digests = [xxhash.xxh3_128(weight.detach().float().cpu().contiguous().numpy()).hexdigest() for weight in weights]
+    return xxhash.xxh3_128("".join(sorted(digests)).encode()).hexdigest()

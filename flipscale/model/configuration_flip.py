@@ -15,8 +15,8 @@ TowerFields = dict[str, Any] | None
 
 # Newest format of the configuration and the weights. It grows when older code would misread a newer folder: a new field
 # changes the computation, or weights change their meaning. A file without the number has format 1. Format 2 adds the
-# `position_size` of an image tower.
-MODEL_FORMAT = 2
+# `position_size` of an image tower, format 3 the `projection_hidden_size` of a tower.
+MODEL_FORMAT = 3
 
 # Smallest and largest value of each number. The largest are far above every published model, so that a broken
 # configuration is refused before memory is allocated.
@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[int, int]] = {
     "num_encoder_layers": (0, 1_000),
     "num_attention_heads": (1, 4_096),
     "projection_dim": (1, 65_536),
+    "projection_hidden_size": (1, 1_048_576),
     "num_answers": (1, 10_000_000),
     "num_channels": (1, 1_024),
     "image_size": (1, 16_384),
@@ -152,6 +153,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     Args:
         projection_dim: width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
+        projection_hidden_size: width between the two layers of the projection; None for a projection of one layer.
         position_size: side in pixels of the images at which the tower was trained. Their patches have the positions 0,
             1, 2, ... along a side; larger or smaller images are spread over the same extent. None means `image_size`.
         image_mean, image_std: one number per channel, or one for all, on the 0..1 scale. The model applies them to
@@ -177,6 +179,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] | float | int = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
     position_size: int | None = None
+    projection_hidden_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_tower(self)
@@ -207,7 +210,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     @property
     def required_format(self) -> int:
-        return 1 if self.position_size is None else 2
+        return 3 if self.projection_hidden_size is not None else 1 if self.position_size is None else 2
 
     @property
     def num_patches(self) -> int:
@@ -232,6 +235,7 @@ class FlipTextConfig(FlipPreTrainedConfig):
             includes the padding. False masks the padding, so its length does not change the embedding.
         pooling: "first" takes the first word piece as in the original, because there is no class token. "mean" averages
             all tokens, or without padding if `attend_to_padding` is False.
+        projection_hidden_size: as in `FlipVisionConfig`.
         vocab_size: 30,523 are BERT's 30,522 and one unused row, as in the original's checkpoints.
     """
 
@@ -254,6 +258,11 @@ class FlipTextConfig(FlipPreTrainedConfig):
     pad_token_id: int = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    projection_hidden_size: int | None = None
+
+    @property
+    def required_format(self) -> int:
+        return 1 if self.projection_hidden_size is None else 3
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pooling not in ("first", "mean"):

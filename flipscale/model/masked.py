@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_flip import TowerFields, check_tower, patches_along
-from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds, packed_mask
+from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds, packed_mask, projected
 from .patches import patchify
 
 
@@ -345,6 +345,8 @@ class MaskedDualEncoder(_WithTables):
         position_ids: torch.Tensor | None = None,
         caption_ends: torch.Tensor | None = None,
         on_texts: Callable[[torch.Tensor], None] | None = None,
+        image_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlipOutput:
         """Embed images and captions and compare them.
@@ -353,14 +355,20 @@ class MaskedDualEncoder(_WithTables):
             input_ids: `(batch, tokens)`, padded on the right.
             attention_mask: not used. CLIP's tokens see no later ones, SigLIP's see padding, `towers` has a padding id.
             position_ids, caption_ends: with several captions in a row, see `flipscale.data.captions.pack_captions`.
-            on_texts: see `FlipModel.forward`.
+            on_texts, image_features, text_features: see `FlipModel.forward`.
             kwargs: images, see `FlipVisionModel.forward`.
         """
-        text_embeds = normalise_embeds(self.text_features(input_ids, position_ids, caption_ends))
+        if text_features is None:
+            text_embeds = normalise_embeds(self.text_features(input_ids, position_ids, caption_ends))
+        else:
+            text_embeds = self._projected("text_projection", text_features)
         if on_texts is not None:
             on_texts(text_embeds)
-        image_output = self.get_image_features(pixel_values, **kwargs)
-        image_embeds = normalise_embeds(cast(torch.Tensor, image_output.pooler_output))
+        if image_features is None:
+            image_output = self.get_image_features(pixel_values, **kwargs)
+            image_embeds = normalise_embeds(cast(torch.Tensor, image_output.pooler_output))
+        else:
+            image_embeds = self._projected("visual_projection", image_features)
         values: dict[str, Any] = self.loss_values()
         logits = None
         if return_logits:
@@ -372,6 +380,11 @@ class MaskedDualEncoder(_WithTables):
             text_embeds=text_embeds,
             **values,
         )
+
+    def _projected(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of stored features. SigLIP has no projection after its towers."""
+        projection = getattr(self, name, None)
+        return normalise_embeds(features if projection is None else projected(projection, features).pooler_output)
 
 
 def _bounded(log_scale: torch.Tensor, limit: float) -> torch.Tensor:

@@ -412,6 +412,33 @@ class FlipMLP(nn.Module):
         return self.fc2(self.activation_fn(hidden_states))
 
 
+class FlipProjection(nn.Module):
+    """A projection of two linear layers with an activation between them, or of one, which is then an `nn.Linear`."""
+
+    def __init__(self, config: FlipVisionConfig | FlipTextConfig, hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_size, config.projection_dim, bias=False)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, hidden_size)` to `(batch, projection_dim)`."""
+        return self.fc2(self.activation_fn(self.fc1(pooled)))
+
+    @classmethod
+    def of(cls, config: FlipVisionConfig | FlipTextConfig) -> nn.Module:
+        """Return the projection of a tower."""
+        if config.projection_hidden_size is not None:
+            return cls(config, config.projection_hidden_size)
+        return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+
+def projected(projection: nn.Module, features: torch.Tensor) -> BaseModelOutputWithPooling:
+    """Return a tower's output with `pooler_output` projected, from stored features `(batch, width)`."""
+    dtype = next(projection.parameters()).dtype
+    return BaseModelOutputWithPooling(pooler_output=projection(features.to(dtype)))
+
+
 def scaled(branch: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return a branch `(batch, tokens, width)` times each sample's scale, in the branch's precision."""
     return branch * scales.to(branch.dtype)[:, None, None]
@@ -560,12 +587,11 @@ class FlipPreTrainedModel(PreTrainedModel):
             for name in module.loss_parameters:
                 if getattr(module, name) is not None:
                     init.constant_(getattr(module, name), getattr(module.config, f"{name}_init_value"))
-            init.xavier_uniform_(module.image_projection.weight)
-            init.xavier_uniform_(module.text_projection.weight)
-        elif isinstance(module, FlipVisionModelWithProjection):
-            init.xavier_uniform_(module.image_projection.weight)
-        elif isinstance(module, FlipTextModelWithProjection):
-            init.xavier_uniform_(module.text_projection.weight)
+        if isinstance(module, FlipModel | FlipVisionModelWithProjection | FlipTextModelWithProjection):
+            projections = (getattr(module, f"{tower}_projection", None) for tower in ("image", "text"))
+            for linear in (layer for p in projections if p is not None for layer in p.modules()):
+                if isinstance(linear, nn.Linear):
+                    init.xavier_uniform_(linear.weight)
 
 
 class FlipVisionModel(FlipPreTrainedModel):
@@ -721,7 +747,7 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
         self.vision_model = FlipVisionModel._from_config(config)
-        self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.image_projection = FlipProjection.of(config)
         self.post_init()
 
     @can_return_tuple
@@ -747,7 +773,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
         self.text_model = FlipTextModel._from_config(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = FlipProjection.of(config)
         self.post_init()
 
     @can_return_tuple
@@ -781,8 +807,8 @@ class FlipModel(FlipPreTrainedModel):
         vision_config, text_config = config.vision_config, config.text_config
         self.vision_model = FlipVisionModel._from_config(vision_config)
         self.text_model = FlipTextModel._from_config(text_config)
-        self.image_projection = nn.Linear(vision_config.hidden_size, vision_config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(text_config.hidden_size, text_config.projection_dim, bias=False)
+        self.image_projection = FlipProjection.of(vision_config)
+        self.text_projection = FlipProjection.of(text_config)
         for name in self.loss_parameters:
             missing = getattr(config, f"{name}_init_value", None) is None
             # Shape (1,): a 0-d parameter cannot be sharded.
@@ -837,6 +863,8 @@ class FlipModel(FlipPreTrainedModel):
         branch_scales: torch.Tensor | None = None,
         caption_ends: torch.Tensor | None = None,
         on_texts: Callable[[torch.Tensor], None] | None = None,
+        image_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
@@ -850,26 +878,33 @@ class FlipModel(FlipPreTrainedModel):
                 (`flipscale.objectives`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
             on_texts: function that is called with `text_embeds` before the images are encoded.
+            image_features, text_features: `(batch, width)`, what a tower gave earlier, in place of its input.
         """
-        is_of_images = input_ids is None and attention_mask is None and not return_loss
-        if not is_of_images:
+        is_of_images = input_ids is None and attention_mask is None and text_features is None and not return_loss
+        if text_features is not None:
+            text_output = projected(self.text_projection, text_features)
+        elif not is_of_images:
             packed = {} if caption_ends is None else {"caption_ends": caption_ends}
             text_output = self.get_text_features(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packed, **kwargs
             )
+        if not is_of_images:
             text_embeds = normalise_embeds(text_output.pooler_output)
             if on_texts is not None:
                 on_texts(text_embeds)
-        image_output = self.get_image_features(
-            pixel_values=pixel_values,
-            image_mask_ratio=image_mask_ratio,
-            patches=patches,
-            patch_index=patch_index,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            image_size=image_size,
-            branch_scales=branch_scales,
-            **kwargs,
-        )
+        if image_features is not None:
+            image_output = projected(self.image_projection, image_features)
+        else:
+            image_output = self.get_image_features(
+                pixel_values=pixel_values,
+                image_mask_ratio=image_mask_ratio,
+                patches=patches,
+                patch_index=patch_index,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                image_size=image_size,
+                branch_scales=branch_scales,
+                **kwargs,
+            )
         if is_of_images:
             return image_output
         image_embeds = normalise_embeds(image_output.pooler_output)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from flipscale.data.features import StoredPairs
 from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count
@@ -82,7 +83,7 @@ class Objective:
         options["sends_masked"] = "masked_patches" in self.columns
         options["captions_per_image"] = self.captions_per_image
         options["sends_caption_ids"] = "caption_ids" in self.coupled_columns
-        return PairDataset(*arguments, **options)
+        return (StoredPairs if "stored" in options else PairDataset)(*arguments, **options)
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
         """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""

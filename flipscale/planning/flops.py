@@ -39,6 +39,7 @@ class Step:
         image_size: image size in pixels; None for the model's own.
         frozen: parts of the model without gradients, by name.
         lora: low-rank changes in place of the weights.
+        stored: towers whose features are stored, `images` or `texts`, so that they do not run.
     """
 
     batch_size: int
@@ -53,6 +54,7 @@ class Step:
     image_size: int | None = None
     frozen: tuple[str, ...] = ()
     lora: LoraRecipe = field(default_factory=LoraRecipe)
+    stored: tuple[str, ...] = ()
 
     def prepare(self, model: nn.Module) -> None:
         """Add LoRA to a model and freeze parts of it."""
@@ -68,9 +70,15 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     kept = num_kept(num_patches, step.mask_ratio)
     images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
     tokens = num_kept(text.max_position_embeddings, step.text_mask_ratio, "tokens")
-    batch = {"patches": torch.zeros(images, kept, pixels, dtype=torch.uint8)}
+    batch = {}
+    if "images" in step.stored:
+        batch["image_features"] = torch.zeros(step.batch_size, vision.hidden_size, dtype=torch.float16)
+    else:
+        batch["patches"] = torch.zeros(images, kept, pixels, dtype=torch.uint8)
     captions = step.batch_size * objective.captions_per_image
-    if objective.takes_text:
+    if "texts" in step.stored:
+        batch["text_features"] = torch.zeros(step.batch_size, text.hidden_size, dtype=torch.float16)
+    elif objective.takes_text:
         batch["input_ids"] = torch.zeros(captions, tokens, dtype=torch.int64)
         batch["attention_mask"] = torch.ones(captions, tokens, dtype=torch.int64)
     if decoder is not None and decoder.mask_token_id is not None:
@@ -118,6 +126,7 @@ def forward_flops(
     objective: Objective = PLAIN,
     frozen: tuple[str, ...] = (),
     lora: LoraRecipe | None = None,
+    stored: tuple[str, ...] = (),
 ) -> Flops:
     """Return the operations of a pair whose image is embedded `views` times at `mask_ratio`.
 
@@ -128,8 +137,10 @@ def forward_flops(
         image_size: image size in pixels; None for the model's own.
         frozen: parts of the model without gradients.
         lora: low-rank changes in place of the weights.
+        stored: as in `Step`.
     """
-    step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size, frozen=frozen, lora=lora or LoraRecipe())
+    rest = {"frozen": frozen, "lora": lora or LoraRecipe(), "stored": stored}
+    step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size, **rest)
     if objective.exported_class is FlipModel:
         objective = replace(PLAIN, captions_per_image=objective.captions_per_image)
     return _counted(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
@@ -167,6 +178,7 @@ def stage_flops(recipe: Recipe) -> dict[str, Flops]:
         stage.name: forward_flops(
             *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio),
             *(stage.image_size, objective, (*recipe.model.frozen, *stage.frozen), recipe.optim.lora),
+            tuple(recipe.data.stored),
         )
         for stage in recipe.stages
     }

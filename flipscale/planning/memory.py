@@ -168,6 +168,7 @@ def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> S
         image_size=stage.image_size,
         frozen=(*recipe.model.frozen, *stage.frozen),
         lora=recipe.optim.lora,
+        stored=tuple(recipe.data.stored),
     )
 
 

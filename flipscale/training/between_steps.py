@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flipscale.data.samples import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
 from flipscale.engines.recipe import SaveRecipe
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
@@ -98,7 +97,7 @@ class Saver:
                 "trained_seconds": self._watch.trained_seconds,
                 **self._plan.schedule.state(step),
                 "data_samples": len(self._plan.source),
-                "data_fingerprint": shard_sizes_digest(self._plan.source),
+                "data_fingerprint": self._plan.fingerprint,
                 "num_processes": self.writer.accelerator.num_processes,
             }
             self.writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._plan.recipe))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory, on_device, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds
 from flipscale.data.recipe import AugmentRecipe
-from flipscale.data.samples import Fault, Source
+from flipscale.data.samples import Fault, Source, shard_sizes_digest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.launch import Launch, place_in_world
@@ -26,10 +28,12 @@ from flipscale.evaluation.test_set import read_class_names, refuse_other_class_n
 from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
+from flipscale.training.stored import open_stored
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from flipscale.data.features import Features
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
 
@@ -76,6 +80,7 @@ class Plan:
         tokenizer: tokenizer of the captions; None for an objective without text.
         datasets: the training pairs at each stage's masks and sizes.
         class_names: names of a classifier's classes; empty for other models.
+        stored: the stored features in place of a tower's input, by tower.
     """
 
     recipe: Recipe
@@ -86,6 +91,13 @@ class Plan:
     tasks: list[Task]
     objective: Objective
     class_names: Sequence[str]
+    stored: Mapping[str, Features]
+
+    @property
+    def fingerprint(self) -> int:
+        """63-bit digest of what the order and the samples depend on: sizes of shards, and models of stored features."""
+        digests = [int(found.digest[:15], 16) for found in self.stored.values()]
+        return functools.reduce(operator.xor, digests, shard_sizes_digest(self.source))
 
     @property
     def batch_size(self) -> int:
@@ -180,18 +192,19 @@ def check(recipe: Recipe) -> Plan:
             )
         if config.decoder_config is not None:
             check_begin_and_end(tokenizer, config.decoder_config)
+    stored = open_stored(recipe, source, config, tokenizer)
     datasets = {
         stage: objective.dataset(
             source, tokenizer, replace(data, captions=stage.captions or data.captions), shape.at(stage.image_size),
             recipe.seed, stage.mask_ratio, recipe.mask, stage.text_mask_ratio,
-            drop_path_rate=recipe.model.drop_path_rate,
+            drop_path_rate=recipe.model.drop_path_rate, **({"stored": stored} if stored else {}),
         )
         for stage in stages
     }  # fmt: skip
     check_decodable(tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     schedule = Schedule(tuple(stages), budget_seconds)
-    return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names)
+    return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names, stored)
 
 
 def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:

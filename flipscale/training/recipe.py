@@ -77,8 +77,9 @@ class ModelRecipe:
             `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
             and stretches the rest, as LongCLIP does (77 become 248).
         vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its
-            normalisation of pixels comes with it. The projections are drawn.
-        text: The text tower of family `towers`, a folder or a Hub name: a text encoder, with its tokenizer.
+            normalisation of pixels comes with it. The projections are drawn. For family `flip`, a model of flipscale.
+        text: The text tower of family `towers`, a folder or a Hub name: a text encoder, with its tokenizer. For family
+            `flip`, a model of flipscale. There, one of both may be left out and is drawn.
         drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
             its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
             models drop nothing.
@@ -111,7 +112,7 @@ class ModelRecipe:
     @property
     def start(self) -> "str | Towers | None":
         """The start weights, or None."""
-        if self.vision is None or self.text is None:
+        if self.vision is None and self.text is None:
             return self.init_from
         from flipscale.engines.start_towers import Towers  # imports the models
 
@@ -271,12 +272,12 @@ class Recipe:
         if self.model.decoder_config and not self.loss.learns_captions:
             raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
         if self.model.family != "flip":
-            settings = {"model.drop_path_rate": self.model.drop_path_rate, **self._besides_contrastive()}
+            settings = {"model.drop_path_rate": self.model.drop_path_rate, **self.besides_contrastive()}
             refuse_set(settings, f"model.family is {self.model.family!r}, and only flip has it")
         config = self.objective().model_config(self.model.config())
         if self.data.pack_captions:
             reason = "data.pack_captions is true, which is for the contrastive losses of whole captions"
-            refuse_set(self._besides_contrastive(), reason)
+            refuse_set(self.besides_contrastive(), reason)
             if not config.packs_captions:
                 fix = " or set model.text_config.attend_to_padding to false" if self.model.family == "flip" else ""
                 raise UserError(
@@ -293,7 +294,7 @@ class Recipe:
                 raise UserError(f"{name}: {error}") from None
         return config
 
-    def _besides_contrastive(self) -> dict[str, Any]:
+    def besides_contrastive(self) -> dict[str, Any]:
         """Return the settings of losses besides the contrastive ones, and of text masks."""
         return {
             "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
@@ -378,7 +379,14 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
-    return recipe if is_saved else with_vocabulary(recipe)
+    return recipe if is_saved else with_vocabulary(_with_stored(recipe))
+
+
+def _with_stored(recipe: Recipe) -> Recipe:
+    """Return the recipe with the towers frozen whose features are stored."""
+    parts = {"images": "vision_model", "texts": "text_model"}
+    frozen = dict.fromkeys([*recipe.model.frozen, *(parts[tower] for tower in recipe.data.stored)])
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, frozen=[*frozen]))
 
 
 def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
@@ -389,9 +397,10 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     """
     model, folder = recipe.model, recipe.data.tokenizer
     named = [name for name in ("vision", "text") if getattr(model, name) is not None]
-    if named and model.family != "towers":
+    if named and (model.family in ("clip", "siglip") or (model.family == "flip" and model.init_from)):
         raise UserError(
-            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family {model.family!r}; set it to towers"
+            f"model.{named[0]} is {getattr(model, named[0])!r}, model.family {model.family!r} and model.init_from "
+            f"{model.init_from!r}; set the family to towers, or to flip without init_from"
         )
     if model.family == "towers" and (len(named) == 1 or bool(named) == bool(model.init_from)):
         raise UserError(
@@ -405,6 +414,9 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
         )
     if model.family != "flip":
         return _with_towers(recipe, fetches)
+    if named:
+        recipe = _with_towers(recipe, fetches)
+        model, folder = recipe.model, recipe.data.tokenizer
     if model.init_from and "vocab_size" not in model.text_config:
         size = _vocabulary_of(model.init_from, Path(recipe.output_dir), fetches)
         model = dataclasses.replace(model, text_config={**model.text_config, **size})

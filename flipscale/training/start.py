@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flipscale.data.loader import prepare_workers
-from flipscale.data.samples import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointReader, Contents, newest_whole
 from flipscale.engines.device import best_attention, can_compile
 from flipscale.engines.launch import Launch, launch_of
@@ -27,6 +26,7 @@ from flipscale.training.plan import Plan, check, compiles_on_gpus
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import Schedule
+from flipscale.training.stored import embedded_by
 from flipscale.training.watch import HangWatch
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
         # Now, because accelerate may bind this process to the cores near its GPU, and workers inherit them.
         prepare_workers()
         # A node's copy of the data may be older or incomplete, and its order of samples would differ.
-        digest = shard_sizes_digest(source)
+        digest = plan.fingerprint
         digests_found = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
         if others := [rank for rank, found in enumerate(digests_found) if found != digests_found[0]]:
             raise UserError(
@@ -139,8 +139,8 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
         if (state["data_samples"], state["data_fingerprint"]) != (len(source), digest):
             raise UserError(
                 f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
-                "or in other shards, or other data.weights; the order of samples would change: use the same data or "
-                "another output_dir"
+                "or in other shards, or other data.weights or stored features; the samples would change: use the same "
+                "data or another output_dir"
             )
         return Start(accelerator, *chosen, lock=lock)
 
@@ -155,7 +155,7 @@ def resume(recipe: Recipe, schedule: Schedule, start: Start) -> Engine:
     model_class = recipe.objective().trained_class(config)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
-    fill = no_weights if reader else initial_weights(*start_from)
+    fill = no_weights if reader else initial_weights(*start_from, embedded_by(recipe))
 
     def configure(model: FlipPreTrainedModel) -> None:
         add_lora(model, recipe.optim.lora)

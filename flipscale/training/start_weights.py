@@ -1,12 +1,14 @@
 """Recipes of the families other than `flip`: fields that come from the start weights or the tokenizer."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from flipscale.data.recipe import DataRecipe
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, pixel_fields, read_object
 from flipscale.io.yaml_text import read_saved_recipe
+from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import config_class, family_of
 
 
@@ -26,6 +28,8 @@ def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, di
         starts = ("init_from", "vision", "text")
         if isinstance(before, dict) and all(before.get(name) == getattr(model, name) for name in starts):
             return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
+    if model.family == "flip":
+        return _flip_fields(model.vision, model.text, fetches)
     if model.vision:
         from flipscale.engines.start_towers import start_fields as fields_of_towers  # imports the models
 
@@ -40,6 +44,30 @@ def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, di
         fix = f"set model.family to {family}" if family else "no model.family starts from it"
         raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {model.family!r}; {fix}")
     return stored_towers(folder), init_from if local_folder(init_from) is None else str(folder)
+
+
+def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return the fields of the towers of two models of family `flip`, without their projections, and the tokenizer."""
+    towers: dict[str, dict[str, Any]] = {"vision_config": {}, "text_config": {}}
+    tokenizer = DataRecipe.tokenizer
+    for field, name in (("vision", vision), ("text", text)):
+        if name is None:
+            continue
+        folder = None
+        with nullcontext() if fetches else suppress(UserError):
+            folder = local_folder(name)
+        tokenizer = str(folder or name) if field == "text" else tokenizer
+        if folder is None and not fetches:
+            continue
+        folder = folder or fetch_folder(name, TEXTS)
+        content = read_object(folder / "config.json")
+        if family_of(content.get("model_type")) != "flip" or not content.get(f"{field}_config"):
+            kind = content.get("model_type")
+            raise UserError(f"model.{field} {name!r} has the model_type {kind!r}; set model.family to towers")
+        config = getattr(FlipConfig.from_own_fields(content), f"{field}_config")
+        known = [key for key in FlipConfig.parts()[f"{field}_config"] if not key.startswith("projection_")]
+        towers[f"{field}_config"] = {key: getattr(config, key) for key in known}
+    return towers, tokenizer
 
 
 def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:

@@ -122,6 +122,8 @@ def test_the_sections_that_decide() -> None:
             "sources",
             "fraction",
             "captions",
+            "image_features",
+            "text_features",
             "tokenizer",
             "global_batch_size",
             "crop_scale",

@@ -78,8 +78,8 @@ def cut(folder: Path) -> None:
 # Faults of the configuration, and the message of both `FlipModel.from_pretrained` and `flipscale evaluate`.
 FAULTS = {
     "other model": (change_config(model_type="flip2"), "model_type 'flip2'"),
-    "newer": (change_config(model_format=3), "model_format 3, this FlipConfig reads up to 2"),
-    "newer tower": (change_config(text_config__model_format=3), "model_format 3, this FlipTextConfig"),
+    "newer": (change_config(model_format=4), "model_format 4, this FlipConfig reads up to 3"),
+    "newer tower": (change_config(text_config__model_format=4), "model_format 4, this FlipTextConfig"),
     "new pooling": (change_config(text_config__pooling="last"), "pooling is 'last'"),
     "new activation": (change_config(text_config__hidden_act="swoosh"), "hidden_act 'swoosh'"),
 }

@@ -68,7 +68,8 @@ def test_rows_are_the_model_s_and_bad_ones_are_marked(
     pairs: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {name: embed(pairs, tmp_path / name, model, "--features", name) for name in ("embeds", "pooled")}
-    assert "49 samples in 4 shards" in capsys.readouterr().out
+    assert "embedded 49 samples of 3 shards" in (said := capsys.readouterr().out)
+    assert "1 images and 1 texts cannot be used" in said
     embedder = open_embedder(str(model), Accelerator(cpu=True))
     source = TarSource(str(pairs))
     places = [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
@@ -114,6 +115,9 @@ def test_two_processes_and_kills_give_one_s_bytes(pairs: Path, model: Path, tmp_
     for process in together:
         process.join(120)
     assert contents(tmp_path / "two") == expected, (tmp_path / "logs/stderr").read_text()
+    ranks = processes.run("flipscale.cli", [str(tmp_path / "ranks") if word == "OUT" else word for word in words], 2)
+    assert ranks.stdout.count("embedded 49 samples") == 1, ranks.stderr
+    assert contents(tmp_path / "ranks") == expected
     for number in range(3):
         process = start("killed")
         while process.is_alive() and len(list((tmp_path / "killed").rglob("*.npy*"))) <= 2 * number:
@@ -163,4 +167,4 @@ def test_other_features_and_other_files_are_refused(
     assert "samples 49" in run(shards, out, "--model", model)
     assert "features embeds" in run(pairs, out, "--model", model, "--features", "pooled")
     assert "holds something that" in run(pairs, pairs, "--model", model)
-    assert "no weights" in run(pairs, tmp_path / "new", "--model", "pixels")
+    assert "embeds no texts" in run(pairs, tmp_path / "new", "--model", "pixels")

@@ -1,0 +1,164 @@
+"""Training on stored features: every engine learns what one process does, and the exported folder has whole towers."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses, metrics, write_shards
+from distributed.crowd import Crowds
+from distributed.test_engines import Trainings, close
+from evaluation.tiny_model import tiny_embedder
+from safetensors.torch import load_file
+from torch import nn
+
+from flipscale.cli import main
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import FlipModel
+from flipscale.planning.flops import stage_flops
+from flipscale.training.recipe import parse_recipe
+
+STAGES = [{"name": "align", "samples": 320, "base_lr": 0.05, "warmup_samples": 32}]
+MLP = {"vision_config": {"projection_hidden_size": 48}, "text_config": {"projection_hidden_size": 40}}
+BOTH = {"model": MLP, "data": {"image_features": "a", "text_features": "b"}}
+# The case, and what it changes.
+CASES: dict[str, dict] = {
+    "both": BOTH,
+    "both, sigmoid": {**BOTH, "loss": {"kind": "sigmoid"}, "data": {**BOTH["data"], "micro_batch_size": 4}},
+    "the text tower learns": {"data": {"image_features": "a"}},
+    "the image tower learns": {"data": {"text_features": "b"}, "optim": {"ema_decay": 0.9}},
+}
+
+
+def export_tiny(folder: Path, tokenizer_dir: Path, seed: int) -> Path:
+    """Export a model of two small towers whose weights are all random."""
+    ours = tiny_embedder(tokenizer_dir, batch_size=16)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in ours.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return export_model(ours.model, build_processor(ours.model.config, ours.tokenizer), folder)
+
+
+def embed(shards: Path, out: Path, model: Path, *options: str) -> None:
+    main(["prepare", "embed", str(shards), str(out), "--model", str(model), "--num_workers", "0", *options])
+
+
+@pytest.fixture(scope="module")
+def folder(shards: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models A and B, the image features of A and the text features of B."""
+    folder = tmp_path_factory.mktemp("stored")
+    for seed, name, tower in ((1, "A", "images"), (2, "B", "texts")):
+        export_tiny(folder / name, tokenizer_dir, seed)
+        embed(shards, folder / name.lower(), folder / name, "--features", "pooled", "--towers", tower)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainings(recipe: dict, folder: Path, crowds: Crowds) -> Trainings:
+    data = {name: value for name, value in recipe["data"].items() if name != "tokenizer"}
+    trainings = Trainings(folder, {**recipe, "data": data}, crowds)
+    trainings.recipe |= {"stages": STAGES, "model": {"vision": str(folder / "A"), "text": str(folder / "B")}}
+    trainings.recipe["eval"] = {"tasks": [{"kind": "zero_shot", "data": data["shards"]}]}
+    for case in CASES.values():
+        for name in case["data"].keys() & {"image_features", "text_features"}:
+            case["data"][name] = str(folder / Path(case["data"][name]).name)
+    return trainings
+
+
+@pytest.mark.parametrize(
+    ("case", "engine"),
+    [*(("both", engine) for engine in ("ddp", "fsdp2", "zero3")), *((case, "ddp") for case in list(CASES)[1:])],
+)
+def test_two_processes_learn_what_one_does(trainings: Trainings, case: str, engine: str) -> None:
+    one, many = trainings.run("ddp", 1, **CASES[case]), trainings.run(engine, 2, **CASES[case])
+    assert len(losses(one)) == 20
+    assert losses(one)[-1] < losses(one)[0] - 0.05, "nothing was learned, so equality means little"
+    assert close(losses(one), losses(many))
+
+
+@pytest.mark.parametrize("case", ["both", "the text tower learns"])
+def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
+    whole = trainings.run("ddp", 1, **CASES[case])
+    again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
+    ours, theirs = (load_file(run_dir / "model/model.safetensors") for run_dir in (whole, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_exported_model_has_whole_towers(trainings: Trainings, folder: Path, shards: Path, tmp_path: Path) -> None:
+    """The towers are those of the start, bit for bit, and the whole model embeds as the projections of the features."""
+    run_dir = trainings.run("ddp", 1, **CASES["both"])
+    weights, start = load_file(run_dir / "model/model.safetensors"), {"vision_model": "A", "text_model": "B"}
+    for tower, name in start.items():
+        stored = load_file(folder / name / "model.safetensors")
+        names = [key for key in weights if key.startswith(f"{tower}.")]
+        assert len(names) > 20
+        assert all(torch.equal(weights[key], stored[key]) for key in names)
+    model = FlipModel.from_pretrained(run_dir / "model")
+    embed(shards, tmp_path / "embeds", run_dir)
+    for tower, features, projection in (
+        ("images", "a", model.image_projection),
+        ("texts", "b", model.text_projection),
+    ):
+        for file in (folder / features / tower).glob("*.npy"):
+            pooled = torch.from_numpy(np.load(file)).float()
+            expected = nn.functional.normalize(projection(pooled), dim=-1).detach().numpy()
+            assert np.abs(np.load(tmp_path / "embeds" / tower / file.name) - expected).max() < 4e-3
+    assert any("zero_shot" in name for record in metrics(run_dir) for name in record)
+
+
+def test_only_the_parts_that_run_are_counted(trainings: Trainings, folder: Path) -> None:
+    recipe = parse_recipe(["--config", str(trainings.file(folder / "counted", **CASES["both"]))])
+    assert recipe.model.frozen == ["vision_model", "text_model"]
+    (flops,) = stage_flops(recipe).values()
+    assert flops.forward == sum(2 * (32 * hidden + hidden * 512) for hidden in (48, 40))
+    # The first layer's input needs no gradient.
+    assert flops.backward == sum(2 * (32 * hidden + 2 * hidden * 512) for hidden in (48, 40))
+
+
+def test_samples_without_features_are_replaced(
+    trainings: Trainings, folder: Path, recipe: dict, tmp_path: Path, shards: Path
+) -> None:
+    """Three rows without features are counted, and no neighbour moves into their place."""
+    shutil.copytree(folder / "a", tmp_path / "a")
+    rows = np.load(tmp_path / "a/images/00003.npy")
+    rows[5:8] = np.nan
+    np.save(tmp_path / "a/images/00003.npy", rows)
+    for case in ("both", "the text tower learns"):
+        run_dir = tmp_path / case
+        changes = {**CASES[case], "data": {**CASES[case]["data"], "image_features": str(tmp_path / "a")}}
+        changes["data"]["max_bad_fraction"] = 0.5
+        main(["pretrain", "--config", str(trainings.file(run_dir, **changes))])
+        lines = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
+        assert {(line["cause"], line["number"]) for line in lines} == {("missing_features", n) for n in (5, 6, 7)}
+        assert all(np.isfinite(losses(run_dir)))
+
+
+def test_what_does_not_fit_is_refused(
+    trainings: Trainings, folder: Path, shards: Path, tmp_path: Path, refused: Callable[..., str], tokenizer_dir: Path
+) -> None:
+    def line(*flags: object, **changes: object) -> str:
+        file = trainings.file(tmp_path / "run", **{**CASES["both"], **changes})
+        return refused("pretrain", "--config", file, *flags)
+
+    assert "stages.align.mask_ratio is 0.5 and data.image_features" in line("--stages.align.mask_ratio", 0.5)
+    assert "loss.captions_per_image is 2 and data.text_features" in line("--loss.captions_per_image", 2)
+    assert "data.fraction 1" in line("--data.fraction", 0.5)
+    other = export_tiny(tmp_path / "other", tokenizer_dir, 3)
+    said = line("--model.vision", other)
+    assert "vision_model is not that of the features in" in said
+    write_shards(tmp_path / "shards", [30, 17, 1, 48], seed=1)
+    assert "in other shards" in line("--data.shards", tmp_path / "shards")
+    embed(shards, tmp_path / "embeds", folder / "A")
+    assert "--features pooled" in line("--data.image_features", tmp_path / "embeds")
+    assert "no features of texts" in line("--data.text_features", folder / "a")
+    assert "another size (32)" in line("--model.vision_config.image_size", 64)
+    assert "another tokenizer" in line("--model.text_config.max_position_embeddings", 4)
+    shutil.copytree(folder / "a", tmp_path / "a")
+    (tmp_path / "a/images/00002.npy").unlink()
+    assert "images/00002.npy and 0 others are missing" in line("--data.image_features", tmp_path / "a")
+    file = trainings.file(tmp_path / "fresh", **{**CASES["both"], "model": {"vision": None, "text": str(folder / "B")}})
+    assert "has no start weights" in refused("pretrain", "--config", file)
