@@ -4,15 +4,16 @@ from typing import Any, cast
 
 import pytest
 import torch
-from objectives import test_captioning, test_reconstruction
+from objectives import test_captioning, test_reconstruction, test_words
 
 from flipscale.engines.engine import Engine
-from flipscale.objectives import captioning, reconstruction
+from flipscale.objectives import captioning, reconstruction, words
 from flipscale.objectives.captioning import WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
+from flipscale.objectives.words import WithWords, WordsFlipModel
 from flipscale.training.step import consume_batch
 
 Inputs = dict[str, torch.Tensor]
@@ -34,16 +35,19 @@ class OneProcess:
         loss.backward()
 
 
-OBJECTIVES: dict[str, WithCaptions | WithReconstruction] = {
+OBJECTIVES: dict[str, WithCaptions | WithReconstruction | WithWords] = {
     "caption": WithCaptions(other=Contrastive(), weight=2.0, prediction="mixed"),
     "caption, sigmoid": WithCaptions(other=Sigmoid(), weight=0.5, prediction="mixed"),
     "reconstruction": WithReconstruction(other=Contrastive(), weight=3.0),
+    "word": WithWords(other=Contrastive(), weight=0.5),
 }
 
 
 def build(objective: Objective) -> tuple[Any, Inputs]:
     if isinstance(objective, WithCaptions):
         return test_captioning.build(objective), test_captioning.batch()
+    if isinstance(objective, WithWords):
+        return test_reconstruction.build(WordsFlipModel), test_words.batch()
     return test_reconstruction.build(ReconstructingFlipModel), test_reconstruction.batch()
 
 
@@ -71,14 +75,17 @@ def test_norms_of_each_loss(name: str, parts: int) -> None:
     assert min(expected) > 1e-4
 
 
-@pytest.mark.parametrize(("name", "module"), [("caption", captioning), ("reconstruction", reconstruction)])
-def test_norms_change_no_bit(name: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+MODULES = {"caption": captioning, "reconstruction": reconstruction, "word": words}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_norms_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = OBJECTIVES[name]
     model, inputs = build(objective)
     learn(model, inputs, objective, 1)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    monkeypatch.setattr(module, "watch_gradients", lambda tokens, means: (tokens, torch.zeros(2)))
+    monkeypatch.setattr(MODULES[name], "watch_gradients", lambda tokens, means: (tokens, torch.zeros(2)))
     learn(model, inputs, objective, 1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name]), name
