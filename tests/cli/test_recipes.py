@@ -121,6 +121,7 @@ def test_the_sections_that_decide() -> None:
         *(
             "sources",
             "fraction",
+            "weights",
             "captions",
             "image_features",
             "text_features",
