@@ -68,12 +68,15 @@ class SampleWeights:
         self.name, self.folder, self.digest = name, folder, str(about["digest"])
         self.composition = Composition(**about["composition"])
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        # Mapped for its header only: a mapped file that is cut short would kill the process.
-        weights, self.sums = np.load(folder / WEIGHTS, mmap_mode="r"), np.load(folder / SUMS)
-        if weights.shape != (self.starts[-1],) or weights.dtype != "<f4" or self.sums.shape != (len(sizes),):
+        # Mapped for their headers: a mapped file that is cut short later would kill the process.
+        weights, sums = (np.lib.format.open_memmap(folder / name, mode="r") for name in (WEIGHTS, SUMS))
+        shapes = [(weights.dtype, *weights.shape), (sums.dtype, *sums.shape)]
+        if shapes != [(np.dtype("<f4"), self.starts[-1]), (np.dtype("<f8"), len(sizes))]:
             raise ValueError("other lengths or types")
+        self.sums = np.array(sums)
         visits, samples = self.composition.visits, self.composition.samples
-        if not (0 < visits <= samples == len(weights) and abs(total(self.sums) - visits) <= 1e-3 * visits):
+        is_whole = 0 < visits <= samples == len(weights) and abs(total(self.sums) - visits) <= 1e-3 * visits
+        if not is_whole or type(visits) is not int or (self.sums < 0).any():
             raise ValueError("other sums")
         self._offset, self._scale = weights.offset, visits / total(self.sums)
 

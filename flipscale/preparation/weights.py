@@ -128,7 +128,7 @@ def _read_numbers(option: str, file: Path, source: Source, kinds: str) -> np.nda
 def _read_array(option: str, file: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy raises many kinds for a damaged header
         raise UserError(f"{option}: {file} cannot be read as an .npy file ({error}); write it with np.save") from error
 
 
@@ -195,7 +195,10 @@ def _features(folder: Path, source: Source, step: int = 1) -> Iterator[np.ndarra
 
 
 def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, options: WeightOptions) -> Composition:
-    visits = (weights / (weights.sum() / np.count_nonzero(weights))).astype("<f4")
+    shares = weights / weights.max()  # so that the sum is finite
+    shares /= shares.sum()
+    shares[shares * len(shares) < 1e-30] = 0.0  # so that float32 holds the rest
+    visits = (shares * np.count_nonzero(shares)).astype("<f4")
     drawn = np.sort(visits[visits > 0])
     heaviest = drawn[len(drawn) - -(-len(drawn) // 100) :]
     composition = Composition(

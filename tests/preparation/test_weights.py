@@ -37,6 +37,8 @@ def test_scores(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert set(np.flatnonzero(top)) == set(np.argsort(scores)[-24:])
     np.save(tmp_path / "scores.npy", np.where(np.arange(96) < 9, 0.7, 0.6).astype(np.float32))
     assert prepared(shards, tmp_path / "c", *name, "--at_least", "0.7").sum() == 9
+    np.save(tmp_path / "scores.npy", [*[1e-30] * 94, 1e300, 3e300])  # beyond float32
+    assert prepared(shards, tmp_path / "e", *name)[90:].tolist() == [0, 0, 0, 0, 0.5, 1.5]
     np.save(tmp_path / "scores.npy", np.arange(96))
     assert prepared(shards, tmp_path / "d", *name) == pytest.approx(np.arange(96) / 48, rel=1e-6)
 

@@ -91,7 +91,7 @@ def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWei
         )
     try:
         return SampleWeights(name, folder, source.shard_sizes, about)
-    except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
+    except Exception as error:  # numpy raises many kinds for a damaged header
         raise UserError(f"{name} {path!r} is damaged ({type(error).__name__}: {error}); {remedy}") from error
 
 
