@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from flipscale.data.captions import UntokenizableCaption
 from flipscale.data.decode import Crop, decode_crop
@@ -35,11 +34,6 @@ PROBE = "A photo of two Dogs, 3 ünïcödé birds & a red fire-engine (1998)"
 def shard_file(folder: Path, tower: str, shard: int) -> Path:
     """Return the file of a shard's features of `images` or `texts`."""
     return folder / tower / f"{shard:05d}.npy"
-
-
-def tokens_digest(tokens: torch.Tensor) -> str:
-    """Return a digest of the token ids of `PROBE`, padded to the model's length."""
-    return xxhash.xxh3_128(tokens.long().cpu().contiguous().numpy()).hexdigest()
 
 
 class MissingFeatures(BadSample):

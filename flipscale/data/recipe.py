@@ -7,6 +7,9 @@ from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.options import Bytes, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
 
+# The tower of a model whose features are stored, by their folder's name.
+STORED_TOWERS = {"images": "vision_model", "texts": "text_model"}
+
 
 @dataclass(frozen=True)
 class SourceRecipe:

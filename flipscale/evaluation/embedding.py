@@ -344,11 +344,8 @@ class Embedder:
         projection, inputs = getattr(self.model, "text_projection", None), list[torch.Tensor]()
         if projection is None:
             return self.text_features(batch)
-        handle = projection.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-        try:
+        with projection.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
             self.text_features(batch)
-        finally:
-            handle.remove()
         return inputs[0]
 
     def _is_on_cpu(self) -> bool:
@@ -416,8 +413,8 @@ def decoded_batches(dataset: Dataset, batches: Iterable[range], num_workers: int
             if isinstance(batch, Exception):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a batch that a dead worker announced
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise OSError(
             f"a worker that decoded images died ({' '.join(str(error).split())}); give it more memory, or set "

@@ -180,10 +180,7 @@ class OpenClipEmbedder(Embedder):
         tower = copy.copy(getattr(self.model, "text", self.model))
         projection = getattr(tower, "text_projection", None)
         if projection is None:
-            raise UserError(
-                f"{self.name} has a {type(tower).__name__}, whose text features before the projection are not known; "
-                "use features: embeds, or a model with a text_projection"
-            )
+            raise UserError(f"{self.name} has a {type(tower).__name__} without a text_projection; use features: embeds")
         # Copies of the module's dictionaries, not of its weights.
         parts = "_parameters" if isinstance(projection, torch.nn.Parameter) else "_modules"
         setattr(tower, parts, {**getattr(tower, parts), "text_projection": None})

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.features import ABOUT, PROBE, shard_file, tokens_digest
+from flipscale.data.features import ABOUT, PROBE, shard_file
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
+from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, decoded_batches, dummy_batch, packed
@@ -235,17 +236,16 @@ def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], feat
         **{"shards": source.list.shards, "shards_digest": source.contents_digest(), "samples": len(source)},
         "dtype": "float16",
     }
-    for tower, part in (("images", "vision_model"), ("texts", "text_model")):
-        if tower in towers:
-            weights = getattr(model, part, model).parameters()
-            about[tower] = {"width": widths[tower], "weights_digest": weights_digest(weights)}
+    for tower in towers:
+        weights = getattr(model, STORED_TOWERS[tower], model).parameters()
+        about[tower] = {"width": widths[tower], "weights_digest": weights_digest(weights)}
     is_ours = type(embedder).image_size is Embedder.image_size
     if "images" in towers:
         squashes = is_ours and InputShape.of(model.config).squashes
         resize = ("to a square" if squashes else "short side, then the centre") if is_ours else "by its own processor"
         about["images"] |= {"image_size": embedder.image_size, "resize": resize}
     if "texts" in towers and is_ours:
-        about["texts"]["tokens_digest"] = tokens_digest(embedder.tokens([PROBE]))
+        about["texts"]["tokens_digest"] = weights_digest([embedder.tokens([PROBE])])
     return about
 
 
@@ -265,6 +265,5 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
                 f"{folder} was begun with {name} {begun.get(name)} by the model {begun.get('model')!r}, now "
                 f"{about.get(name)}; use the same model, shards and options, or name a new folder"
             )
-    for tower in ("images", "texts"):
-        if tower in about:
-            (folder / tower).mkdir(exist_ok=True)
+    for tower in about.keys() & STORED_TOWERS.keys():
+        (folder / tower).mkdir(exist_ok=True)

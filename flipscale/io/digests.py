@@ -198,5 +198,5 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
 
 def weights_digest(weights: Iterable[torch.Tensor]) -> str:
     """Return a digest of weights in fp32, whatever their names, order and files."""
-    digests = [xxhash.xxh3_128(weight.detach().float().cpu().contiguous().numpy()).hexdigest() for weight in weights]
+    digests = [xxhash.xxh3_128(weight.detach().float().cpu().numpy().tobytes()).hexdigest() for weight in weights]
     return xxhash.xxh3_128("".join(sorted(digests)).encode()).hexdigest()

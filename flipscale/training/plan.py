@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -96,8 +94,8 @@ class Plan:
     @property
     def fingerprint(self) -> int:
         """63-bit digest of what the order and the samples depend on: sizes of shards, and models of stored features."""
-        digests = [int(found.digest[:15], 16) for found in self.stored.values()]
-        return functools.reduce(operator.xor, digests, shard_sizes_digest(self.source))
+        digests = (int(found.digest, 16) for found in self.stored.values())
+        return (shard_sizes_digest(self.source) + sum(digests)) % 2**63
 
     @property
     def batch_size(self) -> int:

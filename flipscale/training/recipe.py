@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from flipscale.data.recipe import DataRecipe, MaskRecipe
+from flipscale.data.recipe import STORED_TOWERS, DataRecipe, MaskRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
@@ -385,8 +385,7 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
 
 def _with_stored(recipe: Recipe) -> Recipe:
     """Return the recipe with the towers frozen whose features are stored."""
-    parts = {"images": "vision_model", "texts": "text_model"}
-    frozen = dict.fromkeys([*recipe.model.frozen, *(parts[tower] for tower in recipe.data.stored)])
+    frozen = dict.fromkeys([*recipe.model.frozen, *map(STORED_TOWERS.__getitem__, recipe.data.stored)])
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, frozen=[*frozen]))
 
 

@@ -1,6 +1,6 @@
 """Recipes of the families other than `flip`: fields that come from the start weights or the tokenizer."""
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,12 @@ def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[d
     for field, name in (("vision", vision), ("text", text)):
         if name is None:
             continue
-        folder = None
-        with nullcontext() if fetches else suppress(UserError):
+        try:
             folder = local_folder(name)
+        except UserError:
+            if fetches:
+                raise
+            continue  # a run that may be there later
         tokenizer = str(folder or name) if field == "text" else tokenizer
         if folder is None and not fetches:
             continue

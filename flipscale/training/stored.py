@@ -7,9 +7,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.features import ABOUT, PROBE, Features, tokens_digest
+from flipscale.data.features import ABOUT, PROBE, Features
+from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
+from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
@@ -26,33 +28,24 @@ def open_stored(
             shards, another image size or other tokens. `initial_weights` compares the model.
     """
     stored = {tower: _opened(recipe, tower, source) for tower in recipe.data.stored}
+    needed: dict[str, tuple[str, Any]] = {"images": ("image_size", config.vision_config.image_size)}
+    if "texts" in stored and tokenizer is not None:
+        tokens = tokenise(tokenizer, [PROBE], config.caption_config.max_position_embeddings)
+        needed["texts"] = ("tokens_digest", weights_digest([tokens["input_ids"]]))
     for tower, features in stored.items():
-        about = features.about[tower]
-        if tower == "images":
-            needed, found = config.vision_config.image_size, about["image_size"]
-        else:
-            assert tokenizer is not None
-            length = config.caption_config.max_position_embeddings
-            needed, found = tokens_digest(tokenise(tokenizer, [PROBE], length)["input_ids"]), about.get("tokens_digest")
-        if needed != found:
-            what = "images of another size" if tower == "images" else "captions by another tokenizer or length"
+        name, value = needed[tower]
+        if (found := features.about[tower].get(name)) != value:
             raise UserError(
-                f"{_field(tower)} {str(features.folder)!r} has features of {what} ({found}) than the recipe's "
-                f"({needed}); embed by the folder of the recipe's start weights"
+                f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe's model "
+                f"{value}; embed by the folder of the recipe's start weights, and set its tokenizer"
             )
     return stored
 
 
 def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Return the folder of the stored features of each tower, by its name in the model, and the digest of its weights
-    at that time."""
-    return {
-        {"images": "vision_model", "texts": "text_model"}[tower]: (
-            folder,
-            read_object(Path(folder) / ABOUT)[tower]["weights_digest"],
-        )
-        for tower, folder in recipe.data.stored.items()
-    }
+    """Return the folder of each tower's stored features and the digest of its weights, by its name in the model."""
+    about = {tower: read_object(Path(folder, ABOUT))[tower] for tower, folder in recipe.data.stored.items()}
+    return {STORED_TOWERS[t]: (recipe.data.stored[t], found["weights_digest"]) for t, found in about.items()}
 
 
 def _field(tower: str) -> str:
@@ -63,17 +56,15 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> Features:
     folder = recipe.data.stored[tower]
     named = f"{_field(tower)} is {folder!r}"
     model, data = recipe.model, recipe.data
-    by_stage = {f"stages.{stage.name}": stage for stage in recipe.stages}
+    fields = ("mask_ratio", "image_size") if tower == "images" else ("captions",)
+    others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages for name in fields}
     if tower == "images":
-        others = {f"{name}.mask_ratio": stage.mask_ratio for name, stage in by_stage.items()}
-        others |= {f"{name}.image_size": stage.image_size for name, stage in by_stage.items()}
-        others |= {"model.drop_path_rate": model.drop_path_rate}
+        others["model.drop_path_rate"] = model.drop_path_rate
     else:
-        others = {f"{name}.captions": stage.captions for name, stage in by_stage.items()}
         others |= {"data.captions": data.captions, "data.pack_captions": data.pack_captions}
         others |= {"model.text_positions": model.text_positions}
-        others |= {"loss.positives": recipe.loss.positives if recipe.loss.positives != "pairs" else None}
-        others |= {"loss.captions_per_image": recipe.loss.captions_per_image - 1 and recipe.loss.captions_per_image}
+        others["loss.positives"] = None if recipe.loss.positives == "pairs" else recipe.loss.positives
+        others["loss.captions_per_image"] = recipe.loss.captions_per_image - 1 and recipe.loss.captions_per_image
     refuse_set({**recipe.besides_contrastive(), **others}, f"{named}, so these {tower} are not read")
     start = model.start if isinstance(model.start, str | None) else {"images": model.vision, "texts": model.text}[tower]
     if start is None:

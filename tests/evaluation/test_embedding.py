@@ -73,7 +73,7 @@ class Deadly(Embedder):
 
 def test_dead_worker_is_one_sentence(embedder: Embedder, shards: Path) -> None:
     fragile = Deadly(embedder.model, embedder.tokenizer, embedder.accelerator, num_workers=2)
-    with pytest.raises(OSError, match=r"^a worker .* died \(DataLoader worker .*\); .*eval.num_workers to 0$"):
+    with pytest.raises(OSError, match=r"^a worker .* died \(.*\); .*eval.num_workers to 0$"):
         fragile.images(TarSource(str(shards)))
 
 
