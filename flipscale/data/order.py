@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -240,9 +241,9 @@ class GlobalOrder:
             if self.weights is None:
                 blocks = keyed_permutation(self.seed, purpose, start, end - start)[None]
             else:
-                visited, spread = self._visits(self.weights, number, epoch, start, end)
+                visited, earlier, visits = self._visits(self.weights, number, epoch, start, end)
                 draws = keyed_uniform(self.seed, purpose, np.array([start]), end - start)[0]
-                shuffled = np.argsort((spread[0] + draws) / spread[1], kind="stable")
+                shuffled = np.argsort((earlier + draws) / visits, kind="stable")
                 blocks = np.stack([shuffled, visited[shuffled]])
             self._shuffled[key] = blocks.astype(np.int32)
             while len(self._shuffled) > 2 * len(self._lanes_read):
@@ -250,28 +251,19 @@ class GlobalOrder:
         self._shuffled.move_to_end(key)
         return self._shuffled[key]
 
-    def _visits(
-        self, weights: SampleWeights, number: int, epoch: _Epoch, start: int, end: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sample at each place in [start, end) before the block is permuted, int64 `(places,)`.
-
-        Also return the number of its earlier visits in this range, and of all of them: int64 `(2, places)`.
-        """
+    def _visits(self, weights: SampleWeights, number: int, epoch: _Epoch, start: int, end: int) -> np.ndarray:
+        """Return the sample at each place in [start, end) before the block is permuted, its number of earlier visits in
+        this range, and of all of them: int64 `(3, places)`."""
         first = int(np.searchsorted(epoch.shard_starts, start, side="right")) - 1
         last = int(np.searchsorted(epoch.shard_starts, end, side="left"))
-        ends = np.append(epoch.shard_starts[1:], self.num_samples)[first:last]
-        starts = epoch.shard_starts[first:last]
-        parts = [
-            weights.draw_samples(self.seed, self.name, number, int(shard), visit, stop - begin)[
-                max(start - begin, 0) : end - begin
-            ]
-            for shard, visit, begin, stop in zip(
-                epoch.shards[first:last], epoch.first_visits[first:last], starts.tolist(), ends.tolist(), strict=True
-            )
-        ]
+        begins = np.append(epoch.shard_starts, self.num_samples)[first : last + 1].tolist()
+        parts = []
+        for held_by, (begin, stop) in enumerate(pairwise(begins), first):
+            visit = (int(epoch.shards[held_by]), epoch.first_visits[held_by], stop - begin)
+            drawn = weights.draw_samples(self.seed, self.name, number, *visit)
+            parts.append(drawn[max(start - begin, 0) : end - begin])
         visited = np.concatenate(parts)
-        held_by = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        is_new = np.append(True, (np.diff(visited) != 0) | (np.diff(held_by) != 0))
+        is_new = np.concatenate([np.diff(part, prepend=-1) != 0 for part in parts])
         runs, firsts = np.cumsum(is_new) - 1, np.flatnonzero(is_new)
         counts = np.diff(np.append(firsts, len(visited)))
-        return visited, np.stack([np.arange(len(visited)) - firsts[runs], counts[runs]])
+        return np.stack([visited, np.arange(len(visited)) - firsts[runs], counts[runs]])

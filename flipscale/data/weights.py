@@ -24,23 +24,14 @@ _CELLS = 1 << 16
 
 @dataclass(frozen=True)
 class Composition:
-    """The samples of an epoch.
+    """The samples of an epoch."""
 
-    Args:
-        samples: number of samples, with those that are never drawn.
-        never: number of samples with weight 0.
-        visits: length of an epoch.
-        distinct: expected number of different samples in an epoch.
-        heaviest_share: share of the visits of the heaviest hundredth of the drawn samples.
-        most_visits: expected visits of the heaviest sample.
-    """
-
-    samples: int
-    never: int
-    visits: int
-    distinct: float
-    heaviest_share: float
-    most_visits: float
+    samples: int  # of the source
+    never: int  # samples of weight 0
+    visits: int  # length of an epoch
+    distinct: float  # expected number of different samples
+    heaviest_share: float  # share of the visits of the heaviest hundredth of the drawn samples
+    most_visits: float  # expected visits of the heaviest sample
 
     def __str__(self) -> str:
         return (

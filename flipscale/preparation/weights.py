@@ -46,12 +46,11 @@ class WeightOptions:
         for one, other in (("scores", "field"), ("at_least", "top"), ("clusters", "features")):
             if one in given and other in given:
                 raise UserError(f"--{one} is {given[one]} and --{other} is {given[other]}; give one of them")
-        if not given.keys() & {"scores", "field", "clusters", "features"}:
-            raise UserError("no option names what the weights are made from; give --scores, --field, --clusters or "
-                            "--features")  # fmt: skip
-        for name in given.keys() & {"at_least", "top"}:
-            if not given.keys() & {"scores", "field"}:
-                raise UserError(f"--{name} is {given[name]} and there are no scores; add --scores or --field")
+        scores, made_from = given.keys() & {"scores", "field"}, ("scores", "field", "clusters", "features")
+        if not given.keys() & set(made_from):
+            raise UserError(f"nothing to make weights from; give one of --{', --'.join(made_from)}")
+        for name in given.keys() & {"at_least", "top"} if not scores else ():
+            raise UserError(f"--{name} is {given[name]} and there are no scores; add --scores or --field")
         if ("features" in given) != ("num_clusters" in given):
             raise UserError(f"--features is {self.features} and --num_clusters {self.num_clusters}; give both or none")
 

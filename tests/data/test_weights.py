@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from conftest import cut, losses, pretrain, write_shards
+from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
 from flipscale.data.loader import StepSampler
 from flipscale.data.order import GlobalOrder, Lanes
@@ -218,6 +220,40 @@ def test_a_run_with_weights_is_the_same_resumed_and_on_two_processes(
     done = pretrain(write_recipe(resumed, **changes))
     assert done.returncode == 2
     assert "96 samples, the data now has 96 or in other shards, or other data.weights" in done.stderr
+
+
+def test_shards_at_a_url_are_drawn_alike_and_fetched_only_if_they_have_visits(
+    shards: Path, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """The weights are made for the local copy. The second and the last of four shards have none above 0."""
+    folder, scores = tmp_path / "weights", np.repeat([1.0, 0.0, 3.0, 0.0], [30, 17, 1, 48])
+    folder.mkdir()
+    np.save(tmp_path / "scores.npy", scores)
+    here = recipe_of(shards, tmp_path, num_workers=0, weights=str(folder))
+    options = WeightOptions(scores=tmp_path / "scores.npy")
+    make_weights(open_source(replace(here, weights=None)), str(shards), options, folder, 1)
+    with web(shards, breaks=0) as (url, _):
+        there = recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache", weights=str(folder))
+        open_source(there)
+        for file in (tmp_path / "cache").glob("*.tar"):  # fetched for their indices
+            file.unlink()
+        assert_equal(batches(there, tokenizer_dir), batches(here, tokenizer_dir))
+    assert {file.name[-9:] for file in (tmp_path / "cache").glob("[!.]*.tar")} == {"00000.tar", "00002.tar"}
+
+
+def test_rows_of_a_data_set_are_drawn_by_weight(tmp_path: Path) -> None:
+    rows = [{"image": bytes([number]), "caption": "a red disc"} for number in range(20)]
+    file = str(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    plain = SourceRecipe(dataset=file)
+    (tmp_path / "weights").mkdir()
+    np.save(tmp_path / "scores.npy", (np.arange(20) % 4 == 1).astype(int))
+    options = WeightOptions(scores=tmp_path / "scores.npy")
+    make_weights(open_source(DataRecipe(sources=[plain])), file, options, tmp_path / "weights", 1)
+    recipe = DataRecipe(sources=[replace(plain, weights=str(tmp_path / "weights"))])
+    source = open_source(recipe)
+    assert sorted(order_of(source, 0, recipe).locate(np.arange(5))[1].tolist()) == [1, 5, 9, 13, 17]
+    assert source.weights.name == "data.sources[0].weights"
 
 
 def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_features_are_clustered_and_two_runs_give_the_same_bytes(shards: Path, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "made from; give --scores, --field, --clusters or --features"),
+        ([], "give one of --scores, --field, --clusters, --features"),
         (["--scores", "ones", "--field", "x"], "--scores is ones.npy and --field is x; give one"),
         (["--scores", "ones", "--top", "0.1", "--at_least", "2"], "--at_least is 2.0 and --top is 0.1; give one"),
         (["--clusters", "whole", "--top", "0.1"], "--top is 0.1 and there are no scores"),
