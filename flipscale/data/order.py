@@ -252,8 +252,10 @@ class GlobalOrder:
         return self._shuffled[key]
 
     def _visits(self, weights: SampleWeights, number: int, epoch: _Epoch, start: int, end: int) -> np.ndarray:
-        """Return the sample at each place in [start, end) before the block is permuted, its number of earlier visits in
-        this range, and of all of them: int64 `(3, places)`."""
+        """Return the visits of the places in [start, end) before the block is permuted, int64 `(3, places)`.
+
+        Each has its sample, and the numbers of earlier and of all visits of the sample in this range.
+        """
         first = int(np.searchsorted(epoch.shard_starts, start, side="right")) - 1
         last = int(np.searchsorted(epoch.shard_starts, end, side="left"))
         begins = np.append(epoch.shard_starts, self.num_samples)[first : last + 1].tolist()
