@@ -83,7 +83,8 @@ class Loop:
         config, stage = self.recipe.model_config(), self.recipe.stages[0]
         step = micro_batch(self.recipe, self.launch, stage)
         content = example_batch(config, replace(step, batch_size=pairs), self.objective)
-        content["patches"].random_(0, 256)
+        if "patches" in content:
+            content["patches"].random_(0, 256)
         if "input_ids" in content:
             content["input_ids"].random_(1, config.caption_config.vocab_size)
         if "patch_index" in content:

@@ -42,7 +42,7 @@ class MissingFeatures(BadSample):
     cause = "missing_features"
 
 
-class Features:
+class StoredFeatures:
     """The stored features of one tower, mapped to memory shard by shard.
 
     Args:
@@ -106,7 +106,7 @@ class StoredPairs(PairDataset):
     Columns: `image_features` and `text_features`, float16 `(batch, width)`; `PairDataset`'s for a tower that learns.
     """
 
-    def __init__(self, *arguments: Any, stored: Mapping[str, Features], **options: Any):
+    def __init__(self, *arguments: Any, stored: Mapping[str, StoredFeatures], **options: Any):
         super().__init__(*arguments, **options)
         self.stored = stored
 

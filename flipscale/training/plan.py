@@ -31,7 +31,7 @@ from flipscale.training.stored import open_stored
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from flipscale.data.features import Features
+    from flipscale.data.features import StoredFeatures
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
 
@@ -89,7 +89,7 @@ class Plan:
     tasks: list[Task]
     objective: Objective
     class_names: Sequence[str]
-    stored: Mapping[str, Features]
+    stored: Mapping[str, StoredFeatures]
 
     @property
     def fingerprint(self) -> int:

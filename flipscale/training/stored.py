@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.features import ABOUT, PROBE, Features
+from flipscale.data.features import ABOUT, PROBE, StoredFeatures
 from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
@@ -20,7 +20,7 @@ from flipscale.training.recipe import Recipe
 
 def open_stored(
     recipe: Recipe, source: Source, config: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> Mapping[str, Features]:
+) -> Mapping[str, StoredFeatures]:
     """Return the stored features of each tower that is not run, `images` and `texts`.
 
     Raises:
@@ -52,7 +52,7 @@ def _field(tower: str) -> str:
     return "data.image_features" if tower == "images" else "data.text_features"
 
 
-def _opened(recipe: Recipe, tower: str, source: Source) -> Features:
+def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
     folder = recipe.data.stored[tower]
     named = f"{_field(tower)} is {folder!r}"
     model, data = recipe.model, recipe.data
@@ -71,7 +71,7 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> Features:
         raise UserError(f"{named} and the tower has no start weights; set model.init_from to the model of the features")
     if not isinstance(source, TarSource):
         raise UserError(f"{named}, which needs whole shards of one source; use data.shards and data.fraction 1")
-    features = Features(Path(folder), tower, source.shard_sizes)
+    features = StoredFeatures(Path(folder), tower, source.shard_sizes)
     about = features.about
     if about["shards_digest"] != source.contents_digest():
         raise UserError(
