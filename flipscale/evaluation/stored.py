@@ -234,7 +234,7 @@ def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], feat
     about: dict[str, Any] = {
         **{"model": embedder.name, "model_digest": weights_digest(model.parameters()), "features": features},
         **{"shards": source.list.shards, "shards_digest": source.contents_digest(), "samples": len(source)},
-        "dtype": "float16",
+        **{"dtype": "float16", "computed_in": embedder.accelerator.mixed_precision},
     }
     for tower in towers:
         weights = getattr(model, STORED_TOWERS[tower], model).parameters()
