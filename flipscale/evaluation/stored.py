@@ -151,11 +151,11 @@ def _computed(embedder: Embedder, batch: _Batch, features: Features) -> dict[str
     device, raw = embedder.accelerator.device, dict[str, torch.Tensor]()
     with torch.no_grad(), embedder.accelerator.autocast():
         if batch.images is not None:
-            compute = embedder.image_features if features == "embeds" else embedder.pooled_features
-            raw["images"] = compute(**batch.images.to(device).with_image_size(embedder.pixels))
+            of_images = embedder.image_features if features == "embeds" else embedder.pooled_features
+            raw["images"] = of_images(**batch.images.to(device).with_image_size(embedder.pixels))
         if batch.texts:
-            compute = embedder.text_features if features == "embeds" else embedder.pooled_text_features
-            raw["texts"] = compute(_tokens(embedder, batch).to(device))
+            of_texts = embedder.text_features if features == "embeds" else embedder.pooled_text_features
+            raw["texts"] = of_texts(_tokens(embedder, batch).to(device))
     found = {}
     for tower, rows in raw.items():
         found[tower] = (normalise_embeds(rows) if features == "embeds" else rows).to(torch.float16).cpu().numpy()

@@ -426,14 +426,14 @@ class FlipProjection(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(pooled)))
 
     @classmethod
-    def of(cls, config: FlipVisionConfig | FlipTextConfig) -> nn.Module:
+    def of(cls, config: FlipVisionConfig | FlipTextConfig) -> Any:
         """Return the projection of a tower."""
         if config.projection_hidden_size is not None:
             return cls(config, config.projection_hidden_size)
         return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
-def projected(projection: nn.Module, features: torch.Tensor) -> BaseModelOutputWithPooling:
+def projected(projection: nn.Module, features: torch.Tensor) -> Any:
     """Return a tower's output with `pooler_output` projected, from stored features `(batch, width)`."""
     dtype = next(projection.parameters()).dtype
     return BaseModelOutputWithPooling(pooler_output=projection(features.to(dtype)))

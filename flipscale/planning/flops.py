@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,7 +142,7 @@ def forward_flops(
         lora: low-rank changes in place of the weights.
         stored: as in `Step`.
     """
-    rest = {"frozen": frozen, "lora": lora or LoraRecipe(), "stored": stored}
+    rest: dict[str, Any] = {"frozen": frozen, "lora": lora or LoraRecipe(), "stored": stored}
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size, **rest)
     if objective.exported_class is FlipModel:
         objective = replace(PLAIN, captions_per_image=objective.captions_per_image)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 
@@ -116,7 +116,7 @@ class ModelRecipe:
             return self.init_from
         from flipscale.engines.start_towers import Towers  # imports the models
 
-        return Towers(self.vision, self.text)
+        return Towers(*cast(tuple[str, str], (self.vision, self.text)))
 
     def config(self) -> "FlipConfig":
         """Return the model's configuration. Raise UserError if the size or a field is unknown, or the patch does not
