@@ -33,7 +33,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flipscale.data import decode
+from flipscale.data import decode, pairs
 from flipscale.data.captions import tokenise
 from flipscale.data.loader import PackedBatch, build_loader, keep_decoded_memory
 from flipscale.data.masks import keyed_patches
@@ -327,16 +327,20 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
     def seconds(*functions: Callable[..., Any]) -> float:
         return sum(stats.get(key(function), (0,) * 4)[3] for function in functions)
 
+    def seconds_from(function: Callable[..., Any], caller_file: str) -> float:
+        callers = stats.get(key(function), (0, 0, 0, 0, {}))[4]
+        return sum(times[3] for (file, _, _), times in callers.items() if file == caller_file)
+
     total, resize = seconds(type(dataset).__getitems__, PackedBatch.of), seconds(decode.Crop.fitted)
     # Large crops are resized inside the decoder, small crops after it.
-    callers = stats.get(key(decode.Crop.fitted), (0, 0, 0, 0, {}))[4]
-    within = callers.get(key(decode.decode_crop), (0,) * 4)[3]
+    within = seconds_from(decode.Crop.fitted, decode.__file__)
     parts = {
         "read": seconds(type(dataset.source).read),
         "decode": seconds(decode.decode_crop) - within,
         "resize": resize,
         "patches": seconds(decode.visible_patches),
-        "draw": seconds(type(dataset.order).locate, keyed_uniform, keyed_patches),
+        # The order and the masks draw too, within their own time.
+        "draw": seconds(type(dataset.order).locate, keyed_patches) + seconds_from(keyed_uniform, pairs.__file__),
         "tokenise": seconds(tokenise),
     }
     parts["collate"] = total - sum(parts.values())
