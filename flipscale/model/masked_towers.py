@@ -67,6 +67,7 @@ class PackedRegisters(PackedViTEmbeddings):
         self.mask_token.requires_grad_(False)  # type: ignore[attr-defined]  # for DINOv2's own pre-training
 
 
+_CLIP, _SIGLIP = (kind.sub_configs_defaults["vision_config"] for kind in (MaskedCLIPConfig, MaskedSiglipConfig))
 _HALF, _MEAN, _STD = (0.5,) * 3, IMAGENET_MEAN, IMAGENET_STD
 # Image towers by `model_type`: the configuration and the model for training.
 VISION_TOWERS: dict[str, tuple[Any, Any]] = {
@@ -79,8 +80,8 @@ VISION_TOWERS: dict[str, tuple[Any, Any]] = {
         masked_config(Dinov2WithRegistersConfig, _MEAN, _STD),
         masked_tower(Dinov2WithRegistersModel, Dinov2WithRegistersEmbeddings, PackedRegisters),
     ),
-    "clip_vision_model": (MaskedCLIPConfig.sub_configs_defaults["vision_config"], MaskedCLIPModel.tower_class),
-    "siglip_vision_model": (MaskedSiglipConfig.sub_configs_defaults["vision_config"], MaskedSiglipModel.tower_class),
+    "clip_vision_model": (_CLIP.config_class, MaskedCLIPModel.tower_class),
+    "siglip_vision_model": (_SIGLIP.config_class, MaskedSiglipModel.tower_class),
 }
 
 

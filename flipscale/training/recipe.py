@@ -399,7 +399,7 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     named = [name for name in ("vision", "text") if getattr(model, name) is not None]
     if named and (model.family in ("clip", "siglip") or (model.family == "flip" and model.init_from)):
         raise UserError(
-            f"model.{named[0]} is {getattr(model, named[0])!r}, model.family {model.family!r} and model.init_from "
+            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family {model.family!r}, with model.init_from "
             f"{model.init_from!r}; set the family to towers, or to flip without init_from"
         )
     if model.family == "towers" and (len(named) == 1 or bool(named) == bool(model.init_from)):
