@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import losses, metrics, write_shards
+import yaml
+from conftest import TOWER, losses, metrics, write_shards
 from distributed.crowd import Crowds
 from distributed.test_engines import Trainings, close
 from evaluation.tiny_model import tiny_embedder
@@ -162,3 +163,31 @@ def test_what_does_not_fit_is_refused(
     assert "images/00002.npy and 0 others are missing" in line("--data.image_features", tmp_path / "a")
     file = trainings.file(tmp_path / "fresh", **{**CASES["both"], "model": {"vision": None, "text": str(folder / "B")}})
     assert "has no start weights" in refused("pretrain", "--config", file)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "towers"), [("clip", ["images", "texts"]), ("siglip", ["images"])])
+def test_towers_of_other_families(
+    recipe: dict, shards: Path, caption_tokenizer: Path, tmp_path: Path, family: str, towers: list[str]
+) -> None:
+    """SigLIP has no projections, so its text tower learns."""
+    model: dict = {**recipe["model"], "family": family, "text_config": {**TOWER, "max_position_embeddings": 8}}
+    data = {**recipe["data"], "tokenizer": str(caption_tokenizer)}
+    changes = {"model": {**model, "size": "s16"}, "data": data, "stages": [{**STAGES[0], "samples": 64}]}
+
+    def train(run_dir: Path, **changed: dict) -> dict[str, torch.Tensor]:
+        file = tmp_path / f"{run_dir.name}.yaml"
+        content = {**recipe, **changes, "output_dir": str(run_dir), **changed}
+        file.write_text(yaml.safe_dump(content))
+        main(["pretrain", "--config", str(file)])
+        return load_file(run_dir / "model/model.safetensors")
+
+    start = train(tmp_path / "start")
+    embed(shards, tmp_path / "features", tmp_path / "start", "--features", "pooled")
+    stored = {f"{tower[:-1]}_features": str(tmp_path / "features") for tower in towers}
+    init = {"family": family, "init_from": str(tmp_path / "start")}
+    aligned = train(tmp_path / "aligned", model=init, data={**data, **stored}, stages=STAGES)
+    assert losses(tmp_path / "aligned")[-1] < losses(tmp_path / "aligned")[0]
+    changed = {name.split(".")[0] for name in start if not torch.equal(start[name], aligned[name])}
+    learns = {"visual_projection", "text_projection"} if family == "clip" else {"text_model"}
+    assert changed == {*learns, "logit_scale"}
