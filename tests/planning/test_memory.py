@@ -166,10 +166,10 @@ def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -
 @pytest.mark.long
 def test_copies_follow_the_number_of_processes(h14: Recipe) -> None:
     fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
-    assert hsdp == replace(fsdp2, shard_size=8)
+    assert hsdp == replace(fsdp2, shard_size=8, reshards=False)
     kept, other = recipe_memory(h14, hsdp), recipe_memory(h14, fsdp2)
     assert kept.weights == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
-    assert kept.communication == other.communication
+    assert recipe_memory(h14, replace(hsdp, reshards=True)).communication == other.communication < kept.communication
     assert recipe_memory(h14, replace(hsdp, num_processes=512)).weights == kept.weights
     assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
 
@@ -190,7 +190,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
     # Pairs of changes where no single one does.
     recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, precision="bf16")
     recipe = replace(recipe, data=replace(recipe.data, micro_batch_size=512))
-    together = what_fits(recipe, launch, 9 * 2**30)
+    together = what_fits(recipe, launch, 17 * 2**29)
     assert {words.rpartition(" and ")[0] for words in together} == {"model.gradient_checkpointing"}
     assert what_fits(recipe, launch, 2**29) == []
 
