@@ -112,9 +112,12 @@ class EarlyGather:
             self._work = dist.all_gather_single(self._everywhere, self._own, async_op=True)
 
     def wait(self) -> torch.Tensor:
-        """Return the texts of all processes `(processes * batch, dim)`. On a GPU only its stream waits for them."""
+        """Return the texts of all processes `(processes * batch, dim)`, once. A GPU's stream waits for them."""
         self._work.wait()
-        return self._everywhere
+        everywhere = self._everywhere
+        # This object outlives the loss, and the backward pass needs the memory.
+        del self._work, self._everywhere, self._own
+        return everywhere
 
 
 class Ring:
