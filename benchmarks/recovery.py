@@ -288,7 +288,7 @@ def wait_for(happened: Callable[[], object], seconds: float = 900.0) -> None:
     """Wait until `happened()` is true.
 
     Raises:
-        TimeoutError: that took too long.
+        TimeoutError: it has not happened after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not happened():

@@ -233,7 +233,8 @@ def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], feat
     widths = {tower: rows.shape[1] for tower, rows in _computed(embedder, tried, features).items()}
     about: dict[str, Any] = {
         **{"model": embedder.name, "model_digest": weights_digest(model.parameters()), "features": features},
-        **{"shards": source.list.shards, "shards_digest": source.contents_digest(), "samples": len(source)},
+        **{"shards": source.list.shards, "samples": len(source)},
+        "shards_digest": source.contents_digest(in_order=True),
         **{"dtype": "float16", "computed_in": embedder.accelerator.mixed_precision},
     }
     for tower in towers:

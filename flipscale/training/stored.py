@@ -73,7 +73,7 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
         raise UserError(f"{named}, which needs whole shards of one source; use data.shards and data.fraction 1")
     features = StoredFeatures(Path(folder), tower, source.shard_sizes)
     about = features.about
-    if about["shards_digest"] != source.contents_digest():
+    if about["shards_digest"] != source.contents_digest(in_order=True):
         raise UserError(
             f"{named}, which has features of {about['samples']} samples in other shards ({about['shards']}) than "
             f"data.shards {source.list.shards!r} with {len(source)}; embed these shards"

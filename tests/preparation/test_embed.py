@@ -19,6 +19,8 @@ from evaluation.tiny_model import tiny_embedder
 from torch import nn
 
 from flipscale.cli import main
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar import TarSource
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import open_embedder
@@ -168,3 +170,15 @@ def test_other_features_and_other_files_are_refused(
     assert "features embeds" in run(pairs, out, "--model", model, "--features", "pooled")
     assert "holds something that" in run(pairs, pairs, "--model", model)
     assert "embeds no texts" in run(pairs, tmp_path / "new", "--model", "pixels")
+
+
+def test_shards_in_another_order_are_others(tmp_path: Path) -> None:
+    """Shards have the same names in two folders, which are renamed: rows of features would be of other samples."""
+    for name, other, size in (("a", "b", 3), ("b", "a", 5)):
+        write_shards(tmp_path / "one" / name, [size])
+        shutil.copytree(tmp_path / "one" / name, tmp_path / "two" / other)
+    data = DataRecipe(lanes=1, shards_per_block=1)
+    one, two = (open_shards(f"{tmp_path}/{name}/*/*.tar", data) for name in ("one", "two"))
+    assert (one.shard_sizes, two.shard_sizes) == ([3, 5], [5, 3])
+    assert one.contents_digest() == two.contents_digest()
+    assert one.contents_digest(in_order=True) != two.contents_digest(in_order=True)

@@ -183,11 +183,12 @@ class TarSource(Source):
             header = os.pread(self._opened(shard), 100, (block - 1) * BLOCK) if block else b""
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
-    def contents_digest(self) -> str:
-        """Return a digest of the shards' names, sizes and numbers of samples, whatever their folder."""
+    def contents_digest(self, in_order: bool = False) -> str:
+        """Return a digest of the shards' names, sizes and numbers of samples, whatever their folder, and their order
+        unless `in_order`."""
         names = [self.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(self.shard_sizes))]
-        shards = sorted(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
-        return hashlib.blake2b(json.dumps(shards).encode(), digest_size=16).hexdigest()
+        shards = list(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
+        return hashlib.blake2b(json.dumps(shards if in_order else sorted(shards)).encode(), digest_size=16).hexdigest()
 
     def _row(self, shard: int, number: int) -> np.ndarray:
         """Return the index row of a sample, uint32 `(3, 2)`."""
