@@ -47,7 +47,7 @@ SUBSTITUTES = {
     r"runs/table_1d/runs/\*/model --zero_shot data/icons/test": "runs/demo/model --zero_shot data/demo/test",
     r"flipscale plan .* --gpu": "flipscale plan examples/demo/demo.yaml examples/demo/demo_clip.yaml --gpu",
     r"--num_processes 64,1024 --gpu": "--num_processes 64,256 --gpu",
-    r"--config h14_laion2b --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
+    r"--config (h14_laion2b|b16_datacomp_node) --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
     r"--config examples/demo/demo_unseen.yaml": "--config examples/demo/demo_unseen.yaml "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
     # From the site's own model, and a few samples.
@@ -209,7 +209,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config examples/demo/demo_unseen": verb,
     r"flipscale finetune --config examples/demo/finetune_demo.yaml --data": verb,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
-    r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli evaluate) ": training,
+    r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli (evaluate|prepare)) ": training,
     r"flipscale recipes$": verb,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
     r"flipscale (\w+|--help)( |$)": verb,
