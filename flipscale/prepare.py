@@ -165,6 +165,8 @@ def _add_weights_arguments(weights: argparse.ArgumentParser) -> None:
     add("directory", type=output_folder, help="Folder to write.")
     add("--scores", type=Path, metavar="FILE", help=f"An .npy file of a score for each sample, {order}.")
     add("--field", help="Field of KEY.json with the score. A sample without a number there is never drawn.")
+    counts_help = "The score is the number of samples with the same caption."
+    add("--caption_counts", action="store_true", default=None, help=counts_help)
     least_help = "Draw samples of at least this score equally often, and no others. Default: a score is a weight."
     add("--at_least", type=number(Finite), metavar="SCORE", help=least_help)
     add("--top", type=number(ShareAboveZero), metavar="SHARE", help="The same for this share of the highest scores.")

@@ -5,10 +5,11 @@ Scores, clusters and weights are in memory, a few numbers a sample. Features are
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from flipscale.preparation.worker_pool import worker_pool
 # Features of each cluster that k-means learns from; faiss takes no more.
 _ROWS_PER_CLUSTER = 256
 
-_source: TarSource  # set in each worker
+_source: Any  # a Source, set in each worker
 _field: str
 
 
@@ -33,6 +34,7 @@ class WeightOptions:
 
     scores: Path | None = None
     field: str | None = None
+    caption_counts: bool | None = None
     at_least: float | None = None
     top: float | None = None
     clusters: Path | None = None
@@ -43,14 +45,15 @@ class WeightOptions:
     def check(self) -> None:
         """Raise UserError for options that exclude each other, or miss one."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        for one, other in (("scores", "field"), ("at_least", "top"), ("clusters", "features")):
-            if one in given and other in given:
+        scored_by, clustered_by = ("scores", "field", "caption_counts"), ("clusters", "features")
+        for kinds in (scored_by, ("at_least", "top"), clustered_by):
+            for one, other in pairwise(name for name in kinds if name in given):
                 raise UserError(f"--{one} is {given[one]} and --{other} is {given[other]}; give one of them")
-        scores, made_from = given.keys() & {"scores", "field"}, ("scores", "field", "clusters", "features")
+        scores, made_from = given.keys() & set(scored_by), scored_by + clustered_by
         if not given.keys() & set(made_from):
             raise UserError(f"nothing to make weights from; give one of --{', --'.join(made_from)}")
         for name in given.keys() & {"at_least", "top"} if not scores else ():
-            raise UserError(f"--{name} is {given[name]} and there are no scores; add --scores or --field")
+            raise UserError(f"--{name} is {given[name]} and there are no scores; add --{', --'.join(scored_by)}")
         if ("features" in given) != ("num_clusters" in given):
             raise UserError(f"--features is {self.features} and --num_clusters {self.num_clusters}; give both or none")
 
@@ -68,7 +71,7 @@ def make_weights(source: Source, shards: str, options: WeightOptions, folder: Pa
     """
     options.check()
     weights, clusters = np.ones(len(source)), None
-    if options.scores is not None or options.field is not None:
+    if options.scores is not None or options.field is not None or options.caption_counts:
         weights = _of_scores(source, options, processes)
     if options.clusters is not None:
         clusters = _read_numbers("--clusters", options.clusters, source, "iu")
@@ -88,10 +91,12 @@ def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.nda
     """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold."""
     if options.scores is not None:
         scores = _read_numbers("--scores", options.scores, source, "fiu")
-        has_score = is_good = np.isfinite(scores)
+    elif options.field is not None:
+        scores = _read_field(source, options.field, processes)
     else:
-        scores = _read_field(source, options.field or "", processes)
-        has_score, is_good = np.isfinite(scores), np.ones(len(scores), bool)
+        scores = _count_captions(source, processes)
+    has_score = np.isfinite(scores)
+    is_good = has_score if options.scores is not None else np.ones(len(scores), bool)
     is_weight = options.at_least is None and options.top is None
     is_good = is_good & ~(scores < 0) if is_weight else is_good
     if not is_good.all():
@@ -135,16 +140,26 @@ def _read_field(source: Source, field: str, processes: int) -> np.ndarray:
     """Return a number of each sample's `KEY.json`, float64; NaN for samples without one."""
     if not isinstance(source, TarSource):
         raise UserError(f"--field is {field!r}, which reads KEY.json of tar shards; give --scores for a data set")
-    shards = range(len(source.shard_sizes))
-    with worker_pool(min(processes, len(shards)), _keep, (source, field)) as pool:
-        read = list(each(pool.map(_read_shard, shards), "reading scores", "shards", len(shards)))
-    scores = np.concatenate(read)
+    scores = _of_shards(_read_shard, source, field, processes)
     if not np.isfinite(scores).any():
         raise UserError(f"--field is {field!r}, which no KEY.json of {len(source)} samples has as a number")
     return scores
 
 
-def _keep(source: TarSource, field: str) -> None:
+def _count_captions(source: Source, processes: int) -> np.ndarray:
+    """Return the number of samples with each sample's first caption, float64; NaN for samples without one."""
+    digests = _of_shards(_digest_captions, source, "", processes)
+    _, members, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    return np.where(digests == 0, np.nan, counts[members].astype(np.float64))
+
+
+def _of_shards(function: Callable[[int], np.ndarray], source: Source, field: str, processes: int) -> np.ndarray:
+    shards = range(len(source.shard_sizes))
+    with worker_pool(min(processes, len(shards)), _keep, (source, field)) as pool:
+        return np.concatenate(list(each(pool.map(function, shards), "reading scores", "shards", len(shards))))
+
+
+def _keep(source: Source, field: str) -> None:
     global _source, _field
     _source, _field = source, field
 
@@ -159,6 +174,24 @@ def _read_shard(shard: int) -> np.ndarray:
         if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
             scores[number] = value
     return scores
+
+
+def _digest_captions(shard: int) -> np.ndarray:
+    """Return a digest of each sample's first caption that is not blank, uint64; 0 for none.
+
+    Case and the number of spaces make no difference.
+    """
+    digests = np.zeros(_source.shard_sizes[shard], np.uint64)
+    for number in range(len(digests)):
+        try:
+            captions = _source.read_captions(shard, number)
+        except BadSample:
+            continue
+        words = next(filter(None, map(bytes.split, captions)), None)
+        if words:
+            text = b" ".join(words).decode("utf-8", "replace").casefold().encode()
+            digests[number] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
+    return digests
 
 
 def _cluster(folder: Path, source: Source, count: int) -> np.ndarray:

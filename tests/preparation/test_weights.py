@@ -63,6 +63,24 @@ def test_a_field_of_key_json(tmp_path: Path) -> None:
     assert weights[[0, 1, 6, 7]] == pytest.approx(np.array([0.5, 0.1, 0.3, 1]) / 1.9 * 4)
 
 
+def test_counts_of_captions(tmp_path: Path) -> None:
+    """Of the first caption that is not blank, in any case and spacing, over all shards; none is never drawn."""
+    shards = [
+        ["A red  disc", "disc", None, " \n"],
+        ["a red disc\n", "DISC ", "caf\u00e9", "Caf\u00c9", "a red disc!", "a red disc"],
+    ]
+    for number, captions in enumerate(shards):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key, caption in enumerate(captions):
+                add_member(tar, f"{key}.jpg", picture())
+                if caption is not None:
+                    add_member(tar, f"{key}.txt", caption.encode())
+    counts = np.array([3, 2, 0, 0, 3, 2, 2, 2, 1, 3])
+    kept = prepared(tmp_path, tmp_path / "kept", "--caption_counts", "--at_least", "3")
+    assert kept.tolist() == (counts >= 3).astype(int).tolist()
+    assert prepared(tmp_path, tmp_path / "raw", "--caption_counts") == pytest.approx(counts / 18 * 8)
+
+
 def test_clusters_are_drawn_by_a_power_of_their_size(shards: Path, tmp_path: Path) -> None:
     """DynamiCS: a cluster of n samples has n ** power visits in proportion. A score filters first."""
     clusters = np.repeat([7, 2, 0, -1], [64, 16, 4, 12])
@@ -110,9 +128,10 @@ def test_features_are_clustered_and_two_runs_give_the_same_bytes(shards: Path, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one of --scores, --field, --clusters, --features"),
+        ([], "give one of --scores, --field, --caption_counts, --clusters, --features"),
         (["--scores", "ones", "--field", "x"], "--scores is ones.npy and --field is x; give one"),
         (["--scores", "ones", "--top", "0.1", "--at_least", "2"], "--at_least is 2.0 and --top is 0.1; give one"),
+        (["--field", "f", "--caption_counts"], "--field is f and --caption_counts is True"),
         (["--clusters", "whole", "--top", "0.1"], "--top is 0.1 and there are no scores"),
         (["--features", "x"], "--features is x.npy and --num_clusters None; give both"),
         (["--scores", "nan"], "nan.npy: sample 40, number 10 of .*00001.tar, has nan; expected finite"),
