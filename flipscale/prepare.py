@@ -14,6 +14,7 @@ from flipscale.io.options import (
     CountOrZero,
     Finite,
     Pairs,
+    Seed,
     Share,
     ShareAboveZero,
     ShareBelowOne,
@@ -103,6 +104,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--towers", nargs="+", choices=["images", "texts"], default=["images", "texts"],
         help="Embed the images, the texts (the first caption of each) or both. Default: both.",
     )  # fmt: skip
+    embed.add_argument(
+        "--crops", type=number(Count), metavar="N",
+        help="Embed N random crops of each image, for data.teachers of a recipe. Default: the whole image.",
+    )  # fmt: skip
+    embed.add_argument(
+        "--crop_scale", nargs=2, type=number(ShareAboveZero), default=(0.5, 1.0), metavar=("LEAST", "MOST"),
+        help="Area of the crops as a fraction of the image's, the recipe's data.crop_scale. Default: 0.5 1.0.",
+    )  # fmt: skip
+    embed.add_argument("--no_mirror", action="store_true", help="Mirror no crop, for data.mirror false. Default: half.")
+    embed.add_argument("--seed", type=number(Seed), default=0, help="Seed of the crops. Default: 0.")
     embed.add_argument("--batch_size", type=number(Pairs), default=256, help="Samples embedded at once. Default: 256.")
     embed.add_argument(
         "--num_workers", type=number(Workers),
@@ -311,16 +322,21 @@ def _embed(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
+    from flipscale.data.teachers import StoredCrops
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.stored import store_features
     from flipscale.hub.loading import open_embedder
 
+    scale = tuple(args.crop_scale)
+    if scale[0] > scale[1]:
+        raise UserError(f"--crop_scale is {scale[0]:g} {scale[1]:g}; expected the smaller share first")
+    crops = StoredCrops(args.crops, scale, not args.no_mirror, args.seed) if args.crops else None
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
     source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1))
     accelerator = start_accelerator([], ".")
     embedder = open_embedder(args.model, accelerator, args.batch_size, workers)
     began = time.monotonic()
-    counts = store_features(embedder, source, args.directory, args.towers, args.features)
+    counts = store_features(embedder, source, args.directory, args.towers, args.features, crops)
     if accelerator.is_main_process:
         bad = " and ".join(f"{counts[f'bad {tower}']:,} {tower}" for tower in args.towers)
         print(

@@ -143,7 +143,12 @@ def decode_box(
 
 @wrap_errors(UndecodableImage)
 def decode_crop(
-    encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float], squash: bool = False
+    encoded: bytes,
+    draws: np.ndarray | None,
+    image_size: int,
+    crop_scale: tuple[float, float],
+    squash: bool = False,
+    fallback_size: int | None = None,
 ) -> Crop:
     """Return the crop of an image. A crop of a large image is `fitted` already, so that it holds no other memory.
 
@@ -156,6 +161,7 @@ def decode_crop(
             centre.
         crop_scale: least and most area of a random crop as fractions of the image's.
         squash: whether the whole image takes the place of its centre, as in SigLIP.
+        fallback_size: size in place of `image_size` for the fallback of `random_box`.
 
     Raises:
         UndecodableImage: the bytes are no image, or a damaged or an oversized one.
@@ -172,7 +178,7 @@ def decode_crop(
     if draws is None:
         box = Box(0, 0, height, width) if squash else centre_box(height, width, image_size)
     else:
-        box = random_box(height, width, draws, image_size, crop_scale)
+        box = random_box(height, width, draws, fallback_size or image_size, crop_scale)
     if jpeg_size is not None:
         # Test images are decoded at full size, because a crop of a scaled image is rounded to whole pixels.
         eighths = 8 if draws is None else _fewest_eighths(box, image_size)

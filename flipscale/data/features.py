@@ -1,8 +1,8 @@
 """Stored features: a folder with the image or text features of every sample of some shards, by one model.
 
 `images/NNNNN.npy` and `texts/NNNNN.npy` hold the features of shard NNNNN of the manifest, float16 `(samples, width)`,
-in the order of its samples. The row of a sample that cannot be used is NaN. `features.json` names the model and the
-shards.
+in the order of its samples. The row of a sample that cannot be used is NaN. With several crops of each image,
+`images/NNNNN.npy` is `(samples, crops, width)`. `features.json` names the model and the shards.
 """
 
 import copy
@@ -59,6 +59,8 @@ class StoredFeatures:
         if tower not in self.about:
             raise UserError(f"{folder} has no features of {tower}; write them by `flipscale prepare embed`")
         self.width, self.digest = int(self.about[tower]["width"]), str(self.about[tower]["weights_digest"])
+        crops = self.about[tower].get("crops")
+        self._crops = (int(crops["count"]),) if crops else ()
         lacking = [shard for shard in range(len(sizes)) if not shard_file(folder, tower, shard).is_file()]
         if lacking:
             raise UserError(
@@ -75,10 +77,10 @@ class StoredFeatures:
         return found
 
     def row(self, place: tuple[int, int]) -> np.ndarray:
-        """Return the features of a sample, float16 `(width,)`, or raise MissingFeatures."""
+        """Return the features of a sample, float16 `(width,)` or `(crops, width)`, or raise MissingFeatures."""
         shard, number = place
         row = self._mapped(shard)[number]
-        if np.isnan(row[0]):
+        if np.isnan(row.flat[0]):
             raise MissingFeatures(f"{shard_file(self.folder, self.tower, shard)} has none in row {number}")
         return row
 
@@ -87,8 +89,9 @@ class StoredFeatures:
             file = shard_file(self.folder, self.tower, shard)
             try:
                 self._open[shard] = array = np.load(file, mmap_mode="r")
-                if (array.dtype, array.shape) != (np.float16, (self._sizes[shard], self.width)):
-                    raise UserError(f"{array.dtype} {array.shape}, not float16 {(self._sizes[shard], self.width)}")
+                shape = (self._sizes[shard], *self._crops, self.width)
+                if (array.dtype, array.shape) != (np.float16, shape):
+                    raise UserError(f"{array.dtype} {array.shape}, not float16 {shape}")
             except ValueError as error:
                 raise UserError(f"{file} is damaged ({error}); remove it and run `flipscale prepare embed`") from error
             if len(self._open) > _MOST_MAPPED:

@@ -108,6 +108,8 @@ class DataRecipe:
         image_features: A folder in which `flipscale prepare embed --features pooled` stored what the image tower gives
             for these shards. The tower then is frozen and not run. It is that of the start weights.
         text_features: The same for the captions and the text tower.
+        teachers: Folders in which `flipscale prepare embed --crops` stored embeddings of these shards, each by another
+            model, for `loss.kind` `infonce`. The student sees one of these crops, and the first caption.
         pack_captions: Put several short captions in one row of the text tower, so that padding costs little. The losses
             stay equal up to rounding. For family `clip`, and for `flip` without `attend_to_padding`. Does not change
             what is learned.
@@ -140,6 +142,7 @@ class DataRecipe:
     captions: dict[str, NonNegative] | None = None
     image_features: str | None = field(default=None, metadata={"place": True})
     text_features: str | None = field(default=None, metadata={"place": True})
+    teachers: list[str] = field(default_factory=list, metadata={"place": True})
     pack_captions: bool = field(default=False, metadata={"learned": False})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})

@@ -6,11 +6,14 @@ the model. So a killed run goes on with the shards that are missing, and any num
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -24,6 +27,7 @@ from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
+from flipscale.data.teachers import StoredCrops
 from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, decoded_batches, dummy_batch, packed
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.digests import weights_digest
@@ -39,13 +43,19 @@ _FREE = ("model", "shards")
 
 
 def store_features(
-    embedder: Embedder, source: TarSource, out_dir: Path, towers: Sequence[str], features: Features
+    embedder: Embedder,
+    source: TarSource,
+    out_dir: Path,
+    towers: Sequence[str],
+    features: Features,
+    crops: StoredCrops | None = None,
 ) -> Counter[str]:
     """Collective. Write the features of all shards that no other process writes.
 
     Args:
         towers: `images`, `texts` or both. A sample's text is its first caption that is not blank.
         features: `embeds`, projected and of unit length; or `pooled`, before the projection, as the tower gives them.
+        crops: crops of each image; None embeds the whole image.
 
     Returns:
         Counts of all processes that torchrun started: `shards`, `samples`, and `bad images` and `bad texts`.
@@ -54,16 +64,18 @@ def store_features(
         UserError: the model has no such tower, its numbers exceed float16, or `out_dir` has other features or files.
         OSError: a shard cannot be read, a worker died, or the disk is full.
     """
-    about = _describe(embedder, source, towers, features)
+    about = _describe(embedder, source, towers, features, crops)
     _begin(out_dir, about)
-    where, sizes, size = SampleNumbers(source), source.shard_sizes, embedder.share(len(source)).size
+    where, sizes, per_sample = SampleNumbers(source), source.shard_sizes, (crops.count,) if crops else ()
+    size = max(1, embedder.share(len(source)).size // math.prod(per_sample))
     decode = embedder.decoder() if "images" in towers else None
     claims = _Claims(out_dir, towers)
     counts = Counter({"shards": 0, "samples": 0, "bad images": 0, "bad texts": 0})
     done = sum(count for shard, count in enumerate(sizes) if claims.is_finished(shard))
 
     def empty(shard: int) -> dict[str, np.ndarray]:
-        return {tower: np.empty((sizes[shard], about[tower]["width"]), np.float16) for tower in towers}
+        shapes = {"images": (sizes[shard], *per_sample), "texts": (sizes[shard],)}
+        return {tower: np.empty((*shapes[tower], about[tower]["width"]), np.float16) for tower in towers}
 
     with Progress(len(where), "embedding", "images", initial=done) as bar:
 
@@ -77,11 +89,13 @@ def store_features(
 
         arrays: dict[str, np.ndarray] = {}
         workers = embedder.num_workers if len(where) > size else 0
-        for batch in decoded_batches(_Samples(source, decode, "texts" in towers), batches(), workers):
+        samples = _Samples(source, decode, "texts" in towers, crops, embedder.image_size if crops else 0)
+        for batch in decoded_batches(samples, batches(), workers):
             shard, first = where[batch.row]
             if not first:
                 arrays = empty(shard)
             for tower, rows in _computed(embedder, batch, features).items():
+                rows = rows.reshape(-1, *arrays[tower].shape[1:])
                 rows[batch.bad[tower]] = np.nan
                 counts[f"bad {tower}"] += len(batch.bad[tower])
                 arrays[tower][first : first + len(rows)] = rows
@@ -94,7 +108,10 @@ def store_features(
 
 
 class _Batch(NamedTuple):
-    """The columns of images, and the captions, of consecutive rows from `row` on; places of `bad` ones by tower."""
+    """The columns of images, and the captions, of consecutive rows from `row` on; places of `bad` ones by tower.
+
+    The crops of an image are neighbours.
+    """
 
     row: int
     images: PackedBatch | None
@@ -105,38 +122,50 @@ class _Batch(NamedTuple):
 class _Samples(Dataset):
     """Batches of consecutive samples. A grey image and a word stand for those that cannot be used."""
 
-    def __init__(self, source: TarSource, decode: Decoder | None, reads_texts: bool):
+    def __init__(
+        self, source: TarSource, decode: Decoder | None, reads_texts: bool, crops: StoredCrops | None, image_size: int
+    ):
         self.source, self.decode, self.reads_texts = source, decode, reads_texts
+        self.crops, self.image_size = crops, image_size
         self.where = SampleNumbers(source)
 
     def __getitems__(self, rows: Sequence[int]) -> _Batch | Exception:
         batch = _Batch(rows[0], None, [], {"images": [], "texts": []})
-        decoded = (self._decoded(batch, place, row) for place, row in enumerate(rows))
+        decoded = itertools.chain.from_iterable(self._decoded(batch, place, row) for place, row in enumerate(rows))
         try:
             if self.decode is not None:
-                return batch._replace(images=packed(decoded, len(rows)))
+                return batch._replace(images=packed(decoded, len(rows) * (self.crops.count if self.crops else 1)))
             list(decoded)  # reads the captions
             return batch
         except (ValueError, OSError) as error:
             return error
 
-    def _decoded(self, batch: _Batch, place: int, row: int) -> dict[str, np.ndarray]:
-        """Return the columns of an image, if images are decoded, and add the caption to the batch."""
+    def _decoded(self, batch: _Batch, place: int, row: int) -> list[dict[str, np.ndarray]]:
+        """Return the columns of an image or its crops, if images are decoded, and add the caption to the batch."""
         captions: tuple[bytes, ...] = ()
         try:
             if self.decode is None:
                 captions = self.source.read_captions(*self.where[row])
-                return {}
+                return []
             sample = self.source.read(*self.where[row])
             captions = sample.captions
             with wrap_errors(UndecodableImage):
-                return self.decode(sample.image, row)
+                return [self.decode(image, row) for image in self._images(sample.image, row)]
         except BadSample:
             batch.bad["images"].append(place)
-            return self.decode(GREY, row) if self.decode else {}
+            return [self.decode(GREY, row)] * (self.crops.count if self.crops else 1) if self.decode else []
         finally:
             if self.reads_texts:
                 self._add_text(batch, place, captions)
+
+    def _images(self, encoded: bytes, row: int) -> Iterator[bytes]:
+        """Yield the image, or each crop as an image of the model's size, which the model's own decoder takes."""
+        if self.crops is None:
+            yield encoded
+            return
+        for number in range(self.crops.count):
+            pixels = self.crops.decode(encoded, self.where[row], number, self.image_size).fitted(self.image_size)
+            yield cv2.imencode(".bmp", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
 
     def _add_text(self, batch: _Batch, place: int, captions: tuple[bytes, ...]) -> None:
         try:
@@ -223,9 +252,16 @@ class _Claims:
         lock.release()
 
 
-def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], features: Features) -> dict[str, Any]:
+def _describe(
+    embedder: Embedder, source: TarSource, towers: Sequence[str], features: Features, crops: StoredCrops | None
+) -> dict[str, Any]:
     """Return the content of `features.json`."""
     model = embedder.model
+    if crops and (features != "embeds" or "images" not in towers):
+        raise UserError(
+            f"--crops is {crops.count} with --features {features} and --towers {' '.join(towers)}; it is for embeds of "
+            "images, which teach another model"
+        )
     if "texts" in towers and "texts" not in embedder.gives:
         raise UserError(f"--model {embedder.name!r} embeds no texts; use --towers images")
     decode = embedder.decoder()
@@ -235,6 +271,7 @@ def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], feat
         **{"model": embedder.name, "model_digest": weights_digest(model.parameters()), "features": features},
         **{"shards": source.list.shards, "samples": len(source)},
         "shards_digest": source.contents_digest(in_order=True),
+        **({"logit_scale": scale} if (scale := _logit_scale(model)) is not None else {}),
         **{"dtype": "float16", "computed_in": embedder.accelerator.mixed_precision},
     }
     for tower in towers:
@@ -245,9 +282,19 @@ def _describe(embedder: Embedder, source: TarSource, towers: Sequence[str], feat
         squashes = is_ours and InputShape.of(model.config).squashes
         resize = ("to a square" if squashes else "short side, then the centre") if is_ours else "by its own processor"
         about["images"] |= {"image_size": embedder.image_size, "resize": resize}
+        if crops:
+            about["images"]["crops"] = {**asdict(crops), "scale": [*crops.scale]}
     if "texts" in towers and is_ours:
         about["texts"]["tokens_digest"] = weights_digest([embedder.tokens([PROBE])])
     return about
+
+
+def _logit_scale(model: Any) -> float | None:
+    """Return the factor of a model's cosines in its loss, or None if it is unknown."""
+    if hasattr(model, "loss_values"):
+        return model.loss_values()["logit_scale"].item()
+    scale = getattr(model, "logit_scale", None)
+    return scale.detach().float().exp().item() if isinstance(scale, torch.Tensor) else None
 
 
 def _begin(folder: Path, about: dict[str, Any]) -> None:

@@ -91,8 +91,7 @@ class _InfoNCE(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         image_embeds, text_embeds, logit_scale, exchange, ids, spreads, begun = inputs
-        pairs = len(text_embeds) * world_size()
-        dtype = torch.float64 if pairs <= _FEW and not image_embeds.is_cuda else torch.float32
+        dtype = loss_dtype(text_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
             wanted = any(ctx.needs_input_grad)
@@ -125,17 +124,17 @@ def _loss_and_gradients(
     views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange, begun)
     equal = None if ids is None else EqualIds(ids)
     text_sums = equal.no_sums(texts) if equal else texts.new_zeros(0)
-    shift = _shift_of_all(views, texts, scale)
+    shift = shift_of_all(views, texts, scale)
     positives = [view.new_empty(len(view)) for view in views]
     image_negatives = [LogSumExp.empty(view, shift) for view in views]
-    for first_pair, visited, slot in all_texts.visits(_merge_views):
+    for first_pair, visited, slot in all_texts.visits(merge_views):
         text_negatives = [LogSumExp.empty(visited, shift) for _ in views]
         for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
-            _add_negatives(view, visited, scale, first_pair, shift, *sums, _workspace(view, visited))
-        slot.results = _flat(text_negatives)
+            add_negatives(view, visited, scale, first_pair, shift, *sums, _workspace(view, visited))
+        slot.results = flat(text_negatives)
         if equal:
             equal.add(text_sums, visited, first_pair)
-    text_negatives = [LogSumExp(*negatives) for negatives in _by_view(all_texts.reduced)]
+    text_negatives = [LogSumExp(*negatives) for negatives in by_view(all_texts.reduced)]
     if spreads:
         # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
         positives = [scale * _dot(view.double(), texts.double()) for view in views]
@@ -175,9 +174,9 @@ def _loss_and_gradients(
         image_sums = equal.no_sums(texts)
         equal.add(image_sums, -2 * scale * shares * torch.stack(views).sum(0), 0)
     of_views = [*zip(views, views_of(image_gradient, len(texts)), image_softmax, positive_gradients, strict=True)]
-    for first_pair, visited, slot in all_texts.visits(None, *_flat(text_softmax)):
+    for first_pair, visited, slot in all_texts.visits(None, *flat(text_softmax)):
         text_gradient = equal.look_up(image_sums, first_pair, len(visited)) if equal else torch.zeros_like(visited)
-        for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, _by_view(slot.along), strict=True):
+        for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, by_view(slot.along), strict=True):
             results = (view_gradient, text_gradient, _workspace(view, visited))
             _add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results)
         slot.results = (text_gradient,)
@@ -211,7 +210,7 @@ def _beside_each(negatives: list[LogSumExp], positives: list[torch.Tensor], shif
 @torch.library.custom_op(
     "flipscale::add_negatives", mutates_args=("image_negatives", "text_negatives", "positives", "memory")
 )
-def _add_negatives(
+def add_negatives(
     images: torch.Tensor,
     texts: torch.Tensor,
     scale: torch.Tensor,
@@ -288,20 +287,26 @@ def _triton_runs_on(device: torch.device) -> bool:
     )
 
 
-def _merge_views(parts: Rows) -> Rows:
+def loss_dtype(texts: torch.Tensor) -> torch.dtype:
+    """Return the precision of the loss for a batch with these `texts` on each process."""
+    few = len(texts) * world_size() <= _FEW
+    return torch.float64 if few and not texts.is_cuda else torch.float32
+
+
+def merge_views(parts: Rows) -> Rows:
     """Merge the negatives of each view; each tensor is a stack over processes."""
-    return _flat([merge(LogSumExp(*view)) for view in _by_view(parts)])
+    return flat([merge(LogSumExp(*view)) for view in by_view(parts)])
 
 
-def _flat(views: Sequence[LogSumExp | Softmax]) -> Rows:
+def flat(views: Sequence[LogSumExp | Softmax]) -> Rows:
     return tuple(tensor for view in views for tensor in view)
 
 
-def _by_view(rows: Rows) -> list[Rows]:
+def by_view(rows: Rows) -> list[Rows]:
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def _shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
+def shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
     """Collective on CPUs. Return the `common_shift` of the global batch; on accelerators always None.
 
     On an accelerator the host would have to wait for all queued work, and running maxima cost little there.

@@ -11,6 +11,7 @@ from torch import nn
 
 from flipscale.data.features import StoredPairs
 from flipscale.data.pairs import PairDataset
+from flipscale.data.teachers import TaughtPairs
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
@@ -83,7 +84,8 @@ class Objective:
         options["sends_masked"] = "masked_patches" in self.columns
         options["captions_per_image"] = self.captions_per_image
         options["sends_caption_ids"] = "caption_ids" in self.coupled_columns
-        return (StoredPairs if "stored" in options else PairDataset)(*arguments, **options)
+        other = TaughtPairs if "teachers" in options else PairDataset
+        return (StoredPairs if "stored" in options else other)(*arguments, **options)
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
         """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""
@@ -159,6 +161,10 @@ class WithSecondLoss(Objective):
     @property
     def is_coupled(self) -> bool:
         return self.other.is_coupled
+
+    @property
+    def coupled_columns(self) -> tuple[str, ...]:
+        return self.other.coupled_columns
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         return self.other.model_config(config)

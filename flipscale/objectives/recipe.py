@@ -1,15 +1,19 @@
 """The recipe's `loss` section, and the objective that it describes."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.recipe import MaskRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, NonNegative, check_ranges, refuse_set
+from flipscale.io.options import Count, NonNegative, Positive, Share, check_ranges, refuse_set
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
+
+# The share of MobileCLIP-B on DataCompDR-1B (github.com/apple/ml-mobileclip, training/configs/run_datacompdr1b.sh).
+_TEACHER_WEIGHT = 0.75
 
 
 @functools.cache
@@ -56,6 +60,9 @@ class LossRecipe:
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         word_weight: The weight of a second loss, the words of the caption as labels of the image
             (`flipscale.objectives.words`), beside `infonce` or `sigmoid`; 0 leaves out that loss and its head.
+        teacher_weight: The share of the teachers' similarities in the targets of `infonce`, with `data.teachers`. The
+            rest is the pairs' (`flipscale.objectives.teacher`). Null is 0.75, as MobileCLIP-B has.
+        teacher_temperature: The temperature of all teachers' similarities; null is 1 / `logit_scale` of each.
         caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
             `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.
         caption_kind: How captions are predicted: `next_token`, `parallel` or `mixed`, as `prediction` of `captioning`.
@@ -68,6 +75,8 @@ class LossRecipe:
     exchange: str = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
     word_weight: NonNegative = 0.0
+    teacher_weight: Share | None = None
+    teacher_temperature: Positive | None = None
     caption_weight: NonNegative = 0.0
     caption_kind: Literal["next_token", "parallel", "mixed"] = "next_token"
 
@@ -110,19 +119,32 @@ class LossRecipe:
             raise UserError(f"loss.options of loss.kind {self.kind!r}: {' '.join(str(error).split())}") from None
 
 
-def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
-    """Return the objective of a recipe."""
+def build_objective(recipe: LossRecipe, mask: MaskRecipe, teachers: Sequence[str] = ()) -> "Objective":
+    """Return the objective of a recipe, with its `data.teachers`."""
     from flipscale.objectives.captioning import WithCaptions
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
+    from flipscale.objectives.teacher import Distilled
     from flipscale.objectives.words import WithWords
 
     shared: dict[str, Any] = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
     objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **shared, **recipe.options)
     check_ranges(objective, "loss.options")
+    if teachers:
+        others: dict[str, Any] = {
+            "loss.kind": None if recipe.kind == "infonce" else recipe.kind,
+            "loss.positives": None if recipe.positives == "pairs" else recipe.positives,
+            "loss.captions_per_image": recipe.captions_per_image - 1 and recipe.captions_per_image,
+        }
+        refuse_set(others, f"data.teachers is {[*teachers]}, which is for infonce of pairs with one caption")
+        weight = _TEACHER_WEIGHT if recipe.teacher_weight is None else recipe.teacher_weight
+        objective = Distilled(exchange=recipe.exchange, teacher_weight=weight)
+    for name in () if teachers else ("teacher_weight", "teacher_temperature"):
+        if (value := getattr(recipe, name)) is not None:
+            raise UserError(f"loss.{name} is {value:g} and there are no teachers; set data.teachers, or leave it out")
     other_model = None if objective.model_class is Objective.model_class else recipe.kind
     if recipe.captions_per_image > 1:
-        others: dict[str, Any] = {
+        others = {
             "loss.kind": None if objective.takes_positives else recipe.kind,
             "loss.positives": None if recipe.positives == "pairs" else recipe.positives,
             "loss.caption_weight": recipe.caption_weight,

@@ -189,10 +189,8 @@ class SimilarityTiles:
 
         The caller still has to multiply `row_gradient` by `scale`.
         """
-        if not logit_gradient.is_cuda:
-            torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
-        row_gradient[tile.rows].addmm_(logit_gradient, self.columns[tile.columns])
-        column_gradient[tile.columns].addmm_(logit_gradient.t(), tile.scaled)
+        products = (row_gradient[tile.rows], column_gradient[tile.columns])
+        add_products(logit_gradient, tile.scaled, self.columns[tile.columns], *products)
 
     def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -238,7 +236,20 @@ def add_gradients(
 ) -> None:
     """Add the gradients of the sum of both sides' cross-entropies to `row_gradient` and `column_gradient`.
 
-    The caller still has to multiply `row_gradient` by `scale`.
+    The caller still has to multiply `row_gradient` by `scale`. The other arguments are those of `logit_gradients`.
+    """
+    for tile, logit_gradient in logit_gradients(tiles, row_softmax, column_softmax, positive_gradient, shift):
+        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
+
+
+def logit_gradients(
+    tiles: SimilarityTiles,
+    row_softmax: Softmax,
+    column_softmax: Softmax,
+    positive_gradient: torch.Tensor,
+    shift: float | None,
+) -> Iterator[tuple[Tile, torch.Tensor]]:
+    """Yield each tile and the gradient of the sum of both sides' cross-entropies with respect to its logits.
 
     Args:
         positive_gradient: gradients of the pairs' logits, `(rows,)`.
@@ -256,7 +267,21 @@ def add_gradients(
             exponentials = tile.logits.sub_(columns.shift).clamp_(min=LOWEST_EXPONENT).exp_()
             logit_gradient.addcmul_(exponentials, columns.factor)
         tiles.positives_of(logit_gradient, tile).copy_(positive_gradient[tile.paired])
-        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
+        yield tile, logit_gradient
+
+
+def add_products(
+    logit_gradient: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    row_gradient: torch.Tensor,
+    column_gradient: torch.Tensor,
+) -> None:
+    """Add the gradients of `rows` and `columns`, given that of their products."""
+    if not logit_gradient.is_cuda:
+        torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
+    row_gradient.addmm_(logit_gradient, columns)
+    column_gradient.addmm_(logit_gradient.t(), rows)
 
 
 def _exponentials(tile: Tile, shift: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
+from flipscale.data.features import ABOUT
 from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
@@ -27,6 +29,7 @@ from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_moments, num_trained
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
+from flipscale.io.model_folder import read_object
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.exchange import exchange_bytes
@@ -206,7 +209,18 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     columns = pairs if recipe.loss.exchange == "ring" else batch
     tiles = 4 * math.prod(workspace_elements(pairs, columns, dim, buffers=2, device_type="cuda"))
     kept = 4 * dim * pairs * (views + 1)
-    return kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views), kept
+    peak = kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views)
+    if not recipe.data.teachers:
+        return peak, kept
+    # The teachers' part comes first, beside the student's texts if they are gathered already.
+    abouts = [Path(folder, ABOUT) for folder in recipe.data.teachers]
+    widths = [int(read_object(file)["texts"]["width"]) if file.is_file() else dim for file in abouts]
+    width, world = len(widths) * max(widths), launch.num_processes
+    others = {1: 0}.get(world, 3 if recipe.loss.exchange == "ring" else world)
+    tiles = 4 * math.prod(workspace_elements(pairs, columns, max(widths), buffers=2, device_type="cuda"))
+    rows = 4 * pairs * (width * (3 + others) + dim * (2 + others))
+    exchanged = exchange_bytes(recipe.loss.exchange, pairs, world, dim, len(widths))
+    return kept + max(peak, tiles + rows + exchanged), 2 * kept
 
 
 def _nccl_bytes(launch: Launch) -> int:

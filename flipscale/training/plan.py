@@ -26,12 +26,13 @@ from flipscale.evaluation.test_set import read_class_names, refuse_other_class_n
 from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
-from flipscale.training.stored import open_stored
+from flipscale.training.stored import open_stored, open_teachers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from flipscale.data.features import StoredFeatures
+    from flipscale.data.teachers import Teacher
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
 
@@ -79,6 +80,7 @@ class Plan:
         datasets: the training pairs at each stage's masks and sizes.
         class_names: names of a classifier's classes; empty for other models.
         stored: the stored features in place of a tower's input, by tower.
+        teachers: the teachers of the loss.
     """
 
     recipe: Recipe
@@ -90,11 +92,13 @@ class Plan:
     objective: Objective
     class_names: Sequence[str]
     stored: Mapping[str, StoredFeatures]
+    teachers: Sequence[Teacher]
 
     @property
     def fingerprint(self) -> int:
         """63-bit digest of what the order and the samples depend on: sizes of shards, and models of stored features."""
-        digests = (int(found.digest, 16) for found in self.stored.values())
+        digests = [int(found.digest, 16) for found in self.stored.values()]
+        digests += [teacher.digest for teacher in self.teachers]
         return (shard_sizes_digest(self.source) + sum(digests)) % 2**63
 
     @property
@@ -190,19 +194,20 @@ def check(recipe: Recipe) -> Plan:
             )
         if config.decoder_config is not None:
             check_begin_and_end(tokenizer, config.decoder_config)
-    stored = open_stored(recipe, source, config, tokenizer)
+    teachers, stored = open_teachers(recipe, source), open_stored(recipe, source, config, tokenizer)
     datasets = {
         stage: objective.dataset(
             source, tokenizer, replace(data, captions=stage.captions or data.captions), shape.at(stage.image_size),
             recipe.seed, stage.mask_ratio, recipe.mask, stage.text_mask_ratio,
             drop_path_rate=recipe.model.drop_path_rate, **({"stored": stored} if stored else {}),
+            **({"teachers": teachers} if teachers else {}),
         )
         for stage in stages
     }  # fmt: skip
     check_decodable(tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     schedule = Schedule(tuple(stages), budget_seconds)
-    return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names, stored)
+    return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names, stored, teachers)
 
 
 def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:

@@ -262,7 +262,7 @@ class Recipe:
 
     def objective(self) -> "Objective":
         """Return the training objective. Raise UserError if the section `loss` is wrong."""
-        return build_objective(self.loss, self.mask)
+        return build_objective(self.loss, self.mask, self.data.teachers)
 
     def model_config(self) -> "FlipConfig":
         """Return the model's configuration, with the loss parameters that the objective needs. Raise UserError if the
@@ -512,6 +512,8 @@ def deciding_part(
         section: Any = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
         if isinstance(value, str) and f.metadata.get("place") and name_of is not None:
             value = name_of(value)
+        elif isinstance(value, list) and f.metadata.get("place") and name_of is not None:
+            value = [*map(name_of, value)]
         elif isinstance(value, dict) and section is not None:
             value = deciding_part(value, section, name_of)
         elif isinstance(value, list | tuple):

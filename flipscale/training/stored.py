@@ -1,6 +1,6 @@
 """The stored features of a recipe: opened, and refused where they are of other shards or of another model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from flipscale.data.features import ABOUT, PROBE, StoredFeatures
 from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
+from flipscale.data.teachers import StoredCrops, Teacher
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
@@ -69,6 +70,14 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
     start = model.start if isinstance(model.start, str | None) else {"images": model.vision, "texts": model.text}[tower]
     if start is None:
         raise UserError(f"{named} and the tower has no start weights; set model.init_from to the model of the features")
+    features = _of_shards(folder, tower, named, source)
+    if features.about["features"] != "pooled":
+        raise UserError(f"{named}, which has features after the projection; embed with --features pooled")
+    return features
+
+
+def _of_shards(folder: str, tower: str, named: str, source: Source) -> StoredFeatures:
+    """Return the features of a tower in a folder that a field names, or raise UserError unless they are of `source`."""
     if not isinstance(source, TarSource):
         raise UserError(f"{named}, which needs whole shards of one source; use data.shards and data.fraction 1")
     features = StoredFeatures(Path(folder), tower, source.shard_sizes)
@@ -78,6 +87,47 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
             f"{named}, which has features of {about['samples']} samples in other shards ({about['shards']}) than "
             f"data.shards {source.list.shards!r} with {len(source)}; embed these shards"
         )
-    if about["features"] != "pooled":
-        raise UserError(f"{named}, which has features after the projection; embed with --features pooled")
     return features
+
+
+def open_teachers(recipe: Recipe, source: Source) -> Sequence[Teacher]:
+    """Return the teachers of a recipe.
+
+    Raises:
+        UserError: a teacher is of other shards, crops or features, its temperature is unknown, or a field needs other
+            crops or captions.
+    """
+    return [_teacher(recipe, folder, source) for folder in recipe.data.teachers]
+
+
+def _teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
+    named, data = f"data.teachers has {folder!r}", recipe.data
+    others = {f"stages.{stage.name}.captions": stage.captions for stage in recipe.stages}
+    others |= {f"data.{name}": getattr(data, name) for name in ("captions", "image_features", "text_features")}
+    refuse_set(others, f"{named}, which teaches one caption of each crop")
+    images, texts = (_of_shards(folder, tower, named, source) for tower in ("images", "texts"))
+    about = images.about
+    if about["features"] != "embeds" or "crops" not in about["images"]:
+        raise UserError(f"{named}, which has no embeddings of crops; embed with --features embeds and --crops 4")
+    crops = StoredCrops(**{**about["images"]["crops"], "scale": tuple(about["images"]["crops"]["scale"])})
+    for name, value, of_teacher in (
+        ("crop_scale", tuple(data.crop_scale), crops.scale),
+        ("mirror", data.mirror, crops.mirror),
+    ):
+        if value != of_teacher:
+            raise UserError(
+                f"data.{name} is {value} and the crops of the teacher {folder!r} have {of_teacher}; set it to the "
+                "teacher's, or embed again with this recipe's --crop_scale and, if it does not mirror, --no_mirror"
+            )
+    first = read_object(Path(data.teachers[0], ABOUT))["images"]["crops"]
+    if first != about["images"]["crops"]:
+        raise UserError(
+            f"{named} with the crops {about['images']['crops']}, and {data.teachers[0]!r} {first}; embed "
+            "both with the same --crops and --seed"
+        )
+    scale = about.get("logit_scale")
+    if recipe.loss.teacher_temperature is not None:
+        scale = 1 / recipe.loss.teacher_temperature
+    if scale is None:
+        raise UserError(f"{named}, which has no logit_scale; set loss.teacher_temperature, such as 0.01")
+    return Teacher(images, texts, crops, scale)

@@ -125,6 +125,7 @@ def test_the_sections_that_decide() -> None:
             "captions",
             "image_features",
             "text_features",
+            "teachers",
             "tokenizer",
             "global_batch_size",
             "crop_scale",

@@ -1,0 +1,158 @@
+"""Distillation from teachers: the contrastive loss with the teachers' similarities as targets (arXiv 2311.17049).
+
+Of a pair, InfoNCE's target is the pair alone. A teacher's target is its own softmax over the global batch, of images
+and of texts. The loss is `1 - weight` of the one and `weight` of the other, averaged over the teachers. Both parts have
+the same log-sum-exps of the student's logits. So the change from InfoNCE is linear in these logits, and needs no
+softmax of the student.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flipscale.objectives.contrastive import (
+    Contrastive,
+    add_negatives,
+    by_view,
+    flat,
+    loss_dtype,
+    merge_views,
+    shift_of_all,
+)
+from flipscale.objectives.exchange import Rows, exchange_of
+from flipscale.objectives.tiles import (
+    LogSumExp,
+    PrecomputedGradients,
+    SimilarityTiles,
+    Softmax,
+    add_products,
+    as_number,
+    for_each_block,
+    logit_gradients,
+    views_of,
+    workspace,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Contrastive):
+    """The contrastive loss with `teacher_weight` of its targets from teachers."""
+
+    teacher_weight: float
+
+    @property
+    def coupled_columns(self) -> tuple[str, ...]:
+        return ("teacher_embeds",)
+
+    def coupled_loss(self, images: Any, texts: Any, teacher_embeds: Any, **parameters: Any) -> torch.Tensor:
+        change = change_of_targets(images, texts, parameters["logit_scale"], teacher_embeds, self.exchange)
+        return super().coupled_loss(images, texts, **parameters) + self.teacher_weight * change
+
+
+def change_of_targets(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    teacher_embeds: torch.Tensor,
+    exchange: str = "gather",
+) -> torch.Tensor:
+    """Collective. Return the loss with the teachers' targets minus the loss with the pairs as targets, fp32 `()`.
+
+    As with `contrastive_loss`, the mean over processes belongs to the global batch, gradients are computed along, and
+    several views of each image are averaged.
+
+    Args:
+        image_embeds, text_embeds, logit_scale, exchange: see `contrastive_loss`; a text for each image.
+        teacher_embeds: fp32 `(batch, teachers, 2, width)`: image and text, whose product is the teacher's logit.
+    """
+    loss: torch.Tensor = _Change.apply(image_embeds, text_embeds, logit_scale, teacher_embeds, exchange)
+    return loss
+
+
+class _Change(PrecomputedGradients):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        image_embeds, text_embeds, logit_scale, teacher_embeds, exchange = inputs
+        dtype = loss_dtype(text_embeds)
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            sides = (image_embeds.to(dtype), text_embeds.to(dtype), as_number(logit_scale))
+            loss, gradients = _change_and_gradients(*sides, teacher_embeds.to(dtype), exchange)
+        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
+        return loss.float()
+
+
+def _change_and_gradients(
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, teachers: torch.Tensor, exchange: str
+) -> tuple[torch.Tensor, Rows]:
+    """Collective. Return the change, fp64 `()`, and its gradients by images, texts and scale.
+
+    With `N` pairs, logits `s` of the student, and `W` the sum of the teacher's softmax over texts and that over images,
+    the change is `(2 trace(s) - sum(W * s)) / 2N`. The weights `W - 2` of pairs and `W` of others are the gradient of
+    the teacher's own InfoNCE by its logits. So a first pass over the tiles sums the teacher's negatives, and a second
+    pass makes each tile of weights again and multiplies it with the student's embeddings.
+    """
+    count, width = teachers.shape[1], teachers.shape[3]
+    views = views_of(images, len(texts))
+    mean_images = torch.stack(views).mean(0)
+    own_images, own_texts = ([*side.unbind(1)] for side in teachers.unbind(2))
+    # One exchange: each text of the student behind those of the teachers.
+    together = exchange_of(torch.cat([*own_texts, texts], dim=1), exchange)
+
+    def of_teachers(visited: torch.Tensor) -> Sequence[torch.Tensor]:
+        return visited[:, : count * width].split(width, dim=1)
+
+    one = torch.ones_like(scale)
+    shifts = [shift_of_all([a], b, one) for a, b in zip(own_images, own_texts, strict=True)]
+    positives = [texts.new_empty(len(texts)) for _ in range(count)]
+    image_negatives = [LogSumExp.empty(texts, shift) for shift in shifts]
+    for first_pair, visited, slot in together.visits(merge_views):
+        text_negatives = [LogSumExp.empty(visited, shift) for shift in shifts]
+        for rows, columns, *sums, shift in zip(
+            own_images, of_teachers(visited), image_negatives, text_negatives, positives, shifts, strict=True
+        ):
+            add_negatives(rows, columns, one, first_pair, shift, *sums, workspace(rows, columns, 2))
+        slot.results = flat(text_negatives)
+    text_negatives = [LogSumExp(*negatives) for negatives in by_view(together.reduced)]
+    sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
+    image_softmax = [image.softmax(pairs) for image, _, pairs in sides]
+    text_softmax = [text.softmax(pairs) for _, text, pairs in sides]
+    of_pairs = [
+        -(image.total * of_image.factor + text.total * of_text.factor)
+        for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
+    ]
+
+    image_gradient = torch.zeros_like(mean_images)
+    for first_pair, visited, slot in together.visits(None, *flat(text_softmax)):
+        their_texts = visited[:, count * width :]
+        text_gradient = texts.new_zeros(their_texts.shape)
+        of_student = (mean_images, their_texts, image_gradient, text_gradient)
+        for rows, columns, *weights, shift, of_texts in zip(
+            own_images, of_teachers(visited), image_softmax, of_pairs, shifts, by_view(slot.along), strict=True
+        ):
+            softmax, memory = (weights[0], Softmax(*of_texts), weights[1], shift), workspace(rows, columns, 2)
+            for_each_block(_add_weighted, rows, columns, one, first_pair, memory, *softmax, *of_student)
+        slot.results = (text_gradient,)
+    (text_gradient,) = together.reduced
+    part = -1 / (2 * len(texts) * count)
+    product = part * torch.einsum("nd,nd->n", mean_images, image_gradient).sum(dtype=torch.float64)
+    image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)
+    return scale * product, (image_gradient, text_gradient.mul_(scale * part), product.reshape(1))
+
+
+def _add_weighted(
+    tiles: SimilarityTiles,
+    image_softmax: Softmax,
+    text_softmax: Softmax,
+    of_pairs: torch.Tensor,
+    shift: float | None,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    image_gradient: torch.Tensor,
+    text_gradient: torch.Tensor,
+) -> None:
+    """Add the products of a teacher's weights with the student's texts and images to the gradients of the others."""
+    for tile, weights in logit_gradients(tiles, image_softmax, text_softmax, of_pairs, shift):
+        gradients = (image_gradient[tile.rows], text_gradient[tile.columns])
+        add_products(weights, images[tile.rows], texts[tile.columns], *gradients)
