@@ -99,18 +99,16 @@ def _change_and_gradients(
     own_images, own_texts = ([*side.unbind(1)] for side in teachers.unbind(2))
     # One exchange: each text of the student behind those of the teachers.
     together = exchange_of(torch.cat([*own_texts, texts], dim=1), exchange)
-
-    def of_teachers(visited: torch.Tensor) -> Sequence[torch.Tensor]:
-        return visited[:, : count * width].split(width, dim=1)
-
+    parts = [width] * count + [texts.shape[1]]
     one = torch.ones_like(scale)
     shifts = [shift_of_all([a], b, one) for a, b in zip(own_images, own_texts, strict=True)]
     positives = [texts.new_empty(len(texts)) for _ in range(count)]
     image_negatives = [LogSumExp.empty(texts, shift) for shift in shifts]
     for first_pair, visited, slot in together.visits(merge_views):
+        *of_teachers, _ = visited.split(parts, dim=1)
         text_negatives = [LogSumExp.empty(visited, shift) for shift in shifts]
         for rows, columns, *sums, shift in zip(
-            own_images, of_teachers(visited), image_negatives, text_negatives, positives, shifts, strict=True
+            own_images, of_teachers, image_negatives, text_negatives, positives, shifts, strict=True
         ):
             add_negatives(rows, columns, one, first_pair, shift, *sums, workspace(rows, columns, 2))
         slot.results = flat(text_negatives)
@@ -125,14 +123,14 @@ def _change_and_gradients(
 
     image_gradient = torch.zeros_like(mean_images)
     for first_pair, visited, slot in together.visits(None, *flat(text_softmax)):
-        their_texts = visited[:, count * width :]
+        *of_teachers, their_texts = visited.split(parts, dim=1)
         text_gradient = texts.new_zeros(their_texts.shape)
         of_student = (mean_images, their_texts, image_gradient, text_gradient)
         for rows, columns, *weights, shift, of_texts in zip(
-            own_images, of_teachers(visited), image_softmax, of_pairs, shifts, by_view(slot.along), strict=True
+            own_images, of_teachers, image_softmax, of_pairs, shifts, by_view(slot.along), strict=True
         ):
-            softmax, memory = (weights[0], Softmax(*of_texts), weights[1], shift), workspace(rows, columns, 2)
-            for_each_block(_add_weighted, rows, columns, one, first_pair, memory, *softmax, *of_student)
+            softmax = (weights[0], of_texts, weights[1])
+            _add_weighted(rows, columns, first_pair, shift, *softmax, *of_student, workspace(rows, columns, 2))
         slot.results = (text_gradient,)
     (text_gradient,) = together.reduced
     part = -1 / (2 * len(texts) * count)
@@ -141,18 +139,32 @@ def _change_and_gradients(
     return scale * product, (image_gradient, text_gradient.mul_(scale * part), product.reshape(1))
 
 
+# One operation to torch, as the passes of the contrastive loss.
+@torch.library.custom_op("flipscale::add_weighted", mutates_args=("image_gradient", "text_gradient", "memory"))
 def _add_weighted(
-    tiles: SimilarityTiles,
-    image_softmax: Softmax,
-    text_softmax: Softmax,
-    of_pairs: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    first_pair: int,
     shift: float | None,
+    image_softmax: Sequence[torch.Tensor],
+    text_softmax: Sequence[torch.Tensor],
+    of_pairs: torch.Tensor,
     images: torch.Tensor,
     texts: torch.Tensor,
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
+    memory: torch.Tensor,
 ) -> None:
-    """Add the products of a teacher's weights with the student's texts and images to the gradients of the others."""
-    for tile, weights in logit_gradients(tiles, image_softmax, text_softmax, of_pairs, shift):
-        gradients = (image_gradient[tile.rows], text_gradient[tile.columns])
-        add_products(weights, images[tile.rows], texts[tile.columns], *gradients)
+    """Add the products of a teacher's weights with the student's texts and images to the gradients of the others.
+
+    The weights are those of all tiles of `rows @ columns.T`, the teacher's logits.
+    """
+
+    def add(tiles: SimilarityTiles, *weights: Any) -> None:
+        for tile, of_tile in logit_gradients(tiles, *weights):
+            gradients = (image_gradient[tile.rows], text_gradient[tile.columns])
+            add_products(of_tile, images[tile.rows], texts[tile.columns], *gradients)
+
+    weights = (Softmax(*image_softmax), Softmax(*text_softmax), of_pairs, shift)
+    one = torch.ones((), dtype=torch.float64, device=rows.device)
+    for_each_block(add, rows, columns, one, first_pair, memory, *weights)

@@ -105,7 +105,7 @@ def test_settings_of_teachers_need_teachers(name: str) -> None:
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:
     """Run the change of targets by two teachers, and then the contrastive loss, on one process of a fake world."""
     both = [SimpleNamespace(needs_input_grad=[True]) for _ in range(2)]
-    with fake_world(1, world), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
+    with fake_world(world - 1, world), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
         sides = [normalize(torch.randn(pairs, dim, device=device), dim=1) for _ in range(2)]
         inputs = [*sides, torch.full((1,), 10.0, device=device)]
         teachers = torch.randn(pairs, 2, 2, width, device=device)
