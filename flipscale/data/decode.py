@@ -285,7 +285,7 @@ def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndar
         return simplejpeg.decode_jpeg(encoded, colorspace="RGB", min_height=min_height, min_width=min_width)
     except (ValueError, KeyError):
         # In a damaged file, Pillow skips stray bytes. It refuses a file that was cut short.
-        whole = _pixels(open_image(encoded), upright=False)
+        whole = rgb_pixels(open_image(encoded), upright=False)
         return whole if eighths == 8 else cv2.resize(whole, (min_width, min_height), interpolation=cv2.INTER_AREA)
 
 
@@ -373,7 +373,7 @@ def _decode_other(encoded: bytes) -> np.ndarray:
         pixels = _decode_by_opencv(encoded, (image.height, image.width))
         if pixels is not None:
             return pixels
-    return _pixels(image, upright=True)
+    return rgb_pixels(image)
 
 
 def _decode_by_opencv(encoded: bytes, size: tuple[int, int]) -> np.ndarray | None:
@@ -381,8 +381,9 @@ def _decode_by_opencv(encoded: bytes, size: tuple[int, int]) -> np.ndarray | Non
     return pixels if pixels is not None and pixels.shape[:2] == size else None
 
 
-def _pixels(image: Image.Image, upright: bool) -> np.ndarray:
-    """Return the RGB of an image of any mode, transparent pixels on white, turned `upright` or as stored."""
+def rgb_pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
+    """Return the RGB of an image of any mode, transparent pixels on white, turned `upright` or as stored. Raise
+    UndecodableImage for a damaged one."""
     with wrap_errors(UndecodableImage):
         image.load()
         pixels = np.empty((image.height, image.width, 3), np.uint8)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
+from flipscale.data.decode import UndecodableImage, decode_box, rgb_pixels, visible_patches
 from flipscale.data.loader import PackedBatch, loader_of, start_workers
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, wrap_errors
@@ -445,7 +445,7 @@ def image_embeds(
     `(pictures, dim)` of unit length, so that inner products are cosines."""
 
     def inputs(batch: Sequence[Picture]) -> Any:
-        return processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
+        return processor(images=[_in_rgb(picture) for picture in batch], return_tensors="pt")
 
     return _embeds(model, model.get_image_features, inputs, pictures, batch_size, "pictures")
 
@@ -477,18 +477,15 @@ def _embeds(
     return np.concatenate(embeds)
 
 
-def _on_white(picture: Picture) -> Image.Image:
-    """Return a picture in RGB, with transparent parts white, as in training."""
-    if not isinstance(picture, Image.Image):
-        try:
-            with Image.open(picture) as image:
-                return _on_white(image)
-        except OSError as error:
-            raise UserError(f"{picture} cannot be read as a picture ({error})") from error
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+def _in_rgb(picture: Picture) -> Image.Image:
+    """Return a picture in RGB as training decodes it: upright, and with transparent parts white."""
+    try:
+        if isinstance(picture, Image.Image):
+            return Image.fromarray(rgb_pixels(picture))
+        with Image.open(picture) as image:
+            return Image.fromarray(rgb_pixels(image))
+    except (OSError, UndecodableImage) as error:
+        raise UserError(f"{picture} cannot be read as a picture ({error})") from error
 
 
 def packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:

@@ -13,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from flipscale.data.decode import UndecodableImage, open_image
-from flipscale.data.samples import wrap_errors
+from flipscale.data.decode import open_image, rgb_pixels
 from flipscale.data.tokenizers import with_lower_case
 from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.io.errors import UserError, first_line, needed
@@ -226,8 +225,7 @@ class TransformersEmbedder(Embedder):
 
 
 def _rgb_image(encoded: bytes) -> Image.Image:
-    with wrap_errors(UndecodableImage):
-        return open_image(encoded).convert("RGB")
+    return Image.fromarray(rgb_pixels(open_image(encoded)))
 
 
 def _processed(image_processor: Callable[..., Any], encoded: bytes, row: int) -> dict[str, np.ndarray]:

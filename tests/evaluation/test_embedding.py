@@ -14,12 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_member
+from data.test_image_kinds import picture, saved, sixteen_bits
 from evaluation.tiny_model import tiny_embedder
+from PIL import ExifTags, Image
 
+from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
-from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, dummy_batch
+from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, dummy_batch, image_embeds
+from flipscale.evaluation.foreign_models import OpenClipEmbedder
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
+from flipscale.hub.export import build_processor
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,31 @@ def test_progress_counts_all_images(embedder: Embedder, shards: Path) -> None:
     assert news == [6] * 16
     counted.uncounted().images(TarSource(str(shards)))
     assert news == [6] * 16
+
+
+@pytest.mark.parametrize("kind", ["a JPEG that EXIF turns", "a 16-bit grey PNG"])
+def test_pictures_of_an_index_and_of_other_models_are_those_of_training(
+    embedder: Embedder, tmp_path: Path, kind: str
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    encoded = sixteen_bits(1) if "PNG" in kind else saved(picture(), "JPEG", quality=95, exif=exif)
+    file, seen = tmp_path / "picture", list[Image.Image]()
+    file.write_bytes(encoded)
+    processor = build_processor(embedder.model.config, embedder.tokenizer)
+
+    def spy(images: list[Image.Image], **options: str) -> object:
+        seen.extend(images)
+        return processor(images=images, **options)
+
+    of_file, of_image = image_embeds(embedder.model, spy, [file, Image.open(file)])
+    assert (of_file == of_image).all()
+    settings = (embedder.model, embedder.tokenizer, embedder.accelerator)
+    foreign = OpenClipEmbedder(*settings, preprocess=lambda image: torch.from_numpy(np.array(image)))
+    expected = decode_whole(encoded).astype(int)
+    assert expected.shape == ((150, 210, 3) if "PNG" in kind else (210, 150, 3))
+    for pixels in (*seen, foreign.decoder()(encoded, 0)["image"]):
+        assert np.abs(np.asarray(pixels) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(("light", "threads"), [(3e7, 1), (0, 2)])
