@@ -114,10 +114,6 @@ class WithCaptions(WithSecondLoss):
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         return captioned(super().dataset, self.prediction, *arguments, **options)
 
-    def metrics(self, output: CaptioningOutput) -> dict[str, torch.Tensor]:
-        assert output.caption_losses is not None
-        return {**self.other.metrics(output), "caption_loss": output.caption_losses.mean()}
-
 
 def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
     """Return a copy of `config` with a decoder, by default of the text tower's width."""

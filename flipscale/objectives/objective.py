@@ -182,7 +182,7 @@ class WithSecondLoss(Objective):
         return self.other.mean_loss(output) + self.weight * output[self.second_values].mean()
 
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:
-        return self.other.metrics(output)
+        return {**self.other.metrics(output), f"{self.second_loss}_loss": output[self.second_values].mean()}
 
     def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
         names = ("contrastive_grad_norm", f"{self.second_loss}_grad_norm")

@@ -98,7 +98,3 @@ class WithWords(WithSecondLoss):
         dataset = without_text_mask(super().dataset(*arguments, **options), "the word head learns every word")
         dataset.word_rarity = word_rarity(dataset)
         return dataset
-
-    def metrics(self, output: WordsOutput) -> dict[str, torch.Tensor]:
-        assert output.word_losses is not None
-        return {**self.other.metrics(output), "word_loss": output.word_losses.mean()}

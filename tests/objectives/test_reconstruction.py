@@ -112,7 +112,9 @@ def test_without_mask_gradients_are_zero() -> None:
 def test_a_run_leaves_nothing_in_the_export(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     stages = [{"name": "masked", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.012}, {"name": "whole", "samples": 32}]
     main(["pretrain", "--config", str(write_recipe(tmp_path, stages=stages, loss={"reconstruction_weight": 2.0}))])
-    losses = [record["loss"] for record in metrics(tmp_path) if "loss" in record]
+    losses, pixels = ([r[name] for r in metrics(tmp_path) if "loss" in r] for name in ("loss", "reconstruction_loss"))
+    assert pixels[0] == pytest.approx(1.1, abs=0.3)
+    assert pixels[-2:] == [0.0, 0.0]
     # ln 16 for the pairs, and 2 x about 1.1 for the pixels; the last two steps have no mask.
     assert losses[0] == pytest.approx(2.77 + 2.3, abs=0.6)
     assert losses[-1] < 3.2

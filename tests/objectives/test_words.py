@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import cut, metrics
 from objectives import test_reconstruction
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -23,6 +23,8 @@ from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.words import WithWords, WordsFlipModel, word_losses
 
 RARITY = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.5, 0.0, *[1.5] * 10])
+
+RUNS = ("whole", "cut")
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -103,6 +105,21 @@ def test_a_run_leaves_nothing_in_the_export(write_recipe: Callable[..., Path], t
     assert "word_head.weight" in saved.shapes
     assert {name for name in saved.shapes if not name.startswith("word_head.")} == exported.keys()
     assert '"FlipModel"' in (tmp_path / "model/config.json").read_text()
+
+
+def test_a_resumed_run_ends_with_the_same_bits(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """The words are counted again at each start. The cut is in a stage that had begun."""
+    stages = [{"name": "masked", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.012}, {"name": "whole", "samples": 32}]
+    changes = {"stages": stages, "loss": {"word_weight": 0.5}, "save": {"every_samples": 16, "total_limit": 8}}
+    main(["pretrain", "--config", str(write_recipe(tmp_path / "whole", **changes))])
+    cut(tmp_path / "whole", tmp_path / "cut", 4)
+    main(["pretrain", "--config", str(write_recipe(tmp_path / "cut", **changes))])
+    whole, again = (load_file(tmp_path / name / "checkpoints/step-00000008/part-00000.safetensors") for name in RUNS)
+    assert any("word_head" in name for name in whole)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    steps = [[(r["word_loss"], r["grad_norm"]) for r in metrics(tmp_path / name) if "loss" in r] for name in RUNS]
+    assert len(steps[0]) == 8
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize(
