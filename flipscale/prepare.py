@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
@@ -14,6 +15,7 @@ from flipscale.io.options import (
     CountOrZero,
     Finite,
     Pairs,
+    Pixels,
     Seed,
     Share,
     ShareAboveZero,
@@ -23,6 +25,9 @@ from flipscale.io.options import (
     number,
     output_folder,
 )
+
+if TYPE_CHECKING:
+    from flipscale.data.samples import Source
 
 _SHARDS_HELP = "Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
 _TOKENIZER_HELP = "Also count the tokens of captions, with a tokenizer named as in a recipe."
@@ -104,6 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--towers", nargs="+", choices=["images", "texts"], default=["images", "texts"],
         help="Embed the images, the texts (the first caption of each) or both. Default: both.",
     )  # fmt: skip
+    size_help = "Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's own."
+    embed.add_argument("--image_size", type=number(Pixels), metavar="PIXELS", help=size_help)
     embed.add_argument(
         "--crops", type=number(Count), metavar="N",
         help="Embed N random crops of each image, for data.teachers of a recipe. Default: the whole image.",
@@ -227,17 +234,23 @@ def _shards(args: argparse.Namespace) -> None:
     print(f"next: flipscale prepare tokenizer {train} {args.directory / 'tokenizer'}")
 
 
-def _tokenizer(args: argparse.Namespace) -> None:
+def _open(shards: str) -> "Source":
+    """Return the source of shards, a saved data set or Parquet files. Shards that cannot be read are left out."""
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_source
+    from flipscale.preparation.lists import source_of
+
+    data = DataRecipe(sources=[source_of(shards)], lanes=1, shards_per_block=1, max_bad_fraction=1.0)
+    return open_source(data)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.data.tokenizers import train_sentencepiece
     from flipscale.io.atomic import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
-    from flipscale.preparation.lists import source_of
 
-    data = DataRecipe(sources=[source_of(args.shards)], lanes=1, shards_per_block=1, max_bad_fraction=1.0)
-    captions = read_captions(open_source(data))
+    captions = read_captions(_open(args.shards))
     with new_folder(args.directory) as folder:
         tokenizer = train_sentencepiece(
             *(captions, folder, args.vocab_size, FlipTextConfig.max_position_embeddings, args.begin_and_end)
@@ -304,24 +317,19 @@ def _resize(args: argparse.Namespace) -> None:
 
 
 def _weights(args: argparse.Namespace) -> None:
-    from flipscale.data.recipe import DataRecipe
-    from flipscale.data.sources.opening import open_source
     from flipscale.io.atomic import new_folder
-    from flipscale.preparation.lists import source_of
     from flipscale.preparation.weights import WeightOptions, make_weights
 
     options = WeightOptions(**{name: getattr(args, name) for name in WeightOptions.__dataclass_fields__})
     options.check()
-    data = DataRecipe(sources=[source_of(args.shards)], lanes=1, shards_per_block=1, max_bad_fraction=1.0)
     with new_folder(args.directory) as folder:
-        composition = make_weights(open_source(data), args.shards, options, folder, args.num_workers)
+        composition = make_weights(_open(args.shards), args.shards, options, folder, args.num_workers)
     print(f"{args.directory}: {composition}\nnext: flipscale pretrain --config RECIPE --data.weights {args.directory}")
 
 
 def _embed(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
-    from flipscale.data.recipe import DataRecipe
-    from flipscale.data.sources.opening import open_shards
+    from flipscale.data.sources.tar import TarSource
     from flipscale.data.teachers import StoredCrops
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.stored import store_features
@@ -332,9 +340,13 @@ def _embed(args: argparse.Namespace) -> None:
         raise UserError(f"--crop_scale is {scale[0]:g} {scale[1]:g}; expected the smaller share first")
     crops = StoredCrops(args.crops, scale, not args.no_mirror, args.seed) if args.crops else None
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
-    source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1))
+    source = _open(args.shards)
+    if not isinstance(source, TarSource):
+        raise UserError(
+            f"shards is {args.shards!r}; expected tar shards. Fix: make them with `flipscale prepare shards`"
+        )
     accelerator = start_accelerator([], ".")
-    embedder = open_embedder(args.model, accelerator, args.batch_size, workers)
+    embedder = open_embedder(args.model, accelerator, args.batch_size, workers).at(args.image_size)
     began = time.monotonic()
     counts = store_features(embedder, source, args.directory, args.towers, args.features, crops)
     if accelerator.is_main_process:

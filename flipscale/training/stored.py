@@ -29,16 +29,18 @@ def open_stored(
             shards, another image size or other tokens. `initial_weights` compares the model.
     """
     stored = {tower: _opened(recipe, tower, source) for tower in recipe.data.stored}
-    needed: dict[str, tuple[str, Any]] = {"images": ("image_size", config.vision_config.image_size)}
+    sizes = {stage.image_size or config.vision_config.image_size for stage in recipe.stages}
+    needed: dict[str, tuple[str, Any]] = {"images": ("image_size", sizes)}
     if "texts" in stored and tokenizer is not None:
         tokens = tokenise(tokenizer, [PROBE], config.caption_config.max_position_embeddings)
-        needed["texts"] = ("tokens_digest", weights_digest([tokens["input_ids"]]))
+        needed["texts"] = ("tokens_digest", {weights_digest([tokens["input_ids"]])})
     for tower, features in stored.items():
-        name, value = needed[tower]
-        if (found := features.about[tower].get(name)) != value:
+        name, values = needed[tower]
+        if {found := features.about[tower].get(name)} != values:
             raise UserError(
-                f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe's model "
-                f"{value}; embed by the folder of the recipe's start weights, and set its tokenizer"
+                f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe "
+                f"{', '.join(map(str, sorted(values)))}; embed by the folder of the recipe's start weights, and set "
+                "its tokenizer, or image_size of the stages"
             )
     return stored
 
@@ -57,8 +59,8 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
     folder = recipe.data.stored[tower]
     named = f"{_field(tower)} is {folder!r}"
     model, data = recipe.model, recipe.data
-    fields = ("mask_ratio", "image_size") if tower == "images" else ("captions",)
-    others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages for name in fields}
+    name = "mask_ratio" if tower == "images" else "captions"
+    others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages}
     if tower == "images":
         others["model.drop_path_rate"] = model.drop_path_rate
     else:

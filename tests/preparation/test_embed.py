@@ -15,7 +15,9 @@ import torch
 from accelerate import Accelerator
 from cli.conftest import write_clip, write_peer
 from conftest import add_member, flipscale, write_shards
+from datasets import Dataset
 from evaluation.tiny_model import tiny_embedder
+from PIL import Image
 from torch import nn
 
 from flipscale.cli import main
@@ -169,6 +171,8 @@ def test_other_features_and_other_files_are_refused(
     assert "samples 49" in run(shards, out, "--model", model)
     assert "features embeds" in run(pairs, out, "--model", model, "--features", "pooled")
     assert "holds something that" in run(pairs, pairs, "--model", model)
+    Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": ["grey"]}).save_to_disk(tmp_path / "rows")
+    assert "rows'; expected tar shards" in run(tmp_path / "rows", tmp_path / "new", "--model", model)
     assert "embeds no texts" in run(pairs, tmp_path / "new", "--model", "pixels")
 
 
