@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,8 @@ def store_features(
     where, sizes, per_sample = SampleNumbers(source), source.shard_sizes, (crops.count,) if crops else ()
     size = max(1, embedder.share(len(source)).size // math.prod(per_sample))
     decode = embedder.decoder() if "images" in towers else None
+    if decode and crops:
+        decode = partial(_decoded_crops, decode, crops, where, embedder.image_size)
     claims = _Claims(out_dir, towers)
     counts = Counter({"shards": 0, "samples": 0, "bad images": 0, "bad texts": 0})
     done = sum(count for shard, count in enumerate(sizes) if claims.is_finished(shard))
@@ -89,13 +92,12 @@ def store_features(
 
         arrays: dict[str, np.ndarray] = {}
         workers = embedder.num_workers if len(where) > size else 0
-        samples = _Samples(source, decode, "texts" in towers, crops, embedder.image_size if crops else 0)
-        for batch in decoded_batches(samples, batches(), workers):
+        for batch in decoded_batches(_Samples(source, decode, "texts" in towers), batches(), workers):
             shard, first = where[batch.row]
             if not first:
                 arrays = empty(shard)
-            for tower, rows in _computed(embedder, batch, features).items():
-                rows = rows.reshape(-1, *arrays[tower].shape[1:])
+            for tower, found in _computed(embedder, batch, features, has_crops=crops is not None).items():
+                rows = found.reshape(-1, *arrays[tower].shape[1:])
                 rows[batch.bad[tower]] = np.nan
                 counts[f"bad {tower}"] += len(batch.bad[tower])
                 arrays[tower][first : first + len(rows)] = rows
@@ -108,10 +110,7 @@ def store_features(
 
 
 class _Batch(NamedTuple):
-    """The columns of images, and the captions, of consecutive rows from `row` on; places of `bad` ones by tower.
-
-    The crops of an image are neighbours.
-    """
+    """The columns of images, and the captions, of consecutive rows from `row` on; places of `bad` ones by tower."""
 
     row: int
     images: PackedBatch | None
@@ -122,50 +121,38 @@ class _Batch(NamedTuple):
 class _Samples(Dataset):
     """Batches of consecutive samples. A grey image and a word stand for those that cannot be used."""
 
-    def __init__(
-        self, source: TarSource, decode: Decoder | None, reads_texts: bool, crops: StoredCrops | None, image_size: int
-    ):
+    def __init__(self, source: TarSource, decode: Decoder | None, reads_texts: bool):
         self.source, self.decode, self.reads_texts = source, decode, reads_texts
-        self.crops, self.image_size = crops, image_size
         self.where = SampleNumbers(source)
 
     def __getitems__(self, rows: Sequence[int]) -> _Batch | Exception:
         batch = _Batch(rows[0], None, [], {"images": [], "texts": []})
-        decoded = itertools.chain.from_iterable(self._decoded(batch, place, row) for place, row in enumerate(rows))
+        decoded = (self._decoded(batch, place, row) for place, row in enumerate(rows))
         try:
             if self.decode is not None:
-                return batch._replace(images=packed(decoded, len(rows) * (self.crops.count if self.crops else 1)))
+                return batch._replace(images=packed(decoded, len(rows)))
             list(decoded)  # reads the captions
             return batch
         except (ValueError, OSError) as error:
             return error
 
-    def _decoded(self, batch: _Batch, place: int, row: int) -> list[dict[str, np.ndarray]]:
-        """Return the columns of an image or its crops, if images are decoded, and add the caption to the batch."""
+    def _decoded(self, batch: _Batch, place: int, row: int) -> dict[str, np.ndarray]:
+        """Return the columns of an image, if images are decoded, and add the caption to the batch."""
         captions: tuple[bytes, ...] = ()
         try:
             if self.decode is None:
                 captions = self.source.read_captions(*self.where[row])
-                return []
+                return {}
             sample = self.source.read(*self.where[row])
             captions = sample.captions
             with wrap_errors(UndecodableImage):
-                return [self.decode(image, row) for image in self._images(sample.image, row)]
+                return self.decode(sample.image, row)
         except BadSample:
             batch.bad["images"].append(place)
-            return [self.decode(GREY, row)] * (self.crops.count if self.crops else 1) if self.decode else []
+            return self.decode(GREY, row) if self.decode else {}
         finally:
             if self.reads_texts:
                 self._add_text(batch, place, captions)
-
-    def _images(self, encoded: bytes, row: int) -> Iterator[bytes]:
-        """Yield the image, or each crop as an image of the model's size, which the model's own decoder takes."""
-        if self.crops is None:
-            yield encoded
-            return
-        for number in range(self.crops.count):
-            pixels = self.crops.decode(encoded, self.where[row], number, self.image_size).fitted(self.image_size)
-            yield cv2.imencode(".bmp", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
 
     def _add_text(self, batch: _Batch, place: int, captions: tuple[bytes, ...]) -> None:
         try:
@@ -175,13 +162,26 @@ class _Samples(Dataset):
             batch.bad["texts"].append(place)
 
 
-def _computed(embedder: Embedder, batch: _Batch, features: Features) -> dict[str, np.ndarray]:
-    """Return the features of a batch by tower, float16 `(rows, width)`."""
+def _decoded_crops(
+    decode: Decoder, crops: StoredCrops, places: SampleNumbers, image_size: int, encoded: bytes, row: int
+) -> dict[str, np.ndarray]:
+    """Return the columns of all crops of an image, each with an axis of crops. A model's own decoder takes a crop as a
+    file of the model's size."""
+    cut = (crops.decode(encoded, places[row], number, image_size).fitted(image_size) for number in range(crops.count))
+    files = (cv2.imencode(".bmp", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes() for pixels in cut)
+    images = [decode(file, row) for file in files]
+    return {name: np.stack([image[name] for image in images]) for name in images[0]}
+
+
+def _computed(embedder: Embedder, batch: _Batch, features: Features, has_crops: bool = False) -> dict[str, np.ndarray]:
+    """Return the features of a batch by tower, float16 `(rows, width)`, with a row for each crop."""
     device, raw = embedder.accelerator.device, dict[str, torch.Tensor]()
     with torch.no_grad(), embedder.accelerator.autocast():
         if batch.images is not None:
             of_images = embedder.image_features if features == "embeds" else embedder.pooled_features
-            raw["images"] = of_images(**batch.images.to(device).with_image_size(embedder.pixels))
+            images = batch.images.to(device)
+            images.update({name: column.flatten(0, 1) for name, column in images.items() if has_crops})
+            raw["images"] = of_images(**images.with_image_size(embedder.pixels))
         if batch.texts:
             of_texts = embedder.text_features if features == "embeds" else embedder.pooled_text_features
             raw["texts"] = of_texts(_tokens(embedder, batch).to(device))

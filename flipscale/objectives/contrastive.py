@@ -130,7 +130,7 @@ def _loss_and_gradients(
     for first_pair, visited, slot in all_texts.visits(merge_views):
         text_negatives = [LogSumExp.empty(visited, shift) for _ in views]
         for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
-            add_negatives(view, visited, scale, first_pair, shift, *sums, _workspace(view, visited))
+            add_negatives(view, visited, scale, first_pair, shift, *sums, workspace_of(view, visited))
         slot.results = flat(text_negatives)
         if equal:
             equal.add(text_sums, visited, first_pair)
@@ -177,8 +177,8 @@ def _loss_and_gradients(
     for first_pair, visited, slot in all_texts.visits(None, *flat(text_softmax)):
         text_gradient = equal.look_up(image_sums, first_pair, len(visited)) if equal else torch.zeros_like(visited)
         for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, by_view(slot.along), strict=True):
-            results = (view_gradient, text_gradient, _workspace(view, visited))
-            _add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results)
+            results = (view_gradient, text_gradient, workspace_of(view, visited))
+            add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results)
         slot.results = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     count = 2 * len(images)
@@ -227,7 +227,7 @@ def add_negatives(
 
 
 @torch.library.custom_op("flipscale::add_gradients", mutates_args=("image_gradient", "text_gradient", "memory"))
-def _add_gradients(
+def add_gradients(
     images: torch.Tensor,
     texts: torch.Tensor,
     scale: torch.Tensor,
@@ -239,14 +239,15 @@ def _add_gradients(
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     memory: torch.Tensor,
+    student: Sequence[torch.Tensor] = (),
 ) -> None:
     """Call `tiles.add_gradients` for all tiles of `scale * images @ texts.T`."""
     softmax = (Softmax(*image_softmax), Softmax(*text_softmax), positive_gradient)
-    sums = (image_gradient, text_gradient, shift)
+    sums = (image_gradient, text_gradient, shift, student)
     for_each_block(tile_functions(images).add_gradients, images, texts, scale, first_pair, memory, *softmax, *sums)
 
 
-def _workspace(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+def workspace_of(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return workspace(images, texts, buffers=1 if triton_serves(images) else 2)
 
 

@@ -4,6 +4,7 @@ A block of logits is processed in registers, right after its matrix product. The
 exponentials and, in the second pass, the gradients of the logits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,13 +46,14 @@ def add_gradients(
     row_gradient: torch.Tensor,
     column_gradient: torch.Tensor,
     shift: float | None,
+    student: Sequence[torch.Tensor] = (),
 ) -> None:
     """Compute the same as `tiles.add_gradients`. The kernel uses the shift of each row and column."""
     for tile in tiles.unfilled():
         logit_gradient = tiles.second_buffer(tile)
         softmax = (*row_softmax.part(tile.rows), *column_softmax.part(tile.columns))
         _launch(tile_gradients, tiles, tile, positive_gradient[tile.rows], *softmax, logit_gradient)
-        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
+        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient, student)
 
 
 def try_out(device: torch.device) -> None:

@@ -6,34 +6,15 @@ the same log-sum-exps of the student's logits. So the change from InfoNCE is lin
 softmax of the student.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from flipscale.objectives.contrastive import (
-    Contrastive,
-    add_negatives,
-    by_view,
-    flat,
-    loss_dtype,
-    merge_views,
-    shift_of_all,
-)
+from flipscale.objectives import contrastive
+from flipscale.objectives.contrastive import Contrastive, by_view, flat, workspace_of
 from flipscale.objectives.exchange import Rows, exchange_of
-from flipscale.objectives.tiles import (
-    LogSumExp,
-    PrecomputedGradients,
-    SimilarityTiles,
-    Softmax,
-    add_products,
-    as_number,
-    for_each_block,
-    logit_gradients,
-    views_of,
-    workspace,
-)
+from flipscale.objectives.tiles import LogSumExp, PrecomputedGradients, as_number, views_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +56,7 @@ class _Change(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         image_embeds, text_embeds, logit_scale, teacher_embeds, exchange = inputs
-        dtype = loss_dtype(text_embeds)
+        dtype = contrastive.loss_dtype(text_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype), as_number(logit_scale))
             loss, gradients = _change_and_gradients(*sides, teacher_embeds.to(dtype), exchange)
@@ -90,8 +71,8 @@ def _change_and_gradients(
 
     With `N` pairs, logits `s` of the student, and `W` the sum of the teacher's softmax over texts and that over images,
     the change is `(2 trace(s) - sum(W * s)) / 2N`. The weights `W - 2` of pairs and `W` of others are the gradient of
-    the teacher's own InfoNCE by its logits. So a first pass over the tiles sums the teacher's negatives, and a second
-    pass makes each tile of weights again and multiplies it with the student's embeddings.
+    the teacher's own InfoNCE by its logits. So the two passes of the contrastive loss run over the teacher's tiles, and
+    the second multiplies the weights with the student's embeddings.
     """
     count, width = teachers.shape[1], teachers.shape[3]
     views = views_of(images, len(texts))
@@ -101,16 +82,17 @@ def _change_and_gradients(
     together = exchange_of(torch.cat([*own_texts, texts], dim=1), exchange)
     parts = [width] * count + [texts.shape[1]]
     one = torch.ones_like(scale)
-    shifts = [shift_of_all([a], b, one) for a, b in zip(own_images, own_texts, strict=True)]
+    shifts = [contrastive.shift_of_all([a], b, one) for a, b in zip(own_images, own_texts, strict=True)]
     positives = [texts.new_empty(len(texts)) for _ in range(count)]
     image_negatives = [LogSumExp.empty(texts, shift) for shift in shifts]
-    for first_pair, visited, slot in together.visits(merge_views):
+    for first_pair, visited, slot in together.visits(contrastive.merge_views):
         *of_teachers, _ = visited.split(parts, dim=1)
         text_negatives = [LogSumExp.empty(visited, shift) for shift in shifts]
         for rows, columns, *sums, shift in zip(
             own_images, of_teachers, image_negatives, text_negatives, positives, shifts, strict=True
         ):
-            add_negatives(rows, columns, one, first_pair, shift, *sums, workspace(rows, columns, 2))
+            results = (*sums, workspace_of(rows, columns))
+            contrastive.add_negatives(rows, columns, one, first_pair, shift, *results)
         slot.results = flat(text_negatives)
     text_negatives = [LogSumExp(*negatives) for negatives in by_view(together.reduced)]
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
@@ -125,46 +107,15 @@ def _change_and_gradients(
     for first_pair, visited, slot in together.visits(None, *flat(text_softmax)):
         *of_teachers, their_texts = visited.split(parts, dim=1)
         text_gradient = texts.new_zeros(their_texts.shape)
-        of_student = (mean_images, their_texts, image_gradient, text_gradient)
-        for rows, columns, *weights, shift, of_texts in zip(
-            own_images, of_teachers, image_softmax, of_pairs, shifts, by_view(slot.along), strict=True
+        for rows, columns, of_images, of_texts, weights, shift in zip(
+            own_images, of_teachers, image_softmax, by_view(slot.along), of_pairs, shifts, strict=True
         ):
-            softmax = (weights[0], of_texts, weights[1])
-            _add_weighted(rows, columns, first_pair, shift, *softmax, *of_student, workspace(rows, columns, 2))
+            weighted = (rows, columns, one, first_pair, shift, of_images, of_texts, weights)
+            results = (image_gradient, text_gradient, workspace_of(rows, columns))
+            contrastive.add_gradients(*weighted, *results, [mean_images, their_texts])
         slot.results = (text_gradient,)
     (text_gradient,) = together.reduced
     part = -1 / (2 * len(texts) * count)
     product = part * torch.einsum("nd,nd->n", mean_images, image_gradient).sum(dtype=torch.float64)
     image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)
     return scale * product, (image_gradient, text_gradient.mul_(scale * part), product.reshape(1))
-
-
-# One operation to torch, as the passes of the contrastive loss.
-@torch.library.custom_op("flipscale::add_weighted", mutates_args=("image_gradient", "text_gradient", "memory"))
-def _add_weighted(
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    first_pair: int,
-    shift: float | None,
-    image_softmax: Sequence[torch.Tensor],
-    text_softmax: Sequence[torch.Tensor],
-    of_pairs: torch.Tensor,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    image_gradient: torch.Tensor,
-    text_gradient: torch.Tensor,
-    memory: torch.Tensor,
-) -> None:
-    """Add the products of a teacher's weights with the student's texts and images to the gradients of the others.
-
-    The weights are those of all tiles of `rows @ columns.T`, the teacher's logits.
-    """
-
-    def add(tiles: SimilarityTiles, *weights: Any) -> None:
-        for tile, of_tile in logit_gradients(tiles, *weights):
-            gradients = (image_gradient[tile.rows], text_gradient[tile.columns])
-            add_products(of_tile, images[tile.rows], texts[tile.columns], *gradients)
-
-    weights = (Softmax(*image_softmax), Softmax(*text_softmax), of_pairs, shift)
-    one = torch.ones((), dtype=torch.float64, device=rows.device)
-    for_each_block(add, rows, columns, one, first_pair, memory, *weights)

@@ -6,7 +6,7 @@ One pass over the tiles sums the negatives of rows and columns together (`add_ne
 again and takes both gradients from it (`add_gradients`): four matrix products. Autograd on the whole takes six.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -183,14 +183,24 @@ class SimilarityTiles:
         return matrix.diagonal(self.first_pair + tile.rows.start - tile.columns.start)
 
     def add_products(
-        self, tile: Tile, logit_gradient: torch.Tensor, row_gradient: torch.Tensor, column_gradient: torch.Tensor
+        self,
+        tile: Tile,
+        logit_gradient: torch.Tensor,
+        row_gradient: torch.Tensor,
+        column_gradient: torch.Tensor,
+        student: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Back-propagate the gradient of a tile's logits to its rows and columns.
+        """Back-propagate the gradient of a tile's logits to its rows and columns, or to those of a `student`.
 
         The caller still has to multiply `row_gradient` by `scale`.
         """
-        products = (row_gradient[tile.rows], column_gradient[tile.columns])
-        add_products(logit_gradient, tile.scaled, self.columns[tile.columns], *products)
+        rows, columns = tile.scaled, self.columns[tile.columns]
+        if student:
+            rows, columns = student[0][tile.rows], student[1][tile.columns]
+        if not logit_gradient.is_cuda:
+            torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
+        row_gradient[tile.rows].addmm_(logit_gradient, columns)
+        column_gradient[tile.columns].addmm_(logit_gradient.t(), rows)
 
     def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -233,27 +243,16 @@ def add_gradients(
     row_gradient: torch.Tensor,
     column_gradient: torch.Tensor,
     shift: float | None,
+    student: Sequence[torch.Tensor] = (),
 ) -> None:
     """Add the gradients of the sum of both sides' cross-entropies to `row_gradient` and `column_gradient`.
 
-    The caller still has to multiply `row_gradient` by `scale`. The other arguments are those of `logit_gradients`.
-    """
-    for tile, logit_gradient in logit_gradients(tiles, row_softmax, column_softmax, positive_gradient, shift):
-        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
-
-
-def logit_gradients(
-    tiles: SimilarityTiles,
-    row_softmax: Softmax,
-    column_softmax: Softmax,
-    positive_gradient: torch.Tensor,
-    shift: float | None,
-) -> Iterator[tuple[Tile, torch.Tensor]]:
-    """Yield each tile and the gradient of the sum of both sides' cross-entropies with respect to its logits.
+    The caller still has to multiply `row_gradient` by `scale`.
 
     Args:
         positive_gradient: gradients of the pairs' logits, `(rows,)`.
         shift: the same as for `add_negatives`.
+        student: rows and columns of another model, which get the gradients in place of the tiles' own.
     """
     for tile in tiles:
         logit_gradient = tiles.second_buffer(tile)
@@ -267,21 +266,7 @@ def logit_gradients(
             exponentials = tile.logits.sub_(columns.shift).clamp_(min=LOWEST_EXPONENT).exp_()
             logit_gradient.addcmul_(exponentials, columns.factor)
         tiles.positives_of(logit_gradient, tile).copy_(positive_gradient[tile.paired])
-        yield tile, logit_gradient
-
-
-def add_products(
-    logit_gradient: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    row_gradient: torch.Tensor,
-    column_gradient: torch.Tensor,
-) -> None:
-    """Add the gradients of `rows` and `columns`, given that of their products."""
-    if not logit_gradient.is_cuda:
-        torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
-    row_gradient.addmm_(logit_gradient, columns)
-    column_gradient.addmm_(logit_gradient.t(), rows)
+        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient, student)
 
 
 def _exponentials(tile: Tile, shift: float) -> torch.Tensor:
