@@ -178,7 +178,7 @@ def _loss_and_gradients(
         text_gradient = equal.look_up(image_sums, first_pair, len(visited)) if equal else torch.zeros_like(visited)
         for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, by_view(slot.along), strict=True):
             results = (view_gradient, text_gradient, workspace_of(view, visited))
-            add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results)
+            add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results, [])
         slot.results = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     count = 2 * len(images)
@@ -239,7 +239,7 @@ def add_gradients(
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     memory: torch.Tensor,
-    student: Sequence[torch.Tensor] = (),
+    student: Sequence[torch.Tensor],
 ) -> None:
     """Call `tiles.add_gradients` for all tiles of `scale * images @ texts.T`."""
     softmax = (Softmax(*image_softmax), Softmax(*text_softmax), positive_gradient)

@@ -111,25 +111,18 @@ def _teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
     about = images.about
     if about["features"] != "embeds" or "crops" not in about["images"]:
         raise UserError(f"{named}, which has no embeddings of crops; embed with --features embeds and --crops 4")
-    crops = StoredCrops(**{**about["images"]["crops"], "scale": tuple(about["images"]["crops"]["scale"])})
-    for name, value, of_teacher in (
-        ("crop_scale", tuple(data.crop_scale), crops.scale),
-        ("mirror", data.mirror, crops.mirror),
-    ):
-        if value != of_teacher:
+    crops, first = about["images"]["crops"], read_object(Path(data.teachers[0], ABOUT))["images"].get("crops", {})
+    others = {"scale": ("data.crop_scale", [*data.crop_scale]), "mirror": ("data.mirror", data.mirror)}
+    others |= {name: (f"the teacher {data.teachers[0]!r}", first.get(name)) for name in ("count", "seed")}
+    for name, (field, value) in others.items():
+        if crops[name] != value:
             raise UserError(
-                f"data.{name} is {value} and the crops of the teacher {folder!r} have {of_teacher}; set it to the "
-                "teacher's, or embed again with this recipe's --crop_scale and, if it does not mirror, --no_mirror"
+                f"{named}, whose crops have {name} {crops[name]}, and {field} has {value}; set the field to the "
+                "teacher's, or embed again with equal --crop_scale, --no_mirror, --crops and --seed"
             )
-    first = read_object(Path(data.teachers[0], ABOUT))["images"]["crops"]
-    if first != about["images"]["crops"]:
-        raise UserError(
-            f"{named} with the crops {about['images']['crops']}, and {data.teachers[0]!r} {first}; embed "
-            "both with the same --crops and --seed"
-        )
     scale = about.get("logit_scale")
     if recipe.loss.teacher_temperature is not None:
         scale = 1 / recipe.loss.teacher_temperature
     if scale is None:
         raise UserError(f"{named}, which has no logit_scale; set loss.teacher_temperature, such as 0.01")
-    return Teacher(images, texts, crops, scale)
+    return Teacher(images, texts, StoredCrops(**{**crops, "scale": tuple(crops["scale"])}), scale)

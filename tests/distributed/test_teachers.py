@@ -120,8 +120,8 @@ def test_what_does_not_fit_is_refused(
     def line(*flags: object) -> str:
         return refused("pretrain", "--config", trainings.file(tmp_path / "run"), *flags)
 
-    assert "data.crop_scale is (0.5, 1.0) and the crops of the teacher" in line("--data.crop_scale", "[0.5, 1.0]")
-    assert "data.mirror is False and the crops of the teacher" in line("--data.mirror", "false")
+    assert "crops have scale [0.3, 1.0], and data.crop_scale has [0.5" in line("--data.crop_scale", "[0.5, 1.0]")
+    assert "crops have mirror True, and data.mirror has False" in line("--data.mirror", "false")
     assert "data.captions is {'txt': 1.0} and data.teachers" in line("--data.captions", "{txt: 1}")
     assert "data.image_features is features/a and data.teachers" in line("--data.image_features", "features/a")
     assert "data.fraction 1" in line("--data.fraction", 0.5)
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(
     assert "no embeddings of crops; embed with" in line("--data.teachers", f"[{tmp_path / 'whole'}]")
     embed(shards, tmp_path / "seed", folder / "B", *CROPS[:-1], "6")
     both = f"[{folder / 'a'}, {tmp_path / 'seed'}]"
-    assert "with the same --crops and --seed" in line("--data.teachers", both)
+    assert f"crops have seed 6, and the teacher {str(folder / 'a')!r} has 5" in line("--data.teachers", both)
     shutil.copytree(folder / "a", tmp_path / "a")
     about = json.loads((tmp_path / "a/features.json").read_text())
     del about["logit_scale"]
