@@ -17,6 +17,7 @@ from flipscale.model.modeling_flip import FlipOutput
 from flipscale.model.modeling_flip_caption import FlipCaptionDecoder, caption_inputs, read_captions
 from flipscale.objectives.objective import (
     Objective,
+    SecondLossOutput,
     WithSecondLoss,
     recorded_inputs,
     watch_gradients,
@@ -26,14 +27,6 @@ from flipscale.objectives.objective import (
 Prediction = Literal["next_token", "parallel", "mixed"]
 # Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
 PARALLEL_SHARES: dict[str, float] = {"next_token": 0.0, "parallel": 1.0, "mixed": 0.75}
-
-
-@dataclass
-class CaptioningOutput(FlipOutput):
-    """A `FlipOutput` with `caption_losses` (see `FlipCaptionOutput`) and `gradient_squares` (see `watch_gradients`)."""
-
-    caption_losses: torch.Tensor | None = None
-    gradient_squares: torch.Tensor | None = None
 
 
 class CaptioningFlipModel(FlipModel):
@@ -57,7 +50,7 @@ class CaptioningFlipModel(FlipModel):
         tokens, squares = watch_gradients(output.vision_model_output.last_hidden_state, means[0])
         captions = caption_inputs(kwargs["input_ids"], kwargs.get("attention_mask"), self.config.decoder_config)
         _, losses = read_captions(self.decoder, tokens, *captions, in_parallel, use_cache=False)
-        return CaptioningOutput(**output, caption_losses=losses, gradient_squares=squares)
+        return SecondLossOutput(**output, second_losses=losses, gradient_squares=squares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +88,6 @@ class WithCaptions(WithSecondLoss):
     """Another objective plus `weight` times `CaptionLoss`."""
 
     second_loss: ClassVar[str] = "caption"
-    second_values: ClassVar[str] = "caption_losses"
     model_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
 

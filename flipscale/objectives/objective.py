@@ -14,7 +14,7 @@ from flipscale.data.pairs import PairDataset
 from flipscale.data.teachers import TaughtPairs
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count
-from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
 from flipscale.objectives.exchange import EarlyGather, world_size
 
 
@@ -144,16 +144,23 @@ class Objective:
         return {}
 
 
+@dataclass
+class SecondLossOutput(FlipOutput):
+    """A `FlipOutput` with `second_losses`, fp32 `(images,)` or `()`, and `gradient_squares` (see `watch_gradients`)."""
+
+    second_losses: torch.Tensor | None = None
+    gradient_squares: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class WithSecondLoss(Objective):
     """Another objective plus `weight` times a second loss, on the image tower's tokens.
 
-    The model's output has `gradient_squares` of `watch_gradients`.
+    The model's output is a `SecondLossOutput`.
     """
 
-    # Name of the second loss in metrics, and of its values in the model's output.
+    # Name of the second loss in metrics.
     second_loss: ClassVar[str]
-    second_values: ClassVar[str]
 
     other: Objective
     weight: float
@@ -179,10 +186,10 @@ class WithSecondLoss(Objective):
         return self.other.coupled_loss(*compared, **parameters)
 
     def mean_loss(self, output: Any) -> torch.Tensor:
-        return self.other.mean_loss(output) + self.weight * output[self.second_values].mean()
+        return self.other.mean_loss(output) + self.weight * output.second_losses.mean()
 
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:
-        return {**self.other.metrics(output), f"{self.second_loss}_loss": output[self.second_values].mean()}
+        return {**self.other.metrics(output), f"{self.second_loss}_loss": output.second_losses.mean()}
 
     def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
         names = ("contrastive_grad_norm", f"{self.second_loss}_grad_norm")

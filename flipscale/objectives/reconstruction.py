@@ -11,23 +11,12 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel, FlipVisionConfig
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel, FlipVisionConfig
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
 from flipscale.model.patches import complement
-from flipscale.objectives.objective import WithSecondLoss, recorded_inputs, watch_gradients
+from flipscale.objectives.objective import SecondLossOutput, WithSecondLoss, recorded_inputs, watch_gradients
 
 _DECODER_LAYERS = 4
-
-
-@dataclass
-class ReconstructionOutput(FlipOutput):
-    """A `FlipOutput` with `reconstruction_loss` and `gradient_squares` (see `watch_gradients`).
-
-    `reconstruction_loss` is fp32 `()`, and 0 if nothing was masked.
-    """
-
-    reconstruction_loss: torch.Tensor | None = None
-    gradient_squares: torch.Tensor | None = None
 
 
 class ReconstructionDecoder(FlipPreTrainedModel):
@@ -109,7 +98,7 @@ class ReconstructingFlipModel(FlipModel):
         self.reconstruction = ReconstructionDecoder.for_tower(config.vision_config)
         self.post_init()
 
-    def forward(self, *inputs: Any, masked_patches: torch.Tensor | None = None, **kwargs: Any) -> ReconstructionOutput:
+    def forward(self, *inputs: Any, masked_patches: torch.Tensor | None = None, **kwargs: Any) -> SecondLossOutput:
         """
         Args:
             masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`, the patches that are not in
@@ -130,7 +119,7 @@ class ReconstructingFlipModel(FlipModel):
         pixels = self.vision_model.embeddings.normalise(masked_patches)
         predicted = self.reconstruction(tokens, patch_index, complement(patch_index, num_patches), image_size)
         loss = pixel_loss(predicted, pixels)
-        return ReconstructionOutput(**output, reconstruction_loss=loss, gradient_squares=squares)
+        return SecondLossOutput(**output, second_losses=loss, gradient_squares=squares)
 
 
 def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -149,6 +138,5 @@ class WithReconstruction(WithSecondLoss):
     """Another objective plus `weight` times the reconstruction of the masked patches."""
 
     second_loss: ClassVar[str] = "reconstruction"
-    second_values: ClassVar[str] = "reconstruction_loss"
     model_class: ClassVar[type[FlipPreTrainedModel]] = ReconstructingFlipModel
     columns: ClassVar[tuple[str, ...]] = ("masked_patches",)

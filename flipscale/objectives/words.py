@@ -13,19 +13,17 @@ from torch import nn
 
 from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import BadSample
-from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
-from flipscale.objectives.objective import WithSecondLoss, recorded_inputs, watch_gradients, without_text_mask
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+from flipscale.objectives.objective import (
+    SecondLossOutput,
+    WithSecondLoss,
+    recorded_inputs,
+    watch_gradients,
+    without_text_mask,
+)
 
 # Number of samples whose captions count how rare a word is.
 _COUNTED = 8192
-
-
-@dataclass
-class WordsOutput(FlipOutput):
-    """A `FlipOutput` with `word_losses`, fp32 `(images,)`, and `gradient_squares` (see `watch_gradients`)."""
-
-    word_losses: torch.Tensor | None = None
-    gradient_squares: torch.Tensor | None = None
 
 
 class WordsFlipModel(FlipModel):
@@ -36,7 +34,7 @@ class WordsFlipModel(FlipModel):
         self.word_head = nn.Linear(config.vision_config.hidden_size, config.text_config.vocab_size)
         self.post_init()
 
-    def forward(self, *inputs: Any, word_weights: torch.Tensor | None = None, **kwargs: Any) -> WordsOutput:
+    def forward(self, *inputs: Any, word_weights: torch.Tensor | None = None, **kwargs: Any) -> SecondLossOutput:
         """
         Args:
             word_weights: share of each token in its caption's target, fp32 as `input_ids`; None for no target.
@@ -48,7 +46,8 @@ class WordsFlipModel(FlipModel):
         logits = self.word_head(tokens.mean(dim=1).to(self.word_head.weight.dtype))
         ids = kwargs["input_ids"]
         weights = torch.zeros_like(ids, dtype=torch.float32) if word_weights is None else word_weights
-        return WordsOutput(**output, word_losses=word_losses(logits, ids, weights), gradient_squares=squares)
+        losses = word_losses(logits, ids, weights)
+        return SecondLossOutput(**output, second_losses=losses, gradient_squares=squares)
 
 
 def word_losses(logits: torch.Tensor, input_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -90,7 +89,6 @@ class WithWords(WithSecondLoss):
     """Another objective plus `weight` times the cross-entropy of the caption's words, weighted by their rarity."""
 
     second_loss: ClassVar[str] = "word"
-    second_values: ClassVar[str] = "word_losses"
     model_class: ClassVar[type[FlipPreTrainedModel]] = WordsFlipModel
     columns: ClassVar[tuple[str, ...]] = ("word_weights",)
 

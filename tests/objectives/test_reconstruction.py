@@ -70,7 +70,7 @@ def test_pixel_loss_normalises_patches() -> None:
 def test_the_decoder_learns_and_trains_the_image_tower() -> None:
     model = build(ReconstructingFlipModel)
     inputs = batch()
-    first = model(**inputs, return_logits=False).reconstruction_loss
+    first = model(**inputs, return_logits=False).second_losses
     first.backward()
     for name, parameter in model.named_parameters():
         trained = name.startswith(("vision_model.", "reconstruction."))
@@ -78,7 +78,7 @@ def test_the_decoder_learns_and_trains_the_image_tower() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = model(**inputs, return_logits=False).reconstruction_loss
+        loss = model(**inputs, return_logits=False).second_losses
         loss.backward()
         optimizer.step()
     assert first.item() > 1.0
@@ -101,8 +101,8 @@ def test_without_mask_gradients_are_zero() -> None:
     model = build(ReconstructingFlipModel)
     patches = torch.randint(0, 256, (2, 16, 192), dtype=torch.uint8)
     output = model(patches=patches, input_ids=torch.ones(2, 8).long(), return_logits=False)
-    assert output.reconstruction_loss.item() == 0.0
-    output.reconstruction_loss.backward()
+    assert output.second_losses.item() == 0.0
+    output.second_losses.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("reconstruction."):
             assert parameter.grad is not None, name

@@ -79,7 +79,7 @@ def test_the_head_learns_words_and_trains_the_image_tower_alone() -> None:
     model, inputs = test_reconstruction.build(WordsFlipModel), batch()
     plain = test_reconstruction.build(FlipModel)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
-    first = model(**inputs, return_logits=False).word_losses.mean()
+    first = model(**inputs, return_logits=False).second_losses.mean()
     assert first.item() == pytest.approx(math.log(16), abs=0.3)
     first.backward()
     for name, parameter in model.named_parameters():
@@ -88,7 +88,7 @@ def test_the_head_learns_words_and_trains_the_image_tower_alone() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = model(**inputs, return_logits=False).word_losses.mean()
+        loss = model(**inputs, return_logits=False).second_losses.mean()
         loss.backward()
         optimizer.step()
     assert loss.item() < first.item() - 0.7
