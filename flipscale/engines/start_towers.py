@@ -83,6 +83,7 @@ def stored_fields(folder: Path, content: dict[str, Any]) -> dict[str, dict[str, 
         if fields["model_type"] not in fitting:
             raise _refusal(f"init_from's {tower}", str(folder), fields["model_type"], "which does not fit", fitting)
     own = {"projection_dim": content.get("projection_dim", 512)}
+    own |= {name: content[name] for name in ("projection_hidden_size",) if name in content}
     if (folder / "modules.json").is_file():  # flipscale wrote it, and its tokenizer cuts captions
         own["caption_tokens"] = read_object(folder / "tokenizer_config.json")["model_max_length"]
     return {

@@ -86,7 +86,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         does=does,
         model_class=model_class,
         remote=", trust_remote_code=True" if is_ours or "auto_map" in config else "",
-        module="flipscale.model" if is_ours else "flipscale.model.modeling_mean_pooled",
+        module="flipscale.model" if is_ours else "flipscale.model.modeling_dual_encoder",
         padding="" if is_ours else ', padding="max_length"',
         base=" from " + " and ".join(markdown_code(public_name(start)) for start in starts) if starts else "",
         # A text encoder may have more positions than captions have tokens.

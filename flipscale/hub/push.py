@@ -43,7 +43,7 @@ _WRITTEN = re.compile(
     | textual/ (?: (?: tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json|merges\.txt|vocab\.txt)
     | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
     | (?: configuration_flip|modeling_flip|modeling_flip_caption|modeling_flip_vqa|processing_flip|patches) \.py
-    | modeling_mean_pooled\.py
+    | modeling_dual_encoder\.py
     | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
 )
 _SHOWN = 6  # names in the line about other files

@@ -27,7 +27,7 @@ from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD, TowerFields
 from .masked import MaskedDualEncoder, MaskedFields, PackedEmbeddings, masked_config, masked_tower, tower_fields
 from .masked_clip import MaskedCLIPConfig, MaskedCLIPModel
 from .masked_siglip import MaskedSiglipConfig, MaskedSiglipModel
-from .modeling_mean_pooled import MeanPooledDualEncoderModel, pool_captions
+from .modeling_dual_encoder import ExtendedDualEncoderModel, add_parts
 
 # Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects; and others.
 POOLED = (
@@ -35,6 +35,9 @@ POOLED = (
     *("data2vec-text", "roberta-prelayernorm", "rembert"),
 )
 UNPOOLED = ("modernbert", "distilbert", "electra", "deberta-v2", "eurobert", "gemma3_text")
+
+# Fields of `text_config` in a recipe that are the whole model's.
+_PROJECTED = ("projection_dim", "projection_hidden_size", "caption_tokens")
 
 
 class PackedViTEmbeddings(PackedEmbeddings):
@@ -91,11 +94,12 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
 
     Args:
         caption_tokens: tokens after which a caption is cut, by default 64 if there are as many positions.
+        projection_hidden_size: width between the two layers of both projections; None for projections of one layer.
         squashes: as in `MaskedFields`.
     """
 
     own_fields: ClassVar[dict[str, Any]] = {
-        "": ("logit_bias_init_value", "caption_tokens", "squashes"),
+        "": ("logit_bias_init_value", "caption_tokens", "squashes", "projection_hidden_size"),
         "vision_config": ("image_mean", "image_std"),
     }
     sizes: ClassVar[dict[str, Any]] = {}
@@ -103,6 +107,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
 
     logit_bias_init_value: float | int | None = None
     caption_tokens: int | None = None
+    projection_hidden_size: int | None = None
     squashes: bool = False  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -126,7 +131,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
     @classmethod
     def of_towers(cls, vision: dict[str, Any], text: dict[str, Any]) -> "MaskedTowersConfig":
         vision, text = {**vision}, {**text}
-        own: dict[str, Any] = {name: text.pop(name) for name in ("projection_dim", "caption_tokens") if name in text}
+        own: dict[str, Any] = {name: text.pop(name) for name in _PROJECTED if name in text}
         own |= {name: vision.pop(name) for name in ("squashes",) if name in vision}
         return cls(vision_config=vision, text_config=text, **own)
 
@@ -137,14 +142,21 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
             return {}
         return {
             "vision_config": [*tower_fields(VISION_TOWERS[image][0]), "model_type", "squashes"],
-            "text_config": [*tower_fields(CONFIG_MAPPING[words]), "model_type", "projection_dim", "caption_tokens"],
+            "text_config": [*tower_fields(CONFIG_MAPPING[words]), "model_type", *_PROJECTED],
         }
 
     @property
     def exported_class(self) -> Any:  # type: ignore[override]
-        """Class of the exported folder: transformers' own, if its text tower pools."""
+        """Class of the exported folder: transformers' own, unless it lacks parts."""
         text: Any = self.text_config
-        return MeanPooledDualEncoderModel if text.model_type in UNPOOLED else VisionTextDualEncoderModel
+        lacks = text.model_type in UNPOOLED or self.projection_hidden_size
+        return ExtendedDualEncoderModel if lacks else VisionTextDualEncoderModel
+
+    def exported(self) -> Any:
+        config = super().exported()
+        if self.projection_hidden_size:
+            config.projection_hidden_size = self.projection_hidden_size
+        return config
 
     @property
     def caption_config(self) -> Any:
@@ -167,8 +179,7 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
         super().__init__(config, vision_model=tower, text_model=AutoModel.from_config(config.text_config))
         blocks = {type(module).__name__ for module in tower.modules() if isinstance(module, PackedEmbeddings)}
         self._no_split_modules = {*(self._no_split_modules or ()), *blocks}
-        if self.text_model.config.model_type in UNPOOLED:
-            pool_captions(self.text_model)
+        add_parts(self)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Return the text tower's output with its embedding as `pooler_output`. Padding takes no part in attention."""

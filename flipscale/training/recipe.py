@@ -441,7 +441,9 @@ def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
 
     model, tokenizer = recipe.model, recipe.data.tokenizer
     if model.start:
-        towers, own = start_fields(model, Path(recipe.output_dir), fetches or model.family == "towers")
+        # A recipe of family `towers` that names the kinds of its towers needs no folder to be planned.
+        fetches = fetches or (model.family == "towers" and "model_type" not in model.vision_config)
+        towers, own = start_fields(model, Path(recipe.output_dir), fetches)
         tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
     else:
         towers = {"vision_config": {}, "text_config": tokenizer_fields(tokenizer)}

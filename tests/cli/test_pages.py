@@ -47,7 +47,7 @@ SUBSTITUTES = {
     r"runs/table_1d/runs/\*/model --zero_shot data/icons/test": "runs/demo/model --zero_shot data/demo/test",
     r"flipscale plan .* --gpu": "flipscale plan examples/demo/demo.yaml examples/demo/demo_clip.yaml --gpu",
     r"--num_processes 64,1024 --gpu": "--num_processes 64,256 --gpu",
-    r"--config (h14|b16_data)\w+ --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
+    r"--config (h14|b16_data|align)\w+ --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
     r"--config examples/demo/demo_unseen.yaml": "--config examples/demo/demo_unseen.yaml "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
     # From the site's own model, and a few samples.
@@ -117,6 +117,13 @@ def training(words: list[str]) -> None:
         words = [parsed.training_script, *parsed.training_script_args]
     flags = words[words.index("flipscale.pretrain") + 1 :] if "flipscale.pretrain" in words else words[2:]
     cli.main(["pretrain", *flags, "--print_config"])
+
+
+def training_of_two_towers(words: list[str]) -> None:
+    """Print the recipe without the names of its towers, because they are on the Hub."""
+    at = words.index("--model.init_from")
+    assert words[at + 1 : at + 5 : 2] == ["null", "facebook/dinov2-large"]
+    training([*words[:at], *words[at + 6 :]])
 
 
 def submission(script: str) -> None:
@@ -205,9 +212,10 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale (study|prepare (audit|weights|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale evaluate .*(--without |--suite languages|association|captioning|vqa)": verb_s_arguments,
     r"flipscale export .*--adapter": verb_s_arguments,
-    r"flipscale prepare ((shards imagenet|tokenizer data/icons)/)": verb_s_arguments,
+    r"flipscale prepare ((shards imagenet|tokenizer data/icons)/|embed data/cc12m )": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config examples/demo/demo_unseen": verb,
     r"flipscale finetune --config examples/demo/finetune_demo.yaml --data": verb,
+    r"flipscale pretrain .*--model\.vision facebook/": training_of_two_towers,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli (evaluate|prepare)) ": training,
     r"flipscale recipes$": verb,

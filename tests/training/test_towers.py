@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import foreign_towers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -47,6 +48,9 @@ STAGES = [
     {"name": "small", "samples": 32, "image_size": 16},
     {"name": "whole", "samples": 32},
 ]
+
+# One step that changes nothing but the projections.
+TOGETHER = ["--model.frozen", "[vision_model, text_model]", "--stages", "[{name: none, samples: 16, base_lr: 1e-9}]"]
 
 
 @pytest.fixture
@@ -114,6 +118,41 @@ def test_it_trains_on_and_exports_a_plain_folder(
         "text_model", "vision_model",
     }  # fmt: skip
     assert all(torch.equal(after[name], changed[name]) for name in after if "query" not in name)
+
+
+def test_projections_of_two_layers_learn_from_stored_features(
+    file: Path, shards: Path, tmp_path: Path, refused
+) -> None:
+    """As in align_cc12m_day: a folder of both towers, their features of smaller images, and projections of these."""
+    main(["pretrain", "--config", str(file), *TOGETHER, "--output_dir", str(tmp_path / "two")])
+    embed = ["prepare", "embed", str(shards), "--image_size", "16", "--num_workers", "0", "--model"]
+    main([*embed, str(tmp_path / "two"), str(tmp_path / "pooled"), "--features", "pooled"])
+    content = yaml.safe_load(file.read_text())
+    fields = {"projection_dim": 24, "projection_hidden_size": 40}
+    content["model"] = {"family": "towers", "init_from": str(tmp_path / "two"), "text_config": fields}
+    content["data"] |= {"image_features": str(tmp_path / "pooled"), "text_features": str(tmp_path / "pooled")}
+    content["stages"] = [{"name": "align", "samples": 320, "image_size": 16, "base_lr": 0.05, "warmup_samples": 32}]
+    file.write_text(yaml.safe_dump({**content, "loss": {"kind": "sigmoid"}}))
+    said = refused("pretrain", "--config", file, "--stages.align.image_size", "null")
+    assert "image_size 16, and this recipe 32" in said
+    main(["pretrain", "--config", str(file)])
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.1
+    theirs = AutoModel.from_pretrained(tmp_path / "run/model", trust_remote_code=True).eval()
+    assert "transformers_modules" in type(theirs).__module__
+    before, after = (load_file(tmp_path / name / "model/model.safetensors") for name in ("two", "run"))
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith(("vision_m", "text_m")))
+    assert after["text_projection.0.weight"].shape == (40, 32)
+    # The whole model embeds as its projections do with the features. It goes on from its own folder.
+    main([*embed, str(tmp_path / "run"), str(tmp_path / "embeds")])
+    for tower, projection in (("images", theirs.visual_projection), ("texts", theirs.text_projection)):
+        pooled, embeds = (
+            torch.from_numpy(np.load(tmp_path / kind / tower / "00003.npy")).float() for kind in ("pooled", "embeds")
+        )
+        with torch.no_grad():
+            found = torch.nn.functional.normalize(projection(pooled), dim=1)
+        assert (found - embeds).abs().max() < 4e-3
+    follower = parse_recipe(["--config", str(file), "--model.init_from", str(tmp_path / "run")])
+    assert follower.model.text_config["projection_hidden_size"] == 40
 
 
 def test_a_text_encoder_without_pooling_needs_code_in_the_folder(
