@@ -59,6 +59,18 @@ def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flipscale.training.energy_meter.POWERCAP", Path("/nowhere"))
 
 
+@pytest.fixture
+def real_figures() -> None:
+    """Requested by tests that look at figures."""
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write one pixel in place of each figure, because drawing takes a quarter of a short run."""
+    if "real_figures" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", processes.save_pixel)
+
+
 # Longest time for the end of a thread.
 ENDING_SECONDS = 20.0
 # Logger before any command in this process configures it.

@@ -101,7 +101,7 @@ def _begin(function: Callable[..., None], arguments: tuple[Any, ...], environmen
     # A test must not depend on the counters of this machine.
     energy_meter.POWERCAP = Path("/nowhere")
     # Drawing takes half the time of a short run.
-    Figure.savefig = _save_pixel  # type: ignore[method-assign,assignment]
+    Figure.savefig = save_pixel  # type: ignore[method-assign,assignment]
     # A daemon of multiprocessing may have no children, but a trainer has its loader's workers.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     # Its workers start like those of a command.
@@ -109,7 +109,7 @@ def _begin(function: Callable[..., None], arguments: tuple[Any, ...], environmen
     function(*arguments)
 
 
-def _save_pixel(figure: Any, file: Any, **options: object) -> None:
+def save_pixel(figure: Any, file: Any, **options: object) -> None:
     """Write a picture of one pixel."""
     from PIL import Image
 

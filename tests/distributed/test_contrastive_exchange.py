@@ -1,13 +1,14 @@
 """The loss over real processes: its mean and the mean of its gradients are those of the whole batch in fp64."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from objectives.test_contrastive import ids_of, plain_loss, plain_loss_of_ids
 from objectives.test_contrastive import plain_loss_of_captions as infonce_of_captions
 from objectives.test_sigmoid import plain_loss as plain_sigmoid
@@ -103,50 +104,71 @@ def one_rank(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of some processes found for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    started = [processes.start(one_rank, rank, world, str(folder)) for rank in range(world)]
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * world
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def check(ranks: list[list[torch.Tensor]], inputs: list[torch.Tensor], loss: torch.Tensor) -> None:
-    """The mean over `ranks`, each with its loss and gradients, is `loss` of `inputs` in fp64 with its gradients."""
-    exact = torch.autograd.grad(loss, inputs)
+Exact = tuple[torch.Tensor, ...]
+
+
+def exact(loss_of: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Exact:
+    """Return the loss of inputs in fp64, and its gradients."""
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    loss = loss_of(*inputs)
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@cache
+def exact_of_case(number: int, name: str) -> Exact:
+    """Return them for a case, once for all numbers of processes and exchanges: in fp64 this takes most of the time."""
+    inputs = CASES[number].inputs()
+    return exact(plain_sigmoid, [*inputs, BIAS]) if name == "sigmoid" else exact(plain_loss, inputs)
+
+
+def check(ranks: list[list[torch.Tensor]], expected: Exact) -> None:
+    """The mean over `ranks`, each with its loss and gradients, is the loss and the gradients of the whole batch."""
+    loss, *gradients = expected
     mean = torch.stack([rank[0] for rank in ranks]).double().mean()
     assert mean.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
     # An engine averages gradients over processes; each row's gradient is on one process alone.
     rows = [torch.cat([rank[side].double() for rank in ranks]) / len(ranks) for side in (1, 2)]
     head = [torch.stack(values).mean(dim=0) for values in zip(*(rank[3:] for rank in ranks), strict=True)]
     rounding = 2**-8 if ranks[0][1].dtype == torch.bfloat16 else 0.0
-    for ours, theirs in zip([*rows, *head], exact, strict=True):
+    for ours, theirs in zip([*rows, *head], gradients, strict=True):
         assert ((ours - theirs).abs() <= 1e-5 * theirs.abs().max() + rounding * theirs.abs()).all()
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], number: int) -> None:
-    inputs = [t.double().requires_grad_() for t in CASES[number].inputs()]
     for exchange in EXCHANGES:
-        check([rank[number, exchange] for rank in ranks], inputs, plain_loss(*inputs))
-    if CASES[number].scale < 100.0:
-        inputs.append(BIAS.double().requires_grad_())
-        for exchange in EXCHANGES:
-            check([rank[number, exchange, "sigmoid"] for rank in ranks], inputs, plain_sigmoid(*inputs))
+        check([rank[number, exchange] for rank in ranks], exact_of_case(number, "infonce"))
+        if CASES[number].scale < 100.0:
+            check([rank[number, exchange, "sigmoid"] for rank in ranks], exact_of_case(number, "sigmoid"))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("known", IDS)
 def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], known: str, name: str, exchange: str) -> None:
-    images, texts, *head = (t.double().requires_grad_() for t in views_input())
-    head, loss_of = (head, plain_sigmoid) if name == "sigmoid" else (head[:1], plain_loss)
+    loss_of = plain_sigmoid if name == "sigmoid" else plain_loss
     if IDS[known] is not None:
         loss_of = partial(plain_sigmoid_of_ids if name == "sigmoid" else plain_loss_of_ids, ids=IDS[known])
-    loss = (loss_of(images[0::2], texts, *head) + loss_of(images[1::2], texts, *head)) / 2
-    check([rank["views", exchange, name, known] for rank in ranks], [images, texts, *head], loss)
+
+    def mean_of_views(images: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return (loss_of(images[0::2], *others) + loss_of(images[1::2], *others)) / 2
+
+    inputs = views_input() if name == "sigmoid" else views_input()[:3]
+    check([rank["views", exchange, name, known] for rank in ranks], exact(mean_of_views, inputs))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_several_captions_of_an_image(ranks: list[dict], name: str, exchange: str) -> None:
-    inputs = [t.double().requires_grad_() for t in captions_input()]
-    inputs, plain = (inputs, sigmoid_of_captions) if name == "sigmoid" else (inputs[:3], infonce_of_captions)
-    check([rank["captions", exchange, name] for rank in ranks], inputs, plain(*inputs))
+    inputs, plain = captions_input(), sigmoid_of_captions
+    if name != "sigmoid":
+        inputs, plain = inputs[:3], infonce_of_captions
+    check([rank["captions", exchange, name] for rank in ranks], exact(plain, inputs))

@@ -14,6 +14,8 @@ from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.reports.suite_report import Column, draw_results, report, suite_tables
 from flipscale.evaluation.results import Result
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 
 def line_of(page: TaskPage, value: float, **about: object) -> Line:
     low, high = wilson(round(value / 100 * page.images), page.images)

@@ -33,6 +33,8 @@ from flipscale.evaluation.results import (
     with_unit,
 )
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 TOP1 = Result("zero_shot", "zero_shot", "top1", 40.0, 200, 33.45, 46.91, chance=6.25, made_by={"data": "set"})
 RANK = Result("ranks", "median_rank", "median", 3.25, unit="", label="median rank", higher_is_better=False)
 

@@ -12,6 +12,8 @@ from examples.masking_map.masking_map import MapRun, Place, cells_of, draw_map, 
 from flipscale.evaluation.reports.curves import Curve
 from flipscale.evaluation.results import Measured, Result
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 NAME = "zero_shot/top1"
 WHOLE, MASKED = Place(0.5, 4, 0.0), Place(0.5, 4, 0.75)
 

@@ -125,7 +125,9 @@ def immich_text(folder: Path, text: str) -> dict[str, np.ndarray]:
     return {"text": np.array([tokenizer.encode(" ".join(text.split())).ids], np.int32)}
 
 
-@pytest.mark.parametrize("family", [*NATIVE, "towers", "flip", "flip without padding"])
+@pytest.mark.parametrize(
+    "family", [*NATIVE, "towers", pytest.param("flip", marks=pytest.mark.long), "flip without padding"]
+)
 def test_immich_reads_the_folder(family: str, save: Callable[..., Path], image: Path, tmp_path: Path) -> None:
     folder = export_native(family, tmp_path / family) if family in LENGTH else save(attend_to_padding=family == "flip")
     dst = tmp_path / "onnx"

@@ -16,6 +16,8 @@ from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import model_index, read_audit, results_table, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 # Numbers that occur once each, so that none can stand for another.
 RECORDS = [
     {"step": 11, "samples_seen": 176, "trained_seconds": 4321.5, "loss": 7.125, "images_per_s": 88.75},

@@ -387,6 +387,7 @@ def test_crashes_are_restarted_up_to_a_cap(site: Site, outcome: Callable) -> Non
     assert site.output(number).count("start again on the same nodes") == 1
 
 
+@LONG
 def test_a_cancelled_job_stays_cancelled(site: Site, outcome: Callable) -> None:
     first, second = outcome(cancelled)
     assert first != second

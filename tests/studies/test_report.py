@@ -20,6 +20,8 @@ from flipscale.studies.figures import Outcome, draw_grid, draw_rows
 from flipscale.studies.runs import StudyRun
 from flipscale.training.recipe import to_yaml
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 AXES = {
     "loss": {"contrastive": {}, "both": {"loss.caption_weight": 2.0}, "captions": {"loss.kind": "captioning"}},
     "mask": {"mask0": {"stages.0.mask_ratio": 0.0}, "mask50": {"stages.0.mask_ratio": 0.5}, "mask75": {}},
