@@ -83,7 +83,7 @@ class Teacher:
 class TaughtPairs(PairDataset):
     """Training pairs with the embeddings of teachers. The crop is one of the teachers', and the caption is the first.
 
-    Columns: those of `PairDataset`, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `change_of_targets`.
+    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `change_of_targets`.
     Narrow embeddings are padded with zeros.
     """
 

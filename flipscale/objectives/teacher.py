@@ -14,6 +14,7 @@ import torch
 from flipscale.objectives import contrastive
 from flipscale.objectives.contrastive import Contrastive, by_view, flat, workspace_of
 from flipscale.objectives.exchange import Rows, exchange_of
+from flipscale.objectives.positives import Ids
 from flipscale.objectives.tiles import LogSumExp, PrecomputedGradients, as_number, views_of
 
 
@@ -27,7 +28,8 @@ class Distilled(Contrastive):
     def coupled_columns(self) -> tuple[str, ...]:
         return ("teacher_embeds",)
 
-    def coupled_loss(self, images: Any, texts: Any, teacher_embeds: Any, **parameters: Any) -> torch.Tensor:
+    def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
+        teacher_embeds = parameters.pop("teacher_embeds")
         change = change_of_targets(images, texts, parameters["logit_scale"], teacher_embeds, self.exchange)
         return super().coupled_loss(images, texts, **parameters) + self.teacher_weight * change
 

@@ -112,9 +112,9 @@ def _teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
     if about["features"] != "embeds" or "crops" not in about["images"]:
         raise UserError(f"{named}, which has no embeddings of crops; embed with --features embeds and --crops 4")
     crops, first = about["images"]["crops"], read_object(Path(data.teachers[0], ABOUT))["images"].get("crops", {})
-    others = {"scale": ("data.crop_scale", [*data.crop_scale]), "mirror": ("data.mirror", data.mirror)}
-    others |= {name: (f"the teacher {data.teachers[0]!r}", first.get(name)) for name in ("count", "seed")}
-    for name, (field, value) in others.items():
+    wanted = [("scale", "data.crop_scale", [*data.crop_scale]), ("mirror", "data.mirror", data.mirror)]
+    wanted += [(name, f"the teacher {data.teachers[0]!r}", first.get(name)) for name in ("count", "seed")]
+    for name, field, value in wanted:
         if crops[name] != value:
             raise UserError(
                 f"{named}, whose crops have {name} {crops[name]}, and {field} has {value}; set the field to the "

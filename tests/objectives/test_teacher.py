@@ -1,10 +1,12 @@
 """Targets from teachers: the loss and its gradients, against plain formulas in fp64 and open_clip's own loss."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from engines.test_fake_world import Recorder, fake_world
 from objectives.test_contrastive import check_against_fp64, embeds_of
 from objectives.test_world import Held
@@ -18,7 +20,7 @@ from flipscale.objectives.contrastive import _InfoNCE
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.teacher import Distilled, _Change
 from flipscale.planning.memory import loss_bytes
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.recipe import deciding_part, parse_recipe, to_yaml
 
 
 def teachers_of(batch: int, scales: list[float], width: int = 40, noise: float = 1.0) -> torch.Tensor:
@@ -141,3 +143,10 @@ def test_the_dry_run_counts_the_teachers_rows(world: int) -> None:
     ran(world, "cuda", held, 40960 // world, 512, 512)
     assert 0.7 * held.peak < said < 1.3 * held.peak
     assert kept == 2 * 4 * 512 * 2 * 40960 // world
+
+
+def test_a_card_shortens_the_teachers_folders() -> None:
+    recipe = parse_recipe(["--config", "b16_cc3m", "--data.teachers", "[features/a, features/b]"])
+    kept = deciding_part(yaml.safe_load(to_yaml(recipe)), name_of=lambda place: Path(place).name)
+    assert kept["data"]["teachers"] == ["a", "b"]
+    assert build_objective(recipe.loss, recipe.mask, recipe.data.teachers).teacher_weight == 0.75
