@@ -19,11 +19,13 @@ from datasets import Dataset
 from evaluation.tiny_model import tiny_embedder
 from PIL import Image
 from torch import nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flipscale.cli import main
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar import TarSource
+from flipscale.data.teachers import StoredCrops
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import open_embedder
 
@@ -186,3 +188,30 @@ def test_shards_in_another_order_are_others(tmp_path: Path) -> None:
     assert (one.shard_sizes, two.shard_sizes) == ([3, 5], [5, 3])
     assert one.contents_digest() == two.contents_digest()
     assert one.contents_digest(in_order=True) != two.contents_digest(in_order=True)
+
+
+@pytest.mark.parametrize("kind", ["hf", "open_clip"])
+def test_crops_by_models_of_other_programs(
+    pairs: Path, tokenizer_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own preprocessing takes each crop as it is, with no resize and no further crop."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (write_clip if kind == "hf" else write_peer)(tmp_path / "clip" if kind == "hf" else tmp_path, tokenizer_dir)
+    name = "hf:clip" if kind == "hf" else "open_clip:peer.json,peer.safetensors"
+    found = embed(pairs, tmp_path / "crops", name, "--crops", 2, "--crop_scale", 0.3, 0.6, "--no_mirror", "--seed", 7)
+    assert np.flatnonzero(np.isnan(found["images"]).all(axis=(1, 2))).tolist() == [BAD_IMAGE]
+    about = json.loads((tmp_path / "crops/features.json").read_text())
+    embedder, source = open_embedder(name, Accelerator(cpu=True)), TarSource(str(pairs))
+    assert about["logit_scale"] == embedder.model.logit_scale.exp().item()
+    assert about["images"]["crops"] == {"count": 2, "scale": [0.3, 0.6], "mirror": False, "seed": 7}
+    crops, size = StoredCrops(2, (0.3, 0.6), False, 7), embedder.image_size
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    for row, place in ((0, (0, 0)), (48, (3, 35))):
+        image = source.read(*place).image
+        pixels = [crops.decode(image, place, number, size).fitted(size) for number in range(2)]
+        inputs = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
+        column = "pixel_values" if kind == "hf" else "image"
+        expected = unit(embedder.image_features(**{column: inputs}))
+        assert np.abs(expected[0] - expected[1]).max() > 1e-3
+        assert np.abs(found["images"][row] - expected).max() < 1e-3
