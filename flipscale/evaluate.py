@@ -21,7 +21,7 @@ from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.model_folder import local_folder
-from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers, number, output_folder
+from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, add_num_workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
 from flipscale.training.console import start_logging
 
@@ -70,10 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
     )  # fmt: skip
     add("--batch_size", type=number(Pairs), default=256, help="Images or texts embedded at once. Default: 256.")
-    add(
-        "--num_workers", type=number(Workers),
-        help="Processes that decode images; 0 decodes in this process. Default: its part of the cores, except one.",
-    )  # fmt: skip
+    add_num_workers(parser, decode=True)
     add(
         "--image_size", type=number(Pixels), metavar="PIXELS",
         help="Image size for tasks that set none, a multiple of the patch size. Default: the model's own.",

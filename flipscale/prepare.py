@@ -20,7 +20,6 @@ from flipscale.io.options import (
     Share,
     ShareAboveZero,
     ShareBelowOne,
-    Workers,
     add_num_workers,
     number,
     output_folder,
@@ -122,10 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed.add_argument("--no_mirror", action="store_true", help="Mirror no crop, for data.mirror false. Default: half.")
     embed.add_argument("--seed", type=number(Seed), default=0, help="Seed of the crops. Default: 0.")
     embed.add_argument("--batch_size", type=number(Pairs), default=256, help="Samples embedded at once. Default: 256.")
-    embed.add_argument(
-        "--num_workers", type=number(Workers),
-        help="Processes that decode images; 0 decodes in this process. Default: its part of the cores, except one.",
-    )  # fmt: skip
+    add_num_workers(embed, decode=True)
 
     index = add(
         _index,
@@ -342,9 +338,7 @@ def _embed(args: argparse.Namespace) -> None:
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
     source = _open(args.shards)
     if not isinstance(source, TarSource):
-        raise UserError(
-            f"shards is {args.shards!r}; expected tar shards. Fix: make them with `flipscale prepare shards`"
-        )
+        raise UserError(f"shards is {args.shards!r}; expected tar shards. Fix: `flipscale prepare shards`")
     accelerator = start_accelerator([], ".")
     embedder = open_embedder(args.model, accelerator, args.batch_size, workers).at(args.image_size)
     began = time.monotonic()

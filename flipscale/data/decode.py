@@ -382,8 +382,7 @@ def _decode_by_opencv(encoded: bytes, size: tuple[int, int]) -> np.ndarray | Non
 
 
 def rgb_pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
-    """Return the RGB of an image of any mode, transparent pixels on white, turned `upright` or as stored. Raise
-    UndecodableImage for a damaged one."""
+    """Return an image's RGB, transparent pixels on white, upright or as stored. Raise UndecodableImage if damaged."""
     with wrap_errors(UndecodableImage):
         image.load()
         pixels = np.empty((image.height, image.width, 3), np.uint8)

@@ -203,11 +203,9 @@ def number(kind: Any) -> Callable[[str], Any]:
     return read
 
 
-def add_num_workers(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--num_workers`."""
-    parser.add_argument(
-        "--num_workers",
-        type=number(Threads),
-        default=usable_cores(),
-        help="Number of worker processes; by default one for each core.",
-    )
+def add_num_workers(parser: argparse.ArgumentParser, decode: bool = False) -> None:
+    """Add the option `--num_workers`: workers that do all, or `decode` for this process as in `decoding_workers`."""
+    usual = "Number of worker processes; by default one for each core."
+    decoding = "Processes that decode images; 0 decodes in this process. Default: its part of the cores, except one."
+    kind, default = (Workers, None) if decode else (Threads, usable_cores())
+    parser.add_argument("--num_workers", type=number(kind), default=default, help=decoding if decode else usual)

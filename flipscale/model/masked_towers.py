@@ -121,6 +121,8 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         self.caption_tokens = min(64, positions) if self.caption_tokens is None else self.caption_tokens
         if not 1 <= self.caption_tokens <= positions:
             raise ValueError(f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions}")
+        if (hidden := self.projection_hidden_size) is not None and hidden < 1:
+            raise ValueError(f"text_config: projection_hidden_size is {hidden}; expected 1 or more")
 
     @classmethod
     def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> Any:

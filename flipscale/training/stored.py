@@ -38,9 +38,8 @@ def open_stored(
         name, values = needed[tower]
         if {found := features.about[tower].get(name)} != values:
             raise UserError(
-                f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe "
-                f"{', '.join(map(str, sorted(values)))}; embed by the folder of the recipe's start weights, and set "
-                "its tokenizer, or image_size of the stages"
+                f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe {[*values]}; embed "
+                "by the recipe's start weights, and set their tokenizer, and image_size of the stages"
             )
     return stored
 

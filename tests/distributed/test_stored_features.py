@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(
     embed(shards, tmp_path / "embeds", folder / "A")
     assert "--features pooled" in line("--data.image_features", tmp_path / "embeds")
     assert "no features of texts" in line("--data.text_features", folder / "a")
-    assert "image_size 32, and this recipe 64" in line("--model.vision_config.image_size", 64)
+    assert "image_size 32, and this recipe [64]" in line("--model.vision_config.image_size", 64)
     assert "tokens_digest" in line("--model.text_config.max_position_embeddings", 4)
     shutil.copytree(folder / "a", tmp_path / "a")
     (tmp_path / "a/images/00002.npy").unlink()

@@ -134,7 +134,7 @@ def test_projections_of_two_layers_learn_from_stored_features(
     content["stages"] = [{"name": "align", "samples": 320, "image_size": 16, "base_lr": 0.05, "warmup_samples": 32}]
     file.write_text(yaml.safe_dump({**content, "loss": {"kind": "sigmoid"}}))
     said = refused("pretrain", "--config", file, "--stages.align.image_size", "null")
-    assert "image_size 16, and this recipe 32" in said
+    assert "image_size 16, and this recipe [32]" in said
     main(["pretrain", "--config", str(file)])
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.1
     theirs = AutoModel.from_pretrained(tmp_path / "run/model", trust_remote_code=True).eval()
@@ -197,6 +197,7 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
         (["--model.vision", "{tmp}/bert"], "model.vision '.*bert' is of the type 'bert', which is no plain ViT"),
         (["--model.text", "{tmp}/vit"], "model.text '.*vit' is of the type 'None'"),
         (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*has 20"),
+        (["--model.text_config.projection_hidden_size", "0"], "projection_hidden_size is 0"),
         (["--model.text_config.hidden_dropout", "0"], "model.text_config.hidden_dropout .*hidden_dropout_prob"),
         (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'towers'"),
