@@ -52,7 +52,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{number}.png" for number in range(len(modes))]
 
 
-@pytest.mark.parametrize("installed", ["flipscale", "torchvision", ""])
+@pytest.mark.parametrize("installed", ["flipscale", pytest.param("torchvision", marks=pytest.mark.long), ""])
 def test_equal_embeddings(folder: Path, pictures: list[Path], tmp_path: Path, installed: str) -> None:
     python: list[str | Path] = [sys.executable]
     if installed != "flipscale":
