@@ -114,7 +114,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What an arm is trained with; `text` is open_clip's text tower."""
+    """Rate and decay of an arm, and open_clip's text tower."""
 
     rate: float
     decay: float
@@ -241,11 +241,11 @@ class Race:
 
     def calibrate(self, repeats: int) -> dict[str, Pace]:
         """Return the pairs per second of each arm and stage: medians over the windows of all repeats, arms in turn."""
-        found: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in ARMS}
+        speeds: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in ARMS}
         for _, arm in itertools.product(range(repeats), ARMS):
             for stage, pairs_per_s in self._windows(arm):
-                found[arm.name].setdefault(stage, []).append(pairs_per_s)
-        return {name: {stage: statistics.median(all_) for stage, all_ in own.items()} for name, own in found.items()}
+                speeds[arm.name].setdefault(stage, []).append(pairs_per_s)
+        return {name: {stage: statistics.median(all_) for stage, all_ in own.items()} for name, own in speeds.items()}
 
     def _windows(self, arm: Arm) -> list[tuple[str, float]]:
         """Train a few steps of each stage, and return the stage and the pairs per second of each window."""
@@ -331,8 +331,9 @@ def watch(command: list[str], records: Path, pattern: str, log: Path) -> list[tu
             seconds = sum(sum(one.cpu_times()[:2]) for one in [process, *process.children(recursive=True)])
         except psutil.NoSuchProcess:
             continue
-        found = re.findall(pattern, records.read_text(encoding="utf-8")) if records.exists() else []
-        for pairs, stage in found[len(points) :]:
+        matches = re.findall(pattern, records.read_text(encoding="utf-8")) if records.exists() else []
+        pairs, stage = matches[-1] if matches else (0, "")
+        if matches and (not points or (int(pairs) > points[-1][1] and seconds > points[-1][2])):
             points.append((stage or "all", int(pairs), seconds))
     assert process.returncode == 0, f"{command[2]} ended with exit code {process.returncode}; its output is in {log}"
     return points
@@ -361,12 +362,12 @@ def tune(side: str, trial: Callable[..., float]) -> dict[str, float]:
     has a quarter of the decay.
     """
     (low, middle, high), decay = RATES[side], DECAY[side]
-    found = {(rate, decay): trial(rate=rate, decay=decay) for rate in (low, middle, high)}
-    best, _ = min(found, key=found.__getitem__)
+    ranks = {(rate, decay): trial(rate=rate, decay=decay) for rate in (low, middle, high)}
+    best, _ = min(ranks, key=ranks.__getitem__)
     last = {low: (low / 2, decay), middle: (middle, decay / 4), high: (2 * high, decay)}[best]
-    found[last] = trial(rate=last[0], decay=last[1])
-    rate, decay = min(found, key=found.__getitem__)
-    return {"rate": rate, "decay": decay, **{f"rate {one[0]:g}, decay {one[1]:g}": rank for one, rank in found.items()}}
+    ranks[last] = trial(rate=last[0], decay=last[1])
+    rate, decay = min(ranks, key=ranks.__getitem__)
+    return {"rate": rate, "decay": decay, **{f"rate {one[0]:g}, decay {one[1]:g}": rank for one, rank in ranks.items()}}
 
 
 def report(curves: Mapping[str, Sequence[Curve]], settings: Mapping[str, Setting], figure: Path) -> str:
@@ -383,7 +384,8 @@ def report(curves: Mapping[str, Sequence[Curve]], settings: Mapping[str, Setting
             f"{setting.decay:g}",
         ]
         results = [[curve.course(f"test/{metric}")[-1].result for curve in group] for metric in ("top1", "top5")]
-        rows.append([name, str(len(group)), *numbers, *map(estimate, results)])
+        texts = [one[0].estimate_text if len(one) == 1 else estimate(one) for one in results]
+        rows.append([name, str(len(group)), *numbers, *texts])
     whole = {arm: curves[arm.name] for arm in ARMS}
     pairs = [(ours, theirs) for ours, theirs in itertools.product(ARMS, ARMS) if ours.recipe and not theirs.recipe]
     times = [sentence for pair in pairs for sentence in times_to_equal([curve for arm in pair for curve in whole[arm]])]
@@ -412,8 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     towers = race.kept("text_towers", lambda: {text: trials["open_clip"](text=text, **usual) for text in TEXT_TOWERS})
     texts, settings = {"open_clip": min(towers, key=towers.__getitem__), "flipscale": ""}, dict[str, Setting]()
     for side, trial in trials.items():
-        found = race.kept(f"tuned {side}", partial(tune, side, partial(trial, text=texts[side])))
-        settings[side] = Setting(found["rate"], found["decay"], texts[side])
+        tuned = race.kept(f"tuned {side}", partial(tune, side, partial(trial, text=texts[side])))
+        settings[side] = Setting(tuned["rate"], tuned["decay"], texts[side])
     curves: dict[str, list[Curve]] = {}
     for part, seed, arm in itertools.product((1, *SHORTER), range(args.seeds), ARMS):
         if part == 1 or arm.recipe:

@@ -41,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "BATCH": 8,
         "EVALUATIONS": 2,
         "SHORTER": (2,),
-        "WINDOW": 1,
+        "WINDOW": 2,
         "tune": lambda side, trial: {"rate": 2e-3, "decay": 0.2, "rank": trial(rate=2e-3, decay=0.2)},
     }
     for name, value in values.items():
