@@ -376,13 +376,7 @@ def report(curves: Mapping[str, Sequence[Curve]], settings: Mapping[str, Setting
     for name, group in curves.items():
         ends, setting = [curve.records[-1] for curve in group], settings[name.split(",")[0]]
         seconds, seen = (statistics.mean(end[key] for end in ends) for key in ("trained_seconds", "samples_seen"))
-        numbers = [
-            f"{seen / seconds:,.0f}",
-            f"{seconds:.0f} s",
-            f"{seen:,.0f}",
-            f"{setting.rate:g}",
-            f"{setting.decay:g}",
-        ]
+        numbers = [f"{seen / seconds:,.0f}", f"{seconds:.0f} s", f"{seen:,.0f}", str(setting.rate), str(setting.decay)]
         results = [[curve.course(f"test/{metric}")[-1].result for curve in group] for metric in ("top1", "top5")]
         texts = [one[0].estimate_text if len(one) == 1 else estimate(one) for one in results]
         rows.append([name, str(len(group)), *numbers, *texts])
@@ -403,9 +397,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calibrations of each arm")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="the core that trains")
     args = parser.parse_args(arguments)
+    parts = ("train", "validation", "test", "tokenizer", "tokenizer_ends")
+    if missing := [part for part in parts if not (args.data / part).is_dir()]:
+        parser.error(f"--data {args.data} has no {', '.join(missing)}; the commands above make them")
     os.sched_setaffinity(0, {args.core})
     torch.set_num_threads(1)
     race, seconds = Race(args.data, args.output_dir), 60 * args.minutes
+    begun = race.kept("race", lambda: {"minutes": args.minutes})["minutes"]
+    if begun != args.minutes:
+        parser.error(
+            f"--minutes is {args.minutes:g}, and {args.output_dir} holds a race of {begun:g}; name another folder"
+        )
     pace: dict[str, Pace] = race.kept("pairs_per_second", lambda: race.calibrate(args.repeats))
 
     # The first arm of each trainer is tuned, and the others have its setting.

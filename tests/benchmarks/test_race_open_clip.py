@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -108,6 +109,18 @@ def test_race(tiny: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     main(arguments)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/DONE")} == done
     assert "\n".join(table) in capsys.readouterr().out
+
+
+def test_refusals(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: None) -> None:
+    folder = tmp_path / "race"
+    bench.Race(data, folder).kept("race", lambda: {"minutes": 5.0})
+    for part, words in (
+        ("data", "--minutes is 20, .*race holds a race of 5"),
+        ("data/train", "--data .* has no train, v"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--data", str(tmp_path / part), "--output_dir", str(folder), "--minutes", "20"])
+        assert re.search(words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
