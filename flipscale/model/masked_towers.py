@@ -121,8 +121,9 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         self.caption_tokens = min(64, positions) if self.caption_tokens is None else self.caption_tokens
         if not 1 <= self.caption_tokens <= positions:
             raise ValueError(f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions}")
-        if (hidden := self.projection_hidden_size) is not None and hidden < 1:
-            raise ValueError(f"text_config: projection_hidden_size is {hidden}; expected 1 or more")
+        for name in ("projection_dim", "projection_hidden_size"):
+            if (width := getattr(self, name)) is not None and width < 1:
+                raise ValueError(f"text_config: {name} is {width}; expected 1 or more")
 
     @classmethod
     def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> Any:
@@ -139,7 +140,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
 
     @classmethod
     def parts(cls, vision: dict[str, Any], text: dict[str, Any]) -> dict[str, list[str]]:
-        image, words = vision.get("model_type", "vit"), text.get("model_type", "bert")
+        image, words = str(vision.get("model_type", "vit")), str(text.get("model_type", "bert"))
         if image not in VISION_TOWERS or words not in (*POOLED, *UNPOOLED):
             return {}
         return {

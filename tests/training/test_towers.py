@@ -198,6 +198,7 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
         (["--model.text", "{tmp}/vit"], "model.text '.*vit' is of the type 'None'"),
         (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*has 20"),
         (["--model.text_config.projection_hidden_size", "0"], "projection_hidden_size is 0"),
+        (["--model.text_config.projection_dim", "-1"], "projection_dim is -1"),
         (["--model.text_config.hidden_dropout", "0"], "model.text_config.hidden_dropout .*hidden_dropout_prob"),
         (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'towers'"),
