@@ -21,7 +21,8 @@ FILES = [file for file in (*RECIPES.glob("*.yaml"), *EXAMPLES.glob("*/*.yaml")) 
 
 
 @pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.stem)
-def test_recipe(file: Path, tmp_path: Path) -> None:
+def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no runs/ makes `runs/NAME` a path
     recipe = parse_recipe(["--config", str(file)])
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     assert stages[-1].last > 0
