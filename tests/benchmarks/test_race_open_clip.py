@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import write_shards, write_tokenizer
 
 from benchmarks import race_open_clip as bench
@@ -52,23 +53,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cores = os.sched_getaffinity(0)
     yield
     os.sched_setaffinity(0, cores)
+    AcceleratorState._reset_state(reset_partial_state=True)  # which holds the precision
 
 
 @pytest.mark.long
 def test_race(tiny: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "race"
-    arguments = [
-        "--data",
-        str(data),
-        "--output_dir",
-        str(folder),
-        "--minutes",
-        "0.05",
-        "--seeds",
-        "1",
-        "--repeats",
-        "1",
-    ]
+    arguments = ["--data", str(data), "--output_dir", str(folder)]
+    arguments += ["--minutes", "0.05", "--seeds", "1", "--repeats", "1"]
     main(arguments)
     table = (folder / "table.md").read_text().splitlines()
     names = ["open_clip, 75 % patch dropout", "flipscale, size schedule", "flipscale, size schedule, 1/2 of the time"]

@@ -74,7 +74,7 @@ def test_the_exported_model_and_processor_load(run_dir: Path) -> None:
     assert model.get_text_features(**inputs).pooler_output.shape == (1, 512)
 
 
-def test_the_card_has_the_run_s_numbers(run_dir: Path) -> None:
+def test_the_card_has_the_run_s_numbers(run_dir: Path, real_figures: None) -> None:
     card = (run_dir / "model/README.md").read_text()
     assert "| pairs seen | 640 |" in card
     shown = [line for line in card.splitlines() if line.startswith(("| zero-shot, ", "| retrieval, "))]
