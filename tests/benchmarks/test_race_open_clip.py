@@ -30,8 +30,20 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore what the race sets for its process: the environment, the cores, the threads and the precision."""
+    for name in (PRECISION, "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, os.environ.get(name, "no"))
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    yield
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arms with towers of one layer, and one trial of each."""
     towers = ("causal, end token", "mean of the words")
     small = {"width": 16, "layers": 1, "heads": 1}
@@ -48,12 +60,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }
     for name, value in values.items():
         monkeypatch.setattr(bench, name, value)
-    for name in (PRECISION, "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # restored at the end, as the cores are
-        monkeypatch.setenv(name, os.environ.get(name, "no"))
-    cores = os.sched_getaffinity(0)
-    yield
-    os.sched_setaffinity(0, cores)
-    AcceleratorState._reset_state(reset_partial_state=True)  # which holds the precision
 
 
 @pytest.mark.long
