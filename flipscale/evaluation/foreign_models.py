@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from flipscale.data.decode import open_image, rgb_pixels
+from flipscale.data.decode import UndecodableImage, open_image
+from flipscale.data.samples import wrap_errors
 from flipscale.data.tokenizers import with_lower_case
 from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.io.errors import UserError, first_line, needed
@@ -225,7 +226,9 @@ class TransformersEmbedder(Embedder):
 
 
 def _rgb_image(encoded: bytes) -> Image.Image:
-    return Image.fromarray(rgb_pixels(open_image(encoded)))
+    """Return an image as CLIP_benchmark and most users of these models read it: without its transparency, as stored."""
+    with wrap_errors(UndecodableImage):
+        return open_image(encoded).convert("RGB")
 
 
 def _processed(image_processor: Callable[..., Any], encoded: bytes, row: int) -> dict[str, np.ndarray]:

@@ -63,7 +63,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.long
-def test_race(tiny: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_race(tiny: None, real_figures: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "race"
     arguments = ["--data", str(data), "--output_dir", str(folder)]
     arguments += ["--minutes", "0.05", "--seeds", "1", "--repeats", "1"]

@@ -22,7 +22,6 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
 from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, dummy_batch, image_embeds
-from flipscale.evaluation.foreign_models import OpenClipEmbedder
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
 from flipscale.hub.export import build_processor
 
@@ -101,9 +100,7 @@ def test_progress_counts_all_images(embedder: Embedder, shards: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a JPEG that EXIF turns", "a 16-bit grey PNG"])
-def test_pictures_of_an_index_and_of_other_models_are_those_of_training(
-    embedder: Embedder, tmp_path: Path, kind: str
-) -> None:
+def test_pictures_of_an_index_are_those_of_training(embedder: Embedder, tmp_path: Path, kind: str) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     encoded = sixteen_bits(1) if "PNG" in kind else saved(picture(), "JPEG", quality=95, exif=exif)
@@ -117,11 +114,9 @@ def test_pictures_of_an_index_and_of_other_models_are_those_of_training(
 
     of_file, of_image = image_embeds(embedder.model, spy, [file, Image.open(file)])
     assert (of_file == of_image).all()
-    settings = (embedder.model, embedder.tokenizer, embedder.accelerator)
-    foreign = OpenClipEmbedder(*settings, preprocess=lambda image: torch.from_numpy(np.array(image)))
     expected = decode_whole(encoded).astype(int)
     assert expected.shape == ((150, 210, 3) if "PNG" in kind else (210, 150, 3))
-    for pixels in (*seen, foreign.decoder()(encoded, 0)["image"]):
+    for pixels in seen:
         assert np.abs(np.asarray(pixels) - expected).max() <= 2
 
 
@@ -197,10 +192,12 @@ def test_zero_shot_memory_does_not_grow_with_the_images(embedder: Embedder, tmp_
             if done[0] == count:
                 live.append(_live_bytes())
 
+        gc.disable()  # it empties caches at any time, and cycles of objects should not pass unseen
         tracemalloc.start()
         evaluate_tasks(dataclasses.replace(embedder, progress=watch), tasks)
         peaks[count] = (live[0], tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+        gc.enable()
     tensors, python = ((peaks[1680][which] - peaks[420][which]) / 1260 for which in (0, 1))
     assert tensors <= 16
     assert python < 64
