@@ -115,11 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Embed N random crops of each image, for data.teachers of a recipe. Default: the whole image.",
     )  # fmt: skip
     embed.add_argument(
-        "--crop_scale", nargs=2, type=number(ShareAboveZero), default=(0.5, 1.0), metavar=("LEAST", "MOST"),
+        "--crop_scale", nargs=2, type=number(ShareAboveZero), metavar=("LEAST", "MOST"),
         help="Area of the crops as a fraction of the image's, the recipe's data.crop_scale. Default: 0.5 1.0.",
     )  # fmt: skip
     embed.add_argument("--no_mirror", action="store_true", help="Mirror no crop, for data.mirror false. Default: half.")
-    embed.add_argument("--seed", type=number(Seed), default=0, help="Seed of the crops. Default: 0.")
+    embed.add_argument("--seed", type=number(Seed), help="Seed of the crops. Default: 0.")
     embed.add_argument("--batch_size", type=number(Pairs), default=256, help="Samples embedded at once. Default: 256.")
     add_num_workers(embed, decode=True)
 
@@ -230,13 +230,17 @@ def _shards(args: argparse.Namespace) -> None:
     print(f"next: flipscale prepare tokenizer {train} {args.directory / 'tokenizer'}")
 
 
-def _open(shards: str) -> "Source":
-    """Return the source of shards, a saved data set or Parquet files. Shards that cannot be read are left out."""
+def _open(shards: str, max_bad_fraction: float = 1.0) -> "Source":
+    """Return the source of shards, a saved data set or Parquet files. Shards that cannot be read are left out.
+
+    Raises:
+        UserError: there are no shards, or more than `max_bad_fraction` of them cannot be read.
+    """
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_source
     from flipscale.preparation.lists import source_of
 
-    data = DataRecipe(sources=[source_of(shards)], lanes=1, shards_per_block=1, max_bad_fraction=1.0)
+    data = DataRecipe(sources=[source_of(shards)], lanes=1, shards_per_block=1, max_bad_fraction=max_bad_fraction)
     return open_source(data)
 
 
@@ -331,12 +335,15 @@ def _embed(args: argparse.Namespace) -> None:
     from flipscale.evaluation.stored import store_features
     from flipscale.hub.loading import open_embedder
 
-    scale = tuple(args.crop_scale)
+    scale = tuple(args.crop_scale or (0.5, 1.0))
     if scale[0] > scale[1]:
         raise UserError(f"--crop_scale is {scale[0]:g} {scale[1]:g}; expected the smaller share first")
-    crops = StoredCrops(args.crops, scale, not args.no_mirror, args.seed) if args.crops else None
+    crops = StoredCrops(args.crops, scale, not args.no_mirror, args.seed or 0) if args.crops else None
+    of_crops = [f"--{name}" for name in ("crop_scale", "no_mirror", "seed") if getattr(args, name)]
+    if of_crops and crops is None:
+        raise UserError(f"{', '.join(of_crops)}: an option of random crops; add --crops N, or leave it out")
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
-    source = _open(args.shards)
+    source = _open(args.shards, max_bad_fraction=0.0)
     if not isinstance(source, TarSource):
         raise UserError(f"shards is {args.shards!r}; expected tar shards. Fix: `flipscale prepare shards`")
     accelerator = start_accelerator([], ".")
