@@ -5,9 +5,11 @@
     python benchmarks/race_open_clip.py --data data/icons --minutes 5 --seeds 3 --output_dir runs/race_open_clip
 
 One core trains one model at a time. Both trainers have the same shards, word pieces, batch size, crops and image tower,
-and a text tower of one layer. On `validation`, trials choose open_clip's text tower, and each arm's rate and decay.
-The last runs are tested on `test`. Times are pairs divided by the pairs per second of processor time that the trainers
-reach in turn, so other work on the machine decides nothing. After a stop, the same command goes on.
+and a text tower of one layer. The shards have the pairs of `train` whose names at least five sets have, as the names of
+`test` do; of all pairs, open_clip's trainer learns next to nothing in five minutes. On `validation`, trials choose
+open_clip's text tower, and each arm's rate and decay. The last runs are tested on `test`. Times are pairs divided by
+the pairs per second of processor time that the trainers reach in turn, so other work on the machine decides nothing.
+After a stop, the same command goes on.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +34,10 @@ import psutil
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.shared import write_shard
+from flipscale.data.sources.tar import TarSource
 from flipscale.engines.device import is_faster_in_bf16
 from flipscale.engines.launch import PRECISION
 from flipscale.engines.start import start_accelerator
@@ -42,6 +49,7 @@ from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.evaluation.test_set import TestSet
 from flipscale.hub.loading import open_embedder
 from flipscale.io.atomic import atomic_write, write_text
+from flipscale.io.progress import each
 from flipscale.io.text_table import markdown_table
 from flipscale.studies.figures import draw_curves
 from flipscale.studies.runs import in_time
@@ -49,6 +57,8 @@ from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 
 RECIPES = Path(__file__).parents[1] / "examples/icons"
 BATCH, WARMUP, EVALUATIONS = 128, 0.05, 5
+LEAST_SETS = 5  # each name of the training pairs is in so many sets
+PAIRS_PER_SHARD = 8192
 TRIAL = 0.4  # length of a trial, in parts of a last run
 SHORTER = (4, 8)  # complete schedules of flipscale in these parts of the time
 WINDOW, WINDOWS = 3, 5  # steps of a window of the calibration, and windows of each stage
@@ -137,6 +147,14 @@ class Race:
             write_text(path, json.dumps(make(), indent=1) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
+    def shards(self) -> Path:
+        """Return the folder of the training pairs, written if it is missing: those of names of `LEAST_SETS` sets."""
+        folder = self.folder / "train"
+        if not folder.exists():
+            with atomic_write(folder) as partial_folder:
+                _write_common_pairs(self.data, partial_folder)
+        return folder
+
     def train(
         self, name: str, arm: Arm, setting: Setting, seconds: float, pace: Pace, seed: int = 0, tested: bool = False
     ) -> Path:
@@ -171,7 +189,7 @@ class Race:
                 "num_hidden_layers": size["layers"], "num_attention_heads": size["heads"],
                 "projection_dim": VISION["width"],
             }  # fmt: skip
-        fields["data"] |= {"shards": str(self.data / "train"), "tokenizer": str(self.data / "tokenizer")}
+        fields["data"] |= {"shards": str(self.shards()), "tokenizer": str(self.data / "tokenizer")}
         fields["data"]["global_batch_size"] = BATCH
         fields["optim"]["weight_decay"] = setting.decay
         fields["stages"][0]["base_lr"] = setting.rate
@@ -185,7 +203,7 @@ class Race:
         self, arm: Arm, setting: Setting, run_dir: Path, seed: int, samples: int, epochs: int, *more: str
     ) -> list[str]:
         """Return the command of open_clip's trainer for `epochs` of `samples`, with a checkpoint after each."""
-        shards = sorted((self.data / "train").glob("*.tar"))
+        shards = sorted(self.shards().glob("*.tar"))
         arguments: dict[str, Any] = {
             "model": f"local-dir:{self.model_folder(setting.text)}", "train-data": "::".join(map(str, shards)),
             "dataset-type": "webdataset", "train-num-samples": samples, "epochs": epochs, "batch-size": BATCH,
@@ -282,6 +300,23 @@ def _written(recipe: Recipe) -> str:
     path = Path(recipe.output_dir).with_suffix(".yaml")
     write_text(path, to_yaml(recipe))
     return str(path)
+
+
+def _write_common_pairs(data: Path, folder: Path) -> None:
+    # A row of the table, with its set and its name, for each pair of the shards.
+    rows = [line.split("\t") for line in (data / "train.tsv").read_text(encoding="utf-8").splitlines()]
+    sets = defaultdict(set)
+    for prefix, name in rows:
+        sets[name].add(prefix)
+    source = TarSource(str(data / "train"))
+    places = [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
+    kept = [place for place, (_, name) in zip(places, rows, strict=True) if len(sets[name]) >= LEAST_SETS]
+    folder.mkdir()
+    firsts = range(0, len(kept), PAIRS_PER_SHARD)
+    for number, first in enumerate(each(firsts, "common names", "shards")):
+        pairs = (source.read(*place) for place in kept[first : first + PAIRS_PER_SHARD])
+        contents = ({"png": pair.image, "txt": pair.captions[0]} for pair in pairs)
+        write_shard(folder / f"{number:05}.tar", ((f"{row:06}", one) for row, one in enumerate(contents, first)))
 
 
 def _write_open_clip_model(folder: Path, final: Path, data: Path, fields: dict[str, Any]) -> None:
@@ -397,8 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calibrations of each arm")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="the core that trains")
     args = parser.parse_args(arguments)
-    parts = ("train", "validation", "test", "tokenizer", "tokenizer_ends")
-    if missing := [part for part in parts if not (args.data / part).is_dir()]:
+    parts = ("train", "train.tsv", "validation", "test", "tokenizer", "tokenizer_ends")
+    if missing := [part for part in parts if not (args.data / part).exists()]:
         parser.error(f"--data {args.data} has no {', '.join(missing)}; the commands above make them")
     os.sched_setaffinity(0, {args.core})
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from conftest import write_shards, write_tokenizer
 
 from benchmarks import race_open_clip as bench
 from benchmarks.race_open_clip import ARMS, Setting, main, tune
+from flipscale.data.sources.tar import TarSource
 from flipscale.engines.launch import PRECISION
 from flipscale.evaluation.results import read_metrics, read_results
 
@@ -24,7 +25,10 @@ pytest.importorskip("open_clip_train")
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     for seed, part in enumerate(("train", "validation", "test")):
-        write_shards(folder / part, [40, 40], seed)
+        write_shards(folder / part, [50, 40] if part == "train" else [40, 40], seed)
+    # Each name is in five sets, but the last, which one set has ten times.
+    rows = [f"set{row % 5}\tname{row // 5}" for row in range(80)] + ["set0\tname16"] * 10
+    (folder / "train.tsv").write_text("\n".join(rows) + "\n")
     write_tokenizer(folder / "tokenizer")
     write_tokenizer(folder / "tokenizer_ends", bos_token="<s>", eos_token="</s>")
     return folder
@@ -109,12 +113,21 @@ def test_race(tiny: None, real_figures: None, data: Path, tmp_path: Path, capsys
     assert "\n".join(table) in capsys.readouterr().out
 
 
+def test_pairs_of_common_names(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PAIRS_PER_SHARD", 30)
+    all_pairs, common = TarSource(str(data / "train")), TarSource(str(bench.Race(data, tmp_path / "race").shards()))
+    assert common.shard_sizes == [30, 30, 20]
+    for row in (0, 29, 30, 79):
+        of_all, of_common = all_pairs.read(*divmod(row, 50)), common.read(*divmod(row, 30))
+        assert (of_common.image, of_common.captions) == (of_all.image, of_all.captions)
+
+
 def test_refusals(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: None) -> None:
     folder = tmp_path / "race"
     bench.Race(data, folder).kept("race", lambda: {"minutes": 5.0})
     for part, words in (
         ("data", "--minutes is 20, .*race holds a race of 5"),
-        ("data/train", "--data .* has no train, v"),
+        ("data/train", "--data .* has no train, train.tsv, v"),
     ):
         with pytest.raises(SystemExit):
             main(["--data", str(tmp_path / part), "--output_dir", str(folder), "--minutes", "20"])
