@@ -126,21 +126,6 @@ def tokenise_captions(tokenizer: "PreTrainedTokenizerBase", texts: list[str], le
     return tokens
 
 
-def word_weights(tokens: dict[str, "torch.Tensor"], rarity: "torch.Tensor") -> "torch.Tensor":
-    """Return the share of each token in its caption's words: its rarity, divided by the sum. fp32 `(captions, tokens)`.
-
-    A repeated token counts once. A caption of special tokens and words of rarity 0 has no share.
-
-    Args:
-        tokens: `tokenise_captions`.
-        rarity: `(vocabulary,)`, 0 for special tokens.
-    """
-    ids = tokens["input_ids"]
-    is_repeated = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(2)
-    weights = rarity[ids].masked_fill(is_repeated | ~tokens["attention_mask"].bool(), 0.0)
-    return weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
-
-
 def pack_captions(tokens: dict[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """Return captions in fewer rows of the same length, several in a row.
 

@@ -16,13 +16,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.captions import (
-    UntokenizableCaption,
-    choose_captions,
-    pack_captions,
-    tokenise_captions,
-    word_weights,
-)
+from flipscale.data.captions import UntokenizableCaption, choose_captions, pack_captions, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
@@ -112,7 +106,6 @@ class PairDataset(Dataset):
     * `drop_path_rate`: `branch_scales` fp32 `(batch, blocks, 2)`, with several views `(batch, views, blocks, 2)`:
       factors of the branches of the image tower's blocks.
     * `sends_caption_ids`: `caption_ids` int64 `(batch,)`, equal for captions with equal tokens, before their mask.
-    * `word_rarity`: `word_weights` fp32 `(batch, max_tokens)`, see `captions.word_weights`.
     * `parallel_share`: `in_parallel` bool `(batch,)`, whether all tokens of a caption are predicted at once.
     """
 
@@ -152,7 +145,6 @@ class PairDataset(Dataset):
         self.parallel_share = parallel_share
         self.drop_path_rate = drop_path_rate
         self.captions_per_image = captions_per_image
-        self.word_rarity: torch.Tensor | None = None
         try:
             self.kept = num_kept(shape.num_patches, mask_ratio)
             num_kept(shape.max_tokens, text_mask_ratio, "tokens")
@@ -280,8 +272,6 @@ class PairDataset(Dataset):
         """Return the columns of the annotations, with the recipe's mask of tokens."""
         tokens = self._tokenise([text for texts in captions for text in texts])
         ids = {"caption_ids": caption_ids(tokens["input_ids"])} if self.sends_caption_ids else {}
-        if self.word_rarity is not None:
-            ids["word_weights"] = word_weights(tokens, self.word_rarity)
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask.text_kind)
         if self.recipe.pack_captions:

@@ -58,8 +58,6 @@ class LossRecipe:
             per process in turn: a thousand at 256. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
-        word_weight: The weight of a second loss, the words of the caption as labels of the image
-            (`flipscale.objectives.words`), beside `infonce` or `sigmoid`; 0 leaves out that loss and its head.
         teacher_weight: The share of the teachers' similarities in the targets of `infonce`, with `data.teachers`. The
             rest is the pairs' (`flipscale.objectives.teacher`). Null is 0.75, as MobileCLIP-B has.
         teacher_temperature: The temperature of all teachers' similarities; null is 1 / `logit_scale` of each.
@@ -74,7 +72,6 @@ class LossRecipe:
     captions_per_image: Count = 1
     exchange: str = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
-    word_weight: NonNegative = 0.0
     teacher_weight: Share | None = None
     teacher_temperature: Positive | None = None
     caption_weight: NonNegative = 0.0
@@ -125,7 +122,6 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe, teachers: Sequence[str
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
     from flipscale.objectives.teacher import Distilled
-    from flipscale.objectives.words import WithWords
 
     shared: dict[str, Any] = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
     objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **shared, **recipe.options)
@@ -149,24 +145,15 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe, teachers: Sequence[str
             "loss.positives": None if recipe.positives == "pairs" else recipe.positives,
             "loss.caption_weight": recipe.caption_weight,
             "loss.reconstruction_weight": recipe.reconstruction_weight,
-            "loss.word_weight": recipe.word_weight,
             "mask.views": mask.views - 1 and mask.views,
         }
         reason = "which is for a contrastive loss alone, of pairs and one view"
         refuse_set(others, f"loss.captions_per_image is {recipe.captions_per_image}, {reason}")
     if recipe.caption_weight > 0.0:
-        others = {
-            "loss.kind": other_model,
-            "loss.reconstruction_weight": recipe.reconstruction_weight,
-            "loss.word_weight": recipe.word_weight,
-        }
+        others = {"loss.kind": other_model, "loss.reconstruction_weight": recipe.reconstruction_weight}
         refuse_set(others, f"loss.caption_weight is {recipe.caption_weight:g}, and both train another model class")
         weight, prediction = recipe.caption_weight, recipe.caption_kind
         return WithCaptions(other=objective, positives=recipe.positives, weight=weight, prediction=prediction)
-    if recipe.word_weight > 0.0:
-        others = {"loss.kind": other_model, "loss.reconstruction_weight": recipe.reconstruction_weight}
-        refuse_set(others, f"loss.word_weight is {recipe.word_weight:g}, and both train another model class")
-        return WithWords(other=objective, positives=recipe.positives, weight=recipe.word_weight)
     if recipe.reconstruction_weight == 0.0:
         return objective
     words = f"loss.reconstruction_weight is {recipe.reconstruction_weight:g}"

@@ -82,8 +82,6 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     elif objective.takes_text:
         batch["input_ids"] = torch.zeros(captions, tokens, dtype=torch.int64)
         batch["attention_mask"] = torch.ones(captions, tokens, dtype=torch.int64)
-    if "word_weights" in objective.columns:
-        batch["word_weights"] = torch.zeros(captions, tokens)
     if decoder is not None and decoder.mask_token_id is not None:
         batch["in_parallel"] = torch.ones(step.batch_size, dtype=torch.bool)
     if "labels" in objective.columns:

@@ -300,7 +300,6 @@ class Recipe:
             "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
             "loss.caption_weight": self.loss.caption_weight,
             "loss.reconstruction_weight": self.loss.reconstruction_weight,
-            "loss.word_weight": self.loss.word_weight,
             **{f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages},
         }
 

@@ -4,16 +4,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from objectives import test_captioning, test_reconstruction, test_words
+from objectives import test_captioning, test_reconstruction
 
 from flipscale.engines.engine import Engine
-from flipscale.objectives import captioning, reconstruction, words
+from flipscale.objectives import captioning, reconstruction
 from flipscale.objectives.captioning import WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
-from flipscale.objectives.words import WithWords, WordsFlipModel
 from flipscale.training.step import consume_batch
 
 Inputs = dict[str, torch.Tensor]
@@ -35,19 +34,16 @@ class OneProcess:
         loss.backward()
 
 
-OBJECTIVES: dict[str, WithCaptions | WithReconstruction | WithWords] = {
+OBJECTIVES: dict[str, WithCaptions | WithReconstruction] = {
     "caption": WithCaptions(other=Contrastive(), weight=2.0, prediction="mixed"),
     "caption, sigmoid": WithCaptions(other=Sigmoid(), weight=0.5, prediction="mixed"),
     "reconstruction": WithReconstruction(other=Contrastive(), weight=3.0),
-    "word": WithWords(other=Contrastive(), weight=0.5),
 }
 
 
 def build(objective: Objective) -> tuple[Any, Inputs]:
     if isinstance(objective, WithCaptions):
         return test_captioning.build(objective), test_captioning.batch()
-    if isinstance(objective, WithWords):
-        return test_reconstruction.build(WordsFlipModel), test_words.batch()
     return test_reconstruction.build(ReconstructingFlipModel), test_reconstruction.batch()
 
 
@@ -75,7 +71,7 @@ def test_norms_of_each_loss(name: str, parts: int) -> None:
     assert min(expected) > 1e-4
 
 
-MODULES = {"caption": captioning, "reconstruction": reconstruction, "word": words}
+MODULES = {"caption": captioning, "reconstruction": reconstruction}
 
 
 @pytest.mark.parametrize("name", MODULES)

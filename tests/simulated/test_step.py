@@ -47,7 +47,6 @@ KINDS = [
     ("--loss.caption_weight=1", ENDS),
     ("--loss.kind=captioning", ENDS),
     ("--loss.reconstruction_weight=1",),
-    ("--loss.word_weight=1",),
 ]
 
 
