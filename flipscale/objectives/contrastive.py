@@ -150,12 +150,7 @@ def _loss_and_gradients(
     if not with_gradients:
         return loss, ()
 
-    image_softmax = [image.softmax(p) for image, _, p in sides]
-    text_softmax = [text.softmax(p) for _, text, p in sides]
-    positive_gradients = [
-        -(image.total * of_image.factor + text.total * of_text.factor)
-        for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
-    ]
+    image_softmax, text_softmax, positive_gradients = logit_gradients(sides)
     image_gradient = torch.zeros_like(images)
     if spreads:
         # The mean over views divides by their number, but each view has only its part of the one softmax.
@@ -305,6 +300,23 @@ def flat(views: Sequence[LogSumExp | Softmax]) -> Rows:
 
 def by_view(rows: Rows) -> list[Rows]:
     return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+def logit_gradients(
+    sides: Sequence[tuple[LogSumExp, LogSumExp, torch.Tensor]],
+) -> tuple[list[Softmax], list[Softmax], list[torch.Tensor]]:
+    """Return the softmax of images, that of texts, and the gradients of the pairs' logits, of each view.
+
+    Args:
+        sides: negatives of images and of texts, and the pairs' logits, of each view.
+    """
+    image_softmax = [image.softmax(pairs) for image, _, pairs in sides]
+    text_softmax = [text.softmax(pairs) for _, text, pairs in sides]
+    of_pairs = [
+        -(image.total * of_image.factor + text.total * of_text.factor)
+        for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
+    ]
+    return image_softmax, text_softmax, of_pairs
 
 
 def shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:

@@ -98,12 +98,7 @@ def _change_and_gradients(
         slot.results = flat(text_negatives)
     text_negatives = [LogSumExp(*negatives) for negatives in by_view(together.reduced)]
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
-    image_softmax = [image.softmax(pairs) for image, _, pairs in sides]
-    text_softmax = [text.softmax(pairs) for _, text, pairs in sides]
-    of_pairs = [
-        -(image.total * of_image.factor + text.total * of_text.factor)
-        for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
-    ]
+    image_softmax, text_softmax, of_pairs = contrastive.logit_gradients(sides)
 
     image_gradient = torch.zeros_like(mean_images)
     for first_pair, visited, slot in together.visits(None, *flat(text_softmax)):
