@@ -22,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +35,7 @@ import psutil
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from examples.shared import write_shard
-from flipscale.data.sources.tar import TarSource
+from flipscale.data.sources.tar import TarSource, add_member
 from flipscale.engines.device import is_faster_in_bf16
 from flipscale.engines.launch import PRECISION
 from flipscale.engines.start import start_accelerator
@@ -314,9 +312,11 @@ def _write_common_pairs(data: Path, folder: Path) -> None:
     folder.mkdir()
     firsts = range(0, len(kept), PAIRS_PER_SHARD)
     for number, first in enumerate(each(firsts, "common names", "shards")):
-        pairs = (source.read(*place) for place in kept[first : first + PAIRS_PER_SHARD])
-        contents = ({"png": pair.image, "txt": pair.captions[0]} for pair in pairs)
-        write_shard(folder / f"{number:05}.tar", ((f"{row:06}", one) for row, one in enumerate(contents, first)))
+        with tarfile.open(folder / f"{number:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, place in enumerate(kept[first : first + PAIRS_PER_SHARD], first):
+                pair = source.read(*place)
+                add_member(tar, f"{row:06}.png", pair.image)
+                add_member(tar, f"{row:06}.txt", pair.captions[0])
 
 
 def _write_open_clip_model(folder: Path, final: Path, data: Path, fields: dict[str, Any]) -> None:
