@@ -11,7 +11,7 @@ import numpy as np
 
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.curves import Curve, over_seeds
-from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure, tidy
+from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import Result
 from flipscale.studies.laws import LawFit, Points, PowerLaw
 from flipscale.studies.transfer import EffectTable
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BASE_COLOUR = "#777777"
-_COLOURS = (
-    *("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a"),
-    *("#0f8b8d", "#b8336a", "#5a6e2a", "#3d3d9e", "#7a4a2b"),
-)
 _LINES = ("-", "--", ":")
 _PAIRS = {"billions": 1e9, "millions": 1e6, "thousands": 1e3}
 _MOST_COLUMNS = 3
@@ -99,7 +95,7 @@ def _pairs_unit(most: int) -> tuple[str, float]:
 
 def _line_styles(count: int) -> list[dict[str, Any]]:
     """Return a colour and a kind of line for each of `count` lines."""
-    styles = itertools.cycle(itertools.product(_LINES, _COLOURS))
+    styles = itertools.cycle(itertools.product(_LINES, COLOURS))
     return [{"linestyle": line, "color": colour} for line, colour in itertools.islice(styles, count)]
 
 
@@ -114,7 +110,7 @@ def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) ->
     line = Points(np.full(len(grid), "", object), grid, ones, ones, ones, ones)
     drawn = [fit for fit in fits if tuple(fit.law.spent) == ("compute",)]
     # Broken lines, because laws without saturation coincide.
-    for fit, colour, kind in zip(drawn, _COLOURS, _LINES, strict=False):
+    for fit, colour, kind in zip(drawn, COLOURS, _LINES, strict=False):
         label = f"{fit.law.name}, {fit.law.formula}"
         if isinstance(fit.law, PowerLaw):
             label = f"power law: slope {fit.fitted[0]:.3f} ({fit.low[0]:.3f} to {fit.high[0]:.3f})"
@@ -203,7 +199,7 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
     for place, name, shown in panels:
         estimates = _estimates([outcome.results.get(name, ()) for outcome in outcomes])
         for row, (value, below, above) in enumerate(zip(*estimates, strict=True)):
-            place.errorbar(value, row, xerr=([below], [above]), color=_COLOURS[0] if row else _BASE_COLOUR, **_BARS)
+            place.errorbar(value, row, xerr=([below], [above]), color=COLOURS[0] if row else _BASE_COLOUR, **_BARS)
         if shown.chance is not None:
             place.axvline(shown.chance, **_CHANCE)
         place.set(xlabel=shown.shown_with_unit, ylim=(len(labels) - 0.4, -0.6))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flipscale.evaluation.intervals import mean_of, student, wilson
+from flipscale.evaluation.reports import figures
 from flipscale.evaluation.reports.curves import (
     Curve,
     by_recipe,
@@ -170,6 +171,18 @@ def test_the_time_to_equal_accuracy_is_a_ratio_with_an_interval_over_seeds() -> 
     assert times_to_equal([*slow, *never])[0].endswith("in 2 of 3 seeds only, so no ratio of times is given.")
     assert seconds_to(slow[0], TOP1.name, 15.0) == 15.0
     assert [mean_of([1.0, 3.0]).value, round(student(10), 3)] == [2.0, 2.228]
+
+
+def test_every_recipe_has_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"recipe {number}" for number in range(12)]
+    curves = [replace(seeded(0, [5.0, 6.0], name), name=name) for name in names]
+    saved = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: saved.append(figure))
+    draw_result(curves, TOP1, tmp_path / "top1.png")
+    draw_loss(curves, tmp_path / "loss.png")
+    for figure in saved:
+        shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert shown == [f"{name} (50% masked)" for name in names]
 
 
 def test_runs_of_several_seeds_have_their_mean_and_a_band(tmp_path: Path) -> None:

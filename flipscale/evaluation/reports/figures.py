@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
+COLOURS = (
+    *("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a"),
+    *("#0f8b8d", "#b8336a", "#5a6e2a", "#3d3d9e", "#7a4a2b"),
+)
 # Lines of at least this many points are drawn smoothed.
 _SMOOTHED_POINTS = 40
 # Height of a line of small text as a share of the figure.
@@ -92,7 +96,7 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
     """Draw the loss against training time, a line for each run, smoothed if it is long, and mark where stages begin."""
     figure, axes, unit = _axes("Loss of the training batches", "loss", curves)
     groups = by_recipe(curves)
-    for group, colour in zip(groups, COLOURS, strict=False):
+    for group, colour in zip(groups, cycle(COLOURS), strict=False):
         for curve in group:
             for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
                 times = [s / unit for s in seconds]
@@ -116,7 +120,7 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
 
 def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
     """Mark where the later stages of each run begin. With one run, add each stage's name and mask."""
-    for curve, colour in zip(curves, COLOURS, strict=False):
+    for curve, colour in zip(curves, cycle(COLOURS), strict=False):
         ends = [seconds[-1] / unit for seconds, _ in curve.by_stage("lr").values()]
         for end in ends[:-1]:
             axes.axvline(end, color=colour if len(curves) > 1 else "#888888", linewidth=0.9, linestyle="--", zorder=0)
@@ -161,7 +165,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     drawn: list[float] = []
     groups = [own for group in by_recipe(curves) if (own := [c for c in group if c.course(shown.name)])]
     notes: dict[str, None] = {}
-    for group, colour in zip(groups, COLOURS, strict=False):
+    for group, colour in zip(groups, cycle(COLOURS), strict=False):
         times, means = over_seeds(group, shown.name)
         values = [mean.value for mean in means]
         label, bands = group[0].label, [(mean.low, mean.high) for mean in means]
