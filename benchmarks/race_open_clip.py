@@ -7,8 +7,8 @@
 One core trains one model at a time. Both trainers have the same shards, word pieces, batch size, crops and image tower,
 and a text tower of one layer. The shards have the pairs of `train` whose names at least five sets have, as the names of
 `test` do; of all pairs, open_clip's trainer learns next to nothing in minutes. On `validation`, trials choose
-open_clip's text tower, and each arm's rate and decay. The last runs are tested on `test`. Times are pairs divided by
-the pairs per second of processor time that the trainers reach in turn, so other work on the machine decides nothing.
+open_clip's text tower, and each trainer's rate and decay. The last runs are tested on `test`. Times are pairs divided
+by the pairs per second of processor time that the trainers reach in turn, so other work on the machine decides nothing.
 After a stop, the same command goes on.
 """
 
@@ -46,7 +46,7 @@ from flipscale.evaluation.results import append_results, read_metrics, read_resu
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.evaluation.test_set import TestSet
 from flipscale.hub.loading import open_embedder
-from flipscale.io.atomic import atomic_write, write_text
+from flipscale.io.atomic import atomic_write, new_folder, write_text
 from flipscale.io.progress import each
 from flipscale.io.text_table import markdown_table
 from flipscale.studies.figures import draw_curves
@@ -149,7 +149,7 @@ class Race:
         """Return the folder of the training pairs, written if it is missing: those of names of `LEAST_SETS` sets."""
         folder = self.folder / "train"
         if not folder.exists():
-            with atomic_write(folder) as partial_folder:
+            with new_folder(folder) as partial_folder:
                 _write_common_pairs(self.data, partial_folder)
         return folder
 
@@ -301,7 +301,7 @@ def _written(recipe: Recipe) -> str:
 
 
 def _write_common_pairs(data: Path, folder: Path) -> None:
-    # A row of the table, with its set and its name, for each pair of the shards.
+    """Write the pairs of `train` whose names at least `LEAST_SETS` sets have. `train.tsv` has a row for each pair."""
     rows = [line.split("\t") for line in (data / "train.tsv").read_text(encoding="utf-8").splitlines()]
     sets = defaultdict(set)
     for prefix, name in rows:
@@ -309,7 +309,6 @@ def _write_common_pairs(data: Path, folder: Path) -> None:
     source = TarSource(str(data / "train"))
     places = [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
     kept = [place for place, (_, name) in zip(places, rows, strict=True) if len(sets[name]) >= LEAST_SETS]
-    folder.mkdir()
     firsts = range(0, len(kept), PAIRS_PER_SHARD)
     for number, first in enumerate(each(firsts, "common names", "shards")):
         with tarfile.open(folder / f"{number:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:

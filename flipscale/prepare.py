@@ -341,7 +341,7 @@ def _embed(args: argparse.Namespace) -> None:
     crops = StoredCrops(args.crops, scale, not args.no_mirror, args.seed or 0) if args.crops else None
     of_crops = [f"--{name}" for name in ("crop_scale", "no_mirror", "seed") if getattr(args, name)]
     if of_crops and crops is None:
-        raise UserError(f"{', '.join(of_crops)}: an option of random crops; add --crops N, or leave it out")
+        raise UserError(f"{', '.join(of_crops)} without --crops; add --crops N, or leave out the options of crops")
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
     source = _open(args.shards, max_bad_fraction=0.0)
     if not isinstance(source, TarSource):

@@ -91,7 +91,7 @@ def draw_results(columns: Sequence[Column], path: Path) -> None:
     size = (8.0, 1.2 + 0.2 * len(columns) + row_inches * len(rows))
     figure, axes = drawing_pyplot().subplots(figsize=size, constrained_layout=True)
     for number, column in enumerate(columns):
-        colour = COLOURS[number] if len(columns) <= len(COLOURS) else f"C{number}"
+        colour = COLOURS[number % len(COLOURS)]
         label: str | None = column.name
         for y, row in enumerate(rows):
             if (line := row.lines[number]) is None:
