@@ -1,24 +1,22 @@
 """The race beside open_clip's trainer, at a tiny size: both train on equal data, and one code evaluates both."""
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import write_shards, write_tokenizer
 
 from benchmarks import race_open_clip as bench
 from benchmarks.race_open_clip import ARMS, Setting, main, tune
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.launch import PRECISION
 from flipscale.evaluation.results import read_metrics, read_results
 
 pytest.importorskip("open_clip_train")
+pytestmark = pytest.mark.usefixtures("process_as_before")
 
 
 @pytest.fixture
@@ -32,18 +30,6 @@ def data(tmp_path: Path) -> Path:
     write_tokenizer(folder / "tokenizer")
     write_tokenizer(folder / "tokenizer_ends", bos_token="<s>", eos_token="</s>")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore what the race sets for its process: the environment, the cores, the threads and the precision."""
-    for name in (PRECISION, "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(name, os.environ.get(name, "no"))
-    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    yield
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
