@@ -4,9 +4,9 @@
     flipscale prepare weights data/icons/train data/icons_counts --caption_counts
     python benchmarks/optimizers.py --data data/icons --weights data/icons_counts --output_dir runs/optimizers
 
-Towers of two widths learn in batches of two sizes. For each of these four, both optimisers have as many trials of their
-rate and decay on `validation`, and the best setting is trained with each seed and tested on `test`. One core trains one
-model at a time. A run has as many pairs as its optimiser trains in its time, by the processor time of steps measured in
+Towers of two widths learn in batches of two sizes. In each of these four cases, both optimisers have as many trials of
+their rate and decay on `validation`. The best setting is trained with each seed and tested on `test`. One core trains
+one model at a time. A run has as many pairs as its optimiser trains in its time, by the processor time of steps measured in
 turn. So the cost of an optimiser's step counts, and other work on the machine decides nothing. After a stop, the same
 command goes on.
 """
