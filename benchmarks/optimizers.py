@@ -13,7 +13,6 @@ stop, the same command goes on.
 
 import argparse
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -27,9 +26,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.race_open_clip import RECIPES, mean_rank, plain, watch
-from flipscale.engines.device import is_faster_in_bf16
-from flipscale.engines.launch import PRECISION
+from benchmarks.race_open_clip import RECIPES, RunFolder, mean_rank, plain, watch
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.reports.curves import estimate
 from flipscale.evaluation.results import Result, read_results
@@ -58,21 +55,12 @@ class Arm:
         return f"{self.optimizer}, width {self.width}, batch {self.batch}"
 
 
-class Runs:
-    """The runs of one output folder."""
+class Runs(RunFolder):
+    """The runs of one comparison."""
 
     def __init__(self, data: Path, weights: Path, folder: Path):
-        self.data, self.weights, self.folder = data.absolute(), weights.absolute(), folder.absolute()
-        precision = "bf16" if is_faster_in_bf16() else "no"
-        os.environ.update({PRECISION: precision, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the content of a JSON file of the folder, made if there is none."""
-        path = self.folder / f"{plain(name)}.json"
-        if not path.exists():
-            write_text(path, json.dumps(make(), indent=1) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+        super().__init__(folder)
+        self.data, self.weights = data.absolute(), weights.absolute()
 
     def command(
         self, name: str, arm: Arm, rate: float, decay: float, pairs: int, seed: int = 0, **changes: Any

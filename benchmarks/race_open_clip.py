@@ -129,11 +129,11 @@ class Setting:
     text: str
 
 
-class Race:
-    """The runs of one output folder."""
+class RunFolder:
+    """An output folder of runs that have one core each, and of JSON files that are made once."""
 
-    def __init__(self, data: Path, folder: Path):
-        self.data, self.folder = data.absolute(), folder.absolute()
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
         self.precision = "bf16" if is_faster_in_bf16() else "no"
         os.environ.update({PRECISION: self.precision, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +144,14 @@ class Race:
         if not path.exists():
             write_text(path, json.dumps(make(), indent=1) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Race(RunFolder):
+    """The runs of one race."""
+
+    def __init__(self, data: Path, folder: Path):
+        super().__init__(folder)
+        self.data = data.absolute()
 
     def shards(self) -> Path:
         """Return the folder of the training pairs, written if it is missing: those of names of `LEAST_SETS` sets."""
