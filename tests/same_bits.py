@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict, int, dict[str, str]]] = {
     "bf16": ({}, 1, {"ACCELERATE_MIXED_PRECISION": "bf16"}),
     "ddp": ({"stages": SHORT}, 2, {}),
     "ddp_muon": ({"stages": SHORT, "optim": {"name": "muon"}}, 2, {}),
-    "ddp_ring": ({"stages": SHORT, "loss": {"exchange": "ring"}, "data": {"micro_batch_size": 4}}, 2, {}),
+    "ddp_micro": ({"stages": SHORT, "data": {"micro_batch_size": 4}}, 2, {}),
     "ddp_sigmoid": ({"stages": SHORT, "loss": {"kind": "sigmoid"}}, 2, {}),
     "fsdp2": ({"stages": SHORT}, 2, FSDP2),
     "fsdp2_muon": ({"stages": SHORT, "optim": {"name": "muon"}}, 2, FSDP2),

@@ -14,9 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from flipscale.engines.device import succeeds
 from flipscale.objectives import tiles
-from flipscale.objectives.exchange import EarlyGather, Rows, exchange_of, world_size
+from flipscale.objectives.exchange import EarlyGather, GatheredTexts, Rows, world_size
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.positives import EqualIds, Ids
 from flipscale.objectives.tiles import (
     LogSumExp,
     PrecomputedGradients,
@@ -38,23 +37,21 @@ _FEW = 256
 class Contrastive(Objective):
     """Each pair against the rest of the batch, in both directions (InfoNCE)."""
 
-    takes_positives: ClassVar[bool] = True
+    takes_captions: ClassVar[bool] = True
     takes_gather: ClassVar[bool] = True
 
     def chance_loss(self, batch_size: int) -> float:
         # With several captions, an image chooses among all of them, and a caption among the images.
         return math.log(batch_size) + math.log(self.captions_per_image) / 2
 
-    def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
-        return contrastive_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)
+    def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
+        return contrastive_loss(images, texts, **parameters)
 
 
 def contrastive_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
-    exchange: str = "gather",
-    ids: Ids = None,
     begun: EarlyGather | None = None,
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
@@ -66,36 +63,31 @@ def contrastive_loss(
     With several views of each image, the loss is the mean over views. Views of one image are not negatives of each
     other. The texts are exchanged once.
 
-    With several captions of each image, the target of an image is spread evenly over its captions, as in UniCL. The
-    images are exchanged, not the texts.
+    With several captions of each image, the target of an image is spread evenly over its captions, as in
+    UniCL (Yang et al. 2022, arXiv 2204.03610). The images are exchanged, not the texts.
 
     Args:
         image_embeds: `(batch * views, dim)`, of unit length; the views of an image are neighbouring rows.
         text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process. Or `(batch * captions, dim)` for
-            `(batch, dim)` images without ids; the captions of an image are neighbouring rows.
+            `(batch, dim)` images; the captions of an image are neighbouring rows.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
-        exchange: `gather` or `ring`, see `flipscale.objectives.exchange`.
-        ids: int64 `(batch,)`; pairs with equal ids are positives of each other. The target of a row is spread evenly
-            over its positives, as in UniCL (Yang et al. 2022, arXiv 2204.03610). None: each pair is the only positive.
         begun: the gather of these texts, if it has begun.
     """
     sides = (image_embeds, text_embeds)
     has_captions = len(text_embeds) > len(image_embeds)
-    loss: torch.Tensor = _InfoNCE.apply(
-        *sides[:: -1 if has_captions else 1], logit_scale, exchange, ids, has_captions, begun
-    )
+    loss: torch.Tensor = _InfoNCE.apply(*sides[:: -1 if has_captions else 1], logit_scale, has_captions, begun)
     return loss
 
 
 class _InfoNCE(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        image_embeds, text_embeds, logit_scale, exchange, ids, spreads, begun = inputs
+        image_embeds, text_embeds, logit_scale, spreads, begun = inputs
         dtype = loss_dtype(text_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype))
             wanted = any(ctx.needs_input_grad)
-            loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), exchange, wanted, ids, spreads, begun)
+            loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), wanted, spreads, begun)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
 
@@ -104,9 +96,7 @@ def _loss_and_gradients(
     images: torch.Tensor,
     texts: torch.Tensor,
     scale: torch.Tensor,
-    exchange: str,
     with_gradients: bool,
-    ids: Ids,
     spreads: bool,
     begun: EarlyGather | None,
 ) -> tuple[torch.Tensor, Rows]:
@@ -115,37 +105,24 @@ def _loss_and_gradients(
     This process computes every logit of its own images, view by view, against the texts of all processes. The softmax
     of an image is therefore known here; the softmax of a text is merged from all processes.
 
-    With ids, the tiles stay the same: the softmax is over all logits. The target replaces a pair's logit by the mean of
-    its positives' logits, which is a product of one embedding with a mean of the other side's.
-
     With `spreads`, `images` are several captions of each image, and `texts` are the images. The softmax of an image is
     then over the captions of all views, and its target is spread over its own.
     """
-    views, all_texts = views_of(images, len(texts)), exchange_of(texts, exchange, begun)
-    equal = None if ids is None else EqualIds(ids)
-    text_sums = equal.no_sums(texts) if equal else texts.new_zeros(0)
+    views, all_texts = views_of(images, len(texts)), GatheredTexts(texts, begun)
+    first, columns = all_texts.first, all_texts.rows
     shift = shift_of_all(views, texts, scale)
     positives = [view.new_empty(len(view)) for view in views]
     image_negatives = [LogSumExp.empty(view, shift) for view in views]
-    for first_pair, visited, slot in all_texts.visits(merge_views):
-        text_negatives = [LogSumExp.empty(visited, shift) for _ in views]
-        for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
-            add_negatives(view, visited, scale, first_pair, shift, *sums, workspace_of(view, visited))
-        slot.results = flat(text_negatives)
-        if equal:
-            equal.add(text_sums, visited, first_pair)
-    text_negatives = [LogSumExp(*negatives) for negatives in by_view(all_texts.reduced)]
+    text_negatives = [LogSumExp.empty(columns, shift) for _ in views]
+    for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
+        add_negatives(view, columns, scale, first, shift, *sums, workspace_of(view, columns))
+    text_negatives = [LogSumExp(*rows) for rows in by_view(all_texts.merged(flat(text_negatives), merge_views))]
     if spreads:
         # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
         positives = [scale * _dot(view.double(), texts.double()) for view in views]
         text_negatives = _beside_each(text_negatives, positives, shift)
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
     losses = [image.cross_entropy(p) + text.cross_entropy(p) for image, text, p in sides]
-    if equal:
-        shares = equal.shares.to(texts.dtype).unsqueeze(1)
-        text_means = equal.look_up(text_sums, 0, len(texts)) * shares
-        for number, (view, pairs) in enumerate(zip(views, positives, strict=True)):
-            losses[number] += 2 * (pairs * equal.is_shared - scale * _dot(view, text_means)).double()
     loss = torch.stack(losses).mean() / 2
     if not with_gradients:
         return loss, ()
@@ -163,19 +140,14 @@ def _loss_and_gradients(
             [Softmax(*(part.to(texts.dtype) for part in one)) for one in softmax]
             for softmax in (image_softmax, text_softmax)
         )
-    if equal:
-        positive_gradients = [gradient + 2 * equal.is_shared for gradient in positive_gradients]
-        image_gradient -= 2 * text_means.repeat_interleave(len(views), dim=0)
-        image_sums = equal.no_sums(texts)
-        equal.add(image_sums, -2 * scale * shares * torch.stack(views).sum(0), 0)
     of_views = [*zip(views, views_of(image_gradient, len(texts)), image_softmax, positive_gradients, strict=True)]
-    for first_pair, visited, slot in all_texts.visits(None, *flat(text_softmax)):
-        text_gradient = equal.look_up(image_sums, first_pair, len(visited)) if equal else torch.zeros_like(visited)
-        for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, by_view(slot.along), strict=True):
-            results = (view_gradient, text_gradient, workspace_of(view, visited))
-            add_gradients(view, visited, scale, first_pair, shift, softmax, of_texts, of_pairs, *results, [])
-        slot.results = (text_gradient,)
-    (text_gradient,) = all_texts.reduced
+    text_gradient = torch.zeros_like(columns)
+    for (view, view_gradient, softmax, of_pairs), of_texts in zip(
+        of_views, by_view(all_texts.bring(flat(text_softmax))), strict=True
+    ):
+        results = (view_gradient, text_gradient, workspace_of(view, columns))
+        add_gradients(view, columns, scale, first, shift, softmax, of_texts, of_pairs, *results, [])
+    text_gradient = all_texts.summed(text_gradient)
     count = 2 * len(images)
     scale_gradient = _dot(images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
     return loss, (image_gradient.mul_(scale / count), text_gradient.div_(count), scale_gradient)

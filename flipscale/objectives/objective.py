@@ -29,7 +29,6 @@ class Objective:
     A subclass is a frozen dataclass, too. Its own fields are the options that `loss.options` of a recipe can set.
 
     Args:
-        exchange: `gather` or `ring`, see `flipscale.objectives.exchange`. Does not change what is learned.
         positives: `pairs` or `equal_captions`, see `LossRecipe`.
         captions_per_image: see `LossRecipe`; each image has as many rows of text.
     """
@@ -41,12 +40,13 @@ class Objective:
     takes_text: ClassVar[bool] = True
     # Columns of a batch besides the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
-    # Whether `coupled_loss` takes several captions of an image, with `caption_ids`, int64 `(batch,)`, of equal ones.
-    takes_positives: ClassVar[bool] = False
+    # Whether `coupled_loss` takes several captions of an image.
+    takes_captions: ClassVar[bool] = False
+    # Whether it takes `caption_ids`, int64 `(batch,)`, of equal captions as the keyword.
+    takes_equal_captions: ClassVar[bool] = False
     # Whether `coupled_loss` gathers the texts, and takes a gather that has begun as the keyword `begun`.
     takes_gather: ClassVar[bool] = False
 
-    exchange: str = "gather"
     positives: str = "pairs"
     captions_per_image: Count = 1
 
@@ -93,7 +93,7 @@ class Objective:
 
     def early_gather(self, micro_batches: int) -> EarlyGather | None:
         """Return the gather of a step's texts that begins beside the image tower, or None if the loss has none."""
-        gathers = self.takes_gather and self.exchange == "gather" and world_size() > 1
+        gathers = self.takes_gather and world_size() > 1
         # With several captions of an image, the images are gathered.
         is_of_texts = self.captions_per_image == 1 and type(self).compared is Objective.compared
         return EarlyGather(micro_batches) if gathers and is_of_texts else None

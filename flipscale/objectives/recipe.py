@@ -46,16 +46,11 @@ class LossRecipe:
             `classify` fine-tunes the image tower with a head, on images with class numbers. `answer` fine-tunes both
             towers and a transformer over them, on questions.
         options: Fields of the kind, such as `{num_classes: 1000}` of `classify`; `infonce` and `sigmoid` have none.
-        positives: Matches within a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`: an
-            image and all captions of the global batch with the same tokens as its own. `sigmoid` labels each as a
-            match. `infonce` spreads its target evenly over them (UniCL); it learns the same as with `pairs` if equal
-            captions have equal embeddings, as they have without a text mask.
+        positives: Matches within a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`, of
+            `sigmoid`: an image and all captions of the global batch with the same tokens as its own.
         captions_per_image: Number of captions of each image in a step, all positives of it. `infonce` spreads an
             image's target evenly over them. `sigmoid` labels each as a match. They differ if the sample has as many.
-        exchange: How the images of each process meet the texts of all. `gather` sends at most four messages, whatever
-            the number of processes. `ring` is for batches whose texts and their gradients (0.5 GB for 65,536 of width
-            1,024) do not fit on one process. It passes texts from process to process, and waits for about four messages
-            per process in turn: a thousand at 256. Does not change what is learned.
+        exchange: Only `gather`, for recipes of earlier runs. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         teacher_weight: The share of the teachers' similarities in the targets of `infonce`, with `data.teachers`. The
@@ -70,7 +65,7 @@ class LossRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     positives: Literal["pairs", "equal_captions"] = "pairs"
     captions_per_image: Count = 1
-    exchange: str = field(default="gather", metadata={"learned": False})
+    exchange: Literal["gather"] = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
     teacher_weight: Share | None = None
     teacher_temperature: Positive | None = None
@@ -83,19 +78,15 @@ class LossRecipe:
         return self.kind == "captioning" or self.caption_weight > 0.0
 
     def __post_init__(self) -> None:
-        if (self.kind, self.exchange, self.options) == ("infonce", "gather", {}):
+        if (self.kind, self.positives, self.options) == ("infonce", "pairs", {}):
             return  # valid, and --help makes it: the imports below take seconds
-        from flipscale.objectives.exchange import EXCHANGES
-
         if self.kind not in loss_kinds():
             raise UserError(f"loss.kind is {self.kind!r}; use {' or '.join(map(repr, loss_kinds()))}")
-        if self.exchange not in EXCHANGES:
-            raise UserError(f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring', which learn the same")
         kind = loss_kinds()[self.kind]
-        if self.positives != "pairs" and not kind.takes_positives:
+        if self.positives != "pairs" and not kind.takes_equal_captions:
             raise UserError(
-                f"loss.positives is {self.positives!r} with loss.kind {self.kind!r}, which compares no captions with "
-                "images; leave it out, or use loss.kind 'infonce' or 'sigmoid'"
+                f"loss.positives is {self.positives!r} with loss.kind {self.kind!r}; leave it out, or use loss.kind "
+                "'sigmoid' (infonce learned the same with it as with 'pairs')"
             )
         from jsonargparse import ArgumentError, ArgumentParser
 
@@ -124,24 +115,23 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe, teachers: Sequence[str
     from flipscale.objectives.teacher import Distilled
 
     shared: dict[str, Any] = {"positives": recipe.positives, "captions_per_image": recipe.captions_per_image}
-    objective = loss_kinds()[recipe.kind](exchange=recipe.exchange, **shared, **recipe.options)
+    objective = loss_kinds()[recipe.kind](**shared, **recipe.options)
     check_ranges(objective, "loss.options")
     if teachers:
         others: dict[str, Any] = {
             "loss.kind": None if recipe.kind == "infonce" else recipe.kind,
-            "loss.positives": None if recipe.positives == "pairs" else recipe.positives,
             "loss.captions_per_image": recipe.captions_per_image - 1 and recipe.captions_per_image,
         }
         refuse_set(others, f"data.teachers is {[*teachers]}, which is for infonce of pairs with one caption")
         weight = _TEACHER_WEIGHT if recipe.teacher_weight is None else recipe.teacher_weight
-        objective = Distilled(exchange=recipe.exchange, teacher_weight=weight)
+        objective = Distilled(teacher_weight=weight)
     for name in () if teachers else ("teacher_weight", "teacher_temperature"):
         if (value := getattr(recipe, name)) is not None:
             raise UserError(f"loss.{name} is {value:g} and there are no teachers; set data.teachers, or leave it out")
     other_model = None if objective.model_class is Objective.model_class else recipe.kind
     if recipe.captions_per_image > 1:
         others = {
-            "loss.kind": None if objective.takes_positives else recipe.kind,
+            "loss.kind": None if objective.takes_captions else recipe.kind,
             "loss.positives": None if recipe.positives == "pairs" else recipe.positives,
             "loss.caption_weight": recipe.caption_weight,
             "loss.reconstruction_weight": recipe.reconstruction_weight,

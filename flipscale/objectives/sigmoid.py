@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from flipscale.model import FlipConfig
-from flipscale.objectives.exchange import EarlyGather, Rows, exchange_of
+from flipscale.objectives.exchange import EarlyGather, GatheredTexts, Rows
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.positives import EqualIds, Ids
 from flipscale.objectives.tiles import (
     PrecomputedGradients,
     SimilarityTiles,
@@ -29,7 +28,8 @@ from flipscale.objectives.tiles import (
 class Sigmoid(Objective):
     """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
 
-    takes_positives: ClassVar[bool] = True
+    takes_captions: ClassVar[bool] = True
+    takes_equal_captions: ClassVar[bool] = True
     takes_gather: ClassVar[bool] = True
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
@@ -42,8 +42,10 @@ class Sigmoid(Objective):
         # Each decision gives a pair the probability 1 / batch_size.
         return math.log(batch_size) - (batch_size - 1) * math.log1p(-1 / batch_size) if batch_size > 1 else 0.0
 
-    def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
-        return sigmoid_loss(images, texts, **parameters, exchange=self.exchange, ids=caption_ids)
+    def coupled_loss(
+        self, images: Any, texts: Any, caption_ids: torch.Tensor | None = None, **parameters: Any
+    ) -> torch.Tensor:
+        return sigmoid_loss(images, texts, **parameters, ids=caption_ids)
 
 
 def sigmoid_loss(
@@ -51,8 +53,7 @@ def sigmoid_loss(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
-    exchange: str = "gather",
-    ids: Ids = None,
+    ids: torch.Tensor | None = None,
     begun: EarlyGather | None = None,
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
@@ -64,18 +65,18 @@ def sigmoid_loss(
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.
         image_embeds, text_embeds = text_embeds, image_embeds
-    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange, ids, begun)
+    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, ids, begun)
     return loss
 
 
 class _Sigmoid(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *tensors, exchange, ids, begun = inputs
+        *tensors, ids, begun = inputs
         with torch.autocast(tensors[0].device.type, enabled=False):
             images, texts = (side.float() for side in tensors[:2])
             scale, bias = (as_number(parameter) for parameter in tensors[2:])
-            loss, gradients = _loss_and_gradients(images, texts, scale, bias, exchange, ids, begun)
+            loss, gradients = _loss_and_gradients(images, texts, scale, bias, ids, begun)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return loss.float()
 
@@ -85,8 +86,7 @@ def _loss_and_gradients(
     texts: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor,
-    exchange: str,
-    ids: Ids,
+    ids: torch.Tensor | None,
     begun: EarlyGather | None,
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
@@ -94,15 +94,13 @@ def _loss_and_gradients(
     # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
-    all_texts, equal = exchange_of(texts, exchange, begun), None if ids is None else EqualIds(ids)
-    for first_pair, visited, slot in all_texts.visits(None):
-        text_gradient = torch.zeros_like(visited)
-        both_ids = [ids, equal.visited(first_pair, len(visited))] if equal else []
-        for view, view_gradient, view_sums in views:
-            results = (view_gradient, text_gradient, view_sums, workspace(view, visited, buffers=2))
-            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, both_ids, *results)
-        slot.results = (text_gradient,)
-    (text_gradient,) = all_texts.reduced
+    all_texts = GatheredTexts(texts, begun)
+    columns, both_ids = all_texts.rows, [] if ids is None else [ids, GatheredTexts(ids).rows]
+    text_gradient = torch.zeros_like(columns)
+    for view, view_gradient, view_sums in views:
+        results = (view_gradient, text_gradient, view_sums, workspace(view, columns, buffers=2))
+        _add_pairwise_sigmoids(view, columns, scale, bias, all_texts.first, both_ids, *results)
+    text_gradient = all_texts.summed(text_gradient)
     loss, bias_gradient = sums.sum(0) / len(images)
     scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
     gradients = (image_gradient.mul_(scale / len(images)), text_gradient.div_(len(images)))

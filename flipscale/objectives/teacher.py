@@ -13,8 +13,7 @@ import torch
 
 from flipscale.objectives import contrastive
 from flipscale.objectives.contrastive import Contrastive, by_view, flat, workspace_of
-from flipscale.objectives.exchange import Rows, exchange_of
-from flipscale.objectives.positives import Ids
+from flipscale.objectives.exchange import GatheredTexts, Rows
 from flipscale.objectives.tiles import LogSumExp, PrecomputedGradients, as_number, views_of
 
 
@@ -28,9 +27,9 @@ class Distilled(Contrastive):
     def coupled_columns(self) -> tuple[str, ...]:
         return ("teacher_embeds",)
 
-    def coupled_loss(self, images: Any, texts: Any, caption_ids: Ids = None, **parameters: Any) -> torch.Tensor:
+    def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
         teacher_embeds = parameters.pop("teacher_embeds")
-        change = change_of_targets(images, texts, parameters["logit_scale"], teacher_embeds, self.exchange)
+        change = change_of_targets(images, texts, parameters["logit_scale"], teacher_embeds)
         return super().coupled_loss(images, texts, **parameters) + self.teacher_weight * change
 
 
@@ -39,7 +38,6 @@ def change_of_targets(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
     teacher_embeds: torch.Tensor,
-    exchange: str = "gather",
 ) -> torch.Tensor:
     """Collective. Return the loss with the teachers' targets minus the loss with the pairs as targets, fp32 `()`.
 
@@ -47,27 +45,27 @@ def change_of_targets(
     several views of each image are averaged.
 
     Args:
-        image_embeds, text_embeds, logit_scale, exchange: see `contrastive_loss`; a text for each image.
+        image_embeds, text_embeds, logit_scale: see `contrastive_loss`; a text for each image.
         teacher_embeds: fp32 `(batch, teachers, 2, width)`: image and text, whose product is the teacher's logit.
     """
-    loss: torch.Tensor = _Change.apply(image_embeds, text_embeds, logit_scale, teacher_embeds, exchange)
+    loss: torch.Tensor = _Change.apply(image_embeds, text_embeds, logit_scale, teacher_embeds)
     return loss
 
 
 class _Change(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        image_embeds, text_embeds, logit_scale, teacher_embeds, exchange = inputs
+        image_embeds, text_embeds, logit_scale, teacher_embeds = inputs
         dtype = contrastive.loss_dtype(text_embeds)
         with torch.autocast(image_embeds.device.type, enabled=False):
             sides = (image_embeds.to(dtype), text_embeds.to(dtype), as_number(logit_scale))
-            loss, gradients = _change_and_gradients(*sides, teacher_embeds.to(dtype), exchange)
+            loss, gradients = _change_and_gradients(*sides, teacher_embeds.to(dtype))
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
         return loss.float()
 
 
 def _change_and_gradients(
-    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, teachers: torch.Tensor, exchange: str
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, teachers: torch.Tensor
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the change, fp64 `()`, and its gradients by images, texts and scale.
 
@@ -81,37 +79,32 @@ def _change_and_gradients(
     mean_images = torch.stack(views).mean(0)
     own_images, own_texts = ([*side.unbind(1)] for side in teachers.unbind(2))
     # One exchange: each text of the student behind those of the teachers.
-    together = exchange_of(torch.cat([*own_texts, texts], dim=1), exchange)
-    parts = [width] * count + [texts.shape[1]]
+    together = GatheredTexts(torch.cat([*own_texts, texts], dim=1))
+    first, (*of_teachers, their_texts) = together.first, together.rows.split([width] * count + [texts.shape[1]], dim=1)
     one = torch.ones_like(scale)
     shifts = [contrastive.shift_of_all([a], b, one) for a, b in zip(own_images, own_texts, strict=True)]
     positives = [texts.new_empty(len(texts)) for _ in range(count)]
     image_negatives = [LogSumExp.empty(texts, shift) for shift in shifts]
-    for first_pair, visited, slot in together.visits(contrastive.merge_views):
-        *of_teachers, _ = visited.split(parts, dim=1)
-        text_negatives = [LogSumExp.empty(visited, shift) for shift in shifts]
-        for rows, columns, *sums, shift in zip(
-            own_images, of_teachers, image_negatives, text_negatives, positives, shifts, strict=True
-        ):
-            results = (*sums, workspace_of(rows, columns))
-            contrastive.add_negatives(rows, columns, one, first_pair, shift, *results)
-        slot.results = flat(text_negatives)
-    text_negatives = [LogSumExp(*negatives) for negatives in by_view(together.reduced)]
+    text_negatives = [LogSumExp.empty(their_texts, shift) for shift in shifts]
+    for rows, columns, *sums, shift in zip(
+        own_images, of_teachers, image_negatives, text_negatives, positives, shifts, strict=True
+    ):
+        contrastive.add_negatives(rows, columns, one, first, shift, *sums, workspace_of(rows, columns))
+    merged = together.merged(flat(text_negatives), contrastive.merge_views)
+    text_negatives = [LogSumExp(*negatives) for negatives in by_view(merged)]
     sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
     image_softmax, text_softmax, of_pairs = contrastive.logit_gradients(sides)
 
     image_gradient = torch.zeros_like(mean_images)
-    for first_pair, visited, slot in together.visits(None, *flat(text_softmax)):
-        *of_teachers, their_texts = visited.split(parts, dim=1)
-        text_gradient = texts.new_zeros(their_texts.shape)
-        for rows, columns, of_images, of_texts, weights, shift in zip(
-            own_images, of_teachers, image_softmax, by_view(slot.along), of_pairs, shifts, strict=True
-        ):
-            weighted = (rows, columns, one, first_pair, shift, of_images, of_texts, weights)
-            results = (image_gradient, text_gradient, workspace_of(rows, columns))
-            contrastive.add_gradients(*weighted, *results, [mean_images, their_texts])
-        slot.results = (text_gradient,)
-    (text_gradient,) = together.reduced
+    text_gradient = texts.new_zeros(their_texts.shape)
+    everywhere = by_view(together.bring(flat(text_softmax)))
+    for rows, columns, of_images, of_texts, weights, shift in zip(
+        own_images, of_teachers, image_softmax, everywhere, of_pairs, shifts, strict=True
+    ):
+        weighted = (rows, columns, one, first, shift, of_images, of_texts, weights)
+        results = (image_gradient, text_gradient, workspace_of(rows, columns))
+        contrastive.add_gradients(*weighted, *results, [mean_images, their_texts])
+    text_gradient = together.summed(text_gradient)
     part = -1 / (2 * len(texts) * count)
     product = part * torch.einsum("nd,nd->n", mean_images, image_gradient).sum(dtype=torch.float64)
     image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)

@@ -206,20 +206,19 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     dim, batch = int(recipe.model_config().projection_dim or 0), recipe.data.global_batch_size
     views = max(views, recipe.loss.captions_per_image)
     pairs = batch // launch.num_processes
-    columns = pairs if recipe.loss.exchange == "ring" else batch
-    tiles = 4 * math.prod(workspace_elements(pairs, columns, dim, buffers=2, device_type="cuda"))
+    tiles = 4 * math.prod(workspace_elements(pairs, batch, dim, buffers=2, device_type="cuda"))
     kept = 4 * dim * pairs * (views + 1)
-    peak = kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views)
+    peak = kept + tiles + exchange_bytes(pairs, launch.num_processes, dim, views)
     if not recipe.data.teachers:
         return peak, kept
     # The teachers' part comes first, beside the student's texts if they are gathered already.
     abouts = [Path(folder, ABOUT) for folder in recipe.data.teachers]
     widths = [int(read_object(file)["texts"]["width"]) if file.is_file() else dim for file in abouts]
     width, world = len(widths) * max(widths), launch.num_processes
-    others = {1: 0}.get(world, 3 if recipe.loss.exchange == "ring" else world)
-    tiles = 4 * math.prod(workspace_elements(pairs, columns, max(widths), buffers=2, device_type="cuda"))
+    others = world if world > 1 else 0
+    tiles = 4 * math.prod(workspace_elements(pairs, batch, max(widths), buffers=2, device_type="cuda"))
     rows = 4 * pairs * (width * (3 + others) + dim * (2 + others))
-    exchanged = exchange_bytes(recipe.loss.exchange, pairs, world, dim, len(widths))
+    exchanged = exchange_bytes(pairs, world, dim, len(widths))
     return kept + max(peak, tiles + rows + exchanged), 2 * kept
 
 

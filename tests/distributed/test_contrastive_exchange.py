@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import product
 from typing import NamedTuple
 
 import processes
 import pytest
 import torch
 import torch.distributed as dist
-from objectives.test_contrastive import ids_of, plain_loss, plain_loss_of_ids
+from objectives.test_contrastive import ids_of, plain_loss
 from objectives.test_contrastive import plain_loss_of_captions as infonce_of_captions
 from objectives.test_sigmoid import plain_loss as plain_sigmoid
 from objectives.test_sigmoid import plain_loss_of_captions as sigmoid_of_captions
@@ -17,7 +16,6 @@ from objectives.test_sigmoid import plain_loss_of_ids as plain_sigmoid_of_ids
 from torch.nn.functional import normalize
 
 from flipscale.objectives.contrastive import contrastive_loss
-from flipscale.objectives.exchange import EXCHANGES
 from flipscale.objectives.sigmoid import sigmoid_loss
 
 
@@ -53,6 +51,7 @@ BIAS = torch.tensor([-7.0])
 LOSSES = {"infonce": contrastive_loss, "sigmoid": sigmoid_loss}
 # Ids of the 300 texts of `views_input`: of a few classes, and with few repetitions.
 IDS = {"no ids": None, "few": ids_of(300, 5), "many": ids_of(300, 400)}
+VIEWS = [("infonce", "no ids"), *(("sigmoid", known) for known in IDS)]
 
 
 def views_input() -> list[torch.Tensor]:
@@ -72,30 +71,31 @@ def one_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     found = {}
-    for number, exchange in product(range(len(CASES)), EXCHANGES):
+    for number in range(len(CASES)):
         image, text, scale = CASES[number].inputs()
         mine = [side.chunk(world)[rank].clone().requires_grad_() for side in (image, text)] + [scale.requires_grad_()]
-        loss = contrastive_loss(*mine, exchange=exchange)
+        loss = contrastive_loss(*mine)
         loss.backward()
-        found[number, exchange] = [loss.detach(), *(t.grad for t in mine)]
+        found[number, "infonce"] = [loss.detach(), *(t.grad for t in mine)]
         if CASES[number].scale < 100.0:
             mine = [t.detach().clone().requires_grad_() for t in (*mine, BIAS)]
-            loss = sigmoid_loss(*mine, exchange=exchange)
+            loss = sigmoid_loss(*mine)
             loss.backward()
-            found[number, exchange, "sigmoid"] = [loss.detach(), *(t.grad for t in mine)]
-    for exchange, (name, loss_of), (known, ids) in product(EXCHANGES, LOSSES.items(), IDS.items()):
+            found[number, "sigmoid"] = [loss.detach(), *(t.grad for t in mine)]
+    for name, known in VIEWS:
+        loss_of, ids = LOSSES[name], IDS[known]
         *sides, scale, bias = views_input()
         mine = [side.chunk(world)[rank].clone() for side in sides] + ([scale, bias] if name == "sigmoid" else [scale])
         my_ids = None if ids is None else ids.chunk(world)[rank]
-        loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange, ids=my_ids)
+        loss = loss_of(*(t.requires_grad_() for t in mine), **({} if my_ids is None else {"ids": my_ids}))
         loss.backward()
-        found["views", exchange, name, known] = [loss.detach(), *(t.grad for t in mine)]
-    for exchange, (name, loss_of) in product(EXCHANGES, LOSSES.items()):
+        found["views", name, known] = [loss.detach(), *(t.grad for t in mine)]
+    for name, loss_of in LOSSES.items():
         *sides, scale, bias = captions_input()
         mine = [side.chunk(world)[rank].clone() for side in sides] + ([scale, bias] if name == "sigmoid" else [scale])
-        loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange)
+        loss = loss_of(*(t.requires_grad_() for t in mine))
         loss.backward()
-        found["captions", exchange, name] = [loss.detach(), *(t.grad for t in mine)]
+        found["captions", name] = [loss.detach(), *(t.grad for t in mine)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -124,7 +124,7 @@ def exact(loss_of: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> E
 
 @cache
 def exact_of_case(number: int, name: str) -> Exact:
-    """Return them for a case, once for all numbers of processes and exchanges: in fp64 this takes most of the time."""
+    """Return them for a case, once for all numbers of processes: in fp64 this takes most of the time."""
     inputs = CASES[number].inputs()
     return exact(plain_sigmoid, [*inputs, BIAS]) if name == "sigmoid" else exact(plain_loss, inputs)
 
@@ -144,31 +144,26 @@ def check(ranks: list[list[torch.Tensor]], expected: Exact) -> None:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], number: int) -> None:
-    for exchange in EXCHANGES:
-        check([rank[number, exchange] for rank in ranks], exact_of_case(number, "infonce"))
-        if CASES[number].scale < 100.0:
-            check([rank[number, exchange, "sigmoid"] for rank in ranks], exact_of_case(number, "sigmoid"))
+    for name in LOSSES if CASES[number].scale < 100.0 else ["infonce"]:
+        check([rank[number, name] for rank in ranks], exact_of_case(number, name))
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("known", IDS)
-def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], known: str, name: str, exchange: str) -> None:
+@pytest.mark.parametrize(("name", "known"), VIEWS)
+def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], name: str, known: str) -> None:
     loss_of = plain_sigmoid if name == "sigmoid" else plain_loss
     if IDS[known] is not None:
-        loss_of = partial(plain_sigmoid_of_ids if name == "sigmoid" else plain_loss_of_ids, ids=IDS[known])
+        loss_of = partial(plain_sigmoid_of_ids, ids=IDS[known])
 
     def mean_of_views(images: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         return (loss_of(images[0::2], *others) + loss_of(images[1::2], *others)) / 2
 
     inputs = views_input() if name == "sigmoid" else views_input()[:3]
-    check([rank["views", exchange, name, known] for rank in ranks], exact(mean_of_views, inputs))
+    check([rank["views", name, known] for rank in ranks], exact(mean_of_views, inputs))
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_several_captions_of_an_image(ranks: list[dict], name: str, exchange: str) -> None:
+def test_several_captions_of_an_image(ranks: list[dict], name: str) -> None:
     inputs, plain = captions_input(), sigmoid_of_captions
     if name != "sigmoid":
         inputs, plain = inputs[:3], infonce_of_captions
-    check([rank["captions", exchange, name] for rank in ranks], exact(plain, inputs))
+    check([rank["captions", name] for rank in ranks], exact(plain, inputs))

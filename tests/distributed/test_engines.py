@@ -156,8 +156,7 @@ FEATURES: dict[str, dict] = {
     "layer decay of muon": {"optim": {"layer_decay": 0.5, "name": "muon"}},
     "stochastic depth": {"model": {"drop_path_rate": 0.5}},
     "stochastic depth of two views": {"model": {"drop_path_rate": 0.5}, "mask": {"views": 2}},
-    "equal captions": {"loss": {"positives": "equal_captions"}},
-    "equal captions, sigmoid, two views": {
+    "equal captions, two views": {
         "loss": {"positives": "equal_captions", "kind": "sigmoid"},
         "mask": {"views": 2},
     },

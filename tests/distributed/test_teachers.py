@@ -26,7 +26,7 @@ CROPS = ("--crops", "3", "--crop_scale", "0.3", "1.0", "--seed", "5")
 CASES: dict[str, dict] = {
     "one teacher": {"data": {"teachers": ["a"]}},
     "two teachers, micro-batches": {"data": {"teachers": ["a", "b"], "micro_batch_size": 4}},
-    "views around a ring": {"mask": {"views": 2}, "loss": {"exchange": "ring", "teacher_temperature": 0.2}},
+    "views": {"mask": {"views": 2}, "loss": {"teacher_temperature": 0.2}},
     "reconstruction too": {"loss": {"reconstruction_weight": 0.5, "teacher_weight": 1.0}},
 }
 

@@ -73,7 +73,7 @@ class Tempered(Objective):
     def coupled_loss(
         self, images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, text_power: torch.Tensor
     ) -> torch.Tensor:
-        return contrastive_loss(images, texts * text_power, logit_scale, self.exchange)
+        return contrastive_loss(images, texts * text_power, logit_scale)
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +83,9 @@ def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_are_resolved() -> None:
-    recipe = LossRecipe("scaled", {"factor": 3}, exchange="ring")
+    recipe = LossRecipe("scaled", {"factor": 3})
     assert recipe.options == {"factor": 3.0, "rounds": 1}
-    assert build_objective(recipe, MaskRecipe()) == Scaled(exchange="ring", factor=3.0, rounds=1)
+    assert build_objective(recipe, MaskRecipe()) == Scaled(factor=3.0, rounds=1)
     assert LossRecipe().options == {}
 
 
@@ -94,7 +94,7 @@ def test_options_are_resolved() -> None:
     [
         ("scaled", {"margin": 0.1}, "loss.options.margin .*'scaled'; its options are factor, rounds"),
         ("sigmoid", {"margin": 0.1}, "loss.options.margin .*'sigmoid'; it has none"),
-        ("scaled", {"exchange": "ring"}, "loss.options.exchange"),
+        ("scaled", {"positives": "pairs"}, "loss.options.positives"),
         ("scaled", {"factor": "wide"}, "loss.options .*factor"),
         ("scaled", {"rounds": 1.5}, "loss.options .*rounds"),
     ],
@@ -108,7 +108,7 @@ def test_positives() -> None:
     recipe = LossRecipe("sigmoid", positives="equal_captions")
     assert build_objective(recipe, MaskRecipe()) == Sigmoid(positives="equal_captions")
     assert recipe.options == {}
-    for kind, options in {"classify": {"num_classes": 2}, "captioning": {}, "distance": {}}.items():
+    for kind, options in {"infonce": {}, "classify": {"num_classes": 2}, "captioning": {}, "distance": {}}.items():
         with pytest.raises(ValueError, match=f"loss.positives .*'equal_captions'.*'{kind}'"):
             LossRecipe(kind, options, positives="equal_captions")
     before = yaml.safe_load(to_yaml(parse_recipe(["--loss.kind", "sigmoid"])))

@@ -89,7 +89,7 @@ def test_a_teacher_that_is_the_student_leaves_no_gradient() -> None:
     ("loss", "message"),
     [
         ({"kind": "sigmoid"}, "loss.kind is sigmoid and data.teachers"),
-        ({"positives": "equal_captions"}, "loss.positives is equal_captions and data.teachers"),
+        ({"kind": "sigmoid", "positives": "equal_captions"}, "loss.kind is sigmoid and data.teachers"),
         ({"captions_per_image": 2}, "loss.captions_per_image is 2 and data.teachers"),
     ],
 )
@@ -112,9 +112,9 @@ def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: 
         inputs = [*sides, torch.full((1,), 10.0, device=device)]
         teachers = torch.randn(pairs, 2, 2, width, device=device)
         with held:
-            _Change.forward(both[0], *inputs, teachers, "gather")
+            _Change.forward(both[0], *inputs, teachers)
             if isinstance(held, Held):
-                _InfoNCE.forward(both[1], *inputs, "gather", None, False, None)
+                _InfoNCE.forward(both[1], *inputs, False, None)
     assert [gradient.shape for gradient in both[0].gradients] == [each.shape for each in inputs]
 
 

@@ -43,7 +43,7 @@ def recorded(
         inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
         ids = torch.arange(PAIRS, device=device) % 7 if has_ids else None
         with recorder:
-            loss = function.forward(wanted, *inputs, "gather", ids, *([False] if function is _InfoNCE else []), None)
+            loss = function.forward(wanted, *inputs, False if function is _InfoNCE else ids, None)
         assert [g.shape for g in wanted.gradients] == [t.shape for t in inputs]
         assert {t.device.type for t in (loss, *wanted.gradients)} == {device}
     return recorder
@@ -51,8 +51,7 @@ def recorded(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("has_ids", [False, True])
-@pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
+@pytest.mark.parametrize(("function", "has_ids"), [(_InfoNCE, False), (_Sigmoid, False), (_Sigmoid, True)])
 def test_operations_do_not_grow_with_the_world(
     function: type[PrecomputedGradients], has_ids: bool, views: int, device: str
 ) -> None:
@@ -60,7 +59,7 @@ def test_operations_do_not_grow_with_the_world(
     for other in others:
         assert other.counts == first.counts
     # These are launches and views of tensors; each pass over the tiles counts as one.
-    assert first.counts.total() <= (160 if has_ids else 60) + 60 * views
+    assert first.counts.total() <= 60 + 60 * views
     last = recorded(function, WORLDS[-1], views, device, rank=WORLDS[-1] - 1, has_ids=has_ids)
     assert last.counts == first.counts
 
@@ -86,8 +85,7 @@ def test_operations_with_micro_batches_do_not_grow_with_the_world() -> None:
     assert [len(recorder.collectives) for recorder in found] == [5, 5, 5]
 
 
-@pytest.mark.parametrize("has_ids", [False, True])
-@pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
+@pytest.mark.parametrize(("function", "has_ids"), [(_InfoNCE, False), (_Sigmoid, False), (_Sigmoid, True)])
 def test_the_host_does_not_wait_for_a_gpu(function: type[PrecomputedGradients], has_ids: bool) -> None:
     recorder = recorded(function, 256, 1, "cuda", has_ids=has_ids)
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
@@ -108,8 +106,6 @@ def test_collectives_and_their_sizes(world: int, views: int, device: str) -> Non
     assert recorded(_InfoNCE, world, views, device).collectives == [gather, *bounds, *softmax, scatter]
     assert recorded(_Sigmoid, world, views, device).collectives == [gather, scatter]
     ids = ("_allgather_base_", PAIRS, world * PAIRS)
-    found = recorded(_InfoNCE, world, views, device, has_ids=True)
-    assert found.collectives == [gather, ids, *bounds, *softmax, scatter]
     assert recorded(_Sigmoid, world, views, device, has_ids=True).collectives == [gather, ids, scatter]
 
 
@@ -138,8 +134,8 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
         with held:
             asked = SimpleNamespace(needs_input_grad=[True])
-            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather", None, False, None)
-    said = exchange_bytes("gather", PAIRS, world, dim, views)
+            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), False, None)
+    said = exchange_bytes(PAIRS, world, dim, views)
     tile = 4 * math.prod(workspace_elements(PAIRS, PAIRS * world, dim, 1, "cuda"))
     gradients = 4 * PAIRS * dim * views
     assert said + gradients < held.peak < 1.02 * said + 3 * gradients + tile
@@ -147,11 +143,10 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
 
 def test_exchange_bytes() -> None:
     texts, along = 4 * 256 * 1024, 4 * 2 * 256
-    assert exchange_bytes("gather", 256, 1, 1024) == exchange_bytes("ring", 256, 1, 1024) == 0
-    assert exchange_bytes("gather", 256, 256, 1024) == (2 * 256 + 1) * texts + 256 * along
-    assert exchange_bytes("gather", 256, 256, 1024, device_type="cpu") == 3 * 256 * texts + 256 * along
-    assert exchange_bytes("gather", 256, 8, 1024, views=3) == 17 * texts + 8 * 3 * along
-    assert exchange_bytes("ring", 256, 8, 1024) == exchange_bytes("ring", 256, 1024, 1024) < 2 * 2**20 * 4
+    assert exchange_bytes(256, 1, 1024) == 0
+    assert exchange_bytes(256, 256, 1024) == (2 * 256 + 1) * texts + 256 * along
+    assert exchange_bytes(256, 256, 1024, device_type="cpu") == 3 * 256 * texts + 256 * along
+    assert exchange_bytes(256, 8, 1024, views=3) == 17 * texts + 8 * 3 * along
 
 
 def test_gpu_tiles_of_few_rows_are_wide() -> None:

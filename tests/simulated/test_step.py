@@ -40,10 +40,9 @@ ENDS = "--model.decoder_config={bos_token_id: 1, eos_token_id: 2}"
 KINDS = [
     ("--optim.ema_decay=0.999", "--optim.max_grad_norm=1"),
     ("--loss.kind=sigmoid", PARTS),
-    ("--loss.exchange=ring",),
     ("--mask.views=2",),
     ("--loss.captions_per_image=2",),
-    ("--loss.positives=equal_captions",),
+    ("--loss.kind=sigmoid", "--loss.positives=equal_captions"),
     ("--loss.caption_weight=1", ENDS),
     ("--loss.kind=captioning", ENDS),
     ("--loss.reconstruction_weight=1",),
