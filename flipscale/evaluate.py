@@ -19,7 +19,7 @@ from flipscale.evaluation.results import RESULTS_FILE, as_metrics
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
+from flipscale.io.files import check_writable, read_text
 from flipscale.io.model_folder import local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, add_num_workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", metavar="MODEL", nargs="+",
         help="A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or "
         "any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and "
-        "untrained:FOLDER (random weights). Several models share one table.",
+        "untrained:FOLDER (random weights). Several models share one table. Name them first, before the options.",
     )  # fmt: skip
     add(
         "--tasks", metavar="DIR", type=Path,
@@ -50,14 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
     add("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
-    add("--zero_shot", metavar="DIR", help="Classify the images of this folder, which has KEY.cls and classnames.txt.")
-    add("--retrieval", metavar="DIR", help="Retrieve images and captions of this folder: shards with KEY.txt.")
+    several: dict[str, Any] = {"metavar": "DIR", "nargs": "+", "action": "extend", "default": []}
+    add(
+        "--zero_shot", **several,
+        help="Classify the images of these folders, each with KEY.cls and classnames.txt.",
+    )  # fmt: skip
+    add(
+        "--retrieval", **several,
+        help="Retrieve images and captions of these folders: shards with KEY.txt. The right answers are an image's own "
+        "captions and a caption's own image. A recipe's task may set group_by_caption, by which images with the same "
+        "caption are right answers for each other; then use --task '{kind: retrieval, data: DIR, group_by_caption: "
+        "true}'.",
+    )  # fmt: skip
     add(
         "--task", metavar="YAML", action="append", default=[],
         help="Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
-        "The kinds are zero_shot, zero_shot_multilabel, retrieval, multilingual_retrieval, multilingual_zero_shot, "
-        "worst_group, association, few_shot, probe, captioning, likelihood, vqa, classification. May be given several "
-        "times.",
+        f"The kinds are {', '.join(_kinds())}. May be given several times.",
     )  # fmt: skip
     add(
         "--without", type=Path, metavar="AUDIT",
@@ -87,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre. Default: random.")
     add("--json", action="store_true", help="Print one JSON line instead of a table.")
+
+
+def _kinds() -> list[str]:
+    """Return the keys of `flipscale.evaluation.suite.KINDS`, read from its source, because the import takes seconds."""
+    source = read_text(Path(__file__).parent / "evaluation/suite.py").partition("\nKINDS")[2].partition("\n}")[0]
+    return re.findall(r'^    "(\w+)":', source, re.MULTILINE)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -226,10 +240,8 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
     from flipscale.evaluation.suite import build_tasks
 
     listed: list[str | dict[str, Any]] = []
-    if args.zero_shot:
-        listed.append({"kind": "zero_shot", "data": args.zero_shot})
-    if args.retrieval:
-        listed.append({"kind": "retrieval", "data": args.retrieval})
+    for kind in ("zero_shot", "retrieval"):
+        listed += _tasks_of_folders(kind, getattr(args, kind))
     for text in args.task:
         try:
             check_yaml(text, "--task")
@@ -243,7 +255,7 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
     listed += _pages(args, tasks_dir)
     if not listed:
         raise UserError(
-            "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR, --retrieval DIR or --task "
+            "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR ..., --retrieval DIR ... or --task "
             "'{kind: ..., data: ...}'"
         )
     tasks = build_tasks(listed, tasks_dir)
@@ -251,6 +263,18 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
         tasks = [replace(task, image_size=task.image_size or args.image_size) for task in tasks]
     first = {task.data: number for number, task in reversed(list(enumerate(tasks)))}
     return sorted(tasks, key=lambda task: first[task.data])
+
+
+def _tasks_of_folders(kind: str, folders: Sequence[str]) -> list[dict[str, str]]:
+    """Return a task for each folder. Several are named by their folders, or by the paths of folders of one name."""
+    from flipscale.evaluation.reports.record import data_name
+
+    places = {os.path.normpath(folder): folder for folder in folders}
+    names = [*map(data_name, places)]
+    names = [path if names.count(name) > 1 else name for path, name in zip(places, names, strict=True)]
+    slugs = [re.sub(r"[^\w.-]+", "-", name).strip("-") for name in names]
+    own = [f"{kind}_{slug}" if len(slugs) > 1 else kind for slug in slugs]
+    return [{"kind": kind, "name": name, "data": data} for name, data in zip(own, places.values(), strict=True)]
 
 
 def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:

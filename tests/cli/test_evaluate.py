@@ -115,6 +115,22 @@ def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.Ca
     assert not (place / "b/results.jsonl").exists()
 
 
+@pytest.mark.parametrize("again", [["--retrieval"], []])
+def test_several_folders_of_a_kind(place: Path, capsys: pytest.CaptureFixture, again: list[str]) -> None:
+    """A flag takes several folders, and may be given again; a folder named twice is one."""
+    folders = [str(place / f"data/tasks/{name}/test") for name in ("cars", "dtd")]
+    (place / "other").mkdir()
+    (place / "other/cars").symlink_to(place / "data/tasks/cars")
+    evaluate("b", "--retrieval", folders[0], *again, folders[1], f"{folders[0]}/", "--zero_shot", "data/tasks/dtd", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert {name.partition("/")[0] for name in found} == {"retrieval_cars-test", "retrieval_dtd-test", "zero_shot"}
+    by_folder = {line.result.task: line.about["data"]["name"] for line in read_lines(place / "b/results.jsonl")}
+    assert (by_folder["retrieval_cars-test"], by_folder["retrieval_dtd-test"]) == ("cars/test", "dtd/test")
+    if not again:  # two folders of one name
+        evaluate("b", "--retrieval", folders[0], "other/cars/test", "--json")
+        assert len({name.partition("/")[0] for name in json.loads(capsys.readouterr().out)}) == 2
+
+
 def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     folder = place / "runs/a/model"
     for _ in range(2):
