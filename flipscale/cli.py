@@ -14,6 +14,7 @@ VERBS = {
     "init": "Write a recipe for your data, your machine and your time.",
     "recipes": "List the recipes of the package, and the commands that train them.",
     "plan": "Compute the hours, energy, money and CO2 of recipes before they are trained.",
+    "check": "Check recipes, flags and a launch file in seconds, before they wait in a queue.",
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
     "finetune": "Fine-tune the model of `model.init_from` as a recipe says, such as to name classes.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
@@ -47,8 +48,9 @@ def _run(arguments: list[str]) -> None:
         if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
             importlib.import_module("flipscale.training.recipe").build_parser(arguments[0]).parse_args(["--help"])
         gc.disable()  # as `main` does, which enables it
-        importlib.import_module("flipscale.pretrain").main(arguments[1:])
-        return
+        return importlib.import_module("flipscale.pretrain").main(arguments[1:])
+    if arguments[:1] == ["check"]:  # its other flags are a recipe's
+        return importlib.import_module("flipscale.check").main(arguments[1:])
     parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():

@@ -20,7 +20,7 @@ from flipscale.io.atomic import write_text
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, read_text
-from flipscale.io.model_folder import local_folder
+from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, add_num_workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
 from flipscale.training.console import start_logging
@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre. Default: random.")
     add("--json", action="store_true", help="Print one JSON line instead of a table.")
+    add("--dry_run", action="store_true", help="Find the models and the test sets, and evaluate nothing.")
 
 
 def _kinds() -> list[str]:
@@ -111,7 +112,9 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     models = name_models(args.models, args.output_dir)  # before the slow imports
     from flipscale.engines.start import start_accelerator
+    from flipscale.evaluation.baselines import PLAIN
     from flipscale.evaluation.decontaminated import with_clean_tasks
+    from flipscale.evaluation.foreign_models import OPEN_CLIP
     from flipscale.evaluation.masked import (
         WHOLE,
         MaskedResults,
@@ -133,6 +136,11 @@ def run(args: argparse.Namespace) -> None:
     check_mask_arguments(args, [model.given for model in models if model.given.startswith(tuple(OTHERS))])
     for task in tasks:
         task.check()
+    if args.dry_run:
+        for model in models:
+            if model.given not in PLAIN and not model.given.startswith(OPEN_CLIP):
+                fetch_folder(_PREFIX.sub("", model.given), ["config.json"])
+        return print(f"can evaluate {', '.join(args.models)} on {', '.join(task.name for task in tasks)}")
     if args.without:
         tasks = with_clean_tasks(tasks, args.without)
     workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
@@ -255,8 +263,8 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
     listed += _pages(args, tasks_dir)
     if not listed:
         raise UserError(
-            "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR ..., --retrieval DIR ... or --task "
-            "'{kind: ..., data: ...}'"
+            "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR ..., --retrieval DIR ... or "
+            "--task '{kind: ..., data: ...}'"
         )
     tasks = build_tasks(listed, tasks_dir)
     if args.image_size is not None:

@@ -11,8 +11,8 @@
 #SBATCH --output=%x-%j.out
 #
 # Evaluates MODEL, a model folder or Hub name, or several of them between spaces, on a suite of tasks that
-# `flipscale prepare tasks` has put into TASKS; or, where ZERO_SHOT or RETRIEVAL is set, on these folders alone. Each
-# node starts a process for each GPU, and all share each task's images. A job that is requeued goes on with the task
+# `flipscale prepare tasks` has put into TASKS; or, where ZERO_SHOT or RETRIEVAL is set, on these folders alone, one or
+# several between spaces. Each node starts a process for each GPU, and all share each task's images. A job that is requeued goes on with the task
 # that it was at. To wait for the job that trains the model, whose number $JOB is:
 #
 #   MODEL=runs/h14/model SUITE=robustness bash slurm/evaluate.sh --dependency=afterok:$JOB -- --json
@@ -25,10 +25,12 @@ SUITE=${SUITE:-paper}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
-[ -n "${SLURM_JOB_ID:-}" ] || submit '' "$0" "$@"
 what=()
-[ -z "$ZERO_SHOT" ] || what+=(--zero_shot "$ZERO_SHOT")
-[ -z "$RETRIEVAL" ] || what+=(--retrieval "$RETRIEVAL")
+read -r -d '' -a folders <<< "$ZERO_SHOT" || [ ${#folders[@]} = 0 ] || what+=(--zero_shot "${folders[@]}")
+read -r -d '' -a folders <<< "$RETRIEVAL" || [ ${#folders[@]} = 0 ] || what+=(--retrieval "${folders[@]}")
 [ ${#what[@]} -gt 0 ] || what=(--tasks "$TASKS" --suite "$SUITE")
 read -r -d '' -a models <<< "$MODEL" || true
+# A job that this one waits for may write the models: `pixels` needs no file.
+check() { [ -z "$pending" ] || models=(pixels); checked evaluate "${models[@]}" "${what[@]}" "$@" --dry_run; }
+[ -n "${SLURM_JOB_ID:-}" ] || submit '' "$0" "$@"
 launch flipscale.cli evaluate "${models[@]}" "${what[@]}" "$@"

@@ -16,7 +16,8 @@
 #
 #   RECIPE=h14_laion2b bash slurm/pretrain.sh --partition=gpu -- --optim.weight_decay 0.1
 #
-# This copies the recipe when you submit. sbatch itself works too, and copies the recipe when the job first starts:
+# This checks the recipe, the flags, LAUNCH_FILE and the number of processes by `flipscale check`, and copies the recipe.
+# sbatch itself works too, checks nothing, and copies the recipe when the job first starts:
 #
 #   RECIPE=h14_laion2b sbatch slurm/pretrain.sh --seed 1
 #
@@ -33,5 +34,6 @@ RUN=${RUN:-runs/$(basename -- "$RECIPE" .yaml)}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
+check() { check_recipes --output_dir "$RUN" "$@"; }
 [ -n "${SLURM_JOB_ID:-}" ] || submit RECIPE "$0" "$@"
 train "$@"

@@ -20,48 +20,133 @@ cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 find_package='from importlib.util import find_spec; print(find_spec("flipscale").submodule_search_locations[0])'
 
 set -euo pipefail
+# `bash SCRIPT --help` prints the script's comment, and the variables of both files with their defaults.
+for word; do
+  case ${SLURM_JOB_ID:+--}$word in
+    --) break ;;
+    -h | --help)
+      sed -n '/^#$/,/^$/s/^# \{0,1\}//p' "$0"
+      sed -n 's/^\([A-Z_]*\)=\${[A-Z_]*:-\(.*\)}\( *#.*\)\{0,1\}$/\1=\2\3/p' "$0" "${BASH_SOURCE[0]}"
+      exit 0 ;;
+  esac
+done
 say() { echo "$(date '+%F %T') $*" >&2; }
 fail() { say "error: $*"; exit 2; }
+case $LAUNCHER in accelerate | torchrun) ;; *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;; esac
+case $REQUEUE in scontrol | sbatch | no) ;; *) fail "REQUEUE is '$REQUEUE'; use scontrol, sbatch or no" ;; esac
+case ${CONTAINER:+$CONTAINER_RUNTIME} in '' | apptainer | pyxis) ;;
+  *) fail "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; use apptainer or pyxis" ;; esac
+[ -e "$LAUNCH_FILE" ] || fail "LAUNCH_FILE '$LAUNCH_FILE' does not exist; 'flipscale launch_files .' writes ds_configs/"
+[ "$LAUNCHER" = accelerate ] || [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] ||
+  fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
 
-# Copies recipe $2, a file or the name of one of flipscale's, into folder $1 once, and prints the path of the copy.
+# Prints the file of recipe $1, which is a file or the name of one of flipscale's.
+find_recipe() {
+  local file=$1 package=flipscale
+  # Without a checkout here, the recipes are those of the installed package. It is found without importing torch.
+  [ -d "$package" ] || package=$("$PYTHON" -c "$find_package" 2> /dev/null) || true
+  [ -e "$file" ] || file=$package/recipes/$1.yaml
+  [ -e "$file" ] || fail "recipe '$1' is neither a file nor one of flipscale/recipes"
+  echo "$file"
+}
+
+# Copies recipe $2 into folder $1 once, and prints the path of the copy.
 freeze() {
-  local copy file=$2 package=flipscale
+  local copy file
   copy=$1/$(basename -- "$2" .yaml).yaml
   if [ ! -e "$copy" ]; then
-    # Without a checkout here, the recipes are those of the installed package. It is found without importing torch.
-    [ -d "$package" ] || package=$("$PYTHON" -c "$find_package" 2> /dev/null) || true
-    [ -e "$file" ] || file=$package/recipes/$2.yaml
-    [ -e "$file" ] || fail "recipe '$2' is neither a file nor one of flipscale/recipes"
+    file=$(find_recipe "$2")
     mkdir -p -- "$1" && cp -- "$file" "$copy.partial" && mv -- "$copy.partial" "$copy"
   fi
   echo "$copy"
 }
 
-# Submits script $2 and prints the number of the job. Copies the recipes named in variable $1, so that later edits do
-# not reach the job. Of the words that follow, those before `--` go to sbatch and the others to the script.
-submit() {
-  local variable=$1 script=$2 folder name options=() recipe recipes=() frozen=()
+# Prints the last value of sbatch's option --$1 or -$2 among the words that follow.
+asked() {
+  local name=$1 letter=$2 value='' before='' word
   shift 2
-  while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1") && shift; done
+  for word; do
+    case $before in "--$name" | "-$letter") value=$word ;; esac
+    case $word in "--$name="*) value=${word#*=} ;; "-$letter"?*) value=${word#-?} ;; esac
+    before=$word
+  done
+  echo "$value"
+}
+
+# Checks a submission by `flipscale` with the words given. Refuses only what flipscale refuses, because this machine may
+# lack the package, which CONTAINER then has, or the network.
+checked() {
+  local printed rc=0
+  printed=$("$PYTHON" -m flipscale.cli "$@" 2>&1) || rc=$?
+  printed=$(tail -n 1 <<< "$printed")
+  [ "$rc" != 2 ] || fail "not submitted: ${printed#flipscale: error: }"
+  [ "$rc" = 0 ] || say "submitted without a check by $PYTHON -m flipscale.cli: ${printed:-exit code $rc}"
+}
+
+# Checks the recipes `recipes` with the flags given, on the nodes and GPUs that the words `options` ask for.
+check_recipes() {
+  local nodes gpus gres other=' (--gpus|--gpus-per-(task|socket)|-G)[= 0-9]' world=() recipe file files=()
+  nodes=$(asked nodes N "${options[@]}")
+  gpus=$(asked gpus-per-node _ "${options[@]}")
+  gres=$(asked gres _ "${options[@]}")
+  [ -n "$gpus" ] || gpus=$gres
+  gpus=${gpus##*:}
+  if [[ $nodes =~ ^[0-9]+$ && $gpus =~ ^[0-9]+$ && ! " ${options[*]}" =~ $other ]]; then
+    world=(--num_processes "$((nodes * gpus))" --num_machines "$nodes")
+    [ "$LAUNCHER" != accelerate ] || world+=(--launch_file "$LAUNCH_FILE")
+  else
+    world=(--num_processes 1) # their number is Slurm's choice
+  fi
+  for recipe in "${recipes[@]}"; do
+    file=$(find_recipe "$recipe")
+    files+=("$file")
+  done
+  checked check --config "${files[@]}" "${world[@]}" ${pending:+--pending} "$@"
+}
+
+# Submits script $2 and prints the number of the job. Copies the recipes named in variable $1, so that later edits do
+# not reach the job. Of the words that follow, those before `--` go to sbatch and the others to the script. The script's
+# function `check` gets the others, and refuses what cannot run.
+submit() {
+  local variable=$1 script=$2 folder='' first name given=() options=() pending recipe recipes=() frozen=() rc=0
+  shift 2
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1") && shift; done
   [ $# -eq 0 ] || shift
+  # The options in the script, without comments, then those given.
+  read -r -d '' -a options < <(sed -n 's/ #.*//; s/^#SBATCH//p' "$script") || true
+  options+=("${given[@]}")
+  pending=$(asked dependency d "${options[@]}")
   if [ -n "$variable" ]; then
-    folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
     recipes=("${!variable}")
     if [ "$variable" = RECIPES ]; then
       # They are told apart by spaces, and by their names in the study.
       case $RUN in *[[:space:]]*) fail "STUDY '$RUN' has a space; name another folder" ;; esac
       read -r -d '' -a recipes <<< "$RECIPES" || true
     fi
+    name=$(for recipe in "${recipes[@]}"; do basename -- "$recipe" .yaml; done | sort | uniq -d | head -n 1)
+    [ -z "$name" ] || fail "two recipes are called $name; rename one of them"
+  fi
+  check "$@"
+  if [ -n "$variable" ]; then
+    folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
+    first=$folder
+    while [ ! -e "$(dirname -- "$first")" ]; do first=$(dirname -- "$first"); done
     for recipe in "${recipes[@]}"; do
-      name=$(basename -- "$recipe" .yaml)
-      [ ! -e "$folder/$name.yaml" ] || fail "two recipes are called $name; rename one of them"
       recipe=$(freeze "$folder" "$recipe")
       frozen+=("$recipe")
     done
     export RUN "$variable=${frozen[*]}"
   fi
-  [ "$variable" != RECIPES ] || options=("--array=0-$((${#frozen[@]} - 1))" "${options[@]}")
-  exec sbatch --parsable --export=ALL "${options[@]}" "$script" "$@"
+  [ "$variable" != RECIPES ] || given=("--array=0-$((${#frozen[@]} - 1))" "${given[@]}")
+  sbatch --parsable --export=ALL "${given[@]}" "$script" "$@" || rc=$?
+  if [ "$rc" != 0 ] && [ -n "$folder" ]; then # a failed submission leaves no folders
+    rm -r -- "$folder"
+    while [ "$folder" != "$first" ]; do
+      folder=$(dirname -- "$folder")
+      rmdir -- "$folder" 2> /dev/null || break
+    done
+  fi
+  exit "$rc"
 }
 
 # Runs the Python module $1 with the arguments that follow, through a launcher on each node that starts a process for
@@ -87,10 +172,8 @@ launch() {
         --num_processes "$FLIPSCALE_NUM_PROCESSES" --machine_rank NODE_RANK
         --main_process_ip "$address" --main_process_port "$port") ;;
     torchrun)
-      [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] || fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
       launcher=(-m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$per_node"
         --node_rank NODE_RANK --master_addr "$address" --master_port "$port") ;;
-    *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;;
   esac
   launcher=("$PYTHON" "${launcher[@]}" -m "$@")
   # On each node: kernels are compiled into a folder on its own disk, which all ranks of all nodes would otherwise share
@@ -111,7 +194,6 @@ launch() {
     '') ;;
     apptainer) launcher=(apptainer exec --nv --bind "$PWD" --pwd "$PWD" "$CONTAINER" "${launcher[@]}") ;;
     pyxis) srun+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") ;;
-    *) fail "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; use apptainer or pyxis" ;;
   esac
   "${srun[@]}" bash -c "$on_node" launcher "${launcher[@]}"
 }
@@ -180,6 +262,5 @@ requeue() {
         ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
       say "submitted again: $(sbatch --parsable --export=ALL "${options[@]}" "$0" "$@")" ;;
     no) say "not done: submit it again to go on" && exit 75 ;;
-    *) fail "REQUEUE is '$REQUEUE'; use scontrol, sbatch or no" ;;
   esac
 }

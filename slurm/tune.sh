@@ -24,5 +24,7 @@ STAGES=${STAGES:-'[{name: unmasked tuning, samples: 128_000_000, base_lr: 4.0e-8
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
+flags=(--model.init_from "$FROM/model" --stages "$STAGES")
+check() { check_recipes --output_dir "$RUN" "${flags[@]}" "$@"; }
 [ -n "${SLURM_JOB_ID:-}" ] || submit RECIPE "$0" "$@"
-train --model.init_from "$FROM/model" --stages "$STAGES" "$@"
+train "${flags[@]}" "$@"

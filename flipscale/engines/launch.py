@@ -137,21 +137,22 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     return launch if role == _NO_ROLE else replace(launch, engine=role)
 
 
-def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
+def read_launch_file(file: Path, num_processes: int | None = None, num_machines: int | None = None) -> Launch:
     """Return the launch of `accelerate launch --config_file FILE`, by default of the file's number of processes. Raise
     UserError if the file cannot be read, or flipscale does not support it."""
-    return launch_of(launch_environment(file, num_processes))
+    return launch_of(launch_environment(file, num_processes, num_machines))
 
 
-def launch_environment(file: Path, num_processes: int | None = None) -> dict[str, str]:
+def launch_environment(file: Path, num_processes: int | None = None, num_machines: int | None = None) -> dict[str, str]:
     """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them."""
     settings = _read_settings(file)
     fsdp, deepspeed, parallelism = (settings[name] for name in _SECTIONS)
     world = num_processes or settings["num_processes"]
     roles = (section["role"] for section in settings.values() if isinstance(section, dict) and "role" in section)
+    on_machines = world // num_machines if num_machines else settings["num_processes"] // settings["num_machines"]
     environment = {
         "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(min(world, max(settings["num_processes"] // settings["num_machines"], 1))),
+        "LOCAL_WORLD_SIZE": str(min(world, max(on_machines, 1))),
         PRECISION: str(settings.get("mixed_precision") or "no"),
         "ROLE_NAME": str(next(roles, _NO_ROLE)),
     }

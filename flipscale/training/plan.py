@@ -155,6 +155,18 @@ class Plan:
         return Due(tasks, is_due(step.number, self.batch_size, self.recipe.save.every_samples))
 
 
+def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, FlipConfig, list[Stage]]:
+    """Check a recipe without its data, and return its objective, its model's configuration and its stages.
+
+    `place` is a rank and the number of processes. Raise UserError if the recipe cannot be run as it stands."""
+    objective, config = recipe.objective(), recipe.model_config()
+    _check_trained(recipe, objective, config)
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    _check_log(recipe)
+    _check_micro_batches(recipe, objective, config, place)
+    return objective, config, stages
+
+
 def check(recipe: Recipe) -> Plan:
     """Check a recipe and open its data, in each process by itself.
 
@@ -162,13 +174,10 @@ def check(recipe: Recipe) -> Plan:
         UserError: the recipe cannot be run as it stands.
         OSError: shared memory is full, or a file cannot be fetched.
     """
-    objective, config, tasks, data = recipe.objective(), recipe.model_config(), recipe.eval.planned(), recipe.data
-    _check_trained(recipe, objective, config)
-    stages = plan_stages(recipe.stages, data.global_batch_size, recipe.budget_minutes)
-    _check_log(recipe)
+    tasks, data = recipe.eval.planned(), recipe.data
+    objective, config, stages = check_settings(recipe, place_in_world())
     for task in tasks:
         task.check()
-    _check_micro_batches(recipe, objective, config)
     check_shared_memory(data.workers)
     by_kind = [data.captions, *(stage.captions for stage in stages)]
     kinds = dict.fromkeys((kind for shares in by_kind for kind in shares or ()), 1.0)
@@ -257,7 +266,7 @@ def _check_log(recipe: Recipe) -> None:
             raise UserError(f"log.report_to has {name!r}, which is not installed; pip install {name}, or leave it out")
 
 
-def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
+def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig, place: tuple[int, int]) -> None:
     data = recipe.data
     for name in ("vision_config", "text_config") if data.micro_batch_size is not None and objective.is_coupled else ():
         tower = getattr(config, name)
@@ -267,7 +276,7 @@ def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfi
                     f"model.{name}.{field} is {rate} and data.micro_batch_size is set: the second pass would drop "
                     "other weights than the first; leave one of them out"
                 )
-    sampler = StepSampler(0, 0, data.global_batch_size, *place_in_world(), data.micro_batch_size)
+    sampler = StepSampler(0, 0, data.global_batch_size, *place, data.micro_batch_size)
     if data.augment != AugmentRecipe() and "labels" not in objective.columns:
         name = next(field for field, value in vars(data.augment).items() if value)
         raise UserError(

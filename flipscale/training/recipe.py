@@ -311,7 +311,12 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
     class RecipeParser(ArgumentParser):
         def __init__(self, **options: Any) -> None:  # jsonargparse makes others for the stages and --stages.help
             usage = f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]"
-            own: dict[str, Any] = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
+            own: dict[str, Any] = {
+                "prog": f"flipscale {verb}",
+                "usage": usage,
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            }
             super().__init__(**(own | options))
 
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))

@@ -121,7 +121,9 @@ def test_several_folders_of_a_kind(place: Path, capsys: pytest.CaptureFixture, a
     folders = [str(place / f"data/tasks/{name}/test") for name in ("cars", "dtd")]
     (place / "other").mkdir()
     (place / "other/cars").symlink_to(place / "data/tasks/cars")
-    evaluate("b", "--retrieval", folders[0], *again, folders[1], f"{folders[0]}/", "--zero_shot", "data/tasks/dtd", "--json")
+    evaluate(
+        "b", "--retrieval", folders[0], *again, folders[1], f"{folders[0]}/", "--zero_shot", "data/tasks/dtd", "--json"
+    )
     found = json.loads(capsys.readouterr().out)
     assert {name.partition("/")[0] for name in found} == {"retrieval_cars-test", "retrieval_dtd-test", "zero_shot"}
     by_folder = {line.result.task: line.about["data"]["name"] for line in read_lines(place / "b/results.jsonl")}

@@ -1,0 +1,78 @@
+"""Check recipes before they wait in a queue: their fields and flags, the launch file and the number of processes.
+
+Data, test sets, GPUs, the Hub and other processes stay unopened, so the check runs where jobs are submitted.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flipscale.io.options import Count, Parser, number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flipscale check` beside the recipe's."""
+    add = parser.add_argument
+    add(
+        "--config", metavar="RECIPE", nargs="+", action="append", default=[],
+        help="A recipe file or name. Several are checked one after the other, each with the same flags.",
+    )  # fmt: skip
+    add(
+        "--launch_file", type=Path, metavar="FILE",
+        help="accelerate's launch file, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
+    )  # fmt: skip
+    add(
+        "--num_processes", type=number(Count), metavar="N",
+        help="Number of processes, one a GPU. Default: the launch file's.",
+    )  # fmt: skip
+    add("--num_machines", type=number(Count), metavar="M", help="Number of machines. Default: the launch file's.")
+    add(
+        "--pending", action="store_true",
+        help="Another job writes the start weights, so they may be missing and stay unread.",
+    )  # fmt: skip
+    parser.epilog = (
+        "All other options are those of `flipscale pretrain`. Data, test sets, GPUs and the Hub stay unopened: whether "
+        "they are there shows when the run starts. --dry_run of `flipscale pretrain` also computes memory and time."
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a line for each recipe that can run. Raise UserError for the first that cannot."""
+    parser = Parser(prog="flipscale check", description=__doc__, allow_abbrev=False)
+    add_arguments(parser)
+    args, flags = parser.parse_known_args(arguments)
+    names, *others = args.config or [[]]
+    flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
+    from dataclasses import replace
+
+    from flipscale.engines.launch import PRECISION, launch_of, read_launch_file
+    from flipscale.engines.start import engine_class
+    from flipscale.io.errors import UserError
+    from flipscale.io.model_folder import local_folder
+    from flipscale.training.plan import check_settings
+    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.run_directory import open_run_directory
+
+    if args.launch_file:
+        launch = read_launch_file(args.launch_file, args.num_processes, args.num_machines)
+    else:
+        # bf16, because GPUs train so without a launch file, whatever this machine does.
+        launch = launch_of({PRECISION: "bf16", **os.environ})
+        launch = replace(launch, num_processes=args.num_processes or launch.num_processes)
+    for words in [["--config", name] for name in names] or [[]]:
+        recipe = parse_recipe([*words, *flags], is_saved=args.pending)
+        model, checkpoint = recipe.model, open_run_directory(recipe)
+        for start in (model.init_from, model.vision, model.text):
+            if start and checkpoint is None and not args.pending:
+                local_folder(start)
+        # The towers' fields come with their weights.
+        if not (args.pending and model.family == "towers"):
+            check_settings(recipe, (0, launch.num_processes))
+        if refusal := engine_class(launch).refusal(launch, recipe.optim.name, bool(model.compile)):
+            raise UserError(refusal)
+        count, pairs = launch.num_processes, recipe.data.global_batch_size
+        print(
+            f"{''.join(words[1:]) or 'the recipe'} can run with {launch.engine} on {count:,} process"
+            f"{'es' * (count != 1)} of {pairs // count:,} pairs; data and GPUs were not looked at"
+        )
