@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--launch_file", type=Path, metavar="FILE",
-        help="accelerate's launch file, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
+        help="Launch file of accelerate, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
     )  # fmt: skip
     add(
         "--num_processes", type=number(Count), metavar="N",

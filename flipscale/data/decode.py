@@ -50,6 +50,7 @@ MAX_SCANS = 16
 # A whole JPEG has at least a bit for each 8 x 8 pixels.
 _MOST_JPEG_PIXELS_PER_BYTE = 8 * 8 * 8
 _STRIP_PIXELS = 1 << 20
+_MOST_SIDES = 8  # times the short side of an image in its long side
 _SMALL_BYTES = 1 << 16  # size of a decoded image that may wait for its resize
 
 # Limits of headers. Each row of a TIFF may be a strip of its own, with an offset and a length. A TIFF's tile is decoded
@@ -208,14 +209,31 @@ def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
     return _upright(_decode_jpeg(encoded, jpeg_size, eighths), _exif_orientation(encoded))
 
 
-def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
-    """Resize a crop `(height, width, 3)` to `(image_size, image_size, 3)`, both uint8, by Pillow's BICUBIC."""
+def decode_processed(encoded: bytes, image_size: int, squash: bool = False) -> np.ndarray:
+    """Return an image, upright, as the processor of an exported model gives it: uint8 `(image_size, image_size, 3)`.
+
+    The short side is resized to `image_size`, and the centre is cut out. With `squash`, the whole image takes its
+    place. Raise UndecodableImage for bytes that are no image."""
+    image = decode_whole(encoded)
+    if squash:
+        return resize(image, image_size)
+    # The ends of a strip are outside of the centre, and resized they could fill the memory.
+    most = _MOST_SIDES * min(image.shape[:2])
+    image = image[tuple(slice(max(0, side - most) // 2, side - max(0, side - most) // 2) for side in image.shape[:2])]
+    height, width = (image_size * side // min(image.shape[:2]) for side in image.shape[:2])
+    top, left = (height - image_size) // 2, (width - image_size) // 2
+    return resize(image, height, width)[top : top + image_size, left : left + image_size]
+
+
+def resize(crop: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
+    """Resize a crop `(height, width, 3)` to `(height, width, 3)`, or a square, both uint8, by Pillow's BICUBIC."""
     import torch  # here, because its import takes seconds and decoding alone does not need it
 
     # Views by numpy, because each call of torch runs code that decoding has evicted from the cache. With the strides of
     # `reshape`, torch recognises channels-last memory and copies nothing.
     planes = torch.from_numpy(np.ascontiguousarray(crop).reshape(1, *crop.shape).transpose(0, 3, 1, 2))
-    resized = torch.nn.functional.interpolate(planes, (image_size, image_size), mode="bicubic", antialias=True)
+    size = (height, height if width is None else width)
+    resized = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True)
     return resized.numpy()[0].transpose(1, 2, 0)
 
 

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from flipscale.engines.optimizers import (
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.stragglers import PhaseLog
 from flipscale.engines.trained import freeze
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 if TYPE_CHECKING:
@@ -198,6 +200,7 @@ class Engine:
         self._trainable: list[nn.Parameter] = []
         self._frozen: tuple[str, ...] = ()
         self._recomputes = False
+        self._is_checked = False
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
         # Exponential moving averages of this process's elements of each parameter, if the recipe asks for them.
@@ -263,7 +266,7 @@ class Engine:
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         freeze(self.model, frozen, "stages.frozen")
-        self._frozen = tuple(frozen)
+        self._frozen, self._is_checked = tuple(frozen), False
 
     def restart(self, frozen: Sequence[str]) -> None:
         """Collective. Drop the moments. If other parts are now `frozen`, wrap the model and make optimisers again."""
@@ -334,6 +337,28 @@ class Engine:
     def _reduce_gradients(self, enabled: bool) -> None:
         """Let the next backward pass average gradients over the processes, or not."""
 
+    def check_gradients(self) -> None:
+        """Raise UserError if the first step after `prepare` gave trained parameters no gradient.
+
+        Data parallelism would wait for it, so one process refuses the same."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        has_gradient = {n: self._has_gradient(p) for n, p in self.model.named_parameters() if p.requires_grad}
+        used = {part for name, has in has_gradient.items() if has for part in _parts_above(name)}
+        unused = [name for name, has in has_gradient.items() if not has]
+        if unused:
+            # A module that is not used at all stands for its parameters.
+            parts = dict.fromkeys(next(part for part in _parts_above(name) if part not in used) for name in unused)
+            some = ", ".join([*parts][:9])
+            raise UserError(
+                f"the loss gives no gradient to {len(unused)} trained parameters, those of {some}; add [{some}] to "
+                "model.frozen, or let the loss use them"
+            )
+
+    def _has_gradient(self, parameter: nn.Parameter) -> bool:
+        return parameter.grad is not None
+
     def gradient_norm(self) -> torch.Tensor:
         """Collective. Return the global norm of the gradients, fp32 `()`, then clip them if the recipe says so."""
         return gradient_norm(self._parameters, self.recipe.max_grad_norm)
@@ -382,3 +407,8 @@ class Engine:
     def pieces(self) -> list[Piece]:
         """Return the data that this process saves: ranges of weights, moments and averages."""
         return self.layout.pieces(self.averages)
+
+
+def _parts_above(name: str) -> list[str]:
+    """Return the modules of a parameter, the largest first, and the parameter: `a`, `a.b`, `a.b.weight`."""
+    return [*accumulate(name.split("."), "{}.{}".format)]

@@ -122,6 +122,10 @@ class ZeroEngine(Engine):
         import deepspeed
 
         self._freeze(frozen)
+        # Parameters with a gradient, which DeepSpeed drops during the backward pass.
+        self._reached: set[int] = set()
+        trained = [parameter for parameter in self._trainable if parameter.requires_grad]
+        self._hooks = [p.register_hook(lambda _, p=p: self._reached.add(id(p))) for p in trained]
         (optimizer,) = build_optimizers(self.model, self.recipe)
         self.wrapped, self.zero, _, _ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False
@@ -149,6 +153,14 @@ class ZeroEngine(Engine):
             return
         with self.wrapped.coalesce_grad_reduction():
             yield from batches
+
+    def check_gradients(self) -> None:
+        super().check_gradients()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _has_gradient(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._reached
 
     def gradient_norm(self) -> torch.Tensor:
         # DeepSpeed clips in its step. Its norm is -1 if it is not finite.

@@ -94,6 +94,10 @@ class PlainEmbedder(Embedder):
     def image_size(self) -> int:
         return HOG_SIZE
 
+    @property
+    def crop(self) -> str:
+        return "crop, resize"
+
     def decoder(self) -> Decoder:
         return partial(_described, PLAIN[self.name])
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import UndecodableImage, decode_box, rgb_pixels, visible_patches
+from flipscale.data.decode import UndecodableImage, decode_processed, rgb_pixels, visible_patches
 from flipscale.data.loader import PackedBatch, loader_of, start_workers
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, wrap_errors
@@ -313,6 +313,11 @@ class Embedder:
         return self.pixels or self.model.config.vision_config.image_size
 
     @property
+    def crop(self) -> str:
+        """The crop of images, for tables."""
+        return "squash" if InputShape.of(self.model.config).squashes else "resize, crop"
+
+    @property
     def mask(self) -> dict[str, Any]:
         """The mask of the images as `ratio`, `views` and `kind`; empty for whole images."""
         return {}
@@ -503,5 +508,5 @@ def packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
 
 def whole_square(shape: InputShape, encoded: bytes, row: int) -> dict[str, np.ndarray]:
     """Return the patches of an image in a model's size: `patches` uint8 `(num_patches, 3 * p * p)`."""
-    square = decode_box(encoded, None, shape.image_size, squash=shape.squashes)
+    square = decode_processed(encoded, shape.image_size, shape.squashes)
     return {"patches": visible_patches(square, shape.patch_size, None)}

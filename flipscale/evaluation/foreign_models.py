@@ -155,6 +155,11 @@ class OpenClipEmbedder(Embedder):
         size = self.model.visual.image_size
         return size if isinstance(size, int) else size[0]
 
+    @property
+    def crop(self) -> str:
+        mode = getattr(self.model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
+        return {"shortest": "resize, crop", "longest": "resize, pad"}.get(mode, mode)
+
     def decoder(self) -> Decoder:
         return partial(_preprocessed, self.preprocess)
 
@@ -198,6 +203,10 @@ class TransformersEmbedder(Embedder):
         vision = self.model.config.vision_config
         size = getattr(vision, "image_size", None) or round(vision.num_patches**0.5) * vision.patch_size
         return size if isinstance(size, int) else size[0]
+
+    @property
+    def crop(self) -> str:
+        return "resize, crop" if getattr(self.tokenizer.image_processor, "do_center_crop", None) else "squash"
 
     def decoder(self) -> Decoder:
         return partial(_processed, self.tokenizer.image_processor)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flipscale.data.decode import decode_box, visible_patches
+from flipscale.data.decode import decode_processed, visible_patches
 from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Decoder, Embedder
@@ -143,7 +143,7 @@ def _masked_square(shape: InputShape, mask: ImageMask, encoded: bytes, row: int)
     """Return the remaining patches of the centred square: `patches` uint8 `(views, kept, 3 * p * p)` and `patch_index`
     int16 `(views, kept)`."""
     index = mask.patches([row], shape.side)[0]
-    square = decode_box(encoded, None, shape.image_size, squash=shape.squashes)
+    square = decode_processed(encoded, shape.image_size, shape.squashes)
     return {"patches": visible_patches(square, shape.patch_size, index), "patch_index": index}
 
 

@@ -161,7 +161,10 @@ def interval_line(place: str, record: Mapping[str, Any], seconds_left: float | N
 def results_line(step: int, results: Sequence[Result]) -> str:
     """Return the headline results of evaluations with their 95 % intervals."""
     shown = [result for result in results if result.headline] or results
-    return f"step {step:,}: " + ", ".join(f"{one.task} {one.shown} {one.estimate_text}" for one in shown)
+    return f"step {step:,}: " + ", ".join(
+        f"{one.task} {one.shown}{', group_by_caption' * bool(one.made_by.get('group_by_caption'))} {one.estimate_text}"
+        for one in shown
+    )
 
 
 def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:

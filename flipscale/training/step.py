@@ -36,6 +36,7 @@ def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> S
         loss = one_pass(engine, batch[0], objective, **coupled)
     else:
         loss = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective, **coupled)
+    engine.check_gradients()
     batch.clear()
     return loss
 
@@ -84,15 +85,16 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **c
     for tensor in cache:
         tensor.requires_grad_()
     loss = objective.coupled_loss(*rows, **parameters, **coupled)
-    gradients = torch.autograd.grad(loss, cache, materialize_grads=True)
+    gradients = torch.autograd.grad(loss, cache, allow_unused=True)
     # All parameters are in every pass, so each micro-batch gets an equal part of their gradients.
-    of_rows = [gradient.chunk(len(batch)) for gradient in gradients[: len(rows)]]
-    of_parameters = [[gradient / len(batch)] * len(batch) for gradient in gradients[len(rows) :]]
+    unused = [None] * len(batch)
+    of_rows = [unused if g is None else g.chunk(len(batch)) for g in gradients[: len(rows)]]
+    of_parameters = [unused if g is None else [g / len(batch)] * len(batch) for g in gradients[len(rows) :]]
     squares = []
     for micro_batch, *handed in engine.accumulate(list(zip(batch, *of_rows, *of_parameters, strict=True))):
         output = engine(**micro_batch)
         values = [*objective.compared(output), *objective.parameters(output).values()]
-        products = [(value * gradient).sum() for value, gradient in zip(values, handed, strict=True)]
+        products = [(value * g).sum() for value, g in zip(values, handed, strict=True) if g is not None]
         engine.backward(torch.stack(products).sum() + objective.mean_loss(output) / len(batch))
         squares.append(objective.gradient_squares(output))
     mean_loss = sum(part.mean_loss for part in passes) / len(batch)

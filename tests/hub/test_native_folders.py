@@ -1,5 +1,7 @@
 """Exported CLIPModel and SiglipModel folders, as other programs take them, without remote code."""
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +9,8 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import add_member
 from hub.native import LENGTH, NATIVE, export_native
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -22,7 +26,8 @@ from transformers import (
 )
 
 from flipscale.data.captions import tokenise
-from flipscale.hub.loading import load_with_tokenizer
+from flipscale.evaluation.test_set import TestSet
+from flipscale.hub.loading import load_with_tokenizer, open_embedder
 
 TEXTS = ["a red disc", "The blue ring!", "cat", "some green bars and a grey cross " * 9]
 
@@ -137,3 +142,20 @@ def test_the_image_tower_of_a_llava(native: Native) -> None:
     assert all(
         torch.equal(value, tower.state_dict()[name]) for name, value in model.model.vision_tower.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_pictures_of_any_shape_are_cropped_as_the_processor_does(family: str, tmp_path: Path) -> None:
+    """A folder embeds as its `hf:`, which runs the exported processor, and their tables name the crop."""
+    exported, rng = export_native(family, tmp_path), np.random.default_rng(0)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, (width, height) in enumerate([(320, 240), (240, 320), (333, 241), (640, 100), (64, 64), (20, 17)]):
+            coarse = rng.integers(0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+            picture = io.BytesIO()
+            Image.fromarray(coarse).resize((width, height)).save(picture, ("JPEG", "PNG")[number % 2])
+            add_member(tar, f"{number}.{('jpg', 'png')[number % 2]}", picture.getvalue())
+            add_member(tar, f"{number}.txt", b"a red disc")
+    source, accelerator = TestSet.open(str(tmp_path)).source, Accelerator(cpu=True)
+    ours, theirs = (open_embedder(name, accelerator) for name in (str(exported), f"hf:{exported}"))
+    assert (ours.images(source) - theirs.images(source)).abs().max() < 1e-3
+    assert ours.crop == theirs.crop == {"clip": "resize, crop", "siglip": "squash"}[family]

@@ -33,6 +33,9 @@ class OneProcess:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
+    def check_gradients(self) -> None:
+        """Accept parameters without gradients."""
+
 
 OBJECTIVES: dict[str, WithCaptions | WithReconstruction] = {
     "caption": WithCaptions(other=Contrastive(), weight=2.0, prediction="mixed"),

@@ -54,8 +54,8 @@ class Line:
 
     Args:
         result: the figure. Its `made_by` names the data without a path.
-        about: the other fields of the line: `group weights model page title suites data prompts image_size mask
-            precision versions seconds date`.
+        about: the other fields of the line: `group weights model page title suites data prompts image_size crop
+            mask precision versions seconds date`.
     """
 
     result: Result
@@ -204,6 +204,7 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
         "other_sets": [_set_digest(other) for other in task.other_sets()],
         "prompts": {"number": len(prompts), "digest": _digest(prompts)} if prompts else None,
         "image_size": embedder.at(task.image_size).image_size,
+        "crop": embedder.crop,
         "mask": dict(embedder.mask),
         "precision": {"no": "fp32"}.get(*[embedder.accelerator.mixed_precision] * 2),
     }
@@ -217,7 +218,7 @@ def _about(task: Task, setting: Record, model: str, weights: str, seconds: float
         "weights": weights,
         "page": page.name if page else None,
         "title": page.title if page else None,
-        **{name: setting[name] for name in ("data", "prompts", "image_size", "mask", "precision")},
+        **{name: setting[name] for name in ("data", "prompts", "image_size", "crop", "mask", "precision")},
         "versions": {package: sys.modules[package].__version__ for package in packages},
         "seconds": round(seconds, 3),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

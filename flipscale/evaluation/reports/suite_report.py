@@ -180,7 +180,7 @@ def _means(suite: str, rows: list[Row], columns: Sequence[Column]) -> tuple[list
 
 def _head(columns: Sequence[Column], has_paper: bool) -> list[str]:
     paper = [f"{PAPER_MODEL}, in the paper"] if has_paper else []
-    return ["task", "metric", *(column.name for column in columns), "n", "chance", *paper]
+    return ["task", "metric", *(column.name for column in columns), "n", "chance", "protocol", *paper]
 
 
 def _cells(row: Row, notes: Mapping[str, int] | None) -> list[str]:
@@ -189,6 +189,7 @@ def _cells(row: Row, notes: Mapping[str, int] | None) -> list[str]:
     cells = [row.title, result.shown, *(NOTHING if line is None else line.result.estimate_text for line in row.lines)]
     cells.append(" / ".join(NOTHING if n is None else f"{n:,}" for n in sizes))
     cells.append(NOTHING if result.chance is None else with_unit(result.chance, result.unit))
+    cells.append(_protocol(row))
     if notes is not None and row.why_not:
         cells.append(f"[{notes[row.why_not]}]")
     elif notes is not None and reference is not None:
@@ -197,6 +198,14 @@ def _cells(row: Row, notes: Mapping[str, int] | None) -> list[str]:
     elif notes is not None:
         cells.append(NOTHING)
     return cells
+
+
+def _protocol(row: Row) -> str:
+    """Return the right answers of a retrieval, and the crops of the models' images."""
+    groups = "group_by_caption" if row.result.made_by.get("group_by_caption") else "own captions"
+    right = [groups] if hasattr(KINDS.get(row.result.kind), "group_by_caption") else []
+    crops = dict.fromkeys(line.about.get("crop", NOTHING) for line in row.present)
+    return "; ".join([*right, " / ".join(crops)])
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
