@@ -61,8 +61,8 @@ def test_an_unused_parameter_is_named(
     assert "[logit_scale] to model.frozen" in line
     assert not (tmp_path / "run/metrics.jsonl").exists()
     if (world, flags) == (1, []):
-        done = launch([*start, "--loss.options", "{images_only: true}"])
-        assert "[text_model, text_projection, logit_scale] to model.frozen" in done.stderr
+        done = launch([*start, "--loss.options", "{images_only: true}", "--output_dir", str(tmp_path / "other")])
+        assert "[logit_scale, text_model, text_projection] to model.frozen" in done.stderr
     done = launch(
         [*start, "--model.frozen", "[logit_scale]", "--output_dir", str(tmp_path / "mended")],
         cwd=ROOT,
