@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--task", metavar="YAML", action="append", default=[],
         help="Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
-        f"The kinds are {', '.join(_kinds())}. May be given several times.",
+        f"The kinds are {', '.join(_keys_of('evaluation/suite', 'KINDS'))}. May be given several times.",
     )  # fmt: skip
     add(
         "--without", type=Path, metavar="AUDIT",
@@ -93,14 +93,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Average the embeddings of this many disjoint views of an image. Default: 1. Each number is tried with "
         "each ratio, as far as disjoint views fit.",
     )  # fmt: skip
-    add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre. Default: random.")
+    *kinds, last = _keys_of("data/masks", "IMAGE_MASKS")
+    kinds_of_masks = f"{', '.join(kinds)} or {last}"
+    add("--mask_kind", default="random", help=f"Kind of masks: {kinds_of_masks}. Default: random.")
     add("--json", action="store_true", help="Print one JSON line instead of a table.")
     add("--dry_run", action="store_true", help="Find the models and the test sets, and evaluate nothing.")
 
 
-def _kinds() -> list[str]:
-    """Return the keys of `flipscale.evaluation.suite.KINDS`, read from its source, because the import takes seconds."""
-    source = read_text(Path(__file__).parent / "evaluation/suite.py").partition("\nKINDS")[2].partition("\n}")[0]
+def _keys_of(module: str, name: str) -> list[str]:
+    """Return the keys of a dictionary, read from the source of its module, because the import takes seconds."""
+    source = read_text(Path(__file__).parent / f"{module}.py").partition(f"\n{name}: ")[2].partition("\n}")[0]
     return re.findall(r'^    "(\w+)":', source, re.MULTILINE)
 
 

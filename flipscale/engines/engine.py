@@ -352,8 +352,8 @@ class Engine:
             parts = dict.fromkeys(next(part for part in _parts_above(name) if part not in used) for name in unused)
             some = ", ".join([*parts][:9])
             raise UserError(
-                f"the loss gives no gradient to {len(unused)} trained parameters, those of {some}. Fix: add [{some}] to "
-                "model.frozen and name another output_dir, or let the loss use them"
+                f"the loss gives no gradient to {len(unused)} trained parameters, those of {some}. Fix: add [{some}] "
+                "to model.frozen and name another output_dir, or let the loss use them"
             )
 
     def _has_gradient(self, parameter: nn.Parameter) -> bool:
