@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the table."""
     # Imported here, because torch takes seconds and --help should not wait.
     from flipscale.engines.device import BF16_PEAKS
+    from flipscale.planning.budget import in_shares
     from flipscale.planning.cost import Gpus, cost_table
     from flipscale.planning.proposal import gpu_named
     from flipscale.planning.time import share_of_peak, speed_key
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     name = gpu_named(args.gpu)
     peak = BF16_PEAKS[name]
-    recipes = {recipe: parse_recipe(["--config", recipe]) for recipe in args.recipes}
+    recipes = {recipe: in_shares(parse_recipe(["--config", recipe])) for recipe in args.recipes}
     mfu = share_of_peak("--mfu", args.mfu, args.bench, peak, speed_key(recipes[args.recipes[0]]))
     gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)
     prices = ("device_hour_dollars", "pue", "kwh_co2_grams")

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from flipscale.engines.failures import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
+from flipscale.planning.budget import in_shares
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
 from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.plan import Plan
@@ -42,7 +43,7 @@ def pretrain(recipe: Recipe) -> Path:
         OSError: a checkpoint could not be written.
     """
     run_dir = Path(recipe.output_dir)
-    recipe = with_vocabulary(recipe, fetches=True)
+    recipe = in_shares(with_vocabulary(recipe, fetches=True))
     prepared = prepare(recipe, laps := Laps())
     if prepared is None:
         return run_dir

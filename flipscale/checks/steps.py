@@ -58,7 +58,8 @@ def first_stage(name: str, batch_size: int, compiled: bool = False, recomputes: 
         recipe,
         model=replace(recipe.model, compile=compiled, gradient_checkpointing=recomputes, **scratch),
         data=replace(recipe.data, global_batch_size=batch_size, micro_batch_size=None),
-        stages=[replace(recipe.stages[0], gradient_checkpointing=None)],
+        budget_minutes=None,
+        stages=[replace(recipe.stages[0], gradient_checkpointing=None, samples=10**9, share=None, warmup_share=0.0)],
     )
 
 

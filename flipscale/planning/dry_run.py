@@ -14,6 +14,7 @@ from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_f
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
 from flipscale.io.text_table import hours_text, plain_table, rounded
+from flipscale.planning.budget import in_shares
 from flipscale.planning.memory import (
     GPUS_OF_A_NODE,
     USABLE,
@@ -67,7 +68,7 @@ def dry_run(arguments: Sequence[str]) -> None:
     """Print memory and time with a column for each launch, and an advice. Other options are those of `flipscale
     pretrain`. Raise UserError if a recipe or launch file cannot be run, or no launch fits the stated memory."""
     args, rest = _parser().parse_known_args(arguments)
-    recipe = parse_recipe(rest)
+    recipe = in_shares(parse_recipe(rest))
     hardware = _hardware(args, recipe)
     launches = _launches(args)
     heading = _heading(recipe, hardware)

@@ -23,6 +23,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_message
 from flipscale.io.yaml_text import read_outline
+from flipscale.planning.budget import in_shares
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
@@ -236,7 +237,7 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
         for suffix, one in fields.items():
             words += [f"--{section}{suffix}", one if isinstance(one, str) else json.dumps(one)]
     try:
-        recipe = parse_recipe(words)
+        recipe = in_shares(parse_recipe(words))
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         recipe.model_config()
     except ValueError as error:

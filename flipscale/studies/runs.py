@@ -20,8 +20,9 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import last_line, read_text
 from flipscale.io.progress import Progress
+from flipscale.planning.budget import in_shares
 from flipscale.training.recipe import Recipe, differences, to_yaml
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.schedule import plan_stages
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class StudyRun:
 def in_time(recipe: Recipe, minutes: float) -> Recipe:
     """Return a recipe that ends after `minutes` of training.
 
-    Stages and warm-ups given in samples get their shares of the recipe's operations. Metrics are written sixty times,
+    Stages and warm-ups in samples get their shares of the recipe's operations. Metrics are written sixty times,
     evaluations run six times and checkpoints are written ten times, unless the recipe has shares of its own.
     """
     log, evaluated, saved = recipe.log, recipe.eval, recipe.save
@@ -66,32 +67,9 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
         evaluated = evaluated.every(1 / 6)
     if not saved.every_samples and not saved.every_minutes:
         saved = dataclasses.replace(saved, every_minutes=minutes / 10)
-    stages = recipe.stages if recipe.budget_minutes is not None else _stages_in_shares(recipe)
-    plan_stages(stages, recipe.data.global_batch_size, minutes)
-    return dataclasses.replace(recipe, budget_minutes=minutes, stages=stages, log=log, eval=evaluated, save=saved)
-
-
-def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
-    """Return the stages of a recipe of samples, each with its share of all operations."""
-    from flipscale.planning.flops import pair_flops  # Runs a model, which takes seconds to import.
-
-    plan_stages(recipe.stages, recipe.data.global_batch_size)
-    flops = pair_flops(recipe)
-    total = sum(flops[stage.name] * (stage.samples or 0) for stage in recipe.stages)
-
-    def share(stage: StageRecipe, samples: int | None) -> float:
-        return max(round(flops[stage.name] * (samples or 0) / total, 4), 0.0001 if samples else 0.0)
-
-    shares = [share(stage, stage.samples) for stage in recipe.stages]
-    shares[-1] = round(1.0 - sum(shares[:-1]), 4)
-    if shares[-1] <= 0.0:
-        last = recipe.stages[-1]
-        raise UserError(f"stage {last.name!r}: {last.samples} samples have no share of time; give it more samples")
-    warmups = [share(stage, stage.warmup_samples) for stage in recipe.stages]
-    return [
-        dataclasses.replace(stage, samples=None, warmup_samples=0, share=own, warmup_share=warmup)
-        for stage, own, warmup in zip(recipe.stages, shares, warmups, strict=True)
-    ]
+    timed = in_shares(dataclasses.replace(recipe, budget_minutes=minutes, log=log, eval=evaluated, save=saved))
+    plan_stages(timed.stages, recipe.data.global_batch_size, minutes)
+    return timed
 
 
 def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:

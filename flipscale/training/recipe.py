@@ -146,7 +146,8 @@ class LogRecipe:
     """The log.
 
     Args:
-        every_samples: Samples between two records of training metrics; 0 for no records.
+        every_samples: Samples between two records of training metrics; 0 for none before the end. By default, each
+            hundredth of the run has one, and each half minute in which no hundredth ended.
         every_share: Share of a time budget between two records, in place of `every_samples`; 0 leaves it in place.
         report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
             They receive the recipe as their configuration. wandb, trackio and comet_ml continue a run after a resume.
@@ -155,7 +156,7 @@ class LogRecipe:
         profile_steps: Steps of each start to profile in `profile/` of the run directory; 0 for none.
     """
 
-    every_samples: SamplesOrZero = 1_000_000
+    every_samples: SamplesOrZero | None = None
     every_share: ShareBelowOne = 0.0
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     hang_seconds: Seconds = 540.0
@@ -232,8 +233,9 @@ class Recipe:
         stages: The stages of the run in their order. An example is '[{name: masked, samples: 1000000, mask_ratio: 0.5,
             base_lr: 4e-6}]'. The usual stages are masked pre-training, then unmasked tuning. A flag such as
             `--stages.masked.base_lr 1e-5` changes one field of a stage, which has its name or its number from 0.
-        budget_minutes: Training time in minutes, without evaluations and saves. Each stage then has a `share` of it.
-            Without a budget, the run ends after the samples of its stages.
+        budget_minutes: Training time in minutes, without evaluations and saves. Each stage has a `share` of it; if all
+            stages have `samples`, they get shares by their operations. Without a budget, the run ends after the
+            samples of its stages.
         output_dir: The run directory, which gets all files of the run.
         resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`. `never` stops with an error
             if `output_dir` has a checkpoint.

@@ -33,7 +33,7 @@ class StageRecipe:
 
     Args:
         name: The name of the stage in the log, unique in the run.
-        samples: Number of pairs, rounded down to whole steps; null with a time budget.
+        samples: Number of pairs, rounded down to whole steps; with a time budget, the stages' proportion.
         mask_ratio: Fraction of the patches to remove; 0 for whole images.
         text_mask_ratio: Fraction of all caption tokens to remove, padding included.
         base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then cosine to 0)
@@ -184,6 +184,12 @@ class Schedule:
     def total_steps(self) -> int | None:
         """Number of steps of the run; None with a budget."""
         return int(self.stages[-1].last) if self.budget_seconds is None else None
+
+    def ends_hundredth(self, step: Step) -> bool:
+        """Return whether a step ends a hundredth of the run; true of all steps if there are fewer than a hundred."""
+        if self.total_steps is None:
+            return has_passed(step.before, step.position, 0.01)
+        return is_due(step.number + 1, 100, self.total_steps)
 
     def seconds_left(self, number: int, position: float, step_seconds: float, pair_flops: Mapping[str, int]) -> float:
         """Return the time to the end of the run after `number` steps, by the operations of a pair in each stage.

@@ -3,6 +3,7 @@ processes agree, and which goes on where a checkpoint left it."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import yaml
 from conftest import cut, metrics, pretrain
 
 from flipscale.io.errors import UserError
+from flipscale.planning.budget import in_shares
+from flipscale.planning.flops import pair_flops
 from flipscale.status import as_line, read_status
 from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
@@ -136,12 +139,50 @@ def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | No
             {**BUDGET, "eval": {"every_share": 0.1, "every_samples": 16}},
             "eval.every_share is 0.1 and eval.every_samples is 16; leave one of them out",
         ),
-        ({"budget_minutes": 1}, "stage 'masked': samples is a count, and the run ends by its clock (budget_minutes)"),
+        (
+            {"budget_minutes": 1, "stages": [{"name": "a", "base_lr": 0.1, "share": 1.0, "warmup_samples": 16}]},
+            "stage 'a': warmup_samples is a count, and the run ends by its clock (budget_minutes)",
+        ),
     ],
 )
 def test_what_does_not_go_with_a_budget_is_refused(write_recipe, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         check(parse_recipe(["--config", str(write_recipe(tmp_path / "run", **changes))]))
+
+
+def test_samples_become_shares_of_the_operations(write_recipe, tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+    assert in_shares(recipe) is recipe, "it has no budget"
+    timed = in_shares(replace(recipe, budget_minutes=1.0))
+    flops = pair_flops(recipe)
+    masked = 384 * flops["masked"] / (384 * flops["masked"] + 256 * flops["unmasked"])
+    assert [stage.share for stage in timed.stages] == pytest.approx([masked, 1 - masked], abs=1e-4)
+    assert timed.stages[0].warmup_share == pytest.approx(masked * 64 / 384, abs=1e-4)
+    assert [stage.samples for stage in timed.stages] == [None, None]
+    assert plan_stages(timed.stages, 16, 1.0)[-1].last == 1.0
+    assert in_shares(timed) is timed
+    tiny = replace(timed.stages[0], share=None, warmup_share=0.0, samples=16)
+    longer = [replace(tiny, name=str(number), samples=10**9 if number == 1 else 16) for number in range(3)]
+    rounded = in_shares(replace(recipe, budget_minutes=1.0, stages=longer)).stages
+    assert [stage.share for stage in rounded] == pytest.approx([0.0001, 0.9998, 0.0001])
+
+
+@pytest.mark.long
+def test_a_budget_for_a_recipe_of_samples(write_recipe, tmp_path: Path) -> None:
+    """The same flags go on after a stop; another budget is another run."""
+    run_dir = tmp_path / "run"
+    file = write_recipe(run_dir, log={"report_to": []}, save={"every_samples": 32, "total_limit": 1000})
+    done = pretrain(file, 1, "--budget_minutes", "0.04")
+    assert done.returncode == 0, done.stderr
+    steps = sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").iterdir())
+    cut(run_dir, tmp_path / "copy", steps[len(steps) // 2])
+    file = write_recipe(tmp_path / "copy", log={"report_to": []})
+    changed = pretrain(file, 1, "--budget_minutes", "0.05")
+    assert changed.returncode == 2
+    assert "budget_minutes: 0.04, now 0.05" in changed.stderr
+    done = pretrain(file, 1, "--budget_minutes", "0.04")
+    assert done.returncode == 0, done.stderr
+    assert_explained(tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")
