@@ -15,7 +15,7 @@ from flipscale.data.samples import Fault
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device
 from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import Pace, Stage, Step
+from flipscale.training.schedule import Pace, Stage, Step, has_passed
 from flipscale.training.step import StepLoss
 from flipscale.training.watch import Interval, StepWatch
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED_IN_A_ROW = 5
+# A record of a long run comes this often.
+_TICK_SECONDS = 30.0
 # The median over the last steps of a stage estimates the duration of the next.
 _REMEMBERED = 9
 
@@ -39,6 +41,7 @@ class StepResult:
         metrics: the objective's metrics of this process's part of the batch.
         finite: whether the step was taken; a step with a non-finite loss or norm is left out.
         num_replaced: number of unusable samples in the global batch.
+        ticked: whether half a minute of training ended with this step, by the main process's clock.
     """
 
     step: Step
@@ -49,6 +52,7 @@ class StepResult:
     metrics: dict[str, float]
     finite: bool
     num_replaced: int
+    ticked: bool
 
     @property
     def num_done(self) -> int:
@@ -110,13 +114,16 @@ class StepSync:
         self._stage: Stage | None = None
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
         self._last_seconds = self._step_seconds = 0.0
+        self._ticked_seconds = watch.trained_seconds
 
     def start(self, step: Step, loss: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]) -> torch.Tensor:
         """Collective. Return whether the step is taken, fp32 `()` on the device: 1 or 0, the same on every process."""
         # Clocks differ between machines, so only the main process's counts.
-        due = self._checkpoints.clock_is_due and self._accelerator.is_main_process
-        slow, pace = self._watch.was_slow, self._own_pace(step)
-        flags = [self.request.reason is not None, due, self._checkpoints.is_writing, len(faults), slow, *pace]
+        is_main, seconds = self._accelerator.is_main_process, self._watch.trained_seconds
+        due, ticks = self._checkpoints.clock_is_due, has_passed(self._ticked_seconds, seconds, _TICK_SECONDS)
+        self._ticked_seconds = seconds
+        flags = [self.request.reason is not None, due and is_main, self._checkpoints.is_writing, len(faults)]
+        flags += [self._watch.was_slow, ticks and is_main, *self._own_pace(step)]
         mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
         sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
         taken = sums[:2].isfinite().all()
@@ -158,7 +165,7 @@ class StepSync:
         self._watch.phases.mark("update")
         names, step = unread.metrics, unread.step
         metrics = dict(zip(names, rest, strict=False))
-        loss_sum, norm_sum, asked, due, writing, replaced, slow, *pace = rest[len(names) :]
+        loss_sum, norm_sum, asked, due, writing, replaced, slow, ticks, *pace = rest[len(names) :]
         if pace:
             self.pace = Pace(step.number, *pace)
         if slow > 0:
@@ -175,5 +182,6 @@ class StepSync:
         settled.written |= self._checkpoints.is_open and writing == 0
         settled.stop |= asked > 0
         settled.save |= due > 0
-        result = StepResult(step, unread.faults, unread.clock, loss, grad_norm, metrics, taken > 0, int(replaced))
+        outcome = (loss, grad_norm, metrics, taken > 0, int(replaced), ticks > 0)
+        result = StepResult(step, unread.faults, unread.clock, *outcome)
         settled.results.append(result)

@@ -23,9 +23,9 @@ from flipscale.io.files import read_text
 from flipscale.training.diagnosis import Diagnosis
 from flipscale.training.energy_meter import EnergyMeter
 from flipscale.training.plan import Plan
-from flipscale.training.recipe import as_fields
+from flipscale.training.recipe import LogRecipe, as_fields
 from flipscale.training.report import draw_figures, interval_line, results_line
-from flipscale.training.schedule import Step, has_passed, is_due
+from flipscale.training.schedule import Schedule, Step, has_passed, is_due
 from flipscale.training.sync import StepResult
 from flipscale.training.watch import StepWatch
 
@@ -150,6 +150,25 @@ class BadSamples:
             json_lines.append(self.path, new)
 
 
+class Intervals:
+    """Decides which steps end an interval of the log, equally on all processes."""
+
+    def __init__(self, recipe: LogRecipe, schedule: Schedule, step_samples: int):
+        self._recipe, self._schedule, self._step_samples = recipe, schedule, step_samples
+        self._ended = False
+
+    def ends(self, step: Step, ticked: bool) -> bool:
+        """Return whether the next step ends an interval. By default, each hundredth of the run does, and each half
+        minute (`ticked`) in which no hundredth ended."""
+        if self._recipe.every_share:
+            return has_passed(step.before, step.position, self._recipe.every_share)
+        if self._recipe.every_samples is not None:
+            return is_due(step.number + 1, self._step_samples, self._recipe.every_samples)
+        ends = self._schedule.ends_hundredth(step) or (ticked and not self._ended)
+        self._ended = (ends or self._ended) and not ticked
+        return ends
+
+
 class Tracker:
     """Writes a record for every interval and every evaluation on the main process; used in a `with` block.
 
@@ -177,7 +196,8 @@ class Tracker:
         self.watch = watch
         self._plan, self._accelerator, self._run_dir = plan, accelerator, Path(plan.recipe.output_dir)
         self.bad_samples = BadSamples(self._run_dir, accelerator.is_main_process, plan.recipe.data.max_bad_fraction)
-        self._recipe, self._schedule, self._step_samples = plan.recipe.log, plan.schedule, plan.batch_size
+        self._intervals = Intervals(plan.recipe.log, plan.schedule, plan.batch_size)
+        self._schedule, self._step_samples = plan.schedule, plan.batch_size
         self._pair_flops, self._row_flops = pair_flops, row_flops
         self._rows = self._captions = 0
         self._diagnosis = Diagnosis(plan.recipe, plan.objective.chance_loss(plan.batch_size))
@@ -239,11 +259,7 @@ class Tracker:
             if self._bar is not None:
                 self._bar.update(self._step_samples)
             is_last = upcoming.is_over and result.num_done == upcoming.number
-            if self._recipe.every_share:
-                ends_interval = has_passed(step.before, step.position, self._recipe.every_share)
-            else:
-                ends_interval = is_due(result.num_done, self._step_samples, self._recipe.every_samples)
-            if is_last or ends_interval:
+            if self._intervals.ends(step, result.ticked) or is_last:
                 self._write_interval(result, upcoming, is_last)
 
     def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:

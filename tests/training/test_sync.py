@@ -38,6 +38,15 @@ class Synced:
         return taken.item()
 
 
+def test_half_minutes_end_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Synced(tmp_path)
+    run.step()
+    monkeypatch.setattr("flipscale.training.sync._TICK_SECONDS", 1e-9)
+    with run.sync._watch:  # its clock runs
+        run.step()
+    assert [result.ticked for result in run.sync.settle(wait=True).results] == [False, True]
+
+
 def test_results_come_after_the_next_step_or_a_wait(tmp_path: Path) -> None:
     run, read = Synced(tmp_path), []
     for wait in (False, False, True, False, True, True):

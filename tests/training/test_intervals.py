@@ -1,0 +1,72 @@
+"""The records of a run: by default a hundred of them, and one each half minute of a long run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from cli.pages import ROOT
+from conftest import metrics, pretrain
+
+from flipscale.training.recipe import RECIPES, LogRecipe, parse_recipe
+from flipscale.training.schedule import Clock, Pace, Schedule, StageRecipe, plan_stages
+from flipscale.training.tracking import Intervals
+
+SHIPPED = [*RECIPES.glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]
+
+
+def ended(log: LogRecipe, num_steps: int, *ticks: int, batch_size: int = 16) -> list[int]:
+    """Return the numbers of the steps at which an interval of a run ends; half minutes end with the steps `ticks`."""
+    schedule = Schedule(tuple(plan_stages([StageRecipe("only", num_steps * batch_size, base_lr=0.1)], batch_size)))
+    clock, intervals, numbers = Clock(schedule, {}), Intervals(log, schedule, batch_size), []
+    while not clock.step.is_over:
+        if intervals.ends(clock.step, clock.step.number + 1 in ticks):
+            numbers.append(clock.step.number + 1)
+        clock.advance(None)
+    return numbers
+
+
+def test_each_hundredth_of_a_run_has_a_record() -> None:
+    assert ended(LogRecipe(), 1000) == [*range(10, 1001, 10)]
+    assert len(ended(LogRecipe(), 12_345)) == 100
+    assert ended(LogRecipe(), 7) == [*range(1, 8)], "each step of a short run"
+
+
+def test_each_half_minute_without_a_hundredth_has_a_record() -> None:
+    assert ended(LogRecipe(), 1000, 3, 6, 15, 26) == sorted([3, 6, *range(10, 1001, 10)])
+
+
+def test_stated_intervals_stay() -> None:
+    assert ended(LogRecipe(every_samples=160), 100, 3, 6) == [*range(10, 101, 10)]
+    assert ended(LogRecipe(every_samples=0), 100, 3, 6) == []
+
+
+def test_each_hundredth_of_a_time_budget_has_a_record() -> None:
+    stages = plan_stages([StageRecipe("only", share=1.0, base_lr=0.1)], 16, 10.0)
+    schedule = Schedule(tuple(stages), 600.0)
+    clock, intervals, count = Clock(schedule, {}), Intervals(LogRecipe(), schedule, 16), 0
+    for number in range(1000):
+        count += intervals.ends(clock.step, ticked=False)
+        clock.advance(Pace(number, (number + 1) / 1000, 0.001))
+    assert count in (99, 100)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_recipe_has_enough_records(file: Path) -> None:
+    content = yaml.safe_load(file.read_text())
+    if "stages" not in content:
+        return  # of a study
+    log = content.get("log", {})
+    if "every_samples" in log:
+        assert sum(stage["samples"] for stage in content["stages"]) / log["every_samples"] >= 50
+    else:
+        assert "every_share" not in log or log["every_share"] <= 0.02
+
+
+def test_a_run_has_a_hundred_records(write_recipe, recipe: dict, tmp_path: Path) -> None:
+    stages = [{"name": "only", "samples": 16 * 250, "mask_ratio": 0.75, "base_lr": 0.012}]
+    file = write_recipe(tmp_path / "run", stages=stages)
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "log": {"report_to": []}}))
+    assert parse_recipe(["--config", str(file)]).log.every_samples is None
+    done = pretrain(file, 2)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "run")) == 100
