@@ -1,5 +1,6 @@
 """Why a run does not learn: the likely cause and the field to change, by the records of its intervals."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,17 @@ import torch
 
 from flipscale.training.recipe import Recipe
 
-# A loss at chance means something only after a warm-up and this many steps.
+# A loss at chance means something only after a warm-up and this many steps, or at the end of the run.
 _PATIENCE_STEPS = 500
+# Fewer steps move no model far.
+_SHORT_STEPS = 100
 # A model that has learned anything is at least this far below chance, in nats; one that begins to, falls by this much.
 _LEARNED_NATS, _FALLS_NATS = 0.1, 0.02
-# Embeddings spread less than this only if nearly all of them are one vector.
-_COLLAPSED_SPREAD = 0.02
+# Embeddings spread less than this only if nearly all of them are one vector; those of untrained towers have 0.02.
+_COLLAPSED_SPREAD = 0.01
 # Bounds of `logit_scale`, and the share of one at which it counts as reached.
 _BOUNDS, _AT_BOUND = (1.0, 100.0), 1e-3
-# Growth of the gradient norm, between medians of this many intervals.
+# Growth of the gradient norm since the loss was lowest, between medians of this many intervals.
 _GROWTH, _INTERVALS = 10.0, 5
 # A batch's loss hardly depends on the images if more of its captions are one caption.
 _SAME_CAPTIONS = 0.5
@@ -39,46 +42,56 @@ class Diagnosis:
         self._last_rate, self._top_rate = -1.0, 0.0
         self._warm_from: int | None = None
         self._losses: deque[tuple[int, float]] = deque()
-        self._first_norms: list[float] = []
-        self._last_norms: deque[float] = deque(maxlen=_INTERVALS)
-        # A record at chance, whose cause the captions of the next step decide.
-        self._at_chance: Mapping[str, Any] | None = None
+        # The last losses and gradient norms, and their medians when the loss was lowest.
+        self._last: deque[tuple[float, float]] = deque(maxlen=_INTERVALS)
+        self._lowest = (math.inf, math.inf)
+        # Share of the most frequent caption in the first batch.
+        self._same_captions: float | None = None
 
-    def add(self, record: Mapping[str, Any]) -> list[str]:
-        """Return new sentences, each with a cause and the field to change, by the next interval's record."""
+    def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Read the captions of the first batch.
+
+        Args:
+            micro_batches: a batch of this process.
+        """
+        if self._same_captions is None and self._chance is not None:
+            self._same_captions = _largest_share(micro_batches[0])
+
+    def add(self, record: Mapping[str, Any], is_last: bool = False) -> list[str]:
+        """Return new sentences, each with a cause and the field to change, by the next interval's record.
+
+        Args:
+            is_last: whether the run ends with it. Then a shorter run is judged too, by its second half.
+        """
         rate, seen, loss = record["lr"], record["samples_seen"], record["loss"]
-        if self._warm_from is None and rate <= self._last_rate:
+        if self._warm_from is None and (rate <= self._last_rate or is_last):
             self._warm_from = seen
         self._last_rate, self._top_rate = rate, max(rate, self._top_rate)
         if self._warm_from is None or loss is None:
             return []
         self._losses.append((seen, loss))
-        patience = _PATIENCE_STEPS * self._batch
+        patience = min(_PATIENCE_STEPS * self._batch, seen // 2 if is_last else math.inf)
         while self._losses[0][0] < seen - patience:
             self._losses.popleft()
-        if self._chance is not None and seen - self._warm_from >= patience:
+        at_chance = []
+        if self._chance is not None and (is_last or seen - self._warm_from >= patience):
             losses = [one for _, one in self._losses]
             first, last = losses[: len(losses) // 2], losses[len(losses) // 2 :]
             falls = bool(first) and statistics.mean(last) < statistics.mean(first) - _FALLS_NATS
-            self._at_chance = record if min(losses) > self._chance - _LEARNED_NATS and not falls else None
-        return [*self._temperature(record), *self._gradients(record)]
+            at_chance = self._at_chance(record) if min(losses) > self._chance - _LEARNED_NATS and not falls else []
+        return [*at_chance, *self._temperature(record), *self._gradients(record)]
 
-    def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return a sentence if the loss is at chance. It reads the captions of a batch, once in a run.
-
-        Args:
-            micro_batches: the next batch of this process.
-        """
-        if self._at_chance is None or "chance" in self._said:
-            return []
-        record, field = self._at_chance, f"stages.base_lr (a rate of {self._top_rate:.2g} here)"
-        same, flat = _largest_share(micro_batches[0]), [side for side in ("image", "text") if _is_flat(record, side)]
+    def _at_chance(self, record: Mapping[str, Any]) -> list[str]:
+        field, steps = f"stages.base_lr (a rate of {self._top_rate:.2g} here)", record["samples_seen"] // self._batch
+        same, flat = self._same_captions or 0.0, [side for side in ("image", "text") if _is_flat(record, side)]
         if same >= _SAME_CAPTIONS:
             cause = f"{same:.0%} of a batch's captions are one caption; choose others by data.captions or data.shards"
         elif self._top_rate < _LOW_RATE:
             cause = f"the learning rate is too low to move the weights; raise {field}"
         elif flat:
             cause = f"nearly all {' and '.join(f'{side}s' for side in flat)} have one embedding; lower {field}"
+        elif steps < _SHORT_STEPS:
+            cause = f"the run has only {steps} steps; give its stages more samples, or the run more time"
         else:
             cause = "the captions may belong to other images, see `flipscale prepare inspect`; if not, lower " + field
         place = f"after {record['samples_seen']:,} samples, the loss is {record['loss']:.3f}"
@@ -88,8 +101,9 @@ class Diagnosis:
         scale = record.get("logit_scale")
         if scale is None or self._chance is None or record["loss"] < self._chance / 2:
             return []  # a model that knows its pairs may reach the bound
+        frozen = {name for stage in self._recipe.stages if stage.name == record["stage"] for name in stage.frozen}
         for bound in _BOUNDS:
-            if abs(scale / bound - 1) < _AT_BOUND and "logit_scale" not in self._recipe.model.frozen:
+            if abs(scale / bound - 1) < _AT_BOUND and "logit_scale" not in frozen.union(self._recipe.model.frozen):
                 words = f"logit_scale is at its bound {bound:g} at a loss of {record['loss']:.3f}, "
                 words += "before the towers learn; lower stages.base_lr, or name it in a first stage's `frozen`"
                 return self._once("temperature", words)
@@ -99,12 +113,13 @@ class Diagnosis:
         norm = record["grad_norm"]
         if norm is None:
             return []
-        if len(self._first_norms) < _INTERVALS:
-            self._first_norms.append(norm)
-            return []
-        self._last_norms.append(norm)
-        first, last = statistics.median(self._first_norms), statistics.median(self._last_norms)
-        if len(self._last_norms) < _INTERVALS or last <= _GROWTH * first:
+        self._last.append((record["loss"], norm))
+        loss, last = map(statistics.median, zip(*self._last, strict=True))
+        # The gradients of a model grow while it learns and leaves chance.
+        learns = self._chance is not None and abs(loss - self._chance) < _LEARNED_NATS
+        if len(self._last) < _INTERVALS or learns or loss < self._lowest[0] - _FALLS_NATS:
+            self._lowest = (loss, last)
+        if last <= _GROWTH * (first := self._lowest[1]):
             return []
         optim = self._recipe.optim
         words = f"the gradient norm grew from {first:.2g} to {last:.2g}; lower stages.base_lr or optim.adam_beta2 "

@@ -263,10 +263,8 @@ class Tracker:
                 self._write_interval(result, upcoming, is_last)
 
     def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-        """Count the rows of the text tower that the packed captions of a step take, for `mfu`, and say why the run
-        does not learn, if it does not."""
-        for words in self._diagnosis.look(micro_batches):
-            _log.warning("%s", words)
+        """Count the rows of the text tower that the packed captions of a step take, for `mfu`."""
+        self._diagnosis.look(micro_batches)
         for batch in micro_batches if self._row_flops else ():
             self._rows += len(batch["input_ids"])
             self._captions += len(batch["caption_ends"])
@@ -302,7 +300,7 @@ class Tracker:
             **self._energy.update(result.num_done),
         }
         record = self._append(result.num_done, result.clock.seconds, metrics)
-        for words in self._diagnosis.add(record) if record else ():
+        for words in self._diagnosis.add(record, is_last) if record else ():
             _log.warning("%s", words)
         place = self._schedule.words(result.num_done, upcoming.position)
         if self._bar is not None:
