@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _MINUTES = 30.0
 # Steps of each stage for measuring the speed.
 _MEASURED_STEPS = 12
+_SHARED_STEPS = 10_000
 # Records of a stage's metrics while its speed is measured. The last one counts, because the first include start-up.
 _RECORDS = 4
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=number(MinutesAboveZero),
         help=f"Training time on this machine. Its speed is measured. Default: {_MINUTES:g}.",
     )  # fmt: skip
-    parser.add_argument("--gpu", help="The kind of GPU for training elsewhere, such as h100, instead of --minutes.")
+    parser.add_argument("--gpu", help="The kind of GPU for training elsewhere, such as h100 or rtx_4090.")
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of these GPUs. Default: 1.")
     parser.add_argument("--hours", type=number(Positive), help="Training time on these GPUs. Their speed is computed.")
 
@@ -90,9 +91,9 @@ def run(args: argparse.Namespace) -> None:
         fields["eval"] = {"tasks": list(_tasks(args.tests)), **workers}
     fields["output_dir"] = f"runs/{args.recipe.stem}"
     check_tokenizer(tokenizer, _recipe_of(proposal, 0).model_config().text_config)
-    samples, speed = _length(args, proposal, data, minutes)
+    budget, speed = _length(args, proposal, data, minutes)
     command = _command(args)
-    text = _recipe_text(proposal, [f"Data: {data}", f"Time: {speed}"], command, samples)
+    text = _recipe_text(proposal, [f"Data: {data}", f"Time: {speed}"], command, budget)
     args.recipe.parent.mkdir(parents=True, exist_ok=True)
     with open(args.recipe, "x", encoding="utf-8") as file:
         file.write(text)
@@ -121,7 +122,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.gpu is None and args.num_gpus != 1:
         raise UserError("num_gpus is for machines elsewhere; add gpu and hours, or leave it out")
     if args.gpu is not None:
-        from flipscale.planning.proposal import gpu_named
+        from flipscale.engines.device import gpu_named
 
         gpu_named(args.gpu)
 
@@ -144,18 +145,18 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
         )
 
 
-def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[int, str]:
-    """Return the number of pairs of a run of `minutes`, and a text with its speed and epochs."""
+def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[float, str]:
+    """Return the useful part of `minutes` of training, and a text with its speed, pairs and epochs."""
     import torch
 
-    from flipscale.engines.device import BF16_PEAKS
-    from flipscale.planning.proposal import GPU_GIB, gpu_named, most_samples, samples_in
+    from flipscale.engines.device import GPUS, gpu_named
+    from flipscale.planning.proposal import most_samples, samples_in
     from flipscale.planning.time import Hardware, step_time
 
     if args.gpu:
         name = gpu_named(args.gpu)
-        recipe, launch = _fitted(proposal, args.num_gpus, GPU_GIB[name])
-        hardware, how = Hardware(peak=BF16_PEAKS[name]), f"as computed for {args.num_gpus} {name} (docs/planning.md)"
+        recipe, launch = _fitted(proposal, args.num_gpus, GPUS[name].gib)
+        hardware, how = Hardware(peak=GPUS[name].peak), f"as computed for {args.num_gpus} {name} (docs/planning.md)"
         seconds = [step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
         rates = [proposal.batch_size / one for one in seconds]
     else:
@@ -170,10 +171,14 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     samples = min(in_time, useful)
     took, epochs = minutes * samples / in_time, samples / data.pairs
     unit, factor = ("hours", 1 / 60) if took / 60 >= 2 else ("minutes", 1) if took >= 2 else ("seconds", 60)
-    words = f"{samples:,} pairs in {took * factor:,.0f} {unit} of training, at {rates[0]:,.0f} pairs/s masked and "
+    words = (
+        f"about {samples:,} pairs in {took * factor:,.0f} {unit} of training, at {rates[0]:,.0f} pairs/s masked and "
+    )
     words += f"{rates[1]:,.0f} whole, {how}; "
     words += f"{epochs:,.0f} times each pair" if epochs >= 2 else f"{epochs:.0%} of the pairs"
-    return samples, words + ("; more pairs would teach it more than more time" if samples < in_time else "")
+    return float(f"{took:.3g}"), words + (
+        "; more pairs would teach it more than more time" if samples < in_time else ""
+    )
 
 
 def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "Launch"]:
@@ -244,20 +249,27 @@ def _recorded_rates(recipe: "Recipe", stage: str) -> list[float]:
     return [record["images_per_s"] for record in records if record.get("stage") == stage and "images_per_s" in record]
 
 
-def _recipe_text(proposal: "Proposal", facts: list[str], command: str, samples: int) -> str:
-    """Return the text of a recipe of `samples` pairs, with facts and the command that trains it above the fields."""
+def _recipe_text(proposal: "Proposal", facts: list[str], command: str, minutes: float) -> str:
+    """Return the text of a recipe of `minutes`, with facts and the command that trains it above the fields."""
+    from flipscale.planning.budget import in_shares
     from flipscale.planning.proposal import commented_yaml
 
-    stages = proposal.stages(samples)
-    total = sum(stage["samples"] for stage in stages)
-    often = max(total // 60, proposal.batch_size)
-    fields = {**proposal.fields, "stages": stages, "log": {"every_samples": often}, "save": {"every_minutes": 10}}
+    # The shares follow from the operations of many steps, so the measured speed does not change them.
+    samples = _SHARED_STEPS * proposal.batch_size
+    timed = in_shares(dataclasses.replace(_recipe_of(proposal, samples), budget_minutes=minutes))
+    names = {"samples": "share", "warmup_samples": "warmup_share"}
+    stages = [
+        {names.get(name, name): getattr(stage, names.get(name, name)) for name in own}
+        for own, stage in zip(proposal.stages(samples), timed.stages, strict=True)
+    ]
+    fields = {**proposal.fields, "budget_minutes": minutes, "stages": stages, "save": {"every_minutes": 10}}
     if "eval" in fields:
-        fields["eval"] = {"every_samples": max(total // 6, proposal.batch_size), **fields["eval"]}
+        fields["eval"] = {"every_share": 0.1667, **fields["eval"]}
     reasons = {
         **proposal.reasons,
         "stages[0].base_lr": f"per 256 pairs: {proposal.base_lr * proposal.batch_size / 256:.2g} for the batch",
-        "stages[0].warmup_samples": "a twentieth of the stage, with a rising rate",
+        "budget_minutes": "without evaluations and saves",
+        "stages[0].warmup_share": "a twentieth of the stage, with a rising rate",
         "stages[1].name": "whole pictures, as in later use",
     }
     head = [
@@ -266,7 +278,7 @@ def _recipe_text(proposal: "Proposal", facts: list[str], command: str, samples: 
         *(f"Warning: {warning}." for warning in proposal.warnings),
         command,
     ]
-    order = ("model", "data", "optim", "stages", "log", "save", "eval", "output_dir")
+    order = ("model", "data", "optim", "budget_minutes", "stages", "save", "eval", "output_dir")
     return commented_yaml(head, {name: fields[name] for name in order if name in fields}, reasons)
 
 

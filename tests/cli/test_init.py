@@ -19,7 +19,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.convert_open_clip import open_clip_config
-from flipscale.init import _fitted, _recipe_of, measured_rates
+from flipscale.init import _fitted, _recipe_of, _recipe_text, measured_rates
 from flipscale.io import progress
 from flipscale.planning.proposal import (
     FEW_CLASSES,
@@ -32,7 +32,7 @@ from flipscale.planning.proposal import (
     survey,
 )
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import StageRecipe, plan_stages
 
 DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)
 
@@ -67,6 +67,8 @@ def test_a_recipe_for_this_machine_trains(
         line in " ".join(text.split()) for line in ("# Written by `flipscale init`.", "# Warning: captions repeat")
     )
     recipe = parse_recipe(["--config", str(file)])
+    assert (recipe.budget_minutes, recipe.eval.every_share, recipe.log.every_samples) == (0.02, 0.1667, None)
+    assert sum(stage.share for stage in recipe.stages) == pytest.approx(1.0)
     assert [task.kind for task in recipe.eval.planned()] == ["zero_shot", "retrieval"]
     cli.main(["pretrain", "--config", "mine.yaml", "--dry_run"])
     cli.main(["pretrain", "--config", "mine.yaml", "--log.report_to", "[]"])
@@ -86,6 +88,18 @@ def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.C
         "-m flipscale.pretrain --config mine.yaml"
     )
     assert recipe.data.global_batch_size % 8 == 0
+    assert 0 < recipe.budget_minutes <= 12 * 60
+    assert [stage.samples for stage in recipe.stages] == [None, None]
+
+
+def test_the_speed_decides_no_field_but_the_time(tokenizer_dir: Path) -> None:
+    proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
+    proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
+    proposal.fields["eval"] = {"tasks": []}
+    short, long = (yaml.safe_load(_recipe_text(proposal, [], "", minutes)) for minutes in (0.5, 30.0))
+    assert (short.pop("budget_minutes"), long.pop("budget_minutes")) == (0.5, 30.0)
+    assert short == long
+    assert plan_stages([StageRecipe(**stage) for stage in short["stages"]], proposal.batch_size, 30.0)[-1].last == 1.0
 
 
 @pytest.mark.parametrize(
