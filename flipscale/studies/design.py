@@ -25,6 +25,7 @@ from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_me
 from flipscale.io.yaml_text import read_outline
 from flipscale.planning.budget import in_shares
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
+from flipscale.training.flags import with_stage_number
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
@@ -203,20 +204,22 @@ def plan(study: Study, folder: Path) -> list[StudyRun]:
 
 
 def change(content: dict[str, Any], changes: Mapping[str, Any], where: str) -> None:
-    """Set fields of a recipe, each by a path such as `stages.0.samples`. Raise UserError if there is no such field, or
-    it is a section, or the study sets it."""
+    """Set fields of a recipe, each by a path such as `stages.masked.samples` or `stages.0.samples`. Raise UserError if
+    there is no such field, or it is a section, or the study sets it."""
     for path, value in changes.items():
         if path in _OWN:
             raise UserError(f"{where}: {path} is the study's own; {_OWN[path]}")
-        *parents, last = path.split(".")
         place: Any = content
         try:
+            *parents, last = with_stage_number(path, content["stages"]).split(".")
             for part in parents:
                 place = place[int(part) if isinstance(place, list) else part]
             key = int(last) if isinstance(place, list) else last
             old = place.get(key) if ".".join(parents) in _OPEN else place[key]
         except (LookupError, TypeError, ValueError):
             has = f"the fields are {', '.join(place)}" if isinstance(place, dict) else f"it ends at {place!r:.40}"
+            if place is content["stages"]:
+                has = f"the stages are {', '.join(str(stage['name']) for stage in place)}"
             raise UserError(f"{where}: {path} is no field of the recipe; {has}") from None
         if not parents and isinstance(old, dict):
             raise UserError(f"{where}: {path} is a whole section of the recipe; change its fields, as {path}.NAME")

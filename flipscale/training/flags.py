@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -42,14 +43,22 @@ def with_stages(words: Sequence[str], stages_of: Callable[[list[str]], list[Stag
     if not changes:
         return others
     stages = [dataclasses.asdict(stage) for stage in stages_of([word for word in others if word != "--print_config"])]
-    keys = [(str(number), number) for number in range(len(stages))] + [(s["name"], n) for n, s in enumerate(stages)]
-    places = {f"--stages.{key}.{name}": (number, name) for key, number in keys for name in stages[number]}
+    fields = [f"--stages.{number}.{name}" for number, stage in enumerate(stages) for name in stage]
     for flag, value in changes.items():
-        if flag not in places:
-            raise UserError(unknown_flag(flag, list(places)))
-        number, name = places[flag]
-        stages[number][name] = value
+        if (numbered := f"--{with_stage_number(flag.removeprefix('--'), stages)}") not in fields:
+            named = [f"--stages.{stage['name']}.{name}" for stage in stages for name in stage]
+            raise UserError(unknown_flag(flag, [*fields, *named]))
+        _, number, name = numbered.split(".")
+        stages[int(number)][name] = value
     return [*others, "--stages", yaml.safe_dump(stages, default_flow_style=True, width=math.inf)]
+
+
+def with_stage_number(path: str, stages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the path of a field, such as `stages.masked.base_lr`, with the number of a stage in place of its name."""
+    for number, stage in enumerate(stages):
+        if path.startswith(prefix := f"stages.{stage['name']}."):
+            return f"stages.{number}.{path.removeprefix(prefix)}"
+    return path
 
 
 def unknown_flag(flag: str, known: Sequence[str]) -> str:

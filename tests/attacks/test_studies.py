@@ -81,6 +81,7 @@ ATTACKS = [
     row("more than all data", level("data.fraction", 1.5), "level-seed0", "data.fraction is 1.5"),
     row("a word for a batch", level("data.global_batch_size", "big"), "data.global_batch_size", "big"),
     row("an arm that cannot be run", level("model.vision_config.hidden_size", 33), "level-seed0", "hidden_size 33"),
+    row("a stage of another name", level("stages.whole.base_lr", 1.0), "axes.axis.level", "whole", "masked"),
     row("a warm-up longer than its stage", level("stages.0.warmup_samples", 320), "level-seed0", "320", "96"),
     row("two runs of one name", plan(seeds=[1, 1]), "base-seed1"),
     row("a grid of 10^12 runs", plan(design="grid", axes=GRID), "1,000,000,000,000"),

@@ -145,6 +145,23 @@ def test_runs_that_end_by_their_clock(study_file: Callable[..., Path], tmp_path:
     assert [[stage.share for stage in run.recipe.stages] for run in runs] == [[1.0], [0.5, 0.5]]
 
 
+def test_stages_have_the_names_that_flags_take(study_file: Callable[..., Path], base: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(base.read_text())
+    recipe["stages"][0]["name"] = "half masked, v1.5"
+    base.write_text(yaml.safe_dump(recipe))
+    axes = {"rate": {"named": {"stages.half masked, v1.5.base_lr": 0.5}, "numbered": {"stages.0.base_lr": 0.5}}}
+    main(["study", "plan", str(study_file(axes=axes)), "--output_dir", str(tmp_path / "out")])
+    _, runs = read_plan(tmp_path / "out")
+    assert [run.recipe.stages[0].base_lr for run in runs] == [0.012, 0.5, 0.5]
+
+
+def test_a_budget_for_a_base_of_samples(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    axes = {"time": {"long": {"budget_minutes": 2}}}
+    main(["study", "plan", str(study_file(axes=axes)), "--output_dir", str(tmp_path / "out")])
+    _, runs = read_plan(tmp_path / "out")
+    assert [(run.recipe.budget_minutes, run.recipe.stages[0].share) for run in runs] == [(None, None), (2, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -154,7 +171,11 @@ def test_runs_that_end_by_their_clock(study_file: Callable[..., Path], tmp_path:
             {"axes": {"m": {"x": {"model.sise": "b16"}}}},
             "axes.m.x: model.sise is no field of the recipe; the fields are",
         ),
-        ({"axes": {"m": {"x": {"stages.7.samples": 64}}}}, "stages.7.samples is no field of the recipe; it ends at"),
+        (
+            {"axes": {"m": {"x": {"stages.7.samples": 64}}}},
+            "stages.7.samples is no field of the recipe; the stages are masked",
+        ),
+        ({"axes": {"m": {"x": {"stages.whole.samples": 64}}}}, "no field of the recipe; the stages are masked"),
         (
             {"axes": {"m": {"x": {"modle": 1}}}},
             "axes.m.x: modle is no field of the recipe; the fields are model, data,",
