@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import plan_stages
 
@@ -12,7 +13,7 @@ def in_shares(recipe: Recipe) -> Recipe:
     Recipes without a budget, or with shares, stay as they are.
 
     Raises:
-        UserError: the recipe could not be run without its budget.
+        UserError: the recipe could not be run without its budget, or a stage is less than a 10,000th of it.
     """
     stages = recipe.stages
     is_counted = all(stage.samples and stage.share is None and not stage.warmup_share for stage in stages)
@@ -25,11 +26,15 @@ def in_shares(recipe: Recipe) -> Recipe:
 
         flops = pair_flops(recipe)
     work = [flops[stage.name] * (stage.samples or 0) for stage in stages]
-    shares = [max(round(own / sum(work), 4), 0.0001) for own in work]
+    shares = [round(own / sum(work), 4) for own in work]
     longest = work.index(max(work))
     shares[longest] = round(shares[longest] + 1.0 - sum(shares), 4)  # it absorbs the rounding of the others
     timed = []
     for stage, share in zip(stages, shares, strict=True):
+        if share <= 0.0:
+            raise UserError(
+                f"stage {stage.name!r}: {stage.samples} samples have no share of time; give it more samples"
+            )
         warmup = round(share * stage.warmup_samples / (stage.samples or 1), 4)
         timed.append(replace(stage, samples=None, warmup_samples=0, share=share, warmup_share=warmup))
     return replace(recipe, stages=timed)
