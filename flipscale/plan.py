@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="A recipe file, or the name of a recipe of the package."
     )
-    parser.add_argument("--gpu", required=True, help="The kind of GPU, such as h100.")
+    parser.add_argument("--gpu", required=True, help="The kind of GPU, such as h100 or rtx_4090.")
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of GPUs. Default: 1.")
     parser.add_argument(
         "--mfu", type=number(ShareAboveZero),
@@ -38,15 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
     # Imported here, because torch takes seconds and --help should not wait.
-    from flipscale.engines.device import BF16_PEAKS
+    from flipscale.engines.device import GPUS, gpu_named
     from flipscale.planning.budget import in_shares
     from flipscale.planning.cost import Gpus, cost_table
-    from flipscale.planning.proposal import gpu_named
     from flipscale.planning.time import share_of_peak, speed_key
     from flipscale.training.recipe import parse_recipe
 
     name = gpu_named(args.gpu)
-    peak = BF16_PEAKS[name]
+    peak = GPUS[name].peak
     recipes = {recipe: in_shares(parse_recipe(["--config", recipe])) for recipe in args.recipes}
     mfu = share_of_peak("--mfu", args.mfu, args.bench, peak, speed_key(recipes[args.recipes[0]]))
     gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)

@@ -8,31 +8,59 @@ import re
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
 
+from flipscale.io.errors import UserError
+
 _log = logging.getLogger(__name__)
 
-# Dense bf16 operations per second by words of the device's name; the first entry whose words all match counts. From the
-# makers' data sheets, without sparsity.
-BF16_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "MI300X": 1307e12,
+
+class Gpu(NamedTuple):
+    """The data sheet of a GPU.
+
+    Args:
+        peak: dense bf16 operations per second, summed in fp32.
+        gib: memory; the smallest if a name has several sizes.
+    """
+
+    peak: float
+    gib: int
+
+
+# Peaks in Tflop/s by words of the device's name; of the entries whose words all match, the longest counts. From the
+# makers' data sheets and, for GeForce, NVIDIA's papers on the architectures, without sparsity.
+GPUS = {
+    name: Gpu(peak * 1e12, gib)
+    for name, (peak, gib) in {
+        **{"H100": (989, 80), "H100 PCIe": (756, 80), "H100 NVL": (835, 94)},
+        **{"H200": (989, 141), "H200 NVL": (835, 141), "GH200": (989, 96), "B200": (2250, 180), "MI300X": (1307, 192)},
+        **{"A100": (312, 40), "A100 80GB": (312, 80), "A40": (149.7, 48), "A10": (125, 24), "A10G": (70, 24)},
+        **{"L40S": (362, 48), "L40": (181, 48), "L4": (121, 24)},
+        **{"RTX 6000 Ada": (364.2, 48), "RTX A6000": (154.8, 48)},
+        **{"RTX 5090": (209.5, 32), "RTX 5080": (112.6, 16), "RTX 5070 Ti": (87.9, 16), "RTX 5070": (61.7, 12)},
+        **{"RTX 4090": (165.2, 24), "RTX 4080 SUPER": (104.4, 16), "RTX 4080": (97.5, 16)},
+        **{"RTX 4070 Ti SUPER": (88.2, 16), "RTX 4070 Ti": (80.2, 12), "RTX 4070 SUPER": (71, 12)},
+        **{"RTX 4070": (58.3, 12), "RTX 4060 Ti": (44.1, 8), "RTX 4060": (30.2, 8)},
+        **{"RTX 3090 Ti": (80, 24), "RTX 3090": (71, 24), "RTX 3080 Ti": (68.2, 12), "RTX 3080": (59.5, 10)},
+        **{"RTX 3070": (40.6, 8), "RTX 3060 Ti": (32.4, 8), "RTX 3060": (25.5, 12)},
+    }.items()
 }
+
+
+def gpu_named(name: str) -> str:
+    """Return the maker's name of a GPU, from a name such as `h100`, `H100_PCIe` or `4090`. Raise UserError if it is
+    unknown."""
+
+    def short(words: str) -> str:
+        return re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", words.lower())
+
+    for known in GPUS:
+        if short(known) == short(name):
+            return known
+    raise UserError(f"gpu is {name[:40]!r}; use one of {', '.join(one.lower().replace(' ', '_') for one in GPUS)}")
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -46,7 +74,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
-    return next((peak for name, peak in BF16_PEAKS.items() if words.issuperset(name.split())), None)
+    if "Laptop" in words:  # slower than the card of this name
+        return None
+    names = [name.split() for name in GPUS if words.issuperset(name.split())]
+    return GPUS[" ".join(max(names, key=len))].peak if names else None
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...], times: int = 5) -> float:

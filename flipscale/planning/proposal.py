@@ -28,11 +28,6 @@ from flipscale.data.samples import BadSample, Source
 from flipscale.io.errors import UserError
 
 Fields = dict[str, Any]
-# Memory of GPUs in GiB; the smallest if a name has several sizes.
-GPU_GIB = {
-    **{"H100": 80, "H100 PCIe": 80, "H100 NVL": 94, "H200": 141, "H200 NVL": 141, "GH200": 96, "B200": 180},
-    **{"A100": 40, "A10": 24, "A10G": 24, "L40S": 48, "L40": 48, "L4": 24, "MI300X": 192},
-}
 LEAST_PAIRS = 16
 # Further passes would memorise a small set, and gain little on a large set (30: GLIP's runs, 32: the paper's).
 _EPOCHS_OF_SMALL, _EPOCHS_OF_LARGE, _LARGE = 100, 30, 1_000_000
@@ -178,14 +173,6 @@ def most_samples(data: Survey, proposal: Proposal) -> int:
     """Return the largest useful number of pairs. Further passes over the data gain little."""
     epochs = _EPOCHS_OF_LARGE if data.pairs >= _LARGE else _EPOCHS_OF_SMALL
     return max(epochs * data.pairs, _LEAST_STEPS * proposal.batch_size)
-
-
-def gpu_named(name: str) -> str:
-    """Return the maker's name of a GPU, from a name such as `h100` or `h100_pcie`."""
-    known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
-    if name.lower() not in known:
-        raise UserError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
-    return known[name.lower()]
 
 
 def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, num_gpus: int) -> Proposal:

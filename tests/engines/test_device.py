@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flipscale.engines.device import attention_kernel, best_attention, peak_flops
+from flipscale.engines.device import GPUS, attention_kernel, best_attention, gpu_named, peak_flops
+from flipscale.io.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -14,14 +15,41 @@ from flipscale.engines.device import attention_kernel, best_attention, peak_flop
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A10G", 70),
         ("NVIDIA L40S", 362),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("Quadro RTX 6000", None),
         ("NVIDIA RTX A1000", None),
         ("Tesla T4", None),
     ],
 )
-def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: int | None) -> None:
+def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: float | None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), "bf16") == (teraflops and teraflops * 1e12)
     assert peak_flops(torch.device("cuda"), "no") is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "gib"),
+    [
+        ("h100", "H100", 80), ("H100_PCIe", "H100 PCIe", 80), ("a100-80gb", "A100 80GB", 80),
+        ("rtx_4090", "RTX 4090", 24), ("4090", "RTX 4090", 24), ("GeForce RTX 4070 Ti", "RTX 4070 Ti", 12),
+        ("rtx3060ti", "RTX 3060 Ti", 8),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_typed_in_any_way(typed: str, name: str, gib: int) -> None:
+    assert gpu_named(typed) == name
+    assert GPUS[name].gib == gib
+
+
+@pytest.mark.parametrize("typed", ["", "rtx", "abacus", "4090 laptop"])
+def test_an_unknown_gpu_is_refused(typed: str) -> None:
+    with pytest.raises(UserError, match=r"use one of h100, h100_pcie, .*rtx_4090"):
+        gpu_named(typed)
 
 
 def test_a_cpu_is_measured() -> None:

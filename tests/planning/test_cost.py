@@ -112,6 +112,7 @@ def test_options_replace_the_recipe_s_prices(write_recipe, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--gpu", "rtx_2080"], "gpu is 'rtx_2080'; use one of "),
         (["--gpu", "abacus"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
         (["--num_gpus", "3"], "global_batch_size 16 is not divisible by 3 processes"),
         (["--bench", "nowhere"], "--bench nowhere is neither gpu.json"),
