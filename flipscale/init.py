@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _MINUTES = 30.0
 # Steps of each stage for measuring the speed.
 _MEASURED_STEPS = 12
-_SHARED_STEPS = 10_000
 # Records of a stage's metrics while its speed is measured. The last one counts, because the first include start-up.
 _RECORDS = 4
 
@@ -154,9 +153,9 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     from flipscale.planning.time import Hardware, step_time
 
     if args.gpu:
-        name = gpu_named(args.gpu)
-        recipe, launch = _fitted(proposal, args.num_gpus, GPUS[name].gib)
-        hardware, how = Hardware(peak=GPUS[name].peak), f"as computed for {args.num_gpus} {name} (docs/planning.md)"
+        teraflops, gib = GPUS[name := gpu_named(args.gpu)]
+        recipe, launch = _fitted(proposal, args.num_gpus, gib)
+        hardware, how = Hardware(peak=1e12 * teraflops), f"as computed for {args.num_gpus} {name} (docs/planning.md)"
         seconds = [step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
         rates = [proposal.batch_size / one for one in seconds]
     else:
@@ -171,14 +170,11 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     samples = min(in_time, useful)
     took, epochs = minutes * samples / in_time, samples / data.pairs
     unit, factor = ("hours", 1 / 60) if took / 60 >= 2 else ("minutes", 1) if took >= 2 else ("seconds", 60)
-    words = (
-        f"about {samples:,} pairs in {took * factor:,.0f} {unit} of training, at {rates[0]:,.0f} pairs/s masked and "
-    )
-    words += f"{rates[1]:,.0f} whole, {how}; "
+    words = f"about {samples:,} pairs in {took * factor:,.0f} {unit} of training, at {rates[0]:,.0f} pairs/s masked, "
+    words += f"and {rates[1]:,.0f} whole, {how}; "
     words += f"{epochs:,.0f} times each pair" if epochs >= 2 else f"{epochs:.0%} of the pairs"
-    return float(f"{took:.3g}"), words + (
-        "; more pairs would teach it more than more time" if samples < in_time else ""
-    )
+    words += "; more pairs would teach it more than more time" if samples < in_time else ""
+    return float(f"{took:.3g}"), words
 
 
 def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "Launch"]:
@@ -254,14 +250,11 @@ def _recipe_text(proposal: "Proposal", facts: list[str], command: str, minutes: 
     from flipscale.planning.budget import in_shares
     from flipscale.planning.proposal import commented_yaml
 
-    # The shares follow from the operations of many steps, so the measured speed does not change them.
-    samples = _SHARED_STEPS * proposal.batch_size
+    # The shares are those of many steps, whatever the measured speed.
+    samples = 10_000 * proposal.batch_size
     timed = in_shares(dataclasses.replace(_recipe_of(proposal, samples), budget_minutes=minutes))
-    names = {"samples": "share", "warmup_samples": "warmup_share"}
-    stages = [
-        {names.get(name, name): getattr(stage, names.get(name, name)) for name in own}
-        for own, stage in zip(proposal.stages(samples), timed.stages, strict=True)
-    ]
+    names = [[name.replace("samples", "share") for name in stage] for stage in proposal.stages(samples)]
+    stages = [{name: getattr(stage, name) for name in own} for stage, own in zip(timed.stages, names, strict=True)]
     fields = {**proposal.fields, "budget_minutes": minutes, "stages": stages, "save": {"every_minutes": 10}}
     if "eval" in fields:
         fields["eval"] = {"every_share": 0.1667, **fields["eval"]}

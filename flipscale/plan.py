@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.training.recipe import parse_recipe
 
     name = gpu_named(args.gpu)
-    peak = GPUS[name].peak
+    peak = 1e12 * GPUS[name][0]
     recipes = {recipe: in_shares(parse_recipe(["--config", recipe])) for recipe in args.recipes}
     mfu = share_of_peak("--mfu", args.mfu, args.bench, peak, speed_key(recipes[args.recipes[0]]))
     gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)

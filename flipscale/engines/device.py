@@ -8,7 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -17,50 +17,31 @@ from flipscale.io.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-
-class Gpu(NamedTuple):
-    """The data sheet of a GPU.
-
-    Args:
-        peak: dense bf16 operations per second, summed in fp32.
-        gib: memory; the smallest if a name has several sizes.
-    """
-
-    peak: float
-    gib: int
-
-
-# Peaks in Tflop/s by words of the device's name; of the entries whose words all match, the longest counts. From the
-# makers' data sheets and, for GeForce, NVIDIA's papers on the architectures, without sparsity.
-GPUS = {
-    name: Gpu(peak * 1e12, gib)
-    for name, (peak, gib) in {
-        **{"H100": (989, 80), "H100 PCIe": (756, 80), "H100 NVL": (835, 94)},
-        **{"H200": (989, 141), "H200 NVL": (835, 141), "GH200": (989, 96), "B200": (2250, 180), "MI300X": (1307, 192)},
-        **{"A100": (312, 40), "A100 80GB": (312, 80), "A40": (149.7, 48), "A10": (125, 24), "A10G": (70, 24)},
-        **{"L40S": (362, 48), "L40": (181, 48), "L4": (121, 24)},
-        **{"RTX 6000 Ada": (364.2, 48), "RTX A6000": (154.8, 48)},
-        **{"RTX 5090": (209.5, 32), "RTX 5080": (112.6, 16), "RTX 5070 Ti": (87.9, 16), "RTX 5070": (61.7, 12)},
-        **{"RTX 4090": (165.2, 24), "RTX 4080 SUPER": (104.4, 16), "RTX 4080": (97.5, 16)},
-        **{"RTX 4070 Ti SUPER": (88.2, 16), "RTX 4070 Ti": (80.2, 12), "RTX 4070 SUPER": (71, 12)},
-        **{"RTX 4070": (58.3, 12), "RTX 4060 Ti": (44.1, 8), "RTX 4060": (30.2, 8)},
-        **{"RTX 3090 Ti": (80, 24), "RTX 3090": (71, 24), "RTX 3080 Ti": (68.2, 12), "RTX 3080": (59.5, 10)},
-        **{"RTX 3070": (40.6, 8), "RTX 3060 Ti": (32.4, 8), "RTX 3060": (25.5, 12)},
-    }.items()
+# Dense bf16 peaks in Tflop/s, and memory in GiB (the smallest of a name), by words of the device's name. The longest
+# entry whose words all match counts. From the makers' data sheets and papers on GeForce, without sparsity.
+GPUS: dict[str, tuple[float, int]] = {
+    **{"H100": (989, 80), "H100 PCIe": (756, 80), "H100 NVL": (835, 94), "H200": (989, 141), "H200 NVL": (835, 141)},
+    **{"GH200": (989, 96), "B200": (2250, 180), "MI300X": (1307, 192), "A100": (312, 40), "A100 80GB": (312, 80)},
+    **{"A40": (149.7, 48), "A10": (125, 24), "A10G": (70, 24), "L40S": (362, 48), "L40": (181, 48), "L4": (121, 24)},
+    **{"RTX 6000 Ada": (364.2, 48), "RTX A6000": (154.8, 48), "RTX 5090": (209.5, 32), "RTX 5080": (112.6, 16)},
+    **{"RTX 5070 Ti": (87.9, 16), "RTX 5070": (61.7, 12), "RTX 4090": (165.2, 24), "RTX 4080 SUPER": (104.4, 16)},
+    **{"RTX 4080": (97.5, 16), "RTX 4070 Ti SUPER": (88.2, 16), "RTX 4070 Ti": (80.2, 12), "RTX 4070 SUPER": (71, 12)},
+    **{"RTX 4070": (58.3, 12), "RTX 4060 Ti": (44.1, 8), "RTX 4060": (30.2, 8), "RTX 3090 Ti": (80, 24)},
+    **{"RTX 3090": (71, 24), "RTX 3080 Ti": (68.2, 12), "RTX 3080": (59.5, 10), "RTX 3070": (40.6, 8)},
+    **{"RTX 3060 Ti": (32.4, 8), "RTX 3060": (25.5, 12)},
 }
 
 
 def gpu_named(name: str) -> str:
-    """Return the maker's name of a GPU, from a name such as `h100`, `H100_PCIe` or `4090`. Raise UserError if it is
-    unknown."""
+    """Return the maker's name of a GPU, such as `h100_pcie` or `4090`. Raise UserError if it is unknown."""
+    known = {_short(one): one for one in GPUS}
+    if _short(name) not in known:
+        raise UserError(f"gpu is {name[:40]!r}; use one of {', '.join(one.lower().replace(' ', '_') for one in GPUS)}")
+    return known[_short(name)]
 
-    def short(words: str) -> str:
-        return re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", words.lower())
 
-    for known in GPUS:
-        if short(known) == short(name):
-            return known
-    raise UserError(f"gpu is {name[:40]!r}; use one of {', '.join(one.lower().replace(' ', '_') for one in GPUS)}")
+def _short(name: str) -> str:
+    return re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", name.lower())
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -76,8 +57,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
     if "Laptop" in words:  # slower than the card of this name
         return None
-    names = [name.split() for name in GPUS if words.issuperset(name.split())]
-    return GPUS[" ".join(max(names, key=len))].peak if names else None
+    names = [name for name in GPUS if words.issuperset(name.split())]
+    return 1e12 * GPUS[max(names, key=lambda name: name.count(" "))][0] if names else None
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...], times: int = 5) -> float:

@@ -8,23 +8,16 @@ from flipscale.training.schedule import plan_stages
 
 
 def in_shares(recipe: Recipe) -> Recipe:
-    """Return a recipe with a time budget with shares in place of samples: the stages' shares of all operations.
-
-    Recipes without a budget, or with shares, stay as they are.
-
-    Raises:
-        UserError: the recipe could not be run without its budget, or a stage is less than a 10,000th of it.
-    """
+    """Return a recipe with a time budget with shares in place of samples: the stages' shares of all operations. Other
+    recipes stay. Raise UserError if it could not be run without its budget, or a stage is below a 10,000th of it."""
     stages = recipe.stages
     is_counted = all(stage.samples and stage.share is None and not stage.warmup_share for stage in stages)
     if recipe.budget_minutes is None or not is_counted:
         return recipe
     plan_stages(stages, recipe.data.global_batch_size)
-    flops = {stage.name: 1 for stage in stages}
-    if len(stages) > 1:
-        from flipscale.planning.flops import pair_flops  # runs a model, which takes seconds to import
+    from flipscale.planning.flops import pair_flops  # runs a model, which takes seconds to import
 
-        flops = pair_flops(recipe)
+    flops = pair_flops(recipe)
     work = [flops[stage.name] * (stage.samples or 0) for stage in stages]
     shares = [round(own / sum(work), 4) for own in work]
     longest = work.index(max(work))

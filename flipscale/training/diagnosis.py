@@ -49,20 +49,13 @@ class Diagnosis:
         self._same_captions: float | None = None
 
     def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
-        """Read the captions of the first batch.
-
-        Args:
-            micro_batches: a batch of this process.
-        """
+        """Read the captions of this process's first batch."""
         if self._same_captions is None and self._chance is not None:
             self._same_captions = _largest_share(micro_batches[0])
 
     def add(self, record: Mapping[str, Any], is_last: bool = False) -> list[str]:
-        """Return new sentences, each with a cause and the field to change, by the next interval's record.
-
-        Args:
-            is_last: whether the run ends with it. Then a shorter run is judged too, by its second half.
-        """
+        """Return new sentences, each with a cause and the field to change, by the next interval's record. The last
+        record judges a shorter run too, by its second half."""
         rate, seen, loss = record["lr"], record["samples_seen"], record["loss"]
         if self._warm_from is None and (rate <= self._last_rate or is_last):
             self._warm_from = seen

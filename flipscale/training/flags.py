@@ -45,7 +45,7 @@ def with_stages(words: Sequence[str], stages_of: Callable[[list[str]], list[Stag
     stages = [dataclasses.asdict(stage) for stage in stages_of([word for word in others if word != "--print_config"])]
     fields = [f"--stages.{number}.{name}" for number, stage in enumerate(stages) for name in stage]
     for flag, value in changes.items():
-        if (numbered := f"--{with_stage_number(flag.removeprefix('--'), stages)}") not in fields:
+        if (numbered := with_stage_number(flag, stages, "--stages.")) not in fields:
             named = [f"--stages.{stage['name']}.{name}" for stage in stages for name in stage]
             raise UserError(unknown_flag(flag, [*fields, *named]))
         _, number, name = numbered.split(".")
@@ -53,11 +53,11 @@ def with_stages(words: Sequence[str], stages_of: Callable[[list[str]], list[Stag
     return [*others, "--stages", yaml.safe_dump(stages, default_flow_style=True, width=math.inf)]
 
 
-def with_stage_number(path: str, stages: Sequence[Mapping[str, Any]]) -> str:
+def with_stage_number(path: str, stages: Sequence[Mapping[str, Any]], start: str = "stages.") -> str:
     """Return the path of a field, such as `stages.masked.base_lr`, with the number of a stage in place of its name."""
     for number, stage in enumerate(stages):
-        if path.startswith(prefix := f"stages.{stage['name']}."):
-            return f"stages.{number}.{path.removeprefix(prefix)}"
+        if path.startswith(named := f"{start}{stage['name']}."):
+            return f"{start}{number}.{path.removeprefix(named)}"
     return path
 
 

@@ -43,7 +43,7 @@ def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, 
 )  # fmt: skip
 def test_a_gpu_is_typed_in_any_way(typed: str, name: str, gib: int) -> None:
     assert gpu_named(typed) == name
-    assert GPUS[name].gib == gib
+    assert GPUS[name][1] == gib
 
 
 @pytest.mark.parametrize("typed", ["", "rtx", "abacus", "4090 laptop"])
