@@ -142,7 +142,7 @@ def loss_bytes(world: int) -> float:
 
 
 def agreement_bytes(world: int) -> float:
-    return 2 * 4 * 7 * (world - 1) / world
+    return 2 * 4 * 8 * (world - 1) / world
 
 
 @pytest.mark.parametrize("world", [8, 256])
