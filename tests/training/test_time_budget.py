@@ -161,7 +161,7 @@ def test_samples_become_shares_of_the_operations(write_recipe, tmp_path: Path) -
     assert [stage.samples for stage in timed.stages] == [None, None]
     assert plan_stages(timed.stages, 16, 1.0)[-1].last == 1.0
     assert in_shares(timed) is timed
-    three = [replace(recipe.stages[0], name=str(number), samples=1600) for number in range(3)]
+    three = [replace(recipe.stages[0], name=str(number), samples=1600, warmup_samples=0) for number in range(3)]
     rounded = in_shares(replace(recipe, budget_minutes=1.0, stages=three)).stages
     assert [stage.share for stage in rounded] == pytest.approx([0.3334, 0.3333, 0.3333])
     short = [*three[:2], replace(three[2], samples=16), replace(three[2], name="long", samples=10**9)]
