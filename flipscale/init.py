@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         tokenizer = load_tokenizer(args.tokenizer, 64)
     except ValueError as error:
-        raise UserError(f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of captions") from error
+        raise UserError(
+            f"{error}; `flipscale prepare tokenizer {shlex.quote(args.shards)} DIR` makes one of captions"
+        ) from error
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else int(torch.cuda.is_available())
@@ -290,7 +292,8 @@ def _command(args: argparse.Namespace) -> str:
     from flipscale.planning.memory import GPUS_OF_A_NODE
 
     files = "" if Path("ds_configs/ddp.yaml").exists() else "flipscale launch_files . && "
-    recipe, run_dir = shlex.quote(str(args.recipe)), shlex.quote(f"runs/{args.recipe.stem}")
+    name = str(args.recipe)
+    recipe, run_dir = shlex.quote(f"./{name}" if name[0] == "-" else name), shlex.quote(f"runs/{args.recipe.stem}")
     if args.gpu and args.num_gpus > GPUS_OF_A_NODE:
         nodes = -(-args.num_gpus // GPUS_OF_A_NODE)
         where = f"RECIPE={recipe} RUN={run_dir} LAUNCH_FILE=ds_configs/ddp.yaml"

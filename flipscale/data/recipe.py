@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from flipscale.data.order import number_of_lanes
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
-from flipscale.io.options import Bytes, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
+from flipscale.io.options import Bytes, Copies, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
 
 # The tower of a model whose features are stored, by their folder's name.
 STORED_TOWERS = {"images": "vision_model", "texts": "text_model"}
@@ -71,7 +71,7 @@ class MaskRecipe:
     """
 
     kind: str = "random"
-    views: Count = 1
+    views: Copies = 1
     text_kind: str = "padding_first"
 
     def __post_init__(self) -> None:

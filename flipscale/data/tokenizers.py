@@ -19,6 +19,9 @@ from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
 _MAX_SEEDS = 1_000_000  # SentencePiece's own default
+# Files with a vocabulary, and entries besides special tokens that transformers makes up without them, such as "▁".
+_VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "vocab*", "*.model")
+_MOST_MADE_UP = 1
 
 # Classes of characters, in the syntax of the tokenizers library.
 # The original splits at these, besides spaces: ASCII signs, punctuation, and every single Chinese character.
@@ -81,8 +84,6 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
         name: a folder, a name on the Hub, or `bert` for the original's WordPiece.
         max_tokens: tokens after which a caption is cut.
     """
-    from transformers import AutoTokenizer  # here, because the import takes a while
-
     try:
         if name == "bert":
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
@@ -92,11 +93,37 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
             raise UserError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {name}` writes one")
         else:
             guard_requests()
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = read_tokenizer(name)
     except Exception as error:  # the tokenizers library raises any
         raise UserError(f"data.tokenizer {name!r} cannot be loaded ({first_line(error)})") from error
     tokenizer.model_max_length = max_tokens
     return tokenizer
+
+
+def read_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Return transformers' tokenizer of a folder or Hub name, without code of the model. Raise UserError if it has no
+    tokenizer files, and what the tokenizers library raises for damaged files."""
+    from transformers import AutoTokenizer  # here, because the import takes a while
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    except ValueError:
+        if any(next(Path(name).glob(pattern), None) for pattern in _VOCABULARIES) or not Path(name).is_dir():
+            raise
+        raise UserError(f"{name} has no tokenizer files; copy its {_VOCABULARIES[0]} there") from None
+    check_words(tokenizer)
+    return tokenizer
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if a tokenizer knows no words: without files, transformers makes one of special tokens only."""
+    words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}
+    if len(words) <= _MOST_MADE_UP:
+        names = ", ".join(dict.fromkeys([_VOCABULARIES[0], *tokenizer.vocab_files_names.values()]))
+        raise UserError(
+            f"{tokenizer.name_or_path} has no tokenizer files, or none with words; copy those of its training there, "
+            f"such as {names}"
+        )
 
 
 def train_sentencepiece(

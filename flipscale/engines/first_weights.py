@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 _TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embedding\.weight")
 _LONGCLIP_KEPT = 20
 
+# Names of weights that a line of the log has.
+_MOST_LISTED = 8
+
 # More than any list of stages needs. A limit is needed to notice a fault that makes a graph for every step.
 _MAX_GRAPHS = 256
 
@@ -244,7 +247,7 @@ def _usable(stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str
     left = {name for name in stored.keys() - shapes.keys() if not others.search(name)}
     for names, words in ((shapes.keys() - stored.keys(), "drawn"), (left, "left out")):
         if names:
-            listed = ", ".join(sorted(names))
+            listed = ", ".join(sorted(names)[:_MOST_LISTED]) + (", ..." if len(names) > _MOST_LISTED else "")
             _log.warning("of the weights in %s, %d are %s: %s", start, len(names), words, listed)
     taken = shapes.keys() & stored.keys()
     counts = []

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from flipscale.io.errors import UserError, needed
-from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
+from flipscale.io.model_folder import check_folder, fetch_folder, open_weights, pixel_fields, read_object, read_shapes
 from flipscale.io.streams import without_bars
+from flipscale.model.configuration_flip import RANGES
 from flipscale.model.masked import tower_fields
 from flipscale.model.masked_towers import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
 
@@ -47,6 +48,8 @@ _TIMM = [
     (r"\.attn\.proj\.", ".attention.output.dense."),
     (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"),
 ]
+# timm's names of numbers in `model_args`, and ours with their ranges. Others have the range of a width.
+_TIMM_FIELDS = {"depth": "num_hidden_layers", "depths": "num_hidden_layers", "layers": "num_hidden_layers"}
 _TIMM_VIT = [
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
@@ -180,22 +183,30 @@ def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **off, **masks, "model_type": kind}
 
 
-def _timm_model(name: str, folder: Path, pretrained: bool) -> Any:
+def _timm_model(name: str, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> Any:
+    """Return timm's model of a folder, with the weights that are given: timm itself knows no index of safetensors."""
     timm = needed("timm", f"model.vision {name!r} is a timm model, and timm is not installed", "timm")
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=0).eval()
+        overlay = {"source": "", "state_dict": weights}
+        options = {"pretrained": True, "pretrained_cfg_overlay": overlay} if weights else {}
+        return timm.create_model(f"local-dir:{folder}", num_classes=0, **options).eval()
     except Exception as error:  # timm's factories raise any
         raise UserError(f"model.vision {name!r} cannot be built by timm ({error}); save it again") from error
 
 
 def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the class of transformers that a timm ViT fits."""
+    for field, value in dict(content.get("model_args") or {}).items():
+        most = RANGES[_TIMM_FIELDS.get(field, "hidden_size")][1]
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, int | float) and part > most for part in parts):
+            raise UserError(f"model.vision {name!r}: {field} is {value!r:.40}; it must be at most {most:,}")
     with torch.device("meta"):
-        model = _timm_model(name, folder, pretrained=False)
+        model = _timm_model(name, folder)
     kind, own = type(model).__name__, VISION_TOWERS.keys()
     if kind != "VisionTransformer":
         raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), own)
-    block, pixels = model.blocks[0], content.get("pretrained_cfg", {})
+    block, pixels = model.blocks[0], model.pretrained_cfg
     parts = [type(part).__name__ for part in (block, block.attn, block.mlp)]
     for is_plain, reason in (
         (model.global_pool == "token", f"whose global_pool is {model.global_pool!r}, not 'token'"),
@@ -212,8 +223,8 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         "qkv_bias": block.attn.qkv.bias is not None,
         "image_size": model.patch_embed.img_size[0],
         "patch_size": model.patch_embed.patch_size[0],
-        "image_mean": [float(value) for value in pixels.get("mean", (0.5,) * 3)],
-        "image_std": [float(value) for value in pixels.get("std", (0.5,) * 3)],
+        "image_mean": [float(value) for value in pixels["mean"]],
+        "image_std": [float(value) for value in pixels["std"]],
         "squashes": pixels.get("crop_mode") == "squash",
     }
     if hasattr(block.ls1, "gamma"):
@@ -242,7 +253,7 @@ def block_fields(blocks: Any, norm: Any, linear: Any, activation: nn.Module) -> 
 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
-    theirs = _timm_model(name, folder, pretrained=True)
+    theirs = _timm_model(name, folder, {key: file.get_tensor(key) for key, file in open_weights(folder).items()})
     names = [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]
     weights = renamed(theirs.state_dict(), names, ("query", "key", "value"))
     positions = weights.get("embeddings.position_embeddings")

@@ -42,7 +42,7 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> None:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds to import
 
-    layers = []
+    layers: list[str] = []
     for tower in recipe.towers:
         part_of_model(model, tower, "optim.lora.towers")
         linear = [
@@ -59,6 +59,11 @@ def add_lora(model: nn.Module, recipe: LoraRecipe) -> None:
         layers += chosen
     for module in set(recipe.modules) - {name.split(".")[-1] for name in layers}:
         raise UserError(f"optim.lora.modules has {module!r}, which no block of {', '.join(recipe.towers)} has")
+    least = min(min(model.get_submodule(name).weight.shape) for name in layers)  # type: ignore[union-attr, arg-type]
+    if recipe.rank > least:
+        raise UserError(
+            f"optim.lora.rank is {recipe.rank}; it must be at most {least}, the smallest side of its layers"
+        )
     _peft().inject_adapter_in_model(lora_config(layers, recipe), model, low_cpu_mem_usage=True)
 
 

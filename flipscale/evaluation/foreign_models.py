@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
-from flipscale.data.tokenizers import with_lower_case
+from flipscale.data.tokenizers import check_words, with_lower_case
 from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.io.errors import UserError, first_line, needed
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
@@ -56,7 +57,10 @@ def load_open_clip(name: str) -> tuple[Any, Any, Any]:
         raise UserError(f"open_clip:{name} names no weights; add them after a comma: {known}")
     with _loading(name):  # reads pickles as weights only
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
-        return model, preprocess, open_clip.get_tokenizer(name)
+        tokenizer = open_clip.get_tokenizer(name)
+        if isinstance(theirs := getattr(tokenizer, "tokenizer", None), PreTrainedTokenizerBase):
+            check_words(theirs)
+        return model, preprocess, tokenizer
 
 
 def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
@@ -93,6 +97,8 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
     try:
         with no_code_of_models():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if getattr(processor, "tokenizer", None) is not None:
+            check_words(processor.tokenizer)
     except Exception as error:  # transformers raises any type for bad files
         raise UserError(f"{full_name} has no processor that can be read ({first_line(error)})") from error
     for part in ("image_processor", "tokenizer"):

@@ -9,7 +9,6 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from flipscale.evaluation.reports.suite_report import INTERVALS, protocols
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 from flipscale.io.files import read_text
 from flipscale.io.model_folder import local_folder, open_weights, read_object
 from flipscale.io.templates import render
@@ -256,7 +255,7 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
             data.eval_results = list(entries.values())
             data.model_name = data.model_name or (title[1] if title else folder.name)
         write_text(path, str(card))
-    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, or a header that is not YAML
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # not UTF-8, or a header that is not YAML
         _log.warning("%s stays unchanged: it cannot be read as a card (%s)", path, " ".join(str(error).split()))
 
 
@@ -331,10 +330,13 @@ def write_derived_card(folder: Path, src: str, name: str, library: str, **facts:
 
     The licence is that of the original's card, in the model folder or the Hub's repository `src`.
     """
-    licence = None
-    with suppress(OSError, ValueError, yaml.YAMLError):  # the card may be missing, or the Hub out of reach
+    licence = place = None
+    try:
         place = local_folder(src)
         licence = ModelCard.load(src if place is None else place / "README.md").data.license
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # no card, a bad one, or no Hub
+        if place is not None and (place / "README.md").exists():
+            _log.warning("%s/README.md is no card (%s): its licence is left out", place, first_line(error))
     data = ModelCardData(
         library_name=library,
         license=licence,

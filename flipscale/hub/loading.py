@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.tokenizers import check_tokenizer, with_lower_case
+from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lower_case
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
@@ -72,7 +73,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
     if isinstance(model, FlipForImageClassification):
         return model, None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder, config=model.config)
     except Exception as error:  # the tokenizers library raises Exception itself for damaged files
         raise UserError(
             f"model {name!r} has no tokenizer that can be read ({first_line(error)}); it needs tokenizer.json and "
@@ -130,8 +131,8 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         weights = {n: weight.reshape(stored[n]) for n, weight in weights.items()}
         for weight_name, weight in weights.items():
             check_weight(weight_name, weight)
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"model {name!r} cannot be loaded ({error})") from error
+    except (ValueError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"model {name!r} cannot be loaded ({' '.join(str(error).split())})") from error
     with without_bars():
         return folder, kind.from_pretrained(None, config=config, state_dict=weights).eval()
 

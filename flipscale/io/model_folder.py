@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
+from flipscale.io.files import check_plain
 from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
 
 # Files of a model folder that must each be one JSON object, if they exist.
@@ -25,6 +26,8 @@ TEXTS = [
     *("*.model", "*.jinja"),
 ]
 _READ = [*TEXTS, "model*.safetensors", "model.safetensors.index*.json"]
+# Parts of a config.json that must each be an object, if they exist.
+_SECTIONS = ("vision_config", "text_config", "decoder_config", "answer_config")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -37,6 +40,7 @@ def local_folder(name: str) -> Path | None:
     if path.is_dir():
         if (path / "config.json").exists():
             return path
+        _refuse_adapter(name, path)
         if (path / "model").is_dir():
             return path / "model"
         if not (path / "recipe.yaml").exists():
@@ -79,7 +83,9 @@ def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
 
     guard_requests()
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "*.bf16*"]))
+        folder = Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "*.bf16*"]))
+        _refuse_adapter(name, folder)
+        return folder
     except HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None
     except (OSError, HTTPError) as error:
@@ -97,6 +103,15 @@ def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
             f"{name!r} cannot be fetched: what {constants.ENDPOINT} answers is no Hub's ({type(error).__name__}: "
             f"{error}); look at HF_ENDPOINT and the proxy"
         ) from None
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(
+            f"{name!r} is an adapter, changes of the model {base!r:.200}, and no whole model; name the run that "
+            "trained it, or the folder that `flipscale export RUN --out DIR` writes"
+        )
 
 
 def check_folder(folder: Path) -> list[Path]:
@@ -150,15 +165,22 @@ def check_texts(folder: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or raise UserError."""
+    """Return the JSON object in a file. Raise UserError for no file, a pipe, a damaged file, or a config.json with a
+    section that is no object."""
+    check_plain(file)
     try:
         value = json.loads(file.read_bytes(), object_pairs_hook=_checked_object)
         if not isinstance(value, dict):
             raise ValueError(f"it is no JSON object but {value!r:.40}")
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} has no {file.name}; download or export it again") from None
     except RecursionError:
         raise UserError(f"{file} is damaged: it is nested too deep; download or export it again") from None
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}; download or export it again") from None
+    for name in _SECTIONS if file.name == "config.json" else ():
+        if not isinstance(value.get(name), dict | None):
+            raise UserError(f"{file}: {name} is {value[name]!r:.40}; expected an object with fields")
     return value
 
 

@@ -50,6 +50,7 @@ class Range:
 # Upper ends are far above all known uses, and below what overflows or exhausts memory.
 Count = Annotated[int, Range(at_least=1, at_most=1_000_000_000)]
 CountOrZero = Annotated[int, Range(at_least=0, at_most=1_000_000_000)]
+Copies = Annotated[int, Range(at_least=1, at_most=1024)]  # of each sample, in memory together
 Pairs = Annotated[int, Range(at_least=1, at_most=16_777_216)]  # pairs of a batch
 Samples = Annotated[int, Range(at_least=1, at_most=10**15)]
 SamplesOrZero = Annotated[int, Range(at_least=0, at_most=10**15)]

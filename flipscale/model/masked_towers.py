@@ -23,7 +23,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
-from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD, TowerFields
+from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD, TowerFields, check_ranges
 from .masked import MaskedDualEncoder, MaskedFields, PackedEmbeddings, masked_config, masked_tower, tower_fields
 from .masked_clip import MaskedCLIPConfig, MaskedCLIPModel
 from .masked_siglip import MaskedSiglipConfig, MaskedSiglipModel
@@ -121,9 +121,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         self.caption_tokens = min(64, positions) if self.caption_tokens is None else self.caption_tokens
         if not 1 <= self.caption_tokens <= positions:
             raise ValueError(f"text_config: caption_tokens is {self.caption_tokens}; the text tower has {positions}")
-        for name in ("projection_dim", "projection_hidden_size"):
-            if (width := getattr(self, name)) is not None and width < 1:
-                raise ValueError(f"text_config: {name} is {width}; expected 1 or more")
+        check_ranges(self)
 
     @classmethod
     def from_size(cls, size: str, vision_config: TowerFields = None, text_config: TowerFields = None) -> Any:

@@ -13,7 +13,7 @@ from flipscale.data.features import StoredPairs
 from flipscale.data.pairs import PairDataset
 from flipscale.data.teachers import TaughtPairs
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count
+from flipscale.io.options import Copies
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
 from flipscale.objectives.exchange import EarlyGather, world_size
 
@@ -48,7 +48,7 @@ class Objective:
     takes_gather: ClassVar[bool] = False
 
     positives: str = "pairs"
-    captions_per_image: Count = 1
+    captions_per_image: Copies = 1
 
     @property
     def num_labels(self) -> int | None:

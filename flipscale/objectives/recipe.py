@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.recipe import MaskRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, NonNegative, Positive, Share, check_ranges, refuse_set
+from flipscale.io.options import Copies, NonNegative, Positive, Share, check_ranges, refuse_set
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
@@ -64,7 +64,7 @@ class LossRecipe:
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
     positives: Literal["pairs", "equal_captions"] = "pairs"
-    captions_per_image: Count = 1
+    captions_per_image: Copies = 1
     exchange: Literal["gather"] = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
     teacher_weight: Share | None = None

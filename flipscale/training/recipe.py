@@ -366,7 +366,7 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         if flag == "--config":
             file = _recipe_file(word)
             outline = read_outline(file)
-            words[number] = str(file)
+            words[number] = word if file == Path(word) else str(file)  # ./-x.yaml would lose its ./
             check_fields(outline, Recipe, "", str(file))
         elif flag in _section_flags() and not word.startswith("{"):
             raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")

@@ -95,6 +95,29 @@ def trained_model() -> Path:
     return _trained() / "run/model"
 
 
+@functools.cache
+def _native(family: str) -> Path:
+    """Return a folder with `model/`, a model of transformers' own class with random weights, or for `towers` a timm ViT
+    and `text/`, a BERT."""
+    from hub.native import export_native  # here, because the models take seconds to import
+
+    folder = _folder()
+    if family == "towers":
+        import foreign_towers
+
+        foreign_towers.save_timm("vit_tiny_patch16_224", folder / "model", **foreign_towers.SMALL_TIMM)
+        foreign_towers.save_text("bert", folder / "text")
+    else:
+        export_native(family, folder)
+    return folder
+
+
+def native(folder: Path, family: str) -> Path:
+    """Copy a model of another family than `flip` to `folder/model`, and a text tower to `folder/text`."""
+    shutil.copytree(_native(family), folder, dirs_exist_ok=True)
+    return folder / "model"
+
+
 def model(folder: Path) -> Path:
     """Copy the trained model to `folder/model`."""
     return Path(shutil.copytree(trained_model(), folder / "model"))

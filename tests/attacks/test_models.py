@@ -28,11 +28,11 @@ def evaluated(folder: Path, damage: Change, arguments: Sequence[str] = EVALUATE)
 
 
 @later
-def started_from(folder: Path, damage: Change) -> Sequence[str]:
+def started_from(folder: Path, damage: Change, **changes: Any) -> Sequence[str]:
     """Train from a model after `damage` to its folder."""
     ground.shards(folder)
     damage(ground.model(folder))
-    return ground.pretrain(folder, model={"init_from": str(folder / "model")})
+    return ground.pretrain(folder, model={"init_from": str(folder / "model")}, **changes)
 
 
 @later
@@ -100,6 +100,65 @@ def code(model: Path) -> None:
     (model / "mine.py").write_text(f"open({str(model.parent / 'ran')!r}, 'w')\nclass Mine: pass\n")
 
 
+@later
+def without(model: Path, *names: str) -> None:
+    for name in names:
+        (model / name).unlink()
+
+
+def bert_tokenizer(model: Path) -> None:
+    """A tokenizer class of transformers that is empty without its files."""
+    without("tokenizer.json")(model)
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
+def adapter(model: Path) -> None:
+    """What PEFT writes: changes of a model, which is elsewhere."""
+    without("config.json", "model.safetensors")(model)
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, model / "adapter_model.safetensors")
+
+
+@later
+def native(folder: Path, family: str, damage: Change, arguments: Sequence[str]) -> Sequence[str]:
+    """Evaluate or train from a model of transformers' own class, or from a timm and a text tower, after `damage`."""
+    ground.shards(folder)
+    ground.native(folder, family)
+    damage(folder / "model")
+    return arguments
+
+
+def start_native(family: str, damage: Change) -> Make:
+    def make(folder: Path) -> Sequence[str]:
+        starts = {"vision": str(folder / "model"), "text": str(folder / "text")}
+        starts = starts if family == "towers" else {"init_from": str(folder / "model")}
+        small = {"size": "b16", "vision_config": {}, "text_config": {}}
+        command = ground.pretrain(folder, model={"family": family, **small, **starts}, data={"tokenizer": "bert"})
+        return native(family, damage, command)(folder)
+
+    return make
+
+
+@later
+def sharded(model: Path, content: bytes) -> None:
+    """Weights with an index, beside a pickle."""
+    weights = model / "model.safetensors"
+    names = list(load_file(weights))
+    weights.rename(model / "model-00001-of-00001.safetensors")
+    listed = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    (model / "pytorch_model.bin").write_bytes(content)
+
+
+def many_unknown(stored: dict[str, torch.Tensor]) -> None:
+    stored.update({f"unknown.{number}": torch.zeros(1) for number in range(100_000)})
+
+
+def counts_unknown(folder: Path, ended: Ended) -> None:
+    assert "100000 are left out: unknown.0, " in ended.stderr
+    assert len(ended.stderr) < 20_000
+
+
 def pickle(model: Path) -> None:
     (model / "model.safetensors").unlink()
     torch.save({"a": 1}, model / "pytorch_model.bin")
@@ -120,7 +179,9 @@ REFUSED = {
     "a mean of two channels": (config(vision_config__image_mean=[0.5, 0.5]), "image_mean", "3"),
     "a deviation of 0": (config(vision_config__image_std=0.0), "image_std is 0.0"),
     "padding outside of the vocabulary": (config(text_config__pad_token_id=99), "pad_token_id is 99"),
-    "a tower that is a list": (config(vision_config=[1]), "FlipVisionConfig", "[1]"),
+    "a tower that is a list": (config(vision_config=[1]), "vision_config is [1]"),
+    "a tower that is a number": (config(text_config=3), "text_config is 3"),
+    "a configuration that is a pipe": (pipe("config.json"), "config.json"),
     "a configuration that is a list": (text("config.json", "[]"), "config.json"),
     "a configuration nested 100,000 deep": (text("config.json", DEEP), "config.json"),
     "a field twice": (text("config.json", '{"model_type": "flip", "model_type": "x"}'), "'model_type'"),
@@ -141,6 +202,9 @@ REFUSED = {
     "an index nested 100,000 deep": (index(DEEP), "model.safetensors.index.json"),
     "weights that are a link": (outside("model.safetensors"), "model.safetensors", "outside"),
     "a tokenizer that is a link": (outside("tokenizer.json"), "tokenizer.json", "outside"),
+    "no tokenizer files": (without("tokenizer.json"), "model has no tokenizer files"),
+    "no tokenizer files of a class that makes an empty one": (bert_tokenizer, "model has no tokenizer files"),
+    "an adapter without its model": (adapter, "adapter", "'base'"),
     "a tokenizer that is a pipe": (pipe("tokenizer.json"), "tokenizer.json"),
     "a tokenizer nested 100,000 deep": (text("tokenizer.json", DEEP), "tokenizer.json"),
     "a tokenizer's settings as a list": (text("tokenizer_config.json", "[]"), "tokenizer_config.json", "[]"),
@@ -212,6 +276,10 @@ NAN = weight(lambda w: w * float("nan"))
 CODE_TASK = "!!python/object/apply:os.mkdir [ran]"
 KERNEL = config(attn_implementation="their/kernel")
 LEADS_OUT = index({"weight_map": {WEIGHT: "../outside.safetensors"}})
+DEEP_HEADER = b"---\n" + b"[" * 20_000 + b"\n---\n\n## Results\n\nflipscale"
+PIXELS = ("preprocessor_config.json", "processor_config.json")
+OWN = EVALUATE
+OTHER = ("evaluate", "hf:model", *EVALUATE[2:])
 BAD_HEADER = "---\n: : [\n---\n\n## Results\n\nflipscale"
 ATTACKS = [
     *(
@@ -250,6 +318,45 @@ ATTACKS = [
     survived("a model that names a kernel", evaluated(KERNEL), "top-1"),
     survived(
         "a tokenizer of other inputs", evaluated(tokenizer(lambda c: c.update(model_input_names=["x"]))), "top-1"
+    ),
+    survived("a card nested 20,000 deep", evaluated(text("README.md", DEEP_HEADER)), "README.md"),
+    survived(
+        "a card nested 20,000 deep to convert",
+        evaluated(text("README.md", DEEP_HEADER), ("convert", "open_clip", "model", "out")), "README.md", "licence",
+        check=exists("out/open_clip_config.json"), alone=True,
+    ),
+    refused(
+        "another's model without tokenizer files", native("clip", without("tokenizer.json"), OTHER),
+        "model has no tokenizer files",
+    ),
+    refused("another's model without image processor", native("clip", without(*PIXELS), OTHER), "image processor"),
+    refused(
+        "no tokenizer files to start from", start_native("clip", without("tokenizer.json")),
+        "data.tokenizer", "model has no tokenizer files",
+    ),
+    refused("a pipe to start from", start_native("clip", pipe("config.json")), "config.json"),
+    refused("a list to start from", start_native("clip", config(vision_config=[1])), "vision_config is [1]"),
+    refused("a tower of text to start from", start_native("siglip", config(text_config="x")), "text_config is 'x'"),
+    refused(
+        "a tower's width in quotes", native("clip", config(vision_config__hidden_size="x"), OWN), "'hidden_size'", "str"
+    ),
+    refused(
+        "LoRA of rank 10^9", started_from(nothing, optim={"lora": {"rank": 10**9}}),
+        "optim.lora.rank is 1000000000", "32",
+    ),
+    refused("an adapter to start from", started_from(adapter), "model.init_from", "adapter", "'base'"),
+    refused("an adapter to start a CLIP from", start_native("clip", adapter), "adapter", "'base'"),
+    refused(
+        "ten million blocks in timm's file", start_native("towers", config(model_args__depth=10**7)),
+        "model.vision", "depth is 10000000",
+    ),
+    refused(
+        "a width of ten billion in timm's file", start_native("towers", config(model_args__embed_dim=10**10)),
+        "model.vision", "embed_dim is 10000000000",
+    ),
+    survived("a timm tower in parts beside a pickle", start_native("towers", sharded(b"\x80junk")), "image tower"),
+    survived(
+        "100,000 unknown weights to start from", started_from(weights(many_unknown)), check=counts_unknown
     ),
     refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),
     refused(

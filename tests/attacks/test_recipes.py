@@ -1,5 +1,7 @@
 """Attacks by recipes, options and surroundings, all refused before anything is trained or measured."""
 
+import contextlib
+import shlex
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import kept, lacks, mine, nothing, pipe, text
 from conftest import add_member
+
+from flipscale.training.recipe import parse_recipe
 
 STAGE = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012}
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
@@ -126,6 +130,13 @@ def names_shards(folder: Path, ended: Ended) -> None:
     assert yaml.safe_load((folder / "mine.yaml").read_text())["data"]["shards"] == ODD_NAME
 
 
+def command_is_taken(folder: Path, ended: Ended) -> None:
+    program, verb, *words = shlex.split(ended.stdout.split("next: ")[1])
+    assert (program, verb) == ("flipscale", "pretrain")
+    with contextlib.chdir(folder):
+        assert parse_recipe(words).output_dir == "runs/-a b"
+
+
 def without_captions(folder: Path) -> None:
     (folder / "odd").mkdir()
     with tarfile.open(folder / "odd/0.tar", "w") as tar:
@@ -167,6 +178,8 @@ ATTACKS = [
     row("a number of no value", written("data: {global_batch_size: }\n"), "data.global_batch_size"),
     row("R@0", task(ks=[0]), "eval.tasks[0].ks[0] is 0"),
     row("an evaluation every -5 samples", task(every_samples=-5), "eval.tasks[0].every_samples is -5"),
+    row("10^9 captions of an image", recipe(loss={"captions_per_image": 10**9}), "captions_per_image is 1000000000"),
+    row("10^9 views of an image", recipe(mask={"views": 10**9}), "mask.views is 1000000000"),
     # The model of a recipe.
     row("heads that do not divide the width", model(vision__num_attention_heads=5), "num_attention_heads 5"),
     row("patch size 0", model(vision__patch_size=0), "patch_size is 0"),
@@ -232,6 +245,7 @@ ATTACKS = [
         "a proposal over one's own recipe", init_to("mine.yaml", mine("mine.yaml")),
         "mine.yaml", check=kept("mine.yaml"),
     ),
+    survived("a proposal whose name begins with a dash", init_to("./-a b.yaml"), check=command_is_taken),
     proposal("a proposal to a link to nothing", init_to("mine.yaml", dangling), "mine.yaml"),
     proposal("a proposal to a pipe", init_to("mine.yaml", pipe("mine.yaml")), "mine", check=None),
     proposal("a proposal in a file", init_to("file/mine.yaml", lambda f: (f / "file").touch()), "file", "folder"),

@@ -19,7 +19,7 @@ from flipscale.evaluation.kinds.zero_shot import PromptedTask
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count
+from flipscale.io.options import Copies, Count
 
 _LABELS = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 
@@ -38,7 +38,7 @@ class Captioning(Task):
 
     metrics: list[Literal["cider", "bleu_4", "rouge_l"]] = field(default_factory=lambda: ["cider", "bleu_4", "rouge_l"])
     max_new_tokens: Count = 30
-    num_beams: Count = 1
+    num_beams: Copies = 1
 
     needs: ClassVar[str] = "decoder"
     protocol: ClassVar[
