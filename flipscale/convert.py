@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "transformers", "Convert a model of open_clip to a folder of transformers' CLIPModel or SiglipModel."
     )
     transformers.add_argument(
-        "src", help="A model: open_clip:NAME,PRETRAINED, open_clip:hf-hub:ORG/NAME or local-dir:FOLDER."
+        "src",
+        help="A model: open_clip:NAME,PRETRAINED, open_clip:hf-hub:ORG/NAME or local-dir:FOLDER. A checkpoint is its "
+        "configuration and its file: open_clip:CONFIG.json,FILE.pt.",
     )
     transformers.add_argument("dst", type=output_folder, help="The folder to write; model.init_from takes it.")
     transformers.set_defaults(convert=_to_transformers)

@@ -52,7 +52,7 @@ def pretrain(recipe: Recipe) -> Path:
     open_target(recipe.hub, resumes)
     start = join(recipe, plan, laps)
     try:
-        engine = resume(recipe, plan.schedule, start)
+        engine = resume(recipe, plan.schedule, start, plan.text_rows)
         laps.end("checkpoint")
         flops = count_flops(recipe) if start.accelerator.is_main_process else {}
         begin_run(recipe, plan, start, engine.name, flops=flops, seconds=laps)

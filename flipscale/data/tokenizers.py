@@ -319,6 +319,18 @@ def _bert_normalizer() -> normalizers.Normalizer:
     )
 
 
+def piece_rows(own: PreTrainedTokenizerBase, start: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Return the id in the vocabulary `start` of each piece of `own` that is there too, by its id in `own`. Special
+    tokens of equal roles, such as padding, are one piece."""
+    ids = start.get_vocab()
+    rows = {index: ids[piece] for piece, index in own.get_vocab().items() if piece in ids}
+    for role in ("pad", "unk", "bos", "eos", "cls", "sep", "mask"):
+        index, there = (getattr(tokenizer, f"{role}_token_id") for tokenizer in (own, start))
+        if index is not None and there is not None:
+            rows.setdefault(index, there)
+    return rows
+
+
 def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the number of embeddings that a tokenizer needs; its ids may have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)

@@ -36,6 +36,10 @@ _log = logging.getLogger(__name__)
 # Learned positions of a text tower, and how many of the first ones LongCLIP (arXiv 2403.15378) leaves as they are.
 _TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embedding\.weight")
 _LONGCLIP_KEPT = 20
+# The table of a text tower's pieces.
+_TEXT_ROWS = re.compile(
+    r"text_model\.(embeddings\.)?(token|word|tok)_embeddings?\.weight|text_model\.embed_tokens\.weight"
+)
 
 # Names of weights that a line of the log has.
 _MOST_LISTED = 8
@@ -112,6 +116,7 @@ def initial_weights(
     kind: type[FlipPreTrainedModel] = FlipModel,
     text_positions: str | None = None,
     embedded: Mapping[str, tuple[str, str]] | None = None,
+    rows: Mapping[int, int] | None = None,
 ) -> ParameterInit:
     """Collective. Return the initialiser of a new run. All processes call it for the same modules.
 
@@ -121,6 +126,7 @@ def initial_weights(
     Args:
         init_from: folder or Hub name of a model, or those of two towers; None for fresh draws.
         text_positions: `ModelRecipe.text_positions`.
+        rows: result of `text_rows`: the stored row of each piece that has one. Rows of other pieces are drawn.
         embedded: folder of the stored features of each tower, by its name in the model, and the digest of the weights
             that made them.
 
@@ -137,7 +143,8 @@ def initial_weights(
     if not several or dist.get_rank() == 0:
         try:
             stored, shapes = _stored(init_from, config)
-            usable = _usable(shapes, model_without_storage(config, kind), start, text_positions)
+            model = model_without_storage(config, kind)
+            usable = _usable(shapes, model, start, text_positions, rows is not None)
             for name in usable:
                 check_weight(name, stored[name]())
             for tower, (folder, digest) in (embedded or {}).items():
@@ -154,17 +161,30 @@ def initial_weights(
         raise UserError(names)
     generator = torch.Generator().manual_seed(seed)
 
+    def draw(module: nn.Module, owner: PreTrainedModel) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            owner._init_weights(module)
+            generator.set_state(torch.get_rng_state())
+
     def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
         prefix = f"{name}." if name else ""
         for field, parameter in module.named_parameters(recurse=False):
             if prefix + field not in names:
                 continue
+            is_matched = rows is not None and _TEXT_ROWS.fullmatch(prefix + field)
+            if is_matched:
+                draw(module, owner)
             if stored:
                 weight = stored[prefix + field]()
                 if _TEXT_POSITIONS.fullmatch(prefix + field) and len(weight) != len(parameter):
                     assert text_positions is not None, "`_usable` refuses"
                     weight = longer_positions(weight, len(parameter), text_positions)
-                parameter.data.copy_(weight.reshape(parameter.shape))
+                if is_matched and rows is not None:
+                    known = {row: there for row, there in rows.items() if there < len(weight)}
+                    parameter.data[[*known]] = weight[[*known.values()]].to(parameter.dtype)
+                else:
+                    parameter.data.copy_(weight.reshape(parameter.shape))
             if several:
                 sent = parameter.data.to(device)
                 dist.broadcast(sent, 0)
@@ -172,10 +192,7 @@ def initial_weights(
             # transformers' initialisers skip parameters with this mark.
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if any(prefix + field not in names for field, _ in module.named_parameters()):
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(generator.get_state())
-                owner._init_weights(module)
-                generator.set_state(torch.get_rng_state())
+            draw(module, owner)
 
     return _with_lora(init, seed)
 
@@ -232,7 +249,9 @@ def _stored(start: "str | Towers", config: Any) -> tuple[dict[str, Callable[[], 
     return readers, shapes
 
 
-def _usable(stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str, positions: str | None) -> set[str]:
+def _usable(
+    stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str, positions: str | None, matches: bool
+) -> set[str]:
     """Return the names of the tensors that `model` uses, and log missing and unused names. Raise UserError if a tensor
     has another shape, or under half of a tower is there. One whole tower may be missing."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -240,6 +259,8 @@ def _usable(stored: dict[str, list[int]], model: FlipPreTrainedModel, start: str
         found = stored[name] or [1]  # transformers' CLIP has a logit_scale of shape ()
         if _TEXT_POSITIONS.fullmatch(name) and found[1:] == shapes[name][1:] and found != shapes[name]:
             _check_longer(found[0], shapes[name][0], positions)
+        elif matches and _TEXT_ROWS.fullmatch(name) and found[1:] == shapes[name][1:]:
+            continue
         elif found != shapes[name]:
             raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
     # Expected names, such as the text tower's for a classifier, are not logged.

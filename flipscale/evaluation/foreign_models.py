@@ -53,7 +53,8 @@ def load_open_clip(name: str) -> tuple[Any, Any, Any]:
         if name.startswith("local-dir:") and folder.is_dir():
             check_texts(folder)
     if not pretrained and ":" not in name:
-        known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
+        file = name if Path(name).is_file() else "FILE.pt"
+        known = f"use one of {', '.join(tags)}" if tags else f"a checkpoint is open_clip:CONFIG.json,{file}"
         raise UserError(f"open_clip:{name} names no weights; add them after a comma: {known}")
     with _loading(name):  # reads pickles as weights only
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)

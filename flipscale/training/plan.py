@@ -93,6 +93,7 @@ class Plan:
     class_names: Sequence[str]
     stored: Mapping[str, StoredFeatures]
     teachers: Sequence[Teacher]
+    text_rows: Mapping[int, int] | None = None
 
     @property
     def fingerprint(self) -> int:

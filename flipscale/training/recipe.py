@@ -76,6 +76,8 @@ class ModelRecipe:
         text_positions: How the text positions of start weights become longer, where `text_config` has more
             `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
             and stretches the rest, as LongCLIP does (77 become 248).
+        text_rows: `matched` takes the rows of start weights by the pieces of another `data.tokenizer`, and draws the
+            rows of new pieces. By default, both vocabularies must be the same.
         vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its
             normalisation of pixels comes with it. The projections are drawn. For family `flip`, a model of flipscale.
         text: The text tower of family `towers`, a folder or a Hub name: a text encoder, with its tokenizer. For family
@@ -99,15 +101,14 @@ class ModelRecipe:
     vision: str | None = field(default=None, metadata={"place": True})
     text: str | None = field(default=None, metadata={"place": True})
     text_positions: Literal["stretched", "longclip"] | None = None
+    text_rows: Literal["matched"] | None = None
     drop_path_rate: ShareBelowOne = 0.0
     frozen: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.text_positions and not self.init_from:
-            raise UserError(
-                f"model.text_positions is {self.text_positions!r} and model.init_from is not set, so there are no "
-                "positions to make longer; leave it out"
-            )
+        for name in ("text_positions", "text_rows"):
+            if (value := getattr(self, name)) and not self.init_from:
+                raise UserError(f"model.{name} is {value!r}, for start weights, and model.init_from is not set; set it")
 
     @property
     def start(self) -> "str | Towers | None":
@@ -423,11 +424,11 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     if named:
         recipe = _with_towers(recipe, fetches)
         model, folder = recipe.model, recipe.data.tokenizer
-    if model.init_from and "vocab_size" not in model.text_config:
+    if model.init_from and "vocab_size" not in model.text_config and not model.text_rows:
         size = _vocabulary_of(model.init_from, Path(recipe.output_dir), fetches)
         model = dataclasses.replace(model, text_config={**model.text_config, **size})
         recipe = dataclasses.replace(recipe, model=model)
-    takes_size = "vocab_size" not in model.text_config and not model.init_from
+    takes_size = "vocab_size" not in model.text_config and (model.text_rows or not model.init_from)
     takes_ends = recipe.loss.learns_captions and not {"bos_token_id", "eos_token_id"} <= model.decoder_config.keys()
     if not (takes_size or takes_ends) or not Path(folder).is_dir():
         return recipe
@@ -451,6 +452,8 @@ def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
         fetches = fetches or (model.family == "towers" and "model_type" not in model.vision_config)
         towers, own = start_fields(model, Path(recipe.output_dir), fetches)
         tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
+        if model.text_rows:
+            towers["text_config"] |= tokenizer_fields(tokenizer)
     else:
         towers = {"vision_config": {}, "text_config": tokenizer_fields(tokenizer)}
     fields: dict[str, Any] = {name: {**found, **getattr(model, name)} for name, found in towers.items()}

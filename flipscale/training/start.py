@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from flipscale.training.plan import Plan, check, compiles_on_gpus
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import Schedule
+from flipscale.training.start_weights import text_rows
 from flipscale.training.stored import embedded_by
 from flipscale.training.watch import HangWatch
 
@@ -104,6 +105,8 @@ def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
     loss_kinds()  # imports the models
     laps.end("imports")
     plan = check(recipe)
+    if checkpoint is None:
+        plan = replace(plan, text_rows=text_rows(recipe, plan.tokenizer))
     laps.end("data")
     return plan, checkpoint is not None
 
@@ -145,8 +148,8 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
         return Start(accelerator, *chosen, lock=lock)
 
 
-def resume(recipe: Recipe, schedule: Schedule, start: Start) -> Engine:
-    """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train."""
+def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, int] | None = None) -> Engine:
+    """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train. `rows` is the plan's."""
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
     from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
     from flipscale.engines.trained import add_lora, freeze
@@ -155,7 +158,7 @@ def resume(recipe: Recipe, schedule: Schedule, start: Start) -> Engine:
     model_class = recipe.objective().trained_class(config)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
-    fill = no_weights if reader else initial_weights(*start_from, embedded_by(recipe))
+    fill = no_weights if reader else initial_weights(*start_from, embedded_by(recipe), rows)
 
     def configure(model: FlipPreTrainedModel) -> None:
         add_lora(model, recipe.optim.lora)

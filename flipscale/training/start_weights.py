@@ -1,15 +1,18 @@
 """Recipes of the families other than `flip`: fields that come from the start weights or the tokenizer."""
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flipscale.data.recipe import DataRecipe
-from flipscale.io.errors import UserError
+from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, pixel_fields, read_object
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import config_class, family_of
+
+_log = logging.getLogger(__name__)
 
 
 def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
@@ -93,6 +96,40 @@ def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
             fields["projection_dim"] = content.get("projection_dim", defaults.projection_dim)
         towers[name] = {key: fields.get(key, getattr(defaults, key)) for key in known}
     return towers
+
+
+def text_rows(recipe: Any, tokenizer: Any) -> dict[int, int] | None:
+    """Return the row of the start weights for each known piece, by its id, if `model.text_rows` is matched; else None.
+
+    Raises:
+        UserError: `model.text_rows` is not set, and a piece would take the row of another piece.
+        OSError: the Hub cannot be reached.
+    """
+    model, name = recipe.model, recipe.model.init_from or recipe.model.text
+    if tokenizer is None or name is None:
+        return None
+    from flipscale.data.tokenizers import piece_rows, read_tokenizer
+
+    folder = fetch_folder(name, TEXTS)
+    try:
+        theirs = read_tokenizer(folder)
+    except Exception as error:  # the tokenizers library raises any
+        _log.warning("the vocabulary of %s cannot be compared with data.tokenizer's (%s)", name, first_line(error))
+        return None
+    rows, own = piece_rows(tokenizer, theirs), tokenizer.get_vocab()
+    if model.text_rows:
+        _log.info("model.text_rows: %d of %d pieces have rows in %s, the others are drawn", len(rows), len(own), name)
+        return rows
+    pieces = {index: piece for piece, index in theirs.get_vocab().items()}
+    others = {piece: pieces[index] for piece, index in own.items() if index in pieces and rows.get(index) != index}
+    if others:
+        piece, there = next(iter(others.items()))
+        raise UserError(
+            f"data.tokenizer {recipe.data.tokenizer!r} has another vocabulary than {name}: {len(others):,} pieces "
+            f"would take rows of others, such as {piece!r} that of {there!r}; set data.tokenizer to {str(folder)!r}, "
+            "or model.text_rows to matched"
+        )
+    return None
 
 
 def tokenizer_fields(folder: str) -> dict[str, Any]:

@@ -344,6 +344,11 @@ ATTACKS = [
         "LoRA of rank 10^9", started_from(nothing, optim={"lora": {"rank": 10**9}}),
         "optim.lora.rank is 1000000000", "32",
     ),
+    refused(
+        "another vocabulary to start from",
+        started_from(tokenizer(lambda c: c["model"]["vocab"].update(red=5, green=4), "tokenizer.json")),
+        "data.tokenizer", "2 pieces", "model.text_rows",
+    ),
     refused("an adapter to start from", started_from(adapter), "model.init_from", "adapter", "'base'"),
     refused("an adapter to start a CLIP from", start_native("clip", adapter), "adapter", "'base'"),
     refused(

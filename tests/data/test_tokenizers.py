@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.data.tokenizers import (
     begin_and_end,
     bert_tokenizer,
     load_tokenizer,
+    piece_rows,
     train_sentencepiece,
 )
 
@@ -150,3 +152,14 @@ def test_sentencepiece_may_have_tokens_that_begin_and_end_captions(tmp_path: Pat
     assert ends.decode([2, *ends("red heart")["input_ids"], 3, 0], skip_special_tokens=True) == "red heart"
     with pytest.raises(ValueError, match=r"the tokenizer has no tokens for the begin .* DIR --begin_and_end` writes"):
         begin_and_end(bare)
+
+
+def test_rows_of_one_vocabulary_in_two_formats(tmp_path: Path) -> None:
+    """Special tokens may have other names."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "##ly", "disc"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+    one, other = bert_tokenizer(tmp_path), BertTokenizer.from_pretrained(tmp_path)
+    assert piece_rows(one, other) == piece_rows(other, one) == {index: index for index in range(len(pieces))}
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "disc": 5, "blue": 7}, unk_token="<pad>"))
+    third = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    assert piece_rows(third, one) == {0: 0, 5: 7}

@@ -85,7 +85,8 @@ def test_features_before_an_unknown_projection(accelerator: Accelerator) -> None
     ("name", "message"),
     [
         ("ViT-B-32", r"open_clip:ViT-B-32 names no weights; .* openai, laion"),
-        ("ViT-B-33", r"open_clip:ViT-B-33 names no weights; .* none of its own"),
+        ("ViT-B-33", r"open_clip:ViT-B-33 names no weights; .* open_clip:CONFIG.json,FILE.pt"),
+        (__file__, r"names no weights; .* open_clip:CONFIG.json,.*test_open_clip.py"),
         ("ViT-B-32,openia", r"'ViT-B-32' cannot be loaded \(.*'openia'"),
         ("ViT-B-33,openai", r"'ViT-B-33' cannot be loaded \(.*'ViT-B-33' not found"),
         ("local-dir:/nowhere", r"'local-dir:/nowhere' cannot be loaded \("),

@@ -94,6 +94,42 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_to
     pretrain(again)
 
 
+@pytest.fixture
+def other_words(caption_tokenizer: Path, tmp_path: Path) -> Path:
+    """The folder of a tokenizer with two rows swapped and `mint` in place of `grey`."""
+    folder = Path(shutil.copytree(caption_tokenizer, tmp_path / "words"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["red"], vocabulary["ring"] = vocabulary["ring"], vocabulary["red"]
+    vocabulary["mint"] = vocabulary.pop("grey")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_another_vocabulary_is_refused(file: Path, other_words: Path, refused: Callable[..., str]) -> None:
+    message = refused("pretrain", "--config", file, "--data.tokenizer", other_words)
+    assert re.search(r"data.tokenizer .*words.* 3 pieces .*model.text_rows", message)
+
+
+def test_rows_are_matched_by_their_pieces(
+    file: Path, foreign: Path, other_words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "flipscale")
+    stages = "[{name: still, samples: 16, base_lr: 1e-12}]"
+    flags = ["--data.tokenizer", str(other_words), "--model.text_rows", "matched", "--stages", stages]
+    pretrain(parse_recipe(["--config", str(file), *flags]))
+    name = "text_model.embeddings.token_embedding.weight"
+    before, after = (load_file(folder / "model.safetensors")[name] for folder in (foreign, tmp_path / "run/model"))
+    own, start = (load_tokenizer(str(folder), 12).get_vocab() for folder in (other_words, foreign))
+    for piece, index in own.items():
+        if piece != "mint":
+            assert torch.allclose(after[index], before[start[piece]], atol=1e-6), piece
+    assert not torch.allclose(after[own["mint"]], before[start["grey"]], atol=1e-3)
+    assert after[own["mint"]].std() == pytest.approx(before.std(), rel=0.5)
+    assert "13 of 14 pieces" in caplog.text
+    pretrain(parse_recipe(["--config", str(file), *flags]))  # the resume of a run that is done
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
