@@ -1,6 +1,6 @@
-"""Convert a FLIP model to a folder that open_clip loads, with the same embeddings.
+"""Convert a model of the family `flip` or `clip` to a folder that open_clip loads, with the same embeddings.
 
-open_clip lacks four features of our towers. Changed weights replace each:
+A CLIPModel's towers are open_clip's. Of family `flip`, open_clip lacks four features. Changed weights replace each:
 
 - Bias of the patch convolution: added to the positions.
 - Mean over all tokens, class token included: one more block (`_averaging_block`).
@@ -21,7 +21,7 @@ from torch import nn
 
 from flipscale.hub.card import write_derived_card
 from flipscale.hub.export import by_channel
-from flipscale.hub.loading import load_flip
+from flipscale.hub.loading import load_dual_encoder
 from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
@@ -43,7 +43,7 @@ _PADDING_SCORE = -512.0
 _ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick_gelu": {}, "relu": {}}
 
 
-def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
+def convert_to_open_clip(src: str, dst: Path | str) -> Any:
     """Convert the model of the folder or Hub name `src` to the folder `dst`, and return the model.
 
     The folder has `open_clip_config.json`, `open_clip_model.safetensors`, tokenizer and card, as open_clip loads it.
@@ -53,21 +53,28 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
     """
     dst = Path(dst)
     with new_folder(dst) as folder:
-        model, tokenizer = load_flip(src)
+        model, tokenizer = load_dual_encoder(src)
+        if model.config.model_type not in ("flip", "clip"):
+            raise UserError(
+                f"model {src!r} is a {model.config.exported_class.__name__}; name a model of the family flip or clip"
+            )
         config = open_clip_config(model.config)
         # open_clip looks this name up on the Hub; in a local folder, any name means the folder itself.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = dst.name
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_derived_card(folder, src, dst.name, "open_clip", path=dst)
+        write_derived_card(folder, src, dst.name, "open_clip", path=dst, family=model.config.model_type)
     return model
 
 
-def open_clip_config(config: FlipConfig) -> dict[str, Any]:
+def open_clip_config(config: Any) -> dict[str, Any]:
     """Return open_clip's `model_cfg` and `preprocess_cfg` for a model of `config`. Raise UserError if open_clip cannot
     express it; the message names every reason."""
     vision, text = config.vision_config, config.text_config
+    is_ours = isinstance(config, FlipConfig)
+    # transformers takes an `eos_token_id` of 2 to mean the largest id of a caption.
+    pooling = {"pool_type": "argmax"} if text.eos_token_id == 2 else {"pool_type": "eos", "eos_id": text.eos_token_id}
     acts = {"image": vision.hidden_act, "text": text.hidden_act}
     wrong = [
         f"the {name} tower's hidden_act {act} (only {', '.join(_ACTIVATIONS)})"
@@ -79,7 +86,7 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
         wrong.append(f"quick_gelu in one tower and {', '.join(others)} in the other")
     if vision.num_channels != 3:
         wrong.append(f"images of {vision.num_channels} channels")
-    if vision.projection_hidden_size is not None or text.projection_hidden_size is not None:
+    if any(getattr(tower, "projection_hidden_size", None) is not None for tower in (vision, text)):
         wrong.append("projections of two layers")
     if wrong:
         raise UserError(f"open_clip cannot express {'; nor '.join(wrong)}")
@@ -92,7 +99,7 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
                 "image_size": vision.image_size,
                 "patch_size": vision.patch_size,
                 "head_width": _copies(vision) * vision.hidden_size // vision.num_attention_heads,
-                "no_ln_pre": True,
+                "no_ln_pre": is_ours,
                 "pool_type": "tok",
                 **_tower_config(vision),
             },
@@ -100,8 +107,8 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
                 "context_length": text.max_position_embeddings,
                 "vocab_size": text.vocab_size,
                 "heads": text.num_attention_heads,
-                "no_causal_mask": True,
-                "pool_type": "first",
+                "no_causal_mask": is_ours,
+                **({"pool_type": "first"} if is_ours else pooling),
                 **_tower_config(text),
             },
         },
@@ -115,21 +122,28 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
+def open_clip_state_dict(model: Any) -> dict[str, torch.Tensor]:
     """Return the weights of `model` under open_clip's names."""
+    is_ours = isinstance(model, FlipModel)
     image, text, config = model.vision_model.embeddings, model.text_model.embeddings, model.config.text_config
     copies, text_copies = _copies(model.config.vision_config), _copies(config)
     tokens = text.token_embedding.weight.repeat(1, text_copies)
     if _skips_padding(config):
         mark = torch.tensor([1.0, -1.0]).repeat_interleave(config.hidden_size)
         tokens[config.pad_token_id] += _PADDING_MARK * mark
-    # The class token comes first and has no position embedding.
-    positions = nn.functional.pad(image.position_embedding[0] + image.patch_embedding.bias, (0, 0, 1, 0))
+    if is_ours:
+        # The class token comes first and has no position embedding.
+        positions = nn.functional.pad(image.position_embedding[0] + image.patch_embedding.bias, (0, 0, 1, 0))
+        before, projection = {}, model.image_projection
+    else:
+        positions, projection = image.position_embedding.weight, model.visual_projection
+        before = {f"ln_pre.{name}": value for name, value in model.vision_model.pre_layrnorm.named_parameters()}
     visual = {
         "conv1.weight": image.patch_embedding.weight.repeat(copies, 1, 1, 1),
         "class_embedding": image.class_embedding.repeat(copies),
         "positional_embedding": positions.repeat(1, copies),
-        **_tower(model.vision_model, model.image_projection, norm="ln_post", projection="proj"),
+        **before,
+        **_tower(model.vision_model, projection, norm="ln_post", projection="proj"),
     }
     theirs = {
         **{name: value[0] for name, value in model.loss_values().items()},
@@ -145,7 +159,8 @@ def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
 
 def _averages(config: FlipVisionConfig | FlipTextConfig) -> bool:
     """Return whether the tower's embedding is the mean over its tokens."""
-    return getattr(config, "pooling", "mean") == "mean"
+    ours = isinstance(config, FlipVisionConfig | FlipTextConfig)
+    return ours and getattr(config, "pooling", "mean") == "mean"
 
 
 def _skips_padding(config: FlipVisionConfig | FlipTextConfig) -> bool:
@@ -178,7 +193,8 @@ def _tower(
     """Return the weights of the tower's blocks, its last norm and its projection, `matrix`."""
     config, copies = tower.config, _copies(tower.config)
     blocks = [_block(cast(FlipEncoderLayer, layer), config) for layer in tower.encoder.layers]
-    weight, bias = (getattr(tower.final_layer_norm, kind).repeat(copies) for kind in ("weight", "bias"))
+    last = tower.post_layernorm if hasattr(tower, "post_layernorm") else tower.final_layer_norm
+    weight, bias = (getattr(last, kind).repeat(copies) for kind in ("weight", "bias"))
     outer = matrix.weight
     if _averages(config):
         # The block applies the projection if the width leaves a channel for the negative sum; else the last step does.

@@ -43,17 +43,6 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 }
 
 
-def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """Return `load_dual_encoder` of a model of the family `flip`. Raise UserError for another family, too."""
-    model, tokenizer = load_dual_encoder(name)
-    if not isinstance(model, FlipModel):
-        raise UserError(
-            f"model {name!r} is transformers' {model.config.exported_class.__name__}, which other programs convert; "
-            "flipscale converts models of the family flip only"
-        )
-    return model, tokenizer
-
-
 def load_dual_encoder(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return `load_with_tokenizer` of a model of any family with texts. Raise UserError for one without texts, too."""
     model, tokenizer = load_with_tokenizer(name)

@@ -22,7 +22,7 @@ from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import KINDS as EVALUATIONS
-from flipscale.hub.loading import load_flip
+from flipscale.hub.loading import load_dual_encoder
 from flipscale.objectives.recipe import loss_kinds
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -154,7 +154,7 @@ def test_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, in_site: Path) -> None:
     monkeypatch.setitem(EVALUATIONS, "similarity", example("evaluation", "Similarity"))
     tasks = suite.build_tasks([{"kind": "similarity", "data": "data/demo/test"}])
-    model, tokenizer = load_flip("runs/demo/model")
+    model, tokenizer = load_dual_encoder("runs/demo/model")
     (result,) = suite.evaluate_tasks(Embedder(model, tokenizer, Accelerator(cpu=True), 32, 0), tasks)
     assert (result.name, result.n) == ("similarity/cosine", 96)
     assert -1.0 < result.value < 1.0

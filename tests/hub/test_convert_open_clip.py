@@ -9,14 +9,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hub.native import export_native
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
 from flipscale import cli
 from flipscale.hub.convert_open_clip import convert_to_open_clip, open_clip_config
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import SIZES, FlipConfig, FlipModel
+from flipscale.model.families import config_class
 
 SIZE = {"num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 100}
 VISION = {
@@ -156,3 +158,45 @@ def test_card(save: Callable[..., Path], tmp_path: Path, licence: str | None) ->
     names: dict[str, Any] = {}
     exec(card.text.split("```python\n")[1].split("```")[0], names)
     assert names["tokenizer"](CAPTIONS).shape == (3, 8)
+
+
+def test_a_clip_goes_back_to_open_clip(tmp_path: Path, picture: Image.Image) -> None:
+    """A CLIPModel as a run exports it: equal pixels, ids and embeddings."""
+    folder, dst = export_native("clip", tmp_path), tmp_path / "open_clip"
+    cli.main(["convert", "open_clip", str(folder), str(dst)])
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{dst}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{dst}")(CAPTIONS)
+    ours, processor = (auto.from_pretrained(folder) for auto in (CLIPModel, AutoProcessor))
+    inputs = processor(text=CAPTIONS, images=picture, padding="max_length", max_length=24, return_tensors="pt")
+    assert torch.equal(tokens, inputs["input_ids"])
+    assert (preprocess(picture) - inputs["pixel_values"][0]).abs().max() < 0.03  # of two resizers
+    noise = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = ours.eval()(pixel_values=noise, input_ids=tokens)
+        image_embeds, text_embeds, scale = theirs.eval()(noise, tokens)
+    assert (image_embeds - expected.image_embeds).abs().max() < 1e-5
+    assert (text_embeds - expected.text_embeds).abs().max() < 1e-5
+    assert scale.item() == pytest.approx(ours.logit_scale.exp().item(), rel=1e-6)
+    assert ModelCard.load(dst / "README.md").content.count("fp16") == 0
+
+
+@pytest.mark.parametrize("end", [2, 13])
+def test_a_clip_of_transformers_pools_as_its_own(
+    end: int, caption_tokenizer: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """Configurations of OpenAI's age name 2 for the largest id of a caption."""
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(caption_tokenizer)
+    words.add_bos_token = words.add_eos_token = True
+    text = {**TEXT, "vocab_size": 14, "eos_token_id": end, "hidden_act": "gelu", "projection_dim": 24}
+    vision = {**VISION, "hidden_act": "gelu", "image_std": [0.25] * 3, "projection_dim": 24}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+    model.save_pretrained(tmp_path / "clip")
+    build_processor(config_class("clip").of_towers(vision, text), words).save_pretrained(tmp_path / "clip")
+    cli.main(["convert", "open_clip", str(tmp_path / "clip"), str(tmp_path / "out")])
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(CAPTIONS)
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.get_text_features(tokens).pooler_output, dim=1)
+        assert (theirs.encode_text(tokens, normalize=True) - expected).abs().max() < 1e-5
+    assert "family flip or clip" in refused("convert", "open_clip", export_native("siglip", tmp_path), tmp_path / "no")

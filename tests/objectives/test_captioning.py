@@ -22,7 +22,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, compile_blocks, fresh_weights
-from flipscale.hub.loading import load_flip, load_model
+from flipscale.hub.loading import load_dual_encoder, load_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 from flipscale.model.modeling_flip_caption import caption_inputs
 from flipscale.model.patches import take_patches
@@ -216,7 +216,7 @@ def test_a_captioner_names_colours_and_shapes(write: Write, shards: Path) -> Non
     assert "pipeline_tag: image-text-to-text" in card
     assert "zero-shot-image-classification" not in card
     with pytest.raises(ValueError, match=r"no text tower; .*kind: captioning"):
-        load_flip(str(folder))
+        load_dual_encoder(str(folder))
 
 
 def test_a_folder_of_both_losses(write: Write, shards: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_folder_of_both_losses(write: Write, shards: Path) -> None:
         loaded = kind.from_pretrained(folder)
         assert type(loaded) is expected_class
         assert all(torch.equal(stored[name], value) for name, value in loaded.state_dict().items())
-    model, tokenizer = load_flip(str(folder))
+    model, tokenizer = load_dual_encoder(str(folder))
     assert isinstance(model, CaptioningFlipModel)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (12, 13)
     assert "pipeline_tag: zero-shot-image-classification" in (folder / "README.md").read_text()

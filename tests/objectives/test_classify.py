@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
-from flipscale.hub.loading import load_flip
+from flipscale.hub.loading import load_dual_encoder
 from flipscale.objectives.classify import Classify, ClassifyOutput
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import planned_model, recipe_memory
@@ -134,7 +134,7 @@ def test_a_run_learns_resumes_and_exports_a_classifier(
         main(["evaluate", str(run_dir), "--zero_shot", str(labelled), "--num_workers", "0"])
     assert "zero_shot" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is a FlipForImageClassification"):
-        load_flip(str(run_dir / "model"))
+        load_dual_encoder(str(run_dir / "model"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.long) for e in ("fsdp2", "zero3"))])
