@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size: google-bert/bert-base-uncased.",
     )
     flip.set_defaults(convert=_from_flip)
-    open_clip = add("open_clip", "Convert a model folder to a folder that open_clip loads, with equal embeddings.")
+    open_clip = add("open_clip", "Convert a model of the family flip or clip for open_clip, with equal embeddings.")
     open_clip.add_argument("src", help="A run, such as runs/l16, a model folder, or a Hub name.")
     open_clip.add_argument(
         "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."

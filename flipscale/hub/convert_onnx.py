@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +203,7 @@ def _write_and_check(
     num_bytes = sum(parameter.nbytes for parameter in tower.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about torch's internals
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of four operators if torchvision is missing
         program = torch.onnx.export(
             tower,
             given[-1],

@@ -18,7 +18,7 @@ from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, dummy_b
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.model_folder import check_folder, fetch_folder, read_object, read_shapes
+from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
 from flipscale.io.streams import without_bars
 from flipscale.model import (
     FlipConfig,
@@ -91,6 +91,10 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         content = read_object(folder / "config.json")
         if (name_of_family := family_of(content.get("model_type"))) not in ("flip", None):
             family = config_class(str(name_of_family))
+            if not pixel_fields(folder):
+                raise UserError(
+                    "it has no preprocessor_config.json with the normalisation of its images; copy it there"
+                )
             towers = stored_towers(folder)
             config, kind = family.of_towers(towers["vision_config"], towers["text_config"]), family.trained_class
         else:

@@ -26,7 +26,7 @@ from flipscale.training.plan import Plan, check, compiles_on_gpus
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import Schedule
-from flipscale.training.start_weights import text_rows
+from flipscale.training.start_weights import text_rows, warn_of_pixels
 from flipscale.training.stored import embedded_by
 from flipscale.training.watch import HangWatch
 
@@ -107,6 +107,7 @@ def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
     plan = check(recipe)
     if checkpoint is None:
         plan = replace(plan, text_rows=text_rows(recipe, plan.tokenizer))
+        warn_of_pixels(recipe.model)
     laps.end("data")
     return plan, checkpoint is not None
 

@@ -98,6 +98,17 @@ def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
     return towers
 
 
+def warn_of_pixels(model: Any) -> None:
+    """Warn if start weights of another family than `flip` have no image processor, so that defaults replace it."""
+    name = model.vision or model.init_from
+    if model.family == "flip" or name is None:
+        return
+    folder = fetch_folder(name, TEXTS)
+    if not pixel_fields(folder) and "architecture" not in read_object(folder / "config.json"):  # timm's has its own
+        own = [f"{field} {list(model.vision_config[field])}" for field in ("image_mean", "image_std")]
+        _log.warning("%s has no preprocessor_config.json; its images are taken to have %s", name, " and ".join(own))
+
+
 def text_rows(recipe: Any, tokenizer: Any) -> dict[int, int] | None:
     """Return the row of the start weights for each known piece, by its id, if `model.text_rows` is matched; else None.
 

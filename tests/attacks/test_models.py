@@ -329,6 +329,9 @@ ATTACKS = [
         "another's model without tokenizer files", native("clip", without("tokenizer.json"), OTHER),
         "model has no tokenizer files",
     ),
+    refused(
+        "a CLIPModel without image processor", native("clip", without(*PIXELS), OWN), "preprocessor_config.json"
+    ),
     refused("another's model without image processor", native("clip", without(*PIXELS), OTHER), "image processor"),
     refused(
         "no tokenizer files to start from", start_native("clip", without("tokenizer.json")),

@@ -18,6 +18,7 @@ from flipscale.cli import main
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.pretrain import pretrain
 from flipscale.training.recipe import parse_recipe
+from flipscale.training.start_weights import warn_of_pixels
 
 VISION = {**TOWER, "image_size": 32, "patch_size": 8, "projection_dim": 24}
 TEXT = {**TOWER, "vocab_size": 16, "max_position_embeddings": 12, "projection_dim": 24, "eos_token_id": 13}
@@ -92,6 +93,15 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_to
     again = parse_recipe(flags)
     assert again.model.vision_config["image_mean"] == [0.1, 0.2, 0.3]
     pretrain(again)
+
+
+def test_made_up_pixels_are_named(file: Path, foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_pixels(parse_recipe(["--config", str(file)]).model)
+    assert not caplog.records
+    (foreign / "processor_config.json").unlink()
+    warn_of_pixels(parse_recipe(["--config", str(file)]).model)
+    assert "preprocessor_config.json" in caplog.text
+    assert "image_mean [0.48145466" in caplog.text
 
 
 @pytest.fixture
