@@ -91,11 +91,9 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         content = read_object(folder / "config.json")
         if (name_of_family := family_of(content.get("model_type"))) not in ("flip", None):
             family = config_class(str(name_of_family))
-            if not pixel_fields(folder):
-                raise UserError(
-                    "it has no preprocessor_config.json with the normalisation of its images; copy it there"
-                )
             towers = stored_towers(folder)
+            if not pixel_fields(folder):
+                raise UserError("it has no preprocessor_config.json, which normalises its images; copy it there")
             config, kind = family.of_towers(towers["vision_config"], towers["text_config"]), family.trained_class
         else:
             config = FlipConfig.from_own_fields(content)

@@ -113,18 +113,19 @@ def text_rows(recipe: Any, tokenizer: Any) -> dict[int, int] | None:
     """Return the row of the start weights for each known piece, by its id, if `model.text_rows` is matched; else None.
 
     Raises:
-        UserError: `model.text_rows` is not set, and a piece would take the row of another piece.
-        OSError: the Hub cannot be reached.
+        UserError: `model.text_rows` is not set, and a piece would take the row of another piece; or it is set, and the
+            start weights have no tokenizer.
     """
     model, name = recipe.model, recipe.model.init_from or recipe.model.text
     if tokenizer is None or name is None:
         return None
     from flipscale.data.tokenizers import piece_rows, read_tokenizer
 
-    folder = fetch_folder(name, TEXTS)
     try:
-        theirs = read_tokenizer(folder)
+        theirs = read_tokenizer(folder := fetch_folder(name, TEXTS))
     except Exception as error:  # the tokenizers library raises any
+        if model.text_rows:
+            raise UserError(f"model.text_rows needs the tokenizer of {name} ({first_line(error)})") from error
         _log.warning("the vocabulary of %s cannot be compared with data.tokenizer's (%s)", name, first_line(error))
         return None
     rows, own = piece_rows(tokenizer, theirs), tokenizer.get_vocab()
