@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import decode_small
 from flipscale.data.samples import BadSample
@@ -44,7 +45,8 @@ class Hit:
 
 
 class Search(NamedTuple):
-    """A query with its hits, nearest first. `is_picture`: the query is a picture file, not words."""
+    """A query with its hits, nearest first; none for words that the model does not know. `is_picture`: the query is a
+    picture file, not words."""
 
     query: str
     hits: list[Hit]
@@ -102,6 +104,9 @@ def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top
         embeds[file] = one.embeds[0]
     results = []
     for query in queries:
+        if query in words and _is_unknown(query, embedder.tokenizer):
+            results.append(Search(query, []))
+            continue
         cosines = embedded.embeds @ embeds[query]
         best = np.argsort(-cosines, kind="stable")[:top].tolist()
         hits = [Hit(int(embedded.rows[place]), float(cosines[place])) for place in best]
@@ -163,7 +168,7 @@ def as_lines(results: Sequence[Search], pictures: Pictures) -> Iterator[str]:
     """Yield a line for each query with its three nearest pictures and their cosines."""
     for search in results:
         hits = [f"{_title(pictures, hit.index)} {hit.similarity:.2f}" for hit in search.hits[:3]]
-        yield f"{shortened(search.query, 60)}: {', '.join(hits)}"
+        yield f"{shortened(search.query, 60)}: {', '.join(hits) or 'the model knows no part of these words'}"
 
 
 def _title(pictures: Pictures, index: int) -> str:
@@ -187,6 +192,15 @@ def _thumbnail(pictures: Pictures, index: int, side: int) -> Picture:
         return thumbnail(decode_small(pictures.image(index), side), label, side)
     except BadSample as error:
         raise OSError(f"{pictures.name(index)} has changed since it was embedded ({error}); search again") from error
+
+
+def _is_unknown(words: str, tokenizer: Any) -> bool:
+    """Return whether a tokenizer of transformers makes only blanks and special tokens of words, such as `<unk>`."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return False
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(words)["input_ids"])
+    return set(tokens) <= {"▁", *tokenizer.all_special_tokens}
 
 
 def _is_picture(query: str) -> bool:

@@ -33,6 +33,7 @@ TRICKY = (
     *("red disc", "RED  Disc!", "  a (red), disc.  ", "unknown words entirely", "qqq zzz", "日本語 テスト ｶﾞ"),
     *("한글 각", "Über-straße", "É E\u0301 e\u0301 ﬁne", "ΑΣ ς ΐ", "İstanbul \u0131", "ﷺ ½ ①", "\uff41\uff42 Ⅻ"),
     *("नमस्ते क्षि", "👩\u200d👩\u200d👧 🏳️\u200d🌈", "<pad>red<unk> disc</s>", "\uff1c\uff55nk\uff1e", "▁a ▁▁b"),
+    *("<pad>", "<s> </s>", "<unk><pad>"),
     *(" \u00a0 x\u200by\ufeffz \u0085 q", "a\tb\nc", "\u200b", "...", "constructor toString", "red " * 50),
     "reddiscbargreyringcross" * 9,
 )
@@ -101,7 +102,7 @@ def test_tokens_and_embeddings_are_python_s(tokenizer: PreTrainedTokenizerBase, 
         tokens = tokenise(tokenizer, [asked], 8)
         expected = tokens["input_ids"][tokens["attention_mask"].bool()].tolist()
         assert ids == expected, asked
-        if set(expected) <= {tokenizer.unk_token_id}:
+        if set(expected) <= {*tokenizer.all_special_ids}:
             assert embedding == []
             continue
         known += 1
@@ -152,13 +153,32 @@ def test_any_words_find_what_python_finds(
 
     cleared = look(page, tmp_path, script="input.value = ' '; form.requestSubmit();")
     assert cleared.facts["shown"] == 1
-    unknown = look(page, tmp_path, script="input.value = '\\u10e7'; form.requestSubmit();")
-    assert "The model knows no part of these words." in unknown.dom
+    for words in ("\\u10e7", "<pad>", "<unk>", "</s> <s>"):
+        script = f"for (const words of ['red', '{words}']) {{ input.value = words; form.requestSubmit(); }}"
+        unknown = look(page, tmp_path, script=script)
+        assert re.search(r'<p id="said"[^>]*>The model knows no part of these words\.</p>', unknown.dom)
+        assert re.search(r'<section id="nearest"[^>]* hidden', unknown.dom)
+        assert unknown.facts["shown"] == 0
     similar = look(page, tmp_path, script="document.querySelector('.search button').click();")
     first = np.argsort(-embeds @ text_embeds(model, processor, ["grey bar"])[0], kind="stable")[0]
     near = np.argsort(-embeds @ embeds[first], kind="stable")[:6]
     (found,) = re.findall(r'<section id="nearest"[^>]*>(.*?)</section>', similar.dom, re.DOTALL)
     assert re.findall(r'<figure title="(.*?)"', found) == [names[row] for row in near]
+
+
+def test_queries_of_unknown_words_find_nothing(
+    tokenizer: PreTrainedTokenizerBase, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of(tokenizer, attend_to_padding=False, pooling="mean")
+    model.save_pretrained(tmp_path / "model")
+    build_processor(model.config, tokenizer).save_pretrained(tmp_path / "model")
+    queries = ("<pad>", "\u10e7", "</s> <unk>", "<pad> red")
+    cli.main(
+        ["search", str(tmp_path / "model"), str(pictures), *queries, "--out", str(tmp_path / "a.html"), "--top", "3"]
+    )
+    sections = re.findall(r'<section class="search".*?</section>', (tmp_path / "a.html").read_text(), re.DOTALL)
+    assert [section.count("<figure") for section in sections] == [0, 0, 0, 3]
+    assert capsys.readouterr().out.count("knows no part of these words") == 3
 
 
 BROKEN = """

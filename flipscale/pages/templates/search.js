@@ -43,9 +43,10 @@ const filter = () => {
     "No query on this page has these words; flipscale search MODEL FOLDER 'words' searches for any.";
 };
 const search = () => {
-  const text = input.value.trim(), vector = text && embed(text);
+  const text = input.value.trim();
   for (const row of rows) row.hidden = Boolean(text);
   nearest.hidden = true;
+  const vector = text && knows(text) && embed(text);
   if (vector) show(text, vector, data.top);
   said.textContent = text && !vector ? "The model knows no part of these words." : "";
 };

@@ -1,6 +1,7 @@
 // The tokenizer: SentencePiece's unigram model, as the tokenizers library computes it.
 const encoder = new TextEncoder(), decoder = new TextDecoder("utf-8", {ignoreBOM: true}), clusters = new Intl.Segmenter();
 const vocabulary = new Map(tower.pieces.map(([piece, score], id) => [piece, {id, score}]));
+const silent = new Set([tower.unknown.id, ...Object.values(tower.special)]);
 const special = new RegExp(`(${Object.keys(tower.special).join("|")})`);
 const characters = bytes(tower.characters), view = new DataView(characters.buffer);  // a trie as a double array, then texts
 const unit = node => view.getUint32(4 + 4 * node, true), offset = unit => (unit >>> 10) << ((unit & 512) >>> 6);
@@ -47,6 +48,9 @@ const tokens = text => text.split(special).flatMap(part => {
   return marked ? `${marked.startsWith("▁") ? "" : "▁"}${marked}`.split(/(?=▁)/).flatMap(ofWord) : [];
 }).slice(0, tower.max_position_embeddings);
 
+// Whether a token of a text is more than a blank.
+const knows = text => tokens(text).some(id => !silent.has(id) && id !== vocabulary.get("▁")?.id);
+
 // The tower: tokens are rows, as in flipscale/model/modeling_flip.py.
 const weights = {};
 for (const [name, text] of Object.entries(tower.weights)) weights[name] = new Float32Array(bytes(text).buffer);
@@ -80,7 +84,7 @@ const attention = (queries, keys, values) => queries.map(query => {
 const embed = text => {
   const ids = tokens(text), width = tower.hidden_size;
   const row = (kind, at) => weights[`embeddings.${kind}_embedding.weight`].subarray(at * width, (at + 1) * width);
-  if (ids.every(id => id === tower.unknown.id)) return undefined;
+  if (ids.every(id => silent.has(id))) return undefined;
   while (tower.attend_to_padding && ids.length < tower.max_position_embeddings) ids.push(tower.pad_token_id);
   const places = [...ids.keys()].filter(at => tower.attend_to_padding || ids[at] !== tower.pad_token_id);
   let rows = plus(places.map(at => row("token", ids[at])), places.map(at => row("position", at)));
