@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     embedded = embedded_pictures(embedder, pictures, args.out.with_suffix(".npz"))
     if embedded.faults:
         first = embedded.faults[0]
-        print(f"{len(embedded.faults)} of {len(pictures)} pictures are damaged and left out, the first: {first}")
+        print(f"{len(embedded.faults)} of {len(pictures)} pictures cannot be read and are left out, the first: {first}")
     results = searches(embedder, embedded, queries, args.top)
     model = data_name(str(Path(args.model).parent) if Path(args.model).name == "model" else args.model)
     texts = {"model": model, "place": data_name(args.pictures), "top": args.top}

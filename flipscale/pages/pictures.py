@@ -20,7 +20,7 @@ from flipscale.evaluation.embedding import Decoder
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress
-from flipscale.preparation.lists import FileList, picture_files
+from flipscale.preparation.lists import FileList, is_outside, picture_files
 
 _READ = DataRecipe(lanes=1, shards_per_block=1)
 _BATCH = 64
@@ -55,7 +55,7 @@ class FolderPictures:
         rows: list[list[str | int]] = []
         for name in self.files.files:
             path = self.files.root / name
-            stat = path.stat() if path.is_file() else None
+            stat = path.stat() if path.is_file() and not is_outside(self.files.root, name) else None
             rows.append([name, stat.st_size, stat.st_mtime_ns] if stat else [name])
         return rows
 

@@ -17,7 +17,6 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -293,9 +292,9 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
 
 
 def picture_files(root: Path) -> FileList:
-    """Return the images below a folder by name, with or without captions; links to other folders are followed."""
+    """Return the images below a folder by name, with or without captions. Links out of the folder are not followed."""
     files, _, num_captioned = _walk(root)
-    return FileList(root, files, num_captioned, allow_outside=True)
+    return FileList(root, files, num_captioned)
 
 
 def _walk(root: Path) -> tuple[list[str], list[Path], int]:
@@ -734,8 +733,8 @@ def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_I
         raise UnreadableFile("the name of the file is not UTF-8; rename it")
     path = root / name
     try:
-        if not allow_outside and not os.path.realpath(path).startswith(os.path.join(_real_folder(root), "")):
-            raise OutsideFolder(f"it lies outside {root}; --allow_outside reads it all the same")
+        if not allow_outside and is_outside(root, name):
+            raise OutsideFolder(f"it lies outside {root}")
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
             raise UnreadableFile(f"{name} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file")
@@ -747,9 +746,9 @@ def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_I
         raise UnreadableFile(f"{name}: {error.strerror or error}") from error
 
 
-@cache
-def _real_folder(root: Path) -> str:
-    return os.path.realpath(root)
+def is_outside(root: Path, name: str) -> bool:
+    """Return whether the file that a list in the folder `root` names lies outside `root`, by its name or by a link."""
+    return not os.path.realpath(root / name).startswith(os.path.join(os.path.realpath(root), ""))
 
 
 def _captions_of(texts: Any) -> list[str]:

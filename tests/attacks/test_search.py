@@ -1,6 +1,7 @@
 """Attacks on a search: its words, its pictures, and files in the place of its own."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,28 @@ def no_files(folder: Path) -> None:
     (folder / "pictures/loop").symlink_to(".")
 
 
+def links_out(folder: Path) -> None:
+    """Link a picture and a caption out of the folder, each of which is readable."""
+    (folder / "elsewhere").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "elsewhere/private.png")
+    (folder / "elsewhere/private.txt").write_text("private words")
+    (folder / "pictures/out.png").symlink_to(folder / "elsewhere/private.png")
+    (folder / "pictures/linked").symlink_to(folder / "elsewhere")
+    (folder / "pictures/0.txt").symlink_to(folder / "elsewhere/private.txt")
+    (folder / "pictures/in.png").symlink_to("1.png")
+
+
+def has_five(folder: Path, ended: Ended) -> None:
+    page = (folder / "search.html").read_text()
+    assert len(set(re.findall(r'<figure title="(\d|in)\.png"', page))) == 5
+    assert "out.png" not in page
+    assert "private" not in page
+
+
+def finds_nothing(folder: Path, ended: Ended) -> None:
+    assert "<figure title" not in (folder / "search.html").read_text()
+
+
 def runs_nothing(folder: Path, ended: Ended) -> None:
     obeys_nothing(folder, ended)
     page = (folder / "search.html").read_text()
@@ -60,6 +83,8 @@ ATTACKS = [
     refused("words that are no text", search("\udcff"), "UTF-8"),
     survived("names that are code", search("a", change=odd_names), "1 of 8 pictures", check=runs_nothing),
     survived("pipes and links among pictures", search("a", change=no_files), "3 of 7 pictures", check=runs_nothing),
+    survived("links out of the pictures", search("red", change=links_out), "2 of 7 pictures", check=has_five),
+    survived("words that are tokens without a meaning", search("<pad>", "<unk>"), "2 queries", check=finds_nothing),
     refused("numbers of the user's where embeddings go", search("a", change=numbers), "search.npz", check=IS_KEPT),
     refused("notes of the user's where embeddings go", search("a", change=NOTES), "search.npz", check=IS_KEPT),
     refused("a pipe where embeddings go", search("a", change=pipe("search.npz")), "search.npz"),

@@ -45,7 +45,7 @@ def test_it_finds_the_nearest_and_keeps_the_embeddings(
     asked = [trained / "model", pictures, "a red disc", pictures / "blue/2.png"]
     search(*asked, "--queries", tmp_path / "queries.txt", "--out", page, "--top", "3")
     printed = capsys.readouterr().out
-    assert "1 of 12 pictures are damaged and left out, the first: grey/3.png: " in printed
+    assert "1 of 12 pictures cannot be read and are left out, the first: grey/3.png: " in printed
     assert f"{page}: 3 queries over 11 pictures; open it in a browser" in printed
 
     files = sorted(path for path in pictures.rglob("*.png") if path != pictures / "grey/3.png")
@@ -69,7 +69,7 @@ def test_it_finds_the_nearest_and_keeps_the_embeddings(
     # The second time nothing is embedded; of other pictures, everything.
     monkeypatch.setattr(search_page, "_embed", None)
     search(*asked[:3], "--out", page)
-    assert "1 of 12 pictures are damaged" in capsys.readouterr().out
+    assert "1 of 12 pictures cannot be read" in capsys.readouterr().out
     (pictures / "red/8.png").unlink()
     with pytest.raises(SystemExit):
         search(*asked[:3], "--out", page)
