@@ -19,7 +19,7 @@ from flipscale.engines.failures import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.planning.budget import in_shares
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.training.console import only_describes, report_user_errors, start_logging
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
 from flipscale.training.report import begin_run, end_run
@@ -149,7 +149,8 @@ def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float)
 
         run_dir = Path(recipe.output_dir)
         export_checkpoint(checkpoint_of(run_dir, num_steps), run_dir / "model")
-        write_card(run_dir / "model", run_dir, card_name(recipe))
+        with only_describes(run_dir / "model/README.md", run_dir, ("flipscale", "push", str(run_dir), "ORG/NAME")):
+            write_card(run_dir / "model", run_dir, card_name(recipe))
         end_run(recipe, num_steps, trained_seconds)
     start.accelerator.wait_for_everyone()
 

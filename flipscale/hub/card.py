@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from flipscale.evaluation.reports.curves import read_curve
+from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.record import Line, data_name, read_lines, weights_digest
 from flipscale.evaluation.reports.suite_report import INTERVALS, protocols
@@ -24,10 +25,11 @@ from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.files import read_text
+from flipscale.io.files import quoted, read_text
 from flipscale.io.model_folder import local_folder, open_weights, read_object
 from flipscale.io.templates import render
 from flipscale.io.text_table import escape_markdown, markdown_code
+from flipscale.training.console import only_describes
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_summary import RunSummary
 
@@ -53,15 +55,9 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         step: number of steps of the exported checkpoint; None for the finished run.
     """
     curve, run = read_curve(run_dir, step), RunSummary(run_dir, step)
-    figures = []  # caption and name of each
-    if can_draw():
-        (folder / "figures").mkdir(exist_ok=True)
-        if len(curve.points("loss")[0]) > 1:
-            draw_loss([curve], folder / "figures/loss.png")
-            figures.append(("Loss of the training batches against training time", "loss"))
-        for figure, result in result_figures([curve]).items():
-            draw_result([curve], result, folder / f"figures/{figure}.png")
-            figures.append((escape_markdown(f"{_task_name(result)}, {result.shown} against training time"), figure))
+    figures: list[tuple[str, str]] = []
+    with only_describes(folder / "figures", run_dir):
+        figures += _draw_figures(curve, folder / "figures") if can_draw() else []
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     does = _abilities(config)
     model_class, pipeline = _CLASSES[does]
@@ -114,9 +110,21 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
+def _draw_figures(curve: Curve, folder: Path) -> Iterator[tuple[str, str]]:
+    """Draw a run's figures into a folder, and yield the caption and the name of each."""
+    folder.mkdir(exist_ok=True)
+    if len(curve.points("loss")[0]) > 1:
+        draw_loss([curve], folder / "loss.png")
+        yield "Loss of the training batches against training time", "loss"
+    for figure, result in result_figures([curve]).items():
+        draw_result([curve], result, folder / f"{figure}.png")
+        yield escape_markdown(f"{_task_name(result)}, {result.shown} against training time"), figure
+
+
 def card_text(template: str, **values: object) -> str:
     """Return the text that a template of this folder makes of `values`, with an end of line."""
     filters: dict[str, Any] = {"code": markdown_code, "plain": escape_markdown, "number": "{:,}".format}
+    filters["quoted"] = quoted
     filters["rounded"] = lambda value: f"{value:,.{0 if value >= 100 else 2}f}"
     return render(Path(__file__).with_name(f"{template}.md.jinja"), filters, **values) + "\n"
 

@@ -1,6 +1,7 @@
 """Checks of files and folders that a user names, before they are read or written."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from flipscale.io.errors import UserError
 
 _MOST_BYTES = 64 << 20
 _LONGEST_NAME = 255  # bytes of a file name, on all usual file systems
+
+
+def quoted(place: str | Path) -> str:
+    """Return a path, glob or URL as a word of a command in a shell, which no program takes for an option."""
+    text = str(place)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def check_plain(path: Path) -> None:

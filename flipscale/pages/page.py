@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from flipscale.io.files import quoted
 from flipscale.io.templates import render
 from flipscale.io.text_table import duration, rounded
 
@@ -30,6 +31,7 @@ class Picture(NamedTuple):
 def rendered(template: str, **values: object) -> str:
     """Return the page that a template of `templates/` makes of `values`. HTML in the values is escaped."""
     filters = {"duration": duration, "rounded": rounded, "listed": listed, "number": "{:,}".format, "parts": _parts}
+    filters["quoted"] = quoted
     text = render(_TEMPLATES / template, filters, **values)
     # File names may contain halves of surrogate pairs, which UTF-8 lacks, and control characters, which HTML lacks.
     return _CONTROL.sub("", text.encode("utf-8", "backslashreplace").decode())

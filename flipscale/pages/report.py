@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import yaml
 
 from flipscale.data.decode import decode_small
 from flipscale.data.pairs import InputShape
-from flipscale.data.samples import BadSample, evenly
+from flipscale.data.samples import evenly
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.reports.curves import Curve, read_curve
@@ -34,6 +35,7 @@ from flipscale.pages.answers import (
     shown_task,
 )
 from flipscale.pages.page import Picture, drawing, listed, rendered, shortened, thumbnail
+from flipscale.training.console import only_describes
 from flipscale.training.recipe import Recipe, deciding_part
 from flipscale.training.report import OWN_TASKS, evaluation_flags
 from flipscale.training.run_summary import RunSummary
@@ -45,8 +47,6 @@ _SIDE, _MASK_SIDE = 112, 96
 _MOST_SHOWN, _MOST_CLASSES, _MOST_WRONG, _LARGEST_MATRIX = 12, 6, 9, 12
 _MOST_LETTERS, _MOST_RECIPE = 90, 20_000
 _MOST_FIGURES, _MOST_RESULTS = 8, 60
-# Pictures, texts and files on the page may be anybody's, or gone.
-_FAULTS = (ValueError, OSError, BadSample, RuntimeError, yaml.YAMLError)
 
 Made = TypeVar("Made")
 
@@ -56,11 +56,10 @@ _log = logging.getLogger(__name__)
 def offer_report(recipe: Recipe, load: Load) -> None:
     """Write the report of a finished run and log its path. A failure is one warning, because the run is complete."""
     path = Path(recipe.output_dir) / REPORT
-    try:
+    retry = ("flipscale", "pretrain", "--config", str(path.with_name("recipe.yaml")))
+    with only_describes(path, path.parent, retry):
         write_report(recipe, load)
         _log.info("%s shows the run: open it in a browser", path)
-    except _FAULTS as error:
-        _log.warning("%s was not written (%s); the run is complete without it", path, _reason(error))
 
 
 def write_report(recipe: Recipe, load: Load) -> Path:
@@ -239,18 +238,21 @@ def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
     source, shape = open_source(recipe.data), InputShape.of(recipe.model_config())
     objective = recipe.objective()
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens) if objective.takes_text else None
+    data = replace(recipe.data, pack_captions=False)  # a row of text for each caption
     # Mixup pairs pictures, so a classifier's batch stays even.
     positions = list(range(min(count, len(source)) if tokenizer else count))
 
     def batch(mask_ratio: float, image_size: int | None) -> dict[str, Any]:
         size = shape.at(image_size)
-        dataset = objective.dataset(source, tokenizer, recipe.data, size, recipe.seed, mask_ratio, recipe.mask)
+        dataset = objective.dataset(source, tokenizer, data, size, recipe.seed, mask_ratio, recipe.mask)
         return dataset.__getitems__(positions)
 
     whole = batch(0.0, None)
     if tokenizer is not None:
         decoded = tokenizer.batch_decode(whole["input_ids"], skip_special_tokens=True)
-        captions = [str(text).strip() for text in decoded]
+        texts, per_image = [str(text).strip() for text in decoded], len(decoded) // len(positions)
+        own = [texts[row : row + per_image] for row in range(0, len(texts), per_image)]
+        captions = [" / ".join(dict.fromkeys(filter(None, several))) for several in own]
     else:
         classes = kept_class_names(Path(recipe.output_dir), recipe.loss.options["num_classes"])
         captions = [" and ".join(classes[n] for n in dict.fromkeys(labels)) for labels in whole["labels"].tolist()]
@@ -261,7 +263,7 @@ def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
         columns, size = whole if (ratio, side) == (0.0, None) else batch(ratio, side), shape.at(side)
         everything = np.arange(size.num_patches)
         index = columns["patch_index"].numpy() if "patch_index" in columns else [everything] * len(positions)
-        for place in range(len(captions)):
+        for place in range(len(positions)):
             patches, where = columns["patches"][place].numpy(), np.asarray(index[place])
             if where.ndim > 1:  # the first of several views
                 patches, where = patches[0], where[0]
@@ -320,7 +322,7 @@ def _try_part(name: str, missing: list[str], make: Callable[[], Made]) -> Made |
     """Return a part of the page; if it fails, add its name and the reason to `missing` and return None."""
     try:
         return make()
-    except _FAULTS as error:
+    except Exception as error:  # pictures, texts and files of the page may be anybody's, or gone
         missing.append(f"{name}: {_reason(error)}.")
         return None
 

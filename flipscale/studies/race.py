@@ -27,6 +27,7 @@ from flipscale.io.files import read_text
 from flipscale.pages.report import masked_crops, offer_report
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
+from flipscale.training.console import only_describes
 from flipscale.training.recipe import Recipe, parse_recipe
 
 # Marks a folder as a race's.
@@ -99,15 +100,16 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
         difference = max(seconds) / min(seconds) - 1
         parts.append(f"The clocks differ by {difference:.1%}: the runs do not compare at equal time.")
     table = "\n\n".join(parts)
-    figures = output_dir / "figures"
-    figures.mkdir(exist_ok=True)
-    draw_loss(curves, figures / "loss.png")
-    for number, (name, result) in enumerate(result_figures(curves).items()):
-        draw_result(curves, result, figures / f"{name}.png")
-        if number == 0:
-            shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
-    _draw_patches(runs[0].recipe, figures / "patches.png")
     write_text(output_dir / "table.md", table + "\n")
+    figures = output_dir / "figures"
+    with only_describes(figures, output_dir):
+        figures.mkdir(exist_ok=True)
+        draw_loss(curves, figures / "loss.png")
+        for number, (name, result) in enumerate(result_figures(curves).items()):
+            draw_result(curves, result, figures / f"{name}.png")
+            if number == 0:
+                shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
+        _draw_patches(runs[0].recipe, figures / "patches.png")
     run_dir, model = runs[0].run_dir, output_dir / "model"
     with atomic_write(model) as partial:
         shutil.copytree(run_dir / "model", partial)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +127,26 @@ def report_user_errors() -> Iterator[ErrorReport]:
         _leave(_ending_of(error, report.run_dir), error, report)
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def only_describes(piece: str | Path, run_dir: Path, command: Sequence[str] = ()) -> Iterator[None]:
+    """Turn any error into one warning, for a piece that only describes a run. The run and its next pieces go on.
+
+    Args:
+        piece: file or name of the piece.
+        run_dir: run directory, which receives the traceback of an unexpected error.
+        command: command that makes the piece later.
+    """
+    try:
+        yield
+    except Exception as error:  # fonts, plugins and pictures can raise anything
+        reason = _one_line(str(error))
+        if not isinstance(error, (UserError, OSError)):
+            reason = f"{_description(error)}; {_keep_traceback(error, ErrorReport(run_dir))}"
+        retry = f"; to write it: {shlex.join(command)}" if command else ""
+        message = "%s was not written (%s); training is not affected%s"
+        logging.getLogger(__name__).warning(message, piece, reason, retry)
 
 
 def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:

@@ -3,10 +3,13 @@
 import logging
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flipscale.engines.device import attention_kernel
 from flipscale.engines.launch import launched_precision, precision_in_words
@@ -15,7 +18,9 @@ from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.io.atomic import sync
+from flipscale.io.files import quoted
 from flipscale.io.text_table import duration
+from flipscale.training.console import only_describes
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe
 from flipscale.training.run_directory import device_name, write_run_files
@@ -63,7 +68,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
             ("precision", precision_in_words(os.environ)),
             ("processes", f"{num_processes}, {engine}" if num_processes > 1 else "1"),
             ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
-            ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
+            ("run folder", f"{run_dir}; `flipscale status {quoted(run_dir)} --watch` follows it"),
         ]
         device, vision = start.accelerator.device, recipe.model_config().vision_config
         if device.type == "cuda":
@@ -88,21 +93,15 @@ def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> None:
     sync(run_dir)  # the model's name is on disk before the mark
     (run_dir / "DONE").touch()
     sync(run_dir)
-    _log.info("%s", last_block(recipe, num_steps, trained_seconds, list(figures), latest(read_results(run_dir))))
+    with only_describes("the last lines", run_dir):
+        _log.info("%s", last_block(recipe, num_steps, trained_seconds, list(figures), latest(read_results(run_dir))))
 
 
 def draw_figures(run_dir: Path) -> dict[str, str]:
-    """Draw the figures of a run into `figures/`, and return their captions by name; empty without matplotlib.
-
-    A run does not end for its figures: an error of matplotlib is logged.
-    """
-    if not can_draw():
-        return {}
-    try:
-        return draw_run(read_curve(run_dir), run_dir / "figures")
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        _log.warning("the figures could not be drawn (%s: %s); the run goes on", type(error).__name__, error)
-        return {}
+    """Draw the figures of a run into `figures/`, and return their captions by name; empty if they cannot be drawn."""
+    with only_describes(run_dir / "figures", run_dir):
+        return draw_run(read_curve(run_dir), run_dir / "figures") if can_draw() else {}
+    return {}
 
 
 def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str], results: Sequence[Result]) -> str:
@@ -122,9 +121,9 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
         *((one.who, f"{one.task} {one.shown}, {one.estimate_text} against the model before") for one in changes),
         ("model", f"{model}, its card {model / 'README.md'}"),
         ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
-        ("next", f"flipscale evaluate {model} {evaluation_flags(recipe.loss.kind, data)}"),
-        *([] if own else [("", f"flipscale search {model} FOLDER 'what to look for'")]),
-        ("", f"flipscale push {run_dir} ORG/NAME"),
+        ("next", f"flipscale evaluate {quoted(model)} {evaluation_flags(recipe.loss.kind, data)}"),
+        *([] if own else [("", f"flipscale search {quoted(model)} FOLDER 'what to look for'")]),
+        ("", f"flipscale push {quoted(run_dir)} ORG/NAME"),
     ]
     pairs = step * recipe.data.global_batch_size
     return _block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
@@ -132,8 +131,10 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
 
 def evaluation_flags(loss_kind: str, data: str) -> str:
     """Return the flags of `flipscale evaluate` for a model of this loss on `data`."""
-    own = OWN_TASKS.get(loss_kind)
-    return f"--task '{{kind: {own}, data: {data}}}'" if own else f"--zero_shot {data}"
+    if own := OWN_TASKS.get(loss_kind):
+        fields = yaml.safe_dump({"kind": own, "data": data}, default_flow_style=True, sort_keys=False, width=1 << 20)
+        return f"--task {shlex.quote(fields.strip())}"
+    return f"--zero_shot {quoted(data)}"
 
 
 def interval_line(place: str, record: Mapping[str, Any], seconds_left: float | None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
-from attacks.changes import kept, mine, obeys_nothing, pipe, text
+from attacks.changes import kept, lacks, mine, obeys_nothing, pipe, text
 from conftest import metrics
 
 from flipscale.io.lock import FolderLock
@@ -132,6 +132,14 @@ def done_without(folder: Path, *names: str) -> list[str]:
 
 
 @later
+def without_page(folder: Path, change: Change) -> list[str]:
+    """A finished run without its page, after `change` to its directory."""
+    (ground.run_of(folder) / "report.html").unlink()
+    change(folder / "run")
+    return ground.pretrain(folder)
+
+
+@later
 def torn(folder: Path, name: str, tail: bytes) -> list[str]:
     """A stopped run with bytes at the end of a file."""
     with open(ground.run_of(folder, up_to=8) / name, "ab") as file:
@@ -218,6 +226,12 @@ def line(name: str, **record: object) -> Change:
 def folder_at(run: Path, name: str) -> None:
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir(parents=True)
+
+
+@later
+def file_at(run: Path, name: str) -> None:
+    shutil.rmtree(run / name)
+    (run / name).write_text("mine")
 
 
 def heartbeat(**content: object) -> Change:
@@ -316,6 +330,11 @@ ATTACKS = [
     survived("DONE, and the checkpoints removed", done_without("checkpoints"), "done", check=untouched),
     survived("DONE, and the model removed", done_without("model"), "flipscale export", check=untouched),
     survived("DONE, and both removed", done_without("checkpoints", "model"), "done", check=untouched),
+    survived(
+        "the page of a run whose facts are damaged",
+        without_page(text("environment.json", '{"num_parameters": ["x"]}')),
+        "run/report.html was not written", "flipscale pretrain --config", check=lacks("run/report.html"),
+    ),
     goes_on("DONE removed", done_without("DONE")),
     refused("DONE and the checkpoints removed", done_without("DONE", "checkpoints"), "model", check=untouched),
     goes_on("recipe.yaml of a stopped run removed", done_without("DONE", "model", "recipe.yaml")),
@@ -329,6 +348,7 @@ ATTACKS = [
     goes_on("binary garbage in results.jsonl", torn("results.jsonl", b'\0\xff\n{"step": "x"}\n{}\n')),
     goes_on("binary garbage in bad_samples.jsonl", torn("bad_samples.jsonl", b"\0\xff\n{}\n")),
     goes_on("garbage in heartbeat.json", torn("heartbeat.json", b"\0\xff{")),
+    goes_on("a file where figures go", resumed(file_at("figures")), "figures was not written"),
     refused("garbage in recipe.yaml", torn("recipe.yaml", b"\n\t- {"), "recipe.yaml"),
     stopped_by("Ctrl-C", "SIGINT", signal.SIGINT),
     stopped_by("a terminal that is closed", "SIGHUP", signal.SIGHUP),

@@ -103,10 +103,13 @@ def test_the_finished_model_arrives_and_loads(
     hub._faults.clear()
 
     main(["push", str(run_dir), "org/name", "--step", "24", "--revision", "before"])
-    # The same command as before: the run is done, what is missing is the push.
+    # The same command as before: the run is done, what is missing is the push. A page that fails does not prevent it.
+    (run_dir / "report.html").unlink()
+    (run_dir / "environment.json").write_text('{"num_parameters": ["x"]}')
     main(["pretrain", "--config", str(file)])
     told = capsys.readouterr()
     assert f"{run_dir} is on the Hub: {hub.endpoint}/org/name" in told.out
+    assert not (run_dir / "report.html").exists()
     local = run_dir / "model"
     sent = {str(path.relative_to(local)): path.read_bytes() for path in local.rglob("*") if path.is_file()}
     assert hub.content("org/name") == sent

@@ -1,12 +1,13 @@
 """Room on a disk, sizes in words, and cores."""
 
+import shlex
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from flipscale.io.files import check_disk_space, size_text
+from flipscale.io.files import check_disk_space, quoted, size_text
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +25,11 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch:
 )
 def test_sizes(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+def test_a_path_is_one_word_of_a_shell() -> None:
+    for path in ("a b", "it's", "$(x)", "*.tar", "-dash.yaml"):
+        (word,) = shlex.split(quoted(path))
+        assert word.removeprefix("./") == path
+        assert not word.startswith("-")
+    assert quoted(Path("runs/a")) == "runs/a"

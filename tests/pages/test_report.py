@@ -1,14 +1,20 @@
 """The report of a run: its content, in a browser too, and that its failure never ends a run."""
 
 import dataclasses
+import json
 import logging
 import re
+import shlex
 import shutil
+import tarfile
 from html import unescape
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import yaml
+from conftest import add_member, changed_recipe, draw
 from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 
@@ -117,6 +123,13 @@ def test_top_k_of_k_classes_is_left_out(copied: Path) -> None:
     assert "five kinds" in write_report(changed, load_flip).read_text()
 
 
+def test_its_commands_are_words_of_a_shell(copied: Path) -> None:
+    run_dir = copied.rename(copied.with_name("my 'run' $(x)"))
+    page = write_report(dataclasses.replace(recipe_of(run_dir), output_dir=str(run_dir)), load_flip).read_text()
+    commands = [shlex.split(unescape(text)) for text in re.findall(r"<pre[^>]*>(flipscale .*?)</pre>", page)]
+    assert [words[1:3] for words in commands] == [[verb, str(run_dir)] for verb in ("search", "evaluate", "push")]
+
+
 def test_figures_make_room(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
     whole = len(write_report(changed, load_flip).read_bytes())
@@ -132,8 +145,45 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     (copied / "environment.json").write_text("{")
     offer_report(changed, load_flip)
     (words,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
-    assert re.fullmatch(r".*/report\.html was not written \(.* is damaged .*\); the run is complete without it", words)
+    assert re.fullmatch(
+        r".*/report\.html was not written \(.* is damaged .*\); training is not affected; to write it: .*", words
+    )
     assert not (copied / "report.html").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("captions_per_image", [1, 2, 3])
+def test_each_picture_has_its_own_captions(recipe: dict, tmp_path: Path, packed: bool, captions_per_image: int) -> None:
+    text = {**recipe["model"]["text_config"], "attend_to_padding": False}
+    changed = {
+        "model": {"text_config": text},
+        "data": {"pack_captions": packed},
+        "loss": {"captions_per_image": captions_per_image},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed_recipe(recipe, changed)))
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    plain = mask_rows(parse_recipe(["--config", str(tmp_path / "plain.yaml")]), 5)
+    rows = mask_rows(recipe_of(tmp_path), 5)
+    # A sample of this set has one caption, which is drawn again for each of several.
+    assert rows == plain
+    assert all(len({picture.alt for picture in pictures}) > 1 for pictures in rows.values())
+
+
+def test_all_captions_of_a_picture_are_shown(recipe: dict, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    image = cv2.imencode(".png", draw("red", "disc", np.random.default_rng(0)))[1].tobytes()
+    with tarfile.open(tmp_path / "data/0.tar", "w") as tar:
+        for number in range(8):
+            add_member(tar, f"{number}.png", image)
+            add_member(
+                tar, f"{number}.json", json.dumps({"captions": [f"a {c} disc" for c in ("red", "grey")]}).encode()
+            )
+    changed = {"data": {"shards": str(tmp_path / "data")}, "loss": {"captions_per_image": 2}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed_recipe(recipe, changed)))
+    for pictures in mask_rows(recipe_of(tmp_path), 4).values():
+        assert len(pictures) == 4
+        for picture in pictures:
+            assert {"a red disc", "a grey disc"} == set(picture.alt.split(", ")[0].split(" / "))
 
 
 def test_a_stage_s_pictures_have_its_own_size(recipe: dict, tmp_path: Path) -> None:

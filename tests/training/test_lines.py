@@ -2,17 +2,19 @@
 
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import launch, pretrain
 
 from flipscale.evaluation.results import Result
 from flipscale.training import report
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.report import draw_figures, interval_line, last_block, results_line
+from flipscale.training.report import draw_figures, evaluation_flags, interval_line, last_block, results_line
 from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 
@@ -142,6 +144,18 @@ def test_without_matplotlib_a_run_says_how_to_get_it(
     assert f"  next     flipscale evaluate {tmp_path}/run/model --zero_shot TEST_SET\n" in said
 
 
+def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "my 'run' $(x)"))])
+    lines = last_block(recipe, 40, 3.0, [], []).splitlines()
+    commands = [shlex.split(line.split("flipscale ", 1)[1]) for line in lines if " flipscale " in line]
+    model = f"{tmp_path}/my 'run' $(x)/model"
+    assert [words[:2] for words in commands[:2]] == [["evaluate", model], ["search", model]]
+    assert commands[2] == ["push", f"{tmp_path}/my 'run' $(x)", "ORG/NAME"]
+    for data in ("a b", "it's", "a, b: {c}", "-x"):
+        assert shlex.split(evaluation_flags("infonce", data))[1].removeprefix("./") == data
+        assert yaml.safe_load(shlex.split(evaluation_flags("captioning", data))[1])["data"] == data
+
+
 def test_a_model_that_compares_nothing_is_not_searched_with(write_recipe, tmp_path: Path) -> None:
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     said = last_block(replace(recipe, loss=replace(recipe.loss, kind="captioning")), 40, 3.0, [], [])
@@ -156,7 +170,23 @@ def test_figures_that_cannot_be_drawn_are_a_warning(
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples_seen": 16, "trained_seconds": 1.0}\n')
     with caplog.at_level("WARNING", "flipscale"):
         assert draw_figures(tmp_path) == {}
-    assert "the figures could not be drawn (" in caplog.text
+    assert f"{tmp_path}/figures was not written (" in caplog.text
+
+
+def test_a_broken_matplotlib_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("stages: [{name: masked, mask_ratio: 0.5}]\n")
+    place = '"samples_seen": 16, "trained_seconds": 1.0, "loss": 1.0, "stage": "masked"'
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}, {place}}}\n' for step in (1, 2)))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "matplotlib.py").write_text("raise AttributeError('_ARRAY_API not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    with caplog.at_level("WARNING", "flipscale"):
+        assert draw_figures(tmp_path) == {}
+    assert "_ARRAY_API" in caplog.text
 
 
 def test_results_are_the_headlines() -> None:
