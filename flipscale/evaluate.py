@@ -19,7 +19,7 @@ from flipscale.evaluation.results import RESULTS_FILE, as_metrics
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, read_text
+from flipscale.io.files import check_writable, quoted, read_text
 from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, add_num_workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
@@ -300,7 +300,7 @@ def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
     if not prepared:
         which = f"of suite {args.suite} " if args.suite else ""
         raise UserError(
-            f"no task {which}is prepared in {tasks_dir}; run `flipscale prepare tasks {tasks_dir} --suite "
+            f"no task {which}is prepared in {tasks_dir}; run `flipscale prepare tasks {quoted(tasks_dir)} --suite "
             f"{args.suite or 'paper'}`"
         )
     missing = [page.name for page in pages if page.name not in prepared]

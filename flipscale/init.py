@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, is_utf8, last_line
+from flipscale.io.files import check_writable, is_utf8, last_line, quoted
 from flipscale.io.options import Count, MinutesAboveZero, Positive, number
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(args.tokenizer, 64)
     except ValueError as error:
         raise UserError(
-            f"{error}; `flipscale prepare tokenizer {shlex.quote(args.shards)} DIR` makes one of captions"
+            f"{error}; `flipscale prepare tokenizer {quoted(args.shards)} DIR` makes one of captions"
         ) from error
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
@@ -292,8 +291,7 @@ def _command(args: argparse.Namespace) -> str:
     from flipscale.planning.memory import GPUS_OF_A_NODE
 
     files = "" if Path("ds_configs/ddp.yaml").exists() else "flipscale launch_files . && "
-    name = str(args.recipe)
-    recipe, run_dir = shlex.quote(f"./{name}" if name[0] == "-" else name), shlex.quote(f"runs/{args.recipe.stem}")
+    recipe, run_dir = quoted(args.recipe), quoted(f"runs/{args.recipe.stem}")
     if args.gpu and args.num_gpus > GPUS_OF_A_NODE:
         nodes = -(-args.num_gpus // GPUS_OF_A_NODE)
         where = f"RECIPE={recipe} RUN={run_dir} LAUNCH_FILE=ds_configs/ddp.yaml"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
+from flipscale.io.files import quoted
 from flipscale.io.options import (
     Count,
     CountOrZero,
@@ -227,7 +228,7 @@ def _shards(args: argparse.Namespace) -> None:
     train, *tests = reports
     held_out = f"; {tests[0]} is held out, and {args.directory} is the test set for evaluations" if tests else ""
     print(f"\n{train} is for data.shards of a recipe{held_out}")
-    print(f"next: flipscale prepare tokenizer {train} {args.directory / 'tokenizer'}")
+    print(f"next: flipscale prepare tokenizer {quoted(train)} {quoted(args.directory / 'tokenizer')}")
 
 
 def _open(shards: str, max_bad_fraction: float = 1.0) -> "Source":
@@ -261,8 +262,10 @@ def _tokenizer(args: argparse.Namespace) -> None:
         f"them different; a caption has {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most"
     )
     set_of_parts = Path(args.shards).parent  # with `prepare shards --split`
-    tests = f" --tests {set_of_parts}" if (set_of_parts / "test/manifest.jsonl").is_file() else ""
-    print(f"next: flipscale init RECIPE.yaml --shards {args.shards} --tokenizer {args.directory}{tests}")
+    tests = f" --tests {quoted(set_of_parts)}" if (set_of_parts / "test/manifest.jsonl").is_file() else ""
+    print(
+        f"next: flipscale init RECIPE.yaml --shards {quoted(args.shards)} --tokenizer {quoted(args.directory)}{tests}"
+    )
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -324,7 +327,8 @@ def _weights(args: argparse.Namespace) -> None:
     options.check()
     with new_folder(args.directory) as folder:
         composition = make_weights(_open(args.shards), args.shards, options, folder, args.num_workers)
-    print(f"{args.directory}: {composition}\nnext: flipscale pretrain --config RECIPE --data.weights {args.directory}")
+    print(f"{args.directory}: {composition}")
+    print(f"next: flipscale pretrain --config RECIPE --data.weights {quoted(args.directory)}")
 
 
 def _embed(args: argparse.Namespace) -> None:

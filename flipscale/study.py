@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
+from flipscale.io.files import quoted
 from flipscale.io.options import Count, MinutesAboveZero, number, output_folder
 from flipscale.training.console import start_logging
 
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         folder = args.output_dir or Path("runs", args.study.stem)
         runs = write_plan(args.study, folder)
         print("\n".join(run.name for run in runs))
-        print(f"{len(runs)} runs are planned; train them: flipscale study run {folder}")
+        print(f"{len(runs)} runs are planned; train them: flipscale study run {quoted(folder)}")
     elif args.kind == "budget":
         from flipscale.studies.budget import search_paths
 

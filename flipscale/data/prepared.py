@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.files import quoted, read_text
 
 PREPARED = "prepared.json"
 TASKS_DIR = "data/tasks"  # default folder of `flipscale prepare tasks`
@@ -25,4 +25,6 @@ def check_prepared(folder: Path, task: str) -> None:
     """Raise unless the data of `task` in `folder` is whole."""
     if read_prepared(folder) is None:
         state = "was prepared only in part" if folder.exists() else "is missing"
-        raise UserError(f"the data of task {task} {state}; run `flipscale prepare tasks {folder.parent} --only {task}`")
+        raise UserError(
+            f"the data of task {task} {state}; run `flipscale prepare tasks {quoted(folder.parent)} --only {task}`"
+        )

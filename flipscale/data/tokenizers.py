@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.io.errors import UserError, first_line
+from flipscale.io.files import quoted
 from flipscale.io.hub_requests import guard_requests
 from flipscale.io.model_folder import check_texts, is_path
 from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
@@ -90,7 +91,7 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
         if Path(name).is_dir():
             check_texts(Path(name))
         elif is_path(name):
-            raise UserError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {name}` writes one")
+            raise UserError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {quoted(name)}` writes one")
         else:
             guard_requests()
         tokenizer = read_tokenizer(name)

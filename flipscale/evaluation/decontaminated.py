@@ -15,7 +15,7 @@ from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.files import quoted, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
             raise UserError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error
     if not audited:
         raise UserError(
-            f"{audit} has no overlap/NAME.json; run: flipscale prepare audit SHARDS --tests DIR --output_dir {audit}"
+            f"{audit} has no overlap/NAME.json; run: flipscale prepare audit SHARDS --tests DIR --output_dir "
+            f"{quoted(audit)}"
         )
     all_tasks: list[Task] = []
     compared = 0

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -325,7 +326,7 @@ def push_finished(recipe: Recipe) -> None:
     except (UserError, OSError) as error:
         raise OSError(
             f"{run_dir} is done, but its model is not on the Hub: {error}; push it by hand: "
-            + " ".join(target.command(run_dir))
+            + shlex.join(target.command(run_dir))
         ) from error
     print(f"{run_dir} is on the Hub: {url}")
 

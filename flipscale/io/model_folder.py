@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_plain
+from flipscale.io.files import check_plain, quoted
 from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
 
 # Files of a model folder that must each be one JSON object, if they exist.
@@ -47,7 +47,7 @@ def local_folder(name: str) -> Path | None:
             return path
         raise UserError(
             f"the run {name!r} has no model yet, because a run writes it at its end; wait, or export the newest "
-            f"checkpoint: flipscale export {name}"
+            f"checkpoint: flipscale export {quoted(name)}"
         )
     if path.exists():
         raise UserError(f"{name!r} is a file; name the folder of a model, or of a run")

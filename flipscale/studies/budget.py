@@ -24,7 +24,7 @@ from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.files import quoted, read_text
 from flipscale.io.options import Count, MinutesAboveZero, OpenShare, changed_fields
 from flipscale.io.text_table import markdown_table
 from flipscale.studies.design import change, check_folder, check_names, checked, read_fields, resolve_base
@@ -269,7 +269,9 @@ def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validati
                 courses[path.name].append((60 * rung.minutes, path.result))
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
     winner = output_dir / "winner.yaml"
-    print(f"\n{text}\n\n{output_dir}: report.md, front.png, {winner.name}; flipscale pretrain --config {winner}")
+    print(
+        f"\n{text}\n\n{output_dir}: report.md, front.png, {winner.name}; flipscale pretrain --config {quoted(winner)}"
+    )
     return f"{words}, {last.estimate_text},"
 
 

@@ -13,6 +13,7 @@ from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
+from flipscale.io.files import quoted
 from flipscale.io.text_table import escape_markdown, markdown_code, markdown_table
 from flipscale.planning.flops import stage_flops
 from flipscale.studies.design import BASE, Study, read_plan
@@ -58,7 +59,7 @@ def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyRes
     if all(run.levels for run in results):
         raise UserError(
             f"{output_dir} has {len(results)} finished runs of {len(runs)}, none of the base, which the others are "
-            f"compared with; train them: flipscale study run {output_dir}"
+            f"compared with; train them: flipscale study run {quoted(output_dir)}"
         )
     return study, runs, results
 

@@ -33,7 +33,7 @@ from flipscale.engines.launch import launched_precision
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_disk_space, check_writable
+from flipscale.io.files import check_disk_space, check_writable, quoted
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.preemption import STOP_FILE
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
@@ -93,7 +93,7 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
     if len(recipe.stages) <= len(saved.get("stages") or []):
         missing = "" if (run_dir / "model").exists() else ", but its model is gone"
         if missing and checkpoint is not None:
-            missing += f": `flipscale export {run_dir}` writes it again"
+            missing += f": `flipscale export {quoted(run_dir)}` writes it again"
         fix = "remove it, or choose another output_dir, to train again, or add a stage to train on"
         _log.info("%s is done%s; %s", run_dir, missing, fix)
         return True

@@ -29,6 +29,7 @@ from flipscale.data.sources.raw_data import RAW_SUFFIXES, no_shards
 from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, load_index, open_plain, size_and_time
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
+from flipscale.io.files import quoted
 from flipscale.io.progress import Progress
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -246,7 +247,7 @@ class ShardList:
     @property
     def remedy(self) -> str:
         """Fix of a bad manifest."""
-        return f"write the manifest anew with `flipscale prepare index {self.shards!r}`"
+        return f"write the manifest anew with `flipscale prepare index {quoted(self.shards)}`"
 
     @property
     def stale_remedy(self) -> str:

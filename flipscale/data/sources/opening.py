@@ -10,6 +10,7 @@ from flipscale.data.sources.remote import RemoteTarSource, ShardCache
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.weights import ABOUT, SampleWeights
 from flipscale.io.errors import UserError
+from flipscale.io.files import quoted
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
 
@@ -79,7 +80,7 @@ def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWei
         UserError: the folder has no weights, or those of other shards.
     """
     folder = Path(path).expanduser()
-    remedy = f"make it with `flipscale prepare weights {shards!r} FOLDER`"
+    remedy = f"make it with `flipscale prepare weights {quoted(shards)} FOLDER`"
     if not (folder / ABOUT).is_file():
         plain = f", which `--scores {path}` reads" if folder.suffix == ".npy" else ""
         raise UserError(f"{name} is {path!r}; expected a folder of sampling weights{plain}; {remedy}")
