@@ -19,6 +19,7 @@ VERBS = {
     "finetune": "Fine-tune the model of `model.init_from` as a recipe says, such as to name classes.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
     "search": "Find the pictures of a folder that are nearest to words, and write a page for a browser.",
+    "compare": "Compare runs by their recipes, curves and last results, and write a page for a browser.",
     "status": "Print the progress and speed of runs, and whether they are alive.",
     "export": "Write the model of a checkpoint as a folder that transformers loads.",
     "study": "Train several recipes as one study, and compare them.",

@@ -168,26 +168,30 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
     return list({(m.result.task, m.result.metric, m.result.who): m.result for m in measured}.values())
 
 
-def with_changes(results: Sequence[Result]) -> list[Result]:
-    """Return the uncertain results, each followed by the same before the training, if measured, and by the change.
+def change_of(result: Result, old: Result) -> Result:
+    """Return the difference of two figures of one test. Its `who` is one of `CHANGES`.
 
-    The interval of a change treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for
-    two Wilson intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""
+    The interval treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for two Wilson
+    intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""
+    value, low, high, who = result.value - old.value, None, None, UNCLEAR
+    if old.low is not None and old.high is not None and result.low is not None and result.high is not None:
+        low = value - math.hypot(result.value - result.low, old.high - old.value)
+        high = value + math.hypot(result.high - result.value, old.value - old.low)
+        if low > 0 or high < 0:
+            who = WON if (value > 0) == result.higher_is_better else LOST
+    unit = POINTS if result.unit == "%" else result.unit
+    return dataclasses.replace(result, value=value, low=low, high=high, unit=unit, who=who, chance=None)
+
+
+def with_changes(results: Sequence[Result]) -> list[Result]:
+    """Return the uncertain results, each followed by the same before the training, if measured, and by the change."""
     results = [result for result in results if not result.is_certain]
     before = {result.name: result for result in results if result.who == BEFORE}
     changed = []
     for result in results:
         if result.who == THIS_MODEL and result.name in before:
             old = before.pop(result.name)
-            value, low, high, who = result.value - old.value, None, None, UNCLEAR
-            if old.low is not None and old.high is not None and result.low is not None and result.high is not None:
-                low = value - math.hypot(result.value - result.low, old.high - old.value)
-                high = value + math.hypot(result.high - result.value, old.value - old.low)
-                if low > 0 or high < 0:
-                    who = WON if (value > 0) == result.higher_is_better else LOST
-            unit = POINTS if result.unit == "%" else result.unit
-            changes: dict[str, Any] = {"value": value, "low": low, "high": high, "unit": unit, "who": who}
-            changed += [result, old, dataclasses.replace(result, chance=None, **changes)]
+            changed += [result, old, change_of(result, old)]
         elif result.who != BEFORE:
             changed.append(result)
     return [*changed, *before.values()]

@@ -89,7 +89,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "changes": CHANGES,
         "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
         "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing),
-        "masks": _try_part("What was masked", missing, lambda: mask_rows(recipe)) or {},
+        "masks": try_part("What was masked", missing, lambda: mask_rows(recipe)) or {},
         "recipe": recipe_text,
         "flags": evaluation_flags(recipe.loss.kind, "FOLDER"),
         "searches": recipe.loss.kind not in OWN_TASKS,
@@ -151,7 +151,7 @@ def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> dic
         )
         return None
     folder = str(Path(recipe.output_dir) / "model")
-    return _try_part("The test pictures", missing, lambda: _section(answer_pictures(task, folder, load, precision)))
+    return try_part("The test pictures", missing, lambda: _section(answer_pictures(task, folder, load, precision)))
 
 
 def _section(tested: Tested) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:
     return [
         picture
         for file in files[:_MOST_FIGURES]
-        if (picture := _try_part(file.name, missing, partial(drawing, file, _figure_words(file.stem, curve))))
+        if (picture := try_part(file.name, missing, partial(drawing, file, _figure_words(file.stem, curve))))
     ]
 
 
@@ -318,7 +318,7 @@ def _figure_words(stem: str, curve: Curve) -> str:
     return f"{words.capitalize()} over the training"
 
 
-def _try_part(name: str, missing: list[str], make: Callable[[], Made]) -> Made | None:
+def try_part(name: str, missing: list[str], make: Callable[[], Made]) -> Made | None:
     """Return a part of the page; if it fails, add its name and the reason to `missing` and return None."""
     try:
         return make()

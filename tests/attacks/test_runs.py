@@ -240,6 +240,17 @@ def heartbeat(**content: object) -> Change:
 
 
 CURSOR = "\x1b[2J\x1b]0;theirs\x07\u202e"
+
+
+@later
+def compare(folder: Path, *names: str, change: Change = lambda folder: None) -> list[str]:
+    """A comparison of runs, after `change` to the folder of the run `run` and of a copy `other`."""
+    ground.run_of(folder)
+    shutil.copytree(folder / "run", folder / "other")
+    change(folder)
+    return ["compare", *names]
+
+
 SHOWN = "(\\x1b[2J\\x1b]0;theirs\\x07\\u202e)"
 INFINITE, NAN = float("inf"), float("nan")
 STATUS = [
@@ -298,8 +309,34 @@ def goes_on(name: str, make: Make, *says: str, **environment: str) -> Attack:
 
 STUDY = {"megabytes": 4000}
 HELD, FAR = "trains in ", {"host": "far", "machine": "another boot"}
+NO_PAGE = lacks("compare.html")
+COMPARE = [
+    refused("a comparison of one run", compare("run"), "run", check=NO_PAGE),
+    refused("a comparison of a run with itself", compare("run", "./run"), "twice", check=NO_PAGE),
+    refused(
+        "a comparison of a run with a link to it",
+        compare("run", "b", change=lambda folder: (folder / "b").symlink_to("run")), "twice", check=NO_PAGE,
+    ),
+    refused("a comparison with a folder of data", compare("run", "data"), "data", "recipe.yaml", check=NO_PAGE),
+    refused(
+        "a comparison with a run without a record", compare("run", "other", change=text("other/metrics.jsonl", "")),
+        "other has no metrics.jsonl", check=NO_PAGE,
+    ),
+    refused(
+        "a comparison with a recipe without stages", compare("run", "other", change=text("other/recipe.yaml", "a: 1")),
+        "other/recipe.yaml", check=NO_PAGE,
+    ),
+    refused("a comparison with a recipe as a pipe", compare("run", "other", change=pipe("other/recipe.yaml")), "other"),
+    refused("a comparison to a text file", compare("run", "other", "--out", "a.txt"), "--out", check=lacks("a.txt")),
+    survived(
+        "a comparison with a stage that moves the cursor",
+        compare("run", "other", change=lambda folder: line("metrics.jsonl", loss=1.0, stage=CURSOR)(folder / "other")),
+        "recipes are equal", check=obeys_nothing,
+    ),
+]  # fmt: skip
 ATTACKS = [
     *STATUS,
+    *COMPARE,
     Attack(
         "SIGTERM before the first step", endless, 128 + signal.SIGTERM, ("SIGTERM",), during=send_soon(signal.SIGTERM)
     ),

@@ -37,6 +37,7 @@ class Curve:
         masks: mask ratio by stage name, in the order of stages.
         sizes: image size in pixels by stage name, for stages with a size of their own.
         learned: text of the recipe's learning fields, without the seed and the lengths of stages.
+        along: field of the records that figures draw against, `trained_seconds` or `samples_seen`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Curve:
     sizes: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     learned: str = ""
+    along: str = "trained_seconds"
 
     @property
     def mask_ratio(self) -> float:
@@ -79,8 +81,8 @@ class Curve:
         return latest(self.measured)
 
     def points(self, metric: str) -> tuple[list[float], list[float]]:
-        """Return the training seconds and the values of every record with `metric`."""
-        points = [(r["trained_seconds"], r[metric]) for r in self.records if r.get(metric) is not None]
+        """Return the training seconds, or `along`, and the values of every record with `metric`."""
+        points = [(r[self.along], r[metric]) for r in self.records if r.get(metric) is not None]
         return [seconds for seconds, _ in points], [value for _, value in points]
 
     def by_stage(self, metric: str) -> dict[str, tuple[list[float], list[float]]]:
@@ -116,7 +118,7 @@ def read_curve(run_dir: Path, step: int | None = None) -> Curve:
         measured = [one for one in measured if one.step <= step]
     recipe = read_saved_recipe(run_dir / "recipe.yaml")
     named = {str(stage.get("name", number)): stage for number, stage in enumerate(recipe["stages"])}
-    masks = {name: stage["mask_ratio"] for name, stage in named.items()}
+    masks = {name: stage.get("mask_ratio") or 0.0 for name, stage in named.items()}
     sizes = {name: stage["image_size"] for name, stage in named.items() if stage.get("image_size")}
     stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
     learned = {**{name: recipe.get(name) for name in _LEARNED}, "stages": stages}

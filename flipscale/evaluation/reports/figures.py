@@ -80,12 +80,15 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
 
 
 def _axes(title: str, y_label: str, curves: Sequence[Curve]) -> "tuple[Figure, Axes, float]":
-    """Return a figure over training time, and the seconds of its unit: hours if a run took more than two."""
+    """Return a figure over the curves' `along`, and the size of its unit: seconds, or hours if a run took over two."""
     figure, axes = drawing_pyplot().subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.set_title(title, loc="left")
-    longest = max(curve.records[-1]["trained_seconds"] for curve in curves)
-    name, unit = ("hours", 3600.0) if longest > 7200 else ("seconds", 1.0)
-    axes.set_xlabel(f"training time, {name}")
+    along = curves[0].along
+    longest = max(curve.records[-1][along] for curve in curves) or 1.0
+    name, unit = ("training time, hours", 3600.0) if longest > 7200 else ("training time, seconds", 1.0)
+    if along == "samples_seen":
+        name, unit = "samples seen", 1.0
+    axes.set_xlabel(name)
     axes.set_ylabel(y_label)
     axes.set_xlim(0, 1.02 * longest / unit)
     tidy(axes)
@@ -166,7 +169,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     groups = [own for group in by_recipe(curves) if (own := [c for c in group if c.course(shown.name)])]
     notes: dict[str, None] = {}
     for group, colour in zip(groups, cycle(COLOURS), strict=False):
-        times, means = over_seeds(group, shown.name)
+        times, means = over_seeds(group, shown.name, group[0].along)
         values = [mean.value for mean in means]
         label, bands = group[0].label, [(mean.low, mean.high) for mean in means]
         note = "Band: the 95 % interval of the mean over seeds."

@@ -162,7 +162,7 @@ def test_a_damaged_manifest(
     TarSource(str(tmp_path))
     path = tmp_path / "shards.manifest"
     path.write_bytes(spoil(path.read_bytes()))
-    remedy = f"; write the manifest anew with `flipscale prepare index '{tmp_path}'`"
+    remedy = f"; write the manifest anew with `flipscale prepare index {tmp_path}`"
     with pytest.raises(ValueError, match=f"{path} {message.format(size=path.stat().st_size)}.*{re.escape(remedy)}$"):
         TarSource(str(tmp_path))
     main(["prepare", "index", str(tmp_path)])

@@ -1,0 +1,140 @@
+"""Runs side by side: differing fields of their recipes, curves over each other, and differences of their results."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flipscale.evaluation.reports.curves import Curve, read_curve, times_to_equal
+from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
+from flipscale.evaluation.reports.record import data_name
+from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result, change_of
+from flipscale.io.atomic import write_text
+from flipscale.io.text_table import duration, markdown_table
+from flipscale.pages.page import Picture, drawing, rendered, shortened
+from flipscale.pages.report import try_part
+from flipscale.training.run_summary import RunSummary
+
+INTERVALS = """Runs keep shares and counts, not the outcome of each query. So the interval of a difference is Newcombe's
+for independent figures. For the same queries it is wider than a paired one. It does not cover the difference between
+seeds. A dash marks results of different tests."""
+_MOST_LETTERS = 60
+_ALONG = {"samples_seen": "against the samples seen", "trained_seconds": "against the training time"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs to compare; the first is the one that the others are compared with.
+
+    Args:
+        fields: rows of a differing field and its value in each run, after a head.
+        results: rows of a result, its last value in each run, and its differences, after a head; empty without results.
+    """
+
+    curves: list[Curve]
+    fields: list[list[str]]
+    results: list[list[str]]
+
+    @classmethod
+    def of(cls, run_dirs: Sequence[Path]) -> "Comparison":
+        """Return the comparison of run directories. Raise UserError for one without a recipe or a record."""
+        runs = [RunSummary(run_dir) for run_dir in run_dirs]
+        assert all(run.batch_size for run in runs)  # reads and checks the recipe
+        names = [run_dir.resolve().name for run_dir in run_dirs]
+        if len(set(names)) < len(names):
+            names = [str(run_dir) for run_dir in run_dirs]
+        # Runs that differ only in their seeds are lines of their own, too.
+        curves = [
+            replace(read_curve(run_dir), name=name, learned=name, seed=-1)
+            for run_dir, name in zip(run_dirs, names, strict=True)
+        ]
+        recipes = [dict(_flat({**run.recipe, "output_dir": None})) for run in runs]
+        fields = [[field, *(recipe.get(field, NOTHING) for recipe in recipes)] for field in _union(recipes)]
+        head = ["field", *names]
+        return cls(curves, [head, *(row for row in fields if len(set(row[1:])) > 1)], _results(curves))
+
+    def lengths(self) -> list[list[str]]:
+        """Return rows of the samples and the training time of each run, after a head."""
+        lasts = [(curve.name, curve.records[-1]) for curve in self.curves]
+        rows = [[name, f"{last['samples_seen']:,}", duration(last["trained_seconds"])] for name, last in lasts]
+        return [["run", "samples seen", "training"], *rows]
+
+    def sentences(self) -> list[str]:
+        """Return notes on the results, and how much sooner the better run reaches the last result of the other."""
+        return [*([INTERVALS.replace("\n", " ")] if self.results else []), *times_to_equal(self.curves)]
+
+    def text(self) -> str:
+        """Return the comparison without its curves, as Markdown."""
+        fields = [[row[0], *(shortened(value, _MOST_LETTERS) for value in row[1:])] for row in self.fields]
+        parts = [markdown_table(fields, len(fields[0])) if len(fields) > 1 else "The recipes are equal."]
+        parts.append(markdown_table(self.lengths(), 1))
+        parts.append(markdown_table(self.results, 1) if self.results else "No run has results of evaluations.")
+        return "\n\n".join([*parts, *self.sentences()])
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page of a comparison. The page names its missing parts."""
+    missing: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = try_part("Curves", missing, partial(_draw, comparison.curves, Path(folder)))
+    page = rendered("comparison.html", comparison=comparison, figures=pictures or [], missing=missing)
+    write_text(path, page)
+
+
+def _draw(curves: list[Curve], folder: Path) -> list[Picture]:
+    if not can_draw():
+        raise ModuleNotFoundError("matplotlib draws them; pip install 'flipscale[plots]'")
+    pictures = []
+    for along, words in _ALONG.items():
+        own, names = [replace(curve, along=along) for curve in curves], " and ".join(curve.name for curve in curves)
+        draw_loss(own, folder / "figure.png")
+        pictures.append(drawing(folder / "figure.png", f"Loss of {names} {words}"))
+        for task, result in result_figures(own).items():
+            draw_result(own, result, folder / "figure.png")
+            pictures.append(drawing(folder / "figure.png", f"{task}, {result.shown}, of {names} {words}"))
+    return pictures
+
+
+def _results(curves: Sequence[Curve]) -> list[list[str]]:
+    by_run = [{r.name: r for r in curve.results if r.who == THIS_MODEL and not r.is_certain} for curve in curves]
+    first, *others = by_run
+    rows = []
+    for name in _union(by_run):
+        own = [results.get(name) for results in by_run]
+        shown = next(result for result in own if result is not None)
+        changes = [_change(results.get(name), first.get(name)) for results in others]
+        values = [NOTHING if result is None else result.estimate_text for result in own]
+        rows.append([f"{shown.task} {shown.shown}", *values, *changes])
+    differences = [f"{curve.name} against {curves[0].name}" for curve in curves[1:]]
+    return [["result", *(curve.name for curve in curves), *differences], *rows] if rows else []
+
+
+def _change(new: Result | None, old: Result | None) -> str:
+    """Return a difference with its interval and a word, or a dash for results that do not belong to the same test."""
+    if new is None or old is None or _test(new) != _test(old):
+        return NOTHING
+    change = change_of(new, old)
+    return f"{change.estimate_text}, {change.who}"
+
+
+def _test(result: Result) -> list[Any]:
+    places = {name: data_name(value) for name, value in result.made_by.items() if isinstance(value, str)}
+    return [result.kind, result.n, result.unit, {**result.made_by, **places}]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the fields of a recipe by their flags, such as `stages.masked.base_lr`, each with its value as text."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        value = {str(one.get("name", number)): one for number, one in enumerate(value)}
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _union(parts: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for part in parts for key in part))

@@ -1,0 +1,92 @@
+"""`flipscale compare`: differing fields, differences of results, its page, and its errors for bad input."""
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+import yaml
+from pages.browser import check_accessible, check_offline, look
+
+from flipscale import cli
+from flipscale.evaluation.results import latest, read_results
+from flipscale.pages import comparison
+from flipscale.pages.comparison import Comparison
+
+
+@pytest.fixture
+def other(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run with another rate and seed, and with other figures at the last evaluation."""
+    run_dir = Path(shutil.copytree(trained, tmp_path / "other <b>'s"))
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["stages"][0]["base_lr"], recipe["seed"], recipe["output_dir"] = 0.5, 7, str(run_dir)
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lines = [json.loads(line) for line in (run_dir / "results.jsonl").open()]
+    for line in lines:
+        if line["task"] == "zero_shot" and line["metric"] == "top1":
+            line |= {"value": 95.0, "low": 90.0, "high": 98.0}
+        if line["task"] == "retrieval":
+            line["n"] = 39
+    (run_dir / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run_dir
+
+
+def compare(*arguments: str | Path) -> None:
+    cli.main(["compare", *map(str, arguments)])
+
+
+def test_what_differs_is_listed(trained: Path, other: Path) -> None:
+    compared = Comparison.of([trained, other])
+    (_, *fields), (head, *results) = compared.fields, compared.results
+    assert sorted(fields) == [["seed", "0", "7"], ["stages.masked.base_lr", "0.012", "0.5"]]
+    assert head == ["result", "run", other.name, f"{other.name} against run"]
+    (top1,) = [result for result in latest(read_results(trained)) if result.name == "zero_shot/top1"]
+    rows = {row[0]: row[1:] for row in results}
+    own, theirs, change = rows["zero_shot top-1"]
+    assert (own, theirs) == (top1.estimate_text, "95.0 % (90.0 to 98.0)")
+    value, low, high = map(float, re.fullmatch(r"(\S+) points \((\S+) to (\S+)\), won", change).groups())
+    assert value == pytest.approx(95 - top1.value, abs=0.051)
+    assert low == pytest.approx(95 - top1.value - ((95 - 90) ** 2 + (top1.high - top1.value) ** 2) ** 0.5, abs=0.051)
+    assert high == pytest.approx(95 - top1.value + ((98 - 95) ** 2 + (top1.value - top1.low) ** 2) ** 0.5, abs=0.051)
+    # A test with another number of queries is another test.
+    assert {row[2] for name, row in rows.items() if name.startswith("retrieval")} == {"-"}
+
+
+def test_a_browser_shows_the_curves(trained: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page = tmp_path / "out/a.html"
+    compare(trained, other, "--out", page)
+    assert "stages.masked.base_lr" in capsys.readouterr().out
+    for width, dark in ((1000, False), (390, True)):
+        opened = look(page, tmp_path, width, dark)
+        check_offline(opened)
+        check_accessible(opened)
+    # The loss and a result of each of two tasks, against samples and against time.
+    assert len(opened.facts["pictures"]) == 6
+    assert "<b>" not in page.read_text()
+    assert "other <b>'s" in unescape(page.read_text())
+
+
+def test_seeds_are_lines_of_their_own(trained: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        shutil.copytree(trained, tmp_path / f"a-seed{seed}")
+    compared = Comparison.of([tmp_path / "a-seed0", tmp_path / "a-seed1", trained])
+    assert [curve.label.split(" (")[0] for curve in compared.curves] == ["a-seed0", "a-seed1", "run"]
+    assert len(compared.results[0]) == 1 + 3 + 2
+    assert len(compared.fields) == 1
+    (tmp_path / "x").mkdir()
+    shutil.copytree(trained, tmp_path / "x/run")
+    names = [curve.name for curve in Comparison.of([trained, tmp_path / "x/run"]).curves]
+    assert names == [str(trained), str(tmp_path / "x/run")]
+
+
+def test_without_matplotlib_the_page_has_the_tables(
+    trained: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "can_draw", lambda: False)
+    compare(trained, other, "--out", tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert "flipscale[plots]" in page
+    assert "<img" not in page
+    assert "stages.masked.base_lr" in page
