@@ -3,10 +3,10 @@
 import os
 import re
 import resource
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata, util
 
 import torch
@@ -15,6 +15,7 @@ import flipscale
 from flipscale.checks.findings import Bench, NotRun
 from flipscale.checks.group import Row
 from flipscale.io.cores import usable_cores
+from flipscale.io.surroundings import known
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed")
 # Fields of `nvidia-smi --query-gpu`: name, driver, MiB, MHz now and at most, watts now and at most, PCIe.
@@ -35,11 +36,12 @@ def own_device() -> torch.device:
 
 def machine(num_gpus: int) -> Iterator[Row]:
     """Yield versions, the GPUs by nvidia-smi, the kinds of links between them, and the limits of a process."""
-    installed = {name: metadata.version(name) for name in _PACKAGES if util.find_spec(name)}
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
-    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
-    known = {name: str(version) for name, version in libraries.items() if version}
-    yield {"versions": {"flipscale": flipscale.__version__, **installed, **known}}
+    # Another distribution may hold a module, as ROCm's torch has Triton from pytorch-triton-rocm.
+    libraries = {name: known(partial(metadata.version, name)) for name in _PACKAGES if util.find_spec(name)}
+    libraries |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+    stated = {name: str(version) for name, version in libraries.items() if version}
+    yield {"versions": {"flipscale": flipscale.__version__, **stated}}
     yield {"gpus": query_gpus()[:num_gpus], "links": links(nvidia_smi("topo", "-m")), "cores": usable_cores()}
     shared, locked = os.statvfs("/dev/shm"), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     yield {
@@ -50,10 +52,9 @@ def machine(num_gpus: int) -> Iterator[Row]:
 
 def nvidia_smi(*arguments: str) -> str:
     """Return the output of nvidia-smi; empty if it is absent or fails."""
-    if shutil.which("nvidia-smi") is None:
-        return ""
-    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout if done.returncode == 0 else ""
+    command = ["nvidia-smi", *arguments]
+    done = known(lambda: subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+    return done.stdout if done is not None and done.returncode == 0 else ""
 
 
 def query_gpus(device: torch.device | None = None) -> list[dict[str, str]]:

@@ -21,9 +21,9 @@ import itertools
 import json
 import logging
 import os
+import platform
 import re
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -414,7 +414,7 @@ def _state_or_fault(
         pass  # a part is missing here, so the whole share counts as damaged
     except OSError as error:
         failure = str(error)
-    reports = gather_object([(f"process {rank} on {socket.gethostname()}", failure, damaged)])
+    reports = gather_object([(f"process {rank} on {platform.node()}", failure, damaged)])
     for place, failure, _ in reports:
         if failure:
             raise OSError(f"{failure}, {place}")

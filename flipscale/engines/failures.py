@@ -7,7 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import socket
+import platform
 import sys
 import threading
 import time
@@ -54,7 +54,7 @@ def claim_failure(words: str, may_be_consequence: bool = False) -> Failure:
 
     Takes five seconds at most. If it `may_be_consequence` of another process's end, that is awaited shortly.
     """
-    mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_MESSAGE_CHARACTERS])
+    mine = Failure(int(os.environ.get("RANK", "0")), platform.node(), words[:_MESSAGE_CHARACTERS])
     if not _have_met():
         # All check their recipe at the same time, each by itself, so rank 0's message is enough.
         time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
@@ -186,7 +186,7 @@ class _Neighbours:
                 self._started[rank] = pid, started
         for rank, (pid, started) in self._started.items():
             if start_of(pid) != started:
-                self._store.compare_set(_FAILED, "", json.dumps(Failure(rank, socket.gethostname(), _KILLED)))
+                self._store.compare_set(_FAILED, "", json.dumps(Failure(rank, platform.node(), _KILLED)))
 
 
 def leave(failure: Failure) -> NoReturn:

@@ -6,7 +6,7 @@ entered the phases of its step tell where it spent its time.
 """
 
 import json
-import socket
+import platform
 import time
 import zlib
 from collections import deque
@@ -164,7 +164,7 @@ def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> 
         paused = phases.seconds(first, last)
         whole = {phase: spent - paused[phase] for phase, spent in whole.items()}
     spent = {f"{name}_s": round(seconds, 4) for name, seconds in {"step": window.seconds, **whole}.items()}
-    mine = {"rank": accelerator.process_index, "host": socket.gethostname(), **spent}
+    mine = {"rank": accelerator.process_index, "host": platform.node(), **spent}
     phase = max(here, key=lambda name: here[name])
     ranks, phase_of = map(list, zip(*gather_object([(mine, phase)]), strict=True))
     if len(ranks) == 1:

@@ -1,8 +1,8 @@
 """Atomic writes: a file or folder is written under a hidden name and renamed once it is whole."""
 
 import os
+import platform
 import shutil
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,8 @@ def partial_path(path: Path) -> Path:
 
 def unique_partial_path(path: Path) -> Path:
     """Return a temporary name of `path` that no other thread, process or host uses."""
-    return path.with_name(f".{path.name}.partial.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    host = platform.node().replace("/", "_")
+    return path.with_name(f".{path.name}.partial.{host}.{os.getpid()}.{threading.get_ident()}")
 
 
 @contextmanager

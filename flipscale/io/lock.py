@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import os
-import socket
+import platform
 import threading
 import time
 import uuid
@@ -92,7 +92,7 @@ class FolderLock:
         restart = os.environ.get("SLURM_RESTART_COUNT", "")
         self.holder = Holder(
             token=uuid.uuid4().hex,
-            host=socket.gethostname(),
+            host=platform.node(),
             machine=machine(),
             pid=os.getpid(),
             started=start_of(os.getpid()) or "",
@@ -218,7 +218,7 @@ def machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # some sandboxes hide them
-        return socket.gethostname()
+        return platform.node()
 
 
 def start_of(pid: int) -> str | None:

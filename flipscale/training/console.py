@@ -1,7 +1,6 @@
 """Log lines on stderr, and the one place that turns an error into a line and an exit code."""
 
 import errno
-import importlib.metadata
 import logging
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import NamedTuple, NoReturn
 import flipscale
 from flipscale.io.errors import UserError
 from flipscale.io.streams import flush_or_drop, is_unread, open_streams, silence_other_packages
+from flipscale.io.surroundings import known, versions
 from flipscale.training.preemption import EndRequest, refuse_restart
 
 # With this variable set, every error prints its traceback.
@@ -186,14 +186,13 @@ def _description(error: BaseException) -> str:
 
 
 def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
-    rank, text = _number("RANK", 0), f"flipscale {flipscale.__version__}\n"
-    for package in _VERSIONS:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            text += f"{package} {importlib.metadata.version(package)}\n"
+    rank = _number("RANK", 0)
+    packages = {"flipscale": flipscale.__version__, **versions(_VERSIONS)}
+    text = "".join(f"{package} {version}\n" for package, version in packages.items())
     text += (
-        f"Python {platform.python_version()}, {platform.platform()}\n"
+        f"Python {platform.python_version()}, {known(platform.platform)}\n"
         f"rank {rank} of {_number('WORLD_SIZE', 1)} on {platform.node()}\n"
-        f"folder: {os.getcwd()}\ncommand: {shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
+        f"folder: {known(os.getcwd)}\ncommand: {shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
     )
     try:
         folder = tempfile.gettempdir()

@@ -14,13 +14,10 @@ import platform
 import re
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, check_writable, quoted
+from flipscale.io.surroundings import known, own_commit, versions
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.preemption import STOP_FILE
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
@@ -145,7 +143,7 @@ def write_run_files(
         "engine": engine,
         "num_processes": num_processes,
         "device": device_name(),
-        "host": socket.gethostname(),
+        "host": platform.node(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "set_aside": list(set_aside),
         **facts,
@@ -158,22 +156,18 @@ def device_name() -> str:
     """Return the name of a process's GPU, or of the CPU with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    lines = (known(Path("/proc/cpuinfo").read_bytes) or b"").decode(errors="replace").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
 def environment() -> dict[str, Any]:
-    """Return the package versions, the command and the machine, ready for JSON."""
-    packages = ("torch", "transformers", "accelerate", "numpy", "simplejpeg", "opencv-python-headless")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """Return the versions of imported packages, the command and the machine, ready for JSON."""
     return {
         "flipscale": flipscale.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": own_commit(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **versions(("torch", "transformers", "accelerate", "numpy", "simplejpeg", "cv2")),
         "command": typed_command() or shlex.join(sys.argv),
         "mixed_precision": launched_precision(os.environ),
         "machine": platform.machine(),

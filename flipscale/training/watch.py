@@ -6,7 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
-import socket
+import platform
 import statistics
 import sys
 import threading
@@ -139,7 +139,7 @@ class HangWatch:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"rank-{self._rank:05d}.txt", "a", encoding="utf-8") as file:
-                file.write(f"{self._work} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
+                file.write(f"{self._work} on {platform.node()}, {time.strftime('%F %T')}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 

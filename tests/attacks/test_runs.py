@@ -97,6 +97,11 @@ def finished(folder: Path, ended: Ended) -> None:
     assert not (folder / "run/run.lock").exists()
 
 
+def has_no_commit(folder: Path, ended: Ended) -> None:
+    finished(folder, ended)
+    assert json.loads((folder / "run/environment.json").read_text())["commit"] is None
+
+
 def beat_elsewhere(folder: Path, pids: list[int]) -> None:
     lock, end = folder / "run/run.lock", time.monotonic() + 200
     while psutil.pid_exists(pids[0]) and time.monotonic() < end:
@@ -375,6 +380,9 @@ ATTACKS = [
     goes_on("DONE removed", done_without("DONE")),
     refused("DONE and the checkpoints removed", done_without("DONE", "checkpoints"), "model", check=untouched),
     goes_on("recipe.yaml of a stopped run removed", done_without("DONE", "model", "recipe.yaml")),
+    survived(
+        "a machine without git", in_the_way(lambda folder: None), check=has_no_commit, environment={"PATH": "/nowhere"}
+    ),
     goes_on("a torn starts.jsonl", torn("starts.jsonl", b'{"time": 12')),
     goes_on("a starts.jsonl that lost its fields", torn("starts.jsonl", b'{"time": 12}\n')),
     refused("starts that are a pipe", resumed(pipe("starts.jsonl")), "starts.jsonl"),
