@@ -38,16 +38,23 @@ def _written(value: Any) -> str:
 def train(recipe: Recipe) -> Path:
     """Collective. Train a recipe to its end, or on from its newest checkpoint, and return the run directory.
 
+    In another thread than the main one, signals do not reach the run.
+
     Raises:
+        KeyboardInterrupt: a signal such as Ctrl-C asked for an end. The run has saved; the same call continues it.
         UserError: the recipe cannot be run as it stands.
         FloatingPointError: the loss stayed non-finite.
         OSError: a checkpoint could not be written.
     """
     from flipscale.pretrain import pretrain, write_page
     from flipscale.training.console import start_logging
+    from flipscale.training.preemption import Stopped
 
     start_logging()
-    run_dir = pretrain(recipe)
+    try:
+        run_dir = pretrain(recipe)
+    except Stopped:
+        raise KeyboardInterrupt(f"{recipe.output_dir} has saved and stopped") from None
     write_page(recipe)
     return run_dir
 

@@ -16,6 +16,7 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, is_utf8, last_line, quoted
 from flipscale.io.options import Count, MinutesAboveZero, Positive, number
+from flipscale.io.processes import end_with_parent
 
 if TYPE_CHECKING:
     from flipscale.engines.launch import Launch
@@ -224,7 +225,7 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     with open(log, "wb") as output, Progress(len(short.stages) * num_steps, "measuring", "steps", leave=False) as bar:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=end_with_parent)
         try:
             while process.poll() is None and len(_recorded_rates(short, last.name)) < _RECORDS:
                 time.sleep(0.1)

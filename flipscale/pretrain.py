@@ -21,6 +21,7 @@ from flipscale.planning.budget import in_shares
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
 from flipscale.training.console import only_describes, report_user_errors, start_logging
 from flipscale.training.plan import Plan
+from flipscale.training.preemption import Stopped
 from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
 from flipscale.training.report import begin_run, end_run
 from flipscale.training.run_summary import RunSummary
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
 
 def pretrain(recipe: Recipe) -> Path:
-    """Collective. Train a recipe, and return the run directory of a run that is done or can be resumed.
+    """Collective. Train a recipe, and return the run directory.
 
     Raises:
+        Stopped: a signal or the stop file asked for an end; the run has saved and can be resumed.
         UserError: the recipe cannot be run as it stands.
         FloatingPointError: the loss stayed non-finite.
         OSError: a checkpoint could not be written.
@@ -79,7 +81,8 @@ def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:
 
 def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dict[str, dict[str, int]]) -> None:
     """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end. `flops` is
-    the result of `count_flops` on the main process; empty on others."""
+    the result of `count_flops` on the main process; empty on others. Raise Stopped after the save that a signal asked
+    for."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
     schedule, clock = plan.schedule, plan.clock(start.state)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)
@@ -136,6 +139,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dic
                 finish(recipe, start, step.number, watch.trained_seconds)
     if stops:
         saver.log_stop(step)
+        raise Stopped
 
 
 def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float) -> None:
@@ -181,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             recipe = parse_recipe(arguments)
             error_report.run_dir = Path(recipe.output_dir)
-            pretrain(recipe)
+            with suppress(Stopped):
+                pretrain(recipe)
             close_process_group()
             write_page(recipe)
             push_finished(recipe)

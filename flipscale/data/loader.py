@@ -27,6 +27,7 @@ from flipscale.data.order import divisors_around
 from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Fault
 from flipscale.io.errors import UserError
+from flipscale.io.processes import end_with_parent
 
 _ALIGNMENT = 64
 # Locks and queues need less; batches without room go through pipes.
@@ -254,11 +255,13 @@ def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
 
 
 def settle_worker(worker: int) -> None:
-    """Set up a worker process: signals ignored, garbage collector on, freed memory kept, tokenizers on one thread.
+    """Set up a worker process: signals ignored, garbage collector on, freed memory kept, tokenizers on one thread. It
+    ends with its parent, even while it is suspended.
 
     A terminal or a batch system signals all processes, but the trainer needs its workers until it has saved. The
     trainer turns its garbage collector off, and forked workers inherit that.
     """
+    end_with_parent()
     signal.set_wakeup_fd(-1)  # else the trainer would get its workers' signals, too
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -283,9 +286,13 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
 
     torch's handler of SIGCHLD raises in the main thread, even in a backward pass. Without it, the death of a worker is
     raised by the wait for the next batch.
+
+    At the end, torch terminates a worker that does not answer, by a signal that workers ignore; here it is killed.
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
+    for worker in getattr(batches, "_workers", ()):
+        worker.terminate = worker.kill
     replace_torch_handler(before)
     return batches
 

@@ -101,12 +101,15 @@ class FolderLock:
             slurm_restart=int(restart) if restart.isdecimal() else 0,
         )
         self._confirmed = time.monotonic()
+        self._made: list[Path] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock, and keep it fresh in a thread. Wait a minute at most for a silent holder on another machine.
-        Raise UserError if another process holds the lock."""
+        """Make the folder, take the lock, and keep it fresh in a thread. Wait a minute at most for a silent holder on
+        another machine. Raise UserError if another process holds the lock."""
+        self._made = [folder for folder in self.path.parents if not folder.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         first: tuple[Holder | None, float] | None = None
         while not self._create():
             if (seen := self._look()) is None:
@@ -154,13 +157,15 @@ class FolderLock:
         self._confirmed = time.monotonic()
 
     def release(self) -> None:
-        """Give the lock back, if this process still holds it."""
+        """Give the lock back, if this process still holds it, and remove the folders that it made if they are empty."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(_RELEASE_SECONDS)
         with suppress(OSError):
             if (seen := self._look()) and seen[0] == self.holder:
                 self.path.unlink()
+                for folder in self._made:
+                    folder.rmdir()  # raises for a folder with content
 
     def _create(self) -> bool:
         try:

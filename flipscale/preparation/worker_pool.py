@@ -1,14 +1,14 @@
 """Worker processes that prepare data."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
+
+from flipscale.io.processes import end_with_parent
 
 
 @contextmanager
@@ -48,18 +48,6 @@ def worker_pool(
 def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
     # The parent reports Ctrl-C, which all processes of a terminal receive.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
+    end_with_parent()
     if initializer is not None:
         initializer(*initargs)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent dies, because otherwise it would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -112,8 +112,7 @@ def report_user_errors() -> Iterator[ErrorReport]:
     # Errors of objects under destruction can neither be caught nor mended.
     sys.unraisablehook = sys.__unraisablehook__ if _is_debugging() else lambda unraisable: None
     try:
-        # Only the main thread may handle signals.
-        with EndRequest() if threading.current_thread() is threading.main_thread() else nullcontext():
+        with EndRequest():
             try:
                 yield report
             except SystemExit as ended:

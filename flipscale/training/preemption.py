@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 class _Listener:
     """Receives signals in a thread in a `with` block, because the main thread may be behind a device or in a library.
 
-    A signal that is ignored before the block, as under `nohup`, stays ignored.
+    A signal that is ignored before the block, as under `nohup`, stays ignored. In another thread than the main one,
+    which alone may handle signals, the block receives none.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
@@ -35,6 +36,8 @@ class _Listener:
         self._wakeup = self._old_wakeup = -1
 
     def __enter__(self) -> "_Listener":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         reading, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         self._old_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
@@ -46,6 +49,8 @@ class _Listener:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        if self._wakeup < 0:
+            return
         signal.set_wakeup_fd(self._old_wakeup)
         # A byte ends the thread, because a forked process may hold the pipe open. A forked process has no thread.
         if self._thread.is_alive():
@@ -95,6 +100,10 @@ class EndRequest(_Listener):
         # After a failure, a launcher ends the other processes; the failed one has printed why.
         prefix = "error: " if os.environ.get("WORLD_SIZE", "1") == "1" else ""
         _end(number, f"{prefix}{number.name}: ended; the same command resumes from the last save, if there is one")
+
+
+class Stopped(BaseException):
+    """A run was asked to stop, and has saved."""
 
 
 class StopRequest(_Listener):

@@ -48,7 +48,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     run_dir = Path(recipe.output_dir)
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         raise UserError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
-    check_writable(run_dir, "output_dir")
+    check_writable(recipe.output_dir, "output_dir")
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
         raise UserError(
@@ -123,16 +123,16 @@ def write_run_files(
         facts: further fields of the record in `starts.jsonl`.
     """
     run_dir = Path(recipe.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", "DONE"):  # of a run with added stages
-        (run_dir / name).unlink(missing_ok=True)
-    write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     with torch.device("meta"):
         kind, config = recipe.objective().exported_model(recipe.model_config())
         num_parameters = kind(config).num_parameters()
     # Weights, moments and averages have four bytes a parameter.
     tensors = 1 + (2 if recipe.optim.name == "adamw" else 1) + (recipe.optim.ema_decay is not None)
     check_disk_space(run_dir, 4 * num_parameters * tensors, "train a smaller model")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "DONE"):  # of a run with added stages
+        (run_dir / name).unlink(missing_ok=True)
+    write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {

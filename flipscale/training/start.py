@@ -134,19 +134,23 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
                 "the shards than process 0, or other data.weights, so that they would read them in another order; make "
                 "the nodes' copies the same"
             )
-        lock = _take_run_directory(accelerator, run_dir)
+        start = Start(accelerator, None, {}, lock=_take_run_directory(accelerator, run_dir))
         laps.end("processes")
-        chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
-        if chosen is None:
-            return Start(accelerator, None, {}, lock=lock)
-        checkpoint, state, _ = chosen
-        if (state["data_samples"], state["data_fingerprint"]) != (len(source), digest):
-            raise UserError(
-                f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
-                "or in other shards, or other data.weights or stored features; the samples would change: use the same "
-                "data or another output_dir"
-            )
-        return Start(accelerator, *chosen, lock=lock)
+        try:
+            chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
+            if chosen is None:
+                return start
+            checkpoint, state, _ = chosen
+            if (state["data_samples"], state["data_fingerprint"]) != (len(source), digest):
+                raise UserError(
+                    f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} or "
+                    "in other shards, or other data.weights or stored features; the samples would change: use the "
+                    "same data or another output_dir"
+                )
+        except BaseException:
+            start.release_lock()
+            raise
+        return Start(accelerator, *chosen, lock=start.lock)
 
 
 def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, int] | None = None) -> Engine:
@@ -219,7 +223,6 @@ def _take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock |
     failed: Exception | None = None
     if accelerator.is_main_process:
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
             lock.acquire()
         except (ValueError, OSError) as error:

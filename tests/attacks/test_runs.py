@@ -97,6 +97,19 @@ def finished(folder: Path, ended: Ended) -> None:
     assert not (folder / "run/run.lock").exists()
 
 
+@later
+def starts_in_new(folder: Path, *flags: str) -> list[str]:
+    """A run in `new/run` from the weights of the trained model, with these flags."""
+    ground.shards(folder)
+    start = ["--model.init_from", str(ground.trained_model()), "--output_dir", "new/run"]
+    return [*ground.pretrain(folder), *start, *flags]
+
+
+@later
+def lacks(folder: Path, ended: Ended, *names: str) -> None:
+    assert not [name for name in names if (folder / name).exists()]
+
+
 def has_no_commit(folder: Path, ended: Ended) -> None:
     finished(folder, ended)
     assert json.loads((folder / "run/environment.json").read_text())["commit"] is None
@@ -400,6 +413,14 @@ ATTACKS = [
     stopped_by("a batch system that sends SIGTERM and SIGHUP", "SIGTERM", signal.SIGTERM, signal.SIGHUP),
     stopped_by("Ctrl-C with two processes", "sav", signal.SIGINT, world=2),
     stopped_by("Ctrl-C with a launcher that sends it on", "sav", signal.SIGINT, signal.SIGINT, world=2),
+    refused(
+        "an empty output_dir", lambda f: [*in_the_way(lambda folder: None)(f), "--output_dir", ""], "output_dir is ''",
+        check=lacks("checkpoints", "environment.json"),
+    ),
+    refused(
+        "start weights of another width", starts_in_new("--model.vision_config.hidden_size", "64"), "[32]", "[64]",
+        check=lacks("new"),
+    ),
     refused("an output_dir that is a file", in_the_way(mine("run")), "run", check=kept("run")),
     refused("an output_dir that is a link to nothing", in_the_way(lambda f: (f / "run").symlink_to(f / "no")), "link"),
     refused(

@@ -30,6 +30,7 @@ from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, 
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted
+from flipscale.io.processes import end_with_parent
 from flipscale.io.progress import Progress
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -241,7 +242,7 @@ class ShardList:
         name = manifest_name(self.pattern)
         elsewhere = hashlib.blake2b(os.path.abspath(self.folder).encode(), digest_size=8).hexdigest()
         # The manifest of a read-only folder is in the user's cache.
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flipscale" / "manifests"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "flipscale" / "manifests"
         self.places = [Path(self.folder, name), cache / f"{elsewhere}-{name}"]
 
     @property
@@ -322,7 +323,7 @@ class ShardList:
         names = self.names()
         inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
-        shards = in_windows(partial(_indexed, self), names, ProcessPoolExecutor)
+        shards = in_windows(partial(_indexed, self), names, partial(ProcessPoolExecutor, initializer=end_with_parent))
         try:
             write_manifest(place, self.pattern, shards, folders, rows=True)
         except OSError as error:

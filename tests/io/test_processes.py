@@ -1,0 +1,61 @@
+"""Child processes whose parent ends."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import psutil
+import pytest
+from torch.utils.data import DataLoader
+
+from flipscale.data.loader import settle_worker, start_workers
+from flipscale.io.processes import end_with_parent
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def wait_for(seen: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not seen():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def parent(settle: Callable[[], object], ready: Connection) -> None:
+    def child() -> None:
+        settle()
+        ready.send(os.getpid())
+        signal.pause()
+
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.get_context("fork").Process(target=child).start()
+    signal.pause()
+
+
+@pytest.mark.parametrize("settle", [end_with_parent, lambda: settle_worker(0)], ids=["pool", "loader"])
+def test_a_suspended_child_ends_with_its_killed_parent(settle: Callable[[], object]) -> None:
+    receiving, ready = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=parent, args=(settle, ready), daemon=True)
+    process.start()
+    child = receiving.recv()
+    os.kill(child, signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(child).status() == psutil.STATUS_STOPPED)
+    process.kill()
+    wait_for(lambda: is_gone(child))
+
+
+def test_a_suspended_worker_ends_with_its_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # torch's wait for a worker
+    batches = start_workers(DataLoader([1, 2, 3, 4], num_workers=1, worker_init_fn=settle_worker))
+    next(batches)
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+    os.kill(worker.pid, signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
+    batches._shutdown_workers()  # type: ignore[attr-defined]
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
