@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from flipscale.io.options import Parser
+from flipscale.io.streams import use_utf8
 from flipscale.training.console import report_user_errors
 
 VERBS = {
@@ -40,6 +41,8 @@ def module_of(verb: str) -> ModuleType:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb by its arguments, by default the command line's."""
+    if arguments is None:
+        use_utf8()
     with report_user_errors():
         _run(list(sys.argv[1:] if arguments is None else arguments))
 

@@ -9,7 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flipscale.io.streams import use_utf8
+
 if __name__ == "__main__":
+    use_utf8()  # before the imports, which take seconds
     gc.disable()  # until the first step, see `main`
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The imports below take seconds, in which Ctrl-C would print a traceback.

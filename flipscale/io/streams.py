@@ -16,6 +16,17 @@ from flipscale.io.text_table import escape_controls
 _MOVES = re.compile(r"\n*(\x1b\[A)*")
 
 
+def use_utf8() -> None:
+    """Start this command anew in Python's UTF-8 mode if the locale has another encoding.
+
+    Python would take names of files and words of the command line for other characters, and could not open files that
+    a UTF-8 text names.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def open_streams() -> None:
     """Make stdout and stderr safe for any text: file names and captions may hold control characters.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -383,6 +384,9 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         if unknown := re.match(r"unrecognized arguments: (--\S+)", message):
             flags = {flag for action in parser._actions for flag in action.option_strings}
             message = unknown_flag(unknown[1], sorted(flags - set(_section_flags())))
+        elif stray := re.match(r"unrecognized arguments: (.+)", message):
+            word = next((word for word in words if word and stray[1].startswith(word)), stray[1])[:200]
+            message = f"{word!r} stands without a flag; name a recipe by --config {shlex.quote(word)}"
         raise UserError(message) from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)

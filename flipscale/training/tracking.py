@@ -45,11 +45,21 @@ def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str
     """Start accelerate's trackers; `config` has the fields of the recipe, by which trackers compare runs."""
     if not accelerator.log_with:
         return
-    from accelerate.tracking import TensorBoardTracker
+    from accelerate.tracking import TensorBoardTracker, on_main_process
+
+    class OneFolder(TensorBoardTracker):
+        """TensorBoard's tracker with the recipe beside the metrics; accelerate's makes two more folders a start."""
+
+        @on_main_process
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            for summary in hparams(values, {}):
+                self.writer.file_writer.add_summary(summary)
 
     # TensorBoard names its folder after the project; a run directory has it under the tool's name.
     accelerator.log_with = [
-        TensorBoardTracker("tensorboard", run_dir) if str(one) == "tensorboard" else one for one in accelerator.log_with
+        OneFolder("tensorboard", run_dir) if str(one) == "tensorboard" else one for one in accelerator.log_with
     ]
     options = None
     if accelerator.is_main_process:

@@ -137,6 +137,11 @@ def command_is_taken(folder: Path, ended: Ended) -> None:
         assert parse_recipe(words).output_dir == "runs/-a b"
 
 
+def recipe_alone(folder: Path) -> list[str]:
+    ground.recipe(folder)
+    return ["pretrain", "recipe.yaml", "--seed", "1"]
+
+
 def without_captions(folder: Path) -> None:
     (folder / "odd").mkdir()
     with tarfile.open(folder / "odd/0.tar", "w") as tar:
@@ -180,6 +185,7 @@ ATTACKS = [
     row("an evaluation every -5 samples", task(every_samples=-5), "eval.tasks[0].every_samples is -5"),
     row("10^9 captions of an image", recipe(loss={"captions_per_image": 10**9}), "captions_per_image is 1000000000"),
     row("10^9 views of an image", recipe(mask={"views": 10**9}), "mask.views is 1000000000"),
+    refused("a recipe without --config", recipe_alone, "'recipe.yaml'", "--config recipe.yaml", check=lacks("run")),
     # The model of a recipe.
     row("heads that do not divide the width", model(vision__num_attention_heads=5), "num_attention_heads 5"),
     row("patch size 0", model(vision__patch_size=0), "patch_size is 0"),

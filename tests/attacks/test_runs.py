@@ -105,11 +105,6 @@ def starts_in_new(folder: Path, *flags: str) -> list[str]:
     return [*ground.pretrain(folder), *start, *flags]
 
 
-@later
-def lacks(folder: Path, ended: Ended, *names: str) -> None:
-    assert not [name for name in names if (folder / name).exists()]
-
-
 def has_no_commit(folder: Path, ended: Ended) -> None:
     finished(folder, ended)
     assert json.loads((folder / "run/environment.json").read_text())["commit"] is None

@@ -58,7 +58,9 @@ def test_trackers_get_the_project_the_recipe_and_one_run_id(
     assert first.config["data.global_batch_size"] == 16
     assert first.config["stages.0.base_lr"] == 0.012
     assert "model.init_from" not in first.config
-    hparams = [EventAccumulator(str(file)).Reload() for file in (run_dir / "tensorboard").glob("*/events*")]
+    files = list((run_dir / "tensorboard").iterdir())
+    hparams = [EventAccumulator(str(file)).Reload() for file in files]
+    assert [file.name[:6] for file in files] == ["events"] * len(files)
     assert any("_hparams_/session_start_info" in one.summary_metadata for one in hparams)
 
 
