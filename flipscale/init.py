@@ -205,6 +205,7 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "L
 def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float]:
     """Return the pairs per second of each stage, by `num_steps` steps of `flipscale pretrain` in `folder`. If it
     fails, raise UserError or OSError with its last line."""
+    from flipscale.engines.launch import faster_precision
     from flipscale.evaluation.recipe import EvalRecipe
     from flipscale.io.atomic import write_text
     from flipscale.io.progress import Progress
@@ -223,7 +224,7 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
     file, log = folder / "recipe.yaml", folder / "log"
     write_text(file, to_yaml(short))
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
-    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **faster_precision(os.environ), **os.environ}
     with open(log, "wb") as output, Progress(len(short.stages) * num_steps, "measuring", "steps", leave=False) as bar:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=end_with_parent)
         try:
@@ -300,4 +301,7 @@ def _command(args: argparse.Namespace) -> str:
     if args.gpu and args.num_gpus > 1:
         launcher = f"accelerate launch --config_file ds_configs/ddp.yaml --num_processes {args.num_gpus}"
         return f"{files}{launcher} -m flipscale.pretrain --config {recipe}"
-    return f"flipscale pretrain --config {recipe}"
+    from flipscale.engines.launch import faster_precision
+
+    faster = {} if args.gpu else faster_precision(os.environ)
+    return "".join(f"{name}={value} " for name, value in faster.items()) + f"flipscale pretrain --config {recipe}"

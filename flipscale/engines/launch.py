@@ -210,15 +210,19 @@ def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
 
 
 def precision_in_words(environment: Mapping[str, str]) -> str:
-    """Describe the precision of a launch and its origin, for the log; also whether bf16 would be faster here.
+    """Describe the precision of a launch and its origin, for the log."""
+    bf16 = launched_precision(environment) == "bf16"
+    precision = "bf16 products, fp32 weights and loss" if bf16 else "fp32"
+    return f"{precision} ({'by mixed_precision of the launch' if environment.get(PRECISION) else 'the default here'})"
+
+
+def faster_precision(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that makes a launch faster on this device; empty if none does, or if one is chosen.
 
     Takes a tenth of a second on a CPU, for a measurement.
     """
-    bf16 = launched_precision(environment) == "bf16"
-    precision = "bf16 products, fp32 weights and loss" if bf16 else "fp32"
-    chosen = "by mixed_precision of the launch" if environment.get(PRECISION) else "the default here"
-    faster = "" if bf16 or not is_faster_in_bf16() else f"; {PRECISION}=bf16 is faster here"
-    return f"{precision} ({chosen}{faster})"
+    is_slow = not environment.get(PRECISION) and default_precision() == "no" and is_faster_in_bf16()
+    return {PRECISION: "bf16"} if is_slow else {}
 
 
 def _is_set(environment: Mapping[str, str], name: str, default: str = "") -> bool:

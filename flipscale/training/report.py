@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from flipscale.engines.device import attention_kernel
-from flipscale.engines.launch import launched_precision, precision_in_words
+from flipscale.engines.launch import PRECISION, faster_precision, launched_precision, precision_in_words
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
@@ -23,7 +23,7 @@ from flipscale.io.text_table import duration
 from flipscale.training.console import only_describes
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe
-from flipscale.training.run_directory import device_name, write_run_files
+from flipscale.training.run_directory import device_name, precision_before, typed_command, write_run_files
 from flipscale.training.schedule import Stage
 from flipscale.training.start import Start, watched
 
@@ -47,6 +47,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         drawn = {weights.name: weights.composition for weights in plan.source.all_weights}
         if drawn:
             facts["composition"] = {name: asdict(composition) for name, composition in drawn.items()}
+        before, now = precision_before(Path(run_dir)), launched_precision(os.environ)
         num_parameters = write_run_files(
             recipe, engine, num_processes, start.state, num_pairs, start.set_aside, **facts
         )
@@ -74,6 +75,8 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         if device.type == "cuda":
             bf16, head_dim = launched_precision(os.environ) == "bf16", vision.hidden_size // vision.num_attention_heads
             rows.insert(5, ("attention", attention_kernel(device, bf16, head_dim)))
+        if not start.step and (faster := faster_precision(os.environ)):
+            rows.insert(5, ("faster", typed_command(faster[PRECISION]) or "mixed_precision bf16 in the launch file"))
         rows[2:2] = [(name.removeprefix("data."), str(composition)) for name, composition in drawn.items()]
         if recipe.model.frozen:
             rows.insert(1, ("frozen", ", ".join(recipe.model.frozen)))
@@ -84,6 +87,10 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         if start.step:
             head = f"going on with {run_dir} from step {start.step:,}{'' if is_timed else f' of {last:,}'}"
         _log.info("%s", _block(head, rows))
+        if start.step and before in ("no", "bf16") and before != now:
+            named, keeps = {"no": "fp32", "bf16": "bf16"}, typed_command(before)
+            fix = f"to keep {named[before]}: {keeps}" if keeps else f"set mixed_precision {before} in the launch file"
+            _log.warning("the precision is %s, and was %s before; %s", named[now], named[before], fix)
 
 
 def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> None:

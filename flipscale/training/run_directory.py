@@ -26,7 +26,7 @@ import torch
 
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
-from flipscale.engines.launch import launched_precision
+from flipscale.engines.launch import PRECISION, launched_precision
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
@@ -152,6 +152,13 @@ def write_run_files(
     return num_parameters
 
 
+def precision_before(run_dir: Path) -> str | None:
+    """Return the precision of the last start, in accelerate's words; None if it is unknown."""
+    with suppress(UserError, OSError):
+        return RunSummary(run_dir).environment.get("mixed_precision")
+    return None
+
+
 def device_name() -> str:
     """Return the name of a process's GPU, or of the CPU with the number of threads."""
     if torch.cuda.is_available():
@@ -175,26 +182,33 @@ def environment() -> dict[str, Any]:
     }
 
 
-def typed_command() -> str | None:
-    """Return the user's command line, or the launcher's. None if it is unknown, or if a batch script started the run,
-    because nobody types that command again."""
+def typed_command(precision: str | None = None) -> str | None:
+    """Return the user's command line, or the launcher's, for this start's precision or another `precision`. None if it
+    is unknown, or if a batch script started the run, because nobody types that command again."""
     if STOP_FILE in os.environ:
         return None
     words = list(sys.orig_argv)
-    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    precision = precision or os.environ.get(PRECISION)
+    variable = f"{PRECISION}={precision} " if precision else ""
+    if "WORLD_SIZE" in os.environ or PRECISION in os.environ:
         content = b""
         with suppress(OSError):  # the launcher has ended, or is another user's
             content = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
         launcher = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
         if any(Path(word).name in _LAUNCHERS for word in launcher[:4]):
             words = launcher
+            launches = [word in ("launch", "accelerate.commands.launch") for word in words]
+            if True in launches[:4]:  # accelerate sets the variable itself
+                place, variable = launches.index(True) + 1, ""
+                if precision != os.environ.get(PRECISION):
+                    words[place:place] = ["--mixed_precision", str(precision)]
         elif "WORLD_SIZE" in os.environ:  # a single process may have the other variable from its user
             return None
     if len(words) < 2 or words[1] == "-c":
         return None
     if not os.access(words[1], os.X_OK):
-        return shlex.join(words)
+        return variable + shlex.join(words)
     # A script: the kernel puts the interpreter before it. Its name is enough if the shell finds it by the name.
     path = shutil.which(Path(words[1]).name)
     is_found = path is not None and os.path.abspath(path) == os.path.abspath(words[1])
-    return shlex.join([Path(words[1]).name if is_found else words[1], *words[2:]])
+    return variable + shlex.join([Path(words[1]).name if is_found else words[1], *words[2:]])

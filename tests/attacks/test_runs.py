@@ -98,6 +98,14 @@ def finished(folder: Path, ended: Ended) -> None:
 
 
 @later
+def trained_in(folder: Path, precision: str) -> list[str]:
+    """A stopped run whose last start had this precision."""
+    file = ground.run_of(folder, up_to=8) / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mixed_precision": precision}))
+    return ground.pretrain(folder)
+
+
+@later
 def starts_in_new(folder: Path, *flags: str) -> list[str]:
     """A run in `new/run` from the weights of the trained model, with these flags."""
     ground.shards(folder)
@@ -390,6 +398,10 @@ ATTACKS = [
     goes_on("recipe.yaml of a stopped run removed", done_without("DONE", "model", "recipe.yaml")),
     survived(
         "a machine without git", in_the_way(lambda folder: None), check=has_no_commit, environment={"PATH": "/nowhere"}
+    ),
+    goes_on(
+        "a run in bf16 that resumes in fp32", trained_in("bf16"), "precision is fp32", "was bf16 before",
+        "set mixed_precision bf16", ACCELERATE_MIXED_PRECISION="no", FLIPSCALE_STOP_FILE="stop",
     ),
     goes_on("a torn starts.jsonl", torn("starts.jsonl", b'{"time": 12')),
     goes_on("a starts.jsonl that lost its fields", torn("starts.jsonl", b'{"time": 12}\n')),

@@ -26,7 +26,7 @@ KINDS = {
     "data": r"  data        96 pairs of \S+, each seen 6\.7 times",
     "steps": r"  steps       40 of 16 pairs: 24 at 75% masked, 16 unmasked",
     "device": r"  device      .+",
-    "precision": r"  precision   fp32 \(the default here(; ACCELERATE_MIXED_PRECISION=bf16 is faster here)?\)",
+    "precision": r"  precision   fp32 \(the default here\)",
     "processes": r"  processes   (1|2, ddp)",
     "evaluation": r"  evaluation  zero_shot every 320 pairs, and at the end",
     "folder": r"  run folder  RUN; `flipscale status RUN --watch` follows it",
@@ -42,6 +42,7 @@ KINDS = {
     "push": r"           flipscale push RUN ORG/NAME",
     "report": r"RUN/report\.html shows the run: open it in a browser",
 }
+FASTER = r"  faster      (ACCELERATE_MIXED_PRECISION=bf16|mixed_precision bf16) .*"  # of some machines
 SLOW = r"warning: step \d+ took .*"  # of a machine that others use, too
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -50,7 +51,7 @@ def kind_of(line: str, run_dir: Path, place: str) -> str:
     """Return the kind of a line. A line that begins with a space continues the line before."""
     text = line if line.startswith(" ") else re.sub(f"^{TIME}{place}", "", line)
     text = text.replace(str(run_dir), "RUN")
-    found = [kind for kind, pattern in {**KINDS, "slow": SLOW}.items() if re.fullmatch(pattern, text)]
+    found = [kind for kind, pattern in {**KINDS, "slow": SLOW, "faster": FASTER}.items() if re.fullmatch(pattern, text)]
     assert len(found) == 1, line
     return found[0]
 
@@ -67,7 +68,7 @@ def test_every_line_is_of_a_known_kind(world: int, write_recipe, shards: Path, t
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     found = [kind_of(line, run_dir, "rank 0: " if world > 1 else "") for line in done.stderr.splitlines()]
-    assert [kind for kind in dict.fromkeys(found) if kind != "slow"] == list(KINDS)
+    assert [kind for kind in dict.fromkeys(found) if kind in KINDS] == list(KINDS)
     assert (found.count("interval"), found.count("results"), found.count("saved")) == (2, 2, 1)
     drawn = {path.name for path in (run_dir / "figures").iterdir()}
     assert drawn == {"loss.png", "learning_rate.png", "data_wait.png", "zero_shot.png"}
@@ -126,6 +127,29 @@ def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
     launcher.chmod(0o755)
     done = launch(["torchrun", "-m", "flipscale.pretrain"], PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.stdout == "torchrun -m flipscale.pretrain\n", done.stderr
+
+
+def test_the_command_keeps_a_precision_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "flipscale.pretrain"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert typed_command() == "ACCELERATE_MIXED_PRECISION=bf16 python -m flipscale.pretrain"
+    assert typed_command("no") == "ACCELERATE_MIXED_PRECISION=no python -m flipscale.pretrain"
+
+
+def test_accelerate_s_command_gets_another_precision_as_a_flag(tmp_path: Path) -> None:
+    launcher = tmp_path / "accelerate"
+    code = "from flipscale.training.run_directory import typed_command as c; print(c(), c('no'), sep='\\n')"
+    variables = "{**os.environ, 'ACCELERATE_MIXED_PRECISION': 'bf16'}"
+    launcher.write_text(
+        f"#!{sys.executable}\nimport os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {code!r}], env={variables}, check=True)\n"
+    )
+    launcher.chmod(0o755)
+    command = ["accelerate", "launch", "-m", "flipscale.pretrain"]
+    done = launch(command, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    other = "accelerate launch --mixed_precision no -m flipscale.pretrain"
+    assert done.stdout.splitlines() == [" ".join(command), other], done.stderr
 
 
 def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
