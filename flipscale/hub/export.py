@@ -33,6 +33,8 @@ from flipscale.training.recipe import Recipe, parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
+# Files of an adapter, as PEFT names them.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # An image processor, or the processor of a model with a text tower.
 Processor = CLIPImageProcessorPil | ProcessorMixin | None
 
@@ -157,8 +159,9 @@ def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
     lora, base = recipe.optim.lora, recipe.model.init_from or ""
     if lora.rank is None:
         raise UserError(f"--adapter needs optim.lora, and optim.lora.rank of {checkpoint} is null; leave --adapter out")
-    if out_dir.exists() and not (out_dir / "adapter_config.json").is_file():
+    if out_dir.exists() and not (out_dir / _ADAPTER[0]).is_file():
         raise UserError(f"{out_dir} exists and is no adapter; name another folder or remove it")
+    _refuse_others(out_dir, sorted({file.name for file in out_dir.glob("*")} - {*_ADAPTER}))
     _check_base(base, reader)
     folder, layers = local_folder(base), lora_layers(reader.shapes)
     weights = {}
@@ -167,7 +170,7 @@ def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
         check_weight(name, weight)
     with atomic_write(out_dir) as adapter:
         lora_config(layers, lora, str(folder or base)).save_pretrained(adapter)
-        save_file(weights, adapter / "adapter_model.safetensors")
+        save_file(weights, adapter / _ADAPTER[1])
     return out_dir
 
 
@@ -297,7 +300,11 @@ def _check_replaceable(out_dir: Path) -> None:
     # A model of another family without sentence-transformers' files is another program's.
     if family_of(kind) is None or (kind != "flip" and not (out_dir / "modules.json").is_file()):
         raise UserError(f"{out_dir} exists and is no model folder of flipscale; name another folder or remove it")
-    if others := sort_files(out_dir)[1]:
+    _refuse_others(out_dir, sort_files(out_dir)[1])
+
+
+def _refuse_others(out_dir: Path, others: list[str]) -> None:
+    if others:
         raise UserError(
             f"{out_dir} holds {', '.join(others[:6])}, which flipscale did not write and an export would remove; name "
             "another folder, or move them away"
