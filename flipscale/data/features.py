@@ -88,12 +88,13 @@ class StoredFeatures:
         if shard not in self._open:
             file = shard_file(self.folder, self.tower, shard)
             try:
-                self._open[shard] = array = np.load(file, mmap_mode="r")
+                array = np.load(file, mmap_mode="r")
                 shape = (self._sizes[shard], *self._crops, self.width)
                 if (array.dtype, array.shape) != (np.float16, shape):
                     raise UserError(f"{array.dtype} {array.shape}, not float16 {shape}")
             except ValueError as error:
                 raise UserError(f"{file} is damaged ({error}); remove it and run `flipscale prepare embed`") from error
+            self._open[shard] = array
             if len(self._open) > _MOST_MAPPED:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
