@@ -19,7 +19,7 @@ def tar(kind: int, *files: tuple[str, bytes], **pax: str) -> bytes:
             member = tarfile.TarInfo(name)
             member.size, member.pax_headers = len(content), pax
             archive.addfile(member, io.BytesIO(content))
-    return written.getvalue()[:-8192]
+    return written.getvalue()[: archive.offset]  # without the zeros that fill the last record
 
 
 def seeds() -> list[bytes]:
