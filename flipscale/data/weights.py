@@ -67,6 +67,7 @@ class SampleWeights:
         self.sums = np.array(sums)
         visits, samples = self.composition.visits, self.composition.samples
         is_whole = 0 < visits <= samples == len(weights) and abs(total(self.sums) - visits) <= 1e-3 * visits
+        is_whole &= all(type(number) in (int, float) for number in vars(self.composition).values())
         if not is_whole or type(visits) is not int or (self.sums < 0).any():
             raise ValueError("other sums")
         self._offset, self._scale = weights.offset, visits / total(self.sums)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flipscale.data.samples import BadSample, SampleNumbers, Source, shard_names_digest
+from flipscale.data.samples import BadSample, SampleNumbers, Source, contents_digest
 from flipscale.data.sources.opening import in_words
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.weights import ABOUT, SUMS, WEIGHTS, Composition, total
@@ -246,7 +246,7 @@ def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, optio
     np.save(folder / SUMS, [total(visits[first:last].astype(np.float64)) for first, last in pairwise(ends)])
     about = {
         "shards": in_words(source, shards),
-        "shards_digest": shard_names_digest(source),
+        "contents_digest": contents_digest(source),
         "digest": hashlib.blake2b(visits.tobytes(), digest_size=16).hexdigest(),
         "composition": asdict(composition),
         "options": {name: str(value) for name, value in vars(options).items() if value is not None},

@@ -254,11 +254,16 @@ def test_rows_of_a_data_set_are_drawn_by_weight(tmp_path: Path) -> None:
     source = open_source(recipe)
     assert sorted(order_of(source, 0, recipe).locate(np.arange(5))[1].tolist()) == [1, 5, 9, 13, 17]
     assert source.weights.name == "data.sources[0].weights"
+    rows[3]["image"] = b"another"
+    datasets.Dataset.from_list(rows).to_parquet(file)
+    with pytest.raises(ValueError, match=r"data.sources\[0\].weights.*contents"):
+        open_source(recipe)
 
 
 def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    folder, other = tmp_path / "weights", tmp_path / "other"
+    folder, other, alike = (tmp_path / name for name in ("weights", "other", "alike"))
     write_shards(other, [30, 17, 48, 1])
+    write_shards(alike, [30, 17, 1, 48], seed=1)
     folder.mkdir()
     np.save(tmp_path / "scores.npy", np.ones(96))
     recipe = DataRecipe(shards=str(shards), weights=str(folder))
@@ -267,6 +272,7 @@ def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
     assert shard_sizes_digest(open_source(recipe)) != shard_sizes_digest(source)
     for changed, message in (
         (replace(recipe, shards=str(other)), rf"data.weights '.*weights' has weights of 96 samples in 4 .*{shards}"),
+        (replace(recipe, shards=str(alike)), "data.weights '.*weights' has weights of .* names, sizes or contents"),
         (replace(recipe, fraction=0.5), "data.fraction is 0.5 and data.weights is '.*weights'; leave one"),
         (
             replace(recipe, weights=str(tmp_path / "scores.npy")),

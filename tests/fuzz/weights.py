@@ -46,6 +46,7 @@ def attack(data: bytes, folder: Path) -> None:
     with suppress(ValueError, OSError):
         source = _Three()
         source.weights = open_weights("data.weights", str(folder), source, "three")
+        assert str(source.weights.composition)
         order = GlobalOrder(source.shard_sizes, 0, 1, lanes=Lanes(2, 4), weights=source.weights)
         shards, numbers = order.locate(np.arange(2 * order.num_samples))
         for shard in (0, 2):

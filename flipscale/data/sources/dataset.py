@@ -2,7 +2,9 @@
 
 import errno
 import os
+import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from flipscale.data.samples import (
     Sample,
     Source,
     check_bytes,
+    evenly,
     reason_of,
 )
 from flipscale.data.sources.shard_index import NotAFile, open_plain
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 # Rows are read at random from shards_per_block shards of this size.
 _ROWS_PER_SHARD = 10_000
+_OUTLINED = 64  # rows whose images are compared
 # Errors of a path that is no file. Other errors may pass.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _BYTES = ("binary", "large_binary")
@@ -137,6 +141,14 @@ class DatasetSource(Source):
             if not isinstance(error, NotAFile) and error.errno not in _NO_FILE:
                 raise
             raise BadSample(f"{name!r}: {error.strerror or error}", "missing_image") from error
+
+    def outline(self) -> list[int]:
+        """Return checksums of the images of some rows."""
+        numbers = []
+        for row in evenly(len(self), _OUTLINED):
+            with suppress(BadSample):
+                numbers.append(zlib.crc32(self._image(self._row(row)[self.image_column])))
+        return numbers
 
     def shard_name(self, shard: int) -> str:
         """Return the dataset's name and the shard's first row."""

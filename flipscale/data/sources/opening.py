@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flipscale.data.recipe import DataRecipe, SourceRecipe
-from flipscale.data.samples import Source, shard_names_digest
+from flipscale.data.samples import Source, contents_digest
 from flipscale.data.sources.dataset import DatasetSource, load_rows
 from flipscale.data.sources.mixture import Mixture, Subset
 from flipscale.data.sources.remote import RemoteTarSource, ShardCache
@@ -85,10 +85,10 @@ def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWei
         plain = f", which `--scores {path}` reads" if folder.suffix == ".npy" else ""
         raise UserError(f"{name} is {path!r}; expected a folder of sampling weights{plain}; {remedy}")
     about = read_object(folder / ABOUT)
-    if about.get("shards_digest") != shard_names_digest(source):
+    if about.get("contents_digest") != contents_digest(source):
         raise UserError(
             f"{name} {path!r} has weights of {about.get('shards')}; the data has {in_words(source, shards)}, or "
-            f"shards of other names and sizes; {remedy}"
+            f"shards of other names, sizes or contents; {remedy}"
         )
     try:
         return SampleWeights(name, folder, source.shard_sizes, about)

@@ -190,6 +190,12 @@ class TarSource(Source):
         shards = list(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
         return hashlib.blake2b(json.dumps(shards if in_order else sorted(shards)).encode(), digest_size=16).hexdigest()
 
+    def outline(self) -> list[int]:
+        """Return the lengths of all shards, and the places of some samples of the first one."""
+        shard = next((shard for shard, size in enumerate(self.shard_sizes) if size), 0)
+        places = [self._row(shard, number).flatten() for number in evenly(self.shard_sizes[shard], _CHECKED_SHARDS)]
+        return np.concatenate([self.manifest.num_bytes, *places]).tolist()
+
     def _row(self, shard: int, number: int) -> np.ndarray:
         """Return the index row of a sample, uint32 `(3, 2)`."""
         return self.manifest.row(shard, number)
