@@ -342,6 +342,7 @@ def restartable_batches(
                 _log.warning("%s; starting the workers again at step %d", death, step)
                 break
             if errors := [part for part in batch if isinstance(part, Exception)]:
+                del micro_batches  # ends the workers, for which the exit of the process would wait
                 raise errors[0]
             step, deaths = step + 1, 0
             yield batch
