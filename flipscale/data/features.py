@@ -20,13 +20,19 @@ from flipscale.data.decode import Crop, decode_crop
 from flipscale.data.order import by_value
 from flipscale.data.pairs import PairDataset, narrowed
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.samples import BadSample, Fault, Sample
+from flipscale.data.samples import BadSample, Fault, Sample, reason_of
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
+from flipscale.io.options import Count, Positive, SamplesOrZero, Seed, check_entries
 
 ABOUT = "features.json"
+_REMEDY = "remove it and run the same `flipscale prepare embed` again"
 # Number of mapped files, a limit of the system.
 _MOST_MAPPED = 4096
+# Entries of `features.json`, of each tower in it, and of a tower's crops.
+_ENTRIES = {"features": str, "model_digest": str, "shards": str, "samples": SamplesOrZero, "shards_digest": str}
+_OF_TOWER = {"width": Count, "weights_digest": str}
+_OF_CROPS = {"count": Count, "scale": list, "mirror": bool, "seed": Seed}
 # A caption whose tokens tell tokenizers and lengths apart.
 PROBE = "A photo of two Dogs, 3 ünïcödé birds & a red fire-engine (1998)"
 
@@ -34,6 +40,19 @@ PROBE = "A photo of two Dogs, 3 ünïcödé birds & a red fire-engine (1998)"
 def shard_file(folder: Path, tower: str, shard: int) -> Path:
     """Return the file of a shard's features of `images` or `texts`."""
     return folder / tower / f"{shard:05d}.npy"
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's `features.json`, or {} without one. Raise UserError if an entry is damaged."""
+    if not (file := folder / ABOUT).is_file():
+        return {}
+    about = read_object(file, _REMEDY)
+    check_entries(about, {**_ENTRIES, **({"logit_scale": Positive} if "logit_scale" in about else {})}, file, _REMEDY)
+    for tower in about.keys() & {"images", "texts"}:
+        check_entries(about[tower], _OF_TOWER, file, _REMEDY)
+        if "crops" in about[tower]:
+            check_entries(about[tower]["crops"], _OF_CROPS, file, _REMEDY)
+    return about
 
 
 class MissingFeatures(BadSample):
@@ -55,12 +74,11 @@ class StoredFeatures:
 
     def __init__(self, folder: Path, tower: str, sizes: Sequence[int]):
         self.folder, self.tower, self._sizes = folder, tower, sizes
-        self.about = read_object(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+        self.about = read_about(folder)
         if tower not in self.about:
             raise UserError(f"{folder} has no features of {tower}; write them by `flipscale prepare embed`")
-        self.width, self.digest = int(self.about[tower]["width"]), str(self.about[tower]["weights_digest"])
-        crops = self.about[tower].get("crops")
-        self._crops = (int(crops["count"]),) if crops else ()
+        self.width, self.digest = self.about[tower]["width"], self.about[tower]["weights_digest"]
+        self._crops = (self.about[tower]["crops"]["count"],) if "crops" in self.about[tower] else ()
         lacking = [shard for shard in range(len(sizes)) if not shard_file(folder, tower, shard).is_file()]
         if lacking:
             raise UserError(
@@ -70,30 +88,43 @@ class StoredFeatures:
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Return the features of samples, float16 `(samples, width)`. Rows of NaN are of samples that are bad."""
+        """Return the features of samples, float16 `(samples, width)`. Rows of NaN are of samples that are bad. Raise
+        UserError if other rows are not finite."""
         found = np.empty((len(shards), self.width), np.float16)
         for shard, places in by_value(shards):
-            found[places] = self._mapped(shard)[numbers[places]]
+            found[places] = self._checked(shard, numbers[places])
         return found
 
     def row(self, place: tuple[int, int]) -> np.ndarray:
-        """Return the features of a sample, float16 `(width,)` or `(crops, width)`, or raise MissingFeatures."""
+        """Return the features of a sample, float16 `(width,)` or `(crops, width)`, or raise MissingFeatures. Raises as
+        `rows` too."""
         shard, number = place
-        row = self._mapped(shard)[number]
+        (row,) = self._checked(shard, np.array([number]))
         if np.isnan(row.flat[0]):
             raise MissingFeatures(f"{shard_file(self.folder, self.tower, shard)} has none in row {number}")
         return row
+
+    def _checked(self, shard: int, numbers: np.ndarray) -> np.ndarray:
+        """Return rows of a shard that are finite, or all NaN."""
+        rows = self._mapped(shard)[numbers]
+        for place in np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1)):
+            if not np.isnan(rows[place]).all():
+                file = shard_file(self.folder, self.tower, shard)
+                raise UserError(f"{file}: row {numbers[place]} has numbers that are NaN or infinite; {_REMEDY}")
+        return rows
 
     def _mapped(self, shard: int) -> np.ndarray:
         if shard not in self._open:
             file = shard_file(self.folder, self.tower, shard)
             try:
-                array = np.load(file, mmap_mode="r")
+                array = np.lib.format.open_memmap(file, mode="r")
                 shape = (self._sizes[shard], *self._crops, self.width)
                 if (array.dtype, array.shape) != (np.float16, shape):
                     raise UserError(f"{array.dtype} {array.shape}, not float16 {shape}")
-            except ValueError as error:
-                raise UserError(f"{file} is damaged ({error}); remove it and run `flipscale prepare embed`") from error
+            except OSError:
+                raise
+            except Exception as error:  # numpy raises many kinds for a damaged header
+                raise UserError(f"{file} is damaged ({reason_of(error)}); {_REMEDY}") from error
             self._open[shard] = array
             if len(self._open) > _MOST_MAPPED:
                 self._open.popitem(last=False)

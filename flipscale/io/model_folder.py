@@ -164,20 +164,20 @@ def check_texts(folder: Path) -> None:
             read_object(file)
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raise UserError for no file, a pipe, a damaged file, or a config.json with a
-    section that is no object."""
+def read_object(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
+    """Return the JSON object in a file. Raise UserError, with the remedy, for no file, a pipe, a damaged file, or a
+    config.json with a section that is no object."""
     check_plain(file)
     try:
         value = json.loads(file.read_bytes(), object_pairs_hook=_checked_object)
         if not isinstance(value, dict):
             raise ValueError(f"it is no JSON object but {value!r:.40}")
     except FileNotFoundError:
-        raise UserError(f"{file.parent} has no {file.name}; download or export it again") from None
+        raise UserError(f"{file.parent} has no {file.name}; {remedy}") from None
     except RecursionError:
-        raise UserError(f"{file} is damaged: it is nested too deep; download or export it again") from None
+        raise UserError(f"{file} is damaged: it is nested too deep; {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; download or export it again") from None
+        raise UserError(f"{file} is damaged: {error}; {remedy}") from None
     for name in _SECTIONS if file.name == "config.json" else ():
         if not isinstance(value.get(name), dict | None):
             raise UserError(f"{file}: {name} is {value[name]!r:.40}; expected an object with fields")

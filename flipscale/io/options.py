@@ -123,6 +123,17 @@ def refuse_set(settings: dict[str, Any], reason: str) -> None:
             raise UserError(f"{name} is {value} and {reason}; leave one of them out")
 
 
+def check_entries(content: Any, kinds: dict[str, Any], file: Path, remedy: str) -> None:
+    """Raise UserError unless a JSON object of a file has entries of these types, numbers in the range of their type."""
+    for name, kind in kinds.items():
+        base, allowed = get_args(kind) or (kind, "")
+        value = content.get(name) if isinstance(content, dict) else None
+        is_of = isinstance(value, int | float if base is float else base) and isinstance(value, bool) == (base is bool)
+        if not is_of or (allowed and value not in allowed):
+            expected = f"{base.__name__} {allowed}".strip()
+            raise UserError(f"{file} is damaged: {name} is {value!r:.60}; expected {expected}; {remedy}")
+
+
 def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
     """Raise UserError unless a recipe file has mappings for sections, with known fields only.
 

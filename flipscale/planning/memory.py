@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
-from flipscale.data.features import ABOUT
+from flipscale.data.features import read_about
 from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
@@ -29,7 +29,6 @@ from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_moments, num_trained
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import read_object
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.exchange import exchange_bytes
@@ -212,8 +211,8 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     if not recipe.data.teachers:
         return peak, kept
     # The teachers' part comes first, beside the student's texts if they are gathered already.
-    abouts = [Path(folder, ABOUT) for folder in recipe.data.teachers]
-    widths = [int(read_object(file)["texts"]["width"]) if file.is_file() else dim for file in abouts]
+    abouts = [read_about(Path(folder)) for folder in recipe.data.teachers]
+    widths = [about["texts"]["width"] if "texts" in about else dim for about in abouts]
     width, world = len(widths) * max(widths), launch.num_processes
     others = world if world > 1 else 0
     tiles = 4 * math.prod(workspace_elements(pairs, batch, max(widths), buffers=2, device_type="cuda"))

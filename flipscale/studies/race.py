@@ -23,7 +23,8 @@ from flipscale.hub.loading import load_with_tokenizer
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.model_folder import read_object
+from flipscale.io.options import Count, check_entries
 from flipscale.pages.report import masked_crops, offer_report
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
@@ -84,10 +85,12 @@ def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds:
             )
     check_folder(output_dir, _MARK, "study")
     if (output_dir / _MARK).exists():
-        begun = json.loads(read_text(output_dir / _MARK))
+        remedy = "name another folder, or remove it"
+        begun = read_object(output_dir / _MARK, remedy)
+        check_entries(begun, {"recipes": list, "seeds": Count}, output_dir / _MARK, remedy)
         # The number of seeds may change. Only a single seed has run names without the seed.
         if (begun["recipes"], begun["seeds"] > 1) != (names, seeds > 1):
-            words = f"{', '.join(begun['recipes'])}{' with seeds' if begun['seeds'] > 1 else ''}"
+            words = f"{', '.join(map(str, begun['recipes']))}{' with seeds' if begun['seeds'] > 1 else ''}"
             raise UserError(f"{output_dir} holds a study of {words}; name another folder")
 
 

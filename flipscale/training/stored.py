@@ -7,14 +7,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.features import ABOUT, PROBE, StoredFeatures
+from flipscale.data.features import PROBE, StoredFeatures, read_about
 from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.teachers import StoredCrops, Teacher
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
 from flipscale.training.recipe import Recipe
 
@@ -36,7 +35,8 @@ def open_stored(
         needed["texts"] = ("tokens_digest", {weights_digest([tokens["input_ids"]])})
     for tower, features in stored.items():
         name, values = needed[tower]
-        if {found := features.about[tower].get(name)} != values:
+        found = features.about[tower].get(name)
+        if any(found != value for value in values):
             raise UserError(
                 f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe {[*values]}; embed "
                 "by the recipe's start weights, and set their tokenizer, and image_size of the stages"
@@ -46,7 +46,7 @@ def open_stored(
 
 def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Return the folder of each tower's stored features and the digest of its weights, by its name in the model."""
-    about = {tower: read_object(Path(folder, ABOUT))[tower] for tower, folder in recipe.data.stored.items()}
+    about = {tower: read_about(Path(folder))[tower] for tower, folder in recipe.data.stored.items()}
     return {STORED_TOWERS[t]: (recipe.data.stored[t], found["weights_digest"]) for t, found in about.items()}
 
 
@@ -110,7 +110,7 @@ def _teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
     about = images.about
     if about["features"] != "embeds" or "crops" not in about["images"]:
         raise UserError(f"{named}, which has no embeddings of crops; embed with --features embeds and --crops 4")
-    crops, first = about["images"]["crops"], read_object(Path(data.teachers[0], ABOUT))["images"].get("crops", {})
+    crops, first = about["images"]["crops"], read_about(Path(data.teachers[0])).get("images", {}).get("crops", {})
     wanted = [("scale", "data.crop_scale", [*data.crop_scale]), ("mirror", "data.mirror", data.mirror)]
     wanted += [(name, f"the teacher {data.teachers[0]!r}", first.get(name)) for name in ("count", "seed")]
     for name, field, value in wanted:
