@@ -316,6 +316,7 @@ def _resize(args: argparse.Namespace) -> None:
     print(
         f"{args.directory}: {total['images']:,} images, {total['shrunk']:,} of them shrunk to a short side of "
         f"{args.short_side}; {total['before'] / 1e9:.2f} GB became {total['after'] / 1e9:.2f}"
+        + (f"; {total['left_out']:,} links, devices or sparse files are left out" if total["left_out"] else "")
     )
 
 

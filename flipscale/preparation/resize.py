@@ -4,6 +4,7 @@ A shard is written aside and renamed, so a killed run goes on with the shards th
 its source and the options, so any number of processes writes the same bytes.
 """
 
+import os
 import tarfile
 from collections import Counter
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, no_shards
-from flipscale.data.sources.shard_index import load_index, size_and_time
+from flipscale.data.sources.shard_index import DamagedTar, NotAFile, load_index, open_plain, size_and_time, tar_members
 from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
@@ -22,7 +23,7 @@ from flipscale.io.progress import each
 from flipscale.preparation.shard_writer import ShardOptions, only_writer, stored_image
 from flipscale.preparation.worker_pool import worker_pool
 
-_DECIDING, _COUNTED = ("short_side", "jpeg_quality"), ("images", "shrunk", "before", "after")
+_DECIDING, _COUNTED = ("short_side", "jpeg_quality"), ("images", "shrunk", "left_out", "before", "after")
 _LINES = "resized.jsonl"  # the options, then the counts of each finished shard
 
 
@@ -37,7 +38,8 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
         options: `short_side` and `jpeg_quality`.
 
     Returns:
-        Counts over all shards: `images`, `shrunk` images, and bytes `before` and `after`.
+        Counts over all shards: `images`, `shrunk` images, entries `left_out` because they are links, devices or sparse
+        files, and bytes `before` and `after`.
 
     Raises:
         UserError: the shards are at a URL, `out_dir` has shards of other options, or, after all others are written, a
@@ -68,7 +70,7 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
             f"{len(damaged)} of {len(names)} shards are damaged and left out: {damaged[0]}; fetch them again and run "
             "the same command, or go on without them"
         )
-    return sum((Counter({name: line[name] for name in _COUNTED}) for line in done.values()), Counter())
+    return sum((Counter({name: line.get(name, 0) for name in _COUNTED}) for line in done.values()), Counter())
 
 
 def _finished(out_dir: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -88,16 +90,17 @@ def _resize(source: Path, target: Path, options: ShardOptions) -> dict[str, int]
     try:
         # Under a name of this process, because a worker of a killed run may live a little into the next run.
         with atomic_write(target, unique_partial_path(target)) as written:
-            with tarfile.open(source, ignore_zeros=True) as old, tarfile.open(written, mode="w") as new:
-                for member in old:
-                    if (file := old.extractfile(member)) is None:
+            with os.fdopen(open_plain(source), "rb") as old, tarfile.open(written, mode="w") as new:
+                for name, offset, size, trouble in tar_members(old):
+                    if trouble:
+                        counts["left_out"] += "." in name.rpartition("/")[2]  # others are folders
                         continue
-                    name, content = member.name, file.read()
+                    content = os.pread(old.fileno(), size, offset)
                     if name.lower().endswith(IMAGE_SUFFIXES):
                         name, content = _smaller(name, content, options, counts)
                     add_member(new, name, content)
             sync(written)
-    except tarfile.TarError as error:
+    except (DamagedTar, NotAFile) as error:
         return f"{source} ({error})"
     load_index(target)
     return {**counts, "before": source.stat().st_size, "after": target.stat().st_size}

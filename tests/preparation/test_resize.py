@@ -78,6 +78,26 @@ def test_images_shrink_and_all_else_stays(shards: Path, tmp_path: Path, capsys: 
     assert [new.read(1, n).captions for n in range(5)] == [old.read(1, n).captions for n in range(5)]
 
 
+def test_entries_without_content_are_left_out_and_counted(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resize(shards, tmp_path / "before")
+    for shard, entries in enumerate(
+        [[("x.jpg", b"2", "00.jpg"), ("y.jpg", b"1", "gone.jpg")], [("z.jpg", b"1", "z.jpg")], [("folder", b"5", "")]]
+    ):
+        with tarfile.open(shards / f"{shard:05d}.tar", "a") as tar:
+            for name, kind, target in entries:
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, target
+                tar.addfile(member)
+    capsys.readouterr()
+    resize(shards, tmp_path / "out")
+    assert "18 images, 9 of them shrunk" in (said := capsys.readouterr().out)
+    assert "3 links, devices or sparse files are left out" in said
+    for shard in shards.glob("*.tar"):
+        assert members(tmp_path / "out" / shard.name) == members(tmp_path / "before" / shard.name)
+
+
 def test_any_processes_and_an_interruption_give_the_same_bytes(shards: Path, tmp_path: Path) -> None:
     resize(shards, tmp_path / "one")
     resize(shards, tmp_path / "two", 2)

@@ -62,7 +62,7 @@ class NotAFile(OSError):
     """A path leads to no plain file."""
 
 
-class _Damaged(Exception):
+class DamagedTar(Exception):
     """The tar cannot be read further."""
 
 
@@ -107,14 +107,14 @@ def open_plain(path: str | Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
+def tar_members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
     """Yield the name, the content's offset and size in bytes, and the fault of each entry of a tar.
 
     Several tars may be joined to one file. The fault is the reason why an entry cannot be used; it is empty for a good
     file. tarfile reads the headers, but would take a damaged one for the end of the tar.
 
     Raises:
-        _Damaged: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
+        DamagedTar: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
     """
     total = os.fstat(file.fileno()).st_size
     tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)))
@@ -127,20 +127,22 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
         except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
             following = _after_zeros(file, start, total)
             if following - start > _MOST_END_BYTES:
-                raise _Damaged(f"it has zeros from byte {start} to {following}, more than the end of a tar") from error
+                raise DamagedTar(
+                    f"it has zeros from byte {start} to {following}, more than the end of a tar"
+                ) from error
             if following == total:
                 return
             tar.offset, tar.pax_headers = following, {}
             continue
         except _TAR_ERRORS as error:
-            raise _Damaged(_damage(file.fileno(), start, total)) from error
+            raise DamagedTar(_damage(file.fileno(), start, total)) from error
         if {"path", "size"} & tar.pax_headers.keys():
-            raise _Damaged("it has a pax header that gives all files one name or size")
+            raise DamagedTar("it has a pax header that gives all files one name or size")
         end = member.offset_data + (member.size if member.isreg() else 0)
         if member.size < 0 or tar.offset <= start:
-            raise _Damaged(f"there is no tar header at byte {start}")
+            raise DamagedTar(f"there is no tar header at byte {start}")
         if end > total:
-            raise _Damaged(f"it ends at byte {total}, inside a file that goes on to {end}")
+            raise DamagedTar(f"it ends at byte {total}, inside a file that goes on to {end}")
         yield member.name, member.offset_data, member.size, _trouble(member, file.fileno(), start)
 
 
@@ -344,7 +346,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
     left_out: dict[str, list[str]] = {}
     damage, run, last_key = [], 0, ""
     try:
-        for name, offset, size, trouble in _members(file):
+        for name, offset, size, trouble in tar_members(file):
             dot = name.find(".", name.rfind("/") + 1)
             field = name[dot + 1 :].lower() if dot >= 0 else ""
             key = name[:dot] if dot >= 0 else name
@@ -355,7 +357,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
                 left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
                 continue
             samples.setdefault(key, []).append(_File(run, field, offset // BLOCK, size))
-    except _Damaged as error:
+    except DamagedTar as error:
         damage.append(str(error))
     rows = []
     for key, files in samples.items():
