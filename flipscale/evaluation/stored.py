@@ -33,6 +33,7 @@ from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, de
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
+from flipscale.io.files import check_disk_space
 from flipscale.io.model_folder import read_object
 from flipscale.io.progress import Progress
 from flipscale.model.modeling_flip import normalise_embeds
@@ -75,6 +76,8 @@ def store_features(
     claims = _Claims(out_dir, towers)
     counts = Counter({"shards": 0, "samples": 0, "bad images": 0, "bad texts": 0})
     done = sum(count for shard, count in enumerate(sizes) if claims.is_finished(shard))
+    widths = [about[tower]["width"] * math.prod(per_sample if tower == "images" else ()) for tower in towers]
+    check_disk_space(out_dir, 2 * sum(widths) * (len(where) - done), "embed fewer --towers")
 
     def empty(shard: int) -> dict[str, np.ndarray]:
         shapes = {"images": (sizes[shard], *per_sample), "texts": (sizes[shard],)}

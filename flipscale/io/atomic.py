@@ -1,5 +1,6 @@
 """Atomic writes: a file or folder is written under a hidden name and renamed once it is whole."""
 
+import errno
 import os
 import platform
 import shutil
@@ -9,6 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flipscale.io.errors import UserError
+
+
+class FullDisk(OSError):
+    """A disk has no room for a file. The text names the file, the folder and the free bytes."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Raise FullDisk in place of the system's error for a file or folder that is written in a `with` block."""
+    try:
+        yield
+    except OSError as error:
+        # numpy's error for a short write has no number.
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) or " requested and " in str(error)
+        if not is_full or isinstance(error, FullDisk):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        text = f"{path.name} needs more than the {free:,} bytes that the disk of {path.parent} has free"
+        raise FullDisk(errno.ENOSPC, f"{text}; free some space, and run the same command again") from error
 
 
 def partial_path(path: Path) -> Path:
@@ -32,12 +55,13 @@ def atomic_write(path: Path, partial: Path | None = None) -> Iterator[Path]:
     """
     partial = partial or partial_path(path)
     remove(partial)
-    try:
-        yield partial
-        _move(partial, path)
-    except BaseException:
-        remove(partial)
-        raise
+    with naming_full_disk(path):
+        try:
+            yield partial
+            _move(partial, path)
+        except BaseException:
+            remove(partial)
+            raise
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flipscale.io.atomic import atomic_write, sync
+from flipscale.io.atomic import atomic_write, naming_full_disk, sync
 from flipscale.io.files import check_plain
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
         return
     is_new = not path.exists()
     check_plain(path)
-    with open(path, "a+b", buffering=0) as file:
+    with naming_full_disk(path), open(path, "a+b", buffering=0) as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
             text = text if file.read(1) == b"\n" else b"\n" + text

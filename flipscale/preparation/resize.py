@@ -95,7 +95,8 @@ def _resize(source: Path, target: Path, options: ShardOptions) -> dict[str, int]
                     if trouble:
                         counts["left_out"] += "." in name.rpartition("/")[2]  # others are folders
                         continue
-                    content = os.pread(old.fileno(), size, offset)
+                    old.seek(offset)
+                    content = old.read(size)
                     if name.lower().endswith(IMAGE_SUFFIXES):
                         name, content = _smaller(name, content, options, counts)
                     add_member(new, name, content)

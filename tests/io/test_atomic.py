@@ -1,11 +1,13 @@
 """Atomic writes of files and folders."""
 
+import errno
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from flipscale.io.atomic import atomic_write, new_folder, partial_path, unique_partial_path, write_text
+from flipscale.io.atomic import FullDisk, atomic_write, new_folder, partial_path, unique_partial_path, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -58,3 +60,17 @@ def test_new_folder(tmp_path: Path) -> None:
     assert names(path) == ["config.json"]
     with pytest.raises(ValueError, match="small is there already; name another folder"), new_folder(path):
         pass
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """By the error of the system, and by numpy's of a short write."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("122880 requested and 28608 written")):
+        path = tmp_path / "rows.npy"
+        with pytest.raises(FullDisk, match=rf"^rows.npy needs more than .* bytes .*{tmp_path} has free") as raised:
+            with atomic_write(path) as partial:
+                partial.write_bytes(b"x")
+                raise error
+        assert pickle.loads(pickle.dumps(raised.value)).errno == errno.ENOSPC  # as it comes from a worker
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"^\[Errno 5\] failed$"), atomic_write(tmp_path / "rows.npy"):
+        raise OSError(errno.EIO, "failed")

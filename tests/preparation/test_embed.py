@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -228,3 +229,12 @@ def test_crops_by_models_of_other_programs(
         expected = unit(embedder.image_features(**{column: inputs}))
         assert np.abs(expected[0] - expected[1]).max() > 1e-3
         assert np.abs(found["images"][row] - expected).max() < 1e-3
+
+
+def test_a_disk_that_is_too_small_is_named(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10_000))
+    said = refused("prepare", "embed", pairs, tmp_path / "out", "--model", "pixels", "--towers", "images")
+    assert f"kB are needed and the disk of {tmp_path / 'out'} has 10 kB free" in said
+    assert not list((tmp_path / "out/images").iterdir())
