@@ -4,6 +4,7 @@ A checkpoint is a folder `checkpoint_N` with a zarr v2 array `target.<dotted nam
 """
 
 import gzip
+import io
 import json
 import math
 import re
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from fsspec import FSMap
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.zip import ZipFileSystem
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
+from flipscale.engines.first_weights import model_without_storage
 from flipscale.hub.card import card_text
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.atomic import write_text
@@ -31,6 +34,8 @@ from flipscale.io.progress import each
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
 
+# Longest .zarray, and most numbers of an array; the largest of FLIP's H/14 has 39 million.
+_META_BYTES, _MOST_NUMBERS = 1 << 16, 1 << 30
 _POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
 _WORDS = {
     "img_encoder": "vision_model",
@@ -65,14 +70,33 @@ class StoredArray:
     """A parameter in the checkpoint: `shape` is known at once, `np.asarray` reads the values (fp32). Raise UserError if
     the array is damaged, or in a format that the original does not write."""
 
-    def __init__(self, name: str, files: Mapping[str, bytes], folder: str):
+    def __init__(self, name: str, files: FSMap, folder: str):
         self._name, self._files, self._folder = name, files, folder
-        self._meta = meta = json.loads(files[f"{folder}/.zarray"])
-        compressor = (meta["compressor"] or {"id": None})["id"]
-        form = f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
+        try:
+            self._meta = meta = json.loads(self._read(".zarray", _META_BYTES))
+            compressor = (meta["compressor"] or {"id": None})["id"]
+            form = (
+                f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
+            )
+            sizes = [*zip(meta["shape"], meta["chunks"], strict=True)]
+            fits = all(type(length) is type(chunk) is int and 1 <= chunk <= length for length, chunk in sizes)
+            if not fits or math.prod(meta["shape"]) > _MOST_NUMBERS or np.dtype(str(meta["dtype"])).kind != "f":
+                raise ValueError(f"shape {meta['shape']}, chunks {meta['chunks']}, dtype {meta['dtype']}")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+            raise UserError(
+                f"array {name} has a damaged .zarray ({error!r:.300}); download the checkpoint again"
+            ) from error
         if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
             raise UserError(f"array {name} is stored as {form}; the original writes zarr 2, gzip, order C, no filters")
         self.shape: tuple[int, ...] = tuple(meta["shape"])
+
+    def _read(self, name: str, most: int) -> bytes:
+        """Return the content of a file of at most `most` bytes. Nothing larger is unpacked."""
+        key = f"{self._folder}/{name}"
+        about = self._files.fs.info(self._files._key_to_str(key))
+        if about["type"] != "file" or about["size"] > most:
+            raise ValueError(f"{name} is a {about['type']} of {about['size']:,} bytes; expected at most {most:,}")
+        return self._files[key]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         chunks, array = self._meta["chunks"], np.empty(self.shape, np.float32)
@@ -80,8 +104,10 @@ class StoredArray:
         try:
             for position in np.ndindex(*counts):
                 name = self._meta.get("dimension_separator", ".").join(map(str, position))
-                content = self._files[f"{self._folder}/{name}"]
-                content = gzip.decompress(content) if self._meta["compressor"] else content
+                size = math.prod(chunks) * np.dtype(self._meta["dtype"]).itemsize
+                content = self._read(name, 2 * size + _META_BYTES)
+                if self._meta["compressor"]:
+                    content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(size + 1)
                 begins = [number * chunk for number, chunk in zip(position, chunks, strict=True)]
                 part = array[tuple(slice(begin, begin + chunk) for begin, chunk in zip(begins, chunks, strict=True))]
                 # A chunk at the edge is stored at full size, padded.
@@ -141,10 +167,11 @@ def convert_flip_checkpoint(
     """
     arrays = open_flip_checkpoint(Path(src))
     config = _config(arrays, size, image_heads, text_heads)
+    planned = model_without_storage(config, FlipModel).state_dict()
+    _check_arrays(arrays, {name: tuple(value.shape) for name, value in planned.items()})
     with no_init_weights():
         model = FlipModel(config)
     parameters = model.state_dict()
-    _check_arrays(arrays, {name: tuple(value.shape) for name, value in parameters.items()})
     _check_positions(np.asarray(arrays[_POSITIONS]), config)
     for name in each([name for name in arrays if name != _POSITIONS], "reading", "arrays"):
         stored = torch.from_numpy(np.asarray(arrays[name]))
@@ -236,8 +263,8 @@ def _tower(arrays: Arrays, encoder: str) -> dict[str, int]:
     """Return the configuration fields that both towers share, from the shapes of one tower's arrays."""
     width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel", 2)
     pattern = re.compile(rf"{encoder}/Transformer/encoderblock_(\d+)/")
-    numbers = [int(match[1]) for name in arrays if (match := pattern.match(name))]
-    return {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": max(numbers) + 1}
+    numbers = {match[1] for name in arrays if (match := pattern.match(name))}
+    return {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": len(numbers)}
 
 
 def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:

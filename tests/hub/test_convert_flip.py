@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import shutil
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -250,10 +252,61 @@ def test_damage(checkpoint: Path, tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-20])
     fails(checkpoint, damaged)
     chunk.unlink()
-    fails(checkpoint, f"{damaged} .*KeyError")
+    fails(checkpoint, f"{damaged} .*NotFound")
     meta = json.loads((checkpoint / EMBEDDING / ".zarray").read_text())
     (checkpoint / EMBEDDING / ".zarray").write_text(json.dumps({**meta, "compressor": {"id": "blosc"}}))
     fails(checkpoint, "array txt_encoder/token_embedding/embedding is stored as zarr 2, compressor blosc")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"chunks": [0, 32]}, r"chunks \[0, 32\]"),
+        ({"chunks": [48]}, "zarray"),
+        ({"shape": "many"}, "zarray"),
+        ({"shape": [10**6, 10**6], "chunks": [1, 1]}, r"shape \[1000000, 1000000\]"),
+        ({"shape": [97, -32]}, "-32"),
+        ({"dtype": "O"}, "dtype O"),
+        ({"compressor": 3}, "zarray"),
+    ],
+)
+def test_a_damaged_description_is_refused_by_its_value(checkpoint: Path, changes: dict[str, Any], says: str) -> None:
+    file = checkpoint / EMBEDDING / ".zarray"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    fails(checkpoint, f"array txt_encoder/token_embedding/embedding .*{says}")
+
+
+@pytest.mark.parametrize("how", ["gzip", "zip", "pipe"])
+def test_a_chunk_that_unpacks_to_gigabytes_is_refused(checkpoint: Path, tmp_path: Path, how: str) -> None:
+    place, src = next(path for path in (checkpoint / EMBEDDING).iterdir() if path.name != ".zarray"), checkpoint
+    if how == "gzip":
+        with gzip.open(place, "wb", compresslevel=1) as file:
+            for _ in range(16):
+                file.write(bytes(1 << 26))
+    elif how == "pipe":
+        place.unlink()
+        os.mkfifo(place)
+    else:
+        place.unlink()
+        src = zip_of(checkpoint, tmp_path / "bomb.zip")
+        name = (Path("checkpoint_7") / place.relative_to(checkpoint)).as_posix()
+        with (
+            zipfile.ZipFile(src, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+            archive.open(name, "w") as file,
+        ):
+            for _ in range(16):
+                file.write(bytes(1 << 26))
+    tracemalloc.start()
+    fails(src, "txt_encoder/token_embedding/embedding is damaged")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 28
+    tracemalloc.stop()
+
+
+def test_layers_that_are_missing_are_not_built(checkpoint: Path) -> None:
+    """A name of the millionth block does not make a million."""
+    for place in checkpoint.glob("target.img_encoder.Transformer.encoderblock_01.*"):
+        place.rename(checkpoint / place.name.replace("_01.", "_999999."))
+    fails(checkpoint, "vision_model.encoder.layers.1")
 
 
 def test_missing_arrays(checkpoint: Path) -> None:

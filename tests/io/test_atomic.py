@@ -66,11 +66,16 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     """By the error of the system, and by numpy's of a short write."""
     for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("122880 requested and 28608 written")):
         path = tmp_path / "rows.npy"
-        with pytest.raises(FullDisk, match=rf"^rows.npy needs more than .* bytes .*{tmp_path} has free") as raised:
-            with atomic_write(path) as partial:
-                partial.write_bytes(b"x")
-                raise error
+        says = rf"^rows.npy needs more than .* bytes .*{tmp_path} has free"
+        with pytest.raises(FullDisk, match=says) as raised:
+            _fail(path, error)
         assert pickle.loads(pickle.dumps(raised.value)).errno == errno.ENOSPC  # as it comes from a worker
         assert not list(tmp_path.iterdir())
-    with pytest.raises(OSError, match=r"^\[Errno 5\] failed$"), atomic_write(tmp_path / "rows.npy"):
-        raise OSError(errno.EIO, "failed")
+    with pytest.raises(OSError, match=r"^\[Errno 5\] failed$"):
+        _fail(path, OSError(errno.EIO, "failed"))
+
+
+def _fail(path: Path, error: OSError) -> None:
+    with atomic_write(path) as partial:
+        partial.write_bytes(b"x")
+        raise error
