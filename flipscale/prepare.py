@@ -143,13 +143,13 @@ def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     add("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
     add(
         "--image_column",
-        help="Column of images. Default: the first one named image, file_name, filename, path, filepath, image_path or "
-        "img.",
+        help="Column of images. Default: the first one named image, file_name, filename, path, filepath, image_path, "
+        "img or picture.",
     )
     add(
         "--caption_column",
-        help="Column of captions. Default: the first one named caption, captions, text, title or txt. A list of texts "
-        "holds several captions of one image.",
+        help="Column of captions. Default: the first one named caption, captions, text, title, txt or description. A "
+        "list of texts holds several captions of one image.",
     )
     add(
         "--labels", metavar="folder|COLUMN",

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 FOLDER = "folder"  # the value of --labels for class folders
 _USUAL_COLUMNS = {
-    "image": ("image", "file_name", "filename", "path", "filepath", "image_path", "img"),
-    "caption": ("caption", "captions", "text", "title", "txt"),
+    "image": ("image", "file_name", "filename", "path", "filepath", "image_path", "img", "picture"),
+    "caption": ("caption", "captions", "text", "title", "txt", "description"),
     "label": ("label", "class", "category", "labels"),
 }
 _FLAGS = {"image": "--image_column", "caption": "--caption_column", "label": "--labels"}

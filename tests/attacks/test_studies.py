@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from attacks import ground
 from attacks.attack import Attack, Ended, Make, later, refused, test_of
+from attacks.changes import text
 
 from flipscale.studies.design import write_plan
 
@@ -41,6 +42,13 @@ def race(folder: Path, *stages: dict[str, Any]) -> list[str]:
     good = ground.recipe(folder).rename(folder / "good.yaml")
     odd = ground.recipe(folder, stages=list(stages)).rename(folder / "odd.yaml")
     return ["study", "race", str(good), str(odd), "--minutes", "0.05", "--output_dir", "out"]
+
+
+@later
+def broken_mark(folder: Path, content: str) -> list[str]:
+    """A race in a folder whose study.json somebody has changed."""
+    text("out/study.json", content)(folder)
+    return race(MASKED)(folder)
 
 
 def changed_since(folder: Path) -> list[str]:
@@ -92,6 +100,10 @@ ATTACKS = [
         "a race with a stage too short for a share of the time",
         race({**MASKED, "samples": 10**9}, {"name": "tuned", "samples": 16}), "odd", "'tuned'", "16",
     ),
+    row("a race's mark that is cut short", broken_mark('{"recipes": ["go'), "study.json"),
+    row("a race's mark of no fields", broken_mark("{}"), "study.json", "recipes is None"),
+    row("a race's mark with words for seeds", broken_mark('{"recipes": [], "seeds": "two"}'), "seeds is 'two'"),
+    row("a race's mark of deep lists", broken_mark("[" * 20_000), "study.json"),
     Attack("an arm whose data is not there", arm_without_data, 1, ("1 of 2 runs", "gone-seed0"), other_arm_is_done),
 ]  # fmt: skip
 

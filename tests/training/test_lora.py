@@ -188,6 +188,11 @@ def test_an_adapter_only_where_it_fits(
     assert "leave --interpolate and --dtype out" in refused("export", run_dir, "--adapter", "--dtype", "bf16")
     (tmp_path / "mine").mkdir()
     assert "exists and is no adapter" in refused("export", run_dir, "--adapter", "--out", tmp_path / "mine")
+    main(["export", str(run_dir), "--adapter", "--out", str(tmp_path / "mine/adapter")])
+    (tmp_path / "mine/adapter/notes.txt").write_text("mine")
+    said = refused("export", run_dir, "--adapter", "--out", tmp_path / "mine/adapter")
+    assert f"{tmp_path / 'mine/adapter'} holds notes.txt" in said
+    assert (tmp_path / "mine/adapter/notes.txt").read_text() == "mine"
     stored = weights(base)
     save_file({**stored, "logit_scale": stored["logit_scale"] + 1}, base / "model.safetensors")
     assert "logit_scale of the run is not that of" in refused("export", run_dir, "--adapter", "--out", tmp_path / "b")
