@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import cv2
 import numpy as np
 import pytest
 from conftest import launch
@@ -213,3 +214,11 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, fails: Callabl
 )
 def test_wrong_options_are_one_line(folder: Path, fails: Callable, flag: str, value: str, message: str) -> None:
     assert message in fails(folder, flag, value)
+
+
+def test_columns_named_picture_and_description_are_guessed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in/0.png"), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "in/pairs.csv").write_text("picture,description\n0.png,a black square\n")
+    main(["prepare", "shards", str(tmp_path / "in/pairs.csv"), str(tmp_path / "out"), "--num_workers", "1"])
+    assert TarSource(str(tmp_path / "out")).read(0, 0).captions == (b"a black square",)
