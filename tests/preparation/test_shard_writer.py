@@ -9,8 +9,8 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import cv2
+import datasets
 import numpy as np
 import pytest
 from conftest import launch
