@@ -23,6 +23,7 @@ from flipscale.io.json_lines import read
 from flipscale.pretrain import pretrain
 from flipscale.training.plan import Plan, check
 from flipscale.training.recipe import parse_recipe
+from flipscale.training.schedule import Clock
 
 # A CLIP of 1.6 million parameters, most of them word pieces.
 SMALL = {
@@ -127,7 +128,7 @@ class _Batches:
         setattr(target, "patch_drop" if target is not model.visual else "patch_dropout", self.dropout)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        clock = self.plan.clock({})
+        clock = Clock(self.plan.schedule, {})
         (dataset,) = self.plan.datasets.values()
         side = self.size // self.patch
         while not clock.step.is_over:

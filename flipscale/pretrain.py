@@ -28,6 +28,7 @@ from flipscale.training.preemption import Stopped
 from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
 from flipscale.training.report import begin_run, end_run
 from flipscale.training.run_summary import RunSummary
+from flipscale.training.schedule import Clock
 from flipscale.training.start import Laps, Start, join, prepare, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
@@ -87,14 +88,14 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dic
     the result of `count_flops` on the main process; empty on others. Raise Stopped after the save that a signal asked
     for."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    schedule, clock = plan.schedule, plan.clock(start.state)
+    schedule, clock = plan.schedule, Clock(plan.schedule, start.state)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)
     tracker = Tracker(plan, accelerator, watch, flops.get("pair", {}), flops.get("row"))
-    saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
+    saver = Saver(plan, start, engine, tracker)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)
     evaluation = Evaluation(plan, engine, accelerator, tracker)
     between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps, watch)
-    sync = StepSync(accelerator, saver.writer, watch, schedule.first_pace(start.state), schedule.budget_seconds)
+    sync = StepSync(accelerator, saver.writer, watch, start.step, schedule.budget_seconds)
     tracker.start(start.step)
     stops = False
 
@@ -113,8 +114,8 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dic
             # Results of the steps before, and of this one if the run pauses: write them, commit the open checkpoint.
             upcoming = clock.advance(sync.pace)
             start.check_lock()
-            due = plan.due(upcoming)
-            settled = sync.settle(wait=due.save or bool(due.tasks))
+            tasks, saves = plan.due(upcoming)
+            settled = sync.settle(wait=saves or bool(tasks))
             tracker.write(settled.results, upcoming)
             if settled.failure is not None:
                 raise settled.failure
@@ -123,9 +124,9 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dic
             between.after_step(upcoming.number)
 
             # Work between two steps: evaluate, save, stop.
-            evaluation.run(due.tasks, upcoming.number)
+            evaluation.run(tasks, upcoming.number)
             stops = settled.stop
-            if due.save or settled.save or stops:
+            if saves or settled.save or stops:
                 push.offer(saver.save(upcoming))
             if stops:
                 break

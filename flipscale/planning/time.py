@@ -20,7 +20,7 @@ from flipscale.io.cores import workers_of
 from flipscale.io.errors import UserError
 from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
-from flipscale.training.plan import compiles_on_gpus
+from flipscale.training.plan import compiles
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
 
@@ -266,7 +266,7 @@ def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, 
     blocks = len(encoder_blocks(trained_model(recipe)))
     again = micro_batches if recipe.recomputes(stage) else 0
     calls = _FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches
-    if compiles_on_gpus(recipe, launch):
+    if compiles(recipe, launch):
         calls = 0
     if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1 and launch.reshards:
         calls += _GATHER_CALLS * (passes + micro_batches)

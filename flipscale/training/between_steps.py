@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
-from flipscale.engines.recipe import SaveRecipe
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE
@@ -20,7 +19,7 @@ from flipscale.training.recipe import to_yaml
 from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Step
 from flipscale.training.start import Start
-from flipscale.training.tracking import BadSamples, Tracker
+from flipscale.training.tracking import Tracker
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -64,19 +63,10 @@ class Evaluation:
 class Saver:
     """Begins and commits the checkpoints of a run. Training goes on while one is written."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        start: Start,
-        engine: "Engine",
-        recipe: SaveRecipe,
-        run_dir: Path,
-        bad_samples: BadSamples,
-        watch: StepWatch,
-    ):
+    def __init__(self, plan: Plan, start: Start, engine: "Engine", tracker: Tracker):
+        run_dir, recipe = Path(plan.recipe.output_dir), plan.recipe.save
         self.writer = CheckpointWriter(start.accelerator, run_dir, recipe, start.state.get("step"))
-        self._plan, self._start, self._engine = plan, start, engine
-        self._bad_samples, self._watch = bad_samples, watch
+        self._plan, self._start, self._engine, self._tracker = plan, start, engine, tracker
 
     def save(self, step: Step) -> int | None:
         """Collective. Commit the open checkpoint, and begin the one before `step`, unless they are the same.
@@ -87,14 +77,14 @@ class Saver:
         Raises:
             OSError: the disk is full or not writable, or another run has taken the run directory.
         """
-        with self._watch.paused("a save"):
+        with self._tracker.watch.paused("a save"):
             committed = self.commit()
-            self._bad_samples.flush()
+            self._tracker.bad_samples.flush()
             state = {
                 "step": step.number,
                 "samples_seen": step.number * self._plan.batch_size,
                 "optimizer_steps": self._engine.layout.optimizer_steps(),
-                "trained_seconds": self._watch.trained_seconds,
+                "trained_seconds": self._tracker.watch.trained_seconds,
                 **self._plan.schedule.state(step),
                 "data_samples": len(self._plan.source),
                 "data_fingerprint": self._plan.fingerprint,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +17,7 @@ from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import Fault, Source, shard_sizes_digest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
+from flipscale.engines.device import can_compile
 from flipscale.engines.launch import Launch, place_in_world
 from flipscale.engines.start import engine_class
 from flipscale.evaluation.embedding import parts_of
@@ -26,9 +27,10 @@ from flipscale.evaluation.test_set import read_class_names, refuse_other_class_n
 from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
-from flipscale.training.stored import open_stored, open_teachers
+from flipscale.training.stored import open_stored, open_teacher
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from flipscale.data.features import StoredFeatures
@@ -39,15 +41,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def compiles_on_gpus(recipe: Recipe, launch: Launch) -> bool:
-    """Return whether a run's blocks are compiled on GPUs that have a compiler.
+def compiles(recipe: Recipe, launch: Launch, device: torch.device | None = None) -> bool:
+    """Return whether a run's blocks are compiled on `device`, by default a GPU that has a compiler.
 
     The towers of other libraries are compiled only if the recipe says so: not each of their blocks is one graph.
     """
     if recipe.model.compile is not None:
         return recipe.model.compile
-    refusal = engine_class(launch).refusal(launch, recipe.optim.name, compiles=True)
-    return refusal is None and recipe.model.family != "towers"
+    if engine_class(launch).refusal(launch, recipe.optim.name, compiles=True) or recipe.model.family == "towers":
+        return False
+    return device is None or (device.type == "cuda" and can_compile(device))
 
 
 class StepBatch(NamedTuple):
@@ -62,13 +65,6 @@ class StepBatch(NamedTuple):
     step: Step
     micro_batches: list[PackedBatch]
     faults: list[Fault]
-
-
-class Due(NamedTuple):
-    """Work between two steps: evaluations, and whether to save a checkpoint."""
-
-    tasks: list[Task]
-    save: bool
 
 
 @dataclass(frozen=True)
@@ -129,10 +125,6 @@ class Plan:
                     if clock.step.is_over or clock.step.stage is not stage:
                         break
 
-    def clock(self, state: Mapping[str, Any]) -> Clock:
-        """Return the clock after a checkpoint with this state; empty for a fresh start."""
-        return Clock(self.schedule, state)
-
     def tasks_before(self, step: Step) -> list[Task]:
         """Return the evaluations before the first step of a run that starts from weights.
 
@@ -142,10 +134,10 @@ class Plan:
             return []
         return [task for task in self.tasks if task.needs in ("texts", "features")]
 
-    def due(self, step: Step) -> Due:
-        """Return the work before a step. The evaluations at the end of the run are left out."""
+    def due(self, step: Step) -> tuple[list[Task], bool]:
+        """Return the evaluations before a step, and whether to save. Those at the end of the run are left out."""
         if step.is_over:
-            return Due([], True)
+            return [], True
         share_is_due = has_passed(step.before, step.position, self.recipe.eval.every_share)
         tasks = [
             task
@@ -153,7 +145,7 @@ class Plan:
             if is_due(step.number, self.batch_size, task.every_samples or 0)
             or (share_is_due and task.every_samples is None)
         ]
-        return Due(tasks, is_due(step.number, self.batch_size, self.recipe.save.every_samples))
+        return tasks, is_due(step.number, self.batch_size, self.recipe.save.every_samples)
 
 
 def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, FlipConfig, list[Stage]]:
@@ -204,7 +196,8 @@ def check(recipe: Recipe) -> Plan:
             )
         if config.decoder_config is not None:
             check_begin_and_end(tokenizer, config.decoder_config)
-    teachers, stored = open_teachers(recipe, source), open_stored(recipe, source, config, tokenizer)
+    teachers = [open_teacher(recipe, folder, source) for folder in data.teachers]
+    stored = open_stored(recipe, source, config, tokenizer)
     datasets = {
         stage: objective.dataset(
             source, tokenizer, replace(data, captions=stage.captions or data.captions), shape.at(stage.image_size),

@@ -158,12 +158,6 @@ class Schedule:
             return self.step(number, number, number - 1)
         return self.step(number, state.get("budget_used", 0.0), state.get("budget_before", -1.0))
 
-    def first_pace(self, state: Mapping[str, Any]) -> Pace | None:
-        """Return the pace before the first step; None without a budget."""
-        if self.budget_seconds is None:
-            return None
-        return Pace(state.get("step", 0) - 1, state.get("trained_seconds", 0.0) / self.budget_seconds, 0.0)
-
     def after(self, step: Step, pace: Pace | None) -> Step:
         """Return the next step, by the last agreed pace; None without a budget."""
         number = step.number + 1

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flipscale.data.loader import prepare_workers
-from flipscale.engines.checkpoint import CheckpointReader, Contents, newest_whole
-from flipscale.engines.device import best_attention, can_compile
-from flipscale.engines.launch import Launch, launch_of
+from flipscale.engines.checkpoint import CheckpointReader, Contents, answer_of_first, newest_whole
+from flipscale.engines.device import best_attention
+from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock, start_of
 from flipscale.objectives.recipe import loss_kinds
-from flipscale.training.plan import Plan, check, compiles_on_gpus
+from flipscale.training.plan import Plan, check, compiles
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import Schedule
@@ -134,7 +134,9 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
                 "the shards than process 0, or other data.weights, so that they would read them in another order; make "
                 "the nodes' copies the same"
             )
-        start = Start(accelerator, None, {}, lock=_take_run_directory(accelerator, run_dir))
+        lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
+        answer_of_first(accelerator, lock.acquire)
+        start = Start(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
         laps.end("processes")
         try:
             chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
@@ -189,13 +191,6 @@ def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, 
     return engine
 
 
-def compiles(recipe: Recipe, launch: Launch, device: torch.device) -> bool:
-    """Return whether a run's blocks are compiled on `device`. If the recipe leaves it open, a GPU is tried."""
-    if recipe.model.compile is not None:
-        return recipe.model.compile
-    return compiles_on_gpus(recipe, launch) and device.type == "cuda" and can_compile(device)
-
-
 @contextmanager
 def watched(recipe: Recipe, rank: int, work: str) -> Iterator[None]:
     """End the run if a `with` block shows no sign of life for `log.hang_seconds`."""
@@ -213,21 +208,3 @@ def _check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
         raise Damage(f"it is of step {step}, and the recipe has {total}")
     if samples != step * plan.batch_size:
         raise Damage(f"state.json has {samples} samples_seen in {step} steps of {plan.batch_size}")
-
-
-def _take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | None:
-    """Collective. Create and lock the run directory on the main process, and return the lock there."""
-    from accelerate.utils import broadcast_object_list
-
-    lock: FolderLock | None = None
-    failed: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
-            lock.acquire()
-        except (ValueError, OSError) as error:
-            failed = error
-    (failed,) = broadcast_object_list([failed])
-    if failed is not None:
-        raise failed
-    return lock

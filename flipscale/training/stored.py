@@ -1,6 +1,6 @@
 """The stored features of a recipe: opened, and refused where they are of other shards or of another model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +91,9 @@ def _of_shards(folder: str, tower: str, named: str, source: Source) -> StoredFea
     return features
 
 
-def open_teachers(recipe: Recipe, source: Source) -> Sequence[Teacher]:
-    """Return the teachers of a recipe.
-
-    Raises:
-        UserError: a teacher is of other shards, crops or features, its temperature is unknown, or a field needs other
-            crops or captions.
-    """
-    return [_teacher(recipe, folder, source) for folder in recipe.data.teachers]
-
-
-def _teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
+def open_teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
+    """Return a teacher of a recipe. Raise UserError if it is of other shards, crops or features, its temperature is
+    unknown, or a field needs other crops or captions."""
     named, data = f"data.teachers has {folder!r}", recipe.data
     others = {f"stages.{stage.name}.captions": stage.captions for stage in recipe.stages}
     others |= {f"data.{name}": getattr(data, name) for name in ("captions", "image_features", "text_features")}

@@ -102,11 +102,13 @@ class StepSync:
         accelerator: "Accelerator",
         checkpoints: CheckpointWriter,
         watch: StepWatch,
-        pace: Pace | None = None,
+        first_step: int = 0,
         budget_seconds: float | None = None,
     ):
         self.request = StopRequest(watches_file=accelerator.is_main_process)
-        self.pace = pace
+        self.pace: Pace | None = None
+        if budget_seconds is not None:
+            self.pace = Pace(first_step - 1, watch.trained_seconds / budget_seconds, 0.0)
         self._accelerator, self._checkpoints, self._watch = accelerator, checkpoints, watch
         self._unread: deque[_Unread] = deque()
         self._skipped_in_a_row = 0

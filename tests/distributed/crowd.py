@@ -128,15 +128,15 @@ def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
     from flipscale.engines.recipe import SaveRecipe
     from flipscale.training.between_steps import Saver
-    from flipscale.training.tracking import BadSamples
+    from flipscale.training.tracking import Tracker
     from flipscale.training.watch import StepWatch
 
     recipe, plan, start, engine = resumed(file)
     copy = Path(recipe.output_dir) / "copy"
-    bad_samples = BadSamples(copy, start.accelerator.is_main_process, 1.0)
     watch = StepWatch(start.accelerator, copy, 60.0, start.trained_seconds)
-    saver = Saver(plan, replace(start, state={}), engine, SaveRecipe(), copy, bad_samples, watch)
-    saver.save(plan.clock(start.state).step)
+    plan = replace(plan, recipe=replace(recipe, output_dir=str(copy), save=SaveRecipe()))
+    saver = Saver(plan, replace(start, state={}), engine, Tracker(plan, start.accelerator, watch, {}))
+    saver.save(plan.schedule.first(start.state))
     saver.commit()
 
 
@@ -156,6 +156,8 @@ def leave_out(file: str) -> None:
     """Check that skipped steps change nothing, and that later steps are those of a run without them."""
     import torch
 
+    from flipscale.training.schedule import Clock
+
     def holds(engine) -> dict[str, torch.Tensor]:
         found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.pieces()}
         steps = [s["step"].clone() for o in engine.optimizers for s in o.state.values() if "step" in s]
@@ -169,7 +171,7 @@ def leave_out(file: str) -> None:
         _, plan, start, engine = resumed(file)
         taken_so_far = 0
         for factor in factors:
-            (batch,) = next(plan.batches(plan.clock({"step": taken_so_far}), start.accelerator)).micro_batches
+            (batch,) = next(plan.batches(Clock(plan.schedule, {"step": taken_so_far}), start.accelerator)).micro_batches
             output = engine(**batch)
             loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
             engine.backward(loss)

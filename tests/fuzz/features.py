@@ -23,7 +23,7 @@ from flipscale.io.digests import weights_digest
 from flipscale.preparation.weights import WeightOptions, make_weights
 from flipscale.training.recipe import ModelRecipe, Recipe
 from flipscale.training.schedule import StageRecipe
-from flipscale.training.stored import embedded_by, open_stored, open_teachers
+from flipscale.training.stored import embedded_by, open_stored, open_teacher
 
 _FILES = (ABOUT, "images/00000.npy", "texts/00000.npy")
 _WIDTH, _SAMPLES, _CROPS = 4, 3, 2
@@ -94,7 +94,7 @@ def attack(data: bytes, folder: Path) -> None:
             opened = list(open_stored(recipe, _source(), _CONFIG, _tokenizer()).values())
             embedded_by(recipe)
             _all_rows(opened)
-        for teacher in open_teachers(recipe, _source()):
+        for teacher in [open_teacher(recipe, place, _source()) for place in recipe.data.teachers]:
             assert teacher.digest >= 0
             for number in range(_SAMPLES):
                 with suppress(BadSample):

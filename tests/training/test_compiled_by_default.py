@@ -5,7 +5,7 @@ import torch
 
 from flipscale.engines import device
 from flipscale.engines.launch import Launch
-from flipscale.training import start
+from flipscale.training import plan
 from flipscale.training.recipe import parse_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 3)
@@ -15,9 +15,9 @@ def compiled(
     monkeypatch: pytest.MonkeyPatch, *flags: str, engine: str = "ddp", works: bool = True
 ) -> tuple[bool, bool]:
     """Whether blocks are compiled on a CPU and on a GPU."""
-    monkeypatch.setattr(start, "can_compile", lambda place: works)
+    monkeypatch.setattr(plan, "can_compile", lambda place: works)
     recipe, launch = parse_recipe(["--data.shards=none", *flags]), Launch(engine, 8, "bf16")
-    return start.compiles(recipe, launch, CPU), start.compiles(recipe, launch, GPU)
+    return plan.compiles(recipe, launch, CPU), plan.compiles(recipe, launch, GPU)
 
 
 def test_gpus_compile_and_cpus_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,8 +63,9 @@ class Clocks:
         self.clocks = [Clock(schedule, state) for _ in range(2)]
         self.syncs = []
         for rank in range(2):
-            watch, place = SimpleNamespace(trained_seconds=0.0), SimpleNamespace(is_main_process=rank == 0)
-            self.syncs.append(StepSync(place, None, watch, schedule.first_pace(state), 600.0))
+            watch = SimpleNamespace(trained_seconds=state.get("trained_seconds", 0.0))
+            place = SimpleNamespace(is_main_process=rank == 0)
+            self.syncs.append(StepSync(place, None, watch, state.get("step", 0), 600.0))
         self.unread: list[Pace] = []
 
     def step(self, seconds: float) -> float:
