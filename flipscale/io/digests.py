@@ -159,7 +159,6 @@ def write_tensors(
     Unlike the library's writer, this one needs one tensor at a time and releases the interpreter's lock.
 
     Args:
-        path: file to write.
         layout: dtype and shape of each tensor by name, in the order of `tensors`.
         tensors: tensors on the CPU.
     """

@@ -22,10 +22,7 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
 
     A torn last line of an earlier writer is ended first, so that it spoils no other record.
 
-    Args:
-        path: file to append to.
-        records: records to append; none writes nothing.
-        is_synced: whether to wait until the lines, and the name of a new file, are on disk.
+    No record writes nothing. With `is_synced`, the lines and the name of a new file are on disk at the return.
 
     Raises:
         UserError: `path` is a folder, a pipe or a device.
@@ -55,7 +52,6 @@ def read(path: Path, *needed: str, **kinds: Any) -> list[dict[str, Any]]:
     last line without an end is skipped silently, because its writer may be at work.
 
     Args:
-        path: file to read.
         needed: fields that a record must have.
         kinds: types of fields: `step=int`, or `position=int | None` for a field that a record may lack.
 

@@ -135,14 +135,8 @@ def check_entries(content: Any, kinds: dict[str, Any], file: Path, remedy: str) 
 
 
 def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
-    """Raise UserError unless a recipe file has mappings for sections, with known fields only.
-
-    Args:
-        content: parsed file, or a part of it.
-        hint: expected type of `content`.
-        path: field path of `content`; empty for the whole file.
-        file: file name, for messages.
-    """
+    """Raise UserError unless a recipe file, or its part at a field `path`, has mappings for sections, with known fields
+    of the type `hint` only."""
     if get_origin(hint) is list and isinstance(content, list):
         for number, element in enumerate(content):
             check_fields(element, get_args(hint)[0], f"{path}[{number}]", file)

@@ -34,15 +34,13 @@ def own_commit(package: Path) -> str | None:
     # Variables of a git hook would name another repository.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        ended = subprocess.run(command, env=variables, capture_output=True, timeout=_GIT_SECONDS, check=True)
-        return ended.stdout.decode().strip()
+    # The last word fails if the commit lacks the package.
+    command = ["git", "-C", str(package), "rev-parse", "--show-prefix", "HEAD", "HEAD:./__init__.py"]
 
     def commit() -> str | None:
-        tracked = git("ls-files", "--full-name", "--error-unmatch", "__init__.py")
+        ended = subprocess.run(command, env=variables, capture_output=True, timeout=_GIT_SECONDS, check=True)
+        prefix, head, _ = ended.stdout.decode().split()
         lines = (package.parent / "setup.cfg").read_text(encoding="utf-8").splitlines()
-        is_own = tracked == f"{package.name}/__init__.py" and f"name = {package.name}" in lines
-        return git("rev-parse", "HEAD") if is_own else None
+        return head if prefix == f"{package.name}/" and f"name = {package.name}" in lines else None
 
     return known(commit)

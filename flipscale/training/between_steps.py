@@ -113,9 +113,6 @@ class BetweenSteps:
 
     In a `with` block, Python's garbage is collected between steps only. All ranks collect it at the same steps, so no
     rank makes the others wait at another time.
-
-    Args:
-        num_steps: number of steps to profile; 0 for none.
     """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int, watch: StepWatch):

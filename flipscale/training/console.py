@@ -35,7 +35,7 @@ _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", 
 _EXTRAS = {"deepspeed": "'flipscale[deepspeed]'", "open_clip": "'flipscale[peers]'"}
 _REMEDIES = {
     "MemoryError": "memory is exhausted; use smaller batches or fewer workers",
-    "OutOfMemoryError": "memory is exhausted; use a smaller batch_size or data.micro_batch_size",
+    "OutOfMemoryError": "memory is exhausted; use a smaller data.micro_batch_size, or smaller batches",
 }
 
 
@@ -66,11 +66,7 @@ class _AboveTheBar(logging.Handler):
 
 @dataclass
 class ErrorReport:
-    """Settings of the report of an unexpected error.
-
-    Args:
-        run_dir: run directory that receives the traceback; None selects the folder for temporary files.
-    """
+    """The run directory that receives the traceback of an unexpected error; None is the folder for temporary files."""
 
     run_dir: Path | None = None
 
@@ -131,12 +127,7 @@ def report_user_errors() -> Iterator[ErrorReport]:
 @contextmanager
 def only_describes(piece: str | Path, run_dir: Path, command: Sequence[str] = ()) -> Iterator[None]:
     """Turn any error into one warning, for a piece that only describes a run. The run and its next pieces go on.
-
-    Args:
-        piece: file or name of the piece.
-        run_dir: run directory, which receives the traceback of an unexpected error.
-        command: command that makes the piece later.
-    """
+    The run directory receives the traceback of an unexpected error; `command` makes the piece later."""
     try:
         yield
     except Exception as error:  # fonts, plugins and pictures can raise anything

@@ -29,11 +29,8 @@ _LOW_RATE = 1e-7
 
 
 class Diagnosis:
-    """Names each cause once, while a run goes on.
-
-    Args:
-        chance: loss of a model that cannot tell the samples of a batch apart, see `Objective.chance_loss`.
-    """
+    """Names each cause once, while a run goes on. `chance` is the loss of a model that cannot tell the samples of a
+    batch apart, see `Objective.chance_loss`."""
 
     def __init__(self, recipe: Recipe, chance: float | None):
         self._recipe, self._chance = recipe, chance

@@ -6,7 +6,8 @@ never estimated from a data sheet.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,59 +26,48 @@ _JOULES_OF_A_KWH = 3.6e6
 _READ_SECONDS = 60.0
 
 
-class GpuCounter:
-    """The energy counter of a GPU from Volta on. MIG slices have no counter."""
+class Counter:
+    """An energy counter of `read` in fractions of a joule, so many `per_joule`. It wraps at a `limit`, 0 if never."""
 
-    def __init__(self, uuid: str):
-        """Open a GPU by its UUID, because NVML and CUDA_VISIBLE_DEVICES number GPUs differently."""
-        import pynvml
-
-        pynvml.nvmlInit()
-        self._gpu: Any = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        self._read: Any = pynvml.nvmlDeviceGetTotalEnergyConsumption  # millijoules
-        self._last: int = self._read(self._gpu)
+    def __init__(self, read: Callable[[], int], per_joule: float, limit: int = 0):
+        self._read, self._per_joule, self._limit = read, per_joule, limit
+        self._last = read()
 
     def joules(self) -> float:
         """Return the joules since the last call."""
-        before, self._last = self._last, self._read(self._gpu)
-        return (self._last - before) / 1e3
-
-
-class ProcessorCounter:
-    """The counter of a processor with its caches and memory controller. It wraps at a limit after some minutes."""
-
-    def __init__(self, zone: Path):
-        """Open a folder such as `intel-rapl:0`. By default, only root may read it."""
-        self._file = zone / "energy_uj"
-        self._limit = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
-        self._last = self._microjoules()
-
-    def joules(self) -> float:
-        """Return the joules since the last call."""
-        before, self._last = self._last, self._microjoules()
+        before, self._last = self._last, self._read()
         wrapped = self._limit if self._last < before else 0
-        return (self._last - before + wrapped) / 1e6
-
-    def _microjoules(self) -> int:
-        return int(self._file.read_text(encoding="ascii"))
+        return (self._last - before + wrapped) / self._per_joule
 
 
-def open_gpu(device: torch.device) -> list[GpuCounter]:
-    """Return the counter of a CUDA device; empty for another device."""
+def open_gpu(device: torch.device) -> list[Counter]:
+    """Return the counter of a CUDA GPU, from Volta on; MIG slices have none. Empty for another device."""
     if device.type != "cuda":
         return []
+    import pynvml
+
+    pynvml.nvmlInit()
     properties: Any = torch.cuda.get_device_properties(device)  # the type stubs lack `uuid`
-    return [GpuCounter(f"GPU-{properties.uuid}")]
+    # By its UUID, because NVML and CUDA_VISIBLE_DEVICES number GPUs differently.
+    gpu: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+    return [Counter(partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu), 1e3)]
 
 
-def open_processors() -> list[ProcessorCounter]:
-    """Return the counters of this machine's processors; empty without powercap files.
+def open_processors() -> list[Counter]:
+    """Return the counters of this machine's processors, with their caches and memory controllers. They wrap after some
+    minutes, and by default only root may read them. Empty without powercap files.
 
     `intel-rapl:0:1` is a part of `intel-rapl:0`, and `psys` contains the processors. Neither is counted.
     """
     zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if zone.name.count(":") == 1]
     packages = [zone for zone in zones if (zone / "name").read_text(encoding="ascii").startswith("package")]
-    return [ProcessorCounter(zone) for zone in packages]
+    limits = [_number_in(zone / "max_energy_range_uj") for zone in packages]
+    reads = [partial(_number_in, zone / "energy_uj") for zone in packages]
+    return [Counter(read, 1e6, limit) for read, limit in zip(reads, limits, strict=True)]
+
+
+def _number_in(file: Path) -> int:
+    return int(file.read_text(encoding="ascii"))
 
 
 class EnergyMeter:
@@ -92,7 +82,7 @@ class EnergyMeter:
         self._accelerator = accelerator
         self._file = run_dir / ENERGY_FILE
         wanted = {"GPUs": accelerator.device.type == "cuda", "processors": accelerator.local_process_index == 0}
-        opened: dict[str, Sequence[GpuCounter | ProcessorCounter]] = dict.fromkeys(wanted, ())
+        opened: dict[str, Sequence[Counter]] = dict.fromkeys(wanted, ())
         for kind in wanted:
             try:
                 if kind == "GPUs":

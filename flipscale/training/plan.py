@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -113,7 +114,8 @@ class Plan:
         rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         pin_memory = device.type == "cuda"
         while not clock.step.is_over:
-            stage, end = clock.step.stage, self.schedule.end_of(clock.step.stage)
+            stage = clock.step.stage
+            end = int(stage.last) if self.schedule.budget_seconds is None else sys.maxsize
             batches = restartable_batches(self.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
             with closing(on_device(batches, device)) as ready:
                 for micro_batches in ready:

@@ -315,13 +315,8 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
     class RecipeParser(ArgumentParser):
         def __init__(self, **options: Any) -> None:  # jsonargparse makes others for the stages and --stages.help
             usage = f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]"
-            own: dict[str, Any] = {
-                "prog": f"flipscale {verb}",
-                "usage": usage,
-                "exit_on_error": False,
-                "allow_abbrev": False,
-            }
-            super().__init__(**(own | options))
+            own: dict[str, Any] = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
+            super().__init__(**(own | {"allow_abbrev": False} | options))
 
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     start = " from the weights of `model.init_from`" if verb == "finetune" else ""
@@ -525,16 +520,12 @@ def deciding_part(
             value = dataclasses.asdict(value)
         hints = (types[f.name], *get_args(types[f.name]))
         section: Any = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
-        if isinstance(value, str) and f.metadata.get("place") and name_of is not None:
-            value = name_of(value)
-        elif isinstance(value, list) and f.metadata.get("place") and name_of is not None:
-            value = [*map(name_of, value)]
+        if isinstance(value, str | list) and f.metadata.get("place") and name_of is not None:
+            value = name_of(value) if isinstance(value, str) else [*map(name_of, value)]
         elif isinstance(value, dict) and section is not None:
             value = deciding_part(value, section, name_of)
         elif isinstance(value, list | tuple):
-            is_nested = [section is not None and isinstance(one, dict) for one in value]
-            nested = zip(value, is_nested, strict=True)
-            value = [deciding_part(one, section, name_of) if is_section else one for one, is_section in nested]
+            value = [deciding_part(v, section, name_of) if section and isinstance(v, dict) else v for v in value]
         deciding[f.name] = value
     return deciding | {name: value for name, value in saved.items() if name not in types}
 

@@ -19,11 +19,13 @@ from flipscale.evaluation.results import CHANGES, Result, latest, read_results, 
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.io.atomic import sync
 from flipscale.io.files import quoted
+from flipscale.io.surroundings import known
 from flipscale.io.text_table import duration
 from flipscale.training.console import only_describes
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe
-from flipscale.training.run_directory import device_name, precision_before, typed_command, write_run_files
+from flipscale.training.run_directory import device_name, typed_command, write_run_files
+from flipscale.training.run_summary import RunSummary
 from flipscale.training.schedule import Stage
 from flipscale.training.start import Start, watched
 
@@ -33,13 +35,9 @@ _log = logging.getLogger(__name__)
 OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
 
 
-def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Mapping[str, Any]) -> None:
+def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Any) -> None:
     """Write the first files of a run, and log its model, data, length and hardware; nothing except on the main process.
-
-    Args:
-        engine: name of the engine.
-        facts: further fields of the record in `starts.jsonl`.
-    """
+    `facts` are further fields of the record in `starts.jsonl`."""
     if not start.accelerator.is_main_process:
         return
     with watched(recipe, 0, "the building of the model"):
@@ -47,13 +45,13 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         drawn = {weights.name: weights.composition for weights in plan.source.all_weights}
         if drawn:
             facts["composition"] = {name: asdict(composition) for name, composition in drawn.items()}
-        before, now = precision_before(Path(run_dir)), launched_precision(os.environ)
-        num_parameters = write_run_files(
-            recipe, engine, num_processes, start.state, num_pairs, start.set_aside, **facts
-        )
+        facts["set_aside"] = start.set_aside
+        before = (known(lambda: RunSummary(Path(run_dir)).environment) or {}).get("mixed_precision")
+        now = launched_precision(os.environ)
+        num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, **facts)
         if plan.class_names:
             keep_class_names(Path(run_dir), plan.class_names)
-        batch, side = recipe.data.global_batch_size, recipe.model_config().vision_config.image_size
+        batch, vision = recipe.data.global_batch_size, recipe.model_config().vision_config
         is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
         stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
         times = last * batch / plan.source.num_drawn
@@ -62,7 +60,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
         length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
         data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
         rows = [
-            ("model", f"{size} parameters, images of {side} x {side} pixels"),
+            ("model", f"{size} parameters, images of {vision.image_size} x {vision.image_size} pixels"),
             ("data", f"{num_pairs:,} pairs of {data}{seen}"),
             ("steps", f"{length}: {stages}"),
             ("device", device_name()),
@@ -71,10 +69,9 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: Ma
             ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
             ("run folder", f"{run_dir}; `flipscale status {quoted(run_dir)} --watch` follows it"),
         ]
-        device, vision = start.accelerator.device, recipe.model_config().vision_config
-        if device.type == "cuda":
-            bf16, head_dim = launched_precision(os.environ) == "bf16", vision.hidden_size // vision.num_attention_heads
-            rows.insert(5, ("attention", attention_kernel(device, bf16, head_dim)))
+        if (device := start.accelerator.device).type == "cuda":
+            head_dim = vision.hidden_size // vision.num_attention_heads
+            rows.insert(5, ("attention", attention_kernel(device, now == "bf16", head_dim)))
         if not start.step and (faster := faster_precision(os.environ)):
             rows.insert(5, ("faster", typed_command(faster[PRECISION]) or "mixed_precision bf16 in the launch file"))
         rows[2:2] = [(name.removeprefix("data."), str(composition)) for name, composition in drawn.items()]
@@ -113,12 +110,7 @@ def draw_figures(run_dir: Path) -> dict[str, str]:
 
 def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str], results: Sequence[Result]) -> str:
     """Return where the results of a finished run of `step` steps are, what they changed, and the next commands.
-
-    Args:
-        seconds: training time in seconds.
-        figures: names of the drawn figures.
-        results: last result of each task.
-    """
+    `seconds` are of training; `results` has the last one of each task."""
     run_dir = Path(recipe.output_dir)
     model, own = run_dir / "model", OWN_TASKS.get(recipe.loss.kind)
     data = next((task.data for task in recipe.eval.planned() if task.kind == (own or "zero_shot")), "TEST_SET")

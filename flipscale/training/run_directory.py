@@ -110,18 +110,11 @@ def write_run_files(
     num_processes: int,
     state: Mapping[str, Any],
     data_samples: int,
-    set_aside: Sequence[str] = (),
-    **facts: Mapping[str, Any],
+    **facts: Any,
 ) -> int:
     """Write `recipe.yaml` and `environment.json`, append this start to `starts.jsonl`, and return the number of the
-    model's parameters. The main process calls this.
-
-    Args:
-        engine: name of the engine.
-        state: state of the checkpoint to resume from; empty for a fresh start.
-        set_aside: names of newer checkpoints that were damaged.
-        facts: further fields of the record in `starts.jsonl`.
-    """
+    model's parameters. The main process calls this. `state` is that of the checkpoint to resume from, empty for a fresh
+    start; `facts` are further fields of the record."""
     run_dir = Path(recipe.output_dir)
     with torch.device("meta"):
         kind, config = recipe.objective().exported_model(recipe.model_config())
@@ -145,18 +138,10 @@ def write_run_files(
         "device": device_name(),
         "host": platform.node(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "set_aside": list(set_aside),
         **facts,
     }
     json_lines.append(run_dir / "starts.jsonl", [start])
     return num_parameters
-
-
-def precision_before(run_dir: Path) -> str | None:
-    """Return the precision of the last start, in accelerate's words; None if it is unknown."""
-    with suppress(UserError, OSError):
-        return RunSummary(run_dir).environment.get("mixed_precision")
-    return None
 
 
 def device_name() -> str:

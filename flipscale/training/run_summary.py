@@ -59,12 +59,7 @@ class Energy:
 
 
 class RunSummary:
-    """Facts of a run, up to a step or to its end. A property reads its files at its first use.
-
-    Args:
-        run_dir: path of the run directory.
-        step: number of steps to summarise; None for the whole run.
-    """
+    """Facts of a run, up to a step or, without one, to its end. A property reads its files at its first use."""
 
     def __init__(self, run_dir: Path, step: int | None = None):
         self.run_dir = run_dir
@@ -235,10 +230,10 @@ class RunSummary:
 
         For the whole run, a start counts from its begin to its last sign of life, as a cloud bills it.
         """
-        starts = self.kept_starts if self.step is not None else self.starts or self.kept_starts
+        starts = self.kept_starts if self.step is not None else self.starts
         if not starts:
             return None
-        if self.step is None and self.starts:
+        if self.step is None:
             ends = [start.get("last_sign_before") for start in starts[1:]] + [self.heartbeat.get("time")]
             # A start that died before its first sign has an earlier start's sign, or none.
             spans = [max((end or 0.0) - start["time"], 0.0) for start, end in zip(starts, ends, strict=True)]

@@ -5,7 +5,6 @@ The position is the step's number or, in a run with a time budget, the used shar
 
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,10 +168,6 @@ class Schedule:
     def state(self, step: Step) -> dict[str, float]:
         """Return the schedule's part of the state of a checkpoint before a step."""
         return {} if self.budget_seconds is None else {"budget_before": step.before, "budget_used": step.position}
-
-    def end_of(self, stage: Stage) -> int:
-        """Return the number of steps at the end of a stage; with a budget, more than any run has."""
-        return int(stage.last) if self.budget_seconds is None else sys.maxsize
 
     @property
     def total_steps(self) -> int | None:

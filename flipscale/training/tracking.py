@@ -77,12 +77,7 @@ def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str
 
 
 class BadSamples:
-    """Gathers the faults of all processes, and writes each once on the main process.
-
-    Args:
-        is_main: whether this process writes.
-        max_fraction: largest allowed fraction of bad samples in the window.
-    """
+    """Gathers the faults of all processes, and writes each once on the main process."""
 
     def __init__(self, run_dir: Path, is_main: bool, max_fraction: float):
         self.path = run_dir / "bad_samples.jsonl"
@@ -110,15 +105,8 @@ class BadSamples:
             _log.warning("%s: %s: %s", fault.cause, fault.shard, fault.detail)
 
     def count(self, faults: list[Fault], num_bad: int, num_samples: int) -> None:
-        """Collective if it raises. Count a step.
-
-        Args:
-            faults: faults of this process.
-            num_bad: number of replaced samples in the global batch, of `num_samples`.
-
-        Raises:
-            OSError: too many samples of the window were replaced.
-        """
+        """Collective if it raises. Count a step of `num_samples`, of which `num_bad` were replaced; `faults` are this
+        process's. Raise OSError if more than `max_fraction` of the samples in the window were replaced."""
         self._mine += faults
         self._unwritten += num_bad
         self._window.append((num_bad, num_samples))

@@ -24,6 +24,6 @@ def main(arguments: list[str]) -> None:
     powercap, *rest = arguments
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(energy_meter, "POWERCAP", Path(powercap))
-        patch.setattr(energy_meter.ProcessorCounter, "joules", Steady.joules)
+        patch.setattr(energy_meter.Counter, "joules", Steady.joules)
         patch.setattr(energy_meter, "open_gpu", lambda device: [Steady()])
         troubled.main(rest)

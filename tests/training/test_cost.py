@@ -12,7 +12,7 @@ import torch
 
 from flipscale.status import as_table, read_status
 from flipscale.training import energy_meter
-from flipscale.training.energy_meter import EnergyMeter, GpuCounter, open_gpu, open_processors
+from flipscale.training.energy_meter import EnergyMeter, open_gpu, open_processors
 from flipscale.training.recipe import CostRecipe
 from flipscale.training.run_summary import Energy, RunSummary
 
@@ -80,7 +80,7 @@ def test_a_gpu_is_opened_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(callable(getattr(pynvml, name)) for name in names)
     if not torch.cuda.is_available():
         with pytest.raises(pynvml.NVMLError):
-            GpuCounter(f"GPU-{GPU}")
+            open_gpu(torch.device("cuda"))
     assert open_gpu(torch.device("cpu")) == []
     counted = iter([5_000_000, 5_000_250, 5_007_000])
     driver = ModuleType("pynvml")
@@ -122,7 +122,7 @@ def test_no_permission_is_no_measurement(powercap: Path, tmp_path: Path, device:
     def refuse(*arguments: object) -> int:
         raise PermissionError(13, "Permission denied", "energy_uj")
 
-    monkeypatch.setattr(energy_meter.ProcessorCounter, "_microjoules", refuse)
+    monkeypatch.setattr(energy_meter, "_number_in", refuse)
     monkeypatch.setattr(energy_meter, "open_gpu", lambda device: refuse() if device.type == "cuda" else [])
     monkeypatch.setattr(torch, "tensor", lambda data, dtype, device, tensor=torch.tensor: tensor(data, dtype=dtype))
     with caplog.at_level("INFO"):
