@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -176,9 +175,8 @@ def typed_command(precision: str | None = None) -> str | None:
     precision = precision or os.environ.get(PRECISION)
     variable = f"{PRECISION}={precision} " if precision else ""
     if "WORLD_SIZE" in os.environ or PRECISION in os.environ:
-        content = b""
-        with suppress(OSError):  # the launcher has ended, or is another user's
-            content = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        # Unknown if the launcher has ended, or is another user's.
+        content = known(Path(f"/proc/{os.getppid()}/cmdline").read_bytes) or b""
         launcher = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
         if any(Path(word).name in _LAUNCHERS for word in launcher[:4]):
             words = launcher
