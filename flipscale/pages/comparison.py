@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,22 @@ INTERVALS = """Runs keep shares and counts, not the outcome of each query. So th
 for independent figures. For the same queries it is wider than a paired one. It does not cover the difference between
 seeds. A dash marks results of different tests."""
 _MOST_LETTERS = 60
-_ALONG = {"samples_seen": "against the samples seen", "trained_seconds": "against the training time"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs to compare; the first is the one that the others are compared with.
+    """Runs to compare; the first is the one that the others are compared with. Tables begin with their head.
 
     Args:
-        fields: rows of a differing field and its value in each run, after a head.
-        results: rows of a result, its last value in each run, and its differences, after a head; empty without results.
+        fields: rows of a differing field and its value in each run.
+        results: rows of a result, its last value in each run, and its differences. The first two are the runs' lengths.
+        notes: sentences on the results, and how much sooner the better run reaches the last result of the other.
     """
 
     curves: list[Curve]
     fields: list[list[str]]
     results: list[list[str]]
+    notes: list[str]
 
     @classmethod
     def of(cls, run_dirs: Sequence[Path]) -> "Comparison":
@@ -52,64 +54,57 @@ class Comparison:
             for run_dir, name in zip(run_dirs, names, strict=True)
         ]
         recipes = [dict(_flat({**run.recipe, "output_dir": None})) for run in runs]
-        fields = [[field, *(recipe.get(field, NOTHING) for recipe in recipes)] for field in _union(recipes)]
-        head = ["field", *names]
-        return cls(curves, [head, *(row for row in fields if len(set(row[1:])) > 1)], _results(curves))
-
-    def lengths(self) -> list[list[str]]:
-        """Return rows of the samples and the training time of each run, after a head."""
-        lasts = [(curve.name, curve.records[-1]) for curve in self.curves]
-        rows = [[name, f"{last['samples_seen']:,}", duration(last["trained_seconds"])] for name, last in lasts]
-        return [["run", "samples seen", "training"], *rows]
-
-    def sentences(self) -> list[str]:
-        """Return notes on the results, and how much sooner the better run reaches the last result of the other."""
-        return [*([INTERVALS.replace("\n", " ")] if self.results else []), *times_to_equal(self.curves)]
+        flags = dict.fromkeys(chain(*recipes))
+        rows = [[flag, *(recipe.get(flag, NOTHING) for recipe in recipes)] for flag in flags]
+        fields = [["field", *names], *(row for row in rows if len(set(row[1:])) > 1)]
+        return cls(curves, fields, _results(curves), [INTERVALS.replace("\n", " "), *times_to_equal(curves)])
 
     def text(self) -> str:
         """Return the comparison without its curves, as Markdown."""
         fields = [[row[0], *(shortened(value, _MOST_LETTERS) for value in row[1:])] for row in self.fields]
-        parts = [markdown_table(fields, len(fields[0])) if len(fields) > 1 else "The recipes are equal."]
-        parts.append(markdown_table(self.lengths(), 1))
-        parts.append(markdown_table(self.results, 1) if self.results else "No run has results of evaluations.")
-        return "\n\n".join([*parts, *self.sentences()])
+        differing = markdown_table(fields, len(fields[0])) if len(fields) > 1 else "The recipes are equal."
+        return "\n\n".join([differing, markdown_table(self.results, 1), *self.notes])
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write the page of a comparison. The page names its missing parts."""
     missing: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = try_part("Curves", missing, partial(_draw, comparison.curves, Path(folder)))
-    page = rendered("comparison.html", comparison=comparison, figures=pictures or [], missing=missing)
-    write_text(path, page)
+    figures = try_part("Curves", missing, partial(_draw, comparison.curves)) or []
+    write_text(path, rendered("comparison.html", comparison=comparison, figures=figures, missing=missing))
 
 
-def _draw(curves: list[Curve], folder: Path) -> list[Picture]:
+def _draw(curves: list[Curve]) -> list[Picture]:
     if not can_draw():
         raise ModuleNotFoundError("matplotlib draws them; pip install 'flipscale[plots]'")
-    pictures = []
-    for along, words in _ALONG.items():
-        own, names = [replace(curve, along=along) for curve in curves], " and ".join(curve.name for curve in curves)
-        draw_loss(own, folder / "figure.png")
-        pictures.append(drawing(folder / "figure.png", f"Loss of {names} {words}"))
-        for task, result in result_figures(own).items():
-            draw_result(own, result, folder / "figure.png")
-            pictures.append(drawing(folder / "figure.png", f"{task}, {result.shown}, of {names} {words}"))
+    pictures, names = [], " and ".join(curve.name for curve in curves)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "figure.png")
+        for along, words in (("samples_seen", "the samples seen"), ("trained_seconds", "the training time")):
+            own = [replace(curve, along=along) for curve in curves]
+            draw_loss(own, file)
+            pictures.append(drawing(file, f"Loss of {names} against {words}"))
+            for task, result in result_figures(own).items():
+                draw_result(own, result, file)
+                pictures.append(drawing(file, f"{task}, {result.shown}, of {names} against {words}"))
     return pictures
 
 
 def _results(curves: Sequence[Curve]) -> list[list[str]]:
     by_run = [{r.name: r for r in curve.results if r.who == THIS_MODEL and not r.is_certain} for curve in curves]
     first, *others = by_run
-    rows = []
-    for name in _union(by_run):
+    lasts = [curve.records[-1] for curve in curves]
+    rows = [
+        ["result", *(curve.name for curve in curves), *(f"{one.name} against {curves[0].name}" for one in curves[1:])],
+        ["samples seen", *(f"{last['samples_seen']:,}" for last in lasts), *[""] * len(others)],
+        ["training time", *(duration(last["trained_seconds"]) for last in lasts), *[""] * len(others)],
+    ]
+    for name in dict.fromkeys(chain(*by_run)):
         own = [results.get(name) for results in by_run]
         shown = next(result for result in own if result is not None)
         changes = [_change(results.get(name), first.get(name)) for results in others]
         values = [NOTHING if result is None else result.estimate_text for result in own]
         rows.append([f"{shown.task} {shown.shown}", *values, *changes])
-    differences = [f"{curve.name} against {curves[0].name}" for curve in curves[1:]]
-    return [["result", *(curve.name for curve in curves), *differences], *rows] if rows else []
+    return rows
 
 
 def _change(new: Result | None, old: Result | None) -> str:
@@ -134,7 +129,3 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     else:
         yield name, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-
-
-def _union(parts: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for part in parts for key in part))
