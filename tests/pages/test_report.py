@@ -20,7 +20,7 @@ from pages.conftest import HOSTILE
 
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import append_results, latest, read_results
-from flipscale.hub.loading import load_flip
+from flipscale.hub.loading import load_dual_encoder
 from flipscale.pages import report
 from flipscale.pages.report import MOST_BYTES, mask_rows, offer_report, write_report
 from flipscale.training.recipe import Recipe, parse_recipe
@@ -85,7 +85,7 @@ def test_without_an_evaluation_it_says_what_is_missing(copied: Path) -> None:
         "".join(line for line in (copied / "metrics.jsonl").open() if "zero_shot" not in line)
     )
     changed = dataclasses.replace(recipe_of(copied), eval=EvalRecipe(), output_dir=str(copied))
-    page = write_report(changed, load_flip).read_text()
+    page = write_report(changed, load_dual_encoder).read_text()
     assert "Missing on this page" in page
     assert "the recipe has no evaluation that names pictures or finds captions" in page
     assert "What was masked" in page
@@ -99,7 +99,7 @@ def test_what_is_gone_is_named_and_the_rest_is_there(copied: Path) -> None:
         data=dataclasses.replace(recipe_of(copied).data, shards=str(copied / "gone too")),
         output_dir=str(copied),
     )
-    page = unescape(write_report(changed, load_flip).read_text())
+    page = unescape(write_report(changed, load_dual_encoder).read_text())
     assert re.search(r"<li>The test pictures: .*gone.*</li>", page)
     assert re.search(r"<li>What was masked: .*gone too.*</li>", page)
     assert ">Results<" in page
@@ -108,7 +108,7 @@ def test_what_is_gone_is_named_and_the_rest_is_there(copied: Path) -> None:
 def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: Path) -> None:
     tasks = EvalRecipe(retrieval=str(trained.parent / "captions"))
     changed = dataclasses.replace(recipe_of(copied), eval=tasks, output_dir=str(copied))
-    page = write_report(changed, load_flip).read_text()
+    page = write_report(changed, load_dual_encoder).read_text()
     assert f"the three nearest of {len(HOSTILE)} captions" in page
     assert "<script" not in page
 
@@ -118,23 +118,23 @@ def test_top_k_of_k_classes_is_left_out(copied: Path) -> None:
     five = dataclasses.replace(top1.result, task="five kinds", metric="top5", value=100.0, chance=100.0)
     append_results(copied, [five], top1.step, top1.samples_seen, top1.trained_seconds)
     changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
-    assert "five kinds" not in write_report(changed, load_flip).read_text()
+    assert "five kinds" not in write_report(changed, load_dual_encoder).read_text()
     append_results(copied, [dataclasses.replace(five, chance=50.0)], top1.step, top1.samples_seen, top1.trained_seconds)
-    assert "five kinds" in write_report(changed, load_flip).read_text()
+    assert "five kinds" in write_report(changed, load_dual_encoder).read_text()
 
 
 def test_its_commands_are_words_of_a_shell(copied: Path) -> None:
     run_dir = copied.rename(copied.with_name("my 'run' $(x)"))
-    page = write_report(dataclasses.replace(recipe_of(run_dir), output_dir=str(run_dir)), load_flip).read_text()
+    page = write_report(dataclasses.replace(recipe_of(run_dir), output_dir=str(run_dir)), load_dual_encoder).read_text()
     commands = [shlex.split(unescape(text)) for text in re.findall(r"<pre[^>]*>(flipscale .*?)</pre>", page)]
     assert [words[1:3] for words in commands] == [[verb, str(run_dir)] for verb in ("search", "evaluate", "push")]
 
 
 def test_figures_make_room(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
-    whole = len(write_report(changed, load_flip).read_bytes())
+    whole = len(write_report(changed, load_dual_encoder).read_bytes())
     monkeypatch.setattr(report, "MOST_BYTES", whole - 1)
-    assert len(write_report(changed, load_flip).read_bytes()) < whole
+    assert len(write_report(changed, load_dual_encoder).read_bytes()) < whole
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(
@@ -143,7 +143,7 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     monkeypatch.setattr(logging.getLogger("flipscale"), "propagate", True)
     changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
     (copied / "environment.json").write_text("{")
-    offer_report(changed, load_flip)
+    offer_report(changed, load_dual_encoder)
     (words,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert re.fullmatch(
         r".*/report\.html was not written \(.* is damaged .*\); training is not affected; to write it: .*", words
