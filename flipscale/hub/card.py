@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from flipscale.evaluation.reports.curves import Curve, read_curve
-from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
+from flipscale.evaluation.reports.curves import read_curve
+from flipscale.evaluation.reports.figures import can_draw, draw_curves
 from flipscale.evaluation.reports.record import Line, data_name, read_lines, weights_digest
 from flipscale.evaluation.reports.suite_report import INTERVALS, protocols
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
@@ -54,9 +54,11 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         step: number of steps of the exported checkpoint; None for the finished run.
     """
     curve, run = read_curve(run_dir, step), RunSummary(run_dir, step)
-    figures: list[tuple[str, str]] = []
+    figures: list[tuple[str, str]] = []  # caption and name of each
     with only_describes(folder / "figures", run_dir):
-        figures += _draw_figures(curve, folder / "figures") if can_draw() else []
+        for figure, result in draw_curves([curve], folder / "figures") if can_draw() else ():
+            shown = f"{_task_name(result)}, {result.shown}" if result else "Loss of the training batches"
+            figures.append((escape_markdown(f"{shown} against training time"), figure))
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     does = _abilities(config)
     model_class, pipeline = _CLASSES[does]
@@ -107,17 +109,6 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         eval_results=entries or None,
     )
     write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}")
-
-
-def _draw_figures(curve: Curve, folder: Path) -> Iterator[tuple[str, str]]:
-    """Draw a run's figures into a folder, and yield the caption and the name of each."""
-    folder.mkdir(exist_ok=True)
-    if len(curve.points("loss")[0]) > 1:
-        draw_loss([curve], folder / "loss.png")
-        yield "Loss of the training batches against training time", "loss"
-    for figure, result in result_figures([curve]).items():
-        draw_result([curve], result, folder / f"{figure}.png")
-        yield escape_markdown(f"{_task_name(result)}, {result.shown} against training time"), figure
 
 
 def card_text(template: str, **values: object) -> str:

@@ -13,7 +13,7 @@ A CLIPModel's towers are open_clip's. Of family `flip`, open_clip lacks four fea
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from flipscale.hub.export import by_channel
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
-from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
+from flipscale.model import FlipConfig, FlipModel, FlipVisionConfig
 from flipscale.model.modeling_flip import FlipEncoderLayer
 
 # Factor of the average before it is added to the first token, so that the token's old value vanishes in the rounding of
@@ -157,23 +157,22 @@ def open_clip_state_dict(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().contiguous() for name, value in theirs.items()}
 
 
-def _averages(config: FlipVisionConfig | FlipTextConfig) -> bool:
+def _averages(config: Any) -> bool:
     """Return whether the tower's embedding is the mean over its tokens."""
-    ours = isinstance(config, FlipVisionConfig | FlipTextConfig)
-    return ours and getattr(config, "pooling", "mean") == "mean"
+    return isinstance(config, FlipVisionConfig) or getattr(config, "pooling", None) == "mean"
 
 
-def _skips_padding(config: FlipVisionConfig | FlipTextConfig) -> bool:
+def _skips_padding(config: Any) -> bool:
     """Return whether the tower's tokens ignore padding."""
     return not getattr(config, "attend_to_padding", True)
 
 
-def _copies(config: FlipVisionConfig | FlipTextConfig) -> int:
+def _copies(config: Any) -> int:
     """Return the number of copies of each of our channels in open_clip's tower."""
     return 2 if _skips_padding(config) or (_averages(config) and config.projection_dim >= config.hidden_size) else 1
 
 
-def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
+def _tower_config(config: Any) -> dict[str, Any]:
     width, mlp = _copies(config) * config.hidden_size, config.intermediate_size
     ratio = mlp / width
     return {
@@ -187,14 +186,12 @@ def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
     }
 
 
-def _tower(
-    tower: FlipVisionModel | FlipTextModel, matrix: nn.Linear, norm: str, projection: str
-) -> dict[str, torch.Tensor]:
+def _tower(tower: Any, matrix: nn.Linear, norm: str, projection: str) -> dict[str, torch.Tensor]:
     """Return the weights of the tower's blocks, its last norm and its projection, `matrix`."""
     config, copies = tower.config, _copies(tower.config)
-    blocks = [_block(cast(FlipEncoderLayer, layer), config) for layer in tower.encoder.layers]
+    blocks = [_block(layer, config) for layer in tower.encoder.layers]
     last = tower.post_layernorm if hasattr(tower, "post_layernorm") else tower.final_layer_norm
-    weight, bias = (getattr(last, kind).repeat(copies) for kind in ("weight", "bias"))
+    weight, bias = last.weight.repeat(copies), last.bias.repeat(copies)
     outer = matrix.weight
     if _averages(config):
         # The block applies the projection if the width leaves a channel for the negative sum; else the last step does.
@@ -211,7 +208,7 @@ def _tower(
     return {**named, f"{norm}.weight": weight, f"{norm}.bias": bias, projection: projected}
 
 
-def _layer_of_zeros(config: FlipVisionConfig | FlipTextConfig) -> FlipEncoderLayer:
+def _layer_of_zeros(config: Any) -> FlipEncoderLayer:
     """Return a layer that changes nothing."""
     layer = FlipEncoderLayer(config)
     for parameter in layer.parameters():
@@ -219,7 +216,7 @@ def _layer_of_zeros(config: FlipVisionConfig | FlipTextConfig) -> FlipEncoderLay
     return layer
 
 
-def _averaging_block(tower: FlipVisionModel | FlipTextModel, inner: torch.Tensor) -> dict[str, torch.Tensor]:
+def _averaging_block(tower: Any, inner: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return a block that adds a scaled mean of the tower's normalised tokens, multiplied by `inner`, to all tokens.
 
     The scale is so large that the token's own value vanishes. Attention scores of zero give the mean. The next norm
@@ -235,7 +232,7 @@ def _averaging_block(tower: FlipVisionModel | FlipTextModel, inner: torch.Tensor
     return block
 
 
-def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -> dict[str, torch.Tensor]:
+def _block(layer: Any, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a block in the width of open_clip's tower."""
     attention, copies = layer.self_attn, _copies(config)
     gain = _RELU_SCALE if config.hidden_act == "relu" else 1.0
@@ -264,18 +261,13 @@ def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -
     return block
 
 
-def _wide_heads(rows: torch.Tensor, config: FlipVisionConfig | FlipTextConfig) -> torch.Tensor:
+def _wide_heads(rows: torch.Tensor, config: Any) -> torch.Tensor:
     """Return rows `(width, ...)`, one for each channel of all heads, with rows of zeros for wider heads."""
     per_head = rows.reshape(config.num_attention_heads, -1, rows.shape[1])
     return nn.functional.pad(per_head, (0, 0, 0, (_copies(config) - 1) * per_head.shape[1])).flatten(0, 1)
 
 
-def _skip_padding(
-    layer: FlipEncoderLayer,
-    config: FlipTextConfig | FlipVisionConfig,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor],
-) -> None:
+def _skip_padding(layer: Any, config: Any, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
     """Give every head a channel in which padding has a key and every token a query, so that padding scores far below.
 
     The key is the difference of a normalised channel's two copies. It is zero for tokens. For padding, the norm turns

@@ -10,7 +10,7 @@ from tokenizers import Regex, normalizers
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from flipscale.engines.start_towers import block_fields, renamed
+from flipscale.engines.start_towers import TOLERANCE, block_fields, renamed
 from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.hub.card import write_derived_card
 from flipscale.hub.convert_onnx import TEXTS
@@ -19,13 +19,9 @@ from flipscale.io.errors import UserError
 from flipscale.model.families import config_class
 from flipscale.model.modeling_flip import normalise_embeds
 
-# Embeddings of the two models differ by rounding only, at most by this.
-TOLERANCE = 1e-4
-
 # open_clip's names of weights, and transformers'. A name in parentheses is one matrix of queries, keys and values.
 _BLOCKS = [
-    (r"\.ln_(\d)\.", r".layer_norm\1."),
-    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"\.(?:ln_|norm)(\d)\.", r".layer_norm\1."),
     (r"\.attn\.(?:in_proj_|qkv\.)", ".self_attn.(qkv)."),
     (r"\.attn\.(?:out_)?proj\.", ".self_attn.out_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
@@ -153,7 +149,7 @@ def _renamed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _tokenizer(theirs: Any) -> PreTrainedTokenizerBase:
     """Return transformers' tokenizer with the same ids for a text."""
     if hasattr(theirs, "bpe_ranks"):
-        names = dict(zip(("<start_of_text>", "<end_of_text>"), ("<|startoftext|>", "<|endoftext|>"), strict=True))
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
         vocabulary = {names.get(piece, piece): index for piece, index in theirs.encoder.items()}
         return CLIPTokenizer(vocab=vocabulary, merges=list(theirs.bpe_ranks))
     if not hasattr(theirs, "tokenizer") or getattr(theirs, "tokenizer_mode", False) or theirs.strip_sep_token:

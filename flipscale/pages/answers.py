@@ -132,12 +132,12 @@ def mistakes(answers: Answers, most: int) -> list[Mistake]:
     pairs: dict[tuple[int, int], list[int]] = {}
     for picture in np.flatnonzero(answers.ranks > 0).tolist():
         pairs.setdefault((int(answers.right[picture]), int(answers.top[picture, 0])), []).append(picture)
-    rows = []
-    for (right, given), pictures in pairs.items():
-        surest = max(pictures, key=lambda picture: answers.shares[picture, 0])
-        row = Mistake(answers.names[right], answers.names[given], len(pictures), surest)
-        rows.append(((-len(pictures), -float(answers.shares[surest, 0])), row))
-    return [row for _, row in sorted(rows, key=lambda row: row[0])[:most]]
+    sure = answers.shares[:, 0]
+    rows = [
+        Mistake(answers.names[right], answers.names[given], len(pictures), max(pictures, key=sure.__getitem__))
+        for (right, given), pictures in pairs.items()
+    ]
+    return sorted(rows, key=lambda row: (-row.count, -sure[row.example]))[:most]
 
 
 def confusion(answers: Answers) -> list[list[int]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.evaluation.reports.curves import Curve, read_curve, times_to_equal
-from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
+from flipscale.evaluation.reports.figures import can_draw, draw_curves
 from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result, change_of
 from flipscale.io.atomic import write_text
@@ -78,14 +78,11 @@ def _draw(curves: list[Curve]) -> list[Picture]:
         raise ModuleNotFoundError("matplotlib draws them; pip install 'flipscale[plots]'")
     pictures, names = [], " and ".join(curve.name for curve in curves)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "figure.png")
         for along, words in (("samples_seen", "the samples seen"), ("trained_seconds", "the training time")):
             own = [replace(curve, along=along) for curve in curves]
-            draw_loss(own, file)
-            pictures.append(drawing(file, f"Loss of {names} against {words}"))
-            for task, result in result_figures(own).items():
-                draw_result(own, result, file)
-                pictures.append(drawing(file, f"{task}, {result.shown}, of {names} against {words}"))
+            for task, result in draw_curves(own, Path(folder)):
+                shown = f"{task}, {result.shown}," if result else "Loss"
+                pictures.append(drawing(Path(folder, f"{task}.png"), f"{shown} of {names} against {words}"))
     return pictures
 
 

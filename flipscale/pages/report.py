@@ -250,9 +250,8 @@ def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
     whole = batch(0.0, None)
     if tokenizer is not None:
         decoded = tokenizer.batch_decode(whole["input_ids"], skip_special_tokens=True)
-        texts, per_image = [str(text).strip() for text in decoded], len(decoded) // len(positions)
-        own = [texts[row : row + per_image] for row in range(0, len(texts), per_image)]
-        captions = [" / ".join(dict.fromkeys(filter(None, several))) for several in own]
+        texts = np.array([str(text).strip() for text in decoded], object).reshape(len(positions), -1)
+        captions = [" / ".join(dict.fromkeys(filter(None, several))) for several in texts.tolist()]
     else:
         classes = kept_class_names(Path(recipe.output_dir), recipe.loss.options["num_classes"])
         captions = [" and ".join(classes[n] for n in dict.fromkeys(labels)) for labels in whole["labels"].tolist()]

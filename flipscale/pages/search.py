@@ -6,7 +6,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,20 +35,12 @@ _MOST_LETTERS = 70
 _FIELDS = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A picture that a query finds, and its cosine with the query."""
-
-    index: int
-    similarity: float
-
-
 class Search(NamedTuple):
-    """A query with its hits, nearest first; none for words that the model does not know. `is_picture`: the query is a
-    picture file, not words."""
+    """A query with its hits, nearest first: index of a picture and its cosine; none for words that the model does not
+    know. `is_picture`: the query is a picture file, not words."""
 
     query: str
-    hits: list[Hit]
+    hits: list[tuple[int, float]]
     is_picture: bool = False
 
 
@@ -109,7 +100,7 @@ def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top
             continue
         cosines = embedded.embeds @ embeds[query]
         best = np.argsort(-cosines, kind="stable")[:top].tolist()
-        hits = [Hit(int(embedded.rows[place]), float(cosines[place])) for place in best]
+        hits = [(int(embedded.rows[place]), float(cosines[place])) for place in best]
         results.append(Search(query, hits, query in files))
     return results
 
@@ -133,7 +124,7 @@ def write_search_page(
     reason = tower if isinstance(tower, str) else ""
     if len(embedded.rows) > _MOST_SEARCHED:
         reason = reason or f"there are more than {_MOST_SEARCHED:,} pictures"
-    hits, size = sorted({hit.index for search in results for hit in search.hits}), 0
+    hits, size = sorted({index for search in results for index, _ in search.hits}), 0
     searched = [] if reason else [(embedded.rows.tolist(), _MOST_SEARCH_BYTES)]
     for indices, most in [*searched, (hits, MOST_BYTES)]:
         embeds = embedded.embeds[np.searchsorted(embedded.rows, indices)]
@@ -167,7 +158,7 @@ def write_search_page(
 def as_lines(results: Sequence[Search], pictures: Pictures) -> Iterator[str]:
     """Yield a line for each query with its three nearest pictures and their cosines."""
     for search in results:
-        hits = [f"{_title(pictures, hit.index)} {hit.similarity:.2f}" for hit in search.hits[:3]]
+        hits = [f"{_title(pictures, index)} {similarity:.2f}" for index, similarity in search.hits[:3]]
         yield f"{shortened(search.query, 60)}: {', '.join(hits) or 'the model knows no part of these words'}"
 
 

@@ -17,7 +17,7 @@ from flipscale.evaluation.reports.curves import (
     seed_suffix,
     times_to_equal,
 )
-from flipscale.evaluation.reports.figures import draw_loss, draw_result, drawing_pyplot, result_figures, save_figure
+from flipscale.evaluation.reports.figures import draw_curves, drawing_pyplot, save_figure
 from flipscale.hub.card import write_card
 from flipscale.hub.loading import load_with_tokenizer
 from flipscale.io.atomic import atomic_write, write_text
@@ -106,12 +106,9 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
     write_text(output_dir / "table.md", table + "\n")
     figures = output_dir / "figures"
     with only_describes(figures, output_dir):
-        figures.mkdir(exist_ok=True)
-        draw_loss(curves, figures / "loss.png")
-        for number, (name, result) in enumerate(result_figures(curves).items()):
-            draw_result(curves, result, figures / f"{name}.png")
-            if number == 0:
-                shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
+        results = [name for name, result in draw_curves(curves, figures) if result]
+        for name in results[:1]:
+            shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
         _draw_patches(runs[0].recipe, figures / "patches.png")
     run_dir, model = runs[0].run_dir, output_dir / "model"
     with atomic_write(model) as partial:

@@ -1,7 +1,7 @@
 """Figures of runs: loss, rates and results against training time."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,8 +59,7 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
     Without two records of the loss there are no figures, and no folder is made."""
     if len(curve.points("loss")[0]) < 2:
         return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_loss([curve], folder / "loss.png")
+    drawn = dict(draw_curves([curve], folder))
     captions = {"loss.png": "The loss of the training batches against training time"}
     for name, metric, title, y_label, factor in (
         ("learning_rate.png", "lr", "Learning rate", "learning rate", 1.0),
@@ -73,10 +72,26 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
         axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
         save_figure(figure, folder / name)
         captions[name] = f"{title} against training time"
-    for task, result in result_figures([curve]).items():
-        draw_result([curve], result, folder / f"{task}.png")
-        captions[f"{task}.png"] = f"{result.shown} of {task} against training time"
-    return captions
+    results = {task: result for task, result in drawn.items() if result}
+    return captions | {f"{task}.png": f"{one.shown} of {task} against training time" for task, one in results.items()}
+
+
+def draw_curves(curves: list[Curve], folder: Path) -> Iterator[tuple[str, Result | None]]:
+    """Draw the loss and the results of runs into a folder. Yield each figure's name and its result, None for the loss.
+
+    The results are the first headline of each task that was measured more than once. The loss needs two records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if max(len(curve.points("loss")[0]) for curve in curves) > 1:
+        draw_loss(curves, folder / "loss.png")
+        yield "loss", None
+    shown: dict[str, Result] = {}
+    for name in headlines(curves):
+        course = max((curve.course(name) for curve in curves), key=len)
+        if len(course) > 1:
+            shown.setdefault(course[-1].result.task, course[-1].result)
+    for task, result in shown.items():
+        draw_result(curves, result, folder / f"{task}.png")
+        yield task, result
 
 
 def _axes(title: str, y_label: str, curves: Sequence[Curve]) -> "tuple[Figure, Axes, float]":
@@ -146,16 +161,6 @@ def _explain(axes: "Axes", words: str) -> None:
         words, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8,
         color="#555555", va="bottom",
     )  # fmt: skip
-
-
-def result_figures(curves: list[Curve]) -> dict[str, Result]:
-    """Return the results to draw, by figure name: the first headline of each task that was measured more than once."""
-    shown: dict[str, Result] = {}
-    for name in headlines(curves):
-        course = max((curve.course(name) for curve in curves), key=len)
-        if len(course) > 1:
-            shown.setdefault(course[-1].result.task, course[-1].result)
-    return shown
 
 
 def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
