@@ -14,13 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from flipscale.engines.device import succeeds
 from flipscale.objectives import tiles
-from flipscale.objectives.exchange import EarlyGather, GatheredTexts, Rows, world_size
+from flipscale.objectives.exchange import EarlyGather, GatheredTexts, world_size
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import (
     LogSumExp,
     PrecomputedGradients,
     Softmax,
-    as_number,
     common_shift,
     for_each_block,
     merge,
@@ -73,23 +72,12 @@ def contrastive_loss(
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
         begun: the gather of these texts, if it has begun.
     """
-    sides = (image_embeds, text_embeds)
     has_captions = len(text_embeds) > len(image_embeds)
-    loss: torch.Tensor = _InfoNCE.apply(*sides[:: -1 if has_captions else 1], logit_scale, has_captions, begun)
+    sides = (text_embeds, image_embeds) if has_captions else (image_embeds, text_embeds)
+    is_trained = any(tensor.requires_grad for tensor in (*sides, logit_scale))
+    compute = functools.partial(_loss_and_gradients, with_gradients=is_trained, spreads=has_captions, begun=begun)
+    loss: torch.Tensor = PrecomputedGradients.apply(compute, loss_dtype(sides[1]), *sides, logit_scale)
     return loss
-
-
-class _InfoNCE(PrecomputedGradients):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        image_embeds, text_embeds, logit_scale, spreads, begun = inputs
-        dtype = loss_dtype(text_embeds)
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            sides = (image_embeds.to(dtype), text_embeds.to(dtype))
-            wanted = any(ctx.needs_input_grad)
-            loss, gradients = _loss_and_gradients(*sides, as_number(logit_scale), wanted, spreads, begun)
-        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
-        return loss.float()
 
 
 def _loss_and_gradients(
@@ -99,7 +87,7 @@ def _loss_and_gradients(
     with_gradients: bool,
     spreads: bool,
     begun: EarlyGather | None,
-) -> tuple[torch.Tensor, Rows]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
     This process computes every logit of its own images, view by view, against the texts of all processes. The softmax
@@ -116,7 +104,7 @@ def _loss_and_gradients(
     text_negatives = [LogSumExp.empty(columns, shift) for _ in views]
     for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
         add_negatives(view, columns, scale, first, shift, *sums, workspace_of(view, columns))
-    text_negatives = [LogSumExp(*rows) for rows in by_view(all_texts.merged(flat(text_negatives), merge_views))]
+    text_negatives = all_texts.merged(text_negatives)
     if spreads:
         # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
         positives = [scale * _dot(view.double(), texts.double()) for view in views]
@@ -142,9 +130,7 @@ def _loss_and_gradients(
         )
     of_views = [*zip(views, views_of(image_gradient, len(texts)), image_softmax, positive_gradients, strict=True)]
     text_gradient = torch.zeros_like(columns)
-    for (view, view_gradient, softmax, of_pairs), of_texts in zip(
-        of_views, by_view(all_texts.bring(flat(text_softmax))), strict=True
-    ):
+    for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, all_texts.bring(text_softmax), strict=True):
         results = (view_gradient, text_gradient, workspace_of(view, columns))
         add_gradients(view, columns, scale, first, shift, softmax, of_texts, of_pairs, *results, [])
     text_gradient = all_texts.summed(text_gradient)
@@ -259,19 +245,6 @@ def loss_dtype(texts: torch.Tensor) -> torch.dtype:
     """Return the precision of the loss for a batch with these `texts` on each process."""
     few = len(texts) * world_size() <= _FEW
     return torch.float64 if few and not texts.is_cuda else torch.float32
-
-
-def merge_views(parts: Rows) -> Rows:
-    """Merge the negatives of each view; each tensor is a stack over processes."""
-    return flat([merge(LogSumExp(*view)) for view in by_view(parts)])
-
-
-def flat(views: Sequence[LogSumExp | Softmax]) -> Rows:
-    return tuple(tensor for view in views for tensor in view)
-
-
-def by_view(rows: Rows) -> list[Rows]:
-    return list(zip(rows[::2], rows[1::2], strict=True))
 
 
 def logit_gradients(

@@ -13,15 +13,10 @@ takes these collectives, for any `N`. Sizes are input and output of one process,
 | all-gather of the captions' ids, only if equal captions are positives | 2 b | 2 N b | | 1 |
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 
-# Tensors of one shape and dtype with a row for each text.
-Rows = tuple[torch.Tensor, ...]
-# Merges the results of several processes for the same texts, `(processes, texts)` each.
-Merge = Callable[[Rows], Rows]
+from flipscale.objectives.tiles import LogSumExp, Softmax, merge
 
 
 def world_size() -> int:
@@ -86,24 +81,23 @@ class GatheredTexts:
         else:
             self.rows = _gather(texts).flatten(0, 1) if self._world > 1 else texts
 
-    def bring(self, along: Rows) -> Rows:
-        """Collective. Return tensors with a row for each text of `rows`, from those with a row for each own text."""
+    def bring(self, softmax: list[Softmax]) -> list[Softmax]:
+        """Collective. Return each softmax of all processes' texts, from those of this process's texts."""
         if self._world == 1:
-            return along
-        return _gather(torch.stack(along)).transpose(0, 1).flatten(1, 2).unbind(0)
+            return softmax
+        everywhere = _gather(torch.stack([tensor for one in softmax for tensor in one]))
+        return [Softmax(*one) for one in everywhere.transpose(0, 1).flatten(1, 2).unflatten(0, (-1, 2))]
 
-    def merged(self, results: Rows, merge: Merge) -> Rows:
-        """Collective. Return all processes' results for this process's texts, merged, from those for all texts."""
+    def merged(self, negatives: list[LogSumExp]) -> list[LogSumExp]:
+        """Collective. Return the negatives of this process's texts on all processes, from those of all texts here."""
         if self._world == 1:
-            return results
-        return merge(_to_owner(torch.stack([self._by_owner(rows) for rows in results], dim=1)).unbind(1))
+            return negatives
+        parts = torch.stack([tensor.unflatten(0, (self._world, -1)) for one in negatives for tensor in one], dim=1)
+        return [merge(LogSumExp(*one.unbind(1))) for one in _to_owner(parts).unflatten(1, (-1, 2)).unbind(1)]
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
         """Collective. Return the sum over the processes of the rows of this process's texts."""
-        return _sum_to_owner(self._by_owner(rows)) if self._world > 1 else rows
-
-    def _by_owner(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(0, (self._world, -1))
+        return _sum_to_owner(rows.unflatten(0, (self._world, -1))) if self._world > 1 else rows
 
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:

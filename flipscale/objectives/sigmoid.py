@@ -4,6 +4,7 @@ Memory does not grow with the batch's square: a tile of logits gives its gradien
 """
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,11 @@ from typing import Any, ClassVar
 import torch
 
 from flipscale.model import FlipConfig
-from flipscale.objectives.exchange import EarlyGather, GatheredTexts, Rows
+from flipscale.objectives.exchange import EarlyGather, GatheredTexts
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import (
     PrecomputedGradients,
     SimilarityTiles,
-    as_number,
     for_each_block,
     views_of,
     workspace,
@@ -42,10 +42,8 @@ class Sigmoid(Objective):
         # Each decision gives a pair the probability 1 / batch_size.
         return math.log(batch_size) - (batch_size - 1) * math.log1p(-1 / batch_size) if batch_size > 1 else 0.0
 
-    def coupled_loss(
-        self, images: Any, texts: Any, caption_ids: torch.Tensor | None = None, **parameters: Any
-    ) -> torch.Tensor:
-        return sigmoid_loss(images, texts, **parameters, ids=caption_ids)
+    def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
+        return sigmoid_loss(images, texts, ids=parameters.pop("caption_ids", None), **parameters)
 
 
 def sigmoid_loss(
@@ -65,20 +63,10 @@ def sigmoid_loss(
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.
         image_embeds, text_embeds = text_embeds, image_embeds
-    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, ids, begun)
+    compute = functools.partial(_loss_and_gradients, ids=ids, begun=begun)
+    tensors = (image_embeds, text_embeds, logit_scale, logit_bias)
+    loss: torch.Tensor = PrecomputedGradients.apply(compute, torch.float32, *tensors)
     return loss
-
-
-class _Sigmoid(PrecomputedGradients):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *tensors, ids, begun = inputs
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            images, texts = (side.float() for side in tensors[:2])
-            scale, bias = (as_number(parameter) for parameter in tensors[2:])
-            loss, gradients = _loss_and_gradients(images, texts, scale, bias, ids, begun)
-        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
-        return loss.float()
 
 
 def _loss_and_gradients(
@@ -88,7 +76,7 @@ def _loss_and_gradients(
     bias: torch.Tensor,
     ids: torch.Tensor | None,
     begun: EarlyGather | None,
-) -> tuple[torch.Tensor, Rows]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
     # Columns: each image's loss, and the sum of its logits' gradients.

@@ -6,15 +6,16 @@ the same log-sum-exps of the student's logits. So the change from InfoNCE is lin
 softmax of the student.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from flipscale.objectives import contrastive
-from flipscale.objectives.contrastive import Contrastive, by_view, flat, workspace_of
-from flipscale.objectives.exchange import GatheredTexts, Rows
-from flipscale.objectives.tiles import LogSumExp, PrecomputedGradients, as_number, views_of
+from flipscale.objectives.contrastive import Contrastive, workspace_of
+from flipscale.objectives.exchange import GatheredTexts
+from flipscale.objectives.tiles import LogSumExp, PrecomputedGradients, views_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +49,15 @@ def change_of_targets(
         image_embeds, text_embeds, logit_scale: see `contrastive_loss`; a text for each image.
         teacher_embeds: fp32 `(batch, teachers, 2, width)`: image and text, whose product is the teacher's logit.
     """
-    loss: torch.Tensor = _Change.apply(image_embeds, text_embeds, logit_scale, teacher_embeds)
+    dtype = contrastive.loss_dtype(text_embeds)
+    compute = functools.partial(_change_and_gradients, teachers=teacher_embeds.to(dtype))
+    loss: torch.Tensor = PrecomputedGradients.apply(compute, dtype, image_embeds, text_embeds, logit_scale)
     return loss
-
-
-class _Change(PrecomputedGradients):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        image_embeds, text_embeds, logit_scale, teacher_embeds = inputs
-        dtype = contrastive.loss_dtype(text_embeds)
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            sides = (image_embeds.to(dtype), text_embeds.to(dtype), as_number(logit_scale))
-            loss, gradients = _change_and_gradients(*sides, teacher_embeds.to(dtype))
-        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, inputs, strict=False)]
-        return loss.float()
 
 
 def _change_and_gradients(
     images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, teachers: torch.Tensor
-) -> tuple[torch.Tensor, Rows]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the change, fp64 `()`, and its gradients by images, texts and scale.
 
     With `N` pairs, logits `s` of the student, and `W` the sum of the teacher's softmax over texts and that over images,
@@ -90,16 +81,13 @@ def _change_and_gradients(
         own_images, of_teachers, image_negatives, text_negatives, positives, shifts, strict=True
     ):
         contrastive.add_negatives(rows, columns, one, first, shift, *sums, workspace_of(rows, columns))
-    merged = together.merged(flat(text_negatives), contrastive.merge_views)
-    text_negatives = [LogSumExp(*negatives) for negatives in by_view(merged)]
-    sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
+    sides = [*zip(image_negatives, together.merged(text_negatives), positives, strict=True)]
     image_softmax, text_softmax, of_pairs = contrastive.logit_gradients(sides)
 
     image_gradient = torch.zeros_like(mean_images)
     text_gradient = texts.new_zeros(their_texts.shape)
-    everywhere = by_view(together.bring(flat(text_softmax)))
     for rows, columns, of_images, of_texts, weights, shift in zip(
-        own_images, of_teachers, image_softmax, everywhere, of_pairs, shifts, strict=True
+        own_images, of_teachers, image_softmax, together.bring(text_softmax), of_pairs, shifts, strict=True
     ):
         weighted = (rows, columns, one, first, shift, of_images, of_texts, weights)
         results = (image_gradient, text_gradient, workspace_of(rows, columns))

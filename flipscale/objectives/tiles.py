@@ -28,18 +28,23 @@ LOWEST_EXPONENT = -80.0
 
 
 class PrecomputedGradients(torch.autograd.Function):
-    """A loss whose forward pass also computes its gradients.
+    """A loss whose forward pass also computes its gradients, by a function of images, texts and the model's parameters.
 
-    `forward` sets `ctx.gradients` to the gradients of the first inputs; the others have none. `backward` multiplies
-    them in place by the upstream gradient, so it can run only once.
+    `backward` multiplies the gradients in place by the upstream gradient, so it can run only once.
     """
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Any], dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            loss, gradients = compute(*(side.to(dtype) for side in tensors[:2]), *map(as_number, tensors[2:]))
+        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=False)]
+        return loss.float()
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the backward pass of this loss ran before"
-        others = [None] * (len(ctx.needs_input_grad) - len(gradients))
-        return (*(gradient.mul_(upstream[0]) for gradient in gradients), *others)
+        return (None, None, *(gradient.mul_(upstream[0]) for gradient in gradients))
 
 
 class LogSumExp(NamedTuple):

@@ -1,6 +1,7 @@
 """Targets from teachers: the loss and its gradients, against plain formulas in fp64 and open_clip's own loss."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,16 +10,16 @@ import torch
 import yaml
 from engines.test_fake_world import Recorder, fake_world
 from objectives.test_contrastive import check_against_fp64, embeds_of
-from objectives.test_world import Held
+from objectives.test_world import INFONCE, Held
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipscale.data.recipe import MaskRecipe
 from flipscale.engines.launch import Launch
-from flipscale.objectives.contrastive import _InfoNCE
 from flipscale.objectives.recipe import LossRecipe, build_objective
-from flipscale.objectives.teacher import Distilled, _Change
+from flipscale.objectives.teacher import Distilled, _change_and_gradients
+from flipscale.objectives.tiles import PrecomputedGradients
 from flipscale.planning.memory import loss_bytes
 from flipscale.training.recipe import deciding_part, parse_recipe, to_yaml
 
@@ -106,15 +107,16 @@ def test_settings_of_teachers_need_teachers(name: str) -> None:
 
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:
     """Run the change of targets by two teachers, and then the contrastive loss, on one process of a fake world."""
-    both = [SimpleNamespace(needs_input_grad=[True]) for _ in range(2)]
+    both = [SimpleNamespace() for _ in range(2)]
     with fake_world(world - 1, world), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
         sides = [normalize(torch.randn(pairs, dim, device=device), dim=1) for _ in range(2)]
         inputs = [*sides, torch.full((1,), 10.0, device=device)]
         teachers = torch.randn(pairs, 2, 2, width, device=device)
         with held:
-            _Change.forward(both[0], *inputs, teachers)
+            change = partial(_change_and_gradients, teachers=teachers)
+            PrecomputedGradients.forward(both[0], change, torch.float32, *inputs)
             if isinstance(held, Held):
-                _InfoNCE.forward(both[1], *inputs, False, None)
+                PrecomputedGradients.forward(both[1], INFONCE, torch.float32, *inputs)
     assert [gradient.shape for gradient in both[0].gradients] == [each.shape for each in inputs]
 
 

@@ -6,6 +6,7 @@ Their numbers are the same in each world, and their sizes are in `flipscale.obje
 import math
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,42 +20,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flipscale.model import FlipOutput
-from flipscale.objectives.contrastive import Contrastive, _InfoNCE
+from flipscale.objectives import contrastive, sigmoid
+from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.exchange import exchange_bytes
-from flipscale.objectives.sigmoid import _Sigmoid
 from flipscale.objectives.tiles import PrecomputedGradients, workspace_elements
 from flipscale.training.step import two_passes
 
 WORLDS = (8, 256, 1024)
 PAIRS, DIM = 40, 8
+INFONCE = partial(contrastive._loss_and_gradients, with_gradients=True, spreads=False, begun=None)
+SIGMOID = partial(sigmoid._loss_and_gradients, begun=None)
 
 
-def recorded(
-    function: type[PrecomputedGradients], world: int, views: int, device: str, rank: int = 1, has_ids: bool = False
-) -> Recorder:
+def recorded(function: partial, world: int, views: int, device: str, rank: int = 1, has_ids: bool = False) -> Recorder:
     """Record a loss with its gradients on one process, with equal captions as positives if it `has_ids`.
 
     `forward` is called directly, because autograd aborts at fake GPU tensors without a GPU.
     """
-    recorder, wanted = Recorder(), SimpleNamespace(needs_input_grad=[True])
+    recorder, found = Recorder(), SimpleNamespace()
     with fake_world(rank, world), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
         sides = [normalize(torch.randn(PAIRS * n, DIM, device=device), dim=1) for n in (views, 1)]
         head = [torch.full((1,), n, device=device) for n in (10.0, -10.0)]
-        inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
+        inputs = [*sides, *(head if function is SIGMOID else head[:1])]
         ids = torch.arange(PAIRS, device=device) % 7 if has_ids else None
+        compute = partial(function, ids=ids) if function is SIGMOID else function
         with recorder:
-            loss = function.forward(wanted, *inputs, False if function is _InfoNCE else ids, None)
-        assert [g.shape for g in wanted.gradients] == [t.shape for t in inputs]
-        assert {t.device.type for t in (loss, *wanted.gradients)} == {device}
+            loss = PrecomputedGradients.forward(found, compute, torch.float32, *inputs)
+        assert [g.shape for g in found.gradients] == [t.shape for t in inputs]
+        assert {t.device.type for t in (loss, *found.gradients)} == {device}
     return recorder
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize(("function", "has_ids"), [(_InfoNCE, False), (_Sigmoid, False), (_Sigmoid, True)])
-def test_operations_do_not_grow_with_the_world(
-    function: type[PrecomputedGradients], has_ids: bool, views: int, device: str
-) -> None:
+@pytest.mark.parametrize(("function", "has_ids"), [(INFONCE, False), (SIGMOID, False), (SIGMOID, True)])
+def test_operations_do_not_grow_with_the_world(function: partial, has_ids: bool, views: int, device: str) -> None:
     first, *others = (recorded(function, world, views, device, has_ids=has_ids) for world in WORLDS)
     for other in others:
         assert other.counts == first.counts
@@ -85,8 +85,8 @@ def test_operations_with_micro_batches_do_not_grow_with_the_world() -> None:
     assert [len(recorder.collectives) for recorder in found] == [5, 5, 5]
 
 
-@pytest.mark.parametrize(("function", "has_ids"), [(_InfoNCE, False), (_Sigmoid, False), (_Sigmoid, True)])
-def test_the_host_does_not_wait_for_a_gpu(function: type[PrecomputedGradients], has_ids: bool) -> None:
+@pytest.mark.parametrize(("function", "has_ids"), [(INFONCE, False), (SIGMOID, False), (SIGMOID, True)])
+def test_the_host_does_not_wait_for_a_gpu(function: partial, has_ids: bool) -> None:
     recorder = recorded(function, 256, 1, "cuda", has_ids=has_ids)
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
     assert not [name for name in recorder.counts if name.split(".")[1] in waits]
@@ -103,10 +103,10 @@ def test_collectives_and_their_sizes(world: int, views: int, device: str) -> Non
     scatter = (of_gradients[0], world * texts, of_gradients[1])
     bounds = [("allreduce_", 3, 3)] if device == "cpu" else []
     softmax = [("alltoall_base_", world * along, world * along), ("_allgather_base_", along, world * along)]
-    assert recorded(_InfoNCE, world, views, device).collectives == [gather, *bounds, *softmax, scatter]
-    assert recorded(_Sigmoid, world, views, device).collectives == [gather, scatter]
+    assert recorded(INFONCE, world, views, device).collectives == [gather, *bounds, *softmax, scatter]
+    assert recorded(SIGMOID, world, views, device).collectives == [gather, scatter]
     ids = ("_allgather_base_", PAIRS, world * PAIRS)
-    assert recorded(_Sigmoid, world, views, device, has_ids=True).collectives == [gather, ids, scatter]
+    assert recorded(SIGMOID, world, views, device, has_ids=True).collectives == [gather, ids, scatter]
 
 
 class Held(TorchDispatchMode):
@@ -133,8 +133,8 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
     with fake_world(1, world), FakeTensorMode(), torch.no_grad():
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
         with held:
-            asked = SimpleNamespace(needs_input_grad=[True])
-            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), False, None)
+            scale = torch.ones(1, device="cuda")
+            PrecomputedGradients.forward(SimpleNamespace(), INFONCE, torch.float32, images, texts, scale)
     said = exchange_bytes(PAIRS, world, dim, views)
     tile = 4 * math.prod(workspace_elements(PAIRS, PAIRS * world, dim, 1, "cuda"))
     gradients = 4 * PAIRS * dim * views
