@@ -7,7 +7,7 @@ from typing import Any
 FAMILIES = {
     "flip": ("configuration_flip", "FlipConfig"),
     "clip": ("masked_clip", "MaskedCLIPConfig"),
-    "siglip": ("masked_siglip", "MaskedSiglipConfig"),
+    "siglip": ("masked_clip", "MaskedSiglipConfig"),
     "towers": ("masked_towers", "MaskedTowersConfig"),
 }
 # Families whose folders have another `model_type` than the family's name.

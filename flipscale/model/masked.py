@@ -1,6 +1,6 @@
 """Masks for transformers' own dual encoders: their image tower takes the visible patches only, and computes as before.
 
-A family of models is a configuration class in a file of its own, see `families.py`.
+A family of models is a configuration class, see `families.py`.
 """
 
 import math
@@ -15,8 +15,15 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_flip import TowerFields, check_tower, patches_along
-from .modeling_flip import FlipOutput, FlipVisionEmbeddings, normalise_embeds, packed_mask, projected
+from .configuration_flip import FlipVisionConfig, TowerFields, check_tower
+from .modeling_flip import (
+    FlipOutput,
+    FlipPatchEmbedding,
+    FlipVisionEmbeddings,
+    normalise_embeds,
+    packed_mask,
+    projected,
+)
 from .patches import patchify
 
 
@@ -27,6 +34,8 @@ class MaskedVisionFields:
     """
 
     num_prefix_tokens: ClassVar[int]
+    patches_along: Any = FlipVisionConfig.patches_along
+    num_patches: Any = FlipVisionConfig.num_patches
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -35,15 +44,6 @@ class MaskedVisionFields:
                 raise ValueError(f"vision_config: {name} is {getattr(self, name)}; it must be one number of pixels")
         check_tower(self)  # type: ignore[arg-type]
         self.patches_along()
-
-    def patches_along(self, image_size: int | None = None) -> int:
-        """Return the number of patches along each side of an image; by default of the model's `image_size`."""
-        return patches_along(self.image_size if image_size is None else image_size, self.patch_size)  # type: ignore[attr-defined]
-
-    @property
-    def num_patches(self) -> int:
-        """Number of patches of a whole image."""
-        return self.patches_along() ** 2
 
 
 def masked_config(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], num_prefix: int = 1) -> Any:
@@ -80,10 +80,10 @@ class MaskedFields:
     answer_config: ClassVar[None] = None
     # Sizes of the two towers by name, as in `configuration_flip.SIZES`.
     sizes: ClassVar[dict[str, tuple[dict[str, Any], dict[str, Any]]]]
-    # Class that is trained, transformers' class, and the fields of ours that transformers' configurations lack.
+    # Class that is trained, transformers' class, and our fields that transformers' configuration lacks.
     trained_class: ClassVar[Any]
     exported_class: ClassVar[Any]
-    own_fields: ClassVar[dict[str, tuple[str, ...]]]
+    own_fields: ClassVar[tuple[str, ...]] = ("logit_bias_init_value",)
     processor_class: ClassVar[Any]
     # Whether captions can share a row of the text tower, because none sees its padding.
     packs_captions: ClassVar[bool] = False
@@ -123,9 +123,10 @@ class MaskedFields:
     def exported(self) -> PreTrainedConfig:
         """Return transformers' own configuration of the same weights."""
         content = self.to_dict()  # type: ignore[attr-defined]
-        for section, names in self.own_fields.items():
-            for name in names:
-                (content[section] if section else content).pop(name, None)
+        for name in self.own_fields:
+            content.pop(name, None)
+        for name in ("image_mean", "image_std"):
+            content["vision_config"].pop(name, None)
         kind: Any = self.exported_class
         return kind.config_class.from_dict(content)
 
@@ -150,9 +151,7 @@ class PackedImages(NamedTuple):
 class PackedPatchEmbedding(nn.Conv2d):
     """A patch convolution, computed as a matrix product over the visible patches only."""
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Map patches `(batch, kept, channels * p * p)` to tokens `(batch, kept, hidden_size)`."""
-        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+    forward: Any = FlipPatchEmbedding.forward
 
 
 class PackedEmbeddings:

@@ -25,8 +25,7 @@ from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD, TowerFields, check_ranges
 from .masked import MaskedDualEncoder, MaskedFields, PackedEmbeddings, masked_config, masked_tower, tower_fields
-from .masked_clip import MaskedCLIPConfig, MaskedCLIPModel
-from .masked_siglip import MaskedSiglipConfig, MaskedSiglipModel
+from .masked_clip import MaskedCLIPConfig, MaskedCLIPModel, MaskedSiglipConfig, MaskedSiglipModel
 from .modeling_dual_encoder import ExtendedDualEncoderModel, add_parts
 
 # Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects; and others.
@@ -98,10 +97,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         squashes: as in `MaskedFields`.
     """
 
-    own_fields: ClassVar[dict[str, Any]] = {
-        "": ("logit_bias_init_value", "caption_tokens", "squashes", "projection_hidden_size"),
-        "vision_config": ("image_mean", "image_std"),
-    }
+    own_fields = ("logit_bias_init_value", "caption_tokens", "squashes", "projection_hidden_size")
     sizes: ClassVar[dict[str, Any]] = {}
     processor_class = VisionTextDualEncoderProcessor
 
