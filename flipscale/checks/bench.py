@@ -6,9 +6,8 @@ from typing import Any
 
 from flipscale.checks.findings import Bench, Finding, NotRun
 from flipscale.checks.group import CheckError
-from flipscale.checks.kernels import check_attention, check_products, check_triton
+from flipscale.checks.kernels import check_attention, check_collectives, check_products, check_triton
 from flipscale.checks.machine import check_machine
-from flipscale.checks.network import check_collectives
 from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall
 from flipscale.checks.steps import check_contexts, check_plan, check_steps, planning_figures
 

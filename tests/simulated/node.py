@@ -180,8 +180,7 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
     # The context of the fake processes destroys their group.
     stack.enter_context(patch("flipscale.engines.failures.close_process_group", lambda: None))
     # Clocks measure nothing here: every kernel takes a tenth of a second.
-    for module in ("kernels", "network"):
-        stack.enter_context(patch(f"flipscale.checks.{module}.seconds_of", lambda call, *_: (call(), 0.1)[1]))
+    stack.enter_context(patch("flipscale.checks.kernels.seconds_of", lambda call, *_: (call(), 0.1)[1]))
     stack.enter_context(patch.object(Loop, "take", _fake_time(Loop.take)))
     # Graphs are not made here: tests/objectives and tests/distributed compile.
     stack.enter_context(patch("flipscale.engines.first_weights.compile_blocks", lambda model: None))
