@@ -344,13 +344,12 @@ class Engine:
         if self._is_checked:
             return
         self._is_checked = True
-        has_gradient = {n: self._has_gradient(p) for n, p in self.model.named_parameters() if p.requires_grad}
-        used = {part for name, has in has_gradient.items() if has for part in _parts_above(name)}
-        unused = [name for name, has in has_gradient.items() if not has]
+        trained = {_parts_above(n): self._has_gradient(p) for n, p in self.model.named_parameters() if p.requires_grad}
+        used = {part for parts, has_gradient in trained.items() if has_gradient for part in parts}
+        # A module that is not used at all stands for its parameters.
+        unused = [next(part for part in parts if part not in used) for parts in trained if parts[-1] not in used]
         if unused:
-            # A module that is not used at all stands for its parameters.
-            parts = dict.fromkeys(next(part for part in _parts_above(name) if part not in used) for name in unused)
-            some = ", ".join([*parts][:9])
+            some = ", ".join([*dict.fromkeys(unused)][:9])
             raise UserError(
                 f"the loss gives no gradient to {len(unused)} trained parameters, those of {some}. Fix: add [{some}] "
                 "to model.frozen and name another output_dir, or let the loss use them"
@@ -409,6 +408,6 @@ class Engine:
         return self.layout.pieces(self.averages)
 
 
-def _parts_above(name: str) -> list[str]:
+def _parts_above(name: str) -> tuple[str, ...]:
     """Return the modules of a parameter, the largest first, and the parameter: `a`, `a.b`, `a.b.weight`."""
-    return [*accumulate(name.split("."), "{}.{}".format)]
+    return tuple(accumulate(name.split("."), "{}.{}".format))

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flipscale.engines.checkpoint import answer_of_first
 from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import fetch_folder, open_weights
@@ -37,10 +38,7 @@ _log = logging.getLogger(__name__)
 _TEXT_POSITIONS = re.compile(r"text_model\.embeddings\.position_embedding\.weight")
 _LONGCLIP_KEPT = 20
 # The table of a text tower's pieces.
-_TEXT_ROWS = re.compile(
-    r"text_model\.(embeddings\.)?(token|word|tok)_embeddings?\.weight|text_model\.embed_tokens\.weight"
-)
-
+_TEXT_ROWS = re.compile(r"text_model\.((embeddings\.)?(token|word|tok)_embeddings?|embed_tokens)\.weight")
 # Names of weights that a line of the log has.
 _MOST_LISTED = 8
 
@@ -138,11 +136,12 @@ def initial_weights(
     stored: dict[str, Callable[[], torch.Tensor]] = {}
     several = dist.is_initialized() and dist.get_world_size() > 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names_or_fault: list[set[str] | str] = [set()]
     start = "model.init_from" if isinstance(init_from, str) else str(init_from)
-    if not several or dist.get_rank() == 0:
+
+    def read_names() -> set[str]:
         try:
-            stored, shapes = _stored(init_from, config)
+            readers, shapes = _stored(init_from, config)
+            stored.update(readers)
             model = model_without_storage(config, kind)
             usable = _usable(shapes, model, start, text_positions, rows is not None)
             for name in usable:
@@ -150,15 +149,12 @@ def initial_weights(
             for tower, (folder, digest) in (embedded or {}).items():
                 if weights_digest(stored[name]() for name in usable if name.startswith(f"{tower}.")) != digest:
                     raise UserError(f"its {tower} is not that of the features in {folder}; embed by this model")
-            names_or_fault = [usable]
+            return usable
         except (ValueError, OSError, SafetensorError) as error:
             named = f"{start} {init_from!r}" if isinstance(init_from, str) else start
-            names_or_fault = [f"{named} cannot be loaded ({first_line(error)})"]
-    if several:
-        dist.broadcast_object_list(names_or_fault, device=device)
-    (names,) = names_or_fault
-    if isinstance(names, str):
-        raise UserError(names)
+            raise UserError(f"{named} cannot be loaded ({first_line(error)})") from error
+
+    names = answer_of_first(read_names)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(module: nn.Module, owner: PreTrainedModel) -> None:

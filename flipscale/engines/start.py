@@ -26,11 +26,7 @@ def engine_classes() -> dict[str, type["Engine"]]:
     from flipscale.engines.fsdp2 import Fsdp2Engine
     from flipscale.engines.zero import ZeroEngine
 
-    return {
-        "ddp": DdpEngine,
-        "fsdp2": Fsdp2Engine,
-        **dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine),
-    }
+    return {"ddp": DdpEngine, "fsdp2": Fsdp2Engine, **dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine)}
 
 
 def engine_class(launch: Launch) -> type["Engine"]:
@@ -44,8 +40,7 @@ def engine_class(launch: Launch) -> type["Engine"]:
 def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> "Engine":
     """Collective. Return the launch's engine, before its model is built."""
     engine = engine_class(launch)
-    refusal = engine.refusal(launch, recipe.name)
-    if refusal is not None:
+    if (refusal := engine.refusal(launch, recipe.name)) is not None:
         raise UserError(refusal)
     return engine(accelerator, launch, recipe, global_batch_size)
 

@@ -102,8 +102,8 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             block.to(self.accelerator.device)
             return
-        refusal = self.refusal(self.launch, self.recipe.name, compiles=block._compiled_call_impl is not None)
-        if refusal is not None:
+        compiles = block._compiled_call_impl is not None
+        if (refusal := self.refusal(self.launch, self.recipe.name, compiles)) is not None:
             raise UserError(refusal)
         import deepspeed
 
