@@ -8,6 +8,7 @@ in the order of its samples. The row of a sample that cannot be used is NaN. Wit
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,15 +136,14 @@ class StoredFeatures:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class StoredPairs(PairDataset):
     """Training pairs with stored features in place of the images, the captions or both.
 
     Columns: `image_features` and `text_features`, float16 `(batch, width)`; `PairDataset`'s for a tower that learns.
     """
 
-    def __init__(self, *arguments: Any, stored: Mapping[str, StoredFeatures], **options: Any):
-        super().__init__(*arguments, **options)
-        self.stored = stored
+    stored: Mapping[str, StoredFeatures]
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         if "images" not in self.stored:

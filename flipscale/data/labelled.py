@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ _TRANSLATE = 0.45  # largest shift as a fraction of an image's side, as in timm'
 _FINETUNE = "'flipscale[finetune]'"
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class LabelledDataset(PairDataset):
     """Labelled images by global position. A batch has the columns of `PairDataset` without captions, and:
 
@@ -29,17 +31,16 @@ class LabelledDataset(PairDataset):
 
     If `recipe.augment` mixes images, each two neighbours are mixed. `labels` are then `(batch, 2)`, an image's own
     class and the other's, and `label_shares` fp32 `(batch, 2)` are their shares.
+
+    Raises:
+        UserError: the mask is impossible, or the shards have no class numbers.
     """
 
     annotation: ClassVar[str] = "class number"
+    num_classes: int
 
-    def __init__(self, *arguments: Any, num_classes: int, **options: Any):
-        """
-        Raises:
-            UserError: the mask is impossible, or the shards have no class numbers.
-        """
-        super().__init__(*arguments, **options)
-        self.num_classes = num_classes
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.augment = Augment(self.recipe.augment, self.seed, self.shape.image_size)
         _check_labels(self.source)
 
@@ -67,6 +68,7 @@ class LabelledDataset(PairDataset):
         return {"labels": torch.tensor(both, dtype=torch.int64).T, "label_shares": torch.stack([own, 1.0 - own], dim=1)}
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class QuestionDataset(PairDataset):
     """Questions about images by global position. A batch has `PairDataset`'s columns, with questions as captions, and:
 
@@ -76,10 +78,7 @@ class QuestionDataset(PairDataset):
     """
 
     annotation: ClassVar[str] = "question with an answer"
-
-    def __init__(self, *arguments: Any, num_answers: int, **options: Any):
-        super().__init__(*arguments, **options)
-        self.num_answers = num_answers
+    num_answers: int
 
     def _annotation(self, sample: Sample, draws: list[float]) -> tuple[list[str], np.ndarray]:
         question, scores = super()._annotation(sample, draws), np.zeros(self.num_answers, np.float32)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, TypeVar
@@ -87,6 +87,7 @@ _SAMPLES_WITH_KINDS = 256
 _PIXELS_TOGETHER = 1 << 16
 
 
+@dataclass(eq=False, repr=False)
 class PairDataset(Dataset):
     """Training pairs by global position. `__getitems__` returns the batch of a list of positions.
 
@@ -107,55 +108,41 @@ class PairDataset(Dataset):
       factors of the branches of the image tower's blocks.
     * `sends_caption_ids`: `caption_ids` int64 `(batch,)`, equal for captions with equal tokens, before their mask.
     * `parallel_share`: `in_parallel` bool `(batch,)`, whether all tokens of a caption are predicted at once.
+
+    Raises:
+        UserError: the mask is impossible at these ratios.
     """
 
     # Name of the annotation of an image, for messages.
     annotation: ClassVar[str] = "caption"
 
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: PreTrainedTokenizerBase | None,
-        recipe: DataRecipe,
-        shape: InputShape,
-        seed: int,
-        mask_ratio: float,
-        mask: MaskRecipe | None = None,
-        text_mask_ratio: float = 0.0,
-        sends_masked: bool = False,
-        sends_caption_ids: bool = False,
-        parallel_share: float = 0.0,
-        drop_path_rate: float = 0.0,
-        captions_per_image: int = 1,
-    ):
-        """
-        Raises:
-            UserError: the mask is impossible at these ratios.
-        """
-        self.source = source
-        self.tokenizer = tokenizer
-        self.recipe = recipe
-        self.shape = shape
-        self.seed = seed
-        self.mask = mask or MaskRecipe()
-        self.mask_ratio = mask_ratio
-        self.text_mask_ratio = text_mask_ratio
-        self.sends_masked = sends_masked
-        self.sends_caption_ids = sends_caption_ids
-        self.parallel_share = parallel_share
-        self.drop_path_rate = drop_path_rate
-        self.captions_per_image = captions_per_image
+    source: Source
+    tokenizer: PreTrainedTokenizerBase | None
+    recipe: DataRecipe
+    shape: InputShape
+    seed: int
+    mask_ratio: float
+    mask: MaskRecipe = field(default_factory=MaskRecipe)
+    text_mask_ratio: float = 0.0
+    sends_masked: bool = False
+    sends_caption_ids: bool = False
+    parallel_share: float = 0.0
+    drop_path_rate: float = 0.0
+    captions_per_image: int = 1
+
+    def __post_init__(self) -> None:
         try:
-            self.kept = num_kept(shape.num_patches, mask_ratio)
-            num_kept(shape.max_tokens, text_mask_ratio, "tokens")
+            self.kept = num_kept(self.shape.num_patches, self.mask_ratio)
+            num_kept(self.shape.max_tokens, self.text_mask_ratio, "tokens")
         except ValueError as error:
             raise UserError(str(error)) from error
-        if mask_ratio > 0.0:
+        if self.mask_ratio > 0.0:
             # Drawn once, so that an impossible mask is refused here.
-            keep_patches(torch.zeros(1, shape.side, shape.side), mask_ratio, self.mask.kind, self.mask.views)
-        self.order = order_of(source, seed, recipe)
+            noise = torch.zeros(1, self.shape.side, self.shape.side)
+            keep_patches(noise, self.mask_ratio, self.mask.kind, self.mask.views)
+        self.order = order_of(self.source, self.seed, self.recipe)
         # Process number and current shard of each worker, in shared memory, to report the shard of a dead worker.
-        self.reading = torch.zeros((max(recipe.workers, 1), 2), dtype=torch.int64).share_memory_()
+        self.reading = torch.zeros((max(self.recipe.workers, 1), 2), dtype=torch.int64).share_memory_()
         # Whether a caption is tokenised as soon as it is read, so that an untokenizable caption is replaced.
         self.checks_captions = False
 

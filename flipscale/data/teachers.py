@@ -80,6 +80,7 @@ class Teacher:
         return sides
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TaughtPairs(PairDataset):
     """Training pairs with the embeddings of teachers. The crop is one of the teachers', and the caption is the first.
 
@@ -87,15 +88,13 @@ class TaughtPairs(PairDataset):
     Narrow embeddings are padded with zeros.
     """
 
-    def __init__(self, *arguments: Any, teachers: Sequence[Teacher], **options: Any):
-        super().__init__(*arguments, **options)
-        self.teachers = teachers
-        self._width = max(teacher.texts.width for teacher in teachers)
+    teachers: Sequence[Teacher]
 
     def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
         crops = self.teachers[0].crops
         number = int(crop_draw[0] * crops.count)
-        embeds = np.zeros((len(self.teachers), 2, self._width), np.float32)
+        width = max(teacher.texts.width for teacher in self.teachers)
+        embeds = np.zeros((len(self.teachers), 2, width), np.float32)
         for row, teacher in zip(embeds, self.teachers, strict=True):
             row[:, : teacher.texts.width] = teacher.logit_sides(place, number)
         sample = self.source.read(*place)
