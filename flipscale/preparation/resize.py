@@ -14,7 +14,7 @@ from typing import Any
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, no_shards
-from flipscale.data.sources.shard_index import DamagedTar, NotAFile, load_index, open_plain, size_and_time, tar_members
+from flipscale.data.sources.shard_index import Damaged, NotAFile, load_index, open_plain, size_and_time, tar_members
 from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
@@ -101,7 +101,7 @@ def _resize(source: Path, target: Path, options: ShardOptions) -> dict[str, int]
                         name, content = _smaller(name, content, options, counts)
                     add_member(new, name, content)
             sync(written)
-    except (DamagedTar, NotAFile) as error:
+    except (Damaged, NotAFile) as error:
         return f"{source} ({error})"
     load_index(target)
     return {**counts, "before": source.stat().st_size, "after": target.stat().st_size}

@@ -119,13 +119,9 @@ class DatasetSource(Source):
         content, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
         if content is None and file:
             content = self._file(file)
-        if not content:
-            raise BadSample(f"column {self.image_column!r} is empty", "missing_image")
-        if not isinstance(content, bytes):
-            raise BadSample(
-                f"column {self.image_column!r} has a {type(content).__name__}; it must be encoded bytes",
-                "missing_image",
-            )
+        if not content or not isinstance(content, bytes):
+            what = f"has a {type(content).__name__}; it must be encoded bytes" if content else "is empty"
+            raise BadSample(f"column {self.image_column!r} {what}", "missing_image")
         check_bytes(len(content), MAX_IMAGE_BYTES, "an image")
         return content
 

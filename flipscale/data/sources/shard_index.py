@@ -62,7 +62,7 @@ class NotAFile(OSError):
     """A path leads to no plain file."""
 
 
-class DamagedTar(Exception):
+class Damaged(Exception):
     """The tar cannot be read further."""
 
 
@@ -114,7 +114,7 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
     file. tarfile reads the headers, but would take a damaged one for the end of the tar.
 
     Raises:
-        DamagedTar: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
+        Damaged: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
     """
     total = os.fstat(file.fileno()).st_size
     tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)))
@@ -127,22 +127,20 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
         except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
             following = _after_zeros(file, start, total)
             if following - start > _MOST_END_BYTES:
-                raise DamagedTar(
-                    f"it has zeros from byte {start} to {following}, more than the end of a tar"
-                ) from error
+                raise Damaged(f"it has zeros from byte {start} to {following}, more than the end of a tar") from error
             if following == total:
                 return
             tar.offset, tar.pax_headers = following, {}
             continue
         except _TAR_ERRORS as error:
-            raise DamagedTar(_damage(file.fileno(), start, total)) from error
+            raise Damaged(_damage(file.fileno(), start, total)) from error
         if {"path", "size"} & tar.pax_headers.keys():
-            raise DamagedTar("it has a pax header that gives all files one name or size")
+            raise Damaged("it has a pax header that gives all files one name or size")
         end = member.offset_data + (member.size if member.isreg() else 0)
         if member.size < 0 or tar.offset <= start:
-            raise DamagedTar(f"there is no tar header at byte {start}")
+            raise Damaged(f"there is no tar header at byte {start}")
         if end > total:
-            raise DamagedTar(f"it ends at byte {total}, inside a file that goes on to {end}")
+            raise Damaged(f"it ends at byte {total}, inside a file that goes on to {end}")
         yield member.name, member.offset_data, member.size, _trouble(member, file.fileno(), start)
 
 
@@ -357,7 +355,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
                 left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
                 continue
             samples.setdefault(key, []).append(_File(run, field, offset // BLOCK, size))
-    except DamagedTar as error:
+    except Damaged as error:
         damage.append(str(error))
     rows = []
     for key, files in samples.items():
