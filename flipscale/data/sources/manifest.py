@@ -168,13 +168,10 @@ def _parsed(path: Path, content: bytes, digest: bytes) -> Manifest:
 
 def write_manifest(
     path: Path, pattern: str, shards: Iterable[tuple[str, Index]], folders: list[str], rows: bool
-) -> None:
-    """Write a manifest.
+) -> Manifest:
+    """Write a manifest of the shards and their indices, and return it.
 
     Args:
-        pattern: name of the shards in the recipe, relative to the folder.
-        shards: names and indices of the shards. A name is relative to the folder, or a URL.
-        folders: relative paths of the folders that are watched for new and removed shards.
         rows: whether the manifest holds the shards' indices.
     """
     names: list[str] = []
@@ -192,6 +189,9 @@ def write_manifest(
         about = {"pattern": pattern, "names": names, "sizes": sizes, "damage": damage, "folders": folders}
         content = json.dumps(about).encode()
         file.write(content + _TAIL.pack(file.tell(), _digest(content)))
+    written = read_manifest(path, pattern, "start again")
+    assert written is not None
+    return written
 
 
 def _digest(content: bytes) -> bytes:
@@ -324,14 +324,7 @@ class ShardList:
         inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
         shards = in_windows(partial(_indexed, self), names, partial(ProcessPoolExecutor, initializer=end_with_parent))
-        try:
-            write_manifest(place, self.pattern, shards, folders, rows=True)
-        except OSError as error:
-            if error.errno is None or error.filename is not None:
-                raise
-            raise OSError(f"manifest {place} cannot be written ({error.strerror}); make room for it") from error
-        written = read_manifest(place, self.pattern, self.remedy)
-        assert written is not None
+        written = write_manifest(place, self.pattern, shards, folders, rows=True)
         self.is_complete(written, may_list=True)  # gives it the time of the folders
         return written
 
@@ -370,7 +363,6 @@ def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Ca
 
     Args:
         read: returns a good manifest or None; its argument is whether it may list the shards, as one process does.
-        write: writes and returns the manifest.
     """
     lock_file = place.with_name(f".{place.name}.lock")
     lock = FileLock(lock_file, timeout=0)

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from flipscale.data.order import Lanes, share_out
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.samples import evenly
+from flipscale.data.samples import evenly, reason_of
 from flipscale.data.sources.manifest import (
     Manifest,
     ShardList,
@@ -237,18 +237,13 @@ class ShardCache:
         """Remove a wrong copy of `url`."""
         remove(self.path(url))
 
-    def fetch(self, url: str) -> None:
-        """Fetch `url` with retries, unless its copy exists; wait if another process fetches it."""
+    def fetch(self, url: str, is_needed: bool = True) -> None:
+        """Fetch `url`, unless its copy exists. If it is needed, wait for another process that fetches it, and retry."""
         path = self.path(url)
-        with self._lock(path, timeout=-1):
-            if not path.exists():
+        with suppress(Timeout), self._lock(path, timeout=-1 if is_needed else 0):
+            if not path.exists() and is_needed:
                 with_retries(url, lambda: self._transfer(url, path))
-
-    def try_to_fetch(self, url: str) -> None:
-        """Fetch `url` without retries, unless its copy exists or another process fetches it."""
-        path = self.path(url)
-        with suppress(Timeout), self._lock(path, timeout=0):
-            if not path.exists():
+            elif not path.exists():
                 self._transfer(url, path)
 
     def _lock(self, path: Path, timeout: float) -> FileLock:
@@ -424,10 +419,7 @@ class RemoteShardList(ShardList):
 
     def _write(self, place: Path) -> Manifest:
         shards = in_windows(self._indexed, self.names(), lambda: ThreadPoolExecutor(_THREADS))
-        write_manifest(place, self.pattern, shards, [], rows=False)
-        written = read_manifest(place, self.pattern, self.remedy)
-        assert written is not None
-        return written
+        return write_manifest(place, self.pattern, shards, [], rows=False)
 
     def _indexed(self, name: str) -> tuple[str, Index]:
         try:
@@ -503,8 +495,7 @@ class RemoteTarSource(TarSource):
             system, remote = file_system(url)
             system.put_file(str(self.manifest.path), remote)
         except Exception as error:  # each protocol has its own kinds
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{url} cannot be written ({reason}); name a writable place") from error
+            raise UserError(f"{url} cannot be written ({reason_of(error)}); name a writable place") from error
 
     def _open_checked(self, shard: int) -> int:
         try:
@@ -544,7 +535,7 @@ def _prefetch(cache_of_source: "weakref.ref[ShardCache]", urls: list[str]) -> No
             return
         try:
             if not cache.path(url).exists():
-                cache.try_to_fetch(url)
+                cache.fetch(url, is_needed=False)
         except Exception:  # each protocol has its own kinds
             # The shard may never be needed. If it is, the reader tries again and reports the error.
             time.sleep(_PAUSE_SECONDS)
