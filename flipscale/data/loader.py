@@ -85,13 +85,10 @@ def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
     """Return the number of pairs of a batch for each process."""
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
-    fits = [count for count in range(1, min(2 * world_size, global_batch_size + 1)) if global_batch_size % count == 0]
-    below = max(count for count in fits if count <= world_size)
-    above = min((count for count in fits if count >= world_size), default=None)
-    processes = f"{below} or {above}" if above else f"{below}"
     raise UserError(
-        f"global_batch_size {global_batch_size} is not divisible by {world_size} processes; use {processes} "
-        f"processes, or {global_batch_size // world_size * world_size or world_size}"
+        f"global_batch_size {global_batch_size} is not divisible by {world_size} processes; use "
+        f"{divisors_around(global_batch_size, world_size)} processes, or "
+        f"{global_batch_size // world_size * world_size or world_size}"
     )
 
 
