@@ -157,7 +157,6 @@ def decode_crop(
     pixels across.
 
     Args:
-        encoded: bytes of the image file.
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop, mirrored if the last is below 0.5; None for the
             centre.
         crop_scale: least and most area of a random crop as fractions of the image's.
@@ -222,17 +221,16 @@ def decode_processed(encoded: bytes, image_size: int, squash: bool = False) -> n
     image = image[tuple(slice(max(0, side - most) // 2, side - max(0, side - most) // 2) for side in image.shape[:2])]
     height, width = (image_size * side // min(image.shape[:2]) for side in image.shape[:2])
     top, left = (height - image_size) // 2, (width - image_size) // 2
-    return resize(image, height, width)[top : top + image_size, left : left + image_size]
+    return resize(image, (height, width))[top : top + image_size, left : left + image_size]
 
 
-def resize(crop: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
-    """Resize a crop `(height, width, 3)` to `(height, width, 3)`, or a square, both uint8, by Pillow's BICUBIC."""
+def resize(crop: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resize a crop `(height, width, 3)` to a square or a height and width, both uint8, by Pillow's BICUBIC."""
     import torch  # here, because its import takes seconds and decoding alone does not need it
 
     # Views by numpy, because each call of torch runs code that decoding has evicted from the cache. With the strides of
     # `reshape`, torch recognises channels-last memory and copies nothing.
     planes = torch.from_numpy(np.ascontiguousarray(crop).reshape(1, *crop.shape).transpose(0, 3, 1, 2))
-    size = (height, height if width is None else width)
     resized = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True)
     return resized.numpy()[0].transpose(1, 2, 0)
 
