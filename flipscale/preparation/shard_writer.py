@@ -116,12 +116,9 @@ class _Job:
 def write_set(
     pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int
 ) -> dict[Path, dict[str, Any]]:
-    """Write pairs to `out_dir`, or to its folders `train` and `test` if a share is held out.
+    """Write pairs to `out_dir`, or to its folders `train` and `test` if a share is held out; return their reports.
 
     With `options.labels`, `out_dir` is a labelled set in CLIP_benchmark's layout, with `classnames.txt` and a prompt.
-
-    Returns:
-        The report of each folder.
 
     Raises:
         UserError: no pair has a class, or an error of `write_shards`.
@@ -170,7 +167,6 @@ def write_shards(
 
     Args:
         source: name of the pairs, for the report.
-        processes: number of processes that write.
         class_names: names of all classes in the order of their numbers, with `options.labels`.
 
     Raises:
@@ -181,7 +177,19 @@ def write_shards(
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     out_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(out_dir, "prepare shards", _MANIFEST):
-        return _write_locked(job, begun, processes)
+        if todo := range(_open_manifest(job, begun), job.num_shards):
+            remedy = "the same command goes on where it stopped"
+            with worker_pool(min(processes, len(todo)), _receive_job, (job,), remedy) as pool:
+                same_as = _duplicates(job, pool) if options.drop_duplicates else {}
+                lines = pool.map(_write_shard, todo, (same_as.get(shard, {}) for shard in todo))
+                with Progress(len(pairs), "shards", "pairs", initial=job.numbers(todo[0])[0]) as progress:
+                    for line in lines:
+                        json_lines.append(out_dir / _MANIFEST, [line])
+                        progress.update(len(job.numbers(line["shard"])))
+        (out_dir / _HASHES).unlink(missing_ok=True)
+        if options.labels:
+            write_text(out_dir / "nshards.txt", f"{job.num_shards}\n")
+        return _write_report(job, begun)
 
 
 @contextmanager
@@ -200,23 +208,6 @@ def only_writer(out_dir: Path, command: str, begun: str) -> Iterator[None]:
             (out_dir / _LOCK).unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
-
-
-def _write_locked(job: _Job, begun: dict[str, Any], processes: int) -> dict[str, Any]:
-    todo = range(_open_manifest(job, begun), job.num_shards)
-    if todo:
-        remedy = "the same command goes on where it stopped"
-        with worker_pool(min(processes, len(todo)), _receive_job, (job,), remedy) as pool:
-            same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
-            lines = pool.map(_write_shard, todo, (same_as.get(shard, {}) for shard in todo))
-            with Progress(len(job.pairs), "shards", "pairs", initial=job.numbers(todo[0])[0]) as progress:
-                for line in lines:
-                    json_lines.append(job.out_dir / _MANIFEST, [line])
-                    progress.update(len(job.numbers(line["shard"])))
-    (job.out_dir / _HASHES).unlink(missing_ok=True)
-    if job.options.labels:
-        write_text(job.out_dir / "nshards.txt", f"{job.num_shards}\n")
-    return _write_report(job, begun)
 
 
 def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
