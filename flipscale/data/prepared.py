@@ -25,6 +25,5 @@ def check_prepared(folder: Path, task: str) -> None:
     """Raise unless the data of `task` in `folder` is whole."""
     if read_prepared(folder) is None:
         state = "was prepared only in part" if folder.exists() else "is missing"
-        raise UserError(
-            f"the data of task {task} {state}; run `flipscale prepare tasks {quoted(folder.parent)} --only {task}`"
-        )
+        fix = f"flipscale prepare tasks {quoted(folder.parent)} --only {task}"
+        raise UserError(f"the data of task {task} {state}; run `{fix}`")

@@ -27,10 +27,8 @@ class StoredCrops:
     """Random crops of each sample, a function of (seed, crop number, shard, sample).
 
     Args:
-        count: number of crops of a sample.
         scale: least and most area of a crop as fractions of the image's.
         mirror: whether half of the crops are mirrored.
-        seed: seed of the crops.
     """
 
     count: int
@@ -54,7 +52,6 @@ class Teacher:
     Args:
         images: embeddings of each sample's crops, `(crops, width)`.
         texts: embedding of each sample's first caption, `(width,)`.
-        crops: crops of the images.
         logit_scale: factor of the cosine of an image and a text.
     """
 
@@ -70,11 +67,8 @@ class Teacher:
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
     def logit_sides(self, place: tuple[int, int], number: int) -> np.ndarray:
-        """Return two vectors of a sample, fp32 `(2, width)`. The logit of an image and a text is their product.
-
-        Raises:
-            MissingFeatures: the image or the text could not be embedded.
-        """
+        """Return two vectors of a sample, fp32 `(2, width)`, or raise MissingFeatures. The logit of an image and a text
+        is their product."""
         sides = np.stack([self.images.row(place)[number], self.texts.row(place)]).astype(np.float32)
         sides[0] *= self.logit_scale
         return sides

@@ -50,7 +50,6 @@ class SampleWeights:
 
     Args:
         name: name of the field in the recipe.
-        folder: folder of the weights.
         sizes: number of samples of each shard.
         about: content of `weights.json`.
     """
@@ -73,11 +72,7 @@ class SampleWeights:
         self._offset, self._scale = weights.offset, visits / total(self.sums)
 
     def of_shard(self, shard: int) -> np.ndarray:
-        """Return the weights of a shard, float64 `(samples,)`.
-
-        Raises:
-            UserError: the file has changed.
-        """
+        """Return the weights of a shard, float64 `(samples,)`. Raise UserError if the file has changed."""
         first, last = self.starts[shard : shard + 2].tolist()
         stored = np.fromfile(self.folder / WEIGHTS, "<f4", last - first, offset=self._offset + 4 * first)
         weights = stored.astype(np.float64)
@@ -89,11 +84,8 @@ class SampleWeights:
         return weights
 
     def draw_shards(self, seed: int, purpose: str, epoch: int, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of visits of each of `shards`, an epoch's order, and the place of the first on its line.
-
-        Returns:
-            int64 and float64 `(shards,)`. The line of a shard is as long as its expected visits.
-        """
+        """Return the number of visits of each of `shards`, an epoch's order, and the place of the first on its line:
+        int64 and float64 `(shards,)`. The line of a shard is as long as its expected visits."""
         cell = np.floor(keyed_uniform(seed, f"offset{purpose}", np.array([epoch]), 1)[0, 0] * _CELLS)
         offset = (cell + 0.5) / _CELLS
         ends = np.concatenate([[0.0], np.cumsum(self.sums[shards])])

@@ -47,7 +47,6 @@ def inspect_shards(
     """Return figures of the samples as JSON values, and draw 24 samples with their captions.
 
     Args:
-        source: the shards.
         sheet: PNG file to draw; None draws none.
         tokenizer: tokenizer that counts tokens, special ones included.
         max_samples: number of samples to check, evenly spread; 0 checks all.

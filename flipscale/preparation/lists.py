@@ -144,9 +144,7 @@ def open_pairs(
 
     Args:
         source: folder, table or name.
-        image_column: column of images. Without it, the first column with a usual name.
-        caption_column: column of captions. Without it, the first column with a usual name.
-        split: split of a data set.
+        image_column, caption_column: by default the first column with a usual name.
         allow_outside: whether to read files outside the folder of the list, named by a path or a link.
         labels: column of classes, or `folder` for class folders.
 
@@ -340,8 +338,6 @@ class Columns:
         """Find the columns of a list.
 
         Args:
-            source: the list, for messages.
-            names: all columns of the list.
             asked: column by kind; None stands for the first column with a usual name, or no classes.
             features: features of the columns, as `datasets` has them.
 
@@ -385,7 +381,6 @@ class RowList(PairList):
 
     Args:
         source: path or name of the list.
-        columns: the columns that are read.
         root: folder of the images that rows name by a path.
         allow_outside: whether to read files outside `root`.
     """
@@ -443,7 +438,6 @@ class TextTable(RowList):
     Args:
         header: all columns; empty for JSON lines.
         starts: int64 `(rows + 1,)`, start of each row in the file, and the end of the file.
-        digest: digest of the file.
     """
 
     header: tuple[str, ...]
@@ -536,12 +530,10 @@ def _row_starts(text: mmap.mmap, at: int, delimiter: str, width: int, image: int
     the first line is a row alone. So it is if a later line names an image itself, because then the quote is stray.
 
     Args:
-        text: content of the table.
         at: start of the first row.
-        delimiter: delimiter of the fields; empty for JSON lines.
+        delimiter: empty for JSON lines.
         width: number of columns.
         image: position of the image column.
-        progress: counts the bytes.
     """
     while at < len(text):
         start, at = at, _line_end(text, at)

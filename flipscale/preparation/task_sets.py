@@ -403,16 +403,8 @@ def _remove_leftovers(place: Path) -> None:
 
 
 def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:
-    """Write `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`; a kill leaves the folder as it was.
-
-    Args:
-        files: parquet files of a split, in order.
-        out_dir: folder to write.
-        columns: names of the columns, see `TaskSource`.
-        name: name of the task, for messages.
-
-    Returns:
-        The names of the classes; None if the files have only their numbers.
+    """Write the parquet files of a split as `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`, and return the names
+    of the classes; None if the files have only their numbers. A kill leaves the folder as it was.
 
     Raises:
         UserError: a column is missing, a row has no image or no class, or a file is damaged.

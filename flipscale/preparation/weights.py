@@ -59,12 +59,7 @@ class WeightOptions:
 
 
 def make_weights(source: Source, shards: str, options: WeightOptions, folder: Path, processes: int) -> Composition:
-    """Write the files of a folder of weights, and return the composition of an epoch.
-
-    Args:
-        shards: name of the source.
-        folder: empty folder.
-        processes: number of processes that read scores.
+    """Write the weights of a source, called `shards`, to an empty folder, and return the composition of an epoch.
 
     Raises:
         UserError: an option is wrong, a number is no weight, or no sample has a weight above 0.

@@ -18,19 +18,8 @@ def worker_pool(
     initargs: tuple[Any, ...] = (),
     remedy: str = "run the same command again",
 ) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of spawned processes that end with this process, even if it is killed.
-
-    After an exception the processes end at once.
-
-    Args:
-        processes: number of processes.
-        initializer: function that each process calls first.
-        initargs: arguments of `initializer`.
-        remedy: advice if a process dies.
-
-    Raises:
-        OSError: a process died.
-    """
+    """Yield a pool of spawned processes that end with this process, even if it is killed. After an exception they end
+    at once. Raise OSError, with the remedy, if one died."""
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(initializer, initargs))
     try:

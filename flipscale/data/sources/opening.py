@@ -69,16 +69,8 @@ def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
 
 
 def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWeights:
-    """Return the weights of a source.
-
-    Args:
-        name: name of the field in the recipe.
-        path: folder of the weights.
-        shards: name of the source.
-
-    Raises:
-        UserError: the folder has no weights, or those of other shards.
-    """
+    """Return the weights of a source, called `shards`, in the folder `path` that the recipe's field `name` has. Raise
+    UserError if it has no weights, or those of other shards."""
     folder = Path(path).expanduser()
     remedy = f"make it with `flipscale prepare weights {quoted(shards)} FOLDER`"
     if not (folder / ABOUT).is_file():

@@ -80,9 +80,6 @@ def audit(
 
     Args:
         shards: name of the data.
-        source: the data.
-        test_sets: test sets to look for.
-        out_dir: folder to write.
         tokenizer: tokenizer that counts tokens, named as in a recipe.
         num_workers: number of processes that read and decode.
 

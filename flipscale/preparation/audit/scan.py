@@ -57,7 +57,6 @@ class Scan:
         captions: `digest`, `row` and lengths of each caption, in the order of the rows.
         words: numbers of captions with the words.
         sampled: captions for the language detector, with their numbers.
-        faults: unusable samples.
     """
 
     images: np.ndarray
@@ -83,7 +82,6 @@ def scan_source(pool: ProcessPoolExecutor, source: Source, number: int, what: st
 
     Args:
         pool: workers that `open_in_worker` began.
-        source: the source.
         number: number of the source in the workers.
         what: name of the source, for the progress.
         sampled_share: share of the samples whose captions are kept for their languages, chosen by their rows.

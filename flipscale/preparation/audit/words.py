@@ -91,8 +91,6 @@ class Lexicon(NamedTuple):
     """Words that are counted, in lower case, with patterns of the phrases.
 
     Args:
-        women: words of women.
-        men: words of men.
         occupations: name of an occupation by its singular and plural.
         occupation: pattern of an occupation.
         countries: code of a country by its names.
