@@ -4,7 +4,6 @@ Data, test sets, GPUs, the Hub and other processes stay unopened, so the check r
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,19 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="RECIPE", nargs="+", action="append", default=[],
         help="A recipe file or name. Several are checked one after the other, each with the same flags.",
     )  # fmt: skip
-    add(
-        "--launch_file", type=Path, metavar="FILE",
-        help="Launch file of accelerate, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
-    )  # fmt: skip
-    add(
-        "--num_processes", type=number(Count), metavar="N",
-        help="Number of processes, one a GPU. Default: the launch file's.",
-    )  # fmt: skip
+    add("--launch_file", type=Path, metavar="FILE", help="Accelerate's launch file. Default: this process's launch.")
+    add("--num_processes", type=number(Count), metavar="N", help="Number of processes. Default: the launch file's.")
     add("--num_machines", type=number(Count), metavar="M", help="Number of machines. Default: the launch file's.")
-    add(
-        "--pending", action="store_true",
-        help="Another job writes the start weights, so they may be missing and stay unread.",
-    )  # fmt: skip
+    add("--pending", action="store_true", help="Start weights may be missing, because another job writes them.")
     parser.epilog = (
         "All other options are those of `flipscale pretrain`. Data, test sets, GPUs and the Hub stay unopened: whether "
         "they are there shows when the run starts. --dry_run of `flipscale pretrain` also computes memory and time."
@@ -44,27 +34,20 @@ def main(arguments: Sequence[str]) -> None:
     args, flags = parser.parse_known_args(arguments)
     names, *others = args.config or [[]]
     flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
-    from dataclasses import replace
-
-    from flipscale.engines.launch import PRECISION, launch_of, read_launch_file
     from flipscale.engines.start import engine_class
     from flipscale.io.errors import UserError
     from flipscale.io.model_folder import local_folder
+    from flipscale.planning.dry_run import planned_launch
     from flipscale.training.plan import check_settings
     from flipscale.training.recipe import parse_recipe
     from flipscale.training.run_directory import open_run_directory
 
-    if args.launch_file:
-        launch = read_launch_file(args.launch_file, args.num_processes, args.num_machines)
-    else:
-        # bf16, because GPUs train so without a launch file, whatever this machine does.
-        launch = launch_of({PRECISION: "bf16", **os.environ})
-        launch = replace(launch, num_processes=args.num_processes or launch.num_processes)
+    launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)
     for words in [["--config", name] for name in names] or [[]]:
         recipe = parse_recipe([*words, *flags], is_saved=args.pending)
-        model, checkpoint = recipe.model, open_run_directory(recipe)
-        for start in (model.init_from, model.vision, model.text):
-            if start and checkpoint is None and not args.pending:
+        model = recipe.model
+        if open_run_directory(recipe) is None and not args.pending:
+            for start in filter(None, (model.init_from, model.vision, model.text)):
                 local_folder(start)
         # The towers' fields come with their weights.
         if not (args.pending and model.family == "towers"):

@@ -51,16 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
     add("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
     several: dict[str, Any] = {"metavar": "DIR", "nargs": "+", "action": "extend", "default": []}
-    add(
-        "--zero_shot", **several,
-        help="Classify the images of these folders, each with KEY.cls and classnames.txt.",
-    )  # fmt: skip
+    add("--zero_shot", **several, help="Classify the images of these folders, each with KEY.cls and classnames.txt.")
     add(
         "--retrieval", **several,
-        help="Retrieve images and captions of these folders: shards with KEY.txt. The right answers are an image's own "
-        "captions and a caption's own image. A recipe's task may set group_by_caption, by which images with the same "
-        "caption are right answers for each other; then use --task '{kind: retrieval, data: DIR, group_by_caption: "
-        "true}'.",
+        help="Retrieve images and captions of these folders: shards with KEY.txt. Only an image's own captions are "
+        "right. Where captions name classes, use --task '{kind: retrieval, data: DIR, group_by_caption: true}'.",
     )  # fmt: skip
     add(
         "--task", metavar="YAML", action="append", default=[],
@@ -94,8 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each ratio, as far as disjoint views fit.",
     )  # fmt: skip
     *kinds, last = _keys_of("data/masks", "IMAGE_MASKS")
-    kinds_of_masks = f"{', '.join(kinds)} or {last}"
-    add("--mask_kind", default="random", help=f"Kind of masks: {kinds_of_masks}. Default: random.")
+    add("--mask_kind", default="random", help=f"Kind of masks: {', '.join(kinds)} or {last}. Default: random.")
     add("--json", action="store_true", help="Print one JSON line instead of a table.")
     add("--dry_run", action="store_true", help="Find the models and the test sets, and evaluate nothing.")
 

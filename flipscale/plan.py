@@ -9,30 +9,24 @@ from flipscale.io.options import Count, NonNegative, Overhead, Positive, ShareAb
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale plan`."""
-    parser.add_argument(
-        "recipes", nargs="+", metavar="RECIPE", help="A recipe file, or the name of a recipe of the package."
-    )
-    parser.add_argument("--gpu", required=True, help="The kind of GPU, such as h100 or rtx_4090.")
-    parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of GPUs. Default: 1.")
-    parser.add_argument(
-        "--mfu", type=number(ShareAboveZero),
-        help="Model FLOPs utilisation of a whole step, as measured on such GPUs. Default: 0.4.",
-    )  # fmt: skip
-    parser.add_argument(
+    add = parser.add_argument
+    add("recipes", nargs="+", metavar="RECIPE", help="A recipe file, or the name of a recipe of the package.")
+    add("--gpu", required=True, help="The kind of GPU, such as h100 or rtx_4090.")
+    add("--num_gpus", type=number(Count), default=1, help="Number of GPUs. Default: 1.")
+    add("--mfu", type=number(ShareAboveZero), help="Measured model FLOPs utilisation of a whole step. Default: 0.4.")
+    add(
         "--bench", type=Path, metavar="FILE",
         help="The gpu.json of `flipscale bench gpu` on such GPUs, or the JSON line of `flipscale bench step --json`, "
         "instead of --mfu. The step of the first recipe's model counts.",
     )  # fmt: skip
-    parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")
-    parser.add_argument(
+    add("--watts", type=number(Positive), help="Power of a GPU during training.")
+    add(
         "--device_hour_dollars", type=number(NonNegative),
         help="Price of a GPU per hour. Default: the recipe's `cost` section. The same holds for --pue and "
         "--kwh_co2_grams.",
     )  # fmt: skip
-    parser.add_argument(
-        "--pue", type=number(Overhead), help="Total power of the data centre divided by its machines' power."
-    )
-    parser.add_argument("--kwh_co2_grams", type=number(NonNegative), help="The grid's CO2 emissions in grams per kWh.")
+    add("--pue", type=number(Overhead), help="Total power of the data centre divided by its machines' power.")
+    add("--kwh_co2_grams", type=number(NonNegative), help="The grid's CO2 emissions in grams per kWh.")
 
 
 def run(args: argparse.Namespace) -> None:

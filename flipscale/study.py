@@ -15,18 +15,31 @@ _RESAMPLES = 400
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale study`."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    _add_race_arguments(_add(kinds, "race", "Train several recipes at once for the same time, and compare them."))
+    add = _add(kinds, "race", "Train several recipes at once for the same time, and compare them.").add_argument
+    add(
+        "recipes", nargs="+",
+        help="Recipe files or names. The first recipe's model is exported. For several seeds, tables show means with "
+        "intervals and figures show bands.",
+    )  # fmt: skip
+    add(
+        "--minutes", type=number(MinutesAboveZero), required=True,
+        help="Training time of every recipe by its own clock, without evaluations and saves. A recipe's stages get "
+        "their shares of this time.",
+    )  # fmt: skip
+    add(
+        "--seeds", type=number(Count), default=1,
+        help="Number of seeds of every recipe, beginning with its own. The recipes of one seed train at the same time; "
+        "the next seed follows. Default: 1.",
+    )  # fmt: skip
+    add("--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model.")
+    add("--baselines", action="store_true", help="Also report the nearest training image, by pixels and by HOG.")
     plan = _add(kinds, "plan", "Write one recipe per combination and seed of a study file.")
     plan.add_argument(
         "study", type=Path, metavar="STUDY.yaml",
         help="The study's file: base, axes, design (star or grid), seeds, and minutes for runs with a time budget.",
     )  # fmt: skip
-    plan.add_argument(
-        "--output_dir", type=output_folder, help="The study's folder. Default: runs/ and the name of the file."
-    )
     train = _add(kinds, "run", "Train the unfinished runs of a planned study. If a run fails, the others go on.")
     train.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
-    _add_workers(train)
     report = _add(kinds, "report", "Write tables, scaling laws and figures of a study's finished runs.")
     report.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
     report.add_argument(
@@ -39,47 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "search", type=Path, metavar="SEARCH.yaml", help="The search's file: base, minutes, validation and paths."
     )
-    budget.add_argument(
-        "--output_dir", type=output_folder, help="The search's folder. Default: runs/ and the name of the file."
-    )
-    _add_workers(budget)
+    for one in (plan, budget):
+        one.add_argument("--output_dir", type=output_folder, help="Its folder. Default: runs/ and the file's name.")
+    for one in (train, budget):
+        words = "Number of runs that train side by side. Default: 1."
+        one.add_argument("--workers", type=number(Count), default=1, help=words)
 
 
 def _add(
     kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", kind: str, summary: str
 ) -> argparse.ArgumentParser:
     return kinds.add_parser(kind, help=summary, description=summary)
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers", type=number(Count), default=1, help="Number of runs that train side by side. Default: 1."
-    )
-
-
-def _add_race_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipes", nargs="+",
-        help="Recipe files or names. The first recipe's model is exported. For several seeds, tables show means with "
-        "intervals and figures show bands.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--minutes", type=number(MinutesAboveZero), required=True,
-        help="Training time of every recipe by its own clock, without evaluations and saves. A recipe's stages get "
-        "their shares of this time.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=number(Count), default=1,
-        help="Number of seeds of every recipe, beginning with its own. The recipes of one seed train at the same time; "
-        "the next seed follows. Default: 1.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model."
-    )
-    parser.add_argument(
-        "--baselines", action="store_true",
-        help="Also report a baseline: the name of the nearest training image, by pixels and by HOG.",
-    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

@@ -193,18 +193,16 @@ def nearest_classes(
 
 def _scales(known: Iterator[tuple[Described, np.ndarray]]) -> dict[str, float]:
     weights = {"pixels": 1.0, "hog": HOG_WEIGHT}
-    count, totals, squares, dims = (dict.fromkeys(weights, 0.0) for _ in range(4))
+    # Numbers, their sum and the sum of their squares.
+    sums, dims, scales = {key: np.zeros(3) for key in weights}, dict.fromkeys(weights, 0), dict[str, float]()
     for described, _ in known:
         for key in weights:
             values = described[key].astype(np.float64)
-            count[key] += values.size
-            totals[key] += float(values.sum())
-            squares[key] += float(np.square(values).sum())
+            sums[key] += values.size, values.sum(), np.square(values).sum()
             dims[key] = values.shape[1]
-    scales = {}
     for key, weight in weights.items():
-        mean = totals[key] / count[key]
-        deviation = max(squares[key] / count[key] - mean**2, 0.0) ** 0.5
+        count, total, squares = sums[key].tolist()
+        deviation = max(squares / count - (total / count) ** 2, 0.0) ** 0.5
         scales[key] = weight / (deviation * dims[key] ** 0.5 + 1e-12)
     return scales
 

@@ -71,15 +71,13 @@ def mean_average_precision(scores: np.ndarray, positive: np.ndarray, interpolate
         interpolated: whether to use VOC 2007's form: the mean, over recall 0, 0.1, ... 1, of the highest precision at
             that recall or more. The other form is the mean of the precision at the rank of each positive.
     """
-    precision = _interpolated_precision if interpolated else _average_precision
-    columns = [
-        (order, positive[order, column])
-        for column in range(scores.shape[1])
-        for order in [torch.from_numpy(scores[:, column]).sort(descending=True).indices.numpy()]
-    ]
-    return bootstrapped(
-        lambda times: float(np.mean([precision(times[order], right) for order, right in columns])), len(scores)
-    )
+    orders = torch.from_numpy(scores.T).sort(dim=1, descending=True).indices.numpy()
+    columns = [(order, right[order]) for order, right in zip(orders, positive.T, strict=True)]
+
+    def measure(times: np.ndarray) -> float:
+        return float(np.mean([_average_precision(times[order], right, interpolated) for order, right in columns]))
+
+    return bootstrapped(measure, len(scores))
 
 
 def average_precision_chance(positives: np.ndarray, n: int) -> float:
@@ -90,20 +88,14 @@ def average_precision_chance(positives: np.ndarray, n: int) -> float:
     return float(np.where(positives > 0, others + (1 - others) * harmonic / n, 0.0).mean())
 
 
-def _average_precision(times: np.ndarray, right: np.ndarray) -> float:
-    hits = np.cumsum(times * right)
-    if not hits[-1]:
-        return 0.0
+def _average_precision(times: np.ndarray, right: np.ndarray, interpolated: bool) -> float:
     # The rows before the first drawn one have no precision.
-    return float((times * right * hits / np.maximum(np.cumsum(times), 1)).sum() / hits[-1])
-
-
-def _interpolated_precision(times: np.ndarray, right: np.ndarray) -> float:
-    hits = np.cumsum(times * right)
+    hits, drawn = np.cumsum(times * right), np.maximum(np.cumsum(times), 1)
     if not hits[-1]:
         return 0.0
-    precision = hits / np.maximum(np.cumsum(times), 1)
-    best_from = np.maximum.accumulate(precision[::-1])[::-1]
+    if not interpolated:
+        return float((times * right * hits / drawn).sum() / hits[-1])
+    best_from = np.maximum.accumulate((hits / drawn)[::-1])[::-1]
     # Whole numbers avoid rounding: recall hits / all >= p / 10 means 10 * hits >= p * all.
     first = np.searchsorted(hits * (_POINTS - 1), np.arange(_POINTS) * hits[-1])
     return float(best_from[first].mean())

@@ -166,11 +166,7 @@ def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> Figures
     flops = forward_flops(setting.config, setting.mask_ratio).training
     images_per_s = setting.batch_size / times.median_s
     return {
-        "size": setting.size,
-        "mask_ratio": setting.mask_ratio,
-        "batch_size": setting.batch_size,
-        "dtype": setting.dtype,
-        "compile": setting.compile,
+        **{name: getattr(setting, name) for name in ("size", "mask_ratio", "batch_size", "dtype", "compile")},
         "device": device_label(setting.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -25,9 +25,7 @@ def in_shares(recipe: Recipe) -> Recipe:
     timed = []
     for stage, share in zip(stages, shares, strict=True):
         if share <= 0.0:
-            raise UserError(
-                f"stage {stage.name!r}: {stage.samples} samples have no share of time; give it more samples"
-            )
+            raise UserError(f"stage {stage.name!r}: {stage.samples} samples have no share of time; give it more")
         warmup = round(share * stage.warmup_samples / (stage.samples or 1), 4)
         timed.append(replace(stage, samples=None, warmup_samples=0, share=share, warmup_share=warmup))
     return replace(recipe, stages=timed)

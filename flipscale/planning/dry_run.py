@@ -161,12 +161,18 @@ def _counts(text: str) -> list[int]:
 
 def _launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
     """Return the launches of each file, or of this process's environment, at each number of processes."""
-    counts = args.num_processes or [None]
-    if args.launch_file:
-        return [(file.stem, read_launch_file(file, count)) for file in args.launch_file for count in counts]
+    places = [(file, count) for file in args.launch_file or [None] for count in args.num_processes or [None]]
+    launches = [planned_launch(file, count) for file, count in places]
+    return [(file.stem if file else one.engine, one) for (file, _), one in zip(places, launches, strict=True)]
+
+
+def planned_launch(file: Path | None, num_processes: int | None, num_machines: int | None = None) -> Launch:
+    """Return the launch of a file, or of this process, on other numbers of processes and machines if they are given."""
+    if file is not None:
+        return read_launch_file(file, num_processes, num_machines)
     # bf16, because the planned GPUs train so without a launch file, whatever this machine does.
     launch = launch_of({PRECISION: "bf16", **os.environ})
-    return [(launch.engine, replace(launch, num_processes=count or launch.num_processes)) for count in counts]
+    return replace(launch, num_processes=num_processes or launch.num_processes)
 
 
 def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _Planned:

@@ -132,13 +132,7 @@ def forward_flops(
     """Return the operations of a pair whose image is embedded `views` times at `mask_ratio`.
 
     Captions are padded to the full length before `text_mask_ratio` of their tokens is removed. The heads and exported
-    decoders of `objective` are counted.
-
-    Args:
-        image_size: image size in pixels; None for the model's own.
-        frozen: parts of the model without gradients.
-        lora: low-rank changes in place of the weights.
-        stored: as in `Step`.
+    decoders of `objective` are counted. The other arguments are fields of `Step`.
     """
     rest: dict[str, Any] = {"frozen": frozen, "lora": lora or LoraRecipe(), "stored": stored}
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size, **rest)

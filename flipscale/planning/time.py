@@ -163,11 +163,9 @@ class Messages:
     """Seconds of a step's messages.
 
     Args:
-        forward: messages behind a forward pass.
-        backward: messages behind the last backward pass.
+        forward, backward: messages behind a forward pass, and behind the last backward pass.
         again: messages behind the backward pass of an earlier micro-batch.
-        first: messages before the first block can compute.
-        last: messages after the last gradient is ready.
+        first, last: messages before the first block can compute, and after the last gradient is ready.
         between: messages of the loss and the optimiser, during which nothing computes.
     """
 
@@ -184,17 +182,13 @@ class StepTime:
     """The seconds of a step, and figures that follow from them.
 
     Args:
-        pairs: pairs of a process.
-        batch: pairs of the global batch.
-        compute: seconds of matrix products.
-        exposed: seconds of messages that no computation hides.
+        pairs, batch: pairs of a process, and of the global batch.
+        compute, exposed: seconds of matrix products, and of messages that no computation hides.
         optimizer: seconds of reading and writing weights, gradients and moments.
         host: seconds in which the host queues the step's operations, beside the GPU's work.
-        seconds: seconds of the whole step: the sum of the first three, or the loader's or the host's if they are more.
+        seconds: the sum of the first three, or the loader's or the host's seconds if they are more.
         mfu: useful operations as a share of the peak, without recomputation.
-        workers: loader workers that a node needs to keep up.
-        node_mb_s: MB per second that a node reads.
-        bottleneck: the part that limits the speed.
+        workers, node_mb_s: loader workers that a node needs to keep up, and MB per second that it reads.
     """
 
     pairs: int

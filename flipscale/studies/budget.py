@@ -268,10 +268,8 @@ def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validati
             if path.result:
                 courses[path.name].append((60 * rung.minutes, path.result))
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
-    winner = output_dir / "winner.yaml"
-    print(
-        f"\n{text}\n\n{output_dir}: report.md, front.png, {winner.name}; flipscale pretrain --config {quoted(winner)}"
-    )
+    winner = quoted(output_dir / "winner.yaml")
+    print(f"\n{text}\n\n{output_dir}: report.md, front.png, winner.yaml; flipscale pretrain --config {winner}")
     return f"{words}, {last.estimate_text},"
 
 

@@ -58,7 +58,7 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
     figure, axes = drawing_pyplot().subplots(1, len(panels), **look)
     all_groups = [group for groups in panels.values() for group in groups.values()]
     most = max(curve.records[-1][along] for group in all_groups for curve in group)
-    label, unit = _pairs_unit(most) if along == "samples_seen" else _time_unit(most)
+    label, unit = _unit(along, most)
     for place, (title, groups) in zip(axes[0], panels.items(), strict=True):
         styles = [{"color": _BASE_COLOUR}, *_line_styles(len(groups) - 1)]
         for (level, curves), style in zip(groups.items(), styles, strict=True):
@@ -82,15 +82,13 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
     save_figure(figure, path)
 
 
-def _time_unit(longest: float) -> tuple[str, float]:
-    """Return the label of an axis for times up to `longest` seconds, and the seconds of its unit."""
+def _unit(along: str, longest: float) -> tuple[str, float]:
+    """Return the label of an axis for pairs or times up to `longest`, and the pairs or seconds of its unit."""
+    if along == "samples_seen":
+        name, unit = next(((name, size) for name, size in _PAIRS.items() if longest >= size), ("thousands", 1e3))
+        return f"pairs seen, {name}", unit
     name, unit = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
     return f"training time, {name}", unit
-
-
-def _pairs_unit(most: int) -> tuple[str, float]:
-    name, unit = next(((name, size) for name, size in _PAIRS.items() if most >= size), ("thousands", 1e3))
-    return f"pairs seen, {name}", unit
 
 
 def _line_styles(count: int) -> list[dict[str, Any]]:
@@ -129,7 +127,7 @@ def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str
     figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
     most = max(map(len, courses.values()))
     times = next([seconds for seconds, _ in course] for course in courses.values() if len(course) == most)
-    label_of_axis, unit = _time_unit(times[-1])
+    label_of_axis, unit = _unit("trained_seconds", times[-1])
     ended = [name for name, course in courses.items() if len(course) == most]
     ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
     others = [name for name, course in courses.items() if course and name not in ended]

@@ -120,13 +120,9 @@ def _table(groups: Groups, names: dict[str, str]) -> str:
     for label, group in groups.items():
         spent = {field: np.mean([one.spent[field] for one in group]) for field in group[0].spent}
         seconds = np.mean([one.curve.records[-1]["trained_seconds"] for one in group])
-        cells = [
-            f"{spent['samples']:,.0f}",
-            f"{spent['compute']:.2e}",
-            f"{spent['parameters']:,.0f}",
-            f"{seconds:.0f} s",
-        ]
-        rows.append([label, str(len(group)), *cells, *(estimate(_results(group, name)) for name in names)])
+        cells = [f"{spent['samples']:,.0f}", f"{spent['compute']:.2e}", f"{spent['parameters']:,.0f}"]
+        results = (estimate(_results(group, name)) for name in names)
+        rows.append([label, str(len(group)), *cells, f"{seconds:.0f} s", *results])
     return markdown_table(rows, 1)
 
 

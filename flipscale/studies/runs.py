@@ -34,7 +34,6 @@ class StudyRun:
 
     @property
     def run_dir(self) -> Path:
-        """Path of the run directory."""
         return Path(self.recipe.output_dir)
 
     def beside(self, extension: str) -> Path:
@@ -43,7 +42,6 @@ class StudyRun:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has finished."""
         return (self.run_dir / "DONE").exists()
 
     def percent_done(self) -> int:
@@ -179,9 +177,8 @@ def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) 
 
 def _environment(num_runs: int) -> dict[str, str]:
     """Return the environment of one run: its share of the cores, and bf16 if that is faster here."""
-    from flipscale.engines.device import is_faster_in_bf16
-    from flipscale.engines.launch import PRECISION
+    from flipscale.engines.launch import faster_precision
 
     threads = max(usable_cores() // num_runs, 1)
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
+    return {**faster_precision(os.environ), **share, **os.environ}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,17 +24,10 @@ _NON_HUMAN, _CRIME = range(14, 18), 18
 _WHITE = 1  # number of the class `white` of `race`
 
 
-class Groups(NamedTuple):
-    """The columns of `KEY.npy`, the column that groups the images, and the number of answers per image."""
-
-    columns: tuple[str, ...]
-    group_by: str
-    k: int
-
-
-SETS = {
-    "dollar_street": Groups(("income_ds", "income_meta", "region"), "income_ds", 5),
-    "geode": Groups(("region", "country"), "region", 1),
+# The columns of `KEY.npy`, the column that groups the images, and the number of answers per image.
+SETS: dict[str, tuple[tuple[str, ...], str, int]] = {
+    "dollar_street": (("income_ds", "income_meta", "region"), "income_ds", 5),
+    "geode": (("region", "country"), "region", 1),
 }
 
 
