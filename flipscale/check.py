@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     from flipscale.engines.start import engine_class
     from flipscale.io.errors import UserError
     from flipscale.io.model_folder import local_folder
+    from flipscale.planning.budget import in_shares
     from flipscale.planning.dry_run import planned_launch
     from flipscale.training.plan import check_settings
     from flipscale.training.recipe import parse_recipe
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 
     launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)
     for words in [["--config", name] for name in names] or [[]]:
-        recipe = parse_recipe([*words, *flags], is_saved=args.pending)
+        recipe = in_shares(parse_recipe([*words, *flags], is_saved=args.pending))
         model = recipe.model
         if open_run_directory(recipe) is None and not args.pending:
             for start in filter(None, (model.init_from, model.vision, model.text)):

@@ -17,6 +17,7 @@ def test_what_can_run_is_a_line_each(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*map(str, recipes)]
     assert all(" 4 processes " in line for line in lines)
+    main(["check", "--config", str(recipes[0]), "--budget_minutes", "1"])  # of a recipe of samples
     main(["check", "--pending", "--config", str(recipes[0]), "--model.init_from", "runs/not/yet"])
     assert not (tmp_path / "one").exists()
 
