@@ -36,9 +36,11 @@ case $LAUNCHER in accelerate | torchrun) ;; *) fail "LAUNCHER is '$LAUNCHER'; us
 case $REQUEUE in scontrol | sbatch | no) ;; *) fail "REQUEUE is '$REQUEUE'; use scontrol, sbatch or no" ;; esac
 case ${CONTAINER:+$CONTAINER_RUNTIME} in '' | apptainer | pyxis) ;;
   *) fail "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; use apptainer or pyxis" ;; esac
-[ -e "$LAUNCH_FILE" ] || fail "LAUNCH_FILE '$LAUNCH_FILE' does not exist; 'flipscale launch_files .' writes ds_configs/"
-[ "$LAUNCHER" = accelerate ] || [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] ||
-  fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
+if [ "$LAUNCHER" = accelerate ]; then
+  [ -e "$LAUNCH_FILE" ] || fail "LAUNCH_FILE '$LAUNCH_FILE' does not exist; 'flipscale launch_files .' writes ds_configs/"
+else
+  [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] || fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
+fi
 
 # Prints the file of recipe $1, which is a file or the name of one of flipscale's.
 find_recipe() {

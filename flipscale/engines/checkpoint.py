@@ -310,7 +310,7 @@ def newest_whole(
         OSError: a checkpoint cannot be read, so that it may be whole, or cannot be renamed. All stay as they are.
     """
     faults: dict[Path, str] = {}
-    for checkpoint in reversed(answer_of_first(lambda: list_checkpoints(run_dir))):
+    for checkpoint in reversed(answer_of_first(accelerator, lambda: list_checkpoints(run_dir))):
         try:
             state = _state_or_fault(accelerator, checkpoint, check)
         except OSError as error:
@@ -322,7 +322,7 @@ def newest_whole(
             faults[checkpoint] = state
             continue
         for bad, fault in faults.items():
-            name = answer_of_first(functools.partial(_set_aside, bad))
+            name = answer_of_first(accelerator, functools.partial(_set_aside, bad))
             if accelerator.is_main_process:
                 words = "checkpoint %s is unusable (%s); it is kept as %s, and the run goes on from %s"
                 _log.warning(words, bad, fault, name, checkpoint.name)
@@ -403,7 +403,7 @@ def _state_or_fault(
         except Damage as damage:
             return str(damage)
 
-    read = answer_of_first(contents_or_fault)
+    read = answer_of_first(accelerator, contents_or_fault)
     if isinstance(read, str):
         return read
     rank, world, chunks = accelerator.process_index, accelerator.num_processes, chunks_of(read.digests)
@@ -429,7 +429,7 @@ def _state_or_fault(
                 raise OSError(f"{place} reads other bytes than process 0")
         return None
 
-    return answer_of_first(fault) or read.state
+    return answer_of_first(accelerator, fault) or read.state
 
 
 def _damaged(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -461,13 +461,12 @@ def _set_aside(checkpoint: Path) -> str:
     return aside.name
 
 
-def answer_of_first(ask: Callable[[], Any]) -> Any:
+def answer_of_first(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
     """Collective. Return on all processes the result of `ask` on the first process, or raise its error on all."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     answer: list[Any] = [None]
-    if PartialState().is_main_process:
+    if accelerator.is_main_process:
         try:
             answer = [ask()]
         except (OSError, ValueError) as error:

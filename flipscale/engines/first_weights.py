@@ -20,7 +20,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flipscale.engines.checkpoint import answer_of_first
 from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import fetch_folder, open_weights
@@ -136,12 +135,11 @@ def initial_weights(
     stored: dict[str, Callable[[], torch.Tensor]] = {}
     several = dist.is_initialized() and dist.get_world_size() > 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names_or_fault: list[set[str] | str] = [set()]
     start = "model.init_from" if isinstance(init_from, str) else str(init_from)
-
-    def read_names() -> set[str]:
+    if not several or dist.get_rank() == 0:
         try:
-            readers, shapes = _stored(init_from, config)
-            stored.update(readers)
+            stored, shapes = _stored(init_from, config)
             model = model_without_storage(config, kind)
             usable = _usable(shapes, model, start, text_positions, rows is not None)
             for name in usable:
@@ -149,12 +147,15 @@ def initial_weights(
             for tower, (folder, digest) in (embedded or {}).items():
                 if weights_digest(stored[name]() for name in usable if name.startswith(f"{tower}.")) != digest:
                     raise UserError(f"its {tower} is not that of the features in {folder}; embed by this model")
-            return usable
+            names_or_fault = [usable]
         except (ValueError, OSError, SafetensorError) as error:
             named = f"{start} {init_from!r}" if isinstance(init_from, str) else start
-            raise UserError(f"{named} cannot be loaded ({first_line(error)})") from error
-
-    names = answer_of_first(read_names)
+            names_or_fault = [f"{named} cannot be loaded ({first_line(error)})"]
+    if several:
+        dist.broadcast_object_list(names_or_fault, device=device)
+    (names,) = names_or_fault
+    if isinstance(names, str):
+        raise UserError(names)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(module: nn.Module, owner: PreTrainedModel) -> None:
@@ -251,7 +252,7 @@ def _usable(
     """Return the names of the tensors that `model` uses, and log missing and unused names. Raise UserError if a tensor
     has another shape, or under half of a tower is there. One whole tower may be missing."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in shapes.keys() & stored.keys():
+    for name in filter(stored.__contains__, shapes):
         found = stored[name] or [1]  # transformers' CLIP has a logit_scale of shape ()
         if _TEXT_POSITIONS.fullmatch(name) and found[1:] == shapes[name][1:] and found != shapes[name]:
             _check_longer(found[0], shapes[name][0], positions)

@@ -8,12 +8,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # ruff: noqa: F403, F405
-    from .configuration_flip import *
-    from .modeling_flip import *
-    from .modeling_flip_caption import *
-    from .modeling_flip_vqa import *
-    from .processing_flip import *
+    from .configuration_flip import (
+        SIZES,
+        FlipAnswerConfig,
+        FlipConfig,
+        FlipDecoderConfig,
+        FlipTextConfig,
+        FlipVisionConfig,
+    )
+    from .modeling_flip import (
+        FlipForImageClassification,
+        FlipModel,
+        FlipOutput,
+        FlipPreTrainedModel,
+        FlipTextModel,
+        FlipTextModelWithProjection,
+        FlipVisionModel,
+        FlipVisionModelWithProjection,
+    )
+    from .modeling_flip_caption import FlipForConditionalGeneration
+    from .modeling_flip_vqa import FlipForQuestionAnswering
+    from .processing_flip import FlipProcessor
 
 __all__ = [
     "SIZES",

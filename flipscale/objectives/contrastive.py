@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar
@@ -207,7 +206,11 @@ def workspace_of(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 
 def tile_functions(rows: torch.Tensor) -> ModuleType:
     """Return the module that computes the tiles of `rows`: `tiles`, or `contrastive_triton` where it serves them."""
-    return import_module("flipscale.objectives.contrastive_triton") if triton_serves(rows) else tiles
+    if not triton_serves(rows):
+        return tiles
+    from flipscale.objectives import contrastive_triton
+
+    return contrastive_triton
 
 
 def triton_serves(rows: torch.Tensor) -> bool:
@@ -225,8 +228,14 @@ def triton_serves(rows: torch.Tensor) -> bool:
 @functools.cache
 def _triton_runs_on(device: torch.device) -> bool:
     """Try the kernels once. If they fail, one process of each node logs why."""
+
+    def attempt() -> None:
+        from flipscale.objectives import contrastive_triton
+
+        contrastive_triton.try_out(device)
+
     return succeeds(
-        lambda: import_module("flipscale.objectives.contrastive_triton").try_out(device),
+        attempt,
         "the loss's tiles run in torch, slower than in Triton, because Triton fails",
         "to use it, install the package triton, a C compiler such as gcc, and the headers of this Python",
     )

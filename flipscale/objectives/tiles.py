@@ -313,18 +313,22 @@ def for_each_block(
     Args:
         memory: a `workspace` for these rows and columns.
     """
+
+    @torch.no_grad()
+    def on_thread(tiles: SimilarityTiles) -> None:
+        work(tiles, *arguments)
+
     count = len(memory)
     if count == 1:
         work(SimilarityTiles(rows, columns, scale, first_pair, memory[0]), *arguments)
         return
-    threads, without_graph = torch.get_num_threads(), torch.no_grad()(work)
+    threads = torch.get_num_threads()
     row_parts, column_parts = _parts(len(rows), count), _parts(len(columns), count)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
             for turn in range(count):
                 parts = zip(memory, row_parts, column_parts[turn:] + column_parts[:turn], strict=True)
-                blocks = [SimilarityTiles(rows, columns, scale, first_pair, *part) for part in parts]
-                list(pool.map(lambda tiles: without_graph(tiles, *arguments), blocks))
+                list(pool.map(on_thread, (SimilarityTiles(rows, columns, scale, first_pair, *part) for part in parts)))
     finally:
         # torch.set_num_threads in a thread also changes the number for threads that start later.
         torch.set_num_threads(threads)

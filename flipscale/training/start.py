@@ -135,7 +135,7 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
                 "the nodes' copies the same"
             )
         lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
-        answer_of_first(lock.acquire)
+        answer_of_first(accelerator, lock.acquire)
         start = Start(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
         laps.end("processes")
         try:

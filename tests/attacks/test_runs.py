@@ -425,8 +425,8 @@ ATTACKS = [
         check=lacks("checkpoints", "environment.json"),
     ),
     refused(
-        "start weights of another width", starts_in_new("--model.vision_config.hidden_size", "64"), "[32]", "[64]",
-        check=lacks("new"),
+        "start weights of another width", starts_in_new("--model.vision_config.hidden_size", "64"),
+        "has the shape [32", "[64", check=lacks("new"),
     ),
     refused("an output_dir that is a file", in_the_way(mine("run")), "run", check=kept("run")),
     refused("an output_dir that is a link to nothing", in_the_way(lambda f: (f / "run").symlink_to(f / "no")), "link"),

@@ -82,7 +82,11 @@ def test_every_launch_file_can_be_planned_with(site: Path) -> None:
 
 
 def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
-    script = "PYTHON=" + sys.executable + "; source slurm/run.bash; cat $(freeze runs small_cpu)"
+    script = (
+        "PYTHON="
+        + sys.executable
+        + "; LAUNCH_FILE=ds_configs/ddp.yaml; source slurm/run.bash; cat $(freeze runs small_cpu)"
+    )
     done = launch(["bash", "-c", script], site / "work", **path_of(site))
     assert done.returncode == 0, done.stderr
     assert done.stdout == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
@@ -108,16 +112,15 @@ printf '<%s>' "$RECIPE" "$RECIPES"
 
 
 def submit(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess:
-    """Submit a script where `sbatch` prints the recipes that the job would get."""
+    """Submit a script where `sbatch` prints the recipes that the job would get, and no Python checks them."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin/sbatch").write_text(SBATCH)
     (folder / "bin/sbatch").chmod(0o755)
-    shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
+    for name in ("slurm", "ds_configs"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     recipes = {"RECIPE": "", "RECIPES": ""}
-    return launch(
-        ["bash", f"slurm/{script}.sh"], folder, PATH=path, PYTHON=sys.executable, **{**recipes, **environment}
-    )
+    return launch(["bash", f"slurm/{script}.sh"], folder, PATH=path, PYTHON="no_python", **{**recipes, **environment})
 
 
 @pytest.mark.parametrize("name", ["a b.yaml", "-d.yaml", "do$HOME'\"q.yaml", "x;y*.yaml"])

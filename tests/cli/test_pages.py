@@ -139,6 +139,7 @@ def submission(script: str) -> None:
     Path("jobs").unlink(missing_ok=True)
     path = f"{Path('bin').absolute()}:{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JOB": "7"}
+    script = re.sub(r"\bRUN=runs/h14\b", "RUN=runs/h14_submitted", script)  # runs/h14 is a run of the site
     done = subprocess.run(["bash", "-euc", script], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for job in Path("jobs").read_text().splitlines():
@@ -207,6 +208,7 @@ def other_program(words: list[str]) -> None:
 # The first rule that matches a command, without the variables set before it, runs it.
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
+    r"python3 -m venv ": other_program,
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (audit|weights|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,

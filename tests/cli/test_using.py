@@ -82,7 +82,7 @@ def test_training(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run("Train and evaluate from Python")
     assert names["recipe"].seed == 1
     (*_, last) = read_metrics(in_site / "runs/from_python")
-    assert last["trained_seconds"] == pytest.approx(60 * names["recipe"].budget_minutes, rel=0.5)
+    assert last["trained_seconds"] > 0.5 * 60 * names["recipe"].budget_minutes  # longer if a step is slow
     assert (in_site / "runs/from_python/report.html").is_file()
     top1 = next(result for result in names["results"] if result.metric == "top1")
     assert top1.low < top1.value < top1.high

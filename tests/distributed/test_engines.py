@@ -172,11 +172,14 @@ FEATURES: dict[str, dict] = {
         ("layer decay", "zero3", 2, {}),
         ("layer decay of muon", "fsdp2", 2, {}),
         ("stochastic depth", "fsdp2", 2, RECOMPUTED),
-        ("equal captions", "fsdp2", 2, {"data": {"micro_batch_size": 2}}),
+        ("equal captions, two views", "fsdp2", 2, {"data": {"micro_batch_size": 2}}),
         ("layer decay", "hsdp", 4, {"data": {"micro_batch_size": 1}}),
-        ("equal captions, sigmoid, two views", "ddp", 2, {}),
-        *(long("equal captions", engine, 2, {"data": {"micro_batch_size": 2}}) for engine in ("ddp", "zero2", "zero3")),
-        long("equal captions, sigmoid, two views", "fsdp2", 4, {"data": {"micro_batch_size": 2}}),
+        ("equal captions, two views", "ddp", 2, {}),
+        *(
+            long("equal captions, two views", engine, 2, {"data": {"micro_batch_size": 2}})
+            for engine in ("ddp", "zero2", "zero3")
+        ),
+        long("equal captions, two views", "fsdp2", 4, {"data": {"micro_batch_size": 2}}),
         *(long("two image sizes", engine, 2, {}) for engine in ("ddp", "zero3")),
         *(long("muon", "fsdp2", world, {}) for world in (2, 4)),
         *(long("layer decay", engine, 2, {}) for engine in ("ddp", "fsdp2", "zero2")),

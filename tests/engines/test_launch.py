@@ -205,13 +205,9 @@ def test_precision_is_the_device_s_by_default(
     assert [launch_of({PRECISION: asked}).precision for asked in ("no", "bf16", "BF16")] == ["no", "bf16", "bf16"]
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_precision_in_words(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flipscale.engines.launch.is_faster_in_bf16", lambda: faster)
+def test_precision_in_words() -> None:
     for environment, origin in (({}, "the default here"), ({PRECISION: "no"}, "by mixed_precision of the launch")):
-        words = precision_in_words(environment)
-        assert words.startswith(f"fp32 ({origin}")
-        assert ("bf16 is faster here" in words) == faster
+        assert precision_in_words(environment) == f"fp32 ({origin})"
     assert precision_in_words({PRECISION: "bf16"}).startswith(
         "bf16 products, fp32 weights and loss (by mixed_precision"
     )

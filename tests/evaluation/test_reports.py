@@ -48,11 +48,20 @@ def test_the_paper_s_figure() -> None:
     two = Column("two", [line_of(cars, 42.5)])
     text = suite_tables([one, two], [])
     head = cells(text, "task")
-    assert head == ["task", "metric", "one", "two", "n", "chance", f"{suite_report.PAPER_MODEL}, in the paper"]
+    assert head == [
+        "task",
+        "metric",
+        "one",
+        "two",
+        "n",
+        "chance",
+        "protocol",
+        f"{suite_report.PAPER_MODEL}, in the paper",
+    ]
     assert cells(text, cars.title) == [
-        cars.title, "top-1", "41.5 % (40.4 to 42.6)", "42.5 % (41.4 to 43.6)", "8,041", "0.51 %", "90.7 %",
+        cars.title, "top-1", "41.5 % (40.4 to 42.6)", "42.5 % (41.4 to 43.6)", "8,041", "0.51 %", "-", "90.7 %",
     ]  # fmt: skip
-    assert cells(text, birds.title)[3:] == ["-", "1,851", "0.20 %", "[1]"]
+    assert cells(text, birds.title)[3:] == ["-", "1,851", "0.20 %", "-", "[1]"]
     assert f"[1] Not comparable with the paper: {birds.why_not}" in text.splitlines()
     assert cells(text, imagenet.title)[-1] == "74.6 %"
 
