@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."
     )
     open_clip.set_defaults(convert=_to_open_clip)
-    transformers = add(
-        "transformers", "Convert a model of open_clip to a folder of transformers' CLIPModel or SiglipModel."
-    )
+    transformers = add("transformers", "Convert a model of open_clip to one of transformers: CLIPModel or SiglipModel.")
     transformers.add_argument(
         "src",
         help="A model: open_clip:NAME,PRETRAINED, open_clip:hf-hub:ORG/NAME or local-dir:FOLDER. A checkpoint is its "

@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
     if checkpoint is None:
         raise UserError(f"{args.run_dir} has no checkpoint; name a run directory with checkpoints/step-*")
-    out = args.out or args.run_dir / f"export-{int(checkpoint.name[5:])}"
+    out = args.out or args.run_dir / f"{'adapter' if args.adapter else 'export'}-{int(checkpoint.name[5:])}"
     if args.adapter:
         if args.interpolate or args.dtype != "fp32":
             raise UserError("--adapter writes the changes alone, in fp32; leave --interpolate and --dtype out")
-        print(export_adapter(checkpoint, args.out or args.run_dir / f"adapter-{int(checkpoint.name[5:])}"))
+        print(export_adapter(checkpoint, out))
         return
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.interpolate is None:

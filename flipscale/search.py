@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, is_utf8
+from flipscale.io.files import check_writable, is_utf8, read_text
 from flipscale.io.options import Count, number
 
 _MOST_QUERIES = 500
@@ -66,11 +66,9 @@ def _queries(args: argparse.Namespace) -> list[str]:
     """Return the queries without duplicates. Raise UserError for none, too many, or an unreadable file."""
     lines = [*args.queries]
     if args.file is not None:
-        if args.file.exists() and not args.file.is_file():  # reading a pipe would block
-            raise UserError(f"--queries is {args.file}, which is not a file; name a text file, UTF-8")
         try:
-            lines += args.file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines += read_text(args.file).splitlines()
+        except (OSError, ValueError) as error:
             raise UserError(f"--queries {args.file} cannot be read ({error}); name a text file, UTF-8") from error
     queries = list(dict.fromkeys(query.strip() for query in lines if query.strip()))
     if not queries:

@@ -15,7 +15,11 @@ _RESAMPLES = 400
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale study`."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    add = _add(kinds, "race", "Train several recipes at once for the same time, and compare them.").add_argument
+
+    def kind(name: str, summary: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(name, help=summary, description=summary)
+
+    add = kind("race", "Train several recipes at once for the same time, and compare them.").add_argument
     add(
         "recipes", nargs="+",
         help="Recipe files or names. The first recipe's model is exported. For several seeds, tables show means with "
@@ -33,36 +37,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model.")
     add("--baselines", action="store_true", help="Also report the nearest training image, by pixels and by HOG.")
-    plan = _add(kinds, "plan", "Write one recipe per combination and seed of a study file.")
+    plan = kind("plan", "Write one recipe per combination and seed of a study file.")
     plan.add_argument(
         "study", type=Path, metavar="STUDY.yaml",
         help="The study's file: base, axes, design (star or grid), seeds, and minutes for runs with a time budget.",
     )  # fmt: skip
-    train = _add(kinds, "run", "Train the unfinished runs of a planned study. If a run fails, the others go on.")
+    train = kind("run", "Train the unfinished runs of a planned study. If a run fails, the others go on.")
     train.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
-    report = _add(kinds, "report", "Write tables, scaling laws and figures of a study's finished runs.")
+    report = kind("report", "Write tables, scaling laws and figures of a study's finished runs.")
     report.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
     report.add_argument(
         "--resamples", type=number(Count), default=_RESAMPLES, help=f"Draws of each bootstrap. Default: {_RESAMPLES}."
     )
-    budget = _add(
-        kinds, "budget", "Search the best schedule of image sizes, masks and tuning for a given time, by successive "
-        "halving.",
-    )  # fmt: skip
+    summary = "Search the best schedule of image sizes, masks and tuning for a given time, by successive halving."
+    budget = kind("budget", summary)
     budget.add_argument(
         "search", type=Path, metavar="SEARCH.yaml", help="The search's file: base, minutes, validation and paths."
     )
     for one in (plan, budget):
-        one.add_argument("--output_dir", type=output_folder, help="Its folder. Default: runs/ and the file's name.")
+        one.add_argument("--output_dir", type=output_folder, help="The folder. Default: runs/ and the file's name.")
     for one in (train, budget):
         words = "Number of runs that train side by side. Default: 1."
         one.add_argument("--workers", type=number(Count), default=1, help=words)
-
-
-def _add(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", kind: str, summary: str
-) -> argparse.ArgumentParser:
-    return kinds.add_parser(kind, help=summary, description=summary)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -74,18 +74,14 @@ class StoredArray:
         self._name, self._files, self._folder = name, files, folder
         try:
             self._meta = meta = json.loads(self._read(".zarray", _META_BYTES))
-            compressor = (meta["compressor"] or {"id": None})["id"]
-            form = (
-                f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
-            )
+            kind = (meta["compressor"] or {"id": None})["id"]
+            form = f"zarr {meta['zarr_format']}, compressor {kind}, order {meta['order']}, filters {meta['filters']}"
             sizes = [*zip(meta["shape"], meta["chunks"], strict=True)]
             fits = all(type(length) is type(chunk) is int and 1 <= chunk <= length for length, chunk in sizes)
             if not fits or math.prod(meta["shape"]) > _MOST_NUMBERS or np.dtype(str(meta["dtype"])).kind != "f":
                 raise ValueError(f"shape {meta['shape']}, chunks {meta['chunks']}, dtype {meta['dtype']}")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-            raise UserError(
-                f"array {name} has a damaged .zarray ({error!r:.300}); download the checkpoint again"
-            ) from error
+            raise UserError(f"array {name} has a damaged .zarray ({error!r:.300}); download it again") from error
         if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
             raise UserError(f"array {name} is stored as {form}; the original writes zarr 2, gzip, order C, no filters")
         self.shape: tuple[int, ...] = tuple(meta["shape"])

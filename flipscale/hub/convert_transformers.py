@@ -88,8 +88,8 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
                 f"most {TOLERANCE:g} is rounding: its towers or tokenizer have parts that transformers' lack"
             )
     export_model(ours, processor, dst)
-    facts = {"model": name, "kind": type(ours).__name__, "path": dst, "family": family}
-    write_derived_card(dst, f"open_clip:{name}", dst.name, "transformers", **facts)
+    facts = {"kind": type(ours).__name__, "path": dst, "family": family}
+    write_derived_card(dst, f"open_clip:{name}", dst.name, "transformers", model=name, **facts)
     return differences
 
 

@@ -97,11 +97,7 @@ def export_model(model: PreTrainedModel, processor: ProcessorMixin | None, out_d
 
 
 def export_checkpoint(
-    checkpoint: Path,
-    out_dir: Path,
-    dtype: torch.dtype = torch.float32,
-    base: str | None = None,
-    alpha: float = 0.5,
+    checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32, base: str | None = None, alpha: float = 0.5
 ) -> Path:
     """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, without a card.
 

@@ -322,9 +322,5 @@ def try_part(name: str, missing: list[str], make: Callable[[], Made]) -> Made | 
     try:
         return make()
     except Exception as error:  # pictures, texts and files of the page may be anybody's, or gone
-        missing.append(f"{name}: {_reason(error)}.")
+        missing.append(f"{name}: {shortened(str(error), 300).rstrip('.') or type(error).__name__}.")
         return None
-
-
-def _reason(error: Exception) -> str:
-    return shortened(str(error), 300).rstrip(".") or type(error).__name__

@@ -83,7 +83,7 @@ def _load(cache: Path) -> dict[str, np.ndarray]:
 
 def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top: int) -> list[Search]:
     """Return the nearest `top` pictures to each query. A query that names a picture file finds similar pictures."""
-    files = [query for query in queries if _is_picture(query)]
+    files = [query for query in queries if query.lower().endswith(IMAGE_SUFFIXES) and Path(query).is_file()]
     words = [query for query in queries if query not in files]
     if words and embedder.tokenizer is None:
         raise UserError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")
@@ -95,11 +95,9 @@ def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top
         embeds[file] = one.embeds[0]
     results = []
     for query in queries:
-        if query in words and _is_unknown(query, embedder.tokenizer):
-            results.append(Search(query, []))
-            continue
         cosines = embedded.embeds @ embeds[query]
-        best = np.argsort(-cosines, kind="stable")[:top].tolist()
+        count = 0 if query in words and _is_unknown(query, embedder.tokenizer) else top
+        best = np.argsort(-cosines, kind="stable")[:count].tolist()
         hits = [(int(embedded.rows[place]), float(cosines[place])) for place in best]
         results.append(Search(query, hits, query in files))
     return results
@@ -192,10 +190,6 @@ def _is_unknown(words: str, tokenizer: Any) -> bool:
         return False
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(words)["input_ids"])
     return set(tokens) <= {"▁", *tokenizer.all_special_tokens}
-
-
-def _is_picture(query: str) -> bool:
-    return query.lower().endswith(IMAGE_SUFFIXES) and Path(query).is_file()
 
 
 def _single(file: str) -> Pictures:

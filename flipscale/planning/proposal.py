@@ -203,15 +203,17 @@ def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, nu
 
 def _on_cpu(data: Survey, tokens: dict[str, int], minutes: float, cores: int) -> Proposal:
     large = min(data.width, data.height) >= 96
-    image, patch = (64, 8) if large else (32, 4)
+    size, patch = (64, 8) if large else (32, 4)
     batch = min(256, max(8, _power_below(data.pairs // 8)))
     short = data.tokens <= 12
-    fields = _fields(
-        {"image_size": image, "patch_size": patch, **_tower(128, 4, 2), "hidden_act": "relu", "projection_dim": 128},
-        {**tokens, **_tower(128, 0 if short else 2, 2), **_text(data), "projection_dim": 128},
-        {"global_batch_size": batch, "crop_scale": [0.8, 1.0], "num_workers": min(cores - 1, 4) if large else 0},
-        {"name": "muon", "weight_decay": 0.3},
-    )
+    vision = {"image_size": size, "patch_size": patch, **_tower(128, 4, 2), "hidden_act": "relu", "projection_dim": 128}
+    text = {**tokens, **_tower(128, 0 if short else 2, 2), **_text(data), "projection_dim": 128}
+    workers = min(cores - 1, 4) if large else 0
+    fields: Fields = {
+        "model": {"size": "b16", "vision_config": vision, "text_config": text},
+        "data": {"global_batch_size": batch, "crop_scale": [0.8, 1.0], "num_workers": workers},
+        "optim": {"name": "muon", "weight_decay": 0.3},
+    }
     mask = 0.75 if minutes <= 5 else 0.5
     reasons = {
         "model.vision_config.patch_size": f"64 patches; a masked step sees {round(64 * (1 - mask))}",
@@ -227,12 +229,10 @@ def _on_cpu(data: Survey, tokens: dict[str, int], minutes: float, cores: int) ->
 
 def _small_on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
     batch = _shared(min(4096, max(256, _power_below(data.pairs // 64))), data, num_gpus)
-    fields = _fields(
-        {"image_size": 128, "patch_size": 16, **_tower(384, 12, 6), "projection_dim": 384},
-        {**tokens, **_tower(384, 6, 6), **_text(data), "projection_dim": 384},
-        {"global_batch_size": batch},
-        {},
-    )
+    vision = {"image_size": 128, "patch_size": 16, **_tower(384, 12, 6), "projection_dim": 384}
+    text = {**tokens, **_tower(384, 6, 6), **_text(data), "projection_dim": 384}
+    model = {"size": "b16", "vision_config": vision, "text_config": text}
+    fields: Fields = {"model": model, "data": {"global_batch_size": batch}}
     reasons = {
         "model.vision_config.hidden_size": "ViT-S: B/16 has more weights than so few pairs can teach",
         "model.vision_config.patch_size": "64 patches; a masked step sees 32",
@@ -244,21 +244,13 @@ def _small_on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Propo
 def _on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
     size = "b16" if data.pairs < 100_000_000 else "l16" if data.pairs < 1_000_000_000 else "h14"
     batch = _shared(min(65536, max(1024, _power_below(data.pairs // 3000))), data, num_gpus)
-    fields: Fields = {
-        "model": {"size": size, "text_config": tokens},
-        "data": {"global_batch_size": batch},
-    }
+    fields: Fields = {"model": {"size": size, "text_config": tokens}, "data": {"global_batch_size": batch}}
     reasons = {
         "model.size": f"the paper's towers for {data.pairs:,} pairs: b16, l16 from 100 M, h14 from a billion",
         "data.global_batch_size": "a 3,000th of the pairs, 1,024 to the paper's 65,536",
     }
     base_lr = _rounded(1e-3 * 256 / batch)
     return Proposal(fields, _reasons(data, reasons), 0.5, base_lr, 1 / 31, _rounded(base_lr / 100))
-
-
-def _fields(vision: Fields, text: Fields, data: Fields, optim: Fields) -> Fields:
-    model = {"size": "b16", "vision_config": vision, "text_config": text}
-    return {"model": model, "data": data, **({"optim": optim} if optim else {})}
 
 
 def _reasons(data: Survey, reasons: dict[str, str]) -> dict[str, str]:

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    *("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a"),
-    *("#0f8b8d", "#b8336a", "#5a6e2a", "#3d3d9e", "#7a4a2b"),
-)
+COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#0f8b8d", "#b8336a", "#5a6e2a", "#3d3d9e", "#7a4a2b")
 # Lines of at least this many points are drawn smoothed.
 _SMOOTHED_POINTS = 40
 # Height of a line of small text as a share of the figure.
@@ -59,7 +56,7 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
     Without two records of the loss there are no figures, and no folder is made."""
     if len(curve.points("loss")[0]) < 2:
         return {}
-    drawn = dict(draw_curves([curve], folder))
+    results = {task: result for task, result in draw_curves([curve], folder) if result}
     captions = {"loss.png": "The loss of the training batches against training time"}
     for name, metric, title, y_label, factor in (
         ("learning_rate.png", "lr", "Learning rate", "learning rate", 1.0),
@@ -72,7 +69,6 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
         axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
         save_figure(figure, folder / name)
         captions[name] = f"{title} against training time"
-    results = {task: result for task, result in drawn.items() if result}
     return captions | {f"{task}.png": f"{one.shown} of {task} against training time" for task, one in results.items()}
 
 

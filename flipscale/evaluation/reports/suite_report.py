@@ -29,6 +29,8 @@ class Row:
     """A task's metric, and each model's line; None for a model without.
 
     Args:
+        present: the lines of the models with one.
+        result: result of the first of them.
         reference: the paper's figure of `PAPER_MODEL`, else its first figure of this metric.
         why_not: reason why `reference` does not compare with these results; empty if it does.
     """
@@ -36,16 +38,10 @@ class Row:
     title: str
     page: TaskPage | None
     lines: tuple[Line | None, ...]
+    present: list[Line]
+    result: Result
     reference: Reference | None
     why_not: str
-
-    @property
-    def present(self) -> list[Line]:
-        return [line for line in self.lines if line is not None]
-
-    @property
-    def result(self) -> Result:
-        return self.present[0].result
 
 
 def report(columns: Sequence[Column], suites: Sequence[str]) -> str:
@@ -101,9 +97,9 @@ def draw_results(columns: Sequence[Column], path: Path) -> None:
                 axes.plot([result.low, result.high], [place, place], color=colour, linewidth=1.4)
             axes.plot(result.value, place, "o", color=colour, markersize=4.5, label=label)
             label = None
-    levels = [("chance", "|", [row.result.chance for row in rows])]
+    chances = [row.result.chance for row in rows]
     papers = [row.reference.value if row.reference and not row.why_not else None for row in rows]
-    for label, marker, values in [*levels, ("the paper's", "d", papers)]:
+    for label, marker, values in (("chance", "|", chances), ("the paper's", "d", papers)):
         places = [(value, y) for y, value in enumerate(values) if value is not None]
         if places:
             axes.plot(*zip(*places, strict=True), marker, color="#888888", label=label, zorder=1)
@@ -135,7 +131,7 @@ def _rows_of(columns: Sequence[Column]) -> list[Row]:
         if page and reference:
             departures = (reason for line in present for reason in _departures(line.about, page))
             why_not = next(departures, "") if page.comparable else page.why_not
-        rows.append(Row(about.get("title") or key[0], page, own, reference, why_not))
+        rows.append(Row(about.get("title") or key[0], page, own, present, present[0].result, reference, why_not))
     return rows
 
 
