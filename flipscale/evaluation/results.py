@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flipscale.evaluation.intervals import Z95
 from flipscale.io import json_lines
 
 RESULTS_FILE = "results.jsonl"
@@ -20,7 +21,7 @@ _INTERVAL = {
 }
 _RESULT = {
     **dict.fromkeys(("task", "kind", "metric"), str),
-    **dict.fromkeys(("label", "unit", "who"), str | None),
+    **dict.fromkeys(("label", "unit", "who", "outcomes"), str | None),
     **dict.fromkeys(("low", "high", "chance"), int | float | None),
     "value": int | float,
     "n": int | None,
@@ -30,8 +31,9 @@ THIS_MODEL = "this model"
 BEFORE = "the model before"
 # `Result.who` for the difference between a run's model and those weights.
 CHANGES = WON, LOST, UNCLEAR = ("won", "lost", "no clear change")
-CHANGED = """The model before is the one that the training began with. The interval of a change treats the two figures
-as independent. They are of the same images, so the interval is wider than necessary."""
+CHANGED = """The model before is the one that the training began with. The interval of a change in top-1 is that of
+paired answers. Other intervals treat the two figures as independent. They are of the same images, so these intervals
+are wider than necessary."""
 POINTS = "points"  # unit of differences between percentages
 NOTHING = "-"  # table cell without a measurement
 
@@ -48,6 +50,7 @@ class Result:
         chance: value of a guess, in `unit`; None if unknown.
         who: the evaluated model if it is not this model: name of a baseline, `BEFORE`, or one of `CHANGES`.
         made_by: task fields that the number depends on: its `data` and its options.
+        outcomes: a bit for each query, 1 for a right answer, in hexadecimal digits; empty if unknown.
     """
 
     task: str
@@ -64,6 +67,7 @@ class Result:
     headline: bool = True
     who: str = THIS_MODEL
     made_by: dict[str, Any] = field(default_factory=dict)
+    outcomes: str = field(default="", repr=False)
 
     @property
     def name(self) -> str:
@@ -171,16 +175,36 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
 def change_of(result: Result, old: Result) -> Result:
     """Return the difference of two figures of one test. Its `who` is one of `CHANGES`.
 
-    The interval treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for two Wilson
-    intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""
+    The interval is that of paired answers (`_paired`) if both figures have outcomes. Otherwise it treats the two
+    figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for two Wilson intervals it is
+    Newcombe's)."""
     value, low, high, who = result.value - old.value, None, None, UNCLEAR
-    if old.low is not None and old.high is not None and result.low is not None and result.high is not None:
+    if paired := _paired(result, old):
+        low, high = paired
+    elif old.low is not None and old.high is not None and result.low is not None and result.high is not None:
         low = value - math.hypot(result.value - result.low, old.high - old.value)
         high = value + math.hypot(result.high - result.value, old.value - old.low)
-        if low > 0 or high < 0:
-            who = WON if (value > 0) == result.higher_is_better else LOST
+    if low is not None and high is not None and (low > 0 or high < 0):
+        who = WON if (value > 0) == result.higher_is_better else LOST
     unit = POINTS if result.unit == "%" else result.unit
-    return dataclasses.replace(result, value=value, low=low, high=high, unit=unit, who=who, chance=None)
+    return dataclasses.replace(result, value=value, low=low, high=high, unit=unit, who=who, chance=None, outcomes="")
+
+
+def _paired(result: Result, old: Result) -> tuple[float, float] | None:
+    """Return the 95 % interval of the difference of two shares of the same queries, in percent; None without outcomes.
+
+    It counts half a query more in each cell of the table of both answers (Agresti and Min, Statistics in Medicine 24,
+    2005), so it is no point if no answer changed."""
+    if not (result.outcomes and old.outcomes) or (result.n, len(result.outcomes)) != (old.n, len(old.outcomes)):
+        return None
+    try:
+        new_bits, old_bits = int(result.outcomes, 16), int(old.outcomes, 16)
+    except ValueError:  # an editor's digits
+        return None
+    gained, lost, n = (new_bits & ~old_bits).bit_count(), (old_bits & ~new_bits).bit_count(), (result.n or 0) + 2
+    mean = (gained - lost) / n
+    half = Z95 * math.sqrt(((gained + lost + 1) / n - mean**2) / n)
+    return 100 * (mean - half), 100 * (mean + half)
 
 
 def with_changes(results: Sequence[Result]) -> list[Result]:

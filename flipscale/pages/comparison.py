@@ -19,9 +19,9 @@ from flipscale.pages.page import Picture, drawing, rendered, shortened
 from flipscale.pages.report import try_part
 from flipscale.training.run_summary import RunSummary
 
-INTERVALS = """Runs keep shares and counts, not the outcome of each query. So the interval of a difference is Newcombe's
-for independent figures. For the same queries it is wider than a paired one. It does not cover the difference between
-seeds. A dash marks results of different tests."""
+INTERVALS = """The interval of a difference is of paired answers where runs keep the answer to each query: top-1, and
+recalls of image to text. Others are Newcombe's for independent figures, which are wider. No interval covers the
+difference between seeds. A dash marks results of different tests."""
 _MOST_LETTERS = 60
 
 

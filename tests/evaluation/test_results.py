@@ -5,10 +5,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from flipscale.evaluation.intervals import mean_of, student, wilson
+from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.reports import figures
 from flipscale.evaluation.reports.curves import (
     Curve,
@@ -95,6 +97,27 @@ def test_what_a_training_changed() -> None:
     for who, pair in cases.items():
         assert with_changes(pair)[-1].who == who.strip()
     assert with_changes([results[0]]) == [results[0]]
+
+
+def test_answers_to_the_same_queries_are_compared_in_pairs() -> None:
+    rng = np.random.default_rng(0)
+    old = rng.random(203) < 0.6
+    new = np.where(rng.random(203) < 0.1, ~old, old)
+    task = ZeroShot("zero_shot", "data", "own")
+    before, after = (task.proportion("top1", hits, 203) for hits in (old, new))
+    before = replace(before, who=BEFORE)
+    change = with_changes([before, after])[-1]
+    table = np.array([[np.sum(new & old), np.sum(new & ~old)], [np.sum(~new & old), np.sum(~new & ~old)]]) + 0.5
+    share = table / table.sum()
+    mean = share[0, 1] - share[1, 0]
+    half = 1.959964 * np.sqrt((share[0, 1] + share[1, 0] - mean**2) / table.sum())
+    assert change.value == pytest.approx(100 * (new.mean() - old.mean()))
+    assert (change.low, change.high) == pytest.approx((100 * (mean - half), 100 * (mean + half)))
+    independent = with_changes([replace(before, outcomes=""), after])[-1]
+    assert change.high - change.low < 0.6 * (independent.high - independent.low)
+    for damaged in ("zz" * 26, after.outcomes[2:]):
+        assert with_changes([before, replace(after, outcomes=damaged)])[-1].low == independent.low
+    assert task.proportion("top1", int(new.sum()), 203) == replace(after, outcomes="")
 
 
 def test_results_that_any_model_reaches_are_left_out() -> None:

@@ -26,7 +26,9 @@ def other(trained: Path, tmp_path: Path) -> Path:
     lines = [json.loads(line) for line in (run_dir / "results.jsonl").open()]
     for line in lines:
         if line["task"] == "zero_shot" and line["metric"] == "top1":
-            line |= {"value": 95.0, "low": 90.0, "high": 98.0}
+            line |= {"value": 95.0, "low": 90.0, "high": 98.0, "outcomes": ""}
+        if line["task"] == "zero_shot" and line["metric"] == "mean_per_class":
+            line["outcomes"] = "an editor's"
         if line["task"] == "retrieval":
             line["n"] = 39
     (run_dir / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -50,6 +52,9 @@ def test_what_differs_is_listed(trained: Path, other: Path) -> None:
     assert value == pytest.approx(95 - top1.value, abs=0.051)
     assert low == pytest.approx(95 - top1.value - ((95 - 90) ** 2 + (top1.high - top1.value) ** 2) ** 0.5, abs=0.051)
     assert high == pytest.approx(95 - top1.value + ((98 - 95) ** 2 + (top1.value - top1.low) ** 2) ** 0.5, abs=0.051)
+    bits = int(top1.outcomes, 16)
+    assert bits.bit_count() == round(top1.value * top1.n / 100)
+    assert len(top1.outcomes) == 2 * -(-top1.n // 8)
     # A test with another number of queries is another test.
     assert {row[2] for name, row in rows.items() if name.startswith("retrieval")} == {"-"}
 

@@ -86,7 +86,7 @@ this language, among these classes. {_PROTOCOL}"""
             own = place[labels] >= 0
             if embedder.total([int(own.sum())]) == [0]:
                 raise UserError(f"{self.data} has no image of the {len(classes)} classes of {language}")
-            hits = ClassHits(self, embedder, place[labels][own], names)
+            hits = ClassHits(self, embedder, place[labels][own], names, is_part=True)
             parts[language] = own, hits, classifier(embedder, names, prompts)
 
         def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ def _over_languages(by_language: dict[str, list[Result]]) -> list[Result]:
     results, languages = [], list(by_language)
     for same in zip(*by_language.values(), strict=True):
         values, first = np.array([result.value for result in same]), same[0]
-        shown = partial(replace, first, low=None, high=None, n=sum(result.n or 0 for result in same))
+        shown = partial(replace, first, low=None, high=None, n=sum(result.n or 0 for result in same), outcomes="")
         chances = [result.chance for result in same if result.chance is not None]
         mean_chance = float(np.mean(chances)) if chances else None
         mean = f"{first.shown}, mean of {len(languages)} languages"

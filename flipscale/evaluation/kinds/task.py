@@ -82,9 +82,14 @@ class Task(ABC):
     def evaluate(self, embedder: Embedder) -> list[Result]:
         """Collective. Return the results of the embedder's model."""
 
-    def proportion(self, metric: str, hits: int, n: int, chance: float | None = None, headline: bool = True) -> Result:
-        """Return the share of `hits` among `n` queries in percent, with its Wilson interval."""
-        return self.estimated(metric, Estimate(hits / n, *wilson(hits, n)), n, chance, headline)
+    def proportion(
+        self, metric: str, hits: int | np.ndarray, n: int, chance: float | None = None, headline: bool = True
+    ) -> Result:
+        """Return the share of `hits` among `n` queries in percent, with its Wilson interval.
+
+        `hits` is their number or, for paired comparisons, whether each query is one, `(n,)`."""
+        count, outcomes = int(np.sum(hits)), "" if isinstance(hits, int) else np.packbits(hits != 0).tobytes().hex()
+        return self.estimated(metric, Estimate(count / n, *wilson(count, n)), n, chance, headline, outcomes=outcomes)
 
     def estimated(
         self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True, **shown: str
@@ -158,10 +163,17 @@ def evaluate_together(embedder: Embedder, tasks: Sequence[StreamedTask]) -> list
 
 
 class ClassHits:
-    """Counts this process's images whose class is the best, or among the five best, by class."""
+    """Counts this process's images whose class is the best, or among the five best, by class.
 
-    def __init__(self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str]):
+    Args:
+        is_part: whether the labels are only a part of the embedder's rows, so that no outcomes can be gathered.
+    """
+
+    def __init__(
+        self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str], is_part: bool = False
+    ):
         self._task, self._embedder, self._labels, self._names = task, embedder, labels, class_names
+        self._best = None if is_part else torch.zeros(len(labels), dtype=torch.uint8)
         self._ks = [1, 5] if len(class_names) >= 5 else [1]
         self._hits = torch.zeros(len(self._ks), dtype=torch.int64)
         self._right = torch.zeros(len(class_names), dtype=torch.int64)
@@ -170,8 +182,11 @@ class ClassHits:
     def add(self, scores: torch.Tensor) -> None:
         """Count the next rows by their scores, `(rows, classes)` on the CPU."""
         labels = self._labels[self._seen : self._seen + len(scores)]
-        self._hits += hits_at(scores, labels, self._ks).sum(dim=0)
+        hits = hits_at(scores, labels, self._ks)
+        self._hits += hits.sum(dim=0)
         self._right += torch.bincount(labels[scores.argmax(dim=1) == labels], minlength=len(self._right))
+        if self._best is not None:
+            self._best[self._seen : self._seen + len(scores)] = hits[:, 0]
         self._seen += len(scores)
 
     def totals(self) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -191,7 +206,8 @@ class ClassHits:
             message = "%s: %d of %d classes have no image, such as %r; the mean per class leaves them out"
             _log.warning(message, task.name, len(empty), len(counts), self._names[empty[0]])
         n, chance = int(counts.sum()), 100.0 / len(counts)
-        results = [task.proportion("top1", hits[0], n, chance, headline=metric == "top1")]
+        top1 = hits[0] if self._best is None else self._embedder.gathered(self._best, n).numpy()
+        results = [task.proportion("top1", top1, n, chance, headline=metric == "top1")]
         for top5 in hits[1:]:
             is_headline = metric in ("top1", "top5") and len(counts) > 5
             results.append(task.proportion("top5", top5, n, 5 * chance, headline=is_headline))

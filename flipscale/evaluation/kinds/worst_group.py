@@ -136,7 +136,7 @@ and does not count the choice of the group."""
         return Scorer(add, results)
 
     def _share(self, metric: str, hits: np.ndarray, chance: float | None) -> Result:
-        return self.proportion(metric, int(hits.sum()), len(hits), chance, headline=False)
+        return self.proportion(metric, hits, len(hits), chance, headline=False)
 
     def _by_group(
         self, metric: str, hits: np.ndarray, groups: np.ndarray, chance: float | None, names: Sequence[str]
@@ -177,4 +177,4 @@ def _by_objective(lines: Sequence[str], what: str) -> dict[str, list[str]]:
 def _worst(by_group: list[Result], metric: str, headline: bool, most: bool = False) -> Result:
     """Return the first result of least value, or of the highest value with `most`."""
     worst = (max if most else min)(by_group, key=lambda result: result.value)
-    return replace(worst, metric=metric, headline=headline)
+    return replace(worst, metric=metric, headline=headline, outcomes="")  # the worst group of another model may differ
