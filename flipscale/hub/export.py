@@ -227,7 +227,7 @@ def _write_json(path: Path, content: object, indent: int = 2) -> None:
 
 def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, read: ReadWeight) -> Path:
     """Write the configuration, our classes' code, the processor and the weights that `read` returns to `out_dir`."""
-    _check_replaceable(out_dir)
+    check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     own = {stored: name for name, stored in stored_names(model).items()}
     weights, dtype = model.state_dict(), model.dtype
@@ -287,7 +287,7 @@ def _with_code(model: FlipPreTrainedModel) -> FlipPreTrainedModel:
     return model
 
 
-def _check_replaceable(out_dir: Path) -> None:
+def check_replaceable(out_dir: Path) -> None:
     """Raise UserError unless a folder is missing, empty, or a model folder without foreign files."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return

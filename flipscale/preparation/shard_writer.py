@@ -219,9 +219,9 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
     report = job.out_dir / _REPORT
     # After a run that wrote no pair, other options may be tried in the same folder.
     if differing and report.is_file() and json.loads(report.read_text(encoding="utf-8"))["written"] == 0:
-        for shard in job.out_dir.glob("*.tar*"):
-            shard.unlink()
-        lines = iter(())
+        for number in [line["shard"] for line in lines if isinstance(line.get("shard"), int)]:
+            for shard in (*job.out_dir.glob(f"{number}.tar*"), *job.out_dir.glob(f"{number:05d}.tar*")):
+                shard.unlink()
     elif differing:
         other = ", ".join(f"{name} {before.get(name)} (now {begun[name]})" for name in differing)
         raise UserError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")

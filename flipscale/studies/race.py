@@ -19,6 +19,7 @@ from flipscale.evaluation.reports.curves import (
 )
 from flipscale.evaluation.reports.figures import draw_curves, drawing_pyplot, save_figure
 from flipscale.hub.card import write_card
+from flipscale.hub.export import check_replaceable
 from flipscale.hub.loading import load_with_tokenizer
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.cores import usable_cores
@@ -84,6 +85,7 @@ def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds:
                 "printable, unlike the other names, and neither model nor figures"
             )
     check_folder(output_dir, _MARK, "study")
+    check_replaceable(output_dir / "model")
     if (output_dir / _MARK).exists():
         remedy = "name another folder, or remove it"
         begun = read_object(output_dir / _MARK, remedy)

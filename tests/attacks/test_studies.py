@@ -1,12 +1,13 @@
 """Attacks by study files and by the files they name, all refused before training except for one unforeseeable arm."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 from attacks import ground
 from attacks.attack import Attack, Ended, Make, later, refused, test_of
-from attacks.changes import text
+from attacks.changes import kept, text
 
 from flipscale.studies.design import write_plan
 
@@ -48,6 +49,14 @@ def race(folder: Path, *stages: dict[str, Any]) -> list[str]:
 def broken_mark(folder: Path, content: str) -> list[str]:
     """A race in a folder whose study.json somebody has changed."""
     text("out/study.json", content)(folder)
+    return race(MASKED)(folder)
+
+
+def others_in_the_model(folder: Path) -> list[str]:
+    """A race in a folder whose model has a file of its user's."""
+    text("out/study.json", '{"recipes": ["good", "odd"], "minutes": 0.05, "seeds": 1}')(folder)
+    shutil.copytree(ground.trained_model(), folder / "out/model")
+    (folder / "out/model/notes.txt").write_text("mine")
     return race(MASKED)(folder)
 
 
@@ -100,6 +109,7 @@ ATTACKS = [
         "a race with a stage too short for a share of the time",
         race({**MASKED, "samples": 10**9}, {"name": "tuned", "samples": 16}), "odd", "'tuned'", "16",
     ),
+    refused("a race over a user's file", others_in_the_model, "notes.txt", check=kept("out/model/notes.txt")),
     row("a race's mark that is cut short", broken_mark('{"recipes": ["go'), "study.json"),
     row("a race's mark of no fields", broken_mark("{}"), "study.json", "recipes is None"),
     row("a race's mark with words for seeds", broken_mark('{"recipes": [], "seeds": "two"}'), "seeds is 'two'"),

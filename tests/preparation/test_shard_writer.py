@@ -98,6 +98,19 @@ def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     assert source.read(0, 2).image == image(2)
 
 
+def test_options_may_change_after_a_run_without_pairs_and_other_archives_stay(folder: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "list.csv", tmp_path / "out"
+    table.write_text("image,blank,caption\n" + "".join(f"{folder / name},,words\n" for name in ("0.jpg", "2.bmp")))
+    words = ["prepare", "shards", table, out, "--allow_outside", "--pairs_per_shard", "1", "--caption_column"]
+    with pytest.raises(SystemExit):
+        main([*map(str, words), "blank"])
+    assert (out / "00001.tar").is_file()
+    (out / "mine.tar").write_bytes(b"mine")
+    main([*map(str, words), "caption"])
+    assert TarSource(str(out / "0000{0..1}.tar")).shard_sizes == [1, 1]
+    assert (out / "mine.tar").read_bytes() == b"mine"
+
+
 def test_what_is_left_out_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "0.txt").write_bytes(b"\xff\xfe")
     (folder / "1.png").write_bytes(b"no picture")
