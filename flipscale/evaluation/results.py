@@ -193,8 +193,8 @@ def change_of(result: Result, old: Result) -> Result:
 def _paired(result: Result, old: Result) -> tuple[float, float] | None:
     """Return the 95 % interval of the difference of two shares of the same queries, in percent; None without outcomes.
 
-    It counts half a query more in each cell of the table of both answers (Agresti and Min, Statistics in Medicine 24,
-    2005), so it is no point if no answer changed."""
+    Each cell of the table of both answers has half a query more (Agresti and Min, Statistics in Medicine 24, 2005). So
+    the interval has a width even if no answer changed."""
     if not (result.outcomes and old.outcomes) or (result.n, len(result.outcomes)) != (old.n, len(old.outcomes)):
         return None
     try:

@@ -165,8 +165,8 @@ def check_texts(folder: Path) -> None:
 
 
 def read_object(file: Path, remedy: str = "download or export it again") -> dict[str, Any]:
-    """Return the JSON object in a file. Raise UserError, with the remedy, for no file, a pipe, a damaged file, or a
-    config.json with a section that is no object."""
+    """Return the JSON object in a file. Raise UserError with the remedy if the file is missing, a pipe or damaged. The
+    sections of a config.json must be objects."""
     check_plain(file)
     try:
         value = json.loads(file.read_bytes(), object_pairs_hook=_checked_object)
