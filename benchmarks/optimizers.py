@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.race_open_clip import RECIPES, RunFolder, mean_rank, plain, watch
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.reports.curves import estimate

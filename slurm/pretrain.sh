@@ -17,7 +17,7 @@
 #   RECIPE=h14_laion2b bash slurm/pretrain.sh --partition=gpu -- --optim.weight_decay 0.1
 #
 # This checks the recipe, the flags, LAUNCH_FILE and the number of processes by `flipscale check`, and copies the recipe.
-# sbatch itself works too, checks nothing, and copies the recipe when the job first starts:
+# A plain sbatch works too. It checks nothing, and the recipe is copied when the job first starts:
 #
 #   RECIPE=h14_laion2b sbatch slurm/pretrain.sh --seed 1
 #

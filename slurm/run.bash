@@ -20,7 +20,7 @@ cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 find_package='from importlib.util import find_spec; print(find_spec("flipscale").submodule_search_locations[0])'
 
 set -euo pipefail
-# `bash SCRIPT --help` prints the script's comment, and the variables of both files with their defaults.
+# The option --help prints the script's comment, and the variables of both files with their defaults.
 for word; do
   case ${SLURM_JOB_ID:+--}$word in
     --) break ;;

@@ -26,7 +26,11 @@ def engine_classes() -> dict[str, type["Engine"]]:
     from flipscale.engines.fsdp2 import Fsdp2Engine
     from flipscale.engines.zero import ZeroEngine
 
-    return {"ddp": DdpEngine, "fsdp2": Fsdp2Engine, **dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine)}
+    return {
+        "ddp": DdpEngine,
+        "fsdp2": Fsdp2Engine,
+        **dict.fromkeys(("zero1", "zero2", "zero3"), ZeroEngine),
+    }
 
 
 def engine_class(launch: Launch) -> type["Engine"]:

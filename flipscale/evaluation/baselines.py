@@ -153,7 +153,7 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
     labels = np.array([test_set.source.read_label(*places[row]) for row in range(len(places))])
     answers = nearest_classes(known, described(test_set.source, range(len(places))))
     return [
-        replace(task.proportion("top1", answer == labels, len(labels)), who=f"nearest image, {name}")
+        replace(task.proportion("top1", int((answer == labels).sum()), len(labels)), who=f"nearest image, {name}")
         for name, answer in answers.items()
     ]
 

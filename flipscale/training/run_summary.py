@@ -230,10 +230,10 @@ class RunSummary:
 
         For the whole run, a start counts from its begin to its last sign of life, as a cloud bills it.
         """
-        starts = self.kept_starts if self.step is not None else self.starts
+        starts = self.kept_starts if self.step is not None else self.starts or self.kept_starts
         if not starts:
             return None
-        if self.step is None:
+        if self.step is None and self.starts:
             ends = [start.get("last_sign_before") for start in starts[1:]] + [self.heartbeat.get("time")]
             # A start that died before its first sign has an earlier start's sign, or none.
             spans = [max((end or 0.0) - start["time"], 0.0) for start, end in zip(starts, ends, strict=True)]

@@ -7,6 +7,7 @@ import shutil
 import struct
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,9 @@ def leads_out(data: Path) -> None:
     shutil.copy2(data / "00000.tar", secret)
     state = secret.stat()
     index = Index(np.zeros((30, 3, 2), np.uint32), "", state.st_size, 0)
-    write_manifest(data / MANIFEST, "*.tar", [("../secret.tar", index)], [], rows=True)
+    with suppress(ValueError):  # of the writer, who reads what it wrote
+        write_manifest(data / MANIFEST, "*.tar", [("../secret.tar", index)], [], rows=True)
+    assert (data / MANIFEST).exists()
 
 
 def begins_behind_its_end(data: Path) -> None:

@@ -53,7 +53,7 @@ def second_hour(folder: Path, environment: dict[str, str]) -> None:
     def typed_in(text: str, code: int = 0) -> str:
         return timed(text, ["bash", "-euc", text], folder, environment, code)
 
-    changed = "flipscale pretrain --config mine.yaml --stages.masked.base_lr 0.002 --stages.masked.samples 1600"
+    changed = "flipscale pretrain --config mine.yaml --stages.masked.base_lr 0.002 --budget_minutes 0.1"
     typed_in(changed.replace("stages.masked.base_lr", "lr"), code=2)
     flags = typed_in(changed, code=2).rstrip().split("; to train its model on with this recipe, add ")[1]
     typed_in(f"{changed} {flags}")

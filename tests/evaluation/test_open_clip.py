@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from evaluation.tiny_model import tiny_embedder
 
+from flipscale.data.decode import decode_whole
+from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.hub.convert_open_clip import convert_to_open_clip
@@ -38,8 +40,13 @@ def test_our_model_as_open_clip_s_is_ours_but_for_the_resizing(
     theirs = open_clip_embedder(f"local-dir:{tmp_path / 'oc'}", accelerator)
     source, captions = TarSource(str(shards)), ["a red disc", "the blue ring", "a grey bar"]
     assert (theirs.texts(captions) - ours.texts(captions)).abs().max() < 1e-5
-    same = theirs.images(source) @ ours.images(source).t()
-    assert same.diagonal().min() > 0.99
+    same = (theirs.images(source) @ ours.images(source).t()).diagonal()
+    # Of an odd margin, torchvision cuts the larger half off the other side: a pixel of 32 apart.
+    shapes = [decode_whole(source.read(*where).image).shape for where in SampleNumbers(source)]
+    margins = torch.tensor([32 * max(shape[:2]) // min(shape[:2]) - 32 for shape in shapes])
+    assert (margins % 2 == 0).sum() > 20
+    assert same[margins % 2 == 0].min() > 0.99
+    assert same.min() > 0.95
 
 
 def vit(**vision: object) -> open_clip.CLIP:

@@ -104,7 +104,7 @@ def test_answers_to_the_same_queries_are_compared_in_pairs() -> None:
     old = rng.random(203) < 0.6
     new = np.where(rng.random(203) < 0.1, ~old, old)
     task = ZeroShot("zero_shot", "data", "own")
-    before, after = (task.proportion("top1", hits, 203) for hits in (old, new))
+    before, after = (task.proportion("top1", int(hits.sum()), 203, right=hits) for hits in (old, new))
     before = replace(before, who=BEFORE)
     change = with_changes([before, after])[-1]
     table = np.array([[np.sum(new & old), np.sum(new & ~old)], [np.sum(~new & old), np.sum(~new & ~old)]]) + 0.5

@@ -10,7 +10,7 @@ from conftest import COLOURS, SHAPES, TOWER
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flipscale.data.decode import decode_box
+from flipscale.data.decode import decode_processed
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
@@ -35,7 +35,7 @@ def tiny_embedder(tokenizer_dir: str | Path, batch_size: int, projection_dim: in
 def pixels_of(embedder: Embedder, shards: str | Path, size: int = 32) -> torch.Tensor:
     """All images as the model's processor has them, fp32 `(images, 3, size, size)`."""
     source, vision = TarSource(str(shards)), embedder.model.config.vision_config
-    images = [decode_box(source.read(*where).image, None, size, (1.0, 1.0)) for where in SampleNumbers(source)]
+    images = [decode_processed(source.read(*where).image, size) for where in SampleNumbers(source)]
     pixels = torch.from_numpy(np.stack(images).astype(np.float32)) / 255
     return ((pixels - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)).permute(0, 3, 1, 2)
 

@@ -102,7 +102,7 @@ Intervals are those of zero-shot classification."""
         names, prompts = test_set.class_names(), self.prompts(test_set)
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
         likelihoods = Likelihoods(embedder, texts, embedder.share(len(test_set)).size)
-        hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names)
+        hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names, len(test_set))
         for rows, columns in embedder.image_columns(test_set.source):
             scores = likelihoods.of(columns)[: len(rows)]
             hits.add(scores.view(len(rows), len(names), len(prompts)).mean(dim=2))

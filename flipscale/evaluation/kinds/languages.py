@@ -86,7 +86,7 @@ this language, among these classes. {_PROTOCOL}"""
             own = place[labels] >= 0
             if embedder.total([int(own.sum())]) == [0]:
                 raise UserError(f"{self.data} has no image of the {len(classes)} classes of {language}")
-            hits = ClassHits(self, embedder, place[labels][own], names, is_part=True)
+            hits = ClassHits(self, embedder, place[labels][own], names, None)
             parts[language] = own, hits, classifier(embedder, names, prompts)
 
         def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:

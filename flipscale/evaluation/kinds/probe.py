@@ -203,7 +203,8 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             classifier, about = train_by_lars(embedder, sets, self.features, self.lars)
         else:
             classifier, about = self._regression(embedder, sets)
-        hits = ClassHits(self, embedder, sets.test.labels(embedder, len(sets.class_names)), sets.class_names)
+        names = sets.class_names
+        hits = ClassHits(self, embedder, sets.test.labels(embedder, len(names)), names, None)
         for _, features in embedder.image_batches(sets.test.source, self.features):
             hits.add(classifier.scores(features))
         (top1, *_), right, counts = hits.totals()

@@ -102,5 +102,5 @@ so their interval counts as many queries as the variance between images shows.""
                 share = clustered_share(clustered[counts > 0], counts[counts > 0])
                 results.append(self.estimated(f"{way}_r{k}", share, n, chance, headline))
             else:
-                results.append(self.proportion(f"{way}_r{k}", hits, n, chance, headline))
+                results.append(self.proportion(f"{way}_r{k}", int(hits.sum()), n, chance, headline, hits))
         return results

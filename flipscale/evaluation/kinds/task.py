@@ -24,6 +24,9 @@ _LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder", 
 # The kind to suggest for each part that a model may have, the best suggestion first.
 _KINDS_FOR = {"head": "classification", "texts": "zero_shot", "decoder": "captioning", "answers": "vqa"}
 
+# 1 for each query that is answered right, `(queries,)`; None if unknown.
+Answers = np.ndarray | None
+
 _log = logging.getLogger(__name__)
 
 
@@ -83,13 +86,13 @@ class Task(ABC):
         """Collective. Return the results of the embedder's model."""
 
     def proportion(
-        self, metric: str, hits: int | np.ndarray, n: int, chance: float | None = None, headline: bool = True
+        self, metric: str, hits: int, n: int, chance: float | None = None, headline: bool = True, right: Answers = None
     ) -> Result:
         """Return the share of `hits` among `n` queries in percent, with its Wilson interval.
 
-        `hits` is their number or, for paired comparisons, whether each query is one, `(n,)`."""
-        count, outcomes = int(np.sum(hits)), "" if isinstance(hits, int) else np.packbits(hits != 0).tobytes().hex()
-        return self.estimated(metric, Estimate(count / n, *wilson(count, n)), n, chance, headline, outcomes=outcomes)
+        The answers are for comparisons in pairs."""
+        outcomes = "" if right is None else np.packbits(right != 0).tobytes().hex()
+        return self.estimated(metric, Estimate(hits / n, *wilson(hits, n)), n, chance, headline, outcomes=outcomes)
 
     def estimated(
         self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True, **shown: str
@@ -166,14 +169,15 @@ class ClassHits:
     """Counts this process's images whose class is the best, or among the five best, by class.
 
     Args:
-        is_part: whether the labels are only a part of the embedder's rows, so that no outcomes can be gathered.
+        count: number of rows that the embedder shares out; None if the labels are of a part of them, whose outcomes
+            cannot be gathered.
     """
 
     def __init__(
-        self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str], is_part: bool = False
+        self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str], count: int | None
     ):
         self._task, self._embedder, self._labels, self._names = task, embedder, labels, class_names
-        self._best = None if is_part else torch.zeros(len(labels), dtype=torch.uint8)
+        self._count, self._best = count, torch.zeros(len(labels), dtype=torch.uint8)
         self._ks = [1, 5] if len(class_names) >= 5 else [1]
         self._hits = torch.zeros(len(self._ks), dtype=torch.int64)
         self._right = torch.zeros(len(class_names), dtype=torch.int64)
@@ -185,8 +189,7 @@ class ClassHits:
         hits = hits_at(scores, labels, self._ks)
         self._hits += hits.sum(dim=0)
         self._right += torch.bincount(labels[scores.argmax(dim=1) == labels], minlength=len(self._right))
-        if self._best is not None:
-            self._best[self._seen : self._seen + len(scores)] = hits[:, 0]
+        self._best[self._seen : self._seen + len(scores)] = hits[:, 0]
         self._seen += len(scores)
 
     def totals(self) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -206,8 +209,8 @@ class ClassHits:
             message = "%s: %d of %d classes have no image, such as %r; the mean per class leaves them out"
             _log.warning(message, task.name, len(empty), len(counts), self._names[empty[0]])
         n, chance = int(counts.sum()), 100.0 / len(counts)
-        top1 = hits[0] if self._best is None else self._embedder.gathered(self._best, n).numpy()
-        results = [task.proportion("top1", top1, n, chance, headline=metric == "top1")]
+        answers = None if self._count is None else self._embedder.gathered(self._best, self._count).numpy()
+        results = [task.proportion("top1", hits[0], n, chance, metric == "top1", answers)]
         for top5 in hits[1:]:
             is_headline = metric in ("top1", "top5") and len(counts) > 5
             results.append(task.proportion("top5", top5, n, 5 * chance, headline=is_headline))

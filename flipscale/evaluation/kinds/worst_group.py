@@ -136,7 +136,7 @@ and does not count the choice of the group."""
         return Scorer(add, results)
 
     def _share(self, metric: str, hits: np.ndarray, chance: float | None) -> Result:
-        return self.proportion(metric, hits, len(hits), chance, headline=False)
+        return self.proportion(metric, int(hits.sum()), len(hits), chance, False, hits)
 
     def _by_group(
         self, metric: str, hits: np.ndarray, groups: np.ndarray, chance: float | None, names: Sequence[str]

@@ -124,7 +124,7 @@ images. The interval of an AUC is DeLong's."""
             return self._any_label_scorer(embedder, test_set)
         labels = test_set.labels(embedder, len(names))
         score = self.classifier(embedder, test_set)
-        counted = ClassHits(self, embedder, labels, names)
+        counted = ClassHits(self, embedder, labels, names, n)
         # For two classes: the second score minus the first, and the label.
         leads = torch.zeros(len(labels) if metric == "roc_auc" else 0, 2)
 
@@ -242,7 +242,7 @@ and leaves out classes without images."""
                 f"{self.data} names {len(names)} classes, and the model's head has {num_labels}; use the test set of "
                 "the head's classes"
             )
-        hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names)
+        hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names, len(test_set))
         for rows, columns in embedder.image_columns(test_set.source):
             with torch.no_grad(), embedder.accelerator.autocast():
                 hits.add(embedder.image_features(**columns).float().cpu()[: len(rows)])
