@@ -39,13 +39,13 @@ from flipscale.data.loader import PackedBatch, build_loader, keep_decoded_memory
 from flipscale.data.masks import keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.io.cores import usable_cores
 from flipscale.model import FlipConfig
 from flipscale.planning.bench_step import Figures
+from flipscale.recipe.data import DataRecipe
 
 Batches = Iterator[dict[str, Any]]
 CAPTIONS_FOR_TOKENIZER = 2000

@@ -49,9 +49,10 @@ from flipscale.hub.loading import open_embedder
 from flipscale.io.atomic import atomic_write, new_folder, write_text
 from flipscale.io.progress import each
 from flipscale.io.text_table import markdown_table
+from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.studies.figures import draw_curves
 from flipscale.studies.runs import in_time
-from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 RECIPES = Path(__file__).parents[1] / "examples/icons"
 BATCH, WARMUP, EVALUATIONS = 128, 0.05, 5

@@ -20,9 +20,10 @@ import torch
 from flipscale.cli import main as flipscale
 from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.io.json_lines import read
+from flipscale.objectives.build import build_config
 from flipscale.pretrain import pretrain
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import Plan, check
-from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import Clock
 
 # A CLIP of 1.6 million parameters, most of them word pieces.
@@ -120,7 +121,7 @@ class _Batches:
         self.plan, self.rates = plan, rates
         self.num_batches = plan.schedule.total_steps
         self.num_samples = plan.batch_size * (self.num_batches or 0)
-        vision = plan.recipe.model_config().vision_config
+        vision = build_config(plan.recipe).vision_config
         self.size, self.patch = vision.image_size, vision.patch_size
         self.mean, self.std = (torch.tensor(value)[:, None, None] for value in (vision.image_mean, vision.image_std))
         self.dropout = _SameDropout(vision.num_patches)

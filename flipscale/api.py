@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from flipscale.evaluation.results import RESULTS_FILE, Result
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 __all__ = ["Recipe", "Result", "evaluate", "read_recipe", "train"]
 

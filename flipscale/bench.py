@@ -72,7 +72,7 @@ def _check_gpus(args: argparse.Namespace) -> None:
     from flipscale.checks.group import Node
     from flipscale.engines.launch import whole_number
     from flipscale.io.atomic import write_text
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.complete_recipe import parse_recipe
 
     if (nodes := whole_number(os.environ, "GROUP_WORLD_SIZE", 1)) > 1:
         raise UserError(f"the launcher started {nodes} nodes; bench gpu measures one. Fix: start it on one node")

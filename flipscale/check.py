@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     from flipscale.io.model_folder import local_folder
     from flipscale.planning.budget import in_shares
     from flipscale.planning.dry_run import planned_launch
+    from flipscale.training.complete_recipe import parse_recipe
     from flipscale.training.plan import check_settings
-    from flipscale.training.recipe import parse_recipe
     from flipscale.training.run_directory import open_run_directory
 
     launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in TRAINING:
         if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
-            importlib.import_module("flipscale.training.recipe").build_parser(arguments[0]).parse_args(["--help"])
+            importlib.import_module("flipscale.recipe.recipe").build_parser(arguments[0]).parse_args(["--help"])
         gc.disable()  # as `main` does, which enables it
         return importlib.import_module("flipscale.pretrain").main(arguments[1:])
     if arguments[:1] == ["check"]:  # its other flags are a recipe's

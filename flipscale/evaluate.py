@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flipscale.data.prepared import TASKS_DIR, read_prepared
+from flipscale.data.prepared import read_prepared
 from flipscale.data.task_page import SUITES, suite_pages
 from flipscale.evaluation.results import RESULTS_FILE, as_metrics
 from flipscale.io.atomic import write_text
@@ -23,6 +23,7 @@ from flipscale.io.files import check_writable, quoted, read_text
 from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, add_num_workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
+from flipscale.recipe.outputs import TASKS_DIR
 from flipscale.training.console import start_logging
 
 # Everything that embeds and scores is imported where it is needed, because it takes seconds and `--help` needs none.

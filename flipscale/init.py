@@ -17,11 +17,12 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, is_utf8, last_line, quoted
 from flipscale.io.options import Count, MinutesAboveZero, Positive, number
 from flipscale.io.processes import end_with_parent
+from flipscale.objectives.build import build_config
 
 if TYPE_CHECKING:
     from flipscale.engines.launch import Launch
     from flipscale.planning.proposal import Proposal, Survey
-    from flipscale.training.recipe import Recipe
+    from flipscale.recipe.recipe import Recipe
 
 _MINUTES = 30.0
 # Steps of each stage for measuring the speed.
@@ -55,13 +56,13 @@ def run(args: argparse.Namespace) -> None:
     # Imported here, because torch and transformers take seconds and --help should not wait.
     import torch
 
-    from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_source
     from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
     from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
     from flipscale.preparation.lists import source_of
+    from flipscale.recipe.data import DataRecipe
+    from flipscale.training.complete_recipe import parse_recipe
     from flipscale.training.console import start_logging
-    from flipscale.training.recipe import parse_recipe
 
     start_logging()
     named = source_of(args.shards)
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         workers = {} if num_gpus else {"num_workers": fields["data"]["num_workers"]}
         fields["eval"] = {"tasks": list(_tasks(args.tests)), **workers}
     fields["output_dir"] = f"runs/{args.recipe.stem}"
-    check_tokenizer(tokenizer, _recipe_of(proposal, 0).model_config().text_config)
+    check_tokenizer(tokenizer, build_config(_recipe_of(proposal, 0)).text_config)
     budget, speed = _length(args, proposal, data, minutes)
     command = _command(args)
     text = _recipe_text(proposal, [f"Data: {data}", f"Time: {speed}"], command, budget)
@@ -206,10 +207,10 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
     """Return the pairs per second of each stage, by `num_steps` steps of `flipscale pretrain` in `folder`. If it
     fails, raise UserError or OSError with its last line."""
     from flipscale.engines.launch import faster_precision
-    from flipscale.evaluation.recipe import EvalRecipe
     from flipscale.io.atomic import write_text
     from flipscale.io.progress import Progress
-    from flipscale.training.recipe import to_yaml
+    from flipscale.recipe.outputs import EvalRecipe
+    from flipscale.recipe.recipe import to_yaml
 
     samples = num_steps * recipe.data.global_batch_size
     *earlier, last = [dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages]
@@ -280,7 +281,7 @@ def _recipe_text(proposal: "Proposal", facts: list[str], command: str, minutes: 
 
 def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
     """Return the recipe of a proposal for `samples` pairs, at least a step of each stage."""
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.complete_recipe import parse_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"

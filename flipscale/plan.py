@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.planning.budget import in_shares
     from flipscale.planning.cost import Gpus, cost_table
     from flipscale.planning.time import share_of_peak, speed_key
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.complete_recipe import parse_recipe
 
     name = gpu_named(args.gpu)
     peak = 1e12 * GPUS[name][0]

@@ -237,9 +237,9 @@ def _open(shards: str, max_bad_fraction: float = 1.0) -> "Source":
     Raises:
         UserError: there are no shards, or more than `max_bad_fraction` of them cannot be read.
     """
-    from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_source
     from flipscale.preparation.lists import source_of
+    from flipscale.recipe.data import DataRecipe
 
     data = DataRecipe(sources=[source_of(shards)], lanes=1, shards_per_block=1, max_bad_fraction=max_bad_fraction)
     return open_source(data)
@@ -280,9 +280,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.preparation.audit.audit import audit, find_test_sets, summary
+    from flipscale.recipe.data import DataRecipe
 
     test_sets = find_test_sets(args.tests) if args.tests else {}
     source = open_shards(args.shards, DataRecipe())
@@ -364,9 +364,9 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.sources.remote import RemoteTarSource
+    from flipscale.recipe.data import DataRecipe
 
     source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1), anew=True)
     if isinstance(source, RemoteTarSource):

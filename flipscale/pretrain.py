@@ -21,11 +21,13 @@ if __name__ == "__main__":
 from flipscale.engines.failures import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.planning.budget import in_shares
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.console import only_describes, report_user_errors, start_logging
 from flipscale.training.plan import Plan
 from flipscale.training.preemption import Stopped
-from flipscale.training.recipe import Recipe, parse_recipe, with_vocabulary
+from flipscale.training.pretrained_fields import with_vocabulary
 from flipscale.training.report import begin_run, end_run
 from flipscale.training.run_summary import RunSummary
 from flipscale.training.schedule import Clock

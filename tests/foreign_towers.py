@@ -18,9 +18,10 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, CLIPImageProcessorPil, VisionTextDualEncoderModel
 
-from flipscale.engines.start_towers import Towers, start_fields, tower_weights
+from flipscale.engines.start_towers import start_fields, tower_weights
 from flipscale.io.errors import UserError
 from flipscale.model.masked_towers import POOLED, UNPOOLED, MaskedTowersConfig
+from flipscale.recipe.model import Towers
 
 PIXELS: dict[str, Any] = {"image_size": 32, "patch_size": 8}
 TEXT = {**TOWER, "vocab_size": 16, "pad_token_id": 0, "bos_token_id": 12, "eos_token_id": 13}

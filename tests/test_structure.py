@@ -24,6 +24,7 @@ ORDER = (
     ("training",),
     ("objectives", "evaluation", "preparation"),
     ("data", "engines"),
+    ("recipe",),
     ("model", "io"),
 )
 ROW_OF = {folder: row for row, folders in enumerate(ORDER) for folder in folders}

@@ -18,9 +18,10 @@ from flipscale.engines.device import attention_kernel, wait_for
 from flipscale.engines.optimizers import encoder_blocks, num_trained
 from flipscale.engines.start import start_accelerator
 from flipscale.model.patches import num_kept
+from flipscale.objectives.build import build_config
 from flipscale.objectives.contrastive import contrastive_loss, tile_functions
 from flipscale.planning.memory import trained_model
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 _TIMES, _WARM_UP = 20, 3
 _LOADED_PRODUCTS = 500
@@ -43,7 +44,7 @@ class Tower(NamedTuple):
 
 def towers(recipe: str, mask_ratios: tuple[float, ...]) -> list[Tower]:
     """Return the towers of a recipe's model, the image tower once for each mask ratio."""
-    config = parse_recipe(["--config", recipe]).model_config()
+    config = build_config(parse_recipe(["--config", recipe]))
     vision, text = config.vision_config, config.text_config
     kept = {ratio: num_kept(vision.num_patches, ratio) + vision.num_prefix_tokens for ratio in mask_ratios}
     images = [Tower(f"image {ratio:.0%}", tokens, vision) for ratio, tokens in kept.items()]
@@ -171,7 +172,7 @@ def check_attention(bench: Bench) -> None:
 
 def check_triton(bench: Bench) -> None:
     """Compare the loss in Triton with torch in fp64."""
-    dim = int(parse_recipe(["--config", bench.recipes[0]]).model_config().projection_dim or 0)
+    dim = int(build_config(parse_recipe(["--config", bench.recipes[0]])).projection_dim or 0)
     (rows,) = bench.node.run(f"{__name__}:triton_loss", 180.0, dim=dim, batch_size=bench.batch_size)
     bench.figures["triton"], (*compared, speed) = rows, rows
     # NaN is no match either.
@@ -198,7 +199,7 @@ def collectives(recipe: str, batch_size: int, folder: str) -> Iterator[Row]:
     planned = parse_recipe(["--config", recipe])
     model, world = trained_model(planned), dist.get_world_size()
     block = max(num_trained(block) for block in encoder_blocks(model))
-    texts = batch_size * world * int(planned.model_config().projection_dim or 0)
+    texts = batch_size * world * int(build_config(planned).projection_dim or 0)
     # Name, dtype, elements of the whole message.
     for name, dtype, size in (
         ("all_reduce a bucket", torch.float32, _BUCKET_BYTES // 4),

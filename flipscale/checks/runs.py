@@ -27,6 +27,7 @@ from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import load_tokenizer, train_sentencepiece
 from flipscale.io import json_lines
 from flipscale.io.cores import usable_cores, workers_of
+from flipscale.objectives.build import build_config
 
 _PAIRS, _STEPS, _SAVED = 8, 12, 6
 _TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
@@ -174,7 +175,7 @@ def loaded(recipe: str, batch_size: int, changes: dict[str, Any], seconds: float
     """Yield the images that this rank's workers prepare in a second, while all ranks do so."""
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     planned = first_stage(recipe, batch_size * world)
-    data, shape, stage = replace(planned.data, **changes), InputShape.of(planned.model_config()), planned.stages[0]
+    data, shape, stage = replace(planned.data, **changes), InputShape.of(build_config(planned)), planned.stages[0]
     tokenizer = load_tokenizer(data.tokenizer, shape.max_tokens)
     given = (open_source(data), tokenizer, data, shape.at(stage.image_size), planned.seed, stage.mask_ratio)
     dataset = PairDataset(*given, planned.mask)

@@ -21,12 +21,14 @@ from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import peak_flops, peak_memory_bytes, wait_for
 from flipscale.engines.failures import end_process
 from flipscale.engines.launch import launch_environment, launch_of
-from flipscale.engines.recipe import SaveRecipe
 from flipscale.engines.start import engine_class, start_accelerator
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
 from flipscale.planning.time import Hardware, host_calls, speed_key, step_time
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.outputs import SaveRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.training.start import Start, resume
 from flipscale.training.step import consume_batch
@@ -69,7 +71,7 @@ class Loop:
     def __init__(self, name: str, batch_size: int, compiled: bool, folder: str):
         accelerator = start_accelerator([], folder)
         recipe = first_stage(name, batch_size * accelerator.num_processes, compiled)
-        self.recipe, self.objective = replace(recipe, output_dir=folder), recipe.objective()
+        self.recipe, self.objective = replace(recipe, output_dir=folder), build_objective(recipe)
         self.accelerator, self.launch, self.device = accelerator, launch_of(os.environ), accelerator.device
         stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         self._schedule = Schedule(tuple(stages))
@@ -81,7 +83,7 @@ class Loop:
 
     def batches(self, pairs: int) -> Iterator[list[PackedBatch]]:
         """Yield batches of random pixels, places and tokens, on the device."""
-        config, stage = self.recipe.model_config(), self.recipe.stages[0]
+        config, stage = build_config(self.recipe), self.recipe.stages[0]
         step = micro_batch(self.recipe, self.launch, stage)
         content = example_batch(config, replace(step, batch_size=pairs), self.objective)
         if "patches" in content:

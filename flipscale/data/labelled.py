@@ -12,10 +12,10 @@ from PIL import Image
 
 from flipscale.data.pairs import PairDataset
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import BadSample, Fault, Sample, Source
 from flipscale.io.errors import UserError, needed
 from flipscale.model.configuration_flip import IMAGENET_MEAN
+from flipscale.recipe.data import AugmentRecipe
 
 # Score of an answer by the number of people who gave it, 4 or more scoring 1: METER (arXiv 2111.02387).
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flipscale.data.order import divisors_around
 from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Fault
 from flipscale.io.errors import UserError
 from flipscale.io.processes import end_with_parent
+from flipscale.recipe.data import divisors_around
 
 _ALIGNMENT = 64
 # Locks and queues need less; batches without room go through pipes.

@@ -1,6 +1,5 @@
 """The global order: the sample at each global position, and the lanes that share the shards out to nodes."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.weights import SampleWeights
 from flipscale.io.errors import UserError
 
-_USUAL_LANES = 64
 # Epochs in memory: the current, the next, and the one after, which the end of a small set nears.
 _EPOCHS_KEPT = 3
 
@@ -52,23 +50,6 @@ def share_out(num_shards: int, shards_per_block: int, lanes: Lanes) -> tuple[Lan
     """
     of_each = -(-shards_per_block // lanes.count)
     return (lanes, of_each) if of_each * lanes.count < num_shards else (Lanes(), num_shards)
-
-
-def number_of_lanes(wish: int | None, batch_size: int) -> int:
-    """Return the number of lanes of a recipe: `wish`, or the largest common divisor of 64 and the batch."""
-    if wish is None:
-        return math.gcd(_USUAL_LANES, batch_size)
-    if wish >= 1 and batch_size % wish == 0:
-        return wish
-    nearest = divisors_around(batch_size, wish)
-    raise UserError(f"data.lanes {wish} does not divide data.global_batch_size {batch_size}; use {nearest}")
-
-
-def divisors_around(number: int, wish: int) -> str:
-    """Return the nearest divisors of `number` below and above `wish`, such as `16 or 32`."""
-    divisors = [count for count in range(1, number + 1) if number % count == 0]
-    below = [count for count in divisors if count < wish][-1:]
-    return " or ".join(str(count) for count in [*below, *[count for count in divisors if count > wish][:1]])
 
 
 def by_value(values: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -20,12 +20,12 @@ from flipscale.data.captions import UntokenizableCaption, choose_captions, pack_
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import DataRecipe, MaskRecipe
 from flipscale.data.samples import BadSample, Fault, Sample, SampleNumbers, Source, candidates
 from flipscale.data.sources.mixture import order_of
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
+from flipscale.recipe.data import DataRecipe, MaskRecipe
 
 _log = logging.getLogger(__name__)
 

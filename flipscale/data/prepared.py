@@ -8,7 +8,6 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import quoted, read_text
 
 PREPARED = "prepared.json"
-TASKS_DIR = "data/tasks"  # default folder of `flipscale prepare tasks`
 
 
 def read_prepared(folder: Path) -> dict[str, Any] | None:

@@ -36,7 +36,6 @@ import yaml
 from safetensors import safe_open
 
 import flipscale
-from flipscale.engines.recipe import SaveRecipe
 from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import (
     CHUNK_BYTES,
@@ -53,6 +52,7 @@ from flipscale.io.digests import (
     write_tensors,
 )
 from flipscale.io.errors import UserError
+from flipscale.recipe.outputs import SaveRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -27,11 +27,11 @@ from flipscale.engines.optimizers import (
     moment_names,
     set_learning_rate,
 )
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.stragglers import PhaseLog
 from flipscale.engines.trained import freeze
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+from flipscale.recipe.optim import OptimRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,7 +26,7 @@ from flipscale.io.model_folder import fetch_folder, open_weights
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 if TYPE_CHECKING:
-    from flipscale.engines.start_towers import Towers
+    from flipscale.recipe.model import Towers
 
 # Sets a module's own parameters, given its name, the module, and the model or tower whose rules it follows.
 ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]

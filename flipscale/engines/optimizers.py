@@ -14,8 +14,8 @@ from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.trained import part_of_model
+from flipscale.recipe.optim import OptimRecipe
 
 
 class ShardedAdamW(torch.optim.AdamW):

@@ -7,8 +7,8 @@ import torch
 
 from flipscale.engines.device import keep_freed_memory
 from flipscale.engines.launch import Launch, launched_precision, promised_processes
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.io.errors import UserError
+from flipscale.recipe.optim import OptimRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

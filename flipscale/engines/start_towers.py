@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +17,7 @@ from flipscale.io.streams import without_bars
 from flipscale.model.configuration_flip import RANGES
 from flipscale.model.masked import tower_fields
 from flipscale.model.masked_towers import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
+from flipscale.recipe.model import Towers
 
 _log = logging.getLogger(__name__)
 
@@ -56,16 +57,6 @@ _TIMM_VIT = [
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 ]
-
-
-class Towers(NamedTuple):
-    """Names of the folders of two towers: paths or Hub names. In family `flip`, a tower that is None is drawn."""
-
-    vision: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"model.vision {self.vision!r} and model.text {self.text!r}"
 
 
 def start_fields(towers: Towers) -> dict[str, dict[str, Any]]:

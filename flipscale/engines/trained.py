@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flipscale.engines.recipe import LoraRecipe
 from flipscale.io.errors import UserError, needed
+from flipscale.recipe.optim import LoraRecipe
 
 _MATRIX = ".lora_{}.default.weight"
 ReadWeight = Callable[[str], torch.Tensor]

@@ -25,7 +25,6 @@ from flipscale.data.decode import UndecodableImage
 from flipscale.data.features import ABOUT, PROBE, shard_file
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
-from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.teachers import StoredCrops
@@ -37,6 +36,7 @@ from flipscale.io.files import check_disk_space
 from flipscale.io.model_folder import read_object
 from flipscale.io.progress import Progress
 from flipscale.model.modeling_flip import normalise_embeds
+from flipscale.recipe.data import STORED_TOWERS
 
 # In place of a caption that cannot be used.
 _NO_CAPTION = "a"

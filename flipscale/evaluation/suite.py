@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,6 @@ import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.decode import decode_box
-from flipscale.data.prepared import TASKS_DIR
 from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.task_page import read_page
 from flipscale.evaluation.embedding import Embedder
@@ -29,6 +28,8 @@ from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.options import check_ranges, parser_message
+from flipscale.model.configuration_flip import patches_along
+from flipscale.recipe.outputs import TASKS_DIR, EvalRecipe
 
 KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
@@ -94,6 +95,33 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
         if names.count(name) > 1:
             raise UserError(f"{names.count(name)} of eval.tasks are named {name!r}; give each its own, as {name}_2")
     return tasks
+
+
+def planned_tasks(recipe: EvalRecipe) -> list[Task]:
+    """Return the tasks of a recipe with their intervals, None for those at `every_share`. The short forms are among
+    them."""
+    listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in recipe.tasks]
+    for kind in ("zero_shot", "retrieval"):
+        folder = getattr(recipe, kind)
+        names = [task.get("name") or task.get("kind") for task in listed]
+        if folder and kind in names:
+            listed[names.index(kind)] = {**listed[names.index(kind)], "data": folder}
+        elif folder:
+            listed.append({"kind": kind, "data": folder})
+    tasks = build_tasks(listed, recipe.tasks_dir)
+    if recipe.every_share:
+        return tasks
+    every = recipe.every_samples
+    return [replace(task, every_samples=every) if task.every_samples is None else task for task in tasks]
+
+
+def check_image_sizes(recipe: EvalRecipe, patch_size: int) -> None:
+    """Raise UserError unless the patches divide each task's own image size."""
+    for task in planned_tasks(recipe):
+        try:
+            patches_along(patch_size if task.image_size is None else task.image_size, patch_size)
+        except ValueError as error:
+            raise UserError(f"eval.tasks: {task.name}: {error}") from None
 
 
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:

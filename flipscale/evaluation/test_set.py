@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.raw_data import no_shards
@@ -24,6 +23,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder, Value
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
+from flipscale.recipe.data import DataRecipe
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"

@@ -28,8 +28,8 @@ from flipscale.io.files import quoted, read_text
 from flipscale.io.model_folder import local_folder, open_weights, read_object
 from flipscale.io.templates import render
 from flipscale.io.text_table import escape_markdown, markdown_code
+from flipscale.recipe.recipe import deciding_part
 from flipscale.training.console import only_describes
-from flipscale.training.recipe import deciding_part
 from flipscale.training.run_summary import RunSummary
 
 NOT_EVALUATED = "Not evaluated."

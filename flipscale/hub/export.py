@@ -29,7 +29,9 @@ from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
 from flipscale.model.families import family_of
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.objectives.build import build_config, build_objective
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
@@ -115,7 +117,7 @@ def export_checkpoint(
         UserError: there is no such checkpoint, its tokenizer cannot be loaded, weights differ, or as `export_model`.
     """
     recipe, reader, stored = _opened(checkpoint)
-    config, objective = recipe.model_config(), recipe.objective()
+    config, objective = build_config(recipe), build_objective(recipe)
     processor: Processor
     if objective.takes_text:
         processor = build_processor(config, model_tokenizer(recipe.data.tokenizer, config.caption_config))

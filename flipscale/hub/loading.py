@@ -30,7 +30,7 @@ from flipscale.model import (
 )
 from flipscale.model.families import config_class, family_of
 from flipscale.objectives.captioning import CaptioningFlipModel
-from flipscale.training.start_weights import stored_towers
+from flipscale.training.pretrained_fields import stored_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

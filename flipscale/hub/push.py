@@ -27,7 +27,8 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import last_line
 from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
 from flipscale.io.model_folder import check_folder, open_weights
-from flipscale.training.recipe import HubRecipe, Recipe
+from flipscale.recipe.outputs import HubRecipe
+from flipscale.recipe.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 

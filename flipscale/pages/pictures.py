@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
@@ -21,6 +20,7 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress
 from flipscale.preparation.lists import FileList, is_outside, picture_files
+from flipscale.recipe.data import DataRecipe
 
 _READ = DataRecipe(lanes=1, shards_per_block=1)
 _BATCH = 64

@@ -20,9 +20,11 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
+from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import kept_class_names
 from flipscale.io.atomic import write_text
 from flipscale.io.text_table import duration
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.pages.answers import (
     ClassRow,
     Load,
@@ -35,8 +37,8 @@ from flipscale.pages.answers import (
     shown_task,
 )
 from flipscale.pages.page import Picture, drawing, listed, rendered, shortened, thumbnail
+from flipscale.recipe.recipe import Recipe, deciding_part
 from flipscale.training.console import only_describes
-from flipscale.training.recipe import Recipe, deciding_part
 from flipscale.training.report import OWN_TASKS, evaluation_flags
 from flipscale.training.run_summary import RunSummary
 
@@ -143,7 +145,7 @@ def _samples(config: dict[str, Any]) -> str:
 
 
 def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> dict[str, Any] | None:
-    task = shown_task(recipe.eval.planned())
+    task = shown_task(planned_tasks(recipe.eval))
     if task is None:
         missing.append(
             "The model's answers for pictures: the recipe has no evaluation that names pictures or finds captions. "
@@ -235,8 +237,8 @@ def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
 
     Pictures are uint8 RGBA. Patches that a mask removes are transparent.
     """
-    source, shape = open_source(recipe.data), InputShape.of(recipe.model_config())
-    objective = recipe.objective()
+    source, shape = open_source(recipe.data), InputShape.of(build_config(recipe))
+    objective = build_objective(recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens) if objective.takes_text else None
     data = replace(recipe.data, pack_captions=False)  # a row of text for each caption
     # Mixup pairs pictures, so a classifier's batch stays even.

@@ -13,11 +13,11 @@ from torch import nn
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
 from flipscale.engines.first_weights import compile_blocks
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.planning.flops import forward_flops
+from flipscale.recipe.optim import OptimRecipe
 
 TrainingStep = Callable[[], None]
 Figures = dict[str, str | int | float | bool]

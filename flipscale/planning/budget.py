@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from flipscale.io.errors import UserError
-from flipscale.training.recipe import Recipe
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.schedule import plan_stages
 
 

@@ -11,7 +11,8 @@ from flipscale.data.loader import pairs_of_a_process
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.planning.flops import pair_flops
-from flipscale.training.recipe import CostRecipe, Recipe
+from flipscale.recipe.outputs import CostRecipe
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.schedule import plan_stages
 
 _TOTAL = "in all"

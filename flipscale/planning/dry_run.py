@@ -14,6 +14,7 @@ from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_f
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
 from flipscale.io.text_table import hours_text, plain_table, rounded
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.budget import in_shares
 from flipscale.planning.memory import (
     GPUS_OF_A_NODE,
@@ -34,7 +35,8 @@ from flipscale.planning.time import (
     speed_key,
     step_time,
 )
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 _MOST_COLUMNS = 6  # of a terminal with 100 columns
@@ -185,7 +187,7 @@ def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _
 
 def _heading(recipe: Recipe, hardware: Hardware) -> str:
     """Return the model, the stages and the assumptions."""
-    kind, config = recipe.objective().exported_model(recipe.model_config())
+    kind, config = build_objective(recipe).exported_model(build_config(recipe))
     model = planned_model(config, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     vision, text = (

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from flipscale.engines.first_weights import model_without_storage
-from flipscale.engines.recipe import LoraRecipe
 from flipscale.engines.trained import add_lora, freeze
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import num_kept
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.training.recipe import Recipe
+from flipscale.recipe.optim import LoraRecipe
+from flipscale.recipe.recipe import Recipe
 
 # The default objective of a recipe.
 PLAIN = Contrastive()
@@ -168,7 +169,7 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
 
 def stage_flops(recipe: Recipe) -> dict[str, Flops]:
     """Return the operations of a pair by stage name."""
-    config, objective = recipe.model_config(), recipe.objective()
+    config, objective = build_config(recipe), build_objective(recipe)
     return {
         stage.name: forward_flops(
             *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio),

@@ -31,12 +31,14 @@ from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.exchange import exchange_bytes
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import workspace_elements
 from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops
-from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import Stage, StageRecipe
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.schedule import Stage
 
 GPUS_OF_A_NODE = 8
 # Usable share of a GPU's memory. CUDA's context and fragmentation take the rest.
@@ -93,7 +95,7 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
 
 def _memory(recipe: Recipe, launch: Launch) -> Memory:
     """Return the memory in the heaviest stage. All stages have the same frozen parts, and recompute or not."""
-    config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
+    config, objective, engine = build_config(recipe), build_objective(recipe), engine_class(launch)
     step = heaviest_step(recipe, launch)
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile is True)
     if refusal is not None:
@@ -176,9 +178,9 @@ def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> S
 
 def trained_model(recipe: Recipe, stage: StageRecipe | Stage | None = None) -> FlipPreTrainedModel:
     """Return the trained model of a recipe without storage, with the parts frozen that a stage freezes."""
-    config, frozen = recipe.model_config(), (*recipe.model.frozen, *(stage.frozen if stage else ()))
+    config, frozen = build_config(recipe), (*recipe.model.frozen, *(stage.frozen if stage else ()))
     step = Step(1, frozen=frozen, lora=recipe.optim.lora)
-    return planned_model(config, recipe.objective().trained_class(config), step)
+    return planned_model(config, build_objective(recipe).trained_class(config), step)
 
 
 def planned_model(
@@ -202,7 +204,7 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     They are the gradients of this process's embeddings, the exchange, and two buffers of logits. With Triton, infonce
     needs only one buffer.
     """
-    dim, batch = int(recipe.model_config().projection_dim or 0), recipe.data.global_batch_size
+    dim, batch = int(build_config(recipe).projection_dim or 0), recipe.data.global_batch_size
     views = max(views, recipe.loss.captions_per_image)
     pairs = batch // launch.num_processes
     tiles = 4 * math.prod(workspace_elements(pairs, batch, dim, buffers=2, device_type="cuda"))

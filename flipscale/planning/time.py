@@ -18,11 +18,12 @@ from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.cores import workers_of
 from flipscale.io.errors import UserError
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.plan import compiles
-from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import StageRecipe
 
 # Default share of a GPU's peak.
 USUAL_SHARE = 0.4
@@ -214,7 +215,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # Recomputation adds a forward pass to the backward pass. A coupled loss embeds micro-batches twice.
     forward, backward = (n * at_once / (hardware.peak * hardware.matmul_share) for n in (flops.forward, flops.backward))
     backward += forward if recipe.recomputes(stage) else 0.0
-    passes = (2 if micro_batches > 1 and recipe.objective().is_coupled else 1) * micro_batches
+    passes = (2 if micro_batches > 1 and build_objective(recipe).is_coupled else 1) * micro_batches
     compute = passes * forward + micro_batches * backward
     sent = messages(recipe, launch, stage, hardware.links)
     exposed = (
@@ -233,7 +234,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     loader = pairs / (workers * hardware.images_per_worker_s) if workers else 0.0
     busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, hardware, passes, micro_batches)
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
-    vision = recipe.model_config().vision_config
+    vision = build_config(recipe).vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
     if loader > max(busy, host):
         bottleneck = "loader"
@@ -283,11 +284,11 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
     count = launch.num_processes
     if count == 1:
         return Messages()
-    objective = recipe.objective()
+    objective = build_objective(recipe)
     model = trained_model(recipe, stage)
     world, engine = links.group(count), engine_class(launch)
     # The texts and their gradients. The loss's other messages are a thousandth of these.
-    dim = int(recipe.model_config().projection_dim or 0) if objective.is_coupled else 0
+    dim = int(build_config(recipe).projection_dim or 0) if objective.is_coupled else 0
     texts = 4 * recipe.data.global_batch_size * dim
     between = 2 * world.gather(texts)
     if recipe.optim.name == "muon":

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
-from flipscale.data.recipe import SourceRecipe
 from flipscale.data.samples import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -39,6 +38,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import is_utf8
 from flipscale.io.model_folder import is_path
 from flipscale.io.progress import Progress
+from flipscale.recipe.data import SourceRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,15 +22,18 @@ import yaml
 
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
+from flipscale.evaluation.suite import planned_tasks
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted, read_text
 from flipscale.io.options import Count, MinutesAboveZero, OpenShare, changed_fields
 from flipscale.io.text_table import markdown_table
+from flipscale.objectives.build import build_config
+from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.studies.design import change, check_folder, check_names, checked, read_fields, resolve_base
 from flipscale.studies.figures import draw_rungs
 from flipscale.studies.runs import StudyRun, in_time, train_runs, write_recipes
-from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 # A path may change only what decides what is learned.
 _SECTIONS = ("model", "data", "mask", "loss", "optim", "stages")
@@ -108,7 +111,7 @@ def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
     last stage. Each is checked as far as possible without its data. Raise UserError if the base is not a recipe or
     lacks the evaluation, or a path cannot be run."""
     base = parse_recipe(["--config", search.base])
-    names = [task.name for task in base.eval.planned()]
+    names = [task.name for task in planned_tasks(base.eval)]
     if search.validation not in names:
         raise UserError(
             f"validation is {search.validation!r:.60}; name one of the eval.tasks of {search.base}, whose images no "
@@ -116,7 +119,7 @@ def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
         )
     # Short forms of evaluations become listed ones, because only those have an image size.
     listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in base.eval.tasks]
-    planned = base.eval.planned()
+    planned = planned_tasks(base.eval)
     listed += [{"kind": task.kind} for task in planned[len(listed) :]]
     tasks = [{**task, "data": own.data} for task, own in zip(listed, planned, strict=True)]
     evaluated: dict[str, Any] = {"tasks": tasks, "zero_shot": None, "retrieval": None}
@@ -212,7 +215,7 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
 
 def _run(search: BudgetSearch, name: str, recipe: Recipe, minutes: float, folder: Path) -> StudyRun:
     """Return a path's run of a rung, with the evaluation that chooses paths once at its end."""
-    place = [task.name for task in recipe.eval.planned()].index(search.validation)
+    place = [task.name for task in planned_tasks(recipe.eval)].index(search.validation)
     chosen = recipe.eval.tasks[place]
     assert isinstance(chosen, dict), "path_recipes lists all evaluations"
     evaluated = replace(recipe.eval, tasks=[{**chosen, "every_samples": 0}], every_samples=0, every_share=0.0)
@@ -275,7 +278,7 @@ def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validati
 
 def _stages_text(recipe: Recipe) -> str:
     """Return the sizes, masks and shares of a path's stages: `32 px whole 85 %, 64 px whole 15 %`."""
-    own = recipe.model_config().vision_config.image_size
+    own = build_config(recipe).vision_config.image_size
     parts = []
     for stage in recipe.stages:
         masked = f"{100 * stage.mask_ratio:g} % masked ({recipe.mask.kind})" if stage.mask_ratio else "whole"

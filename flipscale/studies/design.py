@@ -19,14 +19,17 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from flipscale.evaluation.reports.curves import seed_suffix
+from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_message
 from flipscale.io.yaml_text import read_outline
+from flipscale.objectives.build import build_config
 from flipscale.planning.budget import in_shares
+from flipscale.recipe.flags import with_stage_number
+from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
-from flipscale.training.flags import with_stage_number
-from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 STUDY_FILE = "study.yaml"
@@ -242,7 +245,7 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
     try:
         recipe = in_shares(parse_recipe(words))
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
-        recipe.model_config()
+        check_image_sizes(recipe.eval, build_config(recipe).vision_config.patch_size)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     return recipe

@@ -18,6 +18,7 @@ from flipscale.evaluation.reports.curves import (
     times_to_equal,
 )
 from flipscale.evaluation.reports.figures import draw_curves, drawing_pyplot, save_figure
+from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.card import write_card
 from flipscale.hub.export import check_replaceable
 from flipscale.hub.loading import load_with_tokenizer
@@ -27,10 +28,11 @@ from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, check_entries
 from flipscale.pages.report import masked_crops, offer_report
+from flipscale.recipe.recipe import Recipe
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.console import only_describes
-from flipscale.training.recipe import Recipe, parse_recipe
 
 # Marks a folder as a race's.
 _MARK = "study.json"
@@ -68,7 +70,7 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     if with_baselines:
         # The nearest training image, at the first recipe's first zero-shot task, joins every run's results and page.
         first = runs[0].recipe
-        for task in [task for task in first.eval.planned() if task.kind == "zero_shot"][:1]:
+        for task in [task for task in planned_tasks(first.eval) if task.kind == "zero_shot"][:1]:
             baselines = run_baselines(first.data.shards or "", task)
             for run in runs:
                 record_baselines(run.run_dir, baselines)

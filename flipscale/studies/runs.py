@@ -21,7 +21,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import last_line, read_text
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import in_shares
-from flipscale.training.recipe import Recipe, differences, to_yaml
+from flipscale.recipe.recipe import Recipe, differences, to_yaml
 from flipscale.training.schedule import plan_stages
 
 

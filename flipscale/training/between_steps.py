@@ -14,8 +14,8 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE
 from flipscale.evaluation.suite import evaluate_tasks
 from flipscale.io.cores import decoding_workers
+from flipscale.recipe.recipe import to_yaml
 from flipscale.training.plan import Plan
-from flipscale.training.recipe import to_yaml
 from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Step
 from flipscale.training.start import Start

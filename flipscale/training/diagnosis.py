@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flipscale.training.recipe import Recipe
+from flipscale.recipe.recipe import Recipe
 
 # A loss at chance means something only after a warm-up and this many steps, or at the end of the run.
 _PATIENCE_STEPS = 500

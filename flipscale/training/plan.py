@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory, on_device, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds
-from flipscale.data.recipe import AugmentRecipe
 from flipscale.data.samples import Fault, Source, shard_sizes_digest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
@@ -23,10 +22,12 @@ from flipscale.engines.launch import Launch, place_in_world
 from flipscale.engines.start import engine_class
 from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.suite import check_decodable
+from flipscale.evaluation.suite import check_decodable, check_image_sizes, planned_tasks
 from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.errors import UserError
-from flipscale.training.recipe import Recipe
+from flipscale.objectives.build import build_config, build_objective
+from flipscale.recipe.data import AugmentRecipe
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
 from flipscale.training.stored import open_stored, open_teacher
 
@@ -154,7 +155,8 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     """Check a recipe without its data, and return its objective, its model's configuration and its stages.
 
     `place` is a rank and the number of processes. Raise UserError if the recipe cannot be run as it stands."""
-    objective, config = recipe.objective(), recipe.model_config()
+    objective, config = build_objective(recipe), build_config(recipe)
+    check_image_sizes(recipe.eval, config.vision_config.patch_size)
     _check_trained(recipe, objective, config)
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     _check_log(recipe)
@@ -169,7 +171,7 @@ def check(recipe: Recipe) -> Plan:
         UserError: the recipe cannot be run as it stands.
         OSError: shared memory is full, or a file cannot be fetched.
     """
-    tasks, data = recipe.eval.planned(), recipe.data
+    tasks, data = planned_tasks(recipe.eval), recipe.data
     objective, config, stages = check_settings(recipe, place_in_world())
     for task in tasks:
         task.check()

@@ -16,14 +16,16 @@ from flipscale.engines.launch import PRECISION, faster_precision, launched_preci
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
+from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.io.atomic import sync
 from flipscale.io.files import quoted
 from flipscale.io.surroundings import known
 from flipscale.io.text_table import duration
+from flipscale.objectives.build import build_config
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.console import only_describes
 from flipscale.training.plan import Plan
-from flipscale.training.recipe import Recipe
 from flipscale.training.run_directory import device_name, typed_command, write_run_files
 from flipscale.training.run_summary import RunSummary
 from flipscale.training.schedule import Stage
@@ -51,7 +53,7 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str, **facts: An
         num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, **facts)
         if plan.class_names:
             keep_class_names(Path(run_dir), plan.class_names)
-        batch, vision = recipe.data.global_batch_size, recipe.model_config().vision_config
+        batch, vision = recipe.data.global_batch_size, build_config(recipe).vision_config
         is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
         stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
         times = last * batch / plan.source.num_drawn
@@ -113,7 +115,7 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
     `seconds` are of training; `results` has the last one of each task."""
     run_dir = Path(recipe.output_dir)
     model, own = run_dir / "model", OWN_TASKS.get(recipe.loss.kind)
-    data = next((task.data for task in recipe.eval.planned() if task.kind == (own or "zero_shot")), "TEST_SET")
+    data = next((task.data for task in planned_tasks(recipe.eval) if task.kind == (own or "zero_shot")), "TEST_SET")
     undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
     changes = [one for one in with_changes(results) if one.headline and one.who in CHANGES]
     rows = [

@@ -32,8 +32,9 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, check_writable, quoted
 from flipscale.io.surroundings import known, own_commit, versions
 from flipscale.io.yaml_text import read_saved_recipe
+from flipscale.objectives.build import build_config, build_objective
+from flipscale.recipe.recipe import Recipe, conflicts, to_yaml
 from flipscale.training.preemption import STOP_FILE
-from flipscale.training.recipe import Recipe, conflicts, to_yaml
 from flipscale.training.run_summary import RunSummary
 
 _log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def write_run_files(
     start; `facts` are further fields of the record."""
     run_dir = Path(recipe.output_dir)
     with torch.device("meta"):
-        kind, config = recipe.objective().exported_model(recipe.model_config())
+        kind, config = build_objective(recipe).exported_model(build_config(recipe))
         num_parameters = kind(config).num_parameters()
     # Weights, moments and averages have four bytes a parameter.
     tensors = 1 + (2 if recipe.optim.name == "adamw" else 1) + (recipe.optim.ema_decay is not None)

@@ -13,8 +13,9 @@ from flipscale.io import json_lines
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.recipe import CostRecipe
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.outputs import CostRecipe
+from flipscale.training.schedule import plan_stages
 
 ENERGY_FILE = "energy.jsonl"
 _CHECKPOINT = re.compile("step-[0-9]{8,15}")

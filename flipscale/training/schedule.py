@@ -7,61 +7,16 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flipscale.data.recipe import check_weights
 from flipscale.io.errors import UserError
-from flipscale.io.options import (
-    NonNegative,
-    Pixels,
-    Samples,
-    SamplesOrZero,
-    ShareAboveZero,
-    ShareBelowOne,
-    check_ranges,
-)
+from flipscale.io.options import check_ranges
+from flipscale.recipe.data import check_weights
+from flipscale.recipe.optim import StageRecipe
 
 # Shares are written with a few digits, so their sum may differ from 1 by this.
 _SUM_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class StageRecipe:
-    """A part of the run. The paper's recipe has two stages: masked pre-training and unmasked tuning.
-
-    Args:
-        name: The name of the stage in the log, unique in the run.
-        samples: Number of pairs, rounded down to whole steps; with a time budget, the stages' proportion.
-        mask_ratio: Fraction of the patches to remove; 0 for whole images.
-        text_mask_ratio: Fraction of all caption tokens to remove, padding included.
-        base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then cosine to 0)
-            and a new optimiser, like the original's tuning. Without it, the previous stage's continue.
-        warmup_samples: Samples of linear warm-up at the start of the schedule.
-        share: Share of `budget_minutes`, instead of `samples`. The shares of all stages add up to 1.
-        warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.
-        image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. Position
-            coordinates are rescaled to the new grid of patches.
-        captions: Weights of the kinds of captions, in place of `data.captions`.
-        frozen: Parts whose weights stay fixed in this stage, besides those of `model.frozen`, such as
-            `[vision_model, text_model]` to train only the projections. A stage with other frozen parts than the
-            previous stage needs a base_lr.
-        gradient_checkpointing: `model.gradient_checkpointing` of this stage, as masked images may fit without it. Null
-            is the model's. Does not change what is learned.
-    """
-
-    name: str
-    samples: Samples | None = None
-    mask_ratio: ShareBelowOne = 0.0
-    base_lr: NonNegative | None = None
-    warmup_samples: SamplesOrZero = 0
-    text_mask_ratio: ShareBelowOne = 0.0
-    share: ShareAboveZero | None = None
-    warmup_share: ShareBelowOne = 0.0
-    image_size: Pixels | None = None
-    captions: dict[str, NonNegative] | None = field(default=None, hash=False)
-    frozen: tuple[str, ...] = ()
-    gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,12 @@ from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock, start_of
-from flipscale.objectives.recipe import loss_kinds
+from flipscale.objectives.build import build_config, build_objective, loss_kinds
+from flipscale.recipe.recipe import Recipe, conflicts
 from flipscale.training.plan import Plan, check, compiles
-from flipscale.training.recipe import Recipe, conflicts
+from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import Schedule
-from flipscale.training.start_weights import text_rows, warn_of_pixels
 from flipscale.training.stored import embedded_by
 from flipscale.training.watch import HangWatch
 
@@ -161,8 +161,8 @@ def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, 
     from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
     from flipscale.engines.trained import add_lora, freeze
 
-    config, launch, first = recipe.model_config(), launch_of(os.environ), schedule.first(start.state)
-    model_class = recipe.objective().trained_class(config)
+    config, launch, first = build_config(recipe), launch_of(os.environ), schedule.first(start.state)
+    model_class = build_objective(recipe).trained_class(config)
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
     fill = no_weights if reader else initial_weights(*start_from, embedded_by(recipe), rows)

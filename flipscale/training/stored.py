@@ -8,14 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
 from flipscale.data.features import PROBE, StoredFeatures, read_about
-from flipscale.data.recipe import STORED_TOWERS
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.teachers import StoredCrops, Teacher
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.options import refuse_set
-from flipscale.training.recipe import Recipe
+from flipscale.recipe.data import STORED_TOWERS
+from flipscale.recipe.recipe import Recipe
 
 
 def open_stored(

@@ -20,10 +20,11 @@ from flipscale.evaluation.results import Result, append_results, as_metrics, dro
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import read_text
+from flipscale.recipe.outputs import LogRecipe
+from flipscale.recipe.recipe import as_fields
 from flipscale.training.diagnosis import Diagnosis
 from flipscale.training.energy_meter import EnergyMeter
 from flipscale.training.plan import Plan
-from flipscale.training.recipe import LogRecipe, as_fields
 from flipscale.training.report import draw_figures, interval_line, results_line
 from flipscale.training.schedule import Schedule, Step, has_passed, is_due
 from flipscale.training.sync import StepResult

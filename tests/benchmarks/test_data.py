@@ -9,7 +9,7 @@ import torch
 from benchmarks import data as bench
 from benchmarks.data import DataSetting, compare_data, device_bytes, measure_data, open_clip_batches, webdataset_batches
 from flipscale.data.pairs import InputShape
-from flipscale.data.recipe import DataRecipe
+from flipscale.recipe.data import DataRecipe
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
 SMALL = ["--image_size", "32", "--patch_size", "8", "--batch_size", "8", "--batches", "1"]

@@ -23,7 +23,7 @@ from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import KINDS as EVALUATIONS
 from flipscale.hub.loading import load_dual_encoder
-from flipscale.objectives.recipe import loss_kinds
+from flipscale.objectives.build import loss_kinds
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SIMILARITY = "from flipscale.evaluation.kinds.similarity import Similarity\n"

@@ -6,7 +6,8 @@ import yaml
 from cli.pages import ROOT
 
 from flipscale.data.task_page import Reference, TaskPage, suite_pages
-from flipscale.evaluation.recipe import EvalRecipe
+from flipscale.evaluation.suite import planned_tasks
+from flipscale.recipe.outputs import EvalRecipe
 
 PAGE = (ROOT / "docs/evaluation.md").read_text()
 PAPER_MODEL = "FLIP L/14, LAION-400M"
@@ -40,7 +41,7 @@ def test_the_table_of_tasks_is_what_their_pages_say() -> None:
 
 def test_its_recipe_is_one() -> None:
     (shown,) = re.findall(r"```yaml\n(eval:\n.*?)```", PAGE, re.DOTALL)
-    planned = {task.name: task.every_samples for task in EvalRecipe(**yaml.safe_load(shown)["eval"]).planned()}
+    planned = {task.name: task.every_samples for task in planned_tasks(EvalRecipe(**yaml.safe_load(shown)["eval"]))}
     assert planned == {"imagenet1k": 1_000_000_000, "cars": 200_000_000, "mine": 1_000_000_000}
 
 

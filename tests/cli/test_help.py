@@ -11,7 +11,7 @@ import pytest
 from flipscale.cli import TRAINING, VERBS, main, module_of
 from flipscale.data.masks import IMAGE_MASKS
 from flipscale.evaluation.suite import KINDS
-from flipscale.training.recipe import build_parser
+from flipscale.recipe.recipe import build_parser
 
 
 def parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:

@@ -15,12 +15,13 @@ import yaml
 from conftest import COLOURS, add_member, metrics, write_shards
 
 from flipscale import cli
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.convert_open_clip import open_clip_config
 from flipscale.init import _fitted, _recipe_of, _recipe_text, measured_rates
 from flipscale.io import progress
+from flipscale.objectives.build import build_config
 from flipscale.planning.proposal import (
     FEW_CLASSES,
     MOST_REPEATED,
@@ -31,8 +32,10 @@ from flipscale.planning.proposal import (
     samples_in,
     survey,
 )
-from flipscale.training.recipe import parse_recipe
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.optim import StageRecipe
+from flipscale.training.complete_recipe import parse_recipe
+from flipscale.training.schedule import plan_stages
 
 DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)
 
@@ -70,7 +73,7 @@ def test_a_recipe_for_this_machine_trains(
     recipe = parse_recipe(["--config", str(file)])
     assert (recipe.budget_minutes, recipe.eval.every_share, recipe.log.every_samples) == (0.02, 0.1667, None)
     assert sum(stage.share for stage in recipe.stages) == pytest.approx(1.0)
-    assert [task.kind for task in recipe.eval.planned()] == ["zero_shot", "retrieval"]
+    assert [task.kind for task in planned_tasks(recipe.eval)] == ["zero_shot", "retrieval"]
     cli.main(["pretrain", "--config", "mine.yaml", "--dry_run"])
     cli.main(["pretrain", "--config", "mine.yaml", "--log.report_to", "[]"])
     assert {"zero_shot/top1", "retrieval/image_to_text_r1"} <= metrics(file.parent / "runs/mine")[-1].keys()
@@ -205,7 +208,7 @@ def test_proposals(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
     )
     assert recipe.data.global_batch_size % max(num_gpus, 1) == 0
     assert recipe.data.global_batch_size <= max(pairs, num_gpus)
-    open_clip_config(recipe.model_config())
+    open_clip_config(build_config(recipe))
 
 
 def test_a_warning_of_repeated_captions() -> None:

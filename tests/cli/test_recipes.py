@@ -12,7 +12,9 @@ import yaml
 from conftest import metrics
 
 from flipscale.cli import main
-from flipscale.training.recipe import RECIPES, Recipe, deciding_part, differences, parse_recipe, to_yaml
+from flipscale.objectives.build import build_config
+from flipscale.recipe.recipe import RECIPES, Recipe, deciding_part, differences, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,11 +43,11 @@ def test_the_vocabulary_follows_the_tokenizer(tokenizer_dir: Path, tmp_path: Pat
     (tmp_path / "free.yaml").write_text(yaml.safe_dump({**free, "data": {"tokenizer": str(tokenizer_dir)}}))
     words = ["--config", str(tmp_path / "free.yaml")]
     follows = parse_recipe(words)
-    assert follows.model_config().text_config.vocab_size == 12
+    assert build_config(follows).text_config.vocab_size == 12
     assert "vocab_size: 12" in to_yaml(follows), "the run would not remember it"
-    assert parse_recipe(words, is_saved=True).model_config().text_config.vocab_size == 30523
+    assert build_config(parse_recipe(words, is_saved=True)).text_config.vocab_size == 30523
     weights = parse_recipe([*words, "--model.init_from", "runs/other/model"])
-    assert weights.model_config().text_config.vocab_size == 30523
+    assert build_config(weights).text_config.vocab_size == 30523
     with pytest.raises(ValueError, match=f"data.tokenizer '{tmp_path}' cannot be loaded"):
         parse_recipe([*words, "--data.tokenizer", str(tmp_path)])
 
@@ -81,7 +83,7 @@ def test_the_paper_s_captioning_and_question_answering(name: str, samples: int) 
     assert (recipe.data.global_batch_size, recipe.optim.weight_decay, stage.mask_ratio) == (256, 0.01, 0.0)
     assert stage.last == pytest.approx(20 * samples / 256, abs=1)
     assert stage.warmup == pytest.approx(3 * samples / 256, abs=1)
-    config = recipe.model_config()
+    config = build_config(recipe)
     assert (config.vision_config.image_size, config.vision_config.position_size) == (512, 224)
     parts = {"decoder_config": (384, 3, 6), "answer_config": (768, 4, 12)}
     found = {part: getattr(config, part) for part in parts if getattr(config, part) is not None}

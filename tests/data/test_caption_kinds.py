@@ -16,12 +16,13 @@ from PIL import Image
 
 from flipscale.data.captions import choose_captions
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds
-from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import BadSample, MissingCaption
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.objectives.build import build_objective
 from flipscale.pretrain import pretrain
-from flipscale.training.recipe import parse_recipe
+from flipscale.recipe.data import DataRecipe, SourceRecipe
+from flipscale.training.complete_recipe import parse_recipe
 
 KINDS = {"alt": 0.3, "synthetic": 0.7}
 
@@ -198,4 +199,4 @@ def test_two_captions_of_an_image_are_learned(kinds_recipe: Callable[..., Path],
 )
 def test_what_does_not_fit_is_refused(kinds_recipe: Callable[..., Path], flags: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        parse_recipe(["--config", str(kinds_recipe("refused")), *flags]).objective()
+        build_objective(parse_recipe(["--config", str(kinds_recipe("refused")), *flags]))

@@ -11,8 +11,8 @@ import torch
 
 from flipscale.data.labelled import Augment, LabelledDataset
 from flipscale.data.pairs import InputShape
-from flipscale.data.recipe import AugmentRecipe, DataRecipe
 from flipscale.data.sources.opening import open_source
+from flipscale.recipe.data import AugmentRecipe, DataRecipe
 
 PAPER = AugmentRecipe("rand-m9-mstd0.5-inc1", 0.8, 1.0)
 

@@ -17,9 +17,9 @@ from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory, shared_buffer
 from flipscale.data.pairs import InputShape, PairDataset, caption_ids
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.recipe.data import DataRecipe
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
 

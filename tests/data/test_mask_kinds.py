@@ -6,8 +6,8 @@ import torch
 from conftest import TOWER
 
 from flipscale.data.masks import branch_scales, grid_cell, keep_patches, keep_tokens
-from flipscale.data.recipe import MaskRecipe
 from flipscale.model import FlipVisionConfig, FlipVisionModel
+from flipscale.training.complete_recipe import parse_recipe
 
 
 def noise(batch: int, *shape: int) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_an_impossible_mask_is_refused(arguments: tuple, message: str) -> None:
 def test_a_recipe_s_kind_must_exist() -> None:
     for field in ("kind", "text_kind"):
         with pytest.raises(ValueError, match=f"mask.{field} is 'spiral'; use one of random"):
-            MaskRecipe(**{field: "spiral"})
+            parse_recipe([f"--mask.{field}=spiral"])
 
 
 BLOCKS, RATE = 5, 0.4

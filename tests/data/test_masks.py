@@ -12,9 +12,9 @@ from flipscale.data.decode import Crop, decode_crop
 from flipscale.data.masks import keyed_patches, mask_tokens, removed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import DataRecipe, MaskRecipe
 from flipscale.data.sources.tar import TarSource
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.recipe.data import DataRecipe, MaskRecipe
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

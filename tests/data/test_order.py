@@ -9,11 +9,11 @@ import pytest
 
 from flipscale.data import order as order_module
 from flipscale.data.loader import StepSampler
-from flipscale.data.order import GlobalOrder, Lanes, number_of_lanes
+from flipscale.data.order import GlobalOrder, Lanes
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Source
 from flipscale.data.sources.mixture import Mixture, MixtureOrder, order_of
+from flipscale.recipe.data import DataRecipe, number_of_lanes
 
 BATCH = 768  # which 1, 2, 3, 8 and 256 processes divide, and 8 and 64 lanes
 

@@ -12,8 +12,9 @@ from flipscale.data.captions import MAX_ROW_COUNTS, pack_captions
 from flipscale.engines.first_weights import compile_blocks
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.families import config_class
+from flipscale.objectives.build import build_config
 from flipscale.pretrain import pretrain
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 END, WIDTH = 3, 20
 VISION = {**TOWER, "image_size": 16, "patch_size": 8, "projection_dim": 24}
@@ -161,4 +162,4 @@ def test_what_would_not_be_equal_is_refused(
 ) -> None:
     file = write_recipe(tmp_path / "run", model={"text_config": CLIP["text_config"]})
     with pytest.raises(ValueError, match=expected):
-        parse_recipe(["--config", str(file), "--data.pack_captions", "true", *flags]).model_config()
+        build_config(parse_recipe(["--config", str(file), "--data.pack_captions", "true", *flags]))

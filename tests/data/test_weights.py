@@ -15,11 +15,11 @@ from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
 from flipscale.data.loader import StepSampler
 from flipscale.data.order import GlobalOrder, Lanes
-from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import Source, candidates, shard_sizes_digest
 from flipscale.data.sources.mixture import Mixture, order_of
 from flipscale.data.sources.opening import open_source, open_weights
 from flipscale.preparation.weights import WeightOptions, make_weights
+from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.status import as_table, read_status
 
 BATCH = 96

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 from flipscale.data import loader as data_loader
 from flipscale.data.loader import PackedBatch, build_loader, on_device, prefetch, restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, WholeImages
 from flipscale.model import FlipConfig
+from flipscale.recipe.data import DataRecipe
 
 
 class Probe(PairDataset):

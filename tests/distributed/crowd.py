@@ -84,7 +84,7 @@ class Crowds:
 def train(file: str) -> None:
     """Train a run to its end."""
     from flipscale.pretrain import pretrain
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.complete_recipe import parse_recipe
 
     pretrain(parse_recipe(["--config", file]))
 
@@ -126,7 +126,7 @@ def train_compiled(file: str) -> None:
 
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
-    from flipscale.engines.recipe import SaveRecipe
+    from flipscale.recipe.outputs import SaveRecipe
     from flipscale.training.between_steps import Saver
     from flipscale.training.tracking import Tracker
     from flipscale.training.watch import StepWatch
@@ -142,8 +142,8 @@ def rewrite(file: str) -> None:
 
 def resumed(file: str) -> tuple:
     """Return a recipe, its plan, the start of its run and the engine, ready to train."""
+    from flipscale.training.complete_recipe import parse_recipe
     from flipscale.training.plan import check
-    from flipscale.training.recipe import parse_recipe
     from flipscale.training.start import Laps, join, resume
 
     recipe = parse_recipe(["--config", file])

@@ -14,7 +14,7 @@ from clock import Clock
 from conftest import launch
 from distributed.crowd import ENVIRONMENTS, start_ranks
 
-from flipscale.data.order import number_of_lanes
+from flipscale.recipe.data import number_of_lanes
 
 # On a free machine they take eleven; what they would wait for otherwise takes ten minutes.
 ALL_END_WITHIN_SECONDS = 120

@@ -18,8 +18,8 @@ from torch import nn
 
 from flipscale.cli import main
 from flipscale.hub.loading import open_embedder
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 CROPS = ("--crops", "3", "--crop_scale", "0.3", "1.0", "--seed", "5")
 # The case, and what it changes.

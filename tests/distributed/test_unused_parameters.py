@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 from dataclasses import dataclass
 from flipscale.objectives.contrastive import Contrastive
-from flipscale.objectives.recipe import loss_kinds
+from flipscale.objectives.build import loss_kinds
 from flipscale.pretrain import main
 
 @dataclass(frozen=True, kw_only=True)

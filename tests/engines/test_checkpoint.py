@@ -17,9 +17,10 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import gradient_norm
-from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.model import FlipConfig
 from flipscale.objectives.contrastive import contrastive_loss
+from flipscale.recipe.optim import OptimRecipe
+from flipscale.recipe.outputs import SaveRecipe
 
 CONFIG = FlipConfig(
     vision_config={**TOWER, "image_size": 16, "patch_size": 8},

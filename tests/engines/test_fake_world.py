@@ -21,9 +21,9 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, share_out
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.start import engine_class
 from flipscale.model import FlipConfig
+from flipscale.recipe.optim import OptimRecipe
 
 
 @contextmanager

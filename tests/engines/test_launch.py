@@ -21,8 +21,8 @@ from flipscale.engines.launch import (
     promised_processes,
     read_launch_file,
 )
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.start import build_engine, engine_class, engine_classes, start_accelerator
+from flipscale.recipe.optim import OptimRecipe
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 LAUNCH_FILES = sorted(FOLDER.glob("*.yaml"))

@@ -16,11 +16,11 @@ from flipscale.engines.optimizers import (
     muon_matrices,
     set_learning_rate,
 )
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_name
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
-from flipscale.training.schedule import Stage, StageRecipe, plan_stages
+from flipscale.recipe.optim import OptimRecipe, StageRecipe
+from flipscale.training.schedule import Stage, plan_stages
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 POSITIONS = "img_encoder/posembed_encoder/pos_embedding"

@@ -14,8 +14,8 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import evaluate_model
 from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.training.recipe import parse_recipe
+from flipscale.evaluation.suite import build_tasks, check_image_sizes, evaluate_tasks
+from flipscale.training.complete_recipe import parse_recipe
 
 
 @pytest.fixture
@@ -88,4 +88,4 @@ def test_sizes_that_cannot_be(embedder: Embedder, recipe: dict, shards: Path) ->
     words = [f"--{name}={json.dumps(value)}" for name, value in recipe.items()]
     tasks = json.dumps({"tasks": [{"kind": "zero_shot", "data": str(shards), "image_size": 20}]})
     with pytest.raises(ValueError, match=r"eval\.tasks: zero_shot: image_size 20 is not divisible by patch_size 8"):
-        parse_recipe([*words, f"--eval={tasks}"]).model_config()
+        check_image_sizes(parse_recipe([*words, f"--eval={tasks}"]).eval, 8)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from flipscale.data.task_page import page_names, read_page, suite_pages
-from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.evaluation.suite import build_task, build_tasks
+from flipscale.evaluation.suite import build_task, build_tasks, planned_tasks
+from flipscale.recipe.outputs import EvalRecipe
 
 # Tasks with the source's class names, because CLIP lists other classes or no classes.
 WITHOUT_NAMES = {
@@ -62,14 +62,14 @@ def test_a_recipe_names_tasks() -> None:
         ["food101", {"task": "imagenet1k", "every_samples": 7}, {"task": "imagenet1k_80", "name": "many"}],
         every_samples=100, tasks_dir="sets",
     )  # fmt: skip
-    planned = [(task.name, task.kind, task.data, task.every_samples) for task in recipe.planned()]
+    planned = [(task.name, task.kind, task.data, task.every_samples) for task in planned_tasks(recipe)]
     assert planned == [
         ("food101", "zero_shot", "sets/food101", 100),
         ("imagenet1k", "zero_shot", "sets/imagenet1k", 7),
         ("many", "zero_shot", "sets/imagenet1k", 100),
     ]
     apart = recipe.every(1 / 3)
-    assert (apart.every_share, {task.every_samples for task in apart.planned()}) == (1 / 3, {None})
+    assert (apart.every_share, {task.every_samples for task in planned_tasks(apart)}) == (1 / 3, {None})
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from evaluation.tiny_model import pixels_of, tiny_embedder
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks, planned_tasks
+from flipscale.recipe.outputs import EvalRecipe
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_short_forms_are_tasks() -> None:
         tasks=[{"kind": "zero_shot", "data": "a", "every_samples": 7}, {"kind": "zero_shot", "data": "b", "name": "n"}],
         every_samples=100, zero_shot="c", retrieval="d",
     )  # fmt: skip
-    planned = [(task.name, task.data, task.every_samples) for task in recipe.planned()]
+    planned = [(task.name, task.data, task.every_samples) for task in planned_tasks(recipe)]
     assert planned == [("zero_shot", "c", 7), ("n", "b", 100), ("retrieval", "d", 100)]
     apart = recipe.every(1 / 3)
-    assert (apart.every_share, {task.every_samples for task in apart.planned()}) == (1 / 3, {None})
+    assert (apart.every_share, {task.every_samples for task in planned_tasks(apart)}) == (1 / 3, {None})

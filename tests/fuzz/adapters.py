@@ -14,16 +14,18 @@ from conftest import TOWER, write_tokenizer
 from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
-from flipscale.data.recipe import DataRecipe
-from flipscale.engines.recipe import LoraRecipe, OptimRecipe
 from flipscale.engines.trained import add_lora
 from flipscale.hub.export import build_processor, export_adapter, export_model
 from flipscale.hub.loading import open_embedder
 from flipscale.io.digests import digest_of, digests_to_json
 from flipscale.io.model_folder import open_weights
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.training.recipe import ModelRecipe, Recipe, parse_recipe, to_yaml
-from flipscale.training.schedule import StageRecipe
+from flipscale.objectives.build import build_config
+from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.model import ModelRecipe
+from flipscale.recipe.optim import LoraRecipe, OptimRecipe, StageRecipe
+from flipscale.recipe.recipe import Recipe, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 _BASE = ("config.json", "model.safetensors")
@@ -92,7 +94,7 @@ def attack(data: bytes, folder: Path) -> None:
             with suppress(ValueError, OSError):
                 open_embedder(model, Accelerator(cpu=True))
         with suppress(ValueError, OSError):
-            parse_recipe([f"--model.init_from={changed}", "--data.shards=made"]).model_config()
+            build_config(parse_recipe([f"--model.init_from={changed}", "--data.shards=made"]))
         with suppress(ValueError, OSError):
             open_weights(changed)
         return

@@ -16,13 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
 from flipscale.data.features import ABOUT, PROBE, StoredFeatures
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.digests import weights_digest
 from flipscale.preparation.weights import WeightOptions, make_weights
-from flipscale.training.recipe import ModelRecipe, Recipe
-from flipscale.training.schedule import StageRecipe
+from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.model import ModelRecipe
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.recipe import Recipe
 from flipscale.training.stored import embedded_by, open_stored, open_teacher
 
 _FILES = (ABOUT, "images/00000.npy", "texts/00000.npy")

@@ -3,7 +3,9 @@
 from contextlib import suppress
 from pathlib import Path
 
-from flipscale.training.recipe import RECIPES, parse_recipe, to_yaml
+from flipscale.objectives.build import build_config, build_objective
+from flipscale.recipe.recipe import RECIPES, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 # Fields that no recipe of the package has.
@@ -46,7 +48,7 @@ def attack(data: bytes, folder: Path) -> None:
     file.write_bytes(data)
     with suppress(ValueError, OSError):
         recipe = parse_recipe(["--config", str(file)])
-        recipe.model_config()
-        recipe.objective()
+        build_config(recipe)
+        build_objective(recipe)
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         to_yaml(recipe)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from flipscale.evaluation.reports.record import Line, append_lines, data_name, weights_digest
 from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import model_index, read_audit, results_table, write_card
-from flipscale.training.recipe import parse_recipe, to_yaml
+from flipscale.recipe.recipe import to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 

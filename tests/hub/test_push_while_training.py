@@ -17,7 +17,8 @@ from hub.loopback_hub import TOKEN, LoopbackHub
 
 from flipscale.cli import main
 from flipscale.hub.push import BackgroundPush, Target, open_target
-from flipscale.training.recipe import HubRecipe, Recipe
+from flipscale.recipe.outputs import HubRecipe
+from flipscale.recipe.recipe import Recipe
 
 HUB = {"push_to_hub": True, "hub_model_id": "org/name"}
 

@@ -22,8 +22,8 @@ from flipscale.io.options import (
     number,
     output_folder,
 )
-from flipscale.objectives.recipe import loss_kinds
-from flipscale.training.recipe import Recipe
+from flipscale.objectives.build import loss_kinds
+from flipscale.recipe.recipe import Recipe
 
 
 @dataclasses.dataclass

@@ -20,7 +20,6 @@ from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 from flipscale.cli import main
 from flipscale.data.labelled import QuestionDataset
 from flipscale.data.pairs import InputShape
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, fresh_weights
@@ -28,8 +27,9 @@ from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip_vqa import answer_losses
 from flipscale.objectives.answer import Answer
 from flipscale.planning.flops import forward_flops
+from flipscale.recipe.data import DataRecipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 Write = Callable[..., Path]
 ANSWERS = [*COLOURS, *SHAPES]

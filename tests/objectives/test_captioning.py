@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from flipscale.data.masks import keep_patches
 from flipscale.data.pairs import InputShape
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, compile_blocks, fresh_weights
@@ -26,13 +25,15 @@ from flipscale.hub.loading import load_dual_encoder, load_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 from flipscale.model.modeling_flip_caption import caption_inputs
 from flipscale.model.patches import take_patches
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import Step, forward_flops
 from flipscale.planning.memory import measured
+from flipscale.recipe.data import DataRecipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 CONFIG = FlipConfig(
     vision_config={**TOWER, "image_size": 32, "patch_size": 8},
@@ -228,7 +229,7 @@ def test_a_folder_of_both_losses(write: Write, shards: Path) -> None:
     folder = one / "model"
     stored = load_file(folder / "model.safetensors")
     recipe = parse_recipe(["--config", str(write("one", **changes))])
-    expected = CaptioningFlipModel(recipe.objective().model_config(recipe.model.config())).state_dict()
+    expected = CaptioningFlipModel(build_objective(recipe).model_config(recipe.model.config())).state_dict()
     assert stored.keys() == expected.keys()
     for kind, expected_class in ((AutoModel, FlipModel), (AutoModelForImageTextToText, FlipForConditionalGeneration)):
         loaded = kind.from_pretrained(folder)
@@ -275,6 +276,6 @@ def test_cut_captions_have_no_end(write: Write) -> None:
     recipe = parse_recipe(["--config", str(write("cut", loss={"kind": "captioning"}, model=model))])
     columns = next(iter(check(recipe).datasets.values())).__getitems__([0, 1, 2])
     assert columns["input_ids"].shape == (3, 2), "a caption has three words"
-    decoder = recipe.model_config().decoder_config
+    decoder = build_config(recipe).decoder_config
     _, labels = caption_inputs(columns["input_ids"], columns["attention_mask"], decoder)
     assert torch.equal(labels, columns["input_ids"].long())

@@ -20,11 +20,12 @@ from transformers import AutoModelForImageClassification
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
 from flipscale.hub.loading import load_dual_encoder
+from flipscale.objectives.build import build_config
 from flipscale.objectives.classify import Classify, ClassifyOutput
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import planned_model, recipe_memory
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 Write = Callable[..., Path]
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -154,7 +155,7 @@ def test_the_plan_counts_only_image_tower_and_head() -> None:
     recipe = parse_recipe(["--config", "finetune_l16_imagenet"])
     # 61.6 G multiply-adds a forward pass of L/16 (`l16_laion400m` has 64.3 with its text tower), three for a step.
     assert pair_flops(recipe)["fine-tuning"] == pytest.approx(3 * 2 * 61.6e9, rel=0.005)
-    model = planned_model(recipe.model_config(), Classify.model_class)
+    model = planned_model(build_config(recipe), Classify.model_class)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert weights == pytest.approx(303.1e6 + 1000 * 1025, rel=0.002)
     memory = recipe_memory(recipe, Launch("ddp", 8))

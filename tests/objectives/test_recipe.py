@@ -12,16 +12,17 @@ import yaml
 from conftest import TOWER, metrics
 
 from flipscale.cli import main
-from flipscale.data.recipe import MaskRecipe
 from flipscale.engines.optimizers import build_optimizers
-from flipscale.engines.recipe import OptimRecipe
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
+from flipscale.objectives.build import build_objective, loss_kinds, with_options
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.recipe import LossRecipe, build_objective, loss_kinds
 from flipscale.objectives.reconstruction import WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
-from flipscale.training.recipe import differences, parse_recipe, to_yaml
+from flipscale.recipe.loss import LossRecipe
+from flipscale.recipe.optim import OptimRecipe
+from flipscale.recipe.recipe import Recipe, differences, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,9 @@ def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_are_resolved() -> None:
-    recipe = LossRecipe("scaled", {"factor": 3})
+    recipe = with_options(LossRecipe("scaled", {"factor": 3}))
     assert recipe.options == {"factor": 3.0, "rounds": 1}
-    assert build_objective(recipe, MaskRecipe()) == Scaled(factor=3.0, rounds=1)
+    assert build_objective(Recipe(loss=recipe)) == Scaled(factor=3.0, rounds=1)
     assert LossRecipe().options == {}
 
 
@@ -101,16 +102,16 @@ def test_options_are_resolved() -> None:
 )
 def test_wrong_options_are_refused(kind: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LossRecipe(kind, options)
+        with_options(LossRecipe(kind, options))
 
 
 def test_positives() -> None:
     recipe = LossRecipe("sigmoid", positives="equal_captions")
-    assert build_objective(recipe, MaskRecipe()) == Sigmoid(positives="equal_captions")
+    assert build_objective(Recipe(loss=recipe)) == Sigmoid(positives="equal_captions")
     assert recipe.options == {}
     for kind, options in {"infonce": {}, "classify": {"num_classes": 2}, "captioning": {}, "distance": {}}.items():
         with pytest.raises(ValueError, match=f"loss.positives .*'equal_captions'.*'{kind}'"):
-            LossRecipe(kind, options, positives="equal_captions")
+            with_options(LossRecipe(kind, options, positives="equal_captions"))
     before = yaml.safe_load(to_yaml(parse_recipe(["--loss.kind", "sigmoid"])))
     del before["loss"]["positives"]  # as in the recipe of a run before there was the field
     assert differences(parse_recipe(["--loss.kind", "sigmoid"]), before) == []
@@ -129,11 +130,11 @@ def test_options_in_files_and_flags(tmp_path: Path) -> None:
 
 
 def test_reconstruction_goes_with_losses_of_the_plain_model() -> None:
-    objective = build_objective(LossRecipe("scaled", reconstruction_weight=0.5), MaskRecipe())
+    objective = build_objective(Recipe(loss=LossRecipe("scaled", reconstruction_weight=0.5)))
     assert objective == WithReconstruction(other=Scaled(), weight=0.5)
     assert objective.columns == ("masked_patches",)
     with pytest.raises(ValueError, match=r"loss.kind is tempered .*reconstruction_weight"):
-        build_objective(LossRecipe("tempered", reconstruction_weight=0.5), MaskRecipe())
+        build_objective(Recipe(loss=LossRecipe("tempered", reconstruction_weight=0.5)))
 
 
 def test_the_model_decides_which_loss_parameters_decay() -> None:

@@ -11,10 +11,11 @@ from objectives.test_contrastive import captions_of, check_against_fp64, embeds_
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
-from flipscale.data.recipe import MaskRecipe
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.objectives.build import build_objective
 from flipscale.objectives.sigmoid import sigmoid_loss
+from flipscale.recipe.loss import LossRecipe
+from flipscale.recipe.recipe import Recipe
 
 
 def plain_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -86,13 +87,13 @@ def test_models_with_and_without_bias(tmp_path: Path) -> None:
     output = loaded(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16), return_loss=True)
     cosines = output.image_embeds @ output.text_embeds.T
     assert torch.allclose(output.logits_per_image, 10 * cosines - 10)
-    objective = build_objective(LossRecipe("sigmoid"), MaskRecipe())
+    objective = build_objective(Recipe(loss=LossRecipe("sigmoid")))
     ours = objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
     assert ours.item() == pytest.approx(output.loss.item(), rel=1e-6)
 
 
 def test_the_configuration_is_copied() -> None:
     config = FlipConfig()
-    changed = build_objective(LossRecipe("sigmoid"), MaskRecipe()).model_config(config)
+    changed = build_objective(Recipe(loss=LossRecipe("sigmoid"))).model_config(config)
     assert (changed.logit_bias_init_value, config.logit_bias_init_value) == (-10.0, None)
     assert changed.logit_scale_init_value == math.log(10.0) != config.logit_scale_init_value

@@ -15,13 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flipscale.data.recipe import MaskRecipe
 from flipscale.engines.launch import Launch
-from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.objectives.build import build_objective
 from flipscale.objectives.teacher import Distilled, _change_and_gradients
 from flipscale.objectives.tiles import PrecomputedGradients
 from flipscale.planning.memory import loss_bytes
-from flipscale.training.recipe import deciding_part, parse_recipe, to_yaml
+from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.loss import LossRecipe
+from flipscale.recipe.recipe import Recipe, deciding_part, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 
 def teachers_of(batch: int, scales: list[float], width: int = 40, noise: float = 1.0) -> torch.Tensor:
@@ -96,13 +98,13 @@ def test_a_teacher_that_is_the_student_leaves_no_gradient() -> None:
 )
 def test_losses_without_teachers_are_refused(loss: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_objective(LossRecipe(**loss), MaskRecipe(), ["features/a"])
+        build_objective(Recipe(loss=LossRecipe(**loss), data=DataRecipe(teachers=["features/a"])))
 
 
 @pytest.mark.parametrize("name", ["teacher_weight", "teacher_temperature"])
 def test_settings_of_teachers_need_teachers(name: str) -> None:
     with pytest.raises(ValueError, match=f"loss.{name} is 0.5 and there are no teachers"):
-        build_objective(LossRecipe(**{name: 0.5}), MaskRecipe())
+        build_objective(Recipe(loss=LossRecipe(**{name: 0.5})))
 
 
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:
@@ -151,4 +153,4 @@ def test_a_card_shortens_the_teachers_folders() -> None:
     recipe = parse_recipe(["--config", "b16_cc3m", "--data.teachers", "[features/a, features/b]"])
     kept = deciding_part(yaml.safe_load(to_yaml(recipe)), name_of=lambda place: Path(place).name)
     assert kept["data"]["teachers"] == ["a", "b"]
-    assert build_objective(recipe.loss, recipe.mask, recipe.data.teachers).teacher_weight == 0.75
+    assert build_objective(recipe).teacher_weight == 0.75

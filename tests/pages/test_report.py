@@ -18,12 +18,13 @@ from conftest import add_member, changed_recipe, draw
 from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 
-from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import append_results, latest, read_results
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.pages import report
 from flipscale.pages.report import MOST_BYTES, mask_rows, offer_report, write_report
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.outputs import EvalRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 
 def recipe_of(run_dir: Path) -> Recipe:

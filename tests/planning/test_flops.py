@@ -10,15 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
-from flipscale.engines.recipe import LoraRecipe
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipVisionConfig
 from flipscale.model.families import config_class
 from flipscale.model.patches import num_kept
 from flipscale.planning import flops
 from flipscale.planning.flops import forward_flops, pair_flops
 from flipscale.planning.memory import heaviest_step
-from flipscale.training.recipe import parse_recipe
-from flipscale.training.schedule import StageRecipe
+from flipscale.recipe.optim import LoraRecipe, StageRecipe
+from flipscale.training.complete_recipe import parse_recipe
 
 PATCHES = "vision_model.embeddings.patch_embedding"
 SMALL = FlipConfig(

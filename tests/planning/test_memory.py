@@ -18,7 +18,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from flipscale.cli import main
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, read_launch_file
-from flipscale.engines.recipe import LoraRecipe
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.planning.flops import Step
 from flipscale.planning.memory import (
@@ -29,7 +28,9 @@ from flipscale.planning.memory import (
     trained_model,
     what_fits,
 )
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.optim import LoraRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 PARAMETERS = {"h14": 966_394_881, "g14": 2_514_907_393}
 LAUNCH_FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.yaml"))

@@ -29,9 +29,11 @@ from flipscale.engines.launch import Launch
 from flipscale.engines.start import build_engine
 from flipscale.model.modeling_flip import as_on_gpu
 from flipscale.objectives import exchange, tiles
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.step import consume_batch
 
 CPU = torch.device("cpu")
@@ -58,9 +60,9 @@ def tracked_bytes(recipe: Recipe, launch: Launch) -> dict[str, int]:
         )
         engine = build_engine(accelerator, launch, recipe.optim, recipe.data.global_batch_size)
         with _fake_tensors():
-            objective = recipe.objective()
+            objective = build_objective(recipe)
             engine.build(
-                recipe.model_config(), _as_cuda(recipe, engine), first_weights.no_weights, objective.model_class
+                build_config(recipe), _as_cuda(recipe, engine), first_weights.no_weights, objective.model_class
             )
             with mock.patch.object(DdpEngine, "_wrap", lambda self: self.model):
                 engine.prepare()
@@ -75,11 +77,11 @@ def tracked_bytes(recipe: Recipe, launch: Launch) -> dict[str, int]:
 
 
 def _take_step(engine: Engine, recipe: Recipe, launch: Launch, tracker: MemTracker | None) -> None:
-    step, objective = heaviest_step(recipe, launch), recipe.objective()
+    step, objective = heaviest_step(recipe, launch), build_objective(recipe)
     parts = recipe.data.global_batch_size // launch.num_processes // step.batch_size
     # Those that the feeder holds for later steps, and the one of the step before.
-    waiting = [example_batch(recipe.model_config(), step, objective) for _ in range((BATCHES_ON_DEVICE - 1) * parts)]
-    batch = [example_batch(recipe.model_config(), step, objective) for _ in range(parts)]
+    waiting = [example_batch(build_config(recipe), step, objective) for _ in range((BATCHES_ON_DEVICE - 1) * parts)]
+    batch = [example_batch(build_config(recipe), step, objective) for _ in range(parts)]
 
     call = type(engine).__call__
 

@@ -12,8 +12,8 @@ from conftest import add_member
 from data.test_caption_kinds import picture
 
 from flipscale import cli
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_source
+from flipscale.recipe.data import DataRecipe
 
 SIZES = [30, 17, 1, 48]
 

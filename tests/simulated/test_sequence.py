@@ -22,9 +22,9 @@ from flipscale.engines.launch import Launch, launch_environment, read_launch_fil
 from flipscale.engines.start import start_accelerator
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
 from flipscale.training.preemption import Stopped
-from flipscale.training.recipe import parse_recipe
 from flipscale.training.start import Start, resume
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"

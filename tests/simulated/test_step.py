@@ -17,8 +17,9 @@ from torch import nn
 
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import read_launch_file
+from flipscale.objectives.build import build_config
 from flipscale.planning.time import host_calls
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
@@ -126,7 +127,7 @@ def padded(module: nn.Module, shards: int, without: Collection[int] = ()) -> int
 
 def units(shards: int) -> list[tuple[int, int]]:
     """Elements of what FSDP2 gathers at once, and the bytes of each when it is gathered; the last is gathered once."""
-    model = model_without_storage(parse_recipe(RECIPE).model_config())
+    model = model_without_storage(build_config(parse_recipe(RECIPE)))
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     inside = {id(p) for block in blocks for p in block.parameters()}
     found = [(padded(block, shards), 2) for block in blocks]
@@ -148,7 +149,7 @@ def agreement_bytes(world: int) -> float:
 @pytest.mark.parametrize("world", [8, 256])
 def test_ddp_sends_gradients_around(world: int) -> None:
     found = step("ddp", world, 1).figures()
-    parameters = sum(p.numel() for p in model_without_storage(parse_recipe(RECIPE).model_config()).parameters())
+    parameters = sum(p.numel() for p in model_without_storage(build_config(parse_recipe(RECIPE))).parameters())
     expected = loss_bytes(world) + agreement_bytes(world) + 2 * 4 * parameters * (world - 1) / world
     assert found["bytes_sent"] == pytest.approx(expected, abs=16)
     # One bucket: gradients of less than a megabyte.

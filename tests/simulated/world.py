@@ -29,12 +29,14 @@ from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch, read_launch_file
-from flipscale.engines.recipe import SaveRecipe
 from flipscale.engines.start import build_engine, start_accelerator
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import micro_batch
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.outputs import SaveRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import Schedule, Stage, plan_stages
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
@@ -123,9 +125,9 @@ def simulate(world: World) -> StepReport:
         engine = build_engine(accelerator, world.launch, recipe.optim, recipe.data.global_batch_size)
         stack.enter_context(fake)
         stack.enter_context(recorder)
-        objective = _watched(recipe.objective(), recorder)
+        objective = _watched(build_objective(recipe), recorder)
         with recorder.building_on_device():
-            engine.build(recipe.model_config(), configure, no_weights, recipe.objective().model_class)
+            engine.build(build_config(recipe), configure, no_weights, build_objective(recipe).model_class)
         engine.prepare()
         engine.start_averages(None)
         watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
@@ -159,9 +161,9 @@ def simulate(world: World) -> StepReport:
 
 def _batch(world: World) -> list[PackedBatch]:
     recipe, processes = world.recipe, world.launch.num_processes
-    step, objective = micro_batch(recipe, world.launch, world.stage), recipe.objective()
+    step, objective = micro_batch(recipe, world.launch, world.stage), build_objective(recipe)
     ids = {name: torch.zeros(step.batch_size, dtype=torch.int64) for name in objective.coupled_columns}
-    batch = {**example_batch(recipe.model_config(), step, objective), **ids, "faults": []}
+    batch = {**example_batch(build_config(recipe), step, objective), **ids, "faults": []}
     return [
         PackedBatch.of(batch).pin_memory().to(DEVICE).with_image_size(step.image_size)
         for _ in range(recipe.data.global_batch_size // processes // step.batch_size)

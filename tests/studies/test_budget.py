@@ -10,8 +10,9 @@ import yaml
 from conftest import changed_recipe
 
 from flipscale.cli import main
+from flipscale.evaluation.suite import planned_tasks
 from flipscale.studies.budget import path_recipes, read_search
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 MASKED = [{"name": "masked", "mask_ratio": 0.75}, {"name": "tuned"}]
 SMALL = [{"name": "small", "image_size": 16}, {"name": "tuned"}]
@@ -81,7 +82,7 @@ def test_a_search_to_its_winner(
     recipe = parse_recipe(["--config", str(out / "winner.yaml")])
     kept = parse_recipe(["--config", str(out / "rung2" / f"{winner}.yaml")])
     assert (recipe.stages, recipe.mask, recipe.budget_minutes) == (kept.stages, kept.mask, 0.02)
-    assert [task.name for task in recipe.eval.planned()] == ["zero_shot", "chosen_by"]
+    assert [task.name for task in planned_tasks(recipe.eval)] == ["zero_shot", "chosen_by"]
     assert f"# {winner}, of 3 paths the best by chosen_by top-1, " in (out / "winner.yaml").read_text()
     report = (out / "report.md").read_text()
     assert "16 px whole 60 %, 32 px whole 40 %" in report

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
+from flipscale.recipe.recipe import to_yaml
 from flipscale.studies import figures as study_figures
 from flipscale.studies.design import write_plan
 from flipscale.studies.figures import Outcome, draw_grid, draw_rows
 from flipscale.studies.runs import StudyRun
-from flipscale.training.recipe import to_yaml
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 

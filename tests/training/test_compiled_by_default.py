@@ -6,7 +6,7 @@ import torch
 from flipscale.engines import device
 from flipscale.engines.launch import Launch
 from flipscale.training import plan
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.complete_recipe import parse_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 3)
 

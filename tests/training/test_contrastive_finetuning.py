@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from flipscale.cli import main
 from flipscale.evaluation.results import BEFORE, CHANGES, latest, read_results, with_changes
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 FROZEN = ["logit_scale", "text_model", "vision_model.encoder.layers.0"]
 

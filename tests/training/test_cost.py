@@ -10,10 +10,10 @@ import processes
 import pytest
 import torch
 
+from flipscale.recipe.outputs import CostRecipe
 from flipscale.status import as_table, read_status
 from flipscale.training import energy_meter
 from flipscale.training.energy_meter import EnergyMeter, open_gpu, open_processors
-from flipscale.training.recipe import CostRecipe
 from flipscale.training.run_summary import Energy, RunSummary
 
 # Recorded on a server with two sockets: name of the zone, counter and wrap, in microjoules.

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import add_member, metrics, pretrain
 
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.diagnosis import Diagnosis
-from flipscale.training.recipe import Recipe, parse_recipe
 
 CHANCE = math.log(16)
 

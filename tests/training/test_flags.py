@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from flipscale import cli
-from flipscale.training.flags import _SETTINGS
-from flipscale.training.recipe import build_parser, parse_recipe
-from flipscale.training.schedule import StageRecipe
+from flipscale.recipe.flags import _SETTINGS
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.recipe import build_parser
+from flipscale.training.complete_recipe import parse_recipe
 
 NAMED = "[{name: masked, samples: 64, base_lr: 0.1}, {name: a.b, samples: 32}, {name: '0', samples: 16}]"
 

@@ -13,8 +13,8 @@ from distributed.crowd import ENVIRONMENTS, LAUNCH_FILES, Crowds
 from distributed.test_engines import Trainings, close
 
 from flipscale.engines.checkpoint import CheckpointReader, checkpoint_of
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 long = partial(pytest.param, marks=pytest.mark.long)
 TOWERS = ["vision_model", "text_model"]

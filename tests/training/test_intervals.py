@@ -7,8 +7,11 @@ import yaml
 from cli.pages import ROOT
 from conftest import metrics, pretrain
 
-from flipscale.training.recipe import RECIPES, LogRecipe, parse_recipe
-from flipscale.training.schedule import Clock, Pace, Schedule, StageRecipe, plan_stages
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.outputs import LogRecipe
+from flipscale.recipe.recipe import RECIPES
+from flipscale.training.complete_recipe import parse_recipe
+from flipscale.training.schedule import Clock, Pace, Schedule, plan_stages
 from flipscale.training.tracking import Intervals
 
 SHIPPED = [*RECIPES.glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]

@@ -12,11 +12,12 @@ import yaml
 from conftest import launch, pretrain
 
 from flipscale.evaluation.results import Result
+from flipscale.recipe.optim import StageRecipe
 from flipscale.training import report
-from flipscale.training.recipe import parse_recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.report import draw_figures, evaluation_flags, interval_line, last_block, results_line
 from flipscale.training.run_directory import typed_command
-from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
+from flipscale.training.schedule import Schedule, plan_stages
 
 SPAN = r"(\d+ (d|h|min|s) ?)+"
 # Each at least once, in this order where they do not alternate.

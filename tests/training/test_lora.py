@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from flipscale.cli import main
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 long = partial(pytest.param, marks=pytest.mark.long)
 LORA = {"rank": 4, "alpha": 8, "modules": ["q_proj", "v_proj", "fc1"]}

@@ -11,9 +11,10 @@ import yaml
 from conftest import cut, launch, metrics, pretrain
 from safetensors.torch import load_file
 
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.run_directory import is_done, open_run_directory
-from flipscale.training.schedule import StageRecipe
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
+from flipscale.recipe.optim import StageRecipe
+from flipscale.training.schedule import Schedule, plan_stages
 
 
 def test_the_paper_s_run() -> None:

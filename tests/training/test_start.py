@@ -13,8 +13,8 @@ from flipscale.engines.launch import place_in_world
 from flipscale.evaluation.suite import build_tasks, check_decodable
 from flipscale.io.files import check_writable
 from flipscale.training import start
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

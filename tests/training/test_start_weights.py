@@ -17,8 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from flipscale.cli import main
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.pretrain import pretrain
-from flipscale.training.recipe import parse_recipe
-from flipscale.training.start_weights import warn_of_pixels
+from flipscale.training.complete_recipe import parse_recipe
+from flipscale.training.pretrained_fields import warn_of_pixels
 
 VISION = {**TOWER, "image_size": 32, "patch_size": 8, "projection_dim": 24}
 TEXT = {**TOWER, "vocab_size": 16, "max_position_embeddings": 12, "projection_dim": 24, "eos_token_id": 13}

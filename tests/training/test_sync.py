@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from flipscale.data.samples import Fault
 from flipscale.engines.checkpoint import CheckpointWriter
-from flipscale.engines.recipe import SaveRecipe
-from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
+from flipscale.recipe.optim import StageRecipe
+from flipscale.recipe.outputs import SaveRecipe
+from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync
 from flipscale.training.watch import StepWatch

@@ -14,10 +14,11 @@ from conftest import cut, metrics, pretrain
 from flipscale.io.errors import UserError
 from flipscale.planning.budget import in_shares
 from flipscale.planning.flops import pair_flops
+from flipscale.recipe.optim import StageRecipe
 from flipscale.status import as_line, read_status
+from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
-from flipscale.training.recipe import parse_recipe
-from flipscale.training.schedule import Clock, Pace, Schedule, Stage, StageRecipe, has_passed, plan_stages, stage_of
+from flipscale.training.schedule import Clock, Pace, Schedule, Stage, has_passed, plan_stages, stage_of
 from flipscale.training.sync import StepSync
 
 STAGES = [

@@ -21,8 +21,9 @@ from types import SimpleNamespace
 from pathlib import Path
 from accelerate import Accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
-from flipscale.engines.recipe import SaveRecipe
-from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
+from flipscale.recipe.outputs import SaveRecipe
+from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.recipe.optim import StageRecipe
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync
 from flipscale.training.watch import StepWatch

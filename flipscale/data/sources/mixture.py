@@ -9,10 +9,10 @@ import numpy as np
 
 from flipscale.data.order import GlobalOrder, Lanes, by_value
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Fault, Sample, Source
 from flipscale.data.weights import SampleWeights
 from flipscale.io.errors import UserError
+from flipscale.recipe.data import DataRecipe
 
 # In each stretch of this many positions, every source has the share of its weight, rounded to a sample. The stretch of
 # a lane is shorter by the number of lanes, but every source has a few samples in it.

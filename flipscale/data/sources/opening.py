@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import Source, contents_digest
 from flipscale.data.sources.dataset import DatasetSource, load_rows
 from flipscale.data.sources.mixture import Mixture, Subset
@@ -13,6 +12,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import quoted
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
+from flipscale.recipe.data import DataRecipe, SourceRecipe
 
 
 def open_source(recipe: DataRecipe) -> Source:

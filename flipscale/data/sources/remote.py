@@ -23,7 +23,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from flipscale.data.order import Lanes, share_out
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import evenly, reason_of
 from flipscale.data.sources.manifest import (
     Manifest,
@@ -51,6 +50,7 @@ from flipscale.data.sources.tar import StaleManifest, TarSource
 from flipscale.io.atomic import atomic_write, remove, unique_partial_path
 from flipscale.io.errors import UserError
 from flipscale.io.hub_requests import guard_requests
+from flipscale.recipe.data import DataRecipe
 
 # A transfer is stopped when fewer bytes come in so many seconds.
 _SILENT_SECONDS = 20.0

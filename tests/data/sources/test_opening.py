@@ -12,12 +12,13 @@ from datasets import Dataset, Features, Image, List, Value
 from transformers import AutoTokenizer
 
 from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import MissingCaption
 from flipscale.data.sources.mixture import Mixture
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar import TarSource
-from flipscale.training.recipe import differences, parse_recipe, to_yaml
+from flipscale.recipe.data import DataRecipe, SourceRecipe
+from flipscale.recipe.recipe import differences, to_yaml
+from flipscale.training.complete_recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import yaml
 from conftest import COLOURS, SHAPES, draw, write_shards
 
 from flipscale import cli
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_source
+from flipscale.recipe.data import DataRecipe
 
 PAIRS = 24
 
@@ -95,7 +95,7 @@ def test_places_that_shards_are_near_to(here: Path) -> None:
 
 @pytest.mark.parametrize("shards", ["parts", "parts/*.parquet"])
 def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, tokenizer_dir: Path) -> None:
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.complete_recipe import parse_recipe
 
     flags = shlex.split(refusal(shards).split(" give ")[1].replace("[caption]", "[text]"))
     recipe = parse_recipe(["--data.shards", "elsewhere", "--data.tokenizer", str(tokenizer_dir), *flags])
@@ -124,7 +124,7 @@ def test_init_refuses_data_sets_without_images_and_captions(
 
 
 def test_both_or_neither_of_shards_and_sources(here: Path) -> None:
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.complete_recipe import parse_recipe
 
     sources = ["--data.sources", "[{dataset: saved, caption_columns: [text]}]"]
     assert len(open_source(parse_recipe(["--data.shards", "null", *sources]).data)) == PAIRS

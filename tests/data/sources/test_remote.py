@@ -23,11 +23,11 @@ from transformers import AutoTokenizer
 from flipscale.cli import main
 from flipscale.data.loader import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.shard_index import index_path, load_index
+from flipscale.recipe.data import DataRecipe
 
 
 @pytest.fixture(autouse=True)

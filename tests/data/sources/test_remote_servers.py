@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import write_shards
 
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote
 from flipscale.data.sources.manifest import manifest_name, write_manifest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.shard_index import Index, index_path, load_index
+from flipscale.recipe.data import DataRecipe
 
 
 @pytest.fixture(autouse=True)

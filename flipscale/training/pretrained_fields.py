@@ -1,18 +1,105 @@
-"""Recipes of the families other than `flip`: fields that come from the start weights or the tokenizer."""
+"""Fields of a recipe that come from the start weights or the tokenizer."""
 
+import dataclasses
 import logging
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flipscale.data.recipe import DataRecipe
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, pixel_fields, read_object
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import config_class, family_of
+from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.recipe import Recipe
 
 _log = logging.getLogger(__name__)
+
+_BERT_ENTRIES = 30_522
+
+
+def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
+    """Return the recipe with the size of the vocabulary, and with the tokens around learned captions.
+
+    The size is that of the start weights, or else of a tokenizer in a folder. BERT's vocabulary keeps the default size,
+    which has one more row, as in the original. Start weights on the Hub are looked up with `fetches` only.
+    """
+    model, folder = recipe.model, recipe.data.tokenizer
+    named = [name for name in ("vision", "text") if getattr(model, name) is not None]
+    if named and (model.family in ("clip", "siglip") or (model.family == "flip" and model.init_from)):
+        raise UserError(
+            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family {model.family!r}, with model.init_from "
+            f"{model.init_from!r}; set the family to towers, or to flip without init_from"
+        )
+    if model.family == "towers" and (len(named) == 1 or bool(named) == bool(model.init_from)):
+        raise UserError(
+            f"model.family is 'towers', model.vision {model.vision!r}, model.text {model.text!r} and model.init_from "
+            f"{model.init_from!r}; set both towers, or init_from to a folder of both"
+        )
+    if re.match(r"(open_clip|hf|untrained):", model.init_from or ""):
+        raise UserError(
+            f"model.init_from is {model.init_from!r}, which `flipscale evaluate` takes and training does not; name a "
+            "run, a model folder or a Hub name, such as a folder that `flipscale convert transformers` made of it"
+        )
+    if model.family != "flip":
+        return _with_towers(recipe, fetches)
+    if named:
+        recipe = _with_towers(recipe, fetches)
+        model, folder = recipe.model, recipe.data.tokenizer
+    if model.init_from and "vocab_size" not in model.text_config and not model.text_rows:
+        size = _vocabulary_of(model.init_from, Path(recipe.output_dir), fetches)
+        model = dataclasses.replace(model, text_config={**model.text_config, **size})
+        recipe = dataclasses.replace(recipe, model=model)
+    takes_size = "vocab_size" not in model.text_config and (model.text_rows or not model.init_from)
+    takes_ends = recipe.loss.learns_captions and not {"bos_token_id", "eos_token_id"} <= model.decoder_config.keys()
+    if not (takes_size or takes_ends) or not Path(folder).is_dir():
+        return recipe
+    from flipscale.data.tokenizers import begin_and_end, load_tokenizer, num_entries
+
+    tokenizer = load_tokenizer(folder, 1)
+    entries, ends = num_entries(tokenizer), begin_and_end(tokenizer) if takes_ends else {}
+    size = {"vocab_size": entries} if takes_size and entries != _BERT_ENTRIES else {}
+    text, decoder = {**model.text_config, **size}, {**ends, **model.decoder_config}
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
+
+
+def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
+    """Return a recipe of another family than `flip` with the towers and the tokenizer of its start weights, or without
+    them with the special tokens of its tokenizer. Fields that the recipe sets stay."""
+    model, tokenizer = recipe.model, recipe.data.tokenizer
+    if model.start:
+        # A recipe of family `towers` that names the kinds of its towers needs no folder to be planned.
+        fetches = fetches or (model.family == "towers" and "model_type" not in model.vision_config)
+        towers, own = start_fields(model, Path(recipe.output_dir), fetches)
+        tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
+        if model.text_rows:
+            towers["text_config"] |= tokenizer_fields(tokenizer)
+    else:
+        towers = {"vision_config": {}, "text_config": tokenizer_fields(tokenizer)}
+    fields: dict[str, Any] = {name: {**found, **getattr(model, name)} for name, found in towers.items()}
+    data = dataclasses.replace(recipe.data, tokenizer=tokenizer)
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, **fields), data=data)
+
+
+def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, Any]:
+    """Return the field `vocab_size` of start weights: as the run of these weights in `run_dir` has it, or else they."""
+    content: dict[str, Any] = {}
+    with suppress(UserError):
+        saved = read_saved_recipe(run_dir / "recipe.yaml").get("model")
+        content = saved if isinstance(saved, dict) and saved.get("init_from") == init_from else {}
+    try:
+        if not content and (folder := fetch_folder(init_from, ["config.json"]) if fetches else local_folder(init_from)):
+            content = read_object(folder / "config.json")
+    except (UserError, OSError) as error:
+        if fetches:
+            raise UserError(f"model.init_from {init_from!r} cannot be loaded ({error})") from error
+    if (family := family_of(content.get("model_type"))) not in ("flip", None):
+        kind = content["model_type"]
+        raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}; set model.family to {family}")
+    text = content.get("text_config")
+    return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
 
 
 def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:

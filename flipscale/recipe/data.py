@@ -1,12 +1,13 @@
 """The recipe's `data` and `mask` sections."""
 
+import math
 from dataclasses import dataclass, field
 
-from flipscale.data.order import number_of_lanes
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.options import Bytes, Copies, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
 
+_USUAL_LANES = 64
 # The tower of a model whose features are stored, by their folder's name.
 STORED_TOWERS = {"images": "vision_model", "texts": "text_model"}
 
@@ -73,14 +74,6 @@ class MaskRecipe:
     kind: str = "random"
     views: Copies = 1
     text_kind: str = "padding_first"
-
-    def __post_init__(self) -> None:
-        if (self.kind, self.text_kind) == (MaskRecipe.kind, MaskRecipe.text_kind):
-            return  # valid, and --help makes it: the import below takes seconds
-        from flipscale.data.masks import IMAGE_MASKS, TEXT_MASKS, check_kind
-
-        check_kind(self.kind, IMAGE_MASKS, "mask.kind")
-        check_kind(self.text_kind, TEXT_MASKS, "mask.text_kind")
 
     def views_at(self, mask_ratio: float) -> int:
         """Return the number of embeddings of an image: one without a mask, because views share no patch."""
@@ -182,3 +175,20 @@ def check_weights(captions: dict[str, float] | None, name: str) -> None:
     """Raise unless a recipe's field of weights of caption kinds is None or has positive weights."""
     if captions is not None and not (captions and all(0.0 < weight < float("inf") for weight in captions.values())):
         raise UserError(f"{name} is {captions}; expected kinds with weights above 0, such as {{alt: 1, txt: 2}}")
+
+
+def number_of_lanes(wish: int | None, batch_size: int) -> int:
+    """Return the number of lanes of a recipe: `wish`, or the largest common divisor of 64 and the batch."""
+    if wish is None:
+        return math.gcd(_USUAL_LANES, batch_size)
+    if wish >= 1 and batch_size % wish == 0:
+        return wish
+    nearest = divisors_around(batch_size, wish)
+    raise UserError(f"data.lanes {wish} does not divide data.global_batch_size {batch_size}; use {nearest}")
+
+
+def divisors_around(number: int, wish: int) -> str:
+    """Return the nearest divisors of `number` below and above `wish`, such as `16 or 32`."""
+    divisors = [count for count in range(1, number + 1) if number % count == 0]
+    below = [count for count in divisors if count < wish][-1:]
+    return " or ".join(str(count) for count in [*below, *[count for count in divisors if count > wish][:1]])

@@ -1,14 +1,15 @@
-"""The recipe's `optim` and `save` sections, without torch, which `--help` does not import."""
+"""The recipe's sections `optim` and `stages`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from flipscale.io.options import (
     Count,
-    Minutes,
     NonNegative,
     OpenShare,
+    Pixels,
     Positive,
+    Samples,
     SamplesOrZero,
     ShareAboveZero,
     ShareBelowOne,
@@ -80,15 +81,38 @@ class OptimRecipe:
 
 
 @dataclass(frozen=True)
-class SaveRecipe:
-    """When checkpoints are written. Training goes on during the write.
+class StageRecipe:
+    """A part of the run. The paper's recipe has two stages: masked pre-training and unmasked tuning.
 
     Args:
-        every_samples: Samples between two checkpoints. At 0, they are written only at the end and on a stop signal.
-        every_minutes: Also save every so many minutes; 0 turns this off.
-        total_limit: Number of newest checkpoints to keep.
+        name: The name of the stage in the log, unique in the run.
+        samples: Number of pairs, rounded down to whole steps; with a time budget, the stages' proportion.
+        mask_ratio: Fraction of the patches to remove; 0 for whole images.
+        text_mask_ratio: Fraction of all caption tokens to remove, padding included.
+        base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then cosine to 0)
+            and a new optimiser, like the original's tuning. Without it, the previous stage's continue.
+        warmup_samples: Samples of linear warm-up at the start of the schedule.
+        share: Share of `budget_minutes`, instead of `samples`. The shares of all stages add up to 1.
+        warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.
+        image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. Position
+            coordinates are rescaled to the new grid of patches.
+        captions: Weights of the kinds of captions, in place of `data.captions`.
+        frozen: Parts whose weights stay fixed in this stage, besides those of `model.frozen`, such as
+            `[vision_model, text_model]` to train only the projections. A stage with other frozen parts than the
+            previous stage needs a base_lr.
+        gradient_checkpointing: `model.gradient_checkpointing` of this stage, as masked images may fit without it. Null
+            is the model's. Does not change what is learned.
     """
 
-    every_samples: SamplesOrZero = 0
-    every_minutes: Minutes = 0.0
-    total_limit: Count = 2
+    name: str
+    samples: Samples | None = None
+    mask_ratio: ShareBelowOne = 0.0
+    base_lr: NonNegative | None = None
+    warmup_samples: SamplesOrZero = 0
+    text_mask_ratio: ShareBelowOne = 0.0
+    share: ShareAboveZero | None = None
+    warmup_share: ShareBelowOne = 0.0
+    image_size: Pixels | None = None
+    captions: dict[str, NonNegative] | None = field(default=None, hash=False)
+    frozen: tuple[str, ...] = ()
+    gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from flipscale.io.errors import UserError
-from flipscale.training.schedule import StageRecipe
+from flipscale.recipe.optim import StageRecipe
 
 # Other trainers' names, by the setting of this trainer.
 _NAMES = {

@@ -1,0 +1,255 @@
+"""The recipe: every setting of a run, read from YAML and `--section.field` flags."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import yaml
+
+from flipscale.io.errors import UserError
+from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_fields, check_ranges, parser_message
+from flipscale.io.yaml_text import check_yaml, read_outline
+from flipscale.recipe.data import STORED_TOWERS, DataRecipe, MaskRecipe
+from flipscale.recipe.flags import unknown_flag, with_stages
+from flipscale.recipe.loss import LossRecipe
+from flipscale.recipe.model import ModelRecipe
+from flipscale.recipe.optim import OptimRecipe, StageRecipe
+from flipscale.recipe.outputs import CostRecipe, EvalRecipe, HubRecipe, LogRecipe, SaveRecipe
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+# {"learned": False} marks a field that does not change what is learned: it may differ at a resume, and the model card
+# leaves it out. {"place": True} marks a path or a name, which the card shortens. {"before": value} gives the value of a
+# saved recipe without the field.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The run.
+
+    `model`, `data`, `mask`, `loss`, `optim`, `stages`, `budget_minutes` and `seed` decide what is learned.
+
+    Args:
+        model: The model.
+        data: The training data, its order and its batches.
+        mask: The choice of removed patches and words. The stages decide how many.
+        loss: The loss.
+        optim: The optimiser.
+        seed: The seed of the first weights, the order, the crops and the masks.
+        log: The log.
+        save: The times of checkpoints.
+        eval: The evaluations and their times.
+        hub: Pushes to the Hub, and facts for the model card.
+        cost: The price of a device's hour, and the emissions of a kWh.
+        stages: The stages of the run in their order. An example is '[{name: masked, samples: 1000000, mask_ratio: 0.5,
+            base_lr: 4e-6}]'. The usual stages are masked pre-training, then unmasked tuning. A flag such as
+            `--stages.masked.base_lr 1e-5` changes one field of a stage, which has its name or its number from 0.
+        budget_minutes: Training time in minutes, without evaluations and saves. Each stage has a `share` of it; if all
+            stages have `samples`, they get shares by their operations. Without a budget, the run ends after the
+            samples of its stages.
+        output_dir: The run directory, which gets all files of the run.
+        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`. `never` stops with an error
+            if `output_dir` has a checkpoint.
+    """
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    mask: MaskRecipe = field(default_factory=MaskRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    stages: list[StageRecipe] = field(default_factory=list)
+    budget_minutes: MinutesAboveZero | None = None
+    seed: Seed = 0
+    log: LogRecipe = field(default_factory=LogRecipe, metadata={"learned": False})
+    save: SaveRecipe = field(default_factory=SaveRecipe, metadata={"learned": False})
+    eval: EvalRecipe = field(default_factory=EvalRecipe, metadata={"learned": False})
+    hub: HubRecipe = field(default_factory=HubRecipe, metadata={"learned": False})
+    cost: CostRecipe = field(default_factory=CostRecipe, metadata={"learned": False})
+    output_dir: str = field(default="runs/flip", metadata={"learned": False})
+    resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
+
+    def recomputes(self, stage: StageRecipe) -> bool:
+        """Return whether activations are recomputed in a stage."""
+        own = stage.gradient_checkpointing
+        return self.model.gradient_checkpointing if own is None else own
+
+    def besides_contrastive(self) -> dict[str, Any]:
+        """Return the settings of losses besides the contrastive ones, and of text masks."""
+        return {
+            "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
+            "loss.caption_weight": self.loss.caption_weight,
+            "loss.reconstruction_weight": self.loss.reconstruction_weight,
+            **{f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages},
+        }
+
+
+def build_parser(verb: str = "pretrain") -> "ArgumentParser":
+    """Return the parser of a verb that trains: `--config RECIPE` and a flag for every field."""
+    from jsonargparse import ArgumentParser
+
+    class RecipeParser(ArgumentParser):
+        def __init__(self, **options: Any) -> None:  # jsonargparse makes others for the stages and --stages.help
+            usage = f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]"
+            own: dict[str, Any] = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
+            super().__init__(**(own | {"allow_abbrev": False} | options))
+
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    start = " from the weights of `model.init_from`" if verb == "finetune" else ""
+    parser = RecipeParser(
+        description=f"Train a model{start} as a recipe says. Every field of a recipe is also a flag, which overrides "
+        "the file. Texts, numbers, lists and mappings are written as in YAML. --dry_run prints the memory and the time "
+        "that the run needs: flipscale pretrain --dry_run --help.",
+    )
+    parser.add_argument("--config", action="config", help=f"A recipe file, or one of these names: {names}.")
+    parser.add_class_arguments(Recipe)
+    helps = dict.fromkeys(_section_flags(), ("MAPPING", "Several fields of this section: '{FIELD: VALUE, ...}'."))
+    helps["--print_config"] = ("", "Print the whole recipe, with defaults and other flags applied, and exit.")
+    for action in parser._actions:
+        if action.option_strings[0] in helps:
+            action.metavar, action.help = helps[action.option_strings[0]]
+    return parser
+
+
+def _section_flags(kind: type = Recipe, prefix: str = "--") -> Iterator[str]:
+    """Yield the flags of the recipe's sections, such as `--data` and `--data.augment`."""
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield prefix + name
+            yield from _section_flags(hint, f"{prefix}{name}.")
+
+
+def parse_fields(arguments: Sequence[str]) -> Recipe:
+    """Return the recipe of command-line `arguments`. A bare name after `--config` is a recipe of the package.
+
+    The values of `loss.options`, the masks' kinds and `eval.tasks` are not checked, see `training.complete_recipe`.
+
+    Raises:
+        UserError: the file is no recipe, a key is unknown, or a value has the wrong type or range.
+        SystemExit: `--help` was among the arguments and is printed.
+    """
+    if {"-h", "--help"} & set(arguments):
+        build_parser().parse_args(["--help"])
+    from jsonargparse import ArgumentError
+
+    words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
+    for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
+        if flag == "--config":
+            file = _recipe_file(word)
+            outline = read_outline(file)
+            words[number] = word if file == Path(word) else str(file)  # ./-x.yaml would lose its ./
+            check_fields(outline, Recipe, "", str(file))
+        elif flag in _section_flags() and not word.startswith("{"):
+            raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
+        elif word.startswith(("{", "[", "&")):
+            with suppress(yaml.YAMLError):  # a text, such as a path
+                check_yaml(word, flag)
+    words = with_stages(words, lambda others: parse_fields(others).stages)
+    parser = build_parser()
+    try:
+        built = parser.instantiate(parser.parse_args(words))
+    except (ArgumentError, ValueError, OverflowError) as error:
+        message = parser_message(error)
+        if unknown := re.match(r"unrecognized arguments: (--\S+)", message):
+            flags = {flag for action in parser._actions for flag in action.option_strings}
+            message = unknown_flag(unknown[1], sorted(flags - set(_section_flags())))
+        elif stray := re.match(r"unrecognized arguments: (.+)", message):
+            word = next((word for word in words if word and stray[1].startswith(word)), stray[1])[:200]
+            message = f"{word!r} stands without a flag; name a recipe by --config {shlex.quote(word)}"
+        raise UserError(message) from None
+    recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
+    check_ranges(recipe)
+    data, model = recipe.data, recipe.model
+    # The towers whose features are stored are frozen.
+    frozen = dict.fromkeys([*model.frozen, *map(STORED_TOWERS.__getitem__, data.stored)])
+    model = dataclasses.replace(model, frozen=[*frozen])
+    return dataclasses.replace(recipe, model=model, data=dataclasses.replace(data, lanes=data.num_lanes))
+
+
+def _recipe_file(name: str) -> Path:
+    file, named = Path(name), RECIPES / f"{name}.yaml"
+    with suppress(OSError, ValueError):  # too long for a name, or a NUL byte in it
+        if file.exists():
+            return file
+        if "/" not in name and named.exists():
+            return named
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise UserError(f"recipe {name[:200]!r} is neither a file nor one of {names}")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, which `--config` reads back."""
+    plain = dataclasses.asdict(recipe)
+    plain["data"]["lanes"] = recipe.data.num_lanes
+    plain["data"]["crop_scale"] = list(recipe.data.crop_scale)
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def deciding_part(
+    saved: dict[str, Any], kind: type = Recipe, name_of: Callable[[str], str] | None = None
+) -> dict[str, Any]:
+    """Return the fields of a saved recipe that decide what is learned.
+
+    A missing field gets its default, or `{"before": value}` of its metadata. An unknown field is kept.
+
+    Args:
+        saved: content of `recipe.yaml`, or of a section.
+        kind: dataclass of the content.
+        name_of: function that shortens the paths and names of fields with `{"place": True}`; None keeps them.
+    """
+    types, deciding = get_type_hints(kind), {}
+    for f in dataclasses.fields(kind):
+        if not f.metadata.get("learned", True):
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value = saved.get(f.name, f.metadata.get("before", None if default is dataclasses.MISSING else default))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        hints = (types[f.name], *get_args(types[f.name]))
+        section: Any = next((hint for hint in hints if dataclasses.is_dataclass(hint)), None)
+        if isinstance(value, str | list) and f.metadata.get("place") and name_of is not None:
+            value = name_of(value) if isinstance(value, str) else [*map(name_of, value)]
+        elif isinstance(value, dict) and section is not None:
+            value = deciding_part(value, section, name_of)
+        elif isinstance(value, list | tuple):
+            value = [deciding_part(v, section, name_of) if section and isinstance(v, dict) else v for v in value]
+        deciding[f.name] = value
+    return deciding | {name: value for name, value in saved.items() if name not in types}
+
+
+def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """Return the set fields of a resolved recipe, such as `{"stages.0.base_lr": 4e-06, ...}`."""
+
+    def fields_of(value: Any, name: str) -> Iterator[tuple[str, bool | int | float | str]]:
+        if isinstance(value, dict | list):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from fields_of(inner, f"{name}.{key}" if name else str(key))
+        elif value is not None:
+            yield name, value
+
+    return dict(fields_of(yaml.safe_load(to_yaml(recipe)), ""))
+
+
+def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
+    """Return the fields that decide what is learned and differ from a saved recipe's, such as
+    `stages[1].mask_ratio: 0.0, now 0.5`."""
+    return sorted(changed_fields(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe)))))
+
+
+def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
+    """Return the `differences` by which a recipe cannot resume the run of a saved one.
+
+    Added stages are no conflict if the first of them has a base_lr, because its schedule leaves earlier steps alone.
+    """
+    stages = saved.get("stages")
+    count = len(stages) if isinstance(stages, list) else 0
+    if 0 < count < len(recipe.stages) and recipe.stages[count].base_lr is not None:
+        recipe = dataclasses.replace(recipe, stages=recipe.stages[:count])
+    return differences(recipe, saved)
