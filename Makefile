@@ -25,7 +25,7 @@ demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# The tests marked `long` too, of which `make test` runs a sixth in turn.
+# The tests marked `long` too, which `make test` leaves out.
 nightly: export FLIPSCALE_LONG = all
 nightly: test
 

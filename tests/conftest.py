@@ -23,7 +23,6 @@ import cv2
 import numpy as np
 import processes
 import pytest
-import turns
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,8 +31,13 @@ from transformers import PreTrainedTokenizerFast
 LONG_FILES = ("slurm", "distributed", "planning", "training", "objectives", "model", "hub")
 
 
-def pytest_configure() -> None:
-    """Forget the cluster job in which the tests may run, because their processes are no part of it."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose whether long tests run, and forget the cluster job in which the tests may run.
+
+    A command that names tests runs the long ones among them. The processes of pytest-xdist inherit the choice.
+    """
+    names_tests = config.args_source is config.ArgsSource.ARGS
+    os.environ.setdefault("FLIPSCALE_LONG", "all" if names_tests else "none")
     for name in list(os.environ):
         if name.startswith(("SLURM_", "ACCELERATE_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             del os.environ[name]
@@ -42,12 +46,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-pytest_sessionstart = turns.pytest_sessionstart
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long tests that are not chosen, and put the files that take long first."""
-    turns.pytest_collection_modifyitems(config, items)
+    """Leave out the long tests unless FLIPSCALE_LONG says otherwise, and put the files that take long first."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    if os.environ["FLIPSCALE_LONG"] != "all" and long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
     tests = Path(__file__).parent
     places = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.relative_to(tests).parts[0], len(places)))
