@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flipscale.data.prepared import read_prepared
-from flipscale.data.task_page import SUITES, suite_pages
+from flipscale.data.task_page import SUITES, read_prepared, suite_pages
 from flipscale.evaluation.results import RESULTS_FILE, as_metrics
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import decoding_workers

@@ -334,8 +334,8 @@ def _weights(args: argparse.Namespace) -> None:
 
 def _embed(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
+    from flipscale.data.features import StoredCrops
     from flipscale.data.sources.tar import TarSource
-    from flipscale.data.teachers import StoredCrops
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.stored import store_features
     from flipscale.hub.loading import open_embedder

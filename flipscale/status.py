@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flipscale.data.weights import Composition
+from flipscale.data.sampling_weights import Composition
 from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.io.lock import is_holder_alive
 from flipscale.io.text_table import duration

@@ -1,14 +1,19 @@
-"""Stored features: a folder with the image or text features of every sample of some shards, by one model.
+"""Features that `flipscale prepare embed` stored, and training pairs with them or with those of teachers.
 
-`images/NNNNN.npy` and `texts/NNNNN.npy` hold the features of shard NNNNN of the manifest, float16 `(samples, width)`,
-in the order of its samples. The row of a sample that cannot be used is NaN. With several crops of each image,
-`images/NNNNN.npy` is `(samples, crops, width)`. `features.json` names the model and the shards.
+A folder has the features of every sample of some shards by one model. `images/NNNNN.npy` and `texts/NNNNN.npy` hold
+those of shard NNNNN of the manifest, float16 `(samples, width)`, in the order of its samples. The row of a sample that
+cannot be used is NaN. `features.json` names the model and the shards.
+
+For teachers, `prepare embed --crops` stores several random crops of each image: `images/NNNNN.npy` is `(samples, crops,
+width)`. Training draws one of these crops for each position, so that student and teacher see the same window.
 """
 
 import copy
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import numpy as np
 import torch
 
 from flipscale.data.captions import UntokenizableCaption
-from flipscale.data.decode import Crop, decode_crop
+from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop
 from flipscale.data.order import by_value
 from flipscale.data.pairs import PairDataset, narrowed
 from flipscale.data.randomness import keyed_uniform
@@ -36,6 +41,8 @@ _OF_TOWER = {"width": Count, "weights_digest": str}
 _OF_CROPS = {"count": Count, "scale": list, "mirror": bool, "seed": Seed}
 # A caption whose tokens tell tokenizers and lengths apart.
 PROBE = "A photo of two Dogs, 3 ünïcödé birds & a red fire-engine (1998)"
+# Size for the square in place of a teacher's crop that does not fit, so that the window depends on no model.
+_FALLBACK_SIZE = 224
 
 
 def shard_file(folder: Path, tower: str, shard: int) -> Path:
@@ -202,3 +209,89 @@ class StoredPairs(PairDataset):
         if "texts" in self.stored:
             return {"text_features": torch.from_numpy(np.stack(captions))}
         return super()._annotation_columns(captions, where)
+
+
+@dataclass(frozen=True)
+class StoredCrops:
+    """Random crops of each sample, a function of (seed, crop number, shard, sample).
+
+    Args:
+        scale: least and most area of a crop as fractions of the image's.
+        mirror: whether half of the crops are mirrored.
+    """
+
+    count: int
+    scale: tuple[float, float]
+    mirror: bool
+    seed: int
+
+    def decode(self, encoded: bytes, place: tuple[int, int], number: int, image_size: int) -> Crop:
+        """Return crop `number` of the sample (shard, number) at `place`, see `decode_crop`."""
+        purpose, position = f"crop {number} of shard {place[0]}", np.array([place[1]])
+        draws = keyed_uniform(self.seed, purpose, position, DRAWS_PER_CROP)[0]
+        if not self.mirror:
+            draws[-1] = 1.0
+        return decode_crop(encoded, draws, image_size, self.scale, fallback_size=_FALLBACK_SIZE)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The stored embeddings of a teacher.
+
+    Args:
+        images: embeddings of each sample's crops, `(crops, width)`.
+        texts: embedding of each sample's first caption, `(width,)`.
+        logit_scale: factor of the cosine of an image and a text.
+    """
+
+    images: StoredFeatures
+    texts: StoredFeatures
+    crops: StoredCrops
+    logit_scale: float
+
+    @property
+    def digest(self) -> int:
+        """Digest of the teacher's weights and crops."""
+        content = json.dumps([self.images.about["model_digest"], asdict(self.crops)])
+        return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+
+    def logit_sides(self, place: tuple[int, int], number: int) -> np.ndarray:
+        """Return two vectors of a sample, fp32 `(2, width)`, or raise MissingFeatures. The logit of an image and a text
+        is their product."""
+        sides = np.stack([self.images.row(place)[number], self.texts.row(place)]).astype(np.float32)
+        sides[0] *= self.logit_scale
+        return sides
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TaughtPairs(PairDataset):
+    """Training pairs with the embeddings of teachers. The crop is one of the teachers', and the caption is the first.
+
+    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `change_of_targets`.
+    Narrow embeddings are padded with zeros.
+    """
+
+    teachers: Sequence[Teacher]
+
+    def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
+        crops = self.teachers[0].crops
+        number = int(crop_draw[0] * crops.count)
+        width = max(teacher.texts.width for teacher in self.teachers)
+        embeds = np.zeros((len(self.teachers), 2, width), np.float32)
+        for row, teacher in zip(embeds, self.teachers, strict=True):
+            row[:, : teacher.texts.width] = teacher.logit_sides(place, number)
+        sample = self.source.read(*place)
+        texts = self._annotation(sample, [0.0])
+        if self.checks_captions:
+            self._tokenise(texts)
+        return crops.decode(sample.image, place, number, self.shape.image_size), (texts, embeds)
+
+    def _texts(self, annotation: Any) -> list[str]:
+        return annotation[0]
+
+    def _annotation_columns(self, annotations: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
+        texts, embeds = zip(*annotations, strict=True)
+        return {
+            **super()._annotation_columns(list(texts), where),
+            "teacher_embeds": torch.from_numpy(np.stack(embeds)),
+        }

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import UntokenizableCaption, choose_captions, pack_captions, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
+from flipscale.data.order import order_of
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.samples import BadSample, Fault, Sample, SampleNumbers, Source, candidates
-from flipscale.data.sources.mixture import order_of
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flipscale.data.weights import SampleWeights
+from flipscale.data.sampling_weights import SampleWeights
 from flipscale.io.errors import UserError
 
 # Limits of a sample's files: an image of 8192 x 8192 pixels without compression, and each text.
@@ -121,18 +121,23 @@ class Source:
     faults: list[Fault]  # of whole shards
     kinds: tuple[str, ...] = ()  # keys of `data.captions`
     weights: SampleWeights | None = None
+    parts: Sequence["Source"] = ()  # sources of a mixture
+    shares: Sequence[float] = ()  # relative number of samples from each part
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
     @property
     def all_weights(self) -> list[SampleWeights]:
-        """Sampling weights; those of each source in a mixture."""
-        return [] if self.weights is None else [self.weights]
+        """Sampling weights of this source, and of the parts of a mixture."""
+        own = [] if self.weights is None else [self.weights]
+        return own + [weights for part in self.parts for weights in part.all_weights]
 
     @property
     def num_drawn(self) -> int:
         """Number of samples with a weight above 0."""
+        if self.parts:
+            return sum(part.num_drawn for part in self.parts)
         return len(self) if self.weights is None else self.weights.composition.visits
 
     def drawn(self, shard: int) -> np.ndarray | None:

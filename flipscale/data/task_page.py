@@ -1,6 +1,11 @@
-"""The pages of named evaluations, `tasks/NAME.yaml`: source of the data, prompts, metric and the paper's figures."""
+"""Named evaluations: their pages `tasks/NAME.yaml`, and the mark of their prepared data.
+
+A page has the source of the data, the prompts, the metric and the paper's figures. `prepared.json` marks a whole test
+set; it is written last.
+"""
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -10,11 +15,13 @@ from typing import Any
 import yaml
 
 from flipscale.io.errors import UserError
+from flipscale.io.files import quoted, read_text
 from flipscale.io.text_table import plain_table
 
 PAGES = Path(__file__).parent / "tasks"
 # Kinds with several metrics. A task names its headline.
 _WITH_METRICS = ("zero_shot", "zero_shot_multilabel")
+PREPARED = "prepared.json"
 PAPER_MODEL = "FLIP L/14, LAION-400M"
 SUITES = ("paper", "robustness", "fairness", "languages")
 # CLIP's prompts for ImageNet: the 7 that do most of the work according to its authors, and the 80 of its notebook.
@@ -166,3 +173,21 @@ def _class_names(names_field: str | list[str] | dict[str, list[int]]) -> tuple[s
     ((names, numbers),) = names_field.items()
     listed = _class_names(names)
     return tuple(listed[number] for number in numbers)
+
+
+def read_prepared(folder: Path) -> dict[str, Any] | None:
+    """Return the content of `prepared.json` in `folder`; None if it, or a file in its list, is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(read_text(folder / PREPARED))
+        whole = all((folder / name).stat().st_size == file["bytes"] for name, file in content["files"].items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return content if whole else None
+
+
+def check_prepared(folder: Path, task: str) -> None:
+    """Raise unless the data of `task` in `folder` is whole."""
+    if read_prepared(folder) is None:
+        state = "was prepared only in part" if folder.exists() else "is missing"
+        fix = f"flipscale prepare tasks {quoted(folder.parent)} --only {task}"
+        raise UserError(f"the data of task {task} {state}; run `{fix}`")

@@ -22,12 +22,11 @@ from torch.utils.data import Dataset
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.features import ABOUT, PROBE, shard_file
+from flipscale.data.features import ABOUT, PROBE, StoredCrops, shard_file
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
-from flipscale.data.teachers import StoredCrops
 from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, decoded_batches, dummy_batch, packed
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.digests import weights_digest

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flipscale.data.features import StoredPairs
+from flipscale.data.features import StoredPairs, TaughtPairs
 from flipscale.data.pairs import PairDataset
-from flipscale.data.teachers import TaughtPairs
 from flipscale.io.errors import UserError
 from flipscale.io.options import Copies
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from flipscale.data.decode import decode_whole
-from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.samples import SampleNumbers, reason_of
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.data.task_page import TaskPage, TaskSource
+from flipscale.data.task_page import PREPARED, TaskPage, TaskSource, read_prepared
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, remove, sync, write_text
 from flipscale.io.errors import UserError

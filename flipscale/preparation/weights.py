@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from flipscale.data.samples import BadSample, SampleNumbers, Source, contents_digest
+from flipscale.data.sampling_weights import ABOUT, SUMS, WEIGHTS, Composition, total
 from flipscale.data.sources.opening import in_words
 from flipscale.data.sources.tar import TarSource
-from flipscale.data.weights import ABOUT, SUMS, WEIGHTS, Composition, total
 from flipscale.io.errors import UserError, needed
 from flipscale.io.progress import each
 from flipscale.preparation.worker_pool import worker_pool

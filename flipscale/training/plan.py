@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from flipscale.data.features import StoredFeatures
-    from flipscale.data.teachers import Teacher
+    from flipscale.data.features import StoredFeatures, Teacher
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
 

@@ -7,10 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.features import PROBE, StoredFeatures, read_about
+from flipscale.data.features import PROBE, StoredCrops, StoredFeatures, Teacher, read_about
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
-from flipscale.data.teachers import StoredCrops, Teacher
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.options import refuse_set

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from flipscale import cli
-from flipscale.data.prepared import PREPARED
+from flipscale.data.task_page import PREPARED
 
 ROOT = Path(__file__).parents[2]
 OPEN_CLIP = {

@@ -14,8 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from flipscale.cli import main
-from flipscale.data.prepared import PREPARED
-from flipscale.data.task_page import read_page, suite_pages
+from flipscale.data.task_page import PREPARED, read_page, suite_pages
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.hub.card import folder_lines, refresh_card

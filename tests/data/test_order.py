@@ -2,17 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from flipscale.data import order as order_module
 from flipscale.data.loader import StepSampler
-from flipscale.data.order import GlobalOrder, Lanes
+from flipscale.data.order import GlobalOrder, Lanes, MixtureOrder, order_of
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.samples import Source
-from flipscale.data.sources.mixture import Mixture, MixtureOrder, order_of
+from flipscale.data.sources.opening import Mixture
 from flipscale.recipe.data import DataRecipe, number_of_lanes
 
 BATCH = 768  # which 1, 2, 3, 8 and 256 processes divide, and 8 and 64 lanes
@@ -21,11 +20,9 @@ BATCH = 768  # which 1, 2, 3, 8 and 256 processes divide, and 8 and 64 lanes
 def source_of(sizes: np.ndarray | list[int]) -> Source:
     """What an order needs of a source."""
 
-    class Sizes(SimpleNamespace):
-        def __len__(self) -> int:
-            return sum(self.shard_sizes)
-
-    return Sizes(shard_sizes=[int(size) for size in sizes], faults=[], weights=None)
+    source = Source()
+    source.shard_sizes, source.faults = [int(size) for size in sizes], []
+    return source
 
 
 def uneven(seed: int, count: int, usual: int) -> list[int]:
@@ -98,7 +95,7 @@ def test_a_mixture_s_sources_have_epochs_of_their_own() -> None:
     order = MixtureOrder(mixture, 5, 16, Lanes(64, BATCH))
     assert [own.lanes.count for own in order.orders] == [64, 64, 1]
     sources, places = order.sources(np.arange(100 * BATCH))
-    for number, source in enumerate(mixture.sources):
+    for number, source in enumerate(mixture.parts):
         mine = np.sort(places[sources == number])
         # A lane may be a few samples ahead of another.
         whole = len(mine) - 8 * 64

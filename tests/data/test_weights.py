@@ -14,10 +14,9 @@ from conftest import cut, losses, pretrain, write_shards
 from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
 from flipscale.data.loader import StepSampler
-from flipscale.data.order import GlobalOrder, Lanes
+from flipscale.data.order import GlobalOrder, Lanes, order_of
 from flipscale.data.samples import Source, candidates, shard_sizes_digest
-from flipscale.data.sources.mixture import Mixture, order_of
-from flipscale.data.sources.opening import open_source, open_weights
+from flipscale.data.sources.opening import Mixture, open_source, open_weights
 from flipscale.preparation.weights import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.status import as_table, read_status
@@ -177,7 +176,7 @@ def test_a_sample_of_weight_0_replaces_no_bad_sample(shards: Path, tmp_path: Pat
         DataRecipe(shards=None, sources=[SourceRecipe(shards=str(shards), weights=str(tmp_path / "weights"))] * 2)
     )
     assert mixture.num_drawn == 2 * len(kept)
-    for source, first in ((mixture.sources[0], 0), (mixture, 4)):
+    for source, first in ((mixture.parts[0], 0), (mixture, 4)):
         starts = np.cumsum([0, 30, 17, 1, 48])
         replacements = list(candidates(source, first, 3))
         assert replacements[:2] == [(first, 3), (first, 0)]

@@ -9,8 +9,8 @@ import numpy as np
 
 from flipscale.data.order import GlobalOrder, Lanes
 from flipscale.data.samples import Source
+from flipscale.data.sampling_weights import ABOUT, SUMS, WEIGHTS
 from flipscale.data.sources.opening import open_weights
-from flipscale.data.weights import ABOUT, SUMS, WEIGHTS
 from flipscale.preparation.weights import WeightOptions, make_weights
 
 _FILES = (ABOUT, SUMS, WEIGHTS)

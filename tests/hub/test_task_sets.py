@@ -17,9 +17,8 @@ from hub.loopback_hub import LoopbackHub, Reply
 from PIL import Image
 
 from flipscale.cli import main
-from flipscale.data.prepared import check_prepared, read_prepared
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.data.task_page import read_page
+from flipscale.data.task_page import check_prepared, read_page, read_prepared
 from flipscale.evaluation.suite import build_tasks
 from flipscale.preparation.task_sets import spelled_as
 

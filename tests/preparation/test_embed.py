@@ -23,9 +23,9 @@ from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flipscale.cli import main
+from flipscale.data.features import StoredCrops
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar import TarSource
-from flipscale.data.teachers import StoredCrops
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import open_embedder
 from flipscale.recipe.data import DataRecipe

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import add_member, cut, launch, losses, metrics, pretrain, write_shards
 
-from flipscale.data.sources.mixture import order_of
+from flipscale.data.order import order_of
 from flipscale.data.sources.tar import TarSource
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.recipe.data import DataRecipe

@@ -1,18 +1,33 @@
-"""Opening the source of a recipe."""
+"""The source of a recipe: shards or a dataset, a fraction of them, or a mixture of several.
 
+The functions that open sources come first, then `Subset` and `Mixture`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
-from flipscale.data.samples import Source, contents_digest
+import numpy as np
+
+from flipscale.data.randomness import keyed_permutation, keyed_uniform
+from flipscale.data.samples import Fault, Sample, Source, contents_digest
+from flipscale.data.sampling_weights import ABOUT, SampleWeights
 from flipscale.data.sources.dataset import DatasetSource, load_rows
-from flipscale.data.sources.mixture import Mixture, Subset
 from flipscale.data.sources.remote import RemoteTarSource, ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.data.weights import ABOUT, SampleWeights
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
 from flipscale.recipe.data import DataRecipe, SourceRecipe
+
+# Independent of the run's seed, so that runs of all seeds have the same samples.
+_SEED = 0
+_PURPOSE = "fraction of the data"
+# Number of shards whose chosen samples stay in memory: the blocks of 64 lanes and more, 40 kB for 10,000 samples.
+_SHARDS_KEPT = 256
+_LEAST_SHARE = 1e-4
 
 
 def open_source(recipe: DataRecipe) -> Source:
@@ -91,3 +106,97 @@ def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWei
 def in_words(source: Source, shards: str) -> str:
     """Return the counts and the name of a source's shards."""
     return f"{len(source):,} samples in {len(source.shard_sizes):,} shards of {shards!r}"
+
+
+class _Derived(Source):
+    """Samples of other sources under other numbers."""
+
+    def read(self, shard: int, number: int) -> Sample:
+        source, place = self._find(shard)
+        return source.read(place, self._number(shard, number))
+
+    def shard_name(self, shard: int) -> str:
+        source, place = self._find(shard)
+        return source.shard_name(place)
+
+    def key(self, shard: int, number: int) -> str:
+        source, place = self._find(shard)
+        return source.key(place, self._number(shard, number))
+
+    def drawn(self, shard: int) -> np.ndarray | None:
+        source, place = self._find(shard)
+        return source.drawn(place)
+
+    def _find(self, shard: int) -> tuple[Source, int]:
+        """Return the source of a shard, and the shard's number there."""
+        raise NotImplementedError
+
+    def _number(self, shard: int, number: int) -> int:
+        """Return the number of a sample in its shard."""
+        return number
+
+
+class Subset(_Derived):
+    """A fraction of a source's samples, the same for every seed. A smaller fraction lies inside a larger one.
+
+    A shard of n samples keeps the first `fraction` * n of a keyed permutation. The number is rounded down or up by a
+    draw keyed by the shard, so that the total is right even for small shards. Both depend only on the shard's place in
+    the list: nothing has to be read, and a copy of the shards has the same subset. It costs 0.03 s for 231,350 shards,
+    and 1 ms for a shard of 10,000 samples at its first read.
+
+    Every shard keeps its part, so a subset is spread over the data as the whole is. Shards at URLs are fetched whole.
+    """
+
+    def __init__(self, source: Source, fraction: float, name: str):
+        self.source = source
+        self.faults: list[Fault] = source.faults
+        sizes = np.asarray(source.shard_sizes, dtype=np.int64)
+        rounding = keyed_uniform(_SEED, f"{_PURPOSE}: sizes", np.arange(len(sizes)), 1)[:, 0]
+        self.shard_sizes: list[int] = np.minimum(sizes, (fraction * sizes + rounding).astype(np.int64)).tolist()
+        if len(source) and not len(self):
+            raise UserError(f"data.fraction {fraction:g} leaves none of {len(source):,} samples of {name}; raise it")
+        self._chosen: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def fetch_ahead(self, shards: list[int]) -> None:
+        self.source.fetch_ahead(shards)
+
+    def _find(self, shard: int) -> tuple[Source, int]:
+        return self.source, shard
+
+    def _number(self, shard: int, number: int) -> int:
+        """Return the sample index in the whole shard, an increasing function of `number`."""
+        if shard not in self._chosen:
+            permuted = keyed_permutation(_SEED, f"{_PURPOSE}: samples", shard, self.source.shard_sizes[shard])
+            self._chosen[shard] = np.sort(permuted[: self.shard_sizes[shard]]).astype(np.int32)
+            if len(self._chosen) > _SHARDS_KEPT:
+                self._chosen.popitem(last=False)
+        self._chosen.move_to_end(shard)
+        return int(self._chosen[shard][number])
+
+
+class Mixture(_Derived):
+    """The shards of several sources, one source after another. Raise UserError if a weight is less than a
+    ten-thousandth of the sum, or a source is empty."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+        for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+            if weight < _LEAST_SHARE * sum(weights) or not weight > 0:
+                raise UserError(
+                    f"data.sources[{number}].weight is {weight} of {sum(weights)}; it must be positive and at least "
+                    f"{_LEAST_SHARE:g} of the sum"
+                )
+            if not len(source):
+                raise UserError(f"data.sources[{number}] is empty: 0 samples in {len(source.shard_sizes)} shards")
+        self.parts = list(sources)
+        self.shares = list(weights)
+        self.first_shards = [0, *accumulate(len(source.shard_sizes) for source in sources)]
+        self.faults: list[Fault] = [fault for source in sources for fault in source.faults]
+        self.shard_sizes = [size for source in sources for size in source.shard_sizes]
+
+    def fetch_ahead(self, shards: list[int]) -> None:
+        for source, first, last in zip(self.parts, self.first_shards[:-1], self.first_shards[1:], strict=True):
+            source.fetch_ahead([shard - first for shard in shards if first <= shard < last])
+
+    def _find(self, shard: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
+        return self.parts[number], shard - self.first_shards[number]

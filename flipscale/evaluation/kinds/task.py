@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from flipscale.data.prepared import check_prepared
+from flipscale.data.task_page import check_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, wilson
 from flipscale.evaluation.metrics import hits_at, mean_per_class

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from flipscale.data.prepared import read_prepared
-from flipscale.data.task_page import read_page
+from flipscale.data.task_page import read_page, read_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.samples import MissingCaption
-from flipscale.data.sources.mixture import Mixture
-from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.opening import Mixture, open_source
 from flipscale.data.sources.tar import TarSource
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.recipe.recipe import differences, to_yaml

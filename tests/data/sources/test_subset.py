@@ -9,8 +9,8 @@ import pytest
 from conftest import write_shards
 from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
+from flipscale.data.order import order_of
 from flipscale.data.samples import Source
-from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.opening import open_source
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 
