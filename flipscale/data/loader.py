@@ -10,14 +10,13 @@ import math
 import multiprocessing
 import os
 import queue
-import re
 import signal
 import threading
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ _SLOTS = 2
 # The waiting batches, the step's own, and the last step's, which the device may still read.
 BATCHES_ON_DEVICE = _SLOTS + 2
 _CLOSING_SECONDS = 10.0
+_DYING_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -323,11 +323,12 @@ def restartable_batches(
         loader = build_loader(dataset, step, last_step, rank, world_size, pin_memory)
         assert isinstance(loader.batch_sampler, StepSampler)
         micro_batches = start_workers(loader)
+        workers = getattr(micro_batches, "_workers", ())
         while step < last_step:
             try:
                 batch = list(islice(micro_batches, loader.batch_sampler.micro_batches))
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                death = _describe_death(error, dataset)
+                death = _describe_death(workers, dataset)
                 if death is None:
                     raise
                 deaths += 1
@@ -345,18 +346,16 @@ def restartable_batches(
             yield batch
 
 
-def _describe_death(error: Exception, dataset: PairDataset) -> str | None:
+def _describe_death(workers: Sequence[Any], dataset: PairDataset) -> str | None:
     """Return the dead workers and their shards as a sentence; None if no worker died."""
-    # An error other than torch's comes from a worker that announced a batch and died before it handed over its memory.
-    named = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
-    if named is None and isinstance(error, RuntimeError):
+    # A sentinel is ready once its worker has closed its files, a moment after other connections broke.
+    ended = connection.wait([worker.sentinel for worker in workers], _DYING_SECONDS if workers else 0.0)
+    dead = sorted(worker.pid for worker in workers if worker.sentinel in ended)
+    if not dead:
         return None
-    dead = {int(pid) for pid in ((named and named[1]) or "").split(",") if pid.strip()}
-    reading = [
-        dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid and (pid in dead or not dead)
-    ]
-    pids = f" (pid {', '.join(str(pid) for pid in sorted(dead))})" if dead else ""
-    return f"a loader worker{pids} died while reading {', '.join(dict.fromkeys(reading)) or 'its first shard'}"
+    shards = (dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid in dead)
+    pids = ", ".join(map(str, dead))
+    return f"a loader worker (pid {pids}) died while reading {', '.join(dict.fromkeys(shards)) or 'its first shard'}"
 
 
 class CudaTransfer:
