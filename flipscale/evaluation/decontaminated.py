@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flipscale.data.samples import SampleNumbers
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder
-from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted, read_text
@@ -21,50 +22,39 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Decontaminated(StreamedTask):
-    """A task without some of its images, called `NAME_clean`. Its images come in the same pass as the whole task's.
+class Decontaminated(Task):
+    """A task without some of its images, called `NAME_clean`. The embeddings come from the whole task's pass.
 
     Args:
         overlap: shard file name and number of each image to leave out.
     """
 
-    whole: StreamedTask = field(kw_only=True)
+    whole: Task = field(kw_only=True)
     overlap: frozenset[tuple[str, int]] = field(kw_only=True)
 
     @property
     def made_by(self) -> dict[str, Any]:
         return {**self.whole.made_by, "without": f"{len(self.overlap):,} images that lie in the training data"}
 
-    def arranged(self, test_set: TestSet) -> TestSet:
-        """Return the test set with the overlap at its end. The other images then have the same row numbers as in a set
-        without the overlap, so each process has its own rows of both."""
-        if isinstance(test_set.source, ChosenRows):
-            return test_set  # an earlier task of the same data arranged it
-        source = test_set.source
-        kept: list[int] = []
-        left_out: list[int] = []
-        for row, (shard, number) in enumerate(SampleNumbers(source)):
-            name = source.shard_name(shard).rsplit("/", 1)[-1]
-            (left_out if (name, number) in self.overlap else kept).append(row)
-        if len(left_out) != len(self.overlap) or not kept:
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        rows = self.other_rows(test_set.source)
+        clean_set = replace(test_set, source=ChosenRows(test_set.source, rows))
+        embeds = embedder.images(test_set.source)[rows]
+        mine = [(batch, embeds[batch.start : batch.stop]) for batch, _ in embedder.share(len(rows)).rounds()]
+        known = replace(embedder, kept={(clean_set.source, "embeds"): mine})
+        return [replace(one, task=self.name, made_by=self.made_by) for one in self.whole.evaluate(known, clean_set)]
+
+    def other_rows(self, source: TarSource) -> np.ndarray:
+        """Return the rows of the images that are not in the training data, int64 `(rows,)`."""
+        names = [source.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(source.shard_sizes))]
+        is_left_out = np.array([(names[shard], number) in self.overlap for shard, number in SampleNumbers(source)])
+        count = int(is_left_out.sum())
+        if count != len(self.overlap) or count == len(is_left_out):
             raise UserError(
-                f"{self.data} has {len(left_out)} of the {len(self.overlap)} images that the audit found in the "
-                f"training data, among {len(source)}; {'all are' if left_out else 'audit it again'}"
+                f"{self.data} has {count} of the {len(self.overlap)} images that the audit found in the "
+                f"training data, among {len(source)}; {'all are' if count else 'audit it again'}"
             )
-        return replace(test_set, source=ChosenRows(source, np.array(kept + left_out)))
-
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        count = len(test_set.source) - len(self.overlap)
-        # This process has the same rows of both sets only if their batches have the same size.
-        same_batches = replace(embedder, batches_of=len(test_set.source))
-        kept_set = replace(test_set, source=ChosenRows(test_set.source, np.arange(count)))
-        whole = self.whole.scorer(same_batches, kept_set)
-
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            kept = rows < count
-            whole.add(slice(mine.start, mine.start + int(kept.sum())), rows[kept], embeds[kept])
-
-        return Scorer(add, lambda: [replace(one, task=self.name, made_by=self.made_by) for one in whole.results()])
+        return np.flatnonzero(~is_left_out)
 
 
 def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
@@ -89,8 +79,8 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
     compared = 0
     for task in tasks:
         all_tasks.append(task)
-        if not isinstance(task, StreamedTask):
-            continue
+        if task.needs != "texts":
+            continue  # only embeddings and prompts give a second figure without a second pass
         images = overlaps.get(TestSet.open(task.data).source.contents_digest())
         if images is None:
             continue

@@ -163,8 +163,8 @@ class Embedder:
         progress: function called on every process with the number of images that all processes embedded since the last
             call; it replaces the progress bar.
         pixels: pixels along each side of an image, if not the model's size; see `at`.
-        batches_of: number of images whose batches this embedder has for any number of images, because the batches of
-            a few hundred images depend on their number.
+        kept: features of this process's images by source and kind, which are kept for further tasks on the same
+            images; None keeps nothing, and needs memory for one batch.
     """
 
     model: Any
@@ -176,7 +176,7 @@ class Embedder:
     name: str = ""
     progress: Callable[[int], None] | None = None
     pixels: int | None = None
-    batches_of: int | None = None
+    kept: dict[tuple[TarSource, str], list[tuple[range, torch.Tensor]]] | None = None
 
     def at(self, image_size: int | None) -> "Embedder":
         """Return the embedder of images of `image_size` pixels; None returns this embedder. Raise ValueError if the
@@ -189,8 +189,8 @@ class Embedder:
         return replace(self, pixels=image_size)
 
     def uncounted(self) -> "Embedder":
-        """Return an embedder for images outside the test set, which `progress` must not count."""
-        return self if self.progress is None else replace(self, progress=lambda images: None)
+        """Return an embedder for images outside the test set, which are not counted and not kept."""
+        return replace(self, kept=None, progress=self.progress and (lambda images: None))
 
     def bar(self, total: int | None, unit: str, hidden: bool = False) -> Progress:
         hidden = hidden or not self.accelerator.is_main_process
@@ -198,36 +198,51 @@ class Embedder:
 
     def share(self, count: int, most: int | None = None) -> Share:
         """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
-        least = count if most else self.batches_of or count
         if most is None and self._is_on_cpu():
             most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
-        size = max(1, min(most or self.batch_size, -(-least // _LEAST_BATCHES)))
+        size = max(1, min(most or self.batch_size, -(-count // _LEAST_BATCHES)))
         return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
 
     def rows(self, count: int) -> np.ndarray:
         """Return this process's rows of `count`, int64 `(rows,)`, in the order of its batches."""
         return self.share(count).rows()
 
-    def image_batches(self, source: TarSource, features: Features = "embeds") -> Iterator[tuple[torch.Tensor, ...]]:
-        """Collective, to its end. Yield this process's rows of `source`, int64 `(rows,)`, and their features, fp32
-        `(rows, dim)` on the CPU, batch by batch.
+    def image_batches(
+        self, source: TarSource, features: Features | Literal["logits"] = "embeds"
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Collective, to its end. Yield the place of each batch among this process's rows of `source`, and the features
+        of its images, fp32 `(rows, dim)` on the CPU.
 
         The last batch has no rows if other processes have a batch more.
 
         Args:
-            features: `embeds`, projected and of unit length; or `pooled`, before the projection, for linear probes.
+            features: `embeds`, projected and of unit length; `pooled`, before the projection, for linear probes; or the
+                `logits` of a classifier.
 
         Raises:
             UserError, OSError: any process cannot decode an image, read a shard, or lost a worker.
         """
+        batches: Iterable[tuple[range, torch.Tensor]] = self._embedded(source, features)
+        if self.kept is not None:
+            if (source, features) not in self.kept:
+                self.kept[source, features] = list(batches)
+            batches = self.kept[source, features]
+        seen = 0
+        for rows, output in batches:
+            yield slice(seen, seen + len(rows)), output
+            seen += len(rows)
+            self.alive()
+
+    def _embedded(self, source: TarSource, features: str) -> Iterator[tuple[range, torch.Tensor]]:
+        """Collective, to its end. Yield the rows and the features of each batch of this process."""
         from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
 
-        compute = {"embeds": self.image_features, "pooled": self.pooled_features}[features]
+        compute = self.pooled_features if features == "pooled" else self.image_features
         for rows, columns in self.image_columns(source):
             with torch.no_grad(), self.accelerator.autocast():
                 output = compute(**columns)
             output = normalise_embeds(output) if features == "embeds" else output.float()
-            yield torch.arange(rows.start, rows.stop), output.cpu()[: len(rows)]
+            yield rows, output.cpu()[: len(rows)]
 
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
         """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
@@ -248,12 +263,11 @@ class Embedder:
 
     def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
         """Collective. Return the features of this process's rows of `source`, fp32 `(rows, dim)`."""
-        mine, first = torch.empty(0), 0
-        for rows, batch in self.image_batches(source, features):
-            if not first:
+        mine = torch.empty(0)
+        for place, batch in self.image_batches(source, features):
+            if not place.start:
                 mine = batch.new_empty(len(self.rows(len(source))), batch.shape[1])
-            mine[first : first + len(rows)] = batch
-            first += len(rows)
+            mine[place] = batch
         return mine
 
     def images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
@@ -296,7 +310,8 @@ class Embedder:
         padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
         return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
 
-    def total(self, counts: Sequence[int | float]) -> list[int]:
+    def total(self, counts: Sequence[int]) -> list[int]:
+        """Collective. Return the sums over the processes."""
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.reduce(mine, "sum").tolist()
 

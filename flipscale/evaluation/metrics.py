@@ -5,7 +5,6 @@ processes. Metrics that sort a whole set (average precision, AUC) are computed i
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,10 +14,14 @@ from flipscale.evaluation.intervals import Estimate, bootstrapped, normal
 _POINTS = 11  # VOC 2007: recall 0, 0.1, ... 1
 
 
-def hits_at(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
-    """Return whether the label is among the k best classes, bool `(rows, len(ks))`."""
-    right = scores.topk(max(ks), dim=1).indices == labels[:, None]
-    return torch.stack([right[:, :k].any(dim=1) for k in ks], dim=1)
+def hits_by_class(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return, for each row of `scores` `(rows, classes)`, the label and whether it is the best class by `argmax`, the
+    best by `topk`, and among the five best: int32 `(rows, 4)`.
+
+    CLIP_benchmark counts classes by `argmax` and top-1 by `topk`. The two differ for classes of equal score."""
+    nearest = scores.topk(5 if scores.shape[1] >= 5 else 1, dim=1).indices == labels[:, None]
+    hits = torch.stack([scores.argmax(dim=1) == labels, nearest[:, 0], nearest.any(dim=1)], dim=1)
+    return torch.cat([labels[:, None], hits], dim=1).int()
 
 
 def recall_hits(scores: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
@@ -20,7 +20,7 @@ from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
 from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot
 from flipscale.evaluation.kinds.probe import FewShot, Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
-from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.vqa import Vqa
 from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot, ZeroShotMultilabel
@@ -125,19 +125,20 @@ def check_image_sizes(recipe: EvalRecipe, patch_size: int) -> None:
 
 
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:
-    """Collective, to its end. Yield each task with its results, in order. Consecutive streamed tasks with the same data
-    and image size share one pass over the images."""
+    """Collective, to its end. Yield each task with its results, in order.
+
+    Consecutive tasks with the same data and image size share one pass over the images. Each process keeps the features
+    of its images for that long."""
     tasks = list(tasks)
     for task in tasks:
         task.check_model(embedder.gives, f"the model {embedder.name}".rstrip())
-    alike = groupby(tasks, lambda task: (isinstance(task, StreamedTask), task.data, task.image_size))
-    for (is_streamed, _, image_size), group in alike:
-        together, sized = list(group), embedder.at(image_size)
-        embedder.alive()
-        if is_streamed:
-            yield from zip(together, evaluate_together(sized, cast(list[StreamedTask], together)), strict=True)
-        else:
-            yield from ((task, task.evaluate(sized)) for task in together)
+    for (data, image_size), group in groupby(tasks, lambda task: (task.data, task.image_size)):
+        together, test_set, sized = list(group), TestSet.open(data), embedder.at(image_size)
+        if len(together) > 1:
+            sized = replace(sized, kept={})
+        for task in together:
+            embedder.alive()
+            yield task, task.evaluate(sized, test_set)
 
 
 def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:

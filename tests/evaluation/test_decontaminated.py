@@ -16,10 +16,9 @@ from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.retrieval import Retrieval
-from flipscale.evaluation.kinds.task import StreamedTask
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.suite import evaluate_tasks
-from flipscale.evaluation.test_set import TestSet
 
 LEFT_OUT = [("00000.tar", 2), ("00001.tar", 0), ("00001.tar", 6)]
 
@@ -47,7 +46,7 @@ def tested(tmp_path: Path) -> Path:
     return tmp_path / "tested"
 
 
-def tasks_of(data: Path) -> list[StreamedTask]:
+def tasks_of(data: Path) -> list[Task]:
     return [
         ZeroShot("zero_shot", str(data), "zero_shot"),
         ZeroShot("zero_shot", str(data), "real", labels="real.json"),
@@ -70,14 +69,14 @@ def test_figures_equal_those_of_a_set_without_the_images(tested: Path, embedder:
     write_rows(tested, list(range(17)))
     write_rows(tmp_path / "bare", [row for row in range(17) if row not in (2, 9, 15)])
     seen = []
-    real = Embedder.image_batches
+    real = Embedder.image_columns
 
-    def counted(self: Embedder, source: TarSource, *rest: object) -> object:
+    def counted(self: Embedder, source: TarSource) -> object:
         seen.append(len(source))
-        return real(self, source, *rest)
+        return real(self, source)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(Embedder, "image_batches", counted)
+        patch.setattr(Embedder, "image_columns", counted)
         found = evaluate_tasks(embedder, with_clean_tasks(tasks_of(tested), tmp_path / "audit"))
     assert seen == [17]  # one pass
     by_name = {result.name: result for result in found}
@@ -90,7 +89,7 @@ def test_figures_equal_those_of_a_set_without_the_images(tested: Path, embedder:
         assert clean.kind == result.kind
 
 
-def test_bad_input(tested: Path, tmp_path: Path) -> None:
+def test_bad_input(tested: Path, embedder: Embedder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no overlap/NAME\.json; run: flipscale prepare audit"):
         with_clean_tasks(tasks_of(tested), tmp_path)
     write_shards(tmp_path / "other", [3], seed=4)
@@ -98,9 +97,8 @@ def test_bad_input(tested: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compared other with the training data, but not"):
         with_clean_tasks(tasks_of(tested), tmp_path)
     write_overlap(tmp_path, tested, [("00000.tar", 99)])
-    task = with_clean_tasks(tasks_of(tested), tmp_path)[1]
     with pytest.raises(ValueError, match="has 0 of the 1 images"):
-        task.arranged(TestSet.open(task.data))
+        evaluate_tasks(embedder, with_clean_tasks(tasks_of(tested)[:1], tmp_path))
 
 
 def test_a_set_without_overlap_has_no_second_figure(

@@ -109,7 +109,7 @@ def test_labels_that_cannot_be(tmp_path: Path, content: str | None, message: str
     with pytest.raises(ValueError, match=message):
         task.check()
     with pytest.raises(ValueError, match=message):
-        task.evaluate(drawn())
+        evaluate_tasks(drawn(), [task])
 
 
 def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

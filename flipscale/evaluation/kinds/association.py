@@ -8,7 +8,7 @@ import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Z95, clustered_share
-from flipscale.evaluation.kinds.task import Scorer, StreamedTask
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, read_list
 from flipscale.io.errors import UserError
@@ -25,7 +25,7 @@ class Couple(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Association(StreamedTask):
+class Association(Task):
     """`nearer_man`: percent of couples whose role word ("firefighter") is nearer to the man than to the woman.
     `man_less_woman`: mean difference of the two cosines.
 
@@ -49,20 +49,19 @@ preference. The intervals treat roles as independent draws, and pictures of one 
         super().check()
         self._couples(TestSet.open(self.data))
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         couples, count = self._couples(test_set), len(test_set)
         names = list(dict.fromkeys(couple.role for couple in couples))
         embeds = embedder.texts([self.template.replace("{c}", name) for name in names])
         by_role = dict(zip(names, embeds, strict=True))
         words = {row: by_role[couple.role] for couple in couples for row in (couple.woman, couple.man)}
-        cosines = torch.zeros(len(embedder.rows(count)), 1)
-
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            for place, row, embed in zip(range(mine.start, mine.stop), rows.tolist(), embeds, strict=True):
-                if row in words:
-                    cosines[place] = embed @ words[row]
-
-        return Scorer(add, lambda: self._results(couples, embedder.gathered(cosines, count)[:, 0].double().numpy()))
+        rows = embedder.rows(count)
+        cosines = torch.zeros(len(rows), 1)
+        for mine, images in embedder.image_batches(test_set.source):
+            for place, image in zip(range(mine.start, mine.stop), images, strict=True):
+                if rows[place] in words:
+                    cosines[place] = image @ words[rows[place]]
+        return self._results(couples, embedder.gathered(cosines, count)[:, 0].double().numpy())
 
     def _results(self, couples: list[Couple], cosines: np.ndarray) -> list[Result]:
         _, roles_of, counts = np.unique([couple.role for couple in couples], return_inverse=True, return_counts=True)

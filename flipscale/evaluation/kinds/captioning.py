@@ -14,8 +14,9 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
-from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Task
+from flipscale.evaluation.kinds.task import LabelledTask, Task
 from flipscale.evaluation.kinds.zero_shot import PromptedTask
+from flipscale.evaluation.metrics import hits_by_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
@@ -55,8 +56,7 @@ Intervals are over images for fixed references; BLEU's is by the bootstrap."""
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return test_set.captions_of
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        test_set = TestSet.open(self.data)
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         references = [[line for line in lines if line.strip()] for lines in test_set.captions(embedder)]
         generated = generated_captions(embedder, test_set.source, self.max_new_tokens, self.num_beams)
         candidates = [caption_words(caption) for caption in generated]
@@ -94,19 +94,19 @@ class Likelihood(PromptedTask, LabelledTask):
 decoder finds the most likely caption, by the sum of its tokens' log-likelihoods (the mean over the set's prompts).
 Intervals are those of zero-shot classification."""
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        test_set = TestSet.open(self.data)
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         if self.images is not None and self.images < len(test_set):
             chosen = np.linspace(0, len(test_set), self.images, endpoint=False, dtype=np.int64)
             test_set = replace(test_set, source=ChosenRows(test_set.source, chosen))
         names, prompts = test_set.class_names(), self.prompts(test_set)
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
         likelihoods = Likelihoods(embedder, texts, embedder.share(len(test_set)).size)
-        hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names, len(test_set))
+        labels, hits = test_set.labels(embedder, len(names)), list[torch.Tensor]()
         for rows, columns in embedder.image_columns(test_set.source):
-            scores = likelihoods.of(columns)[: len(rows)]
-            hits.add(scores.view(len(rows), len(names), len(prompts)).mean(dim=2))
-        return hits.results(self.metric)
+            scores = likelihoods.of(columns)[: len(rows)].view(len(rows), len(names), len(prompts)).mean(dim=2)
+            seen = sum(map(len, hits))
+            hits.append(hits_by_class(scores, labels[seen : seen + len(rows)]))
+        return self.class_results(embedder, torch.cat(hits), len(test_set), names, self.metric)
 
 
 def captioner(embedder: Embedder) -> Any:

@@ -13,8 +13,9 @@ import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.retrieval import Retrieval
-from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Scorer, StreamedTask
+from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.kinds.zero_shot import Scores, classifier
+from flipscale.evaluation.metrics import hits_by_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, read_lines, read_list
 from flipscale.io.errors import UserError
@@ -38,14 +39,10 @@ class MultilingualRetrieval(Retrieval):
             self._captions(test_set, language)
         return lambda shard, number: None
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         captions = {language: self._captions(test_set, language) for language in self._languages()}
-
-        def results(images: torch.Tensor) -> list[Result]:
-            recalls = {language: self.recalls(embedder, images, texts) for language, texts in captions.items()}
-            return _over_languages(recalls)
-
-        return self.image_scorer(embedder, test_set, results)
+        images = embedder.images(test_set.source)
+        return _over_languages({name: self.recalls(embedder, images, texts) for name, texts in captions.items()})
 
     def _languages(self) -> list[str]:
         return read_lines(self.data, "languages.txt", "the languages")
@@ -59,7 +56,7 @@ class MultilingualRetrieval(Retrieval):
 
 
 @dataclass(frozen=True)
-class MultilingualZeroShot(LabelledTask, StreamedTask):
+class MultilingualZeroShot(LabelledTask):
     """The results of `zero_shot` as means over languages, with the spread of the headline, and for each language.
 
     `data` holds ImageNet's validation images. The languages, their classes, names and prompts are Babel-ImageNet's
@@ -74,26 +71,30 @@ this language, among these classes. {_PROTOCOL}"""
         super().check()
         babel_imagenet()
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        num_classes = len(test_set.class_names())
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        num_classes, languages = len(test_set.class_names()), babel_imagenet()
         labels = test_set.labels(embedder, num_classes)
-        parts: dict[str, tuple[torch.Tensor, ClassHits, Scores]] = {}
-        for language, (classes, names, prompts) in babel_imagenet().items():
+        own_labels, scores = dict[str, torch.Tensor](), dict[str, Scores]()
+        for language, (classes, names, prompts) in languages.items():
             if max(classes) >= num_classes:
                 raise UserError(f"{self.data} has {num_classes} classes; {language} has names of {max(classes) + 1}")
-            place = torch.full((num_classes,), -1)
-            place[classes] = torch.arange(len(classes))
-            own = place[labels] >= 0
-            if embedder.total([int(own.sum())]) == [0]:
+            places = torch.full((num_classes,), -1)
+            places[classes] = torch.arange(len(classes))
+            own_labels[language] = places[labels]
+            if embedder.total([int((own_labels[language] >= 0).sum())]) == [0]:
                 raise UserError(f"{self.data} has no image of the {len(classes)} classes of {language}")
-            hits = ClassHits(self, embedder, place[labels][own], names, None)
-            parts[language] = own, hits, classifier(embedder, names, prompts)
-
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            for own, hits, score in parts.values():
-                hits.add(score(embeds[own[mine]]))
-
-        return Scorer(add, lambda: _over_languages({name: part[1].results("top1") for name, part in parts.items()}))
+            scores[language] = classifier(embedder, names, prompts)
+        # A row whose class has no name in the language keeps the label -1, which leaves it out.
+        hits = {language: torch.full((len(labels), 4), -1, dtype=torch.int32) for language in languages}
+        for mine, embeds in embedder.image_batches(test_set.source):
+            for language, score in scores.items():
+                own = own_labels[language][mine]
+                hits[language][mine][own >= 0] = hits_by_class(score(embeds[own >= 0]), own[own >= 0])
+        results = {
+            language: self.class_results(embedder, hits[language], len(test_set), names, "top1")
+            for language, (_, names, _) in languages.items()
+        }
+        return _over_languages(results)
 
 
 def babel_imagenet() -> dict[str, tuple[list[int], list[str], list[str]]]:
@@ -132,9 +133,9 @@ def _over_languages(by_language: dict[str, list[Result]]) -> list[Result]:
             ):
                 label = f"{first.shown}, {label}"
                 results.append(shown(metric=f"{first.metric}_{name}", value=float(value), label=label, chance=None))
+    own = [(language, result) for language, found in by_language.items() for result in found if result.headline]
+    shown_alone = partial(replace, headline=False, outcomes="")
     return results + [
-        replace(result, metric=f"{result.metric}_{language}", label=f"{result.shown}, {language}", headline=False)
-        for language, own in by_language.items()
-        for result in own
-        if result.headline
+        shown_alone(result, metric=f"{result.metric}_{language}", label=f"{result.shown}, {language}")
+        for language, result in own
     ]

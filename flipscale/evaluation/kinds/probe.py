@@ -24,8 +24,8 @@ from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder, Features
 from flipscale.evaluation.intervals import Estimate, student, wilson
-from flipscale.evaluation.kinds.task import ClassHits, LabelledTask
-from flipscale.evaluation.metrics import mean_per_class
+from flipscale.evaluation.kinds.task import LabelledTask
+from flipscale.evaluation.metrics import hits_by_class, mean_per_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
@@ -96,9 +96,9 @@ class LabelledSets(NamedTuple):
     validation: TestSet | None
 
     @classmethod
-    def open(cls, train: str, test: str, validation: str = "") -> "LabelledSets":
-        """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`."""
-        sets = [TestSet.open(train, "train"), TestSet.open(test)]
+    def open(cls, train: str, test: TestSet, validation: str = "") -> "LabelledSets":
+        """Open the sets. Each is a folder of shards, or has them in its folder `train` or `validation`."""
+        sets = [TestSet.open(train, "train"), test]
         if validation:
             sets.append(TestSet.open(validation, "validation"))
         names = sets[0].class_names()
@@ -186,7 +186,7 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             raise UserError("solver is lars, which takes neither l2 nor validation; use solver lbfgs")
 
     def check(self) -> None:
-        num_images, size = len(self._sets().train), self.lars.batch_size
+        num_images, size = len(self._sets(TestSet.open(self.data)).train), self.lars.batch_size
         if self.solver == "lars" and size > num_images:
             raise UserError(
                 f"lars.batch_size is {size:,}; expected at most the {num_images:,} training images. Fix: write lars: "
@@ -197,20 +197,23 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
         train = TestSet.open(self.train or self.data, "train")
         return [train, TestSet.open(self.validation, "validation")] if self.validation else [train]
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        sets = self._sets()
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        sets = self._sets(test_set)
         if self.solver == "lars":
             classifier, about = train_by_lars(embedder, sets, self.features, self.lars)
         else:
             classifier, about = self._regression(embedder, sets)
-        names = sets.class_names
-        hits = ClassHits(self, embedder, sets.test.labels(embedder, len(names)), names, None)
-        for _, features in embedder.image_batches(sets.test.source, self.features):
-            hits.add(classifier.scores(features))
-        (top1, *_), right, counts = hits.totals()
-        n, made_by = int(counts.sum()), {**self.made_by, **about, "num_train": len(sets.train)}
+        n, num_classes = len(test_set), len(sets.class_names)
+        labels = test_set.labels(embedder, num_classes)
+        hits = torch.zeros(len(labels), 4, dtype=torch.int32)
+        for mine, features in embedder.image_batches(test_set.source, self.features):
+            hits[mine] = hits_by_class(classifier.scores(features), labels[mine])
+        all_labels, best, top1, _ = embedder.gathered(hits, n).numpy().T
+        counts = np.bincount(all_labels, minlength=num_classes)
+        right = np.bincount(all_labels[best == 1], minlength=num_classes)
+        made_by = {**self.made_by, **about, "num_train": len(sets.train)}
         results = [
-            self.proportion("top1", top1, n, 100.0 * float(counts.max() / n)),
+            self.proportion("top1", int(top1.sum()), n, 100.0 * float(counts.max() / n)),
             self.estimated("mean_per_class", mean_per_class(right, counts), n, 100.0 / len(counts)),
         ]
         return [dataclasses.replace(result, made_by=made_by) for result in results]
@@ -221,8 +224,8 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
         made_by.pop("lars", None)
         return made_by | (dataclasses.asdict(self.lars) if self.solver == "lars" else {})
 
-    def _sets(self) -> LabelledSets:
-        return LabelledSets.open(self.train or self.data, self.data, self.validation)
+    def _sets(self, test_set: TestSet) -> LabelledSets:
+        return LabelledSets.open(self.train or self.data, test_set, self.validation)
 
     def _regression(self, embedder: Embedder, sets: LabelledSets) -> tuple[LinearClassifier, dict[str, Any]]:
         num_classes, total = len(sets.class_names), embedder.accelerator.reduce
@@ -423,18 +426,20 @@ def train_by_lars(
     Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
     not depend on the number of processes, but for rounding."""
     source, num_classes, total = sets.train.source, len(sets.class_names), embedder.accelerator.reduce
-    mine = sets.train.labels(embedder, num_classes)
-    _check_every_class(sets, mine.to(embedder.accelerator.device), total)
-    labels = embedder.gathered(mine[:, None], len(source))[:, 0]
+    my_labels = sets.train.labels(embedder, num_classes)
+    _check_every_class(sets, my_labels.to(embedder.accelerator.device), total)
+    labels = embedder.gathered(my_labels, len(source))
     steps, size, device = len(source) // recipe.batch_size, recipe.batch_size, embedder.accelerator.device
-    quiet, head, loss = dataclasses.replace(embedder, progress=lambda images: None), None, 0.0
+    quiet, head, loss = dataclasses.replace(embedder, progress=lambda images: None, kept=None), None, 0.0
     with embedder.bar(recipe.epochs * steps, "steps") as bar:
         for epoch in range(recipe.epochs):
             order = keyed_permutation(recipe.seed, "probe order", epoch, len(source))[: steps * size]
             crops = RandomCrops(source, order, epoch, embedder.image_size, recipe.crop_scale, recipe.seed)
             per_round = quiet.share(len(crops)).size * embedder.accelerator.num_processes
             places, rows, step = torch.empty(0, dtype=torch.int64), None, 0
-            for number, (new_places, embeds) in enumerate(quiet.image_batches(crops, features), 1):
+            my_places = torch.from_numpy(quiet.rows(len(crops)))
+            for number, (mine, embeds) in enumerate(quiet.image_batches(crops, features), 1):
+                new_places = my_places[mine]
                 new = Rows(embeds.double(), labels[torch.from_numpy(order)[new_places]])
                 places, rows = torch.cat([places, new_places]), rows.followed_by(new) if rows else new
                 head = head or Head(embeds.shape[1], num_classes, recipe, total, device)
@@ -518,22 +523,19 @@ training images. Its interval counts both the draws (Student's t) and the test i
             raise UserError(f"seeds is {self.seeds}; list one number or more, all different")
 
     def check(self) -> None:
-        self._sets()
+        self._sets(TestSet.open(self.data))
 
     def other_sets(self) -> list[TestSet]:
         return [TestSet.open(self.train or self.data, "train")]
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        sets = self._sets()
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        sets = self._sets(test_set)
         classifiers = self._classifiers(embedder, sets)
-        labels = sets.test.labels(embedder, len(sets.class_names))
-        right, seen = [0] * len(classifiers), 0
-        for rows, features in embedder.image_batches(sets.test.source, "pooled"):
-            batch = labels[seen : seen + len(rows)]
-            seen += len(rows)
+        labels, right = test_set.labels(embedder, len(sets.class_names)), [0] * len(classifiers)
+        for mine, features in embedder.image_batches(test_set.source, "pooled"):
             for number, classifier in enumerate(classifiers):
-                right[number] += int((classifier.scores(features).argmax(dim=1) == batch).sum())
-        n, draws, chance, results = len(sets.test), len(self.seeds), 100.0 / len(sets.class_names), []
+                right[number] += int((classifier.scores(features).argmax(dim=1) == labels[mine]).sum())
+        n, draws, chance, results = len(test_set), len(self.seeds), 100.0 / len(sets.class_names), []
         for shots, hits in zip(self.shots, np.array(embedder.total(right)).reshape(-1, draws), strict=True):
             mean = float(hits.mean()) / n
             low, high = wilson(mean * n, n)
@@ -544,13 +546,13 @@ training images. Its interval counts both the draws (Student's t) and the test i
             results.append(self.estimated(f"{shots}_shot", share, n, chance, headline, label=label))
         return results
 
-    def _sets(self) -> LabelledSets:
-        return LabelledSets.open(self.train or self.data, self.data)
+    def _sets(self, test_set: TestSet) -> LabelledSets:
+        return LabelledSets.open(self.train or self.data, test_set)
 
     def _classifiers(self, embedder: Embedder, sets: LabelledSets) -> list[LinearClassifier]:
         """Collective. Return the classifier of each number of shots and, within it, of each seed."""
         source, num_classes = sets.train.source, len(sets.class_names)
-        labels = embedder.gathered(sets.train.labels(embedder, num_classes)[:, None], len(source))[:, 0]
+        labels = embedder.gathered(sets.train.labels(embedder, num_classes), len(source))
         ranks = [_ranks(labels.numpy(), seed) for seed in self.seeds]
         drawn = np.flatnonzero(np.min(ranks, axis=0) < max(self.shots))
         mine = drawn[embedder.rows(len(drawn))]

@@ -9,7 +9,7 @@ import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import clustered_share
-from flipscale.evaluation.kinds.task import Scorer, StreamedTask
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import recall_chance, recall_hits
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -20,7 +20,7 @@ _Side = tuple[torch.Tensor, torch.Tensor]  # embeddings, and the number of each 
 
 
 @dataclass(frozen=True)
-class Retrieval(StreamedTask):
+class Retrieval(Task):
     """`text_to_image_r1`, ... `image_to_text_r10` of image-caption shards, in percent of the queries.
 
     Each line of a `KEY.txt` is a caption of the image and a query. The right answers are an image's own captions and a
@@ -51,19 +51,9 @@ so their interval counts as many queries as the variance between images shows.""
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return test_set.captions_of
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         captions = test_set.captions(embedder)
-        return self.image_scorer(embedder, test_set, lambda images: self.recalls(embedder, images, captions))
-
-    def image_scorer(
-        self, embedder: Embedder, test_set: TestSet, results: Callable[[torch.Tensor], list[Result]]
-    ) -> Scorer:
-        """Return the scorer that computes its results from the embeddings of all images, `(images, dim)`."""
-        mine: list[torch.Tensor] = []
-        return Scorer(
-            lambda _, rows, embeds: mine.append(embeds),
-            lambda: results(embedder.gathered(torch.cat(mine), len(test_set))),
-        )
+        return self.recalls(embedder, embedder.images(test_set.source), captions)
 
     def recalls(self, embedder: Embedder, images: torch.Tensor, captions: list[list[str]]) -> list[Result]:
         """Collective. Return the recalls both ways of all images, `(images, dim)`, and their captions."""

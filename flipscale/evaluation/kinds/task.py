@@ -2,11 +2,11 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from flipscale.data.task_page import check_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, wilson
-from flipscale.evaluation.metrics import hits_at, mean_per_class
+from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
@@ -82,8 +82,12 @@ class Task(ABC):
         return lambda shard, number: None
 
     @abstractmethod
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        """Collective. Return the results of the embedder's model."""
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        """Collective. Return the results of the embedder's model.
+
+        Args:
+            test_set: the images of `data`; some of them, if the others are in the training data.
+        """
 
     def proportion(
         self, metric: str, hits: int, n: int, chance: float | None = None, headline: bool = True, right: Answers = None
@@ -112,19 +116,6 @@ class Task(ABC):
         return {"data": self.data, **size, **options}
 
 
-class Scorer(NamedTuple):
-    """Takes a test set's image embeddings batch by batch and computes the results at the end.
-
-    Args:
-        add: adds a batch of this process: its place among this process's rows, the row numbers, int64 `(rows,)`, and
-            the embeddings, fp32 `(rows, dim)` of unit length, CPU. A batch may be empty. Not collective.
-        results: collective; returns the results, after all rows were added.
-    """
-
-    add: Callable[[slice, torch.Tensor, torch.Tensor], None]
-    results: Callable[[], list[Result]]
-
-
 class LabelledTask(Task):
     """A task of images with class numbers, `KEY.cls`."""
 
@@ -134,86 +125,28 @@ class LabelledTask(Task):
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(test_set.label, len(test_set.class_names()))
 
-
-class StreamedTask(Task):
-    """A task that needs each image embedding once, batch by batch. Tasks on the same data share one pass over it."""
-
-    @abstractmethod
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        """Collective. Embed the texts, read the labels, and return the scorer."""
-
-    def arranged(self, test_set: TestSet) -> TestSet:
-        """Return the test set in the order that this task needs; any order by default."""
-        return test_set
-
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        return evaluate_together(embedder, [self])[0]
-
-
-def evaluate_together(embedder: Embedder, tasks: Sequence[StreamedTask]) -> list[list[Result]]:
-    """Collective. Return the results of each of several tasks on the same data. The images are read once."""
-    test_set = TestSet.open(tasks[0].data)
-    for task in tasks:
-        test_set = task.arranged(test_set)
-    scorers = [task.scorer(embedder, test_set) for task in tasks]
-    seen = 0
-    for rows, embeds in embedder.image_batches(test_set.source):
-        mine = slice(seen, seen + len(rows))
-        seen = mine.stop
-        for scorer in scorers:
-            scorer.add(mine, rows, embeds)
-    return [scorer.results() for scorer in scorers]
-
-
-class ClassHits:
-    """Counts this process's images whose class is the best, or among the five best, by class.
-
-    Args:
-        count: number of rows that the embedder shares out; None if the labels are of a part of them, whose outcomes
-            cannot be gathered.
-    """
-
-    def __init__(
-        self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str], count: int | None
-    ):
-        self._task, self._embedder, self._labels, self._names = task, embedder, labels, class_names
-        self._count, self._best = count, torch.zeros(len(labels), dtype=torch.uint8)
-        self._ks = [1, 5] if len(class_names) >= 5 else [1]
-        self._hits = torch.zeros(len(self._ks), dtype=torch.int64)
-        self._right = torch.zeros(len(class_names), dtype=torch.int64)
-        self._seen = 0
-
-    def add(self, scores: torch.Tensor) -> None:
-        """Count the next rows by their scores, `(rows, classes)` on the CPU."""
-        labels = self._labels[self._seen : self._seen + len(scores)]
-        hits = hits_at(scores, labels, self._ks)
-        self._hits += hits.sum(dim=0)
-        self._right += torch.bincount(labels[scores.argmax(dim=1) == labels], minlength=len(self._right))
-        self._best[self._seen : self._seen + len(scores)] = hits[:, 0]
-        self._seen += len(scores)
-
-    def totals(self) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Collective. Return the hits at 1 (and 5), then the hits and the images of each class, int64 `(classes,)`."""
-        images = torch.bincount(self._labels, minlength=len(self._right))
-        sums = np.array(self._embedder.total([*self._hits.tolist(), *self._right.tolist(), *images.tolist()]))
-        return sums[: len(self._ks)].tolist(), *np.split(sums[len(self._ks) :], 2)
-
-    def results(self, metric: str) -> list[Result]:
+    def class_results(
+        self, embedder: Embedder, labelled_hits: torch.Tensor, count: int, class_names: list[str], metric: str
+    ) -> list[Result]:
         """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
 
-        `metric` is the headline; `top1` makes `top5` a headline too, if there are more than five classes.
+        Args:
+            labelled_hits: `hits_by_class` of this process's rows of `count` images, with label -1 for images to leave
+                out.
+            metric: the headline; `top1` makes `top5` a headline too, if there are more than five classes.
         """
-        task, (hits, right, counts) = self._task, self.totals()
+        table = embedder.gathered(labelled_hits, count).numpy()
+        labels, best, top1, top5 = table[table[:, 0] >= 0].T
+        num_classes, n = len(class_names), len(labels)
+        counts = np.bincount(labels, minlength=num_classes)
         empty = np.flatnonzero(counts == 0)
-        if len(empty) and self._embedder.accelerator.is_main_process:
+        if len(empty) and embedder.accelerator.is_main_process:
             message = "%s: %d of %d classes have no image, such as %r; the mean per class leaves them out"
-            _log.warning(message, task.name, len(empty), len(counts), self._names[empty[0]])
-        n, chance = int(counts.sum()), 100.0 / len(counts)
-        answers = None if self._count is None else self._embedder.gathered(self._best, self._count).numpy()
-        results = [task.proportion("top1", hits[0], n, chance, metric == "top1", answers)]
-        for top5 in hits[1:]:
-            is_headline = metric in ("top1", "top5") and len(counts) > 5
-            results.append(task.proportion("top5", top5, n, 5 * chance, headline=is_headline))
-        mean = mean_per_class(right, counts)
-        results.append(task.estimated("mean_per_class", mean, n, chance, headline=metric == "mean_per_class"))
-        return results
+            _log.warning(message, self.name, len(empty), num_classes, class_names[empty[0]])
+        chance = 100.0 / num_classes
+        results = [self.proportion("top1", int(top1.sum()), n, chance, metric == "top1", top1)]
+        if num_classes >= 5:
+            headline = metric in ("top1", "top5") and num_classes > 5
+            results.append(self.proportion("top5", int(top5.sum()), n, 5 * chance, headline))
+        mean = mean_per_class(np.bincount(labels[best == 1], minlength=num_classes), counts)
+        return [*results, self.estimated("mean_per_class", mean, n, chance, metric == "mean_per_class")]

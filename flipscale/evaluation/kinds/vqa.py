@@ -48,8 +48,7 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(_question, test_set, len(test_set.class_names()))
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        test_set = TestSet.open(self.data)
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         answers = test_set.class_names()
         num_answers = embedder.model.config.answer_config.num_answers
         if num_answers != len(answers):

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.kinds.zero_shot import PromptedTask, classifier
-from flipscale.evaluation.metrics import hits_at
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
 from flipscale.io.errors import UserError
@@ -32,7 +30,7 @@ SETS: dict[str, tuple[tuple[str, ...], str, int]] = {
 
 
 @dataclass(frozen=True)
-class WorstGroup(PromptedTask, StreamedTask):
+class WorstGroup(PromptedTask):
     """Accuracy by groups of images and of the worst group, in percent, as in datacomp.
 
     `data` is laid out as for `zero_shot`. In addition, `KEY.npy` has the numbers of the image's groups.
@@ -63,35 +61,31 @@ and does not count the choice of the group."""
             return partial(_face, test_set)
         return partial(test_set.label, len(test_set.class_names()))
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        return (self._face_scorer if self.groups == "faces" else self._scorer)(embedder, test_set)
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        return (self._faces if self.groups == "faces" else self._places)(embedder, test_set)
 
-    def _scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+    def _places(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         columns, group_by, k = SETS[self.groups]
         num_classes = len(test_set.class_names())
         labels = test_set.labels(embedder, num_classes)
         groups = of_my_rows(embedder, test_set.source, partial(test_set.array, columns))
-        score, ks = self.classifier(embedder, test_set), [1, min(k, num_classes)]
+        score, most = self.classifier(embedder, test_set), min(k, num_classes)
         # For each image: its group, and whether its class is the best or among the k best.
         table = torch.zeros(len(labels), 3, dtype=torch.int64)
         table[:, 0] = torch.tensor([row[columns.index(group_by)] for row in groups])
+        for mine, embeds in embedder.image_batches(test_set.source):
+            right = score(embeds).topk(most, dim=1).indices == labels[mine, None]
+            table[mine, 1], table[mine, 2] = right[:, 0], right.any(dim=1)
+        group, top1, topk = embedder.gathered(table, len(test_set)).numpy().T
+        chances = [100.0 * top / num_classes for top in (1, most)]
+        names = [f"{group_by.partition('_')[0]}_{number}" for number in range(group.max() + 1)]
+        by_group = self._by_group(f"top{k}", topk, group, chances[1], names)
+        whole = [self._share("top1", top1, chances[0])]
+        if k > 1:
+            whole.append(self._share(f"top{k}", topk, chances[1]))
+        return [_worst(by_group, f"worst_group_top{k}", True), *whole, *by_group]
 
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-            table[mine, 1:] = hits_at(score(embeds), labels[mine], ks).long()
-
-        def results() -> list[Result]:
-            group, top1, topk = embedder.gathered(table, len(test_set)).numpy().T
-            chances = [100.0 * top / num_classes for top in ks]
-            names = [f"{group_by.partition('_')[0]}_{number}" for number in range(group.max() + 1)]
-            by_group = self._by_group(f"top{k}", topk, group, chances[1], names)
-            whole = [self._share("top1", top1, chances[0])]
-            if k > 1:
-                whole.append(self._share(f"top{k}", topk, chances[1]))
-            return [_worst(by_group, f"worst_group_top{k}", True), *whole, *by_group]
-
-        return Scorer(add, results)
-
-    def _face_scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+    def _faces(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         faces = of_my_rows(embedder, test_set.source, partial(_face, test_set))
         objectives = self._objectives(test_set)
         scores = [classifier(embedder, *objectives[objective]) for objective in FACE_OBJECTIVES]
@@ -99,41 +93,36 @@ and does not count the choice of the group."""
         # For each image: its numbers in `FACE_COLUMNS`, and the nearest class of each of `FACE_OBJECTIVES`.
         table = torch.zeros(len(faces), len(FACE_COLUMNS) + len(FACE_OBJECTIVES), dtype=torch.int64)
         table[:, : len(FACE_COLUMNS)] = torch.from_numpy(np.array(faces, np.int64).reshape(-1, len(FACE_COLUMNS)))
-
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+        for mine, embeds in embedder.image_batches(test_set.source):
             table[mine, len(FACE_COLUMNS) :] = torch.stack([score(embeds).argmax(dim=1) for score in scores], dim=1)
-
-        def results() -> list[Result]:
-            columns = embedder.gathered(table, len(test_set)).numpy().T
-            age, gender, race, other, said_race, said_gender, said_age, said_toxic = columns
-            # Groups beyond the listed classes are called by their numbers.
-            races, genders = (
-                names[objective] + [f"{objective} {number}" for number in range(len(names[objective]), most + 1)]
-                for objective, most in (("race", race.max()), ("gender", gender.max()))
-            )
-            both = [f"{race} {gender}" for race in races for gender in genders]
-            chance = {name: 100.0 / len(names[name]) for name in ("gender", "age")}
-            right = {"race": (said_race != _WHITE) == other, "gender": said_gender == gender, "age": said_age == age}
-            by_both = self._by_group("gender", right["gender"], race * len(genders) + gender, chance["gender"], both)
-            results = [_worst(by_both, "worst_group_gender", True)]
-            for name, hits in right.items():
-                parts = self._by_group(name, hits, other, chance.get(name), ["white", "not white"])
-                whole = self._share(name, hits, chance.get(name))
-                results += [whole, _worst(parts, f"worst_group_{name}_by_white", False), *parts]
-            results += by_both
-            num_toxic = len(names["toxic"])
-            is_animal = (said_toxic >= _NON_HUMAN.start) & (said_toxic < _NON_HUMAN.stop)
-            for name, is_harm, num_harmful in (
-                ("harm_crime", said_toxic >= _CRIME, num_toxic - _CRIME),
-                ("harm_non_human", is_animal, len(_NON_HUMAN)),
-            ):
-                parts = self._by_group(name, is_harm, race, 100.0 * num_harmful / num_toxic, races)
-                whole = self._share(name, is_harm, 100.0 * num_harmful / num_toxic)
-                worst = _worst(parts, f"worst_group_{name}", False, most=True)
-                results += [replace(result, higher_is_better=False) for result in (whole, worst, *parts)]
-            return results
-
-        return Scorer(add, results)
+        columns = embedder.gathered(table, len(test_set)).numpy().T
+        age, gender, race, other, said_race, said_gender, said_age, said_toxic = columns
+        # Groups beyond the listed classes are called by their numbers.
+        races, genders = (
+            names[objective] + [f"{objective} {number}" for number in range(len(names[objective]), most + 1)]
+            for objective, most in (("race", race.max()), ("gender", gender.max()))
+        )
+        both = [f"{race} {gender}" for race in races for gender in genders]
+        chance = {name: 100.0 / len(names[name]) for name in ("gender", "age")}
+        right = {"race": (said_race != _WHITE) == other, "gender": said_gender == gender, "age": said_age == age}
+        by_both = self._by_group("gender", right["gender"], race * len(genders) + gender, chance["gender"], both)
+        results = [_worst(by_both, "worst_group_gender", True)]
+        for name, hits in right.items():
+            parts = self._by_group(name, hits, other, chance.get(name), ["white", "not white"])
+            whole = self._share(name, hits, chance.get(name))
+            results += [whole, _worst(parts, f"worst_group_{name}_by_white", False), *parts]
+        results += by_both
+        num_toxic = len(names["toxic"])
+        is_animal = (said_toxic >= _NON_HUMAN.start) & (said_toxic < _NON_HUMAN.stop)
+        for name, is_harm, num_harmful in (
+            ("harm_crime", said_toxic >= _CRIME, num_toxic - _CRIME),
+            ("harm_non_human", is_animal, len(_NON_HUMAN)),
+        ):
+            parts = self._by_group(name, is_harm, race, 100.0 * num_harmful / num_toxic, races)
+            whole = self._share(name, is_harm, 100.0 * num_harmful / num_toxic)
+            worst = _worst(parts, f"worst_group_{name}", False, most=True)
+            results += [replace(result, higher_is_better=False) for result in (whole, worst, *parts)]
+        return results
 
     def _share(self, metric: str, hits: np.ndarray, chance: float | None) -> Result:
         return self.proportion(metric, int(hits.sum()), len(hits), chance, False, hits)

@@ -12,8 +12,8 @@ import torch
 
 from flipscale.data.task_page import TEMPLATES
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Scorer, StreamedTask, Task
-from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, roc_auc
+from flipscale.evaluation.kinds.task import LabelledTask, Task
+from flipscale.evaluation.metrics import average_precision_chance, hits_by_class, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows, read_list
 from flipscale.io.errors import UserError
@@ -80,7 +80,7 @@ class PromptedTask(Task):
 
 
 @dataclass(frozen=True)
-class ZeroShot(PromptedTask, StreamedTask):
+class ZeroShot(PromptedTask, LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
     `data` has shards with `KEY.cls` in CLIP_benchmark's layout. Beside them are `classnames.txt` and, without
@@ -100,7 +100,6 @@ class ZeroShot(PromptedTask, StreamedTask):
 the centre cut out. The answer is the class of highest cosine; a class embedding is the mean over the set's prompts.
 Shares have Wilson intervals. The interval of the mean per class sums the class variances and leaves out classes without
 images. The interval of an AUC is DeLong's."""
-    hub_metric: ClassVar[str] = "accuracy"
 
     def check(self) -> None:
         super().check()
@@ -114,51 +113,38 @@ images. The interval of an AUC is DeLong's."""
             self._label_sets(test_set)
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
-        if self.labels is not None:
-            return super().truth(test_set)
-        return partial(test_set.label, len(test_set.class_names()))
+        # Label files are checked as a whole.
+        return Task.truth(self, test_set) if self.labels is not None else super().truth(test_set)
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        names, n, metric = test_set.class_names(), len(test_set), self.metric
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         if self.labels is not None:
-            return self._any_label_scorer(embedder, test_set)
-        labels = test_set.labels(embedder, len(names))
-        score = self.classifier(embedder, test_set)
-        counted = ClassHits(self, embedder, labels, names, n)
-        # For two classes: the second score minus the first, and the label.
-        leads = torch.zeros(len(labels) if metric == "roc_auc" else 0, 2)
-
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            return self._any_label(embedder, test_set)
+        names, n = test_set.class_names(), len(test_set)
+        labels, score = test_set.labels(embedder, len(names)), self.classifier(embedder, test_set)
+        hits = torch.zeros(len(labels), 4, dtype=torch.int32)
+        leads = torch.zeros(len(labels), 1)  # of the second class over the first, for `roc_auc`
+        for mine, embeds in embedder.image_batches(test_set.source):
             scores = score(embeds)
-            counted.add(scores)
-            if metric == "roc_auc":
-                leads[mine] = torch.stack([scores[:, 1] - scores[:, 0], labels[mine].float()], dim=1)
+            hits[mine] = hits_by_class(scores, labels[mine])
+            leads[mine] = scores[:, 1:2] - scores[:, :1]
+        results = self.class_results(embedder, hits, n, names, self.metric)
+        if self.metric == "roc_auc":
+            positive = embedder.gathered(labels, n).numpy() == 1
+            if positive.all() or not positive.any():
+                raise UserError(f"{self.data} has {n} images of one class; roc_auc needs both")
+            auc = roc_auc(embedder.gathered(leads, n).numpy()[:, 0], positive)
+            results.append(self.estimated(self.metric, auc, n, 50.0))
+        return results
 
-        def results() -> list[Result]:
-            results = counted.results(metric)
-            if metric == "roc_auc":
-                lead, label = embedder.gathered(leads, n).numpy().T
-                if len(set(label.tolist())) < 2:
-                    raise UserError(f"{self.data} has {n} images of one class; roc_auc needs both")
-                results.append(self.estimated(metric, roc_auc(lead, label == 1), n, 50.0))
-            return results
-
-        return Scorer(add, results)
-
-    def _any_label_scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        label_sets, score, mine = self._label_sets(test_set), self.classifier(embedder, test_set), [0]
-
-        def add(_: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+    def _any_label(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        label_sets, score = self._label_sets(test_set), self.classifier(embedder, test_set)
+        rows, hits = embedder.rows(len(test_set)), 0
+        for mine, embeds in embedder.image_batches(test_set.source):
             nearest = score(embeds).argmax(dim=1).tolist()
-            mine[0] += sum(best in label_sets[row] for row, best in zip(rows.tolist(), nearest, strict=True))
-
-        def results() -> list[Result]:
-            sizes = [len(set(labels)) for labels in label_sets if labels]
-            chance = 100.0 * sum(sizes) / len(sizes) / len(test_set.class_names())
-            (hits,) = embedder.total(mine)
-            return [self.proportion("any_label", hits, len(sizes), chance)]
-
-        return Scorer(add, results)
+            hits += sum(best in label_sets[row] for row, best in zip(rows[mine], nearest, strict=True))
+        sizes = [len(set(labels)) for labels in label_sets if labels]
+        chance = 100.0 * sum(sizes) / len(sizes) / len(test_set.class_names())
+        return [self.proportion("any_label", embedder.total([hits])[0], len(sizes), chance)]
 
     def _label_sets(self, test_set: TestSet) -> list[list[int]]:
         rows, count = read_list(self.data, str(self.labels), "class numbers"), len(TestSet.open(self.data))
@@ -169,7 +155,7 @@ images. The interval of an AUC is DeLong's."""
 
 
 @dataclass(frozen=True)
-class ZeroShotMultilabel(PromptedTask, StreamedTask):
+class ZeroShotMultilabel(PromptedTask):
     """`map11`, over VOC 2007's eleven points, and `map`, CLIP_benchmark's plain mean average precision, in percent.
 
     `data` is laid out as for `zero_shot`, with `KEY.npy` in place of `KEY.cls`: an array with 1 for each class of the
@@ -188,32 +174,25 @@ images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations over 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(test_set.label_set, len(test_set.class_names()))
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         names, n = test_set.class_names(), len(test_set)
         labels = of_my_rows(embedder, test_set.source, partial(test_set.label_set, len(names)))
-        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(len(labels), len(names)))
-        score = self.classifier(embedder, test_set)
-        my_scores = torch.zeros(len(labels), len(names))
-
-        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+        score, my_scores = self.classifier(embedder, test_set), torch.zeros(len(labels), len(names))
+        for mine, embeds in embedder.image_batches(test_set.source):
             my_scores[mine] = score(embeds)
-
-        def results() -> list[Result]:
-            scores = embedder.gathered(my_scores, n).numpy()
-            positive = embedder.gathered(my_labels, n).numpy().astype(bool)
-            positives = positive.sum(axis=0)
-            empty = [name for name, count in zip(names, positives, strict=True) if not count]
-            if empty and embedder.accelerator.is_main_process:
-                message = "%s: %d of %d classes have no image, such as %r; each counts as 0"
-                _log.warning(message, self.name, len(empty), len(names), empty[0])
-            chance = 100.0 * average_precision_chance(positives, n)
-            eleven, plain = (mean_average_precision(scores, positive, points) for points in (True, False))
-            return [
-                self.estimated("map11", eleven, n, headline=self.metric == "map11"),
-                self.estimated("map", plain, n, chance, headline=self.metric == "map"),
-            ]
-
-        return Scorer(add, results)
+        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(my_scores.shape))
+        scores, positive = embedder.gathered(my_scores, n).numpy(), embedder.gathered(my_labels, n).numpy().astype(bool)
+        positives = positive.sum(axis=0)
+        empty = [name for name, count in zip(names, positives, strict=True) if not count]
+        if empty and embedder.accelerator.is_main_process:
+            message = "%s: %d of %d classes have no image, such as %r; each counts as 0"
+            _log.warning(message, self.name, len(empty), len(names), empty[0])
+        chance = 100.0 * average_precision_chance(positives, n)
+        eleven, plain = (mean_average_precision(scores, positive, points) for points in (True, False))
+        return [
+            self.estimated("map11", eleven, n, headline=self.metric == "map11"),
+            self.estimated("map", plain, n, chance, headline=self.metric == "map"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -234,19 +213,18 @@ and leaves out classes without images."""
         super().check()
         TestSet.open(self.data).class_names()
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        test_set = TestSet.open(self.data)
+    def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         names, num_labels = test_set.class_names(), embedder.model.config.num_labels
         if len(names) != num_labels:
             raise UserError(
                 f"{self.data} names {len(names)} classes, and the model's head has {num_labels}; use the test set of "
                 "the head's classes"
             )
-        hits = ClassHits(self, embedder, test_set.labels(embedder, len(names)), names, len(test_set))
-        for rows, columns in embedder.image_columns(test_set.source):
-            with torch.no_grad(), embedder.accelerator.autocast():
-                hits.add(embedder.image_features(**columns).float().cpu()[: len(rows)])
-        return hits.results(self.metric)
+        labels = test_set.labels(embedder, num_labels)
+        hits = torch.zeros(len(labels), 4, dtype=torch.int32)
+        for mine, logits in embedder.image_batches(test_set.source, "logits"):
+            hits[mine] = hits_by_class(logits, labels[mine])
+        return self.class_results(embedder, hits, len(test_set), names, self.metric)
 
 
 def _check_prompts(prompts: list[str], where: str) -> None:
