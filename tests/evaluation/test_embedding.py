@@ -203,12 +203,12 @@ def _memory_of_zero_shot(tokenizer_dir: Path, tmp_path: Path) -> dict[int, tuple
 
 
 def test_zero_shot_memory_does_not_grow_with_the_images(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Each image may take a label and room for two scores; an embedding alone would be 256 bytes.
+    """Each image may take a label and its hits; an embedding alone would be 256 bytes.
 
     In a process of its own, because pytest's objects and modules make garbage live longer.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         peaks = pool.submit(_memory_of_zero_shot, tokenizer_dir, tmp_path).result()
     tensors, python = ((peaks[1680][which] - peaks[420][which]) / 1260 for which in (0, 1))
-    assert tensors <= 16
+    assert tensors <= 32
     assert python < 64
