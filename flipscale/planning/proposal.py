@@ -1,21 +1,16 @@
-"""The rules of `flipscale init`: a survey of the data, a proposal of model, batch, mask and length, and its text.
+"""The rules of `flipscale init`: a survey of the data, the numbers of a recipe's template, and its length.
 
-The rules of thumb have three sources:
-
-- The demo on a CPU (README): emoji of 32 pixels, two cores, minutes. A tiny ViT of few tokens, a mean over word
-  embeddings as text tower, Muon, and 256 pairs a batch. Larger batches, deeper towers and a text transformer were worse
-  in ten minutes, because the number of updates limits. A mask of 75 % leads in the first minutes, 50 % later.
-- The paper (arXiv 2212.00794, Tables 9 and 10) and GLIP's runs on CC3M and CC12M, on GPUs: sizes, a mask of 50 %, a
-  peak rate of 1e-3 for any batch, a batch of about a 3,000th of the pairs, 30 epochs, then unmasked tuning.
-- A. Malladi et al. (arXiv 2205.10287): with Adam, the rate follows the square root of the batch, below the batch size
-  of the original rate.
+The templates name the sources of their fields. The learning rate of small batches is by A. Malladi et al. (arXiv
+2205.10287): with Adam, it follows the square root of the batch, below the batch size of the original rate.
 """
 
 import math
+import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import open_image
 from flipscale.data.samples import BadSample, Source
+from flipscale.engines.launch import Launch
 from flipscale.io.errors import UserError
+from flipscale.io.templates import render
+from flipscale.planning.flops import pair_flops
+from flipscale.planning.memory import GPUS_OF_A_NODE, recipe_memory
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.complete_recipe import parse_recipe
 
-Fields = dict[str, Any]
 LEAST_PAIRS = 16
 # Further passes would memorise a small set, and gain little on a large set (30: GLIP's runs, 32: the paper's).
 _EPOCHS_OF_SMALL, _EPOCHS_OF_LARGE, _LARGE = 100, 30, 1_000_000
@@ -37,7 +37,7 @@ _LEAST_STEPS = 2_000
 MOST_REPEATED = 0.1
 # Share of repeated captions in a batch above which captions are taken for names of a few classes.
 FEW_CLASSES = 0.5
-_WIDTH = 120
+_TEMPLATES, _WIDTH = Path(__file__).with_name("templates"), 118
 # Enough samples for percentiles and for repeated captions; a few seconds in a large set.
 _MOST_SAMPLES = 4096
 _FETCHED_SHARDS = 4  # of shards at a URL
@@ -119,159 +119,100 @@ def _spread(source: Source) -> Iterator[tuple[int, int]]:
     yield from zip(shards.tolist(), (numbers - (ends - sizes)[shards]).tolist(), strict=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Proposal:
-    """A recipe without its lengths, and the reasons for its fields.
+    """A template of a recipe, and the values that it inserts.
 
     Args:
-        fields: nested fields of the recipe, in their order.
-        reasons: reasons by field, such as `data.global_batch_size`.
-        mask_ratio: mask ratio of the first stage.
-        base_lr: rate of the first stage per 256 pairs.
+        kind: name of the template: `cpu`, `small_gpu` or `gpu`.
         tuning: share of unmasked pairs at the end.
-        tuning_lr: rate of a schedule for the tuning; None continues the first stage's schedule.
+        most_samples: largest useful number of pairs; further passes over the data gain little.
+        values: values of the template; `text` needs all, and `recipe` all but the time.
         warnings: warnings about the data.
     """
 
-    fields: Fields
-    reasons: dict[str, str]
-    mask_ratio: float
-    base_lr: float
+    kind: str
+    batch_size: int
     tuning: float
-    tuning_lr: float | None = None
+    most_samples: int
+    values: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def batch_size(self) -> int:
-        """Number of pairs in a step."""
-        return int(self.fields["data"]["global_batch_size"])
+    def recipe(self) -> Recipe:
+        """Return the recipe, for a minute if the time is not known yet."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "recipe.yaml"
+            file.write_text(self._render(**{"head": [], "minutes": 1.0, "share": 0.5, **self.values}), encoding="utf-8")
+            return parse_recipe(["--config", str(file)])
 
-    def stages(self, samples: int) -> list[Fields]:
-        """Return the stages of a run of `samples` pairs, in whole steps."""
-        steps = max(samples // self.batch_size, 2)
-        tuning = min(max(round(steps * self.tuning), 1), steps - 1)
-        masked = {
-            "name": "masked",
-            "samples": (steps - tuning) * self.batch_size,
-            "mask_ratio": self.mask_ratio,
-            "base_lr": self.base_lr,
-            "warmup_samples": (steps - tuning) // 20 * self.batch_size,
-        }
-        whole: Fields = {"name": "unmasked", "samples": tuning * self.batch_size, "mask_ratio": 0.0}
-        if self.tuning_lr is not None:
-            whole |= {"base_lr": self.tuning_lr, "warmup_samples": tuning // 10 * self.batch_size}
-        return [masked, whole]
+    def text(self, head: list[str], minutes: float) -> str:
+        """Return the text of a recipe of `minutes`, with sentences above the fields. The stages' shares of the time are
+        their shares of all operations."""
+        masked, unmasked = pair_flops(self.recipe()).values()
+        work = (1.0 - self.tuning) * masked, self.tuning * unmasked
+        share = round(1.0 - round(work[1] / sum(work), 4), 4)
+        head = [line for sentence in head for line in textwrap.wrap(sentence, _WIDTH, break_long_words=False)]
+        return self._render(**self.values, head=head, minutes=minutes, share=share) + "\n"
+
+    def _render(self, **values: Any) -> str:
+        return render(_TEMPLATES / f"{self.kind}.yaml.jinja", {"yaml": _flat}, batch_size=self.batch_size, **values)
+
+    def samples_in(self, seconds: float, rates: list[float]) -> int:
+        """Return the number of pairs in `seconds`, with the stages' `rates` in pairs per second."""
+        masked, whole = rates
+        return int(seconds / ((1.0 - self.tuning) / masked + self.tuning / whole))
+
+    def fit(self, num_gpus: int, gib: int) -> tuple[Recipe, Launch]:
+        """Add recomputation and micro-batches until it fits GPUs of `gib`. Return the recipe and the launch. Raise
+        UserError if nothing fits."""
+        launch = Launch(num_processes=num_gpus, precision="bf16", processes_per_node=min(num_gpus, GPUS_OF_A_NODE))
+        pairs = self.batch_size // num_gpus
+        # In this order: no change; recomputation, which costs a third more time; micro-batches.
+        for parts in (0, 1, *(parts for parts in (2, 4, 8, 16, 32, 64) if pairs % parts == 0)):
+            self.values |= {"recomputes": parts > 0, "micro_batch_size": pairs // parts if parts > 1 else None}
+            recipe = self.recipe()
+            if recipe_memory(recipe, launch).fits(gib):
+                return recipe, launch
+        raise UserError(
+            f"the model and a batch of {self.batch_size} do not fit {num_gpus} GPUs of {gib} GiB under DDP; use more "
+            "or larger GPUs, or a recipe of your own under FSDP2"
+        )
 
 
-def samples_in(seconds: float, rates: list[float], proposal: Proposal) -> int:
-    """Return the number of pairs in `seconds`, with the stages' `rates` in pairs per second."""
-    masked, whole = rates
-    return int(seconds / ((1.0 - proposal.tuning) / masked + proposal.tuning / whole))
-
-
-def most_samples(data: Survey, proposal: Proposal) -> int:
-    """Return the largest useful number of pairs. Further passes over the data gain little."""
-    epochs = _EPOCHS_OF_LARGE if data.pairs >= _LARGE else _EPOCHS_OF_SMALL
-    return max(epochs * data.pairs, _LEAST_STEPS * proposal.batch_size)
-
-
-def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, num_gpus: int) -> Proposal:
+def propose(data: Survey, minutes: float, cores: int, num_gpus: int, **values: Any) -> Proposal:
     """Return a proposal for training on `data` for `minutes`.
 
     Args:
-        tokens: fields of the text tower that follow from the tokenizer.
         cores: number of cores, for the loader's workers.
         num_gpus: number of GPUs; 0 for a CPU.
+        values: values of the template that follow from options: `source`, a `SourceRecipe`, `tokenizer`, `tasks`,
+            `output_dir`, and `vocab_size` and `pad_token_id` of the tokenizer, if the recipe states them.
     """
+    is_large, mask_ratio, tuning, workers, image_size = data.pairs >= _LARGE, 0.5, 0.05, None, 0
     if not num_gpus:
-        proposal = _on_cpu(data, tokens, minutes, cores)
-    elif data.pairs < _LARGE:
-        proposal = _small_on_gpus(data, tokens, num_gpus)
+        kind, batch = "cpu", min(256, max(8, _power_below(data.pairs // 8)))
+        peak, mask_ratio = 2e-3 * math.sqrt(batch / 256), 0.75 if minutes <= 5 else 0.5
+        image_size, workers = (64, min(cores - 1, 4)) if min(data.width, data.height) >= 96 else (32, 0)
+    elif is_large:
+        kind, batch = "gpu", _shared(min(65536, max(1024, _power_below(data.pairs // 3000))), data, num_gpus)
+        peak, tuning = 1e-3, 1 / 31
     else:
-        proposal = _on_gpus(data, tokens, num_gpus)
-    repeated = data.repeated(proposal.batch_size)
-    in_batch = f"{repeated:.0f} of the {proposal.batch_size} in a batch also belong to another pair"
-    if repeated > FEW_CLASSES * proposal.batch_size:
-        proposal.reasons["data.shards"] = f"captions name a few classes: about {in_batch}"
-    elif repeated > MOST_REPEATED * proposal.batch_size:
-        proposal.warnings.append(
+        kind, batch = "small_gpu", _shared(min(4096, max(256, _power_below(data.pairs // 64))), data, num_gpus)
+        peak = 1e-3
+    most = max((_EPOCHS_OF_LARGE if is_large else _EPOCHS_OF_SMALL) * data.pairs, _LEAST_STEPS * batch)
+    values |= {"image_size": image_size, "num_workers": workers, "recomputes": False, "micro_batch_size": None}
+    values |= {"data": data, "mask_ratio": mask_ratio, "base_lr": float(f"{peak * 256 / batch:.3g}")}
+    values |= {"tokens": min(max(8 * math.ceil(data.tokens / 8), 8), 64), "few_classes": ""}
+    repeated, warnings = data.repeated(batch), []
+    in_batch = f"{repeated:.0f} of the {batch} in a batch also belong to another pair"
+    if repeated > FEW_CLASSES * batch:
+        values["few_classes"] = f"captions name a few classes: about {in_batch}"
+    elif repeated > MOST_REPEATED * batch:
+        warnings.append(
             f"captions repeat, as about {in_batch}; captions that distinguish pictures would teach more, and loss.kind "
             "sigmoid needs loss.positives equal_captions"
         )
-    return proposal
-
-
-def _on_cpu(data: Survey, tokens: dict[str, int], minutes: float, cores: int) -> Proposal:
-    large = min(data.width, data.height) >= 96
-    size, patch = (64, 8) if large else (32, 4)
-    batch = min(256, max(8, _power_below(data.pairs // 8)))
-    short = data.tokens <= 12
-    vision = {"image_size": size, "patch_size": patch, **_tower(128, 4, 2), "hidden_act": "relu", "projection_dim": 128}
-    text = {**tokens, **_tower(128, 0 if short else 2, 2), **_text(data), "projection_dim": 128}
-    workers = min(cores - 1, 4) if large else 0
-    fields: Fields = {
-        "model": {"size": "b16", "vision_config": vision, "text_config": text},
-        "data": {"global_batch_size": batch, "crop_scale": [0.8, 1.0], "num_workers": workers},
-        "optim": {"name": "muon", "weight_decay": 0.3},
-    }
-    mask = 0.75 if minutes <= 5 else 0.5
-    reasons = {
-        "model.vision_config.patch_size": f"64 patches; a masked step sees {round(64 * (1 - mask))}",
-        "model.text_config.num_hidden_layers": "a mean of the words: faster to learn than their order"
-        if short
-        else "captions are long: the order of their words matters",
-        "data.global_batch_size": f"at most 256, and an eighth of the {data.pairs:,} pairs",
-        "optim.name": "more from few updates than adamw",
-    }
-    peak = 2e-3 * math.sqrt(batch / 256)
-    return Proposal(fields, _reasons(data, reasons), mask, _rounded(peak * 256 / batch), 0.05)
-
-
-def _small_on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
-    batch = _shared(min(4096, max(256, _power_below(data.pairs // 64))), data, num_gpus)
-    vision = {"image_size": 128, "patch_size": 16, **_tower(384, 12, 6), "projection_dim": 384}
-    text = {**tokens, **_tower(384, 6, 6), **_text(data), "projection_dim": 384}
-    model = {"size": "b16", "vision_config": vision, "text_config": text}
-    fields: Fields = {"model": model, "data": {"global_batch_size": batch}}
-    reasons = {
-        "model.vision_config.hidden_size": "ViT-S: B/16 has more weights than so few pairs can teach",
-        "model.vision_config.patch_size": "64 patches; a masked step sees 32",
-        "data.global_batch_size": f"a 64th of the {data.pairs:,} pairs, but 256 to 4,096 and at most a quarter of them",
-    }
-    return Proposal(fields, _reasons(data, reasons), 0.5, _rounded(1e-3 * 256 / batch), 0.05)
-
-
-def _on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
-    size = "b16" if data.pairs < 100_000_000 else "l16" if data.pairs < 1_000_000_000 else "h14"
-    batch = _shared(min(65536, max(1024, _power_below(data.pairs // 3000))), data, num_gpus)
-    fields: Fields = {"model": {"size": size, "text_config": tokens}, "data": {"global_batch_size": batch}}
-    reasons = {
-        "model.size": f"the paper's towers for {data.pairs:,} pairs: b16, l16 from 100 M, h14 from a billion",
-        "data.global_batch_size": "a 3,000th of the pairs, 1,024 to the paper's 65,536",
-    }
-    base_lr = _rounded(1e-3 * 256 / batch)
-    return Proposal(fields, _reasons(data, reasons), 0.5, base_lr, 1 / 31, _rounded(base_lr / 100))
-
-
-def _reasons(data: Survey, reasons: dict[str, str]) -> dict[str, str]:
-    return {
-        "model.size": "the fields below replace those of the size",
-        "model.text_config.vocab_size": "size of the tokenizer",
-        "model.text_config.max_position_embeddings": f"tokens: 95 % of the captions have at most {data.tokens}",
-        "model.text_config.attend_to_padding": "because short captions have more padding than words",
-        "data.num_workers": "processes that decode pictures; 0 decodes in the training process",
-        **reasons,
-    }
-
-
-def _tower(width: int, layers: int, heads: int) -> dict[str, int]:
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return {**sizes, "intermediate_size": 4 * width}
-
-
-def _text(data: Survey) -> Fields:
-    tokens = min(max(8 * math.ceil(data.tokens / 8), 8), 64)
-    return {"max_position_embeddings": tokens, "pooling": "mean", "attend_to_padding": False}
+    return Proposal(kind, batch, tuning, most, values, warnings)
 
 
 def _shared(batch: int, data: Survey, num_gpus: int) -> int:
@@ -286,40 +227,9 @@ def _power_below(count: int) -> int:
     return 1 << (max(count, 1).bit_length() - 1)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
-def commented_yaml(head: list[str], fields: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
-    """Return fields as YAML with comments.
-
-    Args:
-        head: sentences above the fields, each on a new line.
-        reasons: comments by field path, such as `data.tokenizer`.
-    """
-    lines = [f"# {line}" for sentence in head for line in textwrap.wrap(sentence, _WIDTH - 2, break_long_words=False)]
-    return "\n".join([*lines, *_mapping(fields, reasons, "", "")]) + "\n"
-
-
-def _mapping(fields: Mapping[str, Any], reasons: Mapping[str, str], path: str, indent: str) -> Iterator[str]:
-    for name, value in fields.items():
-        place = f"{path}.{name}" if path else name
-        reason = f" # {reasons[place]}" if place in reasons else ""
-        if isinstance(value, Mapping):
-            yield f"{indent}{name}:{reason}"
-            yield from _mapping(value, reasons, place, indent + "  ")
-        elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
-            yield f"{indent}{name}:{reason}"
-            for number, one in enumerate(value):
-                first, *others = _mapping(one, reasons, f"{place}[{number}]", "")
-                yield f"{indent}  - {first}"
-                yield from (f"{indent}    {line}" for line in others)
-        else:
-            yield f"{indent}{name}: {_flat(value)}{reason}"
-
-
 def _flat(value: Any) -> str:
-    """Return a value on one line, with separators in large numbers."""
+    """Return a value as YAML on one line, with separators in large numbers."""
     if type(value) is int and value >= 10_000:
         return f"{value:_}"
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n").removesuffix("\n...")
+    line = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return line.removesuffix("\n").removesuffix("\n...")

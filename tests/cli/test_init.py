@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,25 +19,20 @@ from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.convert_open_clip import open_clip_config
-from flipscale.init import _fitted, _recipe_of, _recipe_text, measured_rates
-from flipscale.io import progress
 from flipscale.objectives.build import build_config
-from flipscale.planning.proposal import (
-    FEW_CLASSES,
-    MOST_REPEATED,
-    Survey,
-    commented_yaml,
-    most_samples,
-    propose,
-    samples_in,
-    survey,
-)
-from flipscale.recipe.data import DataRecipe
-from flipscale.recipe.optim import StageRecipe
+from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, propose, survey
+from flipscale.planning.speed import measured_rates
+from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)
+
+
+def proposed(data: Survey, minutes: float, num_gpus: int, tokenizer: Path, **values: Any) -> Proposal:
+    """A proposal for a machine of two cores."""
+    values = {"tasks": [], "vocab_size": None, "pad_token_id": None, "output_dir": "runs/mine", **values}
+    return propose(data, minutes, 2, num_gpus, source=SourceRecipe(shards="data"), tokenizer=str(tokenizer), **values)
 
 
 @pytest.fixture
@@ -53,23 +48,17 @@ def init(shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_recipe_for_this_machine_trains(
-    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
     file = init("--tests", str(shards), "--minutes", "0.02")
     said = capsys.readouterr()
-    first, measuring, *_, length, command = said.out.splitlines()
-    assert measuring == "measuring the speed: a trainer starts and takes 12 steps of each stage"
-    assert {"0 of 24", "24 of 24"} <= set(re.findall(r"measuring: (\d+ of \d+) steps done", said.err))
+    first, *_, length, command = said.out.splitlines()
     assert first.startswith(f"{shards}: 96 pairs; the median picture has ")
     assert "as measured here; " in length
     plain = "flipscale pretrain --config mine.yaml"
     assert command in (f"next: {plain}", f"next: ACCELERATE_MIXED_PRECISION=bf16 {plain}")  # by the machine
     assert said.err.splitlines()[-1].startswith("warning: captions repeat, as about ")
-    text = file.read_text()
-    assert all(
-        line in " ".join(text.split()) for line in ("# Written by `flipscale init`.", "# Warning: captions repeat")
-    )
+    assert "# Warning: captions repeat" in file.read_text()
     recipe = parse_recipe(["--config", str(file)])
     assert (recipe.budget_minutes, recipe.eval.every_share, recipe.log.every_samples) == (0.02, 0.1667, None)
     assert sum(stage.share for stage in recipe.stages) == pytest.approx(1.0)
@@ -97,13 +86,17 @@ def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.C
 
 
 def test_the_speed_decides_no_field_but_the_time(tokenizer_dir: Path) -> None:
-    proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
-    proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
-    proposal.fields["eval"] = {"tasks": []}
-    short, long = (yaml.safe_load(_recipe_text(proposal, [], "", minutes)) for minutes in (0.5, 30.0))
+    proposal = proposed(DATA, 30, 0, tokenizer_dir)
+    short, long = (yaml.safe_load(proposal.text(["word " * 40, "end"], minutes)) for minutes in (0.5, 30.0))
     assert (short.pop("budget_minutes"), long.pop("budget_minutes")) == (0.5, 30.0)
     assert short == long
-    assert plan_stages([StageRecipe(**stage) for stage in short["stages"]], proposal.batch_size, 30.0)[-1].last == 1.0
+    assert sum(stage["share"] for stage in short["stages"]) == pytest.approx(1.0)
+
+
+def test_values_that_look_like_yaml_are_kept(tokenizer_dir: Path) -> None:
+    tasks = [{"kind": "zero_shot", "data": "x, [y"}]
+    fields = yaml.safe_load(proposed(DATA, 30, 0, tokenizer_dir, output_dir="a: b # {c}", tasks=tasks).text([], 1.0))
+    assert (fields["output_dir"], fields["eval"]["tasks"]) == ("a: b # {c}", tasks)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +157,11 @@ def test_an_unmeasurable_speed(
 
 
 def test_no_gpu_is_large_enough(tokenizer_dir: Path) -> None:
-    proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
-    proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
-    with pytest.raises(ValueError, match="a batch of 32 do not fit 4 GPUs of 0 GiB"):
-        _fitted(proposal, 4, 0)
-    assert proposal.fields["data"]["micro_batch_size"] == 1
-    assert proposal.fields["model"]["gradient_checkpointing"]
+    proposal = proposed(DATA, 30, 0, tokenizer_dir)
+    with pytest.raises(ValueError, match="32 do not fit 4 GPUs of 0 GiB"):
+        proposal.fit(4, 0)
+    recipe = proposal.recipe()
+    assert (recipe.data.micro_batch_size, recipe.model.gradient_checkpointing) == (1, True)
 
 
 def test_the_survey(shards: Path, tokenizer_dir: Path) -> None:
@@ -189,46 +181,33 @@ def test_repeated_captions_of_batches() -> None:
     assert DATA.repeated(256) == 0
 
 
-@pytest.mark.parametrize("num_gpus", [0, 1, 8, 24])
-@pytest.mark.parametrize("pairs", [16, 300, 20_000, 3_000_000, 400_000_000, 2_000_000_000])
+@pytest.mark.parametrize("num_gpus", [0, 1, 24])
+@pytest.mark.parametrize("pairs", [16, 20_000, 3_000_000, 2_000_000_000])
 def test_proposals(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
     # Few pairs with short captions and little time, or many pairs with long captions.
     minutes = 3 if pairs < 1000 else 30
-    data = dataclasses.replace(DATA, pairs=pairs, tokens=minutes)
-    proposal = propose(data, {}, minutes, cores=2, num_gpus=num_gpus)
+    proposal = proposed(dataclasses.replace(DATA, pairs=pairs, tokens=minutes), minutes, num_gpus, tokenizer_dir)
     assert proposal.warnings == []
-    proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
-    in_time = samples_in(60 * minutes, [1000.0, 500.0], proposal)
-    assert 30_000 * minutes <= in_time <= 60_000 * minutes
-    recipe = _recipe_of(proposal, min(in_time, most_samples(data, proposal)))
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    assert 30_000 * minutes <= proposal.samples_in(60 * minutes, [1000.0, 500.0]) <= 60_000 * minutes
+    recipe = proposal.recipe()
+    batch = recipe.data.global_batch_size
+    stages = plan_stages(recipe.stages, batch, recipe.budget_minutes)
     assert [stage.mask_ratio > 0 for stage in stages] == [True, False]
-    assert stages[0].peak_lr == pytest.approx(
-        1e-3 if num_gpus else 2e-3 * (recipe.data.global_batch_size / 256) ** 0.5, rel=0.005
-    )
-    assert recipe.data.global_batch_size % max(num_gpus, 1) == 0
-    assert recipe.data.global_batch_size <= max(pairs, num_gpus)
+    assert stages[0].peak_lr == pytest.approx(1e-3 if num_gpus else 2e-3 * (batch / 256) ** 0.5, rel=0.005)
+    assert batch % max(num_gpus, 1) == 0
+    assert batch <= max(pairs, num_gpus)
     open_clip_config(build_config(recipe))
 
 
-def test_a_warning_of_repeated_captions() -> None:
+def test_a_warning_of_repeated_captions(tokenizer_dir: Path) -> None:
     """A third of the pairs share a caption, which is too much, and too little for names of classes."""
     data = dataclasses.replace(DATA, captions={"cat": 100, **{f"a {n}": 1 for n in range(200)}})
-    proposal = propose(data, {}, 30, cores=2, num_gpus=0)
+    proposal = proposed(data, 30, 0, tokenizer_dir)
     (warning,) = proposal.warnings
-    assert warning.startswith("captions repeat, as about 11 of the 32 in a batch also belong to another pair")
+    assert "about 11 of the 32" in warning
     assert "loss.positives equal_captions" in warning
     assert MOST_REPEATED * 32 < data.repeated(32) < FEW_CLASSES * 32
-    assert "data.shards" not in proposal.reasons
-
-
-@pytest.mark.parametrize("num_gpus", [0, 8])
-def test_captions_of_a_few_classes_are_no_warning(num_gpus: int) -> None:
-    data = dataclasses.replace(DATA, captions={"cat": 150, "dog": 150})
-    proposal = propose(data, {}, 30, cores=2, num_gpus=num_gpus)
-    assert proposal.warnings == []
-    count = proposal.batch_size
-    assert f"classes: about {count} of the {count} in a batch also" in proposal.reasons["data.shards"]
+    assert not proposal.values["few_classes"]
 
 
 def test_a_recipe_for_folders_of_classes(
@@ -248,19 +227,3 @@ def test_a_recipe_for_folders_of_classes(
     assert line.startswith("captions name a few classes: about 8 of the 8 in a batch also belong to another pair; ")
     assert "warning" not in said.err
     assert "shards: data # captions name a few classes: about 8 of the 8" in Path("mine.yaml").read_text()
-
-
-def test_comments_keep_the_fields() -> None:
-    fields = {
-        "text": "yes",
-        "number": 12_345,
-        "rate": 2e-3,
-        "section": {"flag": True, "range": [0.5, 1.0]},
-        "list": [{"name": "a: b", "of": "c # d"}, {"name": "e"}],
-    }
-    text = commented_yaml(["word " * 40, "end"], fields, {"section": "why", "section.flag": "so", "list[1].name": "as"})
-    assert yaml.safe_load(text) == fields
-    assert all(len(line) <= 120 for line in text.splitlines())
-    assert "\nnumber: 12_345\n" in text
-    assert "section: # why\n  flag: true # so\n" in text
-    assert "  - name: e # as\n" in text
