@@ -77,7 +77,7 @@ DECAY = {"open_clip": 0.2, "flipscale": 0.3}
 PACED_MAIN = """
 import json, sys
 from flipscale import pretrain
-from flipscale.training.watch import StepWatch
+from flipscale.engines.slow_steps import StepWatch
 
 class PacedWatch(StepWatch):
     def timed(self, *arguments):

@@ -18,7 +18,8 @@ if __name__ == "__main__":
         # The imports below take seconds, in which Ctrl-C would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from flipscale.engines.failures import close_process_group, exit_now
+from flipscale.engines.slow_steps import StepWatch
+from flipscale.engines.watchdog import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.planning.budget import in_shares
 from flipscale.recipe.recipe import Recipe
@@ -35,7 +36,6 @@ from flipscale.training.start import Laps, Start, join, prepare, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
 from flipscale.training.tracking import Tracker
-from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine

@@ -183,7 +183,7 @@ def _environments(processes: int, variables: Mapping[str, str]) -> Iterator[dict
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Call a function of a check, and write its rows as they come."""
-    from flipscale.engines.failures import close_process_group, exit_now
+    from flipscale.engines.watchdog import close_process_group, exit_now
     from flipscale.io.atomic import write_text
     from flipscale.training.console import report_user_errors
 

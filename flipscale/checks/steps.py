@@ -19,9 +19,10 @@ from flipscale.checks.machine import contexts
 from flipscale.data.loader import PackedBatch, on_device
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import peak_flops, peak_memory_bytes, wait_for
-from flipscale.engines.failures import end_process
 from flipscale.engines.launch import launch_environment, launch_of
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.start import engine_class, start_accelerator
+from flipscale.engines.watchdog import end_process
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
@@ -33,7 +34,6 @@ from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.training.start import Start, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
-from flipscale.training.watch import StepWatch
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero3")
 ALONE = "one GPU"

@@ -27,7 +27,7 @@ from flipscale.engines.optimizers import (
     moment_names,
     set_learning_rate,
 )
-from flipscale.engines.stragglers import PhaseLog
+from flipscale.engines.slow_steps import PhaseLog
 from flipscale.engines.trained import freeze
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE
@@ -20,7 +21,6 @@ from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Step
 from flipscale.training.start import Start
 from flipscale.training.tracking import Tracker
-from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -222,7 +222,7 @@ def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoRetu
         flush_or_drop(sys.stderr)
         sys.exit(ending.code)
     # Imports torch, which `--help` does not need.
-    from flipscale.engines.failures import claim_failure, end_process, leave, stay_until_others_know
+    from flipscale.engines.watchdog import claim_failure, end_process, leave, stay_until_others_know
 
     # After the failure of another process, only another and independent error is printed.
     first = claim_failure(ending.line, ending.is_consequence)

@@ -158,6 +158,6 @@ def _end(number: signal.Signals, words: str) -> NoReturn:
     """End this process at once; rank 0 prints why."""
     if os.environ.get("RANK", "0") == "0":
         print(f"flipscale: {words}", file=sys.stderr, flush=True)
-    from flipscale.engines.failures import end_process  # imports torch, which `--help` does not need
+    from flipscale.engines.watchdog import end_process  # imports torch, which `--help` does not need
 
     end_process(128 + number)

@@ -18,6 +18,7 @@ from flipscale.engines.checkpoint import CheckpointReader, Contents, answer_of_f
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, start_accelerator
+from flipscale.engines.watchdog import Watchdog
 from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock, start_of
@@ -28,7 +29,6 @@ from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import Schedule
 from flipscale.training.stored import embedded_by
-from flipscale.training.watch import HangWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -194,7 +194,7 @@ def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, 
 @contextmanager
 def watched(recipe: Recipe, rank: int, work: str) -> Iterator[None]:
     """End the run if a `with` block shows no sign of life for `log.hang_seconds`."""
-    with HangWatch(Path(recipe.output_dir), recipe.log.hang_seconds, rank) as watch:
+    with Watchdog(Path(recipe.output_dir), recipe.log.hang_seconds, rank) as watch:
         watch.begin(work)
         yield
 

@@ -14,10 +14,10 @@ import torch
 from flipscale.data.samples import Fault
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device
+from flipscale.engines.slow_steps import Interval, StepWatch
 from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Pace, Stage, Step, has_passed
 from flipscale.training.step import StepLoss
-from flipscale.training.watch import Interval, StepWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flipscale.data.samples import Fault
 from flipscale.engines.device import peak_flops, peak_memory_bytes
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
@@ -28,7 +29,6 @@ from flipscale.training.plan import Plan
 from flipscale.training.report import draw_figures, interval_line, results_line
 from flipscale.training.schedule import Schedule, Step, has_passed, is_due
 from flipscale.training.sync import StepResult
-from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

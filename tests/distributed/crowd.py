@@ -126,10 +126,10 @@ def train_compiled(file: str) -> None:
 
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
+    from flipscale.engines.slow_steps import StepWatch
     from flipscale.recipe.outputs import SaveRecipe
     from flipscale.training.between_steps import Saver
     from flipscale.training.tracking import Tracker
-    from flipscale.training.watch import StepWatch
 
     recipe, plan, start, engine = resumed(file)
     copy = Path(recipe.output_dir) / "copy"

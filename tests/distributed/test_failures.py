@@ -151,12 +151,12 @@ def test_all_end_after_a_kill_although_they_are_stuck(write_recipe, tmp_path: Pa
 def fail_together(file: str, folder: str, last: int | None) -> None:
     """Train on two processes that fail alike at the first batch; the rank `last` knows of the other's failure."""
     from flipscale import pretrain
-    from flipscale.engines import failures
+    from flipscale.engines import watchdog
 
     def fails(*arguments: object) -> None:
         if os.environ["RANK"] == str(last):
-            store = failures.own_store()
-            while not store.check([failures._FAILED]):
+            store = watchdog.own_store()
+            while not store.check([watchdog._FAILED]):
                 time.sleep(0.01)
         raise_own("OSError")
 
@@ -213,11 +213,12 @@ def _processes_of(variable: str) -> list[str]:
 def stop(file: str, folder: str, where: str) -> None:
     """Train on two processes; rank 1 is stopped outside of a step."""
     from flipscale import pretrain
+    from flipscale.engines import watchdog
     from flipscale.engines.checkpoint import CheckpointWriter
-    from flipscale.training import between_steps, start, watch
+    from flipscale.training import between_steps, start
 
     # Nothing before it takes too long.
-    watch.time = clock = Clock()
+    watchdog.time = clock = Clock()
     owner, name = {
         "the start of the processes": (start, "start_accelerator"),
         "the building of the model": (start, "build_engine"),

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from flipscale.engines.failures import close_process_group
 from flipscale.engines.start import start_accelerator
+from flipscale.engines.watchdog import close_process_group
 from flipscale.evaluation.kinds.probe import Rows, fit
 from flipscale.evaluation.suite import build_tasks, evaluated
 from flipscale.hub.loading import open_embedder

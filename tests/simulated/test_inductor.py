@@ -16,7 +16,7 @@ import torch
 from simulated.inductor import without_accelerator
 
 import flipscale
-from flipscale.engines import stragglers
+from flipscale.engines import slow_steps
 
 with_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA, but no GPU: `make cuda`")
 ATTENTION = "_scaled_dot_product_flash_attention"
@@ -89,6 +89,6 @@ def test_the_recorders_of_collectives_and_the_question_for_contexts_exist(monkey
     for backend in ("fr", "nccl"):
         assert "version" in json.loads(getattr(torch._C._distributed_c10d, f"_dump_{backend}_trace_json")())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert stragglers.recorded_collectives() == []
+    assert slow_steps.recorded_collectives() == []
     assert callable(torch._C._cuda_hasPrimaryContext)
     assert {"uuid", "total_memory"} <= set(dir(torch._C._CudaDeviceProperties))

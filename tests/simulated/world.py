@@ -29,6 +29,7 @@ from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch, read_launch_file
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.objective import Objective
@@ -40,7 +41,6 @@ from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import Schedule, Stage, plan_stages
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
-from flipscale.training.watch import StepWatch
 
 # Steps before the counted one: they make the moments and everything else that is made once.
 _WARM_UP = 3

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from conftest import metrics, pretrain
 
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.training.between_steps import BetweenSteps
-from flipscale.training.watch import StepWatch
 
 
 def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from flipscale.data.samples import Fault
 from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import SaveRecipe
 from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync
-from flipscale.training.watch import StepWatch
 
 SCHEDULE = Schedule(tuple(plan_stages([StageRecipe("only", samples=640, base_lr=0.1)], 16)))
 

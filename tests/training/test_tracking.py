@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.recipe import as_fields
 from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
 from flipscale.training.tracking import Tracker, open_trackers
-from flipscale.training.watch import StepWatch
 
 
 class Recorder(GeneralTracker):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from flipscale.engines.stragglers import Cause, Parting, PhaseLog, Window, find_parting
-from flipscale.training.watch import _slow_step_record
+from flipscale.engines.slow_steps import Parting, PhaseLog, Window, find_parting, slowest_ranks
 
 CLOCKS = np.array([0.0, 7200.0, -3.5])  # one is two hours ahead
 
@@ -35,7 +34,5 @@ def test_pauses_are_no_part_of_a_step() -> None:
 
 
 def test_a_record_does_not_grow_with_the_world() -> None:
-    ranks = [{"rank": rank, "host": f"node{rank // 8}", "step_s": 2.0 + rank / 1024} for rank in range(1024)]
-    record = _slow_step_record(Window(3, 0, 0.5, int(2e9)), Cause(5, "node0", 1.5, "data", "all_gather", True, ranks))
-    assert [rank["rank"] for rank in record["ranks"]] == [5, *range(1009, 1024)]
-    assert (record["num_ranks"], record["late_rank"], record["late_host"]) == (1024, 5, "node0")
+    ranks = [{"rank": rank, "step_s": 2.0 + rank / 1024} for rank in range(1024)]
+    assert [rank["rank"] for rank in slowest_ranks({"late_rank": 5, "ranks": ranks})] == [5, *range(1009, 1024)]

@@ -11,8 +11,8 @@ import pytest
 from clock import Clock
 from conftest import launch
 
-from flipscale.training import watch as watch_module
-from flipscale.training.watch import StepWatch
+from flipscale.engines import watchdog
+from flipscale.engines.slow_steps import StepWatch
 
 # Rank 1 waits two seconds for the data of step 15, and for ever for those of step 18.
 LATE = """
@@ -26,7 +26,7 @@ from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.recipe.optim import StageRecipe
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync
-from flipscale.training.watch import StepWatch
+from flipscale.engines.slow_steps import StepWatch
 
 accelerator = Accelerator(cpu=True)
 
@@ -84,7 +84,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[P
 
 def step_watch(folder: str) -> tuple[StepWatch, Clock]:
     """A watch of one process with a limit of a second of its own clock."""
-    watch_module.time = clock = Clock()
+    watchdog.time = clock = Clock()
     return StepWatch(SimpleNamespace(is_main_process=True, process_index=0), Path(folder), hang_seconds=1), clock
 
 
