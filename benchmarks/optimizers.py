@@ -29,7 +29,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.race_open_clip import RECIPES, RunFolder, mean_rank, plain, watch
 from flipscale.engines.start import start_accelerator
-from flipscale.evaluation.reports.curves import estimate
+from flipscale.evaluation.presentation.curves import estimate
 from flipscale.evaluation.results import Result, read_results
 from flipscale.hub.loading import open_embedder
 from flipscale.io.atomic import write_text

@@ -41,7 +41,7 @@ from flipscale.engines.launch import PRECISION
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.zero_shot import classifier
-from flipscale.evaluation.reports.curves import Curve, estimate, times_to_equal
+from flipscale.evaluation.presentation.curves import Curve, estimate, times_to_equal
 from flipscale.evaluation.results import append_results, read_metrics, read_results
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.evaluation.test_set import TestSet

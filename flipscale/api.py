@@ -74,7 +74,7 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
     """
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluate import name_models
-    from flipscale.evaluation.reports.record import evaluate_model
+    from flipscale.evaluation.model_results import evaluate_model
     from flipscale.evaluation.suite import build_tasks
     from flipscale.hub.loading import open_embedder
 

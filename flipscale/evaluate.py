@@ -120,9 +120,9 @@ def run(args: argparse.Namespace) -> None:
         mask_table,
         masked_embedder,
     )
-    from flipscale.evaluation.reports.figures import can_draw
-    from flipscale.evaluation.reports.record import evaluate_model, read_lines
-    from flipscale.evaluation.reports.suite_report import Column, draw_results, report, suite_tables
+    from flipscale.evaluation.model_results import evaluate_model, read_lines
+    from flipscale.evaluation.presentation.figures import can_draw
+    from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
     from flipscale.hub.card import refresh_card
     from flipscale.hub.loading import OTHERS, open_embedder, open_together
     from flipscale.planning.flops import forward_flops
@@ -271,7 +271,7 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
 
 def _tasks_of_folders(kind: str, folders: Sequence[str]) -> list[dict[str, str]]:
     """Return a task for each folder. Several are named by their folders, or by the paths of folders of one name."""
-    from flipscale.evaluation.reports.record import data_name
+    from flipscale.evaluation.model_results import data_name
 
     places = {os.path.normpath(folder): folder for folder in folders}
     names = [*map(data_name, places)]

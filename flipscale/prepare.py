@@ -337,7 +337,7 @@ def _embed(args: argparse.Namespace) -> None:
     from flipscale.data.features import StoredCrops
     from flipscale.data.sources.tar import TarSource
     from flipscale.engines.start import start_accelerator
-    from flipscale.evaluation.stored import store_features
+    from flipscale.evaluation.precomputed import precompute_features
     from flipscale.hub.loading import open_embedder
 
     scale = tuple(args.crop_scale or (0.5, 1.0))
@@ -354,7 +354,7 @@ def _embed(args: argparse.Namespace) -> None:
     accelerator = start_accelerator([], ".")
     embedder = open_embedder(args.model, accelerator, args.batch_size, workers).at(args.image_size)
     began = time.monotonic()
-    counts = store_features(embedder, source, args.directory, args.towers, args.features, crops)
+    counts = precompute_features(embedder, source, args.directory, args.towers, args.features, crops)
     if accelerator.is_main_process:
         bad = " and ".join(f"{counts[f'bad {tower}']:,} {tower}" for tower in args.towers)
         print(

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     pictures = open_pictures(args.pictures)
     from flipscale.engines.start import start_accelerator
-    from flipscale.evaluation.reports.record import data_name
+    from flipscale.evaluation.model_results import data_name
     from flipscale.hub.loading import open_embedder
     from flipscale.pages.search import as_lines, embedded_pictures, searches, write_search_page
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import spearmanr
 
-from flipscale.evaluation.reports.curves import Curve, headlines, seconds_to
-from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
+from flipscale.evaluation.presentation.curves import Curve, headlines, seconds_to
+from flipscale.evaluation.presentation.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.results import NOTHING
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError

@@ -16,10 +16,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from flipscale.evaluation.reports.curves import read_curve
-from flipscale.evaluation.reports.figures import can_draw, draw_curves
-from flipscale.evaluation.reports.record import Line, data_name, read_lines, weights_digest
-from flipscale.evaluation.reports.suite_report import INTERVALS, protocols
+from flipscale.evaluation.model_results import Line, data_name, read_lines, weights_digest
+from flipscale.evaluation.presentation.curves import read_curve
+from flipscale.evaluation.presentation.figures import can_draw, draw_curves
+from flipscale.evaluation.presentation.results_page import INTERVALS, protocols
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text

@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flipscale.evaluation.reports.curves import Curve, read_curve, times_to_equal
-from flipscale.evaluation.reports.figures import can_draw, draw_curves
-from flipscale.evaluation.reports.record import data_name
+from flipscale.evaluation.model_results import data_name
+from flipscale.evaluation.presentation.curves import Curve, read_curve, times_to_equal
+from flipscale.evaluation.presentation.figures import can_draw, draw_curves
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result, change_of
 from flipscale.io.atomic import write_text
 from flipscale.io.text_table import duration, markdown_table

@@ -17,8 +17,8 @@ from flipscale.data.pairs import InputShape
 from flipscale.data.samples import evenly
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.evaluation.reports.curves import Curve, read_curve
-from flipscale.evaluation.reports.record import data_name
+from flipscale.evaluation.model_results import data_name
+from flipscale.evaluation.presentation.curves import Curve, read_curve
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import kept_class_names

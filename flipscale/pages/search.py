@@ -17,7 +17,7 @@ from flipscale.data.decode import decode_small
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.reports.record import weights_digest
+from flipscale.evaluation.model_results import weights_digest
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each

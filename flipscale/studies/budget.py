@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.reports.curves import read_curve
+from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.io.atomic import write_text

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from flipscale.evaluation.reports.curves import seed_suffix
+from flipscale.evaluation.presentation.curves import seed_suffix
 from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flipscale.evaluation.intervals import mean_of
-from flipscale.evaluation.reports.curves import Curve, over_seeds
-from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure, tidy
+from flipscale.evaluation.presentation.curves import Curve, over_seeds
+from flipscale.evaluation.presentation.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import Result
 from flipscale.studies.laws import LawFit, Points, PowerLaw
 from flipscale.studies.transfer import EffectTable

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from flipscale.evaluation.baselines import run_baselines
-from flipscale.evaluation.reports.curves import (
+from flipscale.evaluation.presentation.curves import (
     comparison_table,
     read_curve,
     record_baselines,
     seed_suffix,
     times_to_equal,
 )
-from flipscale.evaluation.reports.figures import draw_curves, drawing_pyplot, save_figure
+from flipscale.evaluation.presentation.figures import draw_curves, drawing_pyplot, save_figure
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.card import write_card
 from flipscale.hub.export import check_replaceable

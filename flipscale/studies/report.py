@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from flipscale.evaluation.masked import ImageMask
-from flipscale.evaluation.reports.curves import Curve, estimate, headlines, read_curve
-from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.model_results import read_lines
+from flipscale.evaluation.presentation.curves import Curve, estimate, headlines, read_curve
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError

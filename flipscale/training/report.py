@@ -13,8 +13,8 @@ import yaml
 
 from flipscale.engines.device import attention_kernel
 from flipscale.engines.launch import PRECISION, faster_precision, launched_precision, precision_in_words
-from flipscale.evaluation.reports.curves import read_curve
-from flipscale.evaluation.reports.figures import can_draw, draw_run
+from flipscale.evaluation.presentation.curves import read_curve
+from flipscale.evaluation.presentation.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import keep_class_names

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from flipscale.cli import main
 from flipscale.data.task_page import PREPARED, read_page, suite_pages
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.model_results import read_lines
 from flipscale.hub.card import folder_lines, refresh_card
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.push import sort_files

@@ -30,8 +30,8 @@ from flipscale.data import task_page
 from flipscale.data.task_page import TaskSource
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.evaluation.kinds import languages
-from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.reports.suite_report import Column, suite_tables
+from flipscale.evaluation.model_results import Line
+from flipscale.evaluation.presentation.results_page import Column, suite_tables
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.card import model_index

@@ -12,7 +12,7 @@ from evaluation.tiny_model import pixels_of, tiny_embedder
 from flipscale.cli import main
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.reports.record import evaluate_model
+from flipscale.evaluation.model_results import evaluate_model
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, check_image_sizes, evaluate_tasks
 from flipscale.training.complete_recipe import parse_recipe

@@ -23,7 +23,7 @@ from flipscale.evaluation.masked import (
     image_masks,
     masked_embedder,
 )
-from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.model_results import read_lines
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.export import build_processor, export_model

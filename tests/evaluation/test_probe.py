@@ -37,7 +37,7 @@ from flipscale.evaluation.kinds.probe import (
     ridge,
 )
 from flipscale.evaluation.metrics import mean_per_class
-from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.model_results import read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.card import results_table

@@ -11,8 +11,8 @@ import yaml
 
 from flipscale.evaluation.intervals import mean_of, student, wilson
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
-from flipscale.evaluation.reports import figures
-from flipscale.evaluation.reports.curves import (
+from flipscale.evaluation.presentation import figures
+from flipscale.evaluation.presentation.curves import (
     Curve,
     by_recipe,
     comparison_table,
@@ -22,7 +22,7 @@ from flipscale.evaluation.reports.curves import (
     seconds_to,
     times_to_equal,
 )
-from flipscale.evaluation.reports.figures import draw_loss, draw_result
+from flipscale.evaluation.presentation.figures import draw_loss, draw_result
 from flipscale.evaluation.results import (
     BEFORE,
     THIS_MODEL,

@@ -12,10 +12,10 @@ import pytest
 from conftest import write_shards
 from evaluation.tiny_model import tiny_embedder
 
+from flipscale.evaluation import model_results
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.reports import record
-from flipscale.evaluation.reports.record import evaluate_model
+from flipscale.evaluation.model_results import evaluate_model
 from flipscale.evaluation.suite import build_tasks
 from flipscale.model import FlipModel
 
@@ -74,7 +74,7 @@ def test_known_tasks_are_not_run_again(
         asked.append([task.name for task in left])
         return iter(())
 
-    monkeypatch.setattr(record, "evaluated", nothing)
+    monkeypatch.setattr(model_results, "evaluated", nothing)
     # Neither the batch size nor the folder's path changes a figure.
     moved = folder.rename(folder.with_name("moved"))
     try:

@@ -9,7 +9,7 @@ import cv2
 import pytest
 
 from examples.masking_map.masking_map import MapRun, Place, cells_of, draw_map, map_text
-from flipscale.evaluation.reports.curves import Curve
+from flipscale.evaluation.presentation.curves import Curve
 from flipscale.evaluation.results import Measured, Result
 
 pytestmark = pytest.mark.usefixtures("real_figures")

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import TOWER, write_tokenizer
 from transformers import AutoTokenizer
 
-from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.model_results import read_lines
 from flipscale.evaluation.test_set import TEMPLATES
 from flipscale.evaluation.test_set import read_lines as read_texts
 from flipscale.hub.export import build_processor, export_model

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from flipscale.evaluation.reports.record import Line, append_lines, data_name, weights_digest
+from flipscale.evaluation.model_results import Line, append_lines, data_name, weights_digest
 from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import model_index, read_audit, results_table, write_card
 from flipscale.recipe.recipe import to_yaml

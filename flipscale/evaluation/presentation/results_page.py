@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.data.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
-from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure, tidy
-from flipscale.evaluation.reports.record import Line
+from flipscale.evaluation.model_results import Line
+from flipscale.evaluation.presentation.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import CHANGED, CHANGES, NOTHING, Result, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.text_table import markdown_table

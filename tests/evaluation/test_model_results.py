@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flipscale.evaluation.reports.record import append_lines, drop_torn, read_lines, weights_digest
+from flipscale.evaluation.model_results import append_lines, drop_torn, read_lines, weights_digest
 from flipscale.evaluation.results import Result
 
 ABOUT = {"model": "demo", "weights": "12ab", "data": {"name": "cars"}, "mask": {}}

@@ -9,9 +9,9 @@ import pytest
 from flipscale.data.task_page import SUITES, TaskPage, read_page, suite_pages
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
-from flipscale.evaluation.reports import suite_report
-from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.reports.suite_report import Column, draw_results, report, suite_tables
+from flipscale.evaluation.model_results import Line
+from flipscale.evaluation.presentation import results_page
+from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
 from flipscale.evaluation.results import Result
 
 pytestmark = pytest.mark.usefixtures("real_figures")
@@ -56,7 +56,7 @@ def test_the_paper_s_figure() -> None:
         "n",
         "chance",
         "protocol",
-        f"{suite_report.PAPER_MODEL}, in the paper",
+        f"{results_page.PAPER_MODEL}, in the paper",
     ]
     assert cells(text, cars.title) == [
         cars.title, "top-1", "41.5 % (40.4 to 42.6)", "42.5 % (41.4 to 43.6)", "8,041", "0.51 %", "-", "90.7 %",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flipscale.evaluation.reports.curves import Curve, by_recipe, headlines, over_seeds
+from flipscale.evaluation.presentation.curves import Curve, by_recipe, headlines, over_seeds
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ _NO_CAPTION = "a"
 _FREE = ("model", "shards")
 
 
-def store_features(
+def precompute_features(
     embedder: Embedder,
     source: TarSource,
     out_dir: Path,

@@ -1,0 +1,1 @@
+"""What shows results: curves of runs, figures, and `results.md`."""
