@@ -15,6 +15,8 @@ import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from itertools import count
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,21 +115,15 @@ def _ask(url: str, method: str, seconds: float | None = None) -> Any:
 def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
     """Write a file of at most `most_bytes` to `path`, without retries. Raise OSError if the size differs, or the
     transfer is too slow or too long."""
-    import fsspec
+    from fsspec.callbacks import Callback
 
-    class Counter(fsspec.callbacks.Callback):
-        """A counter that ends a transfer beyond its limit."""
-
-        bytes = 0
-
-        def relative_update(self, inc: int = 1) -> None:
-            self.bytes += inc
-            if self.bytes > most_bytes:
-                raise OSError(f"more than {most_bytes} bytes came")
+    def check(_: int | None, so_far: int) -> None:
+        if so_far > most_bytes:
+            raise OSError(f"more than {most_bytes} bytes came")
 
     system, remote = file_system(url)
-    counter = Counter()
-    _watched(system, "get_file", lambda: counter.bytes, _SILENT_SECONDS, remote, str(path), callback=counter)
+    progress = Callback(hooks={"check": check})
+    _watched(system, "get_file", lambda: progress.value, _SILENT_SECONDS, remote, str(path), callback=progress)
     got = path.stat().st_size
     if size is not None and got != size:
         raise OSError(f"{got} of {size} bytes came")
@@ -136,35 +132,34 @@ def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
 def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENCE_SECONDS) -> Result:
     """Return the result of `ask`, with a warning after each error that may pass, and retries for `patience` seconds."""
     started = time.monotonic()
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         try:
             return ask()
         except Exception as error:
-            # JSONDecodeError: a proxy's page in place of an answer may pass.
-            if isinstance(error, PermissionError | ValueError) and not isinstance(error, JSONDecodeError):
+            if not _may_pass(error):
                 raise
-            # All other kinds may be a protocol's own for a broken connection.
-            if isinstance(error, FileNotFoundError) and not _may_pass(error.__cause__):
-                raise
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise OSError(f"{url} cannot be kept ({error.strerror}); free space in data.cache_dir") from error
             cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
             reason = " ".join(str(cause).split()) or type(cause).__name__
             if number == _TRIES or time.monotonic() - started > patience:
                 raise OSError(f"{url} could not be fetched in {number} tries ({reason}); start again later") from error
             _log.warning("%s could not be fetched (%s); trying again", url, reason)
             time.sleep(_FIRST_DELAY_SECONDS * 2 ** (number - 1))
+    raise AssertionError
 
 
-def _may_pass(cause: BaseException | None) -> bool:
-    """Return whether the cause of a FileNotFoundError, which fsspec raises for any error of HTTP, may pass."""
-    if cause is None or not (isinstance(cause, OSError) or type(cause).__module__.startswith(("aiohttp", "asyncio"))):
+def _may_pass(error: Exception) -> bool:
+    """Return whether a request may succeed after this error. Unknown kinds may be a protocol's own for a broken
+    connection, and a proxy's page in place of an answer is a JSONDecodeError."""
+    if isinstance(error, FileNotFoundError):
+        # fsspec raises it for any error of HTTP. aiohttp's causes have a status, the Hub's a response with a status.
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) or type(cause).__module__.startswith(("aiohttp", "asyncio"))):
+            return False
+        status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+        return status is None or not 400 <= status < 500 or status in _MAY_PASS
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return False
-    # aiohttp's errors have a status, the Hub's a response with a status.
-    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
-    return status is None or not 400 <= status < 500 or status in _MAY_PASS
+    return isinstance(error, JSONDecodeError) or not isinstance(error, PermissionError | ValueError)
 
 
 def _watched(system: Any, name: str, progress: Callable[[], int], seconds: float, *arguments: Any, **named: Any) -> Any:
@@ -241,10 +236,9 @@ class ShardCache:
         """Fetch `url`, unless its copy exists. If it is needed, wait for another process that fetches it, and retry."""
         path = self.path(url)
         with suppress(Timeout), self._lock(path, timeout=-1 if is_needed else 0):
-            if not path.exists() and is_needed:
-                with_retries(url, lambda: self._transfer(url, path))
-            elif not path.exists():
-                self._transfer(url, path)
+            if not path.exists():
+                transfer = partial(self._transfer, url, path)
+                with_retries(url, transfer) if is_needed else transfer()
 
     def _lock(self, path: Path, timeout: float) -> FileLock:
         return FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
@@ -368,16 +362,19 @@ class RemoteShardList(ShardList):
     def index(self, name: str, size: int | None = None) -> Index:
         """Return the index of a shard of `size` bytes, if known: from the cache, from beside the shard, or built."""
         url, path = self.path(name), self.index_path(name)
-        with suppress(OSError, ValueError):
-            index = read_index(path.read_bytes())
-            if size in (None, index.num_bytes):
-                return index
-        with suppress(FileNotFoundError, PermissionError, ValueError):
-            self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
-            index = read_index(path.read_bytes())
-            if size in (None, index.num_bytes):
-                return index
-        return self._build(url, path, size)
+        index = _read_copy(path, size)
+        if index is None:
+            with suppress(FileNotFoundError, PermissionError):
+                self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
+                index = _read_copy(path, size)
+        if index is not None:
+            return index
+        if size not in (None, size_and_time(self.cache.path(url))[0]):
+            self.cache.forget(url)
+        while True:
+            self.cache.fetch(url)
+            with suppress(FileNotFoundError):  # another process removed the copy to make room
+                return build_index(self.cache.path(url), path)
 
     def _fetch(self, url: str, path: Path, most_bytes: int) -> None:
         """Fetch a small file to `path`."""
@@ -429,15 +426,14 @@ class RemoteShardList(ShardList):
             raise UserError(f"shard {self.path(name)} does not exist; check data.shards") from error
         return name, index._replace(num_bytes=size or index.num_bytes, mtime_ns=0)
 
-    def _build(self, url: str, path: Path, size: int | None) -> Index:
-        if size not in (None, size_and_time(self.cache.path(url))[0]):
-            self.cache.forget(url)
-        while True:
-            self.cache.fetch(url)
-            try:
-                return build_index(self.cache.path(url), path)
-            except FileNotFoundError:
-                continue  # another process removed the copy to make room
+
+def _read_copy(path: Path, size: int | None) -> Index | None:
+    """Return the index at `path`; None if it is missing, damaged or of a shard with another size."""
+    with suppress(OSError, ValueError):
+        index = read_index(path.read_bytes())
+        if size in (None, index.num_bytes):
+            return index
+    return None
 
 
 class RemoteTarSource(TarSource):
