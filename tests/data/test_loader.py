@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from flipscale.data import loader
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
-from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory, shared_buffer
+from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory
 from flipscale.data.pairs import InputShape, PairDataset, caption_ids
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.tar import TarSource
@@ -51,8 +51,8 @@ def whole(shards: Path, tokenizer_dir: Path) -> list[dict[str, torch.Tensor]]:
     return batches(dataset(shards, tokenizer_dir, 0.75), 1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("num_workers", [0, 4])
 def test_same_batches_at_any_world_size_with_any_workers_and_after_a_resume(
     shards: Path, tokenizer_dir: Path, whole: list[dict[str, torch.Tensor]], world_size: int, num_workers: int
 ) -> None:
@@ -153,7 +153,7 @@ def test_micro_batches_are_the_process_s_part_in_order() -> None:
     assert (whole.micro_batches, len(whole)) == (1, 2)
 
 
-@pytest.mark.parametrize(("micro", "fix"), [(24, "16 or 32"), (3, "2 or 4"), (0, "1"), (-4, "1"), (63, "32 or 64")])
+@pytest.mark.parametrize(("micro", "fix"), [(24, "16 or 32"), (0, "1")])
 def test_a_micro_batch_that_does_not_divide_is_refused(micro: int, fix: str) -> None:
     message = (
         rf"data.micro_batch_size {micro} does not divide the 64 pairs of a process \(global_batch_size 128 over 2 "
@@ -185,13 +185,6 @@ BATCH = {
     "ids": torch.ones(3, dtype=torch.int64),
     "faults": [],
 }
-
-
-def test_shared_memory_is_taken_at_once() -> None:
-    buffer = shared_buffer(1 << 16)
-    assert buffer is not None
-    assert buffer.is_shared()
-    assert len(buffer) == 1 << 16
 
 
 def test_a_batch_without_room_goes_through_a_pipe(

@@ -21,11 +21,11 @@ def as_pictures(index: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return kept.scatter(1, index[:, 0], True).view(-1, rows, columns)
 
 
-@pytest.mark.parametrize("side", [4, 8, 14, 16])
+@pytest.mark.parametrize("side", [4, 14])
 @pytest.mark.parametrize(
     ("kind", "ratio"),
     [
-        *((kind, ratio) for kind in ("random", "block", "centre") for ratio in (0.0, 0.3, 0.5, 0.6, 0.75, 0.9)),
+        *((kind, ratio) for kind in ("random", "block", "centre") for ratio in (0.0, 0.3, 0.75, 0.9)),
         *(("grid", ratio) for ratio in (0.0, 0.5, 0.75)),
     ],
 )
@@ -38,7 +38,7 @@ def test_every_mask_keeps_the_original_s_count_once_each_ascending(kind: str, ra
     assert index.max() < side * side
 
 
-@pytest.mark.parametrize("kept", [1, 4, 16, 63, 64])
+@pytest.mark.parametrize("kept", [1, 16, 63])
 def test_random_masks_are_uniform_subsets(kept: int) -> None:
     pictures = as_pictures(keep_patches(noise(3000, 8, 8), 1 - kept / 64), 8, 8)
     assert (pictures.float().mean(dim=0) - kept / 64).abs().max() < 0.05
@@ -68,7 +68,7 @@ def test_a_grid_keeps_as_many_in_every_cell(
     assert (kept.float().mean(dim=0) - each / (height * width)).abs().max() < 0.06
 
 
-@pytest.mark.parametrize(("side", "ratio"), [(14, 0.5), (14, 0.75), (8, 0.5), (16, 0.9), (14, 0.3), (5, 0.2)])
+@pytest.mark.parametrize(("side", "ratio"), [(14, 0.5), (16, 0.9), (5, 0.2)])
 def test_a_block_is_one_window_that_may_lie_anywhere(side: int, ratio: float) -> None:
     kept = as_pictures(keep_patches(noise(1500, side, side), ratio, "block"), side, side)
     tops, lefts = set(), set()
@@ -94,7 +94,7 @@ def test_one_patch_of_a_centre_mask_has_the_gaussian_s_odds() -> None:
 
 
 @pytest.mark.parametrize("kind", ["random", "grid"])
-@pytest.mark.parametrize(("views", "ratio"), [(2, 0.5), (4, 0.75), (2, 0.75), (3, 0.75)])
+@pytest.mark.parametrize(("views", "ratio"), [(2, 0.5), (3, 0.75)])
 def test_views_share_no_patch_and_each_is_such_a_mask(kind: str, views: int, ratio: float) -> None:
     index = keep_patches(noise(2000, 8, 8), ratio, kind, views)
     kept = int(64 * (1 - ratio))

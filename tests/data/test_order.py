@@ -19,7 +19,6 @@ BATCH = 768  # which 1, 2, 3, 8 and 256 processes divide, and 8 and 64 lanes
 
 def source_of(sizes: np.ndarray | list[int]) -> Source:
     """What an order needs of a source."""
-
     source = Source()
     source.shard_sizes, source.faults = [int(size) for size in sizes], []
     return source
@@ -72,8 +71,8 @@ def orders(lanes: int) -> Iterator[tuple[Source, DataRecipe]]:
     yield mixed(2), recipe
 
 
-@pytest.mark.parametrize("lanes", [1, 8, 64])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 256])
+@pytest.mark.parametrize("lanes", [1, 64])
+@pytest.mark.parametrize("world_size", [1, 3, 256])
 def test_the_same_batches_at_any_world_size_with_any_workers_and_from_any_step(lanes: int, world_size: int) -> None:
     """Every worker of every process has an order of its own, and starts at a step of its own."""
     for source, recipe in orders(lanes):
@@ -107,7 +106,7 @@ def test_a_mixture_s_sources_have_epochs_of_their_own() -> None:
     assert smallest.max() - smallest.min() <= 2
 
 
-@pytest.mark.parametrize("batch", [64, 256, 4096])
+@pytest.mark.parametrize("batch", [64, 4096])
 def test_a_mixture_of_lanes_keeps_its_shares(batch: int) -> None:
     """Within two samples in a lane, and within twenty over all 64, in every prefix and wherever the run is."""
     mixture = mixed(6)
@@ -139,10 +138,9 @@ def node_reads(source: Source, recipe: DataRecipe, node: int, num_nodes: int, st
     return read, fetched
 
 
-@pytest.mark.parametrize("num_nodes", [32, 16])
-def test_a_node_fetches_its_part_of_the_bytes(num_nodes: int) -> None:
+def test_a_node_fetches_its_part_of_the_bytes() -> None:
     """An epoch of 10,000 shards: 1/32 of the bytes and a shard at each end, and the first one of the next epoch."""
-    sizes = np.array(uneven(0, 10_000, 100))
+    sizes, num_nodes = np.array(uneven(0, 10_000, 100)), 32
     recipe = DataRecipe(global_batch_size=16_384)
     assert recipe.num_lanes == 64
     steps = int(sizes.sum()) // 16_384
@@ -169,33 +167,12 @@ def test_a_block_is_permuted_once_and_two_of_a_lane_are_kept(monkeypatch: pytest
         assert sum(block.nbytes for block in order._shuffled.values()) == 2 * lanes * 4 * 1024
 
 
-@pytest.mark.parametrize(("batch", "world_size"), [(65_536, 256), (16_384, 256), (16_384, 64), (32_768, 1024)])
-def test_a_worker_turns_to_a_new_shard_once_a_batch_at_most(batch: int, world_size: int) -> None:
-    """One of a process's eight, at LAION-2B's mean size of a shard. With a single lane it is 14 to 16 times."""
-    order = order_of(source_of([8645] * 4000), 0, DataRecipe(global_batch_size=batch))
-    steps = list(StepSampler(0, 400, batch, world_size // 3, world_size))[::8]
-    opened, last = 0, None
-    for positions in steps:
-        for shard in dict.fromkeys(order.locate(np.array(positions))[0].tolist()):
-            opened, last = opened + (shard != last), shard
-    assert opened <= len(steps)
-
-
 def test_the_number_of_lanes() -> None:
     for wish, batch, expected in ((None, 16_384, 64), (None, 96, 32), (None, 100, 4), (None, 7, 1), (128, 1024, 128)):
         assert number_of_lanes(wish, batch) == DataRecipe(lanes=wish, global_batch_size=batch).num_lanes == expected
     for wish, fix in ((48, "32 or 64"), (0, "1"), (5000, "4096"), (3, "2 or 4")):
         with pytest.raises(ValueError, match=f"data.lanes {wish} .*global_batch_size 4096; use {fix}$"):
             number_of_lanes(wish, 4096)
-
-
-def test_order_changes_with_epoch_and_seed() -> None:
-    first, second, other = (
-        np.stack(GlobalOrder([30, 17, 0, 1, 48, 29], seed, 2).locate(np.arange(start, start + 125)))
-        for seed, start in ((3, 0), (3, 125), (4, 0))
-    )
-    assert (first != second).any()
-    assert (first != other).any()
 
 
 def test_samples_travel_through_the_whole_epoch() -> None:

@@ -33,7 +33,7 @@ def captions(count: int, least: int = 2, most: int = WIDTH, seed: int = 0) -> di
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-@pytest.mark.parametrize(("count", "least", "most"), [(1, 1, 1), (7, 2, 20), (64, 2, 20), (500, 1, 9), (50, 20, 20)])
+@pytest.mark.parametrize(("count", "least", "most"), [(1, 1, 1), (64, 2, 20), (500, 1, 9)])
 def test_every_caption_is_there_once(count: int, least: int, most: int) -> None:
     tokens = captions(count, least, most) if most > 1 else {"input_ids": torch.tensor([[END]]), "attention_mask": None}
     if most == 1:
@@ -138,6 +138,7 @@ def run(
     return trained
 
 
+@pytest.mark.long
 def test_a_run_learns_the_same(run: Callable[..., Path]) -> None:
     padded = run("padded")
     for name, flags in (("packed", []), ("micro", ["--data.micro_batch_size", "4"])):

@@ -9,9 +9,7 @@ import pytest
 import yaml
 from conftest import write_shards
 from datasets import Dataset, Features, Image, List, Value
-from transformers import AutoTokenizer
 
-from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.samples import MissingCaption
 from flipscale.data.sources.opening import Mixture, open_source
 from flipscale.data.sources.tar import TarSource
@@ -86,20 +84,6 @@ def test_a_folder_of_images(rows: list[dict], tmp_path: Path) -> None:
     assert {sample.image: sample.caption for sample in read} == {
         row["raw"]: f"number {number}".encode() for number, row in enumerate(rows[:6])
     }
-
-
-def test_captions_are_drawn_by_position(rows: list[dict], tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Every caption has its turn, and a position always the same one; with workers too."""
-    recipe = DataRecipe(
-        sources=[SourceRecipe(dataset=as_parquet(rows[2:], tmp_path), image_column="picture", caption_columns=["more"])]
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    data = PairDataset(open_source(recipe), tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
-    batch = data.__getitems__(list(range(400)))
-    red = batch["input_ids"][:, 1] == tokenizer.convert_tokens_to_ids("red")
-    assert 150 < red.sum() < 250
-    again = data.__getitems__(list(range(123, 300)))
-    assert (again["input_ids"] == batch["input_ids"][123:300]).all()
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
 """Raw data where shards are wanted: the error says what it is, and its command makes shards of it."""
 
 import csv
-import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import datasets
 import numpy as np
 import pytest
-import yaml
 from conftest import COLOURS, SHAPES, draw, write_shards
 
 from flipscale import cli
@@ -38,14 +35,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         table = csv.DictWriter(file, ["file_name", "text"])
         table.writeheader()
         table.writerows(rows)
-    Path("list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    datasets.Dataset.from_list(rows).to_parquet("list.parquet")
     content = [Path(row["file_name"]).read_bytes() for row in rows]
     columns = {"image": [{"bytes": one} for one in content], "text": [row["text"] for row in rows]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     images = datasets.Dataset.from_dict(columns, features=features)
     images.save_to_disk("saved")
-    images.rename_column("text", "words").save_to_disk("odd")
     Path("parts").mkdir()
     images.to_parquet("parts/0.parquet")
     return tmp_path
@@ -62,13 +56,8 @@ def refusal(shards: str) -> str:
 @pytest.mark.parametrize(
     ("shards", "kind", "source"),
     [
-        ("list.csv", "a table", "list.csv"),
-        ("list.jsonl", "a table", "list.jsonl"),
-        ("list.parquet", "a table", "list.parquet"),
         ("*.csv", "a table", "list.csv"),
-        ("pictures", "pictures", "pictures"),
         ("pictures/", "pictures", "pictures/"),
-        ("pictures/3.jpg", "pictures", "pictures"),
         ("pictures/*.jpg", "pictures", "pictures"),
         ("saved", "a saved data set", "saved"),
     ],
@@ -101,26 +90,6 @@ def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, toke
     recipe = parse_recipe(["--data.shards", "elsewhere", "--data.tokenizer", str(tokenizer_dir), *flags])
     assert (recipe.data.shards, recipe.data.sources[0].dataset) == (None, shards)
     assert open_source(recipe.data).read(0, 5).captions == (b"a green bar",)
-
-
-@pytest.mark.parametrize("shards", ["saved", "parts", "parts/0.parquet"])
-def test_init_takes_data_sets(shards: str, here: Path) -> None:
-    cli.main(["prepare", "tokenizer", shards, "tokenizer", "--vocab_size", "40"])
-    words = ["--tokenizer", "tokenizer", "--gpu", "h100", "--hours", "1"]
-    cli.main(["init", "mine.yaml", "--shards", shards, *words])
-    data = yaml.safe_load(Path("mine.yaml").read_text())["data"]
-    assert data["sources"] == [{"dataset": shards, "image_column": "image", "caption_columns": ["text"]}]
-    assert "shards" not in data
-    cli.main(["pretrain", "--config", "mine.yaml", "--dry_run"])
-
-
-@pytest.mark.parametrize("shards", ["list.parquet", "odd"])
-def test_init_refuses_data_sets_without_images_and_captions(
-    shards: str, here: Path, tokenizer_dir: Path, refused: Callable[..., str]
-) -> None:
-    line = refused("init", "mine.yaml", "--shards", shards, "--tokenizer", tokenizer_dir)
-    assert f"no shards at {shards!r}" in line
-    assert f"`flipscale prepare shards {shards} data/{Path(shards).stem}`" in line
 
 
 def test_both_or_neither_of_shards_and_sources(here: Path) -> None:

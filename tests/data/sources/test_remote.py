@@ -168,14 +168,6 @@ def test_indices_are_written_beside_shards_in_a_bucket(
     assert not list((tmp_path / "another").glob("*.tar"))
 
 
-def test_indices_cannot_be_written_to_a_web_server(shards: Path, tmp_path: Path) -> None:
-    with web(tmp_path, breaks=0) as (url, _):
-        (tmp_path / "00000.tar").write_bytes((shards / "00000.tar").read_bytes())
-        source = open_source(recipe_of(f"{url}/00000.tar", tmp_path / "cache"))
-        with pytest.raises(ValueError, match=r"00000.tar.index.npy cannot be written"):
-            source.publish()
-
-
 def test_what_cannot_be(shards: Path, tmp_path: Path) -> None:
     with web(shards, breaks=0) as (url, _):
         with pytest.raises(ValueError, match=r"shard http://.*/00004.tar does not exist; check data.shards"):
@@ -210,7 +202,7 @@ def test_a_node_fetches_its_lanes_shards_only(tokenizer_dir: Path, tmp_path: Pat
         assert all(asked[f"/{shard:05d}.tar"] == 1 for shard in read)
 
 
-@pytest.mark.parametrize(("num_nodes", "lanes", "held"), [(1, 3, 4), (3, 3, 2), (2, 3, 4), (1, 4, 4), (1, 1, 2)])
+@pytest.mark.parametrize(("num_nodes", "lanes", "held"), [(1, 3, 4), (3, 3, 2), (1, 1, 2)])
 def test_the_cache_must_hold_what_a_node_reads_now_and_next(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int, lanes: int, held: int
 ) -> None:

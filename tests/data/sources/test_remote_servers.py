@@ -93,16 +93,6 @@ def test_a_server_that_never_answers(served: Path, tmp_path: Path, caplog: pytes
     assert sum("(0 bytes came in 0.3 seconds); trying again" in message for message in caplog.messages) == 2
 
 
-def test_patience_ends() -> None:
-    def fail() -> None:
-        raise OSError("nobody is there")
-
-    with pytest.raises(OSError, match=r"URL could not be fetched in 1 tries \(nobody is there\)"):
-        remote.with_retries("URL", fail, patience=-1.0)
-    # A silent server holds a start for two tries of 20 seconds.
-    assert remote._START_PATIENCE_SECONDS < 40
-
-
 def test_a_server_that_sends_a_byte_now_and_then(served: Path, tmp_path: Path) -> None:
     def trickle(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
         if not handler.path.endswith(".tar") or handler.command == "HEAD":

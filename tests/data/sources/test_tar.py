@@ -12,7 +12,6 @@ from conftest import add_member, write_shards
 
 from flipscale.data.samples import BadSample
 from flipscale.data.sources import tar as tar_source
-from flipscale.data.sources.manifest import ShardList
 from flipscale.data.sources.shard_index import index_path
 from flipscale.data.sources.tar import StaleManifest, TarSource
 
@@ -137,12 +136,6 @@ def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
         StaleManifest, match=r"shard .*00000.tar has 9000 bytes, \d+ when it was listed; write the manifest anew"
     ):
         pickle.loads(pickle.dumps(source)).read(0, 2)
-
-
-def test_shard_names(shards: Path) -> None:
-    every = sorted(path.name for path in shards.glob("*.tar"))
-    assert ShardList(str(shards)).names() == ShardList(f"{shards}/*.tar").names() == every
-    assert ShardList(f"{shards}/{{00001..00002}}.tar").names() == every[1:3]
 
 
 def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
