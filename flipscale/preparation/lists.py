@@ -15,8 +15,10 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,6 @@ from flipscale.recipe.data import SourceRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pyarrow import RecordBatch
 
 FOLDER = "folder"  # the value of --labels for class folders
 _USUAL_COLUMNS = {
@@ -162,7 +163,7 @@ def open_pairs(
             raise UserError(f"{path} {what}; name a folder, a table or a data set")
         kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
         pairs = kind.open(path, asked, allow_outside)
-    elif not path.is_dir() or is_saved_dataset(str(path)) or (holds_parquet(path) and not holds_images(path)):
+    elif not path.is_dir() or is_saved_dataset(str(path)) or (_holds_parquet(path) and not _holds_images(path)):
         pairs = DatasetList.load(source, asked, split, allow_outside)
     elif labels not in (None, FOLDER):
         raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
@@ -180,7 +181,7 @@ def source_of(name: str) -> SourceRecipe:
     Raise UserError for other Parquet files and data sets, such as a table of paths.
     """
     path = Path(name)
-    if not (is_saved_dataset(name) or path.suffix == ".parquet" or holds_parquet(path)):
+    if not (is_saved_dataset(name) or path.suffix == ".parquet" or _holds_parquet(path)):
         return SourceRecipe(shards=name)
     features = load_rows(name, None, "train").features
     texts = {column for column, feature in features.items() if getattr(feature, "dtype", "").endswith("string")}
@@ -191,12 +192,12 @@ def source_of(name: str) -> SourceRecipe:
     return SourceRecipe(dataset=name, image_column=image, caption_columns=[caption])
 
 
-def holds_parquet(path: Path) -> bool:
+def _holds_parquet(path: Path) -> bool:
     """Return whether a folder has Parquet files, in its subfolders too, and no shards."""
     return path.is_dir() and not any(path.glob("*.tar")) and any(path.rglob("*.parquet"))
 
 
-def holds_images(path: Path) -> bool:
+def _holds_images(path: Path) -> bool:
     return any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
 
 
@@ -315,64 +316,31 @@ def _class_of(file: str) -> str:
     return PurePath(file).parent.name.replace("_", " ").strip()
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Columns of a list that are read.
+def find_columns(source: str, names: Sequence[str], asked: dict[str, str | None]) -> dict[str, str]:
+    """Return the columns of `image`, `caption` and, if asked for, `label`.
 
     Args:
-        label: column of classes; None if the classes are not asked for.
-        classes: class names of the columns that hold numbers of classes.
-        usual_label: column with a usual name of classes, asked for or not.
+        names: all columns of the list `source`.
+        asked: column by kind; None stands for the first column with a usual name, or no classes.
+
+    Raises:
+        UserError: a column is missing, or its name is not unique.
     """
-
-    image: str
-    caption: str
-    label: str | None
-    classes: dict[str, Sequence[str]]
-    usual_label: str | None
-
-    @classmethod
-    def find(
-        cls, source: str, names: Sequence[str], asked: dict[str, str | None], features: dict[str, Any] | None = None
-    ) -> "Columns":
-        """Find the columns of a list.
-
-        Args:
-            asked: column by kind; None stands for the first column with a usual name, or no classes.
-            features: features of the columns, as `datasets` has them.
-
-        Raises:
-            UserError: a column is missing, or its name is not unique.
-        """
-        chosen: dict[str, str | None] = {}
-        for kind, flag in _FLAGS.items():
-            wanted = asked[kind]
-            usual = (wanted,) if wanted else _USUAL_COLUMNS[kind] if kind != "label" else ()
-            name = chosen[kind] = next((column for column in usual if column in names), None)
-            if usual and name is None:
-                raise UserError(
-                    f"{source} has no column {' or '.join(usual)}; name the {kind}s' with {flag}, "
-                    f"one of {', '.join(names)[:_SHOWN_NAMES] or 'none'}"
-                )
-            if name and list(names).count(name) > 1:
-                raise UserError(f"{source} has two columns {name}; rename one, or name another with {flag}")
-        classes = {name: getattr(feature, "names", None) or () for name, feature in (features or {}).items()}
-        usual_label = next((name for name in _USUAL_COLUMNS["label"] if name in names), None)
-        return cls(str(chosen["image"]), str(chosen["caption"]), chosen["label"], classes, usual_label)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the columns in the order of a row's fields."""
-        return (self.image, self.caption, *([self.label] if self.label else []))
-
-    def __str__(self) -> str:
-        labels = f", classes of {self.label}" if self.label else ""
-        return f"images of the column {self.image}, captions of {self.caption}{labels}"
-
-    def name_class(self, column: str, value: Any) -> Any:
-        """Return the name of a class where the column holds its number, else the value."""
-        names = self.classes.get(column, ())
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+    columns: dict[str, str] = {}
+    for kind, flag in _FLAGS.items():
+        if kind == "label" and not asked[kind]:
+            continue
+        usual = (asked[kind],) if asked[kind] else _USUAL_COLUMNS[kind]
+        name = next((column for column in usual if column in names), None)
+        if name is None:
+            raise UserError(
+                f"{source} has no column {' or '.join(map(str, usual))}; name the {kind}s' with {flag}, "
+                f"one of {', '.join(names)[:_SHOWN_NAMES] or 'none'}"
+            )
+        if list(names).count(name) > 1:
+            raise UserError(f"{source} has two columns {name}; rename one, or name another with {flag}")
+        columns[kind] = name
+    return columns
 
 
 @dataclass
@@ -381,25 +349,38 @@ class RowList(PairList):
 
     Args:
         source: path or name of the list.
+        names: all columns.
+        columns: columns of `image`, `caption` and perhaps `label`.
         root: folder of the images that rows name by a path.
         allow_outside: whether to read files outside `root`.
+        class_names: class names of the columns that hold numbers of classes.
     """
 
     source: str
-    columns: Columns
+    names: Sequence[str]
+    columns: dict[str, str]
     root: Path
     allow_outside: bool
+    class_names: dict[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
 
-    def __post_init__(self) -> None:
-        self.usual_labels = self.columns.usual_label
+    @property
+    def usual_labels(self) -> str | None:  # type: ignore[override]
+        return next((name for name in _USUAL_COLUMNS["label"] if name in self.names), None)
 
     @property
     def layout(self) -> str:
-        return f"{len(self):,} rows in {self.source}: {self.columns}"
+        labels = f", classes of {self.columns['label']}" if "label" in self.columns else ""
+        columns = f"images of the column {self.columns['image']}, captions of {self.columns['caption']}{labels}"
+        return f"{len(self):,} rows {self.whence}: {columns}"
+
+    @property
+    def whence(self) -> str:
+        """Preposition and name of the source."""
+        return f"in {self.source}"
 
     @abstractmethod
     def row(self, number: int) -> Sequence[Any]:
-        """Return the fields of a row, in the order of `columns.names`. Raise BadSample if the row cannot be read."""
+        """Return the fields of a row, in the order of `columns`. Raise BadSample if the row cannot be read."""
 
     def place(self, number: int) -> str:
         return f"{self.source}#{number}"
@@ -424,11 +405,15 @@ class RowList(PairList):
         return read_file(self.root, value, self.allow_outside)
 
     def captions(self, number: int) -> list[str]:
-        return _captions_of(self.columns.name_class(self.columns.caption, self.row(number)[1]))
+        return _captions_of(self._named("caption", self.row(number)[1]))
 
     def label(self, number: int) -> str:
-        assert self.columns.label is not None
-        return _label_of(self.columns.name_class(self.columns.label, self.row(number)[2]))
+        return _label_of(self._named("label", self.row(number)[2]))
+
+    def _named(self, kind: str, value: Any) -> Any:
+        """Return the name of a class where the column holds its number, else the value."""
+        names = self.class_names.get(self.columns[kind], ())
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 @dataclass
@@ -436,11 +421,11 @@ class TextTable(RowList):
     """A CSV, TSV or JSON lines file; a first pass finds where each row begins, 8 bytes a row.
 
     Args:
-        header: all columns; empty for JSON lines.
+        delimiter: empty for JSON lines.
         starts: int64 `(rows + 1,)`, start of each row in the file, and the end of the file.
     """
 
-    header: tuple[str, ...]
+    delimiter: str
     starts: np.ndarray
     digest: str
 
@@ -456,15 +441,16 @@ class TextTable(RowList):
             first = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
             with Progress(len(text), "rows", "B") as progress:
                 if delimiter:
-                    header, first = _read_header(path, text, first, delimiter)
-                    columns = Columns.find(str(path), header, asked)
-                    width, image = len(header), header.index(columns.image)
-                    starts = np.fromiter(_row_starts(text, first, delimiter, width, image, progress), np.int64)
+                    names, first = _read_header(path, text, first, delimiter)
+                    columns = find_columns(str(path), names, asked)
+                    ends = partial(_end_of_quotes, text, delimiter, len(names), names.index(columns["image"]))
+                    starts = np.fromiter(_row_starts(text, first, ends, progress), np.int64)
                 else:
-                    header, starts = (), np.fromiter(_row_starts(text, first, "", 0, 0, progress), np.int64)
-                    columns = Columns.find(str(path), _read_keys(path, text, starts), asked)
+                    starts = np.fromiter(_row_starts(text, first, None, progress), np.int64)
+                    names = _read_keys(path, text, starts)
+                    columns = find_columns(str(path), names, asked)
             starts, digest = np.append(starts, len(text)), hashlib.blake2b(text).hexdigest()[:32]
-        return cls(str(path), columns, path.parent, allow_outside, header, starts, digest)
+        return cls(str(path), names, columns, path.parent, allow_outside, delimiter, starts, digest)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -473,7 +459,7 @@ class TextTable(RowList):
         return f"row {number + 1}"
 
     def fingerprint(self) -> str:
-        return digest_of([self.digest, self.columns.image, self.columns.caption])
+        return digest_of([self.digest, self.columns["image"], self.columns["caption"]])
 
     def row(self, number: int) -> Sequence[Any]:
         begin, end = self.starts[number : number + 2].tolist()
@@ -481,16 +467,16 @@ class TextTable(RowList):
             file.seek(begin)
             record = file.read(min(end - begin, MAX_TEXT_BYTES + 1))
         try:
-            if not self.header:
+            if not self.delimiter:
                 entry = _parse_object(record)
-                return [entry.get(name) for name in self.columns.names]
-            fields = _parse_fields(record, _DELIMITERS[Path(self.source).suffix.lower()])
-            if len(fields) != len(self.header):
-                raise MalformedRow(f"it has {len(fields)} fields, the header has {len(self.header)}")
+                return [entry.get(name) for name in self.columns.values()]
+            fields = _parse_fields(record, self.delimiter)
+            if len(fields) != len(self.names):
+                raise MalformedRow(f"it has {len(fields)} fields, the header has {len(self.names)}")
         except MalformedRow as error:
             shown_start = record[:_SHOWN].decode("utf-8", "replace").strip()
             raise MalformedRow(f"{self.place(number)}, {shown_start!r}: {error}") from error
-        return [fields[self.header.index(name)] for name in self.columns.names]
+        return [fields[self.names.index(name)] for name in self.columns.values()]
 
 
 def _read_header(path: Path, text: mmap.mmap, at: int, delimiter: str) -> tuple[tuple[str, ...], int]:
@@ -523,30 +509,31 @@ def _line_end(text: mmap.mmap, at: int) -> int:
     return text.find(b"\n", at) + 1 or len(text)
 
 
-def _row_starts(text: mmap.mmap, at: int, delimiter: str, width: int, image: int, progress: Progress) -> Iterator[int]:
-    """Yield the start of each row that is not blank.
-
-    A row of CSV goes on until its quotes are balanced. If the result has too many lines or another number of fields,
-    the first line is a row alone. So it is if a later line names an image itself, because then the quote is stray.
-
-    Args:
-        at: start of the first row.
-        delimiter: empty for JSON lines.
-        width: number of columns.
-        image: position of the image column.
-    """
+def _row_starts(
+    text: mmap.mmap, at: int, end_of: Callable[[int, int], int] | None, progress: Progress
+) -> Iterator[int]:
+    """Yield the start of each row that is not blank, from `at` on. `end_of` finds the end of a row whose first line has
+    an odd number of quotes; None if quotes mean nothing."""
     while at < len(text):
         start, at = at, _line_end(text, at)
         line = text[start:at]
-        if delimiter and line.count(b'"') % 2:
-            at = _end_of_quotes(text, start, at, delimiter, width, image)
+        if end_of and line.count(b'"') % 2:
+            at = end_of(start, at)
         progress.update(at - start)
         if not line.isspace():
             yield start
 
 
-def _end_of_quotes(text: mmap.mmap, start: int, first_end: int, delimiter: str, width: int, image: int) -> int:
-    """Return the end of a row whose first line, which ends at `first_end`, has an odd number of quotes."""
+def _end_of_quotes(text: mmap.mmap, delimiter: str, width: int, image: int, start: int, first_end: int) -> int:
+    """Return the end of a row of CSV whose first line has an odd number of quotes and ends at `first_end`.
+
+    The row goes on until its quotes are balanced. If the result has too many lines or another number of fields, the
+    first line is a row alone. So it is if a later line names an image itself, because then the quote is stray.
+
+    Args:
+        width: number of columns.
+        image: position of the image column.
+    """
     end, suffixes = first_end, tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
     for _ in range(_MAX_ROW_LINES):
         begin, end = end, _line_end(text, end)
@@ -556,10 +543,9 @@ def _end_of_quotes(text: mmap.mmap, start: int, first_end: int, delimiter: str, 
         if not line or names_image or end - start > MAX_TEXT_BYTES:
             break
         if line.count(b'"') % 2:
-            try:
+            with suppress(MalformedRow):
                 return end if len(_parse_fields(text[start:end], delimiter)) == width else first_end
-            except MalformedRow:
-                break
+            break
     return first_end
 
 
@@ -602,15 +588,13 @@ class ParquetList(RowList):
 
     Args:
         ends: int64 `(row groups,)`, number of the row after each row group.
-        metadata: digest of the file's metadata.
+        digest: digest of the file's metadata.
     """
 
     ends: np.ndarray
-    metadata: str
-    _group: int = field(default=-1, init=False, repr=False)
-    _first: int = field(default=0, init=False, repr=False)
-    _batch: "RecordBatch | None" = field(default=None, init=False, repr=False)
-    _batches: "Iterator[RecordBatch]" = field(default=iter(()), init=False, repr=False)
+    digest: str
+    _rows: Iterator[tuple[int, list[Any]]] | None = field(default=None, init=False, repr=False)
+    _row: tuple[int, list[Any]] = field(default=(-1, []), init=False, repr=False)  # the last one that was read
 
     @classmethod
     def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "ParquetList":
@@ -623,41 +607,43 @@ class ParquetList(RowList):
             schema = metadata.schema.to_arrow_schema()
         except (ArrowException, OSError) as error:
             raise UserError(f"{path} is no parquet table ({reason_of(error)}); write it again") from error
-        try:
-            features = dict(Features.from_arrow_schema(schema))
-        except (ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
-            features = {}
-        columns = Columns.find(str(path), schema.names, asked, features)
+        classes: dict[str, Sequence[str]] = {}
+        with suppress(ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
+            classes = _class_names(Features.from_arrow_schema(schema))
+        columns = find_columns(str(path), schema.names, asked)
         ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=int)
-        return cls(str(path), columns, path.parent, allow_outside, ends, digest_of(repr(metadata.to_dict())))
+        digest = digest_of(repr(metadata.to_dict()))
+        return cls(str(path), schema.names, columns, path.parent, allow_outside, ends, digest, class_names=classes)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": -1, "_batch": None, "_batches": iter(())}
+        return {**self.__dict__, "_rows": None}
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, self.metadata, self.columns.image, self.columns.caption])
+        return digest_of([self.source, self.digest, self.columns["image"], self.columns["caption"]])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
-        group = int(np.searchsorted(self.ends, number, side="right"))
-        if group != self._group or number < self._first:
-            self._group, self._first = group, int(self.ends[group - 1]) if group else 0
-            self._batch, self._batches = None, self._read_group(group)
-        while self._batch is None or number >= self._first + len(self._batch):
-            self._first += len(self._batch or ())
-            self._batch = None
+        group, last = np.searchsorted(self.ends, [number, self._row[0]], side="right").tolist()
+        if self._rows is None or group != last or number < self._row[0]:
+            first = int(self.ends[group - 1]) if group else 0
+            self._rows, self._row = self._read_group(group, first), (first - 1, [])
+        while self._row[0] < number:
             # A generator that raised is at its end, so the later rows of a damaged group raise too.
-            self._batch = next(self._batches)
-        return [self._batch.column(name)[number - self._first].as_py() for name in self.columns.names]
+            self._row = next(self._rows)
+        return self._row[1]
 
-    def _read_group(self, group: int) -> "Iterator[RecordBatch]":
+    def _read_group(self, group: int, number: int) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the numbers and the fields of a row group's rows, from its first, `number`, on."""
         from pyarrow import parquet
 
         with parquet.ParquetFile(self.source) as table:
-            yield from table.iter_batches(_ROWS_AT_ONCE, [group], list(self.columns.names), use_threads=False)
+            for batch in table.iter_batches(_ROWS_AT_ONCE, [group], list(self.columns.values()), use_threads=False):
+                for at in range(len(batch)):
+                    yield number + at, [batch.column(name)[at].as_py() for name in self.columns.values()]
+                number += len(batch)
 
 
 @dataclass
@@ -681,20 +667,21 @@ class DatasetList(RowList):
         from pyarrow import ArrowException
 
         loaded = load_rows(source, None, split)
-        columns = Columns.find(source, loaded.column_names, asked, loaded.features)
+        names, columns = loaded.column_names, find_columns(source, loaded.column_names, asked)
+        classes, image = _class_names(loaded.features), columns["image"]
         try:
-            loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
+            loaded = loaded.select_columns(list(columns.values())).cast_column(image, datasets.Image(decode=False))
         except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException) as error:
             raise UserError(
-                f"column {columns.image} of {source} holds no images ({reason_of(error)}); name another --image_column"
+                f"column {image} of {source} holds no images ({reason_of(error)}); name another --image_column"
             ) from error
         # Downloaded images lie in the cache.
         root = Path(source) if is_saved else Path(datasets.config.HF_CACHE_HOME)
-        return cls(source, columns, root, allow_outside, split, loaded)
+        return cls(source, names, columns, root, allow_outside, split, loaded, class_names=classes)
 
     @property
-    def layout(self) -> str:
-        return f"{len(self):,} rows of the data set {self.source}, {self.split}: {self.columns}"
+    def whence(self) -> str:
+        return f"of the data set {self.source}, {self.split}"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -703,12 +690,17 @@ class DatasetList(RowList):
         return self.place(number)
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, len(self), self.columns.image, self.columns.caption])
+        return digest_of([self.source, len(self), self.columns["image"], self.columns["caption"]])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
         row = self.dataset[number]
-        return [row[name] for name in self.columns.names]
+        return [row[name] for name in self.columns.values()]
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    """Return the class names of the columns that hold numbers of classes."""
+    return {name: feature.names for name, feature in features.items() if getattr(feature, "names", None)}
 
 
 def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
