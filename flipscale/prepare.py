@@ -322,7 +322,7 @@ def _resize(args: argparse.Namespace) -> None:
 
 def _weights(args: argparse.Namespace) -> None:
     from flipscale.io.atomic import new_folder
-    from flipscale.preparation.weights import WeightOptions, make_weights
+    from flipscale.preparation.sampling_weights import WeightOptions, make_weights
 
     options = WeightOptions(**{name: getattr(args, name) for name in WeightOptions.__dataclass_fields__})
     options.check()

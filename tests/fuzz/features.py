@@ -19,7 +19,7 @@ from flipscale.data.features import ABOUT, PROBE, StoredFeatures
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.digests import weights_digest
-from flipscale.preparation.weights import WeightOptions, make_weights
+from flipscale.preparation.sampling_weights import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.model import ModelRecipe
 from flipscale.recipe.optim import StageRecipe
