@@ -67,21 +67,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of one flat tensor of the parameter `name`: `values` are its elements from `first` on.
-
-    `kind` is `weight`, `ema`, or the name of a moment.
-    """
+    """A process's range of a flat tensor of the parameter `name`. `kind` is `weight`, `ema`, or a moment's name."""
 
     kind: str
     name: str
-    first: int
     values: torch.Tensor
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest checkpoint of a run, whole or not, or None."""
-    checkpoints = list_checkpoints(run_dir)
-    return checkpoints[-1] if checkpoints else None
+    return next(reversed(list_checkpoints(run_dir)), None)
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
@@ -309,18 +304,18 @@ def newest_whole(
         UserError: no checkpoint is whole, or a newer version wrote one. All stay as they are.
         OSError: a checkpoint cannot be read, so that it may be whole, or cannot be renamed. All stay as they are.
     """
-    faults: dict[Path, str] = {}
+    faults: dict[Path, Damage] = {}
     for checkpoint in reversed(answer_of_first(accelerator, lambda: list_checkpoints(run_dir))):
         try:
-            state = _state_or_fault(accelerator, checkpoint, check)
+            state = _checked_state(accelerator, checkpoint, check)
+        except Damage as damage:
+            faults[checkpoint] = damage
+            continue
         except OSError as error:
             raise OSError(
                 f"checkpoint {checkpoint} cannot be read ({error}); it may be whole and stays as it is. Fix: repair "
                 "the disk or the rights, and start the run again"
             ) from error
-        if isinstance(state, str):
-            faults[checkpoint] = state
-            continue
         for bad, fault in faults.items():
             name = answer_of_first(accelerator, functools.partial(_set_aside, bad))
             if accelerator.is_main_process:
@@ -340,7 +335,7 @@ def require_whole(checkpoint: Path) -> None:
     """Raise an OSError if a checkpoint is damaged or unreadable, a UserError if a newer version wrote it."""
     try:
         digests = contents(checkpoint).digests
-        _raise_if_any(_damaged(checkpoint, digests, chunks_of(digests)))
+        _require_chunks(checkpoint, digests, chunks_of(digests))
     except Damage as damage:
         raise OSError(f"checkpoint {checkpoint} is damaged ({damage}); name another one with --step") from damage
 
@@ -389,27 +384,22 @@ def _raise_if_newer(checkpoint: Path, state: Mapping[str, Any]) -> None:
         )
 
 
-def _state_or_fault(
+def _checked_state(
     accelerator: "Accelerator", checkpoint: Path, check: Callable[[Contents], None]
-) -> Mapping[str, Any] | str:
-    """Collective. Return the state of a whole checkpoint, or the fault of a damaged one."""
+) -> Mapping[str, Any]:
+    """Collective. Return the state of a whole checkpoint. Raise Damage on all processes if it is damaged."""
     from accelerate.utils import gather_object
 
-    def contents_or_fault() -> Contents | str:
-        try:
-            read = contents(checkpoint)
-            check(read)
-            return read
-        except Damage as damage:
-            return str(damage)
+    def read() -> Contents:
+        found = contents(checkpoint)
+        check(found)
+        return found
 
-    read = answer_of_first(accelerator, contents_or_fault)
-    if isinstance(read, str):
-        return read
-    rank, world, chunks = accelerator.process_index, accelerator.num_processes, chunks_of(read.digests)
+    state, _, digests = answer_of_first(accelerator, read)
+    rank, world, chunks = accelerator.process_index, accelerator.num_processes, chunks_of(digests)
     damaged, failure = chunks[len(chunks) * rank // world : len(chunks) * (rank + 1) // world], None
     try:
-        damaged = _damaged(checkpoint, read.digests, damaged)
+        damaged = _damaged(checkpoint, digests, damaged)
     except Damage:
         pass  # a part is missing here, so the whole share counts as damaged
     except OSError as error:
@@ -419,17 +409,14 @@ def _state_or_fault(
         if failure:
             raise OSError(f"{failure}, {place}")
 
-    def fault() -> str | None:
+    def look_again() -> None:
         for place, _, damaged in reports:
-            try:
-                _raise_if_any(_damaged(checkpoint, read.digests, damaged))
-            except Damage as damage:
-                return str(damage)
+            _require_chunks(checkpoint, digests, damaged)
             if damaged:
                 raise OSError(f"{place} reads other bytes than process 0")
-        return None
 
-    return answer_of_first(accelerator, fault) or read.state
+    answer_of_first(accelerator, look_again)
+    return state
 
 
 def _damaged(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk]) -> list[Chunk]:
@@ -438,9 +425,8 @@ def _damaged(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequen
     return damaged_chunks(checkpoint, digests, chunks, min(num_threads, _MAX_THREADS))
 
 
-def _raise_if_any(damaged: Sequence[Chunk]) -> None:
-    if damaged:
-        (name, number), *_ = damaged
+def _require_chunks(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk]) -> None:
+    for name, number in _damaged(checkpoint, digests, chunks):
         first = number * CHUNK_BYTES
         raise Damage(f"{name} is not as it was written, between its bytes {first:,} and {first + CHUNK_BYTES:,}")
 
@@ -469,7 +455,7 @@ def answer_of_first(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
     if accelerator.is_main_process:
         try:
             answer = [ask()]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Damage) as error:
             answer = [error]
     (result,) = broadcast_object_list(answer)
     if isinstance(result, Exception):

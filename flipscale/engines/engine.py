@@ -147,7 +147,7 @@ class Layout:
             if averages:
                 held["ema"] = Shard(averages[name], weights.first)
             for kind, (values, first) in held.items():
-                pieces.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
+                pieces.append(Piece(kind, name, values[mine.start - first : mine.stop - first]))
         return pieces
 
     def load_weights(self, reader: CheckpointReader) -> None:
@@ -236,18 +236,16 @@ class Engine:
 
         The arguments are those of `flipscale.engines.first_weights.build_weights`.
         """
-        self.model = build_weights(config, configure, init, self._place_block, kind)
-        self._place_rest()
-        self.layout = self._make_layout()
+        self.model = build_weights(config, configure, init, self.parallelize, kind)
+        self.layout = self.parallelize(self.model, is_block=False)
 
-    def _place_block(self, block: nn.Module) -> None:
-        block.to(self.accelerator.device)
+    def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
+        """Collective. Move a part to the device, sharded if the engine shards, and return its layout.
 
-    def _place_rest(self) -> None:
-        self.model.to(self.accelerator.device)
-
-    def _make_layout(self) -> Layout:
-        return Layout(self.model, self.accelerator.process_index, self.accelerator.num_processes)
+        The parts are the blocks, each as soon as it has its weights, and at the end the model.
+        """
+        part.to(self.accelerator.device)
+        return Layout(part, self.accelerator.process_index, self.accelerator.num_processes)
 
     def prepare(self, frozen: Sequence[str] = ()) -> None:
         """Collective. Freeze parts, wrap the model for training and make its optimisers, without moments.

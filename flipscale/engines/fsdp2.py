@@ -72,6 +72,21 @@ class Fsdp2Engine(Engine):
             gathered += sum(width * whole for whole, _ in blocks[2:])
         return ModelMemory(kept, 0, gradients, trained, gathered if launch.num_processes > 1 else 0)
 
+    def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
+        layout = _RowLayout(part, dist.get_rank(), dist.get_world_size(), self._num_replicas)
+        if is_block:
+            self._shard(part)
+            return layout
+        part.to(self.accelerator.device)
+        for child in part.children():
+            self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear | FlipProjection))
+        self._shard(part, fp32=True)
+        for child in part.children() if self.launch.prefetches else ():
+            blocks = [module for module in child.modules() if isinstance(module, FSDPModule) and module is not child]
+            for block, following in itertools.pairwise(blocks):
+                block.set_modules_to_forward_prefetch([following])
+        return layout
+
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.launch.bf16 and not fp32:
@@ -80,22 +95,6 @@ class Fsdp2Engine(Engine):
         # By default the root alone stays whole.
         reshard = None if self.launch.reshards else False
         fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard)
-
-    def _place_block(self, block: nn.Module) -> None:
-        self._shard(block)
-
-    def _place_rest(self) -> None:
-        self.model.to(self.accelerator.device)
-        for child in self.model.children():
-            self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear | FlipProjection))
-        self._shard(self.model, fp32=True)
-        for child in self.model.children() if self.launch.prefetches else ():
-            blocks = [module for module in child.modules() if isinstance(module, FSDPModule) and module is not child]
-            for block, following in itertools.pairwise(blocks):
-                block.set_modules_to_forward_prefetch([following])
-
-    def _make_layout(self) -> Layout:
-        return _RowLayout(self.model, dist.get_rank(), dist.get_world_size(), self._num_replicas)
 
     def _freeze(self, frozen: Sequence[str]) -> None:
         model: nn.Module = self.model

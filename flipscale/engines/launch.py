@@ -111,16 +111,17 @@ def promised_processes(environment: Mapping[str, str]) -> int:
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch:
-    """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process. Raise UserError
-    if flipscale does not support the launch, or it sets a value that the recipe sets."""
-    num_processes = whole_number(environment, "WORLD_SIZE", 1)
+    """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process.
+
+    Raise UserError if flipscale does not support the launch, or it sets a value that the recipe sets."""
     per_node = whole_number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else None
     launch = Launch(
-        num_processes=num_processes,
+        num_processes=whole_number(environment, "WORLD_SIZE", 1),
         precision=launched_precision(environment),
-        shard_size=_shard_size(environment, num_processes, per_node),
         processes_per_node=per_node,
     )
+    if _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        launch = replace(launch, shard_size=_shard_size(environment, launch.num_processes, per_node))
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         settings = _deepspeed_settings(environment)
         launch = replace(launch, engine=f"zero{settings['zero_optimization']['stage']}", deepspeed=settings)
@@ -138,8 +139,9 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
 
 
 def read_launch_file(file: Path, num_processes: int | None = None, num_machines: int | None = None) -> Launch:
-    """Return the launch of `accelerate launch --config_file FILE`, by default of the file's number of processes. Raise
-    UserError if the file cannot be read, or flipscale does not support it."""
+    """Return the launch of `accelerate launch --config_file FILE`, by default of the file's number of processes.
+
+    Raise UserError if the file cannot be read, or flipscale does not support it."""
     return launch_of(launch_environment(file, num_processes, num_machines))
 
 
@@ -151,29 +153,29 @@ def launch_environment(file: Path, num_processes: int | None = None, num_machine
     roles = (section["role"] for section in settings.values() if isinstance(section, dict) and "role" in section)
     on_machines = world // num_machines if num_machines else settings["num_processes"] // settings["num_machines"]
     environment = {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(min(world, max(on_machines, 1))),
-        PRECISION: str(settings.get("mixed_precision") or "no"),
-        "ROLE_NAME": str(next(roles, _NO_ROLE)),
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": min(world, max(on_machines, 1)),
+        PRECISION: settings.get("mixed_precision") or "no",
+        "ROLE_NAME": next(roles, _NO_ROLE),
     }
     if settings["distributed_type"] == "FSDP":
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp.get("fsdp_version", 1))}
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": fsdp.get("fsdp_version", 1)}
         for name, default in (("reshard_after_forward", True), ("forward_prefetch", False)):
             environment[f"FSDP_{name.upper()}"] = str(fsdp.get(f"fsdp_{name}", default)).lower()
     elif settings["distributed_type"] == "DEEPSPEED":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         if "zero_stage" in deepspeed:
-            environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed["zero_stage"])
+            environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = deepspeed["zero_stage"]
         if "deepspeed_config_file" in deepspeed:
             # The path is relative to the current folder; otherwise the file may lie beside the launch file.
             named = Path(str(deepspeed["deepspeed_config_file"]))
             beside = file.parent / named.name
             path = beside if not named.exists() and beside.exists() else named
-            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
     if parallelism:
-        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-        environment |= {str(name).upper(): str(value) for name, value in parallelism.items()}
-    return environment
+        environment |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+        environment |= {str(name).upper(): value for name, value in parallelism.items()}
+    return {name: str(value) for name, value in environment.items()}
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -230,10 +232,8 @@ def _is_set(environment: Mapping[str, str], name: str, default: str = "") -> boo
     return environment.get(name, default).lower() in ("1", "true", "t", "yes", "y", "on")
 
 
-def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int | None:
-    """Return the number of processes that share one copy of the weights, or None without a parallelism_config."""
-    if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return None
+def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int:
+    """Return the number of processes that share one copy of the weights, of a parallelism_config."""
     if not _is_set(environment, "ACCELERATE_USE_FSDP"):
         raise UserError(f"the launch file has parallelism_config, but no distributed_type: FSDP; use {shipped('hsdp')}")
     sizes = {kind: whole_number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) for kind in _PARALLELISM}
@@ -248,15 +248,14 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
     follows = num_replicas == 1 and shard_size > 1 and num_processes % shard_size == 0
     if num_replicas * shard_size != num_processes and not follows:
         raise UserError(
-            f"the launch file's parallelism_config_dp_replicate_size {num_replicas} times "
-            f"parallelism_config_dp_shard_size {shard_size} is not the number of processes, {num_processes}; use a "
-            "dp_shard_size above 1 that divides it, and no dp_replicate_size, which follows"
+            f"the launch file's parallelism_config has dp_replicate_size {num_replicas} and dp_shard_size {shard_size} "
+            f"for {num_processes} processes; use a dp_shard_size above 1 that divides them, and no dp_replicate_size"
         )
     if per_node is not None and per_node % shard_size and shard_size % per_node:
         raise UserError(
             f"the launch file's parallelism_config_dp_shard_size is {shard_size} and a machine has {per_node} "
-            "processes, so copies of the weights would be split between machines; use a divisor of these processes as "
-            f"in {shipped('hsdp')}, or a multiple"
+            f"processes; use a divisor of these as in {shipped('hsdp')}, or a multiple, so that machines hold whole "
+            "copies of the weights"
         )
     return shard_size
 
@@ -265,10 +264,21 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage."""
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
-        launched = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
-        file, settings = "deepspeed_config", {"zero_optimization": {"stage": launched}}
+        stage = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+        file, settings = "deepspeed_config", {"zero_optimization": {"stage": stage}}
     else:
-        settings = _read_deepspeed_file(file)
+        try:
+            given = json.loads(read_text(Path(file)))
+            settings = {name: value for name, value in given.items() if value != "auto"}
+        except FileNotFoundError as error:
+            raise UserError(
+                f"deepspeed_config_file {file} does not exist in {Path.cwd()}; start in its folder, or write its "
+                "absolute path in the launch file (`flipscale launch_files .` writes ds_configs/)"
+            ) from error
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
+            raise UserError(
+                f"deepspeed_config_file {file} cannot be read ({error}); write settings in braces, as JSON in UTF-8"
+            ) from error
     for name in _DECIDED_ELSEWHERE:
         if name in settings:
             raise UserError(f"{file}: {name} is {settings[name]}; leave it out: recipe and mixed_precision decide it")
@@ -277,18 +287,3 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
     return settings
-
-
-def _read_deepspeed_file(file: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(read_text(Path(file)))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"deepspeed_config_file {file} does not exist in {Path.cwd()}; start in its folder, or write its absolute "
-            "path in the launch file (`flipscale launch_files .` writes ds_configs/)"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"deepspeed_config_file {file} cannot be read ({error}); write JSON, in UTF-8") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"deepspeed_config_file {file} is {str(settings)[:60]!r}; write settings in braces")
-    return {name: value for name, value in settings.items() if value != "auto"}

@@ -98,25 +98,19 @@ class ZeroEngine(Engine):
             communication_bytes=4 * transit if launch.num_processes > 1 else 0,
         )
 
-    def _place_block(self, block: nn.Module) -> None:
+    def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
         if self.stage < 3:
-            block.to(self.accelerator.device)
-            return
-        compiles = block._compiled_call_impl is not None
-        if (refusal := self.refusal(self.launch, self.recipe.name, compiles)) is not None:
+            part.to(self.accelerator.device)
+            return _FragmentLayout(part, dist.get_rank(), self.launch)
+        if (refusal := self.refusal(self.launch, self.recipe.name, part._compiled_call_impl is not None)) is not None:
             raise UserError(refusal)
         import deepspeed
 
-        deepspeed.zero.Init(module=block, config_dict_or_path=self.settings, mem_efficient_linear=False)
-
-    def _place_rest(self) -> None:
-        for buffers in (module._buffers for module in self.model.modules()):
+        deepspeed.zero.Init(module=part, config_dict_or_path=self.settings, mem_efficient_linear=False)
+        for buffers in (module._buffers for module in part.modules()):
             for name, buffer in buffers.items():
                 buffers[name] = None if buffer is None else buffer.to(self.accelerator.device)
-        self._place_block(self.model)
-
-    def _make_layout(self) -> Layout:
-        return (_Stage3Layout if self.stage == 3 else _FragmentLayout)(self.model, dist.get_rank(), self.launch)
+        return _Stage3Layout(part, dist.get_rank(), self.launch)
 
     def prepare(self, frozen: Sequence[str] = ()) -> None:
         import deepspeed

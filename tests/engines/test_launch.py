@@ -135,7 +135,7 @@ def test_shard_size(replicas: int, shard: int, per_node: int) -> None:
     ("environment", "message"),
     [
         *((sizes(**{kind: 2}), f"parallelism_config_{kind}_size is 2") for kind in ("tp", "cp", "sp")),
-        (sizes(dp_replicate=2, dp_shard=8), "dp_replicate_size 2 .*dp_shard_size 8 .*processes, 1"),
+        (sizes(dp_replicate=2, dp_shard=8), "dp_replicate_size 2 .*dp_shard_size 8 .*1 processes"),
         (sizes(dp_shard=8), "dp_replicate_size 1 .*dp_shard_size 8 "),
         ({**sizes(dp_shard=6), "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "24"}, "dp_shard_size is 6 .*8 processes"),
         ({"ACCELERATE_USE_FSDP": "false"}, "parallelism_config, but no distributed_type: FSDP"),
