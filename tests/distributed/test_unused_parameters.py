@@ -37,11 +37,9 @@ MICRO = ["--data.micro_batch_size", "4"]
     ("world", "engine", "flags"),
     [
         (1, "ddp", []),
-        long(1, "ddp", MICRO),
         long(2, "ddp", []),
         long(2, "fsdp2", MICRO),
-        long(2, "zero1", []),
-        long(2, "zero3", MICRO),
+        long(2, "zero3", []),
     ],
 )
 def test_an_unused_parameter_is_named(

@@ -11,19 +11,11 @@ from flipscale.io.errors import UserError
     ("name", "teraflops"),
     [
         ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA A40", 149.7),
         ("NVIDIA RTX A6000", 154.8),
-        ("NVIDIA RTX 6000 Ada Generation", 364.2),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
-        ("NVIDIA GeForce RTX 3060", 25.5),
-        ("Quadro RTX 6000", None),
-        ("NVIDIA RTX A1000", None),
         ("Tesla T4", None),
     ],
 )
@@ -36,9 +28,8 @@ def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, 
 @pytest.mark.parametrize(
     ("typed", "name", "gib"),
     [
-        ("h100", "H100", 80), ("H100_PCIe", "H100 PCIe", 80), ("a100-80gb", "A100 80GB", 80),
-        ("rtx_4090", "RTX 4090", 24), ("4090", "RTX 4090", 24), ("GeForce RTX 4070 Ti", "RTX 4070 Ti", 12),
-        ("rtx3060ti", "RTX 3060 Ti", 8),
+        ("H100_PCIe", "H100 PCIe", 80), ("a100-80gb", "A100 80GB", 80), ("4090", "RTX 4090", 24),
+        ("GeForce RTX 4070 Ti", "RTX 4070 Ti", 12),
     ],
 )  # fmt: skip
 def test_a_gpu_is_typed_in_any_way(typed: str, name: str, gib: int) -> None:
@@ -46,7 +37,7 @@ def test_a_gpu_is_typed_in_any_way(typed: str, name: str, gib: int) -> None:
     assert GPUS[name][1] == gib
 
 
-@pytest.mark.parametrize("typed", ["", "rtx", "abacus", "4090 laptop"])
+@pytest.mark.parametrize("typed", ["", "4090 laptop"])
 def test_an_unknown_gpu_is_refused(typed: str) -> None:
     with pytest.raises(UserError, match=r"use one of h100, h100_pcie, .*rtx_4090"):
         gpu_named(typed)

@@ -17,7 +17,6 @@ from flipscale.engines.launch import (
     launch_environment,
     launch_of,
     launched_precision,
-    precision_in_words,
     promised_processes,
     read_launch_file,
 )
@@ -75,7 +74,7 @@ def test_the_role_names_other_engines(tmp_path: Path, monkeypatch: pytest.Monkey
         engine_class(read_launch_file(file))
 
 
-@pytest.mark.parametrize("true", ["1", "true", "True", "yes"])
+@pytest.mark.parametrize("true", ["1", "True", "yes"])
 def test_flags(true: str) -> None:
     assert launch_of({**FSDP2, "ACCELERATE_USE_FSDP": true}).engine == "fsdp2"
     assert launch_of({"ACCELERATE_USE_DEEPSPEED": true}).engine == "zero2"
@@ -119,9 +118,7 @@ def test_fsdp_1_and_fp16_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         launch_of({"ACCELERATE_USE_FSDP": "true"})
 
 
-@pytest.mark.parametrize(
-    ("replicas", "shard", "per_node"), [(1, 8, 8), (6, 8, 8), (12, 4, 8), (3, 16, 8), (2, 24, 24), (48, 1, 8)]
-)
+@pytest.mark.parametrize(("replicas", "shard", "per_node"), [(1, 8, 8), (12, 4, 8), (3, 16, 8), (48, 1, 8)])
 def test_shard_size(replicas: int, shard: int, per_node: int) -> None:
     """Copies lie within machines or on whole machines."""
     world = {"LOCAL_WORLD_SIZE": str(per_node), "WORLD_SIZE": "48"}
@@ -134,9 +131,8 @@ def test_shard_size(replicas: int, shard: int, per_node: int) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        *((sizes(**{kind: 2}), f"parallelism_config_{kind}_size is 2") for kind in ("tp", "cp", "sp")),
+        (sizes(tp=2), "parallelism_config_tp_size is 2"),
         (sizes(dp_replicate=2, dp_shard=8), "dp_replicate_size 2 .*dp_shard_size 8 .*1 processes"),
-        (sizes(dp_shard=8), "dp_replicate_size 1 .*dp_shard_size 8 "),
         ({**sizes(dp_shard=6), "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "24"}, "dp_shard_size is 6 .*8 processes"),
         ({"ACCELERATE_USE_FSDP": "false"}, "parallelism_config, but no distributed_type: FSDP"),
     ],
@@ -165,9 +161,7 @@ def deepspeed_file(tmp_path: Path, settings: dict) -> dict[str, str]:
     ("settings", "message"),
     [
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16 is "),
-        ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, r"gradient_clipping is 1.0"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
-        ({"steps_per_print": 1}, "zero_optimization.stage is None"),
     ],
 )
 def test_deepspeed_settings_of_the_recipe_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
@@ -203,11 +197,3 @@ def test_precision_is_the_device_s_by_default(
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
     assert launch_of({}).precision == launch_of({PRECISION: ""}).precision == launched_precision({}) == precision
     assert [launch_of({PRECISION: asked}).precision for asked in ("no", "bf16", "BF16")] == ["no", "bf16", "bf16"]
-
-
-def test_precision_in_words() -> None:
-    for environment, origin in (({}, "the default here"), ({PRECISION: "no"}, "by mixed_precision of the launch")):
-        assert precision_in_words(environment) == f"fp32 ({origin})"
-    assert precision_in_words({PRECISION: "bf16"}).startswith(
-        "bf16 products, fp32 weights and loss (by mixed_precision"
-    )

@@ -86,9 +86,9 @@ def test_layer_decay_is_the_formula() -> None:
     assert set(layer_scales(model, None).values()) == {1.0}
 
 
-@pytest.mark.parametrize(("name", "decay", "tower"), [("adamw", 0.5, 1.0), ("muon", 0.5, 0.1), ("adamw", None, 0.1)])
-def test_scales_set_the_rates_and_leave_the_decay(name: str, decay: float | None, tower: float) -> None:
-    model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
+@pytest.mark.parametrize(("name", "decay"), [("muon", 0.5), ("adamw", None)])
+def test_scales_set_the_rates_and_leave_the_decay(name: str, decay: float | None) -> None:
+    tower, model = 0.1, FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
     recipe = OptimRecipe(name=name, layer_decay=decay, tower_lr_ratio=tower, muon_lr_ratio=3.0)
     optimizers = build_optimizers(model, recipe)
     set_learning_rate(optimizers, 0.1)
