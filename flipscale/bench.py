@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
 def _check_gpus(args: argparse.Namespace) -> None:
     """Run all checks and write their figures. Under a launcher, a node's first process does so for all."""
     from flipscale.checks.bench import as_json, report, run_checks
-    from flipscale.checks.findings import Bench
-    from flipscale.checks.group import Node
+    from flipscale.checks.node import Bench
     from flipscale.engines.launch import whole_number
     from flipscale.io.atomic import write_text
     from flipscale.training.complete_recipe import parse_recipe
@@ -89,7 +88,7 @@ def _check_gpus(args: argparse.Namespace) -> None:
     for recipe in args.recipes:
         parse_recipe(["--config", recipe])  # refuses an unknown recipe before all checks
     folder = Path(tempfile.mkdtemp(prefix="flipscale-bench-"))
-    bench = Bench(Node(num_gpus, folder), args.recipes, args.batch_size, args.shards)
+    bench = Bench(num_gpus, folder, args.recipes, args.batch_size, args.shards)
     run_checks(bench, lambda line: print(line, file=sys.stderr, flush=True))
     if any(one.status == "FAILED" for one in bench.findings):
         print(f"the output of all processes is in {folder}", file=sys.stderr)

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flipscale.checks.findings import Bench, Finding, NotRun
-from flipscale.checks.group import CheckError
 from flipscale.checks.kernels import check_attention, check_collectives, check_products, check_triton
 from flipscale.checks.machine import check_machine
+from flipscale.checks.node import Bench, CheckError, Finding, NotRun
 from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall
 from flipscale.checks.steps import check_contexts, check_plan, check_steps, planning_figures
 
@@ -50,12 +49,12 @@ def report(bench: Bench) -> str:
     counts = {status: sum(one.status == status for one in bench.findings) for status in ("ok", "FAILED", "not run")}
     head = ", ".join(f"{count} {status}" for status, count in counts.items())
     seconds = sum(bench.figures.get("seconds", {}).values())
-    lines = [f"flipscale bench gpu: {bench.node.num_gpus} GPUs, {bench.batch_size} pairs each: {head}; {seconds:.0f} s"]
+    lines = [f"flipscale bench gpu: {bench.num_gpus} GPUs, {bench.batch_size} pairs each: {head}; {seconds:.0f} s"]
     return "\n".join([*lines, *(one.line() for one in bench.findings)][:_LINES])
 
 
 def as_json(bench: Bench) -> dict[str, Any]:
     """Return all measurements, ready for JSON."""
     findings = [vars(one) for one in bench.findings]
-    return {"kind": "flipscale bench gpu", "num_gpus": bench.node.num_gpus, "batch_size": bench.batch_size,
+    return {"kind": "flipscale bench gpu", "num_gpus": bench.num_gpus, "batch_size": bench.batch_size,
             "findings": findings, **bench.figures, "planning": planning_figures(bench)}  # fmt: skip

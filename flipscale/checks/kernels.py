@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
 
-from flipscale.checks.findings import OFF, Bench
-from flipscale.checks.group import Row
 from flipscale.checks.machine import own_device, query_gpus
+from flipscale.checks.node import OFF, Bench, Row
 from flipscale.engines.device import attention_kernel, wait_for
 from flipscale.engines.optimizers import encoder_blocks, num_trained
 from flipscale.engines.start import start_accelerator
@@ -131,8 +130,7 @@ def triton_loss(dim: int, batch_size: int) -> Iterator[Row]:
 def check_products(bench: Bench) -> None:
     """Report the speed of matrix products on all GPUs at once; GPUs must be equally fast."""
     for recipe in bench.recipes:
-        given: Row = {"recipe": recipe, "batch_size": bench.batch_size}
-        rows = bench.node.run(f"{__name__}:products", 180.0, bench.node.num_gpus, **given)
+        rows = bench.run(products, bench.num_gpus, recipe=recipe, batch_size=bench.batch_size)
         speeds = [[row["flops_per_s"] for row in of_rank if "shape" in row] for of_rank in rows]
         means = [len(of_rank) / sum(1 / speed for speed in of_rank) for of_rank in speeds]
         slowest = min(range(len(means)), key=means.__getitem__)
@@ -153,7 +151,7 @@ def check_products(bench: Bench) -> None:
 def check_attention(bench: Bench) -> None:
     """Report the speed of attention's kernels; the one that the trainer uses must be there."""
     for recipe in bench.recipes:
-        (rows,) = bench.node.run(f"{__name__}:attention", 180.0, recipe=recipe, batch_size=bench.batch_size)
+        (rows,) = bench.run(attention, recipe=recipe, batch_size=bench.batch_size)
         bench.figures.setdefault("attention", {})[recipe] = rows
         faults, texts = [], []
         for row in rows:
@@ -173,7 +171,7 @@ def check_attention(bench: Bench) -> None:
 def check_triton(bench: Bench) -> None:
     """Compare the loss in Triton with torch in fp64."""
     dim = int(build_config(parse_recipe(["--config", bench.recipes[0]])).projection_dim or 0)
-    (rows,) = bench.node.run(f"{__name__}:triton_loss", 180.0, dim=dim, batch_size=bench.batch_size)
+    (rows,) = bench.run(triton_loss, dim=dim, batch_size=bench.batch_size)
     bench.figures["triton"], (*compared, speed) = rows, rows
     # NaN is no match either.
     off = [row for row in compared if not row["difference"] <= LOSS_TOLERANCE]
@@ -226,10 +224,8 @@ def check_collectives(bench: Bench) -> None:
     """Report the set-up and the bandwidths of each recipe's messages."""
     bench.need_gpus(2)
     for recipe in bench.recipes:
-        rows = bench.node.run(
-            f"{__name__}:collectives", 180.0, bench.node.num_gpus, recipe=recipe, batch_size=bench.batch_size,
-            folder=str(bench.node.folder),
-        )  # fmt: skip
+        given = {"recipe": recipe, "batch_size": bench.batch_size, "folder": str(bench.folder)}
+        rows = bench.run(collectives, bench.num_gpus, **given)
         setup = max(of_rank[0]["setup_s"] for of_rank in rows)
         found = rows[0][1:]
         bench.figures.setdefault("collectives", []).extend({"recipe": recipe, **row} for row in found)

@@ -12,8 +12,7 @@ from importlib import metadata, util
 import torch
 
 import flipscale
-from flipscale.checks.findings import Bench, NotRun
-from flipscale.checks.group import Row
+from flipscale.checks.node import Bench, NotRun, Row
 from flipscale.io.cores import usable_cores
 from flipscale.io.surroundings import known
 
@@ -84,7 +83,7 @@ def contexts() -> list[int]:
 
 def check_machine(bench: Bench) -> None:
     """Report versions, GPUs, links and limits; GPUs must be alike."""
-    rows = bench.node.run(f"{__name__}:machine", 120.0, num_gpus=bench.node.num_gpus)[0]
+    rows = bench.run(machine, num_gpus=bench.num_gpus)[0]
     found = {name: value for row in rows for name, value in row.items()}
     bench.figures["machine"] = found
     bench.add("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))

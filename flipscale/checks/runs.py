@@ -17,8 +17,7 @@ import cv2
 import numpy as np
 import yaml
 
-from flipscale.checks.findings import Bench
-from flipscale.checks.group import CheckError, Group, Row, descendants
+from flipscale.checks.node import LIMIT_SECONDS, Bench, CheckError, Group, Row, descendants
 from flipscale.checks.steps import ALONE, engine_variables, first_stage
 from flipscale.data.loader import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
@@ -33,7 +32,7 @@ _PAIRS, _STEPS, _SAVED = 8, 12, 6
 _TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 # Losses in fp32 differ by the order of sums, after a dozen steps by less than this.
 LOSS_TOLERANCE = 1e-3
-_LIMIT_SECONDS, _STALL_SECONDS, _END_SECONDS, _LOADER_SECONDS = 180.0, 4.0, 90.0, 15.0
+_STALL_SECONDS, _END_SECONDS, _LOADER_SECONDS = 4.0, 90.0, 15.0
 _PICTURES, _SHARDS = 2048, 8
 _WORDS = ["a", "photo", "of", "the", "red", "green", "blue", "grey", "disc", "bar", "ring", "cross"]
 
@@ -60,8 +59,8 @@ class Training:
     """A run of a small model on made-up pairs, in fp32, by the trainer's own command."""
 
     def __init__(self, bench: Bench, name: str, steps: int = _STEPS):
-        self.node, self.directory = bench.node, bench.node.folder / name
-        batch, shards = _PAIRS * bench.node.num_gpus, make_pairs(bench.node.folder)
+        self.bench, self.directory = bench, bench.folder / name
+        batch, shards = _PAIRS * bench.num_gpus, make_pairs(bench.folder)
         tower = {"vision_config": {**_TOWER, "image_size": 64}, "text_config": {**_TOWER, "vocab_size": 64}}
         data = {"shards": str(shards), "tokenizer": str(shards.with_name("tokenizer")), "num_workers": 1, "lanes": 1}
         recipe = {
@@ -72,7 +71,7 @@ class Training:
             "save": {"every_samples": _SAVED * batch},
             "output_dir": str(self.directory),
         }
-        self.logs = bench.node.folder / f"{name}.logs"
+        self.logs = bench.folder / f"{name}.logs"
         self.logs.mkdir()
         (self.logs / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
@@ -80,12 +79,12 @@ class Training:
         """Return the context in which the trainer runs in some processes. `launcher` is a module and its arguments."""
         own = {**engine_variables(engine, processes), "ACCELERATE_MIXED_PRECISION": "no", **variables}
         command = [*launcher, "flipscale.pretrain", "--config", str(self.logs / "recipe.yaml")]
-        return self.node.group(command[0], command[1:], self.logs, processes, own)
+        return self.bench.group(command[0], command[1:], self.logs, processes, own)
 
     def run(self, processes: int, engine: str = "ddp", **variables: str) -> dict[int, float]:
         """Train to the end, and return the loss of each step."""
         with self.start(processes, engine, **variables) as group:
-            group.wait(_LIMIT_SECONDS)
+            group.wait()
         return {record["step"]: record["loss"] for record in self.records("metrics") if "loss" in record}
 
     def records(self, name: str) -> list[dict[str, Any]]:
@@ -95,7 +94,7 @@ class Training:
 
     def await_steps(self, group: Group, count: int) -> None:
         """Wait until the run has taken some steps."""
-        group.await_true(lambda: len(self.records("metrics")) >= count, _LIMIT_SECONDS, f"step {count}")
+        group.await_true(lambda: len(self.records("metrics")) >= count, LIMIT_SECONDS, f"step {count}")
 
 
 def _difference(losses: Mapping[int, float], others: Mapping[int, float]) -> float:
@@ -108,8 +107,8 @@ def check_losses(bench: Bench) -> None:
     """The losses of all GPUs, of one and of the CPU must be equal."""
     one = Training(bench, "one").run(1)
     others = {"the CPU": Training(bench, "cpu").run(1, CUDA_VISIBLE_DEVICES="")}
-    if bench.node.num_gpus > 1:
-        others[f"{bench.node.num_gpus} GPUs"] = Training(bench, "all").run(bench.node.num_gpus)
+    if bench.num_gpus > 1:
+        others[f"{bench.num_gpus} GPUs"] = Training(bench, "all").run(bench.num_gpus)
     found = {name: _difference(losses, one) for name, losses in others.items()}
     bench.figures["losses"] = found
     faults = [f"{name} differs" for name, difference in found.items() if not difference <= LOSS_TOLERANCE]
@@ -121,14 +120,14 @@ def check_resume(bench: Bench) -> None:
     """A run that goes on with half of the GPUs and another engine must have the same losses."""
     bench.need_gpus(2)
     whole, half = Training(bench, "whole"), Training(bench, "half")
-    losses = whole.run(bench.node.num_gpus, "fsdp2")
+    losses = whole.run(bench.num_gpus, "fsdp2")
     left_out = shutil.ignore_patterns("model", "DONE", "report.html", f"step-{_STEPS:08d}")
     shutil.copytree(whole.directory, half.directory, ignore=left_out)
-    resumed = half.run(bench.node.num_gpus // 2)
+    resumed = half.run(bench.num_gpus // 2)
     later = {step: loss for step, loss in resumed.items() if step > _SAVED}
     difference = _difference(later, losses)
     faults = [] if len(later) == _STEPS - _SAVED and difference <= LOSS_TOLERANCE else ["the losses differ"]
-    words = f"fsdp2 on {bench.node.num_gpus} GPUs to ddp on {bench.node.num_gpus // 2}"
+    words = f"fsdp2 on {bench.num_gpus} GPUs to ddp on {bench.num_gpus // 2}"
     bench.add("resume", f"{words}, {len(later)} steps, largest difference {difference:.1e}", faults)
 
 
@@ -136,7 +135,7 @@ def check_stall(bench: Bench) -> None:
     """A rank that stands still for some seconds must be named."""
     bench.need_gpus(2)
     training = Training(bench, "stalled", 100_000)
-    with training.start(bench.node.num_gpus, "ddp") as group:
+    with training.start(bench.num_gpus, "ddp") as group:
         training.await_steps(group, 15)  # the usual time of a step is known after ten
         stalled = max(_STALL_SECONDS, training.records("metrics")[-1]["trained_seconds"])
         os.kill(group.processes[1].pid, signal.SIGSTOP)
@@ -157,7 +156,7 @@ def check_kill(bench: Bench) -> None:
     """All ranks must end soon after one is killed. torchrun starts them, because it is what notices on GPUs."""
     bench.need_gpus(2)
     training = Training(bench, "killed", 100_000)
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(bench.node.num_gpus), "-m")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(bench.num_gpus), "-m")
     with training.start(1, "ddp", *launcher) as group:
         training.await_steps(group, 5)
         # The first, because the rank's own workers have its variables too.
@@ -190,14 +189,14 @@ def loaded(recipe: str, batch_size: int, changes: dict[str, Any], seconds: float
 
 def check_loader(bench: Bench) -> None:
     """The node's workers must prepare images faster than the steps use them."""
-    made_up = make_pairs(bench.node.folder)
-    num_gpus = bench.node.num_gpus
+    made_up = make_pairs(bench.folder)
+    num_gpus = bench.num_gpus
     workers = workers_of(usable_cores(), num_gpus)
     for recipe in bench.recipes:
         own = {"shards": bench.shards} if bench.shards else {"shards": str(made_up), "lanes": 1}
         changes = {**own, "tokenizer": str(made_up.with_name("tokenizer")), "num_workers": workers}
         given: Row = {"recipe": recipe, "batch_size": bench.batch_size, "changes": changes, "seconds": _LOADER_SECONDS}
-        rows = bench.node.run(f"{__name__}:loaded", _LIMIT_SECONDS, num_gpus, **given)
+        rows = bench.run(loaded, num_gpus, **given)
         rate = sum(row["images_per_s"] for (row,) in rows)
         bench.figures["loader"] = {"images_per_s": rate, "images_per_worker_s": rate / workers / num_gpus}
         steps = [row for row in bench.figures.get("steps", []) if row["recipe"] == recipe and row["engine"] != ALONE]

@@ -13,9 +13,8 @@ import torch
 from torch.autograd import DeviceType
 
 import flipscale
-from flipscale.checks.findings import OFF, Bench, Finding
-from flipscale.checks.group import CheckError, Row
 from flipscale.checks.machine import contexts
+from flipscale.checks.node import OFF, Bench, CheckError, Finding, Row
 from flipscale.data.loader import PackedBatch, on_device
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import peak_flops, peak_memory_bytes, wait_for
@@ -40,7 +39,6 @@ ALONE = "one GPU"
 _WARM_UP, _TIMED, _PROFILED = 4, 8, 2
 # With so few pairs, the host is slower than the GPU.
 _HOST_PAIRS = 2
-_LIMIT_SECONDS = 300.0
 _ALONE = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 
@@ -196,8 +194,8 @@ def plans(rows: Sequence[Row], figures: Row) -> Iterator[Row]:
 
 def check_contexts(bench: Bench) -> None:
     """No rank may have memory on another's GPU."""
-    given: Row = {"recipe": bench.recipes[0], "folder": str(bench.node.folder)}
-    rows = [row for (row,) in bench.node.run(f"{__name__}:visited", _LIMIT_SECONDS, bench.node.num_gpus, **given)]
+    ranks = bench.run(visited, bench.num_gpus, recipe=bench.recipes[0], folder=str(bench.folder))
+    rows = [row for (row,) in ranks]
     others = {row["own"]: [index for index in row["contexts"] if index != row["own"]] for row in rows}
     faults = [f"the rank of GPU {own} has memory on GPU {', '.join(map(str, at))}" for own, at in others.items() if at]
     bench.add("contexts", "" if faults else "each rank has memory on its own GPU only", faults)
@@ -211,12 +209,12 @@ def check_steps(bench: Bench) -> None:
         if (refusal := _refusal(bench, engine, recipe, compiled)) is not None:
             bench.findings.append(Finding(name, "not run", refusal))
             continue
-        world = 1 if engine == ALONE else bench.node.num_gpus
+        world = 1 if engine == ALONE else bench.num_gpus
         variables = _ALONE if engine == ALONE else engine_variables(engine, world)
         given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled}
-        folder, faults = str(bench.node.folder), []
+        folder, faults = str(bench.folder), []
         try:
-            rows = bench.node.run(f"{__name__}:steps", _LIMIT_SECONDS, world, variables, **given, folder=folder)
+            rows = bench.run(steps, world, variables, **given, folder=folder)
         except CheckError as error:
             rows, faults = error.rows, [str(error)]
         # The slowest rank, which the others wait for.
@@ -230,11 +228,11 @@ def _refusal(bench: Bench, engine: str, recipe: str, compiled: bool) -> str | No
     """Return why a step cannot be measured here, or None."""
     if engine == ALONE:
         return None
-    if bench.node.num_gpus < (needed := 4 if engine == "hsdp" else 2):
+    if bench.num_gpus < (needed := 4 if engine == "hsdp" else 2):
         return f"it needs {needed} GPUs"
     if engine.startswith("zero") and find_spec("deepspeed") is None:
         return "deepspeed is not installed"
-    launch = launch_of(engine_variables(engine, bench.node.num_gpus))
+    launch = launch_of(engine_variables(engine, bench.num_gpus))
     return engine_class(launch).refusal(launch, parse_recipe(["--config", recipe]).optim.name, compiled)
 
 
@@ -254,7 +252,7 @@ def check_plan(bench: Bench) -> None:
     rows = [row for row in bench.figures.get("steps", []) if "seconds" in row]
     if not rows:
         raise CheckError("no step was measured")
-    (planned,) = bench.node.run(f"{__name__}:plans", _LIMIT_SECONDS, rows=rows, figures=planning_figures(bench))
+    (planned,) = bench.run(plans, rows=rows, figures=planning_figures(bench))
     faults, ratios = [], []
     for row, plan in zip(rows, planned, strict=True):
         row["planned"] = plan

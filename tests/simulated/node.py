@@ -25,7 +25,7 @@ from simulated.world import fake_processes
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
-from flipscale.checks.group import Process
+from flipscale.checks.node import Process
 from flipscale.checks.steps import Loop
 from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
@@ -96,7 +96,7 @@ class Starter:
     def __call__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
         rank, world = (int(environment.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         function = arguments[0].partition(":")[2]
-        is_fake = module == "flipscale.checks.group" and function in FAKE
+        is_fake = module == "flipscale.checks.node" and function in FAKE
         leader = self._leaders.setdefault(log.parent, [])
         first = DEVICE.index if is_fake and world > 1 else 0
         count = max(world // _GPUS_OF_A_PROCESS, 1)

@@ -19,11 +19,10 @@ from simulated.node import Fault, Starter, write_nvidia_smi
 from torch.autograd import DeviceType
 
 from flipscale.checks import bench as checks
-from flipscale.checks import group, runs, steps
+from flipscale.checks import node, runs, steps
 from flipscale.checks.bench import as_json, report, run_checks
-from flipscale.checks.findings import Bench
-from flipscale.checks.group import CheckError, Node, Process, Row, start_python
 from flipscale.checks.machine import links
+from flipscale.checks.node import Bench, CheckError, Process, Row, start_python
 from flipscale.cli import main
 
 
@@ -42,15 +41,16 @@ def small(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def patient(wait: Callable[..., None]) -> Callable[..., None]:
     """Return a function of `Group` with twenty times its time limit."""
 
-    def waited(self: group.Group, *given: Any) -> None:
-        wait(self, *(20 * one if isinstance(one, float) else one for one in given))
+    def waited(self: node.Group, *given: Any) -> None:
+        limits = given or (node.LIMIT_SECONDS,)
+        wait(self, *(20 * one if isinstance(one, float) else one for one in limits))
 
     return waited
 
 
-def run(small: Path, folder: Path, fault: Fault | None = None, *names: str, **figures: Any) -> Bench:
+def run(small: Path, folder: Path, fault: Fault | None = None, *names: str) -> Bench:
     """Run all checks, or those named, and return their findings and figures."""
-    bench = Bench(Node(NUM_DEVICES, folder, Starter(fault)), [str(small)], 8, figures=figures)
+    bench = Bench(NUM_DEVICES, folder, [str(small)], 8, start=Starter(fault))
     chosen = [check for check in checks.CHECKS if not names or check.__name__.removeprefix("check_") in names]
     path = f"{small.parent}:{os.environ['PATH']}"
     with ExitStack() as stack:
@@ -58,8 +58,8 @@ def run(small: Path, folder: Path, fault: Fault | None = None, *names: str, **fi
         stack.enter_context(patch.object(runs, "_LOADER_SECONDS", 2.0))
         # A busy machine takes its time.
         stack.enter_context(patch.object(runs, "_END_SECONDS", 1800.0))
-        stack.enter_context(patch.object(group.Group, "wait", patient(group.Group.wait)))
-        stack.enter_context(patch.object(group.Group, "await_true", patient(group.Group.await_true)))
+        stack.enter_context(patch.object(node.Group, "wait", patient(node.Group.wait)))
+        stack.enter_context(patch.object(node.Group, "await_true", patient(node.Group.await_true)))
         # DeepSpeed reads from the GPU, so the fake world has none.
         stack.enter_context(patch.object(steps, "find_spec", lambda name: None))
         stack.enter_context(patch.dict(os.environ, {"PATH": path}))
@@ -140,7 +140,7 @@ def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> 
     def need(bench: Bench) -> None:
         bench.need_gpus(2)
 
-    bench = Bench(Node(1, tmp_path), [str(small)], 8)
+    bench = Bench(1, tmp_path, [str(small)], 8)
     with patch.object(checks, "CHECKS", [fail, need, lambda bench: bench.add("last", "fine")]):
         run_checks(bench, print)
     assert [one.status for one in bench.findings] == ["FAILED", "not run", "ok"]
@@ -156,7 +156,7 @@ def half_asleep() -> Iterator[Row]:
 
 def test_a_rank_that_stays_behind_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr(group, "_GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(node, "_GRACE_SECONDS", 1.0)
     started: list[Process] = []
 
     def start(*given: Any) -> Process:
@@ -164,7 +164,7 @@ def test_a_rank_that_stays_behind_is_killed(tmp_path: Path, monkeypatch: pytest.
         return started[-1]
 
     with pytest.raises(CheckError, match="rank 1 did not end with the others") as failure:
-        Node(2, tmp_path, start).run(f"{__name__}:half_asleep", 600.0, 2)
+        Bench(2, tmp_path, [], 8, start=start).run(half_asleep, 2)
     assert failure.value.rows == [[{"rank": "0"}], [{"rank": "1"}]]
     assert None not in [process.poll() for process in started]
 
@@ -195,7 +195,7 @@ def test_steps_are_taken_by_real_processes(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     given = {"recipe": str(small), "batch_size": 4, "compiled": False, "folder": str(tmp_path)}
     variables = steps.engine_variables(engine, 2)
-    ranks = Node(2, tmp_path).run("flipscale.checks.steps:steps", 300.0, 2, variables, **given)
+    ranks = Bench(2, tmp_path, [], 4).run(steps.steps, 2, variables, **given)
     for recomputed, kept, host in ranks:
         assert (recomputed["recomputes"], kept["recomputes"]) == (True, False)
         assert min(recomputed["seconds"], kept["seconds"], host["host_seconds"]) > 0

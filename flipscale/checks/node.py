@@ -1,6 +1,7 @@
-"""The processes of a check: one for each GPU, with a time limit. None outlives its check.
+"""The node that `flipscale bench gpu` checks: its outcomes so far, and the processes of a check, one for each GPU.
 
-`python -m flipscale.checks.group` is such a process: it calls a function of a check and writes the rows that it yields.
+No process outlives its check. `python -m flipscale.checks.node` is such a process: it calls a function of a check and
+writes the rows that it yields.
 """
 
 import json
@@ -15,12 +16,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import psutil
 
 Row = dict[str, Any]
 
+# Relative difference that fails a check.
+OFF = 0.15
+_CHARACTERS = 200
 # Variables of the launcher of this command, which its processes must not see.
 _OF_LAUNCHER = ("ACCELERATE_", "FSDP_", "GROUP_", "PARALLELISM_CONFIG_", "PET_", "ROLE_", "TORCHELASTIC_")
 _OF_RANK = (
@@ -29,8 +33,14 @@ _OF_RANK = (
 )
 # As slurm/run.bash sets them. The recorder names the straggler of a stalled step.
 _USUAL = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "8192"}
+# Longest time of a check.
+LIMIT_SECONDS = 300.0
 # Seconds that the other ranks may take to end after the first, and after the first that fails.
 _GRACE_SECONDS, _FAILED_SECONDS = 60.0, 15.0
+
+
+class NotRun(Exception):
+    """A check that cannot run here, with the missing part."""
 
 
 class CheckError(Exception):
@@ -60,25 +70,66 @@ def start_python(module: str, arguments: Sequence[str], environment: Mapping[str
 
 
 @dataclass(frozen=True)
-class Node:
-    """The GPUs of this machine, a folder for logs and runs, and the function that starts a process."""
+class Finding:
+    """The outcome of a check in a line."""
+
+    name: str
+    status: Literal["ok", "FAILED", "not run"]
+    text: str
+
+    def line(self) -> str:
+        """Return the line of the report."""
+        return f"{self.status:<8}{self.name:<34} {self.text}"[:_CHARACTERS]
+
+
+@dataclass
+class Bench:
+    """The settings of the checks, their findings and measurements.
+
+    Args:
+        num_gpus: number of the node's GPUs.
+        folder: folder for logs and runs.
+        recipes: names or files of the recipes whose steps are measured.
+        batch_size: pairs of a GPU.
+        shards: shards for the loader; None makes up pictures.
+        start: function that starts a process.
+        figures: measurements by the name of their check, for `gpu.json`.
+    """
 
     num_gpus: int
     folder: Path
+    recipes: Sequence[str]
+    batch_size: int
+    shards: str | None = None
     start: Callable[[str, Sequence[str], Mapping[str, str], Path], Process] = start_python
+    figures: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, name: str, text: str, faults: Sequence[str] = ()) -> None:
+        """Add a finding, which has failed if there are faults."""
+        self.findings.append(Finding(name, "FAILED" if faults else "ok", "; ".join([*faults, *filter(None, [text])])))
+
+    def need_gpus(self, count: int) -> None:
+        """Raise NotRun on a node with fewer GPUs."""
+        if self.num_gpus < count:
+            raise NotRun(f"it needs {count} GPUs")
 
     def run(
-        self, function: str, limit_s: float, processes: int = 1, variables: Mapping[str, str] = {}, **given: Any
+        self,
+        function: Callable[..., Iterator[Row]],
+        processes: int = 1,
+        variables: Mapping[str, str] = {},
+        **given: Any,
     ) -> list[list[Row]]:
-        """Call `MODULE:FUNCTION` with `given` in processes of its own, and return the yielded rows of each rank. Raise
+        """Call a function with `given` in processes of its own, and return the yielded rows of each rank. Raise
         CheckError if a process failed, or the time limit passed."""
-        folder = self.folder / f"{len(list(self.folder.iterdir())):02d}-{function.partition(':')[2]}"
+        folder = self.folder / f"{len(list(self.folder.iterdir())):02d}-{function.__name__}"
         folder.mkdir()
         reason = ""
-        arguments = [function, json.dumps(given), str(folder)]
-        with self.group("flipscale.checks.group", arguments, folder, processes, variables) as group:
+        arguments = [f"{function.__module__}:{function.__name__}", json.dumps(given), str(folder)]
+        with self.group("flipscale.checks.node", arguments, folder, processes, variables) as group:
             try:
-                group.wait(limit_s)
+                group.wait()
             except CheckError as error:
                 reason = str(error)
         files = [folder / f"rank-{rank}.json" for rank in range(processes)]
@@ -109,7 +160,7 @@ class Group:
     folder: Path
     processes: list[Process] = field(default_factory=list)
 
-    def wait(self, limit_s: float) -> None:
+    def wait(self, limit_s: float = LIMIT_SECONDS) -> None:
         """Wait for all processes to end with code 0. Raise CheckError if a process failed, or the time limit passed."""
         deadline, first_end = time.monotonic() + limit_s, float("inf")
         while None in (codes := [process.poll() for process in self.processes]):
@@ -146,12 +197,10 @@ class Group:
 
 
 def kill(process: Process) -> None:
-    """Kill a process and all that it has started."""
+    """Kill a process, its process group, and all that it has started."""
     started = descendants(process.pid) if process.poll() is None else []
-    # The number of a process that has ended may be another's, but not the number of its group.
-    for pid in [process.pid, *(one.pid for one in started)]:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     for one in started:
         with suppress(psutil.NoSuchProcess):
             one.kill()
