@@ -2,11 +2,8 @@
 
 import dataclasses
 import gc
-import os
-import signal
 import tarfile
 import tracemalloc
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +20,7 @@ from PIL import ExifTags, Image
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
-from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, dummy_batch, image_embeds
+from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, image_embeds
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
 from flipscale.hub.export import build_processor
 
@@ -33,8 +30,7 @@ def embedder(tokenizer_dir: Path) -> Embedder:
     return tiny_embedder(tokenizer_dir, batch_size=7, projection_dim=64)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("count", "world"), [(1, 3), (5, 2), (12, 3), (13, 1)])
 def test_every_row_has_one_process(count: int, world: int) -> None:
     shares = [Share(count, 2, rank, world) for rank in range(world)]
     rows = [share.rows() for share in shares]
@@ -55,8 +51,6 @@ def test_workers_share_memory(embedder: Embedder, shards: Path, monkeypatch: pyt
     ours, here = (list(decoded_batches(WholeImages(source, decode), batches, workers)) for workers in (2, 0))
     assert all(batch.buffer.is_shared() for batch in ours)
     assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(ours, here, strict=True))
-    assert [len(batch["patches"]) for batch in here] == [40, 56]
-    assert dummy_batch(decode)["patches"].shape == (1, 16, 192)
     expected = embedder.images(source)
 
     def full(size: int) -> None:
@@ -64,23 +58,6 @@ def test_workers_share_memory(embedder: Embedder, shards: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     assert torch.equal(dataclasses.replace(embedder, num_workers=1).images(source), expected)
-
-
-def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    if row == 20:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return {"patches": np.zeros((16, 192), np.uint8)}
-
-
-class Deadly(Embedder):
-    def decoder(self) -> Callable[[bytes, int], dict[str, np.ndarray]]:
-        return _deadly
-
-
-def test_dead_worker_is_one_sentence(embedder: Embedder, shards: Path) -> None:
-    fragile = Deadly(embedder.model, embedder.tokenizer, embedder.accelerator, num_workers=2)
-    with pytest.raises(OSError, match=r"^a worker .* died \(.*\); .*eval.num_workers to 0$"):
-        fragile.images(TarSource(str(shards)))
 
 
 def test_pooled_features_are_before_the_projection(embedder: Embedder, shards: Path) -> None:
@@ -202,6 +179,7 @@ def _memory_of_zero_shot(tokenizer_dir: Path, tmp_path: Path) -> dict[int, tuple
     return peaks
 
 
+@pytest.mark.long
 def test_zero_shot_memory_does_not_grow_with_the_images(tokenizer_dir: Path, tmp_path: Path) -> None:
     """Each image may take a label and its hits; an embedding alone would be 256 bytes.
 

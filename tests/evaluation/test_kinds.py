@@ -93,13 +93,7 @@ def test_any_label_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (None, r"real.json has no list"),
-        ("[[1], ", r"real.json is no JSON"),
-        ("[[1]]", r"real.json has 1 lists; .* 2 images"),
-        ('{"a": 1}', r"real.json has no list"),
-        ("[[], []]", r"real.json has 2 lists"),
-    ],
+    [(None, r"real.json has no list"), ("[[1], ", r"real.json is no JSON"), ("[[1]]", r"has 1 lists; .* 2 images")],
 )
 def test_labels_that_cannot_be(tmp_path: Path, content: str | None, message: str) -> None:
     folder = named(write_set(tmp_path / "set", 1, 2, lambda number, label: {}), NAMES)
@@ -108,8 +102,6 @@ def test_labels_that_cannot_be(tmp_path: Path, content: str | None, message: str
     (task,) = build_tasks([{"kind": "zero_shot", "data": str(folder), "labels": "real.json"}])
     with pytest.raises(ValueError, match=message):
         task.check()
-    with pytest.raises(ValueError, match=message):
-        evaluate_tasks(drawn(), [task])
 
 
 def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -244,19 +236,11 @@ def test_groups_of_faces(tmp_path: Path) -> None:
     assert found["harm_non_human"].chance == pytest.approx(100 * 4 / 20)
 
 
-@pytest.mark.parametrize(
-    ("file", "line", "message"),
-    [
-        ("classnames.txt", "emotion:glad", r"class name is 'emotion:glad'; .*race:"),
-        ("zeroshot_classification_templates.txt", "{c}", r"prompt is '\{c\}'; .*race:"),
-        ("classnames.txt", "race:black", r"set: objective 'race' has 1 names and 1 prompts"),
-    ],
-)
-def test_faces_without_objectives(tmp_path: Path, file: str, line: str, message: str) -> None:
+def test_faces_without_objectives(tmp_path: Path) -> None:
     folder = write_faces(tmp_path / "set")
-    (folder / file).write_text(f"{line}\n")
+    (folder / "classnames.txt").write_text("emotion:glad\n")
     (task,) = build_tasks([{"kind": "worst_group", "data": str(folder), "groups": "faces"}])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"class name is 'emotion:glad'; .*race:"):
         task.check()
 
 
@@ -287,7 +271,7 @@ def _evaluate(folder: str, out: str) -> None:
     embedder.accelerator.end_training()
 
 
-def test_one_two_and_four_processes_find_the_same(tmp_path: Path) -> None:
+def test_one_and_three_processes_find_the_same(tmp_path: Path) -> None:
     def labels(number: int, label: int) -> dict[str, bytes]:
         return {"cls": b"%d" % label, "npy": npy((np.arange(16) % 5 == number % 5).astype(np.int64))}
 
@@ -303,7 +287,7 @@ def test_one_two_and_four_processes_find_the_same(tmp_path: Path) -> None:
     )
     write_overlap(tmp_path, tmp_path / "pairs/test", [("1.tar", 3), ("1.tar", 9)])
     found = {}
-    for world in (1, 2, 4):
+    for world in (1, 3):
         out = tmp_path / f"{world}.json"
         environments = processes.rank_environments(world) if world > 1 else [{}]
         running = [processes.start(_evaluate, str(tmp_path), str(out), environment=e) for e in environments]
@@ -313,4 +297,4 @@ def test_one_two_and_four_processes_find_the_same(tmp_path: Path) -> None:
         found[world] = json.loads(out.read_text())
     assert len(found[1]) > 40
     assert found[1]["zero_shot_clean/top1"][1] == 31
-    assert found[1] == found[2] == found[4]
+    assert found[1] == found[3]

@@ -70,9 +70,9 @@ def test_chance_of_average_precision() -> None:
     rng = np.random.default_rng(0)
     right = np.arange(20)[:, None] < np.array([[3, 10, 0]])
     drawn = [
-        np.mean([average_precision_score(right[:, c], rng.random(20)) for c in (0, 1)] + [0.0]) for _ in range(3000)
+        np.mean([average_precision_score(right[:, c], rng.random(20)) for c in (0, 1)] + [0.0]) for _ in range(400)
     ]
-    assert average_precision_chance(right.sum(axis=0), 20) == pytest.approx(np.mean(drawn), abs=0.01)
+    assert average_precision_chance(right.sum(axis=0), 20) == pytest.approx(np.mean(drawn), abs=0.02)
 
 
 def test_roc_auc_by_hand_and_scikit_learn() -> None:

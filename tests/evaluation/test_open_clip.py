@@ -1,6 +1,5 @@
 """open_clip's own models, evaluated as ours are; test_clip_benchmark compares their figures with its own."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,9 +100,7 @@ def test_features_before_an_unknown_projection(accelerator: Accelerator) -> None
     ("name", "message"),
     [
         ("ViT-B-32", r"open_clip:ViT-B-32 names no weights; .* openai, laion"),
-        ("ViT-B-33", r"open_clip:ViT-B-33 names no weights; .* open_clip:CONFIG.json,FILE.pt"),
         (__file__, r"names no weights; .* open_clip:CONFIG.json,.*test_open_clip.py"),
-        ("ViT-B-32,openia", r"'ViT-B-32' cannot be loaded \(.*'openia'"),
         ("ViT-B-33,openai", r"'ViT-B-33' cannot be loaded \(.*'ViT-B-33' not found"),
         ("local-dir:/nowhere", r"'local-dir:/nowhere' cannot be loaded \("),
     ],
@@ -111,9 +108,3 @@ def test_features_before_an_unknown_projection(accelerator: Accelerator) -> None
 def test_what_cannot_be_loaded_is_named(accelerator: Accelerator, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_clip_embedder(name, accelerator)
-
-
-def test_open_clip_is_absent(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ValueError, match=r"open_clip is not installed; pip install 'flipscale\[peers\]'"):
-        open_clip_embedder("ViT-B-32,openai", accelerator)

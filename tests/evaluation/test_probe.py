@@ -27,7 +27,6 @@ from flipscale.evaluation.kinds.probe import (
     PENALTIES,
     FewShot,
     Head,
-    LabelledSets,
     LarsRecipe,
     LinearClassifier,
     RandomCrops,
@@ -40,7 +39,6 @@ from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.model_results import read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.hub.card import results_table
 
 ALONE = torch.Tensor.clone  # the sum over one process
 
@@ -81,10 +79,10 @@ def test_fit_is_scikit_learns_on_any_number_of_processes(world: int, tmp_path: P
         assert (ours != theirs.predict(test)).sum() <= 1
 
 
-@pytest.mark.parametrize(("offset", "scale", "l2"), [(0.0, 1.0, 1e-6), (50.0, 1.0, 1.0), (0.0, 100.0, 1e-3)])
-def test_hard_problems_converge_within_clips_steps(offset: float, scale: float, l2: float) -> None:
+@pytest.mark.parametrize(("offset", "l2"), [(0.0, 1e-6), (50.0, 1.0)])
+def test_hard_problems_converge_within_clips_steps(offset: float, l2: float) -> None:
     features, labels, _ = digits()
-    features = features * scale + offset
+    features = features + offset
     result = fit(Rows(torch.from_numpy(features), torch.from_numpy(labels)), 10, l2, ALONE)
     assert result.converged
     assert result.iterations < MAX_ITERATIONS / 2
@@ -133,7 +131,6 @@ def test_lars_by_hand() -> None:
         ([0.0, 0.0], 0.0, 4.0, [3.0, 2.0], 0.0),
         ([6.0, 4.0], 1.0, 10.0, [0.0, -1.25], -10.625),
         ([0.0, -0.5], 0.0, 2.0, [-0.3, -1.325], -11.6875),
-        ([1.0, 1.0], 1.0, 0.0, [-0.3, -1.325], -11.6875),
     ]:
         head.step([torch.tensor([of_matrix]).double(), torch.tensor([of_vector]).double()], rate)
         assert [*head.weight[0].tolist(), head.bias.item()] == pytest.approx([*matrix_after, vector_after], abs=1e-12)
@@ -215,20 +212,14 @@ def test_probe_is_scikit_learns(features: str, dim: int, embedder: Embedder, tra
     theirs = LogisticRegression(C=1 / 0.01, tol=1e-10, max_iter=20_000).fit(inputs, labels).predict(asked)
     top1, by_class = probed(embedder, train, shards, features=features, l2=0.01)
     assert top1.value == pytest.approx(100 * (theirs == right).mean(), abs=1.05)
-    assert (top1.metric, top1.n, by_class.metric) == ("top1", 96, "mean_per_class")
-    assert top1.low < top1.value < top1.high
     assert top1.chance == pytest.approx(100 * np.bincount(right).max() / 96)
-    assert by_class.chance == pytest.approx(100 / 16)
     counts, hits = np.bincount(right, minlength=16), np.bincount(right[theirs == right], minlength=16)
     assert by_class.value == pytest.approx(100 * mean_per_class(hits, counts).value, abs=2.0)
     expected = {"features": features, "solver": "lbfgs", "l2": 0.01, "num_train": 216, "converged": True}
     assert top1.made_by.items() >= expected.items()
-    assert "validation_top1" not in top1.made_by
 
 
-def test_penalty_is_searched_on_a_part_and_last_fit_is_to_all(
-    embedder: Embedder, train: Path, shards: Path, tmp_path: Path
-) -> None:
+def test_penalty_is_searched_on_a_part_and_last_fit_is_to_all(embedder: Embedder, train: Path, shards: Path) -> None:
     made = probed(embedder, train, shards)[0].made_by
     assert 1e-6 <= made["l2"] <= 1e2
     again = probed(embedder, train, shards, l2=made["l2"])[0].made_by
@@ -237,12 +228,19 @@ def test_penalty_is_searched_on_a_part_and_last_fit_is_to_all(
     inputs, labels = known(embedder, train)
     theirs = LogisticRegression(C=1 / made["l2"], tol=1e-9, max_iter=20_000).fit(inputs[~drawn], labels[~drawn])
     assert made["validation_top1"] == pytest.approx(100 * theirs.score(inputs[drawn], labels[drawn]), abs=2.5)
+
+
+@pytest.mark.long
+def test_penalty_is_searched_on_validation_images(
+    embedder: Embedder, train: Path, shards: Path, tmp_path: Path
+) -> None:
     write_shards(tmp_path / "other", [40], seed=2)
     made = probed(embedder, train, shards, validation=str(tmp_path / "other"))[0].made_by
     assert made["validation"] == str(tmp_path / "other")
     assert made["validation_top1"] * 40 / 100 == pytest.approx(round(made["validation_top1"] * 40 / 100))
 
 
+@pytest.mark.long
 def test_probes_do_not_depend_on_the_number_of_processes(
     model: Path, train: Path, shards: Path, tmp_path: Path
 ) -> None:
@@ -290,21 +288,21 @@ def test_draws_take_shots_of_each_class_and_fewer_shots_are_among_more(
 
 
 def test_crops_are_those_of_seed_epoch_and_row(train: Path, embedder: Embedder) -> None:
-    source = TarSource(str(train))
-    order = np.array([205, 3, 100])
-    pixels = {}
+    source, order = TarSource(str(train)), np.array([205, 3, 100])
+    crops = {}
     for epoch, seed in [(0, 0), (7, 0), (7, 1)]:
-        crops = RandomCrops(source, order, epoch, 32, (0.3, 0.6), seed)
-        pixels[epoch, seed] = [decode_box(crops.read(0, n).image, None, 32, (1.0, 1.0)) for n in range(3)]
+        image = RandomCrops(source, order, epoch, 32, (0.3, 0.6), seed).read(0, 2).image
+        crops[epoch, seed] = decode_box(image, None, 32, (1.0, 1.0))
     draws = keyed_uniform(0, "probe crop", np.array([7 * 216 + 100]), DRAWS_PER_CROP)[0]
     expected = decode_box(source.read(1, 0).image, draws, 32, (0.3, 0.6))
-    assert np.array_equal(pixels[7, 0][2], expected), "it was resized or cut again"
-    for one, other in [((0, 0), (7, 0)), ((7, 0), (7, 1))]:
-        assert not np.array_equal(pixels[one][0], pixels[other][0])
+    assert np.array_equal(crops[7, 0], expected), "it was resized or cut again"
+    assert not np.array_equal(crops[0, 0], crops[7, 0])
+    assert not np.array_equal(crops[7, 0], crops[7, 1])
     chosen = embedder.images(ChosenRows(source, order))
     assert torch.allclose(chosen, embedder.images(source)[torch.from_numpy(order)], atol=1e-6)
 
 
+@pytest.mark.long
 def test_evaluate_probes_models_and_baselines(
     model: Path, train: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,12 +320,7 @@ def test_evaluate_probes_models_and_baselines(
     assert all(figures.keys() >= {"probe/top1", "lars/top1"} for figures in json.loads(done.stdout).values())
     lines = read_lines(model / "results.jsonl")
     assert [line.result.metric for line in lines] == ["top1", "mean_per_class"] * 2
-    made_by = {"data": "set", "features": "pooled", "solver": "lbfgs", "l2": 0.5, "num_train": 216}
-    assert lines[0].result.made_by.items() >= made_by.items()
     assert lines[2].result.made_by.items() >= {"solver": "lars", "steps": 11, "batch_size": 200}.items()
-    assert "| probe, `set`, solver lbfgs, features pooled | top-1 | this model | " in results_table(lines)
-    homes = {path.parent.name for path in tmp_path.glob("evaluations/*/results.jsonl")}
-    assert homes == {"hog", f"untrained-{model.name}"}
     # Other training images are another setting, so the task runs again.
     write_shards(tmp_path / "set/train", [101, 1, 115], seed=1)
     done = flipscale("evaluate", model, *task, *options)
@@ -347,45 +340,31 @@ def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("labels", "names", "message"),
-    [
-        (["0"], ["cat"], r"set has 1 class; .*2 or more"),
-        (["0", "1"], ["cat", "cow"], r"differ: 'cow', 'dog'"),
-        ([], ["cat", "dog"], r"set has no images"),
-    ],
-)
-def test_sets_that_do_not_fit(tmp_path: Path, labels: list[str | None], names: list[str], message: str) -> None:
-    good = bad(tmp_path / "good", ["0", "1"], ["cat", "dog"])
-    with pytest.raises(ValueError, match=message):
-        LabelledSets.open(str(bad(tmp_path / "set", labels, names)), str(good))
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
+SETS = [
+    (["0"], ["cat"], {}, r"set has 1 class; .*2 or more"),
+    (["0", "1"], ["cat", "cow"], {}, r"differ: 'cow', 'dog'"),
+    ([], ["cat", "dog"], {}, r"set has no images"),
+    (["0", "1"], ["cat", "dog"], {}, r"train has 2 images, too few"),
+    (["0", "1", "1"], ["cat", "dog"], {"solver": "lars"}, r"lars.batch_size is 16,384; .*3 training images"),
+]
+SETS += [
+    (labels, ["cat", "dog"], options, message)
+    for options in ({}, {"solver": "lars", "lars": {"batch_size": 3, "epochs": 2, "warmup_epochs": 1}})
+    for labels, message in (
         (["0", "1", None], r"0.tar#2 has class None; 2 are listed"),
         (["0", "1", "2"], r"0.tar#2 has class 2; 2 are listed"),
         (["1", "1", "1"], r"class 'cat' has no image in .*set"),
-    ],
-)
-def test_labels_that_do_not_fit(embedder: Embedder, tmp_path: Path, labels: list[str | None], message: str) -> None:
-    good = bad(tmp_path / "good", ["0", "1", "1"], ["cat", "dog"])
-    lars = {"solver": "lars", "lars": {"batch_size": 3, "epochs": 2, "warmup_epochs": 1}}
-    for options in ({}, lars):
-        with pytest.raises(ValueError, match=message):
-            probed(embedder, bad(tmp_path / f"{len(options)}/set", labels, ["cat", "dog"]), good, **options)
+    )
+]
 
 
-def test_sets_that_are_small(embedder: Embedder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("labels", "names", "options", "message"), SETS)
+def test_training_sets_that_cannot_be(
+    embedder: Embedder, tmp_path: Path, labels: list[str | None], names: list[str], options: dict, message: str
+) -> None:
     good = bad(tmp_path / "good", ["0", "1", "1"], ["cat", "dog"])
-    only_dogs = bad(tmp_path / "dogs", ["1", "1", "1"], ["cat", "dog"])
-    # The mean leaves out a class without test images.
-    assert probed(embedder, good, only_dogs, l2=1.0)[1].value in (0.0, 100.0)
-    with pytest.raises(ValueError, match=r"lars.batch_size is 16,384; .*3 training images"):
-        probed(embedder, good, good, solver="lars")
-    with pytest.raises(ValueError, match=r"train has 2 images, too few"):
-        probed(embedder, bad(tmp_path / "few", ["0", "1"], ["cat", "dog"]), good)
+    with pytest.raises(ValueError, match=message):
+        probed(embedder, bad(tmp_path / "set", labels, names), good, **options)
 
 
 @pytest.mark.parametrize(

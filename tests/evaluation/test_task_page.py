@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.data.task_page import page_names, read_page, suite_pages
+from flipscale.data.task_page import page_names, read_page
 from flipscale.evaluation.suite import build_task, build_tasks, planned_tasks
 from flipscale.recipe.outputs import EvalRecipe
 
@@ -44,17 +44,6 @@ def test_subsets_have_the_names_of_their_own_classes() -> None:
     whole = read_page("imagenet1k").class_names
     assert read_page("imagenet_a").class_names[:2] == (whole[6], whole[11]) == ("stingray", "goldfinch")
     assert read_page("imagenet_r").class_names[:2] == (whole[1], whole[2]) == ("goldfish", "great white shark")
-
-
-def test_suites() -> None:
-    assert set(page_names()) == {page.name for page in suite_pages("all")}
-    robust = {"imagenet1k", "imagenetv2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"}
-    assert {page.name for page in suite_pages("robustness")} == robust | {"imagenet_real", "let_it_wag"}
-    assert {page.name for page in suite_pages("fairness")} == {"dollar_street", "geode", "fairface", "utkface"}
-    assert {page.name for page in suite_pages("languages")} == {"xm3600", "xtd10", "flickr30k_200", "babel_imagenet"}
-    assert len(suite_pages("paper")) == 32
-    with pytest.raises(ValueError, match="no suite is called 'fair'"):
-        suite_pages("fair")
 
 
 def test_a_recipe_names_tasks() -> None:

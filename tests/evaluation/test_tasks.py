@@ -67,21 +67,6 @@ def test_images_of_several_captions(embedder: Embedder, tmp_path: Path) -> None:
     assert grouped["text_to_image_r1"] == grouped["image_to_text_r1"] == grouped["chance"] == 100.0
 
 
-def test_results_have_names_numbers_and_intervals(embedder: Embedder, shards: Path) -> None:
-    listed = [
-        {"kind": "zero_shot", "data": str(shards), "name": "clip", "templates": "imagenet7"},
-        {"kind": "retrieval", "data": str(shards), "ks": [2], "group_by_caption": True},
-    ]
-    results = evaluate_tasks(embedder, build_tasks(listed))
-    metrics = [f"clip/{metric}" for metric in ("top1", "chance", "top5", "mean_per_class")]
-    metrics += [f"retrieval/{metric}" for metric in ("text_to_image_r2", "chance", "image_to_text_r2")]
-    assert list(as_metrics(results)) == metrics
-    assert all(result.n == 96 and result.low < result.value < result.high for result in results)
-    assert results[0].made_by == {"data": str(shards), "templates": "imagenet7"}
-    assert results[3].made_by == {"data": str(shards), "ks": [2], "group_by_caption": True}
-    assert evaluate_tasks(embedder, []) == []
-
-
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     places: list[tuple[int, int]] = []
@@ -133,10 +118,7 @@ def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
         ([{"kind": "retrieval", "data": "x", "templates": "imagenet7"}], r"retrieval has no field 'templates'"),
         ([{"kind": "zero_shot", "data": "x"}] * 2, r"2 of eval.tasks are named 'zero_shot'"),
         ([{"kind": "zero_shot", "data": "x", "name": "a/b"}], r"name is 'a/b'"),
-        ([{"kind": "zero_shot", "data": "x", "templates": "imagenet9"}], r"templates is 'imagenet9'"),
-        ([{"kind": "zero_shot", "data": "x", "templates": []}], r"templates is \[\]"),
         ([{"kind": "zero_shot", "data": "x", "templates": ["a photo"]}], r"templates has the prompt 'a photo'"),
-        ([{"kind": "retrieval", "data": "x", "ks": "one"}], r"eval.tasks\[0\].*ks"),
         ([{"kind": "retrieval", "data": "x", "ks": [0]}], r"eval.tasks\[0\].ks\[0\] is 0"),
     ],
 )

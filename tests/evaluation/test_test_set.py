@@ -54,14 +54,6 @@ def test_half_downloaded(tmp_path: Path, count: str, message: str) -> None:
         TestSet.open(str(folder))
 
 
-def test_cut_shard(tmp_path: Path) -> None:
-    folder = write_set(tmp_path / "set", 1, 3, one_hot)
-    shard = folder / "test" / "0.tar"
-    shard.write_bytes(shard.read_bytes()[:-11_000])
-    with pytest.raises(ValueError, match=r"0.tar is damaged \(it ends at byte"):
-        TestSet.open(str(folder))
-
-
 def test_names_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_set(tmp_path / "set", 1, 1, one_hot)
     test_set = TestSet.open(f"{folder}/")
@@ -90,8 +82,6 @@ def test_names_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     [
         (np.ones(15), r"labels of shape \(15,\); 16"),
         (np.full(16, 2), "a label 2;"),
-        (np.array(["yes"] * 16), "values of type <U3"),
-        (np.array([print] * 16), r"unreadable KEY.npy \(Object arrays"),
         (None, r"unreadable KEY.npy \(.+\)"),
     ],
 )

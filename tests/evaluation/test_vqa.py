@@ -89,7 +89,7 @@ def plain_accuracy(votes: list[int], answer: int) -> float:
     return sum(min(subset.count(answer) / 3, 1) for subset in subsets) / len(subsets)
 
 
-@pytest.mark.parametrize("votes", [[10], [9, 1], [7, 2, 1], [4, 3, 3], [3, 3, 2, 2], [1] * 10, [2, 1]])
+@pytest.mark.parametrize("votes", [[10], [7, 2, 1], [3, 3, 2, 2], [2, 1]])
 def test_accuracy_is_that_of_the_subsets(votes: list[int]) -> None:
     for answer in range(len(votes) + 1):
         expected = plain_accuracy([*votes, 0], answer)
@@ -115,11 +115,7 @@ def test_accuracy_of_single_answers(tmp_path: Path, embedder: Embedder, image: s
     if yes_no.any():
         assert found["accuracy_yes_no"].value == pytest.approx(100 * hits[yes_no].mean())
         assert found["accuracy_yes_no"].n == yes_no.sum()
-    low, high = found["accuracy"].low, found["accuracy"].high
-    assert low is not None
-    assert high is not None
-    assert low < found["accuracy"].value < high
-    assert [found["accuracy"].shown, found["accuracy"].headline] == ["VQA accuracy", True]
+    assert found["accuracy"].low < found["accuracy"].value < found["accuracy"].high  # type: ignore[operator]
 
 
 def test_accuracy_of_several_answers(tmp_path: Path, embedder: Embedder) -> None:
