@@ -70,9 +70,9 @@ def with_options(loss: LossRecipe) -> LossRecipe:
 def build_objective(recipe: Recipe) -> "Objective":
     """Return the training objective, with its `data.teachers`. Raise UserError if the section `loss` is wrong."""
     from flipscale.objectives.captioning import WithCaptions
+    from flipscale.objectives.contrastive import Distilled
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
-    from flipscale.objectives.teacher import Distilled
 
     loss, mask, teachers = with_options(recipe.loss), recipe.mask, recipe.data.teachers
     shared: dict[str, Any] = {"positives": loss.positives, "captions_per_image": loss.captions_per_image}

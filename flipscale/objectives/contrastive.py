@@ -1,43 +1,58 @@
-"""The contrastive loss (InfoNCE) over the whole global batch: exact, in memory that does not grow with its square."""
+"""The contrastive loss (InfoNCE) over the whole global batch: exact, in memory that does not grow with its square.
+
+From top to bottom: the losses, the targets of teachers, the exchange between processes, the softmax, and the tiles of
+the similarity matrix. A tile fits the cache, so the work on its logits costs little. One pass over the tiles sums the
+negatives of rows and columns together. A second pass makes each tile again and takes both gradients from it: four
+matrix products. Autograd on the whole matrix takes six. `contrastive_triton` has the kernels of both passes for GPUs.
+"""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
 from flipscale.engines.device import succeeds
-from flipscale.objectives import tiles
-from flipscale.objectives.exchange import EarlyGather, GatheredTexts, world_size
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.tiles import (
-    LogSumExp,
-    PrecomputedGradients,
-    Softmax,
-    common_shift,
-    for_each_block,
-    merge,
-    views_of,
-    workspace,
-)
 
 # Up to this many pairs the products are fp64 on a CPU: fp32 resolves a logit near 100 to 4e-6, and few pairs do not
 # average that error out. A GPU has its kernels in fp32.
 _FEW = 256
+# Rows and columns of a tile. On CPUs its fp32 logits and their gradients share the cache; a GPU wants large products.
+_TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
+# A GPU's tile of fewer rows gets more columns, at most this many, so that each launch has as many logits.
+_WIDEST = 2**19
+# The smallest side of a block that is worth a thread of its own.
+_BLOCK = 1024
+# How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. A million of
+# exp(-80) add less than exp(-16) to a row whose positive is above exp(-50).
+_ABOVE, _BELOW = 60.0, 50.0
+# Exponents are clamped to this, so that no exponential is denormal.
+_LOWEST_EXPONENT = -80.0
+# Gradients of logits below this become 0, because a CPU's products of denormal numbers take 200 times as long.
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Objective):
-    """Each pair against the rest of the batch, in both directions (InfoNCE)."""
+class PairLoss(Objective):
+    """A loss of every image and every text of the global batch, which gathers the texts."""
 
     takes_captions: ClassVar[bool] = True
-    takes_gather: ClassVar[bool] = True
+
+    def pending_gather(self, micro_batches: int) -> "PendingGather | None":
+        # With several captions of an image, the images are gathered.
+        is_of_texts = self.captions_per_image == 1 and type(self).compared is Objective.compared
+        return PendingGather(micro_batches) if is_of_texts and world_size() > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(PairLoss):
+    """Each pair against the rest of the batch, in both directions (InfoNCE)."""
 
     def chance_loss(self, batch_size: int) -> float:
         # With several captions, an image chooses among all of them, and a caption among the images.
@@ -47,11 +62,34 @@ class Contrastive(Objective):
         return contrastive_loss(images, texts, **parameters)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Contrastive):
+    """The contrastive loss with `teacher_weight` of its targets from teachers (arXiv 2311.17049).
+
+    InfoNCE's target is one-hot. A teacher's target is its own softmax over the global batch, of images and of texts.
+    The targets are averaged over the teachers.
+    """
+
+    teacher_weight: float
+
+    @property
+    def coupled_columns(self) -> tuple[str, ...]:
+        return ("teacher_embeds",)
+
+    def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
+        """Return the loss, given `teacher_embeds`, fp32 `(batch, teachers, 2, width)`: image and text, whose product is
+        the teacher's logit."""
+        dtype = loss_dtype(texts)
+        compute = functools.partial(_change_of_targets, teachers=parameters.pop("teacher_embeds").to(dtype))
+        change = PrecomputedGradients.apply(compute, dtype, images, texts, parameters["logit_scale"])
+        return super().coupled_loss(images, texts, **parameters) + self.teacher_weight * change
+
+
 def contrastive_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
-    begun: EarlyGather | None = None,
+    pending: "PendingGather | None" = None,
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
@@ -70,23 +108,46 @@ def contrastive_loss(
         text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process. Or `(batch * captions, dim)` for
             `(batch, dim)` images; the captions of an image are neighbouring rows.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
-        begun: the gather of these texts, if it has begun.
+        pending: the gather of these texts, if it has begun.
     """
     has_captions = len(text_embeds) > len(image_embeds)
     sides = (text_embeds, image_embeds) if has_captions else (image_embeds, text_embeds)
-    is_trained = any(tensor.requires_grad for tensor in (*sides, logit_scale))
-    compute = functools.partial(_loss_and_gradients, with_gradients=is_trained, spreads=has_captions, begun=begun)
+    compute = functools.partial(_loss_and_gradients, spreads=has_captions, pending=pending)
     loss: torch.Tensor = PrecomputedGradients.apply(compute, loss_dtype(sides[1]), *sides, logit_scale)
     return loss
 
 
+class PrecomputedGradients(torch.autograd.Function):
+    """A loss whose forward pass also computes its gradients, by a function of images, texts and the model's parameters.
+
+    The function gets parameters `(1,)` as 0-dimensional fp64 tensors. In arithmetic these act as Python numbers, digit
+    for digit, and the host does not wait for them. `backward` multiplies the gradients in place by the upstream
+    gradient, so it can run only once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Any], dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Tensor:
+        numbers = [parameter.detach().double().reshape(()) for parameter in tensors[2:]]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            loss, gradients = compute(*(side.to(dtype) for side in tensors[:2]), *numbers)
+        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the backward pass of this loss ran before"
+        return (None, None, *(gradient.mul_(upstream[0]) for gradient in gradients))
+
+
+def loss_dtype(texts: torch.Tensor) -> torch.dtype:
+    """Return the precision of the loss for a batch with these `texts` on each process."""
+    few = len(texts) * world_size() <= _FEW
+    return torch.float64 if few and not texts.is_cuda else torch.float32
+
+
 def _loss_and_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    with_gradients: bool,
-    spreads: bool,
-    begun: EarlyGather | None,
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, spreads: bool, pending: "PendingGather | None"
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
@@ -96,50 +157,25 @@ def _loss_and_gradients(
     With `spreads`, `images` are several captions of each image, and `texts` are the images. The softmax of an image is
     then over the captions of all views, and its target is spread over its own.
     """
-    views, all_texts = views_of(images, len(texts)), GatheredTexts(texts, begun)
-    first, columns = all_texts.first, all_texts.rows
-    shift = shift_of_all(views, texts, scale)
-    positives = [view.new_empty(len(view)) for view in views]
-    image_negatives = [LogSumExp.empty(view, shift) for view in views]
-    text_negatives = [LogSumExp.empty(columns, shift) for _ in views]
-    for view, *sums in zip(views, image_negatives, text_negatives, positives, strict=True):
-        add_negatives(view, columns, scale, first, shift, *sums, workspace_of(view, columns))
-    text_negatives = all_texts.merged(text_negatives)
+    views, gathered = views_of(images, len(texts)), GatheredTexts(texts, pending)
+    shift = common_shift(views, texts, scale)
+    matrices = [Matrix(view, gathered.rows, scale, gathered.first, shift) for view in views]
+    sums = _first_pass(matrices, gathered)
     if spreads:
         # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
         positives = [scale * _dot(view.double(), texts.double()) for view in views]
-        text_negatives = _beside_each(text_negatives, positives, shift)
-    sides = [*zip(image_negatives, text_negatives, positives, strict=True)]
-    losses = [image.cross_entropy(p) + text.cross_entropy(p) for image, text, p in sides]
-    loss = torch.stack(losses).mean() / 2
-    if not with_gradients:
-        return loss, ()
-
-    image_softmax, text_softmax, positive_gradients = logit_gradients(sides)
+        negatives = _beside_each([of_texts for _, of_texts, _ in sums], positives, shift)
+        sums = [(of_view, *rest) for (of_view, _, _), *rest in zip(sums, negatives, positives, strict=True)]
+    loss = torch.stack([one.cross_entropy(own) + other.cross_entropy(own) for one, other, own in sums]).mean() / 2
     image_gradient = torch.zeros_like(images)
-    if spreads:
-        # The mean over views divides by their number, but each view has only its part of the one softmax.
-        text_softmax = [Softmax(of_text.shift, len(views) * of_text.factor) for of_text in text_softmax]
-        positive_gradients = [
-            (len(views) - 1 - image.total * of_image.factor - text.total * of_text.factor).to(texts.dtype)
-            for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
-        ]
-        image_softmax, text_softmax = (
-            [Softmax(*(part.to(texts.dtype) for part in one)) for one in softmax]
-            for softmax in (image_softmax, text_softmax)
-        )
-    of_views = [*zip(views, views_of(image_gradient, len(texts)), image_softmax, positive_gradients, strict=True)]
-    text_gradient = torch.zeros_like(columns)
-    for (view, view_gradient, softmax, of_pairs), of_texts in zip(of_views, all_texts.bring(text_softmax), strict=True):
-        results = (view_gradient, text_gradient, workspace_of(view, columns))
-        add_gradients(view, columns, scale, first, shift, softmax, of_texts, of_pairs, *results, [])
-    text_gradient = all_texts.summed(text_gradient)
+    row_gradients = views_of(image_gradient, len(texts))
+    text_gradient = _second_pass(matrices, sums, gathered, row_gradients, captions=len(views) if spreads else 1)
     count = 2 * len(images)
     scale_gradient = _dot(images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
     return loss, (image_gradient.mul_(scale / count), text_gradient.div_(count), scale_gradient)
 
 
-def _beside_each(negatives: list[LogSumExp], positives: list[torch.Tensor], shift: float | None) -> list[LogSumExp]:
+def _beside_each(negatives: list["LogSumExp"], positives: list[torch.Tensor], shift: float | None) -> list["LogSumExp"]:
     """Return the log-sum-exp of all logits of a text, besides its positive in each view.
 
     Args:
@@ -156,61 +192,466 @@ def _beside_each(negatives: list[LogSumExp], positives: list[torch.Tensor], shif
     return [LogSumExp(both.shift, both.total + rest) for rest in others]
 
 
-# Each pass over the tiles is one operation to torch. So tracers and fake tensors see two operations a view in any
-# world, and need neither a GPU nor a compiler.
+def _change_of_targets(
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, teachers: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Collective. Return the loss with the teachers' targets minus that with the pairs as targets, fp64 `()`, and its
+    gradients of images, texts and scale.
+
+    Both losses have the same log-sum-exps of the student's logits `s`, so the change is linear in `s` and needs no
+    softmax of the student. With `N` pairs, and `W` the sum of the teacher's softmax over texts and that over images,
+    it is `(2 trace(s) - sum(W * s)) / 2N`. The weights `W - 2` of pairs and `W` of others are the gradient of the
+    teacher's own InfoNCE by its logits. So the two passes of the contrastive loss run over the teacher's tiles, and
+    the second multiplies the weights with the student's embeddings.
+    """
+    count, width = teachers.shape[1], teachers.shape[3]
+    views = views_of(images, len(texts))
+    mean_images = torch.stack(views).mean(0)
+    own_images, own_texts = (side.unbind(1) for side in teachers.unbind(2))
+    # One exchange: each text of the student behind those of the teachers.
+    gathered = GatheredTexts(torch.cat([*own_texts, texts], dim=1))
+    *of_teachers, all_texts = gathered.rows.split([width] * count + [texts.shape[1]], dim=1)
+    one = torch.ones_like(scale)
+    matrices = [
+        Matrix(rows, columns, one, gathered.first, common_shift([rows], own, one))
+        for rows, columns, own in zip(own_images, of_teachers, own_texts, strict=True)
+    ]
+    sums, image_gradient = _first_pass(matrices, gathered), torch.zeros_like(mean_images)
+    student = (mean_images, all_texts)
+    text_gradient = _second_pass(matrices, sums, gathered, [image_gradient] * count, student=student)
+    part = -1 / (2 * len(texts) * count)
+    product = part * _dot(mean_images, image_gradient).sum(dtype=torch.float64)
+    image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)
+    return scale * product, (image_gradient, text_gradient.mul_(scale * part), product.reshape(1))
 
 
-@torch.library.custom_op(
-    "flipscale::add_negatives", mutates_args=("image_negatives", "text_negatives", "positives", "memory")
-)
-def add_negatives(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    first_pair: int,
-    shift: float | None,
-    image_negatives: Sequence[torch.Tensor],
-    text_negatives: Sequence[torch.Tensor],
-    positives: torch.Tensor,
-    memory: torch.Tensor,
+class Matrix(NamedTuple):
+    """The logits `scale * rows @ columns.T` of this process's rows and all processes' columns, never stored whole.
+
+    Args:
+        rows, columns: `(count, dim)`, of one dtype.
+        scale: 0-dimensional, fp64, on the rows' device.
+        first_pair: column of row 0's pair; the pair of row i is i columns further.
+        shift: `common_shift` of the logits, if it is needed.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    scale: torch.Tensor
+    first_pair: int
+    shift: float | None = None
+
+
+# The negatives of a matrix's rows and those of its columns, and the logits of its pairs, `(rows,)`.
+Sums = tuple["LogSumExp", "LogSumExp", torch.Tensor]
+
+
+def _first_pass(matrices: list[Matrix], gathered: "GatheredTexts") -> list[Sums]:
+    """Collective. Return the sums over each matrix; the negatives of columns are those of this process's texts."""
+    here = []
+    for matrix in matrices:
+        rows, columns = (LogSumExp.empty(side, matrix.shift) for side in (matrix.rows, matrix.columns))
+        here.append((rows, columns, matrix.rows.new_empty(len(matrix.rows))))
+        for_each_tile(_add_negatives, matrix, matrix.shift, *here[-1], fused=triton_serves(matrix.rows))
+    merged = gathered.merge([columns for _, columns, _ in here])
+    return [(rows, columns, positives) for (rows, _, positives), columns in zip(here, merged, strict=True)]
+
+
+def _second_pass(
+    matrices: list[Matrix],
+    sums: list[Sums],
+    gathered: "GatheredTexts",
+    row_gradients: Sequence[torch.Tensor],
+    captions: int = 1,
+    student: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """Collective. Add each matrix's gradient to that of its rows, and return that of this process's texts.
+
+    The gradients are those of the sum of all cross-entropies. The caller multiplies `row_gradients` by `scale`.
+
+    Args:
+        captions: number of captions of an image. The views share the image's one softmax, which counts as often,
+            because the mean over views divides by their number.
+        student: rows and columns of another model, which get the gradients in place of the matrices' own.
+    """
+    row_softmax, column_softmax, of_pairs, dtype = [], [], [], matrices[0].rows.dtype
+    for rows, columns, positives in sums:
+        of_rows, of_columns = rows.softmax(positives), columns.softmax(positives)
+        factor = captions * of_columns.factor
+        of_pairs.append((captions - 1 - rows.total * of_rows.factor - columns.total * factor).to(dtype))
+        row_softmax.append(Softmax(of_rows.shift.to(dtype), of_rows.factor.to(dtype)))
+        column_softmax.append(Softmax(of_columns.shift.to(dtype), factor.to(dtype)))
+    text_gradient = matrices[0].rows.new_zeros((student or matrices[0])[1].shape)
+    for matrix, row_gradient, *weights in zip(
+        matrices, row_gradients, row_softmax, gathered.bring(column_softmax), of_pairs, strict=True
+    ):
+        arguments = (matrix.shift, *weights, row_gradient, text_gradient, student)
+        for_each_tile(_add_gradients, matrix, *arguments, fused=triton_serves(matrix.rows))
+    return gathered.sum(text_gradient)
+
+
+def world_size() -> int:
+    """Return the number of processes that share a batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def exchange_bytes(pairs: int, world: int, dim: int, views: int = 1) -> int:
+    """Return the peak bytes of an exchange on one of `world` processes with GPUs, without its own embeddings.
+
+    These are other processes' texts, their gradients, and messages in transit.
+
+    Args:
+        pairs: number of pairs of one process.
+        dim: width of the embeddings, in fp32.
+    """
+    if world == 1:
+        return 0
+    texts, along = 4 * pairs * dim, 4 * 2 * views * pairs
+    return (2 * world + 1) * texts + world * along
+
+
+class PendingGather:
+    """The gather of a step's texts, which begins when the text tower is done and goes on beside the image tower."""
+
+    def __init__(self, micro_batches: int):
+        self._missing, self._own = micro_batches, []
+
+    def add(self, texts: torch.Tensor) -> None:
+        """Collective. Take the embeddings `(batch, dim)` of the next micro-batch, and gather all after the last."""
+        self._own.append(texts.detach())
+        if len(self._own) == self._missing:
+            own = torch.cat(self._own)
+            self._everywhere = own.new_empty(world_size() * len(own), own.shape[1])
+            self._work = dist.all_gather_single(self._everywhere, own, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """Return the texts of all processes `(processes * batch, dim)`, once. A GPU's stream waits for them."""
+        self._work.wait()
+        everywhere = self._everywhere
+        # This object outlives the loss, and the backward pass needs the memory.
+        del self._work, self._everywhere, self._own
+        return everywhere
+
+
+class GatheredTexts:
+    """The texts of all processes, on every process.
+
+    A loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, for any `N`. Sizes
+    are input and output of one process, in numbers of 4 bytes:
+
+    | | in | out | infonce | sigmoid |
+    |---|---:|---:|---|---|
+    | all-gather of the texts | b d | N b d | 1 | 1 |
+    | all-to-all of the texts' log-sum-exps | 2 V N b | 2 V N b | 1 | |
+    | all-gather of the texts' softmax | 2 V b | 2 V N b | 1 | |
+    | reduce-scatter of the texts' gradients (on CPUs all-to-all, `N b d` out) | N b d | b d | 1 | 1 |
+    | all-reduce of three numbers, on CPUs only (`common_shift`) | 3 | 3 | 1 | |
+    | all-gather of the captions' ids, only if equal captions are positives | 2 b | 2 N b | | 1 |
+
+    Attributes:
+        rows: `(processes * batch, dim)`.
+        first: index in `rows` of this process's first text, which is that of its first image.
+    """
+
+    def __init__(self, texts: torch.Tensor, pending: PendingGather | None = None):
+        """Collective. Gather `texts` `(batch, dim)`, the same `batch` on every process, or wait for `pending`."""
+        self._world = world_size()
+        self.first = dist.get_rank() * len(texts) if self._world > 1 else 0
+        if pending is not None:
+            self.rows = pending.wait().to(texts.dtype)
+        else:
+            self.rows = _gather(texts).flatten(0, 1) if self._world > 1 else texts
+
+    def merge(self, negatives: list["LogSumExp"]) -> list["LogSumExp"]:
+        """Collective. Return the negatives of this process's texts on all processes, from those of all texts here."""
+        if self._world == 1:
+            return negatives
+        parts = torch.stack([tensor.unflatten(0, (self._world, -1)) for one in negatives for tensor in one], dim=1)
+        return [merge(LogSumExp(*one.unbind(1))) for one in _to_owner(parts).unflatten(1, (-1, 2)).unbind(1)]
+
+    def bring(self, softmax: list["Softmax"]) -> list["Softmax"]:
+        """Collective. Return each softmax of all processes' texts, from those of this process's texts."""
+        if self._world == 1:
+            return softmax
+        everywhere = _gather(torch.stack([tensor for one in softmax for tensor in one]))
+        return [Softmax(*one) for one in everywhere.transpose(0, 1).flatten(1, 2).unflatten(0, (-1, 2))]
+
+    def sum(self, rows: torch.Tensor) -> torch.Tensor:
+        """Collective. Return the sum over the processes of the rows of this process's texts."""
+        return _sum_to_owner(rows.unflatten(0, (self._world, -1))) if self._world > 1 else rows
+
+
+def _gather(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all processes, `(world, *rows.shape)`."""
+    everywhere = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_single(everywhere, rows.contiguous())
+    return everywhere.unflatten(0, (world_size(), -1))
+
+
+def _to_owner(parts: torch.Tensor) -> torch.Tensor:
+    """Send part r of `(world, ...)` to process r; return the parts that this process received, in the same shape."""
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts)
+    return received
+
+
+def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
+    """Return on process r the sum over all processes of part r of `(world, ...)`.
+
+    On CPUs this uses all-to-all, because gloo's reduce-scatter reduces all parts everywhere. That took 1.5 times as
+    long (2 and 4 processes, 2,048 rows of 512 each).
+    """
+    if parts.device.type == "cpu":
+        return _to_owner(parts.contiguous()).sum(0)
+    mine = parts.new_empty(parts.shape[1:])
+    dist.reduce_scatter_single(mine, parts.flatten(0, 1).contiguous())
+    return mine
+
+
+def common_shift(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
+    """Collective on CPUs. Return a shift with which one exponential of a logit serves both its row and its column.
+
+    The shift is 0 if that suffices for the global batch, and None if no shift does. On accelerators it is always None:
+    the host would have to wait for all queued work, and running maxima cost little there.
+    """
+    if texts.device.type != "cpu" or isinstance(texts, FakeTensor):
+        return None
+    lowest_positive = torch.stack([_dot(view, texts).min() for view in views]).min()
+    highest_norm = torch.stack([view.norm(dim=1).max() for view in views]).max()
+    bounds = torch.stack([highest_norm, texts.norm(dim=1).max(), -lowest_positive])
+    if world_size() > 1:
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    image_norm, text_norm, negated = bounds.tolist()
+    # Bounds of all logits, and of the positives, and so of each row's and each column's largest logit.
+    highest, lowest_positive = scale.item() * image_norm * text_norm, -scale.item() * negated
+    if highest <= _ABOVE and lowest_positive >= -_BELOW:
+        return 0.0
+    shift = min(highest, lowest_positive + _BELOW)
+    return shift if highest - shift <= _ABOVE else None
+
+
+class LogSumExp(NamedTuple):
+    """The log-sum-exp of each row's negatives so far, as `total * exp(shift)`: two tensors `(count,)`.
+
+    The positive is not in the sum, because it would round the small negatives away once it dominates.
+    """
+
+    shift: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: torch.Tensor, shift: float | None) -> "LogSumExp":
+        """Return empty sums for `rows`. With `shift` None, shifts follow the running maxima."""
+        start = rows.new_full((len(rows),), float("-inf") if shift is None else shift)
+        return cls(start, torch.zeros_like(start))
+
+    def part(self, rows: slice) -> "LogSumExp":
+        """Return a view of some rows."""
+        return LogSumExp(self.shift[rows], self.total[rows])
+
+    def raise_shift(self, shift: torch.Tensor) -> None:
+        """Raise each shift to at least `shift`."""
+        higher = torch.maximum(self.shift, shift)
+        self.total.mul_((self.shift - higher).exp_())
+        self.shift.copy_(higher)
+
+    def cross_entropy(self, positives: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy of each row, given the logit of its positive: fp64 `(count,)`."""
+        return (self.total.double() * (self.shift.double() - positives).exp()).log1p()
+
+    def softmax(self, positives: torch.Tensor) -> "Softmax":
+        """Return the softmax of each row over its negatives and its positive."""
+        return Softmax(self.shift, (self.total + (positives - self.shift).exp()).reciprocal_())
+
+
+class Softmax(NamedTuple):
+    """A normalised softmax: the weight of a logit is `exp(logit - shift) * factor`; two tensors `(count,)`."""
+
+    shift: torch.Tensor
+    factor: torch.Tensor
+
+    def part(self, rows: slice) -> "Softmax":
+        """Return a view of some rows."""
+        return Softmax(self.shift[rows], self.factor[rows])
+
+
+def merge(parts: LogSumExp) -> LogSumExp:
+    """Return the log-sum-exp of the negatives of all `parts` `(parts, count)`."""
+    shift = parts.shift.amax(0)
+    return LogSumExp(shift, (parts.total * (parts.shift - shift).exp_()).sum(0))
+
+
+class Tile(NamedTuple):
+    """A part of a `Matrix`.
+
+    Args:
+        rows, columns: its place in the matrix.
+        scaled: its rows times `scale`, `(height, dim)`.
+        others: its columns, `(width, dim)`.
+        first_pair: column in the tile of its first row's pair, which may lie outside.
+        logits: `(height, width)`, in memory that the next tile reuses.
+        spare: more memory of this size.
+        fused: whether a kernel computes the logits. They are then not in `logits`, which is the same memory as `spare`.
+    """
+
+    rows: slice
+    columns: slice
+    scaled: torch.Tensor
+    others: torch.Tensor
+    first_pair: int
+    logits: torch.Tensor
+    spare: torch.Tensor
+    fused: bool
+
+    def pairs(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return a view of the pairs' elements in a matrix of the tile's size."""
+        return matrix.diagonal(self.first_pair)
+
+    @property
+    def paired(self) -> slice:
+        """Rows that have their pair in this tile."""
+        first = self.rows.start + max(0, -self.first_pair)
+        return slice(first, first + len(self.pairs(self.logits)))
+
+    def add_products(
+        self,
+        logit_gradient: torch.Tensor,
+        row_gradient: torch.Tensor,
+        column_gradient: torch.Tensor,
+        student: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Back-propagate the gradient of the logits to rows and columns, or to those of a `student`."""
+        rows, columns = (student[0][self.rows], student[1][self.columns]) if student else (self.scaled, self.others)
+        if not logit_gradient.is_cuda:
+            torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
+        row_gradient[self.rows].addmm_(logit_gradient, columns)
+        column_gradient[self.columns].addmm_(logit_gradient.t(), rows)
+
+
+def _add_negatives(
+    tile: Tile, shift: float | None, rows: LogSumExp, columns: LogSumExp, positives: torch.Tensor
 ) -> None:
-    """Call `tiles.add_negatives` for all tiles of `scale * images @ texts.T`."""
-    sums = (LogSumExp(*image_negatives), LogSumExp(*text_negatives), positives, shift)
-    for_each_block(tile_functions(images).add_negatives, images, texts, scale, first_pair, memory, *sums)
+    """Add a tile's logits to the negatives of rows and columns, and write those of pairs to `positives`."""
+    sides = (rows.part(tile.rows), columns.part(tile.columns))
+    if tile.fused:
+        from flipscale.objectives import contrastive_triton
+
+        parts = contrastive_triton.block_negatives(tile.scaled, tile.others, tile.first_pair, positives[tile.rows])
+        for negatives, (highest, total) in zip(sides, parts, strict=True):
+            if shift is None:
+                negatives.raise_shift(highest.amax(0))
+            negatives.total.add_(total.mul_(highest.sub_(negatives.shift).exp_()).sum(0))
+        return
+    positives[tile.paired] = tile.pairs(tile.logits)
+    if shift is not None:
+        tile.pairs(_exponentials(tile.logits, shift)).zero_()
+    for negatives, dim in zip(sides, (1, 0), strict=True):
+        exponentials = tile.logits
+        if shift is None:
+            negatives.raise_shift(tile.logits.amax(dim))
+            exponentials = torch.sub(tile.logits, negatives.shift.unsqueeze(dim), out=tile.spare)
+            tile.pairs(exponentials.clamp_(min=_LOWEST_EXPONENT).exp_()).zero_()
+        negatives.total.add_(exponentials.sum(dim))
 
 
-@torch.library.custom_op("flipscale::add_gradients", mutates_args=("image_gradient", "text_gradient", "memory"))
-def add_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    first_pair: int,
-    shift: float | None,
-    image_softmax: Sequence[torch.Tensor],
-    text_softmax: Sequence[torch.Tensor],
-    positive_gradient: torch.Tensor,
-    image_gradient: torch.Tensor,
-    text_gradient: torch.Tensor,
-    memory: torch.Tensor,
-    student: Sequence[torch.Tensor],
+def _add_gradients(
+    tile: Tile, shift: float | None, rows: Softmax, columns: Softmax, of_pairs: torch.Tensor, *results: Any
 ) -> None:
-    """Call `tiles.add_gradients` for all tiles of `scale * images @ texts.T`."""
-    softmax = (Softmax(*image_softmax), Softmax(*text_softmax), positive_gradient)
-    sums = (image_gradient, text_gradient, shift, student)
-    for_each_block(tile_functions(images).add_gradients, images, texts, scale, first_pair, memory, *softmax, *sums)
+    """Add a tile's gradients to `results`, the last arguments of `Tile.add_products`."""
+    rows, columns, logit_gradient = rows.part(tile.rows), columns.part(tile.columns), tile.spare
+    if tile.fused:
+        from flipscale.objectives import contrastive_triton
+
+        weights = (of_pairs[tile.rows], *rows, *columns)
+        contrastive_triton.logit_gradient(tile.scaled, tile.others, tile.first_pair, *weights, logit_gradient)
+    elif shift is not None:
+        torch.add(rows.factor[:, None], columns.factor, out=logit_gradient)
+        logit_gradient.mul_(_exponentials(tile.logits, shift))
+    else:
+        torch.sub(tile.logits, rows.shift[:, None], out=logit_gradient)
+        logit_gradient.clamp_(min=_LOWEST_EXPONENT).exp_().mul_(rows.factor[:, None])
+        exponentials = tile.logits.sub_(columns.shift).clamp_(min=_LOWEST_EXPONENT).exp_()
+        logit_gradient.addcmul_(exponentials, columns.factor)
+    if not tile.fused:
+        tile.pairs(logit_gradient).copy_(of_pairs[tile.paired])
+    tile.add_products(logit_gradient, *results)
 
 
-def workspace_of(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    return workspace(images, texts, buffers=1 if triton_serves(images) else 2)
+def _exponentials(logits: torch.Tensor, shift: float) -> torch.Tensor:
+    """Replace logits by their exponentials and return them."""
+    return (logits.sub_(shift).clamp_(min=_LOWEST_EXPONENT) if shift else logits).exp_()
 
 
-def tile_functions(rows: torch.Tensor) -> ModuleType:
-    """Return the module that computes the tiles of `rows`: `tiles`, or `contrastive_triton` where it serves them."""
-    if not triton_serves(rows):
-        return tiles
-    from flipscale.objectives import contrastive_triton
+def for_each_tile(work: Callable[..., None], matrix: Matrix, *arguments: Any, fused: bool = False) -> None:
+    """Call `work(tile, *arguments)` for all tiles of a matrix.
 
-    return contrastive_triton
+    On a CPU, blocks that share no row and no column run at the same time, one thread each. torch would otherwise split
+    each product over all threads, which then wait for the slowest thread. A tile's product is too short for such waits.
+    """
+    rows, columns, scale, first_pair, _ = matrix
+    count, height, width = _tiling(len(rows), len(columns), rows.device.type)
+    # Sizes of the scaled rows and of the logits, in whole cache lines.
+    size, area = (-(-elements // 16) * 16 for elements in (height * rows.shape[1], height * width))
+    memory = rows.new_empty(count, size + (1 if fused else 2) * area)
+
+    @torch.no_grad()
+    def compute_block(memory: torch.Tensor, row_part: range, column_part: range) -> None:
+        for top in row_part[::height]:
+            down = slice(top, min(top + height, row_part.stop))
+            scaled = memory[: (down.stop - top) * rows.shape[1]].view(-1, rows.shape[1])
+            torch.mul(rows[down], scale, out=scaled)
+            for left in column_part[::width]:
+                across = slice(left, min(left + width, column_part.stop))
+                shape = (len(scaled), across.stop - left)
+                logits, spare = (part[: math.prod(shape)].view(shape) for part in (memory[size:], memory[-area:]))
+                if not fused:
+                    torch.mm(scaled, columns[across].t(), out=logits)
+                offset = first_pair + top - left
+                work(Tile(down, across, scaled, columns[across], offset, logits, spare, fused), *arguments)
+
+    if count == 1:
+        compute_block(memory[0], range(len(rows)), range(len(columns)))
+        return
+    threads = torch.get_num_threads()
+    row_parts, column_parts = (
+        [range(length * part // count, length * (part + 1) // count) for part in range(count)]
+        for length in (len(rows), len(columns))
+    )
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
+            for turn in range(count):
+                list(pool.map(compute_block, memory, row_parts, column_parts[turn:] + column_parts[:turn]))
+    finally:
+        # torch.set_num_threads in a thread also changes the number for threads that start later.
+        torch.set_num_threads(threads)
+
+
+def _tiling(rows: int, columns: int, device_type: str) -> tuple[int, int, int]:
+    """Return the number of parts of rows and of columns for threads, and the shape of the largest tile."""
+    threads = torch.get_num_threads() if device_type == "cpu" else 1
+    count = max(1, min(threads, rows // _BLOCK, columns // _BLOCK))
+    height, width = _TILE["cpu" if device_type == "cpu" else "cuda"]
+    if device_type != "cpu" and rows < height:
+        width = min(height * width // rows, _WIDEST)
+    return count, min(height, -(-rows // count)), min(width, -(-columns // count))
+
+
+def tile_bytes(rows: int, columns: int, dim: int) -> int:
+    """Return the bytes of a tile on a GPU, in fp32: its scaled rows, its logits and their gradients."""
+    _, height, width = _tiling(rows, columns, "cuda")
+    return 4 * height * (dim + 2 * width)
+
+
+def views_of(rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+    """Split `rows` `(batch * views, ...)` by view: the first view of each image, then the second, and so on.
+
+    The views of an image are neighbouring rows.
+    """
+    return rows.unflatten(0, (batch, -1)).unbind(1)
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("nd,nd->n", one, other)
 
 
 def triton_serves(rows: torch.Tensor) -> bool:
@@ -218,11 +659,8 @@ def triton_serves(rows: torch.Tensor) -> bool:
 
     Each process decides by itself: torch's tiles give the same numbers up to rounding.
     """
-    if not rows.is_cuda or rows.dtype != torch.float32:
-        return False
-    if isinstance(rows, FakeTensor):
-        return find_spec("triton") is not None
-    return _triton_runs_on(rows.device)
+    is_real = rows.is_cuda and not isinstance(rows, FakeTensor)
+    return is_real and rows.dtype == torch.float32 and _triton_runs_on(rows.device)
 
 
 @functools.cache
@@ -239,46 +677,3 @@ def _triton_runs_on(device: torch.device) -> bool:
         "the loss's tiles run in torch, slower than in Triton, because Triton fails",
         "to use it, install the package triton, a C compiler such as gcc, and the headers of this Python",
     )
-
-
-def loss_dtype(texts: torch.Tensor) -> torch.dtype:
-    """Return the precision of the loss for a batch with these `texts` on each process."""
-    few = len(texts) * world_size() <= _FEW
-    return torch.float64 if few and not texts.is_cuda else torch.float32
-
-
-def logit_gradients(
-    sides: Sequence[tuple[LogSumExp, LogSumExp, torch.Tensor]],
-) -> tuple[list[Softmax], list[Softmax], list[torch.Tensor]]:
-    """Return the softmax of images, that of texts, and the gradients of the pairs' logits, of each view.
-
-    Args:
-        sides: negatives of images and of texts, and the pairs' logits, of each view.
-    """
-    image_softmax = [image.softmax(pairs) for image, _, pairs in sides]
-    text_softmax = [text.softmax(pairs) for _, text, pairs in sides]
-    of_pairs = [
-        -(image.total * of_image.factor + text.total * of_text.factor)
-        for (image, text, _), of_image, of_text in zip(sides, image_softmax, text_softmax, strict=True)
-    ]
-    return image_softmax, text_softmax, of_pairs
-
-
-def shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
-    """Collective on CPUs. Return the `common_shift` of the global batch; on accelerators always None.
-
-    On an accelerator the host would have to wait for all queued work, and running maxima cost little there.
-    """
-    if texts.device.type != "cpu" or isinstance(texts, FakeTensor):
-        return None
-    lowest_positive = torch.stack([_dot(view, texts).min() for view in views]).min()
-    highest_norm = torch.stack([view.norm(dim=1).max() for view in views]).max()
-    bounds = torch.stack([highest_norm, texts.norm(dim=1).max(), -lowest_positive])
-    if world_size() > 1:
-        dist.all_reduce(bounds, dist.ReduceOp.MAX)
-    image_norm, text_norm, lowest = bounds.tolist()
-    return common_shift(scale.item() * image_norm * text_norm, -scale.item() * lowest)
-
-
-def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("nd,nd->n", one, other)

@@ -1,17 +1,14 @@
-"""The tiles of the contrastive loss in Triton, for fp32 on a GPU: `tiles.add_negatives` and `add_gradients`, fused.
+"""The kernels of the contrastive loss's tiles in Triton, for fp32 on a GPU.
 
 A block of logits is processed in registers, right after its matrix product. The GPU's memory receives only the sums of
 exponentials and, in the second pass, the gradients of the logits.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-
-from flipscale.objectives.tiles import LogSumExp, SimilarityTiles, Softmax, Tile, workspace
 
 # Rows, columns and depth of a program's products. They fit in 128 registers a thread, so two programs share a
 # processor: the exponentials of one overlap the products of the other.
@@ -19,64 +16,41 @@ BLOCK = {"HEIGHT": 128, "WIDTH": 64, "DEPTH": 16}
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
-def add_negatives(
-    tiles: SimilarityTiles,
-    row_negatives: LogSumExp,
-    column_negatives: LogSumExp,
-    positives: torch.Tensor,
-    shift: float | None,
-) -> None:
-    """Compute the same as `tiles.add_negatives`."""
-    for tile in tiles.unfilled():
-        (height, width), (down, across) = tile.logits.shape, _blocks(tile)
-        by_row, by_column = tile.logits.new_empty(2, across, height), tile.logits.new_empty(2, down, width)
-        _launch(tile_negatives, tiles, tile, positives[tile.rows], *by_row, *by_column)
-        sides = ((row_negatives.part(tile.rows), by_row), (column_negatives.part(tile.columns), by_column))
-        for negatives, (highest, total) in sides:
-            if shift is None:
-                negatives.raise_shift(highest.amax(0))
-            negatives.total.add_(total.mul_(highest.sub_(negatives.shift).exp_()).sum(0))
+def block_negatives(
+    rows: torch.Tensor, columns: torch.Tensor, first_pair: int, positives: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the negatives of rows and of columns in each block of `rows @ columns.T`, and write the `positives`.
+
+    These are the largest logits and the sums of exponentials relative to them: `(2, blocks of columns, rows)` and
+    `(2, blocks of rows, columns)`. The pair of row i is i columns after `first_pair`.
+    """
+    down, across = _blocks(rows, columns)
+    by_row, by_column = rows.new_empty(2, across, len(rows)), rows.new_empty(2, down, len(columns))
+    _launch(tile_negatives, rows, columns, first_pair, positives, *by_row, *by_column)
+    return by_row, by_column
 
 
-def add_gradients(
-    tiles: SimilarityTiles,
-    row_softmax: Softmax,
-    column_softmax: Softmax,
-    positive_gradient: torch.Tensor,
-    row_gradient: torch.Tensor,
-    column_gradient: torch.Tensor,
-    shift: float | None,
-    student: Sequence[torch.Tensor] = (),
-) -> None:
-    """Compute the same as `tiles.add_gradients`. The kernel uses the shift of each row and column."""
-    for tile in tiles.unfilled():
-        logit_gradient = tiles.second_buffer(tile)
-        softmax = (*row_softmax.part(tile.rows), *column_softmax.part(tile.columns))
-        _launch(tile_gradients, tiles, tile, positive_gradient[tile.rows], *softmax, logit_gradient)
-        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient, student)
+def logit_gradient(rows: torch.Tensor, columns: torch.Tensor, first_pair: int, *weights: torch.Tensor) -> None:
+    """Write the gradients of the logits `rows @ columns.T`, given the other arguments of `tile_gradients`."""
+    _launch(tile_gradients, rows, columns, first_pair, *weights)
 
 
 def try_out(device: torch.device) -> None:
     """Compile and run the kernels of both passes on a GPU, so that any error appears here."""
-    rows, scale = torch.ones(16, 16, device=device), torch.ones((), dtype=torch.float64, device=device)
-    sums, row_gradient, column_gradient = LogSumExp.empty(rows, None), torch.zeros_like(rows), torch.zeros_like(rows)
-    tiles = SimilarityTiles(rows, rows, scale, 0, workspace(rows, rows, buffers=1)[0])
-    add_negatives(tiles, sums, LogSumExp.empty(rows, None), rows[:, 0].clone(), None)
-    softmax = sums.softmax(rows[:, 0])
-    add_gradients(tiles, softmax, softmax, rows[:, 0], row_gradient, column_gradient, None)
+    rows = torch.ones(16, 16, device=device)
+    block_negatives(rows, rows, 0, rows[:, 0].clone())
+    logit_gradient(rows, rows, 0, *rows[:5], torch.empty_like(rows))
     torch.cuda.synchronize(device)
 
 
-def _blocks(tile: Tile) -> tuple[int, int]:
-    height, width = tile.logits.shape
-    return triton.cdiv(height, BLOCK["HEIGHT"]), triton.cdiv(width, BLOCK["WIDTH"])
+def _blocks(rows: torch.Tensor, columns: torch.Tensor) -> tuple[int, int]:
+    return triton.cdiv(len(rows), BLOCK["HEIGHT"]), triton.cdiv(len(columns), BLOCK["WIDTH"])
 
 
-def _launch(kernel: Any, tiles: SimilarityTiles, tile: Tile, *others: torch.Tensor) -> None:
-    rows, columns = tile.scaled, tiles.columns[tile.columns].contiguous()
-    first_pair, depth = tiles.first_pair + tile.rows.start - tile.columns.start, rows.shape[1]
+def _launch(kernel: Any, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, *others: torch.Tensor) -> None:
+    sizes = (len(rows), len(columns), rows.shape[1])
     with torch.cuda.device_of(rows):
-        kernel[_blocks(tile)](rows, columns, first_pair, *tile.logits.shape, depth, *others, **BLOCK, **OPTIONS)
+        kernel[_blocks(rows, columns)](rows, columns.contiguous(), first_pair, *sizes, *others, **BLOCK, **OPTIONS)
 
 
 @triton.jit

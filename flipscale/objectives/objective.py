@@ -14,7 +14,6 @@ from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
 from flipscale.io.options import Copies
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
-from flipscale.objectives.exchange import EarlyGather, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,6 @@ class Objective:
     takes_captions: ClassVar[bool] = False
     # Whether it takes `caption_ids`, int64 `(batch,)`, of equal captions as the keyword.
     takes_equal_captions: ClassVar[bool] = False
-    # Whether `coupled_loss` gathers the texts, and takes a gather that has begun as the keyword `begun`.
-    takes_gather: ClassVar[bool] = False
 
     positives: str = "pairs"
     captions_per_image: Copies = 1
@@ -90,12 +87,10 @@ class Objective:
         """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""
         return torch.zeros(batch_size, 1, dtype=torch.int64)
 
-    def early_gather(self, micro_batches: int) -> EarlyGather | None:
-        """Return the gather of a step's texts that begins beside the image tower, or None if the loss has none."""
-        gathers = self.takes_gather and world_size() > 1
-        # With several captions of an image, the images are gathered.
-        is_of_texts = self.captions_per_image == 1 and type(self).compared is Objective.compared
-        return EarlyGather(micro_batches) if gathers and is_of_texts else None
+    def pending_gather(self, micro_batches: int) -> Any:
+        """Return the gather of a step's texts that begins beside the image tower, which `coupled_loss` then takes as
+        the keyword `pending`. None for losses without one."""
+        return None
 
     def parameters(self, output: Any) -> dict[str, torch.Tensor]:
         """Return the loss's parameters by name from the output of the model's `forward`."""
@@ -175,8 +170,8 @@ class WithSecondLoss(Objective):
     def model_config(self, config: FlipConfig) -> FlipConfig:
         return self.other.model_config(config)
 
-    def early_gather(self, micro_batches: int) -> EarlyGather | None:
-        return self.other.early_gather(micro_batches)
+    def pending_gather(self, micro_batches: int) -> Any:
+        return self.other.pending_gather(micro_batches)
 
     def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
         return self.other.compared(output)

@@ -6,31 +6,29 @@ Memory does not grow with the batch's square: a tile of logits gives its gradien
 import copy
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from flipscale.model import FlipConfig
-from flipscale.objectives.exchange import EarlyGather, GatheredTexts
-from flipscale.objectives.objective import Objective
-from flipscale.objectives.tiles import (
+from flipscale.objectives.contrastive import (
+    GatheredTexts,
+    Matrix,
+    PairLoss,
+    PendingGather,
     PrecomputedGradients,
-    SimilarityTiles,
-    for_each_block,
+    Tile,
+    for_each_tile,
     views_of,
-    workspace,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid(Objective):
+class Sigmoid(PairLoss):
     """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
 
-    takes_captions: ClassVar[bool] = True
     takes_equal_captions: ClassVar[bool] = True
-    takes_gather: ClassVar[bool] = True
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         config = copy.deepcopy(config)
@@ -52,7 +50,7 @@ def sigmoid_loss(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     ids: torch.Tensor | None = None,
-    begun: EarlyGather | None = None,
+    pending: PendingGather | None = None,
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
@@ -63,7 +61,7 @@ def sigmoid_loss(
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.
         image_embeds, text_embeds = text_embeds, image_embeds
-    compute = functools.partial(_loss_and_gradients, ids=ids, begun=begun)
+    compute = functools.partial(_loss_and_gradients, ids=ids, pending=pending)
     tensors = (image_embeds, text_embeds, logit_scale, logit_bias)
     loss: torch.Tensor = PrecomputedGradients.apply(compute, torch.float32, *tensors)
     return loss
@@ -75,65 +73,42 @@ def _loss_and_gradients(
     scale: torch.Tensor,
     bias: torch.Tensor,
     ids: torch.Tensor | None,
-    begun: EarlyGather | None,
+    pending: PendingGather | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
     # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
-    views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
-    all_texts = GatheredTexts(texts, begun)
-    columns, both_ids = all_texts.rows, [] if ids is None else [ids, GatheredTexts(ids).rows]
-    text_gradient = torch.zeros_like(columns)
-    for view, view_gradient, view_sums in views:
-        results = (view_gradient, text_gradient, view_sums, workspace(view, columns, buffers=2))
-        _add_pairwise_sigmoids(view, columns, scale, bias, all_texts.first, both_ids, *results)
-    text_gradient = all_texts.summed(text_gradient)
+    gathered = GatheredTexts(texts, pending)
+    both_ids = None if ids is None else (ids, GatheredTexts(ids).rows)
+    text_gradient = torch.zeros_like(gathered.rows)
+    for view, *results in zip(*(views_of(rows, len(texts)) for rows in (images, sums, image_gradient)), strict=True):
+        matrix = Matrix(view, gathered.rows, scale, gathered.first)
+        for_each_tile(_add_tile, matrix, bias, both_ids, *results, text_gradient)
+    text_gradient = gathered.sum(text_gradient)
     loss, bias_gradient = sums.sum(0) / len(images)
     scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
     gradients = (image_gradient.mul_(scale / len(images)), text_gradient.div_(len(images)))
     return loss, (*gradients, scale_gradient.reshape(1), bias_gradient.reshape(1))
 
 
-@torch.library.custom_op(
-    "flipscale::add_pairwise_sigmoids", mutates_args=("image_gradient", "text_gradient", "sums", "memory")
-)
-def _add_pairwise_sigmoids(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
+def _add_tile(
+    tile: Tile,
     bias: torch.Tensor,
-    first_pair: int,
-    ids: Sequence[torch.Tensor],
-    image_gradient: torch.Tensor,
-    text_gradient: torch.Tensor,
+    ids: tuple[torch.Tensor, torch.Tensor] | None,
     sums: torch.Tensor,
-    memory: torch.Tensor,
+    *gradients: torch.Tensor,
 ) -> None:
-    """Add the losses and gradients of all tiles, as one operation to torch."""
-    results = (image_gradient, text_gradient, sums)
-    for_each_block(_add_block, images, texts, scale, first_pair, memory, bias, ids, *results)
-
-
-def _add_block(
-    tiles: SimilarityTiles,
-    bias: torch.Tensor,
-    ids: Sequence[torch.Tensor],
-    image_gradient: torch.Tensor,
-    text_gradient: torch.Tensor,
-    sums: torch.Tensor,
-) -> None:
-    for tile in tiles:
-        tile.logits.add_(bias)
-        logit_gradient = tiles.second_buffer(tile)
-        # With the positives negated, one function, softplus, gives the losses of positives and negatives.
-        if ids:
-            signs = 1 - 2 * (ids[0][tile.rows, None] == ids[1][tile.columns]).to(torch.int8)
-            torch.sigmoid(tile.logits.mul_(signs), out=logit_gradient).mul_(signs)
-        else:
-            tile.positives.neg_()
-            tiles.positives_of(torch.sigmoid(tile.logits, out=logit_gradient), tile).neg_()
-        losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
-        sums[tile.rows, 0] += losses.sum(1)
-        sums[tile.rows, 1] += logit_gradient.sum(1)
-        tiles.add_products(tile, logit_gradient, image_gradient, text_gradient)
+    tile.logits.add_(bias)
+    logit_gradient = tile.spare
+    # With the positives negated, one function, softplus, gives the losses of positives and negatives.
+    if ids is not None:
+        signs = 1 - 2 * (ids[0][tile.rows, None] == ids[1][tile.columns]).to(torch.int8)
+        torch.sigmoid(tile.logits.mul_(signs), out=logit_gradient).mul_(signs)
+    else:
+        tile.pairs(tile.logits).neg_()
+        tile.pairs(torch.sigmoid(tile.logits, out=logit_gradient)).neg_()
+    losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
+    sums[tile.rows, 0] += losses.sum(1)
+    sums[tile.rows, 1] += logit_gradient.sum(1)
+    tile.add_products(logit_gradient, *gradients)

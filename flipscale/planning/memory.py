@@ -6,7 +6,6 @@ laptop can plan a model of any size.
 
 import functools
 import json
-import math
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,9 +31,8 @@ from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.objectives.exchange import exchange_bytes
+from flipscale.objectives.contrastive import exchange_bytes, tile_bytes
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.tiles import workspace_elements
 from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
@@ -207,7 +205,7 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     dim, batch = int(build_config(recipe).projection_dim or 0), recipe.data.global_batch_size
     views = max(views, recipe.loss.captions_per_image)
     pairs = batch // launch.num_processes
-    tiles = 4 * math.prod(workspace_elements(pairs, batch, dim, buffers=2, device_type="cuda"))
+    tiles = tile_bytes(pairs, batch, dim)
     kept = 4 * dim * pairs * (views + 1)
     peak = kept + tiles + exchange_bytes(pairs, launch.num_processes, dim, views)
     if not recipe.data.teachers:
@@ -217,7 +215,7 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     widths = [about["texts"]["width"] if "texts" in about else dim for about in abouts]
     width, world = len(widths) * max(widths), launch.num_processes
     others = world if world > 1 else 0
-    tiles = 4 * math.prod(workspace_elements(pairs, batch, max(widths), buffers=2, device_type="cuda"))
+    tiles = tile_bytes(pairs, batch, max(widths))
     rows = 4 * pairs * (width * (3 + others) + dim * (2 + others))
     exchanged = exchange_bytes(pairs, world, dim, len(widths))
     return kept + max(peak, tiles + rows + exchanged), 2 * kept

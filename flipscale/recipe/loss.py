@@ -25,7 +25,7 @@ class LossRecipe:
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         teacher_weight: The share of the teachers' similarities in the targets of `infonce`, with `data.teachers`. The
-            rest is the pairs' (`flipscale.objectives.teacher`). Null is 0.75, as MobileCLIP-B has.
+            rest is the pairs' (`flipscale.objectives.contrastive`). Null is 0.75, as MobileCLIP-B has.
         teacher_temperature: The temperature of all teachers' similarities; null is 1 / `logit_scale` of each.
         caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
             `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.

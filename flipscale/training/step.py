@@ -27,60 +27,66 @@ def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> S
 
     The list is emptied, which frees the batch's memory although the caller holds the list.
     """
+    # Arguments of the coupled loss, and of the model.
     coupled: dict[str, Any] = {
         name: torch.cat([part.pop(name) for part in batch]) for name in objective.coupled_columns
     }
-    if gather := objective.early_gather(len(batch)):
-        coupled["begun"] = gather
-    if len(batch) == 1:
-        loss = one_pass(engine, batch[0], objective, **coupled)
-    else:
-        loss = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective, **coupled)
+    options: dict[str, Any] = {}
+    if gather := objective.pending_gather(len(batch)):
+        coupled["pending"], options["on_texts"] = gather, gather.add
+    compute = two_passes if objective.is_coupled and len(batch) > 1 else one_pass
+    loss = compute(engine, batch, objective, coupled, options)
     engine.check_gradients()
     batch.clear()
     return loss
 
 
-def one_pass(engine: Engine, batch: Batch, objective: Objective, **coupled: Any) -> StepLoss:
-    """Collective. Compute the gradients of a batch of one micro-batch. `coupled` are its `coupled_columns`, and any
-    `EarlyGather` as `begun`."""
-    output = engine(**batch, **_listener(coupled))
-    loss = objective.mean_loss(output)
-    if objective.is_coupled:
-        loss = objective.coupled_loss(*objective.compared(output), **objective.parameters(output), **coupled) + loss
-    else:
-        loss = loss + _zero_of_the_rest(output, objective)
-    metrics = _copied_metrics(output, objective)
-    engine.backward(loss)
-    return StepLoss(loss.detach(), {**metrics, **_gradient_norms([objective.gradient_squares(output)])})
+def one_pass(
+    engine: Engine, batch: Sequence[Batch], objective: Objective, coupled: dict[str, Any], options: dict[str, Any]
+) -> StepLoss:
+    """Collective. Compute the gradients of one micro-batch, or of several by plain accumulation for a mean of samples.
 
-
-def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
-    """Collective. Compute gradients by plain accumulation over micro-batches, for a loss that is a mean of samples."""
+    Args:
+        coupled: keywords of `coupled_loss` for all micro-batches.
+        options: keywords of the model besides a batch.
+    """
     losses, metrics, squares = [], [], []
     for micro_batch in engine.accumulate(batch):
-        output = engine(**micro_batch)
+        output = engine(**micro_batch, **options)
         loss = objective.mean_loss(output) / len(batch)
+        if objective.is_coupled:
+            rest = objective.coupled_loss(*objective.compared(output), **objective.parameters(output), **coupled)
+        else:
+            rest = _zero_of_the_rest(output, objective)
         metrics.append(_copied_metrics(output, objective))
-        engine.backward(loss + _zero_of_the_rest(output, objective))
-        losses.append(loss.detach())
+        engine.backward(loss + rest)
+        losses.append((loss + rest).detach())
         squares.append(objective.gradient_squares(output))
     return StepLoss(torch.stack(losses).sum(), {**_mean_metrics(metrics), **_gradient_norms(squares)})
 
 
-def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **coupled: Any) -> StepLoss:
+def two_passes(
+    engine: Engine, batch: Sequence[Batch], objective: Objective, coupled: dict[str, Any], options: dict[str, Any]
+) -> StepLoss:
     """Collective. Compute the gradients of all micro-batches, with one micro-batch's activations in memory at a time
-    (Gao et al. 2021, arXiv 2101.06983).
+    (Gao et al. 2021, arXiv 2101.06983). The arguments are those of `one_pass`.
 
     The first pass embeds all micro-batches without activations, and the loss gives each embedding its gradient. The
     second pass passes these gradients on to the weights. Masks and crops are part of the batch, so both passes see the
-    same images. `coupled` are the `coupled_columns` of all micro-batches, and any `EarlyGather`
-    as `begun`.
+    same images.
     """
+    embedded, means, metrics, squares = [], [], [], []
     with torch.no_grad():
-        passes = [_first_pass(engine, micro_batch, objective, _listener(coupled)) for micro_batch in batch]
-    rows = [torch.cat(parts) for parts in zip(*(part.compared for part in passes), strict=True)]
-    parameters = passes[0].parameters
+        for micro_batch in batch:
+            output = engine(**micro_batch, **options)
+            embedded.append(objective.compared(output))
+            # Copies, because a sharding engine frees a parameter's memory.
+            parameters = {name: value.clone() for name, value in objective.parameters(output).items()}
+            metrics.append(_copied_metrics(output, objective))
+            means.append(objective.mean_loss(output))
+    rows = [torch.cat(parts) for parts in zip(*embedded, strict=True)]
+    # The second pass needs their memory.
+    del output, embedded
     cache = [*rows, *parameters.values()]
     for tensor in cache:
         tensor.requires_grad_()
@@ -90,37 +96,14 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective, **c
     unused = [None] * len(batch)
     of_rows = [unused if g is None else g.chunk(len(batch)) for g in gradients[: len(rows)]]
     of_parameters = [unused if g is None else [g / len(batch)] * len(batch) for g in gradients[len(rows) :]]
-    squares = []
     for micro_batch, *handed in engine.accumulate(list(zip(batch, *of_rows, *of_parameters, strict=True))):
         output = engine(**micro_batch)
         values = [*objective.compared(output), *objective.parameters(output).values()]
         products = [(value * g).sum() for value, g in zip(values, handed, strict=True) if g is not None]
         engine.backward(torch.stack(products).sum() + objective.mean_loss(output) / len(batch))
         squares.append(objective.gradient_squares(output))
-    mean_loss = sum(part.mean_loss for part in passes) / len(batch)
-    metrics = _mean_metrics([part.metrics for part in passes])
-    return StepLoss(loss.detach() + mean_loss, {**metrics, **_gradient_norms(squares)})
-
-
-def _listener(coupled: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's argument that begins the gather of its texts."""
-    return {"on_texts": coupled["begun"].add} if "begun" in coupled else {}
-
-
-class _FirstPass(NamedTuple):
-    """Outputs of a micro-batch's first pass."""
-
-    compared: tuple[torch.Tensor, ...]
-    parameters: dict[str, torch.Tensor]
-    mean_loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
-
-
-def _first_pass(engine: Engine, micro_batch: Batch, objective: Objective, listener: dict[str, Any]) -> _FirstPass:
-    output = engine(**micro_batch, **listener)
-    parameters = {name: value.clone() for name, value in objective.parameters(output).items()}
-    metrics = _copied_metrics(output, objective)
-    return _FirstPass(objective.compared(output), parameters, objective.mean_loss(output), metrics)
+    loss = loss.detach() + torch.stack(means).sum() / len(batch)
+    return StepLoss(loss, {**_mean_metrics(metrics), **_gradient_norms(squares)})
 
 
 def _copied_metrics(output: FlipOutput, objective: Objective) -> dict[str, torch.Tensor]:

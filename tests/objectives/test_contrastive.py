@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from flipscale.objectives import tiles
-from flipscale.objectives.contrastive import contrastive_loss
+from flipscale.objectives import contrastive
+from flipscale.objectives.contrastive import Matrix, contrastive_loss, for_each_tile
 from flipscale.objectives.sigmoid import sigmoid_loss
 
 
@@ -76,18 +76,21 @@ def check_against_fp64(
         assert ((a.grad - b.grad).abs() <= 1e-5 * b.grad.abs().max() + rounding * b.grad.abs() + 1e-12).all()
 
 
-@pytest.mark.parametrize("noise", [None, 3.0, 0.5, 0.05], ids=["unrelated", "learning", "learned", "well learned"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (2, 1024), (7, 32), (257, 96), (1025, 33), (1531, 256)])
+# Scale of the logits, and noise of the texts: unrelated, learning, learned and well learned.
+STATES = [(1.0, None), (14.3, None), (14.3, 3.0), (100.0, None), (100.0, 0.5), (100.0, 0.05)]
+
+
+@pytest.mark.parametrize(("scale", "noise"), STATES)
+@pytest.mark.parametrize(
+    ("batch", "dim", "dtype"),
+    [(1, 32, torch.float32), (7, 1024, torch.bfloat16), (257, 96, torch.float32), (1531, 33, torch.bfloat16)],
+)
 def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None) -> None:
     check_against_fp64([*embeds_of(batch, dim, noise, dtype), torch.tensor([scale])])
 
 
-@pytest.mark.parametrize("captions", [2, 5])
-@pytest.mark.parametrize("noise", [None, 3.0, 0.5], ids=["unrelated", "learning", "learned"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (7, 32), (257, 96), (701, 256)])
+@pytest.mark.parametrize(("scale", "noise"), [(1.0, None), (14.3, 3.0), (100.0, 0.5)])
+@pytest.mark.parametrize(("batch", "dim", "captions"), [(1, 32, 2), (7, 32, 5), (257, 96, 2)])
 def test_several_captions_of_an_image(batch: int, dim: int, scale: float, noise: float | None, captions: int) -> None:
     inputs = [*captions_of(batch, captions, dim, noise), torch.tensor([scale])]
     check_against_fp64(inputs, contrastive_loss, plain_loss_of_captions)
@@ -117,9 +120,8 @@ def test_equal_texts_as_positives_would_change_no_gradient() -> None:
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("scale", [30.0, 100.0])
-def test_large_batch(scale: float) -> None:
-    check_against_fp64([*embeds_of(4096, 512, 2.0), torch.tensor([scale])])
+def test_large_batch() -> None:
+    check_against_fp64([*embeds_of(4096, 512, 2.0), torch.tensor([100.0])])
 
 
 @pytest.mark.parametrize("scale", [20.0, 100.0])
@@ -138,13 +140,12 @@ def threads() -> Callable[[int], None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scale", [20.0, 100.0])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "scale"), [(2, 20.0), (4, 100.0)])
 def test_blocks_run_on_threads(
     count: int, scale: float, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each product waits until all blocks compute one, which is possible only with a thread each."""
-    monkeypatch.setattr(tiles, "_BLOCK", 100)
+    monkeypatch.setattr(contrastive, "_BLOCK", 100)
     all_blocks = threading.Barrier(count, timeout=60)
     product = torch.mm
 
@@ -162,11 +163,11 @@ def test_blocks_run_on_threads(
 
 
 def test_errors_on_threads_reach_the_caller(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_BLOCK", 2)
+    monkeypatch.setattr(contrastive, "_BLOCK", 2)
     threads(2)
     sides = (torch.ones(8, 3), torch.ones(8, 4))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        tiles.for_each_block(list, *sides, torch.tensor(1.0), 0, tiles.workspace(*sides, buffers=2))
+        for_each_tile(list, Matrix(*sides, torch.tensor(1.0), 0))
     assert torch.get_num_threads() == 2
 
 

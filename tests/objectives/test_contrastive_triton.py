@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,12 @@ from objectives import test_contrastive
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flipscale.engines import device as gpus
-from flipscale.objectives import contrastive, tiles
-from flipscale.objectives.tiles import LogSumExp, SimilarityTiles, workspace
+from flipscale.objectives import contrastive
+from flipscale.objectives.contrastive import LogSumExp, Matrix, for_each_tile
 
 contrastive_triton = pytest.importorskip("flipscale.objectives.contrastive_triton")
 
 Interpreted = Callable[..., None]
-
-
-def functions_for(rows: torch.Tensor) -> ModuleType:
-    return contrastive_triton if rows.dtype == torch.float32 else tiles
 
 
 def tf32(numbers: np.ndarray) -> np.ndarray:
@@ -51,8 +47,8 @@ def interpret() -> None:
 
     InterpreterBuilder.create_dot = dot
     torch.set_num_threads(1)
-    tiles._TILE["cpu"] = (200, 150)
-    contrastive.tile_functions = functions_for
+    contrastive._TILE["cpu"] = (200, 150)
+    contrastive.triton_serves = lambda rows: rows.dtype == torch.float32
     contrastive._FEW = 0
 
 
@@ -66,10 +62,14 @@ def interpreted() -> Iterator[Interpreted]:
         yield lambda function, *inputs: process.submit(function, *inputs).result()
 
 
-@pytest.mark.parametrize(("scale", "noise"), [(1.0, None), (14.3, 3.0), (100.0, 0.5)])
 @pytest.mark.parametrize(
-    ("batch", "dim", "dtype"),
-    [(1, 32, torch.float32), (7, 33, torch.bfloat16), (257, 96, torch.bfloat16), (300, 33, torch.float32)],
+    ("batch", "dim", "dtype", "scale", "noise"),
+    [
+        (1, 32, torch.float32, 100.0, 0.5),
+        (7, 33, torch.bfloat16, 14.3, 3.0),
+        (257, 96, torch.bfloat16, 1.0, None),
+        (300, 33, torch.float32, 100.0, 0.5),
+    ],
 )
 def test_value_and_gradients(
     interpreted: Interpreted, batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None
@@ -97,19 +97,18 @@ def test_non_finite_embeddings(interpreted: Interpreted, number: float) -> None:
     interpreted(check_non_finite, number)
 
 
-def both_passes(
-    functions: ModuleType, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None
-) -> list[torch.Tensor]:
+def both_passes(rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None) -> list[torch.Tensor]:
     """Return the log-sum-exp of the negatives, the positives, and the gradients of rows and columns."""
-    memory = workspace(rows, columns, buffers=2)[0]
-    matrix = SimilarityTiles(rows, columns, torch.tensor(30.0, dtype=torch.float64), first_pair, memory)
+    fused = contrastive.triton_serves(rows)
+    matrix = Matrix(rows, columns, torch.tensor(30.0, dtype=torch.float64), first_pair, shift)
     positives, column_positives = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
     of_rows, of_columns = LogSumExp.empty(rows, shift), LogSumExp.empty(columns, shift)
-    functions.add_negatives(matrix, of_rows, of_columns, positives, shift)
+    for_each_tile(contrastive._add_negatives, matrix, shift, of_rows, of_columns, positives, fused=fused)
     softmax = of_rows.softmax(positives), of_columns.softmax(column_positives)
     gradients = torch.zeros_like(rows), torch.zeros_like(columns)
     positive_gradient = torch.linspace(-1, 1, len(rows), dtype=rows.dtype)
-    functions.add_gradients(matrix, *softmax, positive_gradient, *gradients, shift)
+    weights = (shift, *softmax, positive_gradient, *gradients)
+    for_each_tile(contrastive._add_gradients, matrix, *weights, fused=fused)
     if shift is not None:
         assert {*of_rows.shift.tolist(), *of_columns.shift.tolist()} == {shift}
     return [of_rows.total.log() + of_rows.shift, of_columns.total.log() + of_columns.shift, positives, *gradients]
@@ -119,8 +118,8 @@ def check_against_plain(height: int, width: int, first_pair: int, shift: float |
     """Compare the kernels on strided fp32 with torch in fp64."""
     embeds = torch.randn(height + width, 40, 2, generator=torch.Generator().manual_seed(height))
     rows, columns = torch.nn.functional.normalize(embeds, dim=1)[..., 0].split([height, width])
-    found = both_passes(contrastive_triton, rows, columns, first_pair, shift)
-    expected = both_passes(tiles, rows.double(), columns.double(), first_pair, shift)
+    found = both_passes(rows, columns, first_pair, shift)
+    expected = both_passes(rows.double(), columns.double(), first_pair, shift)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
@@ -164,6 +163,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
     for compiler in compilers:
         compiler.kernel.device_caches.clear()
         monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
+    monkeypatch.setattr(contrastive, "triton_serves", lambda rows: True)
     yield compilers
     for compiler in compilers:
         compiler.kernel.device_caches.clear()
@@ -193,7 +193,7 @@ def test_kernels_compile_without_spills(gpu: list[Compiler], tmp_path: Path) -> 
 
     # Triton compiles anew for a 1 and for multiples of 16.
     for first_pair in (0, 1, -7, 48):
-        both_passes(contrastive_triton, *torch.zeros(2, 512, 512), first_pair, None)
+        both_passes(*torch.zeros(2, 512, 512), first_pair, None)
     for compiler in gpu:
         assert len(compiler.programs) == 4
         for program in compiler.programs:
@@ -205,14 +205,13 @@ def test_kernels_compile_without_spills(gpu: list[Compiler], tmp_path: Path) -> 
             assert "tf32" in program.asm["ptx"]
 
 
-def test_the_kernels_serve_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_serve_fp32_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "_triton_runs_on", lambda device: True)
+    for is_cuda, dtype in ((True, torch.float32), (True, torch.float64), (False, torch.float32)):
+        rows: Any = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=torch.device("cuda", 0))
+        assert contrastive.triton_serves(rows) == (is_cuda and dtype == torch.float32)
     with FakeTensorMode():
-        on_gpu = torch.empty(2, 2, device="cuda")
-        assert contrastive.tile_functions(on_gpu) is contrastive_triton
-        assert contrastive.tile_functions(on_gpu.double()) is tiles
-        assert contrastive.tile_functions(on_gpu.cpu()) is tiles
-        monkeypatch.setattr(contrastive, "find_spec", lambda name: None)
-        assert contrastive.tile_functions(on_gpu) is tiles
+        assert not contrastive.triton_serves(torch.empty(2, 2, device="cuda")), "a dry run needs no compiler"
 
 
 def check_trial() -> None:
@@ -238,10 +237,10 @@ def test_torch_replaces_failing_kernels_with_one_warning(fault: Exception, monke
     monkeypatch.setattr(gpus._log, "warning", lambda words, *values: warnings.append(words % values))
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
     try:
-        assert [contrastive.tile_functions(gpu) for _ in range(3)] == [tiles] * 3
+        assert [contrastive.triton_serves(gpu) for _ in range(3)] == [False] * 3
         monkeypatch.setenv("LOCAL_RANK", "3")
         contrastive._triton_runs_on.cache_clear()
-        assert contrastive.tile_functions(gpu) is tiles
+        assert not contrastive.triton_serves(gpu)
     finally:
         contrastive._triton_runs_on.cache_clear()
     (line,) = warnings

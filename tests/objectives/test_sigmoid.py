@@ -25,8 +25,10 @@ def plain_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bia
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (7, 1024), (257, 96), (1531, 33)])
+@pytest.mark.parametrize(
+    ("batch", "dim", "dtype"),
+    [(1, 32, torch.float32), (7, 1024, torch.bfloat16), (257, 96, torch.float32), (1531, 33, torch.bfloat16)],
+)
 def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, bias: float) -> None:
     inputs = [*embeds_of(batch, dim, 1.0, dtype), torch.tensor([scale]), torch.tensor([bias])]
     check_against_fp64(inputs, sigmoid_loss, plain_loss)
@@ -48,17 +50,15 @@ def plain_loss_of_captions(
     return -logsigmoid(signs * (scale * image @ text.T + bias)).sum() / len(text)
 
 
-@pytest.mark.parametrize("captions", [2, 5])
-@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
-@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (257, 96), (701, 33)])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, -60.0)])
+@pytest.mark.parametrize(("batch", "dim", "captions"), [(1, 32, 2), (257, 96, 5)])
 def test_several_captions_of_an_image(batch: int, dim: int, scale: float, bias: float, captions: int) -> None:
     inputs = [*captions_of(batch, captions, dim, 1.0), torch.tensor([scale]), torch.tensor([bias])]
     check_against_fp64(inputs, sigmoid_loss, plain_loss_of_captions)
 
 
-@pytest.mark.parametrize("count", [5, 200, 10**6])
-@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
-@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (257, 96), (1531, 33)])
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, 3.0), (100.0, -60.0)])
+@pytest.mark.parametrize(("batch", "dim", "count"), [(1, 32, 5), (257, 96, 200), (1531, 33, 10**6)])
 def test_equal_ids_are_positives(batch: int, dim: int, scale: float, bias: float, count: int) -> None:
     inputs, ids = [*embeds_of(batch, dim, 1.0), torch.tensor([scale]), torch.tensor([bias])], ids_of(batch, count)
     check_against_fp64(inputs, partial(sigmoid_loss, ids=ids), partial(plain_loss_of_ids, ids=ids))

@@ -1,6 +1,5 @@
 """Targets from teachers: the loss and its gradients, against plain formulas in fp64 and open_clip's own loss."""
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +9,13 @@ import torch
 import yaml
 from engines.test_fake_world import Recorder, fake_world
 from objectives.test_contrastive import check_against_fp64, embeds_of
-from objectives.test_world import INFONCE, Held
-from torch._subclasses.fake_tensor import FakeTensorMode
+from objectives.test_world import INFONCE, Held, on
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipscale.engines.launch import Launch
 from flipscale.objectives.build import build_objective
-from flipscale.objectives.teacher import Distilled, _change_and_gradients
-from flipscale.objectives.tiles import PrecomputedGradients
+from flipscale.objectives.contrastive import Distilled, PrecomputedGradients, _change_of_targets
 from flipscale.planning.memory import loss_bytes
 from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.loss import LossRecipe
@@ -51,8 +48,7 @@ def plain_loss(
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("noise", [None, 0.5], ids=["unrelated", "learned"])
-@pytest.mark.parametrize(("weight", "scales"), [(1.0, [100.0]), (0.3, [14.3, 60.0])])
+@pytest.mark.parametrize(("noise", "weight", "scales"), [(None, 1.0, [100.0]), (0.5, 0.3, [14.3, 60.0])])
 @pytest.mark.parametrize(("batch", "dim", "views"), [(1, 32, 1), (7, 32, 3), (257, 96, 1), (1531, 128, 2)])
 def test_value_and_gradients(
     batch: int, dim: int, views: int, scales: list[float], weight: float, noise: float | None
@@ -110,12 +106,12 @@ def test_settings_of_teachers_need_teachers(name: str) -> None:
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:
     """Run the change of targets by two teachers, and then the contrastive loss, on one process of a fake world."""
     both = [SimpleNamespace() for _ in range(2)]
-    with fake_world(world - 1, world), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
+    with fake_world(world - 1, world), on(device), torch.no_grad():
         sides = [normalize(torch.randn(pairs, dim, device=device), dim=1) for _ in range(2)]
         inputs = [*sides, torch.full((1,), 10.0, device=device)]
         teachers = torch.randn(pairs, 2, 2, width, device=device)
         with held:
-            change = partial(_change_and_gradients, teachers=teachers)
+            change = partial(_change_of_targets, teachers=teachers)
             PrecomputedGradients.forward(both[0], change, torch.float32, *inputs)
             if isinstance(held, Held):
                 PrecomputedGradients.forward(both[1], INFONCE, torch.float32, *inputs)
@@ -133,8 +129,8 @@ def test_messages_do_not_grow_with_the_world(device: str) -> None:
         of_gradients = ("alltoall_base_", world * 320) if device == "cpu" else ("_reduce_scatter_base_", 320)
         gather, scatter = ("_allgather_base_", rows, world * rows), (of_gradients[0], world * 320, of_gradients[1])
         assert recorder.collectives == [gather, *bounds, *softmax, scatter]
-    assert recorders[8].counts == recorders[256].counts
     if device == "cuda":
+        assert recorders[8].counts == recorders[256].counts
         assert recorders[256].devices == {"cuda"}, "the host waits"
 
 

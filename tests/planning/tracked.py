@@ -28,7 +28,7 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.start import build_engine
 from flipscale.model.modeling_flip import as_on_gpu
-from flipscale.objectives import exchange, tiles
+from flipscale.objectives import contrastive
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
@@ -135,17 +135,13 @@ def _fake_tensors() -> Iterator[None]:
             if hasattr(parameter, "device_mesh"):
                 parameter.grad = None
 
-    real_workspace = tiles.workspace_elements
-
-    def gpu_workspace(*sizes: int, **of_cpu: Any) -> tuple[int, int]:
-        return real_workspace(*sizes[:3], buffers=2, device_type="cuda")
-
+    tiling = contrastive._tiling
     numbers = {torch.ops.aten._local_scalar_dense.default: some_number}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, numbers))
         stack.enter_context(mock.patch.object(torch.optim.Optimizer, "zero_grad", keep))
-        stack.enter_context(mock.patch.object(tiles, "workspace_elements", gpu_workspace))
-        stack.enter_context(mock.patch.object(exchange, "_sum_to_owner", _sum_to_owner))
+        stack.enter_context(mock.patch.object(contrastive, "_tiling", lambda *sizes: tiling(*sizes[:2], "cuda")))
+        stack.enter_context(mock.patch.object(contrastive, "_sum_to_owner", _sum_to_owner))
         # Fake parameters are made where they belong, and cannot be swapped.
         stack.enter_context(mock.patch.object(nn.Module, "_apply", lambda self, fn, recurse=True: self))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -112,13 +112,13 @@ def feed_on_any_gpu(stack: ExitStack) -> None:
 def spoil_a_tile(stack: ExitStack) -> None:
     from flipscale.objectives import contrastive_triton
 
-    right = contrastive_triton.add_gradients
+    right = contrastive_triton.logit_gradient
 
-    def wrong(tiles: Any, *given: Any) -> None:
-        right(tiles, *given)
-        given[3][:128, :16] *= 1.01  # a block of the rows' gradient
+    def wrong(*given: Any) -> None:
+        right(*given)
+        given[-1][:128, :64] *= 1.01  # a block of the logits' gradients
 
-    stack.enter_context(patch.object(contrastive_triton, "add_gradients", wrong))
+    stack.enter_context(patch.object(contrastive_triton, "logit_gradient", wrong))
 
 
 @pytest.mark.long

@@ -83,7 +83,7 @@ def test_the_loss_does_as_much_in_any_world() -> None:
 def test_texts_are_gathered_beside_the_image_tower(engine: str, flags: tuple[str, ...]) -> None:
     found, parts = step(engine, 8, 1, *flags), BATCH // 8 // 256 if PARTS in flags else 1
     (gather,) = (one for one in found.collectives if one.kind == "all_gather" and one.size == BATCH // 8 * DIM)
-    assert gather.place.startswith("objectives/exchange.py")
+    assert gather.place.startswith("objectives/contrastive.py")
     # A third of the kernels are those of the forward passes. All but the last image tower's are done.
     assert (parts - 1) / parts * found.work.kernels / 4 < gather.kernels < found.work.kernels / 3
 
