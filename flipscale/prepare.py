@@ -282,10 +282,9 @@ def _inspect(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     from flipscale.data.sources.opening import open_shards
     from flipscale.preparation.audit.audit import audit, find_test_sets, summary
-    from flipscale.recipe.data import DataRecipe
 
     test_sets = find_test_sets(args.tests) if args.tests else {}
-    source = open_shards(args.shards, DataRecipe())
+    source = open_shards(args.shards)
     figures = audit(args.shards, source, test_sets, args.output_dir, args.tokenizer, args.num_workers)
     print("\n".join(f"{name:<52}{value:>16}" for name, value in summary(figures)))
     print(f"\nthe whole audit is in {args.output_dir / 'audit.md'}")
@@ -366,9 +365,8 @@ def _embed(args: argparse.Namespace) -> None:
 def _index(args: argparse.Namespace) -> None:
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.sources.remote import RemoteTarSource
-    from flipscale.recipe.data import DataRecipe
 
-    source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1), anew=True)
+    source = open_shards(args.shards, anew=True)
     if isinstance(source, RemoteTarSource):
         source.publish()
     for fault in source.faults:

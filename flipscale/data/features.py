@@ -98,10 +98,10 @@ class StoredFeatures:
     def rows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Return the features of samples, float16 `(samples, width)`. Rows of NaN are of samples that are bad. Raise
         UserError if other rows are not finite."""
-        found = np.empty((len(shards), self.width), np.float16)
+        stored_rows = np.empty((len(shards), self.width), np.float16)
         for shard, places in by_value(shards):
-            found[places] = self._checked(shard, numbers[places])
-        return found
+            stored_rows[places] = self._checked(shard, numbers[places])
+        return stored_rows
 
     def row(self, place: tuple[int, int]) -> np.ndarray:
         """Return the features of a sample, float16 `(width,)` or `(crops, width)`, or raise MissingFeatures. Raises as
@@ -157,11 +157,11 @@ class StoredPairs(PairDataset):
             return super().__getitems__(positions)
         where = np.asarray(positions, dtype=np.int64)
         shards, numbers = self.order.locate(where)
-        found = {tower: features.rows(shards, numbers) for tower, features in self.stored.items()}
+        stored_rows = {tower: features.rows(shards, numbers) for tower, features in self.stored.items()}
         captions: list[Any] = []
         faults: dict[int, Fault] = {}
         if "texts" in self.stored:
-            rows = np.flatnonzero(np.isnan(np.stack([of_tower[:, 0] for of_tower in found.values()])).any(axis=0))
+            rows = np.flatnonzero(np.isnan(np.stack([rows[:, 0] for rows in stored_rows.values()])).any(axis=0))
         else:
             self.source.fetch_ahead(self.order.shards_ahead(where))
             rows = np.arange(len(where))
@@ -175,8 +175,8 @@ class StoredPairs(PairDataset):
                 (shards[row], numbers[row]), faults[row] = place, fault
         replaced = list(faults)
         for tower, features in self.stored.items():
-            found[tower][replaced] = features.rows(shards[replaced], numbers[replaced])
-        columns = {f"{tower[:-1]}_features": torch.from_numpy(of_tower) for tower, of_tower in found.items()}
+            stored_rows[tower][replaced] = features.rows(shards[replaced], numbers[replaced])
+        columns = {f"{tower[:-1]}_features": torch.from_numpy(rows) for tower, rows in stored_rows.items()}
         if "texts" not in self.stored:
             try:
                 columns |= self._annotation_columns(captions, where)

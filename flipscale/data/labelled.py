@@ -187,18 +187,18 @@ def _cut(one: np.ndarray, other: np.ndarray, share: float) -> tuple[np.ndarray, 
     return mixed, rest, float(share)
 
 
-def _rand_augment(words: str, image_size: int) -> Callable[[Image.Image], Image.Image]:
-    timm_data = needed("timm.data", f"data.augment.rand_augment is {words!r}, which needs timm", _FINETUNE)
+def _rand_augment(policy: str, image_size: int) -> Callable[[Image.Image], Image.Image]:
+    timm_data = needed("timm.data", f"data.augment.rand_augment is {policy!r}, which needs timm", _FINETUNE)
     options = {
         "translate_const": int(image_size * _TRANSLATE),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        return timm_data.rand_augment_transform(words, options)
+        return timm_data.rand_augment_transform(policy, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"data.augment.rand_augment is {words!r}, which timm does not know ({' '.join(str(error).split())}); use "
+            f"data.augment.rand_augment is {policy!r}, which timm does not know ({' '.join(str(error).split())}); use "
             "such as 'rand-m9-mstd0.5-inc1'"
         ) from error
 

@@ -36,6 +36,11 @@ class Lanes:
     count: int = 1
     batch_size: int = 1
 
+    @classmethod
+    def of(cls, recipe: DataRecipe) -> "Lanes":
+        """Return the lanes of a recipe."""
+        return cls(recipe.num_lanes, recipe.global_batch_size)
+
     @property
     def width(self) -> int:
         """Pairs of every batch in one lane."""
@@ -52,14 +57,14 @@ class Lanes:
         batches, offset = divmod(position, self.batch_size)
         return batches * self.width + np.clip(offset - np.arange(self.count) * self.width, 0, self.width)
 
+    def over(self, num_shards: int, shards_per_block: int) -> tuple["Lanes", int]:
+        """Return the lanes of an order of `num_shards` shards, and the number of shards that each reads at a time.
 
-def share_out(num_shards: int, shards_per_block: int, lanes: Lanes) -> tuple[Lanes, int]:
-    """Return the lanes of an order of `num_shards` shards, and the number of shards that each lane reads at a time.
-
-    All lanes together read `shards_per_block` at a time, at least one each. If that is all shards, one lane reads them.
-    """
-    of_each = -(-shards_per_block // lanes.count)
-    return (lanes, of_each) if of_each * lanes.count < num_shards else (Lanes(), num_shards)
+        All lanes together read `shards_per_block` at a time, at least one each. If that is all shards, one lane reads
+        them.
+        """
+        of_each = -(-shards_per_block // self.count)
+        return (self, of_each) if of_each * self.count < num_shards else (Lanes(), num_shards)
 
 
 def by_value(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -144,7 +149,7 @@ class GlobalOrder:
             raise UserError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
         self.seed = seed
         self.name = name
-        self.lanes, self.shards_of_a_lane = share_out(len(self.shard_sizes), shards_per_block, lanes)
+        self.lanes, self.shards_of_a_lane = lanes.over(len(self.shard_sizes), shards_per_block)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._shuffled: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._lanes_read: set[int] = set()
@@ -367,7 +372,7 @@ class MixtureOrder:
 
 def order_of(source: Source, seed: int, recipe: DataRecipe) -> GlobalOrder | MixtureOrder:
     """Return the global order of a source's samples."""
-    lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
+    lanes = Lanes.of(recipe)
     if source.parts:
         return MixtureOrder(source, seed, recipe.shards_per_block, lanes)
     return GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block, lanes=lanes, weights=source.weights)

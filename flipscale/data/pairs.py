@@ -221,7 +221,7 @@ class PairDataset(Dataset):
     def _first_good(
         self, position: int, shard: int, number: int, read: Callable[[tuple[int, int]], Value]
     ) -> tuple[Value, Fault | None]:
-        """Return what `read` makes of a sample or its first good replacement, and the fault of a replaced sample."""
+        """Read a sample, or its first good replacement. Return the value, and the fault of a replaced sample."""
         fault: Fault | None = None
         worker = get_worker_info()
         if worker is not None:
@@ -293,12 +293,12 @@ def check_kinds(source: Source, names: Sequence[str]) -> None:
             kinds, total = source.read(*place).kinds, total + 1
             for kind in counts:
                 counts[kind] += any(text.strip() for text in kinds.get(kind, ()))
-    words = ", ".join(f"{kind} in {count}" for kind, count in counts.items())
+    shares = ", ".join(f"{kind} in {count}" for kind, count in counts.items())
     for kind, count in counts.items():
         if total and not count:
             raise UserError(
                 f"data.captions or a stage's has the kind {kind!r}, which none of the first {total} samples has "
-                f"({words}); name a field of KEY.json, txt, or a column"
+                f"({shares}); name a field of KEY.json, txt, or a column"
             )
     if names:
-        _log.info("captions: of the first %d samples, %s", total, words)
+        _log.info("captions: of the first %d samples, %s", total, shares)

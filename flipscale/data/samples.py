@@ -67,11 +67,11 @@ class wrap_errors(ContextDecorator):
 
 def reason_of(error: BaseException) -> str:
     """Return the message of an exception in one line of at most 200 characters that any file can hold."""
-    words = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
-    words = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}..."
-    if isinstance(error, OSError | ValueError) and words:
-        return words
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    message = message if len(message) <= _LONGEST_REASON else f"{message[:_LONGEST_REASON]}..."
+    if isinstance(error, OSError | ValueError) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flipscale.data.samples import BadSample, SampleNumbers
-from flipscale.data.sources.opening import open_shards
+from flipscale.data.sources.opening import READ, open_shards
 from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
@@ -31,7 +31,6 @@ NUM_SHARDS = "nshards.txt"
 # The longest text files of test sets have a megabyte; more is a list of captions.
 _MOST_BYTES, _MOST_LINE = 20 << 20, 10_000
 # Evaluations read shard after shard.
-READ = DataRecipe(lanes=1, shards_per_block=1)
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class TestSet:
         shards = counted or _listed(data, part)
         try:
             with _reading(shards):
-                source = open_shards(shards, READ)
+                source = open_shards(shards)
         except FileNotFoundError as error:
             raise no_shards(shards) from error
         if source.faults:
@@ -235,7 +234,7 @@ def read_text(folder: str, name: str) -> str | None:
                 raise UserError(f"{path} has {size:,} bytes, more than {_MOST_BYTES:,}; is it another file?")
             content = Path(path).read_bytes()
         else:
-            cache = ShardCache(Path(READ.cache_dir).expanduser(), READ.cache_bytes)
+            cache = ShardCache(READ.cache_dir, READ.cache_bytes)
             with _reading(path), os.fdopen(cache.open(path), "rb") as file:
                 content = file.read()
         return content.decode("utf-8")

@@ -20,9 +20,7 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress
 from flipscale.preparation.lists import FileList, is_outside, picture_files
-from flipscale.recipe.data import DataRecipe
 
-_READ = DataRecipe(lanes=1, shards_per_block=1)
 _BATCH = 64
 
 
@@ -106,7 +104,7 @@ def open_pictures(place: str) -> Pictures:
     is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
     if not is_shards and not folder.is_dir():
         raise UserError(f"there is no folder {place}; name a folder of pictures, or shards named *.tar")
-    pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
+    pictures = ShardPictures(open_shards(place)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
         raise UserError(f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)}, or shards, *.tar")
     return pictures

@@ -48,7 +48,7 @@ def fields(**values: object) -> bytes:
 
 
 FILES = {"jpg": picture(), "json": fields(alt="red disc", synthetic=["blue bar", "blue ring"]), "txt": b"a grey cross"}
-ORDERS = [*itertools.permutations(["jpg", "json", "txt"]), *itertools.permutations(["cls", "jpg", "json", "txt"])]
+ORDERS = [*itertools.permutations(["jpg", "json", "txt"]), ("json", "cls", "txt", "jpg")]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
@@ -186,8 +186,6 @@ def test_two_captions_of_an_image_are_learned(kinds_recipe: Callable[..., Path],
     ("flags", "expected"),
     [
         (["--data.captions", "{alt: 0}"], "data.captions is {'alt': 0.0}"),
-        (["--data.captions", "{}"], "data.captions is {}"),
-        (["--loss.captions_per_image", "0"], "loss.captions_per_image is 0"),
         (["--loss.captions_per_image", "2", "--mask.views", "2"], "mask.views is 2 and loss.captions_per_image"),
         (
             ["--loss.kind", "sigmoid", "--loss.captions_per_image", "2", "--loss.positives", "equal_captions"],

@@ -102,7 +102,7 @@ def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) 
     assert feeders() == 0
 
 
-@pytest.mark.parametrize("taken", [1, 2, 5, 6])
+@pytest.mark.parametrize("taken", [1, 6])
 def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int, feeders: Callable[[], int]) -> None:
     source = Source(6)
     batches = prefetch(source.batches(), Device())

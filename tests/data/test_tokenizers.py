@@ -67,26 +67,6 @@ def test_bert_gives_the_originals_ids_on_the_zero_shot_prompts(bert: PreTrainedT
     np.testing.assert_array_equal(got, stored["ids"])
 
 
-@pytest.mark.parametrize(
-    ("word", "unknown"),
-    [
-        ("x" * 100, False),
-        ("x" * 101, True),
-        ("д" * 50, False),
-        ("д" * 50 + "a", True),
-        ("あ" * 33 + "a", False),
-        ("あ" * 33 + "aa", True),
-        ("a" * 50 + "”" + "a" * 50, False),
-    ],
-)
-def test_bert_words_of_more_than_100_bytes_are_unknown(bert: PreTrainedTokenizerBase, word: str, unknown: bool) -> None:
-    """By bytes, not characters, and a bracket or quotation mark ends a word."""
-    ids = bert(f"a {word} cat")["input_ids"]
-    assert (ids == [1037, 100, 4937]) == unknown
-    assert ids[0] == 1037
-    assert ids[-1] == 4937
-
-
 def test_bert_refuses_what_is_no_vocabulary(tmp_path: Path) -> None:
     """A folder without vocab.txt, and a file that is something else."""
     with pytest.raises(ValueError, match="there is no vocabulary at"):

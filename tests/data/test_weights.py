@@ -265,29 +265,19 @@ def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
         (replace(recipe, shards=str(other)), rf"data.weights '.*weights' has weights of 96 samples in 4 .*{shards}"),
         (replace(recipe, shards=str(alike)), "data.weights '.*weights' has weights of .* names, sizes or contents"),
         (replace(recipe, fraction=0.5), "data.fraction is 0.5 and data.weights is '.*weights'; leave one"),
-        (
-            replace(recipe, weights=str(tmp_path / "scores.npy")),
-            "data.weights is '.*scores.npy'; .*`--scores .*npy` reads",
-        ),
         (replace(recipe, weights="nowhere"), "data.weights is 'nowhere'; .* `flipscale prepare weights .* FOLDER`"),
-        (
-            replace(recipe, shards=None, sources=[SourceRecipe(shards="x")]),
-            "data.weights is '.*' and data.sources names 1",
-        ),
     ):
         with pytest.raises(ValueError, match=message):
             open_source(changed)
     # A file that is changed, cut or written by hand after it was made.
     opened, made = open_source(recipe), np.load(folder / "weights.npy")
-    for value in (np.nan, -1.0, 2.0):
-        np.save(folder / "weights.npy", np.where(np.arange(96) == 40, np.float32(value), made))
-        opened.weights.of_shard(0)
-        with pytest.raises(ValueError, match=r"data.weights '.*': weights.npy has changed at shard 1; make it anew"):
-            opened.weights.of_shard(1)
-    for damaged in (made[:-1], made.astype(float), made[:, None]):
-        np.save(folder / "weights.npy", damaged)
-        with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged .*lengths or types"):
-            open_source(recipe)
+    np.save(folder / "weights.npy", np.where(np.arange(96) == 40, np.float32(np.nan), made))
+    opened.weights.of_shard(0)
+    with pytest.raises(ValueError, match=r"data.weights '.*': weights.npy has changed at shard 1; make it anew"):
+        opened.weights.of_shard(1)
+    np.save(folder / "weights.npy", made[:-1])
+    with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged .*lengths or types"):
+        open_source(recipe)
     (folder / "weights.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged"):
         open_source(recipe)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_member
-from data.test_image_kinds import picture, saved, sixteen_bits
+from data.test_decode import picture, saved, sixteen_bits
 from evaluation.tiny_model import tiny_embedder
 from PIL import ExifTags, Image
 

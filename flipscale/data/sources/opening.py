@@ -22,6 +22,8 @@ from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 
+# For commands that read the samples in their order: one shard at a time.
+READ = DataRecipe(lanes=1, shards_per_block=1)
 # Independent of the run's seed, so that runs of all seeds have the same samples.
 _SEED = 0
 _PURPOSE = "fraction of the data"
@@ -50,12 +52,11 @@ def open_source(recipe: DataRecipe) -> Source:
     return Mixture(sources, weights or [source.num_drawn for source in sources])
 
 
-def open_shards(shards: str, recipe: DataRecipe, anew: bool = False) -> TarSource:
+def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> TarSource:
     """Open tar shards, on this machine or at a URL through the recipe's cache."""
     if "://" not in shards:
         return TarSource(shards, anew)
-    cache = ShardCache(Path(recipe.cache_dir).expanduser(), recipe.cache_bytes)
-    return RemoteTarSource(shards, cache, recipe, anew)
+    return RemoteTarSource(shards, ShardCache(recipe.cache_dir, recipe.cache_bytes), recipe, anew)
 
 
 def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:

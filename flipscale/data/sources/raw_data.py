@@ -29,7 +29,9 @@ def is_saved_dataset(folder: str) -> bool:
 
 def no_shards(shards: str) -> UserError:
     """Return the error of `shards` that match nothing, or raw data."""
-    writer = next((f"`{command}` writes them" for prefix, command in _WRITERS.items() if shards.startswith(prefix)), "")
+    command = next((command for prefix, command in _WRITERS.items() if shards.startswith(prefix)), "")
+    checkout = ", in a checkout of flipscale," if "examples/" in command else ""
+    writer = command and f"`{command}`{checkout} writes them"
     fix = _use_of(shards) or writer or "name a folder of *.tar, a glob, or a range like {00000..00041}.tar"
     return UserError(f"no shards at {shards!r}; {fix}")
 
@@ -54,5 +56,5 @@ def _use_of(shards: str) -> str:
     else:
         kind, source = "a table", str(raw[0])
     folder = f"data/{Path(source).absolute().stem}"
-    words = ["flipscale", "prepare", "shards", source, f"{folder}_shards" if os.path.exists(folder) else folder]
-    return f"it is {kind}: `{shlex.join(words)}` makes shards of it"
+    command = ["flipscale", "prepare", "shards", source, f"{folder}_shards" if os.path.exists(folder) else folder]
+    return f"it is {kind}: `{shlex.join(command)}` makes shards of it"

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from flipscale.data.order import Lanes, share_out
+from flipscale.data.order import Lanes
 from flipscale.data.samples import evenly, reason_of
 from flipscale.data.sources.manifest import (
     Manifest,
@@ -51,6 +51,7 @@ from flipscale.data.sources.shard_index import (
 from flipscale.data.sources.tar import StaleManifest, TarSource
 from flipscale.io.atomic import atomic_write, remove, unique_partial_path
 from flipscale.io.errors import UserError
+from flipscale.io.files import check_writable
 from flipscale.io.hub_requests import guard_requests
 from flipscale.recipe.data import DataRecipe
 
@@ -200,15 +201,11 @@ class ShardCache:
     temporary name contains the size, so that concurrent transfers keep the limit together.
     """
 
-    def __init__(self, folder: Path, max_bytes: int):
-        self.folder = folder
+    def __init__(self, folder: str | Path, max_bytes: int):
+        self.folder = Path(folder).expanduser()
         self.max_bytes = max_bytes
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir {folder} cannot be made ({error.strerror}); use a local disk") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"data.cache_dir {folder} may not be written; name a folder on a local disk")
+        check_writable(self.folder, "data.cache_dir")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, url: str) -> Path:
         """Return the path of the copy of `url`, whether or not it is fetched."""
@@ -449,8 +446,7 @@ class RemoteTarSource(TarSource):
         super().__init__(shards, anew)
         # The lanes of this node read some shards now and as many next.
         processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
-        lanes, of_each = share_out(len(self.shard_sizes), recipe.shards_per_block, lanes)
+        lanes, of_each = Lanes.of(recipe).over(len(self.shard_sizes), recipe.shards_per_block)
         largest = np.sort(self.manifest.num_bytes)[-2 * of_each * -(-lanes.count * here // processes) :]
         if cache.max_bytes < largest.sum():
             raise UserError(

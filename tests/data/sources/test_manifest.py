@@ -1,6 +1,5 @@
 """One manifest of all shards: what it lists, who writes it, when it is stale, and how few files a rank opens."""
 
-import logging
 import multiprocessing
 import os
 import pickle
@@ -96,28 +95,21 @@ def a_tick_later(folder: Path) -> None:
     os.utime(folder, ns=(folder.stat().st_mtime_ns + 10**9,) * 2)
 
 
-def test_shards_that_come_and_go_are_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shards_that_come_and_go_are_seen(tmp_path: Path) -> None:
     write_tiny(tmp_path, 3)
-    with caplog.at_level(logging.INFO):
-        assert len(TarSource(str(tmp_path)).shard_sizes) == 3
-        (tmp_path / "readme").touch()
-        a_tick_later(tmp_path)
+    assert len(TarSource(str(tmp_path)).shard_sizes) == 3
+    (tmp_path / "readme").touch()
+    a_tick_later(tmp_path)
+    for lists in (1, 0):  # the folder changed, its shards did not
         with file_operations(tmp_path) as operations:
             TarSource(str(tmp_path))
-        assert sum("dir" in operation for operation in operations) == 1, "the folder changed, its shards did not"
-        with file_operations(tmp_path) as operations:
-            TarSource(str(tmp_path))
-        assert not [operation for operation in operations if "dir" in operation]
-        assert not caplog.records
-        write_tiny(tmp_path, 5)
-        a_tick_later(tmp_path)
-        assert len(TarSource(str(tmp_path)).shard_sizes) == 5
-        (tmp_path / "00001.tar").unlink()
-        a_tick_later(tmp_path)
-        assert len(TarSource(str(tmp_path)).shard_sizes) == 4
-    assert [record.getMessage() for record in caplog.records] == [
-        f"manifest {tmp_path}/shards.manifest is stale: shards were added, removed or changed; it is rewritten"
-    ] * 2
+        assert sum("dir" in operation for operation in operations) == lists
+    write_tiny(tmp_path, 5)
+    a_tick_later(tmp_path)
+    assert len(TarSource(str(tmp_path)).shard_sizes) == 5
+    (tmp_path / "00001.tar").unlink()
+    a_tick_later(tmp_path)
+    assert len(TarSource(str(tmp_path)).shard_sizes) == 4
 
 
 def test_a_shard_that_is_replaced_stops_whoever_opens_it(tmp_path: Path) -> None:

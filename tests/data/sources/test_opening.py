@@ -139,5 +139,5 @@ def test_sources_in_a_recipe(tmp_path: Path) -> None:
 def test_missing_data_of_the_demo_is_told_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for shards, command in (("demo/train", "python examples/demo/data.py"), ("mine/train", "flipscale prepare shards")):
-        with pytest.raises(ValueError, match=f"no shards at 'data/{shards}'; `{command} .*` writes them"):
+        with pytest.raises(ValueError, match=f"no shards at 'data/{shards}'; `{command} .*`.* writes them"):
             open_source(DataRecipe(shards=f"data/{shards}"))

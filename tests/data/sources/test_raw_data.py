@@ -90,14 +90,3 @@ def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, toke
     recipe = parse_recipe(["--data.shards", "elsewhere", "--data.tokenizer", str(tokenizer_dir), *flags])
     assert (recipe.data.shards, recipe.data.sources[0].dataset) == (None, shards)
     assert open_source(recipe.data).read(0, 5).captions == (b"a green bar",)
-
-
-def test_both_or_neither_of_shards_and_sources(here: Path) -> None:
-    from flipscale.training.complete_recipe import parse_recipe
-
-    sources = ["--data.sources", "[{dataset: saved, caption_columns: [text]}]"]
-    assert len(open_source(parse_recipe(["--data.shards", "null", *sources]).data)) == PAIRS
-    with pytest.raises(ValueError, match=r"data.shards is 'x' and data.sources names 1; .*--data.shards null"):
-        open_source(parse_recipe(["--data.shards", "x", *sources]).data)
-    with pytest.raises(ValueError, match=r"data.shards is empty"):
-        open_source(parse_recipe(["--data.shards", "null"]).data)

@@ -82,7 +82,11 @@ def watched(folder: Path) -> Iterator[list[int]]:
     def watch() -> None:
         while not done.wait(0.001):
             with suppress(FileNotFoundError):  # removed meanwhile
-                most[0] = max(most[0], sum(path.stat().st_size for path in folder.glob("*")))
+                names = os.listdir(folder)
+                total = sum((folder / name).stat().st_size for name in names)
+                # Else a removed file and the file in its place would be counted together.
+                if names == os.listdir(folder):
+                    most[0] = max(most[0], total)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

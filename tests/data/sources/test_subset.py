@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_shards
-from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
 from flipscale.data.order import order_of
 from flipscale.data.samples import Source
@@ -60,13 +59,6 @@ def test_every_epoch_has_each_sample_once_in_an_order_of_the_seed(mixture: DataR
             orders.append([source.read(shard, n).image for shard, n in zip(shards, numbers, strict=True)])
     assert all(sorted(one) == sorted(images(source)) for one in orders)
     assert len({tuple(one) for one in orders}) == 4
-
-
-def test_shards_at_a_url_have_the_same_fraction(shards: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
-    with web(shards, breaks=0) as (url, _):
-        there = recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache", fraction=0.5)
-        here = recipe_of(shards, tmp_path, fraction=0.5, num_workers=0)
-        assert_equal(batches(there, tokenizer_dir, 3), batches(here, tokenizer_dir, 3))
 
 
 def test_a_fraction_that_leaves_nothing(shards: Path, mixture: DataRecipe) -> None:
