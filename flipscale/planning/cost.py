@@ -88,10 +88,9 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
             f"{stage.mask_ratio:.0%}" + ("" if stage.image_size is None else f" of {stage.image_size} px")
             for stage in recipe.stages
         ]
-        several = len(masked) > 1
-        rows.append(_row(name, "" if several else masked[0], total, f"{total.gpu_hours / first:.0%}"))
-        for share, (stage, planned) in zip(masked, by_stage.items(), strict=True):
-            rows += [_row(f"  {stage}", share, planned)] * several
+        rows.append(_row(name, masked[0] if len(masked) == 1 else "", total, f"{total.gpu_hours / first:.0%}"))
+        if len(masked) > 1:
+            rows += [_row(f"  {stage}", share, by_stage[stage]) for stage, share in zip(by_stage, masked, strict=True)]
     assumed = _assumed(gpus, dict(zip(recipes, costs, strict=True)))
     timed = [name for name, recipe in recipes.items() if recipe.budget_minutes is not None]
     assumed += [f"hours of {name} are its budget_minutes, and its pairs are computed" for name in timed]
@@ -106,13 +105,14 @@ def _row(name: str, masked: str, planned: PlannedCost, share: str = "") -> list[
 
 def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
     """Return the lines above the table."""
+    watts = "power unknown (--watts)" if gpus.watts is None else f"{gpus.watts:g} W a GPU"
     lines = [f"computed, for {gpus.count} x {gpus.name} at {gpus.mfu:.1%} of {gpus.peak / 1e12:,.0f} Tflop/s (MFU)"]
-    same = len(set(costs.values())) == 1
     for name, cost in costs.items():
-        of = "" if same else f"{name}: "
-        watts = f"{gpus.watts:g} W a GPU" if gpus.watts is not None else "power unknown (--watts)"
         price, grid = cost.device_hour_dollars, cost.kwh_co2_grams
-        dollars = f"{price:g} dollars a GPU's hour" if price is not None else "price unknown (--device_hour_dollars)"
-        co2 = f"{grid:g} g of CO2 a kWh" if grid is not None else "grid unknown (--kwh_co2_grams)"
-        lines.append(f"{of}{dollars}, {watts}, a PUE of {cost.pue:g}, {co2}")
-    return lines[:2] if same else lines
+        dollars = "price unknown (--device_hour_dollars)" if price is None else f"{price:g} dollars a GPU's hour"
+        co2 = "grid unknown (--kwh_co2_grams)" if grid is None else f"{grid:g} g of CO2 a kWh"
+        line = f"{dollars}, {watts}, a PUE of {cost.pue:g}, {co2}"
+        if len(set(costs.values())) == 1:
+            return [*lines, line]
+        lines.append(f"{name}: {line}")
+    return lines

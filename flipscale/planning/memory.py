@@ -7,7 +7,7 @@ laptop can plan a model of any size.
 import functools
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -236,43 +236,36 @@ def what_fits(recipe: Recipe, launch: Launch, limit: int) -> list[str]:
     again = "model.gradient_checkpointing"
     stages = [replace(stage, gradient_checkpointing=None) for stage in recipe.stages]
     recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True), stages=stages)
-    if recipe == recomputing:
-        return _fitting(_changes(recipe, launch), limit)
-    single = _fitting([{again: (recomputing, launch)}, *_changes(recipe, launch)], limit)
-    return single or [f"{again} and {other}" for other in _fitting(_changes(recomputing, launch), limit)]
+    recomputes = [(again, again, recomputing, launch)] if recipe != recomputing else []
+    fitting = _fitting([*recomputes, *_changes(recipe, launch)], limit)
+    if fitting or not recomputes:
+        return fitting
+    return [f"{again} and {other}" for other in _fitting(_changes(recomputing, launch), limit)]
 
 
-def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Launch]]]:
-    """Return groups of possible changes, the smallest change of a kind first."""
+def _changes(recipe: Recipe, launch: Launch) -> Iterator[tuple[str, str, Recipe, Launch]]:
+    """Yield the kind and name of possible changes, the smallest of a kind first, and what they change."""
     pairs = recipe.data.global_batch_size // launch.num_processes
     at_once = recipe.data.micro_batch_size or pairs
-    parts = [at_once // count for count in (4, 16) if at_once % count == 0]
-    counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
-    others = [replace(launch, engine=engine, shard_size=None, reshards=True) for engine in engine_classes()]
-    takes = [
-        other
-        for other in others
-        if other != launch
-        and engine_class(other).refusal(other, recipe.optim.name, recipe.model.compile is True) is None
-    ]
-    in_parts = {n: replace(recipe, data=replace(recipe.data, micro_batch_size=n)) for n in parts}
-    return [
-        {f"data.micro_batch_size {n}": (changed, launch) for n, changed in in_parts.items()},
-        *({other.engine: (recipe, other)} for other in takes),
-        {f"{count} processes": (recipe, replace(launch, num_processes=count)) for count in counts},
-    ]
+    for size in (at_once // count for count in (4, 16) if at_once % count == 0):
+        changed = replace(recipe, data=replace(recipe.data, micro_batch_size=size))
+        yield "micro-batches", f"data.micro_batch_size {size}", changed, launch
+    for engine in engine_classes():
+        other = replace(launch, engine=engine, shard_size=None, reshards=True)
+        refusal = engine_class(other).refusal(other, recipe.optim.name, recipe.model.compile is True)
+        if other != launch and refusal is None:
+            yield engine, engine, recipe, other
+    for count in (launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0):
+        yield "processes", f"{count} processes", recipe, replace(launch, num_processes=count)
 
 
-def _fitting(groups: list[dict[str, tuple[Recipe, Launch]]], limit: int) -> list[str]:
-    """Return the first fitting change of each group."""
-    fitting = []
-    for group in groups:
-        for words, (recipe, launch) in group.items():
-            need = recipe_memory(recipe, launch).total
-            if need <= limit:
-                fitting.append(f"{words} ({need / 2**30:.1f} GiB)")
-                break
-    return fitting
+def _fitting(changes: Iterable[tuple[str, str, Recipe, Launch]], limit: int) -> list[str]:
+    """Return the first fitting change of each kind."""
+    fitting: dict[str, str] = {}
+    for kind, name, recipe, launch in changes:
+        if kind not in fitting and (need := recipe_memory(recipe, launch).total) <= limit:
+            fitting[kind] = f"{name} ({need / 2**30:.1f} GiB)"
+    return list(fitting.values())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import pytest
 
 from flipscale.cli import main
 from flipscale.planning.cost import Gpus, cost_table, planned_cost
-from flipscale.planning.flops import pair_flops
 from flipscale.recipe.outputs import CostRecipe
 from flipscale.training.complete_recipe import parse_recipe
 
@@ -23,7 +22,6 @@ PLAN = ["--gpu", "h100", "--num_gpus", "2"]
     ("name", "mask_ratio", "gpu_hours", "dollars", "kwh"),
     [
         ("l16_laion400m_clip", 0.0, 3082, 7705, 2373),
-        ("l16_laion400m", 0.5, 1622, 4055, 1249),
         ("l16_laion400m", 0.75, 894, 2234, 688),
         ("h14_laion2b", 0.5, 8937, 22343, 6882),
     ],
@@ -34,7 +32,6 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
     recipe = replace(recipe, stages=[replace(first, mask_ratio=mask_ratio), *others])
     planned = planned_cost(recipe, H100S, COST)
     *stages, total = planned.values()
-    assert [*planned] == [*(stage.name for stage in recipe.stages), "in all"]
     expected = (gpu_hours, gpu_hours / 256, dollars, kwh, kwh * 0.369)
     assert (total.gpu_hours, total.hours, total.dollars, total.kwh, total.co2_kg) == pytest.approx(expected, rel=0.02)
     for field in ("pairs", "hours", "gpu_hours", "kwh", "dollars", "co2_kg"):
@@ -44,28 +41,11 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
 def test_several_recipes() -> None:
     flip, clip = (parse_recipe(["--config", name]) for name in ("l16_laion400m", "l16_laion400m_clip"))
     lines = cost_table({"clip": clip, "flip": flip}, H100S, [COST, CostRecipe()]).splitlines()
-    assert lines[:4] == [
-        "computed, for 256 x H100 at 45.0% of 989 Tflop/s (MFU)",
-        "clip: 2.5 dollars a GPU's hour, 700 W a GPU, a PUE of 1.1, 369 g of CO2 a kWh",
-        "flip: price unknown (--device_hour_dollars), 700 W a GPU, a PUE of 1, grid unknown (--kwh_co2_grams)",
-        "",
-    ]
-    rows = [re.split(" {2,}", line.strip()) for line in lines[5:]]
     # A recipe of one stage has one row.
-    assert [row[0] for row in rows] == ["clip", "flip", *(stage.name for stage in flip.stages)]
-    clip_row, flip_row, masked_row, _ = rows
-    assert clip_row[1:6] == ["0%", "12,799,967,232", "12.04 h", "3,082 h", "100%"]
-    assert flip_row[1:] == ["12,927,959,040", "6.34 h", "1,622 h", "53%", "1,135", "-", "-"]
-    assert masked_row[1:5] == ["50%", "12,799,967,232", "6.22 h", "1,591 h"]
-
-
-def test_a_stage_is_counted_at_its_own_image_size() -> None:
-    recipe = parse_recipe(["--config", "l16_laion400m"])
-    masked = replace(recipe, stages=[replace(recipe.stages[0], mask_ratio=0.75)])
-    small = replace(recipe, stages=[replace(recipe.stages[0], mask_ratio=0.0, image_size=112)])
-    # Both have 49 patches.
-    assert planned_cost(small, H100S, COST)["in all"] == planned_cost(masked, H100S, COST)["in all"]
-    assert "0% of 112 px" in cost_table({"small": small}, H100S, [COST])
+    clip_row, flip_row, masked_row, _ = (re.split(" {2,}", line.strip()) for line in lines[5:])
+    assert clip_row[:6] == ["clip", "0%", "12,799,967,232", "12.04 h", "3,082 h", "100%"]
+    assert flip_row == ["flip", "12,927,959,040", "6.34 h", "1,622 h", "53%", "1,135", "-", "-"]
+    assert masked_row[:5] == [flip.stages[0].name, "50%", "12,799,967,232", "6.22 h", "1,591 h"]
 
 
 def test_a_run_that_ends_by_its_clock() -> None:
@@ -80,7 +60,6 @@ def test_a_run_that_ends_by_its_clock() -> None:
     assert total.pairs == first.pairs + second.pairs
     by_pairs = [replace(masked, samples=first.pairs), replace(whole, samples=second.pairs)]
     assert planned_cost(replace(recipe, stages=by_pairs), gpus, COST)["in all"].hours == pytest.approx(50, rel=1e-3)
-    assert "hours of timed are its budget_minutes" in cost_table({"timed": timed}, gpus, [COST])
 
 
 def cells(printed: str) -> list[float | str]:
@@ -101,23 +80,15 @@ def test_options_replace_the_recipe_s_prices(write_recipe, tmp_path: Path, capsy
     assert dollars == pytest.approx(2 * by_recipe, rel=0.05)
     assert kwh == pytest.approx(1e12 * dollars / 4e12 * 1.5, rel=0.05)
     assert co2 == pytest.approx(kwh * 0.1, rel=0.05)
-    # The operations are those of the run's steps of 16 pairs.
-    recipe = parse_recipe(["--config", file])
-    flops = pair_flops(recipe)
-    operations = sum(stage.samples // 16 * 16 * flops[stage.name] for stage in recipe.stages)
-    main(["plan", file, "--gpu", "l4", "--device_hour_dollars", "1e9"])
-    *_, dollars, _ = cells(capsys.readouterr().out)
-    assert dollars == pytest.approx(1e9 * operations / (121e12 * 0.4) / 3600, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu", "rtx_2080"], "gpu is 'rtx_2080'; use one of "),
-        (["--gpu", "abacus"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
-        (["--num_gpus", "3"], "global_batch_size 16 is not divisible by 3 processes"),
-        (["--bench", "nowhere"], "--bench nowhere is neither gpu.json"),
-        (["--bench", "fast.json"], "--bench fast.json has 1,978.0 Tflop/s, and the GPU's peak is 989"),
+        (["--gpu", "abacus"], "gpu is 'abacus'"),
+        (["--num_gpus", "3"], "global_batch_size 16"),
+        (["--bench", "nowhere"], "--bench nowhere"),
+        (["--bench", "fast.json"], "1,978.0 Tflop/s"),
         (["--bench", "fast.json", "--mfu", "0.4"], "--mfu and --bench both give"),
         (["--pue", "0.9"], "--pue is 0.9"),
     ],
