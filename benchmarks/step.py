@@ -5,17 +5,18 @@
 `flipscale bench step` measures ours alone.
 """
 
-import argparse
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from flipscale.bench import add_step_arguments, step_setting
+from flipscale.bench import BenchStep
+from flipscale.io.command_line import parse_command
+from flipscale.io.options import Count
 from flipscale.planning.bench_step import (
     Figures,
     StepSetting,
@@ -89,12 +90,21 @@ def compare_steps(setting: StepSetting) -> Iterator[Figures]:
             }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareSteps(BenchStep):
+    """Measure the training step beside open_clip's.
+
+    Args:
+        steps: Timed steps, after two untimed steps.
+    """
+
+    steps: Count = 5
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a JSON line or a table row for each case, as soon as it is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_arguments(parser, num_steps=5)
-    args = parser.parse_args(arguments)
-    setting = step_setting(args)
+    args = parse_command(CompareSteps, arguments)
+    setting = args.setting()
     if not args.json:
         print(f"{setting.size}, batch {setting.batch_size}, {setting.device.type}, {torch.get_num_threads()} threads")
         print("| dtype | mask | flipscale, images/s | open_clip, images/s | ratio | of matmul peak | CPU share |")

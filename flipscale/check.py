@@ -3,35 +3,39 @@
 Data, test sets, GPUs, the Hub and other processes stay unopened, so the check runs where jobs are submitted.
 """
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from flipscale.io.options import Count, Parser, number
+from flipscale.io.command_line import parse_known
+from flipscale.io.options import Count
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale check` beside the recipe's."""
-    add = parser.add_argument
-    add(
-        "--config", metavar="RECIPE", nargs="+", action="append", default=[],
-        help="A recipe file or name. Several are checked one after the other, each with the same flags.",
-    )  # fmt: skip
-    add("--launch_file", type=Path, metavar="FILE", help="Accelerate's launch file. Default: this process's launch.")
-    add("--num_processes", type=number(Count), metavar="N", help="Number of processes. Default: the launch file's.")
-    add("--num_machines", type=number(Count), metavar="M", help="Number of machines. Default: the launch file's.")
-    add("--pending", action="store_true", help="Start weights may be missing, because another job writes them.")
-    parser.epilog = (
-        "All other options are those of `flipscale pretrain`. Data, test sets, GPUs and the Hub stay unopened: whether "
-        "they are there shows when the run starts. --dry_run of `flipscale pretrain` also computes memory and time."
-    )
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Check recipes before they wait in a queue: their fields and flags, the launch file and the number of processes.
+
+    All other options are those of `flipscale pretrain`. Data, test sets, GPUs and the Hub stay unopened: whether they
+    are there shows when the run starts. --dry_run of `flipscale pretrain` also computes memory and time.
+
+    Args:
+        config: A recipe file or name. Several are checked one after the other, each with the same flags.
+        launch_file: Accelerate's launch file. Default: this process's launch.
+        num_processes: Number of processes. Default: the launch file's.
+        num_machines: Number of machines. Default: the launch file's.
+        pending: Start weights may be missing, because another job writes them.
+    """
+
+    config: list[list[str]] = field(default_factory=list)
+    launch_file: Path | None = None
+    num_processes: Count | None = None
+    num_machines: Count | None = None
+    pending: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print a line for each recipe that can run. Raise UserError for the first that cannot."""
-    parser = Parser(prog="flipscale check", description=__doc__, allow_abbrev=False)
-    add_arguments(parser)
-    args, flags = parser.parse_known_args(arguments)
+    args, flags = parse_known(Check, arguments, "flipscale check")
     names, *others = args.config or [[]]
     flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
     from flipscale.engines.start import engine_class

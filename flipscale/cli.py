@@ -4,9 +4,8 @@ import gc
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
-from flipscale.io.options import Parser
+from flipscale.io.command_line import Command, Parser, add_commands
 from flipscale.io.streams import use_utf8
 from flipscale.training.console import report_user_errors
 
@@ -34,11 +33,6 @@ VERBS = {
 TRAINING = ("pretrain", "finetune")
 
 
-def module_of(verb: str) -> ModuleType:
-    """Return the module of a verb without training; it has `add_arguments` and `run`."""
-    return importlib.import_module(f"flipscale.{verb}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb by its arguments, by default the command line's."""
     if arguments is None:
@@ -55,16 +49,26 @@ def _run(arguments: list[str]) -> None:
         return importlib.import_module("flipscale.pretrain").main(arguments[1:])
     if arguments[:1] == ["check"]:  # its other flags are a recipe's
         return importlib.import_module("flipscale.check").main(arguments[1:])
+    parse(arguments).run()
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the dataclass of a command line of a verb without training."""
+    parsed = vars(build_parser(arguments[0] if arguments else "").parse_args(arguments))
+    return parsed.pop("command")(**parsed)
+
+
+def build_parser(verb: str) -> Parser:
+    """Return the parser of all verbs, with the arguments of one verb."""
     parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, summary in VERBS.items():
-        subparser = verbs.add_parser(verb, help=summary, description=summary)
-        if arguments[:1] == [verb]:
-            module = module_of(verb)
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
-    parsed.run(parsed)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        subparser = verbs.add_parser(name, help=summary, description=summary)
+        if name == verb:
+            module = importlib.import_module(f"flipscale.{verb}")
+            # The dataclass is called as the verb is.
+            add_commands(subparser, getattr(module, "COMMANDS", None) or getattr(module, verb.title().replace("_", "")))
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,34 +1,36 @@
 """Compare runs: their recipes, curves and last results, as text and as a page: `flipscale compare runs/A runs/B`."""
 
-import argparse
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
+from flipscale.io.files import check_page_path
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale compare`."""
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path,
-        help="Two or more run directories, finished or not. The first is the one that the others are compared with.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", metavar="PAGE", type=Path, default=Path("compare.html"), help="Page to write. Default: compare.html."
-    )
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs by their recipes, curves and last results, and write a page for a browser.
 
+    Args:
+        runs: Two or more run directories, finished or not. The first is the one that the others are compared with.
+        out: Page to write.
+    """
 
-def run(args: argparse.Namespace) -> None:
-    """Print the comparison and write its page."""
-    if len({run.resolve() for run in args.runs}) < max(2, len(args.runs)):
-        raise UserError(f"{', '.join(map(str, args.runs))} is only one run or names a run twice; name different runs")
-    if args.out.suffix != ".html" or args.out.is_dir():
-        raise UserError(f"--out is {str(args.out)!r}; name a file that ends in .html")
-    check_writable(args.out.parent, "--out")
-    from flipscale.pages.comparison import Comparison, write_comparison
+    runs: list[Path]
+    _: KW_ONLY
+    out: Path = Path("compare.html")
 
-    comparison = Comparison.of(args.runs)
-    print(comparison.text())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(comparison, args.out)
-    print(f"\n{args.out}: the same with curves; open it in a browser")
+    def run(self) -> None:
+        """Print the comparison and write its page."""
+        if len({run.resolve() for run in self.runs}) < max(2, len(self.runs)):
+            raise UserError(
+                f"{', '.join(map(str, self.runs))} is only one run or names a run twice; name different runs"
+            )
+        check_page_path(self.out, "--out")
+        from flipscale.pages.comparison import Comparison, write_comparison
+
+        comparison = Comparison.of(self.runs)
+        print(comparison.text())
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_comparison(comparison, self.out)
+        print(f"\n{self.out}: the same with curves; open it in a browser")

@@ -1,12 +1,11 @@
 """Evaluate models by one protocol: the tasks of a suite, or any task that a recipe may list, as one table."""
 
-import argparse
 import json
 import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,12 @@ import yaml
 from flipscale.data.task_page import SUITES, read_prepared, suite_pages
 from flipscale.evaluation.results import RESULTS_FILE, as_metrics
 from flipscale.io.atomic import write_text
+from flipscale.io.command_line import REPEATED, OutputFolder
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, quoted, read_text
+from flipscale.io.files import check_writable, quoted
 from flipscale.io.model_folder import fetch_folder, local_folder
-from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, add_num_workers, number, output_folder
+from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers
 from flipscale.io.yaml_text import check_yaml
 from flipscale.recipe.outputs import TASKS_DIR
 from flipscale.training.console import start_logging
@@ -34,165 +34,154 @@ _PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
 _log = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale evaluate`."""
-    add = parser.add_argument
-    add(
-        "models", metavar="MODEL", nargs="+",
-        help="A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or "
-        "any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and "
-        "untrained:FOLDER (random weights). Several models share one table. Name them first, before the options.",
-    )  # fmt: skip
-    add(
-        "--tasks", metavar="DIR", type=Path,
-        help=f"Folder in which `flipscale prepare tasks` put the tasks' data. Default: {TASKS_DIR}. Without --suite "
-        "and --only, every task prepared there runs.",
-    )  # fmt: skip
-    add("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
-    add("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
-    several: dict[str, Any] = {"metavar": "DIR", "nargs": "+", "action": "extend", "default": []}
-    add("--zero_shot", **several, help="Classify the images of these folders, each with KEY.cls and classnames.txt.")
-    add(
-        "--retrieval", **several,
-        help="Retrieve images and captions of these folders: shards with KEY.txt. Only an image's own captions are "
-        "right. Where captions name classes, use --task '{kind: retrieval, data: DIR, group_by_caption: true}'.",
-    )  # fmt: skip
-    add(
-        "--task", metavar="YAML", action="append", default=[],
-        help="Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
-        f"The kinds are {', '.join(_keys_of('evaluation/suite', 'KINDS'))}. May be given several times.",
-    )  # fmt: skip
-    add(
-        "--without", type=Path, metavar="AUDIT",
-        help="Also report each result without test images that are in the training data. AUDIT is the folder that "
-        "`flipscale prepare audit --tests` wrote.",
-    )  # fmt: skip
-    add(
-        "--output_dir", metavar="DIR", type=output_folder,
-        help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
-        "default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.",
-    )  # fmt: skip
-    add("--batch_size", type=number(Pairs), default=256, help="Images or texts embedded at once. Default: 256.")
-    add_num_workers(parser, decode=True)
-    add(
-        "--image_size", type=number(Pixels), metavar="PIXELS",
-        help="Image size for tasks that set none, a multiple of the patch size. Default: the model's own.",
-    )  # fmt: skip
-    add(
-        "--mask_ratio", type=number(ShareBelowOne), nargs="+", metavar="RATIO", default=[0.0],
-        help="Remove this fraction of each image's patches. Default: 0. Several ratios make a table of accuracy "
-        "against the encoder's FLOPs.",
-    )  # fmt: skip
-    add(
-        "--mask_views", type=number(Count), nargs="+", metavar="VIEWS", default=[1],
-        help="Average the embeddings of this many disjoint views of an image. Default: 1. Each number is tried with "
-        "each ratio, as far as disjoint views fit.",
-    )  # fmt: skip
-    *kinds, last = _keys_of("data/masks", "IMAGE_MASKS")
-    add("--mask_kind", default="random", help=f"Kind of masks: {', '.join(kinds)} or {last}. Default: random.")
-    add("--json", action="store_true", help="Print one JSON line instead of a table.")
-    add("--dry_run", action="store_true", help="Find the models and the test sets, and evaluate nothing.")
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a trained model by zero-shot classification, retrieval or other tasks.
 
+    Args:
+        models: A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or
+            any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and
+            untrained:FOLDER (random weights). Several models share one table. Name them first, before the options.
+        tasks: Folder in which `flipscale prepare tasks` put the tasks' data. Without --suite and --only, every task
+            prepared there runs. Default: data/tasks.
+        suite: Run the prepared tasks of this suite: paper, robustness, fairness, languages, or all.
+        only: Run these tasks, such as cars food101.
+        zero_shot: Classify the images of these folders, each with KEY.cls and classnames.txt.
+        retrieval: Retrieve images and captions of these folders: shards with KEY.txt. Only an image's own captions are
+            right. Where captions name classes, use --task '{kind: retrieval, data: DIR, group_by_caption: true}'.
+        task: Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. The
+            kinds are zero_shot, zero_shot_multilabel, retrieval, multilingual_retrieval, multilingual_zero_shot,
+            worst_group, association, few_shot, probe, captioning, likelihood, vqa, classification. May be given several
+            times.
+        without: Also report each result without test images that are in the training data. This is the folder that
+            `flipscale prepare audit --tests` wrote.
+        output_dir: Write results.md and results.png to this folder, and each model's results.jsonl to its own folder in
+            it. By default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.
+        batch_size: Images or texts embedded at once.
+        num_workers: Processes that decode images; 0 decodes in this process. Default: its part of the cores, except
+            one.
+        image_size: Image size for tasks that set none, a multiple of the patch size. Default: the model's own.
+        mask_ratio: Remove this fraction of each image's patches. Several ratios make a table of accuracy against the
+            encoder's FLOPs.
+        mask_views: Average the embeddings of this many disjoint views of an image. Each number is tried with each
+            ratio, as far as disjoint views fit.
+        mask_kind: Kind of masks: random, grid, block or centre.
+        json: Print one JSON line instead of a table.
+        dry_run: Find the models and the test sets, and evaluate nothing.
+    """
 
-def _keys_of(module: str, name: str) -> list[str]:
-    """Return the keys of a dictionary, read from the source of its module, because the import takes seconds."""
-    source = read_text(Path(__file__).parent / f"{module}.py").partition(f"\n{name}: ")[2].partition("\n}")[0]
-    return re.findall(r'^    "(\w+)":', source, re.MULTILINE)
+    models: list[str]
+    _: KW_ONLY
+    tasks: Path | None = None
+    suite: str | None = None
+    only: list[str] = field(default_factory=list)
+    zero_shot: list[str] = field(default_factory=list)
+    retrieval: list[str] = field(default_factory=list)
+    task: list[str] = field(default_factory=list, metadata=REPEATED)
+    without: Path | None = None
+    output_dir: OutputFolder | None = None
+    batch_size: Pairs = 256
+    num_workers: Workers | None = None
+    image_size: Pixels | None = None
+    mask_ratio: list[ShareBelowOne] = field(default_factory=lambda: [0.0])
+    mask_views: list[Count] = field(default_factory=lambda: [1])
+    mask_kind: str = "random"
+    json: bool = False
+    dry_run: bool = False
 
+    def run(self) -> None:
+        """Print the results as one table and write them beside the models. If a model cannot be loaded, the other
+        models still get their results, and the command ends with the error."""
+        # Beside other work, torch's OpenMP threads would spend most of their time on spinning for each other: on two
+        # busy cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        models = name_models(self.models, self.output_dir)  # before the slow imports
+        from flipscale.engines.start import start_accelerator
+        from flipscale.evaluation.baselines import PLAIN
+        from flipscale.evaluation.decontaminated import with_clean_tasks
+        from flipscale.evaluation.foreign_models import OPEN_CLIP
+        from flipscale.evaluation.masked import (
+            WHOLE,
+            MaskedResults,
+            asked_masks,
+            check_mask_arguments,
+            draw_masked_results,
+            mask_table,
+            masked_embedder,
+        )
+        from flipscale.evaluation.model_results import evaluate_model, read_lines
+        from flipscale.evaluation.presentation.figures import can_draw
+        from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
+        from flipscale.hub.card import refresh_card
+        from flipscale.hub.loading import OTHERS, open_embedder, open_together
+        from flipscale.planning.flops import forward_flops
 
-def run(args: argparse.Namespace) -> None:
-    """Print the results as one table and write them beside the models. If a model cannot be loaded, the other models
-    still get their results, and the command ends with the error."""
-    # Beside other work, torch's OpenMP threads would spend most of their time on spinning for each other: on two busy
-    # cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    models = name_models(args.models, args.output_dir)  # before the slow imports
-    from flipscale.engines.start import start_accelerator
-    from flipscale.evaluation.baselines import PLAIN
-    from flipscale.evaluation.decontaminated import with_clean_tasks
-    from flipscale.evaluation.foreign_models import OPEN_CLIP
-    from flipscale.evaluation.masked import (
-        WHOLE,
-        MaskedResults,
-        asked_masks,
-        check_mask_arguments,
-        draw_masked_results,
-        mask_table,
-        masked_embedder,
-    )
-    from flipscale.evaluation.model_results import evaluate_model, read_lines
-    from flipscale.evaluation.presentation.figures import can_draw
-    from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
-    from flipscale.hub.card import refresh_card
-    from flipscale.hub.loading import OTHERS, open_embedder, open_together
-    from flipscale.planning.flops import forward_flops
-
-    start_logging()
-    tasks = _tasks(args)
-    check_mask_arguments(args, [model.given for model in models if model.given.startswith(tuple(OTHERS))])
-    for task in tasks:
-        task.check()
-    if args.dry_run:
+        start_logging()
+        tasks, masks = _tasks(self), (self.mask_ratio, self.mask_views, self.mask_kind)
+        check_mask_arguments(*masks, [model.given for model in models if model.given.startswith(tuple(OTHERS))])
+        for task in tasks:
+            task.check()
+        if self.dry_run:
+            for model in models:
+                if model.given not in PLAIN and not model.given.startswith(OPEN_CLIP):
+                    fetch_folder(_PREFIX.sub("", model.given), ["config.json"])
+            return print(f"can evaluate {', '.join(self.models)} on {', '.join(task.name for task in tasks)}")
+        if self.without:
+            tasks = with_clean_tasks(tasks, self.without)
+        workers = decoding_workers(self.num_workers)  # before accelerate binds this process to some cores
+        accelerator = start_accelerator([], ".")
+        home = self.output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
+        if accelerator.is_main_process:
+            for folder in (home, *(model.home for model in models)):
+                check_writable(folder, "the folder of results")
+            for model in models:
+                read_lines(model.home / RESULTS_FILE)
+        columns: list[Column] = []
+        masked: list[MaskedResults] = []
+        faults: list[UserError | OSError] = []
         for model in models:
-            if model.given not in PLAIN and not model.given.startswith(OPEN_CLIP):
-                fetch_folder(_PREFIX.sub("", model.given), ["config.json"])
-        return print(f"can evaluate {', '.join(args.models)} on {', '.join(task.name for task in tasks)}")
-    if args.without:
-        tasks = with_clean_tasks(tasks, args.without)
-    workers = decoding_workers(args.num_workers)  # before accelerate binds this process to some cores
-    accelerator = start_accelerator([], ".")
-    home = args.output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
-    if accelerator.is_main_process:
-        for folder in (home, *(model.home for model in models)):
-            check_writable(folder, "the folder of results")
-        for model in models:
-            read_lines(model.home / RESULTS_FILE)
-    columns: list[Column] = []
-    masked: list[MaskedResults] = []
-    faults: list[UserError | OSError] = []
-    for model in models:
-        embedder = open_together(partial(open_embedder, model.given, accelerator, args.batch_size, workers))
-        if isinstance(embedder, UserError | OSError):
-            if len(models) == 1:
-                raise embedder
-            _log.warning("%s; the other models are evaluated", embedder)
-            faults.append(embedder)
-            continue
-        embedder = embedder.at(args.image_size)
-        for mask in asked_masks(args, embedder):
-            lines = evaluate_model(masked_embedder(embedder, mask), model.name, model.home / RESULTS_FILE, tasks)
-            columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
-            if any(args.mask_ratio):
-                config, size = embedder.model.config, embedder.pixels
-                counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
-                # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
-                parts = ("vision_model", "image_projection", "visual_projection")
-                flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)
-                masked.append(MaskedResults(model.name, mask, flops, whole, [line.result for line in lines]))
-            if accelerator.is_main_process and model.home == model.folder:
-                refresh_card(model.folder, lines)
-        del embedder  # frees its memory for the next model
-    if accelerator.is_main_process and columns:
-        is_all = args.suite or (args.tasks and not args.only)
-        suites = [args.suite] if args.suite in SUITES else list(SUITES) if is_all else []
-        home.mkdir(parents=True, exist_ok=True)
-        write_text(home / "results.md", report(columns, suites))
-        (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
-        if can_draw() and masked:
-            draw_masked_results(masked, home / "results.png")
-        elif can_draw():
-            draw_results(columns, home / "results.png")
-        if masked:
-            print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
-        elif args.json:
-            metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
-            print(json.dumps(metrics if len(models) > 1 else metrics[columns[0].name]))
-        else:
-            print(suite_tables(columns, suites))
-    if faults:
-        messages = "; ".join(map(str, faults))
-        raise type(faults[0])(f"{len(faults)} of {len(models)} models were not evaluated: {messages}")
-    accelerator.end_training()
+            embedder = open_together(partial(open_embedder, model.given, accelerator, self.batch_size, workers))
+            if isinstance(embedder, UserError | OSError):
+                if len(models) == 1:
+                    raise embedder
+                _log.warning("%s; the other models are evaluated", embedder)
+                faults.append(embedder)
+                continue
+            embedder = embedder.at(self.image_size)
+            for mask in asked_masks(*masks, embedder):
+                lines = evaluate_model(masked_embedder(embedder, mask), model.name, model.home / RESULTS_FILE, tasks)
+                columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
+                if any(self.mask_ratio):
+                    config, size = embedder.model.config, embedder.pixels
+                    counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
+                    # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
+                    parts = ("vision_model", "image_projection", "visual_projection")
+                    flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)
+                    masked.append(MaskedResults(model.name, mask, flops, whole, [line.result for line in lines]))
+                if accelerator.is_main_process and model.home == model.folder:
+                    refresh_card(model.folder, lines)
+            del embedder  # frees its memory for the next model
+        if accelerator.is_main_process and columns:
+            is_all = self.suite or (self.tasks and not self.only)
+            suites = [self.suite] if self.suite in SUITES else list(SUITES) if is_all else []
+            home.mkdir(parents=True, exist_ok=True)
+            write_text(home / "results.md", report(columns, suites))
+            (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
+            if can_draw() and masked:
+                draw_masked_results(masked, home / "results.png")
+            elif can_draw():
+                draw_results(columns, home / "results.png")
+            if masked:
+                print(json.dumps([row.as_json() for row in masked]) if self.json else mask_table(masked))
+            elif self.json:
+                metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
+                print(json.dumps(metrics if len(models) > 1 else metrics[columns[0].name]))
+            else:
+                print(suite_tables(columns, suites))
+        if faults:
+            messages = "; ".join(map(str, faults))
+            raise type(faults[0])(f"{len(faults)} of {len(models)} models were not evaluated: {messages}")
+        accelerator.end_training()
 
 
 @dataclass(frozen=True)
@@ -239,7 +228,7 @@ def _short_name(text: str) -> str:
     return prefix + ",".join(names)
 
 
-def _tasks(args: argparse.Namespace) -> list["Task"]:
+def _tasks(args: Evaluate) -> list["Task"]:
     """Return the tasks that the arguments ask for; tasks on the same data are consecutive."""
     from flipscale.evaluation.suite import build_tasks
 
@@ -281,7 +270,7 @@ def _tasks_of_folders(kind: str, folders: Sequence[str]) -> list[dict[str, str]]
     return [{"kind": kind, "name": name, "data": data} for name, data in zip(own, places.values(), strict=True)]
 
 
-def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
+def _pages(args: Evaluate, tasks_dir: Path) -> list[str]:
     """Return the names of tasks with a page: `--only`, or the prepared ones of a suite."""
     if args.only and args.suite:
         raise UserError("--only and --suite are both given; give one of them")

@@ -1,17 +1,17 @@
 """Write a recipe for your data, your machine and your time. Comments give the reasons for its fields."""
 
-import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, is_utf8, quoted
-from flipscale.io.options import Count, MinutesAboveZero, Positive, number
+from flipscale.io.options import Count, MinutesAboveZero, Positive
 
 if TYPE_CHECKING:
     from flipscale.planning.proposal import Proposal, Survey
@@ -21,26 +21,37 @@ _MINUTES = 30.0
 _MEASURED_STEPS = 12
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale init`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="The file to write. It must not exist.")
-    shards_help = "The training data, as in data.shards of a recipe, or a saved data set or Parquet files with images."
-    parser.add_argument("--shards", required=True, help=shards_help)
-    parser.add_argument(
-        "--tokenizer", default="bert",
-        help="A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, from the Hub.",
-    )  # fmt: skip
-    parser.add_argument("--tests", help="A labelled test set that `flipscale prepare shards --labels` wrote.")
-    parser.add_argument(
-        "--minutes", type=number(MinutesAboveZero),
-        help=f"Training time on this machine. Its speed is measured. Default: {_MINUTES:g}.",
-    )  # fmt: skip
-    parser.add_argument("--gpu", help="The kind of GPU for training elsewhere, such as h100 or rtx_4090.")
-    parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of these GPUs. Default: 1.")
-    parser.add_argument("--hours", type=number(Positive), help="Training time on these GPUs. Their speed is computed.")
+@dataclass(frozen=True)
+class Init:
+    """Write a recipe for your data, your machine and your time.
+
+    Args:
+        recipe: The file to write, such as mine.yaml. It must not exist.
+        shards: The training data, as in data.shards of a recipe, or a saved data set or Parquet files with images.
+        tokenizer: A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub, such as bert.
+        tests: A labelled test set that `flipscale prepare shards --labels` wrote.
+        minutes: Training time on this machine. Its speed is measured. Default: 30.
+        gpu: The kind of GPU for training elsewhere, such as h100 or rtx_4090.
+        num_gpus: Number of these GPUs.
+        hours: Training time on these GPUs. Their speed is computed.
+    """
+
+    recipe: Path
+    _: KW_ONLY
+    shards: str
+    tokenizer: str = "bert"
+    tests: str | None = None
+    minutes: MinutesAboveZero | None = None
+    gpu: str | None = None
+    num_gpus: Count = 1
+    hours: Positive | None = None
+
+    def run(self) -> None:
+        """Survey the data, propose a recipe, find its speed, and write it."""
+        write_recipe(self)
 
 
-def run(args: argparse.Namespace) -> None:
+def write_recipe(args: Init) -> None:
     """Survey the data, propose a recipe, find its speed, and write it."""
     _check_options(args)
     # Imported here, because torch and transformers take seconds and --help should not wait.
@@ -97,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"next: {command}")
 
 
-def _check_options(args: argparse.Namespace) -> None:
+def _check_options(args: Init) -> None:
     for name in ("recipe", "shards", "tokenizer", "tests"):
         if not is_utf8(str(getattr(args, name))):
             raise UserError(f"{name} is not UTF-8, and a recipe is; rename it")
@@ -136,7 +147,7 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
         )
 
 
-def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[float, str]:
+def _length(args: Init, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[float, str]:
     """Return the useful part of `minutes` of training, and a text with its speed, pairs and epochs."""
     import torch
 
@@ -168,7 +179,7 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     return float(f"{took:.3g}"), words
 
 
-def _command(args: argparse.Namespace) -> str:
+def _command(args: Init) -> str:
     """Return the command that trains the recipe on the machines of the options."""
     from flipscale.planning.memory import GPUS_OF_A_NODE
 

@@ -1,49 +1,58 @@
 """Push a model to the Hub: `flipscale push runs/NAME ORG/NAME`."""
 
-import argparse
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.options import CountOrZero, number
+from flipscale.io.options import CountOrZero
 from flipscale.training.console import start_logging
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale push`."""
-    parser.add_argument(
-        "run_dir", metavar="RUN", type=Path, help="A run directory, whose model/ is uploaded, or a model folder."
-    )
-    parser.add_argument("repo", metavar="ORG/NAME", help="Name of the model on the Hub, created if it does not exist.")
-    parser.add_argument("--step", type=number(CountOrZero), help="Upload the model of the checkpoint of this step.")
-    parser.add_argument("--private", action="store_true", help="Create a private model.")
-    parser.add_argument("--revision", help="Branch to upload to, created if it does not exist. Default: main.")
-    parser.add_argument("--dry_run", action="store_true", help="Print the files to upload, without using the network.")
+@dataclass(frozen=True)
+class Push:
+    """Upload a trained model to the Hugging Face Hub.
 
+    Args:
+        run_dir: A run directory, whose model/ is uploaded, or a model folder.
+        repo: Name of the model on the Hub, ORG/NAME, created if it does not exist.
+        step: Upload the model of the checkpoint of this step.
+        private: Create a private model.
+        revision: Branch to upload to, created if it does not exist. Default: main.
+        dry_run: Print the files to upload, without using the network.
+    """
 
-def run(args: argparse.Namespace) -> None:
-    """Push a model and print its URL. If the Hub has the same files, nothing is uploaded."""
-    from flipscale.hub.push import Target, check_to_push, left_out, push_folder, sort_files
+    run_dir: Path
+    repo: str
+    _: KW_ONLY
+    step: CountOrZero | None = None
+    private: bool = False
+    revision: str | None = None
+    dry_run: bool = False
 
-    target = Target(args.repo, args.private or None, args.revision)
-    title = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
-    start_logging()
-    with _model_folder(args.run_dir, args.step) as folder:
-        check_to_push(folder)
-        if args.step is not None or not args.dry_run:
-            _update_card(folder, args.run_dir, args.repo, args.step)
-        if args.dry_run:
-            files = {name: (folder / name).stat().st_size for name in sort_files(folder)[0]}
-            print("\n".join(f"{size:>16,}  {name}" for name, size in files.items()))
-            if others := left_out(folder):
-                print(others)
-            print(f"{sum(files.values()):>16,}  bytes in {len(files)} files of {title} would go to {target}")
-            return
-        url, commit = push_folder(folder, target, title)
-    print(f"{url}: {f'commit {commit}' if commit else 'nothing new, nothing uploaded'}")
+    def run(self) -> None:
+        """Push a model and print its URL. If the Hub has the same files, nothing is uploaded."""
+        from flipscale.hub.push import Target, check_to_push, left_out, push_folder, sort_files
+
+        target = Target(self.repo, self.private or None, self.revision)
+        title = self.run_dir.name + ("" if self.step is None else f", step {self.step}")
+        start_logging()
+        with _model_folder(self.run_dir, self.step) as folder:
+            check_to_push(folder)
+            if self.step is not None or not self.dry_run:
+                _update_card(folder, self.run_dir, self.repo, self.step)
+            if self.dry_run:
+                files = {name: (folder / name).stat().st_size for name in sort_files(folder)[0]}
+                print("\n".join(f"{size:>16,}  {name}" for name, size in files.items()))
+                if others := left_out(folder):
+                    print(others)
+                print(f"{sum(files.values()):>16,}  bytes in {len(files)} files of {title} would go to {target}")
+                return
+            url, commit = push_folder(folder, target, title)
+        print(f"{url}: {f'commit {commit}' if commit else 'nothing new, nothing uploaded'}")
 
 
 def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:

@@ -1,11 +1,11 @@
 """Show the progress and speed of runs, and whether they are alive, from their run directories alone."""
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 import time
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,32 @@ _LATEST = ("stage", "images_per_s", "mfu", "data_wait_share", "peak_memory_bytes
 _CLEAR = b"\033[H\033[J"  # moves the cursor to the upper left and clears the screen below
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale status`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="A run directory, such as runs/h14.")
-    parser.add_argument("--json", action="store_true", help="Print a JSON line for each run instead of a table.")
-    parser.add_argument(
-        "--watch", action="store_true",
-        help="Repeat every few seconds until all runs end. A terminal is redrawn; a file or pipe gets lines.",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Status:
+    """Print the progress and speed of runs, and whether they are alive.
+
+    Args:
+        runs: A run directory, such as runs/h14.
+        json: Print a JSON line for each run instead of a table.
+        watch: Repeat every few seconds until all runs end. A terminal is redrawn; a file or pipe gets lines.
+    """
+
+    runs: list[Path]
+    _: KW_ONLY
+    json: bool = False
+    watch: bool = False
+
+    def run(self) -> None:
+        """Print the state of each run, and repeat it while a run trains if asked to."""
+        try:
+            while _show(self) and self.watch:
+                time.sleep(_WATCH_SECONDS)
+        except KeyboardInterrupt:
+            if not self.watch:
+                raise
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the state of each run, and repeat it while a run trains if asked to."""
-    try:
-        while _show(args) and args.watch:
-            time.sleep(_WATCH_SECONDS)
-    except KeyboardInterrupt:
-        if not args.watch:
-            raise
-
-
-def _show(args: argparse.Namespace) -> bool:
+def _show(args: Status) -> bool:
     statuses = [read_status(folder, time.time()) for folder in args.runs]
     trains = any(status["state"] not in _ENDED for status in statuses)
     if args.watch and sys.stdout.isatty():

@@ -6,16 +6,17 @@ The training part has 113,287 images and the test part 5,000, with five captions
 `dataset_coco.json`, also has the part restval, the rest of COCO's validation set. It belongs to the training data.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flipscale.io.command_line import OutputFolder, parse_command
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, Parser, add_num_workers, number, output_folder
+from flipscale.io.options import Count, Threads
 from flipscale.preparation.lists import PairList, digest_of, read_file
 from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
 from flipscale.training.console import report_user_errors, start_logging
@@ -175,21 +176,22 @@ def _check_images(root: Path, files: Iterable[str]) -> None:
             )
 
 
-def add_arguments(parser: argparse.ArgumentParser, files: str) -> None:
-    """Add the arguments that captions and questions share."""
-    parser.add_argument(
-        "source", type=Path, help=f"Folder with {files}, and COCO's images of 2014 in train2014/ and val2014/."
-    )
-    parser.add_argument(
-        "directory", type=output_folder, help="Folder to write; the same command continues there after an interruption."
-    )
-    parser.add_argument(
-        "--short_side",
-        type=number(Count),
-        default=512,
-        help="Shrink images with a longer short side to this many pixels; 512, the default, keeps most as they are.",
-    )
-    add_num_workers(parser)
+@dataclass(frozen=True)
+class CocoOptions:
+    """Write COCO's captions as shards, in the split that all papers test on.
+
+    Args:
+        source: Folder with dataset_coco.json, the split, and COCO's images of 2014 in train2014/ and val2014/.
+        directory: Folder to write. After an interruption, the same command continues.
+        short_side: Shrink images with a longer short side to this many pixels; 512 keeps most as they are.
+        num_workers: Number of worker processes. Default: one for each core.
+    """
+
+    source: Path
+    directory: OutputFolder
+    _: KW_ONLY
+    short_side: Count = 512
+    num_workers: Threads = field(default_factory=usable_cores)
 
 
 def print_reports(reports: Mapping[Path, dict[str, Any]]) -> None:
@@ -202,9 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the captions that the command line names."""
     with report_user_errors():
         start_logging()
-        parser = Parser(description="Write COCO's captions as shards, in the split that all papers test on.")
-        add_arguments(parser, "dataset_coco.json, the split")
-        given = parser.parse_args(arguments)
+        given = parse_command(CocoOptions, arguments)
         print_reports(prepare_coco_captions(given.source, given.directory, given.short_side, given.num_workers))
 
 

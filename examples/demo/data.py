@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples.shared import check_renderer, download, read_report, slug, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
+from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.errors import UserError
-from flipscale.io.options import Parser, output_folder
 from flipscale.io.progress import each
 from flipscale.preparation.shard_writer import write_classes
 from flipscale.preparation.worker_pool import worker_pool
@@ -400,24 +400,28 @@ def install(out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Pict
         print(f"{out_dir / part}: {count['images']:,} images, {count['captions']:,} captions")
 
 
+@dataclass(frozen=True)
+class Options:
+    """Download and draw the emoji of the demo: training shards, a test, a tokenizer.
+
+    Args:
+        directory: Folder to write, data/demo in the demo's recipes.
+        with_unseen: Write also a test of a tenth of the concepts, and training data without these concepts.
+        with_roles: Write also women and men in the same roles, for the evaluation `association`.
+    """
+
+    directory: OutputFolder
+    _: KW_ONLY
+    with_unseen: bool = False
+    with_roles: bool = False
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the data that the command line asks for."""
     with report_user_errors():
         start_logging()
-        parser = Parser(description="Download and draw the emoji of the demo: training shards, a test, a tokenizer.")
-        parser.add_argument("directory", type=output_folder, help="Folder to write, data/demo in the demo's recipes.")
-        parser.add_argument(
-            "--with_unseen",
-            action="store_true",
-            help="Write also a test of a tenth of the concepts, and training data without these concepts.",
-        )
-        parser.add_argument(
-            "--with_roles",
-            action="store_true",
-            help="Write also women and men in the same roles, for the evaluation `association`.",
-        )
-        given = parser.parse_args(arguments)
-        prepare_demo(given.directory, [part for part in _PARTS if getattr(given, f"with_{part}")])
+        options = parse_command(Options, arguments)
+        prepare_demo(options.directory, [part for part in _PARTS if getattr(options, f"with_{part}")])
 
 
 if __name__ == "__main__":

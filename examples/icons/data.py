@@ -16,7 +16,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.shared import check_renderer, download, read_report, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.io import options
 from flipscale.io.atomic import atomic_write, partial_path, remove, sync, unique_partial_path, write_text
+from flipscale.io.command_line import OutputFolder, parse_command
+from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space
-from flipscale.io.options import Parser, ShareAboveZero, add_num_workers, output_folder
+from flipscale.io.options import ShareAboveZero, Threads
 from flipscale.io.progress import Progress, each
 from flipscale.preparation.audit.duplicates import (
     LEAST_LIKENESS,
@@ -629,25 +630,28 @@ def _remove_temporary(folder: Path) -> None:
         remove(folder / name)
 
 
+@dataclass(frozen=True)
+class Options:
+    """Download and draw icons: training shards, test sets by others, a tokenizer.
+
+    Args:
+        directory: Folder to write, data/icons in the recipes. After an interruption, the same command continues.
+        fraction: Share of the training icons to draw; a smaller share is a part of a larger one.
+        num_workers: Number of worker processes. Default: one for each core.
+    """
+
+    directory: OutputFolder
+    _: KW_ONLY
+    fraction: ShareAboveZero = 1.0
+    num_workers: Threads = field(default_factory=usable_cores)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the data that the command line asks for."""
     with report_user_errors():
         start_logging()
-        parser = Parser(description="Download and draw icons: training shards, test sets by others, a tokenizer.")
-        parser.add_argument(
-            "directory",
-            type=output_folder,
-            help="Folder to write, data/icons in the recipes; the same command continues after an interruption.",
-        )
-        parser.add_argument(
-            "--fraction",
-            type=options.number(ShareAboveZero),
-            default=1.0,
-            help="Share of the training icons to draw (default: 1); a smaller share is a part of a larger one.",
-        )
-        add_num_workers(parser)
-        given = parser.parse_args(arguments)
-        prepare_icons(given.directory, given.fraction, given.num_workers)
+        options = parse_command(Options, arguments)
+        prepare_icons(options.directory, options.fraction, options.num_workers)
 
 
 if __name__ == "__main__":

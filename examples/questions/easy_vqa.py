@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -19,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples.shared import read_report, run_program, write_shard
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
+from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.errors import UserError
-from flipscale.io.options import Parser, output_folder
 from flipscale.training.console import report_user_errors, start_logging
 
 PACKAGE = "easy-vqa==1.0"
@@ -113,13 +114,22 @@ def _download(directory: Path, digest: str) -> Path:
     return wheel
 
 
+@dataclass(frozen=True)
+class Options:
+    """Download easy-VQA: questions about drawings of shapes, and a tokenizer.
+
+    Args:
+        directory: Folder to write, data/easy_vqa in the recipe.
+    """
+
+    directory: OutputFolder
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the data that the command line asks for."""
     with report_user_errors():
         start_logging()
-        parser = Parser(description="Download easy-VQA: questions about drawings of shapes, and a tokenizer.")
-        parser.add_argument("directory", type=output_folder, help="Folder to write, data/easy_vqa in the recipe.")
-        prepare_easy_vqa(parser.parse_args(arguments).directory)
+        prepare_easy_vqa(parse_command(Options, arguments).directory)
 
 
 if __name__ == "__main__":

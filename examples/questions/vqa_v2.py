@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.captioning.coco import CocoList, add_arguments, image_file, print_reports, read_entries, write_parts
+from examples.captioning.coco import CocoList, CocoOptions, image_file, print_reports, read_entries, write_parts
 from flipscale.io.atomic import write_text
+from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
-from flipscale.io.options import Parser
 from flipscale.preparation.lists import digest_of
 from flipscale.training.console import report_user_errors, start_logging
 
@@ -207,19 +207,25 @@ def _keep_answer(entry: dict[str, Any]) -> Any:
     return entry["answer"] if "answer_confidence" in entry and "answer" in entry else entry
 
 
+@dataclass(frozen=True)
+class VqaOptions(CocoOptions):
+    """Write VQAv2 as shards: questions about COCO's images, and their answers.
+
+    Args:
+        source: Folder with the four JSON files of VQA v2.0's training and validation questions, and COCO's images of
+            2014 in train2014/ and val2014/.
+        with_val: Learn the validation questions too, except those of the last 1,000 images, the test set then. By
+            default, all validation questions are the test set.
+    """
+
+    with_val: bool = field(default=False, kw_only=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the questions that the command line names."""
     with report_user_errors():
         start_logging()
-        parser = Parser(description="Write VQAv2 as shards: questions about COCO's images, and their answers.")
-        add_arguments(parser, "the four JSON files of VQA v2.0's training and validation questions")
-        parser.add_argument(
-            "--with_val",
-            action="store_true",
-            help="Learn the validation questions too, except those of the last 1,000 images, the test set then; by "
-            "default all validation questions are the test set.",
-        )
-        given = parser.parse_args(arguments)
+        given = parse_command(VqaOptions, arguments)
         reports, num_answers, unlearned = prepare_vqa_v2(
             given.source, given.directory, given.with_val, given.short_side, given.num_workers
         )

@@ -6,7 +6,6 @@ device and encoded. The mask of an image depends on its row number alone, so eve
 number of processes and workers.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -82,24 +81,24 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
     return masks
 
 
-def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) -> None:
+def check_mask_arguments(ratios: Sequence[float], views: Sequence[int], kind: str, other_models: Sequence[str]) -> None:
     """Raise before a model is loaded if the mask arguments do not fit together."""
-    if not any(args.mask_ratio):
-        if args.mask_views != [1] or args.mask_kind != "random":
-            flag = "--mask_views" if args.mask_views != [1] else "--mask_kind"
+    if not any(ratios):
+        if views != [1] or kind != "random":
+            flag = "--mask_views" if views != [1] else "--mask_kind"
             raise UserError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
     elif other_models:
         raise _only_whole(other_models[0])
 
 
-def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
+def asked_masks(ratios: Sequence[float], views: Sequence[int], kind: str, embedder: Embedder) -> list[ImageMask]:
     """Return the masks that the arguments ask for, for the embedder's image size."""
-    if not any(args.mask_ratio):
+    if not any(ratios):
         return [WHOLE]
     if type(embedder) is not Embedder:
         raise _only_whole(embedder.name)
     shape = InputShape.of(embedder.model.config).at(embedder.image_size)
-    return image_masks(args.mask_ratio, args.mask_views, args.mask_kind, shape.side)
+    return image_masks(ratios, views, kind, shape.side)
 
 
 def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:

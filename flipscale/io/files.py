@@ -30,6 +30,13 @@ def check_png_path(path: Path, flag: str) -> None:
     check_plain(path)
 
 
+def check_page_path(path: Path, flag: str) -> None:
+    """Raise UserError unless `path` is the name of an HTML file that can be written."""
+    if path.suffix != ".html" or path.is_dir():
+        raise UserError(f"{flag} is {str(path)!r}; name a file that ends in .html")
+    check_writable(path.parent, flag)
+
+
 def check_writable(folder: str | Path, field: str) -> None:
     """Raise UserError, which names the option or recipe field of the folder, unless it can be written, or can be made.
     Nothing is made here."""

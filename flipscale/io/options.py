@@ -1,24 +1,20 @@
-"""Options and recipe fields: types with ranges of numbers, and their parsers.
+"""Options and recipe fields: types with ranges of numbers, and checks of their values.
 
-`Annotated[int, Range(at_least=1)]` is an int for Python and mypy. `--help` prints the range, `check_ranges` checks the
-fields of a recipe, and `number` makes an argparse type.
+`Annotated[int, Range(at_least=1)]` is an int for Python and mypy. `check_ranges` checks the fields of a recipe.
 """
 
-import argparse
 import dataclasses
 import difflib
 import math
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -172,46 +168,3 @@ def changed_fields(old: Any, new: Any, path: str = "") -> Iterator[str]:
             yield from changed_fields(before, now, f"{path}[{number}]")
     elif old != new:
         yield f"{path}: {old}, now {new}"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are UserErrors; argparse itself prints the usage and exits."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise argparse's message as a UserError."""
-        sentence = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
-        raise UserError(f"{sentence}; see {self.prog} --help")
-
-
-def output_folder(text: str) -> Path:
-    """Return the path of a folder that can be written. An argparse type."""
-    try:
-        check_writable(text, "")
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).strip()) from None
-    return Path(text)
-
-
-def number(kind: Any) -> Callable[[str], Any]:
-    """Return an argparse type that reads a number of a `kind` such as `Count` and checks its range."""
-    base, allowed = get_args(kind)
-    expected = "a whole number" if base is int else "a number"
-
-    def read(text: str) -> Any:
-        try:
-            value = base(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"is {text[:40]!r}; it must be {expected}, {allowed}") from None
-        if value not in allowed:
-            raise argparse.ArgumentTypeError(f"is {text[:40]}; it must be {allowed}")
-        return value
-
-    return read
-
-
-def add_num_workers(parser: argparse.ArgumentParser, decode: bool = False) -> None:
-    """Add the option `--num_workers`: workers that do all, or `decode` for this process as in `decoding_workers`."""
-    usual = "Number of worker processes; by default one for each core."
-    decoding = "Processes that decode images; 0 decodes in this process. Default: its part of the cores, except one."
-    kind, default = (Workers, None) if decode else (Threads, usable_cores())
-    parser.add_argument("--num_workers", type=number(kind), default=default, help=decoding if decode else usual)

@@ -1,18 +1,18 @@
 """`flipscale pretrain --dry_run`: the memory and time of a recipe, computed without data, GPUs or other processes."""
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
+from flipscale.io.command_line import parse_known, reader_of
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
+from flipscale.io.options import Count, Positive, ShareAboveZero
 from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.budget import in_shares
@@ -26,7 +26,6 @@ from flipscale.planning.memory import (
     what_fits,
 )
 from flipscale.planning.time import (
-    USUAL_SHARE,
     Hardware,
     Links,
     StepTime,
@@ -55,6 +54,52 @@ _STEP_ROWS: dict[str, Callable[[StepTime], str]] = {
 }
 
 
+def _counts(text: str) -> list[int]:
+    return [reader_of(Count)(part) for part in text.split(",")]
+
+
+# A flag of one word, such as 8,64.
+_COUNTS = {"action": "store", "nargs": None, "type": _counts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Compute the memory and time of a recipe, without data, GPUs or other processes. All other options are those of
+    `flipscale pretrain`, such as --config RECIPE.
+
+    Args:
+        dry_run: Compute memory and time instead of training.
+        launch_file: accelerate's launch files, such as ds_configs/fsdp2.yaml. Default: how this process was launched.
+        num_processes: Number of processes instead of the launch file's. Several numbers, such as 8,64, show how the run
+            scales.
+        matmul_share: Fraction of the peak that a step reaches on one GPU without communication. Default: 0.4.
+        bench: The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders, or the JSON line
+            of `flipscale bench step --json`. Replaces --matmul_share.
+        peak_tflops: bf16 peak of a GPU in Tflop/s. Default: 989 (H100).
+        node_gb_s: GB/s per GPU within a node. Default: 350 (NVLink of an H100).
+        network_gb_s: GB/s per GPU between nodes. Default: 46 (one 400 Gb/s adapter per GPU).
+        node_cores: Cores of a node.
+        images_per_worker_s: Images per second of a loader's worker. Default: 827, as measured by `python
+            benchmarks/data.py --alone`.
+        pair_kb: kB per pair in the shards.
+        gpu_memory_gib: Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default:
+            the memory of this machine's GPU.
+    """
+
+    dry_run: bool
+    launch_file: list[Path] = dataclasses.field(default_factory=list)
+    num_processes: list[Count] = dataclasses.field(default_factory=list, metadata=_COUNTS)
+    matmul_share: ShareAboveZero | None = None
+    bench: Path | None = None
+    peak_tflops: Positive = Hardware.peak / 1e12
+    node_gb_s: Positive | None = None
+    network_gb_s: Positive = Links.network_gb_s
+    node_cores: Positive = Hardware.node_cores
+    images_per_worker_s: Positive | None = None
+    pair_kb: Positive = Hardware.pair_kb
+    gpu_memory_gib: Positive | None = None
+
+
 class _Planned(NamedTuple):
     """The computed needs of a launch. `seconds` is the time of all steps, or of a mean step if a run has a budget."""
 
@@ -69,7 +114,7 @@ class _Planned(NamedTuple):
 def dry_run(arguments: Sequence[str]) -> None:
     """Print memory and time with a column for each launch, and an advice. Other options are those of `flipscale
     pretrain`. Raise UserError if a recipe or launch file cannot be run, or no launch fits the stated memory."""
-    args, rest = _parser().parse_known_args(arguments)
+    args, rest = parse_known(DryRun, arguments, "flipscale pretrain --dry_run")
     recipe = in_shares(parse_recipe(rest))
     hardware = _hardware(args, recipe)
     launches = _launches(args)
@@ -98,7 +143,7 @@ def dry_run(arguments: Sequence[str]) -> None:
         print(f"on {count:,} process{'es' * (count != 1)}, {_advice(group, limit)}")
 
 
-def _hardware(args: argparse.Namespace, recipe: Recipe) -> Hardware:
+def _hardware(args: DryRun, recipe: Recipe) -> Hardware:
     """Return the stated figures, else those of `--bench`, else the defaults."""
     peak = args.peak_tflops * 1e12
     share = share_of_peak("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
@@ -109,59 +154,7 @@ def _hardware(args: argparse.Namespace, recipe: Recipe) -> Hardware:
     return replace(hardware, links=links, images_per_worker_s=args.images_per_worker_s or hardware.images_per_worker_s)
 
 
-def _parser() -> argparse.ArgumentParser:
-    links, hardware = Links(), Hardware()
-    parser = Parser(
-        prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
-        epilog="All other options are those of `flipscale pretrain`, such as --config RECIPE.",
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--dry_run", action="store_true", required=True, help="Compute memory and time instead of training.")
-    add(
-        "--launch_file", type=Path, nargs="+", default=[], metavar="FILE",
-        help="accelerate's launch files, such as ds_configs/fsdp2.yaml. Default: how this process was launched.",
-    )  # fmt: skip
-    add(
-        "--num_processes", type=_counts, default=[], metavar="N[,N...]",
-        help="Number of processes instead of the launch file's. Several numbers show how the run scales.",
-    )  # fmt: skip
-    add(
-        "--matmul_share", type=number(ShareAboveZero),
-        help=f"Fraction of the peak that a step reaches on one GPU without communication. Default: {USUAL_SHARE}.",
-    )  # fmt: skip
-    add(
-        "--bench", type=Path, metavar="FILE",
-        help="The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders, or the JSON "
-        "line of `flipscale bench step --json`. Replaces --matmul_share.",
-    )  # fmt: skip
-    sizes = {
-        "peak_tflops": (hardware.peak / 1e12, "bf16 peak of a GPU in Tflop/s", " (H100)"),
-        "node_gb_s": (links.node_gb_s, "GB/s per GPU within a node", " (NVLink of an H100)"),
-        "network_gb_s": (links.network_gb_s, "GB/s per GPU between nodes", " (one 400 Gb/s adapter per GPU)"),
-        "node_cores": (hardware.node_cores, "Cores of a node", ""),
-        "images_per_worker_s": (
-            *(hardware.images_per_worker_s, "Images per second of a loader's worker"),
-            ", as measured by `python benchmarks/data.py --alone`",
-        ),
-        "pair_kb": (hardware.pair_kb, "kB per pair in the shards", ""),
-    }
-    for name, (default, words, source) in sizes.items():
-        # These may come from --bench, too.
-        kept = None if name in ("node_gb_s", "images_per_worker_s") else default
-        add(f"--{name}", type=number(Positive), default=kept, help=f"{words}. Default: {default:g}{source}.")
-    add(
-        "--gpu_memory_gib", type=number(Positive), metavar="GIB",
-        help="Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default: the memory "
-        "of this machine's GPU.",
-    )  # fmt: skip
-    return parser
-
-
-def _counts(text: str) -> list[int]:
-    return [number(Count)(part) for part in text.split(",")]
-
-
-def _launches(args: argparse.Namespace) -> list[tuple[str, Launch]]:
+def _launches(args: DryRun) -> list[tuple[str, Launch]]:
     """Return the launches of each file, or of this process's environment, at each number of processes."""
     places = [(file, count) for file in args.launch_file or [None] for count in args.num_processes or [None]]
     launches = [planned_launch(file, count) for file, count in places]

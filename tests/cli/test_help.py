@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from flipscale.cli import TRAINING, VERBS, main, module_of
+from flipscale import cli
+from flipscale.cli import TRAINING, VERBS, main
 from flipscale.data.masks import IMAGE_MASKS
 from flipscale.evaluation.suite import KINDS
-from flipscale.recipe.recipe import build_parser
+from flipscale.recipe.recipe import build_parser as recipe_parser
 
 
 def parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -46,10 +47,8 @@ for verb in VERBS:
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """Return the parser with the help of a verb."""
     if verb in TRAINING:
-        return build_parser(verb)
-    parser = argparse.ArgumentParser(description=VERBS[verb])
-    module_of(verb).add_arguments(parser)
-    return parser
+        return recipe_parser(verb)
+    return cli.build_parser(verb)._subparsers._group_actions[0].choices[verb]
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
@@ -66,7 +65,7 @@ def test_every_argument_is_explained(verb: str) -> None:
 
 
 def test_the_help_has_ranges_defaults_and_every_kind() -> None:
-    text = " ".join(build_parser().format_help().split())
+    text = " ".join(recipe_parser().format_help().split())
     for words in (
         r"--optim.adam_beta1 ADAM_BETA1 The decay of AdamW's .* at least 0 and below 1\], default: 0.9\)",
         r"--optim.name \{adamw,muon\} ",

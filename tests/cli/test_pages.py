@@ -3,7 +3,6 @@
 Verbs run in this process, in the order of their page. A rule's docstring names what it leaves out, and the reason.
 """
 
-import argparse
 import contextlib
 import glob
 import os
@@ -26,6 +25,7 @@ from torch.distributed.run import get_args_parser
 
 import flipscale
 from flipscale import cli
+from flipscale.study import Budget
 from flipscale.training.complete_recipe import parse_recipe
 
 # Texts of the pages and their replacements: other sizes and names, never other verbs or options.
@@ -78,12 +78,6 @@ def ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[None
     assert not code, f"{command}\n{capsys.readouterr().err}"
 
 
-def parser_of(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"flipscale {verb}")
-    cli.module_of(verb).add_arguments(parser)
-    return parser
-
-
 def verb(words: list[str]) -> None:
     """Run `flipscale VERB`."""
     expanded = [name for word in words[1:] for name in (sorted(glob.glob(word)) if "*" in word else [word])]
@@ -98,10 +92,10 @@ def verb_s_help(words: list[str]) -> None:
 def verb_s_arguments(words: list[str]) -> None:
     """Parse the arguments only, because these verbs have their own tests: they download data, measure for minutes, or
     need a run of another kind."""
-    parsed = parser_of(words[1]).parse_args(words[2:])
+    parsed = cli.parse(words[1:])
     for recipe in getattr(parsed, "recipes", []):
         parse_recipe(["--config", recipe])
-    if words[1:3] == ["study", "budget"]:
+    if isinstance(parsed, Budget):
         assert parsed.search.is_file()
 
 
@@ -112,7 +106,7 @@ def training(words: list[str]) -> None:
         assert load_config_from_file(parsed.config_file).num_processes == 8
         words = [parsed.training_script, *parsed.training_script_args]
         if words[0] == "flipscale.cli":
-            parser_of(words[1]).parse_args(words[2:])
+            cli.parse(words[1:])
             return
     elif words[0] == "torchrun":
         parsed = get_args_parser().parse_args(words[1:])
@@ -153,7 +147,7 @@ def submission(script: str) -> None:
         at = next(number for number, word in enumerate(arguments) if word.startswith("slurm/"))
         assert all(option.startswith("--") for option in arguments[:at])
         if arguments[at] == "slurm/evaluate.sh":
-            parser_of("evaluate").parse_args(["MODEL", *arguments[at + 1 :]])
+            cli.parse(["evaluate", "MODEL", *arguments[at + 1 :]])
             continue
         for recipe in recipes.split():
             parse_recipe(["--config", recipe, *arguments[at + 1 :]])

@@ -1,6 +1,5 @@
 """Masked evaluation: the patches that are seen, and figures against a plain computation."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from accelerate.state import AcceleratorState
 from evaluation.tiny_model import pixels_of, tiny_embedder
 from processes import run
 
-from flipscale import cli, evaluate
+from flipscale import cli
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.masked import (
@@ -34,12 +33,6 @@ from flipscale.planning.flops import forward_flops
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
     return tiny_embedder(tokenizer_dir, batch_size=7)
-
-
-def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    return parser.parse_args(["model", *words])
 
 
 def test_the_row_alone_decides_a_mask() -> None:
@@ -71,10 +64,10 @@ def test_masks_that_cannot_be(ratios: list[float], views: list[int], kind: str, 
 
 
 def test_arguments_that_do_not_fit(embedder: Embedder) -> None:
-    assert asked_masks(arguments(), embedder) == [WHOLE]
-    for flag, value in (("--mask_views", "2"), ("--mask_kind", "grid")):
+    assert asked_masks([0.0], [1], "random", embedder) == [WHOLE]
+    for flag, views, kind in (("--mask_views", 2, "random"), ("--mask_kind", 1, "grid")):
         with pytest.raises(ValueError, match=f"{flag} needs a --mask_ratio above 0"):
-            check_mask_arguments(arguments(flag, value), [])
+            check_mask_arguments([0.0], [views], kind, [])
 
 
 def test_nothing_masked_is_the_whole_image_bit_for_bit(embedder: Embedder, shards: Path) -> None:
@@ -112,13 +105,11 @@ def test_other_models_cannot_be_masked(embedder: Embedder, shards: Path) -> None
 
     other = Other(embedder.model, embedder.tokenizer, embedder.accelerator, name="open_clip:ViT-B-16,openai")
     with pytest.raises(ValueError, match=r"open_clip:ViT-B-16,openai takes whole images only"):
-        asked_masks(arguments("--mask_ratio", "0.5"), other)
+        asked_masks([0.5], [1], "random", other)
     assert masked_embedder(other, WHOLE) is other
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    command = ["nowhere", "hf:openai/clip", "--zero_shot", str(shards), "--mask_ratio", "0.5"]
+    command = cli.parse(["evaluate", "nowhere", "hf:openai/clip", "--zero_shot", str(shards), "--mask_ratio", "0.5"])
     with pytest.raises(ValueError, match=r"hf:openai/clip takes whole images only"):
-        evaluate.run(parser.parse_args(command))  # before any model is loaded
+        command.run()  # before any model is loaded
 
 
 @pytest.mark.long

@@ -1,11 +1,9 @@
 """Every number of a recipe has a range, and a number out of its range is named with what is allowed."""
 
-import argparse
 import dataclasses
 import math
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -13,14 +11,11 @@ import pytest
 from flipscale.evaluation import suite as tasks
 from flipscale.io.options import (
     Count,
-    Parser,
     Positive,
     Range,
     Share,
     ShareBelowOne,
     check_ranges,
-    number,
-    output_folder,
 )
 from flipscale.objectives.build import loss_kinds
 from flipscale.recipe.recipe import Recipe
@@ -84,36 +79,3 @@ def test_every_number_has_a_range(kind: type) -> None:
 def test_a_number_out_of_its_range(value: Outer, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_ranges(value)
-
-
-def test_the_option_is_named() -> None:
-    parser = Parser(prog="flipscale evaluate")
-    parser.add_argument("--batch_size", type=number(Count))
-    with pytest.raises(
-        ValueError, match=r"^--batch_size is -1; it must be at least 1 and .*; see flipscale evaluate --help"
-    ):
-        parser.parse_args(["--batch_size", "-1"])
-    with pytest.raises(ValueError, match=r"^unrecognized arguments: --nothing; see flipscale evaluate --help"):
-        parser.parse_args(["--nothing"])
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "message"),
-    [
-        (Count, "0", "is 0; it must be at least 1 and at most 1,000,000,000"),
-        (Count, "1.5", "is '1.5'; it must be a whole number, at least 1"),
-        (Share, "nan", "is nan; it must be at least 0 and at most 1"),
-        (Positive, "ten", "is 'ten'; it must be a number, above 0"),
-        (Positive, "inf", "is inf; it must be above 0"),
-    ],
-)
-def test_an_option_out_of_its_range(kind: Any, text: str, message: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=message):
-        number(kind)(text)
-
-
-def test_a_folder_to_write(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert output_folder(str(tmp_path / "new")) == tmp_path / "new"
-    with pytest.raises(argparse.ArgumentTypeError, match="file is a file: name another folder"):
-        output_folder(f"{tmp_path}/file/new")
