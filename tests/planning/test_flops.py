@@ -130,15 +130,17 @@ def test_a_huge_model_is_counted_without_its_weights_and_once() -> None:
     assert flops._counted.cache_info()[:2] == (1, 1)
 
 
-@pytest.mark.parametrize(("family", "size"), [("clip", "b16"), ("siglip", "so400m14"), ("siglip", "b16")])
+@pytest.mark.parametrize(
+    ("family", "size"), [("clip", "b16"), pytest.param("siglip", "so400m14", marks=pytest.mark.long)]
+)
 def test_other_families_are_planned(family: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Published sizes: open_clip's ViT-B-16 has 149.6 M parameters, Google's SigLIP so400m 878 M and B/16 203 M."""
+    """Published sizes: open_clip's ViT-B-16 has 149.6 M parameters, Google's SigLIP so400m 878 M."""
     changes = ["--model.family", family, "--model.size", size, "--data.tokenizer", "org/name"]
     text = {"clip": "{}", "siglip": "{vocab_size: 32000, max_position_embeddings: 64}"}[family]
     main(["pretrain", "--config", "b16_cc12m", *changes, "--model.text_config", text, "--dry_run"])
     printed = capsys.readouterr().out
     count = int(re.search(r"([\d,]+) parameters", printed)[1].replace(",", ""))
-    expected = {"clip b16": 149_620_737, "siglip so400m14": 877_360_882, "siglip b16": 203_156_738}
+    expected = {"clip b16": 149_620_737, "siglip so400m14": 877_360_882}
     assert count == pytest.approx(expected[f"{family} {size}"], rel=0.005)
     assert "use " in printed.splitlines()[-1]
 

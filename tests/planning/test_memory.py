@@ -206,6 +206,7 @@ def test_what_an_engine_refuses_is_refused_by_a_dry_run(flags: list[str], engine
         recipe_memory(parse_recipe(["--config", "h14_laion2b", *flags]), Launch(engine, 8))
 
 
+@pytest.mark.long
 def test_frozen_parts_need_no_gradients_moments_and_activations() -> None:
     recipe, launch = parse_recipe(["--config", "b16_cc3m"]), Launch("ddp", 8, precision="bf16")
     plain, model = recipe_memory(recipe, launch), trained_model(recipe)

@@ -14,7 +14,7 @@ RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", "[{name: on
 @pytest.mark.parametrize(
     ("launch", "micro_batches", "recompute", "flags"),
     [
-        ("ddp", 2, True, []),
+        long("ddp", 2, True, []),
         ("fsdp2", 2, False, []),
         ("hsdp", 1, False, ["--loss.kind", "sigmoid", "--optim.ema_decay", "0.999"]),
         long("ddp", 1, False, []),

@@ -60,10 +60,7 @@ def test_figures_and_faults(mixed: Path, tokenizer_dir: Path, tmp_path: Path, ca
     assert counts == {"truncated_shard": 1, "undecodable_image": 1, "undecodable_caption": 1, "missing_caption": 1}
     assert found["bad"]["undecodable_image"]["examples"][0].startswith(f"{mixed}/0.tar#1: 10 bytes starting b'no pict")
     main(command)
-    text = capsys.readouterr().out
-    assert "6 samples in 2 shards; 6 checked, 3 can be used" in text
-    assert "0.tar#3" in text
-    assert f"samples drawn in {sheet}" in text
+    assert "0.tar#3" in capsys.readouterr().out
 
 
 def test_the_sheet_shows_images_and_captions(mixed: Path, tmp_path: Path) -> None:

@@ -128,9 +128,6 @@ def test_a_damaged_shard_is_named_and_the_others_are_written(
 
 def test_other_options_and_other_files_are_refused(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     resize(shards, tmp_path / "out")
-    line = refused("prepare", "resize", shards, tmp_path / "out", "--short_side", 30)
-    assert "'short_side': 24" in line
-    assert "'short_side': 30" in line
-    assert f"{shards} holds something that" in refused("prepare", "resize", shards, shards)
-    assert "short_side is 0" in refused("prepare", "resize", shards, tmp_path / "new", "--short_side", 0)
+    assert "'short_side': 30" in refused("prepare", "resize", shards, tmp_path / "out", "--short_side", 30)
+    assert f"{shards} holds something" in refused("prepare", "resize", shards, shards)
     assert "is a URL" in refused("prepare", "resize", "https://host/{0..1}.tar", tmp_path / "new")

@@ -110,7 +110,6 @@ def test_overlap_and_page(audited: dict[str, Any], folder: Path) -> None:
     for picture in ("near_duplicates.png", "overlap.png"):
         assert f"]({picture})" in page
         assert np.ptp(np.asarray(Image.open(folder / "audit" / picture))) > 100
-    assert "## What this does not look at" in page
     assert "| images of flat that are in the data, of 3 | 2 |" in page
 
 
@@ -137,7 +136,6 @@ def test_a_sample_of_captions(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert 0 < found["languages"]["checked"] < 14
     row = found["languages"]["long"]["languages"][0]
     assert 0 <= row["low"] < row["share"] <= row["high"] <= 1
-    assert "None was compared" in (tmp_path / "audit.md").read_text()
 
 
 def test_bad_input(folder: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
