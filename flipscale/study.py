@@ -128,7 +128,7 @@ class Budget:
 
     def run(self) -> None:
         """Search, and print the schedules."""
-        from flipscale.studies.budget import search_paths
+        from flipscale.studies.halving import search_paths
 
         start_logging()
         _check_workers(self.workers)

@@ -7,7 +7,6 @@ the one that huggingface_hub finds (HF_TOKEN, a stored login). It is read here o
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -34,23 +35,26 @@ _log = logging.getLogger(__name__)
 
 # Seconds before each retry of a push. huggingface_hub also retries single requests by itself.
 WAITS = (1, 2, 4, 8, 16, 32, 64)
-# Files that flipscale writes into a model folder: the model with its code and tokenizer, its ONNX form, its card and
-# results. Other files are never uploaded, because they may be secrets.
-_WRITTEN = re.compile(
-    r"""(?x) (?: open_clip_)? (?: config|generation_config|config_sentence_transformers|sentence_bert_config|modules
-        |processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json
-    | (?: open_clip_)? model [\w.-]* \.safetensors (?: \.index [\w.]* \.json)?
-    | (?: image_model|text_model|visual/model|textual/model) \.onnx (?: \.data)?
-    | visual/preprocess_cfg\.json
-    | textual/ (?: (?: tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json|merges\.txt|vocab\.txt)
-    | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
-    | (?: configuration_flip|modeling_flip|modeling_flip_caption|modeling_flip_vqa|processing_flip|patches) \.py
-    | modeling_dual_encoder\.py
-    | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
+# Files that flipscale writes into a model folder. Other files are never uploaded, because they may be secrets.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
-_SHOWN = 6  # names in the line about other files
+_WRITTEN = (
+    *("README.md", "results.md", "results.jsonl", "results.png", "figures/*.png"),
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("model*.safetensors", "model*.safetensors.index*.json", *_TOKENIZER, "[!.]*.model", "chat_template.jinja"),
+    *("configuration_flip.py", "modeling_flip.py", "modeling_flip_caption.py", "modeling_flip_vqa.py"),
+    *("processing_flip.py", "patches.py", "modeling_dual_encoder.py"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("open_clip_config.json", "open_clip_model.safetensors"),
+    *(f"{graph}.onnx{data}" for graph in ("image_model", "text_model") for data in ("", ".data")),
+    *(f"{tower}/model.onnx{data}" for tower in ("visual", "textual") for data in ("", ".data")),
+    *("visual/preprocess_cfg.json", *(f"textual/{name}" for name in _TOKENIZER)),
+)
 # Files of an earlier push that are deleted if the folder lacks them: weights in another number of shards.
 _REPLACED = ["*.safetensors", "*.safetensors.index*.json"]
+_SHOWN = 6  # names in the line about other files
 _TRANSIENT = (408, 409, 412, 429)  # 4xx worth a retry: timeouts, a concurrent commit, rate limits
 _FAILURES = (OSError, RuntimeError, HTTPError, *NO_HUB)
 
@@ -178,7 +182,7 @@ def _push(folder: Path, target: Target, message: str) -> tuple[str, str | None]:
             folder_path=folder,
             revision=target.revision,
             commit_message=message,
-            allow_patterns=sort_files(folder)[0],
+            allow_patterns=[escape(name) for name in sort_files(folder)[0]],
             delete_patterns=_REPLACED,
         )
     except _FAILURES as error:
@@ -195,11 +199,11 @@ def sort_files(folder: Path) -> tuple[list[str], list[str]]:
     folders = [folder / name for name in ("figures", "visual", "textual")]
     folders = [inner for inner in folders if inner.is_dir() and not inner.is_symlink()]
     own, others = [], []
-    for path in sorted([*folder.iterdir(), *(path for inner in folders for path in inner.iterdir())]):
+    for path in sorted(path for place in (folder, *folders) for path in place.iterdir()):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             others.append(f"{name} (a link)")
-        elif _WRITTEN.fullmatch(name) and path.is_file():
+        elif path.is_file() and any(fnmatchcase(name, pattern) for pattern in _WRITTEN):
             own.append(name)
         elif path not in folders:
             others.append(name)
@@ -228,33 +232,29 @@ def check_to_push(folder: Path) -> None:
 def _explain(error: Exception, target: Target) -> UserError | OSError:
     """Return a UserError for an error that needs the user, an OSError for a transient error, without the token."""
     status, words = reason_of(error)
-    if token := get_token():
-        words = words.replace(token, "<token>")
+    words = words.replace(get_token() or "\0", "<token>")
+    is_refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
     if isinstance(error, OfflineModeIsEnabled):
         return UserError(f"cannot push to {target}: HF_HUB_OFFLINE is set; unset it")
     if status == 401:
         return UserError(f"the Hub rejects the token for {target} ({words}); log in with `hf auth login`")
     if status in (403, 404):
-        return UserError(
-            f"the token may not write to {target} ({words}); use an organisation that you are a member of, and a token "
-            "with write access"
-        )
-    is_refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+        remedy = "use an organisation that you are a member of, and a token with write access"
+        return UserError(f"the token may not write to {target} ({words}); {remedy}")
     if is_refused or (status is not None and 400 <= status < 500 and status not in _TRANSIENT):
         return UserError(f"the Hub refuses the push to {target} ({words})")
     if isinstance(error, NO_HUB):
-        return OSError(
-            f"the push to {target} failed: {constants.ENDPOINT} does not answer as the Hub does ({words}); check "
-            "HF_ENDPOINT and the proxy"
-        )
+        reason = f"{constants.ENDPOINT} does not answer as the Hub does ({words}); check HF_ENDPOINT and the proxy"
+        return OSError(f"the push to {target} failed: {reason}")
     return OSError(f"the push to {target} failed ({words})")
 
 
 class BackgroundPush:
     """Pushes checkpoints while a run trains, one at a time. Training never waits for a push.
 
-    Each push is a process, `flipscale push RUN ORG/NAME --step N`, which writes to the run's `push.log`. A checkpoint
-    that is saved during a push is left to the next push, because it would only be replaced. A failed push is logged.
+    Each push is a process, `flipscale push RUN ORG/NAME --step N`, which writes to the run's `push.log`. A thread would
+    share the trainer's interpreter, and could not be ended. A checkpoint that is saved during a push is left to the
+    next push, because it would only be replaced. A failed push is logged.
 
     Args:
         last_step: last step of the run, which `push_finished` pushes; None if unknown.
@@ -276,8 +276,17 @@ class BackgroundPush:
             return
         self._report()
         self._step = step
+        command = [*self._target.command(self.run_dir)[1:], "--step", str(step)]
         try:
-            self._process = self._start(step, self._target)
+            with open(self.run_dir / "push.log", "ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "flipscale.cli", *command],
+                    env={**os.environ, **_ENVIRONMENT},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICENESS)
         except OSError as error:  # no memory for a process, or no space for its log
             self._warn(str(error))
 
@@ -291,19 +300,6 @@ class BackgroundPush:
         else:
             self._report()
         shutil.rmtree(export_folder(self.run_dir, self._step), ignore_errors=True)
-
-    def _start(self, step: int, target: Target) -> subprocess.Popen[bytes]:
-        command = [*target.command(self.run_dir), "--step", str(step)]
-        with open(self.run_dir / "push.log", "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flipscale.cli", *command[1:]],
-                env={**os.environ, **_ENVIRONMENT},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
-        return process
 
     def _report(self) -> None:
         """Log the failure of a push that has ended."""

@@ -11,7 +11,7 @@ from conftest import changed_recipe
 
 from flipscale.cli import main
 from flipscale.evaluation.suite import planned_tasks
-from flipscale.studies.budget import path_recipes, read_search
+from flipscale.studies.halving import path_recipes, read_search
 from flipscale.training.complete_recipe import parse_recipe
 
 MASKED = [{"name": "masked", "mask_ratio": 0.75}, {"name": "tuned"}]

@@ -1,4 +1,4 @@
-"""The search for the best path through a budget of training time, by successive halving.
+"""`flipscale study budget`: the best schedule for a training time, by successive halving.
 
 All paths train for a short time, and the best of them, from the beginning, for longer.
 
@@ -74,11 +74,11 @@ class BudgetSearch:
                 full = name + (f"+tuned{share:g}" if len(shares) > 1 else "")
                 if full in paths:
                     raise UserError(f"two paths are called {full}; give each a name of its own, and each value once")
-                paths[full] = {**changes, "stages": _stages(stages, share)}
+                paths[full] = {**changes, "stages": _with_shares(stages, share)}
         return paths
 
 
-def _stages(stages: Sequence[dict[str, Any]], tuning: float | None) -> list[dict[str, Any]]:
+def _with_shares(stages: Sequence[dict[str, Any]], tuning: float | None) -> list[dict[str, Any]]:
     """Return the stages with their shares, and the first with its warm-up."""
     made = copy.deepcopy(list(stages))
     if len(made) == 1:
@@ -107,52 +107,41 @@ def read_search(file: Path) -> BudgetSearch:
 
 
 def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
-    """Return the recipe of each path for the whole budget, with all evaluations of the base at the size of the path's
-    last stage. Each is checked as far as possible without its data. Raise UserError if the base is not a recipe or
-    lacks the evaluation, or a path cannot be run."""
+    """Return the recipe of each path for the whole budget, with the evaluations of the base at the size of the path's
+    last stage. Raise UserError if the base is not a recipe or lacks the evaluation, or a path cannot be run."""
     base = parse_recipe(["--config", search.base])
-    names = [task.name for task in planned_tasks(base.eval)]
-    if search.validation not in names:
+    planned = planned_tasks(base.eval)
+    if search.validation not in (names := [task.name for task in planned]):
         raise UserError(
             f"validation is {search.validation!r:.60}; name one of the eval.tasks of {search.base}, whose images no "
             f"test has: {', '.join(names)}"
         )
     # Short forms of evaluations become listed ones, because only those have an image size.
     listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in base.eval.tasks]
-    planned = planned_tasks(base.eval)
     listed += [{"kind": task.kind} for task in planned[len(listed) :]]
     tasks = [{**task, "data": own.data} for task, own in zip(listed, planned, strict=True)]
-    evaluated: dict[str, Any] = {"tasks": tasks, "zero_shot": None, "retrieval": None}
-    plain = yaml.safe_load(to_yaml(base))
     recipes = {}
     for name, changes in search.expanded_paths().items():
-        content = {**copy.deepcopy(plain), "budget_minutes": search.minutes}
         for path in changes:
             if path.split(".")[0] not in _SECTIONS:
                 raise UserError(f"path {name} changes {path:.60}; a path may change {', '.join(_SECTIONS)}")
+        content = {**yaml.safe_load(to_yaml(base)), "budget_minutes": search.minutes}
         change(content, changes, f"paths.{name}")
         content["stages"][0].setdefault("base_lr", base.stages[0].base_lr if base.stages else None)
         size = content["stages"][-1].get("image_size")
         sized = [{"image_size": size, **task} if size else task for task in tasks]
-        content["eval"] |= {**evaluated, "tasks": sized}
+        content["eval"] |= {"tasks": sized, "zero_shot": None, "retrieval": None}
         recipes[name] = checked(content, f"path {name}")
     return recipes
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A path's end in a rung.
+class PathEnd:
+    """The end of a path in a rung: the result that chooses paths and the number of pairs seen, or the failure."""
 
-    Args:
-        failure: end of a failed run; empty for a finished run.
-        result: result of the evaluation that chooses paths; None for a failed run.
-        samples: number of pairs seen.
-    """
-
-    name: str
-    failure: str
     result: Result | None = None
     samples: int = 0
+    failure: str = ""
 
     @property
     def badness(self) -> float:
@@ -161,22 +150,22 @@ class Trained:
             return math.inf
         return -self.result.value if self.result.higher_is_better else self.result.value
 
-    @property
-    def cell(self) -> str:
-        """Text in tables."""
-        return "failed" if self.result is None else self.result.estimate_text
-
 
 @dataclass(frozen=True)
 class Rung:
-    """The paths that trained for one time, in minutes."""
+    """The paths that trained for one time, in minutes, in the order of the file."""
 
     minutes: float
-    paths: Sequence[Trained]
+    ends: Mapping[str, PathEnd]
 
-    def best_first(self) -> list[Trained]:
-        """Return the finished paths, best first; equals in the order of the file."""
-        return sorted((path for path in self.paths if path.result is not None), key=lambda path: path.badness)
+    def finished(self) -> list[str]:
+        """Return the names of the finished paths, best first; equals in the order of the file."""
+        return sorted((name for name, end in self.ends.items() if end.result), key=lambda n: self.ends[n].badness)
+
+    def cell(self, name: str) -> str:
+        """Return a path's result as text in tables."""
+        end = self.ends.get(name)
+        return NOTHING if end is None else end.result.estimate_text if end.result else "failed"
 
 
 def search_paths(file: Path, output_dir: Path, workers: int) -> None:
@@ -188,24 +177,24 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
     """
     search = read_search(file)
     recipes = path_recipes(search)
-    times, counts = [*search.rungs, search.minutes], [len(recipes), *search.keep]
     mark, content = output_dir / "search.yaml", dataclasses.asdict(search)
     check_folder(output_dir, mark.name, "search")
     if changed := sorted(changed_fields(yaml.safe_load(read_text(mark)), content)) if mark.exists() else []:
-        raise UserError(f"{output_dir} was begun otherwise than {file} ({'; '.join(changed)}); name another folder")
-    total = sum(count * minutes for count, minutes in zip(counts, times, strict=True))
-    words = ", ".join(f"{count} for {minutes:g} min" for count, minutes in zip(counts, times, strict=True))
+        raise UserError(f"{output_dir} holds another search than {file} ({'; '.join(changed)}); name another folder")
+    times, counts = [*search.rungs, search.minutes], [len(recipes), *search.keep, 1]
+    total = sum(count * minutes for count, minutes in zip(counts, times, strict=False))
+    words = ", ".join(f"{count} for {minutes:g} min" for count, minutes in zip(counts, times, strict=False))
     print(f"{len(recipes)} paths: {words}; {total:,.0f} minutes of training by {workers} side by side", flush=True)
     rungs: list[Rung] = []
     left = list(recipes)
-    for number, (minutes, count) in enumerate(zip(times, [*search.keep, 1], strict=True), 1):
+    for number, (minutes, kept) in enumerate(zip(times, counts[1:], strict=True), 1):
         runs = [_run(search, name, recipes[name], minutes, output_dir / f"rung{number}") for name in left]
         print(f"rung {number} of {len(times)}: {minutes:g} min", flush=True)
         write_recipes(runs, mark, yaml.safe_dump(content, sort_keys=False))
         rungs.append(Rung(minutes, _train(runs, workers, search.validation)))
-        left = [path.name for path in rungs[-1].best_first()][:count]
+        left = rungs[-1].finished()[:kept]
         if not left:
-            failures = "; ".join(f"{path.name}: {path.failure}" for path in rungs[-1].paths)
+            failures = "; ".join(f"{name}: {end.failure}" for name, end in rungs[-1].ends.items())
             raise OSError(f"no path of rung {number} could be trained: {failures}")
     choice = _write_report(rungs, recipes, search.validation, output_dir)
     winner = replace(in_time(recipes[left[0]], search.minutes), output_dir=str(output_dir / "winner"))
@@ -222,57 +211,56 @@ def _run(search: BudgetSearch, name: str, recipe: Recipe, minutes: float, folder
     return StudyRun(name, replace(in_time(recipe, minutes), output_dir=str(folder / name), eval=evaluated))
 
 
-def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> list[Trained]:
+def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> dict[str, PathEnd]:
     """Train the runs of a rung that have neither finished nor failed, and return the ends of all."""
     failed = train_runs([run for run in runs if not run.beside("failed").exists()], workers)
-    ends = []
+    ends = {}
     for run in runs:
         if run.name in failed:
             write_text(run.beside("failed"), failed[run.name][1] + "\n")
         if run.beside("failed").exists():
-            ends.append(Trained(run.name, read_text(run.beside("failed")).strip()))
+            ends[run.name] = PathEnd(failure=read_text(run.beside("failed")).strip())
             continue
         curve = read_curve(run.run_dir)
         result = next(r for r in curve.results if r.task == validation and r.headline and r.who == THIS_MODEL)
-        ends.append(Trained(run.name, "", result, curve.records[-1]["samples_seen"]))
+        ends[run.name] = PathEnd(result, curve.records[-1]["samples_seen"])
     return ends
 
 
 def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validation: str, output_dir: Path) -> str:
     """Write `report.md` and `front.png`, print the tables, and return the winner's metric and result."""
-    best, ranked = [rung.best_first()[0] for rung in rungs], rungs[-1].best_first()
-    last = ranked[0].result
+    winner, *others = rungs[-1].finished()
+    last = rungs[-1].ends[winner].result
     assert last is not None
     words = f"{validation} {last.shown}"
     stages = {name: _stages_text(recipe) for name, recipe in recipes.items()}
-    front = [["training", "best path", "stages", "pairs seen", words]]
-    for place, path in enumerate(best):
-        if all(path.badness < before.badness for before in best[:place]):
-            cells = [path.name, stages[path.name], f"{path.samples:,}", path.cell]
-            front.append([f"{rungs[place].minutes:g} min", *cells])
+    front, best = [["training", "best path", "stages", "pairs seen", words]], math.inf
+    for rung in rungs:
+        name = rung.finished()[0]
+        if (end := rung.ends[name]).badness < best:
+            best = end.badness
+            front.append([f"{rung.minutes:g} min", name, stages[name], f"{end.samples:,}", rung.cell(name)])
     # Paths of later rungs come first.
-    order = dict.fromkeys([*(path.name for rung in reversed(rungs) for path in rung.best_first()), *recipes])
+    order = dict.fromkeys([*(name for rung in reversed(rungs) for name in rung.finished()), *recipes])
     table = [[f"path, {words}", "stages", *(f"{rung.minutes:g} min" for rung in rungs)]]
-    ends = [{path.name: path.cell for path in rung.paths} for rung in rungs]
-    table += [[name, stages[name], *(own.get(name, NOTHING) for own in ends)] for name in order]
+    table += [[name, stages[name], *(rung.cell(name) for rung in rungs)] for name in order]
     parts = [markdown_table(front, 3), markdown_table(table, 2)]
     if last.low is not None and last.high is not None:
-        near = [path.name for path in ranked[1:] if path.result and last.low <= path.result.value <= last.high]
-        inside = f"the interval of {ranked[0].name}, of one seed, lie"
-        parts.append(f"Within {inside}: {', '.join(near) or 'no other paths'}.")
-    tried = [(path, rung.minutes) for rung in rungs for path in rung.paths]
-    if failed := [f"- {path.name}, {minutes:g} min: {path.failure}" for path, minutes in tried if path.failure]:
-        parts.append("Failed, and out:\n\n" + "\n".join(failed))
+        results = {name: rungs[-1].ends[name].result for name in others}
+        near = [name for name, result in results.items() if result and last.low <= result.value <= last.high]
+        parts.append(f"Within the interval of {winner}, of one seed, lie: {', '.join(near) or 'no other paths'}.")
+    failed = [(name, rung.minutes, end.failure) for rung in rungs for name, end in rung.ends.items() if end.failure]
+    if failed:
+        parts.append("Failed, and out:\n\n" + "\n".join(f"- {n}, {minutes:g} min: {why}" for n, minutes, why in failed))
     text = "\n\n".join(parts)
     write_text(output_dir / "report.md", f"# The search\n\n{text}\n")
-    courses: dict[str, list[tuple[float, Result]]] = {name: [] for name in recipes}
-    for rung in rungs:
-        for path in rung.paths:
-            if path.result:
-                courses[path.name].append((60 * rung.minutes, path.result))
+    courses = {
+        name: [(60 * rung.minutes, end.result) for rung in rungs if (end := rung.ends.get(name)) and end.result]
+        for name in recipes
+    }
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
-    winner = quoted(output_dir / "winner.yaml")
-    print(f"\n{text}\n\n{output_dir}: report.md, front.png, winner.yaml; flipscale pretrain --config {winner}")
+    command = f"flipscale pretrain --config {quoted(output_dir / 'winner.yaml')}"
+    print(f"\n{text}\n\n{output_dir}: report.md, front.png, winner.yaml; {command}")
     return f"{words}, {last.estimate_text},"
 
 
