@@ -105,10 +105,10 @@ class Report:
 
     def run(self) -> None:
         """Write the report."""
-        from flipscale.studies.report import report
+        from flipscale.studies.results import write_results
 
         start_logging()
-        report(self.folder, self.resamples)
+        write_results(self.folder, self.resamples)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.text_table import markdown_table
 from flipscale.planning.flops import stage_flops
 from flipscale.recipe.recipe import Recipe
-from flipscale.studies.report import read_results
+from flipscale.studies.results import read_results
 from flipscale.studies.transfer import Effect
 from flipscale.training.console import report_user_errors
 

@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,23 +28,12 @@ _CHANCE: dict[str, Any] = {"label": "chance", "color": "#888888", "linestyle": "
 _BARS: dict[str, Any] = {"marker": "o", "markersize": 4.5, "capsize": 2.5}
 # Keywords of a legend at the right of the axes.
 _BESIDE: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+_NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555", "x": 0.01, "ha": "left"}
 
 # Curves of a configuration's seeds, by its name.
 CurveGroups = Mapping[str, Sequence[Curve]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Final results of a configuration.
-
-    Args:
-        levels: level of each axis.
-        results: results of all seeds by headline, `task/metric`.
-    """
-
-    label: str
-    levels: Mapping[str, str]
-    results: Mapping[str, Sequence[Result]]
+# Final results of a configuration's seeds, by their names `task/metric`.
+Ends = Mapping[str, Sequence[Result]]
 
 
 def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words: str, path: Path) -> None:
@@ -57,8 +45,7 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
     look = {"figsize": size, "sharey": True, "squeeze": False, "constrained_layout": True}
     figure, axes = drawing_pyplot().subplots(1, len(panels), **look)
     all_groups = [group for groups in panels.values() for group in groups.values()]
-    most = max(curve.records[-1][along] for group in all_groups for curve in group)
-    label, unit = _unit(along, most)
+    label, unit = _unit(along, max(curve.records[-1][along] for group in all_groups for curve in group))
     for place, (title, groups) in zip(axes[0], panels.items(), strict=True):
         styles = [{"color": _BASE_COLOUR}, *_line_styles(len(groups) - 1)]
         for (level, curves), style in zip(groups.items(), styles, strict=True):
@@ -66,9 +53,9 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
             if not with_result:
                 continue
             at, means = over_seeds(with_result, name, along)
-            place.plot(at / unit, [mean.value for mean in means], marker="o", markersize=3.5, label=level, **style)
+            values, low, high = np.array(means).T
+            place.plot(at / unit, values, marker="o", markersize=3.5, label=level, **style)
             if len(with_result) > 1:
-                low, high = [mean.low for mean in means], [mean.high for mean in means]
                 place.fill_between(at / unit, low, high, color=style["color"], alpha=0.13, linewidth=0)
         place.set(xlabel=label)
         place.set_title(title, loc="left")
@@ -78,7 +65,7 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
     axes[0, 0].set_ylabel(words)
     has_band = any(len(group) > 1 for group in all_groups)
     note = "Band: the 95 % interval of the mean over seeds." if has_band else "One seed a configuration: no interval."
-    figure.suptitle(note, fontsize=8, color="#555555", x=0.01, ha="left")
+    figure.suptitle(note, **_NOTE)
     save_figure(figure, path)
 
 
@@ -126,11 +113,11 @@ def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str
     intervals; the others are grey. `courses` has the training seconds and the result of each path in each rung."""
     figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
     most = max(map(len, courses.values()))
-    times = next([seconds for seconds, _ in course] for course in courses.values() if len(course) == most)
-    label_of_axis, unit = _unit("trained_seconds", times[-1])
     ended = [name for name, course in courses.items() if len(course) == most]
     ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
     others = [name for name, course in courses.items() if course and name not in ended]
+    times = [seconds for seconds, _ in courses[ended[0]]]
+    label_of_axis, unit = _unit("trained_seconds", times[-1])
     styles = _line_styles(len(ended)) + [{"color": "#bbbbbb", "linewidth": 0.8, "zorder": 1}] * len(others)
     for name, style in zip([*ended, *others], styles, strict=True):
         last = courses[name][-1][1]
@@ -167,16 +154,15 @@ def draw_transfer(rows: EffectTable, tasks: Sequence[str], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], path: Path) -> None:
+def draw_grid(ends: Mapping[tuple[str, str], Ends], axes: Mapping[str, Sequence[str]], path: Path) -> None:
     """Draw each task's first headline against the levels of the second of two axes, a line for each level of the first.
-    Levels begin with their axis' base."""
+    Levels begin with their axis' base. `ends` has the final results by the levels of both axes."""
     (axis, levels), (along, ticks) = axes.items()
-    figure, panels = _panels(outcomes, (3.9, 3.2))
-    by_levels = {(outcome.levels[axis], outcome.levels[along]): outcome.results for outcome in outcomes}
+    figure, panels = _panels(ends.values(), (3.9, 3.2))
     styles = [{"color": _BASE_COLOUR}, *_line_styles(len(levels) - 1)]
     for place, name, shown in panels:
         for number, (level, style) in enumerate(zip(levels, styles, strict=True)):
-            values, below, above = _estimates([by_levels.get((level, tick), {}).get(name, ()) for tick in ticks])
+            values, below, above = _estimates(ends.get((level, tick), {}).get(name, ()) for tick in ticks)
             at = np.arange(len(ticks)) + 0.16 * (number / max(len(levels) - 1, 1) - 0.5)
             label = f"{axis}: {level}"
             place.errorbar(at, values, yerr=(below, above), elinewidth=1.1, label=label, **_BARS, **style)
@@ -184,43 +170,38 @@ def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], pa
             place.axhline(shown.chance, **_CHANCE)
         place.set(xlabel=along, ylabel=shown.shown_with_unit, xlim=(-0.4, len(ticks) - 0.6))
         place.set_xticks(range(len(ticks)), ticks)
-        if _is_never_negative(outcomes, name):
+        if _is_never_negative(ends.values(), name):
             place.set_ylim(bottom=0)
-    _finish(figure, outcomes, path)
+    _finish(figure, ends.values(), path)
 
 
-def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw each task's first headline with a row for each configuration."""
-    labels = [outcome.label for outcome in outcomes]
-    size = (2.4 + 0.05 * max(map(len, labels)), 0.9 + 0.3 * len(labels))
-    figure, panels = _panels(outcomes, size, sharey=True)
+def draw_rows(ends: Mapping[str, Ends], path: Path) -> None:
+    """Draw each task's first headline with a row for each configuration, by its label."""
+    size = (2.4 + 0.05 * max(map(len, ends)), 0.9 + 0.3 * len(ends))
+    figure, panels = _panels(ends.values(), size, sharey=True)
     for place, name, shown in panels:
-        estimates = _estimates([outcome.results.get(name, ()) for outcome in outcomes])
-        for row, (value, below, above) in enumerate(zip(*estimates, strict=True)):
+        for row, (value, below, above) in enumerate(_estimates(own.get(name, ()) for own in ends.values()).T):
             place.errorbar(value, row, xerr=([below], [above]), color=COLOURS[0] if row else _BASE_COLOUR, **_BARS)
         if shown.chance is not None:
             place.axvline(shown.chance, **_CHANCE)
-        place.set(xlabel=shown.shown_with_unit, ylim=(len(labels) - 0.4, -0.6))
-        place.set_yticks(range(len(labels)), labels, fontsize=8)
-        if _is_never_negative(outcomes, name):
+        place.set(xlabel=shown.shown_with_unit, ylim=(len(ends) - 0.4, -0.6))
+        place.set_yticks(range(len(ends)), list(ends), fontsize=8)
+        if _is_never_negative(ends.values(), name):
             place.set_xlim(left=0)
-    _finish(figure, outcomes, path)
+    _finish(figure, ends.values(), path)
 
 
 def _panels(
-    outcomes: Sequence[Outcome], size: tuple[float, float], sharey: bool = False
+    ends: Iterable[Ends], size: tuple[float, float], sharey: bool = False
 ) -> "tuple[Figure, list[tuple[Axes, str, Result]]]":
     """Return a figure with a panel of `size` inches for each task: its axes, first headline, and one result of it."""
     shown: dict[str, tuple[str, Result]] = {}
-    for outcome in outcomes:
-        for name, results in outcome.results.items():
-            shown.setdefault(results[0].task, (name, results[0]))
+    for name, results in itertools.chain.from_iterable(own.items() for own in ends):
+        shown.setdefault(results[0].task, (name, results[0]))
     rows = math.ceil(len(shown) / _MOST_COLUMNS)
     columns = math.ceil(len(shown) / rows)
-    figure, axes = drawing_pyplot().subplots(
-        *(rows, columns), figsize=(columns * size[0], rows * size[1] + 0.5), sharey=sharey, squeeze=False,
-        constrained_layout=True,
-    )  # fmt: skip
+    look = {"figsize": (columns * size[0], rows * size[1] + 0.5), "squeeze": False, "constrained_layout": True}
+    figure, axes = drawing_pyplot().subplots(rows, columns, sharey=sharey, **look)
     for unused in axes.flat[len(shown) :]:
         unused.set_axis_off()
     panels = [(place, *own) for place, own in zip(axes.flat, shown.values(), strict=False)]
@@ -230,35 +211,32 @@ def _panels(
     return figure, panels
 
 
-def _is_never_negative(outcomes: Sequence[Outcome], name: str) -> bool:
-    return all(result.value >= 0 for outcome in outcomes for result in outcome.results.get(name, ()))
+def _is_never_negative(ends: Iterable[Ends], name: str) -> bool:
+    return all(result.value >= 0 for own in ends for result in own.get(name, ()))
 
 
-def _estimates(groups: Sequence[Sequence[Result]]) -> np.ndarray:
+def _estimates(groups: Iterable[Sequence[Result]]) -> np.ndarray:
     """Return each configuration's mean over seeds, and the lengths of its 95 % interval below and above: `(3, groups)`,
     NaN without results, and without several seeds."""
-    estimates = np.full((3, len(groups)), np.nan)
-    for number, results in enumerate(groups):
-        values = [result.value for result in results]
-        if len(values) > 1:
-            mean, low, high = mean_of(values, results[0].unit)
-            estimates[:, number] = mean, mean - low, high - mean
-        elif values:
-            estimates[0, number] = values[0]
-    return estimates
+    columns = []
+    for results in groups:
+        values = [result.value for result in results] or [np.nan]
+        mean, low, high = mean_of(values, results[0].unit) if len(values) > 1 else (values[0], np.nan, np.nan)
+        columns.append((mean, mean - low, high - mean))
+    return np.array(columns).T
 
 
-def _finish(figure: "Figure", outcomes: Sequence[Outcome], path: Path) -> None:
+def _finish(figure: "Figure", ends: Iterable[Ends], path: Path) -> None:
     """Add one legend and a note on the bars, and write the figure."""
     handles: dict[str, Any] = {}
     for place in figure.axes:
         handles |= dict(zip(*reversed(place.get_legend_handles_labels()), strict=True))
     if "chance" in handles:
-        handles["chance"] = handles.pop("chance")
+        handles["chance"] = handles.pop("chance")  # to the end
     if handles:
         columns = min(4, len(handles))
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
-    has_bars = any(len(results) > 1 for outcome in outcomes for results in outcome.results.values())
+    has_bars = any(len(results) > 1 for own in ends for results in own.values())
     words = "Bars: 95 % intervals of means over seeds." if has_bars else "One seed a configuration: no interval."
-    figure.supxlabel(words, fontsize=8, color="#555555", x=0.01, ha="left")
+    figure.supxlabel(words, **_NOTE)
     save_figure(figure, path)

@@ -1,7 +1,8 @@
 """The effects of a study's axes: on each task, together beyond their sum, and beyond what another task predicts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit, logit
@@ -30,14 +31,8 @@ class Arm:
         return " + ".join(f"{axis}: {level}" for axis, level in self.levels.items())
 
 
-@dataclass(frozen=True)
-class Effect:
-    """A difference as a mean over seeds.
-
-    Args:
-        mean: mean over the common seeds of the runs.
-        low, high: ends of the 95 % interval over seeds, by Student's t; None for one seed.
-    """
+class Effect(NamedTuple):
+    """A mean difference over the common seeds of runs, with its 95 % interval by Student's t; without for one seed."""
 
     mean: float
     low: float | None = None
@@ -56,6 +51,8 @@ class Effect:
 
 # Effects by the arm's label and by task.
 EffectTable = dict[str, dict[str, Effect]]
+# Arms with the factors of their results in a sum.
+Terms = list[tuple[int, Arm]]
 
 
 def _tasks(arms: Sequence[Arm]) -> list[str]:
@@ -70,20 +67,19 @@ def tasks_moved(rows: EffectTable, arms: Sequence[Arm]) -> list[str]:
 def effects(arms: Sequence[Arm]) -> EffectTable:
     """Return the effect of each level alone against the base."""
     base = _base(arms)
-    return _rows([arm for arm in arms if len(arm.levels) == 1], arms, lambda arm: [(1, arm), (-1, base)])
+    return {arm.label: _sums([(1, arm), (-1, base)]) for arm in arms if len(arm.levels) == 1}
 
 
 def interactions(arms: Sequence[Arm]) -> EffectTable:
     """Return the effect of each combination of levels beyond the sum of their effects alone."""
     base = _base(arms)
     alone = {next(iter(arm.levels.items())): arm for arm in arms if len(arm.levels) == 1}
-    together = [arm for arm in arms if len(arm.levels) > 1 and set(arm.levels.items()) <= alone.keys()]
-
-    def parts(arm: Arm) -> list[tuple[int, Arm]]:
-        singles = [(-1, alone[level]) for level in arm.levels.items()]
-        return [(1, arm), *singles, (len(singles) - 1, base)]
-
-    return _rows(together, arms, parts)
+    table = {}
+    for arm in arms:
+        if len(arm.levels) > 1 and set(arm.levels.items()) <= alone.keys():
+            singles: Terms = [(-1, alone[level]) for level in arm.levels.items()]
+            table[arm.label] = _sums([(1, arm), *singles, (len(singles) - 1, base)])
+    return table
 
 
 def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
@@ -92,32 +88,24 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
     The prediction is a line between the logits of the two tasks, fitted to all runs. Tasks with values outside
     (0, 100) or with fewer than four runs are left out.
     """
-    table: EffectTable = {}
-    base = _base(arms)
+    left: list[dict[str, dict[int, float]]] = [{} for _ in arms]  # residuals of each arm by task and seed
     for task in (task for task in _tasks(arms) if task != reference):
-        pairs = [
-            (arm.results[reference][seed], value)
-            for arm in arms
-            for seed, value in arm.results.get(task, {}).items()
-            if seed in arm.results.get(reference, {})
-        ]
-        xy = np.array(pairs).reshape(-1, 2)
+        pairs = []
+        for arm in arms:
+            known, own = arm.results.get(reference, {}), arm.results.get(task, {})
+            pairs.append({seed: (known[seed], own[seed]) for seed in own if seed in known})
+        xy = np.array([pair for by_seed in pairs for pair in by_seed.values()]).reshape(-1, 2)
         # A line needs its two parameters + 2.
         if len(xy) < 4 or not ((xy > 0) & (xy < 100)).all() or np.ptp(xy[:, 0]) == 0:
             continue
         line = np.polyfit(logit(xy[:, 0] / 100), logit(xy[:, 1] / 100), 1)
-
-        def residuals(arm: Arm, task: str = task, line: np.ndarray = line) -> Arm:
-            own, others = arm.results.get(reference, {}), arm.results.get(task, {})
-            at = {seed: np.polyval(line, logit(own[seed] / 100)) for seed in others if seed in own}
-            left = {seed: others[seed] - 100 * float(expit(place)) for seed, place in at.items()}
-            return Arm(arm.levels, {task: left})
-
-        zero = residuals(base)
-        for arm in map(residuals, (arm for arm in arms if arm.levels)):
-            if (effect := _combined([(1, arm), (-1, zero)], task)) is not None:
-                table.setdefault(arm.label, {})[task] = effect
-    return table
+        for residuals, by_seed in zip(left, pairs, strict=True):
+            predicted = {seed: 100 * float(expit(np.polyval(line, logit(x / 100)))) for seed, (x, _) in by_seed.items()}
+            residuals[task] = {seed: y - predicted[seed] for seed, (_, y) in by_seed.items()}
+    others = [Arm(arm.levels, residuals) for arm, residuals in zip(arms, left, strict=True)]
+    base = _base(others)
+    table = {arm.label: _sums([(1, arm), (-1, base)]) for arm in others if arm.levels}
+    return {label: row for label, row in table.items() if row}
 
 
 def _base(arms: Sequence[Arm]) -> Arm:
@@ -127,21 +115,15 @@ def _base(arms: Sequence[Arm]) -> Arm:
     raise UserError("no run of the base is finished, and effects are measured against it; train it")
 
 
-def _rows(shown: Sequence[Arm], arms: Sequence[Arm], parts: Callable[[Arm], list[tuple[int, Arm]]]) -> EffectTable:
-    rows: EffectTable = {}
-    for arm in shown:
-        cells = {task: _combined(parts(arm), task) for task in _tasks(arms)}
-        rows[arm.label] = {task: effect for task, effect in cells.items() if effect is not None}
-    return rows
-
-
-def _combined(parts: Sequence[tuple[int, Arm]], task: str) -> Effect | None:
-    """Return the weighted sum of arms' results over their common seeds; None without a common seed."""
-    seeds = set.intersection(*(set(arm.results.get(task, {})) for _, arm in parts))
-    if not seeds:
-        return None
-    values = [float(sum(factor * arm.results[task][seed] for factor, arm in parts)) for seed in sorted(seeds)]
-    return Effect.of(values)
+def _sums(terms: Terms) -> dict[str, Effect]:
+    """Return the weighted sum of arms' results for each task, over their common seeds; not without a common seed."""
+    row = {}
+    for task in terms[0][1].results:
+        seeds = set.intersection(*(set(arm.results.get(task, {})) for _, arm in terms))
+        values = [float(sum(factor * arm.results[task][seed] for factor, arm in terms)) for seed in sorted(seeds)]
+        if values:
+            row[task] = Effect.of(values)
+    return row
 
 
 def transfer_report(arms: Sequence[Arm], reference: str) -> str:

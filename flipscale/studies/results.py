@@ -1,8 +1,8 @@
-"""The report of a planned study: tables, laws of scaling, effects of the axes, and figures."""
+"""`flipscale study report`: tables, laws of scaling, effects of the axes and figures of a study's finished runs."""
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from flipscale.io.files import quoted
 from flipscale.io.text_table import escape_markdown, markdown_code, markdown_table
 from flipscale.planning.flops import stage_flops
 from flipscale.studies.design import BASE, Study, read_plan
-from flipscale.studies.figures import Outcome, draw_curves, draw_fits, draw_grid, draw_rows, draw_transfer
+from flipscale.studies.figures import draw_curves, draw_fits, draw_grid, draw_rows, draw_transfer
 from flipscale.studies.laws import AdditiveLaw, Law, LawFit, Points, PowerLaw, SaturatingLaw, fit_law, predict
 from flipscale.studies.runs import StudyRun
 from flipscale.studies.transfer import Arm, effects, tasks_moved, transfer_report
@@ -40,14 +40,27 @@ class StudyResult:
             "pairs": float(about["data_samples"]),
         }
 
-    def result(self, name: str) -> Result | None:
-        """Return the final model's result named `task/metric`."""
-        own = [result for result in self.curve.results if result.name == name and result.who == THIS_MODEL]
-        return own[-1] if own else None
+
+class Configuration:
+    """The finished runs of a combination of levels, which differ in their seeds."""
+
+    def __init__(self, runs: list[StudyResult]):
+        self.runs, self.levels = runs, runs[0].levels
+        self.curves = [run.curve for run in runs]
+
+    def results(self, name: str) -> dict[int, Result]:
+        """Return the final models' results named `task/metric`, by seed; seeds without this result are left out."""
+        own = [(c.seed, r) for c in self.curves for r in c.results if r.name == name and r.who == THIS_MODEL]
+        return dict(own)
+
+    def spent(self, field: str, name: str | None = None) -> float:
+        """Return the mean spending over all seeds, or over those with the result `name`."""
+        return float(
+            np.mean([run.spent[field] for run in self.runs if not name or run.curve.seed in self.results(name)])
+        )
 
 
-# Results of a study by the label of the configuration.
-Groups = dict[str, list[StudyResult]]
+Configurations = dict[str, Configuration]  # by label
 
 
 def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyResult]]:
@@ -64,41 +77,36 @@ def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyRes
     return study, runs, results
 
 
-def report(output_dir: Path, resamples: int) -> None:
+def write_results(output_dir: Path, resamples: int) -> None:
     """Write `report.md`, `transfer.md` and the figures of a study's finished runs, and print the table. Raise UserError
     if the folder holds no planned study, or no run of the base is finished and evaluated."""
     study, runs, results = read_results(output_dir)
-    groups: Groups = {study.label(own): [] for own in study.combinations()}
-    for one in results:
-        groups[one.label].append(one)
-    groups = {label: group for label, group in groups.items() if group}
-    names = headlines([one.curve for group in groups.values() for one in group])
+    labels = [study.label(levels) for levels in study.combinations()]
+    by_label = {label: [run for run in results if run.label == label] for label in labels}
+    configurations = {label: Configuration(own) for label, own in by_label.items() if own}
+    names = headlines([curve for one in configurations.values() for curve in one.curves])
     if not names:
         raise UserError(f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan it anew")
-    table = _table(groups, names)
-    missing = [run.name for run in runs if not run.is_done]
-    left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
+    table = _table(configurations, names)
+    if missing := [run.name for run in runs if not run.is_done]:
+        table += f"\n\nNot finished: {', '.join(missing)}."
     called = f", called {markdown_code(study.label({}))} below" if study.label({}) != BASE else ""
     changed = f", of which all runs change {', '.join(map(markdown_code, study.changes))}" if study.changes else ""
-    parts = [f"# The study\n\nThe base is {markdown_code(study.base)}{called}{changed}.", table + left]
-    parts += filter(None, [_masked_table(groups)])
+    parts = [f"# The study\n\nThe base is {markdown_code(study.base)}{called}{changed}.", table]
+    parts += filter(None, [_masked_table(configurations)])
     # Results refused for the same reason share a section.
     laws: dict[str, list[str]] = {}
     for name, words in names.items():
-        laws.setdefault(_laws_of(groups, name, words, output_dir, resamples), []).append(words)
+        laws.setdefault(_laws_of(configurations, name, words, output_dir, resamples), []).append(words)
     parts += [f"## Laws of {', '.join(shown)}\n\n{text}" for text, shown in laws.items()]
     write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
     arms = []
-    for group in groups.values():
-        by_task: dict[str, dict[int, float]] = {}
-        for name, words in names.items():
-            for one in group:
-                if (result := one.result(name)) is not None:
-                    by_task.setdefault(words, {})[one.curve.seed] = result.value
-        arms.append(Arm(group[0].levels, by_task))
+    for one in configurations.values():
+        values = {w: {seed: r.value for seed, r in one.results(name).items()} for name, w in names.items()}
+        arms.append(Arm(one.levels, {words: own for words, own in values.items() if own}))
     write_text(output_dir / "transfer.md", transfer_report(arms, next(iter(names.values()))))
-    _draw(study, groups, arms, names, output_dir)
-    print(f"{table}{left}\n\n{output_dir}: report.md, transfer.md, *.png")
+    _draw(study, configurations, arms, names, output_dir)
+    print(f"{table}\n\n{output_dir}: report.md, transfer.md, *.png")
 
 
 def _seen_by_stage(curve: Curve) -> Counter[str]:
@@ -114,35 +122,30 @@ def _seen_by_stage(curve: Curve) -> Counter[str]:
     return seen
 
 
-def _table(groups: Groups, names: dict[str, str]) -> str:
+def _table(configurations: Configurations, names: dict[str, str]) -> str:
     """Return a row for each configuration: its spending, and its results as means over seeds."""
     rows = [["", "seeds", "pairs seen", "operations", "parameters", "training", *names.values()]]
-    for label, group in groups.items():
-        spent = {field: np.mean([one.spent[field] for one in group]) for field in group[0].spent}
-        seconds = np.mean([one.curve.records[-1]["trained_seconds"] for one in group])
-        cells = [f"{spent['samples']:,.0f}", f"{spent['compute']:.2e}", f"{spent['parameters']:,.0f}"]
-        results = (estimate(_results(group, name)) for name in names)
-        rows.append([label, str(len(group)), *cells, f"{seconds:.0f} s", *results])
+    for label, one in configurations.items():
+        seconds = np.mean([curve.records[-1]["trained_seconds"] for curve in one.curves])
+        pairs, flops, parameters = map(one.spent, ("samples", "compute", "parameters"))
+        cells = [str(len(one.runs)), f"{pairs:,.0f}", f"{flops:.2e}", f"{parameters:,.0f}", f"{seconds:.0f} s"]
+        rows.append([label, *cells, *(estimate([*one.results(name).values()]) for name in names)])
     return markdown_table(rows, 1)
 
 
-def _results(group: Sequence[StudyResult], name: str) -> list[Result]:
-    return [result for one in group if (result := one.result(name)) is not None]
-
-
-def _masked_table(groups: Groups) -> str:
+def _masked_table(configurations: Configurations) -> str:
     """Return a section with a row for each configuration and mask; empty if no model was evaluated on masked images.
 
     These are the results of `flipscale evaluate --mask_ratio`: the paper's Table 1d, over seeds.
     """
     # Results of all seeds by configuration, mask, and name in tables.
-    by_mask: dict[str, dict[str, dict[str, list[Result]]]] = {label: {} for label in groups}
-    for label, group in groups.items():
-        for one in group:
+    by_mask: dict[str, dict[str, dict[str, list[Result]]]] = {label: {} for label in configurations}
+    for label, one in configurations.items():
+        for run in one.runs:
             # A task that was evaluated twice, with other data, counts by its last line.
             lines = {
                 (ImageMask(**(line.about.get("mask") or {})).label, f"{line.result.task} {line.result.shown}"): line
-                for line in read_lines(one.run_dir / "model" / RESULTS_FILE)
+                for line in read_lines(run.run_dir / "model" / RESULTS_FILE)
                 if line.result.headline
             }
             for (mask, name), line in lines.items():
@@ -158,18 +161,15 @@ def _masked_table(groups: Groups) -> str:
     return f"## On masked images\n\n{markdown_table(rows, 2)}"
 
 
-def _laws_of(groups: Groups, name: str, words: str, output_dir: Path, resamples: int) -> str:
+def _laws_of(configurations: Configurations, name: str, words: str, output_dir: Path, resamples: int) -> str:
     """Draw the laws of a result; return them as Markdown, with their predictions of the largest budget or refusals."""
-    kept = {label: [one for one in group if one.result(name)] for label, group in groups.items()}
-    kept = {label: group for label, group in kept.items() if group}
-    results = {label: _results(group, name) for label, group in kept.items()}
-    if any(result.unit != "%" or not result.higher_is_better for own in results.values() for result in own):
+    kept = {label: one for label, one in configurations.items() if one.results(name)}
+    results = [[*one.results(name).values()] for one in kept.values()]
+    if any(result.unit != "%" or not result.higher_is_better for own in results for result in own):
         return "It is no percentage of right answers, so no law of its error is fitted."
-    error = np.array([100 - np.mean([result.value for result in own]) for own in results.values()])
-    spent = {
-        field: np.array([np.mean([one.spent[field] for one in group]) for group in kept.values()])
-        for field in ("compute", "parameters", "samples", "pairs")
-    }
+    error = np.array([100 - np.mean([result.value for result in own]) for own in results])
+    fields = ("compute", "parameters", "samples", "pairs")
+    spent = {field: np.array([one.spent(field, name) for one in kept.values()]) for field in fields}
     try:
         points = Points(np.array(list(kept)), error=error, **spent)
     except UserError as refusal:
@@ -187,11 +187,13 @@ def _laws_of(groups: Groups, name: str, words: str, output_dir: Path, resamples:
     return "\n\n".join(parts)
 
 
-def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, str], output_dir: Path) -> None:
+def _draw(
+    study: Study, configurations: Configurations, arms: list[Arm], names: dict[str, str], output_dir: Path
+) -> None:
     name, words = next(iter(names.items()))
-    unit = next(result.unit for group in groups.values() for result in _results(group, name))
+    unit = next(result.unit for one in configurations.values() for result in one.results(name).values())
     shown = ", ".join(filter(None, (words, unit)))
-    curves = {label: [one.curve for one in group] for label, group in groups.items()}
+    curves = {label: one.curves for label, one in configurations.items()}
     levels = {axis: study.levels_of(axis) for axis in study.axes}
     panels: dict[str, dict[str, list[Curve]]] = {axis: {} for axis in levels}
     for axis, (base, *others) in levels.items():
@@ -203,15 +205,15 @@ def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, st
     moved = effects(arms)
     if tasks := tasks_moved(moved, arms):
         draw_transfer(moved, tasks, output_dir / "transfer.png")
-    outcomes = [
-        Outcome(
-            label,
-            {axis: group[0].levels.get(axis, own[0]) for axis, own in levels.items()},
-            {name: results for name in names if (results := _results(group, name))},
-        )
-        for label, group in groups.items()
-    ]
+    ends = {
+        label: {name: results for name in names if (results := [*one.results(name).values()])}
+        for label, one in configurations.items()
+    }
     if study.design == "grid" and len(levels) == 2:
-        draw_grid(outcomes, levels, output_dir / "results.png")
+        first, second = levels.items()
+        places = [
+            tuple(one.levels.get(axis, own[0]) for axis, own in (first, second)) for one in configurations.values()
+        ]
+        draw_grid(dict(zip(places, ends.values(), strict=True)), levels, output_dir / "results.png")
     else:
-        draw_rows(outcomes, output_dir / "results.png")
+        draw_rows(ends, output_dir / "results.png")

@@ -17,7 +17,7 @@ from flipscale.evaluation.results import Result, append_results
 from flipscale.recipe.recipe import to_yaml
 from flipscale.studies import figures as study_figures
 from flipscale.studies.design import write_plan
-from flipscale.studies.figures import Outcome, draw_grid, draw_rows
+from flipscale.studies.figures import draw_grid, draw_rows
 from flipscale.studies.runs import StudyRun
 
 pytestmark = pytest.mark.usefixtures("real_figures")
@@ -106,9 +106,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
         pyplot.close(figure)
 
 
-def outcome(loss: str, mask: str, *seeds: float) -> Outcome:
-    results = {result.name: [made(result, gain) for gain in seeds] for result in ENDS[loss]}
-    return Outcome(f"{loss}+{mask}", {"loss": loss, "mask": mask}, results)
+def ends(loss: str, *seeds: float) -> dict[str, list[Result]]:
+    return {result.name: [made(result, gain) for gain in seeds] for result in ENDS[loss]}
 
 
 def bars_of(line: ErrorbarContainer) -> list[np.ndarray]:
@@ -117,7 +116,10 @@ def bars_of(line: ErrorbarContainer) -> list[np.ndarray]:
 
 
 def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
-    found = [outcome("contrastive", "mask0", -1.0, 0.0, 1.0), outcome("captions", "mask50", 5.0)]
+    found = {
+        ("contrastive", "mask0"): ends("contrastive", -1.0, 0.0, 1.0),
+        ("captions", "mask50"): ends("captions", 5.0),
+    }
     draw_grid(found, {"loss": ["contrastive", "captions"], "mask": ["mask0", "mask50"]}, Path())
     zero_shot, probe, cider, likelihood = figures[0].axes
     titles = [place.get_title(loc="left") for place in figures[0].axes]
@@ -138,7 +140,7 @@ def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
 
 
 def test_a_figure_of_rows(figures: list[Figure]) -> None:
-    draw_rows([outcome("contrastive", "mask0", 0.0), outcome("captions", "mask50", 5.0)], Path())
+    draw_rows({"contrastive+mask0": ends("contrastive", 0.0), "captions+mask50": ends("captions", 5.0)}, Path())
     zero_shot, probe, cider, _ = figures[0].axes
     assert [label.get_text() for label in zero_shot.get_yticklabels()] == ["contrastive+mask0", "captions+mask50"]
     assert [bars.lines[0].get_xdata().tolist() for bars in probe.containers] == [[60.0], [65.0]]
