@@ -171,7 +171,7 @@ def write_page(recipe: Recipe) -> None:
     if os.environ.get("RANK", "0") != "0" or not (run_dir / "DONE").exists() or (run_dir / "report.html").exists():
         return
     from flipscale.hub.loading import load_with_tokenizer
-    from flipscale.pages.report import offer_report
+    from flipscale.pages.run_page import offer_report
 
     offer_report(recipe, load_with_tokenizer)
 

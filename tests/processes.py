@@ -31,7 +31,7 @@ _IMPORTED_LATER = (
     "flipscale.objectives.classify",
     "flipscale.objectives.contrastive",
     "flipscale.objectives.sigmoid",
-    "flipscale.pages.report",
+    "flipscale.pages.run_page",
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "torch.utils.tensorboard",

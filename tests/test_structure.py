@@ -40,7 +40,7 @@ HEAVY = (
 UNNEEDED = {
     *("datasets", "deepspeed", "fsspec", "matplotlib", "onnx", "open_clip", "pandas", "peft", "pyarrow", "sklearn"),
     *("tensorboard", "timm", "torch._inductor.compile_fx", "torch.utils.tensorboard", "transformers.pipelines"),
-    *("flipscale.hub.export", "flipscale.pages.report", "flipscale.planning.dry_run", "flipscale.preparation.lists"),
+    *("flipscale.hub.export", "flipscale.pages.run_page", "flipscale.planning.dry_run", "flipscale.preparation.lists"),
 }
 
 

@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
@@ -18,7 +20,7 @@ from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.test_set import TestSet
-from flipscale.model import FlipModel, FlipPreTrainedModel
+from flipscale.model import FlipPreTrainedModel
 from flipscale.pages.pictures import ShardPictures, embed_pictures, unit
 
 _ROWS = 256  # pictures at a time, to bound the memory
@@ -72,20 +74,16 @@ def answers_of(
     for first in range(0, len(pictures), _ROWS):
         cosines = pictures[first : first + _ROWS] @ texts.T
         own = known[first : first + _ROWS, None]
-        mine = np.take_along_axis(cosines, own, axis=1)
         top = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-        best = np.take_along_axis(cosines, top, axis=1)
-        weights = np.exp(scale * (cosines - best[:, :1]))
-        shares = np.exp(scale * (best - best[:, :1])) / weights.sum(axis=1, keepdims=True)
-        others = cosines.copy()
-        np.put_along_axis(others, own, -np.inf, axis=1)
-        lead = mine[:, 0] - others.max(axis=1) if len(names) > 1 else mine[:, 0]
-        columns.append((top, shares, (others > mine).sum(axis=1), lead))
+        shares = np.take_along_axis(softmax(scale * cosines, axis=1), top, axis=1)
+        mine = np.take_along_axis(cosines, own, axis=1)
+        np.put_along_axis(cosines, own, -np.inf, axis=1)  # the others are left
+        lead = mine[:, 0] - cosines.max(axis=1) if len(names) > 1 else mine[:, 0]
+        columns.append((top, shares, (cosines > mine).sum(axis=1), lead))
     return Answers(list(names), known, *(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
-@dataclass(frozen=True)
-class ClassRow:
+class ClassRow(NamedTuple):
     """Results for the pictures of one right answer.
 
     Args:
@@ -107,18 +105,16 @@ def class_rows(answers: Answers) -> list[ClassRow]:
     rows = []
     for index in np.unique(answers.right).tolist():
         mine = np.flatnonzero(answers.right == index)
-        good = answers.ranks[mine] == 0
+        good, leads = answers.ranks[mine] == 0, answers.leads[mine]
         wrong = Counter(answers.top[mine[~good], 0].tolist()).most_common(1)
-        share, lead = float(good.mean()), float(answers.leads[mine].mean())
-        example = mine[answers.leads[mine].argmax() if share >= 0.5 else answers.leads[mine].argmin()]
+        example = int(mine[leads.argmax() if good.mean() >= 0.5 else leads.argmin()])
         rank, taken_for = float(answers.ranks[mine].mean()) + 1, answers.names[wrong[0][0]] if wrong else ""
-        row = ClassRow(answers.names[index], len(mine), int(good.sum()), rank, int(example), taken_for)
-        rows.append(((-share, rank, -lead), row))
+        row = ClassRow(answers.names[index], len(mine), int(good.sum()), rank, example, taken_for)
+        rows.append(((-float(good.mean()), rank, -float(leads.mean())), row))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
-@dataclass(frozen=True)
-class Mistake:
+class Mistake(NamedTuple):
     """A wrong answer for a right one. `example`: index of the picture with the highest probability of it."""
 
     right: str
@@ -142,9 +138,9 @@ def mistakes(answers: Answers, most: int) -> list[Mistake]:
 
 def confusion(answers: Answers) -> list[list[int]]:
     """Return the confusion matrix: counts of given answers (column) for right answers (row)."""
-    size = len(answers.names)
-    cells = np.bincount(answers.right * size + answers.top[:, 0], minlength=size * size)
-    return cells.reshape(size, size).tolist()
+    counts = np.zeros([len(answers.names)] * 2, np.int64)
+    np.add.at(counts, (answers.right, answers.top[:, 0]), 1)
+    return counts.tolist()
 
 
 @dataclass(frozen=True)
@@ -179,11 +175,10 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
     order = np.random.default_rng(0).permutation(evenly(len(pictures), _MOST_PICTURES)).tolist()
 
     def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        on_device = {name: column.to(device) for name, column in columns.items()}
+        on_device: Any = {**{name: c.to(device) for name, c in columns.items()}, "image_size": task.image_size}
         if isinstance(task, Classification):
-            logits: torch.Tensor = model(**on_device, image_size=task.image_size).logits
-            return logits
-        return unit(model.get_image_features(**on_device, image_size=task.image_size).pooler_output)
+            return model(**on_device).logits
+        return unit(model.get_image_features(**on_device).pooler_output)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         embedded = embed_pictures(pictures, order, decode, features, _MOST_SECONDS)
@@ -193,12 +188,15 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
         if isinstance(task, Classification):
             # Logits are scores of classes already.
             return Tested(task, pictures, rows, answers_of(embeds, np.eye(len(names), dtype="f4"), names, right, 1.0))
-        assert tokenizer is not None
-        texts = _embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
-    texts = texts.reshape(len(names), len(prompts), -1).mean(axis=1)
-    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+        length, parts = model.config.text_config.max_position_embeddings, []
+        texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
+        for first in range(0, len(texts), _TEXT_BATCH):
+            tokens = tokenise(tokenizer, texts[first : first + _TEXT_BATCH], length)["input_ids"].to(device)
+            with torch.no_grad():
+                parts.append(unit(model.get_text_features(tokens).pooler_output).cpu())
+    means = torch.cat(parts).reshape(len(names), len(prompts), -1).mean(dim=1)
     scale = float(model.loss_values()["logit_scale"])
-    return Tested(task, pictures, rows, answers_of(embeds, texts, names, right, scale))
+    return Tested(task, pictures, rows, answers_of(embeds, unit(means).numpy(), names, right, scale))
 
 
 def _questions(task: Task, test_set: TestSet, places: list[tuple[int, int]]) -> tuple[list[str], list[int], list[str]]:
@@ -211,12 +209,3 @@ def _questions(task: Task, test_set: TestSet, places: list[tuple[int, int]]) -> 
     names = list(dict.fromkeys(captions))
     index = {name: at for at, name in enumerate(names)}
     return names, [index[caption] for caption in captions], ["{c}"]
-
-
-@torch.no_grad()
-def _embeds(model: FlipModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> np.ndarray:
-    length, parts = model.config.text_config.max_position_embeddings, []
-    for first in range(0, len(texts), _TEXT_BATCH):
-        tokens = tokenise(tokenizer, texts[first : first + _TEXT_BATCH], length)["input_ids"].to(device)
-        parts.append(unit(model.get_text_features(tokens).pooler_output).cpu().numpy())
-    return np.concatenate(parts)

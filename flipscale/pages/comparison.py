@@ -16,7 +16,7 @@ from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result, change_of
 from flipscale.io.atomic import write_text
 from flipscale.io.text_table import duration, markdown_table
 from flipscale.pages.page import Picture, drawing, rendered, shortened
-from flipscale.pages.report import try_part
+from flipscale.pages.run_page import try_part
 from flipscale.training.run_summary import RunSummary
 
 INTERVALS = """The interval of a difference is of paired answers where runs keep the answer to each query: top-1, and

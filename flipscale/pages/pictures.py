@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -136,10 +137,12 @@ def embed_pictures(
     kept: list[int] = []
     parts: list[np.ndarray] = []
     faults: list[str] = []
-    begin = time.monotonic()
+    begin, reading = time.monotonic(), Lock()
 
-    def decoded(encoded: bytes, row: int) -> dict[str, np.ndarray] | BadSample:
+    def decoded(row: int) -> dict[str, np.ndarray] | BadSample:
         try:
+            with reading:  # because a source of shards does not allow several readers
+                encoded = pictures.image(row)
             with wrap_errors(UndecodableImage):
                 return decode(encoded, row)
         except BadSample as error:
@@ -149,15 +152,8 @@ def embed_pictures(
         for first in range(0, len(rows), _BATCH):
             if seconds is not None and parts and time.monotonic() - begin > seconds:
                 break
-            encoded: dict[int, bytes] = {}
-            columns = []
-            # Reading stays in this thread, because a source of shards does not allow several.
-            for row in rows[first : first + _BATCH]:
-                try:
-                    encoded[row] = pictures.image(row)
-                except BadSample as error:
-                    faults.append(f"{pictures.name(row)}: {error}")
-            for row, result in zip(encoded, pool.map(decoded, encoded.values(), encoded), strict=True):
+            batch, columns = rows[first : first + _BATCH], []
+            for row, result in zip(batch, pool.map(decoded, batch), strict=True):
                 if isinstance(result, BadSample):
                     faults.append(f"{pictures.name(row)}: {result}")
                 else:
@@ -167,7 +163,7 @@ def embed_pictures(
                 stacked = {name: torch.from_numpy(np.stack([one[name] for one in columns])) for name in columns[0]}
                 with torch.no_grad():
                     parts.append(features(stacked).float().cpu().numpy())
-            bar.update(len(rows[first : first + _BATCH]))
+            bar.update(len(batch))
     return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
 
 

@@ -28,7 +28,6 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import quoted, read_text
 from flipscale.io.options import Count, MinutesAboveZero, OpenShare, changed_fields
 from flipscale.io.text_table import markdown_table
-from flipscale.objectives.build import build_config
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.studies.design import change, check_folder, check_names, checked, read_fields, resolve_base
 from flipscale.studies.figures import draw_rungs
@@ -137,10 +136,9 @@ def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
 
 @dataclass(frozen=True)
 class PathEnd:
-    """The end of a path in a rung: the result that chooses paths and the number of pairs seen, or the failure."""
+    """The end of a path in a rung: the result that chooses paths, or the failure."""
 
     result: Result | None = None
-    samples: int = 0
     failure: str = ""
 
     @property
@@ -163,9 +161,11 @@ class Rung:
         return sorted((name for name, end in self.ends.items() if end.result), key=lambda n: self.ends[n].badness)
 
     def cell(self, name: str) -> str:
-        """Return a path's result as text in tables."""
+        """Return a path's result as text in tables, the best of the rung in bold."""
         end = self.ends.get(name)
-        return NOTHING if end is None else end.result.estimate_text if end.result else "failed"
+        if end is None or end.result is None:
+            return NOTHING if end is None else "failed"
+        return f"**{end.result.estimate_text}**" if name == self.finished()[0] else end.result.estimate_text
 
 
 def search_paths(file: Path, output_dir: Path, workers: int) -> None:
@@ -196,7 +196,7 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
         if not left:
             failures = "; ".join(f"{name}: {end.failure}" for name, end in rungs[-1].ends.items())
             raise OSError(f"no path of rung {number} could be trained: {failures}")
-    choice = _write_report(rungs, recipes, search.validation, output_dir)
+    choice = _write_report(rungs, search.validation, output_dir)
     winner = replace(in_time(recipes[left[0]], search.minutes), output_dir=str(output_dir / "winner"))
     comment = f"# {left[0]}, of {len(recipes)} paths the best by {choice} after {search.minutes:g} minutes of training."
     write_text(output_dir / "winner.yaml", f"{comment}\n{to_yaml(winner)}")
@@ -221,54 +221,37 @@ def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> dict[str,
         if run.beside("failed").exists():
             ends[run.name] = PathEnd(failure=read_text(run.beside("failed")).strip())
             continue
-        curve = read_curve(run.run_dir)
-        result = next(r for r in curve.results if r.task == validation and r.headline and r.who == THIS_MODEL)
-        ends[run.name] = PathEnd(result, curve.records[-1]["samples_seen"])
+        results = read_curve(run.run_dir).results
+        own = [r for r in results if r.task == validation and r.headline and r.who == THIS_MODEL]
+        ends[run.name] = PathEnd(own[0])
     return ends
 
 
-def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validation: str, output_dir: Path) -> str:
-    """Write `report.md` and `front.png`, print the tables, and return the winner's metric and result."""
+def _write_report(rungs: Sequence[Rung], validation: str, output_dir: Path) -> str:
+    """Write `report.md` and `front.png`, print the table, and return the winner's metric and result."""
     winner, *others = rungs[-1].finished()
-    last = rungs[-1].ends[winner].result
-    assert last is not None
+    results = {name: end.result for name, end in rungs[-1].ends.items() if end.result}
+    last = results[winner]
     words = f"{validation} {last.shown}"
-    stages = {name: _stages_text(recipe) for name, recipe in recipes.items()}
-    front, best = [["training", "best path", "stages", "pairs seen", words]], math.inf
-    for rung in rungs:
-        name = rung.finished()[0]
-        if (end := rung.ends[name]).badness < best:
-            best = end.badness
-            front.append([f"{rung.minutes:g} min", name, stages[name], f"{end.samples:,}", rung.cell(name)])
     # Paths of later rungs come first.
-    order = dict.fromkeys([*(name for rung in reversed(rungs) for name in rung.finished()), *recipes])
-    table = [[f"path, {words}", "stages", *(f"{rung.minutes:g} min" for rung in rungs)]]
-    table += [[name, stages[name], *(rung.cell(name) for rung in rungs)] for name in order]
-    parts = [markdown_table(front, 3), markdown_table(table, 2)]
+    order = dict.fromkeys([*(name for rung in reversed(rungs) for name in rung.finished()), *rungs[0].ends])
+    table = [[f"path, {words}", *(f"{rung.minutes:g} min" for rung in rungs)]]
+    table += [[name, *(rung.cell(name) for rung in rungs)] for name in order]
+    parts = [markdown_table(table, 1)]
     if last.low is not None and last.high is not None:
-        results = {name: rungs[-1].ends[name].result for name in others}
-        near = [name for name, result in results.items() if result and last.low <= result.value <= last.high]
+        near = [name for name in others if last.low <= results[name].value <= last.high]
         parts.append(f"Within the interval of {winner}, of one seed, lie: {', '.join(near) or 'no other paths'}.")
     failed = [(name, rung.minutes, end.failure) for rung in rungs for name, end in rung.ends.items() if end.failure]
     if failed:
         parts.append("Failed, and out:\n\n" + "\n".join(f"- {n}, {minutes:g} min: {why}" for n, minutes, why in failed))
     text = "\n\n".join(parts)
     write_text(output_dir / "report.md", f"# The search\n\n{text}\n")
-    courses = {
-        name: [(60 * rung.minutes, end.result) for rung in rungs if (end := rung.ends.get(name)) and end.result]
-        for name in recipes
-    }
+    courses: dict[str, list[tuple[float, Result]]] = {name: [] for name in order}
+    for rung in rungs:
+        for name in rung.finished():
+            if result := rung.ends[name].result:
+                courses[name].append((60 * rung.minutes, result))
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
     command = f"flipscale pretrain --config {quoted(output_dir / 'winner.yaml')}"
     print(f"\n{text}\n\n{output_dir}: report.md, front.png, winner.yaml; {command}")
     return f"{words}, {last.estimate_text},"
-
-
-def _stages_text(recipe: Recipe) -> str:
-    """Return the sizes, masks and shares of a path's stages: `32 px whole 85 %, 64 px whole 15 %`."""
-    own = build_config(recipe).vision_config.image_size
-    parts = []
-    for stage in recipe.stages:
-        masked = f"{100 * stage.mask_ratio:g} % masked ({recipe.mask.kind})" if stage.mask_ratio else "whole"
-        parts.append(f"{stage.image_size or own} px {masked} {100 * (stage.share or 0.0):.3g} %")
-    return ", ".join(parts)

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import shutil
-import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from flipscale.evaluation.baselines import run_baselines
@@ -17,7 +15,7 @@ from flipscale.evaluation.presentation.curves import (
     seed_suffix,
     times_to_equal,
 )
-from flipscale.evaluation.presentation.figures import draw_curves, drawing_pyplot, save_figure
+from flipscale.evaluation.presentation.figures import draw_curves
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.card import write_card
 from flipscale.hub.export import check_replaceable
@@ -27,8 +25,7 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, check_entries
-from flipscale.pages.report import masked_crops, offer_report
-from flipscale.recipe.recipe import Recipe
+from flipscale.pages.run_page import offer_report
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
 from flipscale.training.complete_recipe import parse_recipe
@@ -113,7 +110,6 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
         results = [name for name, result in draw_curves(curves, figures) if result]
         for name in results[:1]:
             shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
-        _draw_patches(runs[0].recipe, figures / "patches.png")
     run_dir, model = runs[0].run_dir, output_dir / "model"
     with atomic_write(model) as partial:
         shutil.copytree(run_dir / "model", partial)
@@ -121,21 +117,3 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
     for folder in (run_dir / "model", model):
         write_card(folder, run_dir, str(folder))
     print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
-
-
-def _draw_patches(recipe: Recipe, path: Path) -> None:
-    """Draw the first eight training samples: the crops, and the patches that the image encoder sees at first."""
-    captions, views = masked_crops(recipe, 8)
-    first = recipe.stages[0]
-    shown = [views[place][1] for place in ((0.0, None), (first.mask_ratio, first.image_size))]
-    size = (1.5 * len(captions), 3.6)
-    figure, axes = drawing_pyplot().subplots(2, len(captions), figsize=size, constrained_layout=True)
-    for row, pictures in zip(axes, shown, strict=True):
-        for axis, pixels in zip(row, pictures, strict=True):
-            axis.imshow(np.where(pixels[:, :, 3:], pixels[:, :, :3], 190))  # grey where a patch is missing
-            axis.set_axis_off()
-    for axis, caption in zip(axes[0], captions, strict=True):
-        axis.set_title("\n".join(textwrap.wrap(caption, 24, max_lines=2, placeholder=" …")), fontsize=7)
-    kept = 1 - first.mask_ratio
-    figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
-    save_figure(figure, path)

@@ -14,7 +14,7 @@ from PIL import Image
 from flipscale.data.samples import evenly
 from flipscale.io.text_table import rounded
 from flipscale.pages.page import Picture, listed, rendered, shortened, thumbnail
-from flipscale.pages.report import mask_rows, run_sentence
+from flipscale.pages.run_page import mask_rows, run_sentence
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.run_summary import Energy, RunSummary

@@ -85,8 +85,7 @@ def test_a_search_to_its_winner(
     assert [task.name for task in planned_tasks(recipe.eval)] == ["zero_shot", "chosen_by"]
     assert f"# {winner}, of 3 paths the best by chosen_by top-1, " in (out / "winner.yaml").read_text()
     report = (out / "report.md").read_text()
-    assert "16 px whole 60 %, 32 px whole 40 %" in report
-    assert "32 px 75 % masked (grid) 60 %, 32 px whole 40 %" in report
+    assert re.search(rf"^\| {winner} +\| +\*\*.*\*\* \| +\*\*.*\*\* \|$", report, re.MULTILINE)
     assert "- broken, 0.01 min: ended with exit code 2: " in report
     assert (out / "front.png").read_bytes().startswith(b"\x89PNG")
 
@@ -103,7 +102,7 @@ def test_a_search_to_its_winner(
     line = refused(capsys, *words)
     assert "no path of rung 1 could be trained: masked: ended by SIGKILL: no output; small: ended by" in line
     line = refused(capsys, search_file(paths=paths, rungs=[0.005], tuning=[0.4]), "--output_dir", out)
-    assert re.search(r"was begun otherwise than .*rungs: \[0.01\], now \[0.005\]", line)
+    assert re.search(r"holds another search than .*rungs: \[0.01\], now \[0.005\]", line)
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text() + "seed: 5\n")
     line = refused(capsys, search_file(paths=paths, tuning=[0.4]), "--output_dir", out)

@@ -20,8 +20,8 @@ from pages.conftest import HOSTILE
 
 from flipscale.evaluation.results import append_results, latest, read_results
 from flipscale.hub.loading import load_dual_encoder
-from flipscale.pages import report
-from flipscale.pages.report import MOST_BYTES, mask_rows, offer_report, write_report
+from flipscale.pages import run_page
+from flipscale.pages.run_page import MOST_BYTES, mask_rows, offer_report, write_report
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.complete_recipe import parse_recipe
@@ -134,7 +134,7 @@ def test_its_commands_are_words_of_a_shell(copied: Path) -> None:
 def test_figures_make_room(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
     whole = len(write_report(changed, load_dual_encoder).read_bytes())
-    monkeypatch.setattr(report, "MOST_BYTES", whole - 1)
+    monkeypatch.setattr(run_page, "MOST_BYTES", whole - 1)
     assert len(write_report(changed, load_dual_encoder).read_bytes()) < whole
 
 

@@ -1,9 +1,10 @@
 """The report of a finished run, `RUN/report.html`: the run, its results, and its answers for test pictures."""
 
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from flipscale.data.samples import evenly
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.model_results import data_name
-from flipscale.evaluation.presentation.curves import Curve, read_curve
+from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import kept_class_names
@@ -47,7 +48,7 @@ MOST_BYTES = 2_000_000
 
 _SIDE, _MASK_SIDE = 112, 96
 _MOST_SHOWN, _MOST_CLASSES, _MOST_WRONG, _LARGEST_MATRIX = 12, 6, 9, 12
-_MOST_LETTERS, _MOST_RECIPE = 90, 20_000
+_MOST_LETTERS = 90
 _MOST_FIGURES, _MOST_RESULTS = 8, 60
 
 Made = TypeVar("Made")
@@ -70,13 +71,10 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     curve, run = read_curve(run_dir), RunSummary(run_dir)
     config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
     missing: list[str] = []
-    tests: dict[str, list[Result]] = {}
     shown = with_changes(curve.results)
+    tests: dict[str, list[Result]] = {}
     for result in shown[:_MOST_RESULTS]:
         tests.setdefault(_test(result), []).append(result)
-    recipe_text = yaml.safe_dump(deciding_part(run.recipe, name_of=data_name), sort_keys=False, allow_unicode=True)
-    if len(recipe_text) > _MOST_RECIPE:
-        recipe_text = f"{recipe_text[:_MOST_RECIPE]}\n# ... the rest is in recipe.yaml"
     values = {
         "run": run,
         "sentence": run_sentence(run, config),
@@ -92,50 +90,48 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
         "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing),
         "masks": try_part("What was masked", missing, lambda: mask_rows(recipe)) or {},
-        "recipe": recipe_text,
+        "recipe": yaml.safe_dump(deciding_part(run.recipe, name_of=data_name), sort_keys=False, allow_unicode=True),
         "flags": evaluation_flags(recipe.loss.kind, "FOLDER"),
         "searches": recipe.loss.kind not in OWN_TASKS,
         "missing": missing,
         "written": time.strftime("%d %B %Y", time.localtime()),
     }
-    figures = _figures(run_dir, curve, missing)
-    path = run_dir / REPORT
+    figures = _figures(run_dir, missing)
     page = rendered("report.html", figures=figures, **values)
     while len(page.encode()) > MOST_BYTES and figures:
         figures.pop()
         page = rendered("report.html", figures=figures, **values)
-    write_text(path, page)
-    return path
+    write_text(run_dir / REPORT, page)
+    return run_dir / REPORT
 
 
 def run_sentence(run: RunSummary, config: dict[str, Any]) -> str:
     """Return a few sentences about the model, its data and its training; `config` is the model's."""
-    samples, side = _samples(config), config["vision_config"]["image_size"]
+    samples, side, stages = _samples(config), config["vision_config"]["image_size"], run.recipe["stages"]
     parameters, stored = run.environment.get("num_parameters") or 0, run.environment.get("data_samples")
     count = f"{parameters:,}" if parameters < 1e6 else f"{parameters / 1e6:,.1f} million"
     size = f" of {count} parameters" if parameters else ""
-    model = f"pictures and words{size}"
-    if samples == "pictures":
-        model = f"pictures{size} that knows {len(config['id2label']):,} classes"
-    data, stages = run.recipe["data"], run.recipe["stages"]
+    is_classifier = samples == "pictures"
+    model = (
+        f"pictures{size} that knows {len(config['id2label']):,} classes"
+        if is_classifier
+        else f"pictures and words{size}"
+    )
+    data = run.recipe["data"]
     places = [source.get("dataset") or source.get("shards") for source in data.get("sources") or [data]]
-    names = [data_name(place) for place in places if place]
-    origin = f" of {shortened(listed(names), 80)}" if names else ""
-    origin += f" (which holds {stored:,})" if stored else ""
+    names = listed([data_name(place) for place in places if place])
+    origin = (f" of {shortened(names, 80)}" if names else "") + (f" (which holds {stored:,})" if stored else "")
     ratios = [stage.get("mask_ratio") or 0.0 for stage in stages]
-    if not max(ratios):
-        masked = "with every picture whole"
-    elif ratios[-1] == 0 < ratios[0]:
+    masked = f"with {100 * max(ratios):g} % of each picture left out" if max(ratios) else "with every picture whole"
+    if ratios[-1] == 0 < ratios[0]:
         masked = f"first with {100 * ratios[0]:g} % of each picture left out, at the end with whole pictures"
-    else:
-        masked = f"with {100 * max(ratios):g} % of each picture left out"
-    method = f" ({'FLIP' if max(ratios) else 'CLIP'})" if samples == "pairs" else ""
+    method = "" if is_classifier else f" ({'FLIP' if max(ratios) else 'CLIP'})"
     sizes = {stage["name"]: stage["image_size"] for stage in stages if stage.get("image_size")}
-    others = listed([f"{size} x {size} in the stage {name}" for name, size in sizes.items()])
+    others = "".join(f", {own} x {own} in the stage {name}" for name, own in sizes.items())
     return (
         f"A model of {model}. It learned from {run.records[-1]['samples_seen']:,} {samples}{origin} in "
         f"{duration(run.trained_seconds)} of training, {masked}{method}; its pictures have {side} x {side} pixels"
-        f"{others and f', {others}'}."
+        f"{others}."
     )
 
 
@@ -162,8 +158,10 @@ def _section(tested: Tested) -> dict[str, Any]:
     half = min(_MOST_CLASSES, len(rows) // 2)
     what = "caption" if tested.task.kind == "retrieval" else "class"
     is_small = what == "class" and len(answers.names) <= _LARGEST_MATRIX
-    best = [row for row in rows[:half] if row.num_right]
-    worst = [row for row in rows[: -half - 1 : -1] if row.num_right < row.images]
+
+    def cards(examples: Iterable[ClassRow | Mistake]) -> list[tuple[ClassRow | Mistake, dict[str, Any]]]:
+        return [(one, _card(tested, one.example)) for one in examples]
+
     return {
         "data": data_name(tested.task.data),
         "what": what,
@@ -172,43 +170,26 @@ def _section(tested: Tested) -> dict[str, Any]:
         "num_right": answers.num_right,
         "answers": len(answers.names),
         "cards": [_card(tested, place) for place in evenly(len(tested.rows), _MOST_SHOWN)],
-        "best": [_card(tested, row.example, _row_note(row)) for row in best],
-        "worst": [_card(tested, row.example, _row_note(row)) for row in worst],
-        "mistakes": [_card(tested, one.example, _mistake_note(tested, one)) for one in mistakes(answers, _MOST_WRONG)],
+        "best": cards(row for row in rows[:half] if row.num_right),
+        "worst": cards(row for row in rows[: -half - 1 : -1] if row.num_right < row.images),
+        "mistakes": cards(mistakes(answers, _MOST_WRONG)),
         "classes": [_short(name) for name in answers.names] if is_small else [],
         "counts": confusion(answers) if is_small else [],
+        "short": _short,
     }
 
 
-def _card(tested: Tested, place: int, note: str = "") -> dict[str, Any]:
-    """Return a test picture, the right answer, the nearest answers (share in percent, whether right), and words."""
+def _card(tested: Tested, place: int) -> dict[str, Any]:
+    """Return a test picture, its right answer with the rank, and its nearest answers with their shares in percent."""
     answers = tested.answers
     right = _short(answers.names[answers.right[place]])
     encoded = tested.pictures.image(int(tested.rows[place]))
-    picture = thumbnail(decode_small(encoded, _SIDE), f"a test picture: {right}", _SIDE)
     said = [
         (_short(answers.names[index]), 100 * float(share), index == int(answers.right[place]))
         for index, share in zip(answers.top[place].tolist(), answers.shares[place], strict=True)
     ]
-    if not note and not any(is_right for _, _, is_right in said):
-        note = f"the right answer has rank {answers.ranks[place] + 1:,}"
-    return {"picture": picture, "right": right, "said": said, "note": note}
-
-
-def _row_note(row: ClassRow) -> str:
-    if row.num_right == row.images:
-        return "named right" if row.images == 1 else f"all {row.images} named right"
-    rank = f"the right answer has rank {row.rank:,.0f}"
-    if row.images > 1:
-        rank = f"{row.num_right} of {row.images} named right, mean rank {row.rank:,.0f}"
-    often = "most often " if row.images - row.num_right > 1 else ""
-    return f"{rank}; {often}taken for {_short(row.taken_for)}"
-
-
-def _mistake_note(tested: Tested, mistake: Mistake) -> str:
-    share = tested.answers.shares[mistake.example, 0]
-    count = f"{mistake.count}\u00a0times" if mistake.count > 1 else f"{100 * share:.0f}\u00a0% sure"
-    return f"taken for {_short(mistake.given)}, {count}"
+    picture = thumbnail(decode_small(encoded, _SIDE), f"a test picture: {right}", _SIDE)
+    return {"picture": picture, "right": right, "said": said, "rank": int(answers.ranks[place]) + 1}
 
 
 def _short(text: str) -> str:
@@ -216,27 +197,8 @@ def _short(text: str) -> str:
 
 
 def mask_rows(recipe: Recipe, count: int = 6) -> dict[str, list[Picture]]:
-    """Return the first `count` training pictures as each stage shows them, in rows by title."""
-    captions, views = masked_crops(recipe, count)
-    rows = {}
-    for (ratio, side), (stages, pictures) in views.items():
-        words = f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
-        words += "" if side is None else f", at {side} x {side} pixels"
-        alts = [f"{caption or 'a training picture'}, {words}" for caption in captions]
-        thumbnails = [thumbnail(pixels, alt, _MASK_SIDE) for pixels, alt in zip(pictures, alts, strict=True)]
-        rows[f"{', '.join(stages)}: {words}" if stages else "the crops"] = thumbnails
-    return rows
-
-
-# The names of stages and pictures, by mask ratio and image size in pixels (None for the model's).
-MaskedViews = dict[tuple[float, int | None], tuple[list[str], list[np.ndarray]]]
-
-
-def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
-    """Return the captions of the first `count` training pictures, and the pictures whole and as each stage shows them.
-
-    Pictures are uint8 RGBA. Patches that a mask removes are transparent.
-    """
+    """Return the first `count` training pictures as each stage shows them, in rows by title. Patches that a mask
+    removes are transparent."""
     source, shape = open_source(recipe.data), InputShape.of(build_config(recipe))
     objective = build_objective(recipe)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens) if objective.takes_text else None
@@ -257,19 +219,24 @@ def masked_crops(recipe: Recipe, count: int) -> tuple[list[str], MaskedViews]:
     else:
         classes = kept_class_names(Path(recipe.output_dir), recipe.loss.options["num_classes"])
         captions = [" and ".join(classes[n] for n in dict.fromkeys(labels)) for labels in whole["labels"].tolist()]
-    views: MaskedViews = {(0.0, None): ([], [])}
+    # Names by mask ratio and image size, with the whole crops first.
+    stages: dict[tuple[float, int | None], list[str]] = {(0.0, None): []}
     for stage in recipe.stages:
-        views.setdefault((stage.mask_ratio, stage.image_size), ([], []))[0].append(stage.name)
-    for (ratio, side), (_, pictures) in views.items():
+        stages.setdefault((stage.mask_ratio, stage.image_size), []).append(stage.name)
+    rows = {}
+    for (ratio, side), names in stages.items():
         columns, size = whole if (ratio, side) == (0.0, None) else batch(ratio, side), shape.at(side)
+        words = f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
+        words += "" if side is None else f", at {side} x {side} pixels"
         everything = np.arange(size.num_patches)
         index = columns["patch_index"].numpy() if "patch_index" in columns else [everything] * len(positions)
-        for place in range(len(positions)):
-            patches, where = columns["patches"][place].numpy(), np.asarray(index[place])
+        pictures = rows[f"{', '.join(names)}: {words}" if names else "the crops"] = []
+        for patches, where, caption in zip(columns["patches"].numpy(), index, captions, strict=True):
             if where.ndim > 1:  # the first of several views
                 patches, where = patches[0], where[0]
-            pictures.append(_pasted(patches, where, size))
-    return captions, views
+            alt = f"{caption or 'a training picture'}, {words}"
+            pictures.append(thumbnail(_pasted(patches, where, size), alt, _MASK_SIDE))
+    return rows
 
 
 def _pasted(patches: np.ndarray, index: np.ndarray, shape: InputShape) -> np.ndarray:
@@ -291,7 +258,7 @@ def _of_data(result: Result) -> str:
     return f" of {data_name(result.made_by['data'])}" if result.made_by.get("data") else ""
 
 
-def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:
+def _figures(run_dir: Path, missing: list[str]) -> list[Picture]:
     """Return the figures of the run's own folder, or else of its model's card."""
     folders = (run_dir / "figures", run_dir / "model/figures")
     files = next((pngs for folder in folders if (pngs := sorted(folder.glob("*.png")))), [])
@@ -299,24 +266,9 @@ def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:
         missing.append("Figures: matplotlib draws them; pip install 'flipscale[plots]'.")
     places = {"loss": 0, "learning_rate": 2, "data_wait": 3}  # evaluations have place 1
     files.sort(key=lambda file: (places.get(file.stem, 1), file.stem))
-    return [
-        picture
-        for file in files[:_MOST_FIGURES]
-        if (picture := try_part(file.name, missing, partial(drawing, file, _figure_words(file.stem, curve))))
-    ]
-
-
-def _figure_words(stem: str, curve: Curve) -> str:
-    """Return a text that replaces a figure for readers who cannot see it."""
-    words = stem.replace("_", " ")
-    values = curve.points({"learning_rate": "lr", "data_wait": "data_wait_share"}.get(stem, stem))[1]
-    course = [m.result for m in curve.measured if m.result.task == stem and m.result.headline]
-    if values:
-        return f"{words.capitalize()} over the training: from {values[0]:.3g} to {values[-1]:.3g}"
-    if course:
-        first, last = course[0], next(r for r in reversed(course) if r.name == course[0].name)
-        return f"{words.capitalize()}, {first.shown}, over the training: from {first.value_text} to {last.value_text}"
-    return f"{words.capitalize()} over the training"
+    words = [f"{file.stem.replace('_', ' ').capitalize()} over the training" for file in files]
+    made = (try_part(f.name, missing, partial(drawing, f, alt)) for f, alt in zip(files, words, strict=True))
+    return [picture for picture in itertools.islice(made, _MOST_FIGURES) if picture is not None]
 
 
 def try_part(name: str, missing: list[str], make: Callable[[], Made]) -> Made | None:
