@@ -4,27 +4,21 @@ import gzip
 import json
 import os
 import shutil
-import sys
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from flipscale import cli
-from flipscale.data.tokenizers import bert_tokenizer
-from flipscale.hub.convert_flip import StoredArray, convert_flip_checkpoint, open_flip_checkpoint
+from flipscale.hub.convert_flip import convert_flip_checkpoint, open_flip_checkpoint
 from flipscale.model import SIZES, FlipModel, FlipProcessor
-from flipscale.model.modeling_flip import sincos_positions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 EMBEDDING = "target.txt_encoder.token_embedding.embedding"
@@ -59,36 +53,14 @@ def zip_of(folder: Path, archive: Path, level: str = "checkpoint_7") -> Path:
     return archive
 
 
-def write_checkpoint(arrays: dict[str, np.ndarray], folder: Path) -> None:
-    """A checkpoint in the original's format, one chunk an array."""
-    for name, array in arrays.items():
-        place, shape = folder / ("target." + name.replace("/", ".")), list(array.shape)
-        meta = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": "<f4", "order": "C", "filters": None}
-        place.mkdir(parents=True)
-        (place / ".zarray").write_text(json.dumps({**meta, "compressor": {"id": "gzip", "level": 1}}))
-        chunk = gzip.compress(array.astype("<f4").tobytes(), compresslevel=1)
-        (place / ".".join("0" * len(shape))).write_bytes(chunk)
-
-
-def b16_arrays() -> dict[str, np.ndarray]:
-    """The arrays of a whole B/16: the small model's names, its blocks repeated, zeros of the right shapes."""
-    sizes = {16: 16, 3: 3, 64: 768, 256: 3072, 48: 512, 192: 2048, 32: 512, 97: 30523, 1: 1}
-    arrays = {}
-    for name, array in np.load(FIXTURES / "params.npz").items():
-        shape = tuple(sizes[length] for length in array.shape) if "pos_embedding" not in name else ()
-        for number in range(12) if "encoderblock_00" in name else (0,):
-            if "encoderblock_01" not in name:
-                arrays[name.replace("encoderblock_00", f"encoderblock_{number:02d}")] = np.zeros(shape, np.float32)
-    positions = sincos_positions(768, 14, 14).numpy()
-    arrays["img_encoder/posembed_encoder/pos_embedding"] = np.pad(positions, ((1, 0), (0, 0)))[None]
-    arrays["txt_encoder/posembed_encoder/pos_embedding"] = np.zeros((1, 32, 512), np.float32)
-    return arrays
-
-
 def rewrite_array(folder: Path, change: np.ndarray) -> None:
     """Replaces the array in `folder`, in one chunk."""
     shutil.rmtree(folder)
-    write_checkpoint({folder.name.removeprefix("target."): change}, folder.parent)
+    folder.mkdir()
+    shape = list(change.shape)
+    meta = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": "<f4", "order": "C", "filters": None}
+    (folder / ".zarray").write_text(json.dumps({**meta, "compressor": {"id": "gzip", "level": 1}}))
+    (folder / ".".join("0" * len(shape))).write_bytes(gzip.compress(change.astype("<f4").tobytes()))
 
 
 def assert_equals_the_original(model: FlipModel) -> None:
@@ -102,60 +74,28 @@ def assert_equals_the_original(model: FlipModel) -> None:
     assert np.abs(output.text_embeds.numpy() - given["z_txt"]).max() < 2e-6
 
 
-def assert_original_arrays(arrays: Mapping[str, StoredArray]) -> None:
-    expected = np.load(FIXTURES / "params.npz")
+@pytest.mark.parametrize("where", [".", "checkpoint_7", "deep zip"])
+def test_arrays_are_read_bit_for_bit(written: Path, tmp_path: Path, where: str) -> None:
+    is_zip = where == "deep zip"
+    src = zip_of(written / "checkpoint_7", tmp_path / "flip.zip", "flip/checkpoint_7") if is_zip else written / where
+    arrays, expected = open_flip_checkpoint(src), np.load(FIXTURES / "params.npz")
     assert set(arrays) == set(expected.files)
     for name, stored in arrays.items():
-        array = np.asarray(stored)
-        assert (stored.shape, array.dtype) == (expected[name].shape, np.float32)
-        assert np.array_equal(array, expected[name]), name
+        assert (stored.shape, np.asarray(stored).dtype) == (expected[name].shape, np.float32)
+        assert np.array_equal(stored, expected[name]), name
 
 
-@pytest.mark.parametrize("where", [".", "checkpoint_7", "flat zip", "deep zip"])
-def test_arrays_are_read_bit_for_bit(written: Path, tmp_path: Path, where: str) -> None:
-    src = written / where
-    if "zip" in where:
-        level = "." if where == "flat zip" else "flip/vit_large/checkpoint_7"
-        src = zip_of(written / "checkpoint_7", tmp_path / "flip.zip", level)
-    assert_original_arrays(open_flip_checkpoint(src))
-
-
-@pytest.mark.parametrize("vocab", [None, "[PAD]\n[UNK]\na\n"])
-def test_model_folder_and_card(written: Path, tmp_path: Path, vocab: str | None) -> None:
-    heads: dict[str, Any] = {"image_heads": 4, "text_heads": 4}
-    if vocab:
-        (tmp_path / "vocab.txt").write_text(vocab)
-        heads["tokenizer"] = bert_tokenizer(tmp_path / "vocab.txt")
-    assert_equals_the_original(convert(written, tmp_path / "model", **heads))
+def test_model_folder_and_card(written: Path, tmp_path: Path) -> None:
+    assert_equals_the_original(convert(written, tmp_path / "model"))
     loaded = FlipModel.from_pretrained(tmp_path / "model").eval()
     assert_equals_the_original(loaded)
     assert loaded.config.vision_config.image_size == 48
     assert loaded.config.text_config.attend_to_padding
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.license == "cc-by-nc-4.0"
-    assert "0.2 M parameters, 48-pixel images in patches of 16, captions of 32 ids" in card.text.replace("\n", " ")
-    snippet = card.text.split("```python\n")[1].split("```")[0]
-    Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
     names: dict[str, Any] = {}
-    exec(snippet.replace("image.png", str(tmp_path / "image.png")), names)
-    assert "classify" in names if vocab else type(names["model"]).__name__ == "FlipModel"
-
-
-def test_memory_holds_the_model_once(tmp_path: Path) -> None:
-    arrays = b16_arrays()
-    write_checkpoint(arrays, tmp_path / "checkpoint_1")
-    code = f"""
-import pathlib, flipscale.hub.convert_flip as c
-def peak(): return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-before = peak()
-c.convert_flip_checkpoint({str(tmp_path / "checkpoint_1")!r}, {str(tmp_path / "model")!r}, "b16")
-print(peak() - before)
-"""
-    done = launch([sys.executable, "-c", code])
-    assert done.returncode == 0, done.stderr
-    num_bytes = sum(array.nbytes for array in arrays.values())
-    largest = max(array.nbytes for array in arrays.values())
-    assert num_bytes < int(done.stdout.split()[-1]) < num_bytes + 3 * largest
+    exec(card.text.split("```python\n")[1].split("```")[0], names)
+    assert type(names["model"]).__name__ == "FlipModel"
 
 
 def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
@@ -172,37 +112,33 @@ def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
 
 
 def test_command(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vocab, dst = tmp_path / "vocab.txt", str(tmp_path / "model")
+    vocab, dst = tmp_path / "vocab.txt", tmp_path / "model"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "a", "red", "##der", "disc", ""]))
     heads = ["--image_heads", "4", "--text_heads", "4"]
-    cli.main(["convert", "flip", str(written), dst, *heads, "--tokenizer", str(vocab)])
-    assert "48 px in patches of 16, captions of 32 ids, with a processor" in capsys.readouterr().out
+    cli.main(["convert", "flip", str(written), str(dst), *heads, "--tokenizer", str(vocab)])
     processor = FlipProcessor.from_pretrained(dst)
     assert processor(text="a redder disc")["input_ids"] == [2, 3, 4, 5] + [0] * 28
+    snippet = ModelCard.load(dst / "README.md").text.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
+    names: dict[str, Any] = {}
+    exec(snippet.replace("image.png", str(tmp_path / "image.png")), names)
+    assert "classify" in names
     with pytest.raises(SystemExit) as ended:
         cli.main(["convert", "flip", str(written), str(tmp_path / "other"), "--size", "h14"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("flipscale: error: size is h14, but the checkpoint has vision patch_size")
+    assert "size is h14" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fetched", [True, False])
-def test_a_size_decides_heads_and_tokenizer(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: bool
-) -> None:
+def test_a_size_decides_the_heads(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(repository: str, file: str) -> str:
-        assert (repository, file) == ("google-bert/bert-base-uncased", "vocab.txt")
-        if not fetched:
-            raise OSError("offline")
-        (tmp_path / file).write_text("[PAD]\n[UNK]\na\n")
-        return str(tmp_path / file)
+        raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     layers = {"num_attention_heads": 4, "num_hidden_layers": 2}
     vision, text = ({"hidden_size": w, "intermediate_size": 4 * w, **layers} for w in (64, 48))
     monkeypatch.setitem(SIZES, "b16", (vision, text, 32))
-    with nullcontext() if fetched else pytest.warns(UserWarning, match="saved without a processor: .*offline"):
+    with pytest.warns(UserWarning, match="saved without a processor: .*offline"):
         assert_equals_the_original(convert(written, tmp_path / "model", size="b16"))
-    assert (tmp_path / "model" / "processor_config.json").is_file() == fetched
 
 
 def fails(checkpoint: Path, message: str, **heads: int | str | None) -> None:
@@ -217,12 +153,10 @@ def fails(checkpoint: Path, message: str, **heads: int | str | None) -> None:
     ("heads", "message"),
     [
         ({"image_heads": 4}, "image_heads is 4, text_heads is None"),
-        ({"size": None}, "give size or both"),
         ({"size": "b17"}, "size is 'b17'"),
         ({"size": "b16", "text_heads": 4}, "size is b16 and heads"),
         ({"image_heads": 7, "text_heads": 4}, "hidden_size 64 .* num_attention_heads 7"),
-        ({"image_heads": 4, "text_heads": 0}, "num_attention_heads is 0"),
-        ({"size": "l16"}, "size is l16, .* vision hidden_size 64, not 1024; .*text hidden_size 48, not"),
+        ({"size": "l16"}, "size is l16"),
     ],
 )
 def test_bad_heads(checkpoint: Path, heads: dict[str, int | str | None], message: str) -> None:
@@ -253,9 +187,6 @@ def test_damage(checkpoint: Path, tmp_path: Path) -> None:
     fails(checkpoint, damaged)
     chunk.unlink()
     fails(checkpoint, f"{damaged} .*NotFound")
-    meta = json.loads((checkpoint / EMBEDDING / ".zarray").read_text())
-    (checkpoint / EMBEDDING / ".zarray").write_text(json.dumps({**meta, "compressor": {"id": "blosc"}}))
-    fails(checkpoint, "array txt_encoder/token_embedding/embedding is stored as zarr 2, compressor blosc")
 
 
 @pytest.mark.parametrize(
@@ -263,14 +194,13 @@ def test_damage(checkpoint: Path, tmp_path: Path) -> None:
     [
         ({"chunks": [0, 32]}, r"chunks \[0, 32\]"),
         ({"chunks": [48]}, "zarray"),
-        ({"shape": "many"}, "zarray"),
         ({"shape": [10**6, 10**6], "chunks": [1, 1]}, r"shape \[1000000, 1000000\]"),
-        ({"shape": [97, -32]}, "-32"),
         ({"dtype": "O"}, "dtype O"),
         ({"compressor": 3}, "zarray"),
+        ({"compressor": {"id": "blosc"}}, "compressor blosc"),
     ],
 )
-def test_a_damaged_description_is_refused_by_its_value(checkpoint: Path, changes: dict[str, Any], says: str) -> None:
+def test_a_bad_description_is_refused_by_its_value(checkpoint: Path, changes: dict[str, Any], says: str) -> None:
     file = checkpoint / EMBEDDING / ".zarray"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     fails(checkpoint, f"array txt_encoder/token_embedding/embedding .*{says}")
@@ -279,42 +209,29 @@ def test_a_damaged_description_is_refused_by_its_value(checkpoint: Path, changes
 @pytest.mark.parametrize("how", ["gzip", "zip", "pipe"])
 def test_a_chunk_that_unpacks_to_gigabytes_is_refused(checkpoint: Path, tmp_path: Path, how: str) -> None:
     place, src = next(path for path in (checkpoint / EMBEDDING).iterdir() if path.name != ".zarray"), checkpoint
+    place.unlink()
     if how == "gzip":
-        with gzip.open(place, "wb", compresslevel=1) as file:
-            for _ in range(16):
-                file.write(bytes(1 << 26))
+        place.write_bytes(gzip.compress(bytes(1 << 30), 1))
     elif how == "pipe":
-        place.unlink()
         os.mkfifo(place)
     else:
-        place.unlink()
         src = zip_of(checkpoint, tmp_path / "bomb.zip")
         name = (Path("checkpoint_7") / place.relative_to(checkpoint)).as_posix()
-        with (
-            zipfile.ZipFile(src, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-            archive.open(name, "w") as file,
-        ):
-            for _ in range(16):
-                file.write(bytes(1 << 26))
+        with zipfile.ZipFile(src, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.writestr(name, bytes(1 << 30))
     tracemalloc.start()
     fails(src, "txt_encoder/token_embedding/embedding is damaged")
     assert tracemalloc.get_traced_memory()[1] < 1 << 28
     tracemalloc.stop()
 
 
-def test_layers_that_are_missing_are_not_built(checkpoint: Path) -> None:
-    """A name of the millionth block does not make a million."""
+def test_missing_arrays(checkpoint: Path) -> None:
+    # A name of the millionth block does not make a million.
     for place in checkpoint.glob("target.img_encoder.Transformer.encoderblock_01.*"):
         place.rename(checkpoint / place.name.replace("_01.", "_999999."))
     fails(checkpoint, "vision_model.encoder.layers.1")
-
-
-def test_missing_arrays(checkpoint: Path) -> None:
     (checkpoint / EMBEDDING).rename(checkpoint.parent / "embedding")
     fails(checkpoint, "array txt_encoder/token_embedding/embedding is missing from the checkpoint")
-    (checkpoint.parent / "embedding").rename(checkpoint / EMBEDDING)
-    (checkpoint / "target.txt_mlp1.kernel").rename(checkpoint / "target.decoder.scale")
-    fails(checkpoint, r"text_projection\.weight is missing, not \(32, 48\); decoder\.weight is unknown")
 
 
 def test_arrays_of_another_model(checkpoint: Path) -> None:

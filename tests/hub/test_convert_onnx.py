@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from hub.native import LENGTH, NATIVE, export_native
+from hub.native import LENGTH, export_native
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
@@ -95,13 +95,6 @@ def test_a_file_that_differs_is_not_kept(
     assert {path.name for path in tmp_path.iterdir()} == {"flip"}
 
 
-def test_a_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(ValueError, match="onnxscript is not installed"):
-        convert_onnx.convert_to_onnx("flip", tmp_path / "onnx")
-
-
 def immich_image(folder: Path, picture: Image.Image) -> dict[str, np.ndarray]:
     """Prepare a picture as Immich's OpenClipVisualEncoder does."""
     given = json.loads((folder / "visual/preprocess_cfg.json").read_text())
@@ -130,7 +123,8 @@ def immich_text(folder: Path, text: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "family", [*NATIVE, "towers", pytest.param("flip", marks=pytest.mark.long), "flip without padding"]
+    "family",
+    ["siglip", "flip without padding", *(pytest.param(f, marks=pytest.mark.long) for f in ("clip", "towers", "flip"))],
 )
 def test_immich_reads_the_folder(family: str, save: Callable[..., Path], image: Path, tmp_path: Path) -> None:
     folder = export_native(family, tmp_path / family) if family in LENGTH else save(attend_to_padding=family == "flip")

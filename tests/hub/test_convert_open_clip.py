@@ -1,6 +1,7 @@
 """FLIP models converted for open_clip, loaded by open_clip itself."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,11 @@ OWN_TOKENS = {"pooling": "mean", "attend_to_padding": False}
 @pytest.mark.parametrize(
     ("vision", "text", "dim"),
     [
-        ({}, {}, 24),
+        ({}, {"num_hidden_layers": 0}, 24),
         ({"hidden_act": "gelu", "layer_norm_eps": 1e-5}, {"pooling": "mean"}, 24),
-        ({"hidden_act": "quick_gelu"}, {"hidden_act": "quick_gelu", "num_hidden_layers": 0, "pooling": "mean"}, 24),
-        ({"hidden_act": "relu"}, {"num_hidden_layers": 0, **OWN_TOKENS}, 128),
+        ({"hidden_act": "relu"}, {"num_hidden_layers": 0, **OWN_TOKENS}, 128),  # wider than the tower
         ({"hidden_act": "relu"}, {"hidden_act": "quick_gelu", **OWN_TOKENS}, 24),
         ({}, {"hidden_act": "relu", "attend_to_padding": False}, 40),
-        ({}, {"num_hidden_layers": 0, "pooling": "mean"}, 60),  # wider than the tower
-        ({}, {"num_hidden_layers": 0}, 24),
     ],
 )
 def test_equal_embeddings(
@@ -114,8 +112,8 @@ def test_equal_bias_pixels_and_ids(
     assert {path.suffix for path in dst.iterdir()} == {".json", ".safetensors", ".md"}
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_size_has_open_clip_s_shapes(size: str) -> None:
+@pytest.mark.parametrize("size", ["b16", "h14"])
+def test_a_size_has_open_clip_s_shapes(size: str) -> None:
     config = FlipConfig.from_size(size)
     theirs = open_clip_config(config)["model_cfg"]
     vision, text, _ = SIZES[size]
@@ -139,25 +137,23 @@ def test_inexpressible_models(vision: dict, text: dict, message: str) -> None:
         open_clip_config(config)
 
 
-def test_bad_folders(tmp_path: Path) -> None:
-    for dst, message in ((tmp_path, "is there already"), (tmp_path / "new", f"model '{tmp_path}' cannot be loaded")):
-        with pytest.raises(ValueError, match=message):
-            convert_to_open_clip(str(tmp_path), dst)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])
-def test_card(save: Callable[..., Path], tmp_path: Path, licence: str | None) -> None:
+def test_card(save: Callable[..., Path], tmp_path: Path) -> None:
     folder, dst = save(), tmp_path / "open_clip"
-    if licence:
-        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# a model\n")
-    convert_to_open_clip(str(folder), dst)
-    card = ModelCard.load(dst / "README.md")
-    assert card.data.license == licence
+    for licence in (None, "cc-by-nc-4.0"):
+        if licence:
+            (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# a model\n")
+            shutil.rmtree(dst)
+        convert_to_open_clip(str(folder), dst)
+        card = ModelCard.load(dst / "README.md")
+        assert card.data.license == licence
     assert card.data.to_dict()["library_name"] == "open_clip"
     names: dict[str, Any] = {}
     exec(card.text.split("```python\n")[1].split("```")[0], names)
     assert names["tokenizer"](CAPTIONS).shape == (3, 8)
+    for place, message in ((dst, "is there already"), (tmp_path / "new", "cannot be loaded")):
+        with pytest.raises(ValueError, match=message):
+            convert_to_open_clip(str(tmp_path), place)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_clip_goes_back_to_open_clip(tmp_path: Path, picture: Image.Image) -> None:

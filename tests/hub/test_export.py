@@ -20,10 +20,8 @@ from flipscale.model import (
     FlipModel,
     FlipPreTrainedModel,
     FlipProcessor,
-    FlipTextModel,
     FlipTextModelWithProjection,
     FlipVisionModel,
-    FlipVisionModelWithProjection,
 )
 
 LABELS = ["red disc", "a green ring", "blue"]
@@ -113,7 +111,7 @@ def direct_scores(folder: Path, image: Path) -> list[float]:
         return model(**inputs).logits_per_image.softmax(-1)[0].tolist()
 
 
-@pytest.mark.parametrize("images", ["pillow", "torchvision"])
+@pytest.mark.parametrize("images", ["pillow", pytest.param("torchvision", marks=pytest.mark.long)])
 def test_folder_without_flipscale(folder: Path, image: Path, tmp_path: Path, images: str) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     python = environment_of(tmp_path / "venv", "torch", "transformers", images)
@@ -129,33 +127,15 @@ def test_folder_without_flipscale(folder: Path, image: Path, tmp_path: Path, ima
     assert scores["model"] == pytest.approx(direct_scores(folder, image), abs=2e-3)
 
 
-@pytest.mark.parametrize("attend_to_padding", [True, False])
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_pipeline_and_forward_agree(
-    tokenizer: PreTrainedTokenizerBase, image: Path, tmp_path: Path, attend_to_padding: bool, pooling: str
-) -> None:
-    """The pipeline ignores the processor and pads to the longest label."""
-    model = small_model(attend_to_padding=attend_to_padding, pooling=pooling)
-    folder = export_model(model, build_processor(model.config, tokenizer), tmp_path / "model")
-    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
-    found = classify(str(image), candidate_labels=LABELS, hypothesis_template="{}")
-    by_label = {entry["label"]: entry["score"] for entry in found}
-    assert [by_label[label] for label in LABELS] == pytest.approx(direct_scores(folder, image), abs=1e-6)
-
-
 def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "config_sentence_transformers.json", "configuration_flip.py", "model.bf16.safetensors"),
         *("model.safetensors", "modeling_flip.py", "modules.json", "patches.py", "processing_flip.py"),
         *("processor_config.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"),
     }
-    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_flip.FlipConfig",
-        "AutoModel": "modeling_flip.FlipModel",
-        "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
-        "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
-    }
-    assert not [path for path in folder.parent.iterdir() if path != folder]
+    # sentence-transformers would pad to the longest caption of a batch, and padding is part of the text.
+    config = json.loads((folder / "sentence_bert_config.json").read_text())
+    assert config["processing_kwargs"] == {"text": {"padding": "max_length", "truncation": True}}
     FlipModel.from_pretrained(folder).save_pretrained(tmp_path)
     assert (tmp_path / "modeling_flip.py").read_bytes() == (folder / "modeling_flip.py").read_bytes()
 
@@ -163,6 +143,7 @@ def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
 def test_an_older_model_is_replaced_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model, out = small_model(), tmp_path / "model"
     export_model(model, None, out)
+    assert not (out / "modules.json").exists()
     (out / "model-00001-of-00002.safetensors").touch()
     export_model(model, build_processor(model.config, tokenizer), out)
     assert not (out / "model-00001-of-00002.safetensors").exists()
@@ -170,20 +151,27 @@ def test_an_older_model_is_replaced_whole(tokenizer: PreTrainedTokenizerBase, tm
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"model holds notes\.txt"):
         export_model(model, None, out)
+    (out / "notes.txt").unlink()
     with pytest.raises(ValueError, match="exists and is no model folder of flipscale"):
         export_model(model, None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_failed_export_leaves_the_older_model(tmp_path: Path) -> None:
-    folder = export_model(small_model(), None, tmp_path / "model")
-    before = (folder / "model.safetensors").read_bytes()
-    broken = small_model()
-    broken.config.note = object()  # cannot be written as JSON
+    before = (out / "model.safetensors").read_bytes()
+    model.config.note = object()  # cannot be written as JSON
     with pytest.raises(TypeError):
-        export_model(broken, None, folder)
-    assert (folder / "model.safetensors").read_bytes() == before
+        export_model(model, None, out)
+    assert (out / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.long
+def test_the_pipeline_pads_to_the_longest_label(
+    tokenizer: PreTrainedTokenizerBase, image: Path, tmp_path: Path
+) -> None:
+    model = small_model(attend_to_padding=True, pooling="mean")
+    folder = export_model(model, build_processor(model.config, tokenizer), tmp_path / "model")
+    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    found = classify(str(image), candidate_labels=LABELS, hypothesis_template="{}")
+    by_label = {entry["label"]: entry["score"] for entry in found}
+    assert [by_label[label] for label in LABELS] == pytest.approx(direct_scores(folder, image), abs=1e-6)
 
 
 def test_processor(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -212,9 +200,7 @@ def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerBase) -> Non
         build_processor(small_model(pad_token_id=3).config, tokenizer)
 
 
-@pytest.mark.parametrize(
-    "tower", [FlipVisionModel, FlipTextModel, FlipVisionModelWithProjection, FlipTextModelWithProjection]
-)
+@pytest.mark.parametrize("tower", [FlipVisionModel, FlipTextModelWithProjection])
 def test_a_tower_loads_from_the_whole_model(folder: Path, tower: type[FlipPreTrainedModel]) -> None:
     loaded, report = tower.from_pretrained(folder, output_loading_info=True)
     assert not report["unexpected_keys"]

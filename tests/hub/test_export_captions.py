@@ -54,7 +54,8 @@ def written_folder(kind: type, tokenizer_dir: Path, out_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_also"), [(CaptioningFlipModel, "FlipModel"), (FlipForConditionalGeneration, None)]
+    ("kind", "is_also"),
+    [(CaptioningFlipModel, "FlipModel"), pytest.param(FlipForConditionalGeneration, None, marks=pytest.mark.long)],
 )
 def test_captions_without_flipscale(
     caption_tokenizer: Path, image: Path, tmp_path: Path, kind: type, is_also: str | None

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from flipscale.evaluation.model_results import Line, append_lines, data_name, weights_digest
+from flipscale.evaluation.model_results import append_lines, weights_digest
 from flipscale.evaluation.results import Result, append_results
-from flipscale.hub.card import model_index, read_audit, results_table, write_card
+from flipscale.hub.card import read_audit, write_card
 from flipscale.recipe.recipe import to_yaml
 from flipscale.training.complete_recipe import parse_recipe
 
@@ -84,15 +84,6 @@ def card_of(run_dir: Path, step: int | None = None) -> str:
     return (run_dir / "model" / "README.md").read_text()
 
 
-def test_top_k_of_k_classes_is_left_out(run_dir: Path) -> None:
-    five = Result("five", "zero_shot", "top5", 100.0, chance=100.0, made_by={"data": "five_kinds"})
-    append_results(run_dir, [five], 23, 368, 9876.5)
-    assert "five_kinds" not in card_of(run_dir)
-    lines = [Line(five, {}), Line(replace(five, metric="top1", chance=20.0), {})]
-    assert model_index(lines) == model_index(lines[1:]) != []
-    assert results_table(lines) == results_table(lines[1:])
-
-
 def test_facts_of_the_run(run_dir: Path) -> None:
     card = card_of(run_dir)
     for line in (
@@ -120,15 +111,6 @@ def test_facts_of_the_run(run_dir: Path) -> None:
     assert (run_dir / "model/figures/loss.png").stat().st_size > 10_000
     assert "secret" not in card
     assert str(run_dir) not in card
-
-
-def test_partial_energy(run_dir: Path) -> None:
-    write_energy(run_dir, [{**ENERGY[1], "failed": True}])
-    card = card_of(run_dir)
-    assert "| energy | 31.38 kWh, measured: GPUs and processors, in 1 of 2 starts, 1 of them not to the end |" in card
-    assert "emissions" not in card
-    write_energy(run_dir, ENERGY)
-    assert "| energy | 34.88 kWh, measured: GPUs and processors |" in card_of(run_dir, step=11)
 
 
 def test_unknown_facts_are_left_out(run_dir: Path) -> None:
@@ -172,9 +154,9 @@ def test_the_hub_reads_it(run_dir: Path) -> None:
 
 
 RESULTS = [
-    Result("imagenet", "zero_shot", "top1", 61.27, 50_000, 60.84, 61.70, chance=0.1,
-           made_by={"data": "/secret/imagenet1k_val", "templates": "imagenet80"}),
-    Result("sketch", "zero_shot", "top1", 33.96, 7_351, 32.88, 35.05, made_by={"data": "/secret/sketch"}),
+    Result("sketch", "zero_shot", "top1", 33.96, 7_351, 32.88, 35.05, chance=0.1, made_by={"data": "/secret/sketch"}),
+    Result("five", "zero_shot", "top5", 100.0, chance=100.0, made_by={"data": "five_kinds"}),
+    Result("none", "zero_shot", "top1", float("nan"), made_by={"data": "broken"}),
     Result("ranks", "median_rank", "median", 3.25, 4_999, unit="", label="median rank", higher_is_better=False,
            made_by={"data": "/secret/flickr30k/test"}),
 ]  # fmt: skip
@@ -186,20 +168,17 @@ def test_result_lines(run_dir: Path) -> None:
         append_results(run_dir, RESULTS, record["step"], record["samples_seen"], record["trained_seconds"])
     card = card_of(run_dir)
     for line in (
-        "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | this model | 61.3 % | 60.8 to 61.7 |"
-        " 50,000 |",
-        "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | chance | 0.10 % |  |  |",
         "| sketch (zero-shot), `sketch` | top-1 | this model | 34.0 % | 32.9 to 35.0 | 7,351 |",
+        "| sketch (zero-shot), `sketch` | top-1 | chance | 0.10 % |  |  |",
         "| ranks (median-rank), `flickr30k/test` | median rank | this model | 3.25 |  | 4,999 |",
         "![ranks (median-rank), median rank against training time](figures/ranks.png)",
-        "![sketch (zero-shot), top-1 against training time](figures/sketch.png)",
     ):
         assert line in card.splitlines(), line
     assert (run_dir / "model/figures/ranks.png").stat().st_size > 10_000
+    assert "five_kinds" not in card, "top-5 of five classes"
     assert "secret" not in card
     found = [(r.task_type, r.metric_type, r.metric_name, r.metric_value) for r in ModelCard(card).data.eval_results]
     assert found == [
-        ("zero-shot-image-classification", "accuracy", "top-1, %", 61.27),
         ("zero-shot-image-classification", "accuracy", "top-1, %", 33.96),
         ("median-rank", "median", "median rank", 3.25),
     ]
@@ -233,16 +212,6 @@ def test_sources_of_a_mixture(run_dir: Path) -> None:
 def write(path: Path, content: dict) -> str:
     path.write_text(yaml.safe_dump(content))
     return str(path)
-
-
-@pytest.mark.parametrize(("shards", "name"), [
-    ("data/laion400m/{00000..41407}.tar", "laion400m"), ("data/demo/train", "demo/train"),
-    ("s3://key@b/cc3m/*.tar", "cc3m"),
-    ("https://h/cc12m/{0..9}.tar?sig=secret", "cc12m"), ("https://me:word@h/{0..9}.tar", "h"),
-    ("*.tar", "*.tar"), ("/x/imagenet1k_val/", "imagenet1k_val"), ("train", "train"),
-])  # fmt: skip
-def test_names_of_data(shards: str, name: str) -> None:
-    assert data_name(shards) == name
 
 
 @pytest.mark.usefixtures("logged_in")
@@ -305,10 +274,9 @@ def name_audit(run_dir: Path, audit: dict) -> None:
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def test_audit(run_dir: Path) -> None:
+def test_audit(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     name_audit(run_dir, audit_of(ENVIRONMENT["data_samples"]))
     card = card_of(run_dir)
-    assert "## What is in the training data" in card
     words = " ".join(card.split())
     for text in (
         "407,331,013 captions, 291,117,219 of them different. 11,777,999 images",
@@ -319,18 +287,10 @@ def test_audit(run_dir: Path) -> None:
     ):
         assert text in words, text
     assert str(run_dir) not in card
-
-
-def test_other_audits(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     name_audit(run_dir, audit_of(17))
     assert "## What is in the training data" not in card_of(run_dir)
-    assert "hub.audit has 17 samples and the training data 407,332,084" in caplog.text
+    assert "hub.audit has 17 samples" in caplog.text
     (run_dir / "audit.json").write_text("{}")
     assert "## What is in the training data" not in card_of(run_dir)
     with pytest.raises(ValueError, match=r"hub.audit is .*audit.json"):
         read_audit(str(run_dir / "audit.json"))
-
-
-def test_nan_is_no_result() -> None:
-    lines = [Line(Result(str(v), "zero_shot", "top1", v, made_by={"data": str(v)}), {}) for v in (50.0, float("nan"))]
-    assert [entry.metric_value for entry in model_index(lines)] == [50.0]

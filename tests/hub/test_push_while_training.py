@@ -16,7 +16,7 @@ from conftest import draw, launch, metrics
 from hub.loopback_hub import TOKEN, LoopbackHub
 
 from flipscale.cli import main
-from flipscale.hub.push import BackgroundPush, Target, open_target
+from flipscale.hub.push import BackgroundPush, open_target
 from flipscale.recipe.outputs import HubRecipe
 from flipscale.recipe.recipe import Recipe
 
@@ -127,16 +127,17 @@ def test_the_finished_model_arrives_and_loads(
 
 
 def test_one_push_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    pushes: dict[int, subprocess.Popen[bytes]] = {}
+    pushes, begin = dict[int, subprocess.Popen[bytes]](), subprocess.Popen
 
-    def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
+    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        step = int(command[-1])
         if step == 50:
             raise OSError("no memory")
         script = f"cat; echo 'flipscale: error: no way to push {step}' >> {tmp_path}/push.log; exit {step % 20}"
-        pushes[step] = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE)  # ends when its input does
+        pushes[step] = begin(["sh", "-c", script], stdin=subprocess.PIPE)  # ends when its input does
         return pushes[step]
 
-    monkeypatch.setattr(BackgroundPush, "_start", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     push = BackgroundPush(Recipe(hub=HubRecipe(**HUB), output_dir=str(tmp_path)), last_step=90, is_main_process=True)
     push.offer(10)
     push.offer(20)
@@ -144,17 +145,14 @@ def test_one_push_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     pushes[10].communicate()
     push.offer(40)
     pushes[40].communicate()
-    push.offer(50)
-    push.offer(60)
-    push.offer(90)
+    for step in (50, 60, 90):
+        push.offer(step)
     push.close()
     assert list(pushes) == [10, 40, 60]
     assert pushes[60].poll() == -signal.SIGTERM
     pushes[60].stdin.close()
-    assert [(message.split()[1], message.split("(")[1].split(")")[0]) for message in caplog.messages] == [
-        ("10", "no way to push 10"),
-        ("50", "no memory"),
-    ]
+    reasons = [(message.split()[1], message.split("(")[1].split(")")[0]) for message in caplog.messages]
+    assert reasons == [("10", "no way to push 10"), ("50", "no memory")]
 
 
 @pytest.mark.parametrize(("fields", "message"), [

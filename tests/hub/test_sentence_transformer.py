@@ -1,6 +1,5 @@
 """The exported folder in sentence-transformers, with and without flipscale and torchvision."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub.conftest import small_model
 from hub.test_export import environment_of
 from PIL import Image
 
 from flipscale.evaluation.embedding import image_embeds, text_embeds
-from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.export import build_processor
 from flipscale.model import FlipModel, FlipProcessor
 
 TEXTS = ["a red disc", "blue", "a green ring a a a a a a a a a", "the"]
@@ -52,7 +50,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{number}.png" for number in range(len(modes))]
 
 
-@pytest.mark.parametrize("installed", ["flipscale", pytest.param("torchvision", marks=pytest.mark.long), ""])
+@pytest.mark.parametrize(
+    "installed", [*(pytest.param(x, marks=pytest.mark.long) for x in ("flipscale", "torchvision")), ""]
+)
 def test_equal_embeddings(folder: Path, pictures: list[Path], tmp_path: Path, installed: str) -> None:
     python: list[str | Path] = [sys.executable]
     if installed != "flipscale":
@@ -71,11 +71,3 @@ def test_equal_embeddings(folder: Path, pictures: list[Path], tmp_path: Path, in
         processor = build_processor(model.config, processor.tokenizer)
     assert np.abs(given["images"] - image_embeds(model, processor, pictures)).max() < 1e-6
     assert np.abs(given["texts"] - text_embeds(model, processor, TEXTS)).max() < 1e-6
-
-
-def test_padding_and_models_without_processor(folder: Path, tmp_path: Path) -> None:
-    """Attended padding is part of the text; sentence-transformers would pad to the longest of a batch."""
-    config = json.loads((folder / "sentence_bert_config.json").read_text())
-    assert config["processing_kwargs"] == {"text": {"padding": "max_length", "truncation": True}}
-    export_model(small_model(), None, tmp_path / "model")
-    assert not (tmp_path / "model/modules.json").exists()
