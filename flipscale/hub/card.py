@@ -81,18 +81,15 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         where=escape_string(where),
         does=does,
         model_class=model_class,
+        is_ours=is_ours,
         remote=", trust_remote_code=True" if is_ours or "auto_map" in config else "",
-        module="flipscale.model" if is_ours else "flipscale.model.modeling_dual_encoder",
-        padding="" if is_ours else ', padding="max_length"',
-        base=" from " + " and ".join(markdown_code(public_name(start)) for start in starts) if starts else "",
+        starts=[public_name(start) for start in starts],
         # A text encoder may have more positions than captions have tokens.
         max_tokens=None if is_ours else read_object(folder / "tokenizer_config.json").get("model_max_length"),
         results=results_table(lines),
         protocol=protocols(lines),
         figures=figures,
-        data="; ".join(map(_source_name, sources)),
-        samples=run.environment.get("data_samples"),
-        seconds=run.trained_seconds,
+        sources=[_source_name(source) for source in sources],
         speed=curve.images_per_s if run.trained_seconds else None,
         recipe=recipe.replace("```", "'''"),  # because ``` would end the block
         audit=_audit(hub.get("audit"), run.environment.get("data_samples")),
@@ -201,15 +198,15 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
     """Return the model's finite results on whole images as entries of the Hub's `model-index`."""
     entries = {}
     for line in lines:
-        result, data = line.result, line.about.get("data") or {}
+        result, data, kind = line.result, line.about.get("data") or {}, KINDS.get(line.result.kind)
         of_whole_images = result.who == THIS_MODEL and "data" in result.made_by and not line.about.get("mask")
         if not of_whole_images or not math.isfinite(result.value) or not _is_on_card(result):
             continue
-        kind = KINDS.get(result.kind)
+        name = data_name(result.made_by["data"])
         entry = EvalResult(
             task_type=(kind and kind.hub_task) or result.kind.replace("_", "-"),
-            dataset_type=data.get("repo") or data_name(result.made_by["data"]),
-            dataset_name=line.about.get("title") or data_name(result.made_by["data"]),
+            dataset_type=data.get("repo") or name,
+            dataset_name=line.about.get("title") or name,
             dataset_split=data.get("split"),
             dataset_revision=data.get("revision"),
             metric_type=(kind and kind.hub_metric) or result.metric,
@@ -259,20 +256,18 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
 
 def _merged(section: str, lines: Sequence[Line]) -> str:
     """Return the section of results with other lines: the table, then texts, then figures."""
+    paragraphs = [paragraph for paragraph in section.split("\n\n") if paragraph != NOT_EVALUATED]
     rows: dict[tuple[str, ...], list[str]] = {}  # by test, metric and model
-    texts: list[str] = []
-    figures: list[str] = []
-    for paragraph in section.split("\n\n"):
-        if paragraph.startswith(_HEAD[0]):
-            for row in paragraph.split("\n")[2:]:
-                cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
-                rows[tuple(cells[:3])] = cells
-        elif paragraph != NOT_EVALUATED:
-            (figures if paragraph.startswith("![") else texts).append(paragraph)
+    for table in [paragraph for paragraph in paragraphs if paragraph.startswith(_HEAD[0])]:
+        paragraphs.remove(table)
+        for row in table.split("\n")[2:]:
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+            rows[tuple(cells[:3])] = cells
     for part in (protocols(lines) or "").split("\n\n"):
-        if part and part not in texts:
-            texts.insert(texts.index(INTERVALS) if INTERVALS in texts else len(texts), part)
-    return "\n\n".join([_table(rows | _rows(lines)), *texts, *figures])
+        if part and part not in paragraphs:
+            places = [at for at, text in enumerate(paragraphs) if text == INTERVALS or text.startswith("![")]
+            paragraphs.insert(places[0] if places else len(paragraphs), part)
+    return "\n\n".join([_table(rows | _rows(lines)), *paragraphs])
 
 
 def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
@@ -298,23 +293,18 @@ def _test(line: Line) -> str:
 
     It has the title of the test's page and the number of prompts, or the kind and the data, then options and the mask.
     """
-    result, about = line.result, line.about
-    prompts = about.get("prompts")
-    test = about.get("title") or _task_name(result)
-    if about.get("title") and prompts:
-        test += f", {prompts['number']} prompt{'s' if prompts['number'] > 1 else ''}"
-    kind = KINDS.get(result.kind)
+    result, about, kind = line.result, line.about, KINDS.get(line.result.kind)
+    parts = [about.get("title") or _task_name(result)]
+    if about.get("title") and (prompts := about.get("prompts")):
+        parts.append(f"{prompts['number']} prompt{'s' if prompts['number'] > 1 else ''}")
     for option, value in result.made_by.items():
         if option == "data":
-            test += "" if about.get("title") else f", {markdown_code(data_name(value))}"
-        elif kind and kind.hub_options is not None and option not in kind.hub_options:
-            continue
+            parts += [] if about.get("title") else [markdown_code(data_name(value))]
         elif option in ("train", "validation"):
-            test += f", {option} {markdown_code(data_name(value))}"
-        else:
-            test += f", {option} {', '.join(map(str, value)) if isinstance(value, list) else value}"
-    mask = about.get("mask") or {}
-    return test + "".join(f", mask {name} {value}" for name, value in mask.items())
+            parts.append(f"{option} {markdown_code(data_name(value))}")
+        elif kind is None or kind.hub_options is None or option in kind.hub_options:
+            parts.append(f"{option} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return ", ".join([*parts, *(f"mask {name} {value}" for name, value in (about.get("mask") or {}).items())])
 
 
 def _task_name(result: Result) -> str:

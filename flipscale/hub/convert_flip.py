@@ -31,7 +31,7 @@ from flipscale.io.atomic import write_text
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
-from flipscale.model import SIZES, FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
 
 # Longest .zarray, and most numbers of an array; the largest of FLIP's H/14 has 39 million.
@@ -163,8 +163,7 @@ def convert_flip_checkpoint(
     """
     arrays = open_flip_checkpoint(Path(src))
     config = _config(arrays, size, image_heads, text_heads)
-    planned = model_without_storage(config, FlipModel).state_dict()
-    _check_arrays(arrays, {name: tuple(value.shape) for name, value in planned.items()})
+    _check_arrays(arrays, config, size)
     with no_init_weights():
         model = FlipModel(config)
     parameters = model.state_dict()
@@ -215,52 +214,41 @@ def our_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _config(arrays: Arrays, size: str | None, image_heads: int | None, text_heads: int | None) -> FlipConfig:
-    """Return the configuration by the arrays' shapes. The size must fit them; it decides the attention heads."""
+    """Return the configuration by the arrays' shapes and the heads, or by the size, which decides all but the lengths.
+    `_check_arrays` compares it with the arrays."""
     patch = _shape(arrays, "img_encoder/embedding/kernel", 4)[0]
     num_patches = _shape(arrays, _POSITIONS, 3)[1] - 1
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
         raise UserError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
-    vision = {**_tower(arrays, "img_encoder"), "image_size": side * patch, "patch_size": patch}
+    vision = {"image_size": side * patch}
     text = {
-        **_tower(arrays, "txt_encoder"),
         "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding", 2)[0],
         "max_position_embeddings": _shape(arrays, "txt_encoder/posembed_encoder/pos_embedding", 3)[1],
     }
-    dim = _shape(arrays, "img_mlp1/kernel", 2)[1]
     if size is not None:
-        if size not in SIZES:
-            raise UserError(f"size is {size!r}; use one of {', '.join(SIZES)}")
         if image_heads is not None or text_heads is not None:
             raise UserError(f"size is {size} and heads are given too; use one of them: the size decides the heads")
-        expected = FlipConfig.from_size(size)
-        # Image size, vocabulary and caption length may differ.
-        differences = [
-            f"{name} {field} {tower[field]}, not {getattr(known, field)}"
-            for name, tower, known in (("vision", vision, expected.vision_config), ("text", text, expected.text_config))
-            for field in ("patch_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-            if field in tower and tower[field] != getattr(known, field)
-        ]
-        if dim != expected.projection_dim:
-            differences.append(f"projection_dim {dim}, not {expected.projection_dim}")
-        if differences:
-            raise UserError(f"size is {size}, but the checkpoint has {'; '.join(differences)}")
-        image_heads, text_heads = (t.num_attention_heads for t in (expected.vision_config, expected.text_config))
+        return FlipConfig.from_size(size, vision, text)
     if image_heads is None or text_heads is None:
         raise UserError(f"image_heads is {image_heads}, text_heads is {text_heads}; give size or both numbers of heads")
     return FlipConfig(
-        vision_config={**vision, "num_attention_heads": image_heads},
-        text_config={**text, "num_attention_heads": text_heads},
-        projection_dim=dim,
+        vision_config={**vision, **_tower(arrays, "img_encoder", image_heads), "patch_size": patch},
+        text_config={**text, **_tower(arrays, "txt_encoder", text_heads)},
+        projection_dim=_shape(arrays, "img_mlp1/kernel", 2)[1],
     )
 
 
-def _tower(arrays: Arrays, encoder: str) -> dict[str, int]:
+def _tower(arrays: Arrays, encoder: str, heads: int) -> dict[str, int]:
     """Return the configuration fields that both towers share, from the shapes of one tower's arrays."""
     width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel", 2)
-    pattern = re.compile(rf"{encoder}/Transformer/encoderblock_(\d+)/")
-    numbers = {match[1] for name in arrays if (match := pattern.match(name))}
-    return {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": len(numbers)}
+    blocks = {name.split("/")[2] for name in arrays if name.startswith(f"{encoder}/Transformer/encoderblock_")}
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": heads,
+    }
 
 
 def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
@@ -271,14 +259,18 @@ def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
     return arrays[name].shape
 
 
-def _check_arrays(arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_arrays(arrays: Arrays, config: FlipConfig, size: str | None) -> None:
+    """Raise UserError unless the arrays are the parameters of a model of `config`, of a named size or of none."""
+    planned = model_without_storage(config, FlipModel).state_dict()
+    expected = {name: tuple(value.shape) for name, value in planned.items()}
     stored = {name: torch.empty(array.shape, device="meta") for name, array in arrays.items() if name != _POSITIONS}
     shapes = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
     unlike = [(name, shape) for name, shape in expected.items() if shapes.get(name) != shape]
     wrong = [f"{name} is {shapes.get(name, 'missing')}, not {shape}" for name, shape in unlike]
     wrong += [f"{name} is unknown" for name in shapes if name not in expected]
     if wrong:
-        raise UserError(f"the checkpoint's arrays, in our names, do not fit a FLIP model: {'; '.join(wrong[:4])}")
+        model = f"a FLIP model whose size is {size}" if size else "a FLIP model"
+        raise UserError(f"the checkpoint's arrays, in our names, do not fit {model}: {'; '.join(wrong[:4])}")
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:

@@ -153,7 +153,7 @@ def fails(checkpoint: Path, message: str, **heads: int | str | None) -> None:
     ("heads", "message"),
     [
         ({"image_heads": 4}, "image_heads is 4, text_heads is None"),
-        ({"size": "b17"}, "size is 'b17'"),
+        ({"size": "b17"}, "model size 'b17' is unknown"),
         ({"size": "b16", "text_heads": 4}, "size is b16 and heads"),
         ({"image_heads": 7, "text_heads": 4}, "hidden_size 64 .* num_attention_heads 7"),
         ({"size": "l16"}, "size is l16"),

@@ -199,7 +199,7 @@ def test_other_files_and_links_stay(hub: LoopbackHub, run_dir: Path, capsys: pyt
     main(["push", str(run_dir), "org/name"])
     assert set(hub.content("org/name")) == written | {"figures/*.png"}
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert "#config.json#, .README.md.swp, .env, .git, README.md~, checkpoints and 11 more" in told
+    assert "#config.json#, .README.md.swp, .env, .git, README.md~, checkpoints and 10 more" in told
     weights = model / "model-00002-of-00002.safetensors"
     weights.rename(model / "there")
     weights.symlink_to(model / "there")

@@ -49,9 +49,6 @@ def test_laion_s_slopes(result: str, slope: float, interval: tuple[float, float]
     # The narrower interval counts equal points once, and holds the truth 84 times of 100.
     assert fit.low[0] < interval[0] < slope < interval[1] < fit.high[0]
     assert (fit.low[0], fit.high[0]) == pytest.approx(interval, abs=0.007)
-    lines = str(fit).splitlines()
-    assert lines[0].startswith("error in % = level x compute^slope, fitted to ")
-    assert lines[4].split("|")[1].strip() == "slope"
 
 
 def test_laion_s_largest_two() -> None:
@@ -62,9 +59,6 @@ def test_laion_s_largest_two() -> None:
     assert (round(giant.error, 1), round(huge.error, 1)) == (23.3, 22.0)
     assert giant.low < giant.error < giant.high
     assert points.names[points.largest_budget()].tolist() == ["H-14 2B 34B"]
-    words = str(huge)
-    assert words.startswith("power law: without H-14 2B 34B it predicts 22.5 % error (")
-    assert words.endswith("); found: 22.0 % (off by +0.5)")
 
 
 @pytest.mark.long

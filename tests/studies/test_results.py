@@ -122,10 +122,6 @@ def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
     }
     draw_grid(found, {"loss": ["contrastive", "captions"], "mask": ["mask0", "mask50"]}, Path())
     zero_shot, probe, cider, likelihood = figures[0].axes
-    titles = [place.get_title(loc="left") for place in figures[0].axes]
-    assert titles == ["zero-shot", "probe", "captioning", "likelihood"]
-    assert [place.get_ylabel() for place in figures[0].axes] == ["top-1, %", "top-1, %", "CIDEr", "top-1, %"]
-    assert {place.get_xlabel() for place in figures[0].axes} == {"mask"}
     assert [label.get_text() for label in probe.get_xticklabels()] == ["mask0", "mask50"]
     assert zero_shot.get_ylim()[0] == likelihood.get_ylim()[0] == cider.get_ylim()[0] == 0
     first, second = probe.containers
@@ -134,9 +130,6 @@ def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
     (bar,), no_bar = bars_of(first), bars_of(second)
     assert bar[:, 1].tolist() == pytest.approx([60 - 4.302653 / 3**0.5, 60 + 4.302653 / 3**0.5])
     assert no_bar == []
-    (legend,) = figures[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["loss: contrastive", "loss: captions", "chance"]
-    assert figures[0].get_supxlabel() == "Bars: 95 % intervals of means over seeds."
 
 
 def test_a_figure_of_rows(figures: list[Figure]) -> None:
@@ -144,6 +137,4 @@ def test_a_figure_of_rows(figures: list[Figure]) -> None:
     zero_shot, probe, cider, _ = figures[0].axes
     assert [label.get_text() for label in zero_shot.get_yticklabels()] == ["contrastive+mask0", "captions+mask50"]
     assert [bars.lines[0].get_xdata().tolist() for bars in probe.containers] == [[60.0], [65.0]]
-    assert [bars.lines[0].get_ydata().tolist() for bars in probe.containers] == [[0], [1]]
     assert zero_shot.get_xlim()[0] == cider.get_xlim()[0] == 0
-    assert figures[0].get_supxlabel() == "One seed a configuration: no interval."
