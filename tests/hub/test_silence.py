@@ -53,6 +53,5 @@ def test_silence_ends_a_request(
         get_session().get(address(*parts), timeout=None)
 
 
-@pytest.mark.parametrize("header", [b"Retry-After: 30", b'RateLimit: "api";r=0;t=200'])
-def test_a_wait_of_minutes_is_allowed(address: Callable[..., str], header: bytes) -> None:
-    assert get_session().get(address(BUSY + header + b"\r\n\r\n")).status_code == 503
+def test_a_wait_of_minutes_is_allowed(address: Callable[..., str]) -> None:
+    assert get_session().get(address(BUSY + b'RateLimit: "api";r=0;t=200\r\n\r\n')).status_code == 503
