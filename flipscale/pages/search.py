@@ -1,5 +1,9 @@
-"""A page of searches: for each query, words or a picture, the nearest of many pictures."""
+"""A page of searches: for each query, words or a picture, the nearest of many pictures.
 
+A small text tower and its tokenizer are data of the page, and templates/search.js computes them for any words.
+"""
+
+import base64
 import hashlib
 import json
 import zipfile
@@ -21,9 +25,9 @@ from flipscale.evaluation.model_results import weights_digest
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
+from flipscale.model import FlipModel
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
 from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures, unit
-from flipscale.pages.text_tower import as_base64, text_tower
 from flipscale.preparation.lists import FileList
 
 MOST_BYTES = 5_000_000
@@ -32,7 +36,22 @@ _MOST_SEARCH_BYTES, _MOST_SEARCHED = 50_000_000, 10_000
 # Longer sides of thumbnails; the first that makes the page small enough is used.
 _SIDES = (144, 112, 80, 56, 40)
 _MOST_LETTERS = 70
-_FIELDS = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
+_STORED = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
+MOST_TOWER_BYTES = 20_000_000
+_ACTIVATIONS = ("relu", "gelu_pytorch_tanh")
+_TOWER_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "layer_norm_eps"),
+    *("hidden_act", "attend_to_padding", "pooling", "pad_token_id"),
+)
+# Steps of the tokenizers that `flipscale prepare tokenizer` writes, and all special tokens that these may have.
+_STEPS = [
+    "Precompiled",
+    {"type": "Strip", "strip_left": True, "strip_right": True},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+    "Unigram",
+]
+_SPECIAL = {"<pad>", "<unk>", "<s>", "</s>"}
 
 
 class Search(NamedTuple):
@@ -76,8 +95,8 @@ def _load(cache: Path) -> dict[str, np.ndarray]:
     with suppress(OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
         if cache.is_file() and not cache.is_symlink():
             with np.load(cache, allow_pickle=False) as file:
-                if set(file.files) == _FIELDS:
-                    return {name: file[name] for name in _FIELDS}
+                if set(file.files) == _STORED:
+                    return {name: file[name] for name in _STORED}
     raise UserError(f"{cache} exists, and no search wrote it; name another page with --out, or move it away")
 
 
@@ -138,7 +157,7 @@ def write_search_page(
                 num_pictures=len(embedded.rows),
                 num_damaged=len(embedded.faults),
                 dim=embeds.shape[1],
-                embeds=as_base64(np.round(embeds * 32767).astype("<i2")),
+                embeds=_as_base64(np.round(embeds * 32767).astype("<i2")),
                 tower=None if reason else tower,
                 **texts,
             )
@@ -151,6 +170,43 @@ def write_search_page(
         f"the page of {len(results)} queries would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; give "
         "fewer queries, or a smaller --top"
     )
+
+
+def text_tower(embedder: Embedder) -> dict[str, Any] | str:
+    """Return what templates/text_tower.js reads of a model and its tokenizer; or the reason why a page cannot."""
+    model = embedder.model
+    if not isinstance(model, FlipModel) or embedder.tokenizer is None:
+        return f"{embedder.name} is not a flipscale model with a text tower"
+    config = model.config.text_config
+    weights = {**model.text_model.state_dict(), "projection.weight": model.text_projection.weight}
+    arrays = {name: weight.detach().float().cpu().numpy() for name, weight in weights.items()}
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    if num_bytes > MOST_TOWER_BYTES:
+        return f"the text tower has {num_bytes / 1e6:.1f} MB, more than {MOST_TOWER_BYTES / 1e6:.0f} MB"
+    if config.num_hidden_layers and config.hidden_act not in _ACTIVATIONS:
+        return f"the text tower's hidden_act is {config.hidden_act}, not {' or '.join(_ACTIVATIONS)}"
+    tokenizer = json.loads(embedder.tokenizer.backend_tokenizer.to_str())
+    pieces, steps = tokenizer["model"], (tokenizer["normalizer"] or {}).get("normalizers", [{}])
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    adds = pieces.get("byte_fallback") or (tokenizer["post_processor"] or {}).get("special_tokens")
+    its_steps = [steps[0].get("type"), *steps[1:], tokenizer["pre_tokenizer"], pieces["type"]]
+    if adds or its_steps != _STEPS or not special.keys() <= _SPECIAL:
+        return "`flipscale prepare tokenizer` did not write the tokenizer"
+    return {
+        **{name: getattr(config, name) for name in _TOWER_FIELDS},
+        "pieces": pieces["vocab"],
+        "longest": max(len(piece) for piece, _ in pieces["vocab"]),
+        # The penalty of an unknown letter is SentencePiece's.
+        "unknown": {"id": pieces["unk_id"], "score": min(score for _, score in pieces["vocab"]) - 10.0},
+        "special": special,
+        "characters": steps[0]["precompiled_charsmap"],
+        "weights": {name: _as_base64(array.astype("<f4")) for name, array in arrays.items()},
+    }
+
+
+def _as_base64(array: np.ndarray) -> str:
+    """Return the bytes of an array for a page's script."""
+    return base64.b64encode(array.tobytes()).decode()
 
 
 def as_lines(results: Sequence[Search], pictures: Pictures) -> Iterator[str]:

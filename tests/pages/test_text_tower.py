@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,9 +24,8 @@ from flipscale.evaluation.embedding import Embedder, text_embeds
 from flipscale.hub.export import build_processor
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.pages import search as search_page
-from flipscale.pages import text_tower as text_tower_module
 from flipscale.pages.page import rendered
-from flipscale.pages.text_tower import text_tower
+from flipscale.pages.search import text_tower
 
 TOWER = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 TRICKY = (
@@ -185,19 +183,19 @@ def test_queries_of_unknown_words_find_nothing(
 
 
 @pytest.mark.parametrize(
-    ("module", "limit", "value"),
+    ("limit", "value"),
     [
-        (text_tower_module, "MOST_TOWER_BYTES", 10_000),
-        (search_page, "_MOST_SEARCHED", 15),
-        (search_page, "_MOST_SEARCH_BYTES", 10_000),
+        ("MOST_TOWER_BYTES", 10_000),
+        ("_MOST_SEARCHED", 15),
+        ("_MOST_SEARCH_BYTES", 10_000),
     ],
 )
 def test_a_large_page_filters(
     model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, module: ModuleType, limit: str, value: int,
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: int,
 ) -> None:  # fmt: skip
     page = tmp_path / "search.html"
-    monkeypatch.setattr(module, limit, value)
+    monkeypatch.setattr(search_page, limit, value)
     cli.main(["search", str(model_folder), str(pictures), "grey bar", "--top", "2", "--out", str(page)])
     assert "its box only filters these queries: " in capsys.readouterr().out
     assert '"tower": null' in page.read_text()
