@@ -221,7 +221,6 @@ def _config(arrays: Arrays, size: str | None, image_heads: int | None, text_head
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
         raise UserError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
-    vision = {"image_size": side * patch}
     text = {
         "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding", 2)[0],
         "max_position_embeddings": _shape(arrays, "txt_encoder/posembed_encoder/pos_embedding", 3)[1],
@@ -229,11 +228,16 @@ def _config(arrays: Arrays, size: str | None, image_heads: int | None, text_head
     if size is not None:
         if image_heads is not None or text_heads is not None:
             raise UserError(f"size is {size} and heads are given too; use one of them: the size decides the heads")
-        return FlipConfig.from_size(size, vision, text)
+        patch = FlipConfig.from_size(size).vision_config.patch_size
+        return FlipConfig.from_size(size, {"image_size": side * patch}, text)
     if image_heads is None or text_heads is None:
         raise UserError(f"image_heads is {image_heads}, text_heads is {text_heads}; give size or both numbers of heads")
     return FlipConfig(
-        vision_config={**vision, **_tower(arrays, "img_encoder", image_heads), "patch_size": patch},
+        vision_config={
+            **_tower(arrays, "img_encoder", image_heads),
+            "image_size": side * patch,
+            "patch_size": patch,
+        },
         text_config={**text, **_tower(arrays, "txt_encoder", text_heads)},
         projection_dim=_shape(arrays, "img_mlp1/kernel", 2)[1],
     )
