@@ -55,9 +55,9 @@ def rows(source: Source, order: GlobalOrder, positions: np.ndarray) -> np.ndarra
 
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_visits_are_as_frequent_as_the_weights(tmp_path: Path, lanes: int) -> None:
-    """Over 400 epochs, each of the exact length; a sample of weight 2.3 has two or three visits in each."""
+    """Over 150 epochs, each of the exact length; a sample of weight 2.3 has two or three visits in each."""
     sizes, weights = uneven()
-    source, epochs = Sizes(tmp_path / "weights", sizes, weights), 400
+    source, epochs = Sizes(tmp_path / "weights", sizes, weights), 150
     order = GlobalOrder(sizes, 3, 16, lanes=Lanes(lanes, BATCH), weights=source.weights)
     expected = weights / weights[weights > 0].mean()
     length = np.count_nonzero(weights)

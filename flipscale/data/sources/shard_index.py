@@ -191,6 +191,10 @@ def announces(header: bytes, size: int) -> bool:
         return False
 
 
+# Run, extension, and block and size of a file of a sample. Consecutive files of one key have the same run.
+_File = tuple[int, str, tuple[int, int]]
+
+
 class Place(NamedTuple):
     """Position and length of a file in its shard, in bytes."""
 
@@ -220,15 +224,6 @@ class Index(NamedTuple):
     damage: str
     num_bytes: int
     mtime_ns: int
-
-
-class _File(NamedTuple):
-    """A file of a sample. Consecutive files of one key have the same `run`."""
-
-    run: int
-    field: str
-    block: int
-    size: int
 
 
 def index_path(shard: Path) -> Path:
@@ -309,9 +304,9 @@ def build_index(shard: Path, path: Path) -> Index:
     # Processes that start together may all write it. In a read-only folder, every start builds it again.
     with suppress(OSError), atomic_write(path, unique_partial_path(path)) as partial:
         about = {"damage": index.damage, "bytes": index.num_bytes, "mtime_ns": index.mtime_ns}
-        file = io.BytesIO()
-        np.lib.format.write_array(file, index.rows, version=(2, 0))
-        content = file.getvalue() + json.dumps(about).encode()
+        array = io.BytesIO()
+        np.lib.format.write_array(array, index.rows, version=(2, 0))
+        content = array.getvalue() + json.dumps(about).encode()
         partial.write_bytes(content + _digest(content))
     return index
 
@@ -347,7 +342,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
             if trouble or size > _MAX_BYTES[field] or offset > _LAST_OFFSET:
                 left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
                 continue
-            samples.setdefault(key, []).append(_File(run, field, offset // BLOCK, size))
+            samples.setdefault(key, []).append((run, field, (offset // BLOCK, size)))
     except Damaged as error:
         damage.append(str(error))
     rows = []
@@ -370,17 +365,17 @@ def _apart(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
     The files are one sample, wherever they are, unless a field occurs twice. Then neighbouring files are samples, and
     samples side by side must have the same fields.
     """
-    fields = {file.field: (file.block, file.size) for file in files}
-    images = {file.run for file in files if file.field in _IMAGES} if len(files) > 1 else ()
+    fields = {field: place for _, field, place in files}
+    images = {run for run, field, _ in files if field in _IMAGES} if len(files) > 1 else ()
     if len(fields) == len(files) and len(images) <= 1:
         yield fields
         return
     for _, together in groupby(files, itemgetter(0)):
         parts: list[dict[str, tuple[int, int]]] = [{}]
-        for file in together:
-            if file.field in parts[-1]:
+        for _, field, place in together:
+            if field in parts[-1]:
                 parts.append({})
-            parts[-1][file.field] = (file.block, file.size)
+            parts[-1][field] = place
         if any(part.keys() != parts[0].keys() for part in parts):
             yield None
         else:
