@@ -78,8 +78,8 @@ def test_the_same_batches_at_any_world_size_with_any_workers_and_from_any_step(l
     for source, recipe in orders(lanes):
         first, last = 5, 13  # an epoch of the shards ends in step 7
         whole = np.stack(order_of(source, 4, recipe).locate(np.arange(first * BATCH, last * BATCH)))
-        for rank in range(world_size):
-            for workers in (1, 4) if rank % 16 == 0 else (1,):
+        for rank in {*range(0, world_size, max(1, world_size // 20)), world_size - 1}:
+            for workers in (1, 4) if rank == 0 else (1,):
                 steps = list(StepSampler(first, last, BATCH, rank, world_size))
                 for worker in range(workers):
                     order = order_of(source, 4, recipe)
