@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, CLIPImageProc
 
 from flipscale.engines.start_towers import start_fields, tower_weights
 from flipscale.io.errors import UserError
-from flipscale.model.masked_towers import POOLED, UNPOOLED, MaskedTowersConfig
+from flipscale.model.masked_families import POOLED, UNPOOLED, MaskedTowersConfig
 from flipscale.recipe.model import Towers
 
 PIXELS: dict[str, Any] = {"image_size": 32, "patch_size": 8}

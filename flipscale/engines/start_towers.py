@@ -16,7 +16,7 @@ from flipscale.io.model_folder import check_folder, fetch_folder, open_weights, 
 from flipscale.io.streams import without_bars
 from flipscale.model.configuration_flip import RANGES
 from flipscale.model.masked import tower_fields
-from flipscale.model.masked_towers import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
+from flipscale.model.masked_families import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
 from flipscale.recipe.model import Towers
 
 _log = logging.getLogger(__name__)

@@ -258,7 +258,7 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     """Return the name in a model folder of each weight, by its name in the model. Most are the same."""
     if not isinstance(model, VisionTextDualEncoderModel):
         return {name: name for name in model.state_dict()}
-    from flipscale.model.masked_towers import stored_names as names_of_towers  # imports the models
+    from flipscale.model.masked_families import stored_names as names_of_towers  # imports the models
 
     return names_of_towers(model)
 

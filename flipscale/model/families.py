@@ -6,9 +6,9 @@ from typing import Any
 # Configuration class of each family, by its module. To add a family, write such a class and name it here.
 FAMILIES = {
     "flip": ("configuration_flip", "FlipConfig"),
-    "clip": ("masked_clip", "MaskedCLIPConfig"),
-    "siglip": ("masked_clip", "MaskedSiglipConfig"),
-    "towers": ("masked_towers", "MaskedTowersConfig"),
+    "clip": ("masked_families", "MaskedCLIPConfig"),
+    "siglip": ("masked_families", "MaskedSiglipConfig"),
+    "towers": ("masked_families", "MaskedTowersConfig"),
 }
 # Families whose folders have another `model_type` than the family's name.
 _MODEL_TYPES = {"vision-text-dual-encoder": "towers"}
