@@ -1,13 +1,12 @@
 """benchmarks/data.py: its figures add up, and its peers are the real ones."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import data as bench
-from benchmarks.data import DataSetting, compare_data, device_bytes, measure_data, open_clip_batches, webdataset_batches
+from benchmarks.data import DataSetting, compare_data, measure_data, open_clip_batches, webdataset_batches
 from flipscale.data.pairs import InputShape
 from flipscale.recipe.data import DataRecipe
 
@@ -35,17 +34,6 @@ def test_figures_add_up(shards: Path, num_workers: int) -> None:
     assert 0 < figures["read_mb_per_s"] < figures["images_per_s"] * 0.02
 
 
-def test_pixels_are_a_sixteenth_of_float32(shards: Path) -> None:
-    data = DataRecipe(shards=str(shards), tokenizer="captions", global_batch_size=4)
-    batch = DataSetting(data).dataset().__getitems__([0, 1, 2, 3])
-    assert device_bytes(batch, 4)["bytes_to_device_per_image"] == 224 * 224 * 3 * 4 / 16
-
-
-def test_json_is_one_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--alone", "--shards", str(shards), "--num_workers", "0", *SMALL])
-    assert json.loads(capsys.readouterr().out)["mask_ratio"] == 0.75
-
-
 def test_peers_are_the_trainers_own(shards: Path) -> None:
     pytest.importorskip("open_clip_train")
     for batches in (open_clip_batches, webdataset_batches):
@@ -55,6 +43,7 @@ def test_peers_are_the_trainers_own(shards: Path) -> None:
         assert -3 < batch["pixel_values"].min() < 0 < batch["pixel_values"].max() < 3
 
 
+@pytest.mark.long
 def test_comparison(shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip_train")
     rows = compare_data(setting(shards), ("flipscale", "open_clip"))

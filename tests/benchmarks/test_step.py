@@ -7,8 +7,7 @@ import torch
 
 from flipscale.cli import main
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.configuration_flip import SIZES
-from flipscale.planning.bench_step import StepSetting, flip_batch, flip_step, matmul_peak, measure_step, time_in_turn
+from flipscale.planning.bench_step import StepSetting, flip_batch, flip_step, matmul_peak, measure_step
 from flipscale.planning.flops import forward_flops
 
 PROMISED = {
@@ -75,13 +74,6 @@ def test_the_batch_is_the_loader_s() -> None:
     assert "patch_index" not in whole
 
 
-def test_steps_are_timed_in_turn() -> None:
-    order: list[str] = []
-    times = time_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
-    assert "".join(order) == "ab" * 5
-    assert [len(times[name].seconds) for name in "ab"] == [3, 3]
-
-
 def test_output(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
     main(["bench", "step", "--batch_size", "4", "--steps", "1", "--dtype", "fp32", "--json"])
     printed = capsys.readouterr().out
@@ -93,6 +85,7 @@ def test_output(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["code"] == "flipscale"
 
 
+@pytest.mark.long
 def test_open_clip_beside_ours(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip")
     from benchmarks.step import main as compare
@@ -102,13 +95,6 @@ def test_open_clip_beside_ours(tiny_size: None, capsys: pytest.CaptureFixture[st
     cases = [(dtype, mask_ratio) for dtype in ("bf16", "fp32") for mask_ratio in (0.0, 0.5, 0.75)]
     assert [(row["dtype"], row["mask_ratio"]) for row in rows] == cases
     assert all(row["ratio"] == pytest.approx(row["images_per_s"] / row["open_clip_images_per_s"]) for row in rows)
-
-
-def test_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["bench", "step", "--help"])
-    text = capsys.readouterr().out
-    assert all(size in text for size in SIZES)
 
 
 @pytest.mark.gpu

@@ -52,20 +52,17 @@ def trainings(
 @pytest.mark.parametrize(
     ("case", "engine"),
     [
-        # Each family under FSDP2 and ZeRO-3, which shard its modules; DDP is there for the one with most columns.
-        *(("clip", engine) for engine in ("fsdp2", "zero3")),
-        long("clip", "ddp"),
+        # Each family under FSDP2 and ZeRO-3, which shard its modules; DDP for the one with most columns.
+        ("clip", "zero3"),
+        long("clip", "fsdp2"),
         ("clip, packed", "fsdp2"),
-        long("clip, packed", "zero3"),
         ("clip, captions", "ddp"),
-        ("clip, sigmoid", "fsdp2"),
-        long("siglip", "ddp"),
+        long("clip, sigmoid", "fsdp2"),
         ("siglip", "zero3"),
-        long("siglip", "fsdp2"),
         ("siglip, infonce", "fsdp2"),
-        *(("towers", engine) for engine in ("fsdp2", "zero3")),
-        long("towers", "ddp"),
-        ("towers, sigmoid", "zero2"),
+        ("towers", "fsdp2"),
+        long("towers", "zero3"),
+        long("towers, sigmoid", "zero2"),
     ],
 )
 def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, engine: str) -> None:
@@ -75,7 +72,7 @@ def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, en
     assert close(losses(one), losses(many))
 
 
-@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip", "towers"])
+@pytest.mark.parametrize("case", ["clip, packed", "siglip", "towers"])
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
     whole = trainings.run("ddp", 1, **CASES[case])
     again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
@@ -84,7 +81,7 @@ def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("case", ["clip", "siglip", "towers"])
+@pytest.mark.parametrize("case", ["siglip", "towers"])
 def test_in_bf16_a_sharded_run_learns_what_one_process_does(trainings: Trainings, case: str) -> None:
     one, many = (trainings.run(*on, precision="bf16", **CASES[case]) for on in (("ddp", 1), ("fsdp2", 2)))
     assert losses(many) == pytest.approx(losses(one), abs=0.05)

@@ -121,7 +121,6 @@ def test_what_does_not_fit_is_refused(
         return refused("pretrain", "--config", trainings.file(tmp_path / "run"), *flags)
 
     assert "crops have scale [0.3, 1.0], and data.crop_scale has [0.5" in line("--data.crop_scale", "[0.5, 1.0]")
-    assert "crops have mirror True, and data.mirror has False" in line("--data.mirror", "false")
     assert "data.captions is {'txt': 1.0} and data.teachers" in line("--data.captions", "{txt: 1}")
     assert "data.image_features is features/a and data.teachers" in line("--data.image_features", "features/a")
     assert "data.fraction 1" in line("--data.fraction", 0.5)

@@ -1,16 +1,11 @@
 """transformers' common tests for each FLIP model, which `test_common` runs."""
 
 import copy
-import tempfile
 import unittest
-from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from hub.native import LENGTH, export_native
 from model import transformers_tests
-from transformers import AutoConfig, CLIPModel, PreTrainedConfig, SiglipModel
 
 from flipscale.model import (
     FlipConfig,
@@ -223,66 +218,3 @@ class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
-
-
-@cache
-def exported(family: str) -> Path:
-    """Return the folder of an exported model with random weights."""
-    return export_native(family, Path(tempfile.mkdtemp()))
-
-
-class ExportTester(BothTester):
-    """The configuration of a folder that flipscale exported, in transformers' own class."""
-
-    def __init__(self, parent: unittest.TestCase, family: str):
-        super().__init__(parent)
-        self.folder, self.length = exported(family), LENGTH[family]
-        text = self.get_config().text_config
-        vars(self.text_model_tester).update(vocab_size=text.vocab_size, seq_length=self.length)
-        self.vision_model_tester.image_size = 32
-
-    def get_config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.folder)
-
-    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
-        ids = modeling.ids_tensor([self.batch_size, self.length], self.text_model_tester.vocab_size)
-        pixels = modeling.floats_tensor([self.batch_size, 3, 32, 32])
-        mask = torch.ones_like(ids)
-        return self.get_config(), {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "pixel_values": pixels,
-            "return_loss": True,
-        }
-
-
-class ExportTests(modeling.ModelTesterMixin):
-    additional_model_inputs: ClassVar[list[str]] = ["pixel_values"]
-    _is_composite = True
-    test_resize_embeddings = False
-    # transformers' own tests of CLIPModel and SiglipModel leave these out: a dual encoder has no single output of a
-    # layer, and no input or output embedding.
-    test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
-    test_inputs_embeds = test_inputs_embeds_matches_input_ids = test_model_get_set_embeddings = None
-    family: ClassVar[str]
-
-    def setUp(self) -> None:
-        self.model_tester = ExportTester(self, self.family)
-
-    def test_the_exported_weights(self) -> None:
-        """Load, save and load again: nothing is missing, and no weight changes."""
-        (kind,) = self.all_model_classes
-        first, report = kind.from_pretrained(exported(self.family), output_loading_info=True)
-        assert not any(report.values()), report
-        with tempfile.TemporaryDirectory() as folder:
-            first.save_pretrained(folder)
-            again = kind.from_pretrained(folder)
-        assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-
-
-class ExportedCLIPModelTest(ExportTests, unittest.TestCase):
-    all_model_classes, family = (CLIPModel,), "clip"
-
-
-class ExportedSiglipModelTest(ExportTests, unittest.TestCase):
-    all_model_classes, family = (SiglipModel,), "siglip"

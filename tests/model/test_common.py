@@ -1,4 +1,4 @@
-"""Run transformers' common model tests on the classes in `common_classes`: FLIP's, and those of exported folders."""
+"""Run transformers' common model tests on the classes in `common_classes`."""
 
 import subprocess
 
@@ -8,8 +8,6 @@ pytestmark = pytest.mark.long
 
 try:
     from model.common_classes import (  # noqa: F401
-        ExportedCLIPModelTest,
-        ExportedSiglipModelTest,
         FlipCleanTextModelTest,
         FlipForConditionalGenerationTest,
         FlipModelTest,

@@ -26,7 +26,6 @@ from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip_vqa import answer_losses
 from flipscale.objectives.answer import Answer
-from flipscale.planning.flops import forward_flops
 from flipscale.recipe.data import DataRecipe
 from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
@@ -81,14 +80,6 @@ def test_padding_of_a_question_changes_nothing() -> None:
     model, inputs = build().eval(), batch()
     short = {**inputs, "input_ids": inputs["input_ids"][:, :6], "attention_mask": inputs["attention_mask"][:, :6]}
     assert torch.allclose(model(**inputs).logits, model(**short).logits, atol=1e-6)
-
-
-def test_flops_of_the_fusion() -> None:
-    config = OBJECTIVE.model_config(CONFIG)
-    whole, masked = (forward_flops(config, ratio, objective=OBJECTIVE) for ratio in (0.0, 0.75))
-    assert whole.modules["fusion"] > masked.modules["fusion"] > 0
-    towers = forward_flops(FlipConfig(**{**CONFIG.to_dict(), "answer_config": None}), 0.0)
-    assert whole.forward == towers.forward + whole.modules["fusion"]
 
 
 def npy(*votes: int) -> bytes:

@@ -29,8 +29,6 @@ from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.planning.flops import Step, forward_flops
-from flipscale.planning.memory import measured
 from flipscale.recipe.data import DataRecipe
 from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.plan import check
@@ -138,25 +136,6 @@ def test_compiled_blocks(objective: Objective, monkeypatch: pytest.MonkeyPatch) 
     assert graphs.frame_count == (5 if objective == BOTH else 4)
 
 
-def test_masks_save_decoder_work() -> None:
-    """The products of a decoder layer by hand, with the projection and the head."""
-    width, hidden, tokens, vocab = 32, 64, 8, 17
-    for ratio, kept in ((0.0, 16), (0.75, 4)):
-        seen = 1 + kept
-        attention = 4 * tokens * width**2 + 2 * tokens * tokens * width
-        cross = 2 * tokens * width**2 + 2 * seen * width**2 + 2 * tokens * seen * width
-        layers = 2 * (attention + cross + 2 * tokens * width * hidden)
-        by_hand = 2 * (layers + seen * width * width + tokens * width * vocab)
-        counts = forward_flops(ALONE.model_config(CONFIG), ratio, objective=ALONE)
-        assert counts.modules["decoder"] == by_hand
-        assert counts.forward == by_hand + counts.modules["vision_model"]
-        both = forward_flops(BOTH.model_config(CONFIG), ratio, objective=BOTH)
-        assert both.forward == by_hand + forward_flops(CONFIG, ratio).forward
-    step = Step(4, mask_ratio=0.5, bf16=False, device_type="cpu")
-    logits = 4 * 8 * 17 * 4
-    assert measured(BOTH.model_config(CONFIG), step, BOTH).saved > measured(CONFIG, step, Contrastive()).saved + logits
-
-
 @pytest.mark.parametrize(("prediction", "share"), [("next_token", None), ("parallel", 1.0), ("mixed", 0.75)])
 def test_parallel_captions_are_drawn_by_position(
     shards: Path, caption_tokenizer: Path, prediction: Any, share: float | None
@@ -210,12 +189,9 @@ def test_a_captioner_names_colours_and_shapes(write: Write, shards: Path) -> Non
         captions = [text.split() for text in texts]
         assert all(len(words) == 3 and words[0] == "a" and words[2] in SHAPES for words in captions), captions
         assert np.mean([ours[1] == theirs[1] for ours, theirs in zip(captions, truth, strict=True)]) > 0.6, captions
-    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
-    assert config["architectures"] == ["FlipForConditionalGeneration"]
-    assert config["auto_map"]["AutoModel"] == "modeling_flip_caption.FlipForConditionalGeneration"
-    assert "AutoModelForZeroShotImageClassification" not in config["auto_map"]
-    assert "pipeline_tag: image-text-to-text" in card
-    assert "zero-shot-image-classification" not in card
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "modeling_flip_caption.FlipForConditionalGeneration"
+    assert "AutoModelForZeroShotImageClassification" not in auto_map
     with pytest.raises(ValueError, match=r"no text tower; .*kind: captioning"):
         load_dual_encoder(str(folder))
 
@@ -248,23 +224,16 @@ def test_contradicting_recipes_are_refused(write: Write, tokenizer_dir: Path, sh
     short = {"decoder_config": {"max_position_embeddings": 4}}
     other = {"decoder_config": {"bos_token_id": 3, "eos_token_id": 13}}
     for changes, message in (
-        ({"loss": both, "stages": masked}, "text_mask_ratio of a stage is 0.5"),
-        ({"loss": alone, "stages": masked}, "text_mask_ratio of a stage is 0.5"),
-        ({"loss": both, "data": bare}, "tokenizer has no tokens for the begin and the end"),
-        ({"loss": alone, "data": bare}, "tokenizer has no tokens for the begin and the end"),
+        ({"loss": both, "stages": masked}, "text_mask_ratio"),
+        ({"loss": alone, "data": bare}, "tokenizer"),
         ({"loss": both, "model": short}, "model.decoder_config.max_position_embeddings is 4"),
         ({"loss": both, "model": other}, "bos_token_id 12, the decoder 3"),
         ({"loss": alone, "eval": {"zero_shot": str(shards)}}, "no text tower"),
         ({"eval": {"tasks": [{"kind": "captioning", "data": str(shards)}]}}, "no decoder"),
-        ({"model": short}, "model.decoder_config is set"),
-        (
-            {"loss": {**both, "reconstruction_weight": 1.0}},
-            "loss.reconstruction_weight is 1.0 and loss.caption_weight is 1",
-        ),
-        ({"loss": {**both, "kind": "captioning"}}, "loss.kind is captioning and loss.caption_weight is 1"),
-        ({"loss": both, "model": {"decoder_config": {"layers": 2}}}, "model.decoder_config.layers"),
-        ({"loss": {**alone, "options": {"prediction": "all"}}}, "loss.options of loss.kind 'captioning'"),
-        ({"loss": {**both, "caption_kind": "all"}}, "caption_kind"),
+        ({"model": short}, "model.decoder_config"),
+        ({"loss": {**both, "reconstruction_weight": 1.0}}, "loss.reconstruction_weight is 1.0"),
+        ({"loss": {**both, "kind": "captioning"}}, "loss.kind is captioning"),
+        ({"loss": {**alone, "options": {"prediction": "all"}}}, "loss.options"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
             check(parse_recipe(["--config", str(write("bad", **changes))]))
