@@ -42,17 +42,18 @@ from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.zero_shot import classifier
 from flipscale.evaluation.presentation.curves import Curve, estimate, times_to_equal
-from flipscale.evaluation.results import append_results, read_metrics, read_results
+from flipscale.evaluation.results import append_results, read_results
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.evaluation.test_set import TestSet
 from flipscale.hub.loading import open_embedder
 from flipscale.io.atomic import atomic_write, new_folder, write_text
+from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import each
 from flipscale.io.text_table import markdown_table
 from flipscale.recipe.recipe import Recipe, to_yaml
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.figures import draw_curves
 from flipscale.studies.runs import in_time
-from flipscale.training.complete_recipe import parse_recipe
 
 RECIPES = Path(__file__).parents[1] / "examples/icons"
 BATCH, WARMUP, EVALUATIONS = 128, 0.05, 5

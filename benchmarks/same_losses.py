@@ -22,9 +22,9 @@ from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.io.json_lines import read
 from flipscale.objectives.build import build_config
 from flipscale.pretrain import pretrain
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import Plan, check
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import Clock
+from flipscale.training.setup import TrainingSetup, open_setup
 
 # A CLIP of 1.6 million parameters, most of them word pieces.
 SMALL = {
@@ -45,7 +45,7 @@ def compare(name: str, family: str, work: Path, **settings: Any) -> tuple[list[f
     """
     flipscale(["convert", "transformers", f"open_clip:{name}", str(work / "start")])
     recipe = parse_recipe(recipe_of(work, family, **settings))
-    plan = check(recipe)
+    plan = open_setup(recipe)
     theirs = train_open_clip(name, plan, settings["loss"])
     pretrain(recipe)
     return [record["loss"] for record in read(work / "run/metrics.jsonl") if "loss" in record], theirs
@@ -68,7 +68,7 @@ def recipe_of(
     return ["--config", str(work / "recipe.yaml")]
 
 
-def train_open_clip(name: str, plan: Plan, loss: str) -> list[float]:
+def train_open_clip(name: str, plan: TrainingSetup, loss: str) -> list[float]:
     """Return the losses of open_clip's trainer on the batches and learning rates of a plan."""
     from open_clip.loss import ClipLoss, SigLipLoss
     from open_clip_train.train import train_one_epoch
@@ -117,7 +117,7 @@ def params(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 class _Batches:
     """flipscale's batches as open_clip's trainer takes them: pixels and ids. The model drops the same patches."""
 
-    def __init__(self, plan: Plan, model: Any, rates: list[float]):
+    def __init__(self, plan: TrainingSetup, model: Any, rates: list[float]):
         self.plan, self.rates = plan, rates
         self.num_batches = plan.schedule.total_steps
         self.num_samples = plan.batch_size * (self.num_batches or 0)

@@ -11,7 +11,7 @@ import yaml
 
 from flipscale.evaluation.results import RESULTS_FILE, Result
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 __all__ = ["Recipe", "Result", "evaluate", "read_recipe", "train"]
 

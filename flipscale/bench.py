@@ -90,7 +90,7 @@ class BenchGpu:
         from flipscale.checks.node import Bench
         from flipscale.engines.launch import whole_number
         from flipscale.io.atomic import write_text
-        from flipscale.training.complete_recipe import parse_recipe
+        from flipscale.runs.complete_recipe import parse_recipe
 
         if (nodes := whole_number(os.environ, "GROUP_WORLD_SIZE", 1)) > 1:
             raise UserError(f"the launcher started {nodes} nodes; bench gpu measures one. Fix: start it on one node")

@@ -39,13 +39,14 @@ def main(arguments: Sequence[str]) -> None:
     names, *others = args.config or [[]]
     flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
     from flipscale.engines.start import engine_class
+    from flipscale.evaluation.suite import check_image_sizes
     from flipscale.io.errors import UserError
     from flipscale.io.model_folder import local_folder
     from flipscale.planning.budget import in_shares
     from flipscale.planning.dry_run import planned_launch
-    from flipscale.training.complete_recipe import parse_recipe
-    from flipscale.training.plan import check_settings
+    from flipscale.runs.complete_recipe import parse_recipe
     from flipscale.training.run_directory import open_run_directory
+    from flipscale.training.setup import check_settings
 
     launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)
     for words in [["--config", name] for name in names] or [[]]:
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
                 local_folder(start)
         # The towers' fields come with their weights.
         if not (args.pending and model.family == "towers"):
-            check_settings(recipe, (0, launch.num_processes))
+            _, config, _ = check_settings(recipe, (0, launch.num_processes))
+            check_image_sizes(recipe.eval, config.vision_config.patch_size)
         if refusal := engine_class(launch).refusal(launch, recipe.optim.name, bool(model.compile)):
             raise UserError(refusal)
         count, pairs = launch.num_processes, recipe.data.global_batch_size

@@ -63,7 +63,7 @@ def write_recipe(args: Init) -> None:
     from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
     from flipscale.preparation.lists import source_of
     from flipscale.recipe.data import DataRecipe
-    from flipscale.training.complete_recipe import parse_recipe
+    from flipscale.runs.complete_recipe import parse_recipe
     from flipscale.training.console import start_logging
 
     start_logging()

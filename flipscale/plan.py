@@ -43,7 +43,7 @@ class Plan:
         from flipscale.planning.budget import in_shares
         from flipscale.planning.cost import Gpus, cost_table
         from flipscale.planning.time import share_of_peak, speed_key
-        from flipscale.training.complete_recipe import parse_recipe
+        from flipscale.runs.complete_recipe import parse_recipe
 
         name = gpu_named(self.gpu)
         peak = 1e12 * GPUS[name][0]

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flipscale.io.streams import use_utf8
 
@@ -20,25 +19,23 @@ if __name__ == "__main__":
 
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.watchdog import close_process_group, exit_now
+from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
+from flipscale.objectives.build import loss_kinds
 from flipscale.planning.budget import in_shares
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.runs.evaluations import RunEvaluator, check_tasks
+from flipscale.runs.last_lines import end_run
 from flipscale.training.console import only_describes, report_user_errors, start_logging
-from flipscale.training.plan import Plan
-from flipscale.training.preemption import Stopped
+from flipscale.training.loop import train
+from flipscale.training.messages import begin_run, log_stop
+from flipscale.training.preemption import Stopped, StopRequest
 from flipscale.training.pretrained_fields import with_vocabulary
-from flipscale.training.report import begin_run, end_run
+from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.run_summary import RunSummary
-from flipscale.training.schedule import Clock
-from flipscale.training.start import Laps, Start, join, prepare, resume
-from flipscale.training.step import consume_batch
-from flipscale.training.sync import StepSync
-from flipscale.training.tracking import Tracker
-
-if TYPE_CHECKING:
-    from flipscale.engines.engine import Engine
+from flipscale.training.session import Laps, Session, join, resume
+from flipscale.training.setup import open_setup
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -52,21 +49,39 @@ def pretrain(recipe: Recipe) -> Path:
     """
     run_dir = Path(recipe.output_dir)
     recipe = in_shares(with_vocabulary(recipe, fetches=True))
-    prepared = prepare(recipe, laps := Laps())
-    if prepared is None:
+    laps, checkpoint = Laps(), open_run_directory(recipe)
+    if is_done(recipe, checkpoint):
         return run_dir
-    plan, resumes = prepared
+    loss_kinds()  # imports the models
+    laps.end("imports")
+    tasks, class_names = check_tasks(recipe)
+    setup = open_setup(recipe, is_fresh=checkpoint is None)
+    laps.end("data")
     gc.freeze()  # the imports, so that the collection before the first step is short
-    open_target(recipe.hub, resumes)
-    start = join(recipe, plan, laps)
+    open_target(recipe.hub, checkpoint is not None)
+    session = join(setup, laps)
     try:
-        engine = resume(recipe, plan.schedule, start, plan.text_rows)
+        engine = resume(recipe, setup.schedule, session, setup.text_rows)
         laps.end("checkpoint")
-        flops = count_flops(recipe) if start.accelerator.is_main_process else {}
-        begin_run(recipe, plan, start, engine.name, flops=flops, seconds=laps)
-        train(recipe, plan, start, engine, flops)
+        is_main = session.accelerator.is_main_process
+        flops = count_flops(recipe) if is_main else {}
+        watch = StepWatch(session.accelerator, run_dir, recipe.log.hang_seconds, session.trained_seconds, engine.phases)
+        evaluator = RunEvaluator(tasks, setup, session, engine, watch)
+        begin_run(setup, session, engine.name, evaluator.evaluations, flops=flops, seconds=laps)
+        if class_names and is_main:
+            keep_class_names(run_dir, class_names)
+        push = BackgroundPush(recipe, setup.schedule.total_steps, is_main)
+        with StopRequest(watches_file=is_main) as request, watch:
+            end = train(setup, session, engine, watch, request, evaluator, flops, push.offer)
+            with watch.paused("the export"):
+                push.close()
+                if not end.is_stopped:
+                    finish(recipe, session, end.step.number, watch.trained_seconds)
     finally:
-        start.release_lock()
+        session.release_lock()
+    if end.is_stopped:
+        log_stop(setup.schedule, end.step)
+        raise Stopped
     return run_dir
 
 
@@ -85,73 +100,10 @@ def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:
     return {kind: {"pair": pair_flops, "row": row_flops}[kind](recipe) for kind in kinds}
 
 
-def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", flops: dict[str, dict[str, int]]) -> None:
-    """Collective. Take the remaining steps, evaluate and save between them, and export the model at the end. `flops` is
-    the result of `count_flops` on the main process; empty on others. Raise Stopped after the save that a signal asked
-    for."""
-    accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    schedule, clock = plan.schedule, Clock(plan.schedule, start.state)
-    watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds, engine.phases)
-    tracker = Tracker(plan, accelerator, watch, flops.get("pair", {}), flops.get("row"))
-    saver = Saver(plan, start, engine, tracker)
-    push = BackgroundPush(recipe, schedule.total_steps, is_main)
-    evaluation = Evaluation(plan, engine, accelerator, tracker)
-    between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps, watch)
-    sync = StepSync(accelerator, saver.writer, watch, start.step, schedule.budget_seconds)
-    tracker.start(start.step)
-    stops = False
-
-    with sync.request, watch, tracker, between:
-        evaluation.run(plan.tasks_before(clock.step), start.step)
-        for step, micro_batches, faults in watch.timed(plan.batches(clock, accelerator), start.step):
-            # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
-            if step.starts_afresh:
-                engine.restart(step.stage.frozen)
-            engine.recompute(recipe.recomputes(step.stage))
-            tracker.look(micro_batches)
-            loss = consume_batch(engine, micro_batches, plan.objective)
-            taken = sync.start(step, loss, engine.gradient_norm(), faults)
-            engine.step(step.learning_rate, taken)
-
-            # Results of the steps before, and of this one if the run pauses: write them, commit the open checkpoint.
-            upcoming = clock.advance(sync.pace)
-            start.check_lock()
-            tasks, saves = plan.due(upcoming)
-            settled = sync.settle(wait=saves or bool(tasks))
-            tracker.write(settled.results, upcoming)
-            if settled.failure is not None:
-                raise settled.failure
-            if settled.written:
-                push.offer(saver.commit())
-            between.after_step(upcoming.number)
-
-            # Work between two steps: evaluate, save, stop.
-            evaluation.run(tasks, upcoming.number)
-            stops = settled.stop
-            if saves or settled.save or stops:
-                push.offer(saver.save(upcoming))
-            if stops:
-                break
-
-        step = clock.step
-        with watch.paused("a save"):
-            push.offer(saver.commit())
-            push.close()
-        if not stops:
-            evaluation.run(plan.tasks, step.number)
-        tracker.settle_energy(step.number)
-        if not stops:
-            with watch.paused("the export"):
-                finish(recipe, start, step.number, watch.trained_seconds)
-    if stops:
-        saver.log_stop(step)
-        raise Stopped
-
-
-def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float) -> None:
+def finish(recipe: Recipe, session: Session, num_steps: int, trained_seconds: float) -> None:
     """Collective. Export the last checkpoint's model with its card on the main process, and mark the run as done."""
-    if start.accelerator.is_main_process:
-        start.check_lock(at_once=True)
+    if session.accelerator.is_main_process:
+        session.check_lock(at_once=True)
         from flipscale.engines.checkpoint import checkpoint_of
         from flipscale.hub.card import write_card
         from flipscale.hub.export import export_checkpoint
@@ -162,7 +114,7 @@ def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float)
         with only_describes(run_dir / "model/README.md", run_dir, ("flipscale", "push", str(run_dir), "ORG/NAME")):
             write_card(run_dir / "model", run_dir, card_name(recipe))
         end_run(recipe, num_steps, trained_seconds)
-    start.accelerator.wait_for_everyone()
+    session.accelerator.wait_for_everyone()
 
 
 def write_page(recipe: Recipe) -> None:

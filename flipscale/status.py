@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.data.sampling_weights import Composition
-from flipscale.evaluation.results import THIS_MODEL, Result
+from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_results
 from flipscale.io.lock import is_holder_alive
 from flipscale.io.text_table import duration
 from flipscale.training.run_summary import RunSummary
@@ -113,7 +113,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
             for name, value in record.items()
             if "/" in name and not name.startswith("replaced/")
         },
-        "results": [dataclasses.asdict(result) for result in run.results],
+        "results": [dataclasses.asdict(result) for result in latest(read_results(run_dir))],
     }
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Threads of small operations wait for each other in loops, ten times as long beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -274,6 +275,15 @@ def launch(command: list[str], cwd: Path | None = None, **environment: str) -> s
     """Run a command to its end, with one thread per process and captured output."""
     everything = {**os.environ, **processes.QUIET, **environment}
     return subprocess.run(command, cwd=cwd, env=everything, capture_output=True, text=True, timeout=300)
+
+
+def check_start(recipe: Any) -> None:
+    """Check a recipe, its test sets and its data, as a start of its run does."""
+    from flipscale.runs.evaluations import check_tasks
+    from flipscale.training.setup import open_setup
+
+    check_tasks(recipe)
+    open_setup(recipe)
 
 
 def pretrain(recipe_file: Path, world: int = 1, *flags: str) -> subprocess.CompletedProcess:

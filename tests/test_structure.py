@@ -21,8 +21,9 @@ ORDER = (
     ("verbs",),
     ("studies", "checks"),
     ("hub", "pages", "planning"),
-    ("training",),
-    ("objectives", "evaluation", "preparation"),
+    ("runs",),
+    ("training", "evaluation", "preparation"),
+    ("objectives",),
     ("data", "engines"),
     ("recipe",),
     ("model", "io"),
@@ -75,6 +76,17 @@ def test_imports_point_down(module: str) -> None:
     for target in imports_of(module) & MODULES.keys() - {"flipscale"}:
         if folder_of(target) != mine or mine == "verbs":
             assert ROW_OF[folder_of(target)] > ROW_OF[mine], f"{module} imports {target}; see ORDER"
+
+
+def test_the_loop_reaches_no_hub_pages_planning_or_evaluation() -> None:
+    todo, reached = ["flipscale.training.loop"], set[str]()
+    while todo:
+        if (module := todo.pop()) not in reached:
+            reached.add(module)
+            todo += imports_of(module) & MODULES.keys() - {"flipscale"}
+    rooms = {folder_of(module) for module in reached}
+    assert rooms <= {"data", "engines", "io", "model", "objectives", "recipe", "training"}
+    assert {"flipscale.training.tracking", "flipscale.engines.checkpoint"} <= reached
 
 
 def test_the_model_imports_what_a_stranger_has() -> None:

@@ -28,9 +28,10 @@ from flipscale.planning.memory import micro_batch, recipe_memory
 from flipscale.planning.time import Hardware, host_calls, speed_key, step_time
 from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Schedule, plan_stages
-from flipscale.training.start import Start, resume
+from flipscale.training.session import Session, resume
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
 
@@ -74,10 +75,10 @@ class Loop:
         stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         self._schedule = Schedule(tuple(stages))
         self._now = self._schedule.first({})
-        self.engine = resume(self.recipe, self._schedule, Start(accelerator, None, {}))
+        self.engine = resume(self.recipe, self._schedule, Session(accelerator, None, {}))
         watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
         writer = CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None)
-        self._sync = StepSync(accelerator, writer, watch)
+        self._sync = StepSync(accelerator, writer, watch, StopRequest(watches_file=False))
 
     def batches(self, pairs: int) -> Iterator[list[PackedBatch]]:
         """Yield batches of random pixels, places and tokens, on the device."""

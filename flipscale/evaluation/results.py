@@ -10,15 +10,9 @@ from typing import Any
 
 from flipscale.evaluation.intervals import Z95
 from flipscale.io import json_lines
+from flipscale.io.json_lines import PLACE
 
 RESULTS_FILE = "results.jsonl"
-# Fields of every record of a run, of an interval, and of a result.
-_PLACE = {"step": int, "samples_seen": int, "trained_seconds": int | float}
-_INTERVAL = {
-    **dict.fromkeys(("images_per_s", "mfu", "data_wait_share", "loss", "lr"), int | float | None),
-    **dict.fromkeys(("peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"), int | None),
-    "stage": str | None,
-}
 _RESULT = {
     **dict.fromkeys(("task", "kind", "metric"), str),
     **dict.fromkeys(("label", "unit", "who", "outcomes"), str | None),
@@ -150,21 +144,17 @@ def drop_results_after(run_dir: Path, step: int) -> None:
         json_lines.rewrite(path, (line for line in _result_lines(run_dir) if line["step"] <= step))
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return json_lines.read(run_dir / "metrics.jsonl", **_PLACE, **_INTERVAL)
-
-
 def read_results(run_dir: Path) -> list[Measured]:
     known = {f.name for f in dataclasses.fields(Result)}
     measured = []
     for line in _result_lines(run_dir):
         result = Result(**{name: value for name, value in line.items() if name in known and value is not None})
-        measured.append(Measured(result, *(line[name] for name in _PLACE)))
+        measured.append(Measured(result, *(line[name] for name in PLACE)))
     return sorted(measured, key=lambda one: one.step)
 
 
 def _result_lines(run_dir: Path) -> list[dict[str, Any]]:
-    return json_lines.read(run_dir / RESULTS_FILE, **_PLACE, **_RESULT)
+    return json_lines.read(run_dir / RESULTS_FILE, **PLACE, **_RESULT)
 
 
 def latest(measured: Sequence[Measured]) -> list[Result]:

@@ -31,7 +31,7 @@ from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel,
 from flipscale.model.families import family_of
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"

@@ -13,6 +13,13 @@ from flipscale.io.files import check_plain
 
 _log = logging.getLogger(__name__)
 
+# Fields of every record of a run, and of an interval of its training.
+PLACE = {"step": int, "samples_seen": int, "trained_seconds": int | float}
+_INTERVAL = {
+    **dict.fromkeys(("images_per_s", "mfu", "data_wait_share", "loss", "lr"), int | float | None),
+    **dict.fromkeys(("peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"), int | None),
+    "stage": str | None,
+}
 # Number of skipped lines of each file at the last warning.
 _warned: dict[Path, int] = {}
 
@@ -81,6 +88,11 @@ def iterate(path: Path, *needed: str, **kinds: Any) -> Iterator[dict[str, Any]]:
     if num_skipped > _warned.get(path, 0):
         _warned[path] = num_skipped
         _log.warning("%s: %d of %d lines are no records of it and are skipped", path, num_skipped, num_lines)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's `metrics.jsonl`."""
+    return read(run_dir / "metrics.jsonl", **PLACE, **_INTERVAL)
 
 
 def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -39,8 +39,8 @@ from flipscale.pages.answers import (
 )
 from flipscale.pages.page import Picture, drawing, listed, rendered, shortened, thumbnail
 from flipscale.recipe.recipe import Recipe, deciding_part
+from flipscale.runs.last_lines import OWN_TASKS, evaluation_flags
 from flipscale.training.console import only_describes
-from flipscale.training.report import OWN_TASKS, evaluation_flags
 from flipscale.training.run_summary import RunSummary
 
 REPORT = "report.html"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
+from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.command_line import parse_known, reader_of
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Positive, ShareAboveZero
@@ -35,7 +36,7 @@ from flipscale.planning.time import (
     step_time,
 )
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 _MOST_COLUMNS = 6  # of a terminal with 100 columns
@@ -181,6 +182,7 @@ def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _
 def _heading(recipe: Recipe, hardware: Hardware) -> str:
     """Return the model, the stages and the assumptions."""
     kind, config = build_objective(recipe).exported_model(build_config(recipe))
+    check_image_sizes(recipe.eval, config.vision_config.patch_size)
     model = planned_model(config, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     vision, text = (

@@ -26,7 +26,7 @@ from flipscale.io.templates import render
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, recipe_memory
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 LEAST_PAIRS = 16
 # Further passes would memorise a small set, and gain little on a large set (30: GLIP's runs, 32: the paper's).

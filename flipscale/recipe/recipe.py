@@ -129,7 +129,7 @@ def _section_flags(kind: type = Recipe, prefix: str = "--") -> Iterator[str]:
 def parse_fields(arguments: Sequence[str]) -> Recipe:
     """Return the recipe of command-line `arguments`. A bare name after `--config` is a recipe of the package.
 
-    The values of `loss.options`, the masks' kinds and `eval.tasks` are not checked, see `training.complete_recipe`.
+    The values of `loss.options`, the masks' kinds and `eval.tasks` are not checked, see `runs.complete_recipe`.
 
     Raises:
         UserError: the file is no recipe, a key is unknown, or a value has the wrong type or range.

@@ -28,8 +28,8 @@ from flipscale.objectives.build import build_config
 from flipscale.planning.budget import in_shares
 from flipscale.recipe.flags import with_stage_number
 from flipscale.recipe.recipe import Recipe, to_yaml
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
-from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 STUDY_FILE = "study.yaml"

@@ -29,10 +29,10 @@ from flipscale.io.files import quoted, read_text
 from flipscale.io.options import Count, MinutesAboveZero, OpenShare, changed_fields
 from flipscale.io.text_table import markdown_table
 from flipscale.recipe.recipe import Recipe, to_yaml
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import change, check_folder, check_names, checked, read_fields, resolve_base
 from flipscale.studies.figures import draw_rungs
 from flipscale.studies.runs import StudyRun, in_time, train_runs, write_recipes
-from flipscale.training.complete_recipe import parse_recipe
 
 # A path may change only what decides what is learned.
 _SECTIONS = ("model", "data", "mask", "loss", "optim", "stages")

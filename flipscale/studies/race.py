@@ -26,9 +26,9 @@ from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, check_entries
 from flipscale.pages.run_page import offer_report
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
-from flipscale.training.complete_recipe import parse_recipe
 from flipscale.training.console import only_describes
 
 # Marks a folder as a race's.

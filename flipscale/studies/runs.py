@@ -14,11 +14,11 @@ from types import FrameType
 
 import yaml
 
-from flipscale.evaluation.results import read_metrics
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import last_line, read_text
+from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import in_shares
 from flipscale.recipe.recipe import Recipe, differences, to_yaml

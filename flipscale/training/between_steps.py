@@ -1,31 +1,27 @@
 """Work between two steps: evaluations, checkpoints, a profile, and garbage collection."""
 
-import dataclasses
+from __future__ import annotations
+
 import gc
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
-from flipscale.engines.slow_steps import StepWatch
-from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
-from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.results import BEFORE
-from flipscale.evaluation.suite import evaluate_tasks
-from flipscale.io.cores import decoding_workers
 from flipscale.recipe.recipe import to_yaml
-from flipscale.training.plan import Plan
-from flipscale.training.run_directory import typed_command
-from flipscale.training.schedule import Step
-from flipscale.training.start import Start
-from flipscale.training.tracking import Tracker
+from flipscale.training.schedule import Step, has_passed, is_due
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from flipscale.engines.engine import Engine
+    from flipscale.engines.slow_steps import StepWatch
+    from flipscale.training.session import Session
+    from flipscale.training.setup import TrainingSetup
+    from flipscale.training.tracking import Tracker
 
 _log = logging.getLogger(__name__)
 
@@ -36,76 +32,124 @@ _MEMORY_EVENTS = 1_000_000
 _COLLECT_EVERY_STEPS = 1_000
 
 
-class Evaluation:
+class Evaluation(NamedTuple):
+    """An evaluation of the model in training.
+
+    Args:
+        every_samples: samples between two; 0 for the end only; None for each `eval.every_share` of a time budget.
+        is_before: whether it also runs before the first step.
+    """
+
+    name: str
+    every_samples: int | None
+    is_before: bool = False
+
+
+class Measurements(NamedTuple):
+    """Numbers of evaluations for `metrics.jsonl`, and their line of the log."""
+
+    metrics: dict[str, float]
+    line: str
+
+
+class Evaluator(Protocol):
+    """Evaluates the weights in training.
+
+    Attributes:
+        evaluations: evaluations of the run. All of them run at its end.
+    """
+
+    evaluations: Sequence[Evaluation]
+
+    def __call__(self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float) -> Measurements:
+        """Collective. Run some of the evaluations, and keep their results."""
+
+
+class Evaluations:
     """Evaluates the weights in training, or their averages if the recipe asks for averages."""
 
-    def __init__(self, plan: Plan, engine: "Engine", accelerator: "Accelerator", tracker: Tracker):
-        self._engine, self._watch, self._tracker = engine, tracker.watch, tracker
-        kind, recipe = Embedder if plan.objective.takes_text else ClassifierEmbedder, plan.recipe.eval
-        sizes = (recipe.batch_size, decoding_workers(recipe.num_workers))
-        self._embedder = kind(engine.model, plan.tokenizer, accelerator, *sizes, self._watch.alive)
+    def __init__(self, evaluator: Evaluator, setup: TrainingSetup, engine: Engine, tracker: Tracker):
+        self._evaluator, self._setup, self._engine, self._tracker = evaluator, setup, engine, tracker
 
-    def run(self, tasks: list[Task], num_steps: int) -> None:
-        """Collective. Run the tasks and write their results. Those after 0 steps are of the untrained model."""
-        if not tasks:
+    def before(self, step: Step) -> list[Evaluation]:
+        """Return the evaluations before the first step of the run; none before a later step."""
+        return [] if step.number else [one for one in self._evaluator.evaluations if one.is_before]
+
+    def due(self, step: Step) -> list[Evaluation]:
+        """Return the evaluations before a step. Those at the end of the run are left out."""
+        if step.is_over:
+            return []
+        recipe = self._setup.recipe
+        share_is_due = has_passed(step.before, step.position, recipe.eval.every_share)
+        return [
+            one
+            for one in self._evaluator.evaluations
+            if is_due(step.number, recipe.data.global_batch_size, one.every_samples or 0)
+            or (share_is_due and one.every_samples is None)
+        ]
+
+    def run(self, due: Sequence[Evaluation], num_steps: int) -> None:
+        """Collective. Run evaluations after `num_steps` steps, and write their numbers."""
+        if not due:
             return
-        with self._watch.paused("an evaluation"):
+        watch = self._tracker.watch
+        with watch.paused("an evaluation"):
             self._engine.model.eval()
             # Without compilation, because compiled blocks would be compiled again for the last batch's size.
             with self._engine.averaged(), torch.compiler.set_stance("force_eager"):
-                results = evaluate_tasks(self._embedder, tasks)
+                measurements = self._evaluator(due, num_steps, watch.trained_seconds)
             self._engine.model.train()
-            if not num_steps:
-                results = [dataclasses.replace(result, who=BEFORE) for result in results]
-            self._tracker.write_results(num_steps, results)
+            self._tracker.write_measurements(num_steps, *measurements)
 
 
 class Saver:
-    """Begins and commits the checkpoints of a run. Training goes on while one is written."""
+    """Begins and commits the checkpoints of a run. Training goes on while one is written.
 
-    def __init__(self, plan: Plan, start: Start, engine: "Engine", tracker: Tracker):
-        run_dir, recipe = Path(plan.recipe.output_dir), plan.recipe.save
-        self.writer = CheckpointWriter(start.accelerator, run_dir, recipe, start.state.get("step"))
-        self._plan, self._start, self._engine, self._tracker = plan, start, engine, tracker
+    Args:
+        on_checkpoint: called with the step of each checkpoint that is on disk.
+    """
 
-    def save(self, step: Step) -> int | None:
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        session: Session,
+        engine: Engine,
+        tracker: Tracker,
+        on_checkpoint: Callable[[int], None],
+    ):
+        run_dir, recipe = Path(setup.recipe.output_dir), setup.recipe.save
+        self.writer = CheckpointWriter(session.accelerator, run_dir, recipe, session.state.get("step"))
+        self._setup, self._session, self._engine, self._tracker = setup, session, engine, tracker
+        self._on_checkpoint = on_checkpoint
+
+    def save(self, step: Step) -> None:
         """Collective. Commit the open checkpoint, and begin the one before `step`, unless they are the same.
-
-        Returns:
-            Step of the committed checkpoint; None if none was open.
 
         Raises:
             OSError: the disk is full or not writable, or another run has taken the run directory.
         """
         with self._tracker.watch.paused("a save"):
-            committed = self.commit()
+            self.commit()
             self._tracker.bad_samples.flush()
             state = {
                 "step": step.number,
-                "samples_seen": step.number * self._plan.batch_size,
+                "samples_seen": step.number * self._setup.batch_size,
                 "optimizer_steps": self._engine.layout.optimizer_steps(),
                 "trained_seconds": self._tracker.watch.trained_seconds,
-                **self._plan.schedule.state(step),
-                "data_samples": len(self._plan.source),
-                "data_fingerprint": self._plan.fingerprint,
+                **self._setup.schedule.state(step),
+                "data_samples": len(self._setup.source),
+                "data_fingerprint": self._setup.fingerprint,
                 "num_processes": self.writer.accelerator.num_processes,
             }
-            self.writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._plan.recipe))
-            return committed
+            self.writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._setup.recipe))
 
-    def commit(self) -> int | None:
-        """Collective. Wait until the open checkpoint is on disk, and rename it; returns and raises as `save`."""
-        self._start.check_lock(at_once=True)
+    def commit(self) -> None:
+        """Collective. Wait until the open checkpoint is on disk, and rename it; raises as `save`."""
+        self._session.check_lock(at_once=True)
         step = self.writer.commit()
         if step is not None:
             _log.info("step %s: saved %s", f"{step:,}", checkpoint_of(self.writer.run_dir, step))
-        return step
-
-    def log_stop(self, step: Step) -> None:
-        """Log that the run has saved before `step` and stops, and how to resume it."""
-        place, command = self._plan.schedule.words(step.number, step.position), typed_command()
-        how = f"to go on: {command}" if command else "the same command goes on"
-        _log.info("stopped and saved at %s; %s", place, how)
+            self._on_checkpoint(step)
 
 
 class BetweenSteps:
@@ -115,7 +159,7 @@ class BetweenSteps:
     rank makes the others wait at another time.
     """
 
-    def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int, watch: StepWatch):
+    def __init__(self, accelerator: Accelerator, run_dir: Path, num_steps: int, watch: StepWatch):
         self._watch = watch
         self._cuda, self._rank = accelerator.device.type == "cuda", accelerator.process_index
         self._is_one_of_several = accelerator.num_processes > 1
@@ -123,7 +167,7 @@ class BetweenSteps:
         self._num_steps, self._steps = num_steps, 0
         self._profile: torch.profiler.profile | None = None
 
-    def __enter__(self) -> "BetweenSteps":
+    def __enter__(self) -> BetweenSteps:
         gc.collect()
         gc.freeze()  # the objects of the set-up live as long as the run
         gc.disable()

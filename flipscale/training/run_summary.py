@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flipscale.evaluation.results import Measured, Result, latest, read_metrics, read_results
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
@@ -152,7 +151,7 @@ class RunSummary:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """Records of `metrics.jsonl`, in the order of steps."""
-        records = read_metrics(self.run_dir)
+        records = json_lines.read_metrics(self.run_dir)
         return records if self.step is None else [record for record in records if record["step"] <= self.step]
 
     @property
@@ -187,17 +186,6 @@ class RunSummary:
     def trained_seconds(self) -> float:
         """Training time in seconds, without evaluations and saves."""
         return self.records[-1]["trained_seconds"] if self.records else 0.0
-
-    @cached_property
-    def measured(self) -> list[Measured]:
-        """Results of all evaluations, with their steps."""
-        results = read_results(self.run_dir)
-        return results if self.step is None else [one for one in results if one.step <= self.step]
-
-    @property
-    def results(self) -> list[Result]:
-        """The last result of each task, metric and model."""
-        return latest(self.measured)
 
     @property
     def hardware(self) -> list[str]:

@@ -4,6 +4,8 @@ The device learns at once whether the step is taken. The host reads the numbers 
 has the next step to compute, so the device never idles.
 """
 
+from __future__ import annotations
+
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,16 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flipscale.data.samples import Fault
-from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device
-from flipscale.engines.slow_steps import Interval, StepWatch
-from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Pace, Stage, Step, has_passed
-from flipscale.training.step import StepLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from flipscale.data.samples import Fault
+    from flipscale.engines.checkpoint import CheckpointWriter
+    from flipscale.engines.slow_steps import Interval, StepWatch
+    from flipscale.training.preemption import StopRequest
+    from flipscale.training.step import StepLoss
 
 MAX_SKIPPED_IN_A_ROW = 5
 # A record of a long run comes this often.
@@ -93,23 +96,23 @@ class StepSync:
     """Leaves out steps whose loss or gradients are not finite, and passes requests on to all processes.
 
     Attributes:
-        request: whether this process was asked to stop, in its `with` block.
         pace: last agreed pace of the time budget; None without a budget.
     """
 
     def __init__(
         self,
-        accelerator: "Accelerator",
+        accelerator: Accelerator,
         checkpoints: CheckpointWriter,
         watch: StepWatch,
+        request: StopRequest,
         first_step: int = 0,
         budget_seconds: float | None = None,
     ):
-        self.request = StopRequest(watches_file=accelerator.is_main_process)
         self.pace: Pace | None = None
         if budget_seconds is not None:
             self.pace = Pace(first_step - 1, watch.trained_seconds / budget_seconds, 0.0)
         self._accelerator, self._checkpoints, self._watch = accelerator, checkpoints, watch
+        self._request = request
         self._unread: deque[_Unread] = deque()
         self._skipped_in_a_row = 0
         self._budget_seconds = budget_seconds
@@ -124,7 +127,7 @@ class StepSync:
         is_main, seconds = self._accelerator.is_main_process, self._watch.trained_seconds
         due, ticks = self._checkpoints.clock_is_due, has_passed(self._ticked_seconds, seconds, _TICK_SECONDS)
         self._ticked_seconds = seconds
-        flags = [self.request.reason is not None, due and is_main, self._checkpoints.is_writing, len(faults)]
+        flags = [self._request.reason is not None, due and is_main, self._checkpoints.is_writing, len(faults)]
         flags += [self._watch.was_slow, ticks and is_main, *self._own_pace(step)]
         mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
         sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")

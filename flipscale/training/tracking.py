@@ -1,10 +1,11 @@
 """Records of a run: `metrics.jsonl`, `bad_samples.jsonl`, trackers on request, and a progress bar or log lines."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import math
 import sys
-import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -14,27 +15,25 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from flipscale.data.samples import Fault
 from flipscale.engines.device import peak_flops, peak_memory_bytes
-from flipscale.engines.slow_steps import StepWatch
-from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import read_text
-from flipscale.recipe.outputs import LogRecipe
+from flipscale.io.text_table import duration
 from flipscale.recipe.recipe import as_fields
 from flipscale.training.diagnosis import Diagnosis
 from flipscale.training.energy_meter import EnergyMeter
-from flipscale.training.plan import Plan
-from flipscale.training.report import draw_figures, interval_line, results_line
 from flipscale.training.schedule import Schedule, Step, has_passed, is_due
-from flipscale.training.sync import StepResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Drawing takes a second or two, so an evaluation redraws only older figures.
-_FRESH_SECONDS = 300.0
+    from flipscale.data.samples import Fault
+    from flipscale.engines.slow_steps import StepWatch
+    from flipscale.recipe.outputs import LogRecipe
+    from flipscale.training.setup import TrainingSetup
+    from flipscale.training.sync import StepResult
+
 # The limit counts the last million samples: one bad shard does not end a run, but a broken store does. Fewer than a
 # thousand samples count as a thousand.
 _WINDOW_SAMPLES = 1_000_000
@@ -42,7 +41,7 @@ _MIN_SAMPLES = 1_000
 _log = logging.getLogger(__name__)
 
 
-def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
+def open_trackers(accelerator: Accelerator, run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
     """Start accelerate's trackers; `config` has the fields of the recipe, by which trackers compare runs."""
     if not accelerator.log_with:
         return
@@ -180,8 +179,8 @@ class Tracker:
 
     def __init__(
         self,
-        plan: Plan,
-        accelerator: "Accelerator",
+        setup: TrainingSetup,
+        accelerator: Accelerator,
         watch: StepWatch,
         pair_flops: Mapping[str, int],
         row_flops: Mapping[str, int] | None = None,
@@ -193,24 +192,23 @@ class Tracker:
             row_flops: part of them in the text tower, if captions are packed; it counts a row for each caption.
         """
         self.watch = watch
-        self._plan, self._accelerator, self._run_dir = plan, accelerator, Path(plan.recipe.output_dir)
-        self.bad_samples = BadSamples(self._run_dir, accelerator.is_main_process, plan.recipe.data.max_bad_fraction)
-        self._intervals = Intervals(plan.recipe.log, plan.schedule, plan.batch_size)
-        self._schedule, self._step_samples = plan.schedule, plan.batch_size
+        self._setup, self._accelerator, self._run_dir = setup, accelerator, Path(setup.recipe.output_dir)
+        self.bad_samples = BadSamples(self._run_dir, accelerator.is_main_process, setup.recipe.data.max_bad_fraction)
+        self._intervals = Intervals(setup.recipe.log, setup.schedule, setup.batch_size)
+        self._schedule, self._step_samples = setup.schedule, setup.batch_size
         self._pair_flops, self._row_flops = pair_flops, row_flops
         self._rows = self._captions = 0
-        self._diagnosis = Diagnosis(plan.recipe, plan.objective.chance_loss(plan.batch_size))
+        self._diagnosis = Diagnosis(setup.recipe, setup.objective.chance_loss(setup.batch_size))
         self._energy = EnergyMeter(accelerator, self._run_dir)
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
         self._steps = self._skipped = 0
         self._bar: tqdm[Any] | None = None
-        self._drawn = time.monotonic()
 
     def start(self, step: int) -> None:
         """Start the trackers after `step` steps, drop the records of later steps, and show a bar on a terminal."""
-        open_trackers(self._accelerator, self._run_dir, as_fields(self._plan.recipe))
-        self.bad_samples.start(step * self._step_samples, self._plan.source.faults)
+        open_trackers(self._accelerator, self._run_dir, as_fields(self._setup.recipe))
+        self.bad_samples.start(step * self._step_samples, self._setup.source.faults)
         if not self._accelerator.is_main_process:
             return
         if self._accelerator.device.type == "cuda":
@@ -220,13 +218,12 @@ class Tracker:
         for path in (self._run_dir / "metrics.jsonl", self._run_dir / "schedule.jsonl"):
             if path.exists():
                 json_lines.rewrite(path, [one for one in json_lines.read(path, "step") if one["step"] <= last])
-        drop_results_after(self._run_dir, last)
         if sys.stderr.isatty():
             steps, pairs = self._schedule.total_steps, self._step_samples
             total = None if steps is None else steps * pairs
             self._bar = tqdm(total=total, initial=step * pairs, unit="pair", unit_scale=True, dynamic_ncols=True)
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -330,19 +327,33 @@ class Tracker:
         self._accelerator.log(numbers, step=step)
         return record
 
-    def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Append results of evaluations to `results.jsonl` and, as one record, to `metrics.jsonl`."""
-        if not results:
-            return
-        seconds = self.watch.trained_seconds
-        if self._accelerator.is_main_process:
-            append_results(self._run_dir, results, step, step * self._step_samples, seconds)
-            if time.monotonic() - self._drawn > _FRESH_SECONDS:
-                draw_figures(self._run_dir)
-                self._drawn = time.monotonic()
-        _log.info("%s", results_line(step, results))
-        self._append(step, seconds, as_metrics(results))
+    def write_measurements(self, step: int, metrics: Mapping[str, float], line: str) -> None:
+        """Log the line of evaluations, and append their numbers to `metrics.jsonl` as one record."""
+        _log.info("%s", line)
+        self._append(step, self.watch.trained_seconds, metrics)
 
     def settle_energy(self, step: int) -> None:
         """Collective. Record the energy up to now, after `step` steps."""
         self._energy.update(step)
+
+
+def interval_line(place: str, record: Mapping[str, Any], seconds_left: float | None) -> str:
+    """Return the loss, rate and speed of an interval by its record in `metrics.jsonl`.
+
+    Args:
+        place: position in the run, see `Schedule.words`.
+        seconds_left: expected time to the end of the run; None at the end.
+    """
+    loss = f"{record['loss']:.3f}" if math.isfinite(record["loss"]) else "not finite"
+    parts = [
+        f"{place}, {record['stage']}: loss {loss}",
+        f"learning rate {record['lr']:.2g}",
+        f"{record['images_per_s']:,.0f} images/s",
+        f"{record['data_wait_share']:.0%} waiting for data",
+    ]
+    replaced, skipped = record["num_replaced"], record["num_skipped"]
+    if replaced:
+        parts.append(f"{replaced:,} bad sample{'s' * (replaced != 1)} replaced")
+    if skipped:
+        parts.append(f"{skipped:,} step{'s' * (skipped != 1)} skipped as not finite")
+    return ", ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])

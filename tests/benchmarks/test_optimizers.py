@@ -10,7 +10,7 @@ from conftest import write_shards, write_tokenizer
 from benchmarks import optimizers as bench
 from benchmarks.optimizers import main, walk
 from flipscale.cli import main as flipscale
-from flipscale.evaluation.results import read_metrics
+from flipscale.io.json_lines import read_metrics
 
 pytestmark = pytest.mark.usefixtures("process_as_before")
 

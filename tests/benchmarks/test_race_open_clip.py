@@ -12,7 +12,8 @@ from conftest import write_shards, write_tokenizer
 from benchmarks import race_open_clip as bench
 from benchmarks.race_open_clip import ARMS, Setting, main, tune
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.results import read_metrics, read_results
+from flipscale.evaluation.results import read_results
+from flipscale.io.json_lines import read_metrics
 
 pytest.importorskip("open_clip_train")
 pytestmark = pytest.mark.usefixtures("process_as_before")

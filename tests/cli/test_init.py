@@ -23,7 +23,7 @@ from flipscale.objectives.build import build_config
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, propose, survey
 from flipscale.planning.speed import measured_rates
 from flipscale.recipe.data import DataRecipe, SourceRecipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)

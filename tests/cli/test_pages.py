@@ -25,8 +25,8 @@ from torch.distributed.run import get_args_parser
 
 import flipscale
 from flipscale import cli
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.study import Budget
-from flipscale.training.complete_recipe import parse_recipe
 
 # Texts of the pages and their replacements: other sizes and names, never other verbs or options.
 SUBSTITUTES = {

@@ -14,7 +14,7 @@ from conftest import metrics
 from flipscale.cli import main
 from flipscale.objectives.build import build_config
 from flipscale.recipe.recipe import RECIPES, Recipe, deciding_part, differences, to_yaml
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import pipeline
 
 from flipscale.evaluation.embedding import image_embeds, text_embeds
-from flipscale.evaluation.results import read_metrics
+from flipscale.io.json_lines import read_metrics
 from flipscale.model import FlipForImageClassification, FlipModel, FlipProcessor
 
 SNIPPETS = dict(

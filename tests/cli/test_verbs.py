@@ -12,8 +12,8 @@ from conftest import launch, metrics, pretrain, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flipscale.model import FlipModel, FlipProcessor
+from flipscale.runs.last_lines import draw_figures
 from flipscale.status import as_table
-from flipscale.training.report import draw_figures
 
 FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 

@@ -84,7 +84,7 @@ class Crowds:
 def train(file: str) -> None:
     """Train a run to its end."""
     from flipscale.pretrain import pretrain
-    from flipscale.training.complete_recipe import parse_recipe
+    from flipscale.runs.complete_recipe import parse_recipe
 
     pretrain(parse_recipe(["--config", file]))
 
@@ -135,20 +135,21 @@ def rewrite(file: str) -> None:
     copy = Path(recipe.output_dir) / "copy"
     watch = StepWatch(start.accelerator, copy, 60.0, start.trained_seconds)
     plan = replace(plan, recipe=replace(recipe, output_dir=str(copy), save=SaveRecipe()))
-    saver = Saver(plan, replace(start, state={}), engine, Tracker(plan, start.accelerator, watch, {}))
+    tracker = Tracker(plan, start.accelerator, watch, {})
+    saver = Saver(plan, replace(start, state={}), engine, tracker, on_checkpoint=lambda step: None)
     saver.save(plan.schedule.first(start.state))
     saver.commit()
 
 
 def resumed(file: str) -> tuple:
     """Return a recipe, its plan, the start of its run and the engine, ready to train."""
-    from flipscale.training.complete_recipe import parse_recipe
-    from flipscale.training.plan import check
-    from flipscale.training.start import Laps, join, resume
+    from flipscale.runs.complete_recipe import parse_recipe
+    from flipscale.training.session import Laps, join, resume
+    from flipscale.training.setup import open_setup
 
     recipe = parse_recipe(["--config", file])
-    plan = check(recipe)
-    start = join(recipe, plan, Laps())
+    plan = open_setup(recipe)
+    start = join(plan, Laps())
     return recipe, plan, start, resume(recipe, plan.schedule, start)
 
 

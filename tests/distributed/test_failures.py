@@ -33,8 +33,8 @@ def raise_own(error: str) -> None:
 
 def fail(file: str, folder: str, where: str, error: str) -> None:
     """Train on two processes; rank 1 fails in a step, an evaluation or a save, and rank 0 is stuck there."""
-    from flipscale import pretrain
     from flipscale.engines.checkpoint import CheckpointWriter
+    from flipscale.training import loop
 
     def fails(*arguments: object) -> None:
         Path(folder, "failed_at").write_text(str(time.time()))
@@ -43,16 +43,16 @@ def fail(file: str, folder: str, where: str, error: str) -> None:
     def stays(*arguments: object) -> None:
         time.sleep(600)
 
-    is_first, true_consume, calls = os.environ["RANK"] == "0", pretrain.consume_batch, []
+    is_first, true_consume, calls = os.environ["RANK"] == "0", loop.consume_batch, []
 
     def consume(*arguments: object) -> object:
         calls.append(1)
         return fails() if len(calls) == 3 and not is_first else true_consume(*arguments)
 
     if where == "step":
-        pretrain.consume_batch = consume
+        loop.consume_batch = consume
     if where == "evaluation":
-        pretrain.Evaluation.run = stays if is_first else fails
+        loop.Evaluations.run = stays if is_first else fails
     if where == "commit":
         # Rank 0 waits for its thread, which is stuck in the file system.
         CheckpointWriter._write = stays
@@ -101,11 +101,11 @@ def die_after_the_start(file: str, folder: str) -> None:
 
     train = pretrain.train
 
-    def dies(*arguments: object) -> None:
+    def dies(*arguments: object) -> object:
         if os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1.0)
-        train(*arguments)
+        return train(*arguments)
 
     pretrain.train = dies
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
@@ -123,7 +123,7 @@ def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -
 
 def be_killed(file: str, folder: str) -> None:
     """Train on three processes; rank 1 is killed in a step, in which the others are stuck, as behind a GPU."""
-    from flipscale import pretrain
+    from flipscale.training import loop
 
     def stays_or_dies(*arguments: object) -> None:
         Path(folder, f"in_step-{os.environ['RANK']}").touch()
@@ -133,7 +133,7 @@ def be_killed(file: str, folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 
-    pretrain.consume_batch = stays_or_dies
+    loop.consume_batch = stays_or_dies
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
@@ -150,8 +150,8 @@ def test_all_end_after_a_kill_although_they_are_stuck(write_recipe, tmp_path: Pa
 
 def fail_together(file: str, folder: str, last: int | None) -> None:
     """Train on two processes that fail alike at the first batch; the rank `last` knows of the other's failure."""
-    from flipscale import pretrain
     from flipscale.engines import watchdog
+    from flipscale.training import loop
 
     def fails(*arguments: object) -> None:
         if os.environ["RANK"] == str(last):
@@ -160,7 +160,7 @@ def fail_together(file: str, folder: str, last: int | None) -> None:
                 time.sleep(0.01)
         raise_own("OSError")
 
-    pretrain.consume_batch = fails
+    loop.consume_batch = fails
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
@@ -215,14 +215,15 @@ def stop(file: str, folder: str, where: str) -> None:
     from flipscale import pretrain
     from flipscale.engines import watchdog
     from flipscale.engines.checkpoint import CheckpointWriter
-    from flipscale.training import between_steps, start
+    from flipscale.runs import evaluations
+    from flipscale.training import session
 
     # Nothing before it takes too long.
     watchdog.time = clock = Clock()
     owner, name = {
-        "the start of the processes": (start, "start_accelerator"),
-        "the building of the model": (start, "build_engine"),
-        "an evaluation": (between_steps, "evaluate_tasks"),
+        "the start of the processes": (session, "start_accelerator"),
+        "the building of the model": (session, "build_engine"),
+        "an evaluation": (evaluations, "evaluate_tasks"),
         "a save": (CheckpointWriter, "save"),
         "the export": (pretrain, "finish"),
     }[where]

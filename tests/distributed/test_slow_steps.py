@@ -19,6 +19,7 @@ TOGETHER = 29
 def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -> None:
     """Train while one rank sleeps in some steps, and all ranks in one step, far longer than a usual step."""
     from flipscale import pretrain
+    from flipscale.training import loop, setup
 
     rank, watches, at = int(os.environ["RANK"]), [], SimpleNamespace(step=-1)
 
@@ -31,7 +32,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
         if place in places and STEPS[place] == at.step and rank == sleeper:
             time.sleep(max(1.5, 8 * watches[0]._usual))
 
-    true_batches, true_consume = pretrain.Plan.batches, pretrain.consume_batch
+    true_batches, true_consume = setup.TrainingSetup.batches, loop.consume_batch
 
     def batches(plan, clock, accelerator) -> Iterator[object]:
         for at.step, batch in enumerate(true_batches(plan, clock, accelerator), clock.step.number):
@@ -51,7 +52,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
     def asleep(gradient) -> None:
         sleep("backward")
 
-    class Sync(pretrain.StepSync):
+    class Sync(loop.StepSync):
         def __init__(self, accelerator, *others):
             super().__init__(accelerator, *others)
             reduce = accelerator.reduce
@@ -61,8 +62,8 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
             if "together" in places and at.step == TOGETHER:
                 time.sleep(max(1.5, 8 * watches[0]._usual))
 
-    pretrain.Plan.batches, pretrain.consume_batch = batches, consume
-    pretrain.StepWatch, pretrain.StepSync = Watch, Sync
+    setup.TrainingSetup.batches, loop.consume_batch = batches, consume
+    pretrain.StepWatch, loop.StepSync = Watch, Sync
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 

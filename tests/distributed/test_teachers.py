@@ -18,8 +18,8 @@ from torch import nn
 
 from flipscale.cli import main
 from flipscale.hub.loading import open_embedder
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.setup import open_setup
 
 CROPS = ("--crops", "3", "--crop_scale", "0.3", "1.0", "--seed", "5")
 # The case, and what it changes.
@@ -53,7 +53,7 @@ def trainings(recipe: dict, folder: Path, crowds: Crowds) -> Trainings:
 def test_the_teacher_saw_the_student_s_crop(trainings: Trainings, folder: Path, shards: Path) -> None:
     """The teacher, run on the student's whole crops and captions, gives the stored rows, of JPEGs and PNGs."""
     file = trainings.file(folder / "crops", stages=[{"name": "whole", "samples": 96, "base_lr": 0.01}])
-    plan = check(parse_recipe(["--config", str(file)]))
+    plan = open_setup(parse_recipe(["--config", str(file)]))
     (dataset,) = plan.datasets.values()
     columns = dataset.__getitems__(list(range(192)))
     rows = columns["teacher_embeds"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.recipe.outputs import SaveRecipe
+from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.recipe.optim import StageRecipe
 from flipscale.training.step import StepLoss
@@ -38,7 +39,7 @@ def batches():
 
 watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
 checkpoints = CheckpointWriter(accelerator, Path(sys.argv[1]), SaveRecipe(), None)
-sync = StepSync(accelerator, checkpoints, watch)
+sync = StepSync(accelerator, checkpoints, watch, StopRequest(watches_file=False))
 schedule = Schedule(tuple(plan_stages([StageRecipe("only", 300, base_lr=0.1)], 10)))
 with watch:
     for batch in watch.timed(batches(), 0):

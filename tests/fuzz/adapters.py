@@ -25,7 +25,7 @@ from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.model import ModelRecipe
 from flipscale.recipe.optim import LoraRecipe, OptimRecipe, StageRecipe
 from flipscale.recipe.recipe import Recipe, to_yaml
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "config.json")
 _BASE = ("config.json", "model.safetensors")

@@ -24,7 +24,7 @@ from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.model import ModelRecipe
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.stored import embedded_by, open_stored, open_teacher
+from flipscale.training.precomputed import embedded_by, open_features, open_teacher
 
 _FILES = (ABOUT, "images/00000.npy", "texts/00000.npy")
 _WIDTH, _SAMPLES, _CROPS = 4, 3, 2
@@ -92,7 +92,7 @@ def attack(data: bytes, folder: Path) -> None:
             return
         recipe = _recipe(use, str(folder))
         if use == _TRAINED:
-            opened = list(open_stored(recipe, _source(), _CONFIG, _tokenizer()).values())
+            opened = list(open_features(recipe, _source(), _CONFIG, _tokenizer()).values())
             embedded_by(recipe)
             _all_rows(opened)
         for teacher in [open_teacher(recipe, place, _source()) for place in recipe.data.teachers]:

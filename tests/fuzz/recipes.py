@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import RECIPES, to_yaml
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 # Fields that no recipe of the package has.

@@ -17,7 +17,7 @@ from flipscale.cli import main
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.model_folder import fetch_folder
 from flipscale.model import FlipModel, FlipVisionModel
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 LAST_SHARD = "model-00003-of-00003.safetensors"
 

@@ -15,7 +15,7 @@ from flipscale.evaluation.model_results import append_lines, weights_digest
 from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import read_audit, write_card
 from flipscale.recipe.recipe import to_yaml
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 

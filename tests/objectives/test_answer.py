@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, TOWER, add_member, cut, draw, metrics, pretrain
+from conftest import COLOURS, SHAPES, TOWER, add_member, check_start, cut, draw, metrics, pretrain
 from distributed.crowd import Crowds
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,8 +27,7 @@ from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip_vqa import answer_losses
 from flipscale.objectives.answer import Answer
 from flipscale.recipe.data import DataRecipe
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
 
 Write = Callable[..., Path]
 ANSWERS = [*COLOURS, *SHAPES]
@@ -216,4 +215,4 @@ def test_contradicting_recipes_are_refused(tmp_path: Path, write: Write) -> None
         ({"eval": {"tasks": [{"kind": "captioning", "data": str(folder)}]}}, "captioning.* has no decoder"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(parse_recipe(["--config", str(write(tmp_path / "run", folder, **changes))]))
+            check_start(parse_recipe(["--config", str(write(tmp_path / "run", folder, **changes))]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, TOWER, changed_recipe, metrics, pretrain
+from conftest import SHAPES, TOWER, changed_recipe, check_start, metrics, pretrain
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,8 +30,8 @@ from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, Wi
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.recipe.data import DataRecipe
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.setup import open_setup
 
 CONFIG = FlipConfig(
     vision_config={**TOWER, "image_size": 32, "patch_size": 8},
@@ -236,14 +236,14 @@ def test_contradicting_recipes_are_refused(write: Write, tokenizer_dir: Path, sh
         ({"loss": {**alone, "options": {"prediction": "all"}}}, "loss.options"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as raised:
-            check(parse_recipe(["--config", str(write("bad", **changes))]))
+            check_start(parse_recipe(["--config", str(write("bad", **changes))]))
         assert "\n" not in str(raised.value).strip()
 
 
 def test_cut_captions_have_no_end(write: Write) -> None:
     model = {"decoder_config": {"max_position_embeddings": 2}}
     recipe = parse_recipe(["--config", str(write("cut", loss={"kind": "captioning"}, model=model))])
-    columns = next(iter(check(recipe).datasets.values())).__getitems__([0, 1, 2])
+    columns = next(iter(open_setup(recipe).datasets.values())).__getitems__([0, 1, 2])
     assert columns["input_ids"].shape == (3, 2), "a caption has three words"
     decoder = build_config(recipe).decoder_config
     _, labels = caption_inputs(columns["input_ids"], columns["attention_mask"], decoder)

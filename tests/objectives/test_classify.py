@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import COLOURS, SHAPES, add_member, changed_recipe, cut, metrics, pretrain, write_shards
+from conftest import COLOURS, SHAPES, add_member, changed_recipe, check_start, cut, metrics, pretrain, write_shards
 from distributed.crowd import Crowds
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -20,8 +20,7 @@ from transformers import AutoModelForImageClassification
 from flipscale.cli import main
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.objectives.classify import Classify, ClassifyOutput
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
 
 Write = Callable[..., Path]
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -178,7 +177,7 @@ def test_contradicting_recipes_are_refused(
     for name, (changes, said) in cases.items():
         file = write(tmp_path / "refused", **changes)
         with subtests.test(name), pytest.raises(ValueError, match=re.escape(said)):
-            check(parse_recipe(["--config", str(file)]))
+            check_start(parse_recipe(["--config", str(file)]))
 
 
 def write_unlabelled(folder: Path) -> None:

@@ -16,7 +16,7 @@ from flipscale.io.text_table import rounded
 from flipscale.pages.page import Picture, listed, rendered, shortened
 from flipscale.pages.run_page import mask_rows, run_sentence
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.run_summary import Energy, RunSummary
 
 

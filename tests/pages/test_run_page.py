@@ -24,7 +24,7 @@ from flipscale.pages import run_page
 from flipscale.pages.run_page import MOST_BYTES, mask_rows, offer_report, write_report
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 
 def recipe_of(run_dir: Path) -> Recipe:

@@ -17,7 +17,7 @@ from flipscale.planning import flops
 from flipscale.planning.flops import forward_flops, pair_flops
 from flipscale.planning.memory import heaviest_step
 from flipscale.recipe.optim import LoraRecipe, StageRecipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 PATCHES = "vision_model.embeddings.patch_embedding"
 SMALL = FlipConfig(

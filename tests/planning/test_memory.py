@@ -30,7 +30,7 @@ from flipscale.planning.memory import (
 )
 from flipscale.recipe.optim import LoraRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 PARAMETERS = {"h14": 966_394_881, "g14": 2_514_907_393}
 LAUNCH_FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.yaml"))

@@ -33,7 +33,7 @@ from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.step import consume_batch
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import launch_of
 from flipscale.engines.slow_steps import PhaseLog
-from flipscale.training import start
+from flipscale.training import session
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps")
@@ -203,13 +203,13 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
 
     stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", forget_peak))
     # The mesh of FSDP2 reads its ranks' numbers.
-    make = start.build_engine
+    make = session.build_engine
 
     def make_engine(*arguments: Any) -> Engine:
         with unset_fake_temporarily():
             return make(*arguments)
 
-    stack.enter_context(patch.object(start, "build_engine", make_engine))
+    stack.enter_context(patch.object(session, "build_engine", make_engine))
     build = Engine.build
 
     def build_on_device(engine: Engine, *arguments: Any) -> None:

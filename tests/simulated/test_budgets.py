@@ -8,7 +8,7 @@ from simulated.test_step import LAUNCH_FILES
 from simulated.world import World, simulate
 
 from flipscale.engines.launch import read_launch_file
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 PAIRS, NODE = 256, 8

@@ -16,16 +16,18 @@ from conftest import write_shards
 from simulated.recorder import Recorder
 from simulated.world import fake_processes
 
-from flipscale import pretrain
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
 from flipscale.engines.launch import Launch, launch_environment, read_launch_file
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.start import start_accelerator
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
-from flipscale.training.preemption import Stopped
-from flipscale.training.start import Start, resume
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.runs.evaluations import RunEvaluator, check_tasks
+from flipscale.training.loop import train
+from flipscale.training.preemption import StopRequest
+from flipscale.training.session import Session, resume
+from flipscale.training.setup import open_setup
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 # Of the steps from 0: the loss of one is infinite, and in one a signal arrives. Step 2 is saved, step 4 evaluated.
@@ -64,13 +66,13 @@ def partial_index(index: Callable) -> Callable:
     return found
 
 
-def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+def messages(rank: int, world: int, engine_name: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What a run sends as process `rank`; its tensors have content, and are on the CPU."""
-    launch = replace(read_launch_file(LAUNCH_FILES / f"{engine}.yaml", world), precision="no")
+    launch = replace(read_launch_file(LAUNCH_FILES / f"{engine_name}.yaml", world), precision="no")
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         patches = stack.enter_context(monkeypatch.context())
-        for name, value in launch_environment(LAUNCH_FILES / f"{engine}.yaml", world).items():
+        for name, value in launch_environment(LAUNCH_FILES / f"{engine_name}.yaml", world).items():
             patches.setenv(name, value)
         patches.setattr(Contrastive, "coupled_loss", eventful_loss(Contrastive.coupled_loss))
         # A part is on disk at another time on each process, which all of them learn by a sum; here there is no sum.
@@ -80,13 +82,17 @@ def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest
         recipe = parse_recipe(["--config", str(file)])
         for number in range(1, SIGNALLED + 3):  # process 0 makes the folders, and renames them
             Path(recipe.output_dir, "checkpoints", f".step-{number:08d}.partial").mkdir(parents=True)
-        plan = check(recipe)
-        start = Start(start_accelerator([], recipe.output_dir), None, {})
-        built = resume(recipe, plan.schedule, start)
+        setup = open_setup(recipe)
+        session = Session(start_accelerator([], recipe.output_dir), None, {})
+        engine = resume(recipe, setup.schedule, session)
         with recorder:
             recorder.on = True
-            with contextlib.suppress(Stopped):
-                pretrain.train(recipe, plan, start, built, {"pair": pair_flops(recipe)})
+            watch = StepWatch(session.accelerator, Path(recipe.output_dir), recipe.log.hang_seconds)
+            evaluator = RunEvaluator(check_tasks(recipe)[0], setup, session, engine, watch)
+            with StopRequest(watches_file=False) as request, watch:
+                flops = {"pair": pair_flops(recipe)}
+                end = train(setup, session, engine, watch, request, evaluator, flops, on_checkpoint=lambda step: None)
+            assert end.is_stopped
     found = [one.signature for one in recorder.collectives]
     assert all(rank in group for *_, group in found)
     # Objects are bytes, as many as their numbers have digits.

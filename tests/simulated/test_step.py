@@ -19,7 +19,7 @@ from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import read_launch_file
 from flipscale.objectives.build import build_config
 from flipscale.planning.time import host_calls
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"

@@ -37,7 +37,8 @@ from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import micro_batch
 from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Schedule, Stage, plan_stages
 from flipscale.training.step import consume_batch
 from flipscale.training.sync import StepSync
@@ -131,7 +132,8 @@ def simulate(world: World) -> StepReport:
         engine.prepare()
         engine.start_averages(None)
         watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
-        sync = StepSync(accelerator, CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None), watch)
+        writer = CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None)
+        sync = StepSync(accelerator, writer, watch, StopRequest(watches_file=False))
         schedule = Schedule((world.stage,))
         step = schedule.first({})
         for number in range(_WARM_UP + 1):

@@ -11,8 +11,8 @@ from conftest import changed_recipe
 
 from flipscale.cli import main
 from flipscale.evaluation.suite import planned_tasks
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.halving import path_recipes, read_search
-from flipscale.training.complete_recipe import parse_recipe
 
 MASKED = [{"name": "masked", "mask_ratio": 0.75}, {"name": "tuned"}]
 SMALL = [{"name": "small", "image_size": 16}, {"name": "tuned"}]

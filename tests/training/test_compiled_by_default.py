@@ -5,8 +5,8 @@ import torch
 
 from flipscale.engines import device
 from flipscale.engines.launch import Launch
-from flipscale.training import plan
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training import setup
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 3)
 
@@ -15,9 +15,9 @@ def compiled(
     monkeypatch: pytest.MonkeyPatch, *flags: str, engine: str = "ddp", works: bool = True
 ) -> tuple[bool, bool]:
     """Whether blocks are compiled on a CPU and on a GPU."""
-    monkeypatch.setattr(plan, "can_compile", lambda place: works)
+    monkeypatch.setattr(setup, "can_compile", lambda place: works)
     recipe, launch = parse_recipe(["--data.shards=none", *flags]), Launch(engine, 8, "bf16")
-    return plan.compiles(recipe, launch, CPU), plan.compiles(recipe, launch, GPU)
+    return setup.compiles(recipe, launch, CPU), setup.compiles(recipe, launch, GPU)
 
 
 def test_gpus_compile_and_cpus_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

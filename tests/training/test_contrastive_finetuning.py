@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from flipscale.cli import main
 from flipscale.evaluation.results import BEFORE, CHANGES, latest, read_results, with_changes
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.setup import open_setup
 
 FROZEN = ["logit_scale", "text_model", "vision_model.encoder.layers.0"]
 
@@ -135,7 +135,7 @@ def test_frozen_parts_under_every_engine(
 def test_what_cannot_be_frozen(write_recipe: Callable[..., Path], tmp_path: Path, frozen: list[str], said: str) -> None:
     file = write_recipe(tmp_path / "refused", model={"frozen": frozen})
     with pytest.raises(ValueError, match=re.escape(said)):
-        check(parse_recipe(["--config", str(file)]))
+        open_setup(parse_recipe(["--config", str(file)]))
 
 
 def test_weights_between_two_models(

@@ -10,7 +10,7 @@ import torch
 from conftest import add_member, metrics, pretrain
 
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.diagnosis import Diagnosis
 
 CHANCE = math.log(16)

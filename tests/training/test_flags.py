@@ -14,7 +14,7 @@ from flipscale import cli
 from flipscale.recipe.flags import _SETTINGS
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import build_parser
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 NAMED = "[{name: masked, samples: 64, base_lr: 0.1}, {name: a.b, samples: 32}, {name: '0', samples: 16}]"
 

@@ -13,8 +13,8 @@ from distributed.crowd import ENVIRONMENTS, LAUNCH_FILES, Crowds
 from distributed.test_engines import Trainings, close
 
 from flipscale.engines.checkpoint import CheckpointReader, checkpoint_of
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.setup import open_setup
 
 long = partial(pytest.param, marks=pytest.mark.long)
 TOWERS = ["vision_model", "text_model"]
@@ -120,4 +120,4 @@ def test_muon_without_matrices_in_a_stage(trainings: Trainings) -> None:
 def test_refused(write_recipe: Callable[..., Path], tmp_path: Path, stages: list[dict], said: str) -> None:
     file = write_recipe(tmp_path / "refused", stages=stages, model={"frozen": ["text_projection"]})
     with pytest.raises(ValueError, match=re.escape(said)):
-        check(parse_recipe(["--config", str(file)]))
+        open_setup(parse_recipe(["--config", str(file)]))

@@ -10,7 +10,7 @@ from conftest import metrics, pretrain
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import LogRecipe
 from flipscale.recipe.recipe import RECIPES
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import Clock, Pace, Schedule, plan_stages
 from flipscale.training.tracking import Intervals
 

@@ -1,4 +1,4 @@
-"""Log lines of a run: each is of a known kind, on one process and on two."""
+"""Log lines of a run, and the commands in them."""
 
 import os
 import re
@@ -9,71 +9,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import launch, pretrain
+from conftest import launch
 
 from flipscale.evaluation.results import Result
 from flipscale.recipe.optim import StageRecipe
-from flipscale.training import report
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.report import draw_figures, evaluation_flags, interval_line, last_block, results_line
+from flipscale.runs import last_lines
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.runs.evaluations import results_line
+from flipscale.runs.last_lines import draw_figures, evaluation_flags, last_block
 from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Schedule, plan_stages
-
-SPAN = r"(\d+ (d|h|min|s) ?)+"
-# Each at least once, in this order where they do not alternate.
-KINDS = {
-    "head": r"training RUN",
-    "model": r"  model       74,049 parameters, images of 32 x 32 pixels",
-    "data": r"  data        96 pairs of \S+, each seen 6\.7 times",
-    "steps": r"  steps       40 of 16 pairs: 24 at 75% masked, 16 unmasked",
-    "device": r"  device      .+",
-    "precision": r"  precision   fp32 \(the default here\)",
-    "processes": r"  processes   (1|2, ddp)",
-    "evaluation": r"  evaluation  zero_shot every 320 pairs, and at the end",
-    "folder": r"  run folder  RUN; `flipscale status RUN --watch` follows it",
-    "interval": r"step \d+ of 40 \([\d.]+%\), (un)?masked: loss \d\.\d{3}, learning rate \S+, [\d,]+ images/s, "
-    rf"\d+% waiting for data(, {SPAN} left)?",
-    "results": r"step \d+: zero_shot top-1 [\d.]+ % \([\d.]+ to [\d.]+\)(, zero_shot top-5 .*)?",
-    "saved": r"step 40: saved RUN/checkpoints/step-00000040",
-    "done": rf"done: 40 steps, 640 pairs in {SPAN} of training",
-    "where": r"  model    RUN/model, its card RUN/model/README\.md",
-    "figures": r"  figures  RUN/figures: loss\.png, learning_rate\.png, data_wait\.png, zero_shot\.png",
-    "next": r"  next     flipscale evaluate RUN/model --zero_shot \S+",
-    "search": r"           flipscale search RUN/model FOLDER 'what to look for'",
-    "push": r"           flipscale push RUN ORG/NAME",
-    "report": r"RUN/report\.html shows the run: open it in a browser",
-}
-FASTER = r"  faster      (ACCELERATE_MIXED_PRECISION=bf16|mixed_precision bf16) .*"  # of some machines
-SLOW = r"warning: step \d+ took .*"  # of a machine that others use, too
-TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-
-
-def kind_of(line: str, run_dir: Path, place: str) -> str:
-    """Return the kind of a line. A line that begins with a space continues the line before."""
-    text = line if line.startswith(" ") else re.sub(f"^{TIME}{place}", "", line)
-    text = text.replace(str(run_dir), "RUN")
-    found = [kind for kind, pattern in {**KINDS, "slow": SLOW, "faster": FASTER}.items() if re.fullmatch(pattern, text)]
-    assert len(found) == 1, line
-    return found[0]
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_every_line_is_of_a_known_kind(world: int, write_recipe, shards: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    changes = {"log": {"every_samples": 320}, "eval": {"every_samples": 320, "zero_shot": str(shards)}}
-    file = write_recipe(run_dir, **changes)
-    if world == 1:  # in an interpreter of its own, which imports what speaks when it is imported
-        done = launch([sys.executable, "-m", "flipscale.pretrain", "--config", str(file)])
-    else:
-        done = pretrain(file, world)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    found = [kind_of(line, run_dir, "rank 0: " if world > 1 else "") for line in done.stderr.splitlines()]
-    assert [kind for kind in dict.fromkeys(found) if kind in KINDS] == list(KINDS)
-    assert (found.count("interval"), found.count("results"), found.count("saved")) == (2, 2, 1)
-    drawn = {path.name for path in (run_dir / "figures").iterdir()}
-    assert drawn == {"loss.png", "learning_rate.png", "data_wait.png", "zero_shot.png"}
-
+from flipscale.training.tracking import interval_line
 
 STAGES = plan_stages(
     [StageRecipe("masked", 160, mask_ratio=0.75, base_lr=0.1), StageRecipe("whole", 80), StageRecipe("last", 80)], 8
@@ -161,7 +107,7 @@ def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatc
 def test_without_matplotlib_a_run_says_how_to_get_it(
     write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "can_draw", lambda: False)
+    monkeypatch.setattr(last_lines, "can_draw", lambda: False)
     assert draw_figures(tmp_path) == {}
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     said = last_block(recipe, 40, 3.0, [], [])

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from flipscale.cli import main
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.setup import open_setup
 
 long = partial(pytest.param, marks=pytest.mark.long)
 LORA = {"rank": 4, "alpha": 8, "modules": ["q_proj", "v_proj", "fc1"]}
@@ -164,7 +164,7 @@ def test_refused(
 ) -> None:
     both = {"model": {"init_from": str(starts("flip"))}, "optim": {"lora": LORA}} | fields
     with pytest.raises(ValueError, match=re.escape(said)):
-        check(parse_recipe(["--config", str(write_recipe(tmp_path / "refused", **both))]))
+        open_setup(parse_recipe(["--config", str(write_recipe(tmp_path / "refused", **both))]))
 
 
 def test_without_peft(
@@ -174,8 +174,8 @@ def test_without_peft(
     model = {"init_from": str(starts("flip"))}
     file = write_recipe(tmp_path / "refused", model=model, optim={"lora": LORA})
     with pytest.raises(ValueError, match=r"optim.lora needs the package peft; pip install 'flipscale\[lora\]'"):
-        check(parse_recipe(["--config", str(file)]))
-    check(parse_recipe(["--config", str(write_recipe(tmp_path / "plain", model=model))]))
+        open_setup(parse_recipe(["--config", str(file)]))
+    open_setup(parse_recipe(["--config", str(write_recipe(tmp_path / "plain", model=model))]))
 
 
 def test_an_adapter_only_where_it_fits(

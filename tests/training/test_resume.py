@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.run_directory import is_done, open_run_directory
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
@@ -98,8 +98,9 @@ def test_a_finished_run_without_checkpoints_cannot_be_lengthened(whole_run: Path
 SIGNALLED = """
 import os, signal, sys
 from flipscale import pretrain
+from flipscale.training import loop
 
-consume, steps = pretrain.consume_batch, []
+consume, steps = loop.consume_batch, []
 
 def signalled(*arguments):
     steps.append(1)
@@ -107,7 +108,7 @@ def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
     return consume(*arguments)
 
-pretrain.consume_batch = signalled
+loop.consume_batch = signalled
 pretrain.main(["--config", sys.argv[1]])
 """
 

@@ -10,7 +10,7 @@ import yaml
 from flipscale.model import FlipModel
 from flipscale.planning.flops import pair_flops
 from flipscale.pretrain import count_flops
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.run_directory import open_run_directory, write_run_files
 from flipscale.training.run_summary import RunSummary
 

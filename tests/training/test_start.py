@@ -12,9 +12,9 @@ from conftest import add_member
 from flipscale.engines.launch import place_in_world
 from flipscale.evaluation.suite import build_tasks, check_decodable
 from flipscale.io.files import check_writable
-from flipscale.training import start
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training import session
+from flipscale.training.setup import open_setup
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,7 @@ def test_a_batch_of_more_pairs_than_there_are(
 ) -> None:
     for batch_size in (96, 128):
         file = write_recipe(tmp_path / "run", data={"global_batch_size": batch_size})
-        check(parse_recipe(["--config", str(file)]))
+        open_setup(parse_recipe(["--config", str(file)]))
     (line,) = caplog.messages
     assert line.startswith("data.global_batch_size is 128 and there are 96 pairs: every batch repeats pairs")
 
@@ -46,12 +46,12 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
     def stop() -> None:
         raise InterruptedError(sorted(os.sched_getaffinity(0)))
 
-    monkeypatch.setattr(start, "start_accelerator", lambda *_: os.sched_setaffinity(0, {min(cores)}))
-    monkeypatch.setattr(start, "prepare_workers", stop)
+    monkeypatch.setattr(session, "start_accelerator", lambda *_: os.sched_setaffinity(0, {min(cores)}))
+    monkeypatch.setattr(session, "prepare_workers", stop)
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     try:
         with pytest.raises(InterruptedError, match=rf"^\[{min(cores)}\]$"):
-            start.join(recipe, check(recipe), start.Laps())
+            session.join(open_setup(recipe), session.Laps())
     finally:
         os.sched_setaffinity(0, cores)
 

@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from flipscale.cli import main
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.pretrain import pretrain
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.pretrained_fields import warn_of_pixels
 
 VISION = {**TOWER, "image_size": 32, "patch_size": 8, "projection_dim": 24}

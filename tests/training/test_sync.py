@@ -16,6 +16,7 @@ from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import SaveRecipe
+from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Schedule, plan_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync
@@ -29,7 +30,8 @@ class Synced:
     def __init__(self, run_dir: Path, save: SaveRecipe = SaveRecipe()):  # noqa: B008
         accelerator = Accelerator(cpu=True)
         checkpoints = CheckpointWriter(accelerator, run_dir, save, None)
-        self.sync = StepSync(accelerator, checkpoints, StepWatch(accelerator, run_dir, 60.0))
+        self.request = StopRequest(watches_file=True)
+        self.sync = StepSync(accelerator, checkpoints, StepWatch(accelerator, run_dir, 60.0), self.request)
         self.next = SCHEDULE.first({})
 
     def step(self, loss: float = 1.0, norm: float = 2.0, faults: list[Fault] | None = None) -> float:
@@ -73,7 +75,7 @@ def test_a_result_is_of_its_own_step(tmp_path: Path) -> None:
 def test_a_request_is_known_a_step_later_and_waits(tmp_path: Path) -> None:
     run = Synced(tmp_path)
     run.step()
-    run.sync.request._receive(15, None)
+    run.request._receive(15, None)
     assert run.step() == 1.0
     assert not run.sync.settle(wait=False).stop
     run.step()

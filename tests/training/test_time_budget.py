@@ -15,10 +15,10 @@ from flipscale.io.errors import UserError
 from flipscale.planning.budget import in_shares
 from flipscale.planning.flops import pair_flops
 from flipscale.recipe.optim import StageRecipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.status import as_line, read_status
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
 from flipscale.training.schedule import Clock, Pace, Schedule, Stage, has_passed, plan_stages, stage_of
+from flipscale.training.setup import open_setup
 from flipscale.training.sync import StepSync
 
 STAGES = [
@@ -66,7 +66,7 @@ class Clocks:
         for rank in range(2):
             watch = SimpleNamespace(trained_seconds=state.get("trained_seconds", 0.0))
             place = SimpleNamespace(is_main_process=rank == 0)
-            self.syncs.append(StepSync(place, None, watch, state.get("step", 0), 600.0))
+            self.syncs.append(StepSync(place, None, watch, None, state.get("step", 0), 600.0))
         self.unread: list[Pace] = []
 
     def step(self, seconds: float) -> float:
@@ -149,7 +149,7 @@ def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | No
 )
 def test_what_does_not_go_with_a_budget_is_refused(write_recipe, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        check(parse_recipe(["--config", str(write_recipe(tmp_path / "run", **changes))]))
+        open_setup(parse_recipe(["--config", str(write_recipe(tmp_path / "run", **changes))]))
 
 
 def test_samples_become_shares_of_the_operations(write_recipe, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import load_with_tokenizer
 from flipscale.pretrain import pretrain
-from flipscale.training.complete_recipe import parse_recipe
+from flipscale.runs.complete_recipe import parse_recipe
 
 STAGES = [
     {"name": "masked", "samples": 160, "mask_ratio": 0.5, "base_lr": 0.004},

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.recipe import as_fields
-from flipscale.training.complete_recipe import parse_recipe
-from flipscale.training.plan import check
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.setup import open_setup
 from flipscale.training.tracking import Tracker, open_trackers
 
 
@@ -66,7 +66,7 @@ def test_trackers_get_the_project_the_recipe_and_one_run_id(
 
 
 def test_a_torn_line_of_metrics_is_dropped_on_resume(write_recipe, tmp_path: Path) -> None:
-    plan = check(parse_recipe(["--config", str(write_recipe(tmp_path))]))
+    plan = open_setup(parse_recipe(["--config", str(write_recipe(tmp_path))]))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     accelerator = Accelerator(cpu=True)
     Tracker(plan, accelerator, StepWatch(accelerator, tmp_path, 60.0), {}).start(2)
@@ -76,7 +76,7 @@ def test_a_torn_line_of_metrics_is_dropped_on_resume(write_recipe, tmp_path: Pat
 
 def test_mfu_counts_the_rows_of_packed_captions(write_recipe, tmp_path: Path) -> None:
     """A batch of four captions took three rows, so a pair took three quarters of a row."""
-    plan = check(parse_recipe(["--config", str(write_recipe(tmp_path))]))
+    plan = open_setup(parse_recipe(["--config", str(write_recipe(tmp_path))]))
     accelerator, batch = Accelerator(cpu=True), {"input_ids": torch.zeros(3, 8), "caption_ends": torch.zeros(4)}
     watch = StepWatch(accelerator, tmp_path, 60.0)
     packed = Tracker(plan, accelerator, watch, {"masked": 100}, {"masked": 40})

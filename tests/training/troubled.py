@@ -29,7 +29,7 @@ def trouble(poisoned: Collection[int] = (), stopped: int | None = None, killed: 
             # The gradients are finite, so only the agreement of the processes can leave the step out.
             loss = loss._replace(loss=loss.loss * torch.nan)
         if is_last and step.number == stopped:
-            sync.request._received = "SIGTERM received"
+            sync._request._received = "SIGTERM received"
         return start(sync, step, loss, *others)
 
     def read_or_die(sync, unread, settled):

@@ -17,11 +17,11 @@ from flipscale.evaluation.results import (
     Result,
     append_results,
     latest,
-    read_metrics,
     read_results,
     with_unit,
 )
 from flipscale.io.errors import UserError
+from flipscale.io.json_lines import read_metrics
 from flipscale.io.text_table import markdown_table
 from flipscale.io.yaml_text import read_saved_recipe
 

@@ -1,4 +1,4 @@
-"""The plan of a run: its recipe, checked, and its data, opened."""
+"""The set-up of a run: its recipe, checked, and its data, opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -20,16 +19,13 @@ from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.device import can_compile
 from flipscale.engines.launch import Launch, place_in_world
 from flipscale.engines.start import engine_class
-from flipscale.evaluation.embedding import parts_of
-from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.suite import check_decodable, check_image_sizes, planned_tasks
-from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.errors import UserError
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.data import AugmentRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
-from flipscale.training.stored import open_stored, open_teacher
+from flipscale.training.precomputed import open_features, open_teacher
+from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
+from flipscale.training.schedule import Clock, Schedule, Stage, Step, is_due, plan_stages
 
 if TYPE_CHECKING:
     import torch
@@ -69,14 +65,14 @@ class StepBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSetup:
     """A checked recipe with its data.
 
     Args:
         tokenizer: tokenizer of the captions; None for an objective without text.
         datasets: the training pairs at each stage's masks and sizes.
-        class_names: names of a classifier's classes; empty for other models.
-        stored: the stored features in place of a tower's input, by tower.
+        config: configuration of the model.
+        precomputed: the stored features in place of a tower's input, by tower.
         teachers: the teachers of the loss.
     """
 
@@ -85,17 +81,16 @@ class Plan:
     source: Source
     tokenizer: PreTrainedTokenizerBase | None
     datasets: Mapping[Stage, PairDataset]
-    tasks: list[Task]
     objective: Objective
-    class_names: Sequence[str]
-    stored: Mapping[str, StoredFeatures]
+    config: FlipConfig
+    precomputed: Mapping[str, StoredFeatures]
     teachers: Sequence[Teacher]
     text_rows: Mapping[int, int] | None = None
 
     @property
     def fingerprint(self) -> int:
         """63-bit digest of what the order and the samples depend on: sizes of shards, and models of stored features."""
-        digests = [int(found.digest, 16) for found in self.stored.values()]
+        digests = [int(found.digest, 16) for found in self.precomputed.values()]
         digests += [teacher.digest for teacher in self.teachers]
         return (shard_sizes_digest(self.source) + sum(digests)) % 2**63
 
@@ -127,27 +122,9 @@ class Plan:
                     if clock.step.is_over or clock.step.stage is not stage:
                         break
 
-    def tasks_before(self, step: Step) -> list[Task]:
-        """Return the evaluations before the first step of a run that starts from weights.
-
-        They measure what training may lose. A new head or decoder has nothing to lose.
-        """
-        if self.recipe.model.init_from is None or step.number:
-            return []
-        return [task for task in self.tasks if task.needs in ("texts", "features")]
-
-    def due(self, step: Step) -> tuple[list[Task], bool]:
-        """Return the evaluations before a step, and whether to save. Those at the end of the run are left out."""
-        if step.is_over:
-            return [], True
-        share_is_due = has_passed(step.before, step.position, self.recipe.eval.every_share)
-        tasks = [
-            task
-            for task in self.tasks
-            if is_due(step.number, self.batch_size, task.every_samples or 0)
-            or (share_is_due and task.every_samples is None)
-        ]
-        return tasks, is_due(step.number, self.batch_size, self.recipe.save.every_samples)
+    def save_is_due(self, step: Step) -> bool:
+        """Return whether to save before a step, by the samples seen; true at the end of the run."""
+        return step.is_over or is_due(step.number, self.batch_size, self.recipe.save.every_samples)
 
 
 def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, FlipConfig, list[Stage]]:
@@ -155,7 +132,6 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
 
     `place` is a rank and the number of processes. Raise UserError if the recipe cannot be run as it stands."""
     objective, config = build_objective(recipe), build_config(recipe)
-    check_image_sizes(recipe.eval, config.vision_config.patch_size)
     _check_trained(recipe, objective, config)
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     _check_log(recipe)
@@ -163,23 +139,24 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     return objective, config, stages
 
 
-def check(recipe: Recipe) -> Plan:
+def open_setup(recipe: Recipe, is_fresh: bool = False) -> TrainingSetup:
     """Check a recipe and open its data, in each process by itself.
+
+    Args:
+        is_fresh: whether the run begins with its start weights, whose vocabulary and pixels then are compared.
 
     Raises:
         UserError: the recipe cannot be run as it stands.
         OSError: shared memory is full, or a file cannot be fetched.
     """
-    tasks, data = planned_tasks(recipe.eval), recipe.data
+    data = recipe.data
     objective, config, stages = check_settings(recipe, place_in_world())
-    for task in tasks:
-        task.check()
     check_shared_memory(data.workers)
     by_kind = [data.captions, *(stage.captions for stage in stages)]
     kinds = dict.fromkeys((kind for shares in by_kind for kind in shares or ()), 1.0)
     source = open_source(replace(data, captions=kinds or None))
     check_kinds(source, list(kinds))
-    rank, world_size = place_in_world()
+    rank, _ = place_in_world()
     treats_as_negatives = objective.is_coupled and recipe.loss.positives == "pairs"
     if 0 < source.num_drawn < data.global_batch_size and rank == 0 and treats_as_negatives:
         _log.warning(
@@ -187,7 +164,6 @@ def check(recipe: Recipe) -> Plan:
             "negatives; use a smaller batch",
             *(data.global_batch_size, source.num_drawn),
         )
-    names = _class_names(recipe, objective, config, tasks)
     shape = InputShape.of(config)
     tokenizer: PreTrainedTokenizerBase | None = None
     if objective.takes_text:
@@ -200,20 +176,22 @@ def check(recipe: Recipe) -> Plan:
         if config.decoder_config is not None:
             check_begin_and_end(tokenizer, config.decoder_config)
     teachers = [open_teacher(recipe, folder, source) for folder in data.teachers]
-    stored = open_stored(recipe, source, config, tokenizer)
+    features = open_features(recipe, source, config, tokenizer)
     datasets = {
         stage: objective.dataset(
             source, tokenizer, replace(data, captions=stage.captions or data.captions), shape.at(stage.image_size),
             recipe.seed, stage.mask_ratio, recipe.mask, stage.text_mask_ratio,
-            drop_path_rate=recipe.model.drop_path_rate, **({"stored": stored} if stored else {}),
+            drop_path_rate=recipe.model.drop_path_rate, **({"stored": features} if features else {}),
             **({"teachers": teachers} if teachers else {}),
         )
         for stage in stages
     }  # fmt: skip
-    check_decodable(tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     schedule = Schedule(tuple(stages), budget_seconds)
-    return Plan(recipe, schedule, source, tokenizer, datasets, tasks, objective, names, stored, teachers)
+    rows = text_rows(recipe, tokenizer) if is_fresh else None
+    if is_fresh:
+        warn_of_pixels(recipe.model)
+    return TrainingSetup(recipe, schedule, source, tokenizer, datasets, objective, config, features, teachers, rows)
 
 
 def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
@@ -284,23 +262,3 @@ def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfi
         raise UserError(
             f"data.augment mixes pairs of images; a process takes {sampler.micro_batch_size}, not an even number"
         )
-
-
-def _class_names(recipe: Recipe, objective: Objective, config: FlipConfig, tasks: list[Task]) -> list[str]:
-    """Return the names of a classifier's classes, checked against its tasks and earlier starts; empty for other models.
-
-    Refuse tasks that need a part that the model lacks.
-    """
-    from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
-
-    parts = ("features", "head") if isinstance(objective, Classify) else parts_of(config)
-    for task in tasks:
-        task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
-    if objective.num_labels is None:
-        return []
-    names = training_class_names(recipe.data, objective.num_labels)
-    for task in tasks:
-        if task.needs in ("head", "answers") and read_class_names(task.data) != names:
-            raise UserError(f"{task.data} has other class names, or in another order, than the training shards")
-    refuse_other_class_names(Path(recipe.output_dir), names)
-    return names

@@ -1,4 +1,4 @@
-"""The start of a run's processes, which agree on the data and on the checkpoint to resume from."""
+"""A session of a run: its processes agree on the data and on the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,11 @@ from flipscale.engines.watchdog import Watchdog
 from flipscale.io.digests import Damage
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock, start_of
-from flipscale.objectives.build import build_config, build_objective, loss_kinds
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe, conflicts
-from flipscale.training.plan import Plan, check, compiles
-from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
-from flipscale.training.run_directory import is_done, open_run_directory
+from flipscale.training.precomputed import embedded_by
 from flipscale.training.schedule import Schedule
-from flipscale.training.stored import embedded_by
+from flipscale.training.setup import TrainingSetup, compiles
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,8 +36,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Start:
-    """The point at which a start of a run begins.
+class Session:
+    """The processes of one start of a run, and the point at which it begins.
 
     Args:
         accelerator: accelerate's view of the processes.
@@ -89,30 +87,7 @@ class Laps(dict[str, float]):
         self[part], self._last = round(now - self._last, 2), now
 
 
-def prepare(recipe: Recipe, laps: Laps) -> tuple[Plan, bool] | None:
-    """Check a run before its processes wait for each other.
-
-    Returns:
-        The plan, and whether there is a checkpoint. None if the run is done.
-
-    Raises:
-        UserError: the recipe cannot be run as it stands, or not in this run directory.
-        OSError: shared memory is full, or a file cannot be fetched.
-    """
-    checkpoint = open_run_directory(recipe)
-    if is_done(recipe, checkpoint):
-        return None
-    loss_kinds()  # imports the models
-    laps.end("imports")
-    plan = check(recipe)
-    if checkpoint is None:
-        plan = replace(plan, text_rows=text_rows(recipe, plan.tokenizer))
-        warn_of_pixels(recipe.model)
-    laps.end("data")
-    return plan, checkpoint is not None
-
-
-def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
+def join(setup: TrainingSetup, laps: Laps) -> Session:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
     Raises:
@@ -120,13 +95,14 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
             damaged, or another run has the run directory.
         OSError: a checkpoint cannot be read, or the run directory is not writable.
     """
-    run_dir, source = Path(recipe.output_dir), plan.source
+    recipe, source = setup.recipe, setup.source
+    run_dir = Path(recipe.output_dir)
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         # Now, because accelerate may bind this process to the cores near its GPU, and workers inherit them.
         prepare_workers()
         # A node's copy of the data may be older or incomplete, and its order of samples would differ.
-        digest = plan.fingerprint
+        digest = setup.fingerprint
         digests_found = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
         if others := [rank for rank, found in enumerate(digests_found) if found != digests_found[0]]:
             raise UserError(
@@ -136,12 +112,12 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
             )
         lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
         answer_of_first(accelerator, lock.acquire)
-        start = Start(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
+        session = Session(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
         laps.end("processes")
         try:
-            chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents))
+            chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(setup, contents))
             if chosen is None:
-                return start
+                return session
             checkpoint, state, _ = chosen
             if (state["data_samples"], state["data_fingerprint"]) != (len(source), digest):
                 raise UserError(
@@ -150,32 +126,33 @@ def join(recipe: Recipe, plan: Plan, laps: Laps) -> Start:
                     "same data or another output_dir"
                 )
         except BaseException:
-            start.release_lock()
+            session.release_lock()
             raise
-        return Start(accelerator, *chosen, lock=start.lock)
+        return Session(accelerator, *chosen, lock=session.lock)
 
 
-def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, int] | None = None) -> Engine:
-    """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train. `rows` is the plan's."""
+def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[int, int] | None = None) -> Engine:
+    """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train. `rows` is the set-up's
+    `text_rows`."""
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
     from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
     from flipscale.engines.trained import add_lora, freeze
 
-    config, launch, first = build_config(recipe), launch_of(os.environ), schedule.first(start.state)
+    config, launch, first = build_config(recipe), launch_of(os.environ), schedule.first(session.state)
     model_class = build_objective(recipe).trained_class(config)
-    reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
+    reader = None if session.checkpoint is None else CheckpointReader(session.checkpoint)
     start_from = (recipe.model.start, config, recipe.seed, model_class, recipe.model.text_positions)
     fill = no_weights if reader else initial_weights(*start_from, embedded_by(recipe), rows)
 
     def configure(model: FlipPreTrainedModel) -> None:
         add_lora(model, recipe.optim.lora)
         freeze(model, recipe.model.frozen)
-        model.set_attn_implementation(best_attention(start.accelerator.device))
-        if compiles(recipe, launch, start.accelerator.device):
+        model.set_attn_implementation(best_attention(session.accelerator.device))
+        if compiles(recipe, launch, session.accelerator.device):
             compile_blocks(model)
 
-    with watched(recipe, start.accelerator.process_index, "the building of the model"):
-        engine = build_engine(start.accelerator, launch, recipe.optim, recipe.data.global_batch_size)
+    with watched(recipe, session.accelerator.process_index, "the building of the model"):
+        engine = build_engine(session.accelerator, launch, recipe.optim, recipe.data.global_batch_size)
         # 1. Build the model block by block. Each block moves to its device, or is sharded, as soon as it has weights.
         engine.build(config, configure, fill, model_class)
         # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
@@ -185,7 +162,7 @@ def resume(recipe: Recipe, schedule: Schedule, start: Start, rows: Mapping[int, 
         engine.prepare(first.stage.frozen)
         # 4. Load the moments, unless the optimisers start afresh at this step.
         if reader and not first.starts_afresh:
-            engine.layout.load_moments(reader, start.state["optimizer_steps"])
+            engine.layout.load_moments(reader, session.state["optimizer_steps"])
         # 5. Start the averages: the checkpoint's, or the current weights.
         engine.start_averages(reader)
     return engine
@@ -199,12 +176,12 @@ def watched(recipe: Recipe, rank: int, work: str) -> Iterator[None]:
         yield
 
 
-def _check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
-    changed = conflicts(recipe, dict(contents.recipe))
+def _check_same_run(setup: TrainingSetup, contents: Contents) -> None:
+    changed = conflicts(setup.recipe, dict(contents.recipe))
     if changed:
         raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
-    step, samples, total = contents.state["step"], contents.state["samples_seen"], plan.schedule.total_steps
+    step, samples, total = contents.state["step"], contents.state["samples_seen"], setup.schedule.total_steps
     if total is not None and step > total:
         raise Damage(f"it is of step {step}, and the recipe has {total}")
-    if samples != step * plan.batch_size:
-        raise Damage(f"state.json has {samples} samples_seen in {step} steps of {plan.batch_size}")
+    if samples != step * setup.batch_size:
+        raise Damage(f"state.json has {samples} samples_seen in {step} steps of {setup.batch_size}")

@@ -1,4 +1,4 @@
-"""The stored features of a recipe: opened, and refused where they are of other shards or of another model."""
+"""The precomputed features of a recipe: opened, and refused where they are of other shards or of another model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,22 +17,22 @@ from flipscale.recipe.data import STORED_TOWERS
 from flipscale.recipe.recipe import Recipe
 
 
-def open_stored(
+def open_features(
     recipe: Recipe, source: Source, config: Any, tokenizer: PreTrainedTokenizerBase | None
 ) -> Mapping[str, StoredFeatures]:
-    """Return the stored features of each tower that is not run, `images` and `texts`.
+    """Return the precomputed features of each tower that is not run, `images` and `texts`.
 
     Raises:
         UserError: a field needs the images or the captions themselves, or the features are of another kind, other
             shards, another image size or other tokens. `initial_weights` compares the model.
     """
-    stored = {tower: _opened(recipe, tower, source) for tower in recipe.data.stored}
+    opened = {tower: _opened(recipe, tower, source) for tower in recipe.data.stored}
     sizes = {stage.image_size or config.vision_config.image_size for stage in recipe.stages}
     needed: dict[str, tuple[str, Any]] = {"images": ("image_size", sizes)}
-    if "texts" in stored and tokenizer is not None:
+    if "texts" in opened and tokenizer is not None:
         tokens = tokenise(tokenizer, [PROBE], config.caption_config.max_position_embeddings)
         needed["texts"] = ("tokens_digest", {weights_digest([tokens["input_ids"]])})
-    for tower, features in stored.items():
+    for tower, features in opened.items():
         name, values = needed[tower]
         found = features.about[tower].get(name)
         if any(found != value for value in values):
@@ -40,11 +40,11 @@ def open_stored(
                 f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe {[*values]}; embed "
                 "by the recipe's start weights, and set their tokenizer, and image_size of the stages"
             )
-    return stored
+    return opened
 
 
 def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Return the folder of each tower's stored features and the digest of its weights, by its name in the model."""
+    """Return the folder of each tower's features and the digest of its weights, by its name in the model."""
     about = {tower: read_about(Path(folder))[tower] for tower, folder in recipe.data.stored.items()}
     return {STORED_TOWERS[t]: (recipe.data.stored[t], found["weights_digest"]) for t, found in about.items()}
 

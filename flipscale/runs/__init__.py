@@ -1,0 +1,1 @@
+"""What surrounds the training loop: complete recipes, evaluations in training, and the end of a run."""

@@ -1,0 +1,100 @@
+"""The evaluations of a run: their checks before it, and their results in the training."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flipscale.engines.launch import place_in_world
+from flipscale.engines.slow_steps import StepWatch
+from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, parts_of
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.results import BEFORE, Result, append_results, as_metrics, drop_results_after
+from flipscale.evaluation.suite import check_decodable, check_image_sizes, evaluate_tasks, planned_tasks
+from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
+from flipscale.io.cores import decoding_workers
+from flipscale.io.errors import UserError
+from flipscale.recipe.recipe import Recipe
+from flipscale.runs.last_lines import draw_figures
+from flipscale.training.between_steps import Evaluation, Measurements
+from flipscale.training.session import Session
+from flipscale.training.setup import TrainingSetup, check_settings
+
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
+
+# Drawing takes a second or two, so an evaluation redraws only older figures.
+_FRESH_SECONDS = 300.0
+
+
+def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
+    """Return the tasks of a recipe, checked against its model, and the names of a classifier's classes; empty for other
+    models. Every process checks them by itself.
+
+    Raises:
+        UserError: the recipe or the data of a task cannot be used, a task needs a part that the model lacks, or the
+            classes are not those of the task or of the run's earlier starts.
+    """
+    from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
+
+    objective, config, _ = check_settings(recipe, place_in_world())
+    tasks = planned_tasks(recipe.eval)
+    check_image_sizes(recipe.eval, config.vision_config.patch_size)
+    parts = ("features", "head") if isinstance(objective, Classify) else parts_of(config)
+    for task in tasks:
+        task.check()
+        task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
+    names: list[str] = []
+    if objective.num_labels is not None:
+        names = training_class_names(recipe.data, objective.num_labels)
+        for task in tasks:
+            if task.needs in ("head", "answers") and read_class_names(task.data) != names:
+                raise UserError(f"{task.data} has other class names, or in another order, than the training shards")
+        refuse_other_class_names(Path(recipe.output_dir), names)
+    check_decodable(tasks, config.vision_config.image_size, *place_in_world())
+    return tasks, names
+
+
+class RunEvaluator:
+    """Evaluates the weights in training, and writes `results.jsonl`. An `Evaluator` of the loop.
+
+    Before the first step, tasks measure what the training may lose. A new head or decoder has nothing to lose.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], setup: TrainingSetup, session: Session, engine: "Engine", watch: StepWatch
+    ):
+        recipe, kind = setup.recipe.eval, Embedder if setup.objective.takes_text else ClassifierEmbedder
+        sizes = (recipe.batch_size, decoding_workers(recipe.num_workers))
+        self._embedder = kind(engine.model, setup.tokenizer, session.accelerator, *sizes, watch.alive)
+        self._run_dir, self._step_samples = Path(setup.recipe.output_dir), setup.batch_size
+        self._tasks = {task.name: task for task in tasks}
+        starts = setup.recipe.model.init_from is not None
+        self.evaluations = [
+            Evaluation(task.name, task.every_samples, starts and task.needs in ("texts", "features")) for task in tasks
+        ]
+        self._drawn = time.monotonic()
+        if session.accelerator.is_main_process:
+            drop_results_after(self._run_dir, session.step or -1)  # results before the first step have step 0
+
+    def __call__(self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float) -> Measurements:
+        """Collective. Return the numbers of evaluations. Those after 0 steps are of the untrained model."""
+        results = evaluate_tasks(self._embedder, [self._tasks[one.name] for one in evaluations])
+        if not num_steps:
+            results = [dataclasses.replace(result, who=BEFORE) for result in results]
+        if self._embedder.accelerator.is_main_process:
+            append_results(self._run_dir, results, num_steps, num_steps * self._step_samples, trained_seconds)
+            if time.monotonic() - self._drawn > _FRESH_SECONDS:
+                draw_figures(self._run_dir)
+                self._drawn = time.monotonic()
+        return Measurements(as_metrics(results), results_line(num_steps, results))
+
+
+def results_line(step: int, results: Sequence[Result]) -> str:
+    """Return the headline results of evaluations with their 95 % intervals."""
+    shown = [result for result in results if result.headline] or results
+    return f"step {step:,}: " + ", ".join(
+        f"{one.task} {one.shown}{', group_by_caption' * bool(one.made_by.get('group_by_caption'))} {one.estimate_text}"
+        for one in shown
+    )

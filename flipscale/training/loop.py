@@ -1,0 +1,100 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flipscale.training.between_steps import BetweenSteps, Evaluations, Evaluator, Saver
+from flipscale.training.schedule import Clock
+from flipscale.training.step import consume_batch
+from flipscale.training.sync import StepSync
+from flipscale.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
+    from flipscale.engines.slow_steps import StepWatch
+    from flipscale.training.preemption import StopRequest
+    from flipscale.training.schedule import Step
+    from flipscale.training.session import Session
+    from flipscale.training.setup import TrainingSetup
+
+
+class End(NamedTuple):
+    """The end of a start: the step that would follow, and whether a request stopped the run before its last step."""
+
+    step: Step
+    is_stopped: bool
+
+
+def train(
+    setup: TrainingSetup,
+    session: Session,
+    engine: Engine,
+    watch: StepWatch,
+    request: StopRequest,
+    evaluator: Evaluator,
+    flops: Mapping[str, Mapping[str, int]],
+    on_checkpoint: Callable[[int], None],
+) -> End:
+    """Collective. Take the remaining steps; evaluate and save between them.
+
+    Args:
+        flops: operations by stage name of a `pair` and, if captions are packed, of the text tower for a `row`; on the
+            main process.
+        on_checkpoint: called with the step of each checkpoint that is on disk.
+
+    Raises:
+        FloatingPointError: the loss stayed non-finite.
+        OSError: a checkpoint could not be written, or the data cannot be read.
+    """
+    recipe, schedule, accelerator = setup.recipe, setup.schedule, session.accelerator
+    run_dir, clock = Path(recipe.output_dir), Clock(schedule, session.state)
+    tracker = Tracker(setup, accelerator, watch, flops.get("pair", {}), flops.get("row"))
+    saver = Saver(setup, session, engine, tracker, on_checkpoint)
+    evaluations = Evaluations(evaluator, setup, engine, tracker)
+    between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps, watch)
+    sync = StepSync(accelerator, saver.writer, watch, request, session.step, schedule.budget_seconds)
+    tracker.start(session.step)
+    stops = False
+
+    with tracker, between:
+        evaluations.run(evaluations.before(clock.step), session.step)
+        for step, micro_batches, faults in watch.timed(setup.batches(clock, accelerator), session.step):
+            # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
+            if step.starts_afresh:
+                engine.restart(step.stage.frozen)
+            engine.recompute(recipe.recomputes(step.stage))
+            tracker.look(micro_batches)
+            loss = consume_batch(engine, micro_batches, setup.objective)
+            taken = sync.start(step, loss, engine.gradient_norm(), faults)
+            engine.step(step.learning_rate, taken)
+
+            # Results of the steps before, and of this one if the run pauses: write them, commit the open checkpoint.
+            upcoming = clock.advance(sync.pace)
+            session.check_lock()
+            due, saves = evaluations.due(upcoming), setup.save_is_due(upcoming)
+            settled = sync.settle(wait=saves or bool(due))
+            tracker.write(settled.results, upcoming)
+            if settled.failure is not None:
+                raise settled.failure
+            if settled.written:
+                saver.commit()
+            between.after_step(upcoming.number)
+
+            # Work between two steps: evaluate, save, stop.
+            evaluations.run(due, upcoming.number)
+            stops = settled.stop
+            if saves or settled.save or stops:
+                saver.save(upcoming)
+            if stops:
+                break
+
+        step = clock.step
+        with watch.paused("a save"):
+            saver.commit()
+        if not stops:
+            evaluations.run(evaluator.evaluations, step.number)
+        tracker.settle_energy(step.number)
+    return End(step, stops)
