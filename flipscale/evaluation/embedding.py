@@ -36,7 +36,7 @@ _MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
 # Operations of one core in the millisecond in which another core decodes an image of 500 x 400 pixels.
 _LIGHT_FLOPS = 3e7
 
-# An encoded image in place of none.
+# Placeholder image.
 GREY = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
 # Turns the bytes of an image and its row into the columns that the model takes; it may raise `UndecodableImage`.
 Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
@@ -70,17 +70,6 @@ class Share:
         """Return the rows of this process, int64 `(rows,)`."""
         rows = np.arange(self.count)
         return rows[rows // self.size % self.world == self.rank]
-
-    @property
-    def most(self) -> int:
-        """Number of rows of the first process; no process has more."""
-        return len(replace(self, rank=0).rows())
-
-    def places(self) -> torch.Tensor:
-        """Return the place of each row after a gather of `most` rows from each process."""
-        rows = torch.arange(self.count)
-        batch = rows // self.size
-        return batch % self.world * self.most + batch // self.world * self.size + rows % self.size
 
 
 class ChosenRows(TarSource):
@@ -307,8 +296,12 @@ class Embedder:
             share: its share, or the number of images.
         """
         share = share if isinstance(share, Share) else self.share(share)
-        padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
-        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
+        rows = [replace(share, rank=rank).rows() for rank in range(share.world)]
+        # No process has more rows than the first.
+        padded = torch.cat([mine, mine.new_zeros(len(rows[0]) - len(mine), *mine.shape[1:])])
+        parts = self.accelerator.gather(padded.to(self.accelerator.device)).cpu().split(len(rows[0]))
+        whole = torch.cat([part[: len(own)] for part, own in zip(parts, rows, strict=True)])
+        return whole[torch.from_numpy(np.concatenate(rows).argsort())]
 
     def total(self, counts: Sequence[int]) -> list[int]:
         """Collective. Return the sums over the processes."""

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shards
-from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
@@ -15,11 +14,6 @@ from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.suite import evaluate_tasks
 
 COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ring", 7, 9)]
-
-
-@pytest.fixture(scope="module")
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=4)
 
 
 @pytest.fixture

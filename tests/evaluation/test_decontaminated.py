@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import add_member, write_shards
 from evaluation.made_up_sets import write_overlap
-from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.decontaminated import with_clean_tasks
@@ -21,11 +20,6 @@ from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.suite import evaluate_tasks
 
 LEFT_OUT = [("00000.tar", 2), ("00001.tar", 0), ("00001.tar", 6)]
-
-
-@pytest.fixture(scope="module")
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=4)
 
 
 def without_by_hand(folder: Path, target: Path) -> None:

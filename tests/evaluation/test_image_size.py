@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import changed_recipe
-from evaluation.tiny_model import pixels_of, tiny_embedder
+from evaluation.tiny_model import pixels_of
 
 from flipscale.cli import main
 from flipscale.data.sources.tar import TarSource
@@ -16,11 +16,6 @@ from flipscale.evaluation.model_results import evaluate_model
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, check_image_sizes, evaluate_tasks
 from flipscale.runs.complete_recipe import parse_recipe
-
-
-@pytest.fixture
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=8)
 
 
 def test_images_of_another_size(embedder: Embedder, shards: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from evaluation.tiny_model import pixels_of, tiny_embedder
+from evaluation.tiny_model import pixels_of
 from processes import run
 
 from flipscale import cli
@@ -28,11 +28,6 @@ from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model.patches import patchify
 from flipscale.planning.flops import forward_flops
-
-
-@pytest.fixture(scope="module")
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=7)
 
 
 def test_the_row_alone_decides_a_mask() -> None:

@@ -181,11 +181,6 @@ def model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=64)
-
-
-@pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     write_shards(folder, [100, 1, 115], seed=1)

@@ -56,11 +56,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "results.jsonl"
 
 
-@pytest.fixture
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=8)
-
-
 def test_known_tasks_are_not_run_again(
     embedder: Embedder, path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

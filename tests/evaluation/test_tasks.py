@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_member
-from evaluation.tiny_model import pixels_of, tiny_embedder
+from evaluation.tiny_model import pixels_of
 
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
@@ -17,11 +17,6 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, planned_tasks
 from flipscale.recipe.outputs import EvalRecipe
-
-
-@pytest.fixture(scope="module")
-def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(tokenizer_dir, batch_size=7)
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:

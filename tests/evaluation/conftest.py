@@ -1,0 +1,13 @@
+"""The model that most tests of evaluations share."""
+
+from pathlib import Path
+
+import pytest
+from evaluation.tiny_model import tiny_embedder
+
+from flipscale.evaluation.embedding import Embedder
+
+
+@pytest.fixture(scope="module")
+def embedder(tokenizer_dir: Path) -> Embedder:
+    return tiny_embedder(tokenizer_dir, batch_size=7)
