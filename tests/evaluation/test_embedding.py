@@ -1,20 +1,14 @@
 """Images on their way to a model: shares of processes, workers, memory, and faults."""
 
 import dataclasses
-import gc
-import tarfile
-import tracemalloc
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import add_member
 from data.test_decode import picture, saved, sixteen_bits
-from evaluation.tiny_model import tiny_embedder
 from PIL import ExifTags, Image
 
 from flipscale.data.decode import decode_whole
@@ -135,51 +129,24 @@ def test_tasks_of_one_set_share_a_pass(
     assert together == [(task.name, evaluate_tasks(embedder, [task])) for task in tasks]
 
 
-def _live_bytes() -> int:
-    """The bytes of all plain tensors that live in this process, each storage once."""
-    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def test_only_tasks_that_share_a_pass_keep_its_embeddings(
+    embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[weakref.ref] = []
+    num_alive: list[int] = []
+    embedded = Embedder._embedded
 
+    def watched(self: Embedder, source: TarSource, features: str) -> Iterator[tuple[range, torch.Tensor]]:
+        for rows, output in embedded(self, source, features):
+            batches.append(weakref.ref(output))
+            num_alive.append(sum(batch() is not None for batch in batches))
+            yield rows, output
 
-def _memory_of_zero_shot(tokenizer_dir: Path, tmp_path: Path) -> dict[int, tuple[int, int]]:
-    """Return the bytes of tensors at the end, and the peak of Python's memory, for two numbers of images."""
-    embedder = tiny_embedder(tokenizer_dir, batch_size=7, projection_dim=64)
-    png = cv2.imencode(".png", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
-    peaks: dict[int, tuple[int, int]] = {}
-    for count in (420, 1680):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        with tarfile.open(folder / "0.tar", "w") as tar:
-            for number in range(count):
-                add_member(tar, f"{number:05d}.png", png)
-                add_member(tar, f"{number:05d}.cls", str(number % 4).encode())
-        (folder / "classnames.txt").write_text("red disc\nblue disc\nred bar\nblue bar\n")
-        (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
-        tasks = build_tasks([{"kind": "zero_shot", "data": str(folder)}])
-        evaluate_tasks(embedder, tasks)  # makes the caches
-        done = [0]
-        live: list[int] = []
-
-        def watch(news: int, count: int = count, done: list[int] = done, live: list[int] = live) -> None:
-            done[0] += news
-            if done[0] == count:
-                live.append(_live_bytes())
-
-        tracemalloc.start()
-        evaluate_tasks(dataclasses.replace(embedder, progress=watch), tasks)
-        peaks[count] = (live[0], tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    return peaks
-
-
-@pytest.mark.long
-def test_zero_shot_memory_does_not_grow_with_the_images(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Each image may take a label and its hits; an embedding alone would be 256 bytes.
-
-    In a process of its own, because pytest's objects and modules make garbage live longer.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        peaks = pool.submit(_memory_of_zero_shot, tokenizer_dir, tmp_path).result()
-    tensors, python = ((peaks[1680][which] - peaks[420][which]) / 1260 for which in (0, 1))
-    assert tensors <= 32
-    assert python < 64
+    monkeypatch.setattr(Embedder, "_embedded", watched)
+    task = {"kind": "zero_shot", "data": str(shards)}
+    evaluate_tasks(embedder, build_tasks([task]))
+    assert len(num_alive) == 16
+    assert max(num_alive) <= 2
+    evaluate_tasks(embedder, build_tasks([task, {**task, "name": "again"}]))
+    assert len(num_alive) == 32
+    assert num_alive[-1] >= 16

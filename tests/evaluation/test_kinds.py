@@ -232,15 +232,6 @@ def test_faces_without_objectives(tmp_path: Path) -> None:
         task.check()
 
 
-def test_faces_that_are_neither_white_nor_not(tmp_path: Path) -> None:
-    folder = write_faces(tmp_path / "set")
-    other = write_set(tmp_path / "other", 1, 1, lambda number, label: {"npy": npy(np.array([0, 0, 0, 2]))})
-    for file in folder.glob("*.txt"):
-        (other / file.name).write_text(file.read_text())
-    with pytest.raises(ValueError, match=r"0.tar#0 has race_binary 2 in KEY.npy"):
-        evaluated(other, kind="worst_group", groups="faces")
-
-
 def _evaluate(folder: str, out: str) -> None:
     faces = {"kind": "worst_group", "data": f"{folder}/faces", "groups": "faces"}
     whole = {"data": f"{folder}/all"}

@@ -1,7 +1,6 @@
 """Linear probes and few shots: against scikit-learn and traces by hand, on several processes, and bad input."""
 
 import json
-import shutil
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import add_member, flipscale, write_shards
+from conftest import add_member, write_shards
 from evaluation.tiny_model import tiny_embedder
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
@@ -36,7 +35,7 @@ from flipscale.evaluation.kinds.probe import (
     ridge,
 )
 from flipscale.evaluation.metrics import mean_per_class
-from flipscale.evaluation.model_results import read_lines
+from flipscale.evaluation.model_results import evaluate_model, read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 
@@ -297,30 +296,16 @@ def test_crops_are_those_of_seed_epoch_and_row(train: Path, embedder: Embedder) 
     assert torch.allclose(chosen, embedder.images(source)[torch.from_numpy(order)], atol=1e-6)
 
 
-@pytest.mark.long
-def test_evaluate_probes_models_and_baselines(
-    model: Path, train: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder with train/, test/ and class names; random weights and HOG are rows of the same table."""
-    for part, folder in (("train", train), ("test", shards)):
-        shutil.copytree(folder, tmp_path / "set" / part)
-        (tmp_path / "set" / part / "classnames.txt").rename(tmp_path / "set/classnames.txt")
-    monkeypatch.chdir(tmp_path)
-    models, options = (model, f"untrained:{model}", "hog"), ("--num_workers", "0")
-    task = ("--task", "{kind: probe, data: set, l2: 0.5}")
-    lars = ("--task", "{kind: probe, name: lars, data: set, solver: lars, lars: {batch_size: 200, epochs: 11}}")
-    done = flipscale("evaluate", *models, *task, *lars, *options, "--json")
-    assert done.returncode == 0, done.stderr
-    assert list(json.loads(done.stdout)) == [model.name, f"untrained:{model.name}", "hog"]
-    assert all(figures.keys() >= {"probe/top1", "lars/top1"} for figures in json.loads(done.stdout).values())
-    lines = read_lines(model / "results.jsonl")
-    assert [line.result.metric for line in lines] == ["top1", "mean_per_class"] * 2
-    assert lines[2].result.made_by.items() >= {"solver": "lars", "steps": 11, "batch_size": 200}.items()
-    # Other training images are another setting, so the task runs again.
-    write_shards(tmp_path / "set/train", [101, 1, 115], seed=1)
-    done = flipscale("evaluate", model, *task, *options)
-    assert done.returncode == 0, done.stderr
-    assert len(read_lines(model / "results.jsonl")) == 6
+def test_other_training_images_are_another_setting(embedder: Embedder, shards: Path, tmp_path: Path) -> None:
+    def probed_lines() -> int:
+        tasks = build_tasks([{"kind": "few_shot", "data": str(shards), "train": str(tmp_path / "train")}])
+        evaluate_model(embedder, "tiny", tmp_path / "results.jsonl", tasks)
+        return len(read_lines(tmp_path / "results.jsonl"))
+
+    write_shards(tmp_path / "train", [40], seed=1)
+    assert (probed_lines(), probed_lines()) == (4, 4)
+    write_shards(tmp_path / "train", [41], seed=1)
+    assert probed_lines() == 8
 
 
 def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
