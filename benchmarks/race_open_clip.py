@@ -50,6 +50,7 @@ from flipscale.io.atomic import atomic_write, new_folder, write_text
 from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import each
 from flipscale.io.text_table import markdown_table
+from flipscale.recipe.files import read_recipe
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.figures import draw_curves
@@ -190,7 +191,7 @@ class Race(RunFolder):
         self, arm: Arm, setting: Setting, run_dir: Path, seed: int, tasks: Sequence[dict[str, Any]] = ()
     ) -> Recipe:
         """Return flipscale's recipe of an arm, with a text tower of `TEXT`."""
-        fields = yaml.safe_load((RECIPES / f"{arm.recipe}.yaml").read_text(encoding="utf-8"))
+        fields = yaml.safe_load(read_recipe(str(RECIPES / f"{arm.recipe}.yaml"), Recipe))
         for tower, size in (("vision_config", VISION), ("text_config", TEXT)):
             fields["model"][tower] |= {
                 "hidden_size": size["width"], "intermediate_size": 4 * size["width"],

@@ -3,6 +3,7 @@
 import re
 import textwrap
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -16,11 +17,14 @@ class Recipes:
 
     def run(self) -> None:
         """Print a line for each recipe, then the launch commands, the last lines of their first comments."""
+        from flipscale.recipe.files import read_recipe
+        from flipscale.recipe.recipe import Recipe
+
         rows, launches = [["recipe", "size", "trains"]], dict[str, list[str]]()
         for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
-            text = file.read_text(encoding="utf-8")
-            *sentences, command = re.findall(r"^# (.*)", text.partition("\nmodel:")[0], re.MULTILINE)
-            model = yaml.safe_load(text)["model"]
+            lines = file.read_text(encoding="utf-8").splitlines()
+            *sentences, command = [line[2:] for line in takewhile(lambda line: line.startswith("# "), lines)]
+            model = yaml.safe_load(read_recipe(file.stem, Recipe))["model"]
             size = "own" if "hidden_size" in model.get("vision_config", {}) else model["size"]
             rows.append([file.stem, size, re.split(r"[:.;]( |$)", " ".join(sentences))[0]])
             launches.setdefault(command.replace(file.stem, "RECIPE"), []).append(file.stem)

@@ -52,13 +52,27 @@ find_recipe() {
   echo "$file"
 }
 
-# Copies recipe $2 into folder $1 once, and prints the path of the copy.
+merge_recipe='
+import sys
+from flipscale.recipe.files import read_recipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.training.console import report_user_errors
+with report_user_errors():
+    print(read_recipe(sys.argv[1], Recipe), end="")'
+
+# Copies recipe $2 into folder $1 once, merged into the recipes that it extends, and prints the path of the copy.
 freeze() {
   local copy file
   copy=$1/$(basename -- "$2" .yaml).yaml
   if [ ! -e "$copy" ]; then
     file=$(find_recipe "$2")
-    mkdir -p -- "$1" && cp -- "$file" "$copy.partial" && mv -- "$copy.partial" "$copy"
+    mkdir -p -- "$1"
+    if grep -q '^extends:' -- "$file"; then
+      "$PYTHON" -c "$merge_recipe" "$file" > "$copy.partial"
+    else
+      cp -- "$file" "$copy.partial"
+    fi
+    mv -- "$copy.partial" "$copy"
   fi
   echo "$copy"
 }

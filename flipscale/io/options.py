@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -128,27 +127,6 @@ def check_entries(content: Any, kinds: dict[str, Any], file: Path, remedy: str) 
         if not is_of or (allowed and value not in allowed):
             expected = f"{base.__name__} {allowed}".strip()
             raise UserError(f"{file} is damaged: {name} is {value!r:.60}; expected {expected}; {remedy}")
-
-
-def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
-    """Raise UserError unless a recipe file, or its part at a field `path`, has mappings for sections, with known fields
-    of the type `hint` only."""
-    if get_origin(hint) is list and isinstance(content, list):
-        for number, element in enumerate(content):
-            check_fields(element, get_args(hint)[0], f"{path}[{number}]", file)
-    if not dataclasses.is_dataclass(hint) or not isinstance(hint, type):
-        return
-    if not isinstance(content, dict):
-        what = f"{content!r:.60}" if content else "empty"
-        raise UserError(f"{file}: {path or 'the recipe'} is {what}; it must have fields, such as name: value")
-    hints = get_type_hints(hint)
-    for name, value in content.items():
-        inner = f"{path}.{name:.60}" if path else f"{name:.60}"
-        if name not in hints and name != "<<":
-            near = difflib.get_close_matches(name, hints, 1)
-            fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(hints)}"
-            raise UserError(f"{file}: {inner} is no field of a recipe; {fix}")
-        check_fields(value, hints.get(name), inner, file)
 
 
 def parser_message(error: Exception) -> str:

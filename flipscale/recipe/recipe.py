@@ -6,15 +6,15 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 
 from flipscale.io.errors import UserError
-from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_fields, check_ranges, parser_message
-from flipscale.io.yaml_text import check_yaml, read_outline
+from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_ranges, parser_message
+from flipscale.io.yaml_text import check_yaml
 from flipscale.recipe.data import STORED_TOWERS, DataRecipe, MaskRecipe
+from flipscale.recipe.files import read_recipe, recipe_names
 from flipscale.recipe.flags import unknown_flag, with_stages
 from flipscale.recipe.loss import LossRecipe
 from flipscale.recipe.model import ModelRecipe
@@ -23,8 +23,6 @@ from flipscale.recipe.outputs import CostRecipe, EvalRecipe, HubRecipe, LogRecip
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 # {"learned": False} marks a field that does not change what is learned: it may differ at a resume, and the model card
 # leaves it out. {"place": True} marks a path or a name, which the card shortens. {"before": value} gives the value of a
@@ -101,14 +99,13 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
             own: dict[str, Any] = {"prog": f"flipscale {verb}", "usage": usage, "exit_on_error": False}
             super().__init__(**(own | {"allow_abbrev": False} | options))
 
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     start = " from the weights of `model.init_from`" if verb == "finetune" else ""
     parser = RecipeParser(
         description=f"Train a model{start} as a recipe says. Every field of a recipe is also a flag, which overrides "
         "the file. Texts, numbers, lists and mappings are written as in YAML. --dry_run prints the memory and the time "
         "that the run needs: flipscale pretrain --dry_run --help.",
     )
-    parser.add_argument("--config", action="config", help=f"A recipe file, or one of these names: {names}.")
+    parser.add_argument("--config", action="config", help=f"A recipe file, or one of these names: {recipe_names()}.")
     parser.add_class_arguments(Recipe)
     helps = dict.fromkeys(_section_flags(), ("MAPPING", "Several fields of this section: '{FIELD: VALUE, ...}'."))
     helps["--print_config"] = ("", "Print the whole recipe, with defaults and other flags applied, and exit.")
@@ -142,10 +139,7 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
     for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
         if flag == "--config":
-            file = _recipe_file(word)
-            outline = read_outline(file)
-            words[number] = word if file == Path(word) else str(file)  # ./-x.yaml would lose its ./
-            check_fields(outline, Recipe, "", str(file))
+            words[number] = read_recipe(word, Recipe)
         elif flag in _section_flags() and not word.startswith("{"):
             raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
         elif word.startswith(("{", "[", "&")):
@@ -171,17 +165,6 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     frozen = dict.fromkeys([*model.frozen, *map(STORED_TOWERS.__getitem__, data.stored)])
     model = dataclasses.replace(model, frozen=[*frozen])
     return dataclasses.replace(recipe, model=model, data=dataclasses.replace(data, lanes=data.num_lanes))
-
-
-def _recipe_file(name: str) -> Path:
-    file, named = Path(name), RECIPES / f"{name}.yaml"
-    with suppress(OSError, ValueError):  # too long for a name, or a NUL byte in it
-        if file.exists():
-            return file
-        if "/" not in name and named.exists():
-            return named
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise UserError(f"recipe {name[:200]!r} is neither a file nor one of {names}")
 
 
 def to_yaml(recipe: Recipe) -> str:

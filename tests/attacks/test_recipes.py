@@ -39,6 +39,11 @@ def written(content: str | bytes) -> Make:
     return lambda folder: text("odd.yaml", content)(folder) or ["pretrain", "--config", "odd.yaml"]
 
 
+def extending(content: str) -> Make:
+    """A recipe that extends a recipe of this text."""
+    return lambda folder: text("base.yaml", content)(folder) or written("extends: base.yaml\n")(folder)
+
+
 def flags(*words: str) -> Make:
     """The good recipe and these flags."""
     return lambda folder: [*recipe()(folder), *words]
@@ -221,6 +226,11 @@ ATTACKS = [
     row("a list at the top", written("- seed: 1\n"), "odd.yaml"),
     row("100 MB", written(b"#" * 100_000_000), "odd.yaml", "100,000,000", megabytes=400, alone=True),
     row("a folder for a recipe", lambda f: [(f / "odd").mkdir(), "pretrain", "--config", "odd"][1:], "odd", "folder"),
+    row("a recipe that extends itself", written("extends: odd.yaml\n"), "odd.yaml", "extends"),
+    row("a recipe that extends nothing", written("extends: none.yaml\n"), "odd.yaml", "extends 'none.yaml'"),
+    row("a recipe that extends two", written("extends: [small_cpu, small_gpu]\n"), "odd.yaml", "extends", "small_cpu"),
+    row("a list that extends a section", written("extends: small_cpu\noptim: [1]\n"), "odd.yaml", "optim"),
+    row("an unknown key of the extended recipe", extending("optim: {weigth_decay: 1}\n"), "base.yaml", "weigth_decay"),
     row("an unknown key", written("optim: {weigth_decay: 1}\n"), "optim.weigth_decay"),
     # What is needed at the end.
     row("a tracker that is not installed", recipe(log={"report_to": ["aim"]}), "aim"),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import launch
 
 import flipscale
@@ -82,14 +83,13 @@ def test_every_launch_file_can_be_planned_with(site: Path) -> None:
 
 
 def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
-    script = (
-        "PYTHON="
-        + sys.executable
-        + "; LAUNCH_FILE=ds_configs/ddp.yaml; source slurm/run.bash; cat $(freeze runs small_cpu)"
-    )
-    done = launch(["bash", "-c", script], site / "work", **path_of(site))
+    names = "small_cpu b16_laion400m"
+    script = f"LAUNCH_FILE=ds_configs/ddp.yaml; source slurm/run.bash; for name in {names}; do freeze runs $name; done"
+    done = launch(["bash", "-c", f"PYTHON={sys.executable}; {script}"], site / "work", **path_of(site))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
+    small, extended = (site / "work" / file for file in done.stdout.split())
+    assert small.read_text() == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
+    assert yaml.safe_load(extended.read_text())["data"]["tokenizer"] == "bert"
 
 
 def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, refused: Callable[..., str]) -> None:

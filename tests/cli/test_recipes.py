@@ -13,13 +13,18 @@ from conftest import metrics
 
 from flipscale.cli import main
 from flipscale.objectives.build import build_config
-from flipscale.recipe.recipe import RECIPES, Recipe, deciding_part, differences, to_yaml
+from flipscale.recipe.files import RECIPES
+from flipscale.recipe.recipe import Recipe, deciding_part, differences, parse_fields, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = str(EXAMPLES / "demo/demo.yaml")
-FILES = [file for file in (*RECIPES.glob("*.yaml"), *EXAMPLES.glob("*/*.yaml")) if "\nmodel:" in file.read_text()]
+FILES = [
+    file
+    for file in (*RECIPES.glob("*.yaml"), *EXAMPLES.glob("*/*.yaml"))
+    if re.search("^(model|extends):", file.read_text(), re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.stem)
@@ -32,6 +37,23 @@ def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     assert parse_recipe(["--config", str(tmp_path / "again.yaml")]) == recipe
     assert differences(recipe, yaml.safe_load(to_yaml(recipe))) == []
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "extends: small_cpu\nmodel: {text_config: {hidden_size: 64}}\noptim: {weight_decay: 1e-2}\nseed: 3\n"
+    )
+    (tmp_path / "sub/own.yaml").write_text(
+        "# Own.\nextends: ../base.yaml\nmodel: {text_config: {pooling: first}}\nstages: [{name: a, samples: 512}]\n"
+    )
+    own, package = (parse_fields(["--config", name]) for name in (str(tmp_path / "sub/own.yaml"), "small_cpu"))
+    assert own.model.text_config == {**package.model.text_config, "hidden_size": 64, "pooling": "first"}
+    assert (own.optim.name, own.optim.weight_decay, own.seed) == ("muon", 0.01, 3)
+    assert [stage.name for stage in own.stages] == ["a"], "a list replaces the other"
+    assert own.data == package.data
+    assert "extends" not in to_yaml(own)
+    assert parse_fields(["--config", str(tmp_path / "sub/own.yaml"), "--seed", "4"]).seed == 4
 
 
 def test_the_vocabulary_follows_the_tokenizer(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.recipe.recipe import RECIPES, to_yaml
+from flipscale.recipe.files import RECIPES
+from flipscale.recipe.recipe import to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 

@@ -7,9 +7,9 @@ import yaml
 from cli.pages import ROOT
 from conftest import metrics, pretrain
 
+from flipscale.recipe.files import RECIPES
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import LogRecipe
-from flipscale.recipe.recipe import RECIPES
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import Clock, Pace, Schedule, plan_stages
 from flipscale.training.tracking import Intervals
