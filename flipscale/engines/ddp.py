@@ -31,7 +31,7 @@ class DdpEngine(Engine):
             self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    def _sharers(self) -> dist.ProcessGroup | None:
+    def _muon_group(self) -> dist.ProcessGroup | None:
         world, count = self.accelerator.num_processes, self.launch.neighbours
         if self.recipe.name != "muon" or world == 1:
             return None

@@ -256,7 +256,7 @@ class Engine:
         self.wrapped = self._wrap()
         self._parameters = list(self.model.parameters())
         muon_dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
-        self.optimizers = build_optimizers(self.model, self.recipe, muon_dtype, self._sharers())
+        self.optimizers = build_optimizers(self.model, self.recipe, muon_dtype, self._muon_group())
         self.layout.optimizers = self.optimizers
 
     def _freeze(self, frozen: Sequence[str]) -> None:
@@ -291,7 +291,7 @@ class Engine:
     def _wrap(self) -> Any:
         return self.model
 
-    def _sharers(self) -> dist.ProcessGroup | None:
+    def _muon_group(self) -> dist.ProcessGroup | None:
         """Collective. Return the processes that share Muon's work on whole matrices; None if each does all of it."""
         return None
 

@@ -121,8 +121,8 @@ class Fsdp2Engine(Engine):
 
     def gradient_norm(self) -> torch.Tensor:
         # Groups with a copy each (HSDP) have the same gradients, so each sums its own.
-        holders = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
-        return gradient_norm(self._parameters, self.recipe.max_grad_norm, holders)
+        group = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
+        return gradient_norm(self._parameters, self.recipe.max_grad_norm, group)
 
 
 class _RowLayout(Layout):

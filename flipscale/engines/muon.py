@@ -6,7 +6,8 @@ work. One exchange without padding carries all shapes:
 - Whole matrices (DDP): the processes of one machine share the work, and every machine does all of it. H/14's 336
   matrices take 28 Tflop. An eighth of that takes 9 ms on an H100 at 40 % of its peak. Each process receives 1.9 GB,
   which stay on the machine. Sharing with all 256 processes would save 8 ms and send as much over the network.
-- Matrices sharded by rows (FSDP2): the holders of the rows share the work. Rows go to the computing process and back.
+- Matrices sharded by rows (FSDP2): the processes with the rows share the work. Rows go to the computing process and
+  back.
   Groups that hold a copy each (HSDP) all do the whole work, without messages between groups.
 """
 
@@ -34,7 +35,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         dtype: dtype of the iteration and of its messages.
-        sharers: processes that share the work on whole matrices; None if each does all of it.
+        group: processes that share the work on whole matrices; None if each does all of it.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float,
         dtype: torch.dtype,
-        sharers: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
-        self.sharers = sharers
+        self.group = group
         self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -61,11 +62,11 @@ class Muon(torch.optim.Optimizer):
             if not parameters:
                 continue
             self._move_momentum(parameters, group["momentum"])
-            holders = _holders(parameters[0])
-            if holders is None or dist.get_world_size(holders) == 1:
+            shards = _shard_group(parameters[0])
+            if shards is None or dist.get_world_size(shards) == 1:
                 updates = self._of_whole_ones(parameters, group["momentum"])
             else:
-                updates = self._of_shards(parameters, group["momentum"], holders)
+                updates = self._of_shards(parameters, group["momentum"], shards)
             kept: float | torch.Tensor = 1.0 - group["lr"] * group["weight_decay"]
             if self.found_inf is not None:
                 kept = torch.where(self.found_inf > 0.0, 1.0, kept)
@@ -107,22 +108,22 @@ class Muon(torch.optim.Optimizer):
         return orthogonal
 
     def _of_whole_ones(self, parameters: Sequence[nn.Parameter], momentum: float) -> list[torch.Tensor]:
-        """Return the orthogonal matrices of this process and of the other sharers."""
+        """Return the orthogonal matrices of this process and of the group's other processes."""
         shapes = tuple(parameter.shape for parameter in parameters)
-        count = 1 if self.sharers is None else dist.get_world_size(self.sharers)
-        takers, rank = share_out(shapes, count), dist.get_rank(self.sharers) if count > 1 else 0
-        mine = [parameter for parameter, taker in zip(parameters, takers, strict=True) if taker == rank]
+        count = 1 if self.group is None else dist.get_world_size(self.group)
+        owners, rank = assign_owners(shapes, count), dist.get_rank(self.group) if count > 1 else 0
+        mine = [parameter for parameter, owner in zip(parameters, owners, strict=True) if owner == rank]
         results = self._orthogonal([self._nesterov(parameter, momentum) for parameter in mine])
         if count == 1:
             return results
-        sizes = [[shape.numel() for shape, t in zip(shapes, takers, strict=True) if t == n] for n in range(count)]
+        sizes = [[shape.numel() for shape, t in zip(shapes, owners, strict=True) if t == n] for n in range(count)]
         own = local(parameters[0]).new_empty(max(map(sum, sizes)), dtype=self.dtype)
         if results:
             torch.cat([result.reshape(-1) for result in results], out=own[: sum(sizes[rank])])
         everyone = own.new_empty(count, len(own))
-        dist.all_gather_single(everyone.view(-1), own, self.sharers)
+        dist.all_gather_single(everyone.view(-1), own, self.group)
         parts = [iter(part[: sum(of)].split(of)) for part, of in zip(everyone, sizes, strict=True)]
-        return [next(parts[taker]).view(shape) for shape, taker in zip(shapes, takers, strict=True)]
+        return [next(parts[owner]).view(shape) for shape, owner in zip(shapes, owners, strict=True)]
 
     def _of_shards(
         self, parameters: Sequence[nn.Parameter], momentum: float, group: dist.ProcessGroup
@@ -131,14 +132,14 @@ class Muon(torch.optim.Optimizer):
         count, rank = dist.get_world_size(group), dist.get_rank(group)
         shapes = tuple(parameter.shape for parameter in parameters)
         # A process without rows of any matrix takes no matrix.
-        takers = share_out(shapes, max(-(-s[0] // _rows(s, 0, count)) for s in shapes))
-        order = sorted(range(len(shapes)), key=takers.__getitem__)
+        owners = assign_owners(shapes, max(-(-s[0] // _rows(s, 0, count)) for s in shapes))
+        order = sorted(range(len(shapes)), key=owners.__getitem__)
         held = [self._nesterov(parameters[number], momentum) for number in order]
         to_send = [0] * count
         for number, rows in zip(order, held, strict=True):
-            to_send[takers[number]] += rows.numel()
-        mine = [shapes[number] for number in order if takers[number] == rank]
-        rows_of = [tuple(_rows(shape, holder, count) for shape in mine) for holder in range(count)]
+            to_send[owners[number]] += rows.numel()
+        mine = [shapes[number] for number in order if owners[number] == rank]
+        rows_of = [tuple(_rows(shape, other, count) for shape in mine) for other in range(count)]
         to_receive = [sum(n * s[1] for n, s in zip(rows, mine, strict=True)) for rows in rows_of]
         received = _exchange(torch.cat([rows.reshape(-1) for rows in held]), to_send, to_receive, group)
         results = self._orthogonal(_from_rows(received, rows_of, mine))
@@ -161,16 +162,16 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def share_out(shapes: tuple[torch.Size, ...], count: int) -> list[int]:
+def assign_owners(shapes: tuple[torch.Size, ...], count: int) -> list[int]:
     """Assign each matrix to one of `count` processes: the largest first, each to the process with the least work."""
-    takers = [0] * len(shapes)
-    work = [(0, taker) for taker in range(count)]
+    owners = [0] * len(shapes)
+    work = [(0, owner) for owner in range(count)]
     sides = [sorted(shape) for shape in shapes]
     operations = [_ITERATIONS * short * short * (4 * long + 2 * short) for short, long in sides]
     for number in sorted(range(len(shapes)), key=lambda number: -operations[number]):
-        done, takers[number] = work[0]
-        heapq.heapreplace(work, (done + operations[number], takers[number]))
-    return takers
+        done, owners[number] = work[0]
+        heapq.heapreplace(work, (done + operations[number], owners[number]))
+    return owners
 
 
 def buffer_elements(shapes: Sequence[torch.Size], count: int, is_sharded: bool) -> int:
@@ -181,8 +182,8 @@ def buffer_elements(shapes: Sequence[torch.Size], count: int, is_sharded: bool) 
     if not shapes:
         return 0
     parts = [0] * count
-    for shape, taker in zip(shapes, share_out(tuple(shapes), count), strict=True):
-        parts[taker] += shape.numel()
+    for shape, owner in zip(shapes, assign_owners(tuple(shapes), count), strict=True):
+        parts[owner] += shape.numel()
     # Momentum, results and flat results of the process's own matrices; then all results, or the results' own rows.
     own = max(parts)
     exchanged = sum(_rows(s, 0, count) * s[1] for s in shapes) * 3 if is_sharded else count * own
@@ -196,17 +197,17 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _holders(parameter: nn.Parameter) -> dist.ProcessGroup | None:
-    """Return the processes that hold the rows of a matrix; None for a whole matrix."""
+def _shard_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    """Return the processes that have the rows of a matrix; None for a whole matrix."""
     from torch.distributed.tensor import DTensor  # an engine that shards has imported this
 
     return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
 
 
-def _rows(shape: torch.Size, holder: int, count: int) -> int:
-    """Return the number of a matrix's rows on one of its holders: equal on all but the last holders."""
+def _rows(shape: torch.Size, rank: int, count: int) -> int:
+    """Return the number of a matrix's rows on one of `count` ranks: equal on all but the last ones."""
     most = -(-shape[0] // count)
-    return min(most, max(shape[0] - holder * most, 0))
+    return min(most, max(shape[0] - rank * most, 0))
 
 
 def _exchange(values: torch.Tensor, to_send: list[int], to_receive: list[int], group: Any) -> torch.Tensor:
@@ -219,7 +220,7 @@ def _exchange(values: torch.Tensor, to_send: list[int], to_receive: list[int], g
 def _from_rows(
     received: torch.Tensor, rows_of: Sequence[tuple[int, ...]], shapes: Sequence[torch.Size]
 ) -> list[torch.Tensor]:
-    """Return matrices from the holders' messages, which each have rows of every matrix."""
+    """Return matrices from the processes' messages, which each have rows of every matrix."""
     pieces: list[list[torch.Tensor]] = [[] for _ in shapes]
     at = 0
     # Neighbours with equally many rows are copied together, so the number of copies does not grow with processes.
@@ -235,7 +236,7 @@ def _from_rows(
 def _into_rows(
     matrices: Sequence[torch.Tensor], rows_of: Sequence[tuple[int, ...]], like: torch.Tensor
 ) -> torch.Tensor:
-    """Return the messages back to the holders: the inverse of `_from_rows`."""
+    """Return the messages back to the processes: the inverse of `_from_rows`."""
     if not matrices:
         return like.new_empty(0)
     flat, at, parts = [matrix.reshape(-1) for matrix in matrices], [0] * len(matrices), []

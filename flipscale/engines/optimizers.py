@@ -115,13 +115,13 @@ def build_optimizers(
     model: nn.Module,
     recipe: OptimRecipe,
     muon_dtype: torch.dtype = torch.bfloat16,
-    sharers: dist.ProcessGroup | None = None,
+    muon_group: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Return the optimisers of all trainable parameters. `set_learning_rate` sets their rates before each step.
 
     Args:
         muon_dtype: dtype of Muon's iteration.
-        sharers: processes that share Muon's work on whole matrices; None if each does all of it.
+        muon_group: processes that share Muon's work on whole matrices; None if each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio, recipe.part_lr_ratios)
@@ -133,7 +133,7 @@ def build_optimizers(
             for group in _alike({name: scales[name] for name in parameters if name in names})
         ]
         if matrices:
-            optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype, sharers))
+            optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype, muon_group))
         parameters = {name: parameter for name, parameter in parameters.items() if name not in names}
     decayed = decays(model)
     groups = [
@@ -164,8 +164,8 @@ def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:
     """Return the bytes of Muon's step on the fullest process, besides weights, gradients and momentum."""
     names, is_sharded = muon_matrices(model), launch.engine == "fsdp2"
     shapes = [parameter.shape for name, parameter in model.named_parameters() if name in names]
-    sharers = (launch.shard_size or launch.num_processes) if is_sharded else launch.neighbours
-    return buffer_elements(shapes, sharers, is_sharded) * (2 if launch.bf16 else 4)
+    count = (launch.shard_size or launch.num_processes) if is_sharded else launch.neighbours
+    return buffer_elements(shapes, count, is_sharded) * (2 if launch.bf16 else 4)
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -190,18 +190,18 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
 
 @torch.no_grad()
 def gradient_norm(
-    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, holders: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
     """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
 
-    Collective over `holders`, which together hold every gradient once. With None, each process has all gradients.
+    Collective over `group`, which together hold every gradient once. With None, each process has all gradients.
     """
     shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     gradients = [gradient for gradient in shards if gradient.numel()]
     norm = nn.utils.get_total_norm(gradients) if gradients else shards[0].new_zeros(())
-    if holders is not None:
+    if group is not None:
         square = norm.square()
-        dist.all_reduce(square, group=holders)
+        dist.all_reduce(square, group=group)
         norm = square.sqrt()
     if max_grad_norm is not None and gradients:
         # Also with a factor of 1, which changes no bit, because the host would wait for a check.

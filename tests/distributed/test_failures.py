@@ -148,7 +148,7 @@ def test_all_end_after_a_kill_although_they_are_stuck(write_recipe, tmp_path: Pa
     assert "flipscale: error: " not in printed
 
 
-def fail_together(file: str, folder: str, last: int | None) -> None:
+def fail_together(file: str, folder: str, last: int) -> None:
     """Train on two processes that fail alike at the first batch; the rank `last` knows of the other's failure."""
     from flipscale.engines import watchdog
     from flipscale.training import loop
@@ -164,8 +164,8 @@ def fail_together(file: str, folder: str, last: int | None) -> None:
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
-@pytest.mark.parametrize("last", [None, 1, 0])
-def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, last: int | None) -> None:
+@pytest.mark.parametrize("last", [1, 0])
+def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, last: int) -> None:
     ranks = start_ranks(2, fail_together, str(write_recipe(tmp_path / "run")), str(tmp_path), last)
     for rank in ranks:
         rank.join(300)
@@ -212,7 +212,6 @@ def _processes_of(variable: str) -> list[str]:
 
 def stop(file: str, folder: str, where: str) -> None:
     """Train on two processes; rank 1 is stopped outside of a step."""
-    from flipscale import pretrain
     from flipscale.engines import watchdog
     from flipscale.engines.checkpoint import CheckpointWriter
     from flipscale.runs import evaluations
@@ -222,10 +221,8 @@ def stop(file: str, folder: str, where: str) -> None:
     watchdog.time = clock = Clock()
     owner, name = {
         "the start of the processes": (session, "start_accelerator"),
-        "the building of the model": (session, "build_engine"),
         "an evaluation": (evaluations, "evaluate_tasks"),
         "a save": (CheckpointWriter, "save"),
-        "the export": (pretrain, "finish"),
     }[where]
     true = getattr(owner, name)
 
@@ -243,10 +240,8 @@ def stop(file: str, folder: str, where: str) -> None:
     ("where", "silent"),
     [
         pytest.param("the start of the processes", "", marks=pytest.mark.long),
-        pytest.param("the building of the model", "; rank 1 does not run any more", marks=pytest.mark.long),
         ("an evaluation", "; rank 1 does not run any more"),
         pytest.param("a save", "; rank 1 does not run any more", marks=pytest.mark.long),
-        pytest.param("the export", "; rank 1 does not run any more", marks=pytest.mark.long),
     ],
 )
 def test_a_process_that_was_stopped_is_not_waited_for(

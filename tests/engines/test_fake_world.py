@@ -20,7 +20,7 @@ from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
-from flipscale.engines.muon import Muon, buffer_elements, share_out
+from flipscale.engines.muon import Muon, assign_owners, buffer_elements
 from flipscale.engines.start import engine_class
 from flipscale.model import FlipConfig
 from flipscale.recipe.optim import OptimRecipe
@@ -105,10 +105,10 @@ def h14_shapes(divisor: int = 1) -> tuple[torch.Size, ...]:
     return tuple(found)
 
 
-def muon_step(matrices: list[nn.Parameter], sharers: dist.ProcessGroup | None) -> Recorder:
+def muon_step(matrices: list[nn.Parameter], group: dist.ProcessGroup | None) -> Recorder:
     for matrix in matrices:
         matrix.grad = torch.ones_like(matrix)
-    muon = Muon(matrices, 0.1, 0.95, torch.bfloat16, sharers)
+    muon = Muon(matrices, 0.1, 0.95, torch.bfloat16, group)
     with Recorder() as recorder:
         muon.step()
     return recorder
@@ -124,10 +124,10 @@ def test_muon_under_ddp_receives_each_matrix_once(world: int) -> None:
             OptimRecipe(name="muon"),
             world,
         )
-        sharers = engine._sharers()
-        assert sharers is not None
-        assert dist.get_process_group_ranks(sharers) == list(range(world - 8, world))
-        operations = muon_step([nn.Parameter(torch.ones(shape)) for shape in shapes], sharers)
+        group = engine._muon_group()
+        assert group is not None
+        assert dist.get_process_group_ranks(group) == list(range(world - 8, world))
+        operations = muon_step([nn.Parameter(torch.ones(shape)) for shape in shapes], group)
     useful = sum(shape.numel() for shape in shapes)
     ((name, _, received),) = operations.collectives
     assert name == "_allgather_base_"
@@ -147,8 +147,8 @@ def test_muon_of_rows_receives_no_more_than_it_needs(world: int) -> None:
             operations = muon_step(matrices, None)
             rows = sum(matrix.to_local().numel() for matrix in matrices)
         # The widest has 160 rows, so no more processes than that have a row.
-        takers = share_out(shapes, min(world, 160))
-        own = sum(shape.numel() for shape, taker in zip(shapes, takers, strict=True) if taker == rank)
+        owners = assign_owners(shapes, min(world, 160))
+        own = sum(shape.numel() for shape, owner in zip(shapes, owners, strict=True) if owner == rank)
         assert [name for name, *_ in operations.collectives] == ["alltoall_base_"] * 2
         assert sum(received for *_, received in operations.collectives) == rows + own
         counts.append(operations.counts["aten.cat"])
@@ -159,8 +159,8 @@ def test_muon_s_work_and_buffers_are_shared_equally() -> None:
     shapes = h14_shapes()
     for count in (8, 72):
         parts = [0] * count
-        for shape, taker in zip(shapes, share_out(shapes, count), strict=True):
-            parts[taker] += shape.numel()
+        for shape, owner in zip(shapes, assign_owners(shapes, count), strict=True):
+            parts[owner] += shape.numel()
         assert max(parts) < {8: 1.01, 72: 1.4}[count] * sum(parts) / count
     whole = sum(shape.numel() for shape in shapes)
     assert whole * 2 == pytest.approx(1.86e9, rel=0.01)

@@ -124,8 +124,7 @@ def test_stored_weights_are_those_of_from_pretrained(tmp_path: Path, dtype: torc
     assert same(started(folder, config=larger), from_pretrained(folder, config=larger))
 
 
-@pytest.mark.parametrize("kind", [FlipModel, ReconstructingFlipModel])
-@pytest.mark.parametrize("bias", [None, -10.0])
+@pytest.mark.parametrize(("kind", "bias"), [(FlipModel, -10.0), (ReconstructingFlipModel, None)])
 def test_missing_weights_are_drawn_as_by_from_pretrained(
     tmp_path: Path, kind: type[FlipModel], bias: float | None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -61,8 +61,8 @@ def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
 @pytest.mark.parametrize(
     ("engine", "flags"),
     [
-        *itertools.product(ENGINES, [(), (MUON,), (PARTS,), (MUON, PARTS)]),
-        *itertools.product(["ddp", "fsdp2"], KINDS),
+        *itertools.product(ENGINES, [(), (MUON, PARTS)]),
+        *(("ddp" if number % 2 else "fsdp2", flags) for number, flags in enumerate(KINDS)),
     ],
 )
 def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:
@@ -70,29 +70,22 @@ def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:
     # It reads the verdict on the step before.
     assert [where.partition(":")[0] for where in found.host_syncs] == ["engines/device.py"], found.host_syncs
     assert found.devices == {DEVICE.index}
+    assert {device for one in found.collectives for device in one.devices} == {"cuda"}
 
 
 def test_the_loss_does_as_much_in_any_world() -> None:
-    small, large, huge = (step("fsdp2", world, 1).loss_ops for world in (8, 256, 1024))
-    assert small == large == huge
+    small, large = (step("fsdp2", world, 1).loss_ops for world in (8, 1024))
+    assert small == large
     assert small.total() > 50
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("flags", [(), KINDS[1], KINDS[2], KINDS[4], KINDS[5]])
+@pytest.mark.parametrize(("engine", "flags"), [("fsdp2", ()), ("ddp", KINDS[1]), ("fsdp2", KINDS[4])])
 def test_texts_are_gathered_beside_the_image_tower(engine: str, flags: tuple[str, ...]) -> None:
     found, parts = step(engine, 8, 1, *flags), BATCH // 8 // 256 if PARTS in flags else 1
     (gather,) = (one for one in found.collectives if one.kind == "all_gather" and one.size == BATCH // 8 * DIM)
     assert gather.place.startswith("objectives/contrastive.py")
     # A third of the kernels are those of the forward passes. All but the last image tower's are done.
     assert (parts - 1) / parts * found.work.kernels / 4 < gather.kernels < found.work.kernels / 3
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_all_that_is_sent_is_on_the_accelerator(engine: str) -> None:
-    found = step(engine, 8, 1, MUON, PARTS)
-    assert found.collectives
-    assert {device for one in found.collectives for device in one.devices} == {"cuda"}
 
 
 @pytest.mark.parametrize("flags", [(), (PARTS,), ("--model.gradient_checkpointing=true",)])
