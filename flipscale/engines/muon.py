@@ -7,8 +7,7 @@ work. One exchange without padding carries all shapes:
   matrices take 28 Tflop. An eighth of that takes 9 ms on an H100 at 40 % of its peak. Each process receives 1.9 GB,
   which stay on the machine. Sharing with all 256 processes would save 8 ms and send as much over the network.
 - Matrices sharded by rows (FSDP2): the processes with the rows share the work. Rows go to the computing process and
-  back.
-  Groups that hold a copy each (HSDP) all do the whole work, without messages between groups.
+  back. Groups that hold a copy each (HSDP) all do the whole work, without messages between groups.
 """
 
 import functools

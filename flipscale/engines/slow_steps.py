@@ -280,31 +280,7 @@ def slow_step_record(accelerator: "Accelerator", window: Window, phases: PhaseLo
     """
     from accelerate.utils import gather_object
 
-    min_seconds = _SHARE * max(window.seconds - window.usual_s, 0.0)
-    collectives = recorded_collectives()
-    times = [time_ns for time_ns, _ in collectives if window.has(time_ns)]
-    names = [name for time_ns, name in collectives if window.has(time_ns)]
-    earlier = [time_ns for time_ns, _ in collectives if time_ns < window.first_ns][-_COMPARED:]
-    known = gather_object([(zlib.crc32(" ".join(names).encode()), len(names), len(earlier))])
-    slowest: Parting | None = None
-    place, collective = [window.first_ns, window.last_ns], None
-    if names and all(others[:2] == known[0][:2] for others in known):
-        compared = min(number for *_, number in known)
-        stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
-        # float64 holds differences of times, but not times since 1970 in nanoseconds.
-        everyones = np.array(gather_object([stamps]), dtype=np.int64)
-        seconds = (everyones - everyones[0, compared]) / 1e9
-        clocks, edges = seconds[:, :compared], seconds[:, compared:]
-        offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
-        slowest = find_parting(edges[:, 1:-1], offsets, min_seconds)
-        if slowest is not None:
-            collective = names[slowest.number]
-        else:
-            # All were slow in one place: after the same collective, or before the first.
-            shared = np.diff(edges, axis=1).min(axis=0)
-            slowest = Parting(int(shared.argmax()), None, float(shared.max()))
-            collective = names[slowest.number - 1] if slowest.number else None
-        place = stamps[compared + slowest.number :][:2]
+    slowest, place, collective = _find_slowest(window)
     here, whole = phases.seconds(*place), phases.seconds(window.first_ns, window.last_ns)
     for first, last in window.pauses:
         paused = phases.seconds(first, last)
@@ -330,6 +306,39 @@ def slow_step_record(accelerator: "Accelerator", window: Window, phases: PhaseLo
         "median": {name: statistics.median(rank[name] for rank in ranks) for name in spent},
         "ranks": ranks,
     }
+
+
+def _find_slowest(window: Window) -> tuple[Parting | None, tuple[int, int], str | None]:
+    """Collective. Return where an iteration was slow, its begin and end by this process's clock, and its collective.
+
+    Without equal records of collectives on all processes, this is None and the whole iteration.
+    """
+    from accelerate.utils import gather_object
+
+    collectives = recorded_collectives()
+    times = [time_ns for time_ns, _ in collectives if window.has(time_ns)]
+    names = [name for time_ns, name in collectives if window.has(time_ns)]
+    earlier = [time_ns for time_ns, _ in collectives if time_ns < window.first_ns][-_COMPARED:]
+    known = gather_object([(zlib.crc32(" ".join(names).encode()), len(names), len(earlier))])
+    if not names or any(others[:2] != known[0][:2] for others in known):
+        return None, (window.first_ns, window.last_ns), None
+    compared = min(number for *_, number in known)
+    stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
+    # float64 holds differences of times, but not times since 1970 in nanoseconds.
+    everyones = np.array(gather_object([stamps]), dtype=np.int64)
+    seconds = (everyones - everyones[0, compared]) / 1e9
+    clocks, edges = seconds[:, :compared], seconds[:, compared:]
+    offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
+    slowest = find_parting(edges[:, 1:-1], offsets, _SHARE * max(window.seconds - window.usual_s, 0.0))
+    if slowest is not None:
+        collective: str | None = names[slowest.number]
+    else:
+        # All were slow in one place: after the same collective, or before the first.
+        shared = np.diff(edges, axis=1).min(axis=0)
+        slowest = Parting(int(shared.argmax()), None, float(shared.max()))
+        collective = names[slowest.number - 1] if slowest.number else None
+    first, last = stamps[compared + slowest.number :][:2]
+    return slowest, (first, last), collective
 
 
 def slowest_ranks(record: dict[str, Any]) -> list[dict[str, Any]]:
