@@ -83,13 +83,23 @@ def make_weights(source: Source, shards: str, options: WeightOptions, folder: Pa
 
 
 def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.ndarray:
-    """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold."""
+    """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold.
+
+    A sample's score is its number in `scores`, its field of `KEY.json`, or the count of its first caption. It is NaN
+    for samples without one.
+    """
     if options.scores is not None:
         scores = _read_numbers("--scores", options.scores, source, "fiu")
     elif options.field is not None:
-        scores = _read_field(source, options.field, processes)
+        if not isinstance(source, TarSource):
+            raise UserError(f"--field is {options.field!r}, which reads KEY.json of tar shards; give --scores instead")
+        scores = _of_shards(_read_shard, source, options.field, processes)
+        if not np.isfinite(scores).any():
+            raise UserError(f"--field is {options.field!r}, which no KEY.json of {len(source)} samples has as a number")
     else:
-        scores = _count_captions(source, processes)
+        digests = _of_shards(_digest_captions, source, "", processes)
+        _, members, counts = np.unique(digests, return_inverse=True, return_counts=True)
+        scores = np.where(digests == 0, np.nan, counts[members].astype(np.float64))
     has_score = np.isfinite(scores)
     is_good = has_score if options.scores is not None else np.ones(len(scores), bool)
     is_weight = options.at_least is None and options.top is None
@@ -131,24 +141,8 @@ def _read_array(option: str, file: Path) -> np.ndarray:
         raise UserError(f"{option}: {file} cannot be read as an .npy file ({error}); write it with np.save") from error
 
 
-def _read_field(source: Source, field: str, processes: int) -> np.ndarray:
-    """Return a number of each sample's `KEY.json`, float64; NaN for samples without one."""
-    if not isinstance(source, TarSource):
-        raise UserError(f"--field is {field!r}, which reads KEY.json of tar shards; give --scores for a data set")
-    scores = _of_shards(_read_shard, source, field, processes)
-    if not np.isfinite(scores).any():
-        raise UserError(f"--field is {field!r}, which no KEY.json of {len(source)} samples has as a number")
-    return scores
-
-
-def _count_captions(source: Source, processes: int) -> np.ndarray:
-    """Return the number of samples with each sample's first caption, float64; NaN for samples without one."""
-    digests = _of_shards(_digest_captions, source, "", processes)
-    _, members, counts = np.unique(digests, return_inverse=True, return_counts=True)
-    return np.where(digests == 0, np.nan, counts[members].astype(np.float64))
-
-
 def _of_shards(function: Callable[[int], np.ndarray], source: Source, field: str, processes: int) -> np.ndarray:
+    """Return what `function` makes of each shard, in worker processes, one after the other."""
     shards = range(len(source.shard_sizes))
     with worker_pool(min(processes, len(shards)), _keep, (source, field)) as pool:
         return np.concatenate(list(each(pool.map(function, shards), "reading scores", "shards", len(shards))))

@@ -3,7 +3,6 @@
 `FOLDER/NAME` gets `test/*.tar`, `classnames.txt`, and `prepared.json`, which is written last and marks a whole set.
 """
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import SampleNumbers, reason_of
@@ -67,12 +67,10 @@ class HubFile:
         """Return whether `path` has the size and content that the Hub lists."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
-        kind, _, digest = self.digest.partition(":")
-        content = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        if self.digest.startswith("git:"):
+            return self.digest == f"git:{git_hash(path.read_bytes())}"
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                content.update(chunk)
-        return content.hexdigest() == digest
+            return self.digest == f"sha256:{sha_fileobj(file).hex()}"
 
 
 class _Plan(NamedTuple):
@@ -96,38 +94,36 @@ def prepare_tasks(folder: Path, pages: Sequence[TaskPage]) -> None:
         OSError: the Hub cannot be reached, or the disk is full.
     """
     plans: list[_Plan] = []
-    rows: list[list[str]] = []
+    rows = [["task", "images", "download", "licence of the images", "source"]]
     faults: dict[str, str] = {}
     for page in pages:
-        plan, state = None, "is prepared"
+        state = "is prepared"
         try:
-            plan = _plan(folder, page)
+            if plan := _plan(folder, page):
+                plans.append(plan)
+                state = size_text(plan.num_bytes)
         except ValueError as error:
-            faults[page.name], state = str(error), "not to be had"
-        if plan:
-            plans.append(plan)
-            state = size_text(plan.num_bytes)
+            faults[page.name], state = str(error), "unavailable"
         rows.append([page.name, f"{page.images:,}", state, page.licence, page.source.repo])
-    print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
+    print(plain_table(rows, numbers=(1, 2)))
     total, present = sum(plan.num_bytes for plan in plans), sum(plan.bytes_present for plan in plans)
     of_tables = sum(plan.num_bytes for plan in plans if plan.page.source.image)  # which become shards of the same size
     check_disk_space(folder, total - present + of_tables, "prepare fewer tasks with --only")
     if plans:
-        print(
-            f"\n{size_text(total - present)} to download into {folder}"
-            + (f", {size_text(present)} are there" if present else "")
-        )
+        there = f", {size_text(present)} are there" if present else ""
+        print(f"\n{size_text(total - present)} to download into {folder}{there}")
     with Progress(total, "tasks", "B") as progress:
         for plan in plans:
             try:
                 _prepare(folder / plan.page.name, plan, progress)
             except (ValueError, WrongFile) as error:
                 faults[plan.page.name] = str(error)
-    if len(faults) > 1:
-        print(*(f"{name}: {reason}" for name, reason in faults.items()), sep="\n")
+    if faults:
+        words = [f"{name}: {reason}" for name, reason in faults.items()]
+        if len(faults) == 1:
+            raise UserError(f"1 of {len(pages)} tasks is not prepared: {words[0]}")
+        print(*words, sep="\n")
         raise UserError(f"{len(faults)} of {len(pages)} tasks are not prepared, see above: {', '.join(faults)}")
-    for name, reason in faults.items():
-        raise UserError(f"{name} is not prepared: {reason}")
     print(f"{len(pages)} of {len(pages)} tasks are whole in {folder}")
 
 
@@ -408,46 +404,39 @@ def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str
     Raises:
         UserError: a column is missing, a row has no image or no class, or a file is damaged.
     """
-    from pyarrow import ArrowException
+    from datasets import ClassLabel, Features
+    from pyarrow import ArrowException, parquet
 
     try:
-        return _convert(files, out_dir, columns, name)
+        schema = parquet.read_schema(files[0])
+        for column in (columns.image, columns.label, *columns.clip, *filter(None, [columns.frame])):
+            if column not in schema.names:
+                raise UserError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
+        chosen = _middle_frames(files, columns) if columns.clip else None
+        total = sum(parquet.read_metadata(file).num_rows for file in files) if chosen is None else len(chosen)
+        samples = (
+            _sample(image, label, f"{name}: row {at} of its source")
+            for at, (image, label) in enumerate(_rows(files, [columns.image, columns.label]))
+            if chosen is None or at in chosen
+        )
+        num_shards = -(-total // IMAGES_PER_SHARD)
+        with atomic_write(out_dir) as partial, Progress(total, name, "images") as progress:
+            partial.mkdir(parents=True)
+            for shard in range(num_shards):
+                with tarfile.open(partial / f"{shard}.tar", "w") as tar:
+                    for at, (image, extension, label) in enumerate(islice(samples, IMAGES_PER_SHARD)):
+                        key = f"s{shard * IMAGES_PER_SHARD + at:07d}"
+                        add_member(tar, f"{key}.{extension}", image)
+                        add_member(tar, f"{key}.cls", str(label).encode())
+                        progress.update()
+            (partial / "nshards.txt").write_text(f"{num_shards}\n", encoding="utf-8")
+        label = Features.from_arrow_schema(schema)[columns.label]
+        return list(label.names) if isinstance(label, ClassLabel) else None
     except (ArrowException, KeyError, TypeError, OSError) as error:
         # pyarrow's OSErrors have no number; a full disk's have.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{name}: its tables cannot be read ({reason_of(error)}); the source has changed") from error
-
-
-def _convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:
-    from datasets import ClassLabel, Features
-    from pyarrow import parquet
-
-    schema = parquet.read_schema(files[0])
-    for column in (columns.image, columns.label, *columns.clip, *filter(None, [columns.frame])):
-        if column not in schema.names:
-            raise UserError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
-    chosen = _middle_frames(files, columns) if columns.clip else None
-    total = sum(parquet.read_metadata(file).num_rows for file in files) if chosen is None else len(chosen)
-    rows = enumerate(_rows(files, [columns.image, columns.label]))
-    samples = (
-        _sample(image, label, f"{name}: row {at} of its source")
-        for at, (image, label) in rows
-        if chosen is None or at in chosen
-    )
-    num_shards = -(-total // IMAGES_PER_SHARD)
-    with atomic_write(out_dir) as partial, Progress(total, name, "images") as progress:
-        partial.mkdir(parents=True)
-        for shard in range(num_shards):
-            with tarfile.open(partial / f"{shard}.tar", "w") as tar:
-                for at, (image, extension, label) in enumerate(islice(samples, IMAGES_PER_SHARD)):
-                    key = f"s{shard * IMAGES_PER_SHARD + at:07d}"
-                    add_member(tar, f"{key}.{extension}", image)
-                    add_member(tar, f"{key}.cls", str(label).encode())
-                    progress.update()
-        (partial / "nshards.txt").write_text(f"{num_shards}\n", encoding="utf-8")
-    label = Features.from_arrow_schema(schema)[columns.label]
-    return list(label.names) if isinstance(label, ClassLabel) else None
 
 
 def _middle_frames(files: Sequence[Path], columns: TaskSource) -> set[int]:

@@ -22,7 +22,6 @@ from flipscale.preparation.audit.scan import (
     BLANK,
     SEEN,
     Match,
-    Scan,
     commonest_captions,
     near_copies,
     open_in_worker,
@@ -101,12 +100,17 @@ def audit(
         matches = {}
         for number, (name, test) in enumerate(test_sets.items(), 1):
             matches[name] = overlaps(pool, scan_source(pool, test, number, name).images, number, scan.images)
-    states = scan.images["state"]
+    states, lengths = scan.images["state"], ("characters", "words", *(["tokens"] if tokenizer else []))
     figures = {
         "shards": shards,
         "samples": len(source),
         "unusable": scan.faults,
-        "captions": _caption_figures(scan, source, tokenizer is not None),
+        "captions": {
+            "captions": len(scan.captions),
+            "distinct": len(np.unique(scan.captions["digest"])),
+            "lengths": {kind: percentiles(scan.captions[kind]) for kind in lengths},
+            "commonest": commonest_captions(scan, source, _COMMONEST),
+        },
         "languages": language_figures(scan.sampled, len(source) > MOST_LANGUAGES),
         "gender": gender_figures(scan.words),
         "countries": {"rows": country_figures(scan.words), "ambiguous": sorted(lexicon().spelling.values())},
@@ -128,35 +132,25 @@ def audit(
     return figures
 
 
-def _caption_figures(scan: Scan, source: Source, has_tokens: bool) -> dict[str, Any]:
-    kinds = ("characters", "words", "tokens") if has_tokens else ("characters", "words")
-    return {
-        "captions": len(scan.captions),
-        "distinct": len(np.unique(scan.captions["digest"])),
-        "lengths": {kind: percentiles(scan.captions[kind]) for kind in kinds},
-        "commonest": commonest_captions(scan, source, _COMMONEST),
-    }
-
-
 def summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the names and values of the figures that matter most."""
     captions, images = figures["captions"], figures["images"]
-    rows = [
-        ("samples", figures["samples"]),
-        ("unusable samples", sum(fault["count"] for fault in figures["unusable"].values())),
-        ("captions", captions["captions"]),
-        ("different captions", captions["distinct"]),
-        ("images with the bytes of an earlier one", images["exact_copies"]),
-        ("other images that are nearly an earlier one", images["near_copies"]),
-        ("nearly blank images", images["nearly_blank"]),
-    ]
-    texts = [(name, f"{count:,}") for name, count in rows]
+    counts = {
+        "samples": figures["samples"],
+        "unusable samples": sum(fault["count"] for fault in figures["unusable"].values()),
+        "captions": captions["captions"],
+        "different captions": captions["distinct"],
+        "images with the bytes of an earlier one": images["exact_copies"],
+        "other images that are nearly an earlier one": images["near_copies"],
+        "nearly blank images": images["nearly_blank"],
+    }
+    rows = [(name, f"{count:,}") for name, count in counts.items()]
     named = [row for row in figures["languages"]["long"]["languages"] if row["language"] not in (UNSURE, NO_LETTERS)]
-    texts += [(f"{row['language']}, of captions of 25 letters and more", f"{row['share']:.1%}") for row in named[:1]]
+    rows += [(f"{row['language']}, of captions of 25 letters and more", f"{row['share']:.1%}") for row in named[:1]]
     for test in figures["tests"]:
         name = f"images of {test['name']} that are in the data, of {test['images']:,}"
-        texts.append((name, f"{test['exact'] + test['near']:,}"))
-    return texts
+        rows.append((name, f"{test['exact'] + test['near']:,}"))
+    return rows
 
 
 def _write(
