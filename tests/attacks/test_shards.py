@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import unix_socket
@@ -186,7 +187,7 @@ def sized(size: bytes) -> bytes:
 
 INDEX, MANIFEST = "00000.tar.index.npy", "shards.manifest"
 BAD_NAME = ("no tar header at byte",)
-ATTACKS = [
+QUICK = [
     row("a pax header of a million digits", BODY + about(b"x", b"1" * 10**6) + Z, 3, *BAD_NAME),
     row("a pax header of 30 MB", BODY + about(b"x", b"9" * 30_000_000) + Z, 3, *BAD_NAME, alone=True),
     row("a pax record of length 0", BODY + about(b"x", b"0 a=b\n") + Z, 3, *BAD_NAME),
@@ -246,6 +247,16 @@ ATTACKS = [
         "a folder, a FIFO, a socket and links as shards", trained(strange, 0.6), "folder", "FIFO", "socket", "link",
         check=records("a.tar", "b.tar", "c.tar", "d.tar", "e.tar"),
     ),
+    refused("a FIFO in the place of the manifest", in_place_of(MANIFEST, os.mkfifo), MANIFEST, "FIFO"),
+    refused("a folder in the place of the manifest", in_place_of(MANIFEST, os.mkdir), MANIFEST, "folder"),
+    refused("a manifest of nothing", trained(begins_behind_its_end), MANIFEST),
+    refused("a manifest that leads out of its folder", trained(leads_out), MANIFEST),
+    refused(
+        "a range of a trillion shards", lambda f: ["prepare", "index", f"{f}/{{0..999999999999}}.tar"], "10000000",
+    ),
+]  # fmt: skip
+# Each of these trains a model to its end.
+RUNS = [
     survived("a shard replaced by an older one of its length", trained(replaced(keep_time=False)), check=no_fault),
     survived(
         "a shard replaced by one of its length and time", trained(replaced(keep_time=True)),
@@ -255,17 +266,12 @@ ATTACKS = [
     survived("a FIFO in the place of an index", in_place_of(INDEX, os.mkfifo), check=no_fault),
     survived("a pickle in the place of an index", in_place_of(INDEX, pickled), check=no_fault),
     survived("an index that says a billion samples", in_place_of(INDEX, billion), check=no_fault),
-    refused("a FIFO in the place of the manifest", in_place_of(MANIFEST, os.mkfifo), MANIFEST, "FIFO"),
-    refused("a folder in the place of the manifest", in_place_of(MANIFEST, os.mkdir), MANIFEST, "folder"),
-    refused("a manifest of nothing", trained(begins_behind_its_end), MANIFEST),
-    refused("a manifest that leads out of its folder", trained(leads_out), MANIFEST),
-    refused(
-        "a range of a trillion shards", lambda f: ["prepare", "index", f"{f}/{{0..999999999999}}.tar"], "10000000",
-    ),
     survived(
         "a shard's name that is not UTF-8",
         trained(lambda data: os.rename(data / "00003.tar", os.fsencode(data) + b"/\xe9.tar")),
     ),
 ]  # fmt: skip
+ATTACKS = [*QUICK, *RUNS]
 
-test_attack = test_of(ATTACKS)
+test_attack = test_of(QUICK)
+test_attack_on_a_run = pytest.mark.long(test_of(RUNS))
