@@ -172,7 +172,7 @@ def test_a_stage_has_its_own_kinds(kinds_recipe: Callable[..., Path]) -> None:
     assert losses(run_dir)[-1] < 2.5
 
 
-@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("kind", ["infonce", pytest.param("sigmoid", marks=pytest.mark.long)])
 def test_two_captions_of_an_image_are_learned(kinds_recipe: Callable[..., Path], kind: str) -> None:
     flags = ["--loss.kind", kind, "--loss.captions_per_image", "2"]
     run_dir = pretrain(parse_recipe(["--config", str(kinds_recipe("two")), *flags]))

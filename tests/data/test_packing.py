@@ -99,6 +99,7 @@ def test_embeddings_and_gradients_are_those_of_padded_captions(name: str, attent
         assert torch.allclose(found["packed"][1][key], gradient, atol=1e-5), key
 
 
+@pytest.mark.long
 def test_a_compiled_tower_has_a_graph_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[int] = []
     compile_ = torch.nn.Module.compile
