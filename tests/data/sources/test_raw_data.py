@@ -4,10 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import cv2
 import datasets
+import numpy as np
 import pytest
+import yaml
 from conftest import write_shards
 
+from flipscale import cli
 from flipscale.data.sources.opening import open_source
 from flipscale.recipe.data import DataRecipe
 
@@ -21,8 +25,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path(folder).mkdir()
     for file in ("pictures/0.jpg", "pictures/0.txt", "list.csv", "list.jsonl"):
         Path(file).touch()
+    picture = cv2.imencode(".png", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    images = datasets.Dataset.from_dict({"image": [{"bytes": b"x"}], "text": ["a green bar"]}, features=features)
+    images = datasets.Dataset.from_dict(
+        {"image": 16 * [{"bytes": picture}], "text": 16 * ["a green bar"]}, features=features
+    )
     images.save_to_disk("saved")
     images.to_parquet("parts/0.parquet")
     return tmp_path
@@ -72,3 +79,11 @@ def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, toke
     recipe = parse_recipe(["--data.shards", "elsewhere", "--data.tokenizer", str(tokenizer_dir), *flags])
     assert (recipe.data.shards, recipe.data.sources[0].dataset) == (None, shards)
     assert open_source(recipe.data).read(0, 0).captions == (b"a green bar",)
+
+
+@pytest.mark.parametrize("shards", ["saved", pytest.param("parts", marks=pytest.mark.long)])
+def test_init_takes_data_sets(shards: str, here: Path) -> None:
+    cli.main(["prepare", "tokenizer", shards, "tokenizer", "--vocab_size", "40"])
+    cli.main(["init", "mine.yaml", "--shards", shards, "--tokenizer", "tokenizer", "--gpu", "h100", "--hours", "1"])
+    data = yaml.safe_load(Path("mine.yaml").read_text())["data"]
+    assert data["sources"] == [{"dataset": shards, "image_column": "image", "caption_columns": ["text"]}]
