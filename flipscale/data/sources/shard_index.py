@@ -142,17 +142,17 @@ def tar_members(file: BinaryIO) -> Iterator[tuple[str, int, int, str]]:
             raise Damaged(f"there is no tar header at byte {start}")
         if end > total:
             raise Damaged(f"it ends at byte {total}, inside a file that goes on to {end}")
-        yield member.name, member.offset_data, member.size, _trouble(member, file.fileno(), start)
+        yield member.name, member.offset_data, member.size, _unusable_because(member, file.fileno(), start)
 
 
-def _trouble(member: tarfile.TarInfo, file: int, start: int) -> str:
+def _unusable_because(member: tarfile.TarInfo, file: int, start: int) -> str:
     if not member.isreg() or member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers):
         return "links, sparse files and devices"
     if len(member.name) > _LONGEST_NAME:
         return "files with too long names"
     # Reading a sample also compares the header before it, which may follow others.
     before = member.offset_data - BLOCK
-    if before == start or announces(os.pread(file, BLOCK, before), member.size):
+    if before == start or is_header_of(os.pread(file, BLOCK, before), member.size):
         return ""
     return "files whose headers give different sizes"
 
@@ -180,7 +180,7 @@ def _damage(file: int, start: int, total: int) -> str:
     return f"there is no tar header at byte {start}"
 
 
-def announces(header: bytes, size: int) -> bool:
+def is_header_of(header: bytes, size: int) -> bool:
     """Return whether a block is the tar header of a file of `size` bytes."""
     # The usual form of the size first, because this is checked for each sample.
     if header[124:135] == b"%011o" % size:
@@ -332,22 +332,22 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
     left_out: dict[str, list[str]] = {}
     damage, run, last_key = [], 0, ""
     try:
-        for name, offset, size, trouble in tar_members(file):
+        for name, offset, size, reason in tar_members(file):
             dot = name.find(".", name.rfind("/") + 1)
             field = name[dot + 1 :].lower() if dot >= 0 else ""
             key = name[:dot] if dot >= 0 else name
             run, last_key = run + (key != last_key), key
             if field not in _MAX_BYTES:
                 continue
-            if trouble or size > _MAX_BYTES[field] or offset > _LAST_OFFSET:
-                left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
+            if reason or size > _MAX_BYTES[field] or offset > _LAST_OFFSET:
+                left_out.setdefault(reason or "files that are too long or too far from the start", []).append(name)
                 continue
             samples.setdefault(key, []).append((run, field, (offset // BLOCK, size)))
     except Damaged as error:
         damage.append(str(error))
     rows = []
     for key, files in samples.items():
-        for fields in _apart(files):
+        for fields in _samples_of_key(files):
             if fields is None:
                 left_out.setdefault("keys with files that follow each other and cannot be told apart", []).append(key)
             elif not fields.keys().isdisjoint(_IMAGES):
@@ -359,7 +359,7 @@ def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
     return np.array(rows, dtype="<u4").reshape(len(rows), *ROW), "; ".join(damage)
 
 
-def _apart(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
+def _samples_of_key(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
     """Yield the samples among the files of one key, each as (block, size) by field; None if they are ambiguous.
 
     The files are one sample, wherever they are, unless a field occurs twice. Then neighbouring files are samples, and

@@ -36,7 +36,7 @@ from flipscale.data.sources.shard_index import (
     NotAFile,
     Place,
     Places,
-    announces,
+    is_header_of,
     open_plain,
     places,
     size_and_time,
@@ -136,7 +136,7 @@ class TarSource(Source):
         """Return the JSON file directly after one of a sample's files, or before them. An index has no place for it
         beside a text file."""
         present = [place for place in (where.image, where.caption, where.class_number, where.array) if place]
-        with self._naming(shard):
+        with self._naming_shard(shard):
             file, start = self._opened(shard), min(present).offset - BLOCK
             name = os.pread(file, 100, where.image.offset - BLOCK).split(b"\0", 1)[0]
             header = name[: name.find(b".", name.rfind(b"/") + 1)] + b".json\0"
@@ -179,7 +179,7 @@ class TarSource(Source):
     def key(self, shard: int, number: int) -> str:
         """Return the key of sample `number` of shard `shard`, from the tar header before its image."""
         block = int(self._row(shard, number)[0, 0])
-        with self._naming(shard):
+        with self._naming_shard(shard):
             header = os.pread(self._opened(shard), 100, (block - 1) * BLOCK) if block else b""
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
@@ -206,11 +206,11 @@ class TarSource(Source):
             return [None] * (1 + len(texts))
         for text in texts:
             check_bytes(text.size if text else 0, MAX_TEXT_BYTES, "a text or an array")
-        with self._naming(shard):
+        with self._naming_shard(shard):
             return _read_places(self._opened(shard), [image, *texts])
 
     @contextmanager
-    def _naming(self, shard: int) -> Iterator[None]:
+    def _naming_shard(self, shard: int) -> Iterator[None]:
         """Name the shard in an error of a disk or network."""
         try:
             yield
@@ -257,7 +257,7 @@ class TarSource(Source):
         numbers = evenly(self.shard_sizes[shard], _CHECKED_SAMPLES)
         rows = [places(self._row(shard, number)) for number in numbers]
         files = [place for where in rows for place in (where.image, where.caption, where.class_number) if place]
-        return all(announces(os.pread(file, BLOCK, max(offset - BLOCK, 0)), size) for offset, size in files)
+        return all(is_header_of(os.pread(file, BLOCK, max(offset - BLOCK, 0)), size) for offset, size in files)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -296,7 +296,7 @@ def _cut_out(content: bytes, place: Place, first: int) -> bytes:
     at = place.offset - first
     if at + place.size > len(content):
         raise BadSample(f"{max(len(content) - at, 0)} of {place.size} bytes at {place.offset}", "truncated_shard")
-    if at < BLOCK or not announces(content[at - BLOCK : at], place.size):
+    if at < BLOCK or not is_header_of(content[at - BLOCK : at], place.size):
         raise BadSample(
             f"no file of {place.size} bytes begins at byte {place.offset}, where the index has one: the shard was "
             "replaced or damaged since it was indexed",

@@ -1,13 +1,11 @@
 """Every kind of source feeds the same loader; a mixture keeps its shares."""
 
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_shards
 from datasets import Dataset, Features, Image, List, Value
 
 from flipscale.data.samples import MissingCaption
@@ -72,28 +70,6 @@ def test_a_dataset_by_its_columns(
         source.read(0, 1)
 
 
-def test_a_folder_of_images(rows: list[dict], tmp_path: Path) -> None:
-    lines = []
-    for number, row in enumerate(rows[:6]):
-        name = f"{number}.{'jpg' if row['raw'][:2] == bytes([0xFF, 0xD8]) else 'png'}"
-        (tmp_path / name).write_bytes(row["raw"])
-        lines.append(json.dumps({"file_name": name, "text": f"number {number}"}) + "\n")
-    (tmp_path / "metadata.jsonl").write_text("".join(lines))
-    source = open_source(DataRecipe(sources=[SourceRecipe(dataset=str(tmp_path), caption_columns=["text"])]))
-    read = [source.read(0, number) for number in range(6)]
-    assert {sample.image: sample.caption for sample in read} == {
-        row["raw"]: f"number {number}".encode() for number, row in enumerate(rows[:6])
-    }
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> list[TarSource]:
-    folder = tmp_path_factory.mktemp("three")
-    for number, sizes in enumerate(([40, 41], [7], [30, 0, 2])):
-        write_shards(folder / str(number), sizes, seed=number)
-    return [TarSource(str(folder / str(number))) for number in range(3)]
-
-
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -108,16 +84,16 @@ def test_a_source_that_is_not_named_clearly(recipe: DataRecipe, message: str) ->
         open_source(recipe)
 
 
-def test_a_mixture_that_cannot_be(three: list[TarSource], rows: list[dict], tmp_path: Path) -> None:
-    folder = three[0].list.shards
+def test_a_mixture_that_cannot_be(shards: Path, rows: list[dict], tmp_path: Path) -> None:
+    folder, source = str(shards), TarSource(str(shards))
     with pytest.raises(ValueError, match=r"1 of 2 data.sources have a weight; give all of them one, or none"):
         open_source(DataRecipe(sources=[SourceRecipe(shards=folder), SourceRecipe(shards=folder, weight=1)]))
     with pytest.raises(ValueError, match=r"data.sources\[1\].weight is 0 of 1; .* at least 0.0001"):
-        Mixture(three[:2], [1, 0])
+        Mixture([source, source], [1, 0])
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     with pytest.raises(ValueError, match=r"data.sources\[1\] is empty: 0 samples in 1 shards"):
-        Mixture([three[0], TarSource(str(tmp_path / "empty.tar"))], [1, 1])
+        Mixture([source, TarSource(str(tmp_path / "empty.tar"))], [1, 1])
     with pytest.raises(ValueError, match="has no column 'image'; it has picture, title, more, raw"):
         open_source(DataRecipe(sources=[SourceRecipe(dataset=as_parquet(rows, tmp_path))]))
 
