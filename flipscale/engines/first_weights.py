@@ -49,7 +49,7 @@ def build_weights(
     config: FlipConfig,
     configure: Callable[[FlipPreTrainedModel], None],
     init: ParameterInit,
-    place: Callable[[nn.Module], None],
+    place: Callable[[nn.Module], object],
     kind: type[FlipPreTrainedModel] = FlipModel,
 ) -> FlipPreTrainedModel:
     """Return a model of `config` in fp32, allocated block by block.

@@ -165,7 +165,8 @@ def _loss_and_gradients(
         # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
         positives = [scale * _dot(view.double(), texts.double()) for view in views]
         negatives = _beside_each([of_texts for _, of_texts, _ in sums], positives, shift)
-        sums = [(of_view, *rest) for (of_view, _, _), *rest in zip(sums, negatives, positives, strict=True)]
+        of_views = [of_view for of_view, _, _ in sums]
+        sums = list(zip(of_views, negatives, positives, strict=True))
     loss = torch.stack([one.cross_entropy(own) + other.cross_entropy(own) for one, other, own in sums]).mean() / 2
     image_gradient = torch.zeros_like(images)
     row_gradients = views_of(image_gradient, len(texts))
@@ -314,13 +315,14 @@ class PendingGather:
     """The gather of a step's texts, which begins when the text tower is done and goes on beside the image tower."""
 
     def __init__(self, micro_batches: int):
-        self._missing, self._own = micro_batches, []
+        self._own: list[torch.Tensor] = []
+        self._micro_batches = micro_batches
 
     def add(self, texts: torch.Tensor) -> None:
         """Collective. Take the embeddings `(batch, dim)` of the next micro-batch, and gather all after the last."""
         self._own.append(texts.detach())
-        if len(self._own) == self._missing:
-            own = torch.cat(self._own)
+        if len(self._own) == self._micro_batches:
+            self._own = [own] = [torch.cat(self._own)]
             self._everywhere = own.new_empty(world_size() * len(own), own.shape[1])
             self._work = dist.all_gather_single(self._everywhere, own, async_op=True)
 

@@ -97,7 +97,8 @@ def _add_tile(
     bias: torch.Tensor,
     ids: tuple[torch.Tensor, torch.Tensor] | None,
     sums: torch.Tensor,
-    *gradients: torch.Tensor,
+    image_gradient: torch.Tensor,
+    text_gradient: torch.Tensor,
 ) -> None:
     tile.logits.add_(bias)
     logit_gradient = tile.spare
@@ -111,4 +112,4 @@ def _add_tile(
     losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
     sums[tile.rows, 0] += losses.sum(1)
     sums[tile.rows, 1] += logit_gradient.sum(1)
-    tile.add_products(logit_gradient, *gradients)
+    tile.add_products(logit_gradient, image_gradient, text_gradient)
