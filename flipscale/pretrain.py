@@ -34,7 +34,7 @@ from flipscale.training.preemption import Stopped, StopRequest
 from flipscale.training.pretrained_fields import with_vocabulary
 from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.run_summary import RunSummary
-from flipscale.training.session import Laps, Session, join, resume
+from flipscale.training.session import Session, StartTimings, join, resume
 from flipscale.training.setup import open_setup
 
 
@@ -49,25 +49,25 @@ def pretrain(recipe: Recipe) -> Path:
     """
     run_dir = Path(recipe.output_dir)
     recipe = in_shares(with_vocabulary(recipe, fetches=True))
-    laps, checkpoint = Laps(), open_run_directory(recipe)
+    timings, checkpoint = StartTimings(), open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return run_dir
     loss_kinds()  # imports the models
-    laps.end("imports")
+    timings.end("imports")
     tasks, class_names = check_tasks(recipe)
     setup = open_setup(recipe, is_fresh=checkpoint is None)
-    laps.end("data")
+    timings.end("data")
     gc.freeze()  # the imports, so that the collection before the first step is short
     open_target(recipe.hub, checkpoint is not None)
-    session = join(setup, laps)
+    session = join(setup, timings)
     try:
         engine = resume(recipe, setup.schedule, session, setup.text_rows)
-        laps.end("checkpoint")
+        timings.end("checkpoint")
         is_main = session.accelerator.is_main_process
         flops = count_flops(recipe) if is_main else {}
         watch = StepWatch(session.accelerator, run_dir, recipe.log.hang_seconds, session.trained_seconds, engine.phases)
         evaluator = RunEvaluator(tasks, setup, session, engine, watch)
-        begin_run(setup, session, engine.name, evaluator.evaluations, flops=flops, seconds=laps)
+        begin_run(setup, session, engine.name, evaluator.evaluations, flops=flops, seconds=timings)
         if class_names and is_main:
             keep_class_names(run_dir, class_names)
         push = BackgroundPush(recipe, setup.schedule.total_steps, is_main)

@@ -112,7 +112,7 @@ class Loop:
             taken = self._sync.start(self._now, loss, self.engine.gradient_norm(), [])
             self.engine.step(1e-6, taken)
             self._now = self._schedule.after(self._now, None)
-            self._sync.settle(wait=False)
+            self._sync.drain(wait=False)
         wait_for(self.device)
         return (time.perf_counter() - start) / count
 

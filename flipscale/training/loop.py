@@ -72,21 +72,21 @@ def train(
             engine.step(step.learning_rate, taken)
 
             # Results of the steps before, and of this one if the run pauses: write them, commit the open checkpoint.
-            upcoming = clock.advance(sync.pace)
+            upcoming = clock.advance(sync.progress)
             session.check_lock()
             due, saves = evaluations.due(upcoming), setup.save_is_due(upcoming)
-            settled = sync.settle(wait=saves or bool(due))
-            tracker.write(settled.results, upcoming)
-            if settled.failure is not None:
-                raise settled.failure
-            if settled.written:
+            outcomes = sync.drain(wait=saves or bool(due))
+            tracker.write(outcomes.results, upcoming)
+            if outcomes.failure is not None:
+                raise outcomes.failure
+            if outcomes.written:
                 saver.commit()
             between.after_step(upcoming.number)
 
             # Work between two steps: evaluate, save, stop.
             evaluations.run(due, upcoming.number)
-            stops = settled.stop
-            if saves or settled.save or stops:
+            stops = outcomes.stop
+            if saves or outcomes.save or stops:
                 saver.save(upcoming)
             if stops:
                 break
@@ -96,5 +96,5 @@ def train(
             saver.commit()
         if not stops:
             evaluations.run(evaluator.evaluations, step.number)
-        tracker.settle_energy(step.number)
+        tracker.record_energy(step.number)
     return End(step, stops)

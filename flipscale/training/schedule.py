@@ -75,7 +75,7 @@ class Step:
         return not self.is_over and self.before < self.stage.schedule_first <= self.position
 
 
-class Pace(NamedTuple):
+class BudgetProgress(NamedTuple):
     """Use of the time budget, by the main process's clock.
 
     Args:
@@ -112,12 +112,12 @@ class Schedule:
             return self.step(number, number, number - 1)
         return self.step(number, state.get("budget_used", 0.0), state.get("budget_before", -1.0))
 
-    def after(self, step: Step, pace: Pace | None) -> Step:
-        """Return the next step, by the last agreed pace; None without a budget."""
+    def after(self, step: Step, progress: BudgetProgress | None) -> Step:
+        """Return the next step, by the last agreed progress; None without a budget."""
         number = step.number + 1
-        if pace is None:
+        if progress is None:
             return self.step(number, number, step.position)
-        position = pace.share + (number - pace.step - 0.5) * pace.step_share
+        position = progress.share + (number - progress.step - 0.5) * progress.step_share
         return self.step(number, max(step.position, position), step.position)
 
     def state(self, step: Step) -> dict[str, float]:
@@ -165,9 +165,9 @@ class Clock:
         self.schedule = schedule
         self.step = schedule.first(state)
 
-    def advance(self, pace: Pace | None) -> Step:
+    def advance(self, progress: BudgetProgress | None) -> Step:
         """Move to the next step, and return it."""
-        self.step = self.schedule.after(self.step, pace)
+        self.step = self.schedule.after(self.step, progress)
         return self.step
 
 

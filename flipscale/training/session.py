@@ -74,7 +74,7 @@ class Session:
             self.lock.release()
 
 
-class Laps(dict[str, float]):
+class StartTimings(dict[str, float]):
     """The seconds of each part of a start, from the start of the process on: imports, data, processes, checkpoint."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Laps(dict[str, float]):
         self[part], self._last = round(now - self._last, 2), now
 
 
-def join(setup: TrainingSetup, laps: Laps) -> Session:
+def join(setup: TrainingSetup, timings: StartTimings) -> Session:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
     Raises:
@@ -113,7 +113,7 @@ def join(setup: TrainingSetup, laps: Laps) -> Session:
         lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
         answer_of_first(accelerator, lock.acquire)
         session = Session(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
-        laps.end("processes")
+        timings.end("processes")
         try:
             chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(setup, contents))
             if chosen is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from flipscale.engines.device import HostCopy, to_device
-from flipscale.training.schedule import Pace, Stage, Step, has_passed
+from flipscale.training.schedule import BudgetProgress, Stage, Step, has_passed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,7 +64,7 @@ class StepResult:
 
 
 @dataclass
-class Settled:
+class StepOutcomes:
     """Results that became known, and the requests in them.
 
     Args:
@@ -96,7 +96,7 @@ class StepSync:
     """Leaves out steps whose loss or gradients are not finite, and passes requests on to all processes.
 
     Attributes:
-        pace: last agreed pace of the time budget; None without a budget.
+        progress: last agreed progress in the time budget; None without a budget.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class StepSync:
         first_step: int = 0,
         budget_seconds: float | None = None,
     ):
-        self.pace: Pace | None = None
+        self.progress: BudgetProgress | None = None
         if budget_seconds is not None:
-            self.pace = Pace(first_step - 1, watch.trained_seconds / budget_seconds, 0.0)
+            self.progress = BudgetProgress(first_step - 1, watch.trained_seconds / budget_seconds, 0.0)
         self._accelerator, self._checkpoints, self._watch = accelerator, checkpoints, watch
         self._request = request
         self._unread: deque[_Unread] = deque()
@@ -128,7 +128,7 @@ class StepSync:
         due, ticks = self._checkpoints.clock_is_due, has_passed(self._ticked_seconds, seconds, _TICK_SECONDS)
         self._ticked_seconds = seconds
         flags = [self._request.reason is not None, due and is_main, self._checkpoints.is_writing, len(faults)]
-        flags += [self._watch.was_slow, ticks and is_main, *self._own_pace(step)]
+        flags += [self._watch.was_slow, ticks and is_main, *self._own_progress(step)]
         mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
         sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
         taken = sums[:2].isfinite().all()
@@ -136,17 +136,17 @@ class StepSync:
         self._unread.append(_Unread(step, faults, self._watch.so_far(), list(loss.metrics), HostCopy(numbers)))
         return taken.float()
 
-    def settle(self, wait: bool) -> Settled:
+    def drain(self, wait: bool) -> StepOutcomes:
         """Collective. Return the results of all steps but the newest, which the device has just begun.
 
         With `wait`, or if a result asks for a stop or a save, the newest is included, because the run pauses then.
         """
-        settled = Settled()
-        while len(self._unread) > (0 if wait or settled.stop or settled.save else 1) and settled.failure is None:
-            self._read(self._unread.popleft(), settled)
-        return settled
+        outcomes = StepOutcomes()
+        while len(self._unread) > (0 if wait or outcomes.stop or outcomes.save else 1) and outcomes.failure is None:
+            self._read(self._unread.popleft(), outcomes)
+        return outcomes
 
-    def _own_pace(self, step: Step) -> list[float]:
+    def _own_progress(self, step: Step) -> list[float]:
         """Return the budget's used share and that of a step, 0 except on the main process; empty without a budget."""
         if self._budget_seconds is None:
             return []
@@ -163,30 +163,30 @@ class StepSync:
             self._step_seconds = statistics.median_low(self._durations)
         return [seconds / self._budget_seconds, self._step_seconds / self._budget_seconds]
 
-    def _read(self, unread: _Unread, settled: Settled) -> None:
+    def _read(self, unread: _Unread, outcomes: StepOutcomes) -> None:
         """Collective. Add the result of a step and its requests. Only here does the host wait for the device."""
         self._watch.phases.mark("verdict")
         taken, *rest = unread.numbers.read()
         self._watch.phases.mark("update")
         names, step = unread.metrics, unread.step
         metrics = dict(zip(names, rest, strict=False))
-        loss_sum, norm_sum, asked, due, writing, replaced, slow, ticks, *pace = rest[len(names) :]
-        if pace:
-            self.pace = Pace(step.number, *pace)
+        loss_sum, norm_sum, asked, due, writing, replaced, slow, ticks, *progress = rest[len(names) :]
+        if progress:
+            self.progress = BudgetProgress(step.number, *progress)
         if slow > 0:
             self._watch.report_slow_step(step.number)
         loss, grad_norm = (total / self._accelerator.num_processes for total in (loss_sum, norm_sum))
         self._skipped_in_a_row = 0 if taken else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            settled.failure = FloatingPointError(
+            outcomes.failure = FloatingPointError(
                 f"loss {loss} or gradient norm {grad_norm} was not finite in {self._skipped_in_a_row} steps in a row, "
                 "and none of them was taken; lower the learning rate and resume from the last checkpoint"
             )
             return
         # No checkpoint is begun while a step is unread, so `writing` is about the open checkpoint, if any.
-        settled.written |= self._checkpoints.is_open and writing == 0
-        settled.stop |= asked > 0
-        settled.save |= due > 0
+        outcomes.written |= self._checkpoints.is_open and writing == 0
+        outcomes.stop |= asked > 0
+        outcomes.save |= due > 0
         outcome = (loss, grad_norm, metrics, taken > 0, int(replaced), ticks > 0)
         result = StepResult(step, unread.faults, unread.clock, *outcome)
-        settled.results.append(result)
+        outcomes.results.append(result)

@@ -332,7 +332,7 @@ class Tracker:
         _log.info("%s", line)
         self._append(step, self.watch.trained_seconds, metrics)
 
-    def settle_energy(self, step: int) -> None:
+    def record_energy(self, step: int) -> None:
         """Collective. Record the energy up to now, after `step` steps."""
         self._energy.update(step)
 

@@ -144,12 +144,12 @@ def rewrite(file: str) -> None:
 def resumed(file: str) -> tuple:
     """Return a recipe, its plan, the start of its run and the engine, ready to train."""
     from flipscale.runs.complete_recipe import parse_recipe
-    from flipscale.training.session import Laps, join, resume
+    from flipscale.training.session import StartTimings, join, resume
     from flipscale.training.setup import open_setup
 
     recipe = parse_recipe(["--config", file])
     plan = open_setup(recipe)
-    start = join(plan, Laps())
+    start = join(plan, StartTimings())
     return recipe, plan, start, resume(recipe, plan.schedule, start)
 
 

@@ -147,7 +147,7 @@ def simulate(world: World) -> StepReport:
             taken = sync.start(step, found, engine.gradient_norm(), [])
             engine.step(_LEARNING_RATE, taken)
             step = schedule.after(step, None)
-            sync.settle(wait=False)
+            sync.drain(wait=False)
         recorder.on = False
     peak = recorder.memory.peak
     seen = (

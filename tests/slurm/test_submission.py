@@ -72,19 +72,13 @@ def test_the_help_names_what_a_script_takes(submit: Submit, script: str) -> None
     ("words", "variables", "named"),
     [
         (("slurm/pretrain.sh",), {"LAUNCH_FILE": "none.yaml"}, "none.yaml"),
-        (("slurm/pretrain.sh",), {"LAUNCHER": "mpirun"}, "mpirun"),
         (("slurm/pretrain.sh",), {"REQUEUE": "yes"}, "REQUEUE"),
-        (("slurm/pretrain.sh",), {"RECIPE": "none"}, "none"),
         (("slurm/pretrain.sh", "--", "--optim.weight_deca", "0.1"), {}, "--optim.weight_deca "),
         pytest.param(("slurm/pretrain.sh",), {}, "256 processes", marks=LONG),  # of the #SBATCH lines
         pytest.param(("slurm/pretrain.sh", "-N3", "--gpus-per-node", "h100:1"), {}, "3 processes", marks=LONG),
         pytest.param(("slurm/tune.sh", "--nodes", "2"), {}, "runs/tiny/model", marks=LONG),
-        pytest.param(("slurm/study.sh", "--nodes=3"), {"RECIPES": "tiny.yaml"}, "24 processes", marks=LONG),
         pytest.param(
             ("slurm/evaluate.sh",), {"MODEL": "runs/none/model", "ZERO_SHOT": "SHARDS"}, "runs/none/model", marks=LONG
-        ),
-        pytest.param(
-            ("slurm/evaluate.sh", "--", "--jsno"), {"MODEL": "pixels", "ZERO_SHOT": "SHARDS"}, "--jsno", marks=LONG
         ),
         pytest.param(("slurm/evaluate.sh",), {"MODEL": "pixels", "ZERO_SHOT": "none"}, "none", marks=LONG),
     ],
@@ -106,7 +100,6 @@ def test_what_cannot_run_is_not_submitted(
         (("slurm/pretrain.sh", "--nodes=2", "--gpus-per-node=4", "--", "--optim.weight_decay", "0.1"), {}),
         (("slurm/pretrain.sh", "--nodes=1-3"), {}),  # Slurm chooses
         (("slurm/tune.sh", "-N2", "--dependency=afterok:7"), {"FROM": "runs/none"}),
-        (("slurm/evaluate.sh", "-d", "afterok:7"), {"MODEL": "runs/none/model", "ZERO_SHOT": "SHARDS"}),
         (("slurm/pretrain.sh",), {"PYTHON": "/nowhere/python"}),  # it is in the container
     ],
 )

@@ -65,7 +65,6 @@ def test_a_run_that_learns_says_nothing(tiny: Recipe) -> None:
         ("nearly all images have one embedding; lower stages.base_lr", {"loss": CHANCE, "image_spread": 0.001}),
         ("75% of a batch's captions are one caption", {"loss": CHANCE, "text_spread": 0.0}),
         ("logit_scale is at its bound 100 at a loss of 2.5", {"loss": 2.5, "logit_scale": 99.99}),
-        ("logit_scale is at its bound 1 at", {"loss": 2.5, "logit_scale": 1.0}),
         (
             "the gradient norm grew from 1 to 20; lower",
             {"loss": 1.0, "grad_norm": lambda number: 20.0 if number > 30 else 1.0},
@@ -86,11 +85,9 @@ def test_each_cause_is_said_once_with_its_field(tiny: Recipe, cause: str, change
 @pytest.mark.parametrize(
     ("cause", "intervals", "changes"),
     [
-        ("nearly all texts have one embedding; lower stages.base_lr", 15, {"text_spread": 1e-5}),
         ("nearly all texts have one embedding; lower stages.base_lr", 2, {"text_spread": 1e-5}),
         ("the captions may belong to other images", 15, {}),
         ("the run has only 40 steps; give its stages more samples", 2, {}),
-        ("the run has only 20 steps", 1, {}),
     ],
 )
 def test_a_short_run_at_chance_is_judged_at_its_end(tiny: Recipe, cause: str, intervals: int, changes: dict) -> None:

@@ -23,9 +23,7 @@ NAMED = "[{name: masked, samples: 64, base_lr: 0.1}, {name: a.b, samples: 32}, {
     ("flags", "stage", "field", "value"),
     [
         (["--stages.masked.base_lr", "0.001"], 0, "base_lr", 0.001),
-        (["--stages.masked.base_lr=1e-3"], 0, "base_lr", 1e-3),
         (["--stages.masked.base_lr", "1", "--stages.masked.base_lr", "2"], 0, "base_lr", 2.0),
-        (["--stages.1.samples", "48"], 1, "samples", 48),
         (["--stages.a.b.image_size", "16"], 1, "image_size", 16),
         (["--stages.masked.base_lr", "null"], 0, "base_lr", None),
         (["--stages.0.name", "7"], 2, "name", "7"),  # the stage of that name, not the first
@@ -53,21 +51,12 @@ def test_the_flag_wins_over_a_file_and_is_printed(
     ("flags", "says"),
     [
         ("--stages.maskd.base_lr 1", "--stages.maskd.base_lr .* --stages.masked.base_lr"),
-        ("--stages.3.base_lr 1", r"--stages.3.base_lr .* --stages\.\w+\.base_lr"),
-        ("--stages.base_lr 1", r"--stages.base_lr .* --stages\.\w+\.base_lr"),
         ("--stages.masked.lr 1", "--stages.masked.lr .*base_lr"),
         ("--stages.masked.base_lr -1", r"stages\[0\].base_lr is -1"),
-        ("--stages.masked.base_lr many", "base_lr: .*'float'.* many$"),
-        ("--stages.masked.base_lr", "--stages.masked.base_lr has no value"),
         ("--stages.masked.base_lr --seed 3", "--stages.masked.base_lr has no value"),
         ("--lr 1", "--lr .* --stages.STAGE.base_lr"),
-        ("--optim.lr 1", "--optim.lr .* --stages.STAGE.base_lr"),
-        ("--epochs 1", "--epochs .* --stages.STAGE.samples"),
         ("--batch_size 1", "--batch_size .* --data.global_batch_size"),
-        ("--batch-size=1", "--batch-size .* --data.global_batch_size"),
-        ("--warmup 1", "--warmup .* --stages.STAGE.warmup_samples"),
         ("--precision bf16", "--precision .* mixed_precision of the launch file"),
-        ("--weight-decay 1", "--weight-decay .* --optim.weight_decay"),
         ("--frobnicate 1", "--frobnicate .* --help"),
     ],
 )

@@ -11,7 +11,7 @@ from flipscale.recipe.files import RECIPES
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import LogRecipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import Clock, Pace, Schedule, plan_stages
+from flipscale.training.schedule import BudgetProgress, Clock, Schedule, plan_stages
 from flipscale.training.tracking import Intervals
 
 SHIPPED = [*RECIPES.glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]
@@ -49,7 +49,7 @@ def test_each_hundredth_of_a_time_budget_has_a_record() -> None:
     clock, intervals, count = Clock(schedule, {}), Intervals(LogRecipe(), schedule, 16), 0
     for number in range(1000):
         count += intervals.ends(clock.step, ticked=False)
-        clock.advance(Pace(number, (number + 1) / 1000, 0.001))
+        clock.advance(BudgetProgress(number, (number + 1) / 1000, 0.001))
     assert count in (99, 100)
 
 

@@ -4,22 +4,18 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import launch
 
-from flipscale.evaluation.results import Result
 from flipscale.recipe.optim import StageRecipe
 from flipscale.runs import last_lines
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.runs.evaluations import results_line
 from flipscale.runs.last_lines import draw_figures, evaluation_flags, last_block
 from flipscale.training.run_directory import typed_command
 from flipscale.training.schedule import Schedule, plan_stages
-from flipscale.training.tracking import interval_line
 
 STAGES = plan_stages(
     [StageRecipe("masked", 160, mask_ratio=0.75, base_lr=0.1), StageRecipe("whole", 80), StageRecipe("last", 80)], 8
@@ -31,15 +27,6 @@ def test_the_time_left_follows_the_operations_of_each_stage(step: int, seconds: 
     step_seconds = 1.0 if step <= 20 else 0.25
     left = Schedule(tuple(STAGES)).seconds_left(step, step, step_seconds, {"masked": 10, "whole": 40, "last": 40})
     assert left == pytest.approx(seconds)
-
-
-def test_an_interval_names_what_was_bad() -> None:
-    record = {"loss": float("nan"), "lr": 0.00125, "stage": "masked", "images_per_s": 12_345.6, "data_wait_share": 0.02}
-    line = interval_line("step 500 of 2,000 (25.0%)", {**record, "num_replaced": 3, "num_skipped": 1}, 65.0)
-    assert line == (
-        "step 500 of 2,000 (25.0%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, "
-        "2% waiting for data, 3 bad samples replaced, 1 step skipped as not finite, 1 min 5 s left"
-    )
 
 
 @pytest.mark.parametrize(
@@ -74,14 +61,6 @@ def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
     launcher.chmod(0o755)
     done = launch(["torchrun", "-m", "flipscale.pretrain"], PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.stdout == "torchrun -m flipscale.pretrain\n", done.stderr
-
-
-def test_the_command_keeps_a_precision_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "flipscale.pretrain"])
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert typed_command() == "ACCELERATE_MIXED_PRECISION=bf16 python -m flipscale.pretrain"
-    assert typed_command("no") == "ACCELERATE_MIXED_PRECISION=no python -m flipscale.pretrain"
 
 
 def test_accelerate_s_command_gets_another_precision_as_a_flag(tmp_path: Path) -> None:
@@ -127,23 +106,6 @@ def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) ->
         assert yaml.safe_load(shlex.split(evaluation_flags("captioning", data))[1])["data"] == data
 
 
-def test_a_model_that_compares_nothing_is_not_searched_with(write_recipe, tmp_path: Path) -> None:
-    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
-    said = last_block(replace(recipe, loss=replace(recipe.loss, kind="captioning")), 40, 3.0, [], [])
-    assert f"flipscale evaluate {tmp_path}/run/model --task '{{kind: captioning, data: TEST_SET}}'\n" in said
-    assert "search" not in said
-
-
-def test_figures_that_cannot_be_drawn_are_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples_seen": 16, "trained_seconds": 1.0}\n')
-    with caplog.at_level("WARNING", "flipscale"):
-        assert draw_figures(tmp_path) == {}
-    assert f"{tmp_path}/figures was not written (" in caplog.text
-
-
 def test_a_broken_matplotlib_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,8 +120,3 @@ def test_a_broken_matplotlib_is_a_warning(
     with caplog.at_level("WARNING", "flipscale"):
         assert draw_figures(tmp_path) == {}
     assert "_ARRAY_API" in caplog.text
-
-
-def test_results_are_the_headlines() -> None:
-    top1, top5 = Result("pets", "zero_shot", "top1", 40.0, 200, 33.5, 46.9), Result("pets", "zero_shot", "top5", 80.0)
-    assert results_line(1_200, [top1, replace(top5, headline=False)]) == "step 1,200: pets top-1 40.0 % (33.5 to 46.9)"

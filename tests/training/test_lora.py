@@ -66,8 +66,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     [
         ("clip", "fsdp2", 2),
         ("clip", "zero3", 2),
-        long("clip", "ddp", 2),
-        long("clip", "zero1", 2),
         long("clip", "zero2", 2),
         long("clip", "hsdp", 4),
         ("flip", "fsdp2", 2),
@@ -129,30 +127,16 @@ def test_averages_micro_batches_and_recomputation(trainings: Trainings, changes:
     assert any(not torch.allclose(ours[name], value, atol=1e-4) for name, value in weights(plain / "model").items())
 
 
-@pytest.mark.long
-def test_compiled_it_learns_the_same(trainings: Trainings, changes: Callable[..., dict]) -> None:
-    fields = changes("clip")
-    compiled = {**fields, "model": {**fields["model"], "compile": True}}
-    assert close(losses(trainings.run("fsdp2", 2, **compiled)), losses(trainings.run("ddp", 1, **fields)))
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"optim": {"lora": {"rank": 0}}}, "optim.lora.rank is 0; it must be at least 1"),
         ({"model": {"init_from": None}}, "optim.lora.rank is 4 and model.init_from is null; set it"),
         ({"optim": {"lora": LORA, "name": "muon"}}, "optim.lora.rank is 4 and optim.name is 'muon'; use adamw"),
         ({"loss": {"reconstruction_weight": 1.0}}, "optim.lora.rank is 4 and the loss has a head or a decoder"),
-        ({"optim": {"lora": {"rank": 4, "towers": ["image"]}}}, "optim.lora.towers has 'image'; expected logit_scale"),
         (
             {"optim": {"lora": {"rank": 4, "modules": ["qkv"]}}},
             "optim.lora.modules is ['qkv']; expected some of vision_model's: q_proj, k_proj, v_proj, out_proj, fc1",
         ),
-        (
-            {"optim": {"lora": {"rank": 4, "modules": ["fc1", "fc3"]}}},
-            "optim.lora.modules has 'fc3', which no block",
-        ),
-        ({"optim": {"part_lr_ratios": {"image": 0.1}}}, "optim.part_lr_ratios has 'image'; expected logit_scale"),
         (
             {"optim": {"part_lr_ratios": {"vision_model": -1.0}}},
             "part_lr_ratios.vision_model is -1.0; it must be above 0",

@@ -18,7 +18,6 @@ from flipscale.cli import main
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.pretrained_fields import warn_of_pixels
 
 VISION = {**TOWER, "image_size": 32, "patch_size": 8, "projection_dim": 24}
 TEXT = {**TOWER, "vocab_size": 16, "max_position_embeddings": 12, "projection_dim": 24, "eos_token_id": 13}
@@ -95,15 +94,6 @@ def test_a_resume_needs_the_tokenizer_only(file: Path, foreign: Path, caption_to
     pretrain(again)
 
 
-def test_made_up_pixels_are_named(file: Path, foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_pixels(parse_recipe(["--config", str(file)]).model)
-    assert not caplog.records
-    (foreign / "processor_config.json").unlink()
-    warn_of_pixels(parse_recipe(["--config", str(file)]).model)
-    assert "preprocessor_config.json" in caplog.text
-    assert "image_mean [0.48145466" in caplog.text
-
-
 @pytest.fixture
 def other_words(caption_tokenizer: Path, tmp_path: Path) -> Path:
     """The folder of a tokenizer with two rows swapped and `mint` in place of `grey`."""
@@ -146,11 +136,7 @@ def test_rows_are_matched_by_their_pieces(
         (["--model.family", "siglip"], "model_type 'clip', not 'siglip'.*family to clip"),
         (["--model.family", "flip"], "model_type 'clip'.*model.family to clip"),
         (["--loss.kind", "captioning"], "loss.kind is captioning.*model.family is 'clip'"),
-        (["--loss.caption_weight", "1"], "loss.caption_weight is 1.*'clip'"),
-        (["--model.init_from", "null", "--model.text_positions", "longclip"], "model.text_positions is 'longclip'"),
-        (["--model.drop_path_rate", "0.1"], "model.drop_path_rate is 0.1.*'clip'"),
         (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'clip'"),
-        (["--model.answer_config", "{num_answers: 1}"], "model.answer_config.num_answers.*model.family clip"),
         (["--model.vision_config", "{_attn_implementation: x/y}"], "model.vision_config._attn_implementation"),
         (["--data.tokenizer", "words"], r"ends a caption with id \[2\].*eos_token_id \[13\]"),
     ],

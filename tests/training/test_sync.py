@@ -47,14 +47,14 @@ def test_half_minutes_end_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("flipscale.training.sync._TICK_SECONDS", 1e-9)
     with run.sync._watch:  # its clock runs
         run.step()
-    assert [result.ticked for result in run.sync.settle(wait=True).results] == [False, True]
+    assert [result.ticked for result in run.sync.drain(wait=True).results] == [False, True]
 
 
 def test_results_come_after_the_next_step_or_a_wait(tmp_path: Path) -> None:
     run, read = Synced(tmp_path), []
     for wait in (False, False, True, False, True, True):
         run.step()
-        read.append([result.step.number for result in run.sync.settle(wait).results])
+        read.append([result.step.number for result in run.sync.drain(wait).results])
     assert read == [[], [0], [1, 2], [], [3, 4], [5]]
 
 
@@ -63,7 +63,7 @@ def test_a_result_is_of_its_own_step(tmp_path: Path) -> None:
     many = [Fault(7, "a.tar", 3, "key", "undecodable_image", "")] * 100_001
     assert run.step(loss=0.1, norm=3.0) == 1.0
     assert run.step(loss=0.7, norm=float("inf"), faults=many) == 0.0
-    first, second = run.sync.settle(wait=True).results
+    first, second = run.sync.drain(wait=True).results
     assert (first.loss, first.grad_norm) == (torch.tensor(0.1).item(), 3.0)
     assert (first.finite, first.num_done, first.num_replaced, first.faults) == (True, 1, 0, [])
     assert (second.finite, second.num_done, second.num_replaced, second.faults) == (False, 2, 100_001, many)
@@ -77,16 +77,16 @@ def test_a_request_is_known_a_step_later_and_waits(tmp_path: Path) -> None:
     run.step()
     run.request._receive(15, None)
     assert run.step() == 1.0
-    assert not run.sync.settle(wait=False).stop
+    assert not run.sync.drain(wait=False).stop
     run.step()
-    settled = run.sync.settle(wait=False)
+    settled = run.sync.drain(wait=False)
     assert ([result.step.number for result in settled.results], settled.stop, settled.save) == ([1, 2], True, False)
 
     saved = Synced(tmp_path, SaveRecipe(every_minutes=1e-9))
     saved.step()
-    assert not saved.sync.settle(wait=False).results
+    assert not saved.sync.drain(wait=False).results
     saved.step()
-    settled = saved.sync.settle(wait=False)
+    settled = saved.sync.drain(wait=False)
     assert (len(settled.results), settled.stop, settled.save) == (2, False, True)
 
 

@@ -32,10 +32,10 @@ def trouble(poisoned: Collection[int] = (), stopped: int | None = None, killed: 
             sync._request._received = "SIGTERM received"
         return start(sync, step, loss, *others)
 
-    def read_or_die(sync, unread, settled):
+    def read_or_die(sync, unread, outcomes):
         if unread.step.number == killed:
             os._exit(9)
-        read(sync, unread, settled)
+        read(sync, unread, outcomes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepSync, "start", start_in_trouble)
