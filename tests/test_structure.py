@@ -155,7 +155,8 @@ def test_a_start_imports_nothing_that_its_first_step_does_not_need(write_recipe,
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
-    code = "import sys, flipscale.cli\ntry: flipscale.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, flipscale.cli, flipscale.recipe.recipe\n"
+    code += "try: flipscale.cli.main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

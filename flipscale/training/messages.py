@@ -26,52 +26,50 @@ def begin_run(
 ) -> None:
     """Write the first files of a run, and log its model, data, length and hardware; nothing except on the main process.
     `facts` are further fields of the record in `starts.jsonl`."""
-    recipe = setup.recipe
-    if not session.accelerator.is_main_process:
+    recipe, accelerator, step = setup.recipe, session.accelerator, session.step
+    if not accelerator.is_main_process:
         return
     with watched(recipe, 0, "the building of the model"):
-        num_processes, num_pairs, run_dir = session.accelerator.num_processes, len(setup.source), recipe.output_dir
+        run_dir, num_pairs = recipe.output_dir, len(setup.source)
         drawn = {weights.name: weights.composition for weights in setup.source.all_weights}
         if drawn:
             facts["composition"] = {name: asdict(composition) for name, composition in drawn.items()}
         facts["set_aside"] = session.set_aside
         before = (known(lambda: RunSummary(Path(run_dir)).environment) or {}).get("mixed_precision")
         now = launched_precision(os.environ)
-        num_parameters = write_run_files(recipe, engine, num_processes, session.state, num_pairs, **facts)
-        batch, vision = recipe.data.global_batch_size, setup.config.vision_config
+        num_parameters = write_run_files(recipe, engine, accelerator.num_processes, session.state, num_pairs, **facts)
+
+        batch, vision, lora = recipe.data.global_batch_size, setup.config.vision_config, recipe.optim.lora
         is_timed, last = recipe.budget_minutes is not None, setup.schedule.stages[-1].last
-        stages = ", ".join(_stage_words(stage, is_timed) for stage in setup.schedule.stages)
+        size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
+        rows = [("model", f"{size} parameters, images of {vision.image_size} x {vision.image_size} pixels")]
+        if lora.rank is not None:
+            towers = ", ".join(lora.towers)
+            rows.append(("trained", f"LoRA of rank {lora.rank} on {', '.join(lora.modules)} of {towers}"))
+        if recipe.model.frozen:
+            rows.append(("frozen", ", ".join(recipe.model.frozen)))
+        data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
         times = last * batch / setup.source.num_drawn
         seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
-        size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
+        rows.append(("data", f"{num_pairs:,} pairs of {data}{seen}"))
+        rows += [(name.removeprefix("data."), str(composition)) for name, composition in drawn.items()]
         length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
-        data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
-        rows = [
-            ("model", f"{size} parameters, images of {vision.image_size} x {vision.image_size} pixels"),
-            ("data", f"{num_pairs:,} pairs of {data}{seen}"),
-            ("steps", f"{length}: {stages}"),
-            ("device", device_name()),
-            ("precision", precision_in_words(os.environ)),
-            ("processes", f"{num_processes}, {engine}" if num_processes > 1 else "1"),
+        rows.append(("steps", f"{length}: {', '.join(_stage_words(one, is_timed) for one in setup.schedule.stages)}"))
+        rows += [("device", device_name()), ("precision", precision_in_words(os.environ))]
+        if accelerator.device.type == "cuda":
+            head_dim = vision.hidden_size // vision.num_attention_heads
+            rows.append(("attention", attention_kernel(accelerator.device, now == "bf16", head_dim)))
+        if not step and (faster := faster_precision(os.environ)):
+            rows.append(("faster", typed_command(faster[PRECISION]) or "mixed_precision bf16 in the launch file"))
+        rows += [
+            ("processes", f"{accelerator.num_processes}, {engine}" if accelerator.num_processes > 1 else "1"),
             ("evaluation", _evaluation_words(evaluations, recipe.eval.every_share)),
             ("run folder", f"{run_dir}; `flipscale status {quoted(run_dir)} --watch` follows it"),
         ]
-        if (device := session.accelerator.device).type == "cuda":
-            head_dim = vision.hidden_size // vision.num_attention_heads
-            rows.insert(5, ("attention", attention_kernel(device, now == "bf16", head_dim)))
-        if not session.step and (faster := faster_precision(os.environ)):
-            rows.insert(5, ("faster", typed_command(faster[PRECISION]) or "mixed_precision bf16 in the launch file"))
-        rows[2:2] = [(name.removeprefix("data."), str(composition)) for name, composition in drawn.items()]
-        if recipe.model.frozen:
-            rows.insert(1, ("frozen", ", ".join(recipe.model.frozen)))
-        if (lora := recipe.optim.lora).rank is not None:
-            words = f"LoRA of rank {lora.rank} on {', '.join(lora.modules)} of {', '.join(lora.towers)}"
-            rows.insert(1, ("trained", words))
-        head = f"training {run_dir}"
-        if session.step:
-            head = f"going on with {run_dir} from step {session.step:,}{'' if is_timed else f' of {last:,}'}"
+        to_go = "" if is_timed else f" of {last:,}"
+        head = f"going on with {run_dir} from step {step:,}{to_go}" if step else f"training {run_dir}"
         _log.info("%s", block(head, rows))
-        if session.step and before in ("no", "bf16") and before != now:
+        if step and before in ("no", "bf16") and before != now:
             named, keeps = {"no": "fp32", "bf16": "bf16"}, typed_command(before)
             fix = f"to keep {named[before]}: {keeps}" if keeps else f"set mixed_precision {before} in the launch file"
             _log.warning("the precision is %s, and was %s before; %s", named[now], named[before], fix)

@@ -13,6 +13,7 @@ from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import config_class, family_of
 from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.model import ModelRecipe, Towers
 from flipscale.recipe.recipe import Recipe
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
 
 
 def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, Any]:
-    """Return the field `vocab_size` of start weights: as the run of these weights in `run_dir` has it, or else they."""
+    """Return the field `vocab_size` of start weights, from the saved recipe, else from `config.json`."""
     content: dict[str, Any] = {}
     with suppress(UserError):
         saved = read_saved_recipe(run_dir / "recipe.yaml").get("model")
@@ -102,11 +103,11 @@ def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, An
     return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
 
 
-def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
+def start_fields(model: ModelRecipe, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
     """Return the fields of `vision_config` and `text_config` that start weights have, and the name of their tokenizer.
 
-    `model` is a recipe's section. A run in `run_dir` that began from these weights has all of it, so that its resume
-    needs no folder. A name on the Hub is looked up with `fetches` only; else the fields are empty.
+    A run in `run_dir` that began from these weights has all of it, so that its resume needs no folder. A name on the
+    Hub is looked up with `fetches` only; else the fields are empty.
 
     Raises:
         UserError: the weights are of another family.
@@ -120,11 +121,10 @@ def start_fields(model: Any, run_dir: Path, fetches: bool) -> tuple[dict[str, di
             return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
     if model.family == "flip":
         return _flip_fields(model.vision, model.text, fetches)
-    if model.vision:
+    if isinstance(towers := model.start, Towers):
         from flipscale.engines.start_towers import start_fields as fields_of_towers  # imports the models
 
-        start = model.start
-        return fields_of_towers(start), str(local_folder(start.text) or start.text)
+        return fields_of_towers(towers), str(local_folder(towers.text) or towers.text)
     init_from = str(model.init_from)
     folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
     if folder is None:
@@ -185,7 +185,7 @@ def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
     return towers
 
 
-def warn_of_pixels(model: Any) -> None:
+def warn_of_pixels(model: ModelRecipe) -> None:
     """Warn if start weights of another family than `flip` have no image processor, so that defaults replace it."""
     name = model.vision or model.init_from
     if model.family == "flip" or name is None:
@@ -196,7 +196,7 @@ def warn_of_pixels(model: Any) -> None:
         _log.warning("%s has no preprocessor_config.json; its images are taken to have %s", name, " and ".join(own))
 
 
-def text_rows(recipe: Any, tokenizer: Any) -> dict[int, int] | None:
+def text_rows(recipe: Recipe, tokenizer: Any) -> dict[int, int] | None:
     """Return the row of the start weights for each known piece, by its id, if `model.text_rows` is matched; else None.
 
     Raises:

@@ -232,7 +232,7 @@ def _lengths(stages: Sequence[StageRecipe], global_batch_size: int, is_timed: bo
     fields, others = (shares, counts) if is_timed else (counts, shares)
     reason = "is a count, and the run ends by its clock (budget_minutes)"
     if not is_timed:
-        reason = "is of budget_minutes, which is not set"
+        reason = "needs budget_minutes, which is not set"
     for stage in stages:
         for own, other in zip(fields, others, strict=True):
             if getattr(stage, other):

@@ -221,7 +221,7 @@ def _check_log(recipe: Recipe) -> None:
     for name, section in (("log", recipe.log), ("eval", recipe.eval)):
         if section.every_share and recipe.budget_minutes is None:
             raise UserError(
-                f"{name}.every_share is {section.every_share:g} of budget_minutes, which is not set; set it, or use "
+                f"{name}.every_share is {section.every_share:g} and needs budget_minutes; set it, or use "
                 f"{name}.every_samples"
             )
     if recipe.eval.every_share and recipe.eval.every_samples:

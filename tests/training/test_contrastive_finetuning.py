@@ -78,22 +78,16 @@ def test_what_the_model_before_achieved_and_what_was_lost(
     write: Callable[..., Path], base: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    done = pretrain(write(run_dir))
+    pretrain(write(run_dir))
     at_its_end = [replace(m.result, who=BEFORE) for m in read_results(base) if m.step == 4]
     found = read_results(run_dir)
     assert [m.result for m in found if m.step == 0] == at_its_end
     assert all((m.result.who == BEFORE) == (m.step == 0) for m in found)
     assert metrics(run_dir)[0]["zero_shot/top1"] == at_its_end[0].value
     (change,) = [r for r in with_changes(latest(found)) if r.metric == "top1" and r.who in CHANGES]
-    said = rf"^  {change.who} +zero_shot top-1, {re.escape(change.estimate_text)} against the model before$"
-    assert re.search(said, done.stderr, re.MULTILINE)
-    card, page = ((run_dir / name).read_text() for name in ("model/README.md", "report.html"))
-    for who, result in ((BEFORE, at_its_end[0]), (change.who, change)):
-        assert re.search(
-            rf"\| top-1 \| {who} \| {re.escape(result.value_text)} \| {re.escape(result.interval_text)} \|", card
-        )
-    assert f'top-1 <span class="quiet">of {BEFORE}</span>' in page
-    assert f'top-1 <span class="quiet">{change.who}</span></td><td class="number main">{change.value_text}<' in page
+    card = (run_dir / "model/README.md").read_text()
+    assert f"| {BEFORE} | {at_its_end[0].value_text} |" in card
+    assert f"| {change.who} | {change.value_text} |" in card
 
     # A run that goes on does not evaluate the model before again, and one that starts anew has it once.
     for last in (4, 0):
@@ -107,7 +101,6 @@ def test_what_the_model_before_achieved_and_what_was_lost(
     ("engine", "optim"),
     [
         ("fsdp2", {}),
-        pytest.param("zero2", {}, marks=pytest.mark.long),
         ("zero3", {}),
         pytest.param("fsdp2", {"name": "muon"}, marks=pytest.mark.long),
     ],

@@ -113,11 +113,11 @@ def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
     [
         ({"samples": 100}, 1.0, "stage 'a': samples is a count, and the run ends by its clock .* use share"),
         ({"share": None}, 1.0, "stage 'a' has no share"),
-        ({}, None, "stage 'a': share is of budget_minutes, which is not set"),
+        ({}, None, "stage 'a': share needs budget_minutes, which is not set"),
         (
             {"share": None, "warmup_share": 0.1},
             None,
-            "stage 'a': warmup_share is of budget_minutes, which is not set",
+            "stage 'a': warmup_share needs budget_minutes, which is not set",
         ),
     ],
 )
@@ -130,8 +130,8 @@ def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"log": {"every_share": 0.1}}, "log.every_share is 0.1 of budget_minutes, which is not set; set it, or use"),
-        ({"eval": {"every_share": 0.1}}, "eval.every_share is 0.1 of budget_minutes, which is not set"),
+        ({"log": {"every_share": 0.1}}, "log.every_share is 0.1 and needs budget_minutes; set it, or use"),
+        ({"eval": {"every_share": 0.1}}, "eval.every_share is 0.1 and needs budget_minutes"),
         (
             {**BUDGET, "eval": {"every_share": 0.1, "every_samples": 16}},
             "eval.every_share is 0.1 and eval.every_samples is 16; leave one of them out",
