@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import cut, losses, metrics, pretrain
+from conftest import changed_recipe, cut, losses, metrics, pretrain
 from distributed.crowd import Crowds
 from safetensors.torch import load_file, save_file
 
@@ -35,20 +35,30 @@ def base(recipe: dict, evaluation: dict, tmp_path_factory: pytest.TempPathFactor
     return folder / "run"
 
 
-@pytest.fixture
-def write(write_recipe: Callable[..., Path], base: Path, evaluation: dict) -> Callable[..., Path]:
+@pytest.fixture(scope="module")
+def write(recipe: dict, base: Path, evaluation: dict) -> Callable[..., Path]:
     def write(run_dir: Path, **changes: dict) -> Path:
-        return write_recipe(
-            run_dir,
-            model={"init_from": str(base), "frozen": FROZEN},
-            optim={"layer_decay": 0.5, **changes.pop("optim", {})},
-            stages=[{"name": "tuned", "samples": 96, "base_lr": 0.01}],
-            save={"every_samples": 32, "total_limit": 20},
-            eval=evaluation,
-            **changes,
-        )
+        tuned = {
+            "model": {"init_from": str(base), "frozen": FROZEN},
+            "optim": {"layer_decay": 0.5, **changes.pop("optim", {})},
+            "stages": [{"name": "tuned", "samples": 96, "base_lr": 0.01}],
+            "save": {"every_samples": 32, "total_limit": 20},
+            "eval": evaluation,
+            "output_dir": str(run_dir),
+        }
+        file = run_dir.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(changed_recipe(recipe, {**tuned, **changes})))
+        return file
 
     return write
+
+
+@pytest.fixture(scope="module")
+def tuned(write: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("tuned") / "run"
+    done = pretrain(write(run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,10 +85,9 @@ def test_frozen_parts_stay_bit_for_bit_and_the_rest_learns(
 
 
 def test_what_the_model_before_achieved_and_what_was_lost(
-    write: Callable[..., Path], base: Path, tmp_path: Path
+    write: Callable[..., Path], base: Path, tuned: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    pretrain(write(run_dir))
+    run_dir = tuned
     at_its_end = [replace(m.result, who=BEFORE) for m in read_results(base) if m.step == 4]
     found = read_results(run_dir)
     assert [m.result for m in found if m.step == 0] == at_its_end
@@ -101,7 +110,7 @@ def test_what_the_model_before_achieved_and_what_was_lost(
     ("engine", "optim"),
     [
         ("fsdp2", {}),
-        ("zero3", {}),
+        pytest.param("zero3", {}, marks=pytest.mark.long),
         pytest.param("fsdp2", {"name": "muon"}, marks=pytest.mark.long),
     ],
 )
@@ -132,10 +141,9 @@ def test_what_cannot_be_frozen(write_recipe: Callable[..., Path], tmp_path: Path
 
 
 def test_weights_between_two_models(
-    write: Callable[..., Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = tmp_path / "run"
-    assert pretrain(write(run_dir)).returncode == 0
+    run_dir = tuned
     before, after = weights(base / "model"), weights(run_dir / "model")
     between = ["export", str(run_dir), "--interpolate", str(base), "--out"]
     main([*between, str(tmp_path / "at"), "--alpha", "0", "0.25"])
