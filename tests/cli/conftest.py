@@ -17,11 +17,11 @@ import open_clip
 import pytest
 import torch
 import yaml
-from conftest import COLOURS, SHAPES, TOWER, draw, write_shards
+from conftest import COLOURS, SHAPES, draw, write_shards
 from hub.conftest import hub, logged_in  # noqa: F401 (fixtures)
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer
 
 from flipscale import cli
 from flipscale.data.task_page import PREPARED
@@ -41,22 +41,14 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     for name in ("ds_configs", "slurm"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "examples").symlink_to(ROOT / "examples")
-    for name in ("train", "train_without_unseen", "test", "unseen"):
+    for name in ("train", "test"):
         write_shards(folder / "data/demo" / name, [30, 17, 1, 48])
-    for name in ("groups", "subgroups"):
-        for part, seed in (("train", 1), ("test", 2)):
-            write_shards(folder / "data/demo" / name / part, [120], seed)
-            names = folder / "data/demo" / name / part / "classnames.txt"
-            names.replace(folder / "data/demo" / name / "classnames.txt")
-    write_shards(folder / "laion", [8] * 4)
-    (folder / "gpu.json").write_text('{"planning": {"step_flops_per_s": {"h14": 4.5e14}, "node_gb_s": 320.0}}')
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
     train_on_own_pictures(folder, recipe)
     for name in ("h14", "mine"):
         shutil.copytree(folder / "runs/demo", folder / "runs" / name)
     write_pictures(folder)
     write_peer(folder, tokenizer_dir)
-    write_clip(folder / "clip", tokenizer_dir)
     write_prepared(folder / "data/tasks/cars")
     with tarfile.open(ROOT / "tests/fixtures/parity/t5x.tar.gz") as tar:
         tar.extractall(folder / "original", filter="data")
@@ -120,16 +112,6 @@ def write_peer(folder: Path, tokenizer_dir: Path) -> None:
         torch.manual_seed(0)
         weights = open_clip.CLIP(**config).state_dict()
         save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
-
-
-def write_clip(folder: Path, tokenizer_dir: Path) -> None:
-    """A tiny CLIP of transformers."""
-    text = {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2}
-    vision = {**TOWER, "image_size": 32, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(processor, AutoTokenizer.from_pretrained(tokenizer_dir)).save_pretrained(folder)
 
 
 def write_prepared(folder: Path) -> None:

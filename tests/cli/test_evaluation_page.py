@@ -43,8 +43,3 @@ def test_its_recipe_is_one() -> None:
     (shown,) = re.findall(r"```yaml\n(eval:\n.*?)```", PAGE, re.DOTALL)
     planned = {task.name: task.every_samples for task in planned_tasks(EvalRecipe(**yaml.safe_load(shown)["eval"]))}
     assert planned == {"imagenet1k": 1_000_000_000, "cars": 200_000_000, "mine": 1_000_000_000}
-
-
-def test_the_page_on_training_counts_the_tasks() -> None:
-    words = " ".join((ROOT / "docs/training.md").read_text().split())
-    assert f"one of {len(suite_pages('all'))} built-in names" in words

@@ -8,11 +8,6 @@ from cli.pages import ROOT
 
 from flipscale import cli
 
-H14 = "pretrain --config h14_laion2b --dry_run --num_processes 256 --gpu_memory_gib 80 --launch_file"
-ALL = "ddp fsdp2 hsdp zero1 zero2 zero3"
-SHORT = {"recomputed": "", "kept in the masked stage": "--stages.masked.gradient_checkpointing false"}
-SHORT["kept"] = "--model.gradient_checkpointing false"
-
 
 def printed(capsys: pytest.CaptureFixture[str], command: str) -> list[str]:
     """Return the lines that a command prints in the repository."""
@@ -55,27 +50,6 @@ def test_memory_of_256_processes(capsys: pytest.CaptureFixture[str]) -> None:
         assert figures(lines, "processes") == ["256"] * 6
         expected = [f"{float(figure):.1f}" for figure in figures(lines, "total")]
         assert [table[name] for table in tables.values() if name in table] == [expected] * (1 if flags else 2)
-
-
-@pytest.mark.long
-def test_recomputation_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    table = rows("docs/planning.md", "H/14, 65,536 pairs, 256 GPUs")
-    checked = set()
-    for name, flags in SHORT.items():
-        files = " ".join(f"ds_configs/{launch}.yaml" for launch in ("ddp", "fsdp2", "hsdp"))
-        lines = printed(capsys, f"{H14.replace(' --gpu_memory_gib 80', '')} {files} {flags}")
-        hosts = [f"{round(float(figure))}" for figure in figures(lines, "host, ms")]
-        steps = [f"{round(float(figure))}" for figure in figures(lines, "step, ms")]
-        hours = [figure for figure in figures(lines, "whole run") if figure != "h"]
-        expected = {
-            f"{name}: GiB a GPU": [f"{float(figure):.1f}" for figure in figures(lines, "total")],
-            f"{name}: masked step / host, ms": [" / ".join(one) for one in zip(steps, hosts, strict=True)],
-            f"{name}: the run, hours": [f"{float(figure):.1f}" for figure in hours],
-        }
-        for row in table.keys() & expected.keys():
-            assert table[row] == expected[row], row
-            checked.add(row)
-    assert checked == table.keys()
 
 
 @pytest.mark.long

@@ -124,17 +124,6 @@ def sections(kind: type = Recipe) -> Iterator[type]:
                 yield from sections(hint)
 
 
-@pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
-def test_what_does_not_change_what_is_learned_is_declared_so_and_says_so(section: type) -> None:
-    documented = dict(
-        re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", section.__doc__, re.MULTILINE | re.DOTALL)
-    )
-    assert documented.keys() == {field.name for field in dataclasses.fields(section)}
-    for field in dataclasses.fields(section):
-        says_so = "Does not change what is learned" in " ".join(documented[field.name].split())
-        assert says_so == (not field.metadata.get("learned", True)), f"{section.__name__}.{field.name}"
-
-
 def test_the_sections_that_decide() -> None:
     assert {section.__name__ for section in sections()} == {
         *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),

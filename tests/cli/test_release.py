@@ -86,15 +86,3 @@ def test_the_version_is_one_everywhere() -> None:
     (newest, *_) = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest == version
     assert f"dist/flipscale-{version}-py3-none-any.whl" in (ROOT / "docs/running.md").read_text()
-
-
-def test_the_readme_has_the_lower_bounds() -> None:
-    stated = (ROOT / "README.md").read_text()
-    lowest = {}
-    for text in distribution("flipscale").requires or ():
-        required = Requirement(text)
-        for specifier in required.specifier:
-            if specifier.operator == ">=":
-                lowest[required.name] = specifier.version
-    assert f"torch ({lowest['torch']} or newer), transformers ({lowest['transformers']} or newer)" in stated
-    assert f"Python {distribution('flipscale').metadata['Requires-Python'].removeprefix('>=')} or newer" in stated

@@ -36,7 +36,7 @@ def test_the_page_from_top_to_bottom(
                 # Elsewhere, pages only have it print the recipe.
                 cli.main(shlex.split(command.text.replace("--budget_minutes 5", "--budget_minutes 0.05"))[1:])
             else:
-                run(command)
+                run(command, is_real=True)
         printed[command.text] = capsys.readouterr().out
     layouts = {text.split()[3]: out.splitlines()[0] for text, out in printed.items() if "prepare shards" in text}
     (shown,) = re.findall(r"\n\n```\n(.*?)\n```", PAGE.read_text(), re.DOTALL)

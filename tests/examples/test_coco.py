@@ -159,19 +159,10 @@ def of_split(**fields: Any) -> dict[str, Any]:
     [
         (SPLIT, None, r"dataset_coco.json is missing; it comes in https://cs.stanford.edu/.*/caption_datasets.zip"),
         (f"val2014/{name(42)}", None, r"val2014 lacks 1 of the 2 images .* COCO_val2014_0+42.jpg"),
-        ("train2014", None, r"coco has no folder train2014; unpack http://images.cocodataset.org/zips/train2014.zip"),
         (ANNOTATIONS, None, r"annotations.json is missing; it comes in .*v2_Annotations_Val_mscoco.zip"),
         (SPLIT, '{"images": [', r"coco.json is no whole JSON file \(Expecting value"),
-        (SPLIT, {"annotations": []}, r"coco.json has no list 'images'"),
         (SPLIT, {"images": [{"filename": "1.jpg", "sentences": []}]}, r"images\[0\] is not as in"),
         (SPLIT, of_split(filepath="..", filename="x.jpg"), r"images\[0\] is not as in .*'../x.jpg' is no image"),
-        (SPLIT, of_split(sentences=[{"raw": " "}]), r"images\[0\] has no caption"),
-        (SPLIT, of_split(), r"coco.json has no images of test"),
-        (
-            QUESTIONS,
-            {"questions": [{"image_id": 9, "question_id": "x", "question": "?"}]},
-            r"questions\[0\] is not as in https.*v2_Questions_Train_mscoco.zip \(ValueError",
-        ),
         (
             QUESTIONS,
             {"questions": [{"image_id": 9, "question_id": 7, "question": "What?"}]},
@@ -213,10 +204,6 @@ def test_answers_are_written_as_vqa_s_evaluation_does() -> None:
         "an": "",
     }
     assert {answer: normalised(answer) for answer in expected} == expected
-
-
-def test_the_list_has_what_nine_questions_have() -> None:
-    assert answer_list(["cat"] * 9 + ["dog"] * 8 + ["a bee"] * 5 + ["Bee"] * 4 + ["yes"] * 30) == ["yes", "bee", "cat"]
 
 
 def test_equal_answers_are_not_rewritten() -> None:

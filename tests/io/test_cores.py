@@ -27,12 +27,9 @@ def test_cores_of_a_job() -> None:
     ("files", "expected"),
     [
         ({}, math.inf),
-        ({"job/task/cpu.max": "max 100000\n", "cpu.max": "max 100000\n"}, math.inf),
         ({"job/task/cpu.max": "max 100000\n", "job/cpu.max": "1250000 100000\n"}, 12.5),
         ({"job/task/cpu.max": "50000 100000\n", "job/cpu.max": "1250000 100000\n"}, 0.5),
-        ({"cpu.max": "400000 100000\n"}, 4.0),
         ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
         ({"cpu.max": "odd\n"}, math.inf),
     ],
 )
