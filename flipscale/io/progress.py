@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
@@ -13,8 +12,8 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
-class Progress:
-    """Counts the finished units of a long task and shows the rest.
+class Progress(tqdm):  # type: ignore[type-arg]
+    """A bar of tqdm, which writes log lines off a terminal. `n` is the number of finished units.
 
     Args:
         total: number of units in the whole task; None if unknown.
@@ -26,63 +25,31 @@ class Progress:
         hidden: whether to show nothing, as on all ranks but the first.
     """
 
+    # Every update looks at the clock, so no thread has to watch for late ones.
+    monitor_interval = 0
+
     def __init__(
-        self,
-        total: int | None,
-        what: str,
-        unit: str,
-        *,
-        initial: int = 0,
-        delay: float = 0,
-        leave: bool = True,
-        hidden: bool = False,
-    ):
-        self._what, self._unit, self._total = what, unit, total
-        self.done = self._initial = initial
-        self._began = self._last_line = time.monotonic()
-        self._is_logged = not hidden and not sys.stderr.isatty()
-        self._bar: tqdm[Any] = tqdm(
-            total=total,
-            desc=what,
-            unit=unit if unit == "B" else f" {unit}",
-            unit_scale=unit == "B",
-            initial=initial,
-            delay=delay,
-            leave=leave,
-            disable=hidden or self._is_logged,
-        )
+        self, total: int | None, what: str, unit: str, *,
+        initial: int = 0, delay: float = 0, leave: bool = True, hidden: bool = False,
+    ):  # fmt: skip
+        options: dict[str, Any] = {"delay": delay, "leave": leave, "miniters": 1}
+        if not sys.stderr.isatty():
+            end = "{unit} done" if total is None else " of {total_fmt}{unit} done, about {remaining} left"
+            options |= {"delay": _LINE_SECONDS, "leave": False, "mininterval": _LINE_SECONDS}
+            options |= {"file": _LogLines(), "bar_format": "{desc}: {n_fmt}" + end}
+        scaled = {"unit": unit, "unit_scale": True} if unit == "B" else {"unit": f" {unit}"}
+        super().__init__(total=total, desc=what, initial=initial, disable=hidden, **scaled, **options)
 
-    def __enter__(self) -> "Progress":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class _LogLines:
+    """A file for tqdm whose lines are log lines."""
 
-    def update(self, count: int = 1) -> None:
-        """Add `count` finished units."""
-        self.done += count
-        self._bar.update(count)
-        now = time.monotonic()
-        if self._is_logged and now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
-            _log.info("%s", self._line(now - self._began))
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            _log.info("%s", line)
 
-    def close(self) -> None:
-        """Finish the bar."""
-        self._bar.close()
-
-    def _line(self, seconds: float) -> str:
-        unit = "" if self._unit == "B" else f" {self._unit}"
-        if self._total is None:
-            return f"{self._what}: {self._count(self.done)}{unit} done"
-        line = f"{self._what}: {self._count(self.done)} of {self._count(self._total)}{unit} done"
-        if (done_now := self.done - self._initial) <= 0:
-            return line
-        left = (self._total - self.done) * seconds / done_now
-        return f"{line}, about {tqdm.format_interval(left)} left"
-
-    def _count(self, count: int) -> str:
-        return f"{tqdm.format_sizeof(count)}B" if self._unit == "B" else f"{count:,}"
+    def flush(self) -> None:
+        """Do nothing, because a log line is written at once."""
 
 
 def each(items: Iterable[_T], what: str, unit: str, total: int | None = None, **options: Any) -> Iterator[_T]:

@@ -50,7 +50,7 @@ def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
                 time.sleep(0.1)
                 records = [one for one in read_metrics(folder / "run") if "images_per_s" in one]
                 rates = {name: [one["images_per_s"] for one in records if one.get("stage") == name] for name in rates}
-                bar.update(num_steps * sum(min(len(own), _RECORDS) for own in rates.values()) // _RECORDS - bar.done)
+                bar.update(num_steps * sum(min(len(own), _RECORDS) for own in rates.values()) // _RECORDS - bar.n)
         finally:
             process.terminate()
             process.wait()

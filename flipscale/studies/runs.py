@@ -126,7 +126,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                     looked = time.monotonic()
                     ended = 100 * (total - len(waiting) - len(running))
                     percent = ended + sum(run.percent_done() for run, _ in running.values())
-                    progress.update(percent - progress.done)
+                    progress.update(percent - progress.n)
         finally:
             for _, process in running.values():
                 process.terminate()
