@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from flipscale.io.errors import UserError
-from flipscale.io.yaml_text import read_outline
+from flipscale.io.yaml_text import outline, read_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -37,10 +37,10 @@ def read_recipe(name: str, kind: type) -> str:
     extended: Any = name
     while extended is not None:
         files.append(_find(extended, files))
-        outline = read_outline(files[-1])
-        extended = outline.pop("extends", None) if isinstance(outline, dict) else None
-        check_fields(outline, kind, "", str(files[-1]))
-        fields = yaml.compose(files[-1].read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        fields = read_yaml(files[-1])
+        content = outline(fields)
+        extended = content.pop("extends", None) if isinstance(content, dict) else None
+        check_fields(content, kind, "", str(files[-1]))
         assert isinstance(fields, yaml.MappingNode)
         fields.value = [(key, value) for key, value in fields.value if key.value != "extends"]
         merged = fields if merged is None else _merged(fields, merged)

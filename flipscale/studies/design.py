@@ -23,7 +23,7 @@ from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_message
-from flipscale.io.yaml_text import read_outline
+from flipscale.io.yaml_text import read_yaml
 from flipscale.objectives.build import build_config
 from flipscale.planning.budget import in_shares
 from flipscale.recipe.flags import with_stage_number
@@ -145,7 +145,7 @@ def read_fields(file: Path, kind: type[_File]) -> _File:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    read_outline(file)
+    read_yaml(file)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
