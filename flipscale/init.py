@@ -80,7 +80,7 @@ def write_recipe(args: Init) -> None:
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else int(torch.cuda.is_available())
-    minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
+    minutes = 60 * args.hours if args.hours else args.minutes or _MINUTES
     proposal = propose(
         *(data, minutes, usable_cores(), num_gpus),
         source=named,

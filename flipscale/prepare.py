@@ -362,10 +362,10 @@ class Embed:
         from flipscale.evaluation.precomputed import precompute_features
         from flipscale.hub.loading import open_embedder
 
-        scale = tuple(self.crop_scale or (0.5, 1.0))
-        if scale[0] > scale[1]:
-            raise UserError(f"--crop_scale is {scale[0]:g} {scale[1]:g}; expected the smaller share first")
-        crops = StoredCrops(self.crops, scale, not self.no_mirror, self.seed or 0) if self.crops else None
+        least, most = self.crop_scale or (0.5, 1.0)
+        if least > most:
+            raise UserError(f"--crop_scale is {least:g} {most:g}; expected the smaller share first")
+        crops = StoredCrops(self.crops, (least, most), not self.no_mirror, self.seed or 0) if self.crops else None
         of_crops = [f"--{name}" for name in ("crop_scale", "no_mirror", "seed") if getattr(self, name)]
         if of_crops and crops is None:
             raise UserError(f"{', '.join(of_crops)} without --crops; add --crops N, or leave out the options of crops")

@@ -26,7 +26,7 @@ from flipscale.hub.card import read_audit
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.files import last_line
-from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
+from flipscale.io.hub_requests import NO_HUB, guard_requests, http_failure
 from flipscale.io.model_folder import check_folder, open_weights
 from flipscale.recipe.outputs import HubRecipe
 from flipscale.recipe.recipe import Recipe
@@ -231,7 +231,7 @@ def check_to_push(folder: Path) -> None:
 
 def _explain(error: Exception, target: Target) -> UserError | OSError:
     """Return a UserError for an error that needs the user, an OSError for a transient error, without the token."""
-    status, words = reason_of(error)
+    status, words = http_failure(error)
     words = words.replace(get_token() or "\0", "<token>")
     is_refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
     if isinstance(error, OfflineModeIsEnabled):

@@ -19,7 +19,7 @@ _FACTS = re.compile(r"/api/(models|datasets)/[^/]+(/[^/]+)?(/revision/.+)?\Z")
 NO_HUB = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
 
 
-def reason_of(error: Exception) -> tuple[int | None, str]:
+def http_failure(error: Exception) -> tuple[int | None, str]:
     """Return the HTTP status (None without a response) and the message of an error that huggingface_hub raised."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_plain, quoted
-from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
+from flipscale.io.hub_requests import NO_HUB, guard_requests, http_failure
 
 # Files of a model folder that must each be one JSON object, if they exist.
 _OBJECTS = [
@@ -89,7 +89,7 @@ def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
     except HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None
     except (OSError, HTTPError) as error:
-        status, reason = reason_of(error)
+        status, reason = http_failure(error)
         if status in (401, 403, 404):
             raise UserError(f"there is no folder {name!r}, and the Hub has none that may be read: {reason}") from None
         if isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, HTTPError):

@@ -157,7 +157,9 @@ def _hardware(args: DryRun, recipe: Recipe) -> Hardware:
 
 def _launches(args: DryRun) -> list[tuple[str, Launch]]:
     """Return the launches of each file, or of this process's environment, at each number of processes."""
-    places = [(file, count) for file in args.launch_file or [None] for count in args.num_processes or [None]]
+    files: list[Path | None] = [*args.launch_file] or [None]
+    counts: list[int | None] = [*args.num_processes] or [None]
+    places = [(file, count) for file in files for count in counts]
     launches = [planned_launch(file, count) for file, count in places]
     return [(file.stem if file else one.engine, one) for (file, _), one in zip(places, launches, strict=True)]
 
