@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -137,22 +136,17 @@ def test_two_processes_and_kills_give_one_s_bytes(pairs: Path, model: Path, tmp_
     assert contents(tmp_path / "killed") == expected
 
 
-@pytest.mark.parametrize("kind", ["hf", "open_clip"])
-def test_models_of_other_programs(
-    pairs: Path, tokenizer_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_pooled_features_of_another_program(
+    pairs: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pooled features, projected by the model's own matrices, are its embeddings."""
+    """Projected by the model's own matrices, they are its embeddings."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    (write_clip if kind == "hf" else write_peer)(tmp_path / "clip" if kind == "hf" else tmp_path, tokenizer_dir)
-    name = "hf:clip" if kind == "hf" else "open_clip:peer.json,peer.safetensors"
+    write_peer(tmp_path, tokenizer_dir)
+    name = "open_clip:peer.json,peer.safetensors"
     embeds, pooled = (embed(pairs, tmp_path / kind, name, "--features", kind) for kind in ("embeds", "pooled"))
     model = open_embedder(name, Accelerator(cpu=True)).model
-    if kind == "hf":
-        images, texts = model.visual_projection.weight.T, model.text_projection.weight.T
-    else:
-        images, texts = model.visual.proj, model.text_projection
-    for tower, projection in (("images", images), ("texts", texts)):
+    for tower, projection in (("images", model.visual.proj), ("texts", model.text_projection)):
         projected = unit(torch.from_numpy(pooled[tower]).float() @ projection)
         assert np.nanmax(np.abs(projected - embeds[tower])) < 4e-3
         assert np.isnan(projected).all(axis=1).sum() == 1
@@ -204,15 +198,14 @@ def test_shards_in_another_order_are_others(tmp_path: Path) -> None:
     assert one.contents_digest(in_order=True) != two.contents_digest(in_order=True)
 
 
-@pytest.mark.parametrize("kind", ["hf", "open_clip"])
-def test_crops_by_models_of_other_programs(
-    pairs: Path, tokenizer_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_crops_by_a_model_of_another_program(
+    pairs: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model's own preprocessing takes each crop as it is, with no resize and no further crop."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    (write_clip if kind == "hf" else write_peer)(tmp_path / "clip" if kind == "hf" else tmp_path, tokenizer_dir)
-    name = "hf:clip" if kind == "hf" else "open_clip:peer.json,peer.safetensors"
+    write_clip(tmp_path / "clip", tokenizer_dir)
+    name = "hf:clip"
     found = embed(pairs, tmp_path / "crops", name, "--crops", 2, "--crop_scale", 0.3, 0.6, "--no_mirror", "--seed", 7)
     assert np.flatnonzero(np.isnan(found["images"]).all(axis=(1, 2))).tolist() == [BAD_IMAGE]
     about = json.loads((tmp_path / "crops/features.json").read_text())
@@ -225,16 +218,6 @@ def test_crops_by_models_of_other_programs(
         image = source.read(*place).image
         pixels = [crops.decode(image, place, number, size).fitted(size) for number in range(2)]
         inputs = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
-        column = "pixel_values" if kind == "hf" else "image"
-        expected = unit(embedder.image_features(**{column: inputs}))
+        expected = unit(embedder.image_features(pixel_values=inputs))
         assert np.abs(expected[0] - expected[1]).max() > 1e-3
         assert np.abs(found["images"][row] - expected).max() < 1e-3
-
-
-def test_a_disk_that_is_too_small_is_named(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10_000))
-    said = refused("prepare", "embed", pairs, tmp_path / "out", "--model", "pixels", "--towers", "images")
-    assert f"kB are needed and the disk of {tmp_path / 'out'} has 10 kB free" in said
-    assert not list((tmp_path / "out/images").iterdir())

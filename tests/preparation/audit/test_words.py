@@ -15,12 +15,9 @@ def counted(*captions: str) -> WordCounts:
     ("caption", "codes"),
     [
         ("Market in Papua New Guinea", {"PG"}),
-        ("the coast of Guinea", {"GN"}),
         ("a guinea pig", set()),
         ("fried turkey, TURKEY", set()),
-        ("Istanbul, Turkey", {"TR"}),
         ("paris, france and FRANCE", {"FR"}),
-        ("join us in the USA", {"US"}),
         ("flag: Bosnia & Herzegovina", {"BA"}),
         ("une plage, Côte d'Ivoire", {"CI"}),
         ("Côte d\u2019Ivoire", set()),
@@ -31,18 +28,13 @@ def test_countries(caption: str, codes: set[str]) -> None:
     assert {key[1] for key in counted(caption) if key[0] == "country"} == codes
 
 
-def test_mentions() -> None:
-    assert [tuple(row.values()) for row in country_figures(counted("France", "France", "in Malta"))] == [
-        ("FR", "France", 2),
-        ("MT", "Malta", 1),
-    ]
-
-
-def test_gender_and_occupations() -> None:
+def test_figures_of_counts() -> None:
     captions = (
         ["she is a nurse"] * 6 + ["nurses and a man"] * 2 + ["a man"] * 4 + ["her"] * 3 + ["boys, girls", "a tree"]
     )
     figures = gender_figures(counted(*captions, "the nurse is not heroic"))
     assert [figures[key] for key in ("women", "men", "both", "neither")] == [9, 6, 1, 2]
+    rows = country_figures(counted("France", "France", "in Malta"))
+    assert [tuple(row.values()) for row in rows] == [("FR", "France", 2), ("MT", "Malta", 1)]
     (nurse,) = figures["occupations"]
     assert (nurse["captions"], nurse["with_women"], nurse["with_men"]) == (9, 6, 2)
