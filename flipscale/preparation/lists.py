@@ -593,8 +593,8 @@ class ParquetList(RowList):
 
     ends: np.ndarray
     digest: str
-    _rows: Iterator[tuple[int, list[Any]]] | None = field(default=None, init=False, repr=False)
-    _row: tuple[int, list[Any]] = field(default=(-1, []), init=False, repr=False)  # the last one that was read
+    _rows: Iterator[tuple[int, tuple[Any, ...]]] | None = field(default=None, init=False, repr=False)
+    _row: tuple[int, tuple[Any, ...]] = field(default=(-1, ()), init=False, repr=False)  # the last one that was read
 
     @classmethod
     def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "ParquetList":
@@ -629,21 +629,21 @@ class ParquetList(RowList):
         group, last = np.searchsorted(self.ends, [number, self._row[0]], side="right").tolist()
         if self._rows is None or group != last or number < self._row[0]:
             first = int(self.ends[group - 1]) if group else 0
-            self._rows, self._row = self._read_group(group, first), (first - 1, [])
+            rows = parquet_rows(self.source, list(self.columns.values()), [group])
+            self._rows, self._row = enumerate(rows, first), (first - 1, ())
         while self._row[0] < number:
             # A generator that raised is at its end, so the later rows of a damaged group raise too.
             self._row = next(self._rows)
         return self._row[1]
 
-    def _read_group(self, group: int, number: int) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the numbers and the fields of a row group's rows, from its first, `number`, on."""
-        from pyarrow import parquet
 
-        with parquet.ParquetFile(self.source) as table:
-            for batch in table.iter_batches(_ROWS_AT_ONCE, [group], list(self.columns.values()), use_threads=False):
-                for at in range(len(batch)):
-                    yield number + at, [batch.column(name)[at].as_py() for name in self.columns.values()]
-                number += len(batch)
+def parquet_rows(file: str | Path, columns: list[str], groups: list[int] | None = None) -> Iterator[tuple[Any, ...]]:
+    """Yield these columns of each row of a parquet file, or of some row groups. A few rows are in memory."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(_ROWS_AT_ONCE, groups, columns, use_threads=False):
+            yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
 
 
 @dataclass

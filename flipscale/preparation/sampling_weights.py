@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,13 +18,10 @@ from flipscale.data.sources.opening import in_words
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError, needed
 from flipscale.io.progress import each
-from flipscale.preparation.worker_pool import worker_pool
+from flipscale.preparation.worker_pool import shared, worker_pool
 
 # Features of each cluster that k-means learns from; faiss takes no more.
 _ROWS_PER_CLUSTER = 256
-
-_source: Any  # a Source, set in each worker
-_field: str
 
 
 @dataclass(frozen=True)
@@ -144,20 +140,16 @@ def _read_array(option: str, file: Path) -> np.ndarray:
 def _of_shards(function: Callable[[int], np.ndarray], source: Source, field: str, processes: int) -> np.ndarray:
     """Return what `function` makes of each shard, in worker processes, one after the other."""
     shards = range(len(source.shard_sizes))
-    with worker_pool(min(processes, len(shards)), _keep, (source, field)) as pool:
+    with worker_pool(min(processes, len(shards)), (source, field)) as pool:
         return np.concatenate(list(each(pool.map(function, shards), "reading scores", "shards", len(shards))))
 
 
-def _keep(source: Source, field: str) -> None:
-    global _source, _field
-    _source, _field = source, field
-
-
 def _read_shard(shard: int) -> np.ndarray:
-    scores = np.full(_source.shard_sizes[shard], np.nan)
+    source, field = shared()
+    scores = np.full(source.shard_sizes[shard], np.nan)
     for number in range(len(scores)):
         try:
-            value = _source.read_fields(shard, number).get(_field)
+            value = source.read_fields(shard, number).get(field)
         except BadSample:
             continue
         if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
@@ -170,10 +162,11 @@ def _digest_captions(shard: int) -> np.ndarray:
 
     Case and the number of spaces make no difference.
     """
-    digests = np.zeros(_source.shard_sizes[shard], np.uint64)
+    source, _ = shared()
+    digests = np.zeros(source.shard_sizes[shard], np.uint64)
     for number in range(len(digests)):
         try:
-            captions = _source.read_captions(shard, number)
+            captions = source.read_captions(shard, number)
         except BadSample:
             continue
         words = next(filter(None, map(bytes.split, captions)), None)

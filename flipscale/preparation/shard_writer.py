@@ -34,7 +34,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Range, check_ranges
 from flipscale.io.progress import Progress, each
 from flipscale.preparation.lists import PairList, printable
-from flipscale.preparation.worker_pool import worker_pool
+from flipscale.preparation.worker_pool import shared, worker_pool
 
 PARTS = ("train", "test")
 _MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
@@ -53,7 +53,6 @@ _REMEDIES = {
     "malformed_row": "save the table as UTF-8, with fields that have a delimiter in quotes",
     "missing_label": "name the classes' column with --labels, or leave --labels out",
 }
-_job: "_Job"  # set in each worker
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def write_shards(
     with only_writer(out_dir, "prepare shards", _MANIFEST):
         if todo := range(_open_manifest(job, begun), job.num_shards):
             remedy = "the same command goes on where it stopped"
-            with worker_pool(min(processes, len(todo)), _receive_job, (job,), remedy) as pool:
+            with worker_pool(min(processes, len(todo)), job, remedy) as pool:
                 same_as = _duplicates(job, pool) if options.drop_duplicates else {}
                 lines = pool.map(_write_shard, todo, (same_as.get(shard, {}) for shard in todo))
                 with Progress(len(pairs), "shards", "pairs", initial=job.numbers(todo[0])[0]) as progress:
@@ -239,12 +238,6 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
     return done
 
 
-def _receive_job(job: _Job) -> None:
-    """Keep the job in a worker, so that it is sent once and not with each shard."""
-    global _job
-    _job = job
-
-
 def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:
     """Return, by shard, the pairs whose image an earlier pair has, with that pair."""
     stored = job.out_dir / _HASHES
@@ -263,10 +256,11 @@ def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int
 
 def _hash_shard(shard: int) -> np.ndarray:
     """Return the digest of each image of a shard; an unreadable image gets a digest of its number."""
+    job: _Job = shared()
     digests = []
-    for number in _job.numbers(shard):
+    for number in job.numbers(shard):
         try:
-            content = _job.pairs.image(number)
+            content = job.pairs.image(number)
         except BadSample:
             content = f"unreadable {number}".encode()
         digests.append(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest())
@@ -275,19 +269,20 @@ def _hash_shard(shard: int) -> np.ndarray:
 
 def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     """Write a shard and its index, and return its line of the manifest."""
-    pairs, options, path = _job.pairs, _job.options, _job.path(shard)
+    job: _Job = shared()
+    pairs, options, path = job.pairs, job.options, job.path(shard)
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
     # Under a name of this process, because a worker of a killed run may live a little into the next run.
     with atomic_write(path, unique_partial_path(path)) as partial:
         with tarfile.open(partial, mode="w") as tar:
-            for number in _job.numbers(shard):
+            for number in job.numbers(shard):
                 try:
-                    if not _is_of_part(number):
+                    if not _is_of_part(job, number):
                         continue
                     if number in same_as:
                         raise DuplicateImage(f"the same bytes as {pairs.place(same_as[number])}")
                     captions = pairs.captions(number)
-                    label = _job.class_numbers[pairs.label(number)] if options.labels else None
+                    label = job.class_numbers[pairs.label(number)] if options.labels else None
                     votes = pairs.votes(number)
                     image, extension, sizes = stored_image(pairs.image(number), options)
                 except BadSample as error:
@@ -313,16 +308,16 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     return {**line, "tar_bytes": path.stat().st_size}
 
 
-def _is_of_part(number: int) -> bool:
+def _is_of_part(job: _Job, number: int) -> bool:
     """Return whether an image belongs to the part that is written.
 
     The hash of its bytes decides, so copies of an image are in the same part. An unreadable image counts as `train`.
     """
-    options = _job.options
+    options = job.options
     if not options.held_out:
         return True
     try:
-        digest = hashlib.blake2b(_job.pairs.image(number), digest_size=8, key=_SPLIT_KEY).digest()
+        digest = hashlib.blake2b(job.pairs.image(number), digest_size=8, key=_SPLIT_KEY).digest()
     except BadSample:
         return options.part == "train"
     return (int.from_bytes(digest, "big") < options.held_out * 2**64) == (options.part == "test")

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from flipscale.io.files import check_disk_space, size_text
 from flipscale.io.progress import Progress
 from flipscale.io.text_table import plain_table
 from flipscale.preparation.languages import archive_bytes, write_languages
+from flipscale.preparation.lists import parquet_rows
 from flipscale.preparation.shard_writer import KEPT_FORMATS
 
 REAL_LABELS = "real_labels.json"
@@ -40,7 +41,6 @@ _PREPARED_FILES = ("test/*.tar", "test/*.txt", "*.txt", "captions/*.json")
 _TIMM_LABELS = "data/_info/imagenet_real_labels.json"  # of image ILSVRC2012_val_00000001, of 00000002, ...
 _LIST_SECONDS = 30.0
 IMAGES_PER_SHARD = 1000  # of shards that are made of tables
-_ROWS_AT_ONCE = 64
 
 
 class WrongFile(OSError):
@@ -448,12 +448,7 @@ def _middle_frames(files: Sequence[Path], columns: TaskSource) -> set[int]:
 
 
 def _rows(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield these fields of each row."""
-    from pyarrow import parquet
-
-    for file in files:
-        for batch in parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE, columns=columns):
-            yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+    return chain.from_iterable(parquet_rows(file, columns) for file in files)
 
 
 def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -10,18 +10,26 @@ from typing import Any
 
 from flipscale.io.processes import end_with_parent
 
+_shared: Any = None
+
+
+def shared() -> Any:
+    """Return the value that the pool of this worker was opened with."""
+    return _shared
+
 
 @contextmanager
 def worker_pool(
-    processes: int,
-    initializer: Callable[..., None] | None = None,
-    initargs: tuple[Any, ...] = (),
-    remedy: str = "run the same command again",
+    processes: int, value: Any = None, remedy: str = "run the same command again"
 ) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of spawned processes that end with this process, even if it is killed. After an exception they end
-    at once. Raise OSError, with the remedy, if one died."""
+    at once. Raise OSError, with the remedy, if one died.
+
+    Args:
+        value: sent to each worker once, and not with each task; its tasks get it by `shared`.
+    """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(initializer, initargs))
+    pool = ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(value,))
     try:
         yield pool
     except BaseException as error:
@@ -34,9 +42,9 @@ def worker_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+def _begin(value: Any) -> None:
+    global _shared
+    _shared = value
     # The parent reports Ctrl-C, which all processes of a terminal receive.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-    if initializer is not None:
-        initializer(*initargs)

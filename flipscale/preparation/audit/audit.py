@@ -13,6 +13,7 @@ from PIL import Image
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, SampleNumbers, Source, evenly
 from flipscale.data.sources.tar import TarSource
+from flipscale.data.tokenizers import load_tokenizer
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
@@ -24,7 +25,6 @@ from flipscale.preparation.audit.scan import (
     Match,
     commonest_captions,
     near_copies,
-    open_in_worker,
     overlaps,
     scan_source,
 )
@@ -92,7 +92,8 @@ def audit(
     check_writable(out_dir, "--output_dir")
     if not len(source):
         raise UserError(f"there is no sample in {len(source.shard_sizes)} shards of {shards}")
-    with worker_pool(num_workers, open_in_worker, ([source, *test_sets.values()], tokenizer)) as pool:
+    counter = load_tokenizer(tokenizer, 10**9) if tokenizer else None
+    with worker_pool(num_workers, ([source, *test_sets.values()], counter)) as pool:
         scan = scan_source(pool, source, 0, "training data", min(1.0, MOST_LANGUAGES / len(source)))
         if not len(scan.captions):
             raise UserError(f"none of the {len(source)} samples of {shards} has a caption; an audit needs captions")

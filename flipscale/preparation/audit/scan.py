@@ -9,12 +9,10 @@ from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import decode_small
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.samples import BadSample, MissingCaption, Sample, SampleNumbers, Source, UndecodableCaption
-from flipscale.data.tokenizers import load_tokenizer
 from flipscale.io.progress import Progress, each
 from flipscale.preparation.audit.duplicates import (
     LEAST_LIKENESS,
@@ -27,6 +25,7 @@ from flipscale.preparation.audit.duplicates import (
 )
 from flipscale.preparation.audit.words import WordCounts, count_words
 from flipscale.preparation.inspection import Faults
+from flipscale.preparation.worker_pool import shared
 
 UNUSABLE, BLANK, SEEN = 0, 1, 2  # states of an image
 # Characters. A longer caption is cut for the language detector, which would need seconds for it.
@@ -37,15 +36,6 @@ _RUN = 256  # samples in a worker's task
 _COMPARED_AT_ONCE = 128  # pairs in a worker's task
 _MAX_KINDS = 8  # different images of one hash that are told apart
 _DECODED_SIDE = 2 * THUMBNAIL_SIDE
-
-_sources: list[Source]  # set in each worker
-_tokenizer: PreTrainedTokenizerBase | None = None
-
-
-def open_in_worker(sources: list[Source], tokenizer: str | None) -> None:
-    """Keep sources and tokenizer in a worker, so that they are sent once and not with each task."""
-    global _sources, _tokenizer
-    _sources, _tokenizer = sources, load_tokenizer(tokenizer, 10**9) if tokenizer else None
 
 
 @dataclass
@@ -81,8 +71,8 @@ def scan_source(pool: ProcessPoolExecutor, source: Source, number: int, what: st
     """Return the results of a pass over a source.
 
     Args:
-        pool: workers that `open_in_worker` began.
-        number: number of the source in the workers.
+        pool: workers that share the list of all sources, and a tokenizer or None.
+        number: number of the source in the list.
         what: name of the source, for the progress.
         sampled_share: share of the samples whose captions are kept for their languages, chosen by their rows.
 
@@ -111,7 +101,8 @@ def scan_source(pool: ProcessPoolExecutor, source: Source, number: int, what: st
 
 
 def _scan_run(run: _Run) -> Scan:
-    source, faults = _sources[run.source], Faults()
+    sources, tokenizer = shared()
+    source, faults = sources[run.source], Faults()
     is_sampled = keyed_uniform(0, "audit", np.arange(run.row, run.row + run.length), 1)[:, 0] < run.sampled_share
     images = np.zeros(run.length, _IMAGE)
     captions: list[tuple[int, ...]] = []
@@ -125,7 +116,7 @@ def _scan_run(run: _Run) -> Scan:
             faults.add(error.cause, f"{name}: {error}")
             continue
         for text in texts_of(sample, name, faults):
-            tokens = len(_tokenizer(text, truncation=False)["input_ids"]) if _tokenizer else 0
+            tokens = len(tokenizer(text, truncation=False)["input_ids"]) if tokenizer else 0
             captions.append((digest(text.encode()), run.row + at, len(text), len(text.split()), tokens))
             words.update(count_words(text))
             if is_sampled[at]:
@@ -179,7 +170,7 @@ def _likenesses(source: int, other: int, pairs: list[list[int]]) -> list[Match]:
 
     @lru_cache(2 * _COMPARED_AT_ONCE)
     def thumbnail_of(number: int, row: int) -> np.ndarray:
-        opened = _sources[number]
+        opened = shared()[0][number]
         return thumbnail(decode_small(opened.read(*SampleNumbers(opened)[row]).image, _DECODED_SIDE))
 
     return [Match(a, b, likeness(thumbnail_of(source, a), thumbnail_of(other, b))) for a, b in pairs]
