@@ -172,7 +172,7 @@ class Embedder:
         patch size does not divide the image size, or the model is not flipscale's."""
         if image_size is None:
             return self
-        if type(self).image_size is not Embedder.image_size:
+        if not self.is_ours:
             raise UserError(f"{self.name} takes images of {self.image_size} pixels; an image_size is for flipscale's")
         self.model.config.vision_config.patches_along(image_size)
         return replace(self, pixels=image_size)
@@ -307,6 +307,11 @@ class Embedder:
         """Collective. Return the sums over the processes."""
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.reduce(mine, "sum").tolist()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the model is flipscale's, whose images may have any size."""
+        return type(self).image_size is Embedder.image_size
 
     # A subclass for another kind of model overrides the members below.
 

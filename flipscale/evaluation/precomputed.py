@@ -279,14 +279,14 @@ def _describe(
     for tower in towers:
         weights = getattr(model, STORED_TOWERS[tower], model).parameters()
         about[tower] = {"width": widths[tower], "weights_digest": weights_digest(weights)}
-    is_ours = type(embedder).image_size is Embedder.image_size
     if "images" in towers:
-        squashes = is_ours and InputShape.of(model.config).squashes
-        resize = ("to a square" if squashes else "short side, then the centre") if is_ours else "by its own processor"
+        resize = "by its own processor"
+        if embedder.is_ours:
+            resize = "to a square" if InputShape.of(model.config).squashes else "short side, then the centre"
         about["images"] |= {"image_size": embedder.image_size, "resize": resize}
         if crops:
             about["images"]["crops"] = {**asdict(crops), "scale": [*crops.scale]}
-    if "texts" in towers and is_ours:
+    if "texts" in towers and embedder.is_ours:
         about["texts"]["tokens_digest"] = weights_digest([embedder.tokens([PROBE])])
     return about
 

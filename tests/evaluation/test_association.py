@@ -39,20 +39,11 @@ def test_association(roles: Path, embedder: Embedder) -> None:
     assert difference.high - difference.value == pytest.approx(half, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (None, "roles.json has no list"),
-        ("{}", "roles.json has no list"),
-        ("[{}]", "is not a list of"),
-        (json.dumps([{"role": "a", "woman": 0, "man": 11}]), "names rows 0 and 11 of 11"),
-    ],
-)
-def test_bad_roles(roles: Path, content: str | None, match: str) -> None:
-    (roles / "roles.json").unlink()
-    if content is not None:
+def test_bad_roles(roles: Path) -> None:
+    outside = json.dumps([{"role": "a", "woman": 0, "man": 11}])
+    for content, match in (("{}", "has no list"), ("[{}]", "is not a list of"), (outside, "rows 0 and 11 of 11")):
         (roles / "roles.json").write_text(content)
-    with pytest.raises(ValueError, match=match):
-        Association("association", str(roles)).check()
+        with pytest.raises(ValueError, match=f"roles.json.*{match}"):
+            Association("association", str(roles)).check()
     with pytest.raises(ValueError, match="template is 'a photo'"):
         Association("association", str(roles), template="a photo")

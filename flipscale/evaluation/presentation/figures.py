@@ -142,19 +142,19 @@ def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
             continue
         for name, begin, end in zip(curve.by_stage("lr"), [0.0, *ends], ends, strict=False):
             ratio = curve.masks.get(name, 0.0)
-            words = f"{name}, {ratio:.0%} masked" if ratio else f"{name}, whole images"
-            # A narrow stage has its words along its mark.
-            is_narrow = end - begin < 0.02 * len(words) * ends[-1]
+            text = f"{name}, {ratio:.0%} masked" if ratio else f"{name}, whole images"
+            # The text of a narrow stage is written along its mark.
+            is_narrow = end - begin < 0.02 * len(text) * ends[-1]
             axes.annotate(
-                words, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
+                text, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
                 va="top", fontsize=8, color="#555555", rotation=90 if is_narrow else 0,
             )  # fmt: skip
 
 
-def _explain(axes: "Axes", words: str) -> None:
+def _explain(axes: "Axes", text: str) -> None:
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=18)
     axes.annotate(
-        words, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8,
+        text, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8,
         color="#555555", va="bottom",
     )  # fmt: skip
 
@@ -190,7 +190,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     drawn += levels.values()
     for name, value in levels.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
-        # Under its line if the words would overlap the next level above.
+        # Under its line if the name would overlap the next level above.
         is_under = any(0 < other - value < _TEXT_HEIGHT * max(drawn) for other in levels.values())
         place, side = (0.01, value), "top" if is_under else "bottom"
         axes.annotate(name, place, xycoords=("axes fraction", "data"), va=side, fontsize=8)
