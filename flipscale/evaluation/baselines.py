@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from flipscale.data.decode import decode_box
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Decoder, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import fetch_folder, read_object
 from flipscale.model import FlipConfig, FlipModel

@@ -11,10 +11,11 @@ import numpy as np
 
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted, read_text
 

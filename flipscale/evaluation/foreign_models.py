@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
 from flipscale.data.tokenizers import check_words, with_lower_case
-from flipscale.evaluation.embedding import Decoder, Embedder
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.errors import UserError, first_line, needed
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 

@@ -18,9 +18,10 @@ import torch
 from flipscale.data.decode import decode_processed, visible_patches
 from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
-from flipscale.evaluation.embedding import Decoder, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.presentation.figures import drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import NOTHING, Result, as_metrics
+from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import markdown_table
 from flipscale.model.patches import num_kept

@@ -27,7 +27,8 @@ from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import GREY, Decoder, Embedder, Features, decoded_batches, dummy_batch, packed
+from flipscale.evaluation.embedding import Embedder, Features
+from flipscale.evaluation.whole_images import GREY, Decoder, decoded_batches, dummy_batch, packed
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError

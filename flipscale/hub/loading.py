@@ -14,8 +14,9 @@ from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lowe
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
-from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, dummy_batch
+from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
+from flipscale.evaluation.whole_images import dummy_batch
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes

@@ -15,11 +15,11 @@ from flipscale.data.captions import tokenise
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import evenly
 from flipscale.engines.device import best_attention
-from flipscale.evaluation.embedding import whole_square
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.test_set import TestSet
+from flipscale.evaluation.whole_images import whole_square
 from flipscale.model import FlipPreTrainedModel
 from flipscale.pages.pictures import ShardPictures, embed_pictures, unit
 

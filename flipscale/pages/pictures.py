@@ -16,7 +16,7 @@ from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Decoder
+from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress

@@ -20,7 +20,8 @@ from flipscale.data.loader import PackedBatch, build_loader, on_device, prefetch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, WholeImages
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.whole_images import WholeImages
 from flipscale.model import FlipConfig
 from flipscale.recipe.data import DataRecipe
 

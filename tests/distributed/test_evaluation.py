@@ -20,9 +20,10 @@ from transformers import AutoTokenizer
 
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Decoder, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds import languages
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.whole_images import Decoder
 from flipscale.model import FlipConfig, FlipModel
 
 SIZES = [30, 20, 1, 48]  # 99 images: in batches of seven, two and three processes have a different number of them

@@ -14,8 +14,9 @@ from PIL import ExifTags, Image
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
-from flipscale.evaluation.embedding import Embedder, Share, WholeImages, decoded_batches, image_embeds
+from flipscale.evaluation.embedding import Embedder, Share, image_embeds
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
+from flipscale.evaluation.whole_images import WholeImages, decoded_batches
 from flipscale.hub.export import build_processor
 
 

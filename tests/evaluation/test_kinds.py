@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from evaluation.made_up_sets import NAMES, npy, write_overlap, write_set
 
 from flipscale.evaluation.decontaminated import with_clean_tasks
-from flipscale.evaluation.embedding import Decoder, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.whole_images import Decoder
 
 DIM = 6
 

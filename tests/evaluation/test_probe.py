@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.probe import (
     CONSTANT,
     L2,
@@ -38,6 +38,7 @@ from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.model_results import evaluate_model, read_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.whole_images import ChosenRows
 
 ALONE = torch.Tensor.clone  # the sum over one process
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
 from flipscale.evaluation.kinds.task import LabelledTask, Task
@@ -19,6 +19,7 @@ from flipscale.evaluation.kinds.zero_shot import PromptedTask
 from flipscale.evaluation.metrics import hits_by_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
 from flipscale.io.options import Copies, Count
 

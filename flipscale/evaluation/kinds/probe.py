@@ -22,12 +22,13 @@ from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import ChosenRows, Embedder, Features
+from flipscale.evaluation.embedding import Embedder, Features
 from flipscale.evaluation.intervals import Estimate, student, wilson
 from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.metrics import hits_by_class, mean_per_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, CountOrZero, Positive, Seed, ShareAboveZero, ShareBelowOne
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from flipscale.data.captions import tokenise
-from flipscale.evaluation.embedding import ChosenRows, Embedder
+from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
+from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
 
 # VQAv2's threshold: an answer that three of ten people gave is right.
