@@ -443,7 +443,8 @@ class RemoteTarSource(TarSource):
 
     def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
         self.cache = cache
-        super().__init__(shards, anew)
+        self.list: RemoteShardList = RemoteShardList(shards, cache)
+        super().__init__(self.list, anew)
         # The lanes of this node read some shards now and as many next.
         processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         lanes, of_each = Lanes.of(recipe).over(len(self.shard_sizes), recipe.shards_per_block)
@@ -455,9 +456,6 @@ class RemoteTarSource(TarSource):
             )
         self._prefetch: threading.Thread | None = None
         self._indices: dict[int, np.ndarray] = {}
-
-    def _listed(self, shards: str) -> ShardList:
-        return RemoteShardList(shards, self.cache)
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Prefetch these shards in a thread, except those that another process fetches.
@@ -475,7 +473,6 @@ class RemoteTarSource(TarSource):
 
     def publish(self) -> None:
         """Write the manifest and the missing indices beside the shards, for other machines."""
-        assert isinstance(self.list, RemoteShardList)
         url = self.list.url
         try:
             for name in self.manifest.names:
@@ -500,10 +497,6 @@ class RemoteTarSource(TarSource):
     def _open_shard(self, name: str) -> int:
         return self.cache.open(name)
 
-    def _holds_its_samples(self, file: int, shard: int) -> bool:
-        """Return True, because samples of a wrong index are counted when they are read."""
-        return True
-
     def _opened(self, shard: int) -> int:
         file = super()._opened(shard)
         os.utime(file)  # because the cache removes the least recently read shards
@@ -511,7 +504,6 @@ class RemoteTarSource(TarSource):
 
     def _row(self, shard: int, number: int) -> np.ndarray:
         if shard not in self._indices:
-            assert isinstance(self.list, RemoteShardList)
             self._indices[shard] = self.list.index(self.manifest.names[shard]).rows
         return self._indices[shard][number]
 

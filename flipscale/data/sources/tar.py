@@ -67,13 +67,10 @@ class TarSource(Source):
     A truncated shard has its readable samples, and an unreadable shard is empty. `faults` names both.
     """
 
-    def __init__(self, shards: str, anew: bool = False):
+    def __init__(self, shards: str | ShardList, anew: bool = False):
         self._open: OrderedDict[int, int] = OrderedDict()
-        self.list = self._listed(shards)
+        self.list = ShardList(shards) if isinstance(shards, str) else shards
         self._describe(self.list.open(self._is_good, anew))
-
-    def _listed(self, shards: str) -> ShardList:
-        return ShardList(shards)
 
     def _describe(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -238,11 +235,11 @@ class TarSource(Source):
         except NotAFile as error:
             raise StaleManifest(f"shard {name} is no shard now: {error}; {self.list.stale_remedy}") from error
         state, (size, mtime_ns) = os.fstat(file), self.manifest.sizes[shard, 1:].tolist()
-        # 0 is the size of a shard whose server does not give it.
-        if state.st_size != size and size:
+        # 0 is unknown: any time at a URL, and the size of a shard whose server does not give it.
+        if size and state.st_size != size:
             why = f"has {state.st_size} bytes, {size} when it was listed"
         # Another time may be that of a copy.
-        elif state.st_mtime_ns != mtime_ns and not self._holds_its_samples(file, shard):
+        elif mtime_ns and state.st_mtime_ns != mtime_ns and not self._holds_its_samples(file, shard):
             why = "was rewritten since it was listed"
         else:
             return file
