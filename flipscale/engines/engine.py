@@ -74,7 +74,7 @@ class Layout:
     def __init__(self, model: nn.Module, rank: int, world: int):
         self.model = model
         self.rank, self.world = rank, world
-        # Set by `Engine.prepare`.
+        # Set by the engine, which makes them for each set of frozen parts.
         self.optimizers: Sequence[torch.optim.Optimizer] = ()
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -167,15 +167,11 @@ class Layout:
 
 
 class Engine:
-    """One model on the processes of a launch. These calls are made in this order, on all processes:
+    """One model on the processes of a launch. All processes make these calls, in this order:
 
-    1. `build` makes the model with its first weights, sharded where the engine shards.
-    2. `layout.load_weights` fills them from a checkpoint, if the run goes on from one.
-    3. `prepare` freezes parts, wraps the model for training and makes optimisers without moments.
-    4. `layout.load_moments` fills the moments from that checkpoint.
-    5. `start_averages` starts the averages of the weights, if the recipe asks for them.
-    6. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`. Before
-       the first step of a schedule: `restart`.
+    1. `build` makes the model and its optimisers, sharded where the engine shards.
+    2. `restart` drops the moments before the first step of a schedule.
+    3. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`.
 
     `model` is the model itself, for evaluation and parameter names. `wrapped` is its wrapper for training, which a call
     of the engine calls.
@@ -231,13 +227,27 @@ class Engine:
         configure: Callable[[FlipPreTrainedModel], None],
         init: ParameterInit,
         kind: type[FlipPreTrainedModel] = FlipModel,
+        frozen: Sequence[str] = (),
+        reader: CheckpointReader | None = None,
+        num_steps: int = 0,
     ) -> None:
-        """Collective. Make the model with its first weights, sharded if the engine shards; `prepare` completes it.
+        """Collective. Make the model and its optimisers, ready to train.
 
-        The arguments are those of `flipscale.engines.first_weights.build_weights`.
+        Args:
+            config, configure, init, kind: arguments of `flipscale.engines.first_weights.build_weights`.
+            frozen: parts to freeze, besides those that `configure` freezes.
+            reader: checkpoint to load weights and averages from.
+            num_steps: number of the checkpoint's optimiser steps; 0 leaves its moments.
         """
         self.model = build_weights(config, configure, init, self.parallelize, kind)
         self.layout = self.parallelize(self.model, is_block=False)
+        # Before the model is wrapped, because a wrapper may copy the weights.
+        if reader is not None:
+            self.layout.load_weights(reader)
+        self._prepare(frozen)
+        if reader is not None:
+            self.layout.load_moments(reader, num_steps)
+        self._start_averages(reader)
 
     def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
         """Collective. Move a part to the device, sharded if the engine shards, and return its layout.
@@ -247,11 +257,8 @@ class Engine:
         part.to(self.accelerator.device)
         return Layout(part, self.accelerator.process_index, self.accelerator.num_processes)
 
-    def prepare(self, frozen: Sequence[str] = ()) -> None:
-        """Collective. Freeze parts, wrap the model for training and make its optimisers, without moments.
-
-        `frozen` are parts besides those that `configure` of `build` has frozen.
-        """
+    def _prepare(self, frozen: Sequence[str]) -> None:
+        """Collective. Freeze parts, wrap the model for training and make its optimisers, without moments."""
         self._freeze(frozen)
         self.wrapped = self._wrap()
         self._parameters = list(self.model.parameters())
@@ -276,7 +283,7 @@ class Engine:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
-        self.prepare(frozen)
+        self._prepare(frozen)
 
     def recompute(self, enabled: bool) -> None:
         """Recompute the blocks' activations in backward passes from here on, or keep them."""
@@ -295,7 +302,7 @@ class Engine:
         """Collective. Return the processes that share Muon's work on whole matrices; None if each does all of it."""
         return None
 
-    def start_averages(self, reader: CheckpointReader | None) -> None:
+    def _start_averages(self, reader: CheckpointReader | None) -> None:
         """Start the averages, if the recipe has them, from a checkpoint or else from the current weights."""
         if self.recipe.ema_decay is None:
             return
@@ -336,7 +343,7 @@ class Engine:
         """Let the next backward pass average gradients over the processes, or not."""
 
     def check_gradients(self) -> None:
-        """Raise UserError if the first step after `prepare` gave trained parameters no gradient.
+        """Raise UserError if the first step of new optimisers gave trained parameters no gradient.
 
         Data parallelism would wait for it, so one process refuses the same."""
         if self._is_checked:

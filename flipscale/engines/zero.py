@@ -112,7 +112,7 @@ class ZeroEngine(Engine):
                 buffers[name] = None if buffer is None else buffer.to(self.accelerator.device)
         return _Stage3Layout(part, dist.get_rank(), self.launch)
 
-    def prepare(self, frozen: Sequence[str] = ()) -> None:
+    def _prepare(self, frozen: Sequence[str]) -> None:
         import deepspeed
 
         self._freeze(frozen)
@@ -202,7 +202,7 @@ def _stage(launch: Launch) -> int:
 
 
 class _ZeroLayout(Layout):
-    """A layout with moments in DeepSpeed's flat groups. `prepare` sets `zero`.
+    """A layout with moments in DeepSpeed's flat groups. The engine sets `zero`.
 
     Steps are counted here, because DeepSpeed's optimiser has a state before the first step.
     """

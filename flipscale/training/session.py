@@ -153,18 +153,9 @@ def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[i
 
     with watched(recipe, session.accelerator.process_index, "the building of the model"):
         engine = build_engine(session.accelerator, launch, recipe.optim, recipe.data.global_batch_size)
-        # 1. Build the model block by block. Each block moves to its device, or is sharded, as soon as it has weights.
-        engine.build(config, configure, fill, model_class)
-        # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
-        if reader:
-            engine.layout.load_weights(reader)
-        # 3. Freeze the stage's parts, wrap the model, and make its optimisers without moments.
-        engine.prepare(first.stage.frozen)
-        # 4. Load the moments, unless the optimisers start afresh at this step.
-        if reader and not first.starts_afresh:
-            engine.layout.load_moments(reader, session.state["optimizer_steps"])
-        # 5. Start the averages: the checkpoint's, or the current weights.
-        engine.start_averages(reader)
+        # A stage may start its optimisers afresh, without the checkpoint's moments.
+        num_steps = 0 if first.starts_afresh else session.state.get("optimizer_steps", 0)
+        engine.build(config, configure, fill, model_class, first.stage.frozen, reader, num_steps)
     return engine
 
 

@@ -4,6 +4,7 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,9 @@ CONFIG = FlipConfig(
 )
 
 
-def build(name: str = "adamw", seed: int = 0, prepare: bool = True) -> Engine:
+def build(name: str = "adamw", seed: int = 0, **checkpoint: Any) -> Engine:
     engine = DdpEngine(Accelerator(cpu=True), Launch(), OptimRecipe(name=name), global_batch_size=6)
-    engine.build(CONFIG, lambda model: None, fresh_weights(seed))
-    if prepare:
-        engine.prepare()
+    engine.build(CONFIG, lambda model: None, fresh_weights(seed), **checkpoint)
     return engine
 
 
@@ -62,13 +61,10 @@ def test_resumed_training_has_the_same_bits(name: str, tmp_path: Path) -> None:
     save(engine, tmp_path, 3)
     steps(engine, range(3, 6))
 
-    other = build(name, 1, prepare=False)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
-    other.layout.load_weights(CheckpointReader(checkpoint))
-    other.prepare()
-    other.layout.load_moments(CheckpointReader(checkpoint), 3)
+    other = build(name, 1, reader=CheckpointReader(checkpoint), num_steps=3)
     steps(other, range(3, 6))
     for key, value in engine.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[key]), key
@@ -92,7 +88,7 @@ def test_checkpoints_of_other_optimisers_and_models_are_refused(tmp_path: Path) 
     steps(engine, range(1))
     reader = CheckpointReader(save(engine, tmp_path, 1))
     with pytest.raises(ValueError, match=r"has no exp_avg of .*optim.name"):
-        build().layout.load_moments(reader, 1)
+        build(reader=reader, num_steps=1)
     with pytest.raises(ValueError, match=r"has no weight of head.weight"):
         reader.fill("weight", "head.weight", torch.zeros(3), 0)
 

@@ -69,7 +69,6 @@ def build(launch: Launch, rank: int, recipe: OptimRecipe, layers: int = 2) -> En
         "text_config": {**tower, "vocab_size": 16, "max_position_embeddings": 8},
     }
     engine.build(FlipConfig(**towers), lambda model: None, fresh_weights(0))
-    engine.prepare()
     for parameter in engine.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     return engine

@@ -61,12 +61,10 @@ def tracked_bytes(recipe: Recipe, launch: Launch) -> dict[str, int]:
         engine = build_engine(accelerator, launch, recipe.optim, recipe.data.global_batch_size)
         with _fake_tensors():
             objective = build_objective(recipe)
-            engine.build(
-                build_config(recipe), _as_cuda(recipe, engine), first_weights.no_weights, objective.model_class
-            )
             with mock.patch.object(DdpEngine, "_wrap", lambda self: self.model):
-                engine.prepare()
-            engine.start_averages(None)
+                engine.build(
+                    build_config(recipe), _as_cuda(recipe, engine), first_weights.no_weights, objective.model_class
+                )
             engine.model.train()
             _take_step(engine, recipe, launch, None)
             tracker = _tracker(engine)

@@ -129,8 +129,6 @@ def simulate(world: World) -> StepReport:
         objective = _watched(build_objective(recipe), recorder)
         with recorder.building_on_device():
             engine.build(build_config(recipe), configure, no_weights, build_objective(recipe).model_class)
-        engine.prepare()
-        engine.start_averages(None)
         watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
         writer = CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None)
         sync = StepSync(accelerator, writer, watch, StopRequest(watches_file=False))
