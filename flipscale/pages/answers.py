@@ -21,7 +21,8 @@ from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.test_set import TestSet
 from flipscale.evaluation.whole_images import whole_square
 from flipscale.model import FlipPreTrainedModel
-from flipscale.pages.pictures import ShardPictures, embed_pictures, unit
+from flipscale.model.modeling_flip import normalise_embeds
+from flipscale.pages.pictures import ShardPictures, embed_pictures
 
 _ROWS = 256  # pictures at a time, to bound the memory
 # A page needs fewer pictures than an evaluation, and no more than a minute.
@@ -178,7 +179,7 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
         on_device: Any = {**{name: c.to(device) for name, c in columns.items()}, "image_size": task.image_size}
         if isinstance(task, Classification):
             return model(**on_device).logits
-        return unit(model.get_image_features(**on_device).pooler_output)
+        return normalise_embeds(model.get_image_features(**on_device).pooler_output)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         embedded = embed_pictures(pictures, order, decode, features, _MOST_SECONDS)
@@ -193,10 +194,10 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
         for first in range(0, len(texts), _TEXT_BATCH):
             tokens = tokenise(tokenizer, texts[first : first + _TEXT_BATCH], length)["input_ids"].to(device)
             with torch.no_grad():
-                parts.append(unit(model.get_text_features(tokens).pooler_output).cpu())
+                parts.append(normalise_embeds(model.get_text_features(tokens).pooler_output).cpu())
     means = torch.cat(parts).reshape(len(names), len(prompts), -1).mean(dim=1)
-    scale = float(model.loss_values()["logit_scale"])
-    return Tested(task, pictures, rows, answers_of(embeds, unit(means).numpy(), names, right, scale))
+    scale = model.loss_values()["logit_scale"].item()
+    return Tested(task, pictures, rows, answers_of(embeds, normalise_embeds(means).numpy(), names, right, scale))
 
 
 def _questions(task: Task, test_set: TestSet, places: list[tuple[int, int]]) -> tuple[list[str], list[int], list[str]]:

@@ -165,8 +165,3 @@ def embed_pictures(
                     parts.append(features(stacked).float().cpu().numpy())
             bar.update(len(batch))
     return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
-
-
-def unit(features: torch.Tensor) -> torch.Tensor:
-    """Return features `(batch, dim)` as fp32 of unit length."""
-    return torch.nn.functional.normalize(features.float(), dim=-1)

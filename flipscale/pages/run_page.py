@@ -24,7 +24,6 @@ from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, R
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import kept_class_names
 from flipscale.io.atomic import write_text
-from flipscale.io.text_table import duration
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.pages.answers import (
     ClassRow,
@@ -75,10 +74,13 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     tests: dict[str, list[Result]] = {}
     for result in shown[:_MOST_RESULTS]:
         tests.setdefault(_test(result), []).append(result)
+    data = run.recipe["data"]
+    places = [source.get("dataset") or source.get("shards") for source in data.get("sources") or [data]]
     values = {
         "run": run,
-        "sentence": run_sentence(run, config),
-        "samples": _samples(config),
+        "config": config,
+        "is_classifier": config.get("architectures") == ["FlipForImageClassification"],
+        "origin": shortened(listed([data_name(place) for place in places if place]), 80),
         "speed": curve.images_per_s if run.trained_seconds else None,
         "main": [result for result in shown if result.headline and result.who == THIS_MODEL][:2],
         "tests": tests,
@@ -103,41 +105,6 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         page = rendered("report.html", figures=figures, **values)
     write_text(run_dir / REPORT, page)
     return run_dir / REPORT
-
-
-def run_sentence(run: RunSummary, config: dict[str, Any]) -> str:
-    """Return a few sentences about the model, its data and its training; `config` is the model's."""
-    samples, side, stages = _samples(config), config["vision_config"]["image_size"], run.recipe["stages"]
-    parameters, stored = run.environment.get("num_parameters") or 0, run.environment.get("data_samples")
-    count = f"{parameters:,}" if parameters < 1e6 else f"{parameters / 1e6:,.1f} million"
-    size = f" of {count} parameters" if parameters else ""
-    is_classifier = samples == "pictures"
-    model = (
-        f"pictures{size} that knows {len(config['id2label']):,} classes"
-        if is_classifier
-        else f"pictures and words{size}"
-    )
-    data = run.recipe["data"]
-    places = [source.get("dataset") or source.get("shards") for source in data.get("sources") or [data]]
-    names = listed([data_name(place) for place in places if place])
-    origin = (f" of {shortened(names, 80)}" if names else "") + (f" (which holds {stored:,})" if stored else "")
-    ratios = [stage.get("mask_ratio") or 0.0 for stage in stages]
-    masked = f"with {100 * max(ratios):g} % of each picture left out" if max(ratios) else "with every picture whole"
-    if ratios[-1] == 0 < ratios[0]:
-        masked = f"first with {100 * ratios[0]:g} % of each picture left out, at the end with whole pictures"
-    method = "" if is_classifier else f" ({'FLIP' if max(ratios) else 'CLIP'})"
-    sizes = {stage["name"]: stage["image_size"] for stage in stages if stage.get("image_size")}
-    others = "".join(f", {own} x {own} in the stage {name}" for name, own in sizes.items())
-    return (
-        f"A model of {model}. It learned from {run.records[-1]['samples_seen']:,} {samples}{origin} in "
-        f"{duration(run.trained_seconds)} of training, {masked}{method}; its pictures have {side} x {side} pixels"
-        f"{others}."
-    )
-
-
-def _samples(config: dict[str, Any]) -> str:
-    """Return the name of the training samples: a classifier learns from labelled pictures."""
-    return "pictures" if config.get("architectures") == ["FlipForImageClassification"] else "pairs"
 
 
 def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> dict[str, Any] | None:

@@ -26,8 +26,9 @@ from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
 from flipscale.model import FlipModel
+from flipscale.model.modeling_flip import normalise_embeds
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
-from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures, unit
+from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures
 from flipscale.preparation.lists import FileList
 
 MOST_BYTES = 5_000_000
@@ -226,7 +227,9 @@ def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embed
 
     def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
         with embedder.accelerator.autocast():
-            return unit(embedder.image_features(**{name: column.to(device) for name, column in columns.items()}))
+            return normalise_embeds(
+                embedder.image_features(**{name: column.to(device) for name, column in columns.items()})
+            )
 
     return embed_pictures(pictures, rows, embedder.decoder(), features)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from flipscale.data.samples import evenly
 from flipscale.io.text_table import rounded
 from flipscale.pages.page import Picture, listed, rendered, shortened
-from flipscale.pages.run_page import mask_rows, run_sentence
+from flipscale.pages.run_page import mask_rows
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.run_summary import Energy, RunSummary
@@ -81,7 +81,7 @@ def facts(run: RunSummary) -> dict[str, str]:
     return dict(re.findall(r"<th [^>]*>(.*?)</th><td>(.*?)</td>", rendered("facts.html", run=run)))
 
 
-def test_cost_and_sentence_of_a_run() -> None:
+def test_cost_of_a_run() -> None:
     record = {"step": 10, "samples_seen": 1280, "trained_seconds": 7200.0, "images_per_s": 3.0, "num_replaced": 2}
     known = {
         "recipe": {
@@ -107,8 +107,3 @@ def test_cost_and_sentence_of_a_run() -> None:
     measured = facts(Run(**known, energy=Energy({"GPUs": 1.25, "processors": 0.25}, 2, 2)))
     assert measured["energy"] == "1.50 kWh, measured: GPUs and processors"
     assert measured["emissions"] == "0.60 kg of CO2 at 400 g a kWh"
-    config = {"vision_config": {"image_size": 32}}
-    assert run_sentence(Run(**known), config) == (
-        "A model of pictures and words of 1.5 million parameters. It learned from 1,280 pairs of mine/train in 2 h "
-        "0 min of training, with 50 % of each picture left out (FLIP); its pictures have 32 x 32 pixels."
-    )

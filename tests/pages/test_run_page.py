@@ -47,8 +47,10 @@ def test_a_run_ends_with_its_report(trained: Path) -> None:
         assert result.value_text in cells
         assert result.interval_text in cells
     text = " ".join(unescape(re.sub(r"<[^>]*>", " ", page)).split())
-    assert "It learned from 96 pairs" in text
-    assert "first with 75 % of each picture left out, at the end with whole pictures (FLIP)" in text
+    assert re.search(
+        r"\. It learned from 96 pairs of \S+ \(which holds 96\) in \d+ s of training, first with 75 %", text
+    )
+    assert "at the end with whole pictures (FLIP); its pictures have 32 x 32 pixels." in text
     assert "masked: 75 % of the patches left out" in text
     assert "whole </table>: whole" in text
     (top1,) = [result for result in latest(read_results(trained)) if result.name == "zero_shot/top1"]
