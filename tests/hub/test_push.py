@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -38,16 +39,6 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     write_weights(folder, 0)
     return folder.parent
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture, code: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_info:
-        main(["push", *arguments])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert exit_info.value.code == code, lines
-    assert lines[-1].startswith("flipscale: error: ")
-    return lines[-1]
 
 
 def test_the_first_and_second_push(hub: LoopbackHub, hub_environment: dict[str, str], run_dir: Path) -> None:
@@ -143,22 +134,22 @@ def test_an_interrupted_upload_resumes(hub: LoopbackHub, run_dir: Path) -> None:
 
 @pytest.mark.usefixtures("logged_in")
 def test_mistakes(
-    hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, run_dir: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "the token may not write to nowhere/name" in refused([str(run_dir), "nowhere/name"], capsys)
-    assert "'a/b/c' is not a valid model name" in refused([str(run_dir), "a/b/c"], capsys)
-    assert f"{run_dir.parent} has no model to push" in refused([str(run_dir.parent), "org/name"], capsys)
+    assert "the token may not write to nowhere/name" in refused("push", run_dir, "nowhere/name")
+    assert "'a/b/c' is not a valid model name" in refused("push", run_dir, "a/b/c")
+    assert f"{run_dir.parent} has no model to push" in refused("push", run_dir.parent, "org/name")
     (run_dir / "model/README.md").write_text("---\nlicense: [3]\n---\n")
-    assert '"license" must be a string' in refused([str(run_dir), "org/name"], capsys)
+    assert '"license" must be a string' in refused("push", run_dir, "org/name")
     (run_dir / "model/README.md").unlink()
 
     monkeypatch.setenv("HF_TOKEN", "hf_another")
-    line = refused([str(run_dir), "org/name"], capsys)
+    line = refused("push", run_dir, "org/name")
     assert "the Hub rejects the token for org/name" in line
     assert "hf_another" not in line
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
-    assert "no token to push to org/name" in refused([str(run_dir), "org/name"], capsys)
+    assert "no token to push to org/name" in refused("push", run_dir, "org/name")
     assert hub.requests == []
 
 
@@ -179,7 +170,9 @@ def test_a_dry_run_needs_no_network(
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_other_files_and_links_stay(hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_files_and_links_stay(
+    hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture, refused: Callable[..., str]
+) -> None:
     model, secret = run_dir / "model", run_dir / "secret"
     written = {path.name for path in model.iterdir()}
     secrets = (".env", "id_rsa", "README.md~", ".README.md.swp", "notes.txt", "train.py", "model.pt", "#config.json#")
@@ -203,4 +196,4 @@ def test_other_files_and_links_stay(hub: LoopbackHub, run_dir: Path, capsys: pyt
     weights = model / "model-00002-of-00002.safetensors"
     weights.rename(model / "there")
     weights.symlink_to(model / "there")
-    assert f"{weights} is a link" in refused([str(run_dir), "org/name"], capsys)
+    assert f"{weights} is a link" in refused("push", run_dir, "org/name")
