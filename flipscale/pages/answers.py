@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +84,8 @@ def answers_of(
     return Answers(list(names), known, *(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
-class ClassRow(NamedTuple):
+@dataclass(frozen=True)
+class ClassRow:
     """Results for the pictures of one right answer.
 
     Args:
@@ -115,7 +116,8 @@ def class_rows(answers: Answers) -> list[ClassRow]:
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
-class Mistake(NamedTuple):
+@dataclass(frozen=True)
+class Mistake:
     """A wrong answer for a right one. `example`: index of the picture with the highest probability of it."""
 
     right: str
@@ -189,6 +191,7 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
         if isinstance(task, Classification):
             # Logits are scores of classes already.
             return Tested(task, pictures, rows, answers_of(embeds, np.eye(len(names), dtype="f4"), names, right, 1.0))
+        assert tokenizer is not None
         length, parts = model.config.text_config.max_position_embeddings, []
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
         for first in range(0, len(texts), _TEXT_BATCH):

@@ -190,7 +190,7 @@ def mask_rows(recipe: Recipe, count: int = 6) -> dict[str, list[Picture]]:
     stages: dict[tuple[float, int | None], list[str]] = {(0.0, None): []}
     for stage in recipe.stages:
         stages.setdefault((stage.mask_ratio, stage.image_size), []).append(stage.name)
-    rows = {}
+    rows: dict[str, list[Picture]] = {}
     for (ratio, side), names in stages.items():
         columns, size = whole if (ratio, side) == (0.0, None) else batch(ratio, side), shape.at(side)
         words = f"{100 * ratio:g} % of the patches left out" if ratio else "whole"

@@ -210,10 +210,8 @@ def _draw(
         for label, one in configurations.items()
     }
     if study.design == "grid" and len(levels) == 2:
-        first, second = levels.items()
-        places = [
-            tuple(one.levels.get(axis, own[0]) for axis, own in (first, second)) for one in configurations.values()
-        ]
-        draw_grid(dict(zip(places, ends.values(), strict=True)), levels, output_dir / "results.png")
+        (axis, (base, *_)), (along, (start, *_)) = levels.items()
+        places = {label: (c.levels.get(axis, base), c.levels.get(along, start)) for label, c in configurations.items()}
+        draw_grid({places[label]: own for label, own in ends.items()}, levels, output_dir / "results.png")
     else:
         draw_rows(ends, output_dir / "results.png")
