@@ -76,7 +76,7 @@ def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:
     for run in runs:
         saved = run.beside("yaml")
         if changed := differences(run.recipe, yaml.safe_load(read_text(saved))) if saved.exists() else []:
-            raise UserError(f"{saved} was planned otherwise ({'; '.join(changed)}); name another output_dir")
+            raise UserError(f"{saved} differs from this study ({'; '.join(changed)}); name another output_dir")
     runs[0].run_dir.parent.mkdir(parents=True, exist_ok=True)
     write_text(mark, content)
     for run in runs:

@@ -164,15 +164,16 @@ class _Handler(BaseHTTPRequestHandler):
         raw = isinstance(reply.body, bytes)
         content = reply.body if raw else json.dumps(reply.body).encode()
         self.send_response(reply.status)
-        self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in reply.headers.items():
+        kind, length = "application/octet-stream" if raw else "application/json", str(len(content))
+        headers = {"Content-Type": kind, "Content-Length": length, **reply.headers}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
         with suppress(ConnectionError):  # a client may be killed
             self.wfile.write(content)
+        self.close_connection = headers["Content-Length"] != length  # a body shorter than promised
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

@@ -106,7 +106,7 @@ def test_a_search_to_its_winner(
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text() + "seed: 5\n")
     line = refused(capsys, search_file(paths=paths, tuning=[0.4]), "--output_dir", out)
-    assert "rung1/masked.yaml was planned otherwise (seed: 0, now 5)" in line
+    assert "rung1/masked.yaml differs from this study (seed: 0, now 5)" in line
 
 
 def test_the_paths_of_a_search(search_file: Callable[..., Path]) -> None:

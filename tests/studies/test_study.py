@@ -131,7 +131,7 @@ def test_from_plan_to_report(
     assert "8 runs are planned" in capsys.readouterr().out
     changed = {**AXES, "length": {"double": {"stages.0.samples": 80}}}
     line = refused(capsys, "plan", study_file(changes=common, axes=changed, seeds=[0, 1]), "--output_dir", out)
-    assert re.search(r"double-seed0.yaml was planned otherwise \(stages\[0\].samples: 64, now 80\)", line)
+    assert re.search(r"double-seed0.yaml differs from this study \(stages\[0\].samples: 64, now 80\)", line)
 
 
 @pytest.mark.parametrize(
