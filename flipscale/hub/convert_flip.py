@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
-from flipscale.engines.first_weights import model_without_storage
 from flipscale.hub.card import card_text
 from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.loading import check_shapes
 from flipscale.io.atomic import write_text
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
@@ -265,16 +265,13 @@ def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
 
 def _check_arrays(arrays: Arrays, config: FlipConfig, size: str | None) -> None:
     """Raise UserError unless the arrays are the parameters of a model of `config`, of a named size or of none."""
-    planned = model_without_storage(config, FlipModel).state_dict()
-    expected = {name: tuple(value.shape) for name, value in planned.items()}
     stored = {name: torch.empty(array.shape, device="meta") for name, array in arrays.items() if name != _POSITIONS}
-    shapes = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
-    unlike = [(name, shape) for name, shape in expected.items() if shapes.get(name) != shape]
-    wrong = [f"{name} is {shapes.get(name, 'missing')}, not {shape}" for name, shape in unlike]
-    wrong += [f"{name} is unknown" for name in shapes if name not in expected]
-    if wrong:
-        model = f"a FLIP model whose size is {size}" if size else "a FLIP model"
-        raise UserError(f"the checkpoint's arrays, in our names, do not fit {model}: {'; '.join(wrong[:4])}")
+    shapes = {our_name(name): list(our_layout(name, tensor).shape) for name, tensor in stored.items()}
+    try:
+        check_shapes(config, shapes, FlipModel)
+    except UserError as error:
+        named = f"size is {size}, and " if size else ""
+        raise UserError(f"{named}the arrays of the checkpoint, in our names, are of another model: {error}") from None
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:

@@ -117,7 +117,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         stored = {n: shape or [1] for n, shape in stored.items() if not n.endswith(".position_ids")}
         if "logit_bias" in stored and not isinstance(config, FlipConfig):
             config.logit_bias_init_value = 0.0  # replaced by the stored bias
-        _check_shapes(config, stored, kind)
+        check_shapes(config, stored, kind)
         if name_of_family != "towers":
             weights = {n: weight for file in files for n, weight in load_file(file).items() if n in stored}
         weights = {n: weight.reshape(stored[n]) for n, weight in weights.items()}
@@ -129,8 +129,8 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         return folder, kind.from_pretrained(None, config=config, state_dict=weights).eval()
 
 
-def _check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[FlipPreTrainedModel]) -> None:
-    """Raise UserError if weights are missing, unexpected or of another shape, before any is in memory."""
+def check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[FlipPreTrainedModel]) -> None:
+    """Raise UserError if weights of these shapes are missing, unexpected or misshapen, before any is in memory."""
     expected = {name: list(weight.shape) for name, weight in model_without_storage(config, kind).state_dict().items()}
     for fault, names in (
         ("missing", expected.keys() - stored.keys()),

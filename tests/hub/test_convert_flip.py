@@ -236,7 +236,7 @@ def test_missing_arrays(checkpoint: Path) -> None:
 
 def test_arrays_of_another_model(checkpoint: Path) -> None:
     for folder, array, message in (
-        ("target.img_encoder.embedding.bias", np.zeros(63), r"patch_embedding\.bias is \(63,\), not \(64,\)"),
+        ("target.img_encoder.embedding.bias", np.zeros(63), r"patch_embedding\.bias of shape \[63\], not \[64\]"),
         (POSITIONS, np.zeros((1, 9, 64)), "pos_embedding has 8 patches"),
         (POSITIONS, np.zeros((9, 64)), r"pos_embedding has shape \(9, 64\); expected 3 dimensions"),
     ):
