@@ -1,28 +1,12 @@
 """Parts of pages: texts, pictures, masks, and the facts of a run."""
 
-import base64
-import io
 import re
 from pathlib import Path
 
-import numpy as np
-import pytest
-import yaml
-from conftest import changed_recipe
-from PIL import Image
-
 from flipscale.data.samples import evenly
 from flipscale.io.text_table import rounded
-from flipscale.pages.page import Picture, listed, rendered, shortened
-from flipscale.pages.run_page import mask_rows
-from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.pages.page import listed, rendered, shortened
 from flipscale.training.run_summary import Energy, RunSummary
-
-
-def pixels(picture: Picture) -> np.ndarray:
-    """The pixels of a picture in a page."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))))
 
 
 def test_texts_and_numbers() -> None:
@@ -42,31 +26,6 @@ def test_a_page_has_no_tag_control_or_half_of_a_letter_from_outside() -> None:
     assert "&lt;i&gt;\\ud800&lt;/i&gt;" in text
     assert "<h1>a&amp;b</h1>" in text
     assert "2 more could not be read" in text
-
-
-@pytest.mark.parametrize(("ratio", "views"), [(0.75, 1), (0.5, 2)])
-def test_masks_are_those_of_the_stages(recipe: dict, tmp_path: Path, ratio: float, views: int) -> None:
-    stages = [
-        {"name": "first", "samples": 16, "mask_ratio": ratio, "base_lr": 0.01},
-        {"name": "second", "samples": 16, "mask_ratio": ratio},
-        {"name": "last", "samples": 16},
-    ]
-    recipe = changed_recipe(recipe, {"stages": stages, "mask": {"views": views}})
-    (whole, wholes), (masked, parts) = mask_rows(parsed(recipe, tmp_path), 3).items()
-    assert whole == "last: whole"
-    assert masked == f"first, second: {100 * ratio:g} % of the patches left out"
-    for full, part in zip(wholes, parts, strict=True):
-        assert "whole" in full.alt
-        assert pixels(full).shape == (32, 32, 4) or pixels(full).shape == (32, 32, 3)
-        alpha = pixels(part)[..., 3]
-        assert (alpha == 255).mean() == 1 - ratio
-        assert set(np.unique(alpha)) == {0, 255}
-
-
-def parsed(content: dict, folder: Path) -> Recipe:
-    """A recipe as a file of it is read."""
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    return parse_recipe(["--config", str(folder / "recipe.yaml")])
 
 
 class Run(RunSummary):
