@@ -96,17 +96,6 @@ def test_several_models_stand_in_one_table(
     assert "a: 2 of 2 tasks are in runs/a/model/results.jsonl and are not run again" in said
 
 
-def test_a_run_is_its_model(place: Path, capsys: pytest.CaptureFixture) -> None:
-    (place / "runs/a/recipe.yaml").write_text("{}")
-    evaluate("runs/a", "--only", "cars", "--json")
-    found = capsys.readouterr().out
-    assert (place / "runs/a/model/results.jsonl").exists()
-    evaluate("runs/a/model", "--only", "cars", "--json")
-    again = capsys.readouterr()
-    assert again.out == found
-    assert "a: 1 of 1 tasks are in runs/a/model/results.jsonl and are not run again" in again.err
-
-
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("b", "--tasks", "data/tasks", "--output_dir", "out", "--json")
     assert {name.partition("/")[0] for name in json.loads(capsys.readouterr().out)} == {"cars", "dtd"}

@@ -5,14 +5,12 @@ import re
 import sys
 from pathlib import Path
 
-import cv2
 import pytest
 import yaml
 from conftest import launch, metrics, pretrain, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flipscale.model import FlipModel, FlipProcessor
-from flipscale.runs.last_lines import draw_figures
 from flipscale.status import as_table
 
 FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
@@ -72,22 +70,6 @@ def test_the_exported_model_and_processor_load(run_dir: Path) -> None:
     inputs = processor(text=["a red disc"], return_tensors="pt")
     assert inputs["input_ids"].shape == (1, 8)
     assert model.get_text_features(**inputs).pooler_output.shape == (1, 512)
-
-
-def test_the_card_has_the_run_s_numbers(run_dir: Path, real_figures: None) -> None:
-    card = (run_dir / "model/README.md").read_text()
-    assert "| pairs seen | 640 |" in card
-    shown = [line for line in card.splitlines() if line.startswith(("| zero-shot, ", "| retrieval, "))]
-    found = [name for name in metrics(run_dir)[-1] if "/" in name and not name.endswith("/chance")]
-    assert len([line for line in shown if "| this model |" in line]) == len(found) == 9
-    assert "| pairs in it | 96 |" in card
-    assert "| masked | 384 | 75% | 0% | 0.012 |" in card
-    assert f"({FlipModel.from_pretrained(run_dir / 'model').num_parameters() / 1e6:.1f} M" in card.replace("\n\n", "(")
-    draw_figures(run_dir)  # at full size: runs that tests start draw a pixel
-    for figure in re.findall(r"!\[.*\]\((.*)\)", card):
-        assert (run_dir / "model" / figure).is_file()
-        assert cv2.imread(str(run_dir / "figures" / Path(figure).name)).shape == (630, 1050, 3)
-    assert len(re.findall(r"!\[", card)) == 3
 
 
 def test_status_of_a_finished_run(run_dir: Path) -> None:
