@@ -70,7 +70,7 @@ def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int], 
     return [rank.exitcode for rank in ranks], Path(folder, "stderr").read_text()
 
 
-@pytest.mark.parametrize("where", ["step", "evaluation", "commit"])
+@pytest.mark.parametrize("where", ["step", pytest.param("evaluation", marks=pytest.mark.long), "commit"])
 def test_a_user_s_mistake_on_one_rank_ends_all(write_recipe, shards: Path, tmp_path: Path, where: str) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 32}]
     file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, save={"every_samples": 32}, data={"num_workers": 1})
@@ -184,6 +184,7 @@ fail(sys.argv[1], sys.argv[2], "step", "ValueError")
 """
 
 
+@pytest.mark.long
 def test_under_torchrun_no_worker_is_left(write_recipe, tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(UNDER_A_LAUNCHER)
     file = write_recipe(tmp_path / "run", data={"num_workers": 2})

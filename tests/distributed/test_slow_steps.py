@@ -81,7 +81,7 @@ def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: li
     return {record["step"]: record for record in map(json.loads, lines)}, printed
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path, engine: str) -> None:
     records, printed = slow_steps(write_recipe, tmp_path, engine, 1, [*STEPS, "together"])
     for phase, step in STEPS.items():
@@ -97,6 +97,7 @@ def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path, engine: 
     assert f" s in update, in or after {record['collective']}; see " in line
 
 
+@pytest.mark.long
 def test_without_a_recorder_the_times_are_there(write_recipe, tmp_path: Path) -> None:
     records, printed = slow_steps(write_recipe, tmp_path, "ddp", 1, ["data"], TORCH_FR_BUFFER_SIZE="0")
     record = records[STEPS["data"]]

@@ -104,7 +104,9 @@ def shared(sent: list[tuple], *ranks: int) -> list[tuple]:
     return [message for message in sent if set(ranks) <= set(message[-1])]
 
 
-@pytest.mark.parametrize(("engine", "world"), [("ddp", 8), ("hsdp", 16), ("fsdp2", 256)])
+@pytest.mark.parametrize(
+    ("engine", "world"), [("ddp", 8), ("hsdp", 16), pytest.param("fsdp2", 256, marks=pytest.mark.long)]
+)
 def test_ranks_send_alike(
     engine: str, world: int, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
