@@ -224,7 +224,7 @@ def check_collectives(bench: Bench) -> None:
     """Report the set-up and the bandwidths of each recipe's messages."""
     bench.need_gpus(2)
     for recipe in bench.recipes:
-        given = {"recipe": recipe, "batch_size": bench.batch_size, "folder": str(bench.folder)}
+        given: Row = {"recipe": recipe, "batch_size": bench.batch_size, "folder": str(bench.folder)}
         rows = bench.run(collectives, bench.num_gpus, **given)
         setup = max(of_rank[0]["setup_s"] for of_rank in rows)
         found = rows[0][1:]

@@ -264,8 +264,8 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage."""
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
-        stage = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
-        file, settings = "deepspeed_config", {"zero_optimization": {"stage": stage}}
+        launched = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+        file, settings = "deepspeed_config", {"zero_optimization": {"stage": launched}}
     else:
         try:
             given = json.loads(read_text(Path(file)))
