@@ -140,13 +140,6 @@ def test_memory_of_an_exchange(world: int, views: int) -> None:
     assert said + gradients < held.peak < 1.02 * said + 3 * gradients + tile
 
 
-def test_exchange_bytes() -> None:
-    texts, along = 4 * 256 * 1024, 4 * 2 * 256
-    assert exchange_bytes(256, 1, 1024) == 0
-    assert exchange_bytes(256, 256, 1024) == (2 * 256 + 1) * texts + 256 * along
-    assert exchange_bytes(256, 8, 1024, views=3) == 17 * texts + 8 * 3 * along
-
-
 def test_gpu_tiles_of_few_rows_are_wide() -> None:
     """The number of tiles must grow with the process's part of the matrix, not with the world."""
     logits = 4096 * 8192
