@@ -53,13 +53,11 @@ class Measurements(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Evaluates the weights in training.
+    """Evaluates the weights in training."""
 
-    Attributes:
-        evaluations: evaluations of the run. All of them run at its end.
-    """
-
-    evaluations: Sequence[Evaluation]
+    @property
+    def evaluations(self) -> Sequence[Evaluation]:
+        """Evaluations of the run. All of them run at its end."""
 
     def __call__(self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float) -> Measurements:
         """Collective. Run some of the evaluations, and keep their results."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 STOP_FILE = "FLIPSCALE_STOP_FILE"
 
@@ -35,7 +35,7 @@ class _Listener:
         self._before: dict[int, Any] = {}
         self._wakeup = self._old_wakeup = -1
 
-    def __enter__(self) -> "_Listener":
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self
         reading, self._wakeup = os.pipe()
