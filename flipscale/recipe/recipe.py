@@ -137,6 +137,7 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     from jsonargparse import ArgumentError
 
     words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
+    words = with_stages(words, lambda others: parse_fields(others).stages)
     for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
         if flag == "--config":
             words[number] = read_recipe(word, Recipe)
@@ -145,7 +146,6 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
         elif word.startswith(("{", "[", "&")):
             with suppress(yaml.YAMLError):  # a text, such as a path
                 check_yaml(word, flag)
-    words = with_stages(words, lambda others: parse_fields(others).stages)
     parser = build_parser()
     try:
         built = parser.instantiate(parser.parse_args(words))
