@@ -63,12 +63,6 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-class MissingFeatures(BadSample):
-    """The sample has no stored features, because it could not be embedded."""
-
-    cause = "missing_features"
-
-
 class StoredFeatures:
     """The stored features of one tower, mapped to memory shard by shard.
 
@@ -104,12 +98,13 @@ class StoredFeatures:
         return stored_rows
 
     def row(self, place: tuple[int, int]) -> np.ndarray:
-        """Return the features of a sample, float16 `(width,)` or `(crops, width)`, or raise MissingFeatures. Raises as
+        """Return the features of a sample, float16 `(width,)` or `(crops, width)`, or raise BadSample. Raises as
         `rows` too."""
         shard, number = place
         (row,) = self._checked(shard, np.array([number]))
         if np.isnan(row.flat[0]):
-            raise MissingFeatures(f"{shard_file(self.folder, self.tower, shard)} has none in row {number}")
+            file = shard_file(self.folder, self.tower, shard)
+            raise BadSample(f"{file} has none in row {number}: it could not be embedded", "missing_features")
         return row
 
     def _checked(self, shard: int, numbers: np.ndarray) -> np.ndarray:
@@ -256,7 +251,7 @@ class Teacher:
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
     def logit_sides(self, place: tuple[int, int], number: int) -> np.ndarray:
-        """Return two vectors of a sample, fp32 `(2, width)`, or raise MissingFeatures. The logit of an image and a text
+        """Return two vectors of a sample, fp32 `(2, width)`, or raise BadSample. The logit of an image and a text
         is their product."""
         sides = np.stack([self.images.row(place)[number], self.texts.row(place)]).astype(np.float32)
         sides[0] *= self.logit_scale
