@@ -13,12 +13,13 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
-from cli.conftest import write_clip, write_peer
-from conftest import add_member, flipscale, write_shards
+from cli.conftest import write_peer
+from conftest import TOWER, add_member, flipscale, write_shards
 from datasets import Dataset
 from evaluation.tiny_model import tiny_embedder
 from PIL import Image
 from torch import nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flipscale.cli import main
@@ -204,7 +205,12 @@ def test_crops_by_a_model_of_another_program(
     """The model's own preprocessing takes each crop as it is, with no resize and no further crop."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    write_clip(tmp_path / "clip", tokenizer_dir)
+    text = {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    CLIPProcessor(processor, AutoTokenizer.from_pretrained(tokenizer_dir)).save_pretrained(tmp_path / "clip")
     name = "hf:clip"
     found = embed(pairs, tmp_path / "crops", name, "--crops", 2, "--crop_scale", 0.3, 0.6, "--no_mirror", "--seed", 7)
     assert np.flatnonzero(np.isnan(found["images"]).all(axis=(1, 2))).tolist() == [BAD_IMAGE]
