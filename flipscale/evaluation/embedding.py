@@ -91,7 +91,7 @@ class Embedder:
     num_workers: int = 0
     alive: Callable[[], None] = lambda: None
     name: str = ""
-    progress: Callable[[int], None] | None = None
+    progress: Callable[[int], object] | None = None
     pixels: int | None = None
     kept: dict[tuple[TarSource, str], list[tuple[range, torch.Tensor]]] | None = None
 

@@ -93,7 +93,12 @@ def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> yaml.N
                 children += [key, value]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
-        elif refuses_surprises and not node.style and _SURPRISE.fullmatch(node.value):
+        elif (
+            refuses_surprises
+            and isinstance(node, yaml.ScalarNode)
+            and not node.style
+            and _SURPRISE.fullmatch(node.value)
+        ):
             refuse(node, f"has {node.value:.40}, which is another number to YAML; quote it or write it out")
         elif len(node.value) > _MAX_DIGITS and node.value.lstrip("+-").isdecimal():
             refuse(node, f"has a number of {len(node.value)} digits")
