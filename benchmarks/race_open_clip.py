@@ -36,14 +36,14 @@ import torch
 import yaml
 
 from flipscale.data.sources.tar import TarSource, add_member
+from flipscale.engines.build import start_accelerator
 from flipscale.engines.device import is_faster_in_bf16
 from flipscale.engines.launch import PRECISION
-from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.zero_shot import classifier
 from flipscale.evaluation.presentation.curves import Curve, estimate, times_to_equal
 from flipscale.evaluation.results import append_results, read_results
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.evaluation.test_set import TestSet
 from flipscale.hub.loading import open_embedder
 from flipscale.io.atomic import atomic_write, new_folder, write_text
@@ -251,7 +251,7 @@ class Race(RunFolder):
             place = (number * samples // BATCH, number * samples, number * samples / pairs_per_s)
             records.append(dict(zip(("step", "samples_seen", "trained_seconds"), place, strict=True)))
             if tasks:
-                results = evaluate_tasks(_embedder(folder, "open_clip:local-dir:"), build_tasks(tasks))
+                results = run_tasks(_embedder(folder, "open_clip:local-dir:"), build_tasks(tasks))
                 append_results(run_dir, results, *place)
         write_text(run_dir / "metrics.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
         shutil.rmtree(run_dir / "checkpoints")

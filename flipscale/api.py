@@ -72,7 +72,7 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
     Raises:
         UserError: the model or the data of a task cannot be used.
     """
-    from flipscale.engines.start import start_accelerator
+    from flipscale.engines.build import start_accelerator
     from flipscale.evaluate import name_models
     from flipscale.evaluation.model_results import evaluate_model
     from flipscale.evaluation.suite import build_tasks

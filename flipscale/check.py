@@ -38,11 +38,11 @@ def main(arguments: Sequence[str]) -> None:
     args, flags = parse_known(Check, arguments, "flipscale check")
     names, *others = args.config or [[]]
     flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
-    from flipscale.engines.start import engine_class
+    from flipscale.engines.build import engine_class
     from flipscale.evaluation.suite import check_image_sizes
     from flipscale.io.errors import UserError
     from flipscale.io.model_folder import local_folder
-    from flipscale.planning.budget import in_shares
+    from flipscale.planning.budget import with_time_shares
     from flipscale.planning.dry_run import planned_launch
     from flipscale.runs.complete_recipe import parse_recipe
     from flipscale.training.run_directory import open_run_directory
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
     launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)
     for words in [["--config", name] for name in names] or [[]]:
-        recipe = in_shares(parse_recipe([*words, *flags], is_saved=args.pending))
+        recipe = with_time_shares(parse_recipe([*words, *flags], is_saved=args.pending))
         model = recipe.model
         if open_run_directory(recipe) is None and not args.pending:
             for start in filter(None, (model.init_from, model.vision, model.text)):

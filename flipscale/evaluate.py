@@ -96,7 +96,7 @@ class Evaluate:
         # busy cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         models = name_models(self.models, self.output_dir)  # before the slow imports
-        from flipscale.engines.start import start_accelerator
+        from flipscale.engines.build import start_accelerator
         from flipscale.evaluation.baselines import PLAIN
         from flipscale.evaluation.decontaminated import with_clean_tasks
         from flipscale.evaluation.foreign_models import OPEN_CLIP

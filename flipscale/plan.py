@@ -40,15 +40,15 @@ class Plan:
         """Print the table."""
         # Imported here, because torch takes seconds and --help should not wait.
         from flipscale.engines.device import GPUS, gpu_named
-        from flipscale.planning.budget import in_shares
+        from flipscale.planning.budget import with_time_shares
         from flipscale.planning.cost import Gpus, cost_table
-        from flipscale.planning.time import share_of_peak, speed_key
+        from flipscale.planning.time import matmul_share, speed_key
         from flipscale.runs.complete_recipe import parse_recipe
 
         name = gpu_named(self.gpu)
         peak = 1e12 * GPUS[name][0]
-        recipes = {recipe: in_shares(parse_recipe(["--config", recipe])) for recipe in self.recipes}
-        mfu = share_of_peak("--mfu", self.mfu, self.bench, peak, speed_key(recipes[self.recipes[0]]))
+        recipes = {recipe: with_time_shares(parse_recipe(["--config", recipe])) for recipe in self.recipes}
+        mfu = matmul_share("--mfu", self.mfu, self.bench, peak, speed_key(recipes[self.recipes[0]]))
         gpus = Gpus(name, self.num_gpus, peak, mfu, self.watts)
         prices = ("device_hour_dollars", "pue", "kwh_co2_grams")
         given = {field: getattr(self, field) for field in prices if getattr(self, field) is not None}

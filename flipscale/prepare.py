@@ -356,16 +356,16 @@ class Embed:
     def run(self) -> None:
         """Store the features, and print the speed."""
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
-        from flipscale.data.features import StoredCrops
+        from flipscale.data.features import TeacherCrops
         from flipscale.data.sources.tar import TarSource
-        from flipscale.engines.start import start_accelerator
+        from flipscale.engines.build import start_accelerator
         from flipscale.evaluation.precomputed import precompute_features
         from flipscale.hub.loading import open_embedder
 
         least, most = self.crop_scale or (0.5, 1.0)
         if least > most:
             raise UserError(f"--crop_scale is {least:g} {most:g}; expected the smaller share first")
-        crops = StoredCrops(self.crops, (least, most), not self.no_mirror, self.seed or 0) if self.crops else None
+        crops = TeacherCrops(self.crops, (least, most), not self.no_mirror, self.seed or 0) if self.crops else None
         of_crops = [f"--{name}" for name in ("crop_scale", "no_mirror", "seed") if getattr(self, name)]
         if of_crops and crops is None:
             raise UserError(f"{', '.join(of_crops)} without --crops; add --crops N, or leave out the options of crops")

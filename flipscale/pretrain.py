@@ -22,7 +22,7 @@ from flipscale.engines.watchdog import close_process_group, exit_now
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.objectives.build import loss_kinds
-from flipscale.planning.budget import in_shares
+from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.runs.evaluations import RunEvaluator, check_tasks
@@ -48,7 +48,7 @@ def pretrain(recipe: Recipe) -> Path:
         OSError: a checkpoint could not be written.
     """
     run_dir = Path(recipe.output_dir)
-    recipe = in_shares(with_vocabulary(recipe, fetches=True))
+    recipe = with_time_shares(with_vocabulary(recipe, fetches=True))
     timings, checkpoint = StartTimings(), open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return run_dir
@@ -123,9 +123,9 @@ def write_page(recipe: Recipe) -> None:
     if os.environ.get("RANK", "0") != "0" or not (run_dir / "DONE").exists() or (run_dir / "report.html").exists():
         return
     from flipscale.hub.loading import load_with_tokenizer
-    from flipscale.pages.run_page import offer_report
+    from flipscale.pages.run_page import offer_page
 
-    offer_report(recipe, load_with_tokenizer)
+    offer_page(recipe, load_with_tokenizer)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ class Push:
 
     def run(self) -> None:
         """Push a model and print its URL. If the Hub has the same files, nothing is uploaded."""
-        from flipscale.hub.push import Target, check_to_push, left_out, push_folder, sort_files
+        from flipscale.hub.push import Target, check_to_push, left_out, push_folder, split_own_files
 
         target = Target(self.repo, self.private or None, self.revision)
         title = self.run_dir.name + ("" if self.step is None else f", step {self.step}")
@@ -45,7 +45,7 @@ class Push:
             if self.step is not None or not self.dry_run:
                 _update_card(folder, self.run_dir, self.repo, self.step)
             if self.dry_run:
-                files = {name: (folder / name).stat().st_size for name in sort_files(folder)[0]}
+                files = {name: (folder / name).stat().st_size for name in split_own_files(folder)[0]}
                 print("\n".join(f"{size:>16,}  {name}" for name, size in files.items()))
                 if others := left_out(folder):
                     print(others)

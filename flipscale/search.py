@@ -38,7 +38,7 @@ class Search:
         from flipscale.pages.pictures import open_pictures
 
         pictures = open_pictures(self.pictures)
-        from flipscale.engines.start import start_accelerator
+        from flipscale.engines.build import start_accelerator
         from flipscale.evaluation.model_results import data_name
         from flipscale.hub.loading import open_embedder
         from flipscale.pages.search import as_lines, embedded_pictures, searches, write_search_page

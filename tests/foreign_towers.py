@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, CLIPImageProcessorPil, VisionTextDualEncoderModel
 
-from flipscale.engines.start_towers import start_fields, tower_weights
+from flipscale.engines.pretrained_towers import start_fields, tower_weights
 from flipscale.io.errors import UserError
 from flipscale.model.masked_families import POOLED, UNPOOLED, MaskedTowersConfig
 from flipscale.recipe.model import Towers

@@ -17,7 +17,7 @@ from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Threads
-from flipscale.preparation.lists import PairList, digest_of, read_file
+from flipscale.preparation.lists import PairSource, digest_of, read_file
 from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
 from flipscale.training.console import report_user_errors, start_logging
 
@@ -30,7 +30,7 @@ _PARTS = {"train": ("train", "restval"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
-class CocoList(PairList):
+class CocoList(PairSource):
     """Images of COCO with texts.
 
     Args:

@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_att
 
 from flipscale.checks.machine import own_device, query_gpus
 from flipscale.checks.node import OFF, Bench, Row
+from flipscale.engines.build import start_accelerator
 from flipscale.engines.device import attention_kernel, wait_for
 from flipscale.engines.optimizers import encoder_blocks, num_trained
-from flipscale.engines.start import start_accelerator
 from flipscale.model.patches import num_kept
 from flipscale.objectives.build import build_config
 from flipscale.objectives.contrastive import contrastive_loss, triton_serves
@@ -172,12 +172,12 @@ def check_triton(bench: Bench) -> None:
     """Compare the loss in Triton with torch in fp64."""
     dim = int(build_config(parse_recipe(["--config", bench.recipes[0]])).projection_dim or 0)
     (rows,) = bench.run(triton_loss, dim=dim, batch_size=bench.batch_size)
-    bench.figures["triton"], (*compared, speed) = rows, rows
+    bench.figures["triton"], (*loss_inputs, speed) = rows, rows
     # NaN is no match either.
-    off = [row for row in compared if not row["difference"] <= LOSS_TOLERANCE]
+    off = [row for row in loss_inputs if not row["difference"] <= LOSS_TOLERANCE]
     faults = [f"{row['result']} off by {row['difference']:.1e}" for row in off]
     faults += [] if speed["uses_triton"] else ["Triton is absent or fails, and torch's operations are slower"]
-    largest = max(row["difference"] for row in compared)
+    largest = max(row["difference"] for row in loss_inputs)
     words = f"largest difference from fp64 {largest:.1e}, {speed['flops_per_s'] / 1e12:.1f} Tflop/s"
     bench.add("triton loss", words, faults)
 

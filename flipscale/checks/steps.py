@@ -16,11 +16,11 @@ import flipscale
 from flipscale.checks.machine import contexts
 from flipscale.checks.node import OFF, Bench, CheckError, Finding, Row
 from flipscale.data.loader import PackedBatch, on_device
+from flipscale.engines.build import engine_class, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import peak_flops, peak_memory_bytes, wait_for
 from flipscale.engines.launch import launch_environment, launch_of
 from flipscale.engines.slow_steps import StepWatch
-from flipscale.engines.start import engine_class, start_accelerator
 from flipscale.engines.watchdog import end_process
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch, pair_flops
@@ -30,9 +30,9 @@ from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.training.schedule import Schedule, schedule_stages
 from flipscale.training.session import Session, resume
-from flipscale.training.step import consume_batch
+from flipscale.training.step import forward_backward
 from flipscale.training.sync import StepSync
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero3")
@@ -72,7 +72,7 @@ class Loop:
         recipe = first_stage(name, batch_size * accelerator.num_processes, compiled)
         self.recipe, self.objective = replace(recipe, output_dir=folder), build_objective(recipe)
         self.accelerator, self.launch, self.device = accelerator, launch_of(os.environ), accelerator.device
-        stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         self._schedule = Schedule(tuple(stages))
         self._now = self._schedule.first({})
         self.engine = resume(self.recipe, self._schedule, Session(accelerator, None, {}))
@@ -108,9 +108,9 @@ class Loop:
         wait_for(self.device)
         start = time.perf_counter()
         for _ in range(count):
-            loss = consume_batch(self.engine, next(batches), self.objective)
-            taken = self._sync.start(self._now, loss, self.engine.gradient_norm(), [])
-            self.engine.step(1e-6, taken)
+            loss = forward_backward(self.engine, next(batches), self.objective)
+            should_step = self._sync.start(self._now, loss, self.engine.gradient_norm(), [])
+            self.engine.step(1e-6, should_step)
             self._now = self._schedule.after(self._now, None)
             self._sync.drain(wait=False)
         wait_for(self.device)

@@ -10,7 +10,7 @@ from flipscale.data.samples import (
     MissingCaption,
     UndecodableCaption,
     check_bytes,
-    reason_of,
+    one_line_reason,
     wrap_errors,
 )
 
@@ -86,7 +86,7 @@ def fields_of_json(stored: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(stored)
     except (ValueError, RecursionError) as error:
-        raise UndecodableCaption(f"KEY.json: {reason_of(error)}") from error
+        raise UndecodableCaption(f"KEY.json: {one_line_reason(error)}") from error
     if not isinstance(fields, dict):
         raise UndecodableCaption(f"KEY.json holds a {type(fields).__name__}; it must be an object with a caption")
     return fields

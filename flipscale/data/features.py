@@ -26,7 +26,7 @@ from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop
 from flipscale.data.order import by_value
 from flipscale.data.pairs import PairDataset, narrowed
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.samples import BadSample, Fault, Sample, reason_of
+from flipscale.data.samples import BadSample, Fault, Sample, one_line_reason
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, Positive, SamplesOrZero, Seed, check_entries
@@ -63,7 +63,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-class StoredFeatures:
+class PrecomputedFeatures:
     """The stored features of one tower, mapped to memory shard by shard.
 
     Args:
@@ -127,7 +127,7 @@ class StoredFeatures:
             except OSError:
                 raise
             except Exception as error:  # numpy raises many kinds for a damaged header
-                raise UserError(f"{file} is damaged ({reason_of(error)}); {_REMEDY}") from error
+                raise UserError(f"{file} is damaged ({one_line_reason(error)}); {_REMEDY}") from error
             self._open[shard] = array
             if len(self._open) > _MOST_MAPPED:
                 self._open.popitem(last=False)
@@ -139,13 +139,13 @@ class StoredFeatures:
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class StoredPairs(PairDataset):
+class PrecomputedPairs(PairDataset):
     """Training pairs with stored features in place of the images, the captions or both.
 
     Columns: `image_features` and `text_features`, float16 `(batch, width)`; `PairDataset`'s for a tower that learns.
     """
 
-    stored: Mapping[str, StoredFeatures]
+    stored: Mapping[str, PrecomputedFeatures]
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         if "images" not in self.stored:
@@ -164,7 +164,7 @@ class StoredPairs(PairDataset):
         for row in rows.tolist():
             usable = partial(self._usable, draws=draws[row].tolist())
             at = int(where[row]), int(shards[row]), int(numbers[row])
-            (place, annotation), fault = self._first_good(*at, usable)
+            (place, annotation), fault = self._read_or_replace(*at, usable)
             captions.append(annotation)
             if fault is not None:
                 (shards[row], numbers[row]), faults[row] = place, fault
@@ -207,7 +207,7 @@ class StoredPairs(PairDataset):
 
 
 @dataclass(frozen=True)
-class StoredCrops:
+class TeacherCrops:
     """Random crops of each sample, a function of (seed, crop number, shard, sample).
 
     Args:
@@ -239,9 +239,9 @@ class Teacher:
         logit_scale: factor of the cosine of an image and a text.
     """
 
-    images: StoredFeatures
-    texts: StoredFeatures
-    crops: StoredCrops
+    images: PrecomputedFeatures
+    texts: PrecomputedFeatures
+    crops: TeacherCrops
     logit_scale: float
 
     @property
@@ -259,10 +259,10 @@ class Teacher:
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class TaughtPairs(PairDataset):
+class DistillationDataset(PairDataset):
     """Training pairs with the embeddings of teachers. The crop is one of the teachers', and the caption is the first.
 
-    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `change_of_targets`.
+    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `distillation_loss`.
     Narrow embeddings are padded with zeros.
     """
 

@@ -218,7 +218,7 @@ def loader_of(batches: Dataset, sampler: Any, num_workers: int, pin_memory: bool
         collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=settle_worker,
+        worker_init_fn=set_up_worker,
         multiprocessing_context=worker_context() if num_workers else None,
     )
 
@@ -251,7 +251,7 @@ def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
         )
 
 
-def settle_worker(worker: int) -> None:
+def set_up_worker(worker: int) -> None:
     """Set up a worker process: signals ignored, garbage collector on, freed memory kept, tokenizers on one thread. It
     ends with its parent, even while it is suspended.
 

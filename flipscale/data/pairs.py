@@ -215,10 +215,10 @@ class PairDataset(Dataset):
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
             read = partial(self._read, crop_draw=crop_draws[row], draws=caption_draws[row])
-            (crop, annotation), fault = self._first_good(position, shard, number, read)
+            (crop, annotation), fault = self._read_or_replace(position, shard, number, read)
             yield crop, annotation, fault
 
-    def _first_good(
+    def _read_or_replace(
         self, position: int, shard: int, number: int, read: Callable[[tuple[int, int]], Value]
     ) -> tuple[Value, Fault | None]:
         """Read a sample, or its first good replacement. Return the value, and the fault of a replaced sample."""

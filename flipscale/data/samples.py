@@ -62,10 +62,10 @@ class wrap_errors(ContextDecorator):
 
     def __exit__(self, raised: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, BadSample | KeyboardInterrupt | SystemExit | GeneratorExit):
-            raise self.kind(reason_of(error)) from error
+            raise self.kind(one_line_reason(error)) from error
 
 
-def reason_of(error: BaseException) -> str:
+def one_line_reason(error: BaseException) -> str:
     """Return the message of an exception in one line of at most 200 characters that any file can hold."""
     message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
     message = message if len(message) <= _LONGEST_REASON else f"{message[:_LONGEST_REASON]}..."

@@ -40,7 +40,7 @@ from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import (
     CHUNK_BYTES,
     Chunk,
-    Damage,
+    CorruptFile,
     FileDigest,
     chunks_of,
     damaged_chunks,
@@ -66,7 +66,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorChunk:
     """A process's range of a flat tensor of the parameter `name`. `kind` is `weight`, `ema`, or a moment's name."""
 
     kind: str
@@ -116,7 +116,7 @@ class CheckpointReader:
         """Fill the flat `values` with the elements from `first` on of a parameter's tensor.
 
         Raises:
-            UserError: the checkpoint has no such tensor of this `Piece.kind`.
+            UserError: the checkpoint has no such tensor of this `TensorChunk.kind`.
             OSError: a part differs from the index.
         """
         if name not in self._bounds:
@@ -181,7 +181,9 @@ class CheckpointWriter:
         minutes = (time.monotonic() - self._last_save) / 60
         return 0 < self.recipe.every_minutes <= minutes
 
-    def save(self, pieces: list[Piece], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str) -> None:
+    def save(
+        self, tensor_chunks: list[TensorChunk], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str
+    ) -> None:
         """Collective. Begin the checkpoint of `state["step"]`, unless it exists. `commit` must end the previous one."""
         assert not self.is_open
         if state["step"] == self.newest:
@@ -192,7 +194,7 @@ class CheckpointWriter:
         self._partial = partial_path(self._final)
         versions = {"format": FORMAT, "flipscale": flipscale.__version__, "torch": torch.__version__}
         texts = {"state.json": json.dumps({**versions, **state}, indent=1), "recipe.yaml": recipe}
-        texts["index.json"] = json.dumps(self._index(pieces, shapes))
+        texts["index.json"] = json.dumps(self._index(tensor_chunks, shapes))
         self._error, self._digests = None, {}
         if self.accelerator.is_main_process:
             try:
@@ -202,7 +204,9 @@ class CheckpointWriter:
             except OSError as error:
                 self._error = error
         self._agree()
-        copies = {f"{p.kind}.{p.name}": p.values.detach().to("cpu", copy=True) for p in pieces if p.values.numel()}
+        copies = {
+            f"{p.kind}.{p.name}": p.values.detach().to("cpu", copy=True) for p in tensor_chunks if p.values.numel()
+        }
         self._thread = threading.Thread(target=self._write, args=(copies, texts), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -236,8 +240,8 @@ class CheckpointWriter:
                 _log.warning("an old checkpoint of %s cannot be removed (%s); the run goes on", self.run_dir, error)
         return self.newest
 
-    def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
-        sizes = {piece.name: piece.values.numel() for piece in pieces if piece.kind == "weight"}
+    def _index(self, tensor_chunks: list[TensorChunk], shapes: dict[str, torch.Size]) -> dict[str, Any]:
+        sizes = {piece.name: piece.values.numel() for piece in tensor_chunks if piece.kind == "weight"}
         mine = torch.tensor([[sizes[name] for name in shapes]], device=self.accelerator.device)
         ends = self.accelerator.gather(mine).cumsum(dim=0).cpu()
         assert ends[-1].tolist() == [shape.numel() for shape in shapes.values()], "the parts do not cover the tensors"
@@ -289,13 +293,13 @@ class Contents(NamedTuple):
     digests: Mapping[str, FileDigest]
 
 
-def newest_whole(
+def latest_valid(
     accelerator: "Accelerator", run_dir: Path, check: Callable[[Contents], None]
 ) -> tuple[Path, Mapping[str, Any], list[str]] | None:
     """Collective. Find the newest whole checkpoint of a run; rename newer, damaged checkpoints, and delete none.
 
     Args:
-        check: function that raises `Damage` for contents of another run.
+        check: function that raises `CorruptFile` for contents of another run.
 
     Returns:
         The checkpoint, its state.json, and the old names of the renamed ones. None for a run without checkpoints.
@@ -304,11 +308,11 @@ def newest_whole(
         UserError: no checkpoint is whole, or a newer version wrote one. All stay as they are.
         OSError: a checkpoint cannot be read, so that it may be whole, or cannot be renamed. All stay as they are.
     """
-    faults: dict[Path, Damage] = {}
-    for checkpoint in reversed(answer_of_first(accelerator, lambda: list_checkpoints(run_dir))):
+    faults: dict[Path, CorruptFile] = {}
+    for checkpoint in reversed(from_main_process(accelerator, lambda: list_checkpoints(run_dir))):
         try:
             state = _checked_state(accelerator, checkpoint, check)
-        except Damage as damage:
+        except CorruptFile as damage:
             faults[checkpoint] = damage
             continue
         except OSError as error:
@@ -317,7 +321,7 @@ def newest_whole(
                 "the disk or the rights, and start the run again"
             ) from error
         for bad, fault in faults.items():
-            name = answer_of_first(accelerator, functools.partial(_set_aside, bad))
+            name = from_main_process(accelerator, functools.partial(_set_aside, bad))
             if accelerator.is_main_process:
                 words = "checkpoint %s is unusable (%s); it is kept as %s, and the run goes on from %s"
                 _log.warning(words, bad, fault, name, checkpoint.name)
@@ -331,12 +335,12 @@ def newest_whole(
     return None
 
 
-def require_whole(checkpoint: Path) -> None:
+def require_valid(checkpoint: Path) -> None:
     """Raise an OSError if a checkpoint is damaged or unreadable, a UserError if a newer version wrote it."""
     try:
         digests = contents(checkpoint).digests
         _require_chunks(checkpoint, digests, chunks_of(digests))
-    except Damage as damage:
+    except CorruptFile as damage:
         raise OSError(f"checkpoint {checkpoint} is damaged ({damage}); name another one with --step") from damage
 
 
@@ -344,7 +348,7 @@ def contents(checkpoint: Path) -> Contents:
     """Return the texts of a checkpoint after checking all of its files, except for the bytes of its parts.
 
     Raises:
-        Damage: it is not whole.
+        CorruptFile: it is not whole.
         UserError: a newer version wrote it.
         OSError: it cannot be read, though it may be whole.
     """
@@ -352,26 +356,26 @@ def contents(checkpoint: Path) -> Contents:
     try:
         state = dict(json.loads(texts["state.json"]))
     except (ValueError, TypeError, RecursionError) as error:
-        raise Damage("state.json is unreadable") from error
+        raise CorruptFile("state.json is unreadable") from error
     try:
         digests = read_digests(checkpoint / "digests.json")
-    except Damage:
+    except CorruptFile:
         # First, because a newer format may store digests in another way.
         _raise_if_newer(checkpoint, state)
         raise
     for name, text in texts.items():
         if digests.get(name) != digest_of(text):
-            raise Damage(f"{name} is not as it was written")
+            raise CorruptFile(f"{name} is not as it was written")
     _raise_if_newer(checkpoint, state)
     if state["step"] != step_of(checkpoint):
-        raise Damage(f"state.json is of step {state['step']}")
+        raise CorruptFile(f"state.json is of step {state['step']}")
     parts = [part_of(checkpoint, process) for process in range(state["num_processes"])]
     for part in parts:
         if part.name not in digests:
-            raise Damage(f"digests.json has no {part.name}")
+            raise CorruptFile(f"digests.json has no {part.name}")
         size, written = file_bytes(part), digests[part.name].num_bytes
         if size != written:
-            raise Damage(f"{part.name} has {size:,} bytes, and {written:,} were written")
+            raise CorruptFile(f"{part.name} has {size:,} bytes, and {written:,} were written")
     return Contents(state, yaml.safe_load(texts["recipe.yaml"]), {part.name: digests[part.name] for part in parts})
 
 
@@ -387,7 +391,7 @@ def _raise_if_newer(checkpoint: Path, state: Mapping[str, Any]) -> None:
 def _checked_state(
     accelerator: "Accelerator", checkpoint: Path, check: Callable[[Contents], None]
 ) -> Mapping[str, Any]:
-    """Collective. Return the state of a whole checkpoint. Raise Damage on all processes if it is damaged."""
+    """Collective. Return the state of a whole checkpoint. Raise CorruptFile on all processes if it is damaged."""
     from accelerate.utils import gather_object
 
     def read() -> Contents:
@@ -395,12 +399,12 @@ def _checked_state(
         check(found)
         return found
 
-    state, _, digests = answer_of_first(accelerator, read)
+    state, _, digests = from_main_process(accelerator, read)
     rank, world, chunks = accelerator.process_index, accelerator.num_processes, chunks_of(digests)
     damaged, failure = chunks[len(chunks) * rank // world : len(chunks) * (rank + 1) // world], None
     try:
         damaged = _damaged(checkpoint, digests, damaged)
-    except Damage:
+    except CorruptFile:
         pass  # a part is missing here, so the whole share counts as damaged
     except OSError as error:
         failure = str(error)
@@ -415,7 +419,7 @@ def _checked_state(
             if damaged:
                 raise OSError(f"{place} reads other bytes than process 0")
 
-    answer_of_first(accelerator, look_again)
+    from_main_process(accelerator, look_again)
     return state
 
 
@@ -428,7 +432,7 @@ def _damaged(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequen
 def _require_chunks(checkpoint: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk]) -> None:
     for name, number in _damaged(checkpoint, digests, chunks):
         first = number * CHUNK_BYTES
-        raise Damage(f"{name} is not as it was written, between its bytes {first:,} and {first + CHUNK_BYTES:,}")
+        raise CorruptFile(f"{name} is not as it was written, between its bytes {first:,} and {first + CHUNK_BYTES:,}")
 
 
 def _set_aside(checkpoint: Path) -> str:
@@ -447,7 +451,7 @@ def _set_aside(checkpoint: Path) -> str:
     return aside.name
 
 
-def answer_of_first(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
+def from_main_process(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
     """Collective. Return on all processes the result of `ask` on the first process, or raise its error on all."""
     from accelerate.utils import broadcast_object_list
 
@@ -455,7 +459,7 @@ def answer_of_first(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
     if accelerator.is_main_process:
         try:
             answer = [ask()]
-        except (OSError, ValueError, Damage) as error:
+        except (OSError, ValueError, CorruptFile) as error:
             answer = [error]
     (result,) = broadcast_object_list(answer)
     if isinstance(result, Exception):

@@ -2,7 +2,7 @@
 
 Its layout knows the elements of weights, moments and averages that a process holds, saves and loads.
 
-The launch chooses the engine (`flipscale.engines.start.engine_classes`). All engines learn the same numbers from the
+The launch chooses the engine (`flipscale.engines.build.engine_classes`). All engines learn the same numbers from the
 same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flipscale.engines.checkpoint import CheckpointReader, Piece
+from flipscale.engines.checkpoint import CheckpointReader, TensorChunk
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.optimizers import (
@@ -28,7 +28,7 @@ from flipscale.engines.optimizers import (
     set_learning_rate,
 )
 from flipscale.engines.slow_steps import PhaseLog
-from flipscale.engines.trained import freeze
+from flipscale.engines.trainable import freeze
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.recipe.optim import OptimRecipe
@@ -138,17 +138,17 @@ class Layout:
             start += size
         return ranges
 
-    def pieces(self, averages: dict[str, torch.Tensor]) -> list[Piece]:
+    def tensor_chunks(self, averages: dict[str, torch.Tensor]) -> list[TensorChunk]:
         """Return the data that this process saves, with the averages of `all_weights` if the run has them."""
-        ranges, pieces = self.saved_ranges(), []
+        ranges, tensor_chunks = self.saved_ranges(), []
         for name, parameter in self.model.named_parameters():
             mine, weights = ranges[name], self.weights(parameter)
             held = {"weight": weights, **self.moments(parameter)}
             if averages:
                 held["ema"] = Shard(averages[name], weights.first)
             for kind, (values, first) in held.items():
-                pieces.append(Piece(kind, name, values[mine.start - first : mine.stop - first]))
-        return pieces
+                tensor_chunks.append(TensorChunk(kind, name, values[mine.start - first : mine.stop - first]))
+        return tensor_chunks
 
     def load_weights(self, reader: CheckpointReader) -> None:
         """Fill the weights from a checkpoint."""
@@ -170,7 +170,7 @@ class Engine:
     """One model on the processes of a launch. All processes make these calls, in this order:
 
     1. `build` makes the model and its optimisers, sharded where the engine shards.
-    2. `restart` drops the moments before the first step of a schedule.
+    2. `reset_optimizer` drops the moments before the first step of a schedule.
     3. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`.
 
     `model` is the model itself, for evaluation and parameter names. `wrapped` is its wrapper for training, which a call
@@ -273,7 +273,7 @@ class Engine:
         freeze(self.model, frozen, "stages.frozen")
         self._frozen, self._is_checked = tuple(frozen), False
 
-    def restart(self, frozen: Sequence[str]) -> None:
+    def reset_optimizer(self, frozen: Sequence[str]) -> None:
         """Collective. Drop the moments. If other parts are now `frozen`, wrap the model and make optimisers again."""
         if tuple(frozen) == self._frozen:
             self.layout.forget_moments()
@@ -367,23 +367,23 @@ class Engine:
         """Collective. Return the global norm of the gradients, fp32 `()`, then clip them if the recipe says so."""
         return gradient_norm(self._parameters, self.recipe.max_grad_norm)
 
-    def step(self, learning_rate: float, taken: torch.Tensor) -> None:
+    def step(self, learning_rate: float, should_step: torch.Tensor) -> None:
         """Collective. Update the weights, moments and averages, and drop the gradients.
 
         Args:
             learning_rate: learning rate before the groups' factors.
-            taken: fp32 `()` on the accelerator, the same on every process: 1, or 0 to skip the update. The device reads
-                it, so the host need not know it.
+            should_step: fp32 `()` on the accelerator, the same on every process: 1, or 0 to skip the update. The
+                device reads it, so the host need not know it.
         """
         set_learning_rate(self.optimizers, learning_rate)
-        self._step(taken)
+        self._step(should_step)
         if self.recipe.ema_decay is not None:
-            share = (1.0 - self.recipe.ema_decay) * taken
+            share = (1.0 - self.recipe.ema_decay) * should_step
             for name, values in self.layout.all_weights().items():
                 self.averages[name].lerp_(values, share)
 
-    def _step(self, taken: torch.Tensor) -> None:
-        found_inf = 1.0 - taken
+    def _step(self, should_step: torch.Tensor) -> None:
+        found_inf = 1.0 - should_step
         for optimizer in self.optimizers:
             # torch's fused AdamW and our Muon read this name: at 1 nothing is updated.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -408,9 +408,9 @@ class Engine:
             self.averages[name].copy_(kept)
         self.layout.weights_changed()
 
-    def pieces(self) -> list[Piece]:
+    def tensor_chunks(self) -> list[TensorChunk]:
         """Return the data that this process saves: ranges of weights, moments and averages."""
-        return self.layout.pieces(self.averages)
+        return self.layout.tensor_chunks(self.averages)
 
 
 def _parts_above(name: str) -> tuple[str, ...]:

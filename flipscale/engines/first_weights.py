@@ -228,7 +228,7 @@ def longer_positions(table: torch.Tensor, count: int, kind: str) -> torch.Tensor
 def _stored(start: "str | Towers", config: Any) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, list[int]]]:
     """Return a reader and the shape of each stored weight, by its name in the model of a configuration."""
     if config.model_type == "vision-text-dual-encoder":
-        from flipscale.engines.start_towers import tower_weights  # imports the models
+        from flipscale.engines.pretrained_towers import tower_weights  # imports the models
 
         weights = tower_weights(start, config)
         readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(weights.__getitem__, name) for name in weights}

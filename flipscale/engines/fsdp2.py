@@ -28,7 +28,7 @@ class Fsdp2Engine(Engine):
     """`fully_shard` on every block, the towers, the projections and the rest.
 
     In bf16 the weights of blocks and towers are gathered in bf16 and compute in bf16; gradients are reduced in fp32,
-    or in bf16 with `launch.sums_in_bf16`.
+    or in bf16 with `launch.reduce_in_bf16`.
     The projections, `logit_scale`, embeddings and the loss are fp32 throughout. `launch.shard_size` neighbouring
     processes share one copy of the weights.
     """
@@ -68,7 +68,7 @@ class Fsdp2Engine(Engine):
         width = 2 if launch.bf16 else 4
         of_blocks = [2 * width * whole + (width + 4) * learned for whole, learned in blocks]
         gathered = max(of_blocks, default=0) + rest * width
-        if not launch.reshards:
+        if not launch.reshard_after_forward:
             gathered += sum(width * whole for whole, _ in blocks[2:])
         return ModelMemory(kept, 0, gradients, trained, gathered if launch.num_processes > 1 else 0)
 
@@ -90,10 +90,10 @@ class Fsdp2Engine(Engine):
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.launch.bf16 and not fp32:
-            summed = torch.bfloat16 if self.launch.sums_in_bf16 else torch.float32
+            summed = torch.bfloat16 if self.launch.reduce_in_bf16 else torch.float32
             policy = MixedPrecisionPolicy(torch.bfloat16, summed, output_dtype)
         # By default the root alone stays whole.
-        reshard = None if self.launch.reshards else False
+        reshard = None if self.launch.reshard_after_forward else False
         fully_shard(module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=reshard)
 
     def _freeze(self, frozen: Sequence[str]) -> None:
@@ -106,7 +106,7 @@ class Fsdp2Engine(Engine):
 
     def _reduce_gradients(self, enabled: bool) -> None:
         self.wrapped.set_requires_gradient_sync(enabled)
-        if not self.launch.reshards:
+        if not self.launch.reshard_after_forward:
             # Weights stay whole until the step's last backward pass.
             self.wrapped.set_reshard_after_backward(enabled)
 

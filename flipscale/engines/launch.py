@@ -49,15 +49,15 @@ class Launch:
     """The engine, processes and precision of a run.
 
     Args:
-        engine: name in `flipscale.engines.start.engine_classes`.
+        engine: name in `flipscale.engines.build.engine_classes`.
         num_processes: number of processes of the run.
         precision: precision of matrix products, in accelerate's words; `no` is fp32. The rest is fp32 with either.
         shard_size: number of neighbouring processes that share one copy of the weights under `fsdp2`; None for all.
-        reshards: whether `fsdp2` drops gathered weights after the forward pass, and gathers them again for the backward
-            pass. False takes the memory of all weights in the products' precision.
+        reshard_after_forward: whether `fsdp2` drops gathered weights after the forward pass, and gathers them again for
+            the backward pass. False takes the memory of all weights in the products' precision.
         prefetches: whether `fsdp2` begins to gather the next block before a block computes.
-        sums_in_bf16: whether `fsdp2` sums gradients in bf16: half the bytes, and rounding that grows with the number of
-            processes.
+        reduce_in_bf16: whether `fsdp2` sums gradients in bf16: half the bytes, and rounding that grows with the number
+            of processes.
         deepspeed: DeepSpeed's settings, for the ZeRO engines.
         processes_per_node: number of processes on each machine; None if unknown.
     """
@@ -66,9 +66,9 @@ class Launch:
     num_processes: int = 1
     precision: Literal["no", "bf16"] = "no"
     shard_size: int | None = None
-    reshards: bool = True
+    reshard_after_forward: bool = True
     prefetches: bool = False
-    sums_in_bf16: bool = False
+    reduce_in_bf16: bool = False
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     processes_per_node: int | None = None
 
@@ -129,12 +129,12 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
             raise UserError(f"the launch file's fsdp_version is {version}; write 2, as in {shipped('fsdp2')}")
-        reshards = _is_set(environment, "FSDP_RESHARD_AFTER_FORWARD", "true")
+        reshard_after_forward = _is_set(environment, "FSDP_RESHARD_AFTER_FORWARD", "true")
         prefetches = _is_set(environment, "FSDP_FORWARD_PREFETCH")
-        launch = replace(launch, engine="fsdp2", reshards=reshards, prefetches=prefetches)
+        launch = replace(launch, engine="fsdp2", reshard_after_forward=reshard_after_forward, prefetches=prefetches)
     role = environment.get("ROLE_NAME", _NO_ROLE)
     if role == BF16_REDUCE:
-        return replace(launch, engine="fsdp2", sums_in_bf16=True)
+        return replace(launch, engine="fsdp2", reduce_in_bf16=True)
     return launch if role == _NO_ROLE else replace(launch, engine=role)
 
 

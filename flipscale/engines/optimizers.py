@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
-from flipscale.engines.trained import part_of_model
+from flipscale.engines.trainable import part_of_model
 from flipscale.recipe.optim import OptimRecipe
 
 

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 
 # A batch of the loader, whose `step` has the stage of the schedule.
 StepBatch = TypeVar("StepBatch", bound=Any)
-# Phases of a step; `verdict` is the wait for the device.
-PHASES = ("data", "forward", "loss", "backward", "update", "verdict")
+# Phases of a step; `device_wait` is the wait for the device.
+PHASES = ("data", "forward", "loss", "backward", "update", "device_wait")
 
 # A step is slow at this multiple of the median, but not below a second, because short steps are noisy.
 SLOW_FACTOR = 5.0

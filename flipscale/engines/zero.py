@@ -165,7 +165,7 @@ class ZeroEngine(Engine):
             norm = float(self.zero.scaled_global_norm())
         return torch.tensor(norm if norm >= 0 else math.nan, device=self.accelerator.device)
 
-    def _step(self, taken: torch.Tensor) -> None:
+    def _step(self, should_step: torch.Tensor) -> None:
         """Collective. Let DeepSpeed step. It skips a step with non-finite gradients.
 
         For this check the host waits for the gradients, here and in `gradient_norm`, so under ZeRO it never runs ahead.
@@ -175,7 +175,7 @@ class ZeroEngine(Engine):
             # of the first gradient is never padding. No stream is waited for: DeepSpeed's backward pass has waited for
             # its reductions, and without fp16 its step reads gradients on this stream.
             first = next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[:1]
-            first.copy_(torch.where(taken > 0.0, first, math.nan))
+            first.copy_(torch.where(should_step > 0.0, first, math.nan))
         self.wrapped.step()
         assert isinstance(self.layout, _ZeroLayout)
         self.layout.steps += not self.zero.overflow

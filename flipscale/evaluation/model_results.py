@@ -75,7 +75,7 @@ def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Ta
     missing, known, groups, settings, digest = list(range(len(tasks))), dict[str, list[Line]](), [], [], ""
     if is_main:
         weights = embedder.model.state_dict()
-        digest = weights_digest(weights, weights.__getitem__)
+        digest = state_dict_digest(weights, weights.__getitem__)
         settings = [setting_of(embedder, task) for task in tasks]
         groups = [group_of(digest, setting) for setting in settings]
         drop_torn(path)
@@ -104,7 +104,7 @@ def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Ta
     return [line for group in groups for line in known[group]]
 
 
-def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
+def state_dict_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
     """Return the SHA-256 of weights: of their names in alphabetical order, each with its dtype, shape and bytes."""
     digest = hashlib.sha256()
     for name in sorted(names):

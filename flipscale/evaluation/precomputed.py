@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.features import ABOUT, PROBE, StoredCrops, shard_file
+from flipscale.data.features import ABOUT, PROBE, TeacherCrops, shard_file
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
@@ -36,7 +36,7 @@ from flipscale.io.files import check_disk_space
 from flipscale.io.model_folder import read_object
 from flipscale.io.progress import Progress
 from flipscale.model.modeling_flip import normalise_embeds
-from flipscale.recipe.data import STORED_TOWERS
+from flipscale.recipe.data import PRECOMPUTED_TOWERS
 
 # In place of a caption that cannot be used.
 _NO_CAPTION = "a"
@@ -50,7 +50,7 @@ def precompute_features(
     out_dir: Path,
     towers: Sequence[str],
     features: Features,
-    crops: StoredCrops | None = None,
+    crops: TeacherCrops | None = None,
 ) -> Counter[str]:
     """Collective. Write the features of all shards that no other process writes.
 
@@ -166,7 +166,7 @@ class _Samples(Dataset):
 
 
 def _decoded_crops(
-    decode: Decoder, crops: StoredCrops, places: SampleNumbers, image_size: int, encoded: bytes, row: int
+    decode: Decoder, crops: TeacherCrops, places: SampleNumbers, image_size: int, encoded: bytes, row: int
 ) -> dict[str, np.ndarray]:
     """Return the columns of all crops of an image, each with an axis of crops. A model's own decoder takes a crop as a
     file of the model's size."""
@@ -256,7 +256,7 @@ class _Claims:
 
 
 def _describe(
-    embedder: Embedder, source: TarSource, towers: Sequence[str], features: Features, crops: StoredCrops | None
+    embedder: Embedder, source: TarSource, towers: Sequence[str], features: Features, crops: TeacherCrops | None
 ) -> dict[str, Any]:
     """Return the content of `features.json`."""
     model = embedder.model
@@ -278,7 +278,7 @@ def _describe(
         **{"dtype": "float16", "computed_in": embedder.accelerator.mixed_precision},
     }
     for tower in towers:
-        weights = getattr(model, STORED_TOWERS[tower], model).parameters()
+        weights = getattr(model, PRECOMPUTED_TOWERS[tower], model).parameters()
         about[tower] = {"width": widths[tower], "weights_digest": weights_digest(weights)}
     if "images" in towers:
         resize = "by its own processor"
@@ -316,5 +316,5 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
                 f"{folder} was begun with {name} {begun.get(name)} by the model {begun.get('model')!r}, now "
                 f"{about.get(name)}; use the same model, shards and options, or name a new folder"
             )
-    for tower in about.keys() & STORED_TOWERS.keys():
+    for tower in about.keys() & PRECOMPUTED_TOWERS.keys():
         (folder / tower).mkdir(exist_ok=True)

@@ -141,7 +141,7 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
             yield task, task.evaluate(sized, test_set)
 
 
-def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
+def run_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
     return [result for _, results in evaluated(embedder, tasks) for result in results]
 
 

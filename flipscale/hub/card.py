@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from flipscale.evaluation.model_results import Line, data_name, read_lines, weights_digest
+from flipscale.evaluation.model_results import Line, data_name, read_lines, state_dict_digest
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.presentation.figures import can_draw, draw_curves
 from flipscale.evaluation.presentation.results_page import INTERVALS, protocols
@@ -185,7 +185,7 @@ def folder_lines(folder: Path) -> list[Line]:
     if not lines:
         return []
     files = open_weights(folder)
-    weights = weights_digest(files, lambda name: files[name].get_tensor(name))
+    weights = state_dict_digest(files, lambda name: files[name].get_tensor(name))
     return [line for line in lines if line.about["weights"] == weights]
 
 

@@ -10,7 +10,7 @@ from tokenizers import Regex, normalizers
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
-from flipscale.engines.start_towers import TOLERANCE, block_fields, renamed
+from flipscale.engines.pretrained_towers import TOLERANCE, block_fields, renamed
 from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.hub.card import write_derived_card
 from flipscale.hub.convert_onnx import TEXTS

@@ -17,10 +17,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import ProcessorMixin
 
 from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer
-from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_whole
-from flipscale.engines.trained import ReadWeight, lora_config, lora_layers, merged
+from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_valid
+from flipscale.engines.trainable import ReadWeight, lora_config, lora_layers, merged
 from flipscale.evaluation.test_set import kept_class_names
-from flipscale.hub.push import sort_files
+from flipscale.hub.push import split_own_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
@@ -140,7 +140,7 @@ def _opened(checkpoint: Path) -> tuple[Recipe, CheckpointReader, ReadWeight]:
     if not checkpoint.exists():
         names = [path.name for path in list_checkpoints(checkpoint.parents[1])]
         raise UserError(f"{checkpoint} does not exist; the checkpoints are {', '.join(names) or 'none'}")
-    require_whole(checkpoint)
+    require_valid(checkpoint)
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
     reader = CheckpointReader(checkpoint)
     return recipe, reader, partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
@@ -298,7 +298,7 @@ def check_replaceable(out_dir: Path) -> None:
     # A model of another family without sentence-transformers' files is another program's.
     if family_of(kind) is None or (kind != "flip" and not (out_dir / "modules.json").is_file()):
         raise UserError(f"{out_dir} exists and is no model folder of flipscale; name another folder or remove it")
-    _refuse_others(out_dir, sort_files(out_dir)[1])
+    _refuse_others(out_dir, split_own_files(out_dir)[1])
 
 
 def _refuse_others(out_dir: Path, others: list[str]) -> None:

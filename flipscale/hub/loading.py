@@ -31,7 +31,7 @@ from flipscale.model import (
 )
 from flipscale.model.families import config_class, family_of
 from flipscale.objectives.captioning import CaptioningFlipModel
-from flipscale.training.pretrained_fields import stored_towers
+from flipscale.training.pretrained_fields import saved_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +92,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         content = read_object(folder / "config.json")
         if (name_of_family := family_of(content.get("model_type"))) not in ("flip", None):
             family = config_class(str(name_of_family))
-            towers = stored_towers(folder)
+            towers = saved_towers(folder)
             if not pixel_fields(folder):
                 raise UserError("it has no preprocessor_config.json, which normalises its images; copy it there")
             config, kind = family.of_towers(towers["vision_config"], towers["text_config"]), family.trained_class
@@ -109,7 +109,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
         stored = {n: shape for file in files for n, shape in read_shapes(file).items()}
         if name_of_family == "towers":
-            from flipscale.engines.start_towers import tower_weights  # imports the models
+            from flipscale.engines.pretrained_towers import tower_weights  # imports the models
 
             weights = tower_weights(str(folder), config)
             stored = {n: list(weight.shape) for n, weight in weights.items()}

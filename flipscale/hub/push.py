@@ -182,7 +182,7 @@ def _push(folder: Path, target: Target, message: str) -> tuple[str, str | None]:
             folder_path=folder,
             revision=target.revision,
             commit_message=message,
-            allow_patterns=[escape(name) for name in sort_files(folder)[0]],
+            allow_patterns=[escape(name) for name in split_own_files(folder)[0]],
             delete_patterns=_REPLACED,
         )
     except _FAILURES as error:
@@ -191,7 +191,7 @@ def _push(folder: Path, target: Target, message: str) -> tuple[str, str | None]:
     return url, None if commit.oid == before else commit.oid
 
 
-def sort_files(folder: Path) -> tuple[list[str], list[str]]:
+def split_own_files(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of flipscale's own files in a model folder, which a push uploads, and of all others.
 
     Links belong to the others and are marked.
@@ -212,7 +212,7 @@ def sort_files(folder: Path) -> tuple[list[str], list[str]]:
 
 def left_out(folder: Path) -> str | None:
     """Return a sentence that names the other files and links in a folder, or None if there are none."""
-    if not (names := sort_files(folder)[1]):
+    if not (names := split_own_files(folder)[1]):
         return None
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
     return f"left out, because flipscale did not write it: {', '.join(names[:_SHOWN])}{more}"

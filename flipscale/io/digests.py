@@ -28,7 +28,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Chunk = tuple[str, int]  # a file's name and a chunk index
 
 
-class Damage(Exception):
+class CorruptFile(Exception):
     """A file differs from the one that was written; the text says how."""
 
 
@@ -80,7 +80,7 @@ def read_digests(path: Path) -> dict[str, FileDigest]:
     """Return the digests in a file that `digests_to_json` made.
 
     Raises:
-        Damage: the file does not exist or has other content.
+        CorruptFile: the file does not exist or has other content.
         OSError: the file cannot be read, though it may be whole.
     """
     try:
@@ -90,7 +90,7 @@ def read_digests(path: Path) -> dict[str, FileDigest]:
         if content["chunk_bytes"] != CHUNK_BYTES or not has_chunks:
             raise ValueError("chunks of another length")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Damage(f"{path.name} is unreadable") from error
+        raise CorruptFile(f"{path.name} is unreadable") from error
     return files
 
 
@@ -98,20 +98,20 @@ def read_bytes(path: Path, most: int = 2**28) -> bytes:
     """Return the content of a regular file.
 
     Raises:
-        Damage: the file does not exist, or has more than `most` bytes.
+        CorruptFile: the file does not exist, or has more than `most` bytes.
         OSError: the file cannot be read, though it may be whole.
     """
     size = file_bytes(path)
     if size > most:
-        raise Damage(f"{path.name} has {size:,} bytes; expected at most {most:,}")
+        raise CorruptFile(f"{path.name} has {size:,} bytes; expected at most {most:,}")
     return path.read_bytes()
 
 
 def file_bytes(path: Path) -> int:
-    """Return the length of a regular file. Reading a pipe or a device may never end, so they are `Damage`.
+    """Return the length of a regular file. Reading a pipe or a device may never end, so they are `CorruptFile`.
 
     Raises:
-        Damage: no regular file is there.
+        CorruptFile: no regular file is there.
         OSError: the status cannot be read, though the file may be whole.
     """
     try:
@@ -119,9 +119,9 @@ def file_bytes(path: Path) -> int:
     except OSError as error:
         if error.errno not in _NOT_A_FILE:
             raise
-        raise Damage(f"{path.name} is missing") from error
+        raise CorruptFile(f"{path.name} is missing") from error
     if not stat.S_ISREG(status.st_mode):
-        raise Damage(f"{path.name} is no regular file")
+        raise CorruptFile(f"{path.name} is no regular file")
     return status.st_size
 
 
@@ -131,7 +131,7 @@ def damaged_chunks(
     """Return the chunks of a folder's files that differ from their digests, by file name.
 
     Raises:
-        Damage: a file is missing.
+        CorruptFile: a file is missing.
         OSError: a file cannot be read, though it may be whole.
     """
 

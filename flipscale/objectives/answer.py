@@ -42,7 +42,7 @@ class Answer(Objective):
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         return QuestionDataset(*arguments, num_answers=self.num_answers, **options)
 
-    def mean_loss(self, output: FlipAnswerOutput) -> torch.Tensor:
+    def per_sample_loss(self, output: FlipAnswerOutput) -> torch.Tensor:
         assert output.answer_losses is not None
         return output.answer_losses.mean()
 

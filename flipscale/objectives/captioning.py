@@ -75,10 +75,10 @@ class CaptionLoss(Objective):
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         return captioned(super().dataset, self.prediction, *arguments, **options)
 
-    def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
+    def loss_inputs(self, output: Any) -> tuple[torch.Tensor, ...]:
         return ()
 
-    def mean_loss(self, output: Any) -> torch.Tensor:
+    def per_sample_loss(self, output: Any) -> torch.Tensor:
         assert output.caption_losses is not None
         return output.caption_losses.mean()
 

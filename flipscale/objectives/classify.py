@@ -77,10 +77,10 @@ class Classify(Objective):
     def chance_loss(self, batch_size: int) -> float:
         return math.log(self.num_classes)
 
-    def compared(self, output: ClassifyOutput) -> tuple[torch.Tensor, ...]:
+    def loss_inputs(self, output: ClassifyOutput) -> tuple[torch.Tensor, ...]:
         return ()
 
-    def mean_loss(self, output: ClassifyOutput) -> torch.Tensor:
+    def per_sample_loss(self, output: ClassifyOutput) -> torch.Tensor:
         assert output.logits is not None
         assert output.labels is not None
         logits, labels = output.logits.float(), output.labels

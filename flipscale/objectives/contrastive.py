@@ -46,7 +46,7 @@ class PairLoss(Objective):
 
     def pending_gather(self, micro_batches: int) -> "PendingGather | None":
         # With several captions of an image, the images are gathered.
-        is_of_texts = self.captions_per_image == 1 and type(self).compared is Objective.compared
+        is_of_texts = self.captions_per_image == 1 and type(self).loss_inputs is Objective.loss_inputs
         return PendingGather(micro_batches) if is_of_texts and world_size() > 1 else None
 
 
@@ -73,7 +73,7 @@ class Distilled(Contrastive):
     teacher_weight: float
 
     @property
-    def coupled_columns(self) -> tuple[str, ...]:
+    def global_columns(self) -> tuple[str, ...]:
         return ("teacher_embeds",)
 
     def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:

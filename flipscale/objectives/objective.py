@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flipscale.data.features import StoredPairs, TaughtPairs
+from flipscale.data.features import DistillationDataset, PrecomputedPairs
 from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
 from flipscale.io.options import Copies
@@ -22,7 +22,7 @@ class Objective:
 
     * `coupled_loss` compares the samples of the global batch with each other. Its inputs are kept for all samples.
       Their gradients are handed back to one micro-batch after another.
-    * `mean_loss` is a mean over samples, so any split into processes and micro-batches is exact.
+    * `per_sample_loss` is a mean over samples, so any split into processes and micro-batches is exact.
 
     A subclass is a frozen dataclass, too. Its own fields are the options that `loss.options` of a recipe can set.
 
@@ -52,12 +52,12 @@ class Objective:
         return None
 
     @property
-    def is_coupled(self) -> bool:
+    def needs_global_batch(self) -> bool:
         """Whether there is a `coupled_loss`."""
         return type(self).coupled_loss is not Objective.coupled_loss
 
     @property
-    def coupled_columns(self) -> tuple[str, ...]:
+    def global_columns(self) -> tuple[str, ...]:
         """Columns of a batch that `coupled_loss` takes as keywords, and the model does not."""
         return ("caption_ids",) if self.positives == "equal_captions" else ()
 
@@ -79,9 +79,9 @@ class Objective:
         """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass."""
         options["sends_masked"] = "masked_patches" in self.columns
         options["captions_per_image"] = self.captions_per_image
-        options["sends_caption_ids"] = "caption_ids" in self.coupled_columns
-        other = TaughtPairs if "teachers" in options else PairDataset
-        return (StoredPairs if "stored" in options else other)(*arguments, **options)
+        options["sends_caption_ids"] = "caption_ids" in self.global_columns
+        other = DistillationDataset if "teachers" in options else PairDataset
+        return (PrecomputedPairs if "stored" in options else other)(*arguments, **options)
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
         """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""
@@ -97,21 +97,21 @@ class Objective:
         values = {name: getattr(output, name) for name in getattr(self.model_class, "loss_parameters", ())}
         return {name: value for name, value in values.items() if value is not None}
 
-    def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
+    def loss_inputs(self, output: Any) -> tuple[torch.Tensor, ...]:
         """Return the inputs of `coupled_loss`: tensors with one row for each sample, or for each view of a sample."""
         assert output.image_embeds is not None
         assert output.text_embeds is not None
         return output.image_embeds, output.text_embeds
 
-    def coupled_loss(self, *compared: Any, **parameters: Any) -> torch.Tensor:
-        """Collective. Return this process's part of the loss, fp32 `()`, of all its `compared` and `parameters`. The
-        `coupled_columns` are among the keywords.
+    def coupled_loss(self, *loss_inputs: Any, **parameters: Any) -> torch.Tensor:
+        """Collective. Return this process's part of the loss, fp32 `()`, of all its `loss_inputs` and `parameters`. The
+        `global_columns` are among the keywords.
 
         The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient.
         """
         raise NotImplementedError
 
-    def mean_loss(self, output: Any) -> torch.Tensor:
+    def per_sample_loss(self, output: Any) -> torch.Tensor:
         """Return the mean over the samples of a micro-batch, fp32 `()`."""
         assert output.image_embeds is not None
         return output.image_embeds.new_zeros((), dtype=torch.float32)
@@ -126,7 +126,9 @@ class Objective:
 
         The mean over the main process's micro-batches is logged.
         """
-        sides = zip(("image_spread", "text_spread"), self.compared(output) if self.is_coupled else (), strict=False)
+        sides = zip(
+            ("image_spread", "text_spread"), self.loss_inputs(output) if self.needs_global_batch else (), strict=False
+        )
         spreads = {name: 1.0 - rows.detach().mean(0, dtype=torch.float32).square().sum() for name, rows in sides}
         return {**self.parameters(output), **spreads}
 
@@ -160,12 +162,12 @@ class WithSecondLoss(Objective):
     weight: float
 
     @property
-    def is_coupled(self) -> bool:
-        return self.other.is_coupled
+    def needs_global_batch(self) -> bool:
+        return self.other.needs_global_batch
 
     @property
-    def coupled_columns(self) -> tuple[str, ...]:
-        return self.other.coupled_columns
+    def global_columns(self) -> tuple[str, ...]:
+        return self.other.global_columns
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         return self.other.model_config(config)
@@ -173,14 +175,14 @@ class WithSecondLoss(Objective):
     def pending_gather(self, micro_batches: int) -> Any:
         return self.other.pending_gather(micro_batches)
 
-    def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
-        return self.other.compared(output)
+    def loss_inputs(self, output: Any) -> tuple[torch.Tensor, ...]:
+        return self.other.loss_inputs(output)
 
-    def coupled_loss(self, *compared: torch.Tensor, **parameters: Any) -> torch.Tensor:
-        return self.other.coupled_loss(*compared, **parameters)
+    def coupled_loss(self, *loss_inputs: torch.Tensor, **parameters: Any) -> torch.Tensor:
+        return self.other.coupled_loss(*loss_inputs, **parameters)
 
-    def mean_loss(self, output: Any) -> torch.Tensor:
-        return self.other.mean_loss(output) + self.weight * output.second_losses.mean()
+    def per_sample_loss(self, output: Any) -> torch.Tensor:
+        return self.other.per_sample_loss(output) + self.weight * output.second_losses.mean()
 
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:
         return {**self.other.metrics(output), f"{self.second_loss}_loss": output.second_losses.mean()}

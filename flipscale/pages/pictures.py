@@ -112,7 +112,7 @@ def open_pictures(place: str) -> Pictures:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedPictures:
     """Indices of the embedded pictures, int64 `(rows,)`, their embeddings, fp32 `(rows, dim)`, and faults of others."""
 
     rows: np.ndarray
@@ -126,7 +126,7 @@ def embed_pictures(
     decode: Decoder,
     features: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     seconds: float | None = None,
-) -> Embedded:
+) -> EmbeddedPictures:
     """Return the embeddings of the pictures `rows`; damaged pictures are left out.
 
     Args:
@@ -164,4 +164,6 @@ def embed_pictures(
                 with torch.no_grad():
                     parts.append(features(stacked).float().cpu().numpy())
             bar.update(len(batch))
-    return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
+    return EmbeddedPictures(
+        np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults
+    )

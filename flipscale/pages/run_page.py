@@ -55,7 +55,7 @@ Made = TypeVar("Made")
 _log = logging.getLogger(__name__)
 
 
-def offer_report(recipe: Recipe, load: Load) -> None:
+def offer_page(recipe: Recipe, load: Load) -> None:
     """Write the report of a finished run and log its path. A failure is one warning, because the run is complete."""
     path = Path(recipe.output_dir) / REPORT
     retry = ("flipscale", "pretrain", "--config", str(path.with_name("recipe.yaml")))

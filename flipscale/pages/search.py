@@ -21,14 +21,14 @@ from flipscale.data.decode import decode_small
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.model_results import weights_digest
+from flipscale.evaluation.model_results import state_dict_digest
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
 from flipscale.model import FlipModel
 from flipscale.model.modeling_flip import normalise_embeds
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
-from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures
+from flipscale.pages.pictures import EmbeddedPictures, FolderPictures, Pictures, embed_pictures
 from flipscale.preparation.lists import FileList
 
 MOST_BYTES = 5_000_000
@@ -64,7 +64,7 @@ class Search(NamedTuple):
     is_picture: bool = False
 
 
-def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Embedded:
+def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> EmbeddedPictures:
     """Return the embeddings of all pictures, from the file `cache` if it fits this model and these pictures.
 
     New embeddings are written there.
@@ -75,9 +75,9 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
     stored = _load(cache)
     weights = embedder.model.state_dict()
     about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state()]
-    key = hashlib.sha256(json.dumps([weights_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([state_dict_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
     if str(stored.get("key")) == key:
-        return Embedded(stored["rows"], stored["embeds"], stored["faults"].tolist())
+        return EmbeddedPictures(stored["rows"], stored["embeds"], stored["faults"].tolist())
     embedded = _embed(embedder, pictures, range(len(pictures)))
     if not len(embedded.rows):
         raise UserError(f"none of the {len(pictures)} pictures can be read, the first: {embedded.faults[0]}")
@@ -101,7 +101,7 @@ def _load(cache: Path) -> dict[str, np.ndarray]:
     raise UserError(f"{cache} exists, and no search wrote it; name another page with --out, or move it away")
 
 
-def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top: int) -> list[Search]:
+def searches(embedder: Embedder, embedded: EmbeddedPictures, queries: Sequence[str], top: int) -> list[Search]:
     """Return the nearest `top` pictures to each query. A query that names a picture file finds similar pictures."""
     files = [query for query in queries if query.lower().endswith(IMAGE_SUFFIXES) and Path(query).is_file()]
     words = [query for query in queries if query not in files]
@@ -124,7 +124,12 @@ def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top
 
 
 def write_search_page(
-    path: Path, embedder: Embedder, pictures: Pictures, embedded: Embedded, results: Sequence[Search], **texts: object
+    path: Path,
+    embedder: Embedder,
+    pictures: Pictures,
+    embedded: EmbeddedPictures,
+    results: Sequence[Search],
+    **texts: object,
 ) -> str:
     """Write the page of searches. Its box finds any words among all pictures, if the page can compute and hold them.
 
@@ -222,7 +227,7 @@ def _title(pictures: Pictures, index: int) -> str:
     return name if label == name else f"{label} ({name})"
 
 
-def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embedded:
+def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> EmbeddedPictures:
     device = embedder.accelerator.device
 
     def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:

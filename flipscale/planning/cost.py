@@ -13,7 +13,7 @@ from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.planning.flops import pair_flops
 from flipscale.recipe.outputs import CostRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 _TOTAL = "in all"
 
@@ -53,7 +53,7 @@ def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, Plan
     are known and its pairs are computed."""
     batch, minutes = recipe.data.global_batch_size, recipe.budget_minutes
     pairs_of_a_process(batch, gpus.count)
-    stages, flops = plan_stages(recipe.stages, batch, minutes), pair_flops(recipe)
+    stages, flops = schedule_stages(recipe.stages, batch, minutes), pair_flops(recipe)
     rate = gpus.peak * gpus.mfu * 3600
     pairs, gpu_hours = {}, {}
     for stage in stages:

@@ -16,28 +16,28 @@ from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Positive, ShareAboveZero
 from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.planning.budget import in_shares
+from flipscale.planning.budget import with_time_shares
 from flipscale.planning.memory import (
     GPUS_OF_A_NODE,
     USABLE,
     Memory,
+    fitting_changes,
     heaviest_step,
     planned_model,
     recipe_memory,
-    what_fits,
 )
 from flipscale.planning.time import (
     Hardware,
     Links,
     StepTime,
     bench_figures,
-    share_of_peak,
+    matmul_share,
     speed_key,
     step_time,
 )
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 _MOST_COLUMNS = 6  # of a terminal with 100 columns
 _SAME_TIME = 1.02  # of two computed times
@@ -116,7 +116,7 @@ def dry_run(arguments: Sequence[str]) -> None:
     """Print memory and time with a column for each launch, and an advice. Other options are those of `flipscale
     pretrain`. Raise UserError if a recipe or launch file cannot be run, or no launch fits the stated memory."""
     args, rest = parse_known(DryRun, arguments, "flipscale pretrain --dry_run")
-    recipe = in_shares(parse_recipe(rest))
+    recipe = with_time_shares(parse_recipe(rest))
     hardware = _hardware(args, recipe)
     launches = _launches(args)
     heading = _heading(recipe, hardware)
@@ -133,7 +133,7 @@ def dry_run(arguments: Sequence[str]) -> None:
         print(f"\n{_table(recipe, columns, limit)}")
     if limit is not None and not any(one.memory.fits(limit) for one in planned):
         least = min(planned, key=lambda one: one.memory.total)
-        fits = what_fits(recipe, least.launch, int(USABLE * limit * 2**30))
+        fits = fitting_changes(recipe, least.launch, int(USABLE * limit * 2**30))
         fix = f"what would fit: {', '.join(fits)}" if fits else "no known change would fit: use larger GPUs"
         raise UserError(
             f"{least.name} on {least.launch.num_processes} needs {least.memory.total / 2**30:.1f} GiB of each process, "
@@ -147,7 +147,7 @@ def dry_run(arguments: Sequence[str]) -> None:
 def _hardware(args: DryRun, recipe: Recipe) -> Hardware:
     """Return the stated figures, else those of `--bench`, else the defaults."""
     peak = args.peak_tflops * 1e12
-    share = share_of_peak("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
+    share = matmul_share("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
     hardware = Hardware(peak=peak, matmul_share=share, pair_kb=args.pair_kb, node_cores=round(args.node_cores))
     if args.bench is not None:
         hardware = hardware.measured(bench_figures(args.bench))
@@ -175,7 +175,7 @@ def planned_launch(file: Path | None, num_processes: int | None, num_machines: i
 
 def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _Planned:
     steps = [step_time(recipe, launch, stage, hardware) for stage in recipe.stages]
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     seconds = sum((stage.last - stage.first) * step.seconds for stage, step in zip(stages, steps, strict=True))
     hours = seconds / 3600 if recipe.budget_minutes is None else recipe.budget_minutes / 60
     return _Planned(name, launch, recipe_memory(recipe, launch), steps, seconds, hours)
@@ -193,7 +193,7 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
     minutes, batch, links = recipe.budget_minutes, recipe.data.global_batch_size, hardware.links
     name = "towers" if recipe.model.family == "towers" else recipe.model.size
     lines = [f"{name}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}"]
-    for stage in plan_stages(recipe.stages, batch, minutes):
+    for stage in schedule_stages(recipe.stages, batch, minutes):
         length = stage.last - stage.first
         lines.append(
             f"{stage.name}: {f'{length:,} steps' if minutes is None else f'{length * minutes:g} minutes'} of {batch:,} "

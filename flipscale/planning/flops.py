@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from flipscale.engines.first_weights import model_without_storage
-from flipscale.engines.trained import add_lora, freeze
+from flipscale.engines.trainable import add_lora, freeze
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import num_kept
 from flipscale.objectives.build import build_config, build_objective
@@ -160,8 +160,8 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
         counts = {name.removeprefix(prefix): sum(by_op.values()) for name, by_op in counter.flop_counts.items()}
         if is_whole:
             return Flops(forward, counts, 2 * forward)
-        values = [*objective.compared(output), *objective.parameters(output).values()]
-        loss = objective.mean_loss(output) + sum(value.float().sum() for value in values)
+        values = [*objective.loss_inputs(output), *objective.parameters(output).values()]
+        loss = objective.per_sample_loss(output) + sum(value.float().sum() for value in values)
         with FlopCounterMode(display=False) as counter:
             loss.backward()
     return Flops(forward, counts, counter.get_total_flops())

@@ -22,11 +22,11 @@ from transformers.initialization import no_init_weights
 
 from flipscale.data.features import read_about
 from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
+from flipscale.engines.build import engine_class, engine_classes
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_moments, num_trained
-from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
@@ -110,7 +110,7 @@ def _memory(recipe: Recipe, launch: Launch) -> Memory:
         nccl=_nccl_bytes(launch),
     )
     # The memory of a loss that is a mean over samples is among the activations.
-    loss_peak, loss_kept = loss_bytes(recipe, launch, step.views) if objective.is_coupled else (0, 0)
+    loss_peak, loss_kept = loss_bytes(recipe, launch, step.views) if objective.needs_global_batch else (0, 0)
     waiting = engine.memory(model, launch, accumulates=micro_batches > 1).gradients
     passes = _passes(num_trained(model), kept.gradients, waiting, micro_batches)
     activations = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
@@ -230,7 +230,7 @@ def _nccl_bytes(launch: Launch) -> int:
     return communicators * _COMMUNICATOR_BYTES + neighbours * _NEIGHBOUR_BYTES
 
 
-def what_fits(recipe: Recipe, launch: Launch, limit: int) -> list[str]:
+def fitting_changes(recipe: Recipe, launch: Launch, limit: int) -> list[str]:
     """Return single changes that bring the total under `limit` bytes, with the new totals. If no single change does,
     return recomputation with another change."""
     again = "model.gradient_checkpointing"
@@ -251,7 +251,7 @@ def _changes(recipe: Recipe, launch: Launch) -> Iterator[tuple[str, str, Recipe,
         changed = replace(recipe, data=replace(recipe.data, micro_batch_size=size))
         yield "micro-batches", f"data.micro_batch_size {size}", changed, launch
     for engine in engine_classes():
-        other = replace(launch, engine=engine, shard_size=None, reshards=True)
+        other = replace(launch, engine=engine, shard_size=None, reshard_after_forward=True)
         refusal = engine_class(other).refusal(other, recipe.optim.name, recipe.model.compile is True)
         if other != launch and refusal is None:
             yield engine, engine, recipe, other
@@ -325,8 +325,8 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
             parameter.register_post_accumulate_grad_hook(count_gradient)
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
             output = model(**batch, image_size=step.image_size, return_logits=False)
-        loss = objective.mean_loss(output)
-        values = [*objective.compared(output), *objective.parameters(output).values()]
+        loss = objective.per_sample_loss(output)
+        values = [*objective.loss_inputs(output), *objective.parameters(output).values()]
         if values:
             loss = torch.stack([value.float().sum() for value in values]).sum() + loss
         saved = live.now

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.data.loader import pairs_of_a_process
+from flipscale.engines.build import engine_class
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_matrices, num_trained
-from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.cores import workers_of
 from flipscale.io.errors import UserError
@@ -64,7 +64,7 @@ def speed_key(recipe: Recipe) -> str:
     return f"{recipe.model.size}{' compiled' * (recipe.model.compile is not False)}"
 
 
-def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float, key: str = "") -> float:
+def matmul_share(option: str, stated: float | None, bench: Path | None, peak: float, key: str = "") -> float:
     """Return the reached share of the peak: stated, measured, or the usual share.
 
     Args:
@@ -215,7 +215,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # Recomputation adds a forward pass to the backward pass. A coupled loss embeds micro-batches twice.
     forward, backward = (n * at_once / (hardware.peak * hardware.matmul_share) for n in (flops.forward, flops.backward))
     backward += forward if recipe.recomputes(stage) else 0.0
-    passes = (2 if micro_batches > 1 and build_objective(recipe).is_coupled else 1) * micro_batches
+    passes = (2 if micro_batches > 1 and build_objective(recipe).needs_global_batch else 1) * micro_batches
     compute = passes * forward + micro_batches * backward
     sent = messages(recipe, launch, stage, hardware.links)
     exposed = (
@@ -263,7 +263,7 @@ def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, 
     calls = _FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches
     if compiles(recipe, launch):
         calls = 0
-    if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1 and launch.reshards:
+    if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1 and launch.reshard_after_forward:
         calls += _GATHER_CALLS * (passes + micro_batches)
     return _OTHER_CALLS + blocks * calls
 
@@ -288,7 +288,7 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
     model = trained_model(recipe, stage)
     world, engine = links.group(count), engine_class(launch)
     # The texts and their gradients. The loss's other messages are a thousandth of these.
-    dim = int(build_config(recipe).projection_dim or 0) if objective.is_coupled else 0
+    dim = int(build_config(recipe).projection_dim or 0) if objective.needs_global_batch else 0
     texts = 4 * recipe.data.global_batch_size * dim
     between = 2 * world.gather(texts)
     if recipe.optim.name == "muon":
@@ -320,7 +320,7 @@ def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -
 def _sharded(groups: list[tuple[int, ...]], width: int, launch: Launch, links: Links, between: float) -> Messages:
     """Return the seconds of sharded weights, given the weights and the trained weights of each group. A group is
     gathered before its use in both passes, and its gradients are sent behind the last backward pass."""
-    reduced = 2 if launch.sums_in_bf16 else 4
+    reduced = 2 if launch.reduce_in_bf16 else 4
     shard_size = launch.shard_size or launch.num_processes
     shards, replicas = links.group(shard_size), launch.num_processes // shard_size
     gathers = [shards.gather(width * whole) for whole, _ in groups]
@@ -328,7 +328,7 @@ def _sharded(groups: list[tuple[int, ...]], width: int, launch: Launch, links: L
     copies = links.group(replicas, stride=shard_size)
     reduces = [copies.reduce(reduced * trained // shard_size) if trained else 0.0 for _, trained in groups]
     # The maximum, because messages within a node and between nodes travel at the same time.
-    again = sum(gathers) if launch.reshards else 0.0
+    again = sum(gathers) if launch.reshard_after_forward else 0.0
     return Messages(
         forward=sum(gathers) - gathers[0],
         backward=max(again + sum(scatters), sum(reduces)) - scatters[-1] - reduces[-1],

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import fsspec
 from fsspec.core import url_to_fs
 
-from flipscale.data.samples import reason_of
+from flipscale.data.samples import one_line_reason
 from flipscale.data.sources.tar import add_member
 from flipscale.data.task_page import TaskSource
 from flipscale.io.atomic import atomic_write, write_text
@@ -41,7 +41,7 @@ def write_languages(place: Path, source: TaskSource) -> None:
     except (UserError, OSError):
         raise
     except Exception as error:  # archives, JSON and every protocol raise their own types
-        raise UserError(f"{source.repo} or its captions have changed ({reason_of(error)})") from error
+        raise UserError(f"{source.repo} or its captions have changed ({one_line_reason(error)})") from error
 
 
 def _write(place: Path, source: TaskSource) -> None:

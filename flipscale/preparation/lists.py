@@ -31,7 +31,7 @@ from flipscale.data.samples import (
     BadSample,
     MissingCaption,
     check_bytes,
-    reason_of,
+    one_line_reason,
     wrap_errors,
 )
 from flipscale.data.sources.dataset import load_rows
@@ -88,7 +88,7 @@ class MalformedRow(BadSample):
     cause = "malformed_row"
 
 
-class PairList(ABC):
+class PairSource(ABC):
     """Pairs by number, in a fixed order; a list can be copied to another process.
 
     `image`, `captions` and `label` raise BadSample for a pair that cannot be used.
@@ -140,7 +140,7 @@ def open_pairs(
     split: str = "train",
     allow_outside: bool = False,
     labels: str | None = None,
-) -> PairList:
+) -> PairSource:
     """Return the pairs of a folder of images, a table, or a `datasets` data set, saved or on the Hub.
 
     Args:
@@ -156,7 +156,7 @@ def open_pairs(
     if path.is_dir():
         metadata = (path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
         path = next((table for table in metadata if table.exists()), path)
-    pairs: PairList
+    pairs: PairSource
     if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
         if not path.is_file():
             what = "is no file" if path.exists() else "does not exist"
@@ -202,7 +202,7 @@ def _holds_images(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class FileList(PairList):
+class FileList(PairSource):
     """Image files under `root`, with captions in KEY.txt or KEY.json beside them, or the names of their folders.
 
     Args:
@@ -344,7 +344,7 @@ def find_columns(source: str, names: Sequence[str], asked: dict[str, str | None]
 
 
 @dataclass
-class RowList(PairList):
+class RowList(PairSource):
     """Rows with columns.
 
     Args:
@@ -606,7 +606,7 @@ class ParquetList(RowList):
             metadata = parquet.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
         except (ArrowException, OSError) as error:
-            raise UserError(f"{path} is no parquet table ({reason_of(error)}); write it again") from error
+            raise UserError(f"{path} is no parquet table ({one_line_reason(error)}); write it again") from error
         classes: dict[str, Sequence[str]] = {}
         with suppress(ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
             classes = _class_names(Features.from_arrow_schema(schema))
@@ -673,7 +673,7 @@ class DatasetList(RowList):
             loaded = loaded.select_columns(list(columns.values())).cast_column(image, datasets.Image(decode=False))
         except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException) as error:
             raise UserError(
-                f"column {image} of {source} holds no images ({reason_of(error)}); name another --image_column"
+                f"column {image} of {source} holds no images ({one_line_reason(error)}); name another --image_column"
             ) from error
         # Downloaded images lie in the cache.
         root = Path(source) if is_saved else Path(datasets.config.HF_CACHE_HOME)

@@ -33,7 +33,7 @@ from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_t
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Range, check_ranges
 from flipscale.io.progress import Progress, each
-from flipscale.preparation.lists import PairList, printable
+from flipscale.preparation.lists import PairSource, printable
 from flipscale.preparation.worker_pool import shared, worker_pool
 
 PARTS = ("train", "test")
@@ -93,7 +93,7 @@ class DuplicateImage(BadSample):
 class _Job:
     """All that a worker needs to write any shard."""
 
-    pairs: PairList
+    pairs: PairSource
     out_dir: Path
     options: ShardOptions
     class_numbers: dict[str, int]
@@ -113,7 +113,7 @@ class _Job:
 
 
 def write_set(
-    pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int
+    pairs: PairSource, source: str, out_dir: Path, options: ShardOptions, processes: int
 ) -> dict[Path, dict[str, Any]]:
     """Write pairs to `out_dir`, or to its folders `train` and `test` if a share is held out; return their reports.
 
@@ -144,7 +144,7 @@ def write_classes(folder: Path, names: Iterable[str]) -> None:
     write_text(folder / "zeroshot_classification_templates.txt", "{c}\n")
 
 
-def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
+def class_names(pairs: PairSource, source: str, labels: str) -> list[str]:
     """Return the names of all classes in alphabetical order, or in the order of their numbers if all are numbers. Raise
     UserError if no pair has a class."""
     names: set[str] = set()
@@ -160,7 +160,12 @@ def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
 
 
 def write_shards(
-    pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int, class_names: Sequence[str] = ()
+    pairs: PairSource,
+    source: str,
+    out_dir: Path,
+    options: ShardOptions,
+    processes: int,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the shards of `pairs` with their indices, and return the report that is written beside them.
 

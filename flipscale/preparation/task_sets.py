@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from flipscale.data.decode import decode_whole
-from flipscale.data.samples import SampleNumbers, reason_of
+from flipscale.data.samples import SampleNumbers, one_line_reason
 from flipscale.data.sources.tar import TarSource, add_member
 from flipscale.data.task_page import PREPARED, TaskPage, TaskSource, read_prepared
 from flipscale.io import json_lines
@@ -436,7 +436,9 @@ def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str
         # pyarrow's OSErrors have no number; a full disk's have.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{name}: its tables cannot be read ({reason_of(error)}); the source has changed") from error
+        raise UserError(
+            f"{name}: its tables cannot be read ({one_line_reason(error)}); the source has changed"
+        ) from error
 
 
 def _middle_frames(files: Sequence[Path], columns: TaskSource) -> set[int]:

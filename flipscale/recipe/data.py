@@ -9,7 +9,7 @@ from flipscale.io.options import Bytes, Copies, Count, NonNegative, Pairs, Posit
 
 _USUAL_LANES = 64
 # The tower of a model whose features are stored, by their folder's name.
-STORED_TOWERS = {"images": "vision_model", "texts": "text_model"}
+PRECOMPUTED_TOWERS = {"images": "vision_model", "texts": "text_model"}
 
 
 @dataclass(frozen=True)

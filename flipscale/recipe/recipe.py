@@ -13,7 +13,7 @@ import yaml
 from flipscale.io.errors import UserError
 from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_ranges, parser_message
 from flipscale.io.yaml_text import check_yaml
-from flipscale.recipe.data import STORED_TOWERS, DataRecipe, MaskRecipe
+from flipscale.recipe.data import PRECOMPUTED_TOWERS, DataRecipe, MaskRecipe
 from flipscale.recipe.files import read_recipe, recipe_names
 from flipscale.recipe.flags import unknown_flag, with_stages
 from flipscale.recipe.loss import LossRecipe
@@ -162,7 +162,7 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     check_ranges(recipe)
     data, model = recipe.data, recipe.model
     # The towers whose features are stored are frozen.
-    frozen = dict.fromkeys([*model.frozen, *map(STORED_TOWERS.__getitem__, data.stored)])
+    frozen = dict.fromkeys([*model.frozen, *map(PRECOMPUTED_TOWERS.__getitem__, data.stored)])
     model = dataclasses.replace(model, frozen=[*frozen])
     return dataclasses.replace(recipe, model=model, data=dataclasses.replace(data, lanes=data.num_lanes))
 

@@ -11,7 +11,7 @@ from flipscale.engines.slow_steps import StepWatch
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, parts_of
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE, Result, append_results, as_metrics, drop_results_after
-from flipscale.evaluation.suite import check_decodable, check_image_sizes, evaluate_tasks, planned_tasks
+from flipscale.evaluation.suite import check_decodable, check_image_sizes, planned_tasks, run_tasks
 from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
@@ -80,7 +80,7 @@ class RunEvaluator:
 
     def __call__(self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float) -> Measurements:
         """Collective. Return the numbers of evaluations. Those after 0 steps are of the untrained model."""
-        results = evaluate_tasks(self._embedder, [self._tasks[one.name] for one in evaluations])
+        results = run_tasks(self._embedder, [self._tasks[one.name] for one in evaluations])
         if not num_steps:
             results = [dataclasses.replace(result, who=BEFORE) for result in results]
         if self._embedder.accelerator.is_main_process:

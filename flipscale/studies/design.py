@@ -25,12 +25,12 @@ from flipscale.io.files import check_writable
 from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_message
 from flipscale.io.yaml_text import read_yaml
 from flipscale.objectives.build import build_config
-from flipscale.planning.budget import in_shares
+from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.flags import with_stage_number
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 STUDY_FILE = "study.yaml"
 # The default name of an axis' level without changes.
@@ -243,8 +243,8 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
         for suffix, one in fields.items():
             words += [f"--{section}{suffix}", one if isinstance(one, str) else json.dumps(one)]
     try:
-        recipe = in_shares(parse_recipe(words))
-        plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        recipe = with_time_shares(parse_recipe(words))
+        schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         check_image_sizes(recipe.eval, build_config(recipe).vision_config.patch_size)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error

@@ -25,7 +25,7 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, check_entries
-from flipscale.pages.run_page import offer_report
+from flipscale.pages.run_page import offer_page
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
@@ -71,7 +71,7 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
             baselines = run_baselines(first.data.shards or "", task)
             for run in runs:
                 record_baselines(run.run_dir, baselines)
-                offer_report(run.recipe, load_with_tokenizer)
+                offer_page(run.recipe, load_with_tokenizer)
     _report(runs, output_dir)
 
 

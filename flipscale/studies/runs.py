@@ -20,9 +20,9 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import last_line, read_text
 from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import Progress
-from flipscale.planning.budget import in_shares
+from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
         evaluated = evaluated.every(1 / 6)
     if not saved.every_samples and not saved.every_minutes:
         saved = dataclasses.replace(saved, every_minutes=minutes / 10)
-    timed = in_shares(dataclasses.replace(recipe, budget_minutes=minutes, log=log, eval=evaluated, save=saved))
-    plan_stages(timed.stages, recipe.data.global_batch_size, minutes)
+    timed = with_time_shares(dataclasses.replace(recipe, budget_minutes=minutes, log=log, eval=evaluated, save=saved))
+    schedule_stages(timed.stages, recipe.data.global_batch_size, minutes)
     return timed
 
 

@@ -139,7 +139,9 @@ class Saver:
                 "data_fingerprint": self._setup.fingerprint,
                 "num_processes": self.writer.accelerator.num_processes,
             }
-            self.writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._setup.recipe))
+            self.writer.save(
+                self._engine.tensor_chunks(), self._engine.layout.shapes(), state, to_yaml(self._setup.recipe)
+            )
 
     def commit(self) -> None:
         """Collective. Wait until the open checkpoint is on disk, and rename it; raises as `save`."""

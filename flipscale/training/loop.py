@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flipscale.training.between_steps import BetweenSteps, Evaluations, Evaluator, Saver
 from flipscale.training.schedule import Clock
-from flipscale.training.step import consume_batch
+from flipscale.training.step import forward_backward
 from flipscale.training.sync import StepSync
 from flipscale.training.tracking import Tracker
 
@@ -63,13 +63,13 @@ def train(
         evaluations.run(evaluations.before(clock.step), session.step)
         for step, micro_batches, faults in watch.timed(setup.batches(clock, accelerator), session.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
-            if step.starts_afresh:
-                engine.restart(step.stage.frozen)
+            if step.resets_optimizer:
+                engine.reset_optimizer(step.stage.frozen)
             engine.recompute(recipe.recomputes(step.stage))
             tracker.look(micro_batches)
-            loss = consume_batch(engine, micro_batches, setup.objective)
-            taken = sync.start(step, loss, engine.gradient_norm(), faults)
-            engine.step(step.learning_rate, taken)
+            loss = forward_backward(engine, micro_batches, setup.objective)
+            should_step = sync.start(step, loss, engine.gradient_norm(), faults)
+            engine.step(step.learning_rate, should_step)
 
             # Results of the steps before, and of this one if the run pauses: write them, commit the open checkpoint.
             upcoming = clock.advance(sync.progress)

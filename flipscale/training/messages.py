@@ -34,7 +34,7 @@ def begin_run(
         drawn = {weights.name: weights.composition for weights in setup.source.all_weights}
         if drawn:
             facts["composition"] = {name: asdict(composition) for name, composition in drawn.items()}
-        facts["set_aside"] = session.set_aside
+        facts["set_aside"] = session.quarantined
         before = (known(lambda: RunSummary(Path(run_dir)).environment) or {}).get("mixed_precision")
         now = launched_precision(os.environ)
         num_parameters = write_run_files(recipe, engine, accelerator.num_processes, session.state, num_pairs, **facts)

@@ -7,19 +7,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.features import PROBE, StoredCrops, StoredFeatures, Teacher, read_about
+from flipscale.data.features import PROBE, PrecomputedFeatures, Teacher, TeacherCrops, read_about
 from flipscale.data.samples import Source
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.options import refuse_set
-from flipscale.recipe.data import STORED_TOWERS
+from flipscale.recipe.data import PRECOMPUTED_TOWERS
 from flipscale.recipe.recipe import Recipe
 
 
 def open_features(
     recipe: Recipe, source: Source, config: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> Mapping[str, StoredFeatures]:
+) -> Mapping[str, PrecomputedFeatures]:
     """Return the precomputed features of each tower that is not run, `images` and `texts`.
 
     Raises:
@@ -46,14 +46,14 @@ def open_features(
 def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Return the folder of each tower's features and the digest of its weights, by its name in the model."""
     about = {tower: read_about(Path(folder))[tower] for tower, folder in recipe.data.stored.items()}
-    return {STORED_TOWERS[t]: (recipe.data.stored[t], found["weights_digest"]) for t, found in about.items()}
+    return {PRECOMPUTED_TOWERS[t]: (recipe.data.stored[t], found["weights_digest"]) for t, found in about.items()}
 
 
 def _field(tower: str) -> str:
     return "data.image_features" if tower == "images" else "data.text_features"
 
 
-def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
+def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
     folder = recipe.data.stored[tower]
     named = f"{_field(tower)} is {folder!r}"
     model, data = recipe.model, recipe.data
@@ -76,11 +76,11 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> StoredFeatures:
     return features
 
 
-def _of_shards(folder: str, tower: str, named: str, source: Source) -> StoredFeatures:
+def _of_shards(folder: str, tower: str, named: str, source: Source) -> PrecomputedFeatures:
     """Return the features of a tower in a folder that a field names, or raise UserError unless they are of `source`."""
     if not isinstance(source, TarSource):
         raise UserError(f"{named}, which needs whole shards of one source; use data.shards and data.fraction 1")
-    features = StoredFeatures(Path(folder), tower, source.shard_sizes)
+    features = PrecomputedFeatures(Path(folder), tower, source.shard_sizes)
     about = features.about
     if about["shards_digest"] != source.contents_digest(in_order=True):
         raise UserError(
@@ -115,4 +115,4 @@ def open_teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
         scale = 1 / recipe.loss.teacher_temperature
     if scale is None:
         raise UserError(f"{named}, which has no logit_scale; set loss.teacher_temperature, such as 0.01")
-    return Teacher(images, texts, StoredCrops(**{**crops, "scale": tuple(crops["scale"])}), scale)
+    return Teacher(images, texts, TeacherCrops(**{**crops, "scale": tuple(crops["scale"])}), scale)

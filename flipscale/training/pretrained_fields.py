@@ -122,7 +122,7 @@ def start_fields(model: ModelRecipe, run_dir: Path, fetches: bool) -> tuple[dict
     if model.family == "flip":
         return _flip_fields(model.vision, model.text, fetches)
     if isinstance(towers := model.start, Towers):
-        from flipscale.engines.start_towers import start_fields as fields_of_towers  # imports the models
+        from flipscale.engines.pretrained_towers import start_fields as fields_of_towers  # imports the models
 
         return fields_of_towers(towers), str(local_folder(towers.text) or towers.text)
     init_from = str(model.init_from)
@@ -133,7 +133,7 @@ def start_fields(model: ModelRecipe, run_dir: Path, fetches: bool) -> tuple[dict
     if (family := family_of(kind)) != model.family:
         fix = f"set model.family to {family}" if family else "no model.family starts from it"
         raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}, not {model.family!r}; {fix}")
-    return stored_towers(folder), init_from if local_folder(init_from) is None else str(folder)
+    return saved_towers(folder), init_from if local_folder(init_from) is None else str(folder)
 
 
 def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
@@ -163,14 +163,14 @@ def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[d
     return towers, tokenizer
 
 
-def stored_towers(folder: Path) -> dict[str, dict[str, Any]]:
+def saved_towers(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the fields of `vision_config` and `text_config` in a model folder of another family than `flip`.
 
     Fields that transformers adds to all configurations are left out: they may name code to load.
     """
     content = read_object(folder / "config.json")
     if (family := str(family_of(content["model_type"]))) == "towers":
-        from flipscale.engines.start_towers import stored_fields  # imports the models
+        from flipscale.engines.pretrained_towers import stored_fields  # imports the models
 
         return stored_fields(folder, content)
     kind = config_class(family)

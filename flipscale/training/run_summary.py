@@ -14,7 +14,7 @@ from flipscale.io.files import read_text
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import CostRecipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 ENERGY_FILE = "energy.jsonl"
 _CHECKPOINT = re.compile("step-[0-9]{8,15}")
@@ -140,7 +140,7 @@ class RunSummary:
     def _lengths(self) -> tuple[int, int | None, float | None]:
         try:
             batch, budget = self.recipe["data"]["global_batch_size"], self.recipe.get("budget_minutes")
-            stages = plan_stages([StageRecipe(**stage) for stage in self.recipe["stages"]], batch, budget)
+            stages = schedule_stages([StageRecipe(**stage) for stage in self.recipe["stages"]], batch, budget)
             return batch, int(stages[-1].last) * batch if budget is None else None, budget
         except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
             raise UserError(

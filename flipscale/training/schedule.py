@@ -70,7 +70,7 @@ class Step:
         return self.stage.learning_rate(self.position)
 
     @property
-    def starts_afresh(self) -> bool:
+    def resets_optimizer(self) -> bool:
         """Whether a schedule begins, at which the optimisers drop their moments."""
         return not self.is_over and self.before < self.stage.schedule_first <= self.position
 
@@ -187,7 +187,7 @@ def has_passed(before: float, position: float, every_share: float) -> bool:
     return every_share > 0 and math.floor(position / every_share) > math.floor(max(before, 0.0) / every_share)
 
 
-def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int, minutes: float | None = None) -> list[Stage]:
+def schedule_stages(stages: Sequence[StageRecipe], global_batch_size: int, minutes: float | None = None) -> list[Stage]:
     """Return the stages in positions: in steps or, with a budget of minutes, in shares of it."""
     if not stages or stages[0].base_lr is None:
         raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")

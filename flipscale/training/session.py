@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flipscale.data.loader import prepare_workers
-from flipscale.engines.checkpoint import CheckpointReader, Contents, answer_of_first, newest_whole
+from flipscale.engines.build import build_engine, start_accelerator
+from flipscale.engines.checkpoint import CheckpointReader, Contents, from_main_process, latest_valid
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
-from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.engines.watchdog import Watchdog
-from flipscale.io.digests import Damage
+from flipscale.io.digests import CorruptFile
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock, start_of
 from flipscale.objectives.build import build_config, build_objective
@@ -43,14 +43,14 @@ class Session:
         accelerator: accelerate's view of the processes.
         checkpoint: path of the checkpoint to resume from; None for a fresh start.
         state: state of that checkpoint.
-        set_aside: names of newer checkpoints that were damaged.
+        quarantined: names of newer checkpoints that were damaged.
         lock: lock of the run directory; None except on the main process.
     """
 
     accelerator: Accelerator
     checkpoint: Path | None
     state: Mapping[str, Any]
-    set_aside: Sequence[str] = ()
+    quarantined: Sequence[str] = ()
     lock: FolderLock | None = None
 
     @property
@@ -111,11 +111,11 @@ def join(setup: TrainingSetup, timings: StartTimings) -> Session:
                 "the nodes' copies the same"
             )
         lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
-        answer_of_first(accelerator, lock.acquire)
+        from_main_process(accelerator, lock.acquire)
         session = Session(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
         timings.end("processes")
         try:
-            chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(setup, contents))
+            chosen = latest_valid(accelerator, run_dir, lambda contents: _check_same_run(setup, contents))
             if chosen is None:
                 return session
             checkpoint, state, _ = chosen
@@ -136,7 +136,7 @@ def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[i
     `text_rows`."""
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
     from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
-    from flipscale.engines.trained import add_lora, freeze
+    from flipscale.engines.trainable import add_lora, freeze
 
     config, launch, first = build_config(recipe), launch_of(os.environ), schedule.first(session.state)
     model_class = build_objective(recipe).trained_class(config)
@@ -154,7 +154,7 @@ def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[i
     with watched(recipe, session.accelerator.process_index, "the building of the model"):
         engine = build_engine(session.accelerator, launch, recipe.optim, recipe.data.global_batch_size)
         # A stage may start its optimisers afresh, without the checkpoint's moments.
-        num_steps = 0 if first.starts_afresh else session.state.get("optimizer_steps", 0)
+        num_steps = 0 if first.resets_optimizer else session.state.get("optimizer_steps", 0)
         engine.build(config, configure, fill, model_class, first.stage.frozen, reader, num_steps)
     return engine
 
@@ -170,9 +170,9 @@ def watched(recipe: Recipe, rank: int, work: str) -> Iterator[None]:
 def _check_same_run(setup: TrainingSetup, contents: Contents) -> None:
     changed = conflicts(setup.recipe, dict(contents.recipe))
     if changed:
-        raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
+        raise CorruptFile(f"it is of a run of another recipe: {'; '.join(changed)}")
     step, samples, total = contents.state["step"], contents.state["samples_seen"], setup.schedule.total_steps
     if total is not None and step > total:
-        raise Damage(f"it is of step {step}, and the recipe has {total}")
+        raise CorruptFile(f"it is of step {step}, and the recipe has {total}")
     if samples != step * setup.batch_size:
-        raise Damage(f"state.json has {samples} samples_seen in {step} steps of {setup.batch_size}")
+        raise CorruptFile(f"state.json has {samples} samples_seen in {step} steps of {setup.batch_size}")

@@ -16,22 +16,22 @@ from flipscale.data.pairs import InputShape, PairDataset, check_kinds
 from flipscale.data.samples import Fault, Source, shard_sizes_digest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
+from flipscale.engines.build import engine_class
 from flipscale.engines.device import can_compile
 from flipscale.engines.launch import Launch, place_in_world
-from flipscale.engines.start import engine_class
 from flipscale.io.errors import UserError
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.data import AugmentRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.precomputed import open_features, open_teacher
 from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
-from flipscale.training.schedule import Clock, Schedule, Stage, Step, is_due, plan_stages
+from flipscale.training.schedule import Clock, Schedule, Stage, Step, is_due, schedule_stages
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from flipscale.data.features import StoredFeatures, Teacher
+    from flipscale.data.features import PrecomputedFeatures, Teacher
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
 
@@ -83,7 +83,7 @@ class TrainingSetup:
     datasets: Mapping[Stage, PairDataset]
     objective: Objective
     config: FlipConfig
-    precomputed: Mapping[str, StoredFeatures]
+    precomputed: Mapping[str, PrecomputedFeatures]
     teachers: Sequence[Teacher]
     text_rows: Mapping[int, int] | None = None
 
@@ -133,7 +133,7 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     `place` is a rank and the number of processes. Raise UserError if the recipe cannot be run as it stands."""
     objective, config = build_objective(recipe), build_config(recipe)
     _check_trained(recipe, objective, config)
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     _check_log(recipe)
     _check_micro_batches(recipe, objective, config, place)
     return objective, config, stages
@@ -157,7 +157,7 @@ def open_setup(recipe: Recipe, is_fresh: bool = False) -> TrainingSetup:
     source = open_source(replace(data, captions=kinds or None))
     check_kinds(source, list(kinds))
     rank, _ = place_in_world()
-    treats_as_negatives = objective.is_coupled and recipe.loss.positives == "pairs"
+    treats_as_negatives = objective.needs_global_batch and recipe.loss.positives == "pairs"
     if 0 < source.num_drawn < data.global_batch_size and rank == 0 and treats_as_negatives:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch repeats pairs, which the loss treats as "
@@ -198,7 +198,7 @@ def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> 
     """Raise UserError for parts that the model lacks, and for LoRA where it cannot train."""
     from flipscale.engines.first_weights import model_without_storage  # seconds to import, with the models
     from flipscale.engines.optimizers import layer_scales
-    from flipscale.engines.trained import add_lora, freeze
+    from flipscale.engines.trainable import add_lora, freeze
     from flipscale.model import FlipModel
 
     lora, words = recipe.optim.lora, f"optim.lora.rank is {recipe.optim.lora.rank}"
@@ -243,7 +243,9 @@ def _check_log(recipe: Recipe) -> None:
 
 def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig, place: tuple[int, int]) -> None:
     data = recipe.data
-    for name in ("vision_config", "text_config") if data.micro_batch_size is not None and objective.is_coupled else ():
+    for name in (
+        ("vision_config", "text_config") if data.micro_batch_size is not None and objective.needs_global_batch else ()
+    ):
         tower = getattr(config, name)
         for field in ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate"):
             if (rate := getattr(tower, field, 0.0)) > 0.0:

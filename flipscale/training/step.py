@@ -22,19 +22,17 @@ class StepLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> StepLoss:
+def forward_backward(engine: Engine, batch: list[Batch], objective: Objective) -> StepLoss:
     """Collective. Compute the gradients of this process's part of a batch, micro-batches of one size.
 
     The list is emptied, which frees the batch's memory although the caller holds the list.
     """
     # Arguments of the coupled loss, and of the model.
-    coupled: dict[str, Any] = {
-        name: torch.cat([part.pop(name) for part in batch]) for name in objective.coupled_columns
-    }
+    coupled: dict[str, Any] = {name: torch.cat([part.pop(name) for part in batch]) for name in objective.global_columns}
     options: dict[str, Any] = {}
     if gather := objective.pending_gather(len(batch)):
         coupled["pending"], options["on_texts"] = gather, gather.add
-    compute = two_passes if objective.is_coupled and len(batch) > 1 else one_pass
+    compute = two_passes if objective.needs_global_batch and len(batch) > 1 else one_pass
     loss = compute(engine, batch, objective, coupled, options)
     engine.check_gradients()
     batch.clear()
@@ -53,9 +51,9 @@ def one_pass(
     losses, metrics, squares = [], [], []
     for micro_batch in engine.accumulate(batch):
         output = engine(**micro_batch, **options)
-        loss = objective.mean_loss(output) / len(batch)
-        if objective.is_coupled:
-            rest = objective.coupled_loss(*objective.compared(output), **objective.parameters(output), **coupled)
+        loss = objective.per_sample_loss(output) / len(batch)
+        if objective.needs_global_batch:
+            rest = objective.coupled_loss(*objective.loss_inputs(output), **objective.parameters(output), **coupled)
         else:
             rest = _zero_of_the_rest(output, objective)
         metrics.append(_copied_metrics(output, objective))
@@ -79,11 +77,11 @@ def two_passes(
     with torch.no_grad():
         for micro_batch in batch:
             output = engine(**micro_batch, **options)
-            embedded.append(objective.compared(output))
+            embedded.append(objective.loss_inputs(output))
             # Copies, because a sharding engine frees a parameter's memory.
             parameters = {name: value.clone() for name, value in objective.parameters(output).items()}
             metrics.append(_copied_metrics(output, objective))
-            means.append(objective.mean_loss(output))
+            means.append(objective.per_sample_loss(output))
     rows = [torch.cat(parts) for parts in zip(*embedded, strict=True)]
     # The second pass needs their memory.
     del output, embedded
@@ -98,9 +96,9 @@ def two_passes(
     of_parameters = [unused if g is None else [g / len(batch)] * len(batch) for g in gradients[len(rows) :]]
     for micro_batch, *handed in engine.accumulate(list(zip(batch, *of_rows, *of_parameters, strict=True))):
         output = engine(**micro_batch)
-        values = [*objective.compared(output), *objective.parameters(output).values()]
+        values = [*objective.loss_inputs(output), *objective.parameters(output).values()]
         products = [(value * g).sum() for value, g in zip(values, handed, strict=True) if g is not None]
-        engine.backward(torch.stack(products).sum() + objective.mean_loss(output) / len(batch))
+        engine.backward(torch.stack(products).sum() + objective.per_sample_loss(output) / len(batch))
         squares.append(objective.gradient_squares(output))
     loss = loss.detach() + torch.stack(means).sum() / len(batch)
     return StepLoss(loss, {**_mean_metrics(metrics), **_gradient_norms(squares)})
@@ -125,5 +123,5 @@ def _gradient_norms(squares: Sequence[dict[str, torch.Tensor]]) -> dict[str, tor
 
 def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:
     """Return 0 with a gradient of 0 for outputs that the loss leaves out, because engines expect all gradients."""
-    values = [*objective.compared(output), *objective.parameters(output).values()]
+    values = [*objective.loss_inputs(output), *objective.parameters(output).values()]
     return 0.0 * torch.stack([value.float().sum() for value in values]).sum() if values else torch.zeros(())

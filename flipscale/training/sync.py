@@ -131,10 +131,10 @@ class StepSync:
         flags += [self._watch.was_slow, ticks and is_main, *self._own_progress(step)]
         mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
         sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
-        taken = sums[:2].isfinite().all()
-        numbers = torch.cat([torch.stack([taken.double(), *loss.metrics.values()]), sums.double()])
+        should_step = sums[:2].isfinite().all()
+        numbers = torch.cat([torch.stack([should_step.double(), *loss.metrics.values()]), sums.double()])
         self._unread.append(_Unread(step, faults, self._watch.so_far(), list(loss.metrics), HostCopy(numbers)))
-        return taken.float()
+        return should_step.float()
 
     def drain(self, wait: bool) -> StepOutcomes:
         """Collective. Return the results of all steps but the newest, which the device has just begun.
@@ -165,8 +165,8 @@ class StepSync:
 
     def _read(self, unread: _Unread, outcomes: StepOutcomes) -> None:
         """Collective. Add the result of a step and its requests. Only here does the host wait for the device."""
-        self._watch.phases.mark("verdict")
-        taken, *rest = unread.numbers.read()
+        self._watch.phases.mark("device_wait")
+        should_step, *rest = unread.numbers.read()
         self._watch.phases.mark("update")
         names, step = unread.metrics, unread.step
         metrics = dict(zip(names, rest, strict=False))
@@ -176,7 +176,7 @@ class StepSync:
         if slow > 0:
             self._watch.report_slow_step(step.number)
         loss, grad_norm = (total / self._accelerator.num_processes for total in (loss_sum, norm_sum))
-        self._skipped_in_a_row = 0 if taken else self._skipped_in_a_row + 1
+        self._skipped_in_a_row = 0 if should_step else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             outcomes.failure = FloatingPointError(
                 f"loss {loss} or gradient norm {grad_norm} was not finite in {self._skipped_in_a_row} steps in a row, "
@@ -187,6 +187,6 @@ class StepSync:
         outcomes.written |= self._checkpoints.is_open and writing == 0
         outcomes.stop |= asked > 0
         outcomes.save |= due > 0
-        outcome = (loss, grad_norm, metrics, taken > 0, int(replaced), ticks > 0)
+        outcome = (loss, grad_norm, metrics, should_step > 0, int(replaced), ticks > 0)
         result = StepResult(step, unread.faults, unread.clock, *outcome)
         outcomes.results.append(result)

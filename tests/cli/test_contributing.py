@@ -15,7 +15,7 @@ from test_structure import ORDER
 
 from flipscale.cli import main
 from flipscale.data.masks import IMAGE_MASKS, keep_patches
-from flipscale.engines import start
+from flipscale.engines import build
 from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
@@ -92,7 +92,7 @@ def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, in_site: Path) -> None:
     monkeypatch.setitem(EVALUATIONS, "similarity", example("evaluation", "Similarity"))
     tasks = suite.build_tasks([{"kind": "similarity", "data": "data/demo/test"}])
     model, tokenizer = load_dual_encoder("runs/demo/model")
-    (result,) = suite.evaluate_tasks(Embedder(model, tokenizer, Accelerator(cpu=True), 32, 0), tasks)
+    (result,) = suite.run_tasks(Embedder(model, tokenizer, Accelerator(cpu=True), 32, 0), tasks)
     assert (result.name, result.n) == ("similarity/cosine", 96)
     assert -1.0 < result.value < 1.0
 
@@ -103,8 +103,8 @@ def test_an_engine(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    engines = {**start.engine_classes(), "ddp_bf16": example("engine", "CompressedDdpEngine")}
-    monkeypatch.setattr(start, "engine_classes", lambda: engines)
+    engines = {**build.engine_classes(), "ddp_bf16": example("engine", "CompressedDdpEngine")}
+    monkeypatch.setattr(build, "engine_classes", lambda: engines)
     (text,) = re.findall(r"```yaml\n(.*?)```", SECTIONS["engine"], re.DOTALL)
     (tmp_path / "ddp_bf16.yaml").write_text(text)
     assert read_launch_file(tmp_path / "ddp_bf16.yaml").engine == "ddp_bf16"

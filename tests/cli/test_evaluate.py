@@ -19,7 +19,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.model_results import read_lines
 from flipscale.hub.card import folder_lines, refresh_card
 from flipscale.hub.export import build_processor, export_model
-from flipscale.hub.push import sort_files
+from flipscale.hub.push import split_own_files
 from flipscale.model import FlipConfig, FlipModel
 
 CARD = """---
@@ -152,7 +152,7 @@ def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     assert f"| {result.metric_value:.1f} % |" in row
     assert len(card.data.eval_results) == len(folder_lines(folder))
 
-    assert {"results.jsonl", "results.md", "results.png"} <= set(sort_files(folder)[0])
+    assert {"results.jsonl", "results.md", "results.png"} <= set(split_own_files(folder)[0])
     lines = read_lines(folder / "results.jsonl")
     (folder / "README.md").write_text("# My own card\n")
     refresh_card(folder, lines)

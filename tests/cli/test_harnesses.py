@@ -22,7 +22,7 @@ from transformers import AutoProcessor
 from flipscale import cli
 from flipscale.evaluation.embedding import Embedder, image_embeds, text_embeds
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
-from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.evaluation.suite import run_tasks
 from flipscale.hub.loading import load_with_tokenizer, open_embedder
 from flipscale.model import FlipModel, FlipProcessor
 
@@ -119,7 +119,7 @@ def test_native_folders(native_site: Path, stranger: Path) -> None:
     run(stranger, *words)
     theirs = json.loads((native_site / words[-1]).read_text())["metrics"]
     embedder = open_embedder("hf:runs/demo/model", Accelerator(cpu=True))  # with transformers' own image processing
-    ours = {r.metric: r.value / 100 for r in evaluate_tasks(embedder, [ZeroShot("zero_shot", "data/set")])}
+    ours = {r.metric: r.value / 100 for r in run_tasks(embedder, [ZeroShot("zero_shot", "data/set")])}
     assert theirs["acc1"] == pytest.approx(ours["top1"], abs=1e-6)
     assert theirs["acc5"] == pytest.approx(ours["top5"], abs=1e-6)
 
@@ -136,9 +136,7 @@ def test_clip_benchmark_reads_what_prepare_writes(in_site: Path, stranger: Path)
     (in_site / "clip_benchmark_flip.py").write_text(CLIP_BENCHMARK)
     model = FlipModel.from_pretrained("runs/mine/model").eval()
     embedder = Embedder(model, FlipProcessor.from_pretrained("runs/mine/model").tokenizer, Accelerator(cpu=True))
-    ours = {
-        result.metric: result.value / 100 for result in evaluate_tasks(embedder, [ZeroShot("zero_shot", "data/mine")])
-    }
+    ours = {result.metric: result.value / 100 for result in run_tasks(embedder, [ZeroShot("zero_shot", "data/mine")])}
     assert ours["top5"] > 0.5  # chance is 5 of 16
     for command in (BY_SCRIPT, ITSELF):
         program, *words = shlex.split(command.replace("\\\n", " "))

@@ -24,7 +24,7 @@ from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Su
 from flipscale.planning.speed import measured_rates
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)
 
@@ -191,7 +191,7 @@ def test_proposals(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
     assert 30_000 * minutes <= proposal.samples_in(60 * minutes, [1000.0, 500.0]) <= 60_000 * minutes
     recipe = proposal.recipe()
     batch = recipe.data.global_batch_size
-    stages = plan_stages(recipe.stages, batch, recipe.budget_minutes)
+    stages = schedule_stages(recipe.stages, batch, recipe.budget_minutes)
     assert [stage.mask_ratio > 0 for stage in stages] == [True, False]
     assert stages[0].peak_lr == pytest.approx(1e-3 if num_gpus else 2e-3 * (batch / 256) ** 0.5, rel=0.005)
     assert batch % max(num_gpus, 1) == 0

@@ -16,7 +16,7 @@ from flipscale.objectives.build import build_config
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import Recipe, deciding_part, differences, parse_fields, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = str(EXAMPLES / "demo/demo.yaml")
@@ -31,7 +31,7 @@ FILES = [
 def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where no runs/ makes `runs/NAME` a path
     recipe = parse_recipe(["--config", str(file)])
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     assert stages[-1].last > 0
     assert recipe.model.config().vision_config.num_patches > 0
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
@@ -78,7 +78,7 @@ def test_the_paper_s_sizes_and_rates() -> None:
     expected = {"b16_laion400m": 1.024e-3, "h14_laion400m": 1.024e-3, "l16_laion2b": 5.12e-4, "h14_laion2b": 5.12e-4}
     for name, peak in expected.items():
         recipe = parse_recipe(["--config", name])
-        stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+        stages = schedule_stages(recipe.stages, recipe.data.global_batch_size)
         assert stages[0].peak_lr == pytest.approx(peak)
         assert stages[1].peak_lr == pytest.approx(1.024e-5)
         assert [stage.mask_ratio for stage in stages] == [0.5, 0.0]
@@ -86,7 +86,7 @@ def test_the_paper_s_sizes_and_rates() -> None:
 
 def test_the_paper_s_fine_tuning() -> None:
     recipe = parse_recipe(["--config", "finetune_l16_imagenet"])
-    (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    (stage,) = schedule_stages(recipe.stages, recipe.data.global_batch_size)
     assert stage.peak_lr == pytest.approx(5e-5 * 1024 / 256)
     epoch = 1_281_167 / 1024
     assert (stage.last, stage.warmup) == (pytest.approx(50 * epoch, abs=1), pytest.approx(5 * epoch, abs=1))
@@ -100,7 +100,7 @@ def test_the_paper_s_fine_tuning() -> None:
 @pytest.mark.parametrize(("name", "samples"), [("caption_coco_l16", 113_287), ("vqa_v2_l16", 443_757)])
 def test_the_paper_s_captioning_and_question_answering(name: str, samples: int) -> None:
     recipe = parse_recipe(["--config", name])
-    (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    (stage,) = schedule_stages(recipe.stages, recipe.data.global_batch_size)
     assert (stage.peak_lr, stage.peak_lr * recipe.optim.tower_lr_ratio) == (1e-4, pytest.approx(1e-5))
     assert (recipe.data.global_batch_size, recipe.optim.weight_decay, stage.mask_ratio) == (256, 0.01, 0.0)
     assert stage.last == pytest.approx(20 * samples / 256, abs=1)

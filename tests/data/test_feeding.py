@@ -86,7 +86,7 @@ def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
         assert batch[0]["step"].item() == step
         assert not device.sent.acquire(timeout=0.02)
         assert device.count() == 3 == loader.BATCHES_ON_DEVICE - 1  # no step runs on behind the host's back here
-        # As `consume_batch` does: the caller still holds the list.
+        # As `forward_backward` does: the caller still holds the list.
         batch.clear()
         assert device.count() == 2
     batches.close()

@@ -160,7 +160,7 @@ def leave_out(file: str) -> None:
     from flipscale.training.schedule import Clock
 
     def holds(engine) -> dict[str, torch.Tensor]:
-        found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.pieces()}
+        found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.tensor_chunks()}
         steps = [s["step"].clone() for o in engine.optimizers for s in o.state.values() if "step" in s]
         return {**found, "steps": torch.tensor(engine.layout.optimizer_steps()), "of all": torch.stack(steps)}
 

@@ -22,7 +22,7 @@ from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds import languages
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.evaluation.whole_images import Decoder
 from flipscale.model import FlipConfig, FlipModel
 
@@ -30,7 +30,7 @@ SIZES = [30, 20, 1, 48]  # 99 images: in batches of seven, two and three process
 
 
 def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
-    from flipscale.engines.start import start_accelerator
+    from flipscale.engines.build import start_accelerator
 
     torch.manual_seed(0)
     config = FlipConfig(
@@ -59,7 +59,7 @@ def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
         {"kind": "multilingual_retrieval", "data": folder},
         {"kind": "multilingual_zero_shot", "data": folder},
     ]
-    results = evaluate_tasks(embedder, build_tasks(listed))
+    results = run_tasks(embedder, build_tasks(listed))
     found = {"read": read.copy(), "values": {result.name: result.value for result in results}}
     embeds, texts = embedder.images(TarSource(folder)), embedder.texts(["a red disc", "the blue ring", "a bar"])
     rank = embedder.accelerator.process_index
@@ -109,11 +109,11 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
 
 def write(folder: str, out: str) -> None:
     """Write the results of a captioner."""
-    from flipscale.engines.start import start_accelerator
+    from flipscale.engines.build import start_accelerator
 
     embedder = tiny_writer(start_accelerator([], "."), batch_size=7)
     listed = [{"kind": "captioning", "data": folder, "num_beams": 2}, {"kind": "likelihood", "data": folder}]
-    results = evaluate_tasks(embedder, build_tasks(listed))
+    results = run_tasks(embedder, build_tasks(listed))
     values = {result.name: [result.value, result.low] for result in results}
     Path(out, f"{embedder.accelerator.process_index}.json").write_text(json.dumps(values))
     embedder.accelerator.end_training()

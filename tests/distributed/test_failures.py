@@ -43,14 +43,14 @@ def fail(file: str, folder: str, where: str, error: str) -> None:
     def stays(*arguments: object) -> None:
         time.sleep(600)
 
-    is_first, true_consume, calls = os.environ["RANK"] == "0", loop.consume_batch, []
+    is_first, true_consume, calls = os.environ["RANK"] == "0", loop.forward_backward, []
 
     def consume(*arguments: object) -> object:
         calls.append(1)
         return fails() if len(calls) == 3 and not is_first else true_consume(*arguments)
 
     if where == "step":
-        loop.consume_batch = consume
+        loop.forward_backward = consume
     if where == "evaluation":
         loop.Evaluations.run = stays if is_first else fails
     if where == "commit":
@@ -133,7 +133,7 @@ def be_killed(file: str, folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 
-    loop.consume_batch = stays_or_dies
+    loop.forward_backward = stays_or_dies
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
@@ -160,7 +160,7 @@ def fail_together(file: str, folder: str, last: int) -> None:
                 time.sleep(0.01)
         raise_own("OSError")
 
-    loop.consume_batch = fails
+    loop.forward_backward = fails
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
@@ -222,7 +222,7 @@ def stop(file: str, folder: str, where: str) -> None:
     watchdog.time = clock = Clock()
     owner, name = {
         "the start of the processes": (session, "start_accelerator"),
-        "an evaluation": (evaluations, "evaluate_tasks"),
+        "an evaluation": (evaluations, "run_tasks"),
         "a save": (CheckpointWriter, "save"),
     }[where]
     true = getattr(owner, name)

@@ -16,7 +16,7 @@ import pytest
 from conftest import losses, pretrain
 from distributed.crowd import ENVIRONMENTS, start_ranks
 
-from flipscale.engines.checkpoint import list_checkpoints, require_whole, step_of
+from flipscale.engines.checkpoint import list_checkpoints, require_valid, step_of
 
 # FLIPSCALE_KILLS=200 for a long look: about twenty minutes on two cores.
 KILLS = int(os.environ.get("FLIPSCALE_KILLS", "3"))
@@ -108,7 +108,7 @@ def killed_run(file: Path, run_dir: Path, kills: int, draw: random.Random, outpu
         launch.kill(draw, have_met=len(_lines(run_dir / "starts.jsonl")) > num_starts)
         assert "Traceback" not in launch.printed(), launch.printed()
         for checkpoint in list_checkpoints(run_dir):
-            require_whole(checkpoint)
+            require_valid(checkpoint)
         steps = [step_of(checkpoint) for checkpoint in list_checkpoints(run_dir)]
         assert max(steps, default=0) >= newest, "a checkpoint was lost"
         newest = max(steps, default=0)

@@ -32,7 +32,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
         if place in places and STEPS[place] == at.step and rank == sleeper:
             time.sleep(max(1.5, 8 * watches[0]._usual))
 
-    true_batches, true_consume = setup.TrainingSetup.batches, loop.consume_batch
+    true_batches, true_consume = setup.TrainingSetup.batches, loop.forward_backward
 
     def batches(plan, clock, accelerator) -> Iterator[object]:
         for at.step, batch in enumerate(true_batches(plan, clock, accelerator), clock.step.number):
@@ -62,7 +62,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
             if "together" in places and at.step == TOGETHER:
                 time.sleep(max(1.5, 8 * watches[0]._usual))
 
-    setup.TrainingSetup.batches, loop.consume_batch = batches, consume
+    setup.TrainingSetup.batches, loop.forward_backward = batches, consume
     pretrain.StepWatch, loop.StepSync = Watch, Sync
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 

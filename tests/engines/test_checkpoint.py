@@ -48,7 +48,7 @@ def steps(engine: Engine, numbers: range) -> None:
 
 def save(engine: Engine, run_dir: Path, step: int, total_limit: int = 1) -> Path:
     writer = CheckpointWriter(engine.accelerator, run_dir, SaveRecipe(total_limit=total_limit), None)
-    writer.save(engine.pieces(), engine.layout.shapes(), {"step": step}, "seed: 0\n")
+    writer.save(engine.tensor_chunks(), engine.layout.shapes(), {"step": step}, "seed: 0\n")
     assert writer.commit() == step
     return run_dir / f"checkpoints/step-{step:08d}"
 
@@ -111,7 +111,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     engine = build()
     writer = CheckpointWriter(engine.accelerator, tmp_path, SaveRecipe(), None)
     before = engine.model.logit_scale.item()
-    writer.save(engine.pieces(), engine.layout.shapes(), {"step": 1}, "")
+    writer.save(engine.tensor_chunks(), engine.layout.shapes(), {"step": 1}, "")
     assert writer.is_open
     assert list((tmp_path / "checkpoints").glob(".step-*.partial"))
     assert latest_checkpoint(tmp_path) is None, "it exists before commit"

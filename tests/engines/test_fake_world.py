@@ -16,12 +16,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flipscale.engines.build import engine_class
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, assign_owners, buffer_elements
-from flipscale.engines.start import engine_class
 from flipscale.model import FlipConfig
 from flipscale.recipe.optim import OptimRecipe
 

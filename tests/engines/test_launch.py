@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from flipscale.engines.build import build_engine, engine_class, engine_classes, start_accelerator
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.launch import (
     PRECISION,
@@ -20,7 +21,6 @@ from flipscale.engines.launch import (
     promised_processes,
     read_launch_file,
 )
-from flipscale.engines.start import build_engine, engine_class, engine_classes, start_accelerator
 from flipscale.recipe.optim import OptimRecipe
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -55,7 +55,7 @@ def test_launch_files_are_read_as_by_accelerate(file: Path, monkeypatch: pytest.
     assert read == launch_of(made)
     assert read.engine == {"hsdp": "fsdp2"}.get(file.stem, file.stem)
     assert (read.num_processes, read.precision) == (8, "bf16")
-    assert (read.reshards, read.prefetches) == (file.stem != "hsdp", file.stem in ("fsdp2", "hsdp"))
+    assert (read.reshard_after_forward, read.prefetches) == (file.stem != "hsdp", file.stem in ("fsdp2", "hsdp"))
     assert launch_environment(file).items() <= made.items()
 
 
@@ -67,7 +67,7 @@ def test_the_role_names_other_engines(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == expected
     sharded = yaml.safe_load((FOLDER / "hsdp.yaml").read_text())
     file.write_text(yaml.safe_dump({**sharded, "mpirun_config": {"role": "fsdp2_bf16_reduce"}}))
-    expected = replace(read_launch_file(FOLDER / "hsdp.yaml"), sums_in_bf16=True)
+    expected = replace(read_launch_file(FOLDER / "hsdp.yaml"), reduce_in_bf16=True)
     assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == expected
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "ddq"}}))
     with pytest.raises(ValueError, match="role 'ddq'"):

@@ -20,7 +20,7 @@ from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
 from flipscale.recipe.optim import OptimRecipe, StageRecipe
-from flipscale.training.schedule import Stage, plan_stages
+from flipscale.training.schedule import Stage, schedule_stages
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
@@ -38,7 +38,7 @@ def stage() -> Stage:
         base_lr=schedule["abs_lr"] * 256 / PAIRS,
         warmup_samples=PAIRS * schedule["warmup_steps"],
     )
-    return plan_stages([recipe], PAIRS)[0]
+    return schedule_stages([recipe], PAIRS)[0]
 
 
 def test_the_schedule(stage: Stage) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from flipscale.engines.start import start_accelerator
+from flipscale.engines.build import start_accelerator
 from flipscale.engines.watchdog import close_process_group
 from flipscale.evaluation.kinds.probe import Rows, fit
 from flipscale.evaluation.suite import build_tasks, evaluated

@@ -11,7 +11,7 @@ from conftest import write_shards
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
-from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.evaluation.suite import run_tasks
 
 COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ring", 7, 9)]
 
@@ -26,7 +26,7 @@ def roles(tmp_path: Path) -> Path:
 
 def test_association(roles: Path, embedder: Embedder) -> None:
     with torch.no_grad():
-        (share, difference) = evaluate_tasks(embedder, [Association("association", str(roles), "association")])
+        (share, difference) = run_tasks(embedder, [Association("association", str(roles), "association")])
         images = embedder.images(TarSource(str(roles)))
         texts = embedder.texts([role for role, _, _ in COUPLES])
     apart = np.array([float(texts[i] @ (images[m] - images[w])) for i, (_, w, m) in enumerate(COUPLES)])

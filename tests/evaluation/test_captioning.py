@@ -19,7 +19,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, cider, rouge_l
 from flipscale.evaluation.kinds.captioning import Likelihoods, captioner, generated_captions
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 
 
@@ -42,7 +42,7 @@ def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, Result]:
-    return {result.metric: result for result in evaluate_tasks(embedder, build_tasks([task]))}
+    return {result.metric: result for result in run_tasks(embedder, build_tasks([task]))}
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -112,7 +112,7 @@ def test_some_images_are_spread_over_the_set(tmp_path: Path, monkeypatch: pytest
     whole = TarSource.read
     monkeypatch.setattr(TarSource, "read", lambda self, *where: read.append(where) or whole(self, *where))
     (task,) = build_tasks([{"kind": "likelihood", "data": str(tmp_path), "images": 6}])
-    results = evaluate_tasks(tiny_writer(Accelerator(cpu=True)), [task])
+    results = run_tasks(tiny_writer(Accelerator(cpu=True)), [task])
     assert [10 * shard + number for shard, number in read] == [0, 3, 7, 11, 15, 19]
     assert {result.n for result in results} == {6}
     assert results[0].made_by["images"] == 6

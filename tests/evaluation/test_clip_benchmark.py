@@ -30,7 +30,7 @@ from flipscale.data import task_page
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.evaluation.kinds import languages
 from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 
 pytestmark = pytest.mark.long
 
@@ -99,7 +99,7 @@ def theirs(sides: Sides, folder: Path, task: str) -> dict[str, float]:
 
 
 def ours(sides: Sides, folder: Path, **task: object) -> dict[str, float]:
-    found = as_metrics(evaluate_tasks(sides.ours, build_tasks([{"data": str(folder), **task}])))
+    found = as_metrics(run_tasks(sides.ours, build_tasks([{"data": str(folder), **task}])))
     return {name.partition("/")[2]: value for name, value in found.items()}
 
 
@@ -247,7 +247,7 @@ def test_captions_in_many_languages(
     monkeypatch.setattr(task_page, "read_page", lambda _: replace(page, source=local))
     main(["prepare", "tasks", str(tmp_path / "ours"), "--only", name])
     task = {"kind": page.kind, "data": str(tmp_path / "ours" / name), "name": name, "ks": [1, 5]}
-    results = evaluate_tasks(polyglot.ours, build_tasks([task]))
+    results = run_tasks(polyglot.ours, build_tasks([task]))
     found, expected = as_metrics(results), {}
     for language in chosen:
         module.create_annotation_file(str(root), language)
@@ -290,7 +290,7 @@ def test_classes_in_many_languages(polyglot: Sides, tmp_path: Path, monkeypatch:
     torch.save(({f"n{label:08d}": (str(label),) for label in range(1000)}, []), root / "meta.bin")
     (folder / "classnames.txt").write_text("".join(f"class {label}\n" for label in range(1000)))
     task = {"kind": "multilingual_zero_shot", "data": str(folder), "name": "babel"}
-    found, expected = as_metrics(evaluate_tasks(polyglot.ours, build_tasks([task]))), {}
+    found, expected = as_metrics(run_tasks(polyglot.ours, build_tasks([task]))), {}
     for language in chosen:
         dataset = build_dataset("babel_imagenet", root=str(root), transform=polyglot.preprocess, language=language)
         loader, named = torch.utils.data.DataLoader(dataset, 50), (dataset.classes, dataset.templates)
@@ -309,4 +309,4 @@ def test_captions_that_do_not_fit(polyglot: Sides, tmp_path: Path) -> None:
     for captions, expected in ((["一"] * 4, "4 captions of 5"), (None, "no list"), ([1] * 5, "5 captions of 5")):
         (folder / "captions/zh.json").write_text(json.dumps(captions))
         with pytest.raises(ValueError, match=rf"captions/zh.json has {expected}"):
-            evaluate_tasks(polyglot.ours, [task])
+            run_tasks(polyglot.ours, [task])

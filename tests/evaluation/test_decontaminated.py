@@ -17,7 +17,7 @@ from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
-from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.evaluation.suite import run_tasks
 
 LEFT_OUT = [("00000.tar", 2), ("00001.tar", 0), ("00001.tar", 6)]
 
@@ -71,12 +71,12 @@ def test_figures_equal_those_of_a_set_without_the_images(tested: Path, embedder:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(Embedder, "image_columns", counted)
-        found = evaluate_tasks(embedder, with_clean_tasks(tasks_of(tested), tmp_path / "audit"))
+        found = run_tasks(embedder, with_clean_tasks(tasks_of(tested), tmp_path / "audit"))
     assert seen == [17]  # one pass
     by_name = {result.name: result for result in found}
-    for result in evaluate_tasks(embedder, tasks_of(tested)):
+    for result in run_tasks(embedder, tasks_of(tested)):
         assert by_name[result.name].value == pytest.approx(result.value, abs=1e-6)
-    for result in evaluate_tasks(embedder, tasks_of(tmp_path / "bare")):
+    for result in run_tasks(embedder, tasks_of(tmp_path / "bare")):
         clean = by_name[f"{result.task}_clean/{result.metric}"]
         assert (clean.value, clean.n) == (pytest.approx(result.value, abs=1e-6), result.n)
         assert clean.made_by["without"] == "3 images that lie in the training data"
@@ -94,4 +94,4 @@ def test_bad_input(tested: Path, embedder: Embedder, tmp_path: Path) -> None:
     assert with_clean_tasks(tasks_of(tested), tmp_path) == tasks_of(tested), "no overlap, so no second figures"
     write_overlap(tmp_path, tested, [("00000.tar", 99)])
     with pytest.raises(ValueError, match="has 0 of the 1 images"):
-        evaluate_tasks(embedder, with_clean_tasks(tasks_of(tested)[:1], tmp_path))
+        run_tasks(embedder, with_clean_tasks(tasks_of(tested)[:1], tmp_path))

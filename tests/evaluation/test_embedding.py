@@ -15,7 +15,7 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
 from flipscale.evaluation.embedding import Embedder, Share, image_embeds
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
+from flipscale.evaluation.suite import build_tasks, evaluated, run_tasks
 from flipscale.evaluation.whole_images import WholeImages, decoded_batches
 from flipscale.hub.export import build_processor
 
@@ -127,7 +127,7 @@ def test_tasks_of_one_set_share_a_pass(
     for task, results in evaluated(embedder, tasks):
         together.append((task.name, results))
         assert num_read[0] == 96 * (1 if task.data == str(shards) else 2)
-    assert together == [(task.name, evaluate_tasks(embedder, [task])) for task in tasks]
+    assert together == [(task.name, run_tasks(embedder, [task])) for task in tasks]
 
 
 def test_only_tasks_that_share_a_pass_keep_its_embeddings(
@@ -145,9 +145,9 @@ def test_only_tasks_that_share_a_pass_keep_its_embeddings(
 
     monkeypatch.setattr(Embedder, "_embedded", watched)
     task = {"kind": "zero_shot", "data": str(shards)}
-    evaluate_tasks(embedder, build_tasks([task]))
+    run_tasks(embedder, build_tasks([task]))
     assert len(num_alive) == 16
     assert max(num_alive) <= 2
-    evaluate_tasks(embedder, build_tasks([task, {**task, "name": "again"}]))
+    run_tasks(embedder, build_tasks([task, {**task, "name": "again"}]))
     assert len(num_alive) == 32
     assert num_alive[-1] >= 16

@@ -14,7 +14,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.model_results import evaluate_model
 from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, check_image_sizes, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, check_image_sizes, run_tasks
 from flipscale.runs.complete_recipe import parse_recipe
 
 
@@ -38,8 +38,8 @@ def test_a_task_has_a_size_of_its_own(embedder: Embedder, shards: Path, tmp_path
     tasks = build_tasks([*listed, *small])
     lines = evaluate_model(embedder, "tiny", tmp_path / "results.jsonl", tasks)
     expected = {
-        **as_metrics(evaluate_tasks(embedder, tasks[:2])),
-        **as_metrics(evaluate_tasks(embedder.at(16), build_tasks([{**t, "image_size": None} for t in small]))),
+        **as_metrics(run_tasks(embedder, tasks[:2])),
+        **as_metrics(run_tasks(embedder.at(16), build_tasks([{**t, "image_size": None} for t in small]))),
     }
     assert as_metrics(line.result for line in lines) == expected
     sizes = {line.result.task: (line.about["image_size"], line.result.made_by.get("image_size")) for line in lines}

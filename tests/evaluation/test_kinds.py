@@ -14,7 +14,7 @@ from evaluation.made_up_sets import NAMES, npy, write_overlap, write_set
 from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.evaluation.whole_images import Decoder
 
 DIM = 6
@@ -61,7 +61,7 @@ def drawn() -> Drawn:
 def evaluated(folder: Path, **task: object) -> dict[str, Result]:
     tasks = build_tasks([{"data": str(folder), **task}])
     tasks[0].check()
-    results = evaluate_tasks(drawn(), tasks)
+    results = run_tasks(drawn(), tasks)
     assert len({result.metric for result in results}) == len(results)
     for result in results:
         assert 0 <= result.low <= result.value <= result.high <= 100
@@ -119,7 +119,7 @@ def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert [name for name, result in found.items() if result.headline] == ["mean_per_class"]
     # Of five classes, top-5 is always right.
     five = named(write_set(tmp_path / "five", 1, 10, lambda number, label: {"cls": b"%d" % (number % 5)}), NAMES[:5])
-    results = evaluate_tasks(drawn(), build_tasks([{"kind": "zero_shot", "data": str(five)}]))
+    results = run_tasks(drawn(), build_tasks([{"kind": "zero_shot", "data": str(five)}]))
     assert [(r.metric, r.headline, r.is_certain) for r in results[:2]] == [("top1", True, False), ("top5", False, True)]
 
 
@@ -244,7 +244,7 @@ def _evaluate(folder: str, out: str) -> None:
         faces,
     ]
     embedder = drawn()
-    results = evaluate_tasks(embedder, with_clean_tasks(build_tasks(listed), Path(folder)))
+    results = run_tasks(embedder, with_clean_tasks(build_tasks(listed), Path(folder)))
     if embedder.accelerator.is_main_process:
         lines = {r.name: [r.value, r.n, r.low, r.high, r.chance] for r in results}
         Path(out).write_text(json.dumps(lines))

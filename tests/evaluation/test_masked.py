@@ -24,7 +24,7 @@ from flipscale.evaluation.masked import (
 )
 from flipscale.evaluation.model_results import read_lines
 from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model.patches import patchify
 from flipscale.planning.flops import forward_flops
@@ -125,7 +125,7 @@ def test_figures_of_the_command_on_one_and_two_processes(
     tasks = build_tasks([{"kind": "zero_shot", "data": str(shards)}])
     masks = image_masks([0, 0.5, 0.75], [1, 2, 4], "random", 4)
     for line, mask in zip(one, masks, strict=True):
-        expected = as_metrics(evaluate_tasks(masked_embedder(embedder, mask), tasks))
+        expected = as_metrics(run_tasks(masked_embedder(embedder, mask), tasks))
         assert {name: line[name] for name in expected} == pytest.approx(expected)
         flops = forward_flops(config, mask.ratio, mask.views).modules
         assert line["encoder_gflops"] == (flops["vision_model"] + flops["image_projection"]) / 1e9

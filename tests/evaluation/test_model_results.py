@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flipscale.evaluation.model_results import append_lines, drop_torn, read_lines, weights_digest
+from flipscale.evaluation.model_results import append_lines, drop_torn, read_lines, state_dict_digest
 from flipscale.evaluation.results import Result
 
 ABOUT = {"model": "demo", "weights": "12ab", "data": {"name": "cars"}, "mask": {}}
@@ -72,13 +72,13 @@ def test_the_digest_of_weights() -> None:
         b'["a", "int64", []]' + weights["a"].numpy().tobytes() + b'["b", "float32", [2, 3]]'
         + weights["b"].numpy().tobytes()
     ).hexdigest()  # fmt: skip
-    assert weights_digest(weights, weights.__getitem__) == expected
-    assert weights_digest(reversed(weights), weights.__getitem__) == expected
+    assert state_dict_digest(weights, weights.__getitem__) == expected
+    assert state_dict_digest(reversed(weights), weights.__getitem__) == expected
     changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
         lambda b: b.reshape(3, 2),
         lambda b: b.view(torch.int32),
         lambda b: b.bfloat16(),
         lambda b: torch.cat([b[:1], b[1:] + 1e-6]),
     ]
-    digests = {weights_digest(weights, {**weights, "b": change(weights["b"])}.__getitem__) for change in changes}
+    digests = {state_dict_digest(weights, {**weights, "b": change(weights["b"])}.__getitem__) for change in changes}
     assert len(digests | {expected}) == 5

@@ -37,7 +37,7 @@ from flipscale.evaluation.kinds.probe import (
 from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.model_results import evaluate_model, read_lines
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.evaluation.whole_images import ChosenRows
 
 ALONE = torch.Tensor.clone  # the sum over one process
@@ -190,7 +190,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probed(embedder: Embedder, train: Path, test: Path, **options: object) -> list[Result]:
     (task,) = build_tasks([{"kind": "probe", "data": str(test), "train": str(train), **options}])
     task.check()
-    return evaluate_tasks(embedder, [task])
+    return run_tasks(embedder, [task])
 
 
 def known(embedder: Embedder, folder: Path, features: str = "pooled") -> tuple[np.ndarray, np.ndarray]:
@@ -273,7 +273,7 @@ def test_draws_take_shots_of_each_class_and_fewer_shots_are_among_more(
 
     def embedded(**changes: object) -> set[tuple[int, int]]:
         read.clear()
-        evaluate_tasks(embedder, [FewShot("few_shot", str(shards), "few_shot", train=str(train), **changes)])
+        run_tasks(embedder, [FewShot("few_shot", str(shards), "few_shot", train=str(train), **changes)])
         return set(read[:-96])
 
     one, three = embedded(shots=[1], seeds=[4]), embedded(shots=[1, 3], seeds=[4])

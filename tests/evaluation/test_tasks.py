@@ -15,12 +15,12 @@ from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks, planned_tasks
+from flipscale.evaluation.suite import build_tasks, planned_tasks, run_tasks
 from flipscale.recipe.outputs import EvalRecipe
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:
-    metrics = as_metrics(evaluate_tasks(embedder, build_tasks([task])))
+    metrics = as_metrics(run_tasks(embedder, build_tasks([task])))
     return {name.partition("/")[2]: value for name, value in metrics.items()}
 
 
@@ -54,7 +54,7 @@ def test_images_of_several_captions(embedder: Embedder, tmp_path: Path) -> None:
             image = np.full((32, 32, 3), colour, np.uint8)
             add_member(tar, f"{number}.png", cv2.imencode(".png", image)[1].tobytes())
             add_member(tar, f"{number}.txt", f"a red\nthe blue {number}\n\n".encode())
-    (own,) = evaluate_tasks(embedder, build_tasks([{"kind": "retrieval", "data": str(tmp_path), "ks": [1]}]))[:1]
+    (own,) = run_tasks(embedder, build_tasks([{"kind": "retrieval", "data": str(tmp_path), "ks": [1]}]))[:1]
     assert own.n == 9, "a blank line is a caption too, as in CLIP_benchmark"
     assert own.chance == pytest.approx(100 / 3)
     # All three share their first caption, so every image is right for every text.

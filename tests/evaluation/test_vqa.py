@@ -20,7 +20,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.vqa import accuracy
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.model import FlipConfig, FlipForQuestionAnswering
 
 ANSWERS = ["yes", "no", *COLOURS, *SHAPES]
@@ -79,7 +79,7 @@ def answered(embedder: Embedder, folder: Path, images: list[int]) -> list[int]:
 def evaluated(embedder: Embedder, folder: Path, **options: object) -> dict[str, Result]:
     tasks = build_tasks([{"kind": "vqa", "data": str(folder), **options}])
     tasks[0].check()
-    return {result.metric: result for result in evaluate_tasks(embedder, tasks)}
+    return {result.metric: result for result in run_tasks(embedder, tasks)}
 
 
 def plain_accuracy(votes: list[int], answer: int) -> float:

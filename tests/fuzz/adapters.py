@@ -14,7 +14,7 @@ from conftest import TOWER, write_tokenizer
 from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 
-from flipscale.engines.trained import add_lora
+from flipscale.engines.trainable import add_lora
 from flipscale.hub.export import build_processor, export_adapter, export_model
 from flipscale.hub.loading import open_embedder
 from flipscale.io.digests import digest_of, digests_to_json

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from flipscale.engines.checkpoint import CheckpointReader, contents, require_whole
-from flipscale.io.digests import Damage, digest_of, digests_to_json
+from flipscale.engines.checkpoint import CheckpointReader, contents, require_valid
+from flipscale.io.digests import CorruptFile, digest_of, digests_to_json
 
 PART = "part-00000.safetensors"
 STATE = {
@@ -51,8 +51,8 @@ def attack(data: bytes, folder: Path) -> None:
         (checkpoint / name).write_bytes(content)
     try:
         found = contents(checkpoint)
-        require_whole(checkpoint)
-    except (Damage, ValueError, OSError):
+        require_valid(checkpoint)
+    except (CorruptFile, ValueError, OSError):
         return
     assert found.state["step"] == 4
     reader = CheckpointReader(checkpoint)

@@ -15,7 +15,7 @@ from fuzz.shards import tar
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.captions import tokenise
-from flipscale.data.features import ABOUT, PROBE, StoredFeatures
+from flipscale.data.features import ABOUT, PROBE, PrecomputedFeatures
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.digests import weights_digest
@@ -102,7 +102,7 @@ def attack(data: bytes, folder: Path) -> None:
                     assert np.isfinite(teacher.logit_sides((0, number), 1)).all()
 
 
-def _all_rows(opened: list[StoredFeatures]) -> None:
+def _all_rows(opened: list[PrecomputedFeatures]) -> None:
     for features in opened:
         rows = features.rows(np.zeros(_SAMPLES, np.int64), np.arange(_SAMPLES))
         for number, row in enumerate(rows):

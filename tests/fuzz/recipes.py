@@ -7,7 +7,7 @@ from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 # Fields that no recipe of the package has.
 _OTHERS = (b"""
@@ -51,5 +51,5 @@ def attack(data: bytes, folder: Path) -> None:
         recipe = parse_recipe(["--config", str(file)])
         build_config(recipe)
         build_objective(recipe)
-        plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         to_yaml(recipe)

@@ -19,7 +19,7 @@ from flipscale import cli
 from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.hub import convert_onnx
 from flipscale.hub.export import build_processor, export_model
-from flipscale.hub.push import check_to_push, sort_files
+from flipscale.hub.push import check_to_push, split_own_files
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
@@ -130,7 +130,7 @@ def test_immich_reads_the_folder(family: str, save: Callable[..., Path], image: 
     folder = export_native(family, tmp_path / family) if family in LENGTH else save(attend_to_padding=family == "flip")
     dst = tmp_path / "onnx"
     cli.main(["convert", "onnx", str(folder), str(dst)])
-    assert not sort_files(dst)[1], "a push would leave these out"
+    assert not split_own_files(dst)[1], "a push would leave these out"
     check_to_push(dst)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(dst)
     assert (type(model).__name__, type(processor).__name__) == {

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from flipscale.evaluation.model_results import append_lines, weights_digest
+from flipscale.evaluation.model_results import append_lines, state_dict_digest
 from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import read_audit, write_card
 from flipscale.recipe.recipe import to_yaml
@@ -215,7 +215,7 @@ def test_results_of_flipscale_evaluate(run_dir: Path) -> None:
              "title": "Stanford Cars", "prompts": {"number": 8, "digest": "98"}, "mask": {}}  # fmt: skip
     top1 = Result("cars", "zero_shot", "top1", 61.27, 8_041, 60.2, 62.33, chance=0.51, made_by={"data": "cars"})
     sketch = Result("zero_shot", "zero_shot", "top1", 33.96, 50_000, 33.55, 34.38, made_by={"data": "imagenet1k_val"})
-    path, digest = run_dir / "model/results.jsonl", weights_digest(weights, weights.__getitem__)
+    path, digest = run_dir / "model/results.jsonl", state_dict_digest(weights, weights.__getitem__)
     append_lines(path, "aa", [top1], {**about, "weights": digest})
     append_lines(path, "bb", [replace(top1, value=58.4)], {**about, "weights": digest, "mask": {"ratio": 0.5}})
     append_lines(path, "cc", [sketch], {"weights": digest, "data": {"name": "imagenet1k_val"}})

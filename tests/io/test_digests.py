@@ -8,7 +8,7 @@ import pytest
 
 from flipscale.io.digests import (
     CHUNK_BYTES,
-    Damage,
+    CorruptFile,
     Digester,
     FileDigest,
     chunks_of,
@@ -71,7 +71,7 @@ GOOD = json.loads(digests_to_json({"one": digest_of(b"1")}))
 )  # fmt: skip
 def test_other_content_is_no_digests(content: str, tmp_path: Path) -> None:
     (tmp_path / "digests.json").write_text(content)
-    with pytest.raises(Damage, match=r"digests\.json is unreadable"):
+    with pytest.raises(CorruptFile, match=r"digests\.json is unreadable"):
         read_digests(tmp_path / "digests.json")
 
 
@@ -87,7 +87,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         "large/under": "under is missing",
         "large": "large has 5 bytes; expected at most 4",
     }.items():
-        with pytest.raises(Damage, match=fault):
+        with pytest.raises(CorruptFile, match=fault):
             read_bytes(tmp_path / name, most=4)
 
 

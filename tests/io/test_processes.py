@@ -11,7 +11,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader
 
-from flipscale.data.loader import settle_worker, start_workers
+from flipscale.data.loader import set_up_worker, start_workers
 from flipscale.io.processes import end_with_parent
 
 
@@ -37,7 +37,7 @@ def parent(settle: Callable[[], object], ready: Connection) -> None:
     signal.pause()
 
 
-@pytest.mark.parametrize("settle", [end_with_parent, lambda: settle_worker(0)], ids=["pool", "loader"])
+@pytest.mark.parametrize("settle", [end_with_parent, lambda: set_up_worker(0)], ids=["pool", "loader"])
 def test_a_suspended_child_ends_with_its_killed_parent(settle: Callable[[], object]) -> None:
     receiving, ready = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=parent, args=(settle, ready), daemon=True)
@@ -51,7 +51,7 @@ def test_a_suspended_child_ends_with_its_killed_parent(settle: Callable[[], obje
 
 def test_a_suspended_worker_ends_with_its_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # torch's wait for a worker
-    batches = start_workers(DataLoader([1, 2, 3, 4], num_workers=1, worker_init_fn=settle_worker))
+    batches = start_workers(DataLoader([1, 2, 3, 4], num_workers=1, worker_init_fn=set_up_worker))
     next(batches)
     (worker,) = batches._workers  # type: ignore[attr-defined]
     os.kill(worker.pid, signal.SIGSTOP)

@@ -67,8 +67,8 @@ def test_the_loss_is_the_sum_of_binary_cross_entropies() -> None:
 def test_every_parameter_has_a_gradient(sees_image: bool) -> None:
     model = build(sees_image=sees_image)
     output = model(**batch())
-    rest = [*OBJECTIVE.compared(output), *OBJECTIVE.parameters(output).values()]
-    (OBJECTIVE.mean_loss(output) + 0.0 * torch.stack([value.sum() for value in rest]).sum()).backward()
+    rest = [*OBJECTIVE.loss_inputs(output), *OBJECTIVE.parameters(output).values()]
+    (OBJECTIVE.per_sample_loss(output) + 0.0 * torch.stack([value.sum() for value in rest]).sum()).backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == ([] if sees_image else ["fusion.embed_image.weight", "fusion.embed_image.bias"])
     of_tower = model.vision_model.embeddings.patch_embedding.weight.grad.abs().max()

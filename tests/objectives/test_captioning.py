@@ -66,9 +66,9 @@ def batch(size: int = 6) -> dict[str, torch.Tensor]:
 
 def loss_of(model: Any, objective: Objective, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(**inputs, return_logits=False)
-    loss = objective.mean_loss(output)
-    if objective.is_coupled:
-        loss = loss + objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
+    loss = objective.per_sample_loss(output)
+    if objective.needs_global_batch:
+        loss = loss + objective.coupled_loss(*objective.loss_inputs(output), **objective.parameters(output))
     return loss
 
 

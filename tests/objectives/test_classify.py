@@ -81,7 +81,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_the_loss_is_the_smoothed_cross_entropy() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.tensor([[4], [0], [2]])
-    found = Classify(num_classes=5, label_smoothing=0.2).mean_loss(ClassifyOutput(logits=logits, labels=labels))
+    found = Classify(num_classes=5, label_smoothing=0.2).per_sample_loss(ClassifyOutput(logits=logits, labels=labels))
     expected = 0.0
     for row, label in enumerate((4, 4, 0, 0, 2, 2)):
         truth = torch.full((5,), 0.2 / 5)

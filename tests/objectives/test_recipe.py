@@ -32,15 +32,15 @@ class Scaled(Contrastive):
     factor: float = 2.0
     rounds: int = 1
 
-    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
-        return self.factor * super().coupled_loss(*compared, **parameters)
+    def coupled_loss(self, *loss_inputs: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+        return self.factor * super().coupled_loss(*loss_inputs, **parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance(Objective):
     """A mean over samples, without `logit_scale`."""
 
-    def mean_loss(self, output: FlipOutput) -> torch.Tensor:
+    def per_sample_loss(self, output: FlipOutput) -> torch.Tensor:
         return (output.image_embeds - output.text_embeds).square().sum(dim=1).mean()
 
 

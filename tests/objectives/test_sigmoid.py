@@ -88,7 +88,7 @@ def test_models_with_and_without_bias(tmp_path: Path) -> None:
     cosines = output.image_embeds @ output.text_embeds.T
     assert torch.allclose(output.logits_per_image, 10 * cosines - 10)
     objective = build_objective(Recipe(loss=LossRecipe("sigmoid")))
-    ours = objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
+    ours = objective.coupled_loss(*objective.loss_inputs(output), **objective.parameters(output))
     assert ours.item() == pytest.approx(output.loss.item(), rel=1e-6)
 
 

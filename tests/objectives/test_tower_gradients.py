@@ -13,7 +13,7 @@ from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
-from flipscale.training.step import consume_batch
+from flipscale.training.step import forward_backward
 
 Inputs = dict[str, torch.Tensor]
 
@@ -53,7 +53,7 @@ def build(objective: Objective) -> tuple[Any, Inputs]:
 def learn(model: Any, inputs: Inputs, objective: Objective, parts: int) -> dict[str, torch.Tensor]:
     chunks = zip(*(value.chunk(parts) for value in inputs.values()), strict=True)
     batch = [dict(zip(inputs, part, strict=True)) for part in chunks]
-    return consume_batch(cast(Engine, OneProcess(model)), batch, objective).metrics
+    return forward_backward(cast(Engine, OneProcess(model)), batch, objective).metrics
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -62,11 +62,11 @@ def test_norms_of_each_loss(name: str, parts: int) -> None:
     objective = OBJECTIVES[name]
     model, inputs = build(objective)
     output = model(**inputs, return_logits=False)
-    first = objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
+    first = objective.coupled_loss(*objective.loss_inputs(output), **objective.parameters(output))
     tokens = output.vision_model_output.last_hidden_state
     expected = [
         torch.autograd.grad(loss, tokens, retain_graph=True)[0].norm().item()
-        for loss in (first, objective.mean_loss(output))
+        for loss in (first, objective.per_sample_loss(output))
     ]
     second = f"{name.partition(',')[0]}_grad_norm"
     found = learn(model, inputs, objective, parts)

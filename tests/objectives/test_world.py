@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from flipscale.model import FlipOutput
 from flipscale.objectives import contrastive, sigmoid
 from flipscale.objectives.contrastive import Contrastive, PrecomputedGradients, exchange_bytes, tile_bytes
-from flipscale.training.step import consume_batch
+from flipscale.training.step import forward_backward
 
 WORLDS = (8, 256, 1024)
 PAIRS, DIM = 40, 8
@@ -89,7 +89,7 @@ class TwoLinearTowers(torch.nn.Module):
 def test_messages_do_not_grow_with_micro_batches(parts: int) -> None:
     with fake_world(1, 256), Recorder() as recorder:
         batch = [{"inputs": torch.randn(PAIRS // parts, 6)} for _ in range(parts)]
-        consume_batch(cast(Any, OneProcess(TwoLinearTowers())), batch, Contrastive())
+        forward_backward(cast(Any, OneProcess(TwoLinearTowers())), batch, Contrastive())
     assert len(recorder.collectives) == 5
 
 

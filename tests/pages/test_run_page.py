@@ -24,7 +24,7 @@ from PIL import Image
 from flipscale.evaluation.results import latest, read_results
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.pages import run_page
-from flipscale.pages.run_page import MOST_BYTES, mask_rows, offer_report, write_report
+from flipscale.pages.run_page import MOST_BYTES, mask_rows, offer_page, write_report
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
@@ -125,7 +125,7 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     monkeypatch.setattr(logging.getLogger("flipscale"), "propagate", True)
     changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
     (copied / "environment.json").write_text("{")
-    offer_report(changed, load_dual_encoder)
+    offer_page(changed, load_dual_encoder)
     (words,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert re.fullmatch(
         r".*/report\.html was not written \(.* is damaged .*\); training is not affected; to write it: .*", words

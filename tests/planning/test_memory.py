@@ -22,11 +22,11 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.planning.flops import Step
 from flipscale.planning.memory import (
     activation_bytes,
+    fitting_changes,
     measured,
     planned_model,
     recipe_memory,
     trained_model,
-    what_fits,
 )
 from flipscale.recipe.optim import LoraRecipe
 from flipscale.recipe.recipe import Recipe
@@ -156,12 +156,16 @@ def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -
 @pytest.mark.long
 def test_copies_follow_the_number_of_processes(h14: Recipe) -> None:
     fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
-    assert hsdp == replace(fsdp2, shard_size=8, reshards=False)
+    assert hsdp == replace(fsdp2, shard_size=8, reshard_after_forward=False)
     kept, other = recipe_memory(h14, hsdp), recipe_memory(h14, fsdp2)
     assert kept.weights == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
-    assert recipe_memory(h14, replace(hsdp, reshards=True)).communication == other.communication < kept.communication
+    assert (
+        recipe_memory(h14, replace(hsdp, reshard_after_forward=True)).communication
+        == other.communication
+        < kept.communication
+    )
     assert recipe_memory(h14, replace(hsdp, num_processes=512)).weights == kept.weights
-    assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
+    assert any(words.startswith("fsdp2 (") for words in fitting_changes(h14, hsdp, other.total))
 
 
 @pytest.mark.long
@@ -179,9 +183,9 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
     # Pairs of changes where no single one does.
     recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, precision="bf16")
     recipe = replace(recipe, data=replace(recipe.data, micro_batch_size=512))
-    together = what_fits(recipe, launch, 17 * 2**29)
+    together = fitting_changes(recipe, launch, 17 * 2**29)
     assert {words.rpartition(" and ")[0] for words in together} == {"model.gradient_checkpointing"}
-    assert what_fits(recipe, launch, 2**29) == []
+    assert fitting_changes(recipe, launch, 2**29) == []
 
 
 def test_micro_batches_and_averages_count(h14: Recipe) -> None:

@@ -23,10 +23,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from flipscale.data.loader import BATCHES_ON_DEVICE
 from flipscale.engines import first_weights
+from flipscale.engines.build import build_engine
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.launch import Launch
-from flipscale.engines.start import build_engine
 from flipscale.model.modeling_flip import as_on_gpu
 from flipscale.objectives import contrastive
 from flipscale.objectives.build import build_config, build_objective
@@ -34,7 +34,7 @@ from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.step import consume_batch
+from flipscale.training.step import forward_backward
 
 CPU = torch.device("cpu")
 LAUNCHES = {
@@ -90,7 +90,7 @@ def _take_step(engine: Engine, recipe: Recipe, launch: Launch, tracker: MemTrack
         return call(engine, **batch)
 
     with mock.patch.object(type(engine), "__call__", forward):
-        consume_batch(engine, batch, objective)
+        forward_backward(engine, batch, objective)
     engine.gradient_norm()
     engine.step(1e-4, torch.ones(()))
     del waiting

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flipscale.cli import main
-from flipscale.data.features import StoredCrops
+from flipscale.data.features import TeacherCrops
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar import TarSource
 from flipscale.hub.export import build_processor, export_model
@@ -218,7 +218,7 @@ def test_crops_by_a_model_of_another_program(
     embedder, source = open_embedder(name, Accelerator(cpu=True)), TarSource(str(pairs))
     assert about["logit_scale"] == embedder.model.logit_scale.exp().item()
     assert about["images"]["crops"] == {"count": 2, "scale": [0.3, 0.6], "mirror": False, "seed": 7}
-    crops, size = StoredCrops(2, (0.3, 0.6), False, 7), embedder.image_size
+    crops, size = TeacherCrops(2, (0.3, 0.6), False, 7), embedder.image_size
     mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     for row, place in ((0, (0, 0)), (48, (3, 35))):
         image = source.read(*place).image

@@ -9,7 +9,7 @@ from simulated.world import World, simulate
 
 from flipscale.engines.launch import read_launch_file
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 PAIRS, NODE = 256, 8
 
@@ -30,7 +30,7 @@ def passes(size: str, engine: str, blocks: tuple[int, int]) -> Work:
         ]
     )
     launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", processes)
-    (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    (stage,) = schedule_stages(recipe.stages, recipe.data.global_batch_size)
     return simulate(World(recipe, launch, stage, 1)).work
 
 

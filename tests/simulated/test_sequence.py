@@ -16,10 +16,10 @@ from conftest import write_shards
 from simulated.recorder import Recorder
 from simulated.world import fake_processes
 
+from flipscale.engines.build import start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
 from flipscale.engines.launch import Launch, launch_environment, read_launch_file
 from flipscale.engines.slow_steps import StepWatch
-from flipscale.engines.start import start_accelerator
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
 from flipscale.runs.complete_recipe import parse_recipe
@@ -46,11 +46,11 @@ def handlers() -> Iterator[None]:
 def eventful_loss(true_loss: Callable) -> Callable:
     steps: list[int] = []
 
-    def loss(self: Contrastive, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+    def loss(self: Contrastive, *loss_inputs: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
         steps.append(1)
         if len(steps) - 1 == SIGNALLED:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return true_loss(self, *compared, **parameters) * (float("inf") if len(steps) - 1 == INFINITE else 1.0)
+        return true_loss(self, *loss_inputs, **parameters) * (float("inf") if len(steps) - 1 == INFINITE else 1.0)
 
     return loss
 

@@ -20,7 +20,7 @@ from flipscale.engines.launch import read_launch_file
 from flipscale.objectives.build import build_config
 from flipscale.planning.time import host_calls
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import schedule_stages
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 BATCH = 4096
@@ -55,7 +55,7 @@ def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
     """What a step of the small recipe, changed by `flags`, does."""
     recipe = parse_recipe([*RECIPE, *flags])
     launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", processes)
-    return simulate(World(recipe, launch, plan_stages(recipe.stages, BATCH)[0], rank))
+    return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], rank))
 
 
 @pytest.mark.parametrize(

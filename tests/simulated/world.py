@@ -25,12 +25,12 @@ from simulated.recorder import Collective, Recorder, Work, resizing
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.data.loader import PackedBatch
+from flipscale.engines.build import build_engine, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.engines.slow_steps import StepWatch
-from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import example_batch
@@ -39,8 +39,8 @@ from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import Schedule, Stage, plan_stages
-from flipscale.training.step import consume_batch
+from flipscale.training.schedule import Schedule, Stage, schedule_stages
+from flipscale.training.step import forward_backward
 from flipscale.training.sync import StepSync
 
 # Steps before the counted one: they make the moments and everything else that is made once.
@@ -140,7 +140,7 @@ def simulate(world: World) -> StepReport:
                 recorder.memory.peak, recorder.on = recorder.memory.now, True
             batch = _batch(world)
             recorder.work = Work()
-            found = consume_batch(engine, batch, objective)
+            found = forward_backward(engine, batch, objective)
             work = recorder.work
             taken = sync.start(step, found, engine.gradient_norm(), [])
             engine.step(_LEARNING_RATE, taken)
@@ -162,7 +162,7 @@ def simulate(world: World) -> StepReport:
 def _batch(world: World) -> list[PackedBatch]:
     recipe, processes = world.recipe, world.launch.num_processes
     step, objective = micro_batch(recipe, world.launch, world.stage), build_objective(recipe)
-    ids = {name: torch.zeros(step.batch_size, dtype=torch.int64) for name in objective.coupled_columns}
+    ids = {name: torch.zeros(step.batch_size, dtype=torch.int64) for name in objective.global_columns}
     batch = {**example_batch(build_config(recipe), step, objective), **ids, "faults": []}
     return [
         PackedBatch.of(batch).pin_memory().to(DEVICE).with_image_size(step.image_size)
@@ -172,14 +172,14 @@ def _batch(world: World) -> list[PackedBatch]:
 
 def _watched(objective: Objective, recorder: Recorder) -> Objective:
     """Return the objective, changed to mark its coupled loss in the recorder."""
-    if not objective.is_coupled:
+    if not objective.needs_global_batch:
         return objective
     compute = objective.coupled_loss
 
-    def coupled_loss(*compared: Any, **parameters: Any) -> torch.Tensor:
+    def coupled_loss(*loss_inputs: Any, **parameters: Any) -> torch.Tensor:
         recorder.in_loss = True
         try:
-            return compute(*compared, **parameters)
+            return compute(*loss_inputs, **parameters)
         finally:
             recorder.in_loss = False
 
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     recipe = parse_recipe(["--config", args.recipe])
     launch = read_launch_file(args.launch_file, args.num_processes)
-    planned = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    planned = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     stage = next(stage for stage in planned if args.stage in (None, stage.name))
     figures = simulate(World(recipe, launch, stage, args.rank)).figures()
     print(json.dumps(figures, indent=None if args.json else 2))

@@ -12,7 +12,7 @@ from conftest import losses, pretrain
 from training import failing_disk
 from training.failing_disk import ERRORS
 
-from flipscale.engines.checkpoint import list_checkpoints, require_whole
+from flipscale.engines.checkpoint import list_checkpoints, require_valid
 
 # A few operations of saves; FLIPSCALE_FAILURES=all for every one of the whole run directory, one number for so many.
 FAILURES = os.environ.get("FLIPSCALE_FAILURES", "8")
@@ -68,7 +68,7 @@ def test_each_operation_fails_in_turn(write_recipe, tmp_path: Path) -> None:
         else:
             assert os.strerror(error) in complaints[0], what
         for checkpoint in list_checkpoints(run_dir):
-            require_whole(checkpoint)
+            require_valid(checkpoint)
         if code:
             again = pretrain(file)
             assert again.returncode == 0, (what, again.stderr)

@@ -11,7 +11,7 @@ from flipscale.recipe.files import RECIPES
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import LogRecipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import BudgetProgress, Clock, Schedule, plan_stages
+from flipscale.training.schedule import BudgetProgress, Clock, Schedule, schedule_stages
 from flipscale.training.tracking import Intervals
 
 SHIPPED = [*RECIPES.glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]
@@ -19,7 +19,7 @@ SHIPPED = [*RECIPES.glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]
 
 def ended(log: LogRecipe, num_steps: int, *ticks: int, batch_size: int = 16) -> list[int]:
     """Return the numbers of the steps at which an interval of a run ends; half minutes end with the steps `ticks`."""
-    schedule = Schedule(tuple(plan_stages([StageRecipe("only", num_steps * batch_size, base_lr=0.1)], batch_size)))
+    schedule = Schedule(tuple(schedule_stages([StageRecipe("only", num_steps * batch_size, base_lr=0.1)], batch_size)))
     clock, intervals, numbers = Clock(schedule, {}), Intervals(log, schedule, batch_size), []
     while not clock.step.is_over:
         if intervals.ends(clock.step, clock.step.number + 1 in ticks):
@@ -44,7 +44,7 @@ def test_stated_intervals_stay() -> None:
 
 
 def test_each_hundredth_of_a_time_budget_has_a_record() -> None:
-    stages = plan_stages([StageRecipe("only", share=1.0, base_lr=0.1)], 16, 10.0)
+    stages = schedule_stages([StageRecipe("only", share=1.0, base_lr=0.1)], 16, 10.0)
     schedule = Schedule(tuple(stages), 600.0)
     clock, intervals, count = Clock(schedule, {}), Intervals(LogRecipe(), schedule, 16), 0
     for number in range(1000):

@@ -15,9 +15,9 @@ from flipscale.runs import last_lines
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.runs.last_lines import draw_figures, evaluation_flags, last_block
 from flipscale.training.run_directory import typed_command
-from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.training.schedule import Schedule, schedule_stages
 
-STAGES = plan_stages(
+STAGES = schedule_stages(
     [StageRecipe("masked", 160, mask_ratio=0.75, base_lr=0.1), StageRecipe("whole", 80), StageRecipe("last", 80)], 8
 )
 

@@ -100,7 +100,7 @@ import os, signal, sys
 from flipscale import pretrain
 from flipscale.training import loop
 
-consume, steps = loop.consume_batch, []
+consume, steps = loop.forward_backward, []
 
 def signalled(*arguments):
     steps.append(1)
@@ -108,7 +108,7 @@ def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
     return consume(*arguments)
 
-loop.consume_batch = signalled
+loop.forward_backward = signalled
 pretrain.main(["--config", sys.argv[1]])
 """
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from flipscale.recipe.optim import StageRecipe
-from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.training.schedule import Schedule, schedule_stages
 
 
 def test_the_paper_s_run() -> None:
@@ -15,7 +15,7 @@ def test_the_paper_s_run() -> None:
         StageRecipe("masked", 12_800_000_000, 0.5, 4e-6, 51_200_000),
         StageRecipe("tuning", 128_000_000, 0.0, 4e-8, 25_600_000),
     ]
-    masked, tuning = plan_stages(stages, 65536)
+    masked, tuning = schedule_stages(stages, 65536)
     assert masked.peak_lr == pytest.approx(1.024e-3)
     assert tuning.peak_lr == pytest.approx(1.024e-5)
     assert (masked.last, tuning.first, tuning.last) == (195312, 195312, 195312 + 1953)
@@ -24,15 +24,15 @@ def test_the_paper_s_run() -> None:
     assert masked.learning_rate(781) == pytest.approx(1.024e-3)
     assert masked.learning_rate(195311) < 1e-12
     schedule = Schedule((masked, tuning))
-    assert [schedule.step(n, n, n - 1).starts_afresh for n in (0, 1, 195311, 195312)] == [True, False, False, True]
+    assert [schedule.step(n, n, n - 1).resets_optimizer for n in (0, 1, 195311, 195312)] == [True, False, False, True]
     assert tuning.learning_rate(195312) == 0.0
 
 
 def test_a_stage_without_a_rate_goes_on_under_the_schedule_before() -> None:
     stages = [StageRecipe("a", 100, 0.75, 0.256, 20), StageRecipe("b", 60, 0.0), StageRecipe("c", 40, 0.0, 0.0256)]
-    a, b, c = plan_stages(stages, 10)
+    a, b, c = schedule_stages(stages, 10)
     assert (b.schedule_first, b.schedule_last) == (a.schedule_first, a.schedule_last) == (0, 16)
-    assert [Schedule((a, b, c)).step(n, n, n - 1).starts_afresh for n in (10, 16)] == [False, True]
+    assert [Schedule((a, b, c)).step(n, n, n - 1).resets_optimizer for n in (10, 16)] == [False, True]
     rates = [a.learning_rate(s) for s in range(10)] + [b.learning_rate(s) for s in range(10, 16)]
     assert rates[:3] == pytest.approx([0.0, 0.005, 0.01])
     assert rates[9] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 7 / 14)))
@@ -57,4 +57,4 @@ FIRST = StageRecipe("a", 100, 0.5, 1.0)
 )
 def test_a_plan_that_cannot_be_run_is_refused(stages: list[StageRecipe], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_stages(stages, 10)
+        schedule_stages(stages, 10)

@@ -17,11 +17,11 @@ from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import SaveRecipe
 from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import Schedule, plan_stages
+from flipscale.training.schedule import Schedule, schedule_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync
 
-SCHEDULE = Schedule(tuple(plan_stages([StageRecipe("only", samples=640, base_lr=0.1)], 16)))
+SCHEDULE = Schedule(tuple(schedule_stages([StageRecipe("only", samples=640, base_lr=0.1)], 16)))
 
 
 class Synced:
@@ -36,9 +36,11 @@ class Synced:
 
     def step(self, loss: float = 1.0, norm: float = 2.0, faults: list[Fault] | None = None) -> float:
         metrics = {"logit_scale": torch.tensor(14.3, dtype=torch.float64)}
-        taken = self.sync.start(self.next, StepLoss(torch.tensor(loss), metrics), torch.tensor(norm), faults or [])
+        should_step = self.sync.start(
+            self.next, StepLoss(torch.tensor(loss), metrics), torch.tensor(norm), faults or []
+        )
         self.next = SCHEDULE.after(self.next, None)
-        return taken.item()
+        return should_step.item()
 
 
 def test_half_minutes_end_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

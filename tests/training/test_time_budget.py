@@ -12,12 +12,12 @@ import yaml
 from conftest import cut, metrics, pretrain
 
 from flipscale.io.errors import UserError
-from flipscale.planning.budget import in_shares
+from flipscale.planning.budget import with_time_shares
 from flipscale.planning.flops import pair_flops
 from flipscale.recipe.optim import StageRecipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.status import as_line, read_status
-from flipscale.training.schedule import BudgetProgress, Clock, Schedule, Stage, has_passed, plan_stages, stage_of
+from flipscale.training.schedule import BudgetProgress, Clock, Schedule, Stage, has_passed, schedule_stages, stage_of
 from flipscale.training.setup import open_setup
 from flipscale.training.sync import StepSync
 
@@ -37,7 +37,7 @@ BUDGET = {
 
 
 def plan() -> list[Stage]:
-    return plan_stages(STAGES, 16, 10.0)
+    return schedule_stages(STAGES, 16, 10.0)
 
 
 def test_stages_and_rates_are_shares_of_the_budget() -> None:
@@ -88,7 +88,7 @@ class Clocks:
 def test_all_processes_are_at_one_position_by_the_first_one_s_clock() -> None:
     run, afresh, positions = Clocks(), [], []
     while not run.clocks[0].step.is_over:
-        if run.clocks[0].step.starts_afresh:
+        if run.clocks[0].step.resets_optimizer:
             afresh.append(run.clocks[0].step.stage.name)
         positions.append(run.step(4.0 if positions and positions[-1] < 0.6 else 9.0))
     assert positions == sorted(positions)
@@ -124,7 +124,7 @@ def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
 def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | None, message: str) -> None:
     stages = [StageRecipe(**{"name": "a", "base_lr": 0.1, "share": 1.0, **changes})]
     with pytest.raises(ValueError, match=message):
-        plan_stages(stages, 10, budget)
+        schedule_stages(stages, 10, budget)
 
 
 @pytest.mark.parametrize(
@@ -145,21 +145,21 @@ def test_what_does_not_go_with_a_budget_is_refused(write_recipe, tmp_path: Path,
 
 def test_samples_become_shares_of_the_operations(write_recipe, tmp_path: Path) -> None:
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
-    assert in_shares(recipe) is recipe, "it has no budget"
-    timed = in_shares(replace(recipe, budget_minutes=1.0))
+    assert with_time_shares(recipe) is recipe, "it has no budget"
+    timed = with_time_shares(replace(recipe, budget_minutes=1.0))
     flops = pair_flops(recipe)
     masked = 384 * flops["masked"] / (384 * flops["masked"] + 256 * flops["unmasked"])
     assert [stage.share for stage in timed.stages] == pytest.approx([masked, 1 - masked], abs=1e-4)
     assert timed.stages[0].warmup_share == pytest.approx(masked * 64 / 384, abs=1e-4)
     assert [stage.samples for stage in timed.stages] == [None, None]
-    assert plan_stages(timed.stages, 16, 1.0)[-1].last == 1.0
-    assert in_shares(timed) is timed
+    assert schedule_stages(timed.stages, 16, 1.0)[-1].last == 1.0
+    assert with_time_shares(timed) is timed
     three = [replace(recipe.stages[0], name=str(number), samples=1600, warmup_samples=0) for number in range(3)]
-    rounded = in_shares(replace(recipe, budget_minutes=1.0, stages=three)).stages
+    rounded = with_time_shares(replace(recipe, budget_minutes=1.0, stages=three)).stages
     assert [stage.share for stage in rounded] == pytest.approx([0.3334, 0.3333, 0.3333])
     short = [*three[:2], replace(three[2], samples=16), replace(three[2], name="long", samples=10**9)]
     with pytest.raises(UserError, match="stage '0': 1600 samples have no share of time"):
-        in_shares(replace(recipe, budget_minutes=1.0, stages=short))
+        with_time_shares(replace(recipe, budget_minutes=1.0, stages=short))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def schedule_of(run_dir: Path) -> list[dict]:
 def assert_explained(run_dir: Path) -> list[dict]:
     """Every step is recorded with its share of the budget and its rate, which is the schedule's at that share."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], 16, recipe["budget_minutes"])
+    stages = schedule_stages([StageRecipe(**stage) for stage in recipe["stages"]], 16, recipe["budget_minutes"])
     found = schedule_of(run_dir)
     assert [step["step"] for step in found] == list(range(1, len(found) + 1))
     shares = [step["budget_used"] for step in found]

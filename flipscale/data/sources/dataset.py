@@ -18,7 +18,7 @@ from flipscale.data.samples import (
     Source,
     check_bytes,
     evenly,
-    reason_of,
+    one_line_reason,
 )
 from flipscale.data.sources.shard_index import NotAFile, open_plain
 from flipscale.io.errors import UserError, first_line
@@ -112,7 +112,7 @@ class DatasetSource(Source):
         except OSError:
             raise
         except Exception as error:
-            raise BadSample(reason_of(error), "unreadable_row") from error
+            raise BadSample(one_line_reason(error), "unreadable_row") from error
 
     def _image(self, stored: Any) -> bytes:
         """Return the encoded image of a row. Raise BadSample if the row has no image, or it is too large."""

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from flipscale.data.order import Lanes
-from flipscale.data.samples import evenly, reason_of
+from flipscale.data.samples import evenly, one_line_reason
 from flipscale.data.sources.manifest import (
     Manifest,
     ShardList,
@@ -484,7 +484,7 @@ class RemoteTarSource(TarSource):
             system, remote = file_system(url)
             system.put_file(str(self.manifest.path), remote)
         except Exception as error:  # each protocol has its own kinds
-            raise UserError(f"{url} cannot be written ({reason_of(error)}); name a writable place") from error
+            raise UserError(f"{url} cannot be written ({one_line_reason(error)}); name a writable place") from error
 
     def _open_checked(self, shard: int) -> int:
         try:

@@ -391,9 +391,9 @@ class Head:
         loss = F.cross_entropy(F.linear(features, weight, bias), rows.labels, reduction="sum")
         gradients = torch.autograd.grad(loss, (weight, bias))
         sums = self._total(torch.cat([loss.detach()[None], *(one.flatten() for one in gradients)])) / count
-        mean_loss, of_weight, of_bias = sums.split([1, weight.numel(), len(bias)])
+        per_sample_loss, of_weight, of_bias = sums.split([1, weight.numel(), len(bias)])
         self.step([of_weight.view_as(weight), of_bias], rate)
-        return mean_loss.item()
+        return per_sample_loss.item()
 
     def step(self, gradients: list[torch.Tensor], rate: float) -> None:
         """Change weights and biases. Only the weights use the ratio of norms."""
