@@ -180,7 +180,7 @@ def leave_out(file: str) -> None:
             assert norm.isfinite() == (abs(factor) == 1.0)
             before = holds(engine) if taken_so_far else {}
             # -1 stands for a loss that is not finite although its gradients are.
-            engine.step(0.01, taken=torch.tensor(float(factor == 1.0), device=start.accelerator.device))
+            engine.step(0.01, should_step=torch.tensor(float(factor == 1.0), device=start.accelerator.device))
             taken_so_far += factor == 1.0
             assert engine.layout.optimizer_steps() == taken_so_far
             assert all(parameter.grad is None for parameter in engine.model.parameters())

@@ -43,7 +43,7 @@ def steps(engine: Engine, numbers: range) -> None:
         output = engine(input_ids=ids, pixel_values=pixels)
         engine.backward(contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale))
         assert engine.gradient_norm() > 0
-        engine.step(1e-3, taken=torch.ones(()))
+        engine.step(1e-3, should_step=torch.ones(()))
 
 
 def save(engine: Engine, run_dir: Path, step: int, total_limit: int = 1) -> Path:
