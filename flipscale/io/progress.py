@@ -45,7 +45,7 @@ class _LogLines:
     """A file for tqdm whose lines are log lines."""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        if line := text.replace("\x1b[A", "").strip():  # tqdm moves the cursor to the line of a second bar
             _log.info("%s", line)
 
     def flush(self) -> None:

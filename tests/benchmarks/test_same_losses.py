@@ -13,6 +13,7 @@ from benchmarks.same_losses import compare
 assert foreign  # a fixture
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "loss", "mask_ratio"),
     [("clip", "infonce", 0.0), ("clip", "sigmoid", 0.5), ("siglip", "sigmoid", 0.0), ("siglip", "infonce", 0.5)],

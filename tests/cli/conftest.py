@@ -43,6 +43,10 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("train", "test"):
         write_shards(folder / "data/demo" / name, [30, 17, 1, 48])
+    for part, seed in (("train", 1), ("test", 2)):
+        write_shards(folder / "data/demo/groups" / part, [120], seed)
+        names = folder / "data/demo/groups" / part / "classnames.txt"
+        names.replace(folder / "data/demo/groups/classnames.txt")
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
     train_on_own_pictures(folder, recipe)
     for name in ("h14", "mine"):

@@ -25,6 +25,7 @@ def test_a_launcher_that_starts_fewer_than_it_promised_is_refused(write_recipe, 
 LONG = [pytest.param(engine, marks=pytest.mark.long) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["hsdp", *LONG])
 def test_launch_file_over_two_machines(write_recipe, tmp_path: Path, engine: str) -> None:
     """The README's multi-node command with every launch file: two launchers, one process each, in bf16."""

@@ -108,6 +108,7 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
 RECOMPUTED = {"model": {"gradient_checkpointing": True}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("task", ["train", "train_as_on_gpu"])
 def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str, task: str) -> None:
@@ -119,6 +120,7 @@ def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str, task: 
     assert task == "train" or engine == "zero3" or losses(run_dir) != losses(one)
 
 
+@pytest.mark.long
 def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path) -> None:
     """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""
     changes = {
@@ -161,6 +163,7 @@ FEATURES: dict[str, dict] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("feature", "engine", "world", "again"),
     [
@@ -197,6 +200,7 @@ def test_features_are_learned_as_on_one_process(
 CAPTIONS = [{"caption_weight": 2.0, "caption_kind": "mixed"}, {"kind": "captioning"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "world", "loss"),
     [("fsdp2", 2, CAPTIONS[0]), long("fsdp2", 2, CAPTIONS[1]), long("zero3", 2, CAPTIONS[0])],
@@ -248,6 +252,7 @@ def test_an_engine_refuses(trainings: Trainings, engine: str, section: str, fiel
         assert answer.startswith(f"UserError: {refusal}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("hsdp", 4), ("zero3", 2)])
 def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: Path, engine: str, world: int) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards)}, {"kind": "retrieval", "data": str(shards), "every_samples": 0}]

@@ -49,6 +49,7 @@ def trainings(
     return trainings
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "engine"),
     [
@@ -81,6 +82,7 @@ def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["siglip", "towers"])
 def test_in_bf16_a_sharded_run_learns_what_one_process_does(trainings: Trainings, case: str) -> None:
     one, many = (trainings.run(*on, precision="bf16", **CASES[case]) for on in (("ddp", 1), ("fsdp2", 2)))

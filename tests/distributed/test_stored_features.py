@@ -70,6 +70,7 @@ def trainings(recipe: dict, folder: Path, crowds: Crowds) -> Trainings:
     return trainings
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "engine"),
     [*(("both", engine) for engine in ("ddp", "fsdp2", "zero3")), *((case, "ddp") for case in list(CASES)[1:])],

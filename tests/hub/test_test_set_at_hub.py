@@ -1,6 +1,7 @@
 """A test set that stays on the Hub: its shards and text files come through the cache of training."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import huggingface_hub
@@ -28,6 +29,7 @@ def cache(hub: LoopbackHub, logged_in: None, tmp_path: Path, monkeypatch: pytest
     """Test sets are fetched into a folder of the test's, from `hub`."""
     recipe = dataclasses.replace(module.READ, cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(module, "READ", recipe)
+    monkeypatch.setattr(module, "open_shards", functools.partial(module.open_shards, recipe=recipe))
     huggingface_hub.HfFileSystem.clear_instance_cache()
     # The file system asks the place that was named when it was imported.
     monkeypatch.setattr(huggingface_hub.hf_file_system.constants, "ENDPOINT", hub.endpoint)

@@ -11,6 +11,7 @@ FEW_LAYERS = ["--model.vision_config", "{num_hidden_layers: 4}", "--model.text_c
 RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", "[{name: one, samples: 65536, mask_ratio: 0.5}]"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launch", "micro_batches", "recompute", "flags"),
     [

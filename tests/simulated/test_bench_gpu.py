@@ -136,6 +136,7 @@ def half_asleep() -> Iterator[Row]:
         time.sleep(600)
 
 
+@pytest.mark.long
 def test_a_rank_that_stays_behind_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setattr(node, "_GRACE_SECONDS", 1.0)

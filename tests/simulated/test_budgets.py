@@ -51,6 +51,7 @@ BUDGETS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "engine"), BUDGETS)
 def test_a_block_stays_in_its_budget(size: str, engine: str) -> None:
     works = {tower: of_block(size, engine, tower) for tower in ("image", "text")}

@@ -58,6 +58,7 @@ def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
     return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], rank))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "flags"),
     [
@@ -73,6 +74,7 @@ def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:
     assert {device for one in found.collectives for device in one.devices} == {"cuda"}
 
 
+@pytest.mark.long
 def test_the_loss_does_as_much_in_any_world() -> None:
     small, large = (step("fsdp2", world, 1).loss_ops for world in (8, 1024))
     assert small == large
@@ -88,6 +90,7 @@ def test_texts_are_gathered_beside_the_image_tower(engine: str, flags: tuple[str
     assert (parts - 1) / parts * found.work.kernels / 4 < gather.kernels < found.work.kernels / 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [(), (PARTS,), ("--model.gradient_checkpointing=true",)])
 def test_the_plan_knows_how_many_operations_the_host_queues(flags: tuple[str, ...]) -> None:
     recipe = parse_recipe([*RECIPE, "--model.compile=false", *flags])
@@ -149,6 +152,7 @@ def test_ddp_sends_gradients_around(world: int) -> None:
     assert found["collectives"] == {"all_gather": 2, "all_to_all": 1, "reduce_scatter": 1, "all_reduce": 2}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("engine", "world", "shards"), [("fsdp2", 8, 8), ("fsdp2", 256, 256), ("hsdp", 256, NODE)])
 def test_sharded_weights_are_gathered_and_gradients_scattered(engine: str, world: int, shards: int) -> None:
     found, parts, replicas = step(engine, world, 1), units(shards), world // shards

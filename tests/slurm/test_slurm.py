@@ -365,6 +365,7 @@ def test_tuning_and_evaluation_follow_by_dependency(site: Site, outcome: Callabl
     assert printed["zero_shot/top1"] > 0
 
 
+@pytest.mark.long
 def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcome: Callable) -> None:
     number = outcome(interrupted)
     outcome(chain)

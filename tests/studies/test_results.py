@@ -69,6 +69,7 @@ def cells(table: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
+@pytest.mark.long
 def test_a_grid_with_missing_results(tmp_path: Path, recipe: dict) -> None:
     out = tmp_path / "out"
     runs = {run.name: run for run in write_plan(write_study(tmp_path, recipe), out)}

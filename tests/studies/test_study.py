@@ -71,6 +71,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = [file for file in ROOT.glob("examples/*/*.yaml") if re.search("^axes:", file.read_text(), re.MULTILINE)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_example_studies(file: Path, tmp_path: Path) -> None:
     comment = file.read_text(encoding="utf-8").split("\n# flipscale ")[0].replace("\n# ", " ")

@@ -50,6 +50,7 @@ def has_moments(run_dir: Path, step: int, name: str) -> bool:
     return True
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "world"),
     [("ddp", 1), ("fsdp2", 2), ("zero3", 2), long("zero2", 2), long("hsdp", 4)],
@@ -99,6 +100,7 @@ def test_zero_3_without_whole_weights(trainings: Trainings, tmp_path: Path, monk
     assert all(torch.equal(value, again[name]) for name, value in tensors(many, 20).items())
 
 
+@pytest.mark.long
 def test_muon_without_matrices_in_a_stage(trainings: Trainings) -> None:
     muon = {"stages": STAGES, "optim": {"name": "muon", "muon_lr_ratio": 2.0}}
     one, many = (trainings.run(*on, **muon) for on in (("ddp", 1), ("fsdp2", 2)))

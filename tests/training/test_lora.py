@@ -61,6 +61,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "engine", "world"),
     [
@@ -113,6 +114,7 @@ def test_only_the_chosen_layers_change_and_peft_agrees(
         assert "| trained | low-rank changes (LoRA) of rank 4 in `q_proj`, `v_proj`, `fc1` of `vision_model`" in card
 
 
+@pytest.mark.long
 def test_averages_micro_batches_and_recomputation(trainings: Trainings, changes: Callable[..., dict]) -> None:
     fields = changes("clip", ema_decay=0.9, part_lr_ratios={"vision_model": 0.5})
     fields["model"] = {**fields["model"], "gradient_checkpointing": True}

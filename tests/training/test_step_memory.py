@@ -15,6 +15,7 @@ print("peak", Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_of_a_large_batch_is_a_micro_batch_s(write_recipe, tmp_path: Path) -> None:
     peaks = []
