@@ -38,7 +38,7 @@ _LOOK_SECONDS = 0.5
 _SIGN_SECONDS = 2.0
 # Rank 0 often keeps the store, so it stays until all know of the failure, but no longer than this.
 _STAY_SECONDS = 10.0
-# Other ranks than 0 take a hang for one this much later, so that rank 0's message is the printed one.
+# Other ranks wait this much longer before they report a hang, so that rank 0 prints the message.
 _LATER_SECONDS = 15.0
 _STACKS_SECONDS = 10.0
 # The thread that watches the clock may be stuck in a file system that is gone.

@@ -34,7 +34,7 @@ _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
 # Bytes per second that the optimiser reads and writes: data sheet of an H100 SXM.
 _MEMORY_BANDWIDTH = 3.35e12
 # torch operations of a step: a block's two passes, and all else. tests/simulated counts them.
-_FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 74, 98, 540
+_FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 74, 98, 455
 # Those that gather a block's weights once more, where FSDP2 drops them after a pass.
 _GATHER_CALLS = 21
 # Seconds that the host spends on a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).

@@ -31,6 +31,7 @@ from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.engines.slow_steps import StepWatch
+from flipscale.objectives import contrastive
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import example_batch
@@ -179,7 +180,8 @@ def _watched(objective: Objective, recorder: Recorder) -> Objective:
     def coupled_loss(*loss_inputs: Any, **parameters: Any) -> torch.Tensor:
         recorder.in_loss = True
         try:
-            return compute(*loss_inputs, **parameters)
+            with patch.object(contrastive, "for_each_tile", recorder.as_kernels(contrastive.for_each_tile)):
+                return compute(*loss_inputs, **parameters)
         finally:
             recorder.in_loss = False
 
