@@ -15,7 +15,6 @@ from flipscale.io.files import quoted
 from flipscale.io.options import (
     Count,
     CountOrZero,
-    Finite,
     Pairs,
     Pixels,
     Seed,
@@ -25,6 +24,7 @@ from flipscale.io.options import (
     Threads,
     Workers,
 )
+from flipscale.preparation.sampling_weights import WeightOptions
 
 if TYPE_CHECKING:
     from flipscale.data.samples import Source
@@ -270,43 +270,25 @@ class Resize:
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(WeightOptions):
     """Make sampling weights of shards, for a recipe's data.weights.
 
     Args:
         shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'. Or a folder of `save_to_disk`
             or Parquet files with images.
         directory: Folder to write.
-        scores: An .npy file of a score for each sample, in the order of the manifest.
-        field: Field of KEY.json with the score. A sample without a number there is never drawn.
-        caption_counts: The score is the number of samples with the same caption.
-        at_least: Draw samples of at least this score equally often, and no others. Default: a score is a weight.
-        top: The same for this share of the highest scores.
-        clusters: An .npy file of each sample's cluster, in the order of the manifest. Negative numbers are never drawn.
-        features: Cluster features by k-means: NNNNN.npy of each shard. Keeps clusters.npy. Needs faiss-cpu.
-        num_clusters: Number of clusters of --features.
-        power: Draw a cluster of n samples in proportion to n ** POWER: 1 as the data is, 0 all alike.
         num_workers: Number of worker processes. Default: one for each core.
     """
 
     shards: str
     directory: OutputFolder
     _: KW_ONLY
-    scores: Path | None = None
-    field: str | None = None
-    caption_counts: bool | None = None
-    at_least: Finite | None = None
-    top: ShareAboveZero | None = None
-    clusters: Path | None = None
-    features: Path | None = None
-    num_clusters: Count | None = None
-    power: Share = 0.2
     num_workers: Threads = dataclasses.field(default_factory=usable_cores)
 
     def run(self) -> None:
         """Write the weights, and print the composition of an epoch."""
         from flipscale.io.atomic import new_folder
-        from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+        from flipscale.preparation.sampling_weights import make_weights
 
         options = WeightOptions(**{name: getattr(self, name) for name in WeightOptions.__dataclass_fields__})
         options.check()

@@ -17,6 +17,7 @@ from flipscale.data.sampling_weights import ABOUT, SUMS, WEIGHTS, Composition, t
 from flipscale.data.sources.opening import in_words
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError, needed
+from flipscale.io.options import Count, Finite, Share, ShareAboveZero
 from flipscale.io.progress import each
 from flipscale.preparation.worker_pool import shared, worker_pool
 
@@ -24,19 +25,31 @@ from flipscale.preparation.worker_pool import shared, worker_pool
 _ROWS_PER_CLUSTER = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightOptions:
-    """The options of `flipscale prepare weights`."""
+    """The options of `flipscale prepare weights`.
+
+    Args:
+        scores: An .npy file of a score for each sample, in the order of the manifest.
+        field: Field of KEY.json with the score. A sample without a number there is never drawn.
+        caption_counts: The score is the number of samples with the same caption.
+        at_least: Draw samples of at least this score equally often, and no others. Default: a score is a weight.
+        top: The same for this share of the highest scores.
+        clusters: An .npy file of each sample's cluster, in the order of the manifest. Negative numbers are never drawn.
+        features: Cluster features by k-means: NNNNN.npy of each shard. Keeps clusters.npy. Needs faiss-cpu.
+        num_clusters: Number of clusters of --features.
+        power: Draw a cluster of n samples in proportion to n ** POWER: 1 as the data is, 0 all alike.
+    """
 
     scores: Path | None = None
     field: str | None = None
     caption_counts: bool | None = None
-    at_least: float | None = None
-    top: float | None = None
+    at_least: Finite | None = None
+    top: ShareAboveZero | None = None
     clusters: Path | None = None
     features: Path | None = None
-    num_clusters: int | None = None
-    power: float = 0.2
+    num_clusters: Count | None = None
+    power: Share = 0.2
 
     def check(self) -> None:
         """Raise UserError for options that exclude each other, or miss one."""
