@@ -38,6 +38,8 @@ def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} == expected
     shown = EventAccumulator(str(next((run_dir / "tensorboard").rglob("events*")).parent)).Reload().Tags()["scalars"]
     assert {"loss", "peak_memory_bytes", "data_wait_share", "images_per_s", "zero_shot/top1"} <= set(shown)
+    (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
+    assert list(start["seconds"]) == ["imports", "data", "processes", "checkpoint"]
     records = metrics(run_dir)
     assert [r["samples_seen"] for r in records if "loss" in r] == [160, 320, 480, 640]
     assert [r["samples_seen"] for r in records if "zero_shot/top1" in r] == [320, 640]

@@ -18,6 +18,7 @@ from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import gradient_norm
+from flipscale.io.digests import read_digests
 from flipscale.model import FlipConfig
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.recipe.optim import OptimRecipe
@@ -81,6 +82,13 @@ def test_tensors_of_a_part(tmp_path: Path) -> None:
     assert fields["vision_model.encoder.layers.1.mlp.fc1.weight"] == {"weight", "momentum_buffer"}
     for parameter in ("vision_model.encoder.layers.1.mlp.fc1.bias", "image_projection.weight", "logit_scale"):
         assert fields[parameter] == {"weight", "exp_avg", "exp_avg_sq"}
+
+
+def test_every_file_of_a_checkpoint_has_a_digest(tmp_path: Path) -> None:
+    files = {path.name for path in save(build(), tmp_path, 1).iterdir()}
+    digests = read_digests(tmp_path / "checkpoints/step-00000001/digests.json")
+    assert digests.keys() == files - {"digests.json"}
+    assert "part-00000.safetensors" in digests
 
 
 def test_checkpoints_of_other_optimisers_and_models_are_refused(tmp_path: Path) -> None:

@@ -1,10 +1,18 @@
-"""Signals to a command that does not train yet."""
+"""Requests to stop: signals before and in a run, and the file that a batch script writes."""
 
 import os
 import signal
+import sys
 import threading
+import time
+from pathlib import Path
 
-from flipscale.training.preemption import EndRequest
+import processes
+import pytest
+from conftest import pretrain
+
+from flipscale.training import preemption
+from flipscale.training.preemption import STOP_FILE, EndRequest, StopRequest
 
 
 def test_a_forked_process_has_the_signals_to_itself() -> None:
@@ -35,3 +43,66 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def be_stopped(numbers: list[int], echo_seconds: float) -> None:
+    """Send signals to this process, each after the answer to the one before, as to a run that does not save yet."""
+    handled = []
+
+    class Counted(StopRequest):
+        def _handle(self, number: signal.Signals) -> None:
+            super()._handle(number)
+            handled.append(number)
+
+    preemption._ECHO_SECONDS = echo_seconds
+    with Counted(watches_file=False) as request:
+        for place, number in enumerate(numbers):
+            os.kill(os.getpid(), number)
+            while len(handled) <= place:
+                time.sleep(0.01)
+        sys.exit(0 if request.reason else 1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "echo_seconds", "code"),
+    [
+        ([signal.SIGINT, signal.SIGINT], 600.0, 128 + signal.SIGINT),
+        ([signal.SIGTERM, signal.SIGTERM], 0.0, 128 + signal.SIGTERM),
+        ([signal.SIGTERM, signal.SIGHUP], 600.0, 0),
+        ([signal.SIGTERM, signal.SIGUSR1], 0.0, 0),
+    ],
+)
+def test_a_second_signal_ends_a_run_unless_it_is_an_echo(numbers: list[int], echo_seconds: float, code: int) -> None:
+    process = processes.start(be_stopped, numbers, echo_seconds)
+    process.join(300)
+    assert process.exitcode == code
+
+
+def test_a_stop_file_lets_a_run_save_and_go_on_later(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"name": "one", "samples": 64, "mask_ratio": 0.75, "base_lr": 0.01}
+    file = write_recipe(tmp_path / "run", stages=[stage])
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv(STOP_FILE, str(tmp_path / "stop"))
+    stopped = pretrain(file)
+    assert stopped.returncode == 0, stopped.stderr
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+    assert not (tmp_path / "run/DONE").exists()
+    (tmp_path / "stop").unlink()
+    assert pretrain(file).returncode == 0
+    assert (tmp_path / "run/DONE").exists()
+
+
+def test_a_run_in_another_thread_leaves_the_signals_as_they_are() -> None:
+    seen = []
+
+    def work() -> None:
+        with StopRequest(watches_file=False):
+            seen.extend(signal.getsignal(number) for number in preemption._SIGNALS)
+
+    before = [signal.getsignal(number) for number in preemption._SIGNALS]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == before
