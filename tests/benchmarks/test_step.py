@@ -85,18 +85,6 @@ def test_output(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["code"] == "flipscale"
 
 
-@pytest.mark.long
-def test_open_clip_beside_ours(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("open_clip")
-    from benchmarks.step import main as compare
-
-    compare(["--batch_size", "4", "--steps", "1", "--json"])
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    cases = [(dtype, mask_ratio) for dtype in ("bf16", "fp32") for mask_ratio in (0.0, 0.5, 0.75)]
-    assert [(row["dtype"], row["mask_ratio"]) for row in rows] == cases
-    assert all(row["ratio"] == pytest.approx(row["images_per_s"] / row["open_clip_images_per_s"]) for row in rows)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_is_used_when_there_is_one(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
