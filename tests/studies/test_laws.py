@@ -61,21 +61,6 @@ def test_laion_s_largest_two() -> None:
     assert points.names[points.largest_budget()].tolist() == ["H-14 2B 34B"]
 
 
-@pytest.mark.long
-def test_intervals_hold_the_truth() -> None:
-    count, inside = 12, np.zeros(2)
-    for seed in range(100):
-        rng = np.random.default_rng(seed)
-        compute = 1e15 * 2.0 ** np.arange(count)
-        points = made(compute, 40 * (compute / 1e18) ** -0.11 * np.exp(0.01 * rng.standard_normal(count)))
-        law = PowerLaw(points)
-        fit = fit_law(law, points, resamples=100, seed=seed)
-        truth = np.array([-0.11, 40 * (law.units["compute"] / 1e18) ** -0.11])
-        inside += (fit.low <= truth) & (truth <= fit.high)
-    # 2,000 studies of 8, 12, 16 and 24 points gave 97, 94, 94 and 94 %. 100 studies at 95 % give 91 to 99.
-    assert ((inside >= 91) & (inside <= 99)).all(), inside
-
-
 def grid() -> dict[str, np.ndarray]:
     parameters, samples, pairs = np.meshgrid([1e6, 4e6, 16e6], [1e6, 4e6, 16e6], [1e5, 1e6, 1e7])
     return {"parameters": parameters.ravel(), "samples": samples.ravel(), "pairs": pairs.ravel()}

@@ -11,7 +11,7 @@ from conftest import changed_recipe
 
 from flipscale.cli import main
 from flipscale.recipe.recipe import Recipe
-from flipscale.studies.design import MoreSeeds, Study, plan, read_plan, read_study, resolve_base
+from flipscale.studies.design import MoreSeeds, Study, read_plan
 
 AXES = {
     "model": {"wide": {"model.vision_config.hidden_size": 64}},
@@ -65,19 +65,6 @@ def test_names_of_runs_in_order() -> None:
         *("base-seed4", "z-seed4", "x-seed4", "x+z-seed4", "y-seed4", "y+z-seed4"),
         *("base-seed5", "z-seed5", "y-seed5", "y+z-seed5"),
     ]
-
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = [file for file in ROOT.glob("examples/*/*.yaml") if re.search("^axes:", file.read_text(), re.MULTILINE)]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_example_studies(file: Path, tmp_path: Path) -> None:
-    comment = file.read_text(encoding="utf-8").split("\n# flipscale ")[0].replace("\n# ", " ")
-    study = read_study(file)
-    count = len(plan(Study(**{**vars(study), "base": resolve_base(study.base, file)}), tmp_path))
-    assert {int(number) for number in re.findall(r"(\d+) runs", comment)} <= {count}
 
 
 def test_from_plan_to_report(
