@@ -1,4 +1,4 @@
-"""COCO's captions and VQAv2 as shards, from small files in the official layouts; what is missing is told at once."""
+"""COCO's captions and VQAv2 as shards, from small files in the official layouts."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from examples.captioning import coco as captions_script
-from examples.captioning.coco import prepare_coco_captions
 from examples.questions import vqa_v2
-from examples.questions.vqa_v2 import answer_list, count_votes, normalised, prepare_vqa_v2
+from examples.questions.vqa_v2 import answer_list, count_votes, normalised
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.test_set import TestSet
 
@@ -67,14 +66,6 @@ def _ask(part: tuple[list[Any], list[Any]], image: int, question: int, said: lis
     part[1].append({**about, "multiple_choice_answer": common, "answers": answers})
 
 
-def prepare_with(file: str, coco: Path, out: Path) -> None:
-    """Prepares the set that a file belongs to."""
-    if file.startswith("v2_"):
-        prepare_vqa_v2(coco, out, False, 512, 1)
-    else:
-        prepare_coco_captions(coco, out, 512, 1)
-
-
 def test_captions_of_the_split(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = [str(coco), str(out), "--short_side", "24", "--num_workers", "1"]
@@ -121,68 +112,6 @@ def test_questions_with_all_votes(
     counts = train.read(0, 0).read_array()
     assert counts is not None
     assert (counts.dtype, counts.tolist()) == (np.uint8, [0, 0, 9, 1])
-
-
-def test_validation_questions_are_learned_but_for_some_images(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vqa_v2, "LEAST_SEEN", 1)
-    monkeypatch.setattr(vqa_v2, "HELD_OUT_IMAGES", 2)
-    found: dict[str, tuple[str, ...]] = {}
-
-    def noted(parts: dict, out_dir: Path, *how: int) -> dict:
-        found.update({part: pairs.files for part, pairs in parts.items()})
-        out_dir.mkdir()
-        return {}
-
-    monkeypatch.setattr(vqa_v2, "write_parts", noted)
-    prepare_vqa_v2(coco, coco / "out", True, 512, 1)
-    assert list(dict.fromkeys(found["train"])) == [f"train2014/{name(9)}", f"val2014/{name(42)}"]
-    assert list(dict.fromkeys(found["test"])) == [f"val2014/{name(73)}", f"val2014/{name(74)}"]
-
-
-def test_a_broken_image_is_told(coco: Path, tmp_path: Path) -> None:
-    (coco / "val2014" / name(74)).write_bytes(b"\xff\xd8 cut")
-    with pytest.raises(ValueError, match=r"1 of 1 images for .*test cannot be used, such as val2014.*remove"):
-        prepare_coco_captions(coco, tmp_path / "out", 512, 1)
-
-
-SPLIT, QUESTIONS = "dataset_coco.json", "v2_OpenEnded_mscoco_train2014_questions.json"
-ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
-
-
-def of_split(**fields: Any) -> dict[str, Any]:
-    entry = {"filepath": "val2014", "filename": name(42), "split": "train", "sentences": [{"raw": "a"}]}
-    return {"images": [{**entry, **fields}]}
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        (SPLIT, None, r"dataset_coco.json is missing; it comes in https://cs.stanford.edu/.*/caption_datasets.zip"),
-        (f"val2014/{name(42)}", None, r"val2014 lacks 1 of the 2 images .* COCO_val2014_0+42.jpg"),
-        (ANNOTATIONS, None, r"annotations.json is missing; it comes in .*v2_Annotations_Val_mscoco.zip"),
-        (SPLIT, '{"images": [', r"coco.json is no whole JSON file \(Expecting value"),
-        (SPLIT, {"images": [{"filename": "1.jpg", "sentences": []}]}, r"images\[0\] is not as in"),
-        (SPLIT, of_split(filepath="..", filename="x.jpg"), r"images\[0\] is not as in .*'../x.jpg' is no image"),
-        (
-            QUESTIONS,
-            {"questions": [{"image_id": 9, "question_id": 7, "question": "What?"}]},
-            r"question 7 has no answers in v2_mscoco_train2014_annotations.json",
-        ),
-        (
-            ANNOTATIONS,
-            {"annotations": [{"question_id": 42000, "multiple_choice_answer": "yes", "answers": [{"answer": 3}]}]},
-            r"annotations\[0\] is not as in https.*v2_Annotations_Val_mscoco.zip \(TypeError",
-        ),
-    ],
-)
-def test_bad_files(coco: Path, tmp_path: Path, file: str, content: Any, words: str) -> None:
-    if content is None:
-        (coco / file).rename(tmp_path / "elsewhere")
-    else:
-        (coco / file).write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ValueError, match=words):
-        prepare_with(file, coco, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_answers_are_written_as_vqa_s_evaluation_does() -> None:

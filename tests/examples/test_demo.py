@@ -8,7 +8,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from examples.demo import data as demo
 from examples.demo.data import Drawing, IconSet, Names, Picture, select_drawings
@@ -38,17 +37,6 @@ def captions(icons: dict[str, Any], code_points: dict[str, str] | None = None, *
     """Icon -> caption of the selected drawings."""
     drawings = select_drawings("artist", icons, code_points or {}, Names(ENTRIES, KINDS), **options)
     return {drawing.icon: drawing.caption for drawing in drawings}
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("flag: Côte d\u2019Ivoire", "flag-cote-divoire"),
-        ("keycap: #", "keycap-hash"),
-    ],
-)
-def test_slug(text: str, expected: str) -> None:
-    assert slug(text) == expected
 
 
 def test_captions_come_from_code_points_names_and_aliases() -> None:
@@ -154,16 +142,6 @@ def test_roles_are_couples_by_one_artist(folder: Path) -> None:
         {"role": "red disc", "artist": "twemoji", "woman": 0, "man": 1}
     ]
     assert [caption for caption, _ in read(folder / "roles")] == ["woman red disc", "man red disc"]
-
-
-def test_tokenizer_report_and_licences(folder: Path) -> None:
-    assert AutoTokenizer.from_pretrained(folder / "tokenizer").tokenize("red star") == ["▁red", "▁star"]
-    report = json.loads((folder / "report.json").read_text())
-    assert report["counts"]["train"] == {"images": 51, "captions": 35}
-    assert report["counts"]["groups/train"] == {"images": 32, "captions": 16}
-    licences = (folder / "LICENSES.txt").read_text()
-    for icons in report["sets"]:
-        assert f"{icons['artist']}: {icons['package']} by Somebody, MIT, {icons['images']} images" in licences
 
 
 def test_two_runs_write_the_same_bytes(folder: Path, tmp_path: Path) -> None:

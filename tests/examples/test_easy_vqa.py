@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from examples.questions.easy_vqa import main, prepare_easy_vqa
+from examples.questions.easy_vqa import prepare_easy_vqa
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.test_set import TestSet
@@ -67,19 +67,3 @@ def test_another_package_of_that_name_is_not_believed(tmp_path: Path, digest: st
     with pytest.raises(OSError, match=r"pip downloaded another package for easy-vqa==1.0; check its index"):
         prepare_easy_vqa(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_what_is_missing_is_told(
-    tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(ValueError, match=r"pip could not download easy-vqa==1.0 \(No matching distribution.*its index"):
-        prepare_easy_vqa(tmp_path / "out", digest)
-    with monkeypatch.context() as without:
-        without.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match=r"pip, which downloads easy-vqa==1.0, is not in this Python; run: python"):
-            prepare_easy_vqa(tmp_path / "out", digest)
-    with pytest.raises(SystemExit) as ended:
-        main([str(tmp_path)])
-    assert ended.value.code == 2
-    assert "holds something that is not easy-VQA; name a new folder" in capsys.readouterr().err

@@ -2,22 +2,17 @@
 
 import io
 import json
-import os
-import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from filelock import FileLock
 from transformers import AutoTokenizer
 
 from examples.icons import data as icons
-from examples.icons.data import PACKAGE, Icon, prepare_icons
-from examples.shared import slug
+from examples.icons.data import Icon, prepare_icons
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 
@@ -242,82 +237,3 @@ def test_a_fraction_lies_in_the_whole(folder: Path, tmp_path: Path) -> None:
     assert report["left_out"]["beyond_the_fraction"] > 0
     images = sum(count["images"] for count in report["counts"].values())
     assert images + sum(report["left_out"].values()) == sum(len(one["icons"]) for one in collection())
-
-
-@pytest.mark.usefixtures("_downloaded")
-def test_what_ends_it_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        usage = shutil.disk_usage(tmp_path)
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
-        with pytest.raises(ValueError, match=r"1\.35 GB are needed .*, or prepare a smaller --fraction"):
-            prepare_icons(tmp_path / "icons")
-    with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match=r"resvg-py, .* is not installed; run: pip install"):
-            prepare_icons(tmp_path / "icons")
-    with FileLock(tmp_path / ".icons.lock"), pytest.raises(ValueError, match=r"another process writes .*icons; wait"):
-        prepare_icons(tmp_path / "icons")
-    monkeypatch.setattr(icons, "place_of", lambda prefix, name: 1.0)
-    with pytest.raises(ValueError, match=r"fraction 1 leaves no drawing"):
-        prepare_icons(tmp_path / "icons")
-    assert not list(tmp_path.rglob("*.npz"))
-
-
-NO_ICONS = "icons holds something that is not the icons; name a new folder"
-NO_NPM = "npm could not download @iconify/json"
-OTHER = "npm downloaded another package for @iconify/json"
-
-
-def _torn(folder: Path) -> None:
-    """What a kill at any instant may leave, and a disk that fails."""
-    work = folder / ".icons.partial"
-    (work / ".drawn").mkdir(parents=True)
-    (work / ".begun.json").write_bytes(b"\xff\0")
-    (work / ".drawn/mdi.000.npz").write_bytes(b"\x93NUMPY")
-    downloaded = work / ".download" / slug(PACKAGE)
-    downloaded.mkdir(parents=True)
-    os.mkfifo(downloaded / "pipe.tgz")
-
-
-def _hold(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        (folder / "icons").mkdir()
-        make(folder / "icons" / name)
-
-    return spoil
-
-
-ATTACKS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
-    "another package": ('echo other > "$to/json.tgz"', lambda folder: None, 1, OTHER),
-    "no registry": (
-        "echo 'npm error network request failed, reason: getaddrinfo ENOTFOUND' >&2; exit 1",
-        lambda folder: None,
-        2,
-        "getaddrinfo ENOTFOUND; check that npm reaches its registry",
-    ),
-    "bytes and a kill": ("printf '\\377\\033[2J'; kill -9 $$", lambda folder: None, 2, NO_NPM),
-    "leftovers of a kill and a pipe": ("exit 1", _torn, 2, NO_NPM),
-    "other files": ("true", _hold("notes.txt", Path.touch), 2, NO_ICONS),
-    "a report that is a pipe": ("true", _hold("report.json", os.mkfifo), 2, NO_ICONS),
-    "a file": ("true", lambda folder: (folder / "icons").write_text("mine"), 2, "is a file: name another folder"),
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_attack(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """By an npm that does something else, or with files in the way."""
-    does, spoil, code, words = ATTACKS[attack]
-    npm = tmp_path / "bin/npm"
-    npm.parent.mkdir()
-    npm.write_text(
-        f'#!/bin/sh\nwhile [ "$1" != --pack-destination ]; do shift; done; to=$2\n{does}\n', encoding="utf-8"
-    )
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
-    spoil(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        icons.main([str(tmp_path / "icons"), "--num_workers", "1"])
-    complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
-    assert (ended.value.code, len(complaints)) == (code, 1)
-    assert words in complaints[0]
-    assert not (tmp_path / "icons").is_dir() or len(list((tmp_path / "icons").iterdir())) == 1

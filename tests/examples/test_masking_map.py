@@ -1,14 +1,10 @@
 """The map of where masking pays, from made-up curves."""
 
 import math
-import re
-from dataclasses import replace
-from pathlib import Path
 
-import cv2
 import pytest
 
-from examples.masking_map.masking_map import MapRun, Place, cells_of, draw_map, map_text
+from examples.masking_map.masking_map import MapRun, Place, cells_of
 from flipscale.evaluation.presentation.curves import Curve
 from flipscale.evaluation.results import Measured, Result
 
@@ -59,31 +55,3 @@ def test_seeds() -> None:
     assert cell.gain.mean == pytest.approx(10.0)
     (fewer,) = cells_of([*runs[:3], runs[4]], NAME)
     assert (fewer.seeds, fewer.gain.low) == (1, None), "only common seeds are compared"
-
-
-def test_the_map(tmp_path: Path) -> None:
-    """The ratio falls with the epochs. The largest data and the longest time are unfinished."""
-    places = {Place(f, m, mask) for f in (1 / 32, 1 / 8, 1.0) for m in (2.0, 8.0, 30.0) for mask in (0, 0.5, 0.75)}
-    runs = []
-    for place in places:
-        last = 20 + (10 * math.log10(2 * place.fraction / place.minutes) + 12 if place.mask else 0)
-        if (place.fraction, place.minutes) != (1.0, 30.0):
-            runs.append(run(place, last, pace=100 * (1 + 2.4 * place.mask)))
-    cells = cells_of(runs, NAME)
-    text = map_text(cells, places, "top-1")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[0:1] == "|"]
-    assert len(rows) == 2 + 18
-    assert rows[2][:4] + rows[2][-5:] == ["all", "2", "50%", "1", "+12.0", "20", "32", "3.30", "1.50"]
-    assert rows[4] == ["all", "30", "50%", *7 * ["-"]]
-    # -0.7, because equal minutes have no ranks.
-    assert re.search(r"At 50%, over 8 cells, .* -0\.7\d with the minutes, -1.00 with the epochs", text)
-    assert "At a mask of 75% pairs come 2.8 times as fast, with 25% of the image tower's operations" in text
-    assert "clocks" not in text
-    late = replace(cells[0], off=0.02)
-    assert "the clocks differ by more than 1 %: 1/32, 2 minutes, 50%." in map_text([late], places, "top-1")
-
-    draw_map(cells, places, "top-1", tmp_path / "map.png")
-    picture = cv2.imread(str(tmp_path / "map.png")).reshape(-1, 3).astype(int)
-    blue, _, red = picture.T
-    assert min((blue > red + 40).mean(), (red > blue + 40).mean()) > 0.03, "blue wins, red loses"
-    assert (picture == 0xEE).all(axis=1).mean() > 0.03, "grey is unfinished"
