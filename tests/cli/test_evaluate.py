@@ -121,18 +121,6 @@ def test_several_folders_of_a_kind(place: Path, capsys: pytest.CaptureFixture, a
         assert len({name.partition("/")[0] for name in json.loads(capsys.readouterr().out)}) == 2
 
 
-def test_each_row_has_its_protocol(place: Path, capsys: pytest.CaptureFixture) -> None:
-    """A run may group by captions, `--retrieval` does not, and the table tells them apart."""
-    grouped = "{kind: retrieval, name: grouped, data: data/tasks/cars/test, group_by_caption: true}"
-    evaluate("b", "--retrieval", "data/tasks/cars/test", "--zero_shot", "data/tasks/cars", "--task", grouped)
-    head, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    column = [cell.strip() for cell in head.split("|")].index("protocol")
-    cells = {row.split("|")[1].strip(): row.split("|")[column].strip() for row in rows}
-    assert cells["retrieval"] == "own captions; resize, crop"
-    assert cells["grouped"] == "group_by_caption; resize, crop"
-    assert cells["zero_shot"] == "resize, crop"
-
-
 def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     folder = place / "runs/a/model"
     for _ in range(2):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pty
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import yaml
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
 from flipscale.io.lock import FolderLock
-from flipscale.io.text_table import duration
 from flipscale.status import as_table, read_status
 
 NOW = 1_700_000_000.0
@@ -164,28 +162,6 @@ def test_watching_redraws_a_terminal(run_dir: Path) -> None:
     os.close(ours)
 
 
-def test_the_table_of_two_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
-    (run_dir / "DONE").touch()
-    main(["status", str(run_dir), str(run_dir)])
-    tables = capsys.readouterr().out.strip().split("\n\n")
-    assert len(tables) == 2
-    rows = {line[2:16].strip(): line[18:] for line in tables[0].splitlines()[1:]}
-    assert (
-        rows.items()
-        >= {
-            "state": "done",
-            "progress": "10,000 of 10,000 pairs (100.0%)",
-            "speed": "100 images/s in the last interval (masked), MFU 41.0%, 2.0% of the time waiting for data",
-            "memory": "1.0 GiB at most, of the main process",
-            "loss": "2.5000 at learning rate 0.001",
-            "bad samples": "6 replaced (0.0600%)",
-            "zero_shot/top1": "31.5 %",
-        }.items()
-    )
-    assert rows["checkpoint"].endswith("old, at 3,000 pairs, 7,000 behind the run")
-    assert re.fullmatch("2, the last .* ago on 8 processes; 1 crash", rows["starts"])
-
-
 def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["status", str(tmp_path)])
@@ -196,7 +172,3 @@ def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, flipscale.status\nassert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_durations() -> None:
-    assert [*map(duration, (0.2, 65, 3600, 100_000))] == ["0 s", "1 min 5 s", "1 h 0 min", "1 d 3 h"]

@@ -3,14 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-import cv2
 import pytest
 
 from flipscale.data.task_page import TaskPage, read_page, suite_pages
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.model_results import Line
-from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
+from flipscale.evaluation.presentation.results_page import Column, suite_tables
 from flipscale.evaluation.results import Result
 
 pytestmark = pytest.mark.usefixtures("real_figures")
@@ -54,13 +53,6 @@ def test_the_paper_s_figure() -> None:
     assert cells(text, imagenet.title)[-1] == "74.6 %"
 
 
-def test_departures_from_the_paper() -> None:
-    page = read_page("cars")
-    for about in ({"mask": {"ratio": 0.5, "views": 1}}, {"data": {"images": 100}}, {"prompts": {"number": 80}}):
-        text = suite_tables([Column("one", [line_of(page, 41.5)]), Column("two", [line_of(page, 40.0, **about)])], [])
-        assert cells(text, page.title)[-1] == "[1]"
-
-
 def test_the_mean_of_a_suite() -> None:
     pages = suite_pages("fairness")
     whole = [line_of(page, 10.0 * number) for number, page in enumerate(pages)]
@@ -73,26 +65,6 @@ def test_the_mean_of_a_suite() -> None:
     text = suite_tables([Column("one", [nothing, *whole[1:]]), Column("two", whole)], ["fairness"])
     assert cells(text, f"mean of {len(pages)}")[2] == cells(text, pages[0].title)[2] == "-"
     assert "nan" not in text
-
-
-def test_the_report() -> None:
-    page = read_page("cars")
-    top5 = dataclasses.replace(line_of(page, 70.0).result, metric="top5", headline=False)
-    lines = [line_of(page, 41.5), dataclasses.replace(line_of(page, 70.0), result=top5)]
-    text = report([Column("one", lines)], [])
-    assert cells(text.split("## Other metrics")[1], page.title)[1:3] == ["top-5", "70.0 % (69.0 to 71.0)"]
-    assert cells(text, "one") == ["one", "`12ab34cd56ef`", "224 px", "whole", "bf16", "flipscale 0.1.0"]
-
-
-def test_the_dot_plot(tmp_path: Path) -> None:
-    columns = [
-        Column(name, [line_of(page, shift + 1.8 * number) for number, page in enumerate(suite_pages("all"))])
-        for shift, name in ((10, "demo"), (13, "open_clip:ViT-B-16,laion2b_s34b_b88k"), (19, "hf:google/siglip"))
-    ]
-    draw_results(columns, tmp_path / "results.png")
-    height, width, _ = cv2.imread(str(tmp_path / "results.png")).shape
-    assert height > 1500
-    assert width == 1200
 
 
 @pytest.fixture

@@ -2,16 +2,12 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
 
-from flipscale.evaluation.model_results import append_lines, state_dict_digest
 from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import read_audit, write_card
 from flipscale.recipe.recipe import to_yaml
@@ -145,37 +141,6 @@ def test_the_hub_reads_it(run_dir: Path) -> None:
         broken.validate()
 
 
-RESULTS = [
-    Result("sketch", "zero_shot", "top1", 33.96, 7_351, 32.88, 35.05, chance=0.1, made_by={"data": "/secret/sketch"}),
-    Result("five", "zero_shot", "top5", 100.0, chance=100.0, made_by={"data": "five_kinds"}),
-    Result("none", "zero_shot", "top1", float("nan"), made_by={"data": "broken"}),
-    Result("ranks", "median_rank", "median", 3.25, 4_999, unit="", label="median rank", higher_is_better=False,
-           made_by={"data": "/secret/flickr30k/test"}),
-]  # fmt: skip
-
-
-def test_result_lines(run_dir: Path) -> None:
-    (run_dir / "results.jsonl").unlink()
-    for record in RECORDS:
-        append_results(run_dir, RESULTS, record["step"], record["samples_seen"], record["trained_seconds"])
-    card = card_of(run_dir)
-    for line in (
-        "| sketch (zero-shot), `sketch` | top-1 | this model | 34.0 % | 32.9 to 35.0 | 7,351 |",
-        "| sketch (zero-shot), `sketch` | top-1 | chance | 0.10 % |  |  |",
-        "| ranks (median-rank), `flickr30k/test` | median rank | this model | 3.25 |  | 4,999 |",
-        "![ranks (median-rank), median rank against training time](figures/ranks.png)",
-    ):
-        assert line in card.splitlines(), line
-    assert (run_dir / "model/figures/ranks.png").stat().st_size > 10_000
-    assert "five_kinds" not in card, "top-5 of five classes"
-    assert "secret" not in card
-    found = [(r.task_type, r.metric_type, r.metric_name, r.metric_value) for r in ModelCard(card).data.eval_results]
-    assert found == [
-        ("zero-shot-image-classification", "accuracy", "top-1, %", 33.96),
-        ("median-rank", "median", "median rank", 3.25),
-    ]
-
-
 def test_sources_of_a_mixture(run_dir: Path) -> None:
     sources = [
         {"shards": "s3://key:word@bucket/laion2b/{00000..41407}.tar", "weight": 0.75},
@@ -204,39 +169,6 @@ def test_sources_of_a_mixture(run_dir: Path) -> None:
 def write(path: Path, content: dict) -> str:
     path.write_text(yaml.safe_dump(content))
     return str(path)
-
-
-@pytest.mark.usefixtures("logged_in")
-def test_results_of_flipscale_evaluate(run_dir: Path) -> None:
-    weights = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.bfloat16)}
-    save_file(weights, run_dir / "model/model.safetensors")
-    save_file({"a": torch.ones(1)}, run_dir / "model/model.bf16.safetensors")
-    about = {"data": {"name": "cars", "repo": "clip-benchmark/wds_cars", "split": "test", "revision": "c0ffee"},
-             "title": "Stanford Cars", "prompts": {"number": 8, "digest": "98"}, "mask": {}}  # fmt: skip
-    top1 = Result("cars", "zero_shot", "top1", 61.27, 8_041, 60.2, 62.33, chance=0.51, made_by={"data": "cars"})
-    sketch = Result("zero_shot", "zero_shot", "top1", 33.96, 50_000, 33.55, 34.38, made_by={"data": "imagenet1k_val"})
-    path, digest = run_dir / "model/results.jsonl", state_dict_digest(weights, weights.__getitem__)
-    append_lines(path, "aa", [top1], {**about, "weights": digest})
-    append_lines(path, "bb", [replace(top1, value=58.4)], {**about, "weights": digest, "mask": {"ratio": 0.5}})
-    append_lines(path, "cc", [sketch], {"weights": digest, "data": {"name": "imagenet1k_val"}})
-    append_lines(path, "dd", [replace(top1, value=3.21)], {**about, "weights": "of an earlier export"})
-    card = card_of(run_dir)
-    rows = [line for line in card.splitlines() if "| this model |" in line and "top-1" in line]
-    assert rows == [
-        "| zero-shot, `imagenet1k_val` | top-1 | this model | 34.0 % | 33.5 to 34.4 | 50,000 |",
-        "| Stanford Cars, 8 prompts | top-1 | this model | 61.3 % | 60.2 to 62.3 | 8,041 |",
-        "| Stanford Cars, 8 prompts, mask ratio 0.5 | top-1 | this model | 58.4 % | 60.2 to 62.3 | 8,041 |",
-    ]
-    assert "3.21" not in card
-    found = [
-        (r.dataset_type, r.dataset_name, r.dataset_split, r.dataset_revision, r.metric_value)
-        for r in ModelCard(card).data.eval_results
-        if r.metric_name == "top-1, %"
-    ]
-    assert found == [
-        ("imagenet1k_val", "imagenet1k_val", None, None, 33.96),
-        ("clip-benchmark/wds_cars", "Stanford Cars", "test", "c0ffee", 61.27),
-    ]
 
 
 def audit_of(samples: int) -> dict:

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import io
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -23,8 +22,7 @@ from PIL import Image
 
 from flipscale.evaluation.results import latest, read_results
 from flipscale.hub.loading import load_dual_encoder
-from flipscale.pages import run_page
-from flipscale.pages.run_page import MOST_BYTES, mask_rows, offer_page, write_report
+from flipscale.pages.run_page import MOST_BYTES, mask_rows, write_report
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
@@ -110,44 +108,6 @@ def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: 
     assert "<script" not in page
     commands = [shlex.split(unescape(text)) for text in re.findall(r"<pre[^>]*>(flipscale .*?)</pre>", page)]
     assert [words[1:3] for words in commands] == [[verb, str(run_dir)] for verb in ("search", "evaluate", "push")]
-
-
-def test_figures_make_room(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
-    whole = len(write_report(changed, load_dual_encoder).read_bytes())
-    monkeypatch.setattr(run_page, "MOST_BYTES", whole - 1)
-    assert len(write_report(changed, load_dual_encoder).read_bytes()) < whole
-
-
-def test_a_page_that_cannot_be_written_is_one_warning(
-    copied: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("flipscale"), "propagate", True)
-    changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
-    (copied / "environment.json").write_text("{")
-    offer_page(changed, load_dual_encoder)
-    (words,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
-    assert re.fullmatch(
-        r".*/report\.html was not written \(.* is damaged .*\); training is not affected; to write it: .*", words
-    )
-    assert not (copied / "report.html").exists()
-
-
-@pytest.mark.parametrize(("packed", "captions_per_image"), [(False, 2), (True, 3)])
-def test_each_picture_has_its_own_captions(recipe: dict, tmp_path: Path, packed: bool, captions_per_image: int) -> None:
-    text = {**recipe["model"]["text_config"], "attend_to_padding": False}
-    changed = {
-        "model": {"text_config": text},
-        "data": {"pack_captions": packed},
-        "loss": {"captions_per_image": captions_per_image},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed_recipe(recipe, changed)))
-    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(recipe))
-    plain = mask_rows(parse_recipe(["--config", str(tmp_path / "plain.yaml")]), 5)
-    rows = mask_rows(recipe_of(tmp_path), 5)
-    # A sample of this set has one caption, which is drawn again for each of several.
-    assert rows == plain
-    assert all(len({picture.alt for picture in pictures}) > 1 for pictures in rows.values())
 
 
 def test_all_captions_of_a_picture_are_shown(recipe: dict, tmp_path: Path) -> None:

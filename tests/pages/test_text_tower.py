@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, draw, write_tokenizer
+from conftest import COLOURS, SHAPES, draw
 from pages.browser import check_accessible, check_offline, look
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,6 @@ from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.evaluation.embedding import Embedder, text_embeds
 from flipscale.hub.export import build_processor
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
-from flipscale.pages import search as search_page
 from flipscale.pages.page import rendered
 from flipscale.pages.search import text_tower
 
@@ -170,43 +169,3 @@ def model_folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "model")
     build_processor(model.config, tokenizer).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def test_queries_of_unknown_words_find_nothing(
-    model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    queries, page = ("<pad>", "\u10e7", "</s> <unk>", "<pad> red"), tmp_path / "a.html"
-    cli.main(["search", str(model_folder), str(pictures), *queries, "--out", str(page), "--top", "3"])
-    sections = re.findall(r'<section class="search".*?</section>', page.read_text(), re.DOTALL)
-    assert [section.count("<figure") for section in sections] == [0, 0, 0, 3]
-    assert capsys.readouterr().out.count("knows no part of these words") == 3
-
-
-@pytest.mark.parametrize(
-    ("limit", "value"),
-    [
-        ("MOST_TOWER_BYTES", 10_000),
-        ("_MOST_SEARCHED", 15),
-        ("_MOST_SEARCH_BYTES", 10_000),
-    ],
-)
-def test_a_large_page_filters(
-    model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, limit: str, value: int,
-) -> None:  # fmt: skip
-    page = tmp_path / "search.html"
-    monkeypatch.setattr(search_page, limit, value)
-    cli.main(["search", str(model_folder), str(pictures), "grey bar", "--top", "2", "--out", str(page)])
-    assert "its box only filters these queries: " in capsys.readouterr().out
-    assert '"tower": null' in page.read_text()
-
-
-def test_other_towers_have_a_reason(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "words")
-    words = AutoTokenizer.from_pretrained(tmp_path / "words")
-    for model, its, reason in (
-        (model_of(tokenizer, hidden_act="gelu"), tokenizer, "hidden_act is gelu"),
-        (model_of(tokenizer), words, "prepare tokenizer"),
-        (torch.nn.Linear(1, 1), tokenizer, "mine is not a flipscale model"),
-    ):
-        assert reason in text_tower(embedder(model, its))

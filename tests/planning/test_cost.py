@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flipscale.cli import main
-from flipscale.planning.cost import Gpus, cost_table, planned_cost
+from flipscale.planning.cost import Gpus, planned_cost
 from flipscale.recipe.outputs import CostRecipe
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -36,16 +36,6 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
     assert (total.gpu_hours, total.hours, total.dollars, total.kwh, total.co2_kg) == pytest.approx(expected, rel=0.02)
     for field in ("pairs", "hours", "gpu_hours", "kwh", "dollars", "co2_kg"):
         assert getattr(total, field) == pytest.approx(sum(getattr(stage, field) for stage in stages)), field
-
-
-def test_several_recipes() -> None:
-    flip, clip = (parse_recipe(["--config", name]) for name in ("l16_laion400m", "l16_laion400m_clip"))
-    lines = cost_table({"clip": clip, "flip": flip}, H100S, [COST, CostRecipe()]).splitlines()
-    # A recipe of one stage has one row.
-    clip_row, flip_row, masked_row, _ = (re.split(" {2,}", line.strip()) for line in lines[5:])
-    assert clip_row[:6] == ["clip", "0%", "12,799,967,232", "12.04 h", "3,082 h", "100%"]
-    assert flip_row == ["flip", "12,927,959,040", "6.34 h", "1,622 h", "53%", "1,135", "-", "-"]
-    assert masked_row[:5] == [flip.stages[0].name, "50%", "12,799,967,232", "6.22 h", "1,591 h"]
 
 
 def test_a_run_that_ends_by_its_clock() -> None:
