@@ -170,11 +170,6 @@ def test_a_recipe_of_an_older_version_is_the_same_by_its_defaults() -> None:
     assert differences(recipe, saved)[-1].startswith("stages[2]: {'name': 'third', 'samples': 5,")
 
 
-def test_flags_override_the_file() -> None:
-    recipe = parse_recipe(["--config", "b16_cc3m", "--optim.weight_decay", "0.1", "--seed", "4"])
-    assert (recipe.optim.weight_decay, recipe.seed) == (0.1, 4)
-
-
 def test_the_page_s_stages_of_two_image_sizes_train(recipe: dict, tmp_path: Path) -> None:
     """A few pairs of each stage, with the page's sizes and rates."""
     page = (Path(__file__).parents[2] / "docs/training.md").read_text()
@@ -195,17 +190,3 @@ def test_the_page_s_stages_of_two_image_sizes_train(recipe: dict, tmp_path: Path
     assert list(dict.fromkeys(seen)) == ["small", "masked", "tuned"]
     assert "small (112 x 112 pixels)" in (tmp_path / "run/model/README.md").read_text()
     assert json.loads((tmp_path / "run/model/config.json").read_text())["vision_config"]["image_size"] == 224
-
-
-def test_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["recipes"])
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, [head, *lines[: lines.index("")]])) <= 100
-    rows = {line.split()[0]: re.split(" {2,}", line)[1:] for line in lines[: lines.index("")]}
-    assert [*rows] == sorted(file.stem for file in RECIPES.glob("*.yaml"))
-    assert rows["h14_laion2b"] == ["h14", "FLIP H/14 on LAION-2B, 2x schedule"]
-    assert rows["small_cpu"][0] == "own"
-    of_one_process = lines.index("align_cc12m_day, b16_cc3m, small_cpu, small_gpu:")
-    assert lines[of_one_process + 1] == "  flipscale pretrain --config RECIPE"
-    assert sum(line.count("RECIPE") for line in lines) == 2
-    assert all(f"{name}," in "\n".join(lines) or f"{name}:" in "\n".join(lines) for name in rows)

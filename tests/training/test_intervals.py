@@ -2,19 +2,14 @@
 
 from pathlib import Path
 
-import pytest
 import yaml
-from cli.pages import ROOT
 from conftest import metrics, pretrain
 
-from flipscale.recipe.files import RECIPES
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import LogRecipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import BudgetProgress, Clock, Schedule, schedule_stages
 from flipscale.training.tracking import Intervals
-
-SHIPPED = [*RECIPES.glob("*.yaml"), *(ROOT / "examples").glob("*/*.yaml")]
 
 
 def ended(log: LogRecipe, num_steps: int, *ticks: int, batch_size: int = 16) -> list[int]:
@@ -51,18 +46,6 @@ def test_each_hundredth_of_a_time_budget_has_a_record() -> None:
         count += intervals.ends(clock.step, ticked=False)
         clock.advance(BudgetProgress(number, (number + 1) / 1000, 0.001))
     assert count in (99, 100)
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_shipped_recipe_has_enough_records(file: Path) -> None:
-    content = yaml.safe_load(file.read_text())
-    if "stages" not in content:
-        return  # of a study
-    log = content.get("log", {})
-    if "every_samples" in log:
-        assert sum(stage["samples"] for stage in content["stages"]) / log["every_samples"] >= 50
-    else:
-        assert "every_share" not in log or log["every_share"] <= 0.02
 
 
 def test_a_run_has_a_hundred_records(write_recipe, recipe: dict, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import yaml
 from conftest import launch
 
 from flipscale.recipe.optim import StageRecipe
-from flipscale.runs import last_lines
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.runs.last_lines import draw_figures, evaluation_flags, last_block
 from flipscale.training.run_directory import typed_command
@@ -61,37 +60,6 @@ def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
     launcher.chmod(0o755)
     done = launch(["torchrun", "-m", "flipscale.pretrain"], PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.stdout == "torchrun -m flipscale.pretrain\n", done.stderr
-
-
-def test_accelerate_s_command_gets_another_precision_as_a_flag(tmp_path: Path) -> None:
-    launcher = tmp_path / "accelerate"
-    code = "from flipscale.training.run_directory import typed_command as c; print(c(), c('no'), sep='\\n')"
-    variables = "{**os.environ, 'ACCELERATE_MIXED_PRECISION': 'bf16'}"
-    launcher.write_text(
-        f"#!{sys.executable}\nimport os, subprocess, sys\n"
-        f"subprocess.run([sys.executable, '-c', {code!r}], env={variables}, check=True)\n"
-    )
-    launcher.chmod(0o755)
-    command = ["accelerate", "launch", "-m", "flipscale.pretrain"]
-    done = launch(command, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    other = "accelerate launch --mixed_precision no -m flipscale.pretrain"
-    assert done.stdout.splitlines() == [" ".join(command), other], done.stderr
-
-
-def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLIPSCALE_STOP_FILE", "stop")
-    assert typed_command() is None
-
-
-def test_without_matplotlib_a_run_says_how_to_get_it(
-    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(last_lines, "can_draw", lambda: False)
-    assert draw_figures(tmp_path) == {}
-    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
-    said = last_block(recipe, 40, 3.0, [], [])
-    assert "  figures  none, as matplotlib is not installed: pip install 'flipscale[plots]'\n" in said
-    assert f"  next     flipscale evaluate {tmp_path}/run/model --zero_shot TEST_SET\n" in said
 
 
 def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) -> None:
