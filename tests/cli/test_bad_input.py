@@ -1,14 +1,12 @@
 """A user's mistake is one line with the field, its value and a fix, and exit code 2. `tests/attacks` has many more."""
 
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
-from conftest import TOWER, add_member, write_shards
+from conftest import TOWER, write_shards
 
 import flipscale
 from flipscale.cli import main
@@ -90,39 +88,6 @@ def test_command(
         words = ("pretrain", "--config", str(write_recipe(tmp_path / "run")), *words[1:])
     line = refused(*(word.replace("SHARDS", str(shards)) for word in words))
     assert all(fragment in line for fragment in says), line
-
-
-def test_a_shard_without_a_usable_sample(refused: Callable, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        for number in range(3):
-            add_member(tar, f"{number}.jpg", b"\xff\xd8 not a picture")
-            add_member(tar, f"{number}.txt", b"a caption")
-    recipe = write_recipe(tmp_path / "run", data={"shards": str(tmp_path / "bad.tar")})
-    line = refused("pretrain", "--config", str(recipe))
-    assert f"{tmp_path}/bad.tar" in line
-
-
-def test_a_run_directory_of_another_recipe(
-    refused: Callable, write_recipe: Callable[..., Path], tmp_path: Path, recipe: dict
-) -> None:
-    (tmp_path / "run").mkdir()
-    saved = {**recipe, "seed": 7, "optim": {"weight_decay": 0.5}}
-    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(saved))
-    line = refused("pretrain", "--config", str(write_recipe(tmp_path / "run")))
-    for words in (f"{tmp_path}/run", "seed: 7, now 0", "optim.weight_decay: 0.5, now 0.2", "output_dir"):
-        assert words in line
-
-
-def test_a_precision_that_is_not_supported(
-    refused: Callable, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    try:
-        line = refused("pretrain", "--config", str(write_recipe(tmp_path / "run")))
-        assert "'bf16'" in line
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_unexpected_error_is_one_line_and_a_file(

@@ -101,11 +101,6 @@ def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, refused: Ca
     assert not (tmp_path / "slurm/run.bash").exists()
 
 
-@pytest.mark.parametrize("script", [file for file in FILES if file.suffix in (".sh", ".bash")], ids=str)
-def test_bash_can_parse(script: Path) -> None:
-    assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
-
-
 SBATCH = """#!/bin/bash
 printf '<%s>' "$RECIPE" "$RECIPES"
 """
@@ -143,11 +138,3 @@ def test_a_study_of_several_recipes(tmp_path: Path) -> None:
     done = submit(tmp_path, "study", RECIPES="a/x.yaml b/x.yaml")
     assert done.returncode == 2
     assert "two recipes are called x; rename one of them" in done.stderr
-
-
-def test_the_marker_of_a_node_is_a_word_of_its_own(tmp_path: Path) -> None:
-    text = (ROOT / "slurm/run.bash").read_text()
-    begin = text.index("    for word; do")
-    script = text[begin : text.index('    exec "$@"', begin)] + 'printf "<%s>" "$@"'
-    done = launch(["bash", "-c", script, "launcher", "/x/NODE_RANK/y", "NODE_RANK", "a b"], SLURM_NODEID="3")
-    assert done.stdout == "</x/NODE_RANK/y><3><a b>"

@@ -10,7 +10,7 @@ import yaml
 from conftest import launch, metrics, pretrain, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flipscale.model import FlipModel, FlipProcessor
+from flipscale.model import FlipModel
 from flipscale.status import as_table
 
 FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
@@ -64,14 +64,6 @@ def test_evaluate_gives_the_run_s_own_figures(run_dir: Path, shards: Path) -> No
     assert done.returncode == 0, done.stderr
     found, last = json.loads(done.stdout), metrics(run_dir)[-1]
     assert found == {name: pytest.approx(last[name], abs=1e-4) for name in last if "/" in name}
-
-
-def test_the_exported_model_and_processor_load(run_dir: Path) -> None:
-    model = FlipModel.from_pretrained(run_dir / "model")
-    processor = FlipProcessor.from_pretrained(run_dir / "model")
-    inputs = processor(text=["a red disc"], return_tensors="pt")
-    assert inputs["input_ids"].shape == (1, 8)
-    assert model.get_text_features(**inputs).pooler_output.shape == (1, 512)
 
 
 def test_status_of_a_finished_run(run_dir: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 from filelock import FileLock
-from hub.loopback_hub import LoopbackHub, Reply
+from hub.loopback_hub import LoopbackHub
 from PIL import Image
 
 from flipscale.cli import main
@@ -141,29 +141,6 @@ def test_sources_that_cannot_be_read(hub: LoopbackHub, tmp_path: Path, capsys: p
     ):
         assert words in said.out
     assert [name for name in names if read_prepared(tmp_path / name)] == ["flickr30k"]
-
-
-HTML = b"<html>The proxy asks you to log in</html>"
-
-
-@pytest.mark.parametrize(
-    ("path", "reply", "words"),
-    [
-        (r"GET /api/datasets", Reply(body=HTML), "cannot be read ("),
-        (r"GET /api/datasets", Reply(body={"id": "x/y", "siblings": []}), "it does not say which commit it has"),
-        (r"GET .*test/1.tar", Reply(body=HTML), "did not arrive as the Hub states it"),
-    ],
-)
-def test_answers_that_are_none(
-    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, path: str, reply: Reply, words: str
-) -> None:
-    hub.add(MNIST, digits())
-    hub._faults.append((path, reply))
-    assert words in refusal(capsys, tmp_path, "--only", "mnist")
-    assert not read_prepared(tmp_path / "mnist")
-    assert not list(tmp_path.rglob("*.partial"))
-    prepare(tmp_path, "--only", "mnist")
-    assert content(tmp_path / "mnist")["test/1.tar"] == digits()["test/1.tar"]
 
 
 @pytest.mark.parametrize(

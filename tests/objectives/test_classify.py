@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import COLOURS, SHAPES, add_member, changed_recipe, check_start, cut, metrics, pretrain, write_shards
+from conftest import COLOURS, SHAPES, add_member, check_start, cut, metrics, pretrain, write_shards
 from distributed.crowd import Crowds
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -31,17 +30,6 @@ STAGES = [
 
 
 @pytest.fixture(scope="module")
-def base(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on pairs, whose weights fine-tuning starts from."""
-    folder = tmp_path_factory.mktemp("base")
-    file = folder / "base.yaml"
-    stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
-    file.write_text(yaml.safe_dump(changed_recipe({**recipe, "output_dir": str(folder / "run")}, {"stages": stages})))
-    assert pretrain(file).returncode == 0
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled pictures as `prepare shards --labels --split` writes them, without captions or a tokenizer."""
     folder = tmp_path_factory.mktemp("labelled")
@@ -53,12 +41,12 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write(write_recipe: Write, labelled: Path, base: Path) -> Write:
+def write(write_recipe: Write, labelled: Path, trained_run: Path) -> Write:
     """Writes the recipe of a fine-tuning."""
 
     def write(run_dir: Path, **changes: dict | list) -> Path:
         sections = {
-            "model": {"init_from": str(base), "drop_path_rate": 0.2},
+            "model": {"init_from": str(trained_run), "drop_path_rate": 0.2},
             "data": {"shards": str(labelled / "train"), "tokenizer": "no such folder"},
             "loss": {"kind": "classify", "options": {"num_classes": 16, "label_smoothing": 0.1}},
             "optim": {"layer_decay": 0.75},
@@ -92,7 +80,7 @@ def test_the_loss_is_the_smoothed_cross_entropy() -> None:
 
 @pytest.mark.long
 def test_a_run_learns_resumes_and_exports_a_classifier(
-    write: Write, base: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     mixed = {"augment": {"mixup_alpha": 0.2}}

@@ -82,18 +82,6 @@ def test_parquet_images_with_several_captions(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/report.json").read_text())["left_out"] == {"missing_caption": 1}
 
 
-def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
-    for number in range(3):
-        rows = {"image": [{"bytes": image(number), "path": None}], "caption": [f"picture {number}"]}
-        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-        (tmp_path / "files/data").mkdir(parents=True, exist_ok=True)
-        file = tmp_path / f"files/data/train-0000{number}-of-00003.parquet"
-        datasets.Dataset.from_dict(rows, features).to_parquet(str(file))
-    source = shards_of([tmp_path / "files"], tmp_path / "out")
-    assert [source.read(0, row).captions for row in range(3)] == [(f"picture {row}".encode(),) for row in range(3)]
-    assert source.read(0, 2).image == image(2)
-
-
 def test_options_may_change_after_a_run_without_pairs_and_other_archives_stay(folder: Path, tmp_path: Path) -> None:
     table, out = tmp_path / "list.csv", tmp_path / "out"
     table.write_text("image,blank,caption\n" + "".join(f"{folder / name},,words\n" for name in ("0.jpg", "2.bmp")))
@@ -203,10 +191,3 @@ def test_other_options_and_wrong_sources_are_refused(folder: Path, tmp_path: Pat
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/dataset_info.json").write_text("{}")
     assert "cannot be loaded" in fails(tmp_path / "saved")
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--short_side", "0"), ("--jpeg_quality", "101"), ("--pairs_per_shard", "0")]
-)
-def test_wrong_options_are_one_line(folder: Path, fails: Callable, flag: str, value: str) -> None:
-    assert f"{flag[2:]} is {value}" in fails(folder, flag, value)
