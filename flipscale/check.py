@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     from flipscale.planning.budget import with_time_shares
     from flipscale.planning.dry_run import planned_launch
     from flipscale.runs.complete_recipe import parse_recipe
-    from flipscale.training.run_directory import open_run_directory
+    from flipscale.training.session import open_run_directory
     from flipscale.training.setup import check_settings
 
     launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)

@@ -32,9 +32,8 @@ from flipscale.training.loop import train
 from flipscale.training.messages import begin_run, log_stop
 from flipscale.training.preemption import Stopped, StopRequest
 from flipscale.training.pretrained_fields import with_vocabulary
-from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.run_summary import RunSummary
-from flipscale.training.session import Session, StartTimings, join, resume
+from flipscale.training.session import Session, StartTimings, is_done, join, open_run_directory, resume
 from flipscale.training.setup import open_setup
 
 

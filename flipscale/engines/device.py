@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -79,34 +79,6 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Return numbers as fp32 on the device, without waiting for the copy."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.float32, device=device)
-    # torch does not reuse the pinned memory before the copy is complete.
-    return torch.tensor(numbers, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
-
-
-class HostCopy:
-    """An asynchronous copy of `numbers` `(count,)` to the host. They must not change before `read`, which waits."""
-
-    def __init__(self, numbers: torch.Tensor):
-        self._numbers = numbers
-        self._arrived: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            # `blocking` lets the process sleep while it waits, which leaves its core to the loader's workers.
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        """Wait for the copy and return the numbers."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._numbers.tolist()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ same recipe and write the same checkpoints. An engine is one file: a subclass of
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,10 +20,10 @@ from torch import nn
 from flipscale.engines.checkpoint import CheckpointReader, TensorChunk
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
+from flipscale.engines.muon import local
 from flipscale.engines.optimizers import (
     build_optimizers,
     empty_state,
-    gradient_norm,
     moment_names,
     set_learning_rate,
 )
@@ -416,3 +416,24 @@ class Engine:
 def _parts_above(name: str) -> tuple[str, ...]:
     """Return the modules of a parameter, the largest first, and the parameter: `a`, `a.b`, `a.b.weight`."""
     return tuple(accumulate(name.split("."), "{}.{}".format))
+
+
+@torch.no_grad()
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
+
+    Collective over `group`, which together hold every gradient once. With None, each process has all gradients.
+    """
+    shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for gradient in shards if gradient.numel()]
+    norm = nn.utils.get_total_norm(gradients) if gradients else shards[0].new_zeros(())
+    if group is not None:
+        square = norm.square()
+        dist.all_reduce(square, group=group)
+        norm = square.sqrt()
+    if max_grad_norm is not None and gradients:
+        # Also with a factor of 1, which changes no bit, because the host would wait for a check.
+        torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

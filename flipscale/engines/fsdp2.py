@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard
+from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard, gradient_norm
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import local
-from flipscale.engines.optimizers import encoder_blocks, gradient_norm, num_trained
+from flipscale.engines.optimizers import encoder_blocks, num_trained
 from flipscale.model.modeling_flip import FlipProjection
 
 

@@ -186,24 +186,3 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
-
-
-@torch.no_grad()
-def gradient_norm(
-    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, group: dist.ProcessGroup | None = None
-) -> torch.Tensor:
-    """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
-
-    Collective over `group`, which together hold every gradient once. With None, each process has all gradients.
-    """
-    shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    gradients = [gradient for gradient in shards if gradient.numel()]
-    norm = nn.utils.get_total_norm(gradients) if gradients else shards[0].new_zeros(())
-    if group is not None:
-        square = norm.square()
-        dist.all_reduce(square, group=group)
-        norm = square.sqrt()
-    if max_grad_norm is not None and gradients:
-        # Also with a factor of 1, which changes no bit, because the host would wait for a check.
-        torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm

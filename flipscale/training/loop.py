@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from flipscale.data.loader import PackedBatch, on_device, restartable_batches
+from flipscale.data.samples import Fault
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.training.between_steps import BetweenSteps, Evaluations, Evaluator, Saver
-from flipscale.training.schedule import Clock
+from flipscale.training.preemption import StopRequest
+from flipscale.training.schedule import Clock, Step, is_due
+from flipscale.training.session import Session
+from flipscale.training.setup import TrainingSetup
 from flipscale.training.step import forward_backward
 from flipscale.training.sync import StepSync
 from flipscale.training.tracking import Tracker
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from flipscale.engines.engine import Engine
-    from flipscale.engines.slow_steps import StepWatch
-    from flipscale.training.preemption import StopRequest
-    from flipscale.training.schedule import Step
-    from flipscale.training.session import Session
-    from flipscale.training.setup import TrainingSetup
 
 
 class End(NamedTuple):
@@ -61,7 +66,7 @@ def train(
 
     with tracker, between:
         evaluations.run(evaluations.before(clock.step), session.step)
-        for step, micro_batches, faults in watch.timed(setup.batches(clock, accelerator), session.step):
+        for step, micro_batches, faults in watch.timed(step_batches(setup, clock, accelerator), session.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.resets_optimizer:
                 engine.reset_optimizer(step.stage.frozen)
@@ -74,7 +79,8 @@ def train(
             # Results of the steps before, and of this one if the run pauses: write them, commit the open checkpoint.
             upcoming = clock.advance(sync.progress)
             session.check_lock()
-            due, saves = evaluations.due(upcoming), setup.save_is_due(upcoming)
+            due = evaluations.due(upcoming)
+            saves = upcoming.is_over or is_due(upcoming.number, setup.batch_size, recipe.save.every_samples)
             outcomes = sync.drain(wait=saves or bool(due))
             tracker.write(outcomes.results, upcoming)
             if outcomes.failure is not None:
@@ -98,3 +104,41 @@ def train(
             evaluations.run(evaluator.evaluations, step.number)
         tracker.record_energy(step.number)
     return End(step, stops)
+
+
+class StepBatch(NamedTuple):
+    """One process's part of a step's batch.
+
+    Args:
+        micro_batches: micro-batches of one size on the device, at the stage's image size. The list holds the
+            only references, so clearing it frees the batch.
+        faults: unusable samples, each of which was replaced.
+    """
+
+    step: Step
+    micro_batches: list[PackedBatch]
+    faults: list[Fault]
+
+
+def step_batches(setup: TrainingSetup, clock: Clock, accelerator: Accelerator) -> Iterator[StepBatch]:
+    """Yield this process's batches to the end of the run. The caller advances the clock after each.
+
+    Raises:
+        UserError: the data cannot be used.
+        OSError: a shard cannot be read, or workers keep dying.
+    """
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    pin_memory = device.type == "cuda"
+    while not clock.step.is_over:
+        stage = clock.step.stage
+        end = int(stage.last) if setup.schedule.budget_seconds is None else sys.maxsize
+        batches = restartable_batches(setup.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
+        with closing(on_device(batches, device)) as ready:
+            for micro_batches in ready:
+                for micro_batch in micro_batches:
+                    micro_batch.with_image_size(stage.image_size)
+                faults = [fault for micro_batch in micro_batches for fault in micro_batch.faults]
+                yield StepBatch(clock.step, micro_batches, faults)
+                # A time budget may end the stage while prefetched batches are left.
+                if clock.step.is_over or clock.step.stage is not stage:
+                    break

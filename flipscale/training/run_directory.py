@@ -1,4 +1,4 @@
-"""The run directory: its files, and the recipe that it belongs to.
+"""The run directory, and the files that a start writes there.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
 DONE  report.html  run.lock (during a run)
@@ -8,100 +8,30 @@ tracker_run_id  slurm/ (by the batch scripts)
 """
 
 import json
-import logging
 import os
 import platform
-import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import flipscale
-from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.launch import PRECISION, launched_precision
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
-from flipscale.io.errors import UserError
-from flipscale.io.files import check_disk_space, check_writable, quoted
+from flipscale.io.files import check_disk_space
 from flipscale.io.surroundings import known, own_commit, versions
-from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.recipe.recipe import Recipe, conflicts, to_yaml
+from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.training.preemption import STOP_FILE
 from flipscale.training.run_summary import RunSummary
 
-_log = logging.getLogger(__name__)
-
 _LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
-
-
-def open_run_directory(recipe: Recipe) -> Path | None:
-    """Return the checkpoint to resume from, None for a fresh start. Every process calls this before any of them writes.
-    Raise UserError if the directory holds a run of another recipe, or a checkpoint against `resume_from_checkpoint`."""
-    run_dir = Path(recipe.output_dir)
-    if recipe.resume_from_checkpoint not in ("auto", "never"):
-        raise UserError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
-    check_writable(recipe.output_dir, "output_dir")
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
-        raise UserError(
-            f"{run_dir}/model has no checkpoint, and training would replace it; move it, or use another output_dir"
-        )
-    saved = run_dir / "recipe.yaml"
-    # Without this file, the checkpoints' own copies are compared later.
-    changed = conflicts(recipe, read_saved_recipe(saved)) if saved.exists() else []
-    _refuse_another(run_dir, changed)
-    if checkpoint is not None and recipe.resume_from_checkpoint == "never":
-        raise UserError(f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; change output_dir")
-    return checkpoint
-
-
-def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
-    if not changed:
-        return
-    fix = "use that recipe or another output_dir"
-    if re.match(r"stages\[\d+\]: None", changed[0]):
-        fix += "; a stage that is added needs a base_lr"
-    # The weights fit the recipe's model.
-    if not any(re.match(r"model\.(?!init_from)", change) for change in changed) and (run_dir / "model").exists():
-        new = next(name for number in count(2) if not os.path.exists(name := f"{run_dir}_{number}"))
-        flags = shlex.join(["--model.init_from", str(run_dir), "--output_dir", new])
-        fix += f"; to train its model on with this recipe, add {flags}"
-    raise UserError(f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); {fix}")
-
-
-def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
-    """Return whether the recipe's run is done, even if its checkpoints and its model are gone.
-
-    A recipe with added stages is not done. They need a checkpoint of the same run.
-    """
-    run_dir = Path(recipe.output_dir)
-    if not (run_dir / "recipe.yaml").exists() or not (run_dir / "DONE").exists():
-        return False
-    # The checkpoint's copy, because the stages may have been added to the run's own file.
-    finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
-    saved = read_saved_recipe(finished)
-    if len(recipe.stages) <= len(saved.get("stages") or []):
-        missing = "" if (run_dir / "model").exists() else ", but its model is gone"
-        if missing and checkpoint is not None:
-            missing += f": `flipscale export {quoted(run_dir)}` writes it again"
-        fix = "remove it, or choose another output_dir, to train again, or add a stage to train on"
-        _log.info("%s is done%s; %s", run_dir, missing, fix)
-        return True
-    if checkpoint is None:
-        raise UserError(
-            f"{run_dir} is done and keeps no checkpoint for another stage; train the stage as a run of its own, "
-            f"with model.init_from {run_dir}/model and another output_dir"
-        )
-    _refuse_another(run_dir, conflicts(recipe, saved))
-    return False
 
 
 def write_run_files(

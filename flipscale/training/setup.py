@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory, on_device, restartable_batches
+from flipscale.data.features import PrecomputedFeatures, Teacher
+from flipscale.data.loader import StepSampler, check_shared_memory
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds
-from flipscale.data.samples import Fault, Source, shard_sizes_digest
+from flipscale.data.samples import Source, shard_sizes_digest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.build import engine_class
@@ -25,13 +25,9 @@ from flipscale.recipe.data import AugmentRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.precomputed import open_features, open_teacher
 from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
-from flipscale.training.schedule import Clock, Schedule, Stage, Step, is_due, schedule_stages
+from flipscale.training.schedule import Schedule, Stage, schedule_stages
 
 if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-
-    from flipscale.data.features import PrecomputedFeatures, Teacher
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
 
@@ -48,20 +44,6 @@ def compiles(recipe: Recipe, launch: Launch, device: torch.device | None = None)
     if engine_class(launch).refusal(launch, recipe.optim.name, compiles=True) or recipe.model.family == "towers":
         return False
     return device is None or (device.type == "cuda" and can_compile(device))
-
-
-class StepBatch(NamedTuple):
-    """One process's part of a step's batch.
-
-    Args:
-        micro_batches: micro-batches of one size on the device, at the stage's image size. The list holds the
-            only references, so clearing it frees the batch.
-        faults: unusable samples, each of which was replaced.
-    """
-
-    step: Step
-    micro_batches: list[PackedBatch]
-    faults: list[Fault]
 
 
 @dataclass(frozen=True)
@@ -98,33 +80,6 @@ class TrainingSetup:
     def batch_size(self) -> int:
         """Pairs in the global batch."""
         return self.recipe.data.global_batch_size
-
-    def batches(self, clock: Clock, accelerator: Accelerator) -> Iterator[StepBatch]:
-        """Yield this process's batches to the end of the run. The caller advances the clock after each.
-
-        Raises:
-            UserError: the data cannot be used.
-            OSError: a shard cannot be read, or workers keep dying.
-        """
-        rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        pin_memory = device.type == "cuda"
-        while not clock.step.is_over:
-            stage = clock.step.stage
-            end = int(stage.last) if self.schedule.budget_seconds is None else sys.maxsize
-            batches = restartable_batches(self.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
-            with closing(on_device(batches, device)) as ready:
-                for micro_batches in ready:
-                    for micro_batch in micro_batches:
-                        micro_batch.with_image_size(stage.image_size)
-                    faults = [fault for micro_batch in micro_batches for fault in micro_batch.faults]
-                    yield StepBatch(clock.step, micro_batches, faults)
-                    # A time budget may end the stage while prefetched batches are left.
-                    if clock.step.is_over or clock.step.stage is not stage:
-                        break
-
-    def save_is_due(self, step: Step) -> bool:
-        """Return whether to save before a step, by the samples seen; true at the end of the run."""
-        return step.is_over or is_due(step.number, self.batch_size, self.recipe.save.every_samples)
 
 
 def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, FlipConfig, list[Stage]]:

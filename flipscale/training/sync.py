@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flipscale.engines.device import HostCopy, to_device
 from flipscale.training.schedule import BudgetProgress, Stage, Step, has_passed
 
 if TYPE_CHECKING:
@@ -82,6 +82,26 @@ class StepOutcomes:
     failure: FloatingPointError | None = None
 
 
+class HostCopy:
+    """An asynchronous copy of `numbers` `(count,)` to the host. They must not change before `read`, which waits."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self._numbers = numbers
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            # `blocking` lets the process sleep while it waits, which leaves its core to the loader's workers.
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Wait for the copy and return the numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
 class _Unread(NamedTuple):
     """A step whose numbers are on their way to the host."""
 
@@ -130,7 +150,7 @@ class StepSync:
         flags = [self._request.reason is not None, due and is_main, self._checkpoints.is_writing, len(faults)]
         flags += [self._watch.was_slow, ticks and is_main, *self._own_progress(step)]
         mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
-        sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
+        sums = self._accelerator.reduce(torch.cat([mine, _to_device(flags, mine.device)]), "sum")
         should_step = sums[:2].isfinite().all()
         numbers = torch.cat([torch.stack([should_step.double(), *loss.metrics.values()]), sums.double()])
         self._unread.append(_Unread(step, faults, self._watch.so_far(), list(loss.metrics), HostCopy(numbers)))
@@ -190,3 +210,11 @@ class StepSync:
         outcome = (loss, grad_norm, metrics, should_step > 0, int(replaced), ticks > 0)
         result = StepResult(step, unread.faults, unread.clock, *outcome)
         outcomes.results.append(result)
+
+
+def _to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Return numbers as fp32 on the device, without waiting for the copy."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    # torch does not reuse the pinned memory before the copy is complete.
+    return torch.tensor(numbers, dtype=torch.float32).pin_memory().to(device, non_blocking=True)

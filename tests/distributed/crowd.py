@@ -157,6 +157,7 @@ def leave_out(file: str) -> None:
     """Check that skipped steps change nothing, and that later steps are those of a run without them."""
     import torch
 
+    from flipscale.training.loop import step_batches
     from flipscale.training.schedule import Clock
 
     def holds(engine) -> dict[str, torch.Tensor]:
@@ -172,7 +173,8 @@ def leave_out(file: str) -> None:
         _, plan, start, engine = resumed(file)
         taken_so_far = 0
         for factor in factors:
-            (batch,) = next(plan.batches(Clock(plan.schedule, {"step": taken_so_far}), start.accelerator)).micro_batches
+            clock = Clock(plan.schedule, {"step": taken_so_far})
+            (batch,) = next(step_batches(plan, clock, start.accelerator)).micro_batches
             output = engine(**batch)
             loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
             engine.backward(loss)

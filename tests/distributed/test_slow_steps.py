@@ -19,7 +19,7 @@ TOGETHER = 29
 def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -> None:
     """Train while one rank sleeps in some steps, and all ranks in one step, far longer than a usual step."""
     from flipscale import pretrain
-    from flipscale.training import loop, setup
+    from flipscale.training import loop
 
     rank, watches, at = int(os.environ["RANK"]), [], SimpleNamespace(step=-1)
 
@@ -32,7 +32,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
         if place in places and STEPS[place] == at.step and rank == sleeper:
             time.sleep(max(1.5, 8 * watches[0]._usual))
 
-    true_batches, true_consume = setup.TrainingSetup.batches, loop.forward_backward
+    true_batches, true_consume = loop.step_batches, loop.forward_backward
 
     def batches(plan, clock, accelerator) -> Iterator[object]:
         for at.step, batch in enumerate(true_batches(plan, clock, accelerator), clock.step.number):
@@ -62,7 +62,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
             if "together" in places and at.step == TOGETHER:
                 time.sleep(max(1.5, 8 * watches[0]._usual))
 
-    setup.TrainingSetup.batches, loop.forward_backward = batches, consume
+    loop.step_batches, loop.forward_backward = batches, consume
     pretrain.StepWatch, loop.StepSync = Watch, Sync
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
 from flipscale.engines.ddp import DdpEngine
-from flipscale.engines.engine import Engine
+from flipscale.engines.engine import Engine, gradient_norm
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import gradient_norm
 from flipscale.io.digests import read_digests
 from flipscale.model import FlipConfig
 from flipscale.objectives.contrastive import contrastive_loss

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.run_directory import is_done, open_run_directory
+from flipscale.training.session import is_done, open_run_directory
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
 

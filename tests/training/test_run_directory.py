@@ -11,8 +11,9 @@ from flipscale.model import FlipModel
 from flipscale.planning.flops import pair_flops
 from flipscale.pretrain import count_flops
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.run_directory import open_run_directory, write_run_files
+from flipscale.training.run_directory import write_run_files
 from flipscale.training.run_summary import RunSummary
+from flipscale.training.session import open_run_directory
 
 
 def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Path) -> None:
