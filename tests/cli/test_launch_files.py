@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import yaml
 from conftest import launch
 
 import flipscale
-from flipscale.cli import main
 from flipscale.launch_files import FOLDERS
 
 ROOT = Path(flipscale.__file__).parents[1]
@@ -90,15 +88,6 @@ def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
     small, extended = (site / "work" / file for file in done.stdout.split())
     assert small.read_text() == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
     assert yaml.safe_load(extended.read_text())["data"]["tokenizer"] == "bert"
-
-
-def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, refused: Callable[..., str]) -> None:
-    main(["launch_files", str(tmp_path)])
-    main(["launch_files", str(tmp_path)])
-    (tmp_path / "ds_configs/ddp.yaml").write_text("num_processes: 4\n")
-    (tmp_path / "slurm/run.bash").unlink()
-    assert "ds_configs/ddp.yaml exists and differs from this version's" in refused("launch_files", tmp_path)
-    assert not (tmp_path / "slurm/run.bash").exists()
 
 
 SBATCH = """#!/bin/bash

@@ -11,9 +11,7 @@ from conftest import add_member
 from flipscale.evaluation.baselines import (
     PLAIN,
     Described,
-    hog_features,
     nearest_classes,
-    pixel_features,
     run_baselines,
 )
 from flipscale.evaluation.suite import build_tasks
@@ -49,22 +47,6 @@ def test_pixels_find_colour_and_hog_finds_shape() -> None:
         assert list(found) == ["16x16 pixels", "HOG", "pixels and HOG"]
         assert found["16x16 pixels"].tolist() == found["pixels and HOG"].tolist() == labels.tolist()
         assert (found["HOG"] % 3 == labels % 3).all()
-
-
-def test_features() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3)).astype(np.uint8)
-    assert pixel_features(images).shape == (3, 768)
-    hog = hog_features(images)
-    np.testing.assert_allclose(np.linalg.norm(hog.reshape(3, 49, 36), axis=2), 1, atol=0.01)
-    assert not hog_features(np.full((1, 64, 64, 3), 255, np.uint8)).any(), "noise is amplified on an empty image"
-
-
-def test_hog_of_a_vertical_edge_points_across() -> None:
-    """The votes are for 0 degrees, in the two bins that share it."""
-    image = np.zeros((1, 64, 64, 3), np.uint8)
-    image[:, :, 32:] = 255
-    votes = hog_features(image).reshape(7, 7, 4, 9).sum(axis=(0, 1, 2))
-    assert votes[[0, 8]].sum() > 0.99 * votes.sum()
 
 
 def write_drawings(folder: Path, shift: int, captions: list[str]) -> Path:

@@ -52,17 +52,6 @@ def test_a_repository_around_the_package_gives_no_commit(tmp_path: Path) -> None
     assert own_commit(inner) is None
 
 
-@pytest.mark.parametrize("content", [None, "#!/bin/sh\nexit 1\n", "#!/bin/sh\nprintf '\\377'\n"])
-def test_a_machine_without_a_working_git_has_no_commit(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if content is not None:
-        (tmp_path / "git").write_text(content)
-        (tmp_path / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment()["commit"] is None
-
-
 def test_a_version_is_that_of_the_imported_module(monkeypatch: pytest.MonkeyPatch) -> None:
     vendored = ModuleType("cv2")
     monkeypatch.setitem(sys.modules, "cv2", vendored)

@@ -1,13 +1,11 @@
 """What is asked before a run begins."""
 
-import gc
 import os
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import processes
 import pytest
 from conftest import add_member
 
@@ -72,25 +70,3 @@ def test_a_bad_sample_of_a_test_set_is_found_by_one_process(shards: Path, tmp_pa
             errors.append(str(error))
     assert len(errors) == 1
     assert "cannot be decoded" in errors[0]
-
-
-def end_at_the_first_step(file: str, folder: str) -> None:
-    """Train up to the first step, and write how often the garbage collector went through all objects."""
-    from flipscale.training import loop
-
-    collected = []
-    gc.callbacks.append(lambda phase, about: collected.append((phase, about["generation"])))
-
-    def end(*arguments: object) -> None:
-        Path(folder, "collected").write_text(str(collected.count(("start", 2))))
-        os._exit(0)
-
-    loop.forward_backward = end
-    processes.call_main("flipscale.pretrain", ["--config", file], folder)
-
-
-def test_a_start_collects_garbage_once(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    process = processes.start(end_at_the_first_step, str(write_recipe(tmp_path / "run")), str(tmp_path))
-    process.join(300)
-    assert process.exitcode == 0
-    assert (tmp_path / "collected").read_text() == "1"

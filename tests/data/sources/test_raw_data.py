@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from conftest import write_shards
 
 from flipscale import cli
 from flipscale.data.sources.opening import open_source
@@ -59,16 +58,6 @@ def test_the_error_has_the_command_that_makes_shards(shards: str, source: str, h
     assert shlex.split(refusal(shards).split("`")[1]) == ["flipscale", "prepare", "shards", source, folder]
     Path(folder).mkdir()
     assert refusal(shards).split("`")[1].split()[4] == f"{folder}_shards"
-
-
-def test_places_that_shards_are_near_to(here: Path) -> None:
-    for part in ("train", "test"):
-        write_shards(Path("set", part), [3])
-    assert refusal("set").endswith("name the folder of its shards: set/test or set/train")
-    write_shards(Path("mixed"), [3])
-    Path("mixed/sheet.png").touch()
-    assert len(open_source(DataRecipe(shards="mixed/*", max_bad_fraction=0.5))) == 3
-    assert refusal("nowhere").endswith("name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
 
 
 @pytest.mark.parametrize("shards", ["parts", "parts/*.parquet"])
