@@ -1,13 +1,12 @@
 """A run that does not learn says why, once, and a run that learns says nothing."""
 
 import math
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_member, metrics, pretrain
+from conftest import metrics, pretrain
 
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
@@ -103,31 +102,10 @@ def test_a_temperature_frozen_in_its_stage_is_no_cause(tiny: Recipe) -> None:
     assert len(said(frozen, loss=2.5, logit_scale=100.0, stage="unmasked")) == 1
 
 
-def with_captions(shards: Path, folder: Path, caption: str) -> Path:
-    """Return a copy of shards in which each image has one caption."""
-    folder.mkdir()
-    for file in shards.glob("*.tar"):
-        with tarfile.open(file) as old, tarfile.open(folder / file.name, "w") as new:
-            for member in old:
-                content = old.extractfile(member).read()
-                add_member(new, member.name, caption.encode() if member.name.endswith(".txt") else content)
-    return folder
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("cause", "base_lr"), [("", 0.012), ("of a batch's captions are one caption", 0.012), ("one embedding", 30.0)]
-)
-def test_a_run(write_recipe, shards: Path, tmp_path: Path, cause: str, base_lr: float) -> None:
-    stages = [{"name": "masked", "samples": 16 * 620, "mask_ratio": 0.75, "base_lr": base_lr, "warmup_samples": 160}]
-    changes: dict = {"stages": stages, "log": {"every_samples": 320}}
-    if "captions" in cause:
-        changes["data"] = {"shards": str(with_captions(shards, tmp_path / "one", "a red circle"))}
-    done = pretrain(write_recipe(tmp_path / "run", **changes))
+def test_a_run_that_does_not_learn(write_recipe, tmp_path: Path) -> None:
+    stages = [{"name": "masked", "samples": 640, "mask_ratio": 0.75, "base_lr": 1e-9}]
+    done = pretrain(write_recipe(tmp_path / "run", stages=stages))
     assert done.returncode == 0, done.stderr
-    last = metrics(tmp_path / "run")[-1]
-    lines = [line for line in done.stderr.splitlines() if "chance" in line]
-    assert len(lines) == bool(cause), (lines, last)
-    assert not cause or cause in lines[0]
-    assert 0.0 <= last["image_spread"] <= 1.0
-    assert (last["text_spread"] < 1e-3) == bool(cause), last
+    (line,) = [line for line in done.stderr.splitlines() if "chance" in line]
+    assert "samples" in line
+    assert 0.0 < metrics(tmp_path / "run")[-1]["image_spread"] <= 1.0
