@@ -152,7 +152,7 @@ def _length(args: Init, proposal: "Proposal", data: "Survey", minutes: float) ->
     import torch
 
     from flipscale.engines.device import GPUS, gpu_named
-    from flipscale.planning.speed import measured_rates
+    from flipscale.planning.measured_speed import measured_rates
     from flipscale.planning.time import Hardware, step_time
 
     if args.gpu:

@@ -341,7 +341,7 @@ class Embed:
         from flipscale.data.features import TeacherCrops
         from flipscale.data.sources.tar import TarSource
         from flipscale.engines.build import start_accelerator
-        from flipscale.evaluation.precomputed import precompute_features
+        from flipscale.evaluation.precompute_features import precompute_features
         from flipscale.hub.loading import open_embedder
 
         least, most = self.crop_scale or (0.5, 1.0)

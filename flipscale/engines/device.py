@@ -1,4 +1,4 @@
-"""Properties of the device: its speed, its best attention kernel and precision, and its memory use."""
+"""Properties of the device: the peak of each GPU by its data sheet, attention kernel, precision, and memory use."""
 
 import ctypes
 import functools

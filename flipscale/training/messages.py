@@ -1,4 +1,4 @@
-"""The first and the last lines that a start of a run logs."""
+"""The first lines that a start of a run logs, and the line of a stop."""
 
 import logging
 import os

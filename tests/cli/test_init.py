@@ -20,8 +20,8 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.convert_open_clip import open_clip_config
 from flipscale.objectives.build import build_config
+from flipscale.planning.measured_speed import measured_rates
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, propose, survey
-from flipscale.planning.speed import measured_rates
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import schedule_stages

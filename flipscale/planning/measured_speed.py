@@ -1,4 +1,4 @@
-"""The speed of a recipe on this machine."""
+"""Measure the speed of a recipe on this machine, by short runs of its stages."""
 
 import os
 import subprocess
