@@ -1,18 +1,12 @@
 """Words and scores of captions against COCO's own tools (pycocoevalcap), which come with clip-benchmark."""
 
 import random
-import shutil
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flipscale.evaluation.intervals import mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
-
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="java, which runs COCO's tools, is not on PATH")
 
 # Captions, and their words as PTBTokenizer 3.4.1 has them, but for the punctuation that COCO's tools leave out.
 WORDS = {
@@ -37,31 +31,9 @@ WORDS = {
 }
 
 
-def package() -> Path:
-    spec = find_spec("pycocoevalcap")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 @pytest.mark.parametrize("caption", WORDS)
 def test_words(caption: str) -> None:
     assert caption_words(caption) == WORDS[caption].split()
-
-
-@pytest.mark.long
-@needs_java
-def test_words_are_those_of_the_tokenizer_in_java(tmp_path: Path) -> None:
-    (tmp_path / "captions").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    jar = package() / "tokenizer/stanford-corenlp-3.4.1.jar"
-    command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-    done = subprocess.run(
-        [*command, "-preserveLines", "-lowerCase", "captions"], cwd=tmp_path, capture_output=True, check=True
-    )
-    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
-
-    for caption, line in zip(WORDS, done.stdout.decode("utf-8").split("\n"), strict=False):
-        assert caption_words(caption) == [word for word in line.split() if word not in PUNCTUATIONS], caption
 
 
 def made_up(images: int) -> tuple[list[list[str]], list[list[list[str]]]]:

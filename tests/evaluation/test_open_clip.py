@@ -1,22 +1,13 @@
 """open_clip's own models, evaluated as ours are; test_clip_benchmark compares their figures with its own."""
 
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
-from evaluation.tiny_model import tiny_embedder
-from torch.nn.functional import normalize
 
-from flipscale.data.decode import decode_whole, resize
-from flipscale.data.samples import SampleNumbers
-from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
-from flipscale.hub.convert_open_clip import convert_to_open_clip
-from flipscale.hub.export import build_processor, export_model
 
 pytestmark = pytest.mark.long
 
@@ -30,31 +21,6 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
-
-
-def test_our_model_as_open_clip_s_is_ours_but_for_the_resizing(
-    shards: Path, tokenizer_dir: Path, tmp_path: Path, accelerator: Accelerator
-) -> None:
-    ours = tiny_embedder(tokenizer_dir, batch_size=16)
-    processor = build_processor(ours.model.config, ours.tokenizer)
-    convert_to_open_clip(str(export_model(ours.model, processor, tmp_path / "flip")), tmp_path / "oc")
-    theirs = open_clip_embedder(f"local-dir:{tmp_path / 'oc'}", accelerator)
-    source, captions = TarSource(str(shards)), ["a red disc", "the blue ring", "a grey bar"]
-    assert (theirs.texts(captions) - ours.texts(captions)).abs().max() < 1e-5
-    cropped = [cropped_by_torchvision(source.read(*where).image) for where in SampleNumbers(source)]
-    pixels, vision = torch.from_numpy(np.stack(cropped).astype(np.float32)) / 255, ours.model.config.vision_config
-    pixels = (pixels - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)
-    with torch.no_grad():
-        embeds = normalize(ours.model.get_image_features(pixels.permute(0, 3, 1, 2)).pooler_output, dim=1)
-    assert (theirs.images(source) * embeds).sum(dim=1).min() > 0.99
-
-
-def cropped_by_torchvision(encoded: bytes) -> np.ndarray:
-    """Return the crop of torchvision, which rounds an odd half margin to the even number; the processor's is below."""
-    image = decode_whole(encoded)
-    height, width = (32 * side // min(image.shape[:2]) for side in image.shape[:2])
-    top, left = round((height - 32) / 2), round((width - 32) / 2)
-    return resize(image, (height, width))[top : top + 32, left : left + 32]
 
 
 def vit(**vision: object) -> open_clip.CLIP:

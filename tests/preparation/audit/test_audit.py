@@ -17,9 +17,7 @@ from sklearn.datasets import load_sample_images
 from flipscale.cli import main
 from flipscale.data.sources.tar import TarSource
 from flipscale.preparation.audit import audit as audit_module
-from flipscale.preparation.audit.words import LONG_LETTERS, UNSURE, languages_of, num_letters
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 CAPTIONS = (
     "a woman who is a nurse in a white coat, seen from the side",
     "the man is a firefighter and she is a firefighter too",
@@ -111,19 +109,6 @@ def test_overlap_and_page(audited: dict[str, Any], folder: Path) -> None:
         assert f"]({picture})" in page
         assert np.ptp(np.asarray(Image.open(folder / "audit" / picture))) > 100
     assert "| images of flat that are in the data, of 3 | 2 |" in page
-
-
-@pytest.mark.long
-def test_languages_of_emoji_labels() -> None:
-    """emojibase's labels (MIT) of 25 letters and more, ten at random of each of 22 languages."""
-    labels = json.loads((FIXTURES / "emoji_labels.json").read_text(encoding="utf-8"))
-    pairs = [(text, language) for language, texts in labels.items() for text in texts]
-    assert len(labels) >= 20
-    assert min(num_letters(text) for text, _ in pairs) >= LONG_LETTERS
-    found = list(zip(languages_of([text for text, _ in pairs]), [language for _, language in pairs], strict=True))
-    sure = [told == true for told, true in found if told != UNSURE]
-    assert np.mean(sure) >= 0.95
-    assert len(sure) >= 0.85 * len(pairs)
 
 
 def test_a_sample_of_captions(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
