@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, add_member, check_start, cut, metrics, pretrain, write_shards
+from conftest import COLOURS, SHAPES, add_member, check_start, cut, losses, metrics, pretrain, write_shards
 from distributed.crowd import Crowds
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -60,10 +60,6 @@ def write(write_recipe: Write, labelled: Path, trained_run: Path) -> Write:
         return write_recipe(run_dir, **sections)
 
     return write
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
 
 
 def test_the_loss_is_the_smoothed_cross_entropy() -> None:

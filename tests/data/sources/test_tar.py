@@ -1,6 +1,5 @@
 """Random access to shards through the index beside them."""
 
-import io
 import os
 import pickle
 import tarfile
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import add_member, write_shards
+from evaluation.made_up_sets import npy
 
 from flipscale.data.samples import BadSample
 from flipscale.data.sources import tar as tar_source
@@ -144,12 +144,6 @@ def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.Monk
     source = TarSource(str(tmp_path))
     assert all(source.read(shard, 0).image for shard in (*range(70), *range(70)))
     assert len(source._open) == 64
-
-
-def npy(array: np.ndarray) -> bytes:
-    stored = io.BytesIO()
-    np.save(stored, array, allow_pickle=True)
-    return stored.getvalue()
 
 
 def write(path: Path, **files: bytes) -> TarSource:
