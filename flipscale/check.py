@@ -15,8 +15,8 @@ from flipscale.io.options import Count
 class Check:
     """Check recipes before they wait in a queue: their fields and flags, the launch file and the number of processes.
 
-    All other options are those of `flipscale pretrain`. Data, test sets, GPUs and the Hub stay unopened: whether they
-    are there shows when the run starts. --dry_run of `flipscale pretrain` also computes memory and time.
+    All other options are those of `flipscale pretrain`. Data, test sets, GPUs and the Hub are not opened: only
+    the start of the run shows whether they are there. --dry_run of `flipscale pretrain` also computes memory and time.
 
     Args:
         config: A recipe file or name. Several are checked one after the other, each with the same flags.

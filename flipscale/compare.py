@@ -12,7 +12,7 @@ class Compare:
     """Compare runs by their recipes, curves and last results, and write a page for a browser.
 
     Args:
-        runs: Two or more run directories, finished or not. The first is the one that the others are compared with.
+        runs: Two or more run directories, finished or not. The others are compared with the first.
         out: Page to write.
     """
 

@@ -42,8 +42,8 @@ class Evaluate:
         models: A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or
             any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and
             untrained:FOLDER (random weights). Several models share one table. Name them first, before the options.
-        tasks: Folder in which `flipscale prepare tasks` put the tasks' data. Without --suite and --only, every task
-            prepared there runs. Default: data/tasks.
+        tasks: Folder in which `flipscale prepare tasks` put the tasks' data. Without --suite and --only, all tasks in
+            this folder run. Default: data/tasks.
         suite: Run the prepared tasks of this suite: paper, robustness, fairness, languages, or all.
         only: Run these tasks, such as cars food101.
         zero_shot: Classify the images of these folders, each with KEY.cls and classnames.txt.
@@ -53,18 +53,17 @@ class Evaluate:
             kinds are zero_shot, zero_shot_multilabel, retrieval, multilingual_retrieval, multilingual_zero_shot,
             worst_group, association, few_shot, probe, captioning, likelihood, vqa, classification. May be given several
             times.
-        without: Also report each result without test images that are in the training data. This is the folder that
-            `flipscale prepare audit --tests` wrote.
+        without: Folder that `flipscale prepare audit --tests` wrote. Each result is also reported without the test
+            images that are in the training data.
         output_dir: Write results.md and results.png to this folder, and each model's results.jsonl to its own folder in
             it. By default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.
         batch_size: Images or texts embedded at once.
-        num_workers: Processes that decode images; 0 decodes in this process. Default: its part of the cores, except
-            one.
+        num_workers: Processes that decode images; 0 decodes in this process. Default: its share of the cores, less one.
         image_size: Image size for tasks that set none, a multiple of the patch size. Default: the model's own.
         mask_ratio: Remove this fraction of each image's patches. Several ratios make a table of accuracy against the
             encoder's FLOPs.
-        mask_views: Average the embeddings of this many disjoint views of an image. Each number is tried with each
-            ratio, as far as disjoint views fit.
+        mask_views: Average the embeddings of this many disjoint views of an image. Each number is combined with each
+            ratio that leaves room for disjoint views.
         mask_kind: Kind of masks: random, grid, block or centre.
         json: Print one JSON line instead of a table.
         dry_run: Find the models and the test sets, and evaluate nothing.

@@ -19,10 +19,9 @@ class Export:
         dtype: Data type of the weights.
         interpolate: Mix the weights with those of another model (WiSE-FT), such as the start of a fine-tuning: a run, a
             model folder or a Hub name.
-        alpha: Share of the run's own weights with --interpolate. Several shares get a folder each in --out, such as
-            alpha-0.25.
-        adapter: Write only the changes of a run with optim.lora, as a folder for PEFT, and do not add them to the
-            weights.
+        alpha: Share of the run's own weights with --interpolate. With several shares, each gets its own folder in
+            --out, such as alpha-0.25.
+        adapter: Write a folder for PEFT with only the low-rank changes of a run with optim.lora, without the weights.
         out: Folder to write. Default: RUN_DIR/export-STEP.
     """
 

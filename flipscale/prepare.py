@@ -45,8 +45,8 @@ class Shards:
             image_path, img or picture.
         caption_column: Column of captions. Default: the first one named caption, captions, text, title, txt or
             description. A list of texts holds several captions of one image.
-        labels: Also write classes: `folder` takes each image's folder as its class, another name is a column of the
-            table. Default: no classes.
+        labels: Also write classes. `folder`: an image's class is its folder. Any other name is a column of the table.
+            Default: no classes.
         split: Hold out this share of the images, such as 0.1, as a test set. The folder then has train/ and test/. An
             image's content decides its part, so duplicates stay together.
         dataset_split: Split of a `datasets` data set.
@@ -55,7 +55,7 @@ class Shards:
         pairs_per_shard: Pairs in a shard.
         drop_duplicates: Keep only the first of several images with the same bytes.
         allow_outside: Also read files outside the source's folder, named or linked.
-        max_bad_fraction: Usable pairs are always written. Exit with code 2 if a larger share is unusable.
+        max_bad_fraction: Exit with code 2 if a larger share is unusable, after the usable pairs are written.
         num_workers: Number of worker processes. Default: one for each core.
     """
 
@@ -107,7 +107,7 @@ class Tokenizer:
         shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'. Or a folder of `save_to_disk`
             or Parquet files with images.
         directory: Folder to write, for a recipe's data.tokenizer.
-        vocab_size: Most entries.
+        vocab_size: Largest number of entries.
         begin_and_end: Add the begin and end tokens that a caption decoder needs.
     """
 
@@ -304,21 +304,20 @@ class Embed:
 
     Args:
         shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'.
-        directory: Folder to write. After an interruption, the same command continues. Several processes share the
-            shards.
-        model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as of `flipscale evaluate`.
+        directory: Folder to write. After an interruption, the same command continues. Several processes may run at
+            once; they share the shards.
+        model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as for `flipscale evaluate`.
         features: `embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains.
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's
             own.
         crops: Embed this number of random crops of each image, for data.teachers of a recipe. Default: the whole image.
-        crop_scale: Least and most area of the crops as a fraction of the image's, the recipe's data.crop_scale.
+        crop_scale: Least and most area of the crops as a fraction of the image's, as in the recipe's data.crop_scale.
             Default: 0.5 1.0.
-        no_mirror: Mirror no crop, for data.mirror false; otherwise half of them.
+        no_mirror: Mirror no crop, as with data.mirror false. By default, half of the crops are mirrored.
         seed: Seed of the crops. Default: 0.
         batch_size: Samples embedded at once.
-        num_workers: Processes that decode images; 0 decodes in this process. Default: its part of the cores, except
-            one.
+        num_workers: Processes that decode images; 0 decodes in this process. Default: its share of the cores, less one.
     """
 
     shards: str

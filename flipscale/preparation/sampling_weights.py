@@ -30,15 +30,17 @@ class WeightOptions:
     """The options of `flipscale prepare weights`.
 
     Args:
-        scores: An .npy file of a score for each sample, in the order of the manifest.
+        scores: An .npy file with a score for each sample, in the order of the manifest.
         field: Field of KEY.json with the score. A sample without a number there is never drawn.
         caption_counts: The score is the number of samples with the same caption.
-        at_least: Draw samples of at least this score equally often, and no others. Default: a score is a weight.
-        top: The same for this share of the highest scores.
-        clusters: An .npy file of each sample's cluster, in the order of the manifest. Negative numbers are never drawn.
-        features: Cluster features by k-means: NNNNN.npy of each shard. Keeps clusters.npy. Needs faiss-cpu.
+        at_least: Draw samples of at least this score equally often, and no others. Default: each score is a weight.
+        top: Draw this share of the samples, those of the highest scores, equally often, and no others.
+        clusters: An .npy file with each sample's cluster, in the order of the manifest. Samples with negative numbers
+            are never drawn.
+        features: Folder of features (NNNNN.npy for each shard) to cluster by k-means. Keeps clusters.npy. Needs
+            faiss-cpu.
         num_clusters: Number of clusters of --features.
-        power: Draw a cluster of n samples in proportion to n ** POWER: 1 as the data is, 0 all alike.
+        power: Draw a cluster of n samples in proportion to n ** POWER: 1 keeps the data's shares, 0 makes all equal.
     """
 
     scores: Path | None = None

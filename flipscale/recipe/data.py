@@ -92,14 +92,14 @@ class DataRecipe:
         fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.
         weights: A folder of sampling weights, written by `flipscale prepare weights`. Each epoch draws its samples
-            anew, as often on average as their weights say, and never those of weight 0. Null with `sources`, which may
+            anew, on average in proportion to their weights, and never those of weight 0. Null with `sources`, which may
             have their own.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert`: the original's WordPiece without special tokens.
         captions: Weights of the kinds of captions, such as `{alt: 0.3, synthetic: 0.7}`; each read of a sample draws
-            one. A kind is a field of `KEY.json`, `txt` for the text file, or a column of a dataset. It has a text or a
-            list. Among the kinds that a sample has, the weights keep their proportions. A stage may have its own.
-        image_features: A folder in which `flipscale prepare embed --features pooled` stored what the image tower gives
-            for these shards. The tower then is frozen and not run. It is that of the start weights.
+            one. A kind is a field of `KEY.json`, `txt` for the text file, or a column of a dataset. Its value is a text
+            or a list. If a sample lacks a kind, the others keep their proportions. A stage may have its own weights.
+        image_features: A folder of image features of these shards, stored by `flipscale prepare embed --features
+            pooled` with the start weights. The image tower is then frozen and not run.
         text_features: The same for the captions and the text tower.
         teachers: Folders in which `flipscale prepare embed --crops` stored embeddings of these shards, each by another
             model, for `loss.kind` `infonce`. The student sees one of these crops, and the first caption.
@@ -119,7 +119,7 @@ class DataRecipe:
         shards_per_block: Number of shards shuffled together, summed over all lanes; a lane has at least one. More
             shards take more memory and open files.
         num_workers: Decoding processes of each training process; 0 decodes in the training process. Null is the
-            process's part of the node's cores, except one. Does not change what is learned.
+            process's share of the node's cores, less one. Does not change what is learned.
         cache_dir: A folder on a local disk that keeps fetched shards. Does not change what is learned.
         cache_bytes: Size limit of the cache, in bytes. For each source, it must hold the shards that the node's lanes
             read now and next: by default two for each lane. Does not change what is learned.

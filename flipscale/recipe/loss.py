@@ -20,13 +20,14 @@ class LossRecipe:
         positives: Matches within a batch. `pairs` (the paper's): an image and its own caption. `equal_captions`, of
             `sigmoid`: an image and all captions of the global batch with the same tokens as its own.
         captions_per_image: Number of captions of each image in a step, all positives of it. `infonce` spreads an
-            image's target evenly over them. `sigmoid` labels each as a match. They differ if the sample has as many.
+            image's target evenly over them. `sigmoid` labels each as a match. A caption repeats only if the sample has
+            fewer.
         exchange: Only `gather`, for recipes of earlier runs. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         teacher_weight: The share of the teachers' similarities in the targets of `infonce`, with `data.teachers`. The
-            rest is the pairs' (`flipscale.objectives.contrastive`). Null is 0.75, as MobileCLIP-B has.
-        teacher_temperature: The temperature of all teachers' similarities; null is 1 / `logit_scale` of each.
+            pairs have the rest (`flipscale.objectives.contrastive`). Null is 0.75, as MobileCLIP-B has.
+        teacher_temperature: The temperature of all teachers' similarities; null is 1 / `logit_scale` of each teacher.
         caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
             `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.
         caption_kind: How captions are predicted: `next_token`, `parallel` or `mixed`, as `prediction` of `captioning`.

@@ -42,15 +42,15 @@ class ModelRecipe:
         compile: Compile the blocks, which delays the first steps at each mask ratio. By default on GPUs, except with
             ZeRO-3 and in family `towers`. Does not change what is learned.
         init_from: The start weights: a run, a model folder or a Hub name.
-        text_positions: How the text positions of start weights become longer, where `text_config` has more
-            `max_position_embeddings` than they. `stretched` interpolates all linearly. `longclip` keeps the first 20
+        text_positions: Rule for text positions that the start weights lack, if `text_config` sets a larger
+            `max_position_embeddings`. `stretched` interpolates all positions linearly. `longclip` keeps the first 20
             and stretches the rest, as LongCLIP does (77 become 248).
-        text_rows: `matched` takes the rows of start weights by the pieces of another `data.tokenizer`, and draws the
-            rows of new pieces. By default, both vocabularies must be the same.
-        vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its
-            normalisation of pixels comes with it. The projections are drawn. For family `flip`, a model of flipscale.
+        text_rows: `matched` is for another `data.tokenizer` than the start weights'. Each piece keeps its row of the
+            embedding table; rows of new pieces are drawn. By default, both vocabularies must be the same.
+        vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its pixel
+            normalisation comes with it. The projections are drawn at random. For family `flip`, a model of flipscale.
         text: The text tower of family `towers`, a folder or a Hub name: a text encoder, with its tokenizer. For family
-            `flip`, a model of flipscale. There, one of both may be left out and is drawn.
+            `flip`, a model of flipscale; if you name only `vision` or `text`, the other tower is drawn.
         drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
             its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
             models drop nothing.

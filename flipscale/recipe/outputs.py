@@ -24,9 +24,9 @@ class LogRecipe:
     """The log.
 
     Args:
-        every_samples: Samples between two records of training metrics; 0 for none before the end. By default, each
-            hundredth of the run has one, and each half minute in which no hundredth ended.
-        every_share: Share of a time budget between two records, in place of `every_samples`; 0 leaves it in place.
+        every_samples: Samples between two records of training metrics; 0 for none before the end. By default, a record
+            ends each hundredth of the run, and each half minute without one.
+        every_share: Share of a time budget between two records, in place of `every_samples`; 0 keeps `every_samples`.
         report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
             They receive the recipe as their configuration. wandb, trackio and comet_ml continue a run after a resume.
         hang_seconds: The run ends after this time without progress. Ranks write their stacks at half of it, or
