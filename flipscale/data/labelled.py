@@ -15,7 +15,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.samples import BadSample, Fault, Sample, Source
 from flipscale.io.errors import UserError, needed
 from flipscale.model.configuration_flip import IMAGENET_MEAN
-from flipscale.recipe.data import AugmentRecipe
+from flipscale.recipe.augment import AugmentRecipe
 
 # Score of an answer by the number of people who gave it, 4 or more scoring 1: METER (arXiv 2111.02387).
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from flipscale.data.augment import PictureChanges
 from flipscale.data.captions import UntokenizableCaption, choose_captions, pack_captions, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
@@ -198,11 +200,12 @@ class PairDataset(Dataset):
 
     def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
         """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, its annotation and its fault."""
-        pairs = self._pairs(where)
-        together = max(1, _PIXELS_TOGETHER // self.shape.image_size**2)
+        pairs, size, rows = self._pairs(where), self.shape.image_size, itertools.count()
+        changes = PictureChanges.drawn(self.recipe.augment, self.seed, where, size)
+        together = max(1, _PIXELS_TOGETHER // size**2)
         while group := list(islice(pairs, together)):
             for crop, annotation, fault in group:
-                yield crop.fitted(self.shape.image_size), annotation, fault
+                yield changes.applied(crop.fitted(size), next(rows)), annotation, fault
 
     def _pairs(self, where: np.ndarray) -> Iterator[tuple[Crop, Any, Fault | None]]:
         """Yield the crop of each position, its annotation, and the fault of the sample that they replace."""

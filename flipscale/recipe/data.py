@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.io.options import Bytes, Copies, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
+from flipscale.recipe.augment import AugmentRecipe
 
 _USUAL_LANES = 64
 # The tower of a model whose features are stored, by their folder's name.
@@ -37,27 +38,6 @@ class SourceRecipe:
     caption_columns: list[str] = field(default_factory=lambda: ["caption"])
     weight: Positive | None = None
     weights: str | None = field(default=None, metadata={"place": True})
-
-
-@dataclass(frozen=True)
-class AugmentRecipe:
-    """Augmentation of labelled images beyond crop and mirror, for `loss.kind` `classify`; off by default.
-
-    Args:
-        rand_augment: RandAugment (arXiv 1909.13719) in timm's words; `rand-m9-mstd0.5-inc1` in the paper.
-        mixup_alpha: Mix images and labels of two samples by a share from Beta(alpha, alpha) (arXiv 1710.09412: 0.8).
-        cutmix_alpha: Paste a box from another image and mix the labels by area (arXiv 1905.04899); 1.0 in the paper.
-            With mixup on, each pair of images gets one of the two.
-    """
-
-    rand_augment: str | None = None
-    mixup_alpha: NonNegative = 0.0
-    cutmix_alpha: NonNegative = 0.0
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed."""
-        return self.mixup_alpha > 0.0 or self.cutmix_alpha > 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +92,7 @@ class DataRecipe:
         crop_scale: The least and the most area of the random crop, as a fraction of the image's; 0.5 to 1 in the paper.
         mirror: Whether half of the images are mirrored, as in the paper's pre-training. Turn it off if captions or
             answers mention left or right.
-        augment: Augmentation of labelled images beyond crop and mirror.
+        augment: Augmentation beyond crop and mirror.
         lanes: Number of equal parts of a batch. Each lane reads its own shards, and a node reads only the shards of its
             lanes. Use at least the number of nodes. Null is the largest common divisor of 64 and `global_batch_size`.
             At 1, all nodes read all shards.

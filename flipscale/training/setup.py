@@ -21,7 +21,6 @@ from flipscale.engines.device import can_compile
 from flipscale.engines.launch import Launch, place_in_world
 from flipscale.io.errors import UserError
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.recipe.data import AugmentRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.precomputed import open_features, open_teacher
 from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
@@ -209,8 +208,8 @@ def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfi
                     "other weights than the first; leave one of them out"
                 )
     sampler = StepSampler(0, 0, data.global_batch_size, *place, data.micro_batch_size)
-    if data.augment != AugmentRecipe() and "labels" not in objective.columns:
-        name = next(field for field, value in vars(data.augment).items() if value)
+    name = next((name for name in ("rand_augment", "mixup_alpha", "cutmix_alpha") if getattr(data.augment, name)), "")
+    if name and recipe.loss.kind != "classify":
         raise UserError(
             f"data.augment.{name} is {getattr(data.augment, name)!r}, which is for images with class numbers, and "
             f"loss.kind is {recipe.loss.kind!r}; leave it out, or use loss.kind classify"

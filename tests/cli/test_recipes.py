@@ -13,6 +13,7 @@ from conftest import metrics
 
 from flipscale.cli import main
 from flipscale.objectives.build import build_config
+from flipscale.recipe.augment import AugmentRecipe
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import Recipe, deciding_part, differences, parse_fields, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
@@ -92,7 +93,7 @@ def test_the_paper_s_fine_tuning() -> None:
     assert (stage.last, stage.warmup) == (pytest.approx(50 * epoch, abs=1), pytest.approx(5 * epoch, abs=1))
     optim, augment = recipe.optim, recipe.data.augment
     assert (optim.weight_decay, optim.adam_beta1, optim.adam_beta2, optim.layer_decay) == (0.05, 0.9, 0.999, 0.75)
-    assert dataclasses.astuple(augment) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
+    assert augment == AugmentRecipe("rand-m9-mstd0.5-inc1", 0.8, 1.0)
     assert recipe.loss.options == {"num_classes": 1000, "label_smoothing": 0.1}
     assert (recipe.model.drop_path_rate, stage.mask_ratio) == (0.2, 0.0)
 
@@ -127,7 +128,7 @@ def sections(kind: type = Recipe) -> Iterator[type]:
 def test_the_sections_that_decide() -> None:
     assert {section.__name__ for section in sections()} == {
         *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),
-        *("LoraRecipe", "StageRecipe"),
+        *("LoraRecipe", "StageRecipe", "AffineRecipe", "ColorJitterRecipe"),
     }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", DEMO]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}

@@ -12,7 +12,8 @@ import torch
 from flipscale.data.labelled import Augment, LabelledDataset
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.opening import open_source
-from flipscale.recipe.data import AugmentRecipe, DataRecipe
+from flipscale.recipe.augment import AugmentRecipe
+from flipscale.recipe.data import DataRecipe
 
 PAPER = AugmentRecipe("rand-m9-mstd0.5-inc1", 0.8, 1.0)
 
