@@ -10,21 +10,22 @@ from typing import Any
 import yaml
 
 from flipscale.evaluation.results import RESULTS_FILE, Result
+from flipscale.evaluation.suite import build_tasks
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.console import start_logging
+from flipscale.training.preemption import Stopped
 
 __all__ = ["Recipe", "Result", "evaluate", "read_recipe", "train"]
 
 
 def read_recipe(name: str | Path, **fields: Any) -> Recipe:
-    """Return a recipe, with fields replaced: `read_recipe("small_cpu", **{"data.shards": "data/mine"})`.
+    """Return a recipe, with fields replaced: `read_recipe("small_cpu", **{"data.shards": "data/mine"})`. Raise
+    UserError if the recipe or a field is wrong.
 
     Args:
         name: recipe file, or the name of a recipe of the package.
         fields: values by the names of their flags, without dashes.
-
-    Raises:
-        UserError: the recipe or a field is wrong.
     """
     words = [word for field, value in fields.items() for word in (f"--{field}", _written(value))]
     return parse_recipe(["--config", str(name), *words])
@@ -48,8 +49,6 @@ def train(recipe: Recipe) -> Path:
         OSError: a checkpoint could not be written.
     """
     from flipscale.pretrain import pretrain, write_page
-    from flipscale.training.console import start_logging
-    from flipscale.training.preemption import Stopped
 
     start_logging()
     try:
@@ -64,18 +63,15 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
     """Collective. Return the results of a model, one for each number; other processes than the main one return none.
 
     `pandas.DataFrame(results)` is a table of them. Results of a model folder are kept in it and not computed again.
+    Raise UserError if the model or the data of a task cannot be used.
 
     Args:
         model: run, model folder, Hub name, `open_clip:NAME,PRETRAINED` or `hf:NAME`.
         tasks: names of tasks' pages or their fields, as `eval.tasks` of a recipe.
-
-    Raises:
-        UserError: the model or the data of a task cannot be used.
     """
     from flipscale.engines.build import start_accelerator
     from flipscale.evaluate import name_models
     from flipscale.evaluation.model_results import evaluate_model
-    from flipscale.evaluation.suite import build_tasks
     from flipscale.hub.loading import open_embedder
 
     built = build_tasks(tasks)

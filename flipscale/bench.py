@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Pairs, ShareBelowOne, Threads
 
@@ -89,7 +90,6 @@ class BenchGpu:
         from flipscale.checks.bench import as_json, report, run_checks
         from flipscale.checks.node import Bench
         from flipscale.engines.launch import whole_number
-        from flipscale.io.atomic import write_text
         from flipscale.runs.complete_recipe import parse_recipe
 
         if (nodes := whole_number(os.environ, "GROUP_WORLD_SIZE", 1)) > 1:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flipscale.io.command_line import parse_known
+from flipscale.io.errors import UserError
+from flipscale.io.model_folder import local_folder
 from flipscale.io.options import Count
 
 
@@ -40,8 +42,6 @@ def main(arguments: Sequence[str]) -> None:
     flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
     from flipscale.engines.build import engine_class
     from flipscale.evaluation.suite import check_image_sizes
-    from flipscale.io.errors import UserError
-    from flipscale.io.model_folder import local_folder
     from flipscale.planning.budget import with_time_shares
     from flipscale.planning.dry_run import planned_launch
     from flipscale.runs.complete_recipe import parse_recipe

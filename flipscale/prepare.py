@@ -6,8 +6,14 @@ import os
 import time
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from flipscale.data.samples import Source
+from flipscale.data.sources.opening import open_shards, open_source
+from flipscale.data.sources.remote import RemoteTarSource
+from flipscale.data.sources.tar import TarSource
+from flipscale.data.task_page import pages_table, read_page, suite_pages
+from flipscale.io.atomic import new_folder
 from flipscale.io.command_line import OutputFolder
 from flipscale.io.cores import decoding_workers, usable_cores
 from flipscale.io.errors import UserError
@@ -24,10 +30,12 @@ from flipscale.io.options import (
     Threads,
     Workers,
 )
-from flipscale.preparation.sampling_weights import WeightOptions
-
-if TYPE_CHECKING:
-    from flipscale.data.samples import Source
+from flipscale.preparation.lists import open_pairs, printable, source_of
+from flipscale.preparation.resize import resize_shards
+from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
+from flipscale.preparation.task_sets import prepare_tasks
+from flipscale.recipe.data import DataRecipe
 
 Names = list[str]  # because a field of `Tasks` is called list
 
@@ -77,9 +85,6 @@ class Shards:
 
     def run(self) -> None:
         """Write the shards, and print reports of them."""
-        from flipscale.preparation.lists import open_pairs, printable
-        from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
-
         options = ShardOptions(
             *(self.short_side, self.jpeg_quality, self.pairs_per_shard, self.drop_duplicates, self.allow_outside),
             *(self.labels, self.split),
@@ -120,7 +125,6 @@ class Tokenizer:
     def run(self) -> None:
         """Train the tokenizer, and print its size."""
         from flipscale.data.tokenizers import train_sentencepiece
-        from flipscale.io.atomic import new_folder
         from flipscale.model.configuration_flip import FlipTextConfig
         from flipscale.preparation.inspection import read_captions
 
@@ -161,7 +165,6 @@ class Inspect:
 
     def run(self) -> None:
         """Print the figures, and draw the sheet."""
-        from flipscale.data.sources.tar import TarSource
         from flipscale.data.tokenizers import load_tokenizer
         from flipscale.preparation.inspection import inspect_shards, inspection_table
 
@@ -192,7 +195,6 @@ class Audit:
 
     def run(self) -> None:
         """Write the audit, and print its summary."""
-        from flipscale.data.sources.opening import open_shards
         from flipscale.preparation.audit.audit import audit, find_test_sets, summary
 
         test_sets = find_test_sets(self.tests) if self.tests else {}
@@ -221,9 +223,6 @@ class Tasks:
 
     def run(self) -> None:
         """Download the test sets, or print the tasks."""
-        from flipscale.data.task_page import pages_table, read_page, suite_pages
-        from flipscale.preparation.task_sets import prepare_tasks
-
         if self.suite and self.only:
             raise UserError("--suite and --only exclude each other; give one of them")
         pages = [read_page(name) for name in self.only] or suite_pages(self.suite or "all")
@@ -257,9 +256,6 @@ class Resize:
 
     def run(self) -> None:
         """Write the smaller shards, and print what was saved."""
-        from flipscale.preparation.resize import resize_shards
-        from flipscale.preparation.shard_writer import ShardOptions
-
         options = ShardOptions(short_side=self.short_side, jpeg_quality=self.jpeg_quality)
         total = resize_shards(self.shards, self.directory, options, self.num_workers)
         print(
@@ -287,9 +283,6 @@ class Weights(WeightOptions):
 
     def run(self) -> None:
         """Write the weights, and print the composition of an epoch."""
-        from flipscale.io.atomic import new_folder
-        from flipscale.preparation.sampling_weights import make_weights
-
         options = WeightOptions(**{name: getattr(self, name) for name in WeightOptions.__dataclass_fields__})
         options.check()
         with new_folder(self.directory) as folder:
@@ -338,7 +331,6 @@ class Embed:
         """Store the features, and print the speed."""
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
         from flipscale.data.features import TeacherCrops
-        from flipscale.data.sources.tar import TarSource
         from flipscale.engines.build import start_accelerator
         from flipscale.evaluation.precompute_features import precompute_features
         from flipscale.hub.loading import open_embedder
@@ -379,9 +371,6 @@ class Index:
 
     def run(self) -> None:
         """Write the index, and print the faults of the shards."""
-        from flipscale.data.sources.opening import open_shards
-        from flipscale.data.sources.remote import RemoteTarSource
-
         source = open_shards(self.shards, anew=True)
         if isinstance(source, RemoteTarSource):
             source.publish()
@@ -403,15 +392,8 @@ COMMANDS = {
 }
 
 
-def _open(shards: str, max_bad_fraction: float = 1.0) -> "Source":
-    """Return the source of shards, a saved data set or Parquet files. Shards that cannot be read are left out.
-
-    Raises:
-        UserError: there are no shards, or more than `max_bad_fraction` of them cannot be read.
-    """
-    from flipscale.data.sources.opening import open_source
-    from flipscale.preparation.lists import source_of
-    from flipscale.recipe.data import DataRecipe
-
+def _open(shards: str, max_bad_fraction: float = 1.0) -> Source:
+    """Return the source of shards, a saved data set or Parquet files. Shards that cannot be read are left out. Raise
+    UserError if there are no shards, or more than `max_bad_fraction` of them cannot be read."""
     data = DataRecipe(sources=[source_of(shards)], lanes=1, shards_per_block=1, max_bad_fraction=max_bad_fraction)
     return open_source(data)

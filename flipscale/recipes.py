@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 
 from flipscale.io.text_table import plain_table
+from flipscale.recipe.files import read_recipe
+from flipscale.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,6 @@ class Recipes:
 
     def run(self) -> None:
         """Print a line for each recipe, then the launch commands, the last lines of their first comments."""
-        from flipscale.recipe.files import read_recipe
-        from flipscale.recipe.recipe import Recipe
-
         rows, launches = [["recipe", "size", "trains"]], dict[str, list[str]]()
         for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -71,12 +71,10 @@ def _show(args: Status) -> bool:
 def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     """Return the state of a run at `now` (seconds since 1970), ready for JSON; unknown values are None.
 
-    `state` is `done`, `running`, `stopped` (by request), `dead` (failed, killed or silent) or `starting`.
-    `has_process` is whether a process trains there; None if this machine cannot tell. Speed, loss and the like belong
-    to the last interval; counts of bad samples and steps are sums over the run. The Slurm script counts `num_crashes`.
-
-    Raises:
-        UserError: the folder is not a run directory, or its recipe is damaged.
+    `state` is `done`, `running`, `stopped` (by request), `dead` (failed, killed or silent) or `starting`. `has_process`
+    is whether a process trains there; None if this machine cannot tell. Speed, loss and the like belong to the last
+    interval; counts of bad samples and steps are sums over the run. The Slurm script counts `num_crashes`. Raise
+    UserError if the folder is not a run directory, or its recipe is damaged.
     """
     run, crashes = RunSummary(run_dir), run_dir / "slurm/crashes"
     starts, is_alive = run.starts, is_holder_alive(run_dir / "run.lock")

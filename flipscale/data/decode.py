@@ -154,7 +154,7 @@ def decode_crop(
     """Return the crop of an image. A crop of a large image is `fitted` already, so that it holds no other memory.
 
     For a random crop, a JPEG is decoded at half, a quarter or an eighth of its size if the crop still has `image_size`
-    pixels across.
+    pixels across. Raise UndecodableImage if the bytes are no image, or a damaged or an oversized one.
 
     Args:
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop, mirrored if the last is below 0.5; None for the
@@ -162,9 +162,6 @@ def decode_crop(
         crop_scale: least and most area of a random crop as fractions of the image's.
         squash: whether the whole image takes the place of its centre, as in SigLIP.
         fallback_size: size in place of `image_size` for the fallback of `random_box`.
-
-    Raises:
-        UndecodableImage: the bytes are no image, or a damaged or an oversized one.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:

@@ -64,14 +64,12 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 class PrecomputedFeatures:
-    """The stored features of one tower, mapped to memory shard by shard.
+    """The stored features of one tower, mapped to memory shard by shard. Raise UserError if `prepare embed` has not
+    written such features there, or not all of them.
 
     Args:
         tower: `images` or `texts`.
         sizes: number of samples of each shard.
-
-    Raises:
-        UserError: `prepare embed` has not written such features there, or not all of them.
     """
 
     def __init__(self, folder: Path, tower: str, sizes: Sequence[int]):

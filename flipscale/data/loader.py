@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Fault
+from flipscale.io.cores import end_with_parent
 from flipscale.io.errors import UserError
-from flipscale.io.processes import end_with_parent
 from flipscale.recipe.data import divisors_around
 
 _ALIGNMENT = 64

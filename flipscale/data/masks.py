@@ -22,10 +22,8 @@ _LARGEST_CELL = 16
 def grid(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
     """Score each patch by its rank in its cell of a regular grid, so that every cell keeps the same number.
 
-    At 50 %, one of two neighbours is kept; at 75 %, one of a 2 x 2 square.
-
-    Raises:
-        UserError: no grid keeps `kept` patches (`grid_cell`).
+    At 50 %, one of two neighbours is kept; at 75 %, one of a 2 x 2 square. Raise UserError if no grid keeps `kept`
+    patches (`grid_cell`).
     """
     batch, rows, columns = noise.shape
     height, width = grid_cell(rows, columns, kept)
@@ -140,15 +138,13 @@ def keep_patches(noise: torch.Tensor, mask_ratio: float, kind: str = "random", v
 
 
 def keep_tokens(noise: torch.Tensor, attention_mask: torch.Tensor, mask_ratio: float, kind: str) -> torch.Tensor:
-    """Return the kept tokens of each caption: int64 `(batch, num_kept)`, ascending (paper, Table 1c).
+    """Return the kept tokens of each caption: int64 `(batch, num_kept)`, ascending (paper, Table 1c). Raise ValueError
+    if `mask_ratio` is outside of [0, 1) or leaves no token.
 
     Args:
         noise: uniform numbers in [0, 1), `(batch, tokens)`.
         attention_mask: `(batch, tokens)`, 0 for padding.
         mask_ratio: fraction of all tokens removed, padding included, in [0, 1).
-
-    Raises:
-        ValueError: `mask_ratio` is outside of [0, 1) or leaves no token.
     """
     kept = num_kept(noise.shape[1], mask_ratio, "tokens")
     scores = TEXT_MASKS[kind](noise, attention_mask)

@@ -285,11 +285,8 @@ def caption_ids(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_kinds(source: Source, names: Sequence[str]) -> None:
-    """Log how many of the first samples of a source have each of some kinds of captions.
-
-    Raises:
-        UserError: none of them has a kind.
-    """
+    """Log how many of the first samples of a source have each of some kinds of captions. Raise UserError if none of
+    them has a kind."""
     counts, total = dict.fromkeys(names, 0), 0
     for place in islice(SampleNumbers(source), _SAMPLES_WITH_KINDS if names else 0):
         with suppress(BadSample):

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+from huggingface_hub import hf_hub_download
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -140,9 +143,6 @@ def train_sentencepiece(
         max_length: tokens after which a caption is cut; the tokenizer stores it.
         begin_and_end: whether to reserve tokens 2 and 3 for begin and end of captions. The tokenizer does not add them.
     """
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
-
     captions = list(captions)
     if not captions:
         raise UserError("captions is empty; a tokenizer needs some text to be trained on")
@@ -191,8 +191,6 @@ def _seed_pieces(captions: list[str]) -> str:
     The trainer's own list counts each distinct word once, so it lacks every word that is not part of a longer one. On
     captions of a few words, it lacks two words in three.
     """
-    import sentencepiece
-
     normalizer = sentencepiece.SentencePieceNormalizer(rule_name=_NORMALIZATION)
     words: Counter[str] = Counter()
     for caption in captions:
@@ -281,8 +279,6 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
         return path
     if path.suffix == ".txt" or is_path(str(name_or_vocab_file)):
         raise UserError(f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, its folder, or ORG/NAME")
-    from huggingface_hub import hf_hub_download
-
     guard_requests()
     try:
         return Path(hf_hub_download(str(name_or_vocab_file), "vocab.txt"))

@@ -32,10 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors import safe_open
 
 import flipscale
+from flipscale.engines.build import gather_objects
 from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import (
     CHUNK_BYTES,
@@ -213,10 +215,8 @@ class CheckpointWriter:
     def commit(self) -> int | None:
         """Collective. Finish the checkpoint that `save` began, and remove checkpoints past `total_limit`.
 
-        Return its step, or None if there was nothing to finish.
-
-        Raises:
-            OSError: the disk is full or not writable; earlier checkpoints still exist.
+        Return its step, or None if there was nothing to finish. Raise OSError if the disk is full or not writable;
+        earlier checkpoints still exist.
         """
         if self._thread is None:
             return None
@@ -267,9 +267,7 @@ class CheckpointWriter:
 
     def _agree(self) -> dict[str, FileDigest]:
         """Collective. Return the digests of all processes' files. Raise on all if a write failed on one."""
-        from accelerate.utils import gather_object
-
-        reports = gather_object([(self._digests, self._error)])
+        reports = gather_objects([(self._digests, self._error)])
         for _, error in reports:
             if error is not None:
                 raise self._failure(error)
@@ -392,7 +390,6 @@ def _checked_state(
     accelerator: "Accelerator", checkpoint: Path, check: Callable[[Contents], None]
 ) -> Mapping[str, Any]:
     """Collective. Return the state of a whole checkpoint. Raise CorruptFile on all processes if it is damaged."""
-    from accelerate.utils import gather_object
 
     def read() -> Contents:
         found = contents(checkpoint)
@@ -408,7 +405,7 @@ def _checked_state(
         pass  # a part is missing here, so the whole share counts as damaged
     except OSError as error:
         failure = str(error)
-    reports = gather_object([(f"process {rank} on {platform.node()}", failure, damaged)])
+    reports = gather_objects([(f"process {rank} on {platform.node()}", failure, damaged)])
     for place, failure, _ in reports:
         if failure:
             raise OSError(f"{failure}, {place}")
@@ -453,15 +450,15 @@ def _set_aside(checkpoint: Path) -> str:
 
 def from_main_process(accelerator: "Accelerator", ask: Callable[[], Any]) -> Any:
     """Collective. Return on all processes the result of `ask` on the first process, or raise its error on all."""
-    from accelerate.utils import broadcast_object_list
-
     answer: list[Any] = [None]
     if accelerator.is_main_process:
         try:
             answer = [ask()]
         except (OSError, ValueError, CorruptFile) as error:
             answer = [error]
-    (result,) = broadcast_object_list(answer)
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(answer)
+    (result,) = answer
     if isinstance(result, Exception):
         raise result
     return result

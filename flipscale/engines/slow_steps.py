@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from flipscale.engines.build import gather_objects
 from flipscale.engines.watchdog import Watchdog
 from flipscale.io import atomic, json_lines
 
@@ -278,8 +279,6 @@ def slow_step_record(accelerator: "Accelerator", window: Window, phases: PhaseLo
     the straggler's delay, or the time that all spent in one place. `collective` is the one that the straggler reached
     late, or that all ranks were in or just left.
     """
-    from accelerate.utils import gather_object
-
     slowest, place, collective = _find_slowest(window)
     here, whole = phases.seconds(*place), phases.seconds(window.first_ns, window.last_ns)
     for first, last in window.pauses:
@@ -287,7 +286,7 @@ def slow_step_record(accelerator: "Accelerator", window: Window, phases: PhaseLo
         whole = {phase: spent - paused[phase] for phase, spent in whole.items()}
     spent = {f"{name}_s": round(seconds, 4) for name, seconds in {"step": window.seconds, **whole}.items()}
     mine = {"rank": accelerator.process_index, "host": platform.node(), **spent}
-    ranks, phase_of = map(list, zip(*gather_object([(mine, max(here, key=here.__getitem__))]), strict=True))
+    ranks, phase_of = map(list, zip(*gather_objects([(mine, max(here, key=here.__getitem__))]), strict=True))
     if len(ranks) == 1:
         slowest = Parting(0, 0, window.seconds - window.usual_s)
     late, phase = None if slowest is None else slowest.rank, None
@@ -313,19 +312,17 @@ def _find_slowest(window: Window) -> tuple[Parting | None, tuple[int, int], str 
 
     Without equal records of collectives on all processes, this is None and the whole iteration.
     """
-    from accelerate.utils import gather_object
-
     collectives = recorded_collectives()
     times = [time_ns for time_ns, _ in collectives if window.has(time_ns)]
     names = [name for time_ns, name in collectives if window.has(time_ns)]
     earlier = [time_ns for time_ns, _ in collectives if time_ns < window.first_ns][-_COMPARED:]
-    known = gather_object([(zlib.crc32(" ".join(names).encode()), len(names), len(earlier))])
+    known = gather_objects([(zlib.crc32(" ".join(names).encode()), len(names), len(earlier))])
     if not names or any(others[:2] != known[0][:2] for others in known):
         return None, (window.first_ns, window.last_ns), None
     compared = min(number for *_, number in known)
     stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
     # float64 holds differences of times, but not times since 1970 in nanoseconds.
-    everyones = np.array(gather_object([stamps]), dtype=np.int64)
+    everyones = np.array(gather_objects([stamps]), dtype=np.int64)
     seconds = (everyones - everyones[0, compared]) / 1e9
     clocks, edges = seconds[:, :compared], seconds[:, compared:]
     offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))

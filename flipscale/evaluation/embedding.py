@@ -16,6 +16,7 @@ from flipscale.data.decode import UndecodableImage, rgb_pixels
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar import TarSource
+from flipscale.engines.build import gather_objects
 from flipscale.evaluation.whole_images import Decoder, WholeImages, decoded_batches, dummy_batch, whole_square
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress, each
@@ -310,8 +311,6 @@ class Embedder:
     def agreed(self, make: Callable[[], Value]) -> Value:
         """Collective. Return the result of `make`. If it raised UserError or OSError on any process, all raise it,
         because a process that stopped alone would leave the others waiting."""
-        from accelerate.utils import gather_object
-
         made, faults = None, list[tuple[bool, str]]()
         try:
             made = make()
@@ -320,7 +319,7 @@ class Embedder:
                 raise
             faults = [(isinstance(error, OSError), str(error))]
         if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
-            is_of_system, text = min(gather_object(faults))
+            is_of_system, text = min(gather_objects(faults))
             raise (OSError if is_of_system else UserError)(text)
         return cast(Value, made)
 

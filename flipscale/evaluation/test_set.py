@@ -20,6 +20,7 @@ from flipscale.data.sources.opening import READ, open_shards
 from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
+from flipscale.engines.build import gather_objects
 from flipscale.evaluation.embedding import Embedder, Value
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.atomic import write_text
@@ -86,10 +87,8 @@ class TestSet:
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
         """Collective. Return the captions of every image: the lines of its `KEY.txt`, blank ones too."""
-        from accelerate.utils import gather_object
-
         mine = of_my_rows(embedder, self.source, self.captions_of)
-        pairs = gather_object(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
+        pairs = gather_objects(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
         return [lines for _, lines in sorted(pairs)]
 
     def label(self, num_classes: int, shard: int, number: int) -> int:

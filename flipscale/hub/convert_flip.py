@@ -120,10 +120,8 @@ Arrays = Mapping[str, StoredArray]
 def open_flip_checkpoint(path: Path) -> Arrays:
     """Return all parameters of a checkpoint by the original's names (`img_encoder/cls`), without reading their values.
 
-    `path` is the folder `checkpoint_N`, or a folder or zip that contains it at any depth.
-
-    Raises:
-        UserError: there is no checkpoint or more than one, or as `StoredArray`.
+    `path` is the folder `checkpoint_N`, or a folder or zip that contains it at any depth. Raise UserError if there is
+    no checkpoint or more than one, or as `StoredArray`.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; name a checkpoint_N folder of the original FLIP, or its zip")
@@ -152,14 +150,12 @@ def convert_flip_checkpoint(
     """Convert the checkpoint `src` to the model folder `dst`, with a card for its licence, and return the model.
 
     All shapes are checked first. Then values are read one array at a time, so that memory holds the model once. The
-    folder has a processor if a tokenizer is given or, for a named size, if the original's can be downloaded.
+    folder has a processor if a tokenizer is given or, for a named size, if the original's can be downloaded. Raise
+    UserError if the heads, arrays or positions fit no FLIP model; see `open_flip_checkpoint` and `build_processor`.
 
     Args:
         src: see `open_flip_checkpoint`.
         size: model size: b16, l16 or h14. The arrays lack the numbers of heads, so this or both numbers are needed.
-
-    Raises:
-        UserError: the heads, arrays or positions fit no FLIP model; see `open_flip_checkpoint` and `build_processor`.
     """
     arrays = open_flip_checkpoint(Path(src))
     config = _config(arrays, size, image_heads, text_heads)

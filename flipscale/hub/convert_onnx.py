@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase, VisionTextDualEncoderModel
 
@@ -129,8 +130,6 @@ def _own_graphs(config: Any) -> list[_Graph]:
 
 def _write_for_immich(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Write the other files of Immich's layout. Raise UserError if its reading of the tokenizer gives other ids."""
-    from tokenizers import Tokenizer
-
     vision, length = config.vision_config, config.caption_config.max_position_embeddings
     preprocess = {
         "size": [vision.image_size] * 2,

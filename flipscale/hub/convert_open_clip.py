@@ -47,9 +47,7 @@ def convert_to_open_clip(src: str, dst: Path | str) -> Any:
     """Convert the model of the folder or Hub name `src` to the folder `dst`, and return the model.
 
     The folder has `open_clip_config.json`, `open_clip_model.safetensors`, tokenizer and card, as open_clip loads it.
-
-    Raises:
-        UserError: `src` has no model or no tokenizer, open_clip cannot express the model, or `dst` exists.
+    Raise UserError if `src` has no model or no tokenizer, open_clip cannot express the model, or `dst` exists.
     """
     dst = Path(dst)
     with new_folder(dst) as folder:

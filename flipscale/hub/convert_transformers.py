@@ -49,16 +49,14 @@ _NAMES = [
 
 
 def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
-    """Convert a model that open_clip knows to the model folder `dst`, with its processor.
+    """Convert a model that open_clip knows to the model folder `dst`, with its processor. Raise UserError if open_clip
+    cannot load the model, its towers or its tokenizer have no counterpart, or `dst` exists.
 
     Args:
         name: `NAME,PRETRAINED`, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
 
     Returns:
         Largest difference of the embeddings of images and of texts.
-
-    Raises:
-        UserError: open_clip cannot load the model, its towers or its tokenizer have no counterpart, or `dst` exists.
     """
     dst = Path(dst)
     if dst.exists():

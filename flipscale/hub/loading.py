@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lower_case
+from flipscale.engines.build import gather_objects
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
@@ -147,14 +148,12 @@ def check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[Fl
 
 
 def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a model, after a trial with a text and an image.
+    """Return the embedder of a model, after a trial with a text and an image. Raise UserError if the model cannot be
+    loaded, or does not embed.
 
     Args:
         name: model folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, `hf:NAME`, or a baseline: `pixels`, `hog`
             or `untrained:FOLDER` (random weights).
-
-    Raises:
-        UserError: the model cannot be loaded, or does not embed.
     """
     if name in PLAIN:
         return plain_embedder(name, accelerator, batch_size, num_workers)
@@ -191,12 +190,10 @@ def _tried(embedder: Embedder) -> Embedder:
 
 def open_together(open_one: Callable[[], Embedder]) -> Embedder | UserError | OSError:
     """Collective. Return the embedder that a function opens, or the first error on every process if any has one."""
-    from accelerate.utils import gather_object
-
     faults: list[tuple[type[UserError | OSError], str]] = []
     try:
         embedder = open_one()
     except (ValueError, OSError) as error:
         faults = [(OSError if isinstance(error, OSError) else UserError, str(error))]
-    faults = gather_object(faults)
+    faults = gather_objects(faults)
     return faults[0][0](faults[0][1]) if faults else embedder

@@ -131,10 +131,8 @@ def open_repo(target: Target) -> str:
 def open_target(recipe: HubRecipe, resumes: bool) -> None:
     """Check the audit of a run and create the repository of its pushes, so that training does not begin in vain.
 
-    Only rank 0 creates it. The run goes on if the Hub cannot be reached. A resumed run always goes on.
-
-    Raises:
-        UserError: the audit is unusable, or as `open_repo`.
+    Only rank 0 creates it. The run goes on if the Hub cannot be reached. A resumed run always goes on. Raise UserError
+    if the audit is unusable, or as `open_repo`.
     """
     if recipe.audit:
         read_audit(recipe.audit)

@@ -1,12 +1,16 @@
-"""The cores of this process, and the workers that they feed."""
+"""The cores of this process, the workers that they feed, and the end of workers with their parent."""
 
+import ctypes
 import math
+import multiprocessing
 import os
+import signal
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _VERSION_1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 
 
@@ -58,3 +62,12 @@ def _quota() -> float:
             allowed, period = map(int, " ".join(file.read_text(encoding="ascii") for file in files).split())
             quotas += [allowed / period] if allowed > 0 else []
     return min(quotas)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that started it ends, even if this process is suspended."""
+    with suppress(OSError, AttributeError):  # a system without prctl
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it ended before the call
+        os._exit(1)

@@ -56,14 +56,12 @@ def read(path: Path, *needed: str, **kinds: Any) -> list[dict[str, Any]]:
     """Return the records of a file, none without a file.
 
     A full disk, a kill or an editor can leave lines that are no records. They are skipped, and counted in a warning. A
-    last line without an end is skipped silently, because its writer may be at work.
+    last line without an end is skipped silently, because its writer may be at work. Raise UserError if `path` is a
+    folder, a pipe or a device.
 
     Args:
         needed: fields that a record must have.
         kinds: types of fields: `step=int`, or `position=int | None` for a field that a record may lack.
-
-    Raises:
-        UserError: `path` is a folder, a pipe or a device.
     """
     return list(iterate(path, *needed, **kinds))
 

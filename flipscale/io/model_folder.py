@@ -11,6 +11,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_plain, quoted
 from flipscale.io.hub_requests import NO_HUB, guard_requests, http_failure
@@ -78,9 +82,6 @@ def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
     """
     if (folder := local_folder(name)) is not None:
         return folder
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
     guard_requests()
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "*.bf16*"]))
@@ -117,10 +118,8 @@ def _refuse_adapter(name: str, folder: Path) -> None:
 def check_folder(folder: Path) -> list[Path]:
     """Return the weight files of a complete model folder.
 
-    A complete folder has a configuration and all weights as safetensors files of full length.
-
-    Raises:
-        UserError: a file is missing, damaged, cut short or outside of the folder, or the weights are only a pickle.
+    A complete folder has a configuration and all weights as safetensors files of full length. Raise UserError if a file
+    is missing, damaged, cut short or outside of the folder, or the weights are only a pickle.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json and is no model folder; download or export it again")
@@ -205,8 +204,6 @@ def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_shapes(file: Path) -> dict[str, list[int]]:
     """Return the shape of each weight in a safetensors file of full length, or raise UserError."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, "np") as weights:
             return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
@@ -216,8 +213,6 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
 
 def open_weights(folder: Path) -> dict[str, Any]:
     """Return the open file of each weight of a complete model folder. It reads one tensor at a time."""
-    from safetensors import safe_open
-
     files = [safe_open(file, "pt") for file in check_folder(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 

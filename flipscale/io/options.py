@@ -68,14 +68,12 @@ MinutesAboveZero = Annotated[float, Range(above=0, at_most=1_000_000)]
 
 
 def check_ranges(value: Any, path: str = "") -> None:
-    """Raise unless each number in a dataclass, and in nested dataclasses, is in the range of its type.
+    """Raise UserError if a number in a dataclass, or in nested dataclasses, is out of the range of its type, a required
+    field is null, or a text has a control character.
 
     Args:
         value: a dataclass, or a list of dataclasses.
         path: name of `value` for messages, such as `data`; empty for a whole recipe.
-
-    Raises:
-        UserError: a number is out of range, a required field is null, or a text has a control character.
     """
     for name, number, allowed in _numbers(value, type(value), path):
         if number not in allowed:

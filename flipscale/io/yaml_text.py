@@ -58,15 +58,12 @@ def read_saved_recipe(file: Path) -> dict[str, Any]:
 
 def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> yaml.Node | None:
     """Return the content of YAML; None if it is empty. Raise UserError if it is nested too deep, grows too large by its
-    aliases, gives a key twice, or has a tag such as `!!python/object`.
+    aliases, gives a key twice, or has a tag such as `!!python/object`. Raise YAMLError if the text is not YAML.
 
     Args:
         text: YAML, which is parsed without making objects.
         where: start of the messages.
         refuses_surprises: whether to refuse numbers that YAML reads differently from people, such as 010.
-
-    Raises:
-        YAMLError: the text is not YAML.
     """
     sizes: dict[yaml.Node, int] = {}  # number of values in each node; 0 while its values are counted
 

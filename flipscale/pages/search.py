@@ -67,10 +67,7 @@ class Search(NamedTuple):
 def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> EmbeddedPictures:
     """Return the embeddings of all pictures, from the file `cache` if it fits this model and these pictures.
 
-    New embeddings are written there.
-
-    Raises:
-        UserError: no picture can be decoded, or `cache` is another file.
+    New embeddings are written there. Raise UserError if no picture can be decoded, or `cache` is another file.
     """
     stored = _load(cache)
     weights = embedder.model.state_dict()

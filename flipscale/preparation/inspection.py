@@ -44,15 +44,13 @@ class Checked(NamedTuple):
 def inspect_shards(
     source: Source, sheet: Path | None, tokenizer: PreTrainedTokenizerBase | None = None, max_samples: int = 0
 ) -> dict[str, Any]:
-    """Return figures of the samples as JSON values, and draw 24 samples with their captions.
+    """Return figures of the samples as JSON values, and draw 24 samples with their captions. Raise UserError if there
+    is no sample, or `sheet` cannot be written.
 
     Args:
         sheet: PNG file to draw; None draws none.
         tokenizer: tokenizer that counts tokens, special ones included.
         max_samples: number of samples to check, evenly spread; 0 checks all.
-
-    Raises:
-        UserError: there is no sample, or `sheet` cannot be written.
     """
     if sheet is not None:
         check_png_path(sheet, "--sheet")

@@ -141,16 +141,14 @@ def open_pairs(
     allow_outside: bool = False,
     labels: str | None = None,
 ) -> PairSource:
-    """Return the pairs of a folder of images, a table, or a `datasets` data set, saved or on the Hub.
+    """Return the pairs of a folder of images, a table, or a `datasets` data set, saved or on the Hub. Raise UserError
+    if the source is missing, lacks a column, or has no images or no captions.
 
     Args:
         source: folder, table or name.
         image_column, caption_column: by default the first column with a usual name.
         allow_outside: whether to read files outside the folder of the list, named by a path or a link.
         labels: column of classes, or `folder` for class folders.
-
-    Raises:
-        UserError: the source is missing, lacks a column, or has no images or no captions.
     """
     path, asked = Path(source), {"image": image_column, "caption": caption_column, "label": labels}
     if path.is_dir():
@@ -267,9 +265,7 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
     """Return the images below a folder, in the layout that is recognised.
 
     Everything that is named like an image is listed, and so are folders that cannot be listed; reading them fails.
-
-    Raises:
-        UserError: there are images, but nothing that can be their captions.
+    Raise UserError if there are images, but nothing that can be their captions.
     """
     files, tables, num_captioned = _walk(root)
     if num_captioned or not files:
@@ -317,14 +313,12 @@ def _class_of(file: str) -> str:
 
 
 def find_columns(source: str, names: Sequence[str], asked: dict[str, str | None]) -> dict[str, str]:
-    """Return the columns of `image`, `caption` and, if asked for, `label`.
+    """Return the columns of `image`, `caption` and, if asked for, `label`. Raise UserError if a column is missing, or
+    its name is not unique.
 
     Args:
         names: all columns of the list `source`.
         asked: column by kind; None stands for the first column with a usual name, or no classes.
-
-    Raises:
-        UserError: a column is missing, or its name is not unique.
     """
     columns: dict[str, str] = {}
     for kind, flag in _FLAGS.items():

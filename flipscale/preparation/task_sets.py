@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
+from huggingface_hub import HfApi, constants, errors, hf_hub_download
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from PIL import Image
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import SampleNumbers, one_line_reason
@@ -219,9 +222,6 @@ def list_files(repo: str, revision: str) -> tuple[str, list[HubFile]]:
         UserError: there is no such repository or revision, or it may not be read.
         OSError: the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
     files = []
     try:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_LIST_SECONDS)
@@ -244,9 +244,6 @@ def _download(repo: str, commit: str, file: HubFile, path: Path, folder: Path) -
         WrongFile: the file differs from the one that the Hub lists.
         OSError: the Hub cannot be reached, or the disk is full.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
     if file.is_whole(path):
         return
     remove(folder)  # because a file of a killed run is downloaded anew
@@ -271,8 +268,6 @@ def _download(repo: str, commit: str, file: HubFile, path: Path, folder: Path) -
 
 def _explained(error: Exception, repo: str, revision: str) -> Exception:
     """Return the error to raise for a failed request: a UserError if the user can correct it, else an OSError."""
-    from huggingface_hub import constants, errors
-
     cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
     where = f"data set {repo} at {constants.ENDPOINT}"
     correctable = {
@@ -399,11 +394,8 @@ def _remove_leftovers(place: Path) -> None:
 
 def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:
     """Write the parquet files of a split as `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`, and return the names
-    of the classes; None if the files have only their numbers. A kill leaves the folder as it was.
-
-    Raises:
-        UserError: a column is missing, a row has no image or no class, or a file is damaged.
-    """
+    of the classes; None if the files have only their numbers. A kill leaves the folder as it was. Raise UserError if a
+    column is missing, a row has no image or no class, or a file is damaged."""
     from datasets import ClassLabel, Features
     from pyarrow import ArrowException, parquet
 
@@ -455,8 +447,6 @@ def _rows(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Any, ...]
 
 def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
     """Return the image, its extension and its class; a format that shards do not hold becomes PNG."""
-    from PIL import Image
-
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes) or not isinstance(label, int) or label < 0:
         missing = "class" if isinstance(content, bytes) else "image"

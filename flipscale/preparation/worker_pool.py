@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from flipscale.io.processes import end_with_parent
+from flipscale.io.cores import end_with_parent
 
 _shared: Any = None
 

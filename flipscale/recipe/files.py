@@ -23,14 +23,12 @@ def read_recipe(name: str, kind: type) -> str:
     """Return the text of a recipe, merged into the recipe that it extends.
 
     `extends: icons.yaml` names a file beside the recipe or a recipe of the package. Mappings are merged field by field;
-    lists and other values replace those of the extended recipe.
+    lists and other values replace those of the extended recipe. Raise UserError if a file is missing, no recipe, or
+    extends itself.
 
     Args:
         name: file, or name of a recipe of the package.
         kind: dataclass of a recipe.
-
-    Raises:
-        UserError: a file is missing, no recipe, or extends itself.
     """
     files: list[Path] = []
     merged: yaml.Node | None = None

@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.io.errors import UserError
 from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_ranges, parser_message
@@ -20,9 +21,6 @@ from flipscale.recipe.loss import LossRecipe
 from flipscale.recipe.model import ModelRecipe
 from flipscale.recipe.optim import OptimRecipe, StageRecipe
 from flipscale.recipe.outputs import CostRecipe, EvalRecipe, HubRecipe, LogRecipe, SaveRecipe
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 # {"learned": False} marks a field that does not change what is learned: it may differ at a resume, and the model card
 # leaves it out. {"place": True} marks a path or a name, which the card shortens. {"before": value} gives the value of a
@@ -89,9 +87,8 @@ class Recipe:
         }
 
 
-def build_parser(verb: str = "pretrain") -> "ArgumentParser":
+def build_parser(verb: str = "pretrain") -> ArgumentParser:
     """Return the parser of a verb that trains: `--config RECIPE` and a flag for every field."""
-    from jsonargparse import ArgumentParser
 
     class RecipeParser(ArgumentParser):
         def __init__(self, **options: Any) -> None:  # jsonargparse makes others for the stages and --stages.help
@@ -134,8 +131,6 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     """
     if {"-h", "--help"} & set(arguments):
         build_parser().parse_args(["--help"])
-    from jsonargparse import ArgumentError
-
     words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
     words = with_stages(words, lambda others: parse_fields(others).stages)
     for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):

@@ -30,12 +30,8 @@ _FRESH_SECONDS = 300.0
 
 def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
     """Return the tasks of a recipe, checked against its model, and the names of a classifier's classes; empty for other
-    models. Every process checks them by itself.
-
-    Raises:
-        UserError: the recipe or the data of a task cannot be used, a task needs a part that the model lacks, or the
-            classes are not those of the task or of the run's earlier starts.
-    """
+    models. Every process checks them by itself. Raise UserError if the recipe or the data of a task cannot be used, a
+    task needs a part that the model lacks, or the classes are not those of the task or of the run's earlier starts."""
     from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
 
     objective, config, _ = check_settings(recipe, place_in_world())

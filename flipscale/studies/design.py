@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.evaluation.presentation.curves import seed_suffix
 from flipscale.evaluation.suite import check_image_sizes
@@ -143,8 +144,6 @@ def read_fields(file: Path, kind: type[_File]) -> _File:
         UserError: a field is unknown, missing, or of the wrong type or range.
         OSError: the file cannot be read.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     read_yaml(file)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
@@ -254,10 +253,8 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
 def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
     """Write the recipe of each run of a study to `output_dir/runs`, and return the runs.
 
-    A study may be planned again with other runs.
-
-    Raises:
-        UserError: the study is wrong, the folder holds something else, or an earlier run has changed.
+    A study may be planned again with other runs. Raise UserError if the study is wrong, the folder holds something
+    else, or an earlier run has changed.
     """
     study = read_study(file)
     study = dataclasses.replace(study, base=resolve_base(study.base, file))

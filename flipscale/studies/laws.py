@@ -26,15 +26,13 @@ class Points:
     """Trained models, each an entry of every array, all at the ends of their schedules.
 
     Several seeds of a configuration make one point, their mean error. Of single runs, the front selects lucky ones.
+    Raise UserError if a number is not above 0.
 
     Args:
         compute: operations of the whole training.
         error: error in percent.
         samples: number of pairs seen.
         pairs: number of different pairs in the data.
-
-    Raises:
-        UserError: a number is not above 0.
     """
 
     names: np.ndarray
@@ -163,10 +161,7 @@ class AdditiveLaw(Law):
 
     Fitted to all points by log-sum-exp with Huber's loss of the residuals in logs. The losses are summed, because a
     mean of such small losses ends the search early. Source: Hoffmann et al., arXiv 2203.15556, and its replication by
-    Besiroglu et al., arXiv 2404.10102.
-
-    Raises:
-        UserError: the points have two values of an axis, or differ in none.
+    Besiroglu et al., arXiv 2404.10102. Raise UserError if the points have two values of an axis, or differ in none.
     """
 
     name = "additive"

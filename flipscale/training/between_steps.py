@@ -121,11 +121,8 @@ class Saver:
         self._on_checkpoint = on_checkpoint
 
     def save(self, step: Step) -> None:
-        """Collective. Commit the open checkpoint, and begin the one before `step`, unless they are the same.
-
-        Raises:
-            OSError: the disk is full or not writable, or another run has taken the run directory.
-        """
+        """Collective. Commit the open checkpoint, and begin the one before `step`, unless they are the same. Raise
+        OSError if the disk is full or not writable, or another run has taken the run directory."""
         with self._tracker.watch.paused("a save"):
             self.commit()
             self._tracker.bad_samples.flush()

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flipscale.data.tokenizers import begin_and_end, load_tokenizer, num_entries, piece_rows, read_tokenizer
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, pixel_fields, read_object
 from flipscale.io.yaml_text import read_saved_recipe
@@ -57,8 +58,6 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
     takes_ends = recipe.loss.learns_captions and not {"bos_token_id", "eos_token_id"} <= model.decoder_config.keys()
     if not (takes_size or takes_ends) or not Path(folder).is_dir():
         return recipe
-    from flipscale.data.tokenizers import begin_and_end, load_tokenizer, num_entries
-
     tokenizer = load_tokenizer(folder, 1)
     entries, ends = num_entries(tokenizer), begin_and_end(tokenizer) if takes_ends else {}
     size = {"vocab_size": entries} if takes_size and entries != _BERT_ENTRIES else {}
@@ -198,16 +197,11 @@ def warn_of_pixels(model: ModelRecipe) -> None:
 
 def text_rows(recipe: Recipe, tokenizer: Any) -> dict[int, int] | None:
     """Return the row of the start weights for each known piece, by its id, if `model.text_rows` is matched; else None.
-
-    Raises:
-        UserError: `model.text_rows` is not set, and a piece would take the row of another piece; or it is set, and the
-            start weights have no tokenizer.
-    """
+    Raise UserError if `model.text_rows` is not set, and a piece would take the row of another piece; or it is set, and
+    the start weights have no tokenizer."""
     model, name = recipe.model, recipe.model.init_from or recipe.model.text
     if tokenizer is None or name is None:
         return None
-    from flipscale.data.tokenizers import piece_rows, read_tokenizer
-
     try:
         theirs = read_tokenizer(folder := fetch_folder(name, TEXTS))
     except Exception as error:  # the tokenizers library raises any
@@ -235,8 +229,6 @@ def tokenizer_fields(folder: str) -> dict[str, Any]:
     """Return the fields of `text_config` that a tokenizer in a folder decides: its size and its special tokens."""
     if not Path(folder).is_dir():
         return {}
-    from flipscale.data.tokenizers import load_tokenizer, num_entries
-
     tokenizer = load_tokenizer(folder, 1)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     return {"vocab_size": num_entries(tokenizer), **ids}

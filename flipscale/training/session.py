@@ -28,6 +28,7 @@ from flipscale.engines.checkpoint import (
 )
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
+from flipscale.engines.trainable import add_lora, freeze
 from flipscale.engines.watchdog import Watchdog
 from flipscale.io.digests import CorruptFile
 from flipscale.io.errors import UserError
@@ -212,7 +213,6 @@ def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[i
     `text_rows`."""
     # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
     from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
-    from flipscale.engines.trainable import add_lora, freeze
 
     config, launch, first = build_config(recipe), launch_of(os.environ), schedule.first(session.state)
     model_class = build_objective(recipe).trained_class(config)

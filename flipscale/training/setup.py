@@ -19,6 +19,8 @@ from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.build import engine_class
 from flipscale.engines.device import can_compile
 from flipscale.engines.launch import Launch, place_in_world
+from flipscale.engines.optimizers import layer_scales
+from flipscale.engines.trainable import add_lora, freeze
 from flipscale.io.errors import UserError
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
@@ -151,8 +153,6 @@ def open_setup(recipe: Recipe, is_fresh: bool = False) -> TrainingSetup:
 def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
     """Raise UserError for parts that the model lacks, and for LoRA where it cannot train."""
     from flipscale.engines.first_weights import model_without_storage  # seconds to import, with the models
-    from flipscale.engines.optimizers import layer_scales
-    from flipscale.engines.trainable import add_lora, freeze
     from flipscale.model import FlipModel
 
     lora, words = recipe.optim.lora, f"optim.lora.rank is {recipe.optim.lora.rank}"

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
+from flipscale.engines.build import gather_objects
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
@@ -132,12 +132,8 @@ class BadSamples:
         """Collective. Write the faults of all processes; without faults, the processes exchange nothing."""
         if self._unwritten == 0:
             return
-        all_faults: list[list[Fault]] = [self._mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            all_faults = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(all_faults, self._mine)
+        faults = sorted(gather_objects(self._mine), key=lambda fault: fault.position or 0)
         self._mine, self._unwritten = [], 0
-        faults = sorted((fault for part in all_faults for fault in part), key=lambda fault: fault.position or 0)
         self._counts.update(fault.cause for fault in faults)
         if self.is_main:
             new = []
@@ -234,14 +230,12 @@ class Tracker:
                 tracker.finish()
 
     def write(self, results: Sequence[StepResult], upcoming: Step) -> None:
-        """Collective. Count steps, and write the record of each interval that ends with one of them.
+        """Collective. Count steps, and write the record of each interval that ends with one of them. Raise OSError if
+        more than `data.max_bad_fraction` of the samples are bad.
 
         Args:
             results: results in the order of steps.
             upcoming: step after the last one sent to the device.
-
-        Raises:
-            OSError: more than `data.max_bad_fraction` of the samples are bad.
         """
         for result in results:
             step = result.step

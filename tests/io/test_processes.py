@@ -12,7 +12,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from flipscale.data.loader import set_up_worker, start_workers
-from flipscale.io.processes import end_with_parent
+from flipscale.io.cores import end_with_parent
 
 
 def is_gone(pid: int) -> bool:

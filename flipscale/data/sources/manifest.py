@@ -28,9 +28,9 @@ from filelock import FileLock, Timeout
 from flipscale.data.sources.raw_data import RAW_SUFFIXES, no_shards
 from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, load_index, open_plain, size_and_time
 from flipscale.io.atomic import atomic_write, unique_partial_path
+from flipscale.io.cores import end_with_parent
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted
-from flipscale.io.processes import end_with_parent
 from flipscale.io.progress import Progress
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -294,10 +294,8 @@ class ShardList:
         """Return the manifest of the shards. If it is missing or stale, one process writes it and the others wait.
 
         These are all processes that see the folder; they need not have joined a process group. `is_good` checks a few
-        shards.
-
-        Raises:
-            UserError: a manifest is of another version or other shards, damaged or unwritable; a shard is missing.
+        shards. Raise UserError if a manifest is of another version or other shards, damaged or unwritable; a shard is
+        missing.
         """
         if not os.access(self.folder, os.W_OK):
             with suppress(OSError):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar import TarSource
+from flipscale.engines.build import gather_objects
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
@@ -125,8 +126,6 @@ def captioner(embedder: Embedder) -> Any:
 
 def generated_captions(embedder: Embedder, source: TarSource, max_new_tokens: int, num_beams: int) -> list[str]:
     """Collective. Return a caption for each image of `source`, on every process, by beam search."""
-    from accelerate.utils import gather_object
-
     model, mine = captioner(embedder), []
     for rows, columns in embedder.image_columns(source):
         with torch.no_grad(), embedder.accelerator.autocast():
@@ -139,7 +138,7 @@ def generated_captions(embedder: Embedder, source: TarSource, max_new_tokens: in
                 synced_gpus=embedder.accelerator.num_processes > 1,
             )
         mine += list(zip(rows, embedder.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=False))
-    return [caption for _, caption in sorted(gather_object(mine))]
+    return [caption for _, caption in sorted(gather_objects(mine))]
 
 
 class Likelihoods:

@@ -68,16 +68,13 @@ class _Run(NamedTuple):
 
 
 def scan_source(pool: ProcessPoolExecutor, source: Source, number: int, what: str, sampled_share: float = 0.0) -> Scan:
-    """Return the results of a pass over a source.
+    """Return the results of a pass over a source. Raise OSError if a shard cannot be read.
 
     Args:
         pool: workers that share the list of all sources, and a tokenizer or None.
         number: number of the source in the list.
         what: name of the source, for the progress.
         sampled_share: share of the samples whose captions are kept for their languages, chosen by their rows.
-
-    Raises:
-        OSError: a shard cannot be read.
     """
     starts = [0, *accumulate(source.shard_sizes)]
     runs = [
