@@ -1,10 +1,9 @@
 """The processes and the engine of a launch."""
 
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from flipscale.engines.device import keep_freed_memory
 from flipscale.engines.launch import Launch, launched_precision, promised_processes
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from flipscale.engines.engine import Engine
-
-T = TypeVar("T")
 
 # `accelerate launch` sets these to let accelerate shard the model; flipscale shards it by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
@@ -85,11 +82,3 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
             "ACCELERATE_USE_CPU=1"
         )
     return accelerator
-
-
-def gather_objects(mine: list[T]) -> list[T]:
-    """Collective. Return the objects of all processes, by rank."""
-    parts = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(parts) > 1:
-        dist.all_gather_object(parts, mine)
-    return [one for part in parts for one in part]

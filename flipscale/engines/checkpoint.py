@@ -37,7 +37,7 @@ import yaml
 from safetensors import safe_open
 
 import flipscale
-from flipscale.engines.build import gather_objects
+from flipscale.engines.launch import gather_objects
 from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import (
     CHUNK_BYTES,

@@ -14,14 +14,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
+import torch.distributed as dist
 import yaml
 
 from flipscale.engines.device import default_precision, is_faster_in_bf16
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import check_yaml
+
+T = TypeVar("T")
 
 # The batch scripts set this to the number of processes of the run.
 NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
@@ -91,6 +94,14 @@ def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
     if not 0 <= rank < world:
         raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world}; a launcher sets 0 to {world - 1}")
     return rank, world
+
+
+def gather_objects(mine: list[T]) -> list[T]:
+    """Collective. Return the objects of all processes, by rank."""
+    parts = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(parts) > 1:
+        dist.all_gather_object(parts, mine)
+    return [one for part in parts for one in part]
 
 
 def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flipscale.engines.build import gather_objects
+from flipscale.engines.launch import gather_objects
 from flipscale.engines.watchdog import Watchdog
 from flipscale.io import atomic, json_lines
 

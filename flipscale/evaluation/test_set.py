@@ -20,7 +20,7 @@ from flipscale.data.sources.opening import READ, open_shards
 from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.build import gather_objects
+from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.embedding import Embedder, Value
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.atomic import write_text

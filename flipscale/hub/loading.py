@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lower_case
-from flipscale.engines.build import gather_objects
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
+from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder

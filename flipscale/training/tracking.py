@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from flipscale.engines.build import gather_objects
 from flipscale.engines.device import peak_flops, peak_memory_bytes
+from flipscale.engines.launch import gather_objects
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import read_text

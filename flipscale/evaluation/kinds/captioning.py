@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.build import gather_objects
+from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
