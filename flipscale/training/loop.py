@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from flipscale.data.loader import PackedBatch, on_device, restartable_batches
-from flipscale.data.samples import Fault
-from flipscale.engines.slow_steps import StepWatch
 from flipscale.training.between_steps import BetweenSteps, Evaluations, Evaluator, Saver
-from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Clock, Step, is_due
-from flipscale.training.session import Session
-from flipscale.training.setup import TrainingSetup
 from flipscale.training.step import forward_backward
 from flipscale.training.sync import StepSync
 from flipscale.training.tracking import Tracker
@@ -23,7 +18,12 @@ from flipscale.training.tracking import Tracker
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from flipscale.data.samples import Fault
     from flipscale.engines.engine import Engine
+    from flipscale.engines.slow_steps import StepWatch
+    from flipscale.training.preemption import StopRequest
+    from flipscale.training.session import Session
+    from flipscale.training.setup import TrainingSetup
 
 
 class End(NamedTuple):
