@@ -31,10 +31,7 @@ from flipscale.io.options import (
     Workers,
 )
 from flipscale.preparation.lists import open_pairs, printable, source_of
-from flipscale.preparation.resize import resize_shards
 from flipscale.preparation.sampling_weights import WeightOptions, make_weights
-from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
-from flipscale.preparation.task_sets import prepare_tasks
 from flipscale.recipe.data import DataRecipe
 
 Names = list[str]  # because a field of `Tasks` is called list
@@ -85,6 +82,8 @@ class Shards:
 
     def run(self) -> None:
         """Write the shards, and print reports of them."""
+        from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
+
         options = ShardOptions(
             *(self.short_side, self.jpeg_quality, self.pairs_per_shard, self.drop_duplicates, self.allow_outside),
             *(self.labels, self.split),
@@ -223,6 +222,8 @@ class Tasks:
 
     def run(self) -> None:
         """Download the test sets, or print the tasks."""
+        from flipscale.preparation.task_sets import prepare_tasks
+
         if self.suite and self.only:
             raise UserError("--suite and --only exclude each other; give one of them")
         pages = [read_page(name) for name in self.only] or suite_pages(self.suite or "all")
@@ -256,6 +257,9 @@ class Resize:
 
     def run(self) -> None:
         """Write the smaller shards, and print what was saved."""
+        from flipscale.preparation.resize import resize_shards
+        from flipscale.preparation.shard_writer import ShardOptions
+
         options = ShardOptions(short_side=self.short_side, jpeg_quality=self.jpeg_quality)
         total = resize_shards(self.shards, self.directory, options, self.num_workers)
         print(

@@ -132,14 +132,10 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
 
 
 def decode_box(
-    encoded: bytes,
-    draws: np.ndarray | None,
-    image_size: int,
-    crop_scale: tuple[float, float] = (1.0, 1.0),
-    squash: bool = False,
+    encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]
 ) -> np.ndarray:
     """Return the image, cropped and resized: uint8 RGB `(image_size, image_size, 3)`, contiguous. See `decode_crop`."""
-    return decode_crop(encoded, draws, image_size, crop_scale, squash).fitted(image_size)
+    return decode_crop(encoded, draws, image_size, crop_scale).fitted(image_size)
 
 
 @wrap_errors(UndecodableImage)

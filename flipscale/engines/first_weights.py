@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,7 @@ from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import fetch_folder, open_weights
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
-
-if TYPE_CHECKING:
-    from flipscale.recipe.model import Towers
+from flipscale.recipe.model import Towers
 
 # Sets a module's own parameters, given its name, the module, and the model or tower whose rules it follows.
 ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
@@ -107,7 +105,7 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
 
 
 def initial_weights(
-    init_from: "str | Towers | None",
+    init_from: str | Towers | None,
     config: Any,
     seed: int,
     kind: type[FlipPreTrainedModel] = FlipModel,
@@ -225,7 +223,7 @@ def longer_positions(table: torch.Tensor, count: int, kind: str) -> torch.Tensor
     return torch.lerp(table[lower], table[lower + 1], (places - lower)[:, None].to(table.dtype))
 
 
-def _stored(start: "str | Towers", config: Any) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, list[int]]]:
+def _stored(start: str | Towers, config: Any) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, list[int]]]:
     """Return a reader and the shape of each stored weight, by its name in the model of a configuration."""
     if config.model_type == "vision-text-dual-encoder":
         from flipscale.engines.pretrained_towers import tower_weights  # imports the models

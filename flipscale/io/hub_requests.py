@@ -5,9 +5,6 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from huggingface_hub import get_session, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError
-
 # huggingface_hub waits for ever in places, such as for the facts about a model.
 TIMEOUT_SECONDS = 20.0
 # huggingface_hub waits as long as a busy server asks for, which may be years.
@@ -24,6 +21,8 @@ NO_HUB = (ValueError, TypeError, AttributeError, LookupError, AssertionError, Re
 
 def http_failure(error: Exception) -> tuple[int | None, str]:
     """Return the HTTP status (None without a response) and the message of an error that huggingface_hub raised."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
     words = getattr(cause, "server_message", None) or str(cause or error).split("\n\n")[-1]
@@ -36,6 +35,8 @@ def guard_requests() -> None:
     A silent server ends a request after `TIMEOUT_SECONDS`. A response raises an OSError if it asks for a wait of hours,
     or if its commit or tag would lead out of the cache.
     """
+    from huggingface_hub import get_session, set_client_factory
+
     plain = get_session()
     if _limit_time in plain.event_hooks["request"]:
         return

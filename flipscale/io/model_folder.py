@@ -11,8 +11,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from flipscale.io.errors import UserError
@@ -82,6 +80,9 @@ def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
     """
     if (folder := local_folder(name)) is not None:
         return folder
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
     guard_requests()
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "*.bf16*"]))

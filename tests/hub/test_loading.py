@@ -123,7 +123,7 @@ def test_both_variants_load_from_shards(folder: Path) -> None:
 def test_a_path_is_never_a_hub_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr("flipscale.io.model_folder.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(ValueError, match=f"there is no folder '{name}'"):
         fetch_folder(name)
 
