@@ -1,5 +1,6 @@
 """Evaluate models by one protocol: the tasks of a suite, or any task that a recipe may list, as one table."""
 
+import itertools
 import json
 import logging
 import os
@@ -60,6 +61,7 @@ class Evaluate:
         batch_size: Images or texts embedded at once.
         num_workers: Processes that decode images; 0 decodes in this process. Default: its share of the cores, less one.
         image_size: Image size for tasks that set none, a multiple of the patch size. Default: the model's own.
+        dims: Cut the embeddings to their first numbers. Several widths, such as 16 32 64, make a table.
         mask_ratio: Remove this fraction of each image's patches. Several ratios make a table of accuracy against the
             encoder's FLOPs.
         mask_views: Average the embeddings of this many disjoint views of an image. Each number is combined with each
@@ -82,6 +84,7 @@ class Evaluate:
     batch_size: Pairs = 256
     num_workers: Workers | None = None
     image_size: Pixels | None = None
+    dims: list[Count] = field(default_factory=list)
     mask_ratio: list[ShareBelowOne] = field(default_factory=lambda: [0.0])
     mask_views: list[Count] = field(default_factory=lambda: [1])
     mask_kind: str = "random"
@@ -147,16 +150,19 @@ class Evaluate:
                 faults.append(embedder)
                 continue
             embedder = embedder.at(self.image_size)
-            for mask in asked_masks(*masks, embedder):
-                lines = evaluate_model(masked_embedder(embedder, mask), model.name, model.home / RESULTS_FILE, tasks)
-                columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
+            for dims, mask in itertools.product(self.dims or [None], asked_masks(*masks, embedder)):
+                seen = masked_embedder(replace(embedder, dims=dims), mask)
+                lines = evaluate_model(seen, model.name, model.home / RESULTS_FILE, tasks)
+                cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == WHOLE else [mask.label])]
+                columns.append(Column(", ".join([model.name, *cuts]), lines))
                 if any(self.mask_ratio):
                     config, size = embedder.model.config, embedder.pixels
                     counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
                     # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
                     parts = ("vision_model", "image_projection", "visual_projection")
                     flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)
-                    masked.append(MaskedResults(model.name, mask, flops, whole, [line.result for line in lines]))
+                    name = f"{model.name}, {dims} numbers" if dims else model.name
+                    masked.append(MaskedResults(name, mask, flops, whole, [line.result for line in lines]))
                 if accelerator.is_main_process and model.home == model.folder:
                     refresh_card(model.folder, lines)
             del embedder  # frees its memory for the next model
@@ -174,7 +180,7 @@ class Evaluate:
                 print(json.dumps([row.as_json() for row in masked]) if self.json else mask_table(masked))
             elif self.json:
                 metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
-                print(json.dumps(metrics if len(models) > 1 else metrics[columns[0].name]))
+                print(json.dumps(metrics if len(models) > 1 or self.dims else metrics[columns[0].name]))
             else:
                 print(suite_tables(columns, suites))
         if faults:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -308,6 +308,7 @@ class Embed:
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's
             own.
+        dims: Cut the embeds to their first numbers, for a model that learned `loss.prefix_dims`.
         crops: Embed this number of random crops of each image, for data.teachers of a recipe. Default: the whole image.
         crop_scale: Least and most area of the crops as a fraction of the image's, as in the recipe's data.crop_scale.
             Default: 0.5 1.0.
@@ -324,6 +325,7 @@ class Embed:
     features: Literal["embeds", "pooled"] = "embeds"
     towers: list[Literal["images", "texts"]] = field(default_factory=lambda: ["images", "texts"])
     image_size: Pixels | None = None
+    dims: Count | None = None
     crops: Count | None = None
     crop_scale: tuple[ShareAboveZero, ShareAboveZero] | None = None
     no_mirror: bool = False
@@ -343,6 +345,8 @@ class Embed:
         if least > most:
             raise UserError(f"--crop_scale is {least:g} {most:g}; expected the smaller share first")
         crops = TeacherCrops(self.crops, (least, most), not self.no_mirror, self.seed or 0) if self.crops else None
+        if self.dims and self.features == "pooled":
+            raise UserError(f"--dims is {self.dims} with --features pooled; it is for embeds")
         of_crops = [f"--{name}" for name in ("crop_scale", "no_mirror", "seed") if getattr(self, name)]
         if of_crops and crops is None:
             raise UserError(f"{', '.join(of_crops)} without --crops; add --crops N, or leave out the options of crops")
@@ -352,6 +356,7 @@ class Embed:
             raise UserError(f"shards is {self.shards!r}; expected tar shards. Fix: `flipscale prepare shards`")
         accelerator = start_accelerator([], ".")
         embedder = open_embedder(self.model, accelerator, self.batch_size, workers).at(self.image_size)
+        embedder = replace(embedder, dims=self.dims)
         began = time.monotonic()
         counts = precompute_features(embedder, source, self.directory, self.towers, self.features, crops)
         if accelerator.is_main_process:

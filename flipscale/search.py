@@ -1,6 +1,6 @@
 """Find pictures by words: the nearest pictures of a folder to each query, as a page for a browser."""
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from flipscale.io.errors import UserError
@@ -21,6 +21,7 @@ class Search:
         queries: A text file, one query per line.
         out: The page to write. An .npz file beside it keeps embeddings for the next search.
         top: Pictures per query.
+        dims: Cut the embeddings to their first numbers, for a model that learned `loss.prefix_dims`.
     """
 
     model: str
@@ -30,6 +31,7 @@ class Search:
     queries: Path | None = None
     out: Path = Path("search.html")
     top: Count = 8
+    dims: Count | None = None
 
     def run(self) -> None:
         """Embed the pictures, search for the queries, and write the page."""
@@ -46,7 +48,7 @@ class Search:
         accelerator = start_accelerator([], ".")
         if not accelerator.is_main_process:
             return
-        embedder = open_embedder(self.model, accelerator)
+        embedder = replace(open_embedder(self.model, accelerator), dims=self.dims)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         embedded = embedded_pictures(embedder, pictures, self.out.with_suffix(".npz"))
         if embedded.faults:

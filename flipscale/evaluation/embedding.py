@@ -81,6 +81,7 @@ class Embedder:
         progress: function called on every process with the number of images that all processes embedded since the last
             call; it replaces the progress bar.
         pixels: pixels along each side of an image, if not the model's size; see `at`.
+        dims: width that embeddings are cut to, with unit length again; None keeps the model's width.
         kept: features of this process's images by source and kind, which are kept for further tasks on the same
             images; None keeps nothing, and needs memory for one batch.
     """
@@ -94,6 +95,7 @@ class Embedder:
     name: str = ""
     progress: Callable[[int], object] | None = None
     pixels: int | None = None
+    dims: int | None = None
     kept: dict[tuple[TarSource, str], list[tuple[range, torch.Tensor]]] | None = None
 
     def at(self, image_size: int | None) -> "Embedder":
@@ -105,6 +107,16 @@ class Embedder:
             raise UserError(f"{self.name} takes images of {self.image_size} pixels; an image_size is for flipscale's")
         self.model.config.vision_config.patches_along(image_size)
         return replace(self, pixels=image_size)
+
+    def unit_embeds(self, features: torch.Tensor) -> torch.Tensor:
+        """Return projected features `(rows, width)` cut to `dims`, fp32 and of unit length. Raise UserError if they are
+        narrower."""
+        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
+
+        if self.dims is not None and features.shape[1] < self.dims:
+            width = features.shape[1]
+            raise UserError(f"dims is {self.dims}, and the embeddings of {self.name} have {width} numbers; name fewer")
+        return normalise_embeds(features[:, : self.dims])
 
     def uncounted(self) -> "Embedder":
         """Return an embedder for images outside the test set, which are not counted and not kept."""
@@ -153,13 +165,11 @@ class Embedder:
 
     def _embedded(self, source: TarSource, features: str) -> Iterator[tuple[range, torch.Tensor]]:
         """Collective, to its end. Yield the rows and the features of each batch of this process."""
-        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
-
         compute = self.pooled_features if features == "pooled" else self.image_features
         for rows, columns in self.image_columns(source):
             with torch.no_grad(), self.accelerator.autocast():
                 output = compute(**columns)
-            output = normalise_embeds(output) if features == "embeds" else output.float()
+            output = self.unit_embeds(output) if features == "embeds" else output.float()
             yield rows, output.cpu()[: len(rows)]
 
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
@@ -324,11 +334,9 @@ class Embedder:
         return cast(Value, made)
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
-        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
-
         with torch.no_grad(), self.accelerator.autocast():
             output = self.text_features(self.tokens(texts).to(self.accelerator.device))
-        return normalise_embeds(output).cpu()
+        return self.unit_embeds(output).cpu()
 
 
 @dataclass(frozen=True)
@@ -363,31 +371,45 @@ def one_thread(wanted: bool) -> Iterator[None]:
 
 
 def image_embeds(
-    model: "FlipModel", processor: "FlipProcessor", pictures: Sequence[Picture], batch_size: int = 64
+    model: "FlipModel",
+    processor: "FlipProcessor",
+    pictures: Sequence[Picture],
+    batch_size: int = 64,
+    dims: int | None = None,
 ) -> np.ndarray:
     """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays: fp32
-    `(pictures, dim)` of unit length, so that inner products are cosines."""
+    `(pictures, dim)` of unit length, so that inner products are cosines. They are cut to their first `dims` numbers."""
 
     def inputs(batch: Sequence[Picture]) -> Any:
         return processor(images=[_in_rgb(picture) for picture in batch], return_tensors="pt")
 
-    return _embeds(model, model.get_image_features, inputs, pictures, batch_size, "pictures")
+    return _embeds(model, model.get_image_features, inputs, pictures, batch_size, "pictures", dims)
 
 
 def text_embeds(
-    model: "FlipModel", processor: "FlipProcessor", texts: Sequence[str], batch_size: int = 256
+    model: "FlipModel",
+    processor: "FlipProcessor",
+    texts: Sequence[str],
+    batch_size: int = 256,
+    dims: int | None = None,
 ) -> np.ndarray:
-    """Return the embeddings of texts: fp32 `(texts, dim)` of unit length."""
+    """Return the embeddings of texts: fp32 `(texts, dim)` of unit length, cut to their first `dims` numbers."""
 
     def inputs(batch: Sequence[str]) -> Any:
         return processor(text=list(batch), padding="max_length", truncation=True, return_tensors="pt")
 
-    return _embeds(model, model.get_text_features, inputs, texts, batch_size, "texts")
+    return _embeds(model, model.get_text_features, inputs, texts, batch_size, "texts", dims)
 
 
 @torch.no_grad()
 def _embeds(
-    model: "FlipModel", features: Any, inputs: Callable[[Any], Any], items: Sequence[Any], batch_size: int, unit: str
+    model: "FlipModel",
+    features: Any,
+    inputs: Callable[[Any], Any],
+    items: Sequence[Any],
+    batch_size: int,
+    unit: str,
+    dims: int | None,
 ) -> np.ndarray:
     from flipscale.model.modeling_flip import normalise_embeds
 
@@ -397,7 +419,7 @@ def _embeds(
     embeds = []
     for first in each(range(0, len(items), batch_size), "embedding", f"batches of {unit}"):
         output = features(**inputs(items[first : first + batch_size]).to(model.device))
-        embeds.append(normalise_embeds(output.pooler_output).cpu().numpy())
+        embeds.append(normalise_embeds(output.pooler_output[:, :dims]).cpu().numpy())
     return np.concatenate(embeds)
 
 

@@ -54,7 +54,7 @@ class Line:
     Args:
         result: the figure. Its `made_by` names the data without a path.
         about: the other fields of the line: `group weights model page title suites data prompts image_size crop
-            mask precision versions seconds date`.
+            mask precision dims versions seconds date`.
     """
 
     result: Result
@@ -205,6 +205,7 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
         "image_size": embedder.at(task.image_size).image_size,
         "crop": embedder.crop,
         "mask": dict(embedder.mask),
+        **({} if embedder.dims is None else {"dims": embedder.dims}),
         "precision": {"no": "fp32"}.get(*[embedder.accelerator.mixed_precision] * 2),
     }
 
@@ -218,6 +219,7 @@ def _about(task: Task, setting: Record, model: str, weights: str, seconds: float
         "page": page.name if page else None,
         "title": page.title if page else None,
         **{name: setting[name] for name in ("data", "prompts", "image_size", "crop", "mask", "precision")},
+        "dims": setting.get("dims"),
         "versions": {package: sys.modules[package].__version__ for package in packages},
         "seconds": round(seconds, 3),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -35,7 +35,6 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space
 from flipscale.io.model_folder import read_object
 from flipscale.io.progress import Progress
-from flipscale.model.modeling_flip import normalise_embeds
 from flipscale.recipe.data import PRECOMPUTED_TOWERS
 
 # In place of a caption that cannot be used.
@@ -190,7 +189,7 @@ def _computed(embedder: Embedder, batch: _Batch, features: Features, has_crops: 
             raw["texts"] = of_texts(_tokens(embedder, batch).to(device))
     found = {}
     for tower, rows in raw.items():
-        found[tower] = (normalise_embeds(rows) if features == "embeds" else rows).to(torch.float16).cpu().numpy()
+        found[tower] = (embedder.unit_embeds(rows) if features == "embeds" else rows).to(torch.float16).cpu().numpy()
         if not np.isfinite(found[tower]).all():
             raise UserError(
                 f"{embedder.name!r} gives features of {tower} as large as {rows.abs().max():g}, which float16 cannot "

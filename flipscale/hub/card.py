@@ -199,7 +199,8 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
     entries = {}
     for line in lines:
         result, data, kind = line.result, line.about.get("data") or {}, KINDS.get(line.result.kind)
-        of_whole_images = result.who == THIS_MODEL and "data" in result.made_by and not line.about.get("mask")
+        is_cut = line.about.get("mask") or line.about.get("dims")
+        of_whole_images = result.who == THIS_MODEL and "data" in result.made_by and not is_cut
         if not of_whole_images or not math.isfinite(result.value) or not _is_on_card(result):
             continue
         name = data_name(result.made_by["data"])
@@ -304,6 +305,7 @@ def _test(line: Line) -> str:
             parts.append(f"{option} {markdown_code(data_name(value))}")
         elif kind is None or kind.hub_options is None or option in kind.hub_options:
             parts.append(f"{option} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    parts += [f"{about['dims']} numbers"] if about.get("dims") else []
     return ", ".join([*parts, *(f"mask {name} {value}" for name, value in (about.get("mask") or {}).items())])
 
 

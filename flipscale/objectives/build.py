@@ -70,14 +70,19 @@ def with_options(loss: LossRecipe) -> LossRecipe:
 def build_objective(recipe: Recipe) -> "Objective":
     """Return the training objective, with its `data.teachers`. Raise UserError if the section `loss` is wrong."""
     from flipscale.objectives.captioning import WithCaptions
-    from flipscale.objectives.contrastive import Distilled
+    from flipscale.objectives.contrastive import Distilled, PairLoss
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction
 
     loss, mask, teachers = with_options(recipe.loss), recipe.mask, recipe.data.teachers
-    shared: dict[str, Any] = {"positives": loss.positives, "captions_per_image": loss.captions_per_image}
-    objective = loss_kinds()[loss.kind](**shared, **loss.options)
+    dims = tuple(loss.prefix_dims)
+    shared: dict[str, Any] = {"captions_per_image": loss.captions_per_image, "prefix_dims": dims}
+    objective = loss_kinds()[loss.kind](positives=loss.positives, **shared, **loss.options)
     check_ranges(objective, "loss.options")
+    if list(dims) != sorted(set(dims)):
+        raise UserError(f"loss.prefix_dims is {loss.prefix_dims}; write each width once, the smallest first")
+    if not isinstance(objective, PairLoss):
+        refuse_set({"loss.prefix_dims": loss.prefix_dims}, f"loss.kind is {loss.kind!r}, which compares no pairs")
     if teachers:
         others: dict[str, Any] = {
             "loss.kind": None if loss.kind == "infonce" else loss.kind,
@@ -85,7 +90,7 @@ def build_objective(recipe: Recipe) -> "Objective":
         }
         refuse_set(others, f"data.teachers is {[*teachers]}, which is for infonce of pairs with one caption")
         weight = _TEACHER_WEIGHT if loss.teacher_weight is None else loss.teacher_weight
-        objective = Distilled(teacher_weight=weight)
+        objective = Distilled(teacher_weight=weight, prefix_dims=dims)
     for name in () if teachers else ("teacher_weight", "teacher_temperature"):
         if (value := getattr(loss, name)) is not None:
             raise UserError(f"loss.{name} is {value:g} and there are no teachers; set data.teachers, or leave it out")
@@ -125,6 +130,11 @@ def build_config(recipe: Recipe) -> "FlipConfig":
         settings = {"model.drop_path_rate": model.drop_path_rate, **recipe.besides_contrastive()}
         refuse_set(settings, f"model.family is {model.family!r}, and only flip has it")
     config = build_objective(recipe).model_config(model.config())
+    if recipe.loss.prefix_dims and recipe.loss.prefix_dims[-1] >= (width := int(config.projection_dim or 0)):
+        raise UserError(
+            f"loss.prefix_dims is {recipe.loss.prefix_dims} and the embeddings have {width} numbers; leave out widths "
+            f"from {width} on: the loss has the whole width anyway"
+        )
     if recipe.data.pack_captions:
         reason = "data.pack_captions is true, which is for the contrastive losses of whole captions"
         refuse_set(recipe.besides_contrastive(), reason)

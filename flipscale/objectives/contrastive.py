@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import normalize
 
 from flipscale.engines.device import succeeds
 from flipscale.objectives.objective import Objective
@@ -59,7 +60,7 @@ class Contrastive(PairLoss):
         return math.log(batch_size) + math.log(self.captions_per_image) / 2
 
     def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
-        return contrastive_loss(images, texts, **parameters)
+        return contrastive_loss(images, texts, prefix_dims=self.prefix_dims, **parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class Distilled(Contrastive):
         """Return the loss, given `teacher_embeds`, fp32 `(batch, teachers, 2, width)`: image and text, whose product is
         the teacher's logit."""
         dtype = loss_dtype(texts)
-        compute = functools.partial(_change_of_targets, teachers=parameters.pop("teacher_embeds").to(dtype))
+        teachers = parameters.pop("teacher_embeds").to(dtype)
+        compute = functools.partial(_change_of_targets, teachers=teachers, prefix_dims=self.prefix_dims)
         change = PrecomputedGradients.apply(compute, dtype, images, texts, parameters["logit_scale"])
         return super().coupled_loss(images, texts, **parameters) + self.teacher_weight * change
 
@@ -90,6 +92,7 @@ def contrastive_loss(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
     pending: "PendingGather | None" = None,
+    prefix_dims: Sequence[int] = (),
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
@@ -109,10 +112,13 @@ def contrastive_loss(
             `(batch, dim)` images; the captions of an image are neighbouring rows.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
         pending: the gather of these texts, if it has begun.
+        prefix_dims: widths of `prefixes`. The loss is the mean over them and the whole width, each compared at the same
+            scale (Matryoshka, arXiv 2205.13147; equal weights as in sentence-transformers' `MatryoshkaLoss`, which sums
+            them).
     """
     has_captions = len(text_embeds) > len(image_embeds)
     sides = (text_embeds, image_embeds) if has_captions else (image_embeds, text_embeds)
-    compute = functools.partial(_loss_and_gradients, spreads=has_captions, pending=pending)
+    compute = functools.partial(_loss_and_gradients, spreads=has_captions, pending=pending, prefix_dims=prefix_dims)
     loss: torch.Tensor = PrecomputedGradients.apply(compute, loss_dtype(sides[1]), *sides, logit_scale)
     return loss
 
@@ -146,8 +152,35 @@ def loss_dtype(texts: torch.Tensor) -> torch.dtype:
     return torch.float64 if few and not texts.is_cuda else torch.float32
 
 
+def prefixes(rows: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
+    """Return embeddings `(count, dim)` cut to each of `dims` and of unit length again, and last the whole ones."""
+    return [*(normalize(rows[:, :dim], dim=1) for dim in dims), rows]
+
+
+def prefix_bytes(pairs: int, world: int, dims: Sequence[int], views: int = 1) -> int:
+    """Return the bytes of the `prefixes` of a process's images and of all texts, and of their gradients, in fp32."""
+    return 2 * 4 * sum(dims) * pairs * (views + world)
+
+
+def whole_gradient(
+    rows: torch.Tensor, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return the gradient of the whole embeddings from those of their `prefixes`, in the memory of the last."""
+    *of_cut, whole = gradients
+    for part, gradient in zip(parts, of_cut, strict=False):
+        cut = rows[:, : part.shape[1]]
+        along = part * _dot(part, gradient).unsqueeze(1)
+        whole[:, : part.shape[1]] += (gradient - along) / cut.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+    return whole
+
+
 def _loss_and_gradients(
-    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, spreads: bool, pending: "PendingGather | None"
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    spreads: bool,
+    pending: "PendingGather | None",
+    prefix_dims: Sequence[int] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
@@ -156,24 +189,46 @@ def _loss_and_gradients(
 
     With `spreads`, `images` are several captions of each image, and `texts` are the images. The softmax of an image is
     then over the captions of all views, and its target is spread over its own.
+
+    The texts are gathered once, and their prefixes are cut here. So the prefixes add log-sum-exps to the exchange, but
+    no embeddings and no gradients.
     """
-    views, gathered = views_of(images, len(texts)), GatheredTexts(texts, pending)
-    shift = common_shift(views, texts, scale)
-    matrices = [Matrix(view, gathered.rows, scale, gathered.first, shift) for view in views]
+    gathered = GatheredTexts(texts, pending)
+    rows, columns = prefixes(images, prefix_dims), prefixes(gathered.rows, prefix_dims)
+    views = [views_of(part, len(texts)) for part in rows]
+    matrices = [
+        Matrix(view, part, scale, gathered.first)
+        for views_of_part, part in zip(views, columns, strict=True)
+        for view in views_of_part
+    ]
+    shift, num_views = common_shift(matrices), len(views[0])
+    matrices = [matrix._replace(shift=shift) for matrix in matrices]
     sums = _first_pass(matrices, gathered)
     if spreads:
-        # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
-        positives = [scale * _dot(view.double(), texts.double()) for view in views]
-        negatives = _beside_each([of_texts for _, of_texts, _ in sums], positives, shift)
-        of_views = [of_view for of_view, _, _ in sums]
-        sums = list(zip(of_views, negatives, positives, strict=True))
+        firsts = range(0, len(sums), num_views)
+        groups = [(matrices[first : first + num_views], sums[first : first + num_views]) for first in firsts]
+        sums = [of_view for group in groups for of_view in _spread_targets(*group)]
     loss = torch.stack([one.cross_entropy(own) + other.cross_entropy(own) for one, other, own in sums]).mean() / 2
-    image_gradient = torch.zeros_like(images)
-    row_gradients = views_of(image_gradient, len(texts))
-    text_gradient = _second_pass(matrices, sums, gathered, row_gradients, captions=len(views) if spreads else 1)
-    count = 2 * len(images)
-    scale_gradient = _dot(images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
-    return loss, (image_gradient.mul_(scale / count), text_gradient.div_(count), scale_gradient)
+    row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
+    _second_pass(
+        *(matrices, sums, gathered),
+        [view for gradient in row_gradients for view in views_of(gradient, len(texts))],
+        [gradient for gradient in column_gradients for _ in range(num_views)],
+        captions=num_views if spreads else 1,
+    )
+    count = 2 * len(images) * len(rows)
+    products = [_dot(*sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)]
+    image_gradient = whole_gradient(images, rows, row_gradients).mul_(scale / count)
+    text_gradient = gathered.sum(whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
+    return loss, (image_gradient, text_gradient, torch.stack(products).sum().reshape(1) / count)
+
+
+def _spread_targets(matrices: list["Matrix"], sums: list["Sums"]) -> list["Sums"]:
+    """Return the sums of the views of one width with the targets of `spreads`."""
+    # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
+    positives = [one.scale * _dot(one.rows.double(), one.own_columns.double()) for one in matrices]
+    negatives = _beside_each([of_texts for _, of_texts, _ in sums], positives, matrices[0].shift)
+    return list(zip([of_view for of_view, _, _ in sums], negatives, positives, strict=True))
 
 
 def _beside_each(negatives: list["LogSumExp"], positives: list[torch.Tensor], shift: float | None) -> list["LogSumExp"]:
@@ -194,7 +249,11 @@ def _beside_each(negatives: list["LogSumExp"], positives: list[torch.Tensor], sh
 
 
 def _change_of_targets(
-    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, teachers: torch.Tensor
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    teachers: torch.Tensor,
+    prefix_dims: Sequence[int] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss with the teachers' targets minus that with the pairs as targets, fp64 `()`, and its
     gradients of images, texts and scale.
@@ -203,26 +262,28 @@ def _change_of_targets(
     softmax of the student. With `N` pairs, and `W` the sum of the teacher's softmax over texts and that over images,
     it is `(2 trace(s) - sum(W * s)) / 2N`. The weights `W - 2` of pairs and `W` of others are the gradient of the
     teacher's own InfoNCE by its logits. So the two passes of the contrastive loss run over the teacher's tiles, and
-    the second multiplies the weights with the student's embeddings.
+    the second multiplies the weights with the student's embeddings. With prefixes, the mean of the student's logits
+    over the widths takes the place of `s`. Up to a factor, it is the product of all `prefixes` side by side.
     """
     count, width = teachers.shape[1], teachers.shape[3]
-    views = views_of(images, len(texts))
-    mean_images = torch.stack(views).mean(0)
     own_images, own_texts = (side.unbind(1) for side in teachers.unbind(2))
     # One exchange: each text of the student behind those of the teachers.
     gathered = GatheredTexts(torch.cat([*own_texts, texts], dim=1))
     *of_teachers, all_texts = gathered.rows.split([width] * count + [texts.shape[1]], dim=1)
     one = torch.ones_like(scale)
-    matrices = [
-        Matrix(rows, columns, one, gathered.first, common_shift([rows], own, one))
-        for rows, columns, own in zip(own_images, of_teachers, own_texts, strict=True)
-    ]
-    sums, image_gradient = _first_pass(matrices, gathered), torch.zeros_like(mean_images)
-    student = (mean_images, all_texts)
-    text_gradient = _second_pass(matrices, sums, gathered, [image_gradient] * count, student=student)
-    part = -1 / (2 * len(texts) * count)
-    product = part * _dot(mean_images, image_gradient).sum(dtype=torch.float64)
+    matrices = [Matrix(*sides, one, gathered.first) for sides in zip(own_images, of_teachers, strict=True)]
+    matrices = [matrix._replace(shift=common_shift([matrix])) for matrix in matrices]
+    sums = _first_pass(matrices, gathered)
+    rows, columns = prefixes(images, prefix_dims), prefixes(all_texts, prefix_dims)
+    views = views_of(torch.cat(rows, dim=1), len(texts))
+    student = (torch.stack(views).mean(0), torch.cat(columns, dim=1) if prefix_dims else all_texts)
+    image_gradient, text_gradient = torch.zeros_like(student[0]), all_texts.new_zeros(student[1].shape)
+    _second_pass(matrices, sums, gathered, [image_gradient] * count, [text_gradient] * count, student=student)
+    part, widths = -1 / (2 * len(texts) * count * len(rows)), [row.shape[1] for row in rows]
+    product = part * _dot(student[0], image_gradient).sum(dtype=torch.float64)
     image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)
+    image_gradient = whole_gradient(images, rows, image_gradient.split(widths, dim=1))
+    text_gradient = gathered.sum(whole_gradient(all_texts, columns, text_gradient.split(widths, dim=1)))
     return scale * product, (image_gradient, text_gradient.mul_(scale * part), product.reshape(1))
 
 
@@ -241,6 +302,11 @@ class Matrix(NamedTuple):
     scale: torch.Tensor
     first_pair: int
     shift: float | None = None
+
+    @property
+    def own_columns(self) -> torch.Tensor:
+        """The pairs' columns `(rows, dim)`."""
+        return self.columns[self.first_pair : self.first_pair + len(self.rows)]
 
 
 # The negatives of a matrix's rows and those of its columns, and the logits of its pairs, `(rows,)`.
@@ -263,10 +329,11 @@ def _second_pass(
     sums: list[Sums],
     gathered: "GatheredTexts",
     row_gradients: Sequence[torch.Tensor],
+    column_gradients: Sequence[torch.Tensor],
     captions: int = 1,
     student: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:
-    """Collective. Add each matrix's gradient to that of its rows, and return that of this process's texts.
+) -> None:
+    """Collective. Add each matrix's gradient to those of its rows and of its columns.
 
     The gradients are those of the sum of all cross-entropies. The caller multiplies `row_gradients` by `scale`.
 
@@ -282,13 +349,9 @@ def _second_pass(
         of_pairs.append((captions - 1 - rows.total * of_rows.factor - columns.total * factor).to(dtype))
         row_softmax.append(Softmax(of_rows.shift.to(dtype), of_rows.factor.to(dtype)))
         column_softmax.append(Softmax(of_columns.shift.to(dtype), factor.to(dtype)))
-    text_gradient = matrices[0].rows.new_zeros((student or matrices[0])[1].shape)
-    for matrix, row_gradient, *weights in zip(
-        matrices, row_gradients, row_softmax, gathered.bring(column_softmax), of_pairs, strict=True
-    ):
-        arguments = (matrix.shift, *weights, row_gradient, text_gradient, student)
-        for_each_tile(_add_gradients, matrix, *arguments, fused=triton_serves(matrix.rows))
-    return gathered.sum(text_gradient)
+    weights = (row_softmax, gathered.bring(column_softmax), of_pairs)
+    for matrix, *arguments in zip(matrices, *weights, row_gradients, column_gradients, strict=True):
+        for_each_tile(_add_gradients, matrix, matrix.shift, *arguments, student, fused=triton_serves(matrix.rows))
 
 
 def world_size() -> int:
@@ -338,8 +401,8 @@ class PendingGather:
 class GatheredTexts:
     """The texts of all processes, on every process.
 
-    A loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, for any `N`. Sizes
-    are input and output of one process, in numbers of 4 bytes:
+    A loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, for any `N`. Each of
+    `prefix_dims` counts as `V` more views. Sizes are input and output of one process, in numbers of 4 bytes:
 
     | | in | out | infonce | sigmoid |
     |---|---:|---:|---|---|
@@ -410,25 +473,27 @@ def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
     return mine
 
 
-def common_shift(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
+def common_shift(matrices: Sequence[Matrix]) -> float | None:
     """Collective on CPUs. Return a shift with which one exponential of a logit serves both its row and its column.
 
     The shift is 0 if that suffices for the global batch, and None if no shift does. On accelerators it is always None:
     the host would have to wait for all queued work, and running maxima cost little there.
     """
-    if texts.device.type != "cpu" or isinstance(texts, FakeTensor):
+    rows, scale = matrices[0].rows, matrices[0].scale
+    if rows.device.type != "cpu" or isinstance(rows, FakeTensor):
         return None
-    lowest_positive = torch.stack([_dot(view, texts).min() for view in views]).min()
-    highest_norm = torch.stack([view.norm(dim=1).max() for view in views]).max()
-    bounds = torch.stack([highest_norm, texts.norm(dim=1).max(), -lowest_positive])
+    lowest_positive = torch.stack([_dot(one.rows, one.own_columns).min() for one in matrices]).min()
+    norms = [[side.norm(dim=1).max() for side in (one.rows, one.own_columns)] for one in matrices]
+    image_norm, text_norm = (torch.stack(side).max() for side in zip(*norms, strict=True))
+    bounds = torch.stack([image_norm, text_norm, -lowest_positive])
     if world_size() > 1:
         dist.all_reduce(bounds, dist.ReduceOp.MAX)
-    image_norm, text_norm, negated = bounds.tolist()
+    most_of_images, most_of_texts, negated = bounds.tolist()
     # Bounds of all logits, and of the positives, and so of each row's and each column's largest logit.
-    highest, lowest_positive = scale.item() * image_norm * text_norm, -scale.item() * negated
-    if highest <= _ABOVE and lowest_positive >= -_BELOW:
+    highest, lowest = scale.item() * most_of_images * most_of_texts, -scale.item() * negated
+    if highest <= _ABOVE and lowest >= -_BELOW:
         return 0.0
-    shift = min(highest, lowest_positive + _BELOW)
+    shift = min(highest, lowest + _BELOW)
     return shift if highest - shift <= _ABOVE else None
 
 

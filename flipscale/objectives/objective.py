@@ -29,6 +29,7 @@ class Objective:
     Args:
         positives: `pairs` or `equal_captions`, see `LossRecipe`.
         captions_per_image: see `LossRecipe`; each image has as many rows of text.
+        prefix_dims: see `LossRecipe`; only the losses of `flipscale.objectives.contrastive.PairLoss` have any.
     """
 
     # Class of the trained model, and class of the exported model, whose weights are a subset of the trained ones.
@@ -45,6 +46,7 @@ class Objective:
 
     positives: str = "pairs"
     captions_per_image: Copies = 1
+    prefix_dims: tuple[int, ...] = ()
 
     @property
     def num_labels(self) -> int | None:

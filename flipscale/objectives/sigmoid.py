@@ -6,6 +6,7 @@ Memory does not grow with the batch's square: a tile of logits gives its gradien
 import copy
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +21,9 @@ from flipscale.objectives.contrastive import (
     PrecomputedGradients,
     Tile,
     for_each_tile,
+    prefixes,
     views_of,
+    whole_gradient,
 )
 
 
@@ -41,7 +44,8 @@ class Sigmoid(PairLoss):
         return math.log(batch_size) - (batch_size - 1) * math.log1p(-1 / batch_size) if batch_size > 1 else 0.0
 
     def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
-        return sigmoid_loss(images, texts, ids=parameters.pop("caption_ids", None), **parameters)
+        ids = parameters.pop("caption_ids", None)
+        return sigmoid_loss(images, texts, ids=ids, prefix_dims=self.prefix_dims, **parameters)
 
 
 def sigmoid_loss(
@@ -51,6 +55,7 @@ def sigmoid_loss(
     logit_bias: torch.Tensor,
     ids: torch.Tensor | None = None,
     pending: PendingGather | None = None,
+    prefix_dims: Sequence[int] = (),
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
@@ -61,7 +66,7 @@ def sigmoid_loss(
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.
         image_embeds, text_embeds = text_embeds, image_embeds
-    compute = functools.partial(_loss_and_gradients, ids=ids, pending=pending)
+    compute = functools.partial(_loss_and_gradients, ids=ids, pending=pending, prefix_dims=prefix_dims)
     tensors = (image_embeds, text_embeds, logit_scale, logit_bias)
     loss: torch.Tensor = PrecomputedGradients.apply(compute, torch.float32, *tensors)
     return loss
@@ -74,22 +79,28 @@ def _loss_and_gradients(
     bias: torch.Tensor,
     ids: torch.Tensor | None,
     pending: PendingGather | None,
+    prefix_dims: Sequence[int] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
-    image_gradient = torch.zeros_like(images)
     # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     gathered = GatheredTexts(texts, pending)
     both_ids = None if ids is None else (ids, GatheredTexts(ids).rows)
-    text_gradient = torch.zeros_like(gathered.rows)
-    for view, *results in zip(*(views_of(rows, len(texts)) for rows in (images, sums, image_gradient)), strict=True):
-        matrix = Matrix(view, gathered.rows, scale, gathered.first)
-        for_each_tile(_add_tile, matrix, bias, both_ids, *results, text_gradient)
-    text_gradient = gathered.sum(text_gradient)
-    loss, bias_gradient = sums.sum(0) / len(images)
-    scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
-    gradients = (image_gradient.mul_(scale / len(images)), text_gradient.div_(len(images)))
-    return loss, (*gradients, scale_gradient.reshape(1), bias_gradient.reshape(1))
+    rows, columns = prefixes(images, prefix_dims), prefixes(gathered.rows, prefix_dims)
+    row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
+    for part, others, gradient, other_gradient in zip(rows, columns, row_gradients, column_gradients, strict=True):
+        for view, *results in zip(*(views_of(side, len(texts)) for side in (part, sums, gradient)), strict=True):
+            matrix = Matrix(view, others, scale, gathered.first)
+            for_each_tile(_add_tile, matrix, bias, both_ids, *results, other_gradient)
+    count = len(images) * len(rows)
+    loss, bias_gradient = sums.sum(0) / count
+    products = [
+        torch.einsum("nd,nd->n", *sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)
+    ]
+    image_gradient = whole_gradient(images, rows, row_gradients).mul_(scale / count)
+    text_gradient = gathered.sum(whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
+    scale_gradient = torch.stack(products).sum() / count
+    return loss, (image_gradient, text_gradient, scale_gradient.reshape(1), bias_gradient.reshape(1))
 
 
 def _add_tile(

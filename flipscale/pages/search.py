@@ -26,7 +26,6 @@ from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
 from flipscale.model import FlipModel
-from flipscale.model.modeling_flip import normalise_embeds
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
 from flipscale.pages.pictures import EmbeddedPictures, FolderPictures, Pictures, embed_pictures
 from flipscale.preparation.lists import FileList
@@ -71,7 +70,7 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
     """
     stored = _load(cache)
     weights = embedder.model.state_dict()
-    about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state()]
+    about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state(), embedder.dims]
     key = hashlib.sha256(json.dumps([state_dict_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
     if str(stored.get("key")) == key:
         return EmbeddedPictures(stored["rows"], stored["embeds"], stored["faults"].tolist())
@@ -181,7 +180,7 @@ def text_tower(embedder: Embedder) -> dict[str, Any] | str:
     if not isinstance(model, FlipModel) or embedder.tokenizer is None:
         return f"{embedder.name} is not a flipscale model with a text tower"
     config = model.config.text_config
-    weights = {**model.text_model.state_dict(), "projection.weight": model.text_projection.weight}
+    weights = {**model.text_model.state_dict(), "projection.weight": model.text_projection.weight[: embedder.dims]}
     arrays = {name: weight.detach().float().cpu().numpy() for name, weight in weights.items()}
     num_bytes = sum(array.nbytes for array in arrays.values())
     if num_bytes > MOST_TOWER_BYTES:
@@ -229,7 +228,7 @@ def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embed
 
     def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
         with embedder.accelerator.autocast():
-            return normalise_embeds(
+            return embedder.unit_embeds(
                 embedder.image_features(**{name: column.to(device) for name, column in columns.items()})
             )
 

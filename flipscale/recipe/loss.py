@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flipscale.io.options import Copies, NonNegative, Positive, Share
+from flipscale.io.options import Copies, Count, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class LossRecipe:
         captions_per_image: Number of captions of each image in a step, all positives of it. `infonce` spreads an
             image's target evenly over them. `sigmoid` labels each as a match. A caption repeats only if the sample has
             fewer.
+        prefix_dims: Widths at which `infonce` and `sigmoid` also compare the embeddings, such as `[32, 64, 128]`: cut
+            to their first numbers and of unit length again. The loss is the mean over these and the whole width. The
+            model's embeddings can then be cut to these widths (Matryoshka, arXiv 2205.13147).
         exchange: Only `gather`, for recipes of earlier runs. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
@@ -37,6 +40,7 @@ class LossRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     positives: Literal["pairs", "equal_captions"] = "pairs"
     captions_per_image: Copies = 1
+    prefix_dims: list[Count] = field(default_factory=list)
     exchange: Literal["gather"] = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NonNegative = 0.0
     teacher_weight: Share | None = None

@@ -96,6 +96,20 @@ def test_several_models_stand_in_one_table(
     assert "a: 2 of 2 tasks are in runs/a/model/results.jsonl and are not run again" in said
 
 
+def test_several_widths_stand_in_one_table(place: Path, capsys: pytest.CaptureFixture) -> None:
+    asked = ["runs/a/model", "--retrieval", "data/tasks/cars/test", "--dims"]
+    evaluate(*asked, "1", "2")
+    head, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head.split("|")[3:5]] == ["a, 1 numbers", "a, 2 numbers"]
+    lines = read_lines(place / "runs/a/model/results.jsonl")
+    assert {line.about["dims"] for line in lines} == {1, 2}
+    evaluate(*asked[:-1], "--json")
+    whole = json.loads(capsys.readouterr().out)
+    width = FlipModel.from_pretrained("runs/a/model").config.projection_dim
+    evaluate(*asked, str(width), "--json")
+    assert json.loads(capsys.readouterr().out) == {f"a, {width} numbers": whole}
+
+
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("b", "--tasks", "data/tasks", "--output_dir", "out", "--json")
     assert {name.partition("/")[0] for name in json.loads(capsys.readouterr().out)} == {"cars", "dtd"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objectives import test_contrastive
+from objectives import test_contrastive, test_prefixes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flipscale.engines import device as gpus
@@ -80,6 +80,11 @@ def test_value_and_gradients(
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 def test_opposite_pairs(interpreted: Interpreted, scale: float) -> None:
     interpreted(test_contrastive.test_opposite_pairs, scale)
+
+
+def test_prefixes_of_embeddings(interpreted: Interpreted) -> None:
+    interpreted(test_prefixes.test_value_and_gradients, 300, 33, torch.float32, 100.0, 0.5)
+    interpreted(test_prefixes.test_teachers, 300, 2)
 
 
 def check_non_finite(number: float) -> None:

@@ -1,5 +1,7 @@
 """`flipscale search`: its hits, its page, and its errors for bad input."""
 
+import base64
+import json
 import re
 import shutil
 from pathlib import Path
@@ -74,6 +76,23 @@ def test_it_finds_the_nearest_and_keeps_the_embeddings(
         search(*asked[:3], "--out", page)
 
 
+def test_cut_embeddings(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    page, dims = tmp_path / "short.html", 5
+    search(trained / "model", pictures, "a red disc", "--out", page, "--dims", dims, "--top", "1")
+    text = page.read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+    projection, width = data["tower"]["weights"]["projection.weight"], data["tower"]["hidden_size"]
+    assert data["dim"] == dims
+    assert len(base64.b64decode(projection)) == 4 * dims * width, "the box cuts its embeddings too"
+    files = sorted(path for path in pictures.rglob("*.png") if path != pictures / "grey/3.png")
+    model, processor = (kind.from_pretrained(trained / "model") for kind in (FlipModel, FlipProcessor))
+    short = image_embeds(model.eval(), processor, files, dims=dims)
+    whole = image_embeds(model, processor, files)[:, :dims]
+    assert np.allclose(short, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
+    found = float(re.search(r"<strong>(-?\d\.\d\d)</strong>", text)[1])
+    assert found == pytest.approx((short @ text_embeds(model, processor, ["a red disc"], dims=dims)[0]).max(), abs=0.01)
+
+
 def test_a_browser_shows_it(trained: Path, pictures: Path, tmp_path: Path) -> None:
     page = tmp_path / "search.html"
     hostile = "</datalist><script>document.title = 'taken'</script>"
@@ -127,6 +146,7 @@ def test_bad_input_is_one_line(
         ([model, tmp_path / "none", "red"], "none; name a folder of pictures, or shards"),
         ([model, tmp_path / "damaged", "red"], "none of the 1 pictures can be read, the first: a.png: "),
         ([model, pictures, pictures / "grey/3.png"], "3.png cannot be read as a picture"),
+        ([model, pictures, "red", "--dims", "1000"], "dims is 1000, and the embeddings of "),
         (["pixels", pictures, "red"], "pixels takes no words, only pictures, and 'red' names no picture file"),
         ([model, pictures, "red", "--out", tmp_path], "name a file that ends in .html"),
         ([model, pictures, "red", "--out", pictures / "red/4.txt/a.html"], "is a file: name another folder"),

@@ -138,6 +138,8 @@ def _rows_of(columns: Sequence[Column]) -> list[Row]:
 def _departures(about: Mapping[str, Any], page: TaskPage) -> Iterable[str]:
     if about.get("mask"):
         yield "the images were masked"
+    if about.get("dims"):
+        yield f"the embeddings were cut to {about['dims']} numbers"
     if about["data"].get("images") != page.images:
         yield f"{about['data'].get('images'):,} images here, {page.images:,} there"
     prompts = (about.get("prompts") or {}).get("number", 0)
@@ -218,7 +220,8 @@ def _made(columns: Sequence[Column]) -> str:
             [f"{about['image_size']} px" for about in abouts],
             [", ".join(f"{key} {value}" for key, value in about["mask"].items()) or "whole" for about in abouts],
             [about["precision"] for about in abouts],
+            [str(about.get("dims") or "all") for about in abouts],
             [", ".join(f"{name} {number}" for name, number in about["versions"].items()) for about in abouts],
         )
         rows.append([column.name, *("; ".join(dict.fromkeys(values)) for values in facts)])
-    return _table(["model", "weights", "images", "seen", "precision", "versions"], rows)
+    return _table(["model", "weights", "images", "seen", "precision", "numbers", "versions"], rows)
