@@ -165,12 +165,12 @@ def prefix_bytes(pairs: int, world: int, dims: Sequence[int], views: int = 1) ->
 def whole_gradient(
     rows: torch.Tensor, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return the gradient of the whole embeddings from those of their `prefixes`, in the memory of the last."""
+    """Return the gradient of the whole embeddings from those of their `prefixes`, in the memory of the gradients."""
     *of_cut, whole = gradients
     for part, gradient in zip(parts, of_cut, strict=False):
-        cut = rows[:, : part.shape[1]]
-        along = part * _dot(part, gradient).unsqueeze(1)
-        whole[:, : part.shape[1]] += (gradient - along) / cut.norm(dim=1, keepdim=True).clamp_(min=1e-12)
+        norms = rows[:, : part.shape[1]].norm(dim=1, keepdim=True).clamp_(min=1e-12)
+        across = gradient.addcmul_(part, _dot(part, gradient).unsqueeze(1), value=-1)
+        whole[:, : part.shape[1]] += across.div_(norms)
     return whole
 
 
