@@ -139,6 +139,7 @@ class Evaluate:
             for model in models:
                 read_lines(model.home / RESULTS_FILE)
         columns: list[Column] = []
+        widths: list[int | None] = [*self.dims] or [None]
         masked: list[MaskedResults] = []
         faults: list[UserError | OSError] = []
         for model in models:
@@ -150,7 +151,7 @@ class Evaluate:
                 faults.append(embedder)
                 continue
             embedder = embedder.at(self.image_size)
-            for dims, mask in itertools.product(self.dims or [None], asked_masks(*masks, embedder)):
+            for dims, mask in itertools.product(widths, asked_masks(*masks, embedder)):
                 seen = masked_embedder(replace(embedder, dims=dims), mask)
                 lines = evaluate_model(seen, model.name, model.home / RESULTS_FILE, tasks)
                 cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == WHOLE else [mask.label])]

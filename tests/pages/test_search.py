@@ -1,6 +1,5 @@
 """`flipscale search`: its hits, its page, and its errors for bad input."""
 
-import base64
 import json
 import re
 import shutil
@@ -81,9 +80,7 @@ def test_cut_embeddings(trained: Path, pictures: Path, tmp_path: Path) -> None:
     search(trained / "model", pictures, "a red disc", "--out", page, "--dims", dims, "--top", "1")
     text = page.read_text()
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
-    projection, width = data["tower"]["weights"]["projection.weight"], data["tower"]["hidden_size"]
     assert data["dim"] == dims
-    assert len(base64.b64decode(projection)) == 4 * dims * width, "the box cuts its embeddings too"
     files = sorted(path for path in pictures.rglob("*.png") if path != pictures / "grey/3.png")
     model, processor = (kind.from_pretrained(trained / "model") for kind in (FlipModel, FlipProcessor))
     short = image_embeds(model.eval(), processor, files, dims=dims)

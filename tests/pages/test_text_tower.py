@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def model_of(tokenizer: PreTrainedTokenizerBase, **text: object) -> FlipModel:
 
 def embedder(model: FlipModel, tokenizer: PreTrainedTokenizerBase) -> Embedder:
     return Embedder(model, tokenizer, None, name="mine")
+
+
+def test_cut_embeddings(tokenizer: PreTrainedTokenizerBase) -> None:
+    ours = embedder(model_of(tokenizer), tokenizer)
+    whole, cut = (text_tower(one)["weights"].pop("projection.weight") for one in (ours, replace(ours, dims=5)))
+    assert base64.b64decode(cut) == base64.b64decode(whole)[: 4 * 5 * TOWER["hidden_size"]]
 
 
 def in_browser(tower: object, texts: Sequence[str], folder: Path) -> list[tuple[list[int], list[float]]]:

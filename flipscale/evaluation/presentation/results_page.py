@@ -218,10 +218,15 @@ def _made(columns: Sequence[Column]) -> str:
         facts = (
             [f"`{about['weights'][:12]}`" for about in abouts],
             [f"{about['image_size']} px" for about in abouts],
-            [", ".join(f"{key} {value}" for key, value in about["mask"].items()) or "whole" for about in abouts],
+            [_seen(about) for about in abouts],
             [about["precision"] for about in abouts],
-            [str(about.get("dims") or "all") for about in abouts],
             [", ".join(f"{name} {number}" for name, number in about["versions"].items()) for about in abouts],
         )
         rows.append([column.name, *("; ".join(dict.fromkeys(values)) for values in facts)])
-    return _table(["model", "weights", "images", "seen", "precision", "numbers", "versions"], rows)
+    return _table(["model", "weights", "images", "seen", "precision", "versions"], rows)
+
+
+def _seen(about: Mapping[str, Any]) -> str:
+    """Return the mask of the images and the width that embeddings were cut to, or `whole`."""
+    cut = [f"{about['dims']} numbers"] if about.get("dims") else []
+    return ", ".join([*(f"{key} {value}" for key, value in about["mask"].items()), *cut]) or "whole"
