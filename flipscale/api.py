@@ -5,7 +5,7 @@ On one process by default; a script with these calls runs on several under `acce
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,7 +16,12 @@ from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.console import start_logging
 from flipscale.training.preemption import Stopped
 
-__all__ = ["Recipe", "Result", "evaluate", "read_recipe", "train"]
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flipscale.evaluation.embedding import Embedder
+
+__all__ = ["Recipe", "Result", "evaluate", "explain", "read_recipe", "train"]
 
 
 def read_recipe(name: str | Path, **fields: Any) -> Recipe:
@@ -81,3 +86,25 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
     named.home.mkdir(parents=True, exist_ok=True)
     embedder = open_embedder(str(model), start_accelerator([], "."))
     return [line.result for line in evaluate_model(embedder, named.name, named.home / RESULTS_FILE, built)]
+
+
+def explain(model: "str | Path | Embedder", image: str | Path, text: str) -> "np.ndarray":
+    """Return where in an image a text is: the similarity of each patch with the text, fp32 `(rows, columns)`.
+
+    The patches are those of the image as the model sees it: of its centred square, or for SigLIP of the whole image.
+    `flipscale.evaluation.explain.patch_embeds` says how it is computed for each kind of model.
+
+    Args:
+        model: run, model folder, Hub name or `hf:NAME`; for many calls, the result of
+            `flipscale.hub.loading.open_embedder`.
+        image: picture file.
+
+    Raises:
+        UserError: the model has no texts or no embeddings of patches, or the file is no picture.
+    """
+    from flipscale.engines.build import start_accelerator
+    from flipscale.evaluation.explain import heat_map
+    from flipscale.hub.loading import open_embedder
+
+    embedder = open_embedder(str(model), start_accelerator([], ".")) if isinstance(model, str | Path) else model
+    return heat_map(embedder, Path(image), text)

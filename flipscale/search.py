@@ -21,6 +21,7 @@ class Search:
         queries: A text file, one query per line.
         out: The page to write. An .npz file beside it keeps embeddings for the next search.
         top: Pictures per query.
+        maps: Show on the page where in each picture the words are.
         dims: Cut the embeddings to their first numbers, for a model that learned `loss.prefix_dims`.
     """
 
@@ -31,6 +32,7 @@ class Search:
     queries: Path | None = None
     out: Path = Path("search.html")
     top: Count = 8
+    maps: bool = False
     dims: Count | None = None
 
     def run(self) -> None:
@@ -43,7 +45,7 @@ class Search:
         from flipscale.engines.build import start_accelerator
         from flipscale.evaluation.model_results import data_name
         from flipscale.hub.loading import open_embedder
-        from flipscale.pages.search import as_lines, embedded_pictures, searches, write_search_page
+        from flipscale.pages.search import as_lines, embedded_pictures, searches, with_maps, write_search_page
 
         accelerator = start_accelerator([], ".")
         if not accelerator.is_main_process:
@@ -56,6 +58,8 @@ class Search:
             count = f"{len(embedded.faults)} of {len(pictures)}"
             print(f"{count} pictures cannot be read and are left out, the first: {first}")
         results = searches(embedder, embedded, queries, self.top)
+        if self.maps:
+            results = with_maps(embedder, pictures, results)
         model = data_name(str(Path(self.model).parent) if Path(self.model).name == "model" else self.model)
         texts = {"model": model, "place": data_name(self.pictures), "top": self.top}
         reason = write_search_page(self.out, embedder, pictures, embedded, results, **texts)

@@ -8,19 +8,22 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import decode_small
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.explain import patch_embeds
 from flipscale.evaluation.model_results import state_dict_digest
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
@@ -56,11 +59,17 @@ _SPECIAL = {"<pad>", "<unk>", "<s>", "</s>"}
 
 class Search(NamedTuple):
     """A query with its hits, nearest first: index of a picture and its cosine; none for words that the model does not
-    know. `is_picture`: the query is a picture file, not words."""
+    know.
+
+    Args:
+        is_picture: whether the query is a picture file, not words.
+        maps: the query's map of each hit by its index, fp32 `(rows, columns)`; none without `with_maps`.
+    """
 
     query: str
     hits: list[tuple[int, float]]
     is_picture: bool = False
+    maps: Mapping[int, np.ndarray] = MappingProxyType({})
 
 
 def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> EmbeddedPictures:
@@ -119,6 +128,35 @@ def searches(embedder: Embedder, embedded: EmbeddedPictures, queries: Sequence[s
     return results
 
 
+def with_maps(embedder: Embedder, pictures: Pictures, results: Sequence[Search]) -> list[Search]:
+    """Return the searches with a map of each hit: where in the picture the words are (`patch_embeds`)."""
+    device, mapped = embedder.accelerator.device, []
+    for search in each(results, "mapping", "queries", leave=False, delay=5):
+        if search.is_picture or not search.hits:
+            mapped.append(search)
+            continue
+        (text,) = embedder.texts([search.query]).to(device)
+
+        def features(columns: dict[str, torch.Tensor], text: torch.Tensor = text) -> torch.Tensor:
+            return patch_embeds(embedder, **{name: column.to(device) for name, column in columns.items()}) @ text
+
+        embedded = embed_pictures(pictures, [index for index, _ in search.hits], embedder.decoder(), features)
+        mapped.append(search._replace(maps=dict(zip(embedded.rows.tolist(), embedded.embeds, strict=True))))
+    return mapped
+
+
+def _overlay(heat: np.ndarray, picture: Picture, squashes: bool) -> Picture:
+    """Return a map as a picture to lie over a thumbnail: clear where the text is least, red where it is most."""
+    shares = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
+    size = (picture.width, picture.height) if squashes else (min(picture.width, picture.height),) * 2
+    alpha = Image.fromarray((170 * shares).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    whole = Image.new("L", (picture.width, picture.height))
+    whole.paste(alpha, ((picture.width - size[0]) // 2, (picture.height - size[1]) // 2))
+    red = Image.new("RGB", whole.size, (220, 30, 20))
+    red.putalpha(whole)
+    return thumbnail(np.asarray(red), "", max(whole.size))
+
+
 def write_search_page(
     path: Path,
     embedder: Embedder,
@@ -152,7 +190,11 @@ def write_search_page(
             text = rendered(
                 "search.html",
                 searches=results,
-                shown={index: _thumbnail(pictures, index, side) for index in thumbnails},
+                shown=(shown := {index: _thumbnail(pictures, index, side) for index in thumbnails}),
+                maps=[
+                    {index: _overlay(heat, shown[index], embedder.crop == "squash") for index, heat in one.maps.items()}
+                    for one in results
+                ],
                 asked={s.query: _thumbnail(_single(s.query), 0, side) for s in results if s.is_picture},
                 names={index: pictures.name(index) for index in indices},
                 number={index: number for number, index in enumerate(indices)},

@@ -52,6 +52,11 @@ def test_search(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert by_text[0] == pytest.approx(expected.max(), abs=1e-3)
 
 
+def test_where(in_site: Path) -> None:
+    heat = run("See where in a picture the words are")["heat"]
+    assert heat.shape[0] == heat.shape[1] > 1
+
+
 def test_features(in_site: Path) -> None:
     names = run("Take its features")
     model = FlipModel.from_pretrained(in_site / "runs/demo/model")

@@ -1,5 +1,7 @@
 """`flipscale search`: its hits, its page, and its errors for bad input."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -88,6 +90,25 @@ def test_cut_embeddings(trained: Path, pictures: Path, tmp_path: Path) -> None:
     assert np.allclose(short, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
     found = float(re.search(r"<strong>(-?\d\.\d\d)</strong>", text)[1])
     assert found == pytest.approx((short @ text_embeds(model, processor, ["a red disc"], dims=dims)[0]).max(), abs=0.01)
+
+
+def test_maps_lie_over_the_hits(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    page = tmp_path / "maps.html"
+    search(trained / "model", pictures, "a red disc", pictures / "blue/2.png", "--out", page, "--top", "2", "--maps")
+    text = page.read_text()
+    maps = re.findall(
+        r'<img class="map" src="data:image/webp;base64,([^"]+)" alt="" width="(\d+)" height="(\d+)">', text
+    )
+    shown = re.findall(r'alt="[^"]+" width="(\d+)" height="(\d+)"><img class="map"', text)
+    assert [tuple(size) for _, *size in maps] == shown, "a map has the size of its picture"
+    assert len(maps) == 2, "words have maps, and a picture as a query has none"
+    assert 'id="where"' in text
+    with Image.open(io.BytesIO(base64.b64decode(maps[0][0]))) as image:
+        alpha = np.asarray(image)[..., 3]
+    assert alpha.max() > alpha.min() == 0
+    search(trained / "model", pictures, "a red disc", "--out", page, "--top", "2")
+    assert 'class="map"' not in page.read_text()
+    assert 'id="where"' not in page.read_text()
 
 
 def test_a_browser_shows_it(trained: Path, pictures: Path, tmp_path: Path) -> None:

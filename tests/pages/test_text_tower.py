@@ -72,7 +72,7 @@ def test_cut_embeddings(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def in_browser(tower: object, texts: Sequence[str], folder: Path) -> list[tuple[list[int], list[float]]]:
     """Return the tokens and the embedding of each text, as a page computes them."""
-    empty: dict[str, object] = {name: {} for name in ("searches", "shown", "asked", "names", "number")}
+    empty: dict[str, object] = {name: {} for name in ("searches", "shown", "maps", "asked", "names", "number")}
     numbers = {"num_pictures": 1, "num_damaged": 0, "top": 8, "dim": 4}
     page = folder / "page.html"
     page.write_text(rendered("search.html", **empty, **numbers, model="m", place="p", embeds="", tower=tower))
