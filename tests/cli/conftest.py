@@ -54,6 +54,8 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     write_pictures(folder)
     write_peer(folder, tokenizer_dir)
     write_prepared(folder / "data/tasks/cars")
+    study = {"base": "examples/demo/demo.yaml", "axes": {"mask": {"half": {"stages.masked.mask_ratio": 0.5}}}}
+    (folder / "masks.yaml").write_text(yaml.safe_dump({**study, "design": "star", "seeds": [0]}))
     with tarfile.open(ROOT / "tests/fixtures/parity/t5x.tar.gz") as tar:
         tar.extractall(folder / "original", filter="data")
     with zipfile.ZipFile(folder / "flip_vit_large.zip", "w") as archive:

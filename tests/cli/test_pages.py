@@ -69,9 +69,12 @@ def verb_s_help(words: list[str]) -> None:
 
 
 def verb_s_arguments(words: list[str]) -> None:
-    """Parse the arguments, and the recipes that they name."""
+    """Parse the arguments, and the recipes that they name. Plan studies, because a later command submits their runs."""
     if words[1] == "check":
         parse_fields(parse_known(Check, words[2:], "check")[1])
+        return
+    if words[1:4] == ["study", "plan", "masks.yaml"]:
+        verb(words)
         return
     parsed = cli.parse(words[1:])
     for recipe in getattr(parsed, "recipes", []):
