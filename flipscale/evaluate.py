@@ -51,11 +51,14 @@ class Evaluate:
         retrieval: Retrieve images and captions of these folders: shards with KEY.txt. Only an image's own captions are
             right. Where captions name classes, use --task '{kind: retrieval, data: DIR, group_by_caption: true}'.
         task: Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. The
-            kinds are zero_shot, zero_shot_multilabel, retrieval, multilingual_retrieval, multilingual_zero_shot,
-            worst_group, association, few_shot, probe, captioning, likelihood, vqa, classification. May be given several
-            times.
+            kinds are zero_shot, zero_shot_multilabel, zero_shot_memory, retrieval, multilingual_retrieval,
+            multilingual_zero_shot, worst_group, association, few_shot, probe, captioning, likelihood, vqa,
+            classification. May be given several times.
         without: Folder that `flipscale prepare audit --tests` wrote. Each result is also reported without the test
             images that are in the training data.
+        memory: Also classify --zero_shot with the captions of the nearest training pairs in this folder of `flipscale
+            prepare embed`. The images of --validation choose their number and weight.
+        validation: Folder like those of --zero_shot, for --memory.
         output_dir: Write results.md and results.png to this folder, and each model's results.jsonl to its own folder in
             it. By default, results.jsonl is written to the model folder, or to evaluations/NAME for other models.
         batch_size: Images or texts embedded at once.
@@ -80,6 +83,8 @@ class Evaluate:
     retrieval: list[str] = field(default_factory=list)
     task: list[str] = field(default_factory=list, metadata=REPEATED)
     without: Path | None = None
+    memory: str | None = None
+    validation: str | None = None
     output_dir: OutputFolder | None = None
     batch_size: Pairs = 256
     num_workers: Workers | None = None
@@ -241,6 +246,11 @@ def _tasks(args: Evaluate) -> list["Task"]:
     listed: list[str | dict[str, Any]] = []
     for kind in ("zero_shot", "retrieval"):
         listed += _tasks_of_folders(kind, getattr(args, kind))
+    if (args.memory or args.validation) and not (args.memory and args.validation and args.zero_shot):
+        raise UserError("--memory FEATURES needs --validation DIR and --zero_shot DIR; give all three or none")
+    for one in _tasks_of_folders("zero_shot", args.zero_shot if args.memory else []):
+        blended = {"kind": "zero_shot_memory", "memory": args.memory, "validation": args.validation}
+        listed.append({**one, **blended, "name": f"{one['name']}_memory"})
     for text in args.task:
         try:
             check_yaml(text, "--task")

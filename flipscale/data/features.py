@@ -63,6 +63,30 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def stored_sizes(folder: Path) -> list[int]:
+    """Return the number of samples of each shard of a folder. Raise UserError if images of some are missing."""
+    about, sizes = read_about(folder), list[int]()
+    while (file := shard_file(folder, "images", len(sizes))).is_file():
+        sizes.append(len(np.atleast_1d(_mapped(file))))
+    if sum(sizes) != about.get("samples"):
+        missing = f"{folder} has images of {sum(sizes):,} of its {about.get('samples', 0):,} samples"
+        raise UserError(f"{missing}; run the same `flipscale prepare embed` again")
+    return sizes
+
+
+def _mapped(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return a file of features, mapped to memory. Raise UserError if it is damaged or has another shape."""
+    try:
+        array = np.lib.format.open_memmap(file, mode="r")
+        if array.dtype != np.float16 or array.shape != (shape or array.shape):
+            raise UserError(f"{array.dtype} {array.shape}, not float16 {shape}")
+        return array
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises many kinds for a damaged header
+        raise UserError(f"{file} is damaged ({one_line_reason(error)}); {_REMEDY}") from error
+
+
 class PrecomputedFeatures:
     """The stored features of one tower, mapped to memory shard by shard. Raise UserError if `prepare embed` has not
     written such features there, or not all of them.
@@ -116,17 +140,8 @@ class PrecomputedFeatures:
 
     def _mapped(self, shard: int) -> np.ndarray:
         if shard not in self._open:
-            file = shard_file(self.folder, self.tower, shard)
-            try:
-                array = np.lib.format.open_memmap(file, mode="r")
-                shape = (self._sizes[shard], *self._crops, self.width)
-                if (array.dtype, array.shape) != (np.float16, shape):
-                    raise UserError(f"{array.dtype} {array.shape}, not float16 {shape}")
-            except OSError:
-                raise
-            except Exception as error:  # numpy raises many kinds for a damaged header
-                raise UserError(f"{file} is damaged ({one_line_reason(error)}); {_REMEDY}") from error
-            self._open[shard] = array
+            shape = (self._sizes[shard], *self._crops, self.width)
+            self._open[shard] = _mapped(shard_file(self.folder, self.tower, shard), shape)
             if len(self._open) > _MOST_MAPPED:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)

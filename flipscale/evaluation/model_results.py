@@ -229,7 +229,7 @@ def _about(task: Task, setting: Record, model: str, weights: str, seconds: float
 def _published(result: Result) -> Result:
     """Return a result for lines: data named without a path, and no list of prompts."""
     kept = {n: v for n, v in result.made_by.items() if n != "templates" or isinstance(v, str)}
-    places = {n: data_name(kept[n]) for n in ("data", "train", "validation") if kept.get(n)}
+    places = {n: data_name(kept[n]) for n in ("data", "train", "validation", "memory") if kept.get(n)}
     return replace(result, made_by={**kept, **places})
 
 

@@ -18,6 +18,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
 from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot
+from flipscale.evaluation.kinds.memory import ZeroShotMemory
 from flipscale.evaluation.kinds.probe import FewShot, Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
@@ -34,6 +35,7 @@ from flipscale.recipe.outputs import TASKS_DIR, EvalRecipe
 KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
     "zero_shot_multilabel": ZeroShotMultilabel,
+    "zero_shot_memory": ZeroShotMemory,
     "retrieval": Retrieval,
     "multilingual_retrieval": MultilingualRetrieval,
     "multilingual_zero_shot": MultilingualZeroShot,

@@ -2,7 +2,7 @@
 model's own head, after fine-tuning."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -120,11 +120,10 @@ images. The interval of an AUC is DeLong's."""
         if self.labels is not None:
             return self._any_label(embedder, test_set)
         names, n = test_set.class_names(), len(test_set)
-        labels, score = test_set.labels(embedder, len(names)), self.classifier(embedder, test_set)
+        labels = test_set.labels(embedder, len(names))
         hits = torch.zeros(len(labels), 4, dtype=torch.int32)
         leads = torch.zeros(len(labels), 1)  # of the second class over the first, for `roc_auc`
-        for mine, embeds in embedder.image_batches(test_set.source):
-            scores = score(embeds)
+        for mine, scores in self.scored(embedder, test_set):
             hits[mine] = hits_by_class(scores, labels[mine])
             leads[mine] = scores[:, 1:2] - scores[:, :1]
         results = self.class_results(embedder, hits, n, names, self.metric)
@@ -136,11 +135,16 @@ images. The interval of an AUC is DeLong's."""
             results.append(self.estimated(self.metric, auc, n, 50.0))
         return results
 
-    def _any_label(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
-        label_sets, score = self._label_sets(test_set), self.classifier(embedder, test_set)
-        rows, hits = embedder.rows(len(test_set)), 0
+    def scored(self, embedder: Embedder, test_set: TestSet) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Collective, to its end. Yield places among this process's rows, and their scores, `(rows, classes)`."""
+        score = self.classifier(embedder, test_set)
         for mine, embeds in embedder.image_batches(test_set.source):
-            nearest = score(embeds).argmax(dim=1).tolist()
+            yield mine, score(embeds)
+
+    def _any_label(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
+        label_sets, rows, hits = self._label_sets(test_set), embedder.rows(len(test_set)), 0
+        for mine, scores in self.scored(embedder, test_set):
+            nearest = scores.argmax(dim=1).tolist()
             hits += sum(best in label_sets[row] for row, best in zip(rows[mine], nearest, strict=True))
         sizes = [len(set(labels)) for labels in label_sets if labels]
         chance = 100.0 * sum(sizes) / len(sizes) / len(test_set.class_names())
