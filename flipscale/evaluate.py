@@ -45,15 +45,15 @@ class Evaluate:
             untrained:FOLDER (random weights). Several models share one table. Name them first, before the options.
         tasks: Folder in which `flipscale prepare tasks` put the tasks' data. Without --suite and --only, all tasks in
             this folder run. Default: data/tasks.
-        suite: Run the prepared tasks of this suite: paper, robustness, fairness, languages, or all.
+        suite: Run the prepared tasks of a suite, such as paper, robustness or composition, or all.
         only: Run these tasks, such as cars food101.
         zero_shot: Classify the images of these folders, each with KEY.cls and classnames.txt.
         retrieval: Retrieve images and captions of these folders: shards with KEY.txt. Only an image's own captions are
             right. Where captions name classes, use --task '{kind: retrieval, data: DIR, group_by_caption: true}'.
         task: Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. The
             kinds are zero_shot, zero_shot_multilabel, zero_shot_memory, retrieval, multilingual_retrieval,
-            multilingual_zero_shot, worst_group, association, few_shot, probe, captioning, likelihood, vqa,
-            classification. May be given several times.
+            multilingual_zero_shot, image_caption_selection, worst_group, association, few_shot, probe, captioning,
+            likelihood, vqa, classification. May be given several times.
         without: Folder that `flipscale prepare audit --tests` wrote. Each result is also reported without the test
             images that are in the training data.
         memory: Also classify --zero_shot with the captions of the nearest training pairs in this folder of `flipscale

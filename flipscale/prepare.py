@@ -49,7 +49,7 @@ class Shards:
         image_column: Column of images. Default: the first one named image, file_name, filename, path, filepath,
             image_path, img or picture.
         caption_column: Column of captions. Default: the first one named caption, captions, text, title, txt or
-            description. A list of texts holds several captions of one image.
+            description. Several columns, or a list of texts, hold several captions of one image.
         labels: Also write classes. `folder`: an image's class is its folder. Any other name is a column of the table.
             Default: no classes.
         split: Hold out this share of the images, such as 0.1, as a test set. The folder then has train/ and test/. An
@@ -68,7 +68,7 @@ class Shards:
     directory: OutputFolder
     _: KW_ONLY
     image_column: str | None = None
-    caption_column: str | None = None
+    caption_column: Names = field(default_factory=list)
     labels: str | None = None
     split: ShareBelowOne = 0.0
     dataset_split: str = "train"
@@ -209,7 +209,7 @@ class Tasks:
 
     Args:
         directory: Folder to write. The recipes expect data/tasks. After an interruption, the same command continues.
-        suite: Prepare the tasks of a suite: paper, robustness, fairness, languages, or all.
+        suite: Prepare the tasks of a suite, such as paper, robustness or composition, or all.
         only: Prepare these tasks, such as food101 pets.
         list: Print the tasks, and download nothing.
     """

@@ -23,7 +23,7 @@ PAGES = Path(__file__).parent / "tasks"
 _WITH_METRICS = ("zero_shot", "zero_shot_multilabel")
 PREPARED = "prepared.json"
 PAPER_MODEL = "FLIP L/14, LAION-400M"
-SUITES = ("paper", "robustness", "fairness", "languages")
+SUITES = ("paper", "robustness", "fairness", "languages", "composition", "long_captions")
 # CLIP's prompts for ImageNet: the 7 that do most of the work according to its authors, and the 80 of its notebook.
 TEMPLATES = {
     name: (PAGES / "prompts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
@@ -39,10 +39,14 @@ class TaskSource:
         image: image column of a parquet repository; empty for shards in CLIP_benchmark's layout.
         clip: columns that identify a clip, if rows are frames of videos. The middle frame is used.
         frame: column of a frame's number in its clip.
-        shards: pattern of the shards' names; empty for `SPLIT/0.tar`, `SPLIT/1.tar`, ...
+        shards: pattern of the shards' names, by default `SPLIT/0.tar`, ..., or a zip file of images and texts.
         captions: for sets that are not on the Hub, whose `repo` is the URL of an archive of images: languages by the
             URL of their captions, a zip file or a text file for each `{language}`.
         names: URL of the names of the images, in the order of the captions.
+        texts: columns of captions, or of lists of captions: the right one of the image, then wrong ones.
+        other_image, box: columns of the wrong caption's image, and of the part of an image to keep (x, y, w, h).
+        subsets: subsets that have their own repositories, `{subset}` in `repo`.
+        leave_out: values of `label` that are no subsets; nor are those of fewer rows than `least`.
     """
 
     repo: str
@@ -55,6 +59,17 @@ class TaskSource:
     shards: str = ""
     captions: dict[str, list[str]] = field(default_factory=dict)
     names: str = ""
+    texts: Sequence[str] = ()
+    other_image: str = ""
+    box: str = ""
+    subsets: Sequence[str] = ()
+    leave_out: Sequence[str] = ()
+    least: int = 1
+
+    @property
+    def repos(self) -> dict[str, str]:
+        """Repositories by their subsets."""
+        return {name: self.repo.format(subset=name) for name in self.subsets} or {"": self.repo}
 
 
 @dataclass(frozen=True)

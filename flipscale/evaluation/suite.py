@@ -17,6 +17,7 @@ from flipscale.data.task_page import read_page
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
+from flipscale.evaluation.kinds.image_caption_selection import ImageCaptionSelection
 from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot
 from flipscale.evaluation.kinds.memory import ZeroShotMemory
 from flipscale.evaluation.kinds.probe import FewShot, Probe
@@ -39,6 +40,7 @@ KINDS: dict[str, type[Task]] = {
     "retrieval": Retrieval,
     "multilingual_retrieval": MultilingualRetrieval,
     "multilingual_zero_shot": MultilingualZeroShot,
+    "image_caption_selection": ImageCaptionSelection,
     "worst_group": WorstGroup,
     "association": Association,
     "few_shot": FewShot,

@@ -87,9 +87,13 @@ class TestSet:
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
         """Collective. Return the captions of every image: the lines of its `KEY.txt`, blank ones too."""
-        mine = of_my_rows(embedder, self.source, self.captions_of)
+        return self.gathered(embedder, self.captions_of)
+
+    def gathered(self, embedder: Embedder, read: Callable[[int, int], Value]) -> list[Value]:
+        """Collective. Return `read(shard, number)` of every image in shard order."""
+        mine = of_my_rows(embedder, self.source, read)
         pairs = gather_objects(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
-        return [lines for _, lines in sorted(pairs)]
+        return [value for _, value in sorted(pairs)]
 
     def label(self, num_classes: int, shard: int, number: int) -> int:
         label = self.source.read_label(shard, number)

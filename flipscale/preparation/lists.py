@@ -136,7 +136,7 @@ class PairSource(ABC):
 def open_pairs(
     source: str,
     image_column: str | None = None,
-    caption_column: str | None = None,
+    caption_column: Sequence[str] = (),
     split: str = "train",
     allow_outside: bool = False,
     labels: str | None = None,
@@ -150,7 +150,8 @@ def open_pairs(
         allow_outside: whether to read files outside the folder of the list, named by a path or a link.
         labels: column of classes, or `folder` for class folders.
     """
-    path, asked = Path(source), {"image": image_column, "caption": caption_column, "label": labels}
+    path, asked = Path(source), {"image": image_column, "caption": next(iter(caption_column), None), "label": labels}
+    asked |= {f"caption {number}": name for number, name in enumerate(caption_column[1:], 2)}
     if path.is_dir():
         metadata = (path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
         path = next((table for table in metadata if table.exists()), path)
@@ -321,7 +322,7 @@ def find_columns(source: str, names: Sequence[str], asked: dict[str, str | None]
         asked: column by kind; None stands for the first column with a usual name, or no classes.
     """
     columns: dict[str, str] = {}
-    for kind, flag in _FLAGS.items():
+    for kind, flag in ((kind, _FLAGS[kind.split()[0]]) for kind in _FLAGS | asked):
         if kind == "label" and not asked[kind]:
             continue
         usual = (asked[kind],) if asked[kind] else _USUAL_COLUMNS[kind]
@@ -344,7 +345,7 @@ class RowList(PairSource):
     Args:
         source: path or name of the list.
         names: all columns.
-        columns: columns of `image`, `caption` and perhaps `label`.
+        columns: columns of `image`, `caption`, and perhaps of `label`, `caption 2` and so on.
         root: folder of the images that rows name by a path.
         allow_outside: whether to read files outside `root`.
         class_names: class names of the columns that hold numbers of classes.
@@ -364,8 +365,12 @@ class RowList(PairSource):
     @property
     def layout(self) -> str:
         labels = f", classes of {self.columns['label']}" if "label" in self.columns else ""
-        columns = f"images of the column {self.columns['image']}, captions of {self.columns['caption']}{labels}"
+        columns = f"images of the column {self.columns['image']}, captions of {' '.join(self.caption_columns)}{labels}"
         return f"{len(self):,} rows {self.whence}: {columns}"
+
+    @property
+    def caption_columns(self) -> list[str]:
+        return [name for kind, name in self.columns.items() if kind.startswith("caption")]
 
     @property
     def whence(self) -> str:
@@ -399,7 +404,10 @@ class RowList(PairSource):
         return read_file(self.root, value, self.allow_outside)
 
     def captions(self, number: int) -> list[str]:
-        return _captions_of(self._named("caption", self.row(number)[1]))
+        cells = zip(self.columns, self.row(number), strict=True)
+        given = [self._named(kind, value) for kind, value in cells if kind.startswith("caption")]
+        _captions_of(given[0])  # raises if the first is blank, which may be the only right one
+        return _captions_of([text for own in given for text in (own if isinstance(own, list) else [own])])
 
     def label(self, number: int) -> str:
         return _label_of(self._named("label", self.row(number)[2]))
@@ -453,7 +461,7 @@ class TextTable(RowList):
         return f"row {number + 1}"
 
     def fingerprint(self) -> str:
-        return digest_of([self.digest, self.columns["image"], self.columns["caption"]])
+        return digest_of([self.digest, self.columns["image"], *self.caption_columns])
 
     def row(self, number: int) -> Sequence[Any]:
         begin, end = self.starts[number : number + 2].tolist()
@@ -616,7 +624,7 @@ class ParquetList(RowList):
         return {**self.__dict__, "_rows": None}
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, self.digest, self.columns["image"], self.columns["caption"]])
+        return digest_of([self.source, self.digest, self.columns["image"], *self.caption_columns])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
@@ -684,7 +692,7 @@ class DatasetList(RowList):
         return self.place(number)
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, len(self), self.columns["image"], self.columns["caption"]])
+        return digest_of([self.source, len(self), self.columns["image"], *self.caption_columns])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:

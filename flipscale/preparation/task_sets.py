@@ -9,11 +9,13 @@ import json
 import os
 import re
 import tarfile
+import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain, islice, repeat
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -44,6 +46,7 @@ _PREPARED_FILES = ("test/*.tar", "test/*.txt", "*.txt", "captions/*.json")
 _TIMM_LABELS = "data/_info/imagenet_real_labels.json"  # of image ILSVRC2012_val_00000001, of 00000002, ...
 _LIST_SECONDS = 30.0
 IMAGES_PER_SHARD = 1000  # of shards that are made of tables
+_Sample = dict[str, bytes]  # files by their extensions
 
 
 class WrongFile(OSError):
@@ -59,8 +62,11 @@ class HubFile:
         size: size in bytes.
         digest: `sha256:HEX` of a large file, `git:HEX` (git's id of the content) of a small one.
         path: path in the folder that is prepared.
+        commit: commit of the repository `repo`.
     """
 
+    repo: str
+    commit: str
     name: str
     size: int
     digest: str
@@ -142,19 +148,22 @@ def _plan(folder: Path, page: TaskPage) -> _Plan | None:
     if source.captions:
         return _Plan(page, "", (), archive_bytes(source.repo), 0)
     begun = next(json_lines.iterate(place / _BEGUN, "source", commit=str), {})
-    revision = begun["commit"] if begun.get("source") == _origin(source) else source.revision
-    commit, listed = list_files(source.repo, revision)
-    files = _files_of(source, listed)
-    if not any(file.name.endswith((".tar", ".parquet")) for file in files):
-        shards = source.shards or f"{source.split}/*.tar"
-        what = f"parquet files of the split {source.split}" if source.image else shards
-        raise UserError(f"data set {source.repo} has no {what}; the source has changed")
+    revisions = begun["commit"].split(",") if begun.get("source") == _origin(source) else repeat(source.revision)
+    files = list[HubFile]()
+    for (subset, repo), revision in zip(source.repos.items(), revisions, strict=False):
+        own = _files_of(source, list_files(repo, revision))
+        if not any(file.name.endswith((".tar", ".parquet", ".zip")) for file in own):
+            shards = source.shards or f"{source.split}/*.tar"
+            what = f"parquet files of the split {source.split}" if source.image else shards
+            raise UserError(f"data set {repo} has no {what}; the source has changed")
+        files += [replace(file, path=f"{subset}/{Path(file.path).name}") for file in own] if subset else own
     has_names = source.image or page.class_names or "classnames.txt" in {file.name for file in files}
     if _needs_names(page) and not has_names:
         raise UserError(f"data set {source.repo} has no classnames.txt, and the task's page lists no class names")
     paths = {file: _downloaded(place, source) / file.path for file in files}
     present = sum(file.size for file, path in paths.items() if path.is_file() and path.stat().st_size == file.size)
-    return _Plan(page, commit, files, sum(file.size for file in files), present)
+    commits = {file.repo: file.commit for file in files}
+    return _Plan(page, ",".join(commits.values()), tuple(files), sum(file.size for file in files), present)
 
 
 def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
@@ -166,12 +175,13 @@ def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
             (place / PREPARED).unlink(missing_ok=True)
             json_lines.rewrite(place / _BEGUN, [{"source": _origin(source), "commit": plan.commit}])
             for file in plan.files:
-                _download(source.repo, plan.commit, file, _downloaded(place, source) / file.path, place / _DOWNLOAD)
+                _download(file, _downloaded(place, source) / file.path, place / _DOWNLOAD)
                 progress.update(file.size)
-            if source.image:
-                tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.name)]
+            if _downloaded(place, source) != place:
+                tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.path)]
                 names = convert(tables, place / "test", source, page.name) or list(page.class_names)
-                write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
+                if names:
+                    write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
             if source.captions:
                 write_languages(place, source)
                 progress.update(plan.num_bytes)
@@ -191,7 +201,7 @@ def _origin(source: TaskSource) -> dict[str, str]:
 
 
 def _needs_names(page: TaskPage) -> bool:
-    return not page.kind.endswith("retrieval")
+    return not page.kind.endswith(("retrieval", "selection"))
 
 
 def _has_real_labels(page: TaskPage) -> bool:
@@ -211,12 +221,12 @@ def _files_of(source: TaskSource, files: Iterable[HubFile]) -> tuple[HubFile, ..
 
 
 def _downloaded(place: Path, source: TaskSource) -> Path:
-    """Return the folder of downloaded files; tables do not belong to the prepared set."""
-    return place / _PARQUET if source.image else place
+    """Return the folder of downloaded files; tables and archives do not belong to the prepared set."""
+    return place / _PARQUET if source.image or source.shards.endswith(".zip") else place
 
 
-def list_files(repo: str, revision: str) -> tuple[str, list[HubFile]]:
-    """Return the commit and the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names.
+def list_files(repo: str, revision: str) -> list[HubFile]:
+    """Return the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names.
 
     Raises:
         UserError: there is no such repository or revision, or it may not be read.
@@ -227,16 +237,17 @@ def list_files(repo: str, revision: str) -> tuple[str, list[HubFile]]:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_LIST_SECONDS)
         for file in info.siblings or []:
             content = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-            files.append(HubFile(file.rfilename, max(int(file.size or 0), 0), content, file.rfilename))
+            size, name = max(int(file.size or 0), 0), file.rfilename
+            files.append(HubFile(repo, info.sha or "", name, size, content, name))
     # A proxy's page in place of the Hub's answer raises the last four.
     except (OSError, HTTPError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise _explained(error, repo, revision) from None
     if not info.sha:
         raise _explained(UserError("it does not say which commit it has"), repo, revision)
-    return info.sha, files
+    return files
 
 
-def _download(repo: str, commit: str, file: HubFile, path: Path, folder: Path) -> None:
+def _download(file: HubFile, path: Path, folder: Path) -> None:
     """Download a file to `path` by way of `folder`, unless it is whole.
 
     Raises:
@@ -244,6 +255,7 @@ def _download(repo: str, commit: str, file: HubFile, path: Path, folder: Path) -
         WrongFile: the file differs from the one that the Hub lists.
         OSError: the Hub cannot be reached, or the disk is full.
     """
+    repo, commit = file.repo, file.commit
     if file.is_whole(path):
         return
     remove(folder)  # because a file of a killed run is downloaded anew
@@ -324,7 +336,7 @@ def _open_shards(place: Path, plan: _Plan) -> TarSource:
     """Remove shards of other sets, and open the others: `.../test/{0..3}.tar`. Raise UserError if a shard is missing or
     damaged, or there are no images."""
     folder = place / "test"
-    if not plan.page.source.image and not plan.page.source.captions:
+    if _downloaded(place, plan.page.source) == place and not plan.page.source.captions:
         for path in set(folder.glob("*.tar")) - {place / file.path for file in plan.files}:
             path.unlink()
     names = {path.name for path in folder.glob("*.tar")}
@@ -392,45 +404,98 @@ def _remove_leftovers(place: Path) -> None:
         remove(path)
 
 
-def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str] | None:
-    """Write the parquet files of a split as `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`, and return the names
-    of the classes; None if the files have only their numbers. A kill leaves the folder as it was. Raise UserError if a
-    column is missing, a row has no image or no class, or a file is damaged."""
+def convert(files: Sequence[Path], out_dir: Path, columns: TaskSource, name: str) -> list[str]:
+    """Write the parquet files of a split, or an archive, as `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`.
+    Return the names of the classes or subsets, if the files have them. A kill leaves the folder as it was. Raise
+    UserError if a column is missing, a row has no image, class or caption, or a file is damaged."""
     from datasets import ClassLabel, Features
     from pyarrow import ArrowException, parquet
 
     try:
+        if not columns.image:
+            _write_samples(_zipped(files[0], name), out_dir, None, name)
+            return []
         schema = parquet.read_schema(files[0])
-        for column in (columns.image, columns.label, *columns.clip, *filter(None, [columns.frame])):
+        used = [*filter(None, (columns.image, columns.label, *columns.texts, columns.other_image, columns.box))]
+        for column in (*used, *columns.clip, *filter(None, [columns.frame])):
             if column not in schema.names:
                 raise UserError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
         chosen = _middle_frames(files, columns) if columns.clip else None
         total = sum(parquet.read_metadata(file).num_rows for file in files) if chosen is None else len(chosen)
+        label = Features.from_arrow_schema(schema).get(columns.label)
+        names = list(label.names) if isinstance(label, ClassLabel) else _subsets(files, columns)
+        # Without a column of subsets, "", a file's folder is its subset.
+        rows = ((file.parent.name, *row) for file in files for row in parquet_rows(file, used))
         samples = (
-            _sample(image, label, f"{name}: row {at} of its source")
-            for at, (image, label) in enumerate(_rows(files, [columns.image, columns.label]))
+            sample
+            for at, row in enumerate(rows)
             if chosen is None or at in chosen
+            for sample in _samples(dict(zip(["", *used], row, strict=True)), columns, names, f"{name}: row {at}")
         )
-        num_shards = -(-total // IMAGES_PER_SHARD)
-        with atomic_write(out_dir) as partial, Progress(total, name, "images") as progress:
-            partial.mkdir(parents=True)
-            for shard in range(num_shards):
-                with tarfile.open(partial / f"{shard}.tar", "w") as tar:
-                    for at, (image, extension, label) in enumerate(islice(samples, IMAGES_PER_SHARD)):
-                        key = f"s{shard * IMAGES_PER_SHARD + at:07d}"
-                        add_member(tar, f"{key}.{extension}", image)
-                        add_member(tar, f"{key}.cls", str(label).encode())
-                        progress.update()
-            (partial / "nshards.txt").write_text(f"{num_shards}\n", encoding="utf-8")
-        label = Features.from_arrow_schema(schema)[columns.label]
-        return list(label.names) if isinstance(label, ClassLabel) else None
-    except (ArrowException, KeyError, TypeError, OSError) as error:
+        _write_samples(samples, out_dir, total, name)
+        return names
+    except (ArrowException, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
         # pyarrow's OSErrors have no number; a full disk's have.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(
-            f"{name}: its tables cannot be read ({one_line_reason(error)}); the source has changed"
+            f"{name}: its files cannot be read ({one_line_reason(error)}); the source has changed"
         ) from error
+
+
+def _write_samples(samples: Iterator[_Sample], out_dir: Path, total: int | None, name: str) -> None:
+    shard = -1
+    with atomic_write(out_dir) as partial, Progress(total, name, "images") as progress:
+        partial.mkdir(parents=True)
+        for shard, first in enumerate(samples):
+            with tarfile.open(partial / f"{shard}.tar", "w") as tar:
+                for at, sample in enumerate(chain([first], islice(samples, IMAGES_PER_SHARD - 1))):
+                    for extension, content in sample.items():
+                        add_member(tar, f"s{shard * IMAGES_PER_SHARD + at:07d}.{extension}", content)
+                    progress.update()
+        (partial / "nshards.txt").write_text(f"{shard + 1}\n", encoding="utf-8")
+
+
+def _subset(label: Any) -> str:
+    return "_".join(map(str, label)) if isinstance(label, list) else str(label)
+
+
+def _subsets(files: Sequence[Path], columns: TaskSource) -> list[str]:
+    """Return the names of the subsets of a table of captions in alphabetical order."""
+    if not columns.label or not columns.texts:
+        return sorted(columns.subsets)
+    counts = Counter(_subset(label) for (label,) in _rows(files, [columns.label]))
+    return sorted(name for name, count in counts.items() if count >= columns.least and name not in columns.leave_out)
+
+
+def _samples(row: dict[str, Any], columns: TaskSource, names: list[str], where: str) -> Iterator[_Sample]:
+    """Yield the sample of a row, or the two of a row with two images."""
+    files, label = _image(row[columns.image], where, row[columns.box] if columns.box else None), row[columns.label]
+    if not columns.texts:
+        if not isinstance(label, int) or label < 0:
+            raise UserError(f"{where} has no class; the source has changed")
+        yield {**files, "cls": str(label).encode()}
+        return
+    given = [row[column] for column in columns.texts]
+    texts = [text for own in given for text in (own if isinstance(own, list) else [own])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{where} has no caption; the source has changed")
+    lines, subset = [" ".join(text.splitlines()) for text in texts], _subset(label)
+    number = {"cls": str(names.index(subset)).encode()} if subset in names else {}
+    yield {**files, "txt": "\n".join(lines).encode(), **number}
+    if columns.other_image:
+        yield {**_image(row[columns.other_image], where), "txt": "\n".join(lines[::-1]).encode(), **number}
+
+
+def _zipped(archive: Path, name: str) -> Iterator[_Sample]:
+    """Yield the samples of a zip file of images and texts: each image with the first line of the text of its name."""
+    with zipfile.ZipFile(archive) as zipped:
+        files = {path: PurePosixPath(path).stem for path in zipped.namelist() if "__MACOSX" not in path}
+        texts = {stem: path for path, stem in files.items() if path.endswith(".txt")}
+        for path, stem in sorted(files.items(), key=lambda file: (len(file[0]), file[0])):
+            if path.endswith((".jpg", ".png")) and stem in texts:
+                line = zipped.read(texts[stem]).strip().split(b"\n")[0]
+                yield {**_image(zipped.read(path), f"{name}: {path} of its source"), "txt": line.strip()}
 
 
 def _middle_frames(files: Sequence[Path], columns: TaskSource) -> set[int]:
@@ -445,18 +510,19 @@ def _rows(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Any, ...]
     return chain.from_iterable(parquet_rows(file, columns) for file in files)
 
 
-def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
-    """Return the image, its extension and its class; a format that shards do not hold becomes PNG."""
+def _image(image: Any, where: str, box: dict[str, float] | None = None) -> _Sample:
+    """Return an image, or its part in a box, by its extension; a format that shards do not hold becomes PNG."""
     content = image.get("bytes") if isinstance(image, dict) else image
-    if not isinstance(content, bytes) or not isinstance(label, int) or label < 0:
-        missing = "class" if isinstance(content, bytes) else "image"
-        raise UserError(f"{where} has no {missing}; the source has changed")
+    if not isinstance(content, bytes):
+        raise UserError(f"{where} has no image; the source has changed")
     try:
         kind = Image.open(io.BytesIO(content)).format
-        if kind in KEPT_FORMATS:
-            return content, KEPT_FORMATS[kind], label
-        png = io.BytesIO()
-        Image.fromarray(decode_whole(content)).save(png, "PNG")
+        if kind in KEPT_FORMATS and box is None:
+            return {KEPT_FORMATS[kind]: content}
+        whole, png = Image.fromarray(decode_whole(content)), io.BytesIO()
+        if box is not None:
+            whole = whole.crop((box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]))
+        whole.save(png, "PNG")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where} has an image that cannot be read ({error}); the source has changed") from error
-    return png.getvalue(), "png", label
+    return {"png": png.getvalue()}

@@ -242,6 +242,7 @@ def _evaluate(folder: str, out: str) -> None:
         {**whole, "kind": "retrieval", "data": f"{folder}/pairs"},
         {**whole, "kind": "retrieval", "data": f"{folder}/pairs", "name": "grouped", "group_by_caption": True},
         faces,
+        {"kind": "image_caption_selection", "data": f"{folder}/choices"},
     ]
     embedder = drawn()
     results = run_tasks(embedder, with_clean_tasks(build_tasks(listed), Path(folder)))
@@ -261,6 +262,7 @@ def test_one_and_three_processes_find_the_same(tmp_path: Path) -> None:
     named(write_set(tmp_path / "all", 3, 13, labels), NAMES)
     write_set(tmp_path / "pairs", 2, 17, captions)
     write_faces(tmp_path / "faces")
+    write_set(tmp_path / "choices", 2, 17, lambda number, label: {"txt": b"a %d\nthe %d\na" % (number, label)})
     # Without 8 images of 39, batches have 2 images in place of 3.
     write_overlap(
         tmp_path, tmp_path / "all/test", [(f"{shard}.tar", number) for shard in (0, 2) for number in range(4)]

@@ -27,7 +27,7 @@ def test_a_page_is_a_task(name: str) -> None:
     assert page.comparable or page.why_not
     assert page.licence
     assert page.title
-    named = not page.kind.endswith("retrieval") and name not in WITHOUT_NAMES
+    named = not page.kind.endswith(("retrieval", "selection")) and name not in WITHOUT_NAMES
     assert len(page.class_names) == len(set(page.class_names)) == (page.num_classes if named else 0) or name in (
         "imagenet1k", "imagenet1k_80", "imagenet_real", "imagenetv2", "imagenet_sketch"
     )  # fmt: skip

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -242,6 +243,140 @@ def test_middle_frames_of_clips(hub: LoopbackHub, tmp_path: Path) -> None:
     assert [(sample.image, sample.label) for sample in samples] == [(picture(2), 3), (picture(3), 4), (picture(6), 5)]
     written = (tmp_path / "tasks" / "ucf101" / "classnames.txt").read_text().splitlines()
     assert written == list(page.class_names) != names
+
+
+def parquet(path: Path, of_images: list[str], **columns: list) -> bytes:
+    """A parquet file of columns, of which some hold images."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict(columns)
+    for name in of_images:
+        rows = rows.cast_column(name, datasets.Image())
+    rows.to_parquet(path)
+    return path.read_bytes()
+
+
+def add_pinned(hub: LoopbackHub, task: str, files: dict[str, bytes]) -> None:
+    source = read_page(task).source
+    hub.add(source.repo, files)
+    hub.repos[source.repo].branches[source.revision] = hub.repos[source.repo].branches["main"]
+
+
+def samples_of(place: Path) -> list[tuple[list[str], int | None, bytes]]:
+    """Captions, class and image of each sample."""
+    source = TarSource(str(place / "test"))
+    found = [source.read(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
+    return [(sample.captions[0].decode().splitlines(), sample.label, sample.image) for sample in found]
+
+
+def stored(numbers: list[int], side: int = 32) -> list[dict]:
+    return [{"bytes": picture(number, "JPEG", side), "path": None} for number in numbers]
+
+
+def test_subsets_in_repositories_of_their_own(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SugarCrepe: each subset is a repository, whose captions are lists. All repositories have one commit, or none."""
+    monkeypatch.setattr("flipscale.preparation.task_sets.IMAGES_PER_SHARD", 4)
+    subsets = sorted(read_page("sugar_crepe").source.subsets)
+    assert len(subsets) == 7
+    for number, name in enumerate(subsets):
+        captions = [[f"{name} {row}", f"no {name}\n{row}"] for row in range(2)]
+        images = stored([2 * number, 2 * number + 1])
+        table = parquet(tmp_path / "rows.parquet", ["image"], image=images, tested_labels=captions, true_label=[0, 1])
+        if name != "swap_att":
+            hub.add(f"HuggingFaceM4/SugarCrepe_{name}", {"data/test-00000-of-00001-ab12.parquet": table})
+    arguments = (tmp_path / "tasks", "--only", "sugar_crepe")
+    assert "data set HuggingFaceM4/SugarCrepe_swap_att at" in refusal(capsys, *arguments)
+    captions = [[f"swap_att {row}", f"no swap_att\n{row}"] for row in range(2)]
+    table = parquet(tmp_path / "rows.parquet", ["image"], image=stored([10, 11]), tested_labels=captions)
+    hub.add("HuggingFaceM4/SugarCrepe_swap_att", {"data/test-00000-of-00001-cd34.parquet": table})
+    hub.fail_next(20, path=r"GET .*swap_obj.*parquet", status=404, message="gone")
+    refusal(capsys, *arguments)
+    place = tmp_path / "tasks/sugar_crepe"
+    assert len(list((place / ".parquet").rglob("*.parquet"))) == 6
+    hub._faults.clear()
+    asked = len(hub.asked("parquet"))
+    prepare(*arguments)
+    assert len(hub.asked("parquet")) - asked <= 2, "whole files are not downloaded again"
+    assert (place / "classnames.txt").read_text().splitlines() == subsets
+    expected = [([f"{subsets[n // 2]} {n % 2}", f"no {subsets[n // 2]} {n % 2}"], n // 2) for n in range(14)]
+    found = samples_of(place)
+    assert [sample[:2] for sample in found] == expected
+    assert [image for _, _, image in found] == [picture(number, "JPEG") for number in range(14)]
+    assert (place / "test/nshards.txt").read_text() == "4\n"
+    revision = read_prepared(place)["revision"]  # type: ignore[index]
+    assert revision.split(",")[0] == hub.repos["HuggingFaceM4/SugarCrepe_add_att"].branches["main"]
+    assert len(revision.split(",")) == 7
+    (task,) = build_tasks(["sugar_crepe"], tmp_path / "tasks")
+    task.check()
+
+
+def test_boxes_and_subsets_of_tables(hub: LoopbackHub, tmp_path: Path) -> None:
+    """ARO's VG sets: the part in the box; symmetric relations, and attributes of few images, are no subsets."""
+    relations = ["to the left of", "near", "riding", "riding"]
+    boxes = [{"x": 2.0, "y": 3.0, "w": 20.0, "h": 10.0}] * 4
+    texts = {"true_caption": list("abcd"), "false_caption": list("wxyz")}
+    table = parquet(tmp_path / "a", ["image"], image=stored([1, 2, 3, 3]), relation_name=relations, bbox=boxes, **texts)
+    add_pinned(hub, "aro_vg_relation", {"data/test-00000-of-00001.parquet": table})
+    attributes = [["white", "old"]] * 25 + [["old", "white"]] * 24
+    many = {"image": stored([1] * 49), "bbox": boxes[:1] * 49, "true_caption": ["a"] * 49, "false_caption": ["b"] * 49}
+    table = parquet(tmp_path / "b", ["image"], attributes=attributes, **many)
+    add_pinned(hub, "aro_vg_attribution", {"data/test-00000-of-00001.parquet": table})
+    prepare(tmp_path / "tasks", "--only", "aro_vg_relation", "aro_vg_attribution")
+    place = tmp_path / "tasks/aro_vg_relation"
+    found = samples_of(place)
+    assert [sample[:2] for sample in found] == [(["a", "w"], 1), (["b", "x"], None), (["c", "y"], 0), (["d", "z"], 0)]
+    assert (place / "classnames.txt").read_text() == "riding\nto the left of\n"
+    whole = Image.open(io.BytesIO(picture(1, "JPEG")))
+    assert (np.array(Image.open(io.BytesIO(found[0][2]))) == np.array(whole.crop((2, 3, 22, 13)))).all()
+    assert (tmp_path / "tasks/aro_vg_attribution/classnames.txt").read_text() == "white_old\n"
+    labels = [label for _, label, _ in samples_of(tmp_path / "tasks/aro_vg_attribution")]
+    assert labels == [0] * 25 + [None] * 24
+
+
+def test_pairs_orders_and_long_captions(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    two = {"image_0": stored([0, 2]), "image_1": stored([1, 3]), "caption_0": ["a", "c"], "caption_1": ["b", "d"]}
+    table = {"data/test-00000-of-00001.parquet": parquet(tmp_path / "a", ["image_0", "image_1"], **two)}
+    hub.add("facebook/winoground", table, gated=True)
+    line = refusal(capsys, tmp_path / "tasks", "--only", "winoground")
+    assert "is gated; accept its terms on its page, then log in with `hf auth login`" in line
+    hub.repos["facebook/winoground"].gated = False
+    words = {name: [f"{name} {row}" for row in range(3)] for name in read_page("aro_coco_order").source.texts}
+    table = {"data/test-00000-of-00001.parquet": parquet(tmp_path / "b", ["images"], images=stored([0, 0, 1]), **words)}
+    add_pinned(hub, "aro_coco_order", table)
+    add_pinned(hub, "aro_flickr30k_order", table)
+    words = {"description": ["Two lines.\nIn one.", "A long one."], "example_id": ["x", "y"]}
+    table = parquet(tmp_path / "c", ["image"], image=stored([4, 5]), **words)
+    add_pinned(hub, "docci", {"data/test-00000-of-00001.parquet": table, "data/train-00000-of-00001.parquet": b"no"})
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for name in ("__MACOSX/Urban1k/image/._1.jpg", "Urban1k/image/7.jpg"):
+            zipped.writestr(name, b"no picture, and no text")
+        for number in (10, 2, 1):
+            zipped.writestr(f"Urban1k/caption/{number}.txt", f"Street {number}.\nSecond line")
+            zipped.writestr(f"Urban1k/image/{number}.jpg", picture(number, "JPEG"))
+    hub.add("BeichenZhang/Urban1k", {"README.md": b"streets", "Urban1k.zip": archive.getvalue()})
+    names = ("winoground", "aro_coco_order", "aro_flickr30k_order", "docci", "urban1k")
+    prepare(tmp_path / "tasks", "--only", *names)
+    for name in names:
+        (task,) = build_tasks([name], tmp_path / "tasks")
+        task.check()
+        assert not (tmp_path / "tasks" / name / "classnames.txt").exists()
+        assert not list((tmp_path / "tasks" / name).glob(".*"))
+    pairs = [(["a", "b"], 0), (["b", "a"], 1), (["c", "d"], 2), (["d", "c"], 3)]
+    found = {name: samples_of(tmp_path / "tasks" / name) for name in names}
+    assert found["winoground"] == [(captions, None, picture(number, "JPEG")) for captions, number in pairs]
+    orders = [[f"{name} {row}" for name in read_page("aro_coco_order").source.texts] for row in range(3)]
+    assert [captions for captions, _, _ in found["aro_coco_order"]] == orders
+    assert [captions for captions, _, _ in found["docci"]] == [["Two lines. In one."], ["A long one."]]
+    assert found["urban1k"] == [([f"Street {number}."], None, picture(number, "JPEG")) for number in (1, 2, 10)]
+    hub.add("BeichenZhang/Urban1k", {"Urban1k.zip": archive.getvalue()[:200]})
+    assert "urban1k: its files cannot be read (" in refusal(capsys, tmp_path / "new", "--only", "urban1k")
+    words["description"][1] = " "
+    table = parquet(tmp_path / "c", ["image"], image=stored([4, 5]), **words)
+    add_pinned(hub, "docci", {"data/test-00000-of-00001.parquet": table})
+    assert "docci: row 1 has no caption; the source" in refusal(capsys, tmp_path / "new", "--only", "docci")
 
 
 def imagenet(numbers: list[int], classes: list[int]) -> bytes:

@@ -16,6 +16,7 @@ from conftest import COLOURS, SHAPES, draw
 from flipscale import cli
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.suite import build_tasks
 from flipscale.evaluation.test_set import TestSet
 from flipscale.preparation.lists import open_pairs
 
@@ -241,3 +242,40 @@ def test_a_tokenizer_that_cannot_be(own_shards: Path, tmp_path: Path, refused: C
     assert not (tmp_path / "words").exists()
     (tmp_path / "empty").mkdir()
     assert "is there already" in refused("prepare", "tokenizer", own_shards, tmp_path / "empty")
+
+
+def test_a_table_of_right_and_wrong_captions(
+    by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(by_class, tmp_path / "own")
+    files = [f"{name}/0.png" for name in NAMES[:5]]
+    wrong = ["a hat", "", "a cup", "a ship", "a cat"]
+    table = [
+        {
+            "image": file,
+            "caption": f"right {n}",
+            "wrong_1": f"wrong {n}",
+            "wrong_2": wrong[n],
+            "subset": ("swap", "add")[n % 2],
+        }
+        for n, file in enumerate(files)
+    ]
+    table[3]["caption"] = " "
+    with open(tmp_path / "own/choices.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    columns = ("--caption_column", "caption", "wrong_1", "wrong_2", "--labels", "subset", "--num_workers", 1)
+    prepare("shards", tmp_path / "own/choices.csv", tmp_path / "out", *columns)
+    assert "captions of caption wrong_1 wrong_2, classes of subset" in capsys.readouterr().out
+    test_set = TestSet.open(str(tmp_path / "out"))
+    captions = [test_set.captions_of(0, number) for number in range(4)]
+    assert captions == [
+        ["right 0", "wrong 0", "a hat"], ["right 1", "wrong 1"], ["right 2", "wrong 2", "a cup"],
+        ["right 4", "wrong 4", "a cat"],
+    ]  # fmt: skip
+    (task,) = build_tasks([{"kind": "image_caption_selection", "data": str(tmp_path / "out")}])
+    assert [task.truth(test_set)(0, number)[1] for number in range(4)] == [1, 0, 1, 1]
+    with pytest.raises(SystemExit):
+        prepare("shards", tmp_path / "own/choices.csv", tmp_path / "other", "--caption_column", "caption", "wrong_3")
+    assert "choices.csv has no column wrong_3; " in capsys.readouterr().err

@@ -152,7 +152,7 @@ def _suite(suite: str, rows: list[Row], columns: Sequence[Column], is_alone: boo
     has_paper = any(row.reference for row in rows)
     cells = [_cells(row, notes if has_paper else None) for row in rows]
     means, missing = ([], "") if suite == _OTHER else _means(suite, rows, columns)
-    heading = "" if suite == _OTHER and is_alone else f"## {suite.capitalize()}"
+    heading = "" if suite == _OTHER and is_alone else f"## {suite.capitalize().replace('_', ' ')}"
     blocks = [heading, _table(_head(columns, has_paper), [*cells, *means]), missing]
     blocks.append("\n".join(f"[{number}] Not comparable with the paper: {why}" for why, number in notes.items()))
     return "\n\n".join(filter(None, blocks))
