@@ -4,6 +4,7 @@ import gc
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from flipscale.io.command_line import Command, Parser, add_commands
 from flipscale.io.streams import use_utf8
@@ -49,7 +50,13 @@ def _run(arguments: list[str]) -> None:
         return importlib.import_module("flipscale.pretrain").main(arguments[1:])
     if arguments[:1] == ["check"]:  # its other flags are a recipe's
         return importlib.import_module("flipscale.check").main(arguments[1:])
-    parse(arguments).run()
+    command: Any = parse(arguments)
+    # Verbs do not import each other, and trials of `init` train.
+    command.run(*([_train] if arguments[0] == "init" else []))
+
+
+def _train(recipe: Any) -> Any:
+    return importlib.import_module("flipscale.pretrain").pretrain(recipe)
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -1,10 +1,12 @@
 """Write a recipe for your data, your machine and your time. Comments give the reasons for its fields."""
 
+import logging
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,12 @@ from flipscale.io.files import check_writable, is_utf8, quoted
 from flipscale.io.options import Count, MinutesAboveZero, Positive
 
 if TYPE_CHECKING:
+    from flipscale.data.samples import Source
     from flipscale.planning.proposal import Proposal, Survey
+    from flipscale.recipe.data import SourceRecipe
+    from flipscale.recipe.recipe import Recipe
 
-_MINUTES = 30.0
+_MINUTES, _START_MINUTES = 30.0, 10.0
 # Steps of each stage for measuring the speed.
 _MEASURED_STEPS = 12
 
@@ -25,12 +30,21 @@ _MEASURED_STEPS = 12
 class Init:
     """Write a recipe for your data, your machine and your time.
 
+    With --start, the recipe fine-tunes a model. Short trials on a held-out part of the pairs choose what is trained,
+    the rate and the length. They take three times as long as the training. No recipe is written if the model is better
+    as it is.
+
     Args:
         recipe: The file to write, such as mine.yaml. It must not exist.
         shards: The training data, as in data.shards of a recipe, or a saved data set or Parquet files with images.
-        tokenizer: A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub, such as bert.
+        start: A model to fine-tune: a run, a model folder, a Hub name, or an open_clip model as
+            open_clip:NAME,PRETRAINED. Or an image tower and a text tower, see model.vision and model.text of a recipe.
+        guards: Labelled test sets of old abilities with --start. A loss there is reported first. Default: the zero-shot
+            and retrieval tasks of the start's own recipe, or small ones prepared in data/tasks.
+        tokenizer: A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, or the
+            tokenizer of the start.
         tests: A labelled test set that `flipscale prepare shards --labels` wrote.
-        minutes: Training time on this machine. Its speed is measured. Default: 30.
+        minutes: Training time on this machine. Its speed is measured. Default: 30, or 10 with --start.
         gpu: The kind of GPU for training elsewhere, such as h100 or rtx_4090.
         num_gpus: Number of these GPUs.
         hours: Training time on these GPUs. Their speed is computed.
@@ -39,19 +53,21 @@ class Init:
     recipe: Path
     _: KW_ONLY
     shards: str
-    tokenizer: str = "bert"
+    start: list[str] = field(default_factory=list)
+    guards: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
     tests: str | None = None
     minutes: MinutesAboveZero | None = None
     gpu: str | None = None
     num_gpus: Count = 1
     hours: Positive | None = None
 
-    def run(self) -> None:
-        """Survey the data, propose a recipe, find its speed, and write it."""
-        write_recipe(self)
+    def run(self, train: "Callable[[Recipe], Path]") -> None:
+        """Survey the data, propose a recipe, find its speed, and write it. `train` trains the trials of a start."""
+        write_recipe(self, train)
 
 
-def write_recipe(args: Init) -> None:
+def write_recipe(args: Init, train: "Callable[[Recipe], Path]") -> None:
     """Survey the data, propose a recipe, find its speed, and write it."""
     _check_options(args)
     # Imported here, because torch and transformers take seconds and --help should not wait.
@@ -63,7 +79,6 @@ def write_recipe(args: Init) -> None:
     from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
     from flipscale.preparation.lists import source_of
     from flipscale.recipe.data import DataRecipe
-    from flipscale.runs.complete_recipe import parse_recipe
     from flipscale.training.console import start_logging
 
     start_logging()
@@ -71,8 +86,11 @@ def write_recipe(args: Init) -> None:
     source = open_source(DataRecipe(sources=[named], max_bad_fraction=1.0))
     if len(source) < LEAST_PAIRS:
         raise UserError(f"{args.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
+    if args.start:
+        return _write_from_start(args, train, source, named)
+    name = args.tokenizer or "bert"
     try:
-        tokenizer = load_tokenizer(args.tokenizer, 64)
+        tokenizer = load_tokenizer(name, 64)
     except ValueError as error:
         raise UserError(
             f"{error}; `flipscale prepare tokenizer {quoted(args.shards)} DIR` makes one of captions"
@@ -84,9 +102,9 @@ def write_recipe(args: Init) -> None:
     proposal = propose(
         *(data, minutes, usable_cores(), num_gpus),
         source=named,
-        tokenizer=args.tokenizer,
+        tokenizer=name,
         # A folder's vocab_size follows from the folder.
-        vocab_size=None if Path(args.tokenizer).is_dir() else num_entries(tokenizer),
+        vocab_size=None if Path(name).is_dir() else num_entries(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         tasks=list(_tasks(args.tests)) if args.tests else [],
         output_dir=f"runs/{args.recipe.stem}",
@@ -95,11 +113,7 @@ def write_recipe(args: Init) -> None:
     budget, speed = _length(args, proposal, data, minutes)
     command = _command(args)
     facts = [f"Data: {data}", f"Time: {speed}", *(f"Warning: {warning}" for warning in proposal.warnings)]
-    text = proposal.text([*(f"{fact}." for fact in facts), command], budget)
-    args.recipe.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.recipe, "x", encoding="utf-8") as file:
-        file.write(text)
-    parse_recipe(["--config", str(args.recipe.absolute())])
+    _write(args.recipe, proposal.text([*(f"{fact}." for fact in facts), command], budget))
     for warning in proposal.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if reason := proposal.values["few_classes"]:
@@ -108,8 +122,64 @@ def write_recipe(args: Init) -> None:
     print(f"next: {command}")
 
 
+def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "Source", named: "SourceRecipe") -> None:
+    """Search for a recipe that fine-tunes the start, print the report, and write the recipe if it wins anything."""
+    import torch
+
+    from flipscale.data.tokenizers import load_tokenizer
+    from flipscale.engines.launch import faster_precision
+    from flipscale.planning.proposal import survey
+    from flipscale.studies.finetuning import open_start, propose_finetuning
+    from flipscale.training.preemption import Stopped
+
+    converted = Path("models") / f"{args.recipe.stem}_start"
+    start = open_start(args.start, converted)
+    data = survey(source, load_tokenizer(start.tokenizer, 64))
+    print(f"{args.shards}: {data}", flush=True)
+    tests = [{**task, "name": f"new_{task['kind']}"} for task in (_tasks(args.tests) if args.tests else ())]
+    guards = [task for folder in args.guards for task in _tasks(folder)]
+    guards = [{**task, "name": f"old{number}_{task['kind']}"} for number, task in enumerate(guards)]
+    command, faster = _command(args), faster_precision(os.environ)
+    os.environ.update(faster)
+    logger, recipe = logging.getLogger("flipscale"), ""
+    logger.setLevel(logging.ERROR)  # the trials' own lines
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            lines, recipe, alpha = propose_finetuning(
+                *(train, start, source, named, data, args.minutes or _START_MINUTES, Path(folder), tests, guards),
+                output_dir=f"runs/{args.recipe.stem}",
+                num_workers=None if torch.cuda.is_available() else 0,
+            )
+    except Stopped:
+        raise KeyboardInterrupt from None
+    finally:
+        logger.setLevel(logging.INFO)
+        for variable in faster:
+            del os.environ[variable]
+        if start.name == str(converted) and not recipe:
+            shutil.rmtree(converted)
+    print("\n".join(["", *lines]))
+    if not recipe:
+        return
+    _write(args.recipe, recipe)
+    print(f"next: {command}")
+    if alpha < 1.0:
+        mixed = f"--interpolate {quoted(start.name)} --alpha {alpha:g} --out models/{quoted(args.recipe.stem)}"
+        print(f"then: flipscale export runs/{quoted(args.recipe.stem)} {mixed}")
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a new recipe, and check it."""
+    from flipscale.runs.complete_recipe import parse_recipe
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "x", encoding="utf-8") as opened:
+        opened.write(text)
+    parse_recipe(["--config", str(file.absolute())])
+
+
 def _check_options(args: Init) -> None:
-    for name in ("recipe", "shards", "tokenizer", "tests"):
+    for name in ("recipe", "shards", "tokenizer", "tests", "start", "guards"):
         if not is_utf8(str(getattr(args, name))):
             raise UserError(f"{name} is not UTF-8, and a recipe is; rename it")
     if os.path.lexists(args.recipe):
@@ -117,6 +187,12 @@ def _check_options(args: Init) -> None:
     check_writable(args.recipe, "recipe")
     if args.recipe.suffix not in (".yaml", ".yml"):
         raise UserError(f"{args.recipe} has no ending .yaml; name a file such as mine.yaml")
+    if args.guards and not args.start:
+        raise UserError(f"guards is {' '.join(args.guards)}, of what a model must not lose; add --start MODEL")
+    for name in ("tokenizer", "gpu") if args.start else ():
+        if (value := getattr(args, name)) is not None:
+            own = "the start has its own" if name == "tokenizer" else "trials run on this machine"
+            raise UserError(f"{name} is {value!r} and start is {' '.join(args.start)}; {own}, so leave {name} out")
     if (args.gpu is None) != (args.hours is None):
         raise UserError("gpu and hours go together, for machines elsewhere; give both, or minutes for this machine")
     if args.gpu is not None and args.minutes is not None:
@@ -194,5 +270,5 @@ def _command(args: Init) -> str:
         return f"{files}{launcher} -m flipscale.pretrain --config {recipe}"
     from flipscale.engines.launch import faster_precision
 
-    faster = {} if args.gpu else faster_precision(os.environ)
-    return "".join(f"{name}={value} " for name, value in faster.items()) + f"flipscale pretrain --config {recipe}"
+    faster, verb = {} if args.gpu else faster_precision(os.environ), "finetune" if args.start else "pretrain"
+    return "".join(f"{name}={value} " for name, value in faster.items()) + f"flipscale {verb} --config {recipe}"

@@ -87,7 +87,7 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
     caption."""
     sizes: list[tuple[int, int]] = []
     captions: Counter[str] = Counter()
-    places = list(_spread(source))
+    places = list(spread(source))
     for shard, number in places:
         try:
             sample = source.read(shard, number)
@@ -108,13 +108,13 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
     return Survey(len(source), width, height, tokens, captions, len(places))
 
 
-def _spread(source: Source) -> Iterator[tuple[int, int]]:
-    """Yield shards and numbers of evenly spaced samples, of a few shards only if shards are fetched."""
+def spread(source: Source, most: int = _MOST_SAMPLES) -> Iterator[tuple[int, int]]:
+    """Yield shards and numbers of at most `most` evenly spaced samples, of a few shards only if shards are fetched."""
     sizes = np.array(source.shard_sizes)
     if "://" in source.shard_name(0):
         sizes[np.setdiff1d(np.arange(len(sizes)), np.linspace(0, len(sizes) - 1, _FETCHED_SHARDS).astype(int))] = 0
     ends = np.cumsum(sizes)
-    numbers = np.unique(np.linspace(0, ends[-1] - 1, min(_MOST_SAMPLES, int(ends[-1]))).round().astype(np.int64))
+    numbers = np.unique(np.linspace(0, ends[-1] - 1, min(most, int(ends[-1]))).round().astype(np.int64))
     shards = np.searchsorted(ends, numbers, side="right")
     yield from zip(shards.tolist(), (numbers - (ends - sizes)[shards]).tolist(), strict=True)
 
@@ -124,7 +124,7 @@ class Proposal:
     """A template of a recipe, and the values that it inserts.
 
     Args:
-        kind: name of the template: `cpu`, `small_gpu` or `gpu`.
+        kind: name of the template: `cpu`, `small_gpu`, `gpu` or `finetune`.
         tuning: share of unmasked pairs at the end.
         most_samples: largest useful number of pairs; further passes over the data gain little.
         values: values of the template; `text` needs all, and `recipe` all but the time.
@@ -151,8 +151,12 @@ class Proposal:
         masked, unmasked = pair_flops(self.recipe()).values()
         work = (1.0 - self.tuning) * masked, self.tuning * unmasked
         share = round(1.0 - round(work[1] / sum(work), 4), 4)
+        return self.written(head, minutes=minutes, share=share)
+
+    def written(self, head: list[str], **values: Any) -> str:
+        """Return the text of a recipe with further values, with sentences above the fields."""
         head = [line for sentence in head for line in textwrap.wrap(sentence, _WIDTH, break_long_words=False)]
-        return self._render(**self.values, head=head, minutes=minutes, share=share) + "\n"
+        return self._render(**self.values, head=head, **values) + "\n"
 
     def _render(self, **values: Any) -> str:
         return render(_TEMPLATES / f"{self.kind}.yaml.jinja", {"yaml": _flat}, batch_size=self.batch_size, **values)
@@ -190,14 +194,14 @@ def propose(data: Survey, minutes: float, cores: int, num_gpus: int, **values: A
     """
     is_large, mask_ratio, tuning, workers, image_size = data.pairs >= _LARGE, 0.5, 0.05, None, 0
     if not num_gpus:
-        kind, batch = "cpu", min(256, max(8, _power_below(data.pairs // 8)))
+        kind, batch = "cpu", min(256, max(8, power_below(data.pairs // 8)))
         peak, mask_ratio = 2e-3 * math.sqrt(batch / 256), 0.75 if minutes <= 5 else 0.5
         image_size, workers = (64, min(cores - 1, 4)) if min(data.width, data.height) >= 96 else (32, 0)
     elif is_large:
-        kind, batch = "gpu", _shared(min(65536, max(1024, _power_below(data.pairs // 3000))), data, num_gpus)
+        kind, batch = "gpu", _shared(min(65536, max(1024, power_below(data.pairs // 3000))), data, num_gpus)
         peak, tuning = 1e-3, 1 / 31
     else:
-        kind, batch = "small_gpu", _shared(min(4096, max(256, _power_below(data.pairs // 64))), data, num_gpus)
+        kind, batch = "small_gpu", _shared(min(4096, max(256, power_below(data.pairs // 64))), data, num_gpus)
         peak = 1e-3
     most = max((_EPOCHS_OF_LARGE if is_large else _EPOCHS_OF_SMALL) * data.pairs, _LEAST_STEPS * batch)
     values |= {"image_size": image_size, "num_workers": workers, "recomputes": False, "micro_batch_size": None}
@@ -222,7 +226,7 @@ def _shared(batch: int, data: Survey, num_gpus: int) -> int:
     return math.ceil(batch / num_gpus) * num_gpus
 
 
-def _power_below(count: int) -> int:
+def power_below(count: int) -> int:
     """Return the largest power of two up to `count`, at least 1."""
     return 1 << (max(count, 1).bit_length() - 1)
 

@@ -1,0 +1,440 @@
+"""`flipscale init --start`: a fine-tuning recipe for a model and other pairs, by short trials on a held-out part.
+
+Three rungs of successive halving have the minutes of the training each. Each trial is a whole schedule, and the last
+one is as long as the training. Rates are multiples of 5e-4 at a width of 128, and fall with the width's square: 1.4e-5
+for B/16. A mask needs a grid of 14 patches, as B/16 has at 224 pixels.
+"""
+
+import hashlib
+import math
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flipscale.data.captions import choose_caption
+from flipscale.data.decode import open_image
+from flipscale.data.samples import BadSample, Source
+from flipscale.data.sources.opening import open_shards
+from flipscale.data.sources.tar import TarSource, add_member
+from flipscale.data.task_page import read_prepared, suite_pages
+from flipscale.engines.build import start_accelerator
+from flipscale.engines.checkpoint import latest_checkpoint
+from flipscale.engines.first_weights import model_without_storage
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.intervals import Z95, mean_estimate
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.metrics import recall_hits
+from flipscale.evaluation.results import LOST, POINTS, Result, change_of
+from flipscale.evaluation.suite import build_tasks, run_tasks
+from flipscale.hub.convert_transformers import convert_from_open_clip
+from flipscale.hub.export import export_checkpoint
+from flipscale.hub.loading import load_dual_encoder, open_embedder
+from flipscale.io.errors import UserError, first_line
+from flipscale.io.json_lines import read_metrics
+from flipscale.io.model_folder import fetch_folder, local_folder, read_object
+from flipscale.io.text_table import plain_table
+from flipscale.io.yaml_text import read_saved_recipe
+from flipscale.model.configuration_flip import FlipConfig
+from flipscale.model.families import family_of
+from flipscale.objectives.build import build_config, build_objective
+from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, power_below, spread
+from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.recipe.data import SourceRecipe
+from flipscale.recipe.outputs import TASKS_DIR, EvalRecipe, LogRecipe
+from flipscale.recipe.recipe import Recipe
+
+OPEN_CLIP = "open_clip:"
+# A fifth of the pairs chooses, at most so many: recalls of a thousand pictures are known within two points or so.
+_HELD_OUT, _MOST_HELD_OUT = 0.2, 1000
+# Trials draw from at most so many pairs, evenly spread: more than they can see.
+_MOST_TRIED = 50_000
+_MASKED_GRID = 14
+_LARGE = 30_000_000  # weights from which a CPU has smaller batches
+_MOST_GUARDED = 5_000  # images of a prepared task that becomes a guard by itself
+_FEW_STEPS = 20
+_ALPHAS, _KS = (0.75, 0.5, 0.25), (1, 5, 10)
+_TOWERS = ["vision_model", "text_model"]
+# Fields of the template, and factors of the usual rate, by what is trained, from the smallest change to the largest.
+PARTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "projections": ({"frozen": _TOWERS}, (4.0, 16.0)),
+    "LoRA of rank 8": ({"lora": {"rank": 8}}, (2.0, 8.0)),
+    "text tower, projections": ({"frozen": _TOWERS[:1]}, (1.0, 4.0)),
+    "all, early blocks less": ({"layer_decay": 0.75}, (1.0, 4.0)),
+    "all": ({}, (0.25, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to start from.
+
+    Args:
+        model: fields of the recipe's `model`.
+        tokenizer: folder or Hub name of its tokenizer.
+        loss: fields of the recipe's `loss` other than the defaults.
+        name: folder or Hub name; empty for two towers, whose projections are drawn.
+    """
+
+    model: dict[str, Any]
+    tokenizer: str
+    loss: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+def open_start(names: Sequence[str], converted: Path) -> Start:
+    """Return a start by its name, or by those of an image tower and a text tower. A checkpoint of open_clip becomes the
+    folder `converted`, which must not exist. Raises as `load_dual_encoder`."""
+    if len(names) > 2:
+        raise UserError(f"start is {' '.join(names)}; name one model, or an image tower and a text tower")
+    if len(names) == 2:
+        return Start({"family": "towers", "vision": names[0], "text": names[1]}, names[1])
+    name = str(converted) if names[0].startswith(OPEN_CLIP) else names[0]
+    if name != names[0]:
+        convert_from_open_clip(names[0].removeprefix(OPEN_CLIP), converted)
+    config: Any = load_dual_encoder(name)[0].config
+    kind = read_object(fetch_folder(name) / "config.json").get("model_type")
+    fields: dict[str, Any] = {"family": family_of(kind) or "flip", "init_from": name}
+    if fields["family"] == "flip":  # other families take these fields from the folder
+        usual = FlipConfig.from_size("b16")
+        for part in ("vision_config", "text_config"):
+            own, default = getattr(config, part), getattr(usual, part)
+            known = {key: getattr(own, key) for key in FlipConfig.parts()[part]}
+            fields[part] = {key: value for key, value in known.items() if value != getattr(default, key)}
+    loss = {"kind": "sigmoid"} if config.logit_bias_init_value is not None else {}
+    return Start(fields, str(local_folder(name) or name), loss, name)
+
+
+def find_guards(start: str) -> tuple[list[dict[str, Any]], str]:
+    """Return tasks of old abilities, and where they are from: zero-shot and retrieval tasks of the start's own run,
+    else prepared tasks of at most 5,000 images."""
+    folder, listed, kinds = local_folder(start), list[Any](), ("zero_shot", "retrieval")
+    recipe = (folder or Path()).parent / "recipe.yaml"  # of RUN/model
+    if folder and folder.name == "model" and recipe.is_file():
+        listed = (read_saved_recipe(recipe).get("eval") or {}).get("tasks") or []
+    own = [task for task in listed if isinstance(task, dict) and task.get("kind") in kinds]
+    if usable := [{**task, "every_samples": 0} for task in own if Path(str(task.get("data"))).is_dir()]:
+        return usable, f"of {recipe}"
+    small = [page for page in suite_pages("all") if page.kind in kinds and page.images <= _MOST_GUARDED]
+    prepared = [page.name for page in small if read_prepared(Path(TASKS_DIR) / page.data) is not None]
+    return [{"task": name} for name in prepared], f"prepared in {TASKS_DIR}"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The pairs that choose, with a caption each, and the folder of weights by which trials draw the others."""
+
+    source: TarSource
+    captions: list[str]
+    weights: Path
+
+    def scores(self, embedder: Embedder) -> np.ndarray:
+        """Return the recall of each pair in percent, float64 `(pairs,)`: the mean over both ways, at 1, 5 and 10.
+
+        All pictures with the same caption are right answers for it, and for them it is one answer.
+        """
+        texts = list(dict.fromkeys(self.captions))
+        ids = torch.tensor([texts.index(caption) for caption in self.captions])
+        similarities = embedder.images(self.source) @ embedder.texts(texts).T
+        ways = (similarities, ids, torch.arange(len(texts))), (similarities.T[ids], ids, ids)
+        hits = [recall_hits(*way, k).double() for way in ways for k in _KS if k < way[0].shape[1]]
+        return 100.0 * torch.stack(hits).mean(dim=0).numpy()
+
+
+def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path, seed: int = 0) -> HeldOut:
+    """Write the held-out pairs and the weights of the others to `folder`.
+
+    A key of the seed and the caption chooses whole captions, so no trial has seen a name that it is asked for. Without
+    `by_caption`, a key of the seed and the sample chooses pictures.
+    """
+    places = []
+    for shard, number in spread(source, _MOST_TRIED):
+        try:
+            caption = choose_caption(source.read_captions(shard, number), 0.0)
+        except BadSample:
+            continue  # Training leaves it out too.
+        key = caption if by_caption else f"{source.shard_name(shard)} {source.key(shard, number)}"
+        digest = hashlib.blake2b(f"{seed} {key}".encode("utf-8", "replace"), digest_size=8).digest()
+        places.append((digest, shard, number, caption))
+    places.sort()
+    count = min(int(_HELD_OUT * len(places)), _MOST_HELD_OUT)
+    while 0 < count < len(places) and places[count][0] == places[count - 1][0]:
+        count += 1
+    firsts, weights, captions = np.cumsum([0, *source.shard_sizes]), np.zeros(len(source)), list[str]()
+    weights[[firsts[shard] + number for _, shard, number, _ in places[count:]]] = 1.0
+    (folder / "pairs").mkdir()
+    with tarfile.open(folder / "pairs/0.tar", "w") as tar:
+        for _, shard, number, caption in sorted(places[:count], key=lambda place: place[1:3]):
+            try:
+                encoded = source.read(shard, number).image
+                open_image(encoded)
+            except BadSample:
+                continue
+            add_member(tar, f"{len(captions):06d}.jpg", encoded)
+            add_member(tar, f"{len(captions):06d}.txt", caption.encode())
+            captions.append(caption)
+    if len(captions) < 2 or not weights.any():
+        raise UserError(f"{len(captions)} of {len(source)} pairs can be held out to choose by; use more pairs")
+    np.save(folder / "scores.npy", weights)
+    (folder / "weights").mkdir()
+    options = WeightOptions(scores=folder / "scores.npy")
+    make_weights(source, named.shards or named.dataset or "", options, folder / "weights", 1)
+    return HeldOut(open_shards(str(folder / "pairs")), captions, folder / "weights")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is trained, and how fast. `rate` is the batch's peak rate."""
+
+    part: str
+    rate: float
+    weight_decay: float = 0.1
+    mask_ratio: float = 0.0
+
+    def __str__(self) -> str:
+        masked = f", mask {self.mask_ratio:.0%}" if self.mask_ratio else ""
+        return f"{self.part + masked:<34} rate {self.rate:<8.2g} decay {self.weight_decay:<4g}"
+
+    def values(self, batch_size: int) -> dict[str, Any]:
+        """Return the values of the template that it decides."""
+        rate = {"base_lr": float(f"{self.rate * 256 / batch_size:.2g}"), "part": self.part}
+        own = {"weight_decay": self.weight_decay, "mask_ratio": self.mask_ratio, **rate}
+        return {"frozen": [], "lora": None, "layer_decay": None, **PARTS[self.part][0], **own}
+
+
+def candidates(start: Start, width: int, batch_size: int) -> list[Candidate]:
+    """Return the candidates of the first rung."""
+    usual = 5e-4 * (128 / max(width, 128)) ** 2 * math.sqrt(batch_size / 256)
+    left_out = {"LoRA of rank 8"} if not start.name or find_spec("peft") is None else set[str]()
+    if start.model["family"] == "siglip":  # its projections are within the towers
+        left_out.add("projections")
+    return [Candidate(name, usual * f) for name, (_, factors) in PARTS.items() if name not in left_out for f in factors]
+
+
+def next_rung(best: Sequence[Candidate], grid: int) -> list[Candidate]:
+    """Return the candidates of the second rung: the three best, the best with more decay and, on a large grid of
+    patches, the best with a mask."""
+    rung = [*best[:3], replace(best[0], weight_decay=0.3)]
+    trains_images = "vision_model" not in PARTS[best[0].part][0].get("frozen", [])
+    return [*rung, replace(best[0], mask_ratio=0.5)] if grid >= _MASKED_GRID and trains_images else rung
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trained candidate, or weights between the start's and its own, of which `alpha` are its own."""
+
+    candidate: Candidate
+    minutes: float
+    run_dir: Path
+    samples: int
+    scores: np.ndarray = field(repr=False)
+    alpha: float = 1.0
+    guards: Sequence[Result] = ()
+
+    @property
+    def value(self) -> float:
+        """Mean recall in percent."""
+        return float(self.scores.mean())
+
+    def lost(self, before: Sequence[Result]) -> list[Result]:
+        """Return the changes of guards that are losses beyond their intervals."""
+        changes = [change_of(new, old) for new, old in zip(self.guards, before, strict=True)]
+        return [change for change in changes if change.who == LOST]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The trials of a start on pairs, in a folder. `train` trains a recipe."""
+
+    train: Callable[[Recipe], Path]
+    proposal: Proposal
+    start: Start
+    source: SourceRecipe
+    held_out: HeldOut
+    guards: Sequence[Task]
+    folder: Path
+
+    def run(self, minutes: float, width: int, grid: int) -> list[Trial]:
+        """Return the trials of the best candidate, the shortest first. Print each trial as it ends. Raise UserError if
+        no trial of a rung could be run."""
+        rung = candidates(self.start, width, self.proposal.batch_size)
+        finished: list[Trial] = []
+        for number in range(3):
+            print(f"{len(rung)} trials of {_time(minutes / len(rung))} each:", flush=True)
+            trials, failure = [], ""
+            for place, candidate in enumerate(rung):
+                try:
+                    trials.append(self._trial(candidate, minutes / len(rung), self.folder / f"trial{number}-{place}"))
+                except (UserError, FloatingPointError) as error:
+                    failure = first_line(error)
+                    print(f"  {candidate}  failed: {failure}", flush=True)
+            if not trials:
+                raise UserError(f"no trial could be run: {failure}")
+            trials.sort(key=lambda trial: -trial.value)
+            finished += trials
+            best = [trial.candidate for trial in trials]
+            rung = best[:1] if number else next_rung(best, grid)
+            for trial in trials[1:]:
+                shutil.rmtree(trial.run_dir)
+        return [trial for trial in finished if trial.candidate == finished[-1].candidate and trial.run_dir.exists()]
+
+    def _trial(self, candidate: Candidate, minutes: float, run_dir: Path) -> Trial:
+        self.proposal.values |= candidate.values(self.proposal.batch_size)
+        recipe = self.proposal.recipe()
+        data = replace(recipe.data, shards=None, sources=[replace(self.source, weights=str(self.held_out.weights))])
+        log, place = LogRecipe(every_samples=0, report_to=[]), str(run_dir)
+        self.train(replace(recipe, data=data, log=log, eval=EvalRecipe(), budget_minutes=minutes, output_dir=place))
+        scores = self.held_out.scores(self.open(place))
+        samples = int(read_metrics(run_dir)[-1]["samples_seen"])
+        print(f"  {candidate}  {recall_text(scores):<24}  {samples:>9,} pairs", flush=True)
+        return Trial(candidate, minutes, run_dir, samples, scores)
+
+    def open(self, name: str) -> Embedder:
+        return open_embedder(name, start_accelerator([], "."))
+
+    def measured(self, embedder: Embedder) -> tuple[np.ndarray, list[Result]]:
+        """Return the recalls of the held-out pairs, and the guards' headline results."""
+        guards = [result for result in run_tasks(embedder, self.guards) if result.headline]
+        return self.held_out.scores(embedder), guards
+
+    def mixed(self, trial: Trial, before: Sequence[Result], old: np.ndarray) -> tuple[Trial, list[Trial]]:
+        """Return the best of a trial's model and, if it loses a guard, mixtures with the start (WiSE-FT), and all that
+        were measured. The best wins on the held-out pairs and loses no guard; without such a mixture, it is the trial.
+        """
+        made: list[Trial] = []
+        for alpha in (1.0, *_ALPHAS):
+            name = trial.run_dir
+            if alpha < 1.0 and (checkpoint := latest_checkpoint(trial.run_dir)):
+                name = export_checkpoint(checkpoint, self.folder / "mixed", base=self.start.name, alpha=alpha)
+            scores, guards = self.measured(self.open(str(name)))
+            made.append(replace(trial, alpha=alpha, scores=scores, guards=guards))
+            if not made[0].lost(before):
+                break
+        kept = [one for one in made if not one.lost(before) and one.value > old.mean()]
+        return max(kept, key=lambda one: one.value, default=made[0]), made
+
+
+def propose_finetuning(
+    train: Callable[[Recipe], Path],
+    start: Start,
+    source: Source,
+    named: SourceRecipe,
+    data: Survey,
+    minutes: float,
+    folder: Path,
+    tests: Sequence[dict[str, Any]],
+    guards: Sequence[dict[str, Any]],
+    **values: Any,
+) -> tuple[list[str], str, float]:
+    """Search in an empty folder for the recipe that fine-tunes `start` on pairs for `minutes`.
+
+    Args:
+        train: function that trains a recipe.
+        tests, guards: tasks of new and old abilities, named. Tests choose nothing. `find_guards` finds missing guards.
+        values: further values of the template: `output_dir` and `num_workers`.
+
+    Returns:
+        The report, its verdict first; the recipe, empty if the start is better as it is; and the share of the trained
+        weights that keeps the guards.
+
+    Raises:
+        UserError: the pairs cannot be divided, the model cannot be trained, or a guard cannot be evaluated.
+    """
+    guards, where = (guards, "named") if guards or not start.name else find_guards(start.name)
+    tasks = [*tests, *guards]
+    proposal, width, grid = _propose(start, named, data, tasks=tasks, **values)
+    built = build_tasks(tasks)
+    for task in built:
+        task.check()
+    by_caption = data.repeated(64) <= FEW_CLASSES * 64
+    held_out = hold_out(source, named, by_caption, folder)
+    kind = "all of some captions" if by_caption else "of all captions, which name a few classes"
+    print(f"held out to choose by: {len(held_out.captions):,} pairs, {kind}", flush=True)
+    search = Search(train, proposal, start, named, held_out, built[len(tests) :] if start.name else [], folder)
+    old, before = np.zeros(len(held_out.captions)), list[Result]()
+    if start.name:
+        old, before = search.measured(search.open(start.name))
+        print(f"before: mean recall {recall_text(old)}", flush=True)
+    print(f"search: {_time(3 * minutes)} for a training of {_time(minutes)}", flush=True)
+    lengths = search.run(minutes, width, grid)
+    best = max(lengths, key=lambda trial: trial.value)
+    chosen, made = search.mixed(best, before, old)
+    gain = gain_text(chosen.scores, old)
+    rows = [["", "before", *(f"after, alpha {one.alpha:g}" for one in made), "change"]]
+    rows.append(["held-out pairs, mean recall", *map(recall_text, [old, *(one.scores for one in made)]), gain])
+    for number, guard in enumerate(before):
+        results = [guard, *(one.guards[number] for one in made)]
+        change = change_of(chosen.guards[number], guard).estimate_text
+        rows.append([f"{guard.task}, {guard.shown}", *(result.estimate_text for result in results), change])
+    courses = ", ".join(f"{_time(trial.minutes)} {trial.value:.1f} %" for trial in lengths)
+    steps = min(trial.samples for trial in lengths) // proposal.batch_size
+    lines = [
+        *plain_table(rows, range(1, len(rows[0]))).splitlines(),
+        f"Chosen: {' '.join(str(best.candidate).split())}. Mean recall by length: {courses}.",
+        *(
+            [f"Trials had as few as {steps} steps: a longer --minutes makes a surer choice."]
+            if steps < _FEW_STEPS
+            else []
+        ),
+        f"Guards are {where}." if before else "No guards: what it loses elsewhere is unknown; name some by --guards.",
+    ]
+    if best.value <= old.mean():
+        return [f"{start.name} is better on the held-out pairs as it is. No recipe is proposed.", *lines], "", 1.0
+    verdict = f"Gained {gain} of mean recall on the held-out pairs."
+    if lost := made[0].lost(before):
+        words = "; ".join(f"{one.task} {one.shown} {one.estimate_text}" for one in lost)
+        remedy = f"Mixed with the start at alpha {chosen.alpha:g}, it keeps them and gains {gain}."
+        if chosen.alpha == 1.0:
+            remedy = "No mixture keeps them: put old pairs into each batch, or train fewer parts (docs/finetuning.md)."
+        verdict = f"LOST {words}. {remedy}"
+    length = f"{_time(best.minutes)} at the speed of the trials"
+    proposal.values |= {**best.candidate.values(proposal.batch_size), "samples": best.samples, "length": length}
+    return [verdict, *lines], proposal.written([verdict, *lines]), chosen.alpha
+
+
+def recall_text(scores: np.ndarray) -> str:
+    """Return the mean recall with its 95 % interval."""
+    value, low, high = mean_estimate(scores)
+    return f"{value:.1f} % ({low:.1f} to {min(high, 100.0):.1f})"
+
+
+def gain_text(new: np.ndarray, old: np.ndarray) -> str:
+    """Return the change of the mean recall with the interval of paired pictures."""
+    mean, half = float((new - old).mean()), Z95 * float((new - old).std(ddof=1)) / math.sqrt(len(new))
+    return f"{mean:+.1f} {POINTS} ({mean - half:+.1f} to {mean + half:+.1f})" + ", not clear" * (abs(mean) <= half)
+
+
+def _propose(start: Start, named: SourceRecipe, data: Survey, **values: Any) -> tuple[Proposal, int, int]:
+    """Return the template's proposal, the width of the image tower and its grid of patches. Print the model."""
+    values |= {"model": start.model, "source": named, "tokenizer": start.tokenizer, "loss": start.loss, "length": ""}
+    values |= {"has_sides": any(re.search(r"\b(left|right)\b", caption) for caption in data.captions)}
+    values |= {"recomputes": False, "micro_batch_size": None, "samples": 25_600, **Candidate("all", 1e-4).values(256)}
+    values["captions"] = len(data.captions)
+    recipe = Proposal("finetune", 256, 0.0, 0, values).recipe()
+    config: Any = build_config(recipe)
+    model, vision = model_without_storage(config, build_objective(recipe).trained_class(config)), config.vision_config
+    count = model.num_parameters()
+    most = 256 if torch.cuda.is_available() or count < _LARGE else 32
+    batch_size = max(min(power_below(data.pairs // 4), power_below(len(data.captions) // 2), most), 8)
+    if start.loss and data.repeated(batch_size) > MOST_REPEATED * batch_size:
+        values["loss"] = {**start.loss, "positives": "equal_captions"}
+    proposal = Proposal("finetune", batch_size, 0.0, 0, values)
+    if torch.cuda.is_available():
+        proposal.fit(1, torch.cuda.get_device_properties(0).total_memory // 2**30)
+    print(
+        f"start: family {start.model['family']}, {count / 1e6:,.1f} M weights, {vision.image_size} pixels in "
+        f"patches of {vision.patch_size}, captions of {config.caption_config.max_position_embeddings} tokens",
+        flush=True,
+    )
+    return proposal, vision.hidden_size, vision.image_size // vision.patch_size
+
+
+def _time(minutes: float) -> str:
+    return f"{minutes:.3g} minutes" if minutes >= 2 else f"{60 * minutes:.3g} seconds"

@@ -1,0 +1,294 @@
+"""`flipscale init --start`: the start's recipe, the held-out pairs, the trials, and what was lost."""
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from conftest import COLOURS, SHAPES, add_member, changed_recipe, draw, metrics
+from foreign_towers import SMALL_TIMM, save_text, save_timm
+from hub.native import export_native
+
+from flipscale.cli import main
+from flipscale.data.sources.opening import open_shards, open_source
+from flipscale.evaluation.suite import build_tasks
+from flipscale.planning.proposal import Survey
+from flipscale.pretrain import pretrain
+from flipscale.recipe.data import DataRecipe, SourceRecipe
+from flipscale.recipe.recipe import Recipe
+from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.studies.finetuning import (
+    PARTS,
+    Candidate,
+    HeldOut,
+    Search,
+    Start,
+    Trial,
+    _propose,
+    candidates,
+    find_guards,
+    hold_out,
+    next_rung,
+    open_start,
+)
+
+NAMES = [f"{article} {colour} {shape}" for article in ("a", "the", "a the") for colour in COLOURS for shape in SHAPES]
+SOURCE = SourceRecipe(shards="pairs")
+
+
+def write_pairs(folder: Path, count: int, names: list[str], shift: int = 0) -> None:
+    """Write pairs with captions that name the picture, or with `shift` another one of the names."""
+    rng = np.random.default_rng(1)
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(count):
+            caption, drawn = names[(number + shift) % len(names)], names[number % len(names)]
+            picture = cv2.cvtColor(draw(*drawn.split()[-2:], rng), cv2.COLOR_RGB2BGR)
+            add_member(tar, f"{number:04d}.png", cv2.imencode(".png", picture)[1].tobytes())
+            add_member(tar, f"{number:04d}.txt", caption.encode())
+
+
+def survey_of(pairs: int, captions: int) -> Survey:
+    counts = {f"the left {number}": pairs // captions for number in range(captions)}
+    return Survey(pairs=pairs, width=64, height=64, tokens=5, captions=counts, sampled=pairs)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the made-up pictures that is right for most, and evaluated them."""
+    run_dir = tmp_path_factory.mktemp("start") / "run"
+    file = run_dir.with_suffix(".yaml")
+    stages = [{"name": "whole", "samples": 1600, "base_lr": 0.03, "warmup_samples": 160}]
+    tasks = {"num_workers": 0, "tasks": [{"kind": "zero_shot", "data": str(shards), "every_samples": 800}]}
+    changes = {"stages": stages, "eval": tasks, "output_dir": str(run_dir)}
+    file.write_text(yaml.safe_dump(changed_recipe(recipe, changes)))
+    return pretrain(parse_recipe(["--config", str(file)]))
+
+
+@pytest.fixture
+def new_process() -> Iterator[None]:
+    """A process chooses its precision once: `init --start` chooses the faster one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def proposed(start: Start, part: str, **values: Any) -> tuple[Recipe, str]:
+    """Return the recipe of a part of a start on 400 pairs of 40 captions, and its text."""
+    given = {"tasks": [], "output_dir": "runs/mine", "num_workers": 0, **values}
+    proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), **given)
+    proposal.values |= {**Candidate(part, 1e-3).values(proposal.batch_size), "samples": 64}
+    return proposal.recipe(), proposal.written(["A line."])
+
+
+def test_the_held_out_captions_are_in_no_trial(here: Path) -> None:
+    write_pairs(here / "pairs", 96, NAMES[:48])
+    source = open_source(DataRecipe(sources=[SOURCE]))
+    for name in ("one", "again", "other", "pictures"):
+        (here / name).mkdir()
+    one, again = (hold_out(source, SOURCE, True, here / name) for name in ("one", "again"))
+    other = hold_out(source, SOURCE, True, here / "other", seed=1)
+    assert one.captions == again.captions != other.captions
+    assert 19 <= len(one.captions) <= 20  # a fifth of 96, with both pictures of a caption
+    weighted = open_source(DataRecipe(sources=[replace(SOURCE, weights=str(one.weights))]))
+    drawn = weighted.drawn(0)
+    assert drawn is not None
+    assert len(drawn) + len(one.captions) == 96
+    assert not {weighted.read_captions(0, int(number))[0].decode() for number in drawn} & set(one.captions)
+    # Where captions name a few classes, all of them stay.
+    pictures = hold_out(source, SOURCE, False, here / "pictures")
+    assert len(pictures.captions) == 19
+    assert len({*pictures.captions}) > 10
+
+
+def test_too_few_pairs_to_hold_out(here: Path) -> None:
+    write_pairs(here / "pairs", 4, NAMES[:2])
+    (here / "folder").mkdir()
+    with pytest.raises(ValueError, match="0 of 4 pairs can be held out"):
+        hold_out(open_source(DataRecipe(sources=[SOURCE])), SOURCE, False, here / "folder")
+
+
+def test_candidates_by_the_start() -> None:
+    run = Start({"family": "clip"}, "tokenizer", name="run")
+    small, base = candidates(run, 128, 256), candidates(run, 768, 256)
+    assert [*dict.fromkeys(one.part for one in small)] == list(PARTS)
+    assert {one.rate for one in small if one.part == "all"} == {1.25e-4, 5e-4}
+    assert max(one.rate for one in base if one.part == "all") == pytest.approx(1.4e-5, rel=0.02)
+    # Two towers have no projections yet, and a SigLIP has them inside of its towers.
+    assert "LoRA of rank 8" not in {one.part for one in candidates(replace(run, name=""), 128, 256)}
+    siglip = replace(run, model={"family": "siglip"})
+    assert "projections" not in {one.part for one in candidates(siglip, 128, 256)}
+
+
+def test_masks_where_the_images_allow_them() -> None:
+    best = [Candidate("all", 1e-4), Candidate("projections", 1e-3), Candidate("LoRA of rank 8", 1e-3)]
+    assert [one.mask_ratio for one in next_rung(best, 14)] == [0.0, 0.0, 0.0, 0.0, 0.5]
+    assert {one.mask_ratio for one in next_rung(best, 8)} == {0.0}
+    assert {one.mask_ratio for one in next_rung(best[1:], 14)} == {0.0}  # no image tower learns
+    assert {one.weight_decay for one in next_rung(best, 8)} == {0.1, 0.3}
+
+
+def towers(folder: Path) -> list[str]:
+    save_timm("vit_tiny_patch16_224", folder / "vit", **SMALL_TIMM)
+    save_text("bert", folder / "bert")
+    return [str(folder / "vit"), str(folder / "bert")]
+
+
+def checkpoint_of_open_clip(folder: Path) -> list[str]:
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    file = folder / "small_clip.json"
+    file.write_text(json.dumps({"embed_dim": 48, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(file)
+    torch.save(open_clip.create_model("small_clip", load_weights=False).state_dict(), folder / "small.pt")
+    return [f"open_clip:{file},{folder / 'small.pt'}"]
+
+
+STARTS: dict[str, Callable[[Path], list[str]]] = {
+    "a folder of a CLIPModel": lambda folder: [str(export_native("clip", folder / "clip"))],
+    "a folder of a SiglipModel": lambda folder: [str(export_native("siglip", folder / "siglip"))],
+    "a folder of two towers": lambda folder: [str(export_native("towers", folder / "both"))],
+    "a checkpoint of open_clip": checkpoint_of_open_clip,
+    "a timm ViT and a BERT": towers,
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_recipe_of_each_start_trains(kind: str, here: Path) -> None:
+    write_pairs(here / "pairs", 48, NAMES)
+    start = open_start(STARTS[kind](here), here / "converted")
+    recipe, text = proposed(start, "all, early blocks less")
+    assert pretrain(replace(recipe, log=replace(recipe.log, report_to=[]))) == Path("runs/mine")
+    assert metrics(here / "runs/mine")[-1]["samples_seen"] == 64
+    assert text.startswith("# Written by `flipscale init --start`.")
+    assert "# A line.\n" in text
+    assert not recipe.data.mirror  # captions name left
+    loss = ("sigmoid", "equal_captions") if "Siglip" in kind else ("infonce", "pairs")
+    assert (recipe.loss.kind, recipe.loss.positives) == loss
+
+
+def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
+    start = open_start([str(run)], here / "converted")
+    recipe, text = proposed(start, "text tower, projections")
+    assert (recipe.model.family, recipe.model.frozen) == ("flip", ["vision_model"])
+    assert (recipe.model.vision_config["hidden_size"], recipe.model.text_config["vocab_size"]) == (32, 16)
+    assert recipe.data.tokenizer == str(run / "model")
+    assert recipe.data.global_batch_size == 16  # half of 40 captions, as a power of two
+    assert (recipe.stages[0].base_lr, recipe.stages[0].warmup_samples) == (0.016, 6)
+    assert "frozen: [vision_model] # trained: text tower, projections" in text
+    lora, _ = proposed(start, "LoRA of rank 8")
+    assert (lora.optim.lora.rank, lora.model.frozen) == (8, [])
+    guards, where = find_guards(str(run))
+    assert guards == [{"kind": "zero_shot", "data": str(shards), "every_samples": 0}]  # once, not along the run
+    assert where == f"of {run}/recipe.yaml"
+
+
+def test_a_loss_is_mixed_away(run: Path, here: Path, shards: Path) -> None:
+    """Each picture gets the name of another, which the model learns in place of the right one."""
+    write_pairs(here / "pairs", 96, NAMES[:16], shift=1)
+    start, tasks = open_start([str(run)], here / "converted"), [{"kind": "zero_shot", "data": str(shards)}]
+    recipe, _ = proposed(start, "all")
+    stage = replace(recipe.stages[0], samples=1600, base_lr=0.03)
+    run_dir = pretrain(replace(recipe, stages=[stage], log=replace(recipe.log, report_to=[])))
+    captions = [NAMES[(number + 1) % 16] for number in range(96)]
+    held_out = HeldOut(open_shards("pairs"), captions, here)
+    proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), tasks=[], output_dir="x", num_workers=0)
+    search = Search(pretrain, proposal, start, SOURCE, held_out, build_tasks(tasks), here)
+    old, before = search.measured(search.open(str(run)))
+    trial = Trial(Candidate("all", 1e-3), 1.0, run_dir, 1600, old)
+    chosen, made = search.mixed(trial, before, old)
+    assert [one.alpha for one in made] == [1.0, 0.75, 0.5, 0.25]
+    assert made[0].value > old.mean()
+    loss, *_ = made[0].lost(before)  # top-1, and top-5 perhaps
+    assert (loss.task, loss.metric) == ("zero_shot", "top1")
+    assert loss.high is not None
+    assert loss.high < 0
+    kept = [one for one in made if not one.lost(before) and one.value > old.mean()]
+    assert chosen == max(kept, key=lambda one: one.value, default=made[0])
+    # A start that it does not lose against needs no mixture.
+    assert len(search.mixed(trial, made[0].guards, old)[1]) == 1
+
+
+@pytest.mark.long
+def test_four_hundred_pairs_and_a_minute(
+    run: Path, here: Path, shards: Path, new_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pairs(here / "pairs", 400, NAMES[:40])
+    main(["init", "mine.yaml", "--start", str(run), "--shards", "pairs", "--tests", str(shards), "--minutes", "0.05"])
+    *_, table = capsys.readouterr().out.partition("search: 9 seconds for a training of 3 seconds\n")
+    lines = table.splitlines()
+    assert lines[0] == "10 trials of 0.3 seconds each:"
+    first = lines[lines.index("") + 1]
+    assert first.startswith(("Gained ", "LOST zero_shot", f"{run} is better"))
+    assert any(line.startswith("zero_shot, top-1 ") for line in lines)
+    assert f"Guards are of {run}/recipe.yaml." in lines
+    assert not list(here.glob("tmp*"))
+    if "No recipe" in first:
+        assert not Path("mine.yaml").exists()
+        return
+    assert f"# {first[:60]}" in Path("mine.yaml").read_text()
+    recipe = parse_recipe(["--config", "mine.yaml"])
+    assert [task.get("name", task["kind"]) for task in recipe.eval.tasks] == [
+        "new_zero_shot",
+        "new_retrieval",
+        "zero_shot",
+    ]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(["finetune", "--config", "mine.yaml", "--log.report_to", "[]"])
+    assert metrics(here / "runs/mine")[-1]["samples_seen"] > 0
+
+
+@pytest.mark.long
+def test_a_model_that_is_better_as_it_is(
+    recipe: dict, here: Path, new_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four plain colours, which a run knows without a mistake."""
+    (here / "pairs").mkdir()
+    with tarfile.open(here / "pairs/0.tar", "w") as tar:
+        for number in range(96):
+            colour = list(COLOURS)[number % 4]
+            picture = np.full((32, 32, 3), COLOURS[colour][::-1], np.uint8)
+            add_member(tar, f"{number:04d}.png", cv2.imencode(".png", picture)[1].tobytes())
+            add_member(tar, f"{number:04d}.txt", f"a {colour}".encode())
+    data = {"shards": "pairs"}
+    Path("start.yaml").write_text(yaml.safe_dump(changed_recipe({**recipe, "output_dir": "start"}, {"data": data})))
+    pretrain(parse_recipe(["--config", "start.yaml"]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    main(["init", "mine.yaml", "--start", "start", "--shards", "pairs", "--minutes", "0.02"])
+    said = capsys.readouterr().out
+    assert "before: mean recall 100.0 %" in said
+    assert "start is better on the held-out pairs as it is. No recipe is proposed.\n" in said
+    assert "No guards: " in said
+    assert not Path("mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--start", "./nowhere"], "there is no folder './nowhere'"),
+        (["--start", "a", "b", "c"], "start is a b c; name one model, or an image tower and a text tower"),
+        (["--start", "open_clip:ViT-B-32"], "open_clip:ViT-B-32 names no weights"),
+        (["--start", "a", "--tokenizer", "bert"], "tokenizer is 'bert' and start is a"),
+        (["--start", "a", "--gpu", "h100", "--hours", "3"], "gpu is 'h100' and start is a"),
+        (["--guards", "old"], "guards is old, "),
+    ],
+)
+def test_refusals(words: list[str], message: str, here: Path, shards: Path, refused: Callable[..., str]) -> None:
+    assert message in refused("init", "mine.yaml", "--shards", shards, *words)
+    assert not Path("mine.yaml").exists()
