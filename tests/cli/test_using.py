@@ -107,7 +107,7 @@ def test_fine_tuning(in_site: Path) -> None:
 
 
 def test_every_snippet_is_run() -> None:
-    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 7
+    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 8
 
 
 def test_what_cannot_be_embedded_is_named(in_site: Path) -> None:
