@@ -112,7 +112,7 @@ def test_sentencepiece_refuses_no_text_and_too_few_pieces(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["./none", "data/mine/none", "/none"])
 def test_a_path_never_becomes_a_name_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    monkeypatch.setattr("flipscale.data.tokenizers.hf_hub_download", None)
     missing = f"data.tokenizer '{name}' cannot be loaded .there is no such folder; `flipscale prepare tokenizer SHARDS "
     with pytest.raises(ValueError, match=missing):
         load_tokenizer(name, 8)

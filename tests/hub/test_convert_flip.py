@@ -133,7 +133,7 @@ def test_a_size_decides_the_heads(written: Path, tmp_path: Path, monkeypatch: py
     def fetch(repository: str, file: str) -> str:
         raise OSError("offline")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("flipscale.data.tokenizers.hf_hub_download", fetch)
     layers = {"num_attention_heads": 4, "num_hidden_layers": 2}
     vision, text = ({"hidden_size": w, "intermediate_size": 4 * w, **layers} for w in (64, 48))
     monkeypatch.setitem(SIZES, "b16", (vision, text, 32))
