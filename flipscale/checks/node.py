@@ -20,10 +20,6 @@ from typing import Any, Literal, Protocol
 
 import psutil
 
-from flipscale.engines.watchdog import close_process_group, exit_now
-from flipscale.io.atomic import write_text
-from flipscale.training.console import report_user_errors
-
 Row = dict[str, Any]
 
 # Relative difference that fails a check.
@@ -236,6 +232,10 @@ def _environments(processes: int, variables: Mapping[str, str]) -> Iterator[dict
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Call a function of a check, and write its rows as they come."""
+    from flipscale.engines.watchdog import close_process_group, exit_now
+    from flipscale.io.atomic import write_text
+    from flipscale.training.console import report_user_errors
+
     function, given, folder = sys.argv[1:] if arguments is None else arguments
     module, _, name = function.partition(":")
     rows = []
