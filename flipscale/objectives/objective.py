@@ -12,7 +12,7 @@ from torch import nn
 from flipscale.data.features import DistillationDataset, PrecomputedPairs
 from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
-from flipscale.io.options import Copies
+from flipscale.io.options import Copies, Count
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
 
 
@@ -46,7 +46,7 @@ class Objective:
 
     positives: str = "pairs"
     captions_per_image: Copies = 1
-    prefix_dims: tuple[int, ...] = ()
+    prefix_dims: tuple[Count, ...] = ()
 
     @property
     def num_labels(self) -> int | None:
