@@ -8,7 +8,6 @@ from pathlib import Path
 
 import processes
 import pytest
-import safetensors
 import torch
 import torch.distributed as dist
 from conftest import TOWER
@@ -24,6 +23,7 @@ from flipscale.engines.first_weights import (
     initial_weights,
     longer_positions,
 )
+from flipscale.io import model_folder
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
 
@@ -218,8 +218,8 @@ def test_text_positions_become_longer_by_a_field_only(tmp_path: Path) -> None:
 def _start_of_a_rank(init_from: str, other: bool, answer: Connection) -> None:
     """Send the weights of a rank of two, the number of weight files that it opens, and its error."""
     opened: list[str] = []
-    safe_open = safetensors.safe_open
-    safetensors.safe_open = lambda file, kind: (opened.append(str(file)), safe_open(file, kind))[1]
+    safe_open = model_folder.safe_open
+    model_folder.safe_open = lambda file, kind: (opened.append(str(file)), safe_open(file, kind))[1]
     dist.init_process_group("gloo")
     config = FlipConfig(**{**CONFIG.to_dict(), "projection_dim": 24}) if other else CONFIG
     weights, error = {}, ""

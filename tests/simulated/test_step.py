@@ -69,7 +69,7 @@ def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
 def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:
     found = step(engine, 8, 1, *flags)
     # It reads the verdict on the step before.
-    assert [where.partition(":")[0] for where in found.host_syncs] == ["engines/device.py"], found.host_syncs
+    assert [where.partition(":")[0] for where in found.host_syncs] == ["training/sync.py"], found.host_syncs
     assert found.devices == {DEVICE.index}
     assert {device for one in found.collectives for device in one.devices} == {"cuda"}
 
@@ -194,7 +194,7 @@ def test_one_line_of_json(recipe: dict, tmp_path: Path, capsys: pytest.CaptureFi
     assert figures["collectives"]["reduce_scatter"] == 12
     assert figures["bytes_sent"] == figures["bytes_received"] > 0
     (place,) = figures["host_syncs"]
-    assert "engines/device.py" in place
+    assert "training/sync.py" in place
     assert figures["peak_memory_bytes"] > 0
     assert not dist.is_initialized()
     assert not torch.cuda.is_available()
