@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flipscale.engines.device import keep_freed_memory
-from flipscale.engines.launch import Launch, launched_precision, promised_processes
+from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision, promised_processes
 from flipscale.io.errors import UserError
 from flipscale.recipe.optim import OptimRecipe
 
@@ -37,7 +37,8 @@ def engine_class(launch: Launch) -> type["Engine"]:
     """Return the class of a launch's engine."""
     engines = engine_classes()
     if launch.engine not in engines:
-        raise UserError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {', '.join(engines)}")
+        names = ", ".join([*engines, BF16_REDUCE])
+        raise UserError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {names}")
     return engines[launch.engine]
 
 

@@ -40,6 +40,30 @@ _MAX_DIGITS = 9
 _SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 # accelerate's kinds of parallelism; flipscale has the first two.
 _PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+_FALSE = ("", "0", "false", "f", "no", "n", "off")
+_TRUE = ("1", "true", "t", "yes", "y", "on")
+_RECOMPUTES = "gradient_checkpointing of the recipe's model or of a stage recomputes activations"
+_BLOCKS = "each block is sharded"
+_STAYS = "weights and moments stay on the GPU; shard over more GPUs"
+_OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD"
+# Settings of launch files that flipscale does not have: accelerate's variable, its values without effect, the fix.
+_UNSUPPORTED = {
+    "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "the recipe's model.compile compiles the blocks"),
+    "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "use data.micro_batch_size"),
+    "gradient_clipping": ("ACCELERATE_GRADIENT_CLIPPING", ("", "none"), "use the recipe's optim.max_grad_norm"),
+    "debug": ("ACCELERATE_DEBUG_MODE", _FALSE, "TORCH_DISTRIBUTED_DEBUG=DETAIL checks collectives"),
+    "megatron_lm_config": ("ACCELERATE_USE_MEGATRON_LM", _FALSE, "use distributed_type FSDP"),
+    "fsdp_offload_params": ("FSDP_OFFLOAD_PARAMS", _FALSE, _STAYS),
+    "fsdp_activation_checkpointing": ("FSDP_ACTIVATION_CHECKPOINTING", _FALSE, _RECOMPUTES),
+    "fsdp_activation_checkpointing_offload": ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", _FALSE, _RECOMPUTES),
+    "fsdp_auto_wrap_policy": ("FSDP_AUTO_WRAP_POLICY", ("", "transformer_based_wrap"), _BLOCKS),
+    "fsdp_transformer_layer_cls_to_wrap": ("FSDP_TRANSFORMER_CLS_TO_WRAP", ("",), _BLOCKS),
+    "fsdp_ignored_modules": ("FSDP_IGNORED_MODULES", ("",), _BLOCKS),
+    "fsdp_sharding_strategy": ("FSDP_SHARDING_STRATEGY", ("", "full_shard", "1"), "use fsdp_reshard_after_forward"),
+    "offload_optimizer_device": (f"{_OFFLOAD}_OPTIMIZER_DEVICE", ("", "none"), _STAYS),
+    "offload_param_device": (f"{_OFFLOAD}_PARAM_DEVICE", ("", "none"), _STAYS),
+    "deepspeed_moe_layer_cls_names": ("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ("",), "no model has experts"),
+}
 # DeepSpeed's settings that the recipe or the launch file's mixed_precision sets.
 _DECIDED_ELSEWHERE = (
     *("optimizer", "scheduler", "fp16", "bf16", "amp", "gradient_clipping", "gradient_accumulation_steps"),
@@ -125,6 +149,9 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process.
 
     Raise UserError if flipscale does not support the launch, or it sets a value that the recipe sets."""
+    for setting, (variable, ignored, fix) in _UNSUPPORTED.items():
+        if (value := environment.get(variable, "")).lower() not in ignored:
+            raise UserError(f"the launch file's {setting} is {value[:60]}; leave it out, or unset {variable}: {fix}")
     per_node = whole_number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else None
     launch = Launch(
         num_processes=whole_number(environment, "WORLD_SIZE", 1),
@@ -159,31 +186,33 @@ def read_launch_file(file: Path, num_processes: int | None = None, num_machines:
 def launch_environment(file: Path, num_processes: int | None = None, num_machines: int | None = None) -> dict[str, str]:
     """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them."""
     settings = _read_settings(file)
-    fsdp, deepspeed, parallelism = (settings[name] for name in _SECTIONS)
+    # accelerate reads the settings of all sections as flags of its command line.
+    sections = [section for section in settings.values() if isinstance(section, dict)]
+    flags = {name: value for one in (settings, *sections) for name, value in one.items() if value not in (None, {})}
     world = num_processes or settings["num_processes"]
-    roles = (section["role"] for section in settings.values() if isinstance(section, dict) and "role" in section)
     on_machines = world // num_machines if num_machines else settings["num_processes"] // settings["num_machines"]
     environment = {
         "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": min(world, max(on_machines, 1)),
         PRECISION: settings.get("mixed_precision") or "no",
-        "ROLE_NAME": next(roles, _NO_ROLE),
+        "ROLE_NAME": flags.get("role", _NO_ROLE),
     }
+    environment |= {variable: flags[name] for name, (variable, *_) in _UNSUPPORTED.items() if name in flags}
     if settings["distributed_type"] == "FSDP":
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": fsdp.get("fsdp_version", 1)}
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": flags.get("fsdp_version", 1)}
         for name, default in (("reshard_after_forward", True), ("forward_prefetch", False)):
-            environment[f"FSDP_{name.upper()}"] = str(fsdp.get(f"fsdp_{name}", default)).lower()
+            environment[f"FSDP_{name.upper()}"] = str(flags.get(f"fsdp_{name}", default)).lower()
     elif settings["distributed_type"] == "DEEPSPEED":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
-        if "zero_stage" in deepspeed:
-            environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = deepspeed["zero_stage"]
-        if "deepspeed_config_file" in deepspeed:
+        if "zero_stage" in flags:
+            environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = flags["zero_stage"]
+        if "deepspeed_config_file" in flags:
             # The path is relative to the current folder; otherwise the file may lie beside the launch file.
-            named = Path(str(deepspeed["deepspeed_config_file"]))
+            named = Path(str(flags["deepspeed_config_file"]))
             beside = file.parent / named.name
             path = beside if not named.exists() and beside.exists() else named
             environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
-    if parallelism:
+    if parallelism := settings["parallelism_config"]:
         environment |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
         environment |= {str(name).upper(): value for name, value in parallelism.items()}
     return {name: str(value) for name, value in environment.items()}
@@ -240,7 +269,10 @@ def faster_precision(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _is_set(environment: Mapping[str, str], name: str, default: str = "") -> bool:
     """Return whether a flag has one of accelerate's words for true."""
-    return environment.get(name, default).lower() in ("1", "true", "t", "yes", "y", "on")
+    value = environment.get(name, default).lower()
+    if value not in (*_TRUE, *_FALSE):
+        raise UserError(f"the launch has {name}={value[:60]}; write true or false in the launch file")
+    return value in _TRUE
 
 
 def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int:

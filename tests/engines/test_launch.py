@@ -1,12 +1,15 @@
 """Launches, read from launch files and from launchers' environments."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config import cluster
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -70,7 +73,7 @@ def test_the_role_names_other_engines(tmp_path: Path, monkeypatch: pytest.Monkey
     expected = replace(read_launch_file(FOLDER / "hsdp.yaml"), reduce_in_bf16=True)
     assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == expected
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "ddq"}}))
-    with pytest.raises(ValueError, match="role 'ddq'"):
+    with pytest.raises(ValueError, match=r"role 'ddq'.*fsdp2_bf16_reduce"):
         engine_class(read_launch_file(file))
 
 
@@ -197,3 +200,98 @@ def test_precision_is_the_device_s_by_default(
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
     assert launch_of({}).precision == launch_of({PRECISION: ""}).precision == launched_precision({}) == precision
     assert [launch_of({PRECISION: asked}).precision for asked in ("no", "bf16", "BF16")] == ["no", "bf16", "bf16"]
+
+
+# Answers to the questions of `accelerate config` beside its defaults, by the question's beginning.
+GPUS = {"Which type of machine": "multi-GPU", "How many GPU(s)": 8, "Do you wish to use mixed precision": "bf16"}
+FSDP = {**GPUS, "Do you want to use FullyShardedDataParallel": True}
+ZERO = {**GPUS, "Do you want to use DeepSpeed": True}
+CLIPPING = {"Do you want to use gradient clipping": True, "What is the gradient clipping value": 1.0}
+# What accelerate sets for itself, for torch or for its launcher, and why flipscale need not read it.
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"), "read by Python and torch"),
+    "ACCELERATE_CPU_AFFINITY": "read by accelerate, which flipscale starts",
+    "ACCELERATE_CONFIG_DS_FIELDS": "names of settings, for accelerate's own errors",
+    **dict.fromkeys((f"ACCELERATE_DYNAMO_{name}" for name in ("MODE", "USE_FULLGRAPH", "USE_DYNAMIC")), "no backend"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "no backend",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "each process holds its shard of the first weights only, always",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "an export has bf16 weights, always",
+    **dict.fromkeys(("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES"), "weights are broadcast, always"),
+    "FSDP_STATE_DICT_TYPE": "of accelerate's checkpoints; flipscale writes its own",
+    **dict.fromkeys(("FSDP_USE_ORIG_PARAMS", "FSDP_BACKWARD_PREFETCH"), "of FSDP 1"),
+    "FSDP_MIN_NUM_PARAMS": "of another fsdp_auto_wrap_policy",
+}
+
+
+def written_by_accelerate(answers: dict[str, Any], file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that `accelerate config` writes after these answers, and its defaults elsewhere."""
+
+    def answer(question: str, default: Any) -> Any:
+        return next((given for start, given in answers.items() if question.startswith(start)), default)
+
+    def field(question: str, convert: Any = None, default: Any = None, error_message: Any = None) -> Any:
+        value = answer(question, default)
+        return "" if value is None else value
+
+    def options(question: str, among: list[Any], convert: Any = None, default: int = 0) -> Any:
+        at = among.index(answer(question, among[default]))
+        return at if convert is None else convert(at)
+
+    monkeypatch.setattr(cluster, "_ask_field", field)
+    monkeypatch.setattr(cluster, "_ask_options", options)
+    monkeypatch.setattr(cluster, "is_deepspeed_available", lambda: True)
+    cluster.get_cluster_input().to_yaml_file(file)
+    return file
+
+
+@pytest.mark.parametrize(("answers", "engine"), [(GPUS, "ddp"), (FSDP, "fsdp2"), (ZERO, "zero2")])
+def test_every_setting_of_accelerate_s_own_files_is_known(
+    answers: dict[str, Any], engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorded(dict[str, str]):
+        def get(self, name: str, *default: Any) -> Any:
+            names.add(name)
+            return super().get(name, *default)
+
+        def __contains__(self, name: object) -> bool:
+            names.add(str(name))
+            return super().__contains__(name)
+
+    names: set[str] = set()
+    file = written_by_accelerate(answers, tmp_path / "own.yaml", monkeypatch)
+    made = made_by_accelerate(file, monkeypatch)
+    launch = launch_of(Recorded(made))
+    assert launch == read_launch_file(file) == replace(launch, engine=engine, num_processes=8, precision="bf16")
+    assert not made.keys() - os.environ.keys() - names - WITHOUT_EFFECT.keys()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({**FSDP, "Do you want to offload parameters": True}, "fsdp_offload_params is true"),
+        ({**FSDP, "Do you want to enable FSDP activation": True}, "fsdp_activation_checkpointing is true"),
+        ({**FSDP, "What should be your auto wrap": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy is SIZE_BASED_WRAP"),
+        ({**FSDP, "Specify the comma-separated": "BertLayer"}, "fsdp_transformer_layer_cls_to_wrap is BertLayer"),
+        ({**GPUS, "Do you wish to optimize": True}, "dynamo_backend is INDUCTOR.*model.compile"),
+        ({**GPUS, "Should distributed operations": True}, "debug is true"),
+        ({**ZERO, "How many gradient accumulation": 4}, "gradient_accumulation_steps is 4.*data.micro_batch_size"),
+        ({**ZERO, **CLIPPING}, "gradient_clipping is 1.0.*optim.max_grad_norm"),
+        ({**ZERO, "Where to offload optimizer": "cpu"}, "offload_optimizer_device is cpu"),
+        ({**ZERO, "Where to offload parameters": "nvme"}, "offload_param_device is nvme"),
+        ({**ZERO, "Do you want to enable Mixture": True, "Specify": "Moe"}, "deepspeed_moe_layer_cls_names is Moe"),
+        ({**GPUS, "Do you want to use Megatron-LM": True}, "megatron_lm_config is "),
+    ],
+)
+def test_settings_that_flipscale_does_not_have_are_refused_by_name(
+    answers: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written_by_accelerate(answers, tmp_path / "own.yaml", monkeypatch)
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        launch_of(made_by_accelerate(file, monkeypatch))
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        read_launch_file(file)
+
+
+def test_a_flag_that_is_neither_true_nor_false_is_refused() -> None:
+    with pytest.raises(ValueError, match="FSDP_RESHARD_AFTER_FORWARD=full_shard"):
+        launch_of({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"})
