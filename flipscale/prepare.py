@@ -297,13 +297,15 @@ class Weights(WeightOptions):
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed the images and texts of shards once, and store their features for training.
+    """Embed the images and texts of shards once, and store their features for training. Or compare stored features.
 
     Args:
         shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'.
         directory: Folder to write. After an interruption, the same command continues. Several processes may run at
             once; they share the shards.
         model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as for `flipscale evaluate`.
+        compare: Embed nothing; print how alike two towers represent the same pairs, from 0 to 1 (linear CKA). Each is a
+            folder of stored features: FOLDER/images or FOLDER/texts.
         features: `embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains.
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's
@@ -318,10 +320,11 @@ class Embed:
         num_workers: Processes that decode images; 0 decodes in this process. Default: its share of the cores, less one.
     """
 
-    shards: str
-    directory: OutputFolder
+    shards: str | None = None
+    directory: OutputFolder | None = None
     _: KW_ONLY
-    model: str
+    model: str | None = None
+    compare: tuple[Path, Path] | None = None
     features: Literal["embeds", "pooled"] = "embeds"
     towers: list[Literal["images", "texts"]] = field(default_factory=lambda: ["images", "texts"])
     image_size: Pixels | None = None
@@ -334,7 +337,15 @@ class Embed:
     num_workers: Workers | None = None
 
     def run(self) -> None:
-        """Store the features, and print the speed."""
+        """Store the features, and print the speed. Or print the similarity of stored features."""
+        if self.compare:
+            from flipscale.preparation.tower_similarity import compare_towers
+
+            cka, pairs = compare_towers(*self.compare)
+            print(f"CKA of {self.compare[0]} and {self.compare[1]}: {cka:.4f} ({pairs:,} pairs)")
+            return
+        if self.shards is None or self.directory is None or self.model is None:
+            raise UserError("embed needs SHARDS DIRECTORY --model MODEL, or --compare FOLDER/images FOLDER/texts")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
         from flipscale.data.features import TeacherCrops
         from flipscale.engines.build import start_accelerator

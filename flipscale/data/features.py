@@ -63,13 +63,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def stored_sizes(folder: Path) -> list[int]:
-    """Return the number of samples of each shard of a folder. Raise UserError if images of some are missing."""
+def stored_sizes(folder: Path, tower: str = "images") -> list[int]:
+    """Return the numbers of samples of a folder's shards. Raise UserError if a tower's features of some are missing."""
     about, sizes = read_about(folder), list[int]()
-    while (file := shard_file(folder, "images", len(sizes))).is_file():
+    while (file := shard_file(folder, tower, len(sizes))).is_file():
         sizes.append(len(np.atleast_1d(_mapped(file))))
     if sum(sizes) != about.get("samples"):
-        missing = f"{folder} has images of {sum(sizes):,} of its {about.get('samples', 0):,} samples"
+        missing = f"{folder} has {tower} of {sum(sizes):,} of its {about.get('samples', 0):,} samples"
         raise UserError(f"{missing}; run the same `flipscale prepare embed` again")
     return sizes
 

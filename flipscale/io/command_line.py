@@ -95,7 +95,7 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
             hint, *others = get_args(hint)
             options["nargs"] = 1 + len(others)
         elif not is_required and not field.kw_only:
-            options["nargs"] = "?"
+            options |= {"nargs": "?", "default": default}  # argparse would read SUPPRESS as a value
         if get_origin(hint) is Literal:
             options["choices"] = get_args(hint)
         elif hint is not bool:
