@@ -304,6 +304,7 @@ class Embed:
         directory: Folder to write. After an interruption, the same command continues. Several processes may run at
             once; they share the shards.
         model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as for `flipscale evaluate`.
+            hf:NAME may be a tower alone: an image model, also timm's, a text encoder or a decoder language model.
         compare: Embed nothing; print how alike two towers represent the same pairs, from 0 to 1 (linear CKA). Each is a
             folder of stored features: FOLDER/images or FOLDER/texts.
         features: `embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains.

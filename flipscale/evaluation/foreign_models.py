@@ -12,17 +12,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    BatchEncoding,
+    PreTrainedTokenizerBase,
+)
 
 from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
 from flipscale.data.tokenizers import check_words, with_lower_case
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.whole_images import Decoder
+from flipscale.evaluation.whole_images import GREY, Decoder
 from flipscale.io.errors import UserError, first_line, needed
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
+_MOST_TOKENS = 512  # of a text tower, which may have positions for books
 # Configuration fields that make transformers load other kernels and files.
 _LEADING = ("_attn_implementation", "attn_implementation", "experts_implementation", "transformers_weights")
 
@@ -66,11 +72,12 @@ def load_open_clip(name: str) -> tuple[Any, Any, Any]:
 
 
 def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a dual encoder that transformers' `AutoModel` loads, in fp32. Its own code never runs.
+    """Return the embedder of a model that transformers' `AutoModel` loads, in fp32. Its own code never runs.
 
-    `name` is a Hub name, such as `openai/clip-vit-base-patch32`, or a folder.
+    `name` is a Hub name, such as `openai/clip-vit-base-patch32`, or a folder. It is a dual encoder, or one tower: an
+    image model (also timm's), a text encoder or a decoder language model.
     """
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
     full_name = f"{TRANSFORMERS}{name}"
     try:
@@ -80,35 +87,46 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
         _check_foreign(folder)
         options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
         with no_code_of_models():
-            model, report = AutoModel.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if "num_classes" in (arguments := getattr(config, "model_args", None) or {}):
+                del arguments["num_classes"]  # newer timm writes it, and transformers passes its own
+            model, report = AutoModel.from_pretrained(folder, config=config, **options)
     except Exception as error:  # transformers raises any type
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise OSError(f"{full_name} cannot be loaded ({first_line(error)})") from error
         raise UserError(f"{full_name} cannot be loaded ({first_line(error)})") from error
-    for method in ("get_image_features", "get_text_features"):
-        if not hasattr(model, method):
-            raise UserError(
-                f"{full_name} is a {type(model).__name__}, which has no {method}; name a dual encoder of images and "
-                "texts, such as a CLIP or a SigLIP"
-            )
+    methods = [method for method in ("get_image_features", "get_text_features") if hasattr(model, method)]
+    if len(methods) == 1 or model.config.is_encoder_decoder:
+        raise UserError(
+            f"{full_name} is a {type(model).__name__}, which is neither a dual encoder of images and texts, such as a "
+            "CLIP or a SigLIP, nor an image tower, a text encoder or a decoder language model"
+        )
     if report["missing_keys"]:
         raise UserError(
             f"{full_name} lacks {len(report['missing_keys'])} of the weights of its config, such as "
             f"{min(report['missing_keys'])}; download it again"
         )
+    is_images = model.main_input_name == "pixel_values"
+    reader: Any = AutoProcessor if methods else AutoImageProcessor if is_images else AutoTokenizer
     try:
         with no_code_of_models():
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        if getattr(processor, "tokenizer", None) is not None:
-            check_words(processor.tokenizer)
+            processor = reader.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = getattr(processor, "tokenizer", None) if methods else None if is_images else processor
+        if tokenizer is not None:
+            check_words(tokenizer)
     except Exception as error:  # transformers raises any type for bad files
         raise UserError(f"{full_name} has no processor that can be read ({first_line(error)})") from error
-    for part in ("image_processor", "tokenizer"):
+    for part in ("image_processor", "tokenizer") if methods else ():
         if getattr(processor, part, None) is None:
             raise UserError(f"{full_name} has no {part}; it needs preprocessor_config.json and its tokenizer's files")
-    processor.tokenizer = with_lower_case(processor.tokenizer, model.config.get_text_config())
     model = model.to(accelerator.device).eval()
-    return TransformersEmbedder(model, processor, accelerator, batch_size, num_workers, name=full_name)
+    settings = (accelerator, batch_size, num_workers)
+    if not methods:
+        if is_images:
+            return ImageTowerEmbedder(model, processor, *settings, name=full_name)
+        return TextTowerEmbedder(model, with_lower_case(processor, model.config), *settings, name=full_name)
+    processor.tokenizer = with_lower_case(processor.tokenizer, model.config.get_text_config())
+    return TransformersEmbedder(model, processor, *settings, name=full_name)
 
 
 @contextmanager
@@ -242,6 +260,90 @@ class TransformersEmbedder(Embedder):
         return self.model.get_text_features(**batch).pooler_output
 
 
+@dataclass(frozen=True)
+class ImageTowerEmbedder(Embedder):
+    """An embedder of an image tower, whose pooled output is both features; its `tokenizer` is its image processor."""
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return ("features",)
+
+    @property
+    def image_size(self) -> int:
+        """Number of pixels along each side; for NaFlex, whose images are rows of patches, those of a square."""
+        config, pixels = self.model.config, self.decoder()(GREY, 0)["pixel_values"]
+        return pixels.shape[-1] if pixels.ndim == 3 else round(len(pixels) ** 0.5) * config.patch_size
+
+    @property
+    def crop(self) -> str:
+        return "by its own processor"
+
+    def decoder(self) -> Decoder:
+        return partial(_processed, self.tokenizer)
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        pooled = self.model(**columns).pooler_output
+        if pooled is None:
+            raise UserError(f"{self.name} is a {type(self.model).__name__} without a pooled output; use another model")
+        return pooled.flatten(1)
+
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return self.image_features(**columns)
+
+
+@dataclass(frozen=True)
+class TextTowerEmbedder(Embedder):
+    """An embedder of a text tower. Both features of a text are the hidden state of its last token in a decoder language
+    model (ShareLock, arXiv 2410.07173); in an encoder, the pooled output, or without one the mean over the tokens."""
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return ("texts",)
+
+    @property
+    def image_size(self) -> int:
+        return 1  # images limit no batch
+
+    @property
+    def crop(self) -> str:
+        return self._refuse_images()
+
+    def decoder(self) -> Decoder:
+        return self._refuse_images()
+
+    def _refuse_images(self) -> NoReturn:
+        raise UserError(f"{self.name} embeds no images; use it for `flipscale prepare embed --towers texts`")
+
+    def tokens(self, texts: list[str]) -> Any:
+        """Return token ids and masks, `(texts, length)`, padded on the right and cut at 512 tokens at most."""
+        config, tokenizer = self.model.config, self.tokenizer
+        positions = getattr(config, "max_position_embeddings", None) or _MOST_TOKENS
+        # RoBERTa and its kin number positions from the padding's id on, which is 1.
+        length = min(positions - 2 * (config.pad_token_id == 1), tokenizer.model_max_length, _MOST_TOKENS)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        # SigLIP was trained to attend to the padding, without a mask.
+        is_siglip = config.model_type == "siglip_text_model"
+        padding, names = "max_length" if is_siglip else True, ["input_ids", "attention_mask"][: 1 if is_siglip else 2]
+        lengths = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
+        columns = tokenizer(texts, **lengths, return_tensors="pt")
+        return BatchEncoding({name: columns[name] for name in names})
+
+    def text_features(self, batch: Any) -> torch.Tensor:
+        output = self.model(**batch)
+        if (pooled := getattr(output, "pooler_output", None)) is not None:
+            return pooled
+        states, mask = output.last_hidden_state, batch["attention_mask"]
+        if self._is_decoder:
+            return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
+        return (states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+    @property
+    def _is_decoder(self) -> bool:
+        """Whether a token sees only those before it."""
+        kind, both_ways = type(self.model.config), getattr(self.model.config, "use_bidirectional_attention", False)
+        return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING and not both_ways
+
+
 def _rgb_image(encoded: bytes) -> Image.Image:
     """Return an image as CLIP_benchmark and most users of these models read it: without its transparency, as stored."""
     with wrap_errors(UndecodableImage):
@@ -249,7 +351,7 @@ def _rgb_image(encoded: bytes) -> Image.Image:
 
 
 def _processed(image_processor: Callable[..., Any], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    columns = image_processor(images=[_rgb_image(encoded)], return_tensors="np")
+    columns = image_processor(images=[_rgb_image(encoded)], return_tensors="pt")  # timm's gives no arrays
     return {name: np.ascontiguousarray(column[0]) for name, column in columns.items()}
 
 

@@ -266,8 +266,8 @@ def _describe(
         )
     if "texts" in towers and "texts" not in embedder.gives:
         raise UserError(f"--model {embedder.name!r} embeds no texts; use --towers images")
-    decode = embedder.decoder()
-    tried = _Batch(0, dummy_batch(decode), [_NO_CAPTION] * ("texts" in towers), {})
+    images = dummy_batch(embedder.decoder()) if "images" in towers else None
+    tried = _Batch(0, images, [_NO_CAPTION] * ("texts" in towers), {})
     widths = {tower: rows.shape[1] for tower, rows in _computed(embedder, tried, features).items()}
     about: dict[str, Any] = {
         **{"model": embedder.name, "model_digest": weights_digest(model.parameters()), "features": features},

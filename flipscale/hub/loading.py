@@ -174,10 +174,11 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
 
 def _tried(embedder: Embedder) -> Embedder:
     """Return the embedder after it has embedded a text and an image. Raise UserError if it fails."""
-    device = embedder.accelerator.device
+    device, embeds = embedder.accelerator.device, dict[str, torch.Tensor]()
     try:
         with torch.no_grad(), embedder.accelerator.autocast():
-            embeds = {"an image": embedder.image_features(**dummy_batch(embedder.decoder()).to(device))}
+            if "features" in embedder.gives:
+                embeds["an image"] = embedder.image_features(**dummy_batch(embedder.decoder()).to(device))
             if embedder.tokenizer is not None and "texts" in embedder.gives:
                 embeds["a text"] = embedder.text_features(embedder.tokens(["a photo"]).to(device))
     except Exception as error:  # other programs' tokenizers, processors and models raise any exception
