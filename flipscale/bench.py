@@ -69,7 +69,8 @@ class BenchStep:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchGpu:
-    """Check the GPUs of this node and measure the training step on them, on made-up data.
+    """Check the GPUs of this node and measure the training step on them, on made-up data. Under srun, torchrun or
+    `accelerate launch`, every node does so; then all check the network together.
 
     Args:
         recipes: Recipes whose first stage is measured: files, or names of the package.
@@ -86,15 +87,14 @@ class BenchGpu:
     json: bool = False
 
     def run(self) -> None:
-        """Run all checks and write their figures. Under a launcher, a node's first process does so for all."""
-        from flipscale.checks.bench import as_json, report, run_checks
+        """Run all checks and write their figures. A node's first process does so for all, and the first node prints."""
+        from flipscale.checks.bench import as_json, check_nodes, report, run_checks
         from flipscale.checks.node import Bench
+        from flipscale.checks.nodes import meet
         from flipscale.engines.launch import whole_number
         from flipscale.runs.complete_recipe import parse_recipe
 
-        if (nodes := whole_number(os.environ, "GROUP_WORLD_SIZE", 1)) > 1:
-            raise UserError(f"the launcher started {nodes} nodes; bench gpu measures one. Fix: start it on one node")
-        if whole_number(os.environ, "LOCAL_RANK", 0) > 0:
+        if any(whole_number(os.environ, name, 0) for name in ("LOCAL_RANK", "SLURM_LOCALID")):
             return
         import torch
 
@@ -106,15 +106,30 @@ class BenchGpu:
             )
         for recipe in self.recipes:
             parse_recipe(["--config", recipe])  # refuses an unknown recipe before all checks
-        folder = Path(tempfile.mkdtemp(prefix="flipscale-bench-"))
-        bench = Bench(num_gpus, folder, self.recipes, self.batch_size, self.shards)
-        run_checks(bench, lambda line: print(line, file=sys.stderr, flush=True))
-        if any(one.status == "FAILED" for one in bench.findings):
-            print(f"the output of all processes is in {folder}", file=sys.stderr)
+        nodes = meet(os.environ)
+        if len(set(counts := nodes.gather(num_gpus))) > 1:
+            raise UserError(f"{', '.join(nodes.hosts)} have {counts} GPUs; expected equal numbers. Fix: leave one out")
+        several = len(nodes.hosts) > 1
+        place = self.output.resolve().parent if several else None  # which all nodes see
+        shared = Path(nodes.gather("" if nodes.index else tempfile.mkdtemp(prefix="flipscale-bench-", dir=place))[0])
+        (own := shared / f"node-{nodes.index}").mkdir()
+        benches = [Bench(num_gpus, own, self.recipes, self.batch_size, self.shards)]
+
+        def announce(line: str) -> None:
+            if nodes.index == 0:
+                print(line, file=sys.stderr, flush=True)
+
+        run_checks(benches[0], announce)
+        if several:
+            benches.append(check_nodes(benches[0], nodes, shared, announce))
+        if nodes.index:
+            return
+        if any(one.status == "FAILED" for bench in benches for one in bench.findings):
+            print(f"the output of all processes is in {shared}", file=sys.stderr)
         else:
-            shutil.rmtree(folder)
-        text = json.dumps(as_json(bench))
-        print(text if self.json else report(bench))
+            shutil.rmtree(shared)
+        text = json.dumps(as_json(benches[0]) | ({"all_nodes": as_json(benches[1])} if several else {}))
+        print(text if self.json else "\n".join(map(report, reversed(benches))))
         write_text(self.output, f"{text}\n")
 
 

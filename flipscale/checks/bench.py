@@ -1,17 +1,23 @@
 """The checks of `flipscale bench gpu` in their order, and their report. A failed check does not end the others."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from flipscale.checks.kernels import check_attention, check_collectives, check_products, check_triton
+from flipscale.checks.kernels import check_attention, check_collectives, check_links, check_products, check_triton
 from flipscale.checks.machine import check_machine
-from flipscale.checks.node import Bench, CheckError, Finding, NotRun
+from flipscale.checks.node import Bench, Finding, NotRun
+from flipscale.checks.nodes import OWN_CHECKS_SECONDS, Nodes
 from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall
 from flipscale.checks.steps import check_contexts, check_plan, check_steps, planning_figures
+from flipscale.io.errors import UserError
 
 _LINES = 60
-# Those that measure what others use come before these.
+# Checks of all nodes together.
+OF_ALL_NODES = (check_products, check_links, check_collectives, check_stall, check_kill)
+# Checks of a node. Those that measure what others use come before these.
 CHECKS: tuple[Callable[[Bench], None], ...] = (
     check_machine,
     check_contexts,
@@ -29,19 +35,36 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
 )
 
 
-def run_checks(bench: Bench, announce: Callable[[str], None]) -> None:
-    """Run all checks, and call `announce` with the lines of each."""
-    for check in CHECKS:
+def run_checks(bench: Bench, announce: Callable[[str], None], checks: Sequence[Any] = ()) -> None:
+    """Run checks, by default all of a node, and call `announce` with the lines of each."""
+    for check in checks or CHECKS:
         name, start, before = check.__name__.removeprefix("check_"), time.monotonic(), len(bench.findings)
+        bench.nodes.begin(name)
         try:
             check(bench)
         except NotRun as reason:
             bench.findings.append(Finding(name, "not run", str(reason)))
         except Exception as error:  # a check may fail in any way, and the others still run
-            bench.add(name, "", [str(error) if isinstance(error, CheckError) else f"{type(error).__name__}: {error}"])
+            bench.add(name, "", [str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"])
         bench.figures.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
         for finding in bench.findings[before:]:
             announce(finding.line())
+
+
+def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[str], None]) -> Bench:
+    """Collective. Check all nodes together, in a folder that they share, after the checks `bench` of each."""
+    nodes.begin("nodes")
+    failed = [one.line() for one in bench.findings if one.status == "FAILED"]
+    own = {"failed": failed, "versions": bench.figures.get("machine", {}).get("versions")}
+    every = dict(zip(nodes.hosts, first := nodes.gather(own, OWN_CHECKS_SECONDS), strict=True))
+    faults = [f"{host} failed {len(found['failed'])} checks" for host, found in every.items() if found["failed"]]
+    faults += [f"{host} has other versions" for host in every if every[host]["versions"] != first[0]["versions"]]
+    whole = replace(bench, nodes=nodes, folder=folder, figures={"nodes": every}, findings=[])
+    whole.num_gpus *= len(every)
+    whole.add("nodes", f"{whole.num_gpus} GPUs on {', '.join(every)}", faults)
+    announce(whole.findings[0].line())
+    run_checks(whole, announce, OF_ALL_NODES)
+    return whole
 
 
 def report(bench: Bench) -> str:

@@ -1,11 +1,14 @@
 """Matrix products, attention, the loss's Triton kernels, and NCCL's collectives, at a model's own shapes."""
 
 import functools
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +27,7 @@ from flipscale.runs.complete_recipe import parse_recipe
 
 _TIMES, _WARM_UP = 20, 3
 _LOADED_PRODUCTS = 500
-_BUCKET_BYTES = 25 * 2**20
+_BUCKET_BYTES, _LINK_BYTES = 25 * 2**20, 64 * 2**20
 _MASK_RATIOS = (0.75, 0.5)
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _NAMES = [backend.name.lower() for backend in _BACKENDS]
@@ -134,9 +137,9 @@ def check_products(bench: Bench) -> None:
         speeds = [[row["flops_per_s"] for row in of_rank if "shape" in row] for of_rank in rows]
         means = [len(of_rank) / sum(1 / speed for speed in of_rank) for of_rank in speeds]
         slowest = min(range(len(means)), key=means.__getitem__)
-        faults = []
+        name, faults = bench.gpu(slowest), []
         if means[slowest] < (1 - OFF) * max(means):
-            faults.append(f"GPU {slowest} has {means[slowest] / 1e12:.0f} Tflop/s, another {max(means) / 1e12:.0f}")
+            faults.append(f"{name} has {means[slowest] / 1e12:.0f} Tflop/s, another {max(means) / 1e12:.0f}")
         loaded = [gpu for of_rank in rows for row in of_rank for gpu in row.get("loaded", [])]
         clocks = sorted(float(gpu["clocks.sm"]) for gpu in loaded if gpu["clocks.sm"].replace(".", "").isdigit())
         bench.figures.setdefault("products", {})[recipe] = {"flops_per_s": means, "rows": rows[slowest]}
@@ -232,3 +235,31 @@ def check_collectives(bench: Bench) -> None:
         bench.figures["setup_s"] = max(setup, bench.figures.get("setup_s", 0.0))
         words = ", ".join(f"{row['name']} {row['bus_bytes_per_s'] / 1e9:.3g}" for row in found)
         bench.add(f"NCCL {Path(recipe).stem}", f"set up in {setup:.1f} s; GB/s: {words}")
+
+
+def links(folder: str) -> Iterator[Row]:
+    """Collective. Yield the bytes per second that this GPU sends to the GPU of the same rail on each other node, while
+    it receives as many. Nodes meet in pairs, and all GPUs are busy at once."""
+    device = start_accelerator([], folder).device
+    dist.all_reduce(torch.ones(1, device=device))  # all processes make NCCL's communicator
+    here, world = int(os.environ["LOCAL_WORLD_SIZE"]), dist.get_world_size()
+    node, rail = divmod(dist.get_rank(), here)
+    sent, received = (torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    for turn in range(1, 1 << (world // here - 1).bit_length()):
+        if (other := node ^ turn) * here < world:
+            peer = other * here + rail
+            ops = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]
+            seconds = seconds_of(lambda ops=ops: [one.wait() for one in dist.batch_isend_irecv(ops)], device, 10)  # type: ignore[misc]
+            yield {"node": node, "other": other, "rail": rail, "bytes_per_s": _LINK_BYTES / seconds}
+
+
+def check_links(bench: Bench) -> None:
+    """Report the bandwidth between nodes by pairs. A GPU that is slow with every node has failed."""
+    ranks = bench.run(links, bench.num_gpus, folder=str(bench.folder))
+    bench.figures["links"] = rows = list(itertools.chain(*ranks))
+    best = [max(row["bytes_per_s"] for row in of_rank) for of_rank in ranks]
+    slow = [bench.gpu(rank) for rank, speed in enumerate(best) if speed < (1 - OFF) * np.median(best)]
+    least = min(rows, key=lambda row: row["bytes_per_s"])
+    words = f"{np.median(best) / 1e9:.3g} GB/s a GPU each way; slowest {least['bytes_per_s'] / 1e9:.3g}"
+    pair = f", GPU {least['rail']} between {bench.nodes.hosts[least['node']]} and {bench.nodes.hosts[least['other']]}"
+    bench.add("links between nodes", words + pair, [f"slow: {', '.join(slow)}"] if slow else [])

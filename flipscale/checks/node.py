@@ -1,4 +1,4 @@
-"""The node that `flipscale bench gpu` checks: its outcomes so far, and the processes of a check, one for each GPU.
+"""What `flipscale bench gpu` checks: its outcomes so far, and the processes of a check, one for each GPU.
 
 No process outlives its check. `python -m flipscale.checks.node` is such a process: it calls a function of a check and
 writes the rows that it yields.
@@ -7,7 +7,6 @@ writes the rows that it yields.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import psutil
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from flipscale.checks.nodes import Nodes
+from flipscale.io.errors import UserError
 
 Row = dict[str, Any]
 
@@ -43,7 +46,7 @@ class NotRun(Exception):
     """A check that cannot run here, with the missing part."""
 
 
-class CheckError(Exception):
+class CheckError(UserError):
     """A failed check, with the reason and the rows that its ranks had written."""
 
     def __init__(self, reason: str, rows: list[list[Row]] | None = None):
@@ -87,13 +90,14 @@ class Bench:
     """The settings of the checks, their findings and measurements.
 
     Args:
-        num_gpus: number of the node's GPUs.
+        num_gpus: number of the GPUs of all `nodes`.
         folder: folder for logs and runs.
         recipes: names or files of the recipes whose steps are measured.
         batch_size: pairs of a GPU.
         shards: shards for the loader; None makes up pictures.
         start: function that starts a process.
         figures: measurements by the name of their check, for `gpu.json`.
+        nodes: nodes that share the checks; each starts the processes of its own GPUs. By default, this one alone.
     """
 
     num_gpus: int
@@ -104,6 +108,17 @@ class Bench:
     start: Callable[[str, Sequence[str], Mapping[str, str], Path], Process] = start_python
     figures: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    nodes: Nodes = field(default_factory=Nodes)
+
+    @property
+    def local_gpus(self) -> int:
+        """Number of this node's GPUs."""
+        return self.num_gpus // len(self.nodes.hosts)
+
+    def gpu(self, rank: int) -> str:
+        """Return the name of a rank's GPU, with its host if there are several."""
+        node, number = divmod(rank, self.local_gpus)
+        return f"GPU {number}" + (f" of {self.nodes.hosts[node]}" if len(self.nodes.hosts) > 1 else "")
 
     def add(self, name: str, text: str, faults: Sequence[str] = ()) -> None:
         """Add a finding, which has failed if there are faults."""
@@ -123,8 +138,9 @@ class Bench:
     ) -> list[list[Row]]:
         """Call a function with `given` in processes of its own, and return the yielded rows of each rank. Raise
         CheckError if a process failed, or the time limit passed."""
-        folder = self.folder / f"{len(list(self.folder.iterdir())):02d}-{function.__name__}"
-        folder.mkdir()
+        number = self.nodes.gather(len(list(self.folder.iterdir())))[0]
+        folder = self.folder / f"{number:02d}-{function.__name__}"
+        folder.mkdir(exist_ok=True)
         reason = ""
         arguments = [f"{function.__module__}:{function.__name__}", json.dumps(given), str(folder)]
         with self.group("flipscale.checks.node", arguments, folder, processes, variables) as group:
@@ -132,9 +148,10 @@ class Bench:
                 group.wait()
             except CheckError as error:
                 reason = str(error)
-        files = [folder / f"rank-{rank}.json" for rank in range(processes)]
-        rows = [json.loads(file.read_text("utf-8")) if file.exists() else [] for file in files]
-        if reason:
+        files = [folder / f"rank-{rank}.json" for rank in group.ranks]
+        own = [json.loads(file.read_text("utf-8")) if file.exists() else [] for file in files]
+        rows = [row for of_node in self.nodes.gather(own) for row in of_node]
+        if reason := "; ".join(dict.fromkeys(filter(None, (self.nodes.first_failure(), reason)))):
             raise CheckError(reason, rows)
         return rows
 
@@ -142,10 +159,12 @@ class Bench:
     def group(
         self, module: str, arguments: Sequence[str], folder: Path, processes: int, variables: Mapping[str, str]
     ) -> Iterator["Group"]:
-        """Start `python -m MODULE ARGUMENTS` once for each rank, and kill them all at the end of the `with` block."""
-        group = Group(folder)
+        """Start `python -m MODULE ARGUMENTS` once for each rank of this node, or once, and kill them all at the end of
+        the `with` block."""
+        here = processes // len(self.nodes.hosts) or 1
+        group = Group(folder, self.nodes, range(self.nodes.index * here, (self.nodes.index + 1) * here))
         try:
-            for rank, environment in enumerate(_environments(processes, variables)):
+            for rank, environment in zip(group.ranks, _environments(processes, variables, group), strict=True):
                 group.processes.append(self.start(module, arguments, environment, folder / f"rank-{rank}.log"))
             yield group
         finally:
@@ -155,24 +174,29 @@ class Bench:
 
 @dataclass
 class Group:
-    """The processes of a check, by rank."""
+    """This node's processes of a check, and their ranks."""
 
     folder: Path
+    nodes: Nodes
+    ranks: range
     processes: list[Process] = field(default_factory=list)
 
     def wait(self, limit_s: float = LIMIT_SECONDS) -> None:
         """Wait for all processes to end with code 0. Raise CheckError if a process failed, or the time limit passed."""
         deadline, first_end = time.monotonic() + limit_s, float("inf")
-        while None in (codes := [process.poll() for process in self.processes]):
+        ranked = dict(zip(self.ranks, self.processes, strict=True))
+        while None in (codes := {rank: one.poll() for rank, one in ranked.items()}).values():
             now = time.monotonic()
-            if any(code is not None for code in codes):
+            own = next((f"rank {rank} ended with code {code}" for rank, code in codes.items() if code), "")
+            has_failed = self.nodes.first_failure(own) != ""
+            if has_failed or any(code is not None for code in codes.values()):
                 first_end = min(first_end, now)
-            if now > min(deadline, first_end + (_FAILED_SECONDS if any(codes) else _GRACE_SECONDS)):
+            if now > min(deadline, first_end + (_FAILED_SECONDS if has_failed else _GRACE_SECONDS)):
                 break
             time.sleep(0.05)
-        if failed := [rank for rank, code in enumerate(codes) if code]:
+        if failed := [rank for rank, code in codes.items() if code]:
             raise CheckError(f"rank {failed[0]} ended with code {codes[failed[0]]}: {self.message(failed[0])}")
-        if late := [str(rank) for rank, code in enumerate(codes) if code is None]:
+        if late := [str(rank) for rank, code in codes.items() if code is None]:
             what = f"ran longer than {limit_s:.0f} s" if now > deadline else "did not end with the others"
             raise CheckError(f"rank {', '.join(late)} {what}; output in {self.folder}")
 
@@ -181,7 +205,7 @@ class Group:
         passed."""
         deadline = time.monotonic() + limit_s
         while not is_so():
-            for rank, process in enumerate(self.processes):
+            for rank, process in zip(self.ranks, self.processes, strict=True):
                 if process.poll() is not None:
                     raise CheckError(f"rank {rank} ended before {what}: {self.message(rank)}")
             if time.monotonic() > deadline:
@@ -215,19 +239,18 @@ def descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _environments(processes: int, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Yield the environment of each rank, as torchrun sets it; a single process has no launcher's variables."""
+def _environments(processes: int, variables: Mapping[str, str], group: Group) -> Iterator[dict[str, str]]:
+    """Yield the environment of each rank here, as torchrun sets it; a single process has no launcher's variables."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHER)}
-    threads = str(max(len(os.sched_getaffinity(0)) // processes, 1))
+    here, nodes = len(group.ranks), group.nodes
+    threads = str(max(len(os.sched_getaffinity(0)) // here, 1))
     common = {"OMP_NUM_THREADS": threads, **_USUAL, **own, **variables}
     common = {name: value for name, value in common.items() if name not in _OF_RANK}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank in range(processes):
-        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        meeting = {**here, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
-        yield {**common, **{name: str(value) for name, value in meeting.items()}}
+    meeting = {"MASTER_ADDR": nodes.address, "MASTER_PORT": nodes.gather(get_free_port())[0]}
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here}
+    for place, rank in enumerate(group.ranks):
+        ours = {"RANK": rank, "LOCAL_RANK": place, **world, **meeting} if processes > 1 else {}
+        yield {**common, **{name: str(value) for name, value in ours.items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

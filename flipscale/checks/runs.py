@@ -7,7 +7,7 @@ import signal
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 import cv2
 import numpy as np
 import yaml
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from flipscale.checks.node import LIMIT_SECONDS, Bench, CheckError, Group, Row, descendants
+from flipscale.checks.node import LIMIT_SECONDS, Bench, Group, Row, descendants
 from flipscale.checks.steps import ALONE, engine_variables, first_stage
 from flipscale.data.loader import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
@@ -59,8 +60,8 @@ class Training:
     """A run of a small model on made-up pairs, in fp32, by the trainer's own command."""
 
     def __init__(self, bench: Bench, name: str, steps: int = _STEPS):
-        self.bench, self.directory = bench, bench.folder / name
-        batch, shards = _PAIRS * bench.num_gpus, make_pairs(bench.folder)
+        self.bench, self.directory, shards = bench, bench.folder / name, bench.folder / "pairs"
+        batch = _PAIRS * bench.num_gpus
         tower = {"vision_config": {**_TOWER, "image_size": 64}, "text_config": {**_TOWER, "vocab_size": 64}}
         data = {"shards": str(shards), "tokenizer": str(shards.with_name("tokenizer")), "num_workers": 1, "lanes": 1}
         recipe = {
@@ -72,8 +73,11 @@ class Training:
             "output_dir": str(self.directory),
         }
         self.logs = bench.folder / f"{name}.logs"
-        self.logs.mkdir()
-        (self.logs / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        if bench.nodes.index == 0:
+            make_pairs(bench.folder)
+            self.logs.mkdir()
+            (self.logs / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        bench.nodes.gather("written")
 
     def start(self, processes: int, engine: str, *launcher: str, **variables: str) -> AbstractContextManager[Group]:
         """Return the context in which the trainer runs in some processes. `launcher` is a module and its arguments."""
@@ -132,39 +136,47 @@ def check_resume(bench: Bench) -> None:
 
 
 def check_stall(bench: Bench) -> None:
-    """A rank that stands still for some seconds must be named."""
+    """A rank that stands still for some seconds must be named; of several nodes, the first rank of the last one."""
     bench.need_gpus(2)
-    training = Training(bench, "stalled", 100_000)
+    training, chosen = Training(bench, "stalled", 100_000), max(bench.num_gpus - bench.local_gpus, 1)
     with training.start(bench.num_gpus, "ddp") as group:
         training.await_steps(group, 15)  # the usual time of a step is known after ten
-        stalled = max(_STALL_SECONDS, training.records("metrics")[-1]["trained_seconds"])
-        os.kill(group.processes[1].pid, signal.SIGSTOP)
-        time.sleep(stalled)
-        os.kill(group.processes[1].pid, signal.SIGCONT)
+        stalled = max(_STALL_SECONDS, bench.nodes.gather(training.records("metrics")[-1]["trained_seconds"])[0])
+        for rank, process in zip(group.ranks, group.processes, strict=True):
+            if rank == chosen:
+                os.kill(process.pid, signal.SIGSTOP)
+                time.sleep(stalled)
+                os.kill(process.pid, signal.SIGCONT)
         # A stall between two steps belongs to the second, and both are recorded.
         slow_steps = functools.partial(training.records, "slow_steps")
         what = "the report of the slow step"
         group.await_true(lambda: any(one["late_s"] > stalled / 2 for one in slow_steps()), _END_SECONDS, what)
         record = max(slow_steps(), key=lambda one: one["late_s"])
+        bench.nodes.gather("seen")  # before any node ends its ranks
     bench.figures["stall"] = record
     late = record["late_rank"]
-    faults = [] if late == 1 else [f"rank 1 stalled, and the record names rank {late}"]
+    faults = [] if late == chosen else [f"rank {chosen} stalled, and the record names rank {late}"]
     bench.add("stalled rank", f"rank {late} named, {record['late_s']:.1f} s late in {record['phase']}", faults)
 
 
 def check_kill(bench: Bench) -> None:
     """All ranks must end soon after one is killed. torchrun starts them, because it is what notices on GPUs."""
     bench.need_gpus(2)
-    training = Training(bench, "killed", 100_000)
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(bench.num_gpus), "-m")
-    with training.start(1, "ddp", *launcher) as group:
+    training, nodes = Training(bench, "killed", 100_000), bench.nodes
+    chosen, port = max(bench.num_gpus - bench.local_gpus, 1), nodes.gather(get_free_port())[0]
+    meeting = ("--nnodes", f"{len(nodes.hosts)}", "--node_rank", f"{nodes.index}", "--master_addr", nodes.address)
+    launcher = ("torch.distributed.run", *meeting, "--master_port", f"{port}", "--nproc_per_node")
+    with training.start(1, "ddp", *launcher, f"{bench.local_gpus}", "-m") as group:
         training.await_steps(group, 5)
-        # The first, because the rank's own workers have its variables too.
-        next(one for one in descendants(group.processes[0].pid) if one.environ().get("RANK") == "1").kill()
+        started = descendants(group.processes[0].pid)
+        victims = [one for one in started if one.environ().get("RANK") == str(chosen)]
+        nodes.gather("ready")
+        for victim in victims[:1]:  # the rank's own workers have its variables too
+            victim.kill()
         killed = time.monotonic()
-        with suppress(CheckError):  # torchrun's, which tells of the killed rank
-            group.wait(_END_SECONDS)
-        ended = time.monotonic() - killed
+        while group.processes[0].poll() is None and time.monotonic() < killed + _END_SECONDS:
+            time.sleep(0.05)
+        ended = max(nodes.gather(time.monotonic() - killed))
     bench.figures["kill_s"] = ended
     faults = [] if ended < _END_SECONDS else ["the other ranks went on"]
     bench.add("killed rank", f"torchrun and the other ranks ended {ended:.1f} s later", faults)

@@ -107,7 +107,9 @@ def submission(script: str) -> None:
     tests/slurm runs the batch scripts on a real Slurm.
     """
     Path("bin").mkdir(exist_ok=True)
-    Path("bin/sbatch").write_text('#!/bin/bash\nprintf "%s\\t" "$RECIPE$RECIPES" "$@" >> jobs; echo >> jobs; echo 7\n')
+    Path("bin/sbatch").write_text(
+        '#!/bin/bash\nprintf "%s\\t" "${WHAT:+$WHAT $SHARDS $TO}$RECIPE$RECIPES" "$@" >> jobs; echo >> jobs; echo 7\n'
+    )
     Path("bin/sbatch").chmod(0o755)
     shutil.copyfile("/bin/true", "bin/squeue")  # nothing is in the queue
     Path("bin/squeue").chmod(0o755)
@@ -127,6 +129,11 @@ def submission(script: str) -> None:
         assert all(option.startswith("--") for option in arguments[:at])
         if arguments[at] == "slurm/evaluate.sh":
             cli.parse(["evaluate", "MODEL", *arguments[at + 1 :]])
+            continue
+        if arguments[at] == "slurm/prepare.sh":
+            what, shards, folder = recipes.split()
+            to = ["--output_dir", folder] if what == "audit" else [folder]
+            cli.parse(["prepare", what, shards, *to, *arguments[at + 1 :]])
             continue
         for recipe in recipes.split():
             parse_recipe(["--config", recipe, *arguments[at + 1 :]])
@@ -182,6 +189,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
     r"python3 -m venv |pip install .* torch===|(python clip_benchmark_flip\.py|clip_benchmark) eval ": other_program,
     r"flipscale (\w+|(convert|prepare|bench|study) \w+)$|flipscale (--help|pretrain .*--help)": verb_s_help,
+    r"srun (--\S+ )+flipscale bench gpu$": lambda words: verb_s_help(words[words.index("flipscale") :]),
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli (evaluate|prepare)) ": training,
     r"flipscale \w+ ": verb_s_arguments,

@@ -23,9 +23,9 @@ from torch.autograd.graph import _engine_run_backward  # type: ignore[attr-defin
 from torch.nn.parallel import DistributedDataParallel, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The fourth of the machine's eight: what names no device lands on the first, and is seen.
+# The fourth of the machine's: what names no device lands on the first, and is seen.
 DEVICE = torch.device("cuda", 3)
-NUM_DEVICES = 8
+NUM_DEVICES = int(os.environ.get("SIMULATED_GPUS", "8"))
 _META = torch.device("meta")
 _CPU, _CUDA = 0, 1  # of c10::DeviceType
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry

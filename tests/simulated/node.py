@@ -1,7 +1,10 @@
 """A node of eight GPUs that is not there, on which `flipscale bench gpu` runs all its checks.
 
+    PYTHONPATH=tests python -m simulated.node --recipes RECIPE --batch_size 8
+
 Checks that look at devices, memory and operations run on the fake GPU, as rank 3 of 8. Checks that compare numbers run
-on CPUs, as two processes of gloo. The other ranks repeat the outcome of a simulated one.
+on CPUs, as two processes of gloo. The other ranks repeat the outcome of a simulated one. Checks of several nodes have a
+process of gloo for each GPU.
 """
 
 import importlib
@@ -9,9 +12,11 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,10 @@ from simulated.world import fake_processes
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
+from flipscale import cli
+from flipscale.checks import node, runs, steps
 from flipscale.checks.node import Process
+from flipscale.checks.nodes import Nodes
 from flipscale.checks.steps import Loop
 from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
@@ -37,13 +45,16 @@ from flipscale.training import session
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps")
 # One process for this many GPUs, on CPUs.
-_GPUS_OF_A_PROCESS = 4
+_GPUS_OF_A_PROCESS = NUM_DEVICES // 2
 Fault = Callable[[ExitStack], None]
 
 _GPU = "NVIDIA H100 80GB HBM3, 570.86, 81559, 1980, 1980, 650.1, 700.00, 41, 5, 16"
 _TOPOLOGY = "\n".join(
     ["\x1b[4m" + "\t".join(f"GPU{i}" for i in range(NUM_DEVICES)) + "\tCPU Affinity\x1b[0m"]
-    + ["\t".join([f"GPU{i}", *("X" if i == j else "NV18" for j in range(NUM_DEVICES)), "0-95"]) for i in range(8)]
+    + [
+        "\t".join([f"GPU{i}", *("X" if i == j else "NV18" for j in range(NUM_DEVICES)), "0-95"])
+        for i in range(NUM_DEVICES)
+    ]
 )
 
 
@@ -94,18 +105,23 @@ class Starter:
         self._fault, self._leaders = fault, {}
 
     def __call__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
-        rank, world = (int(environment.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        rank, local = (int(environment.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        world, here = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         function = arguments[0].partition(":")[2]
         is_fake = module == "flipscale.checks.node" and function in FAKE
         leader = self._leaders.setdefault(log.parent, [])
-        first = DEVICE.index if is_fake and world > 1 else 0
-        count = max(world // _GPUS_OF_A_PROCESS, 1)
-        if rank != first and (is_fake or rank >= count):
+        first = rank - local + DEVICE.index if is_fake and world > 1 else rank - local
+        nodes = arguments[arguments.index("--nnodes") + 1] if "--nnodes" in arguments else "1"
+        gpus = 1 if world > here or nodes != "1" else _GPUS_OF_A_PROCESS
+        count = max(here // gpus, 1)
+        if rank != first and (is_fake or local >= count):
             log.touch()
             names = (f"rank-{of}.json" for of in (first, rank))
             return _Repeated(leader, *(log.parent / name for name in names))
-        changes = {} if is_fake or world == 1 else dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
-        words = [str(NUM_DEVICES // _GPUS_OF_A_PROCESS) if word == str(NUM_DEVICES) else word for word in arguments]
+        changes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+        if is_fake or world == 1 or gpus == 1:
+            changes.clear()
+        words = [str(NUM_DEVICES // gpus) if word == str(NUM_DEVICES) else word for word in arguments]
         serving = (module, words, str(log), is_fake, self._fault)
         if function == "triton_loss":
             started = _Started(_spawned(serving))
@@ -220,3 +236,43 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
     stack.enter_context(fake)
     stack.enter_context(recorder)
     return recorder
+
+
+def patient(wait: Callable[..., None]) -> Callable[..., None]:
+    """Return a function of `Group` with twenty times its time limit."""
+
+    def waited(self: node.Group, *given: Any) -> None:
+        limits = given or (node.LIMIT_SECONDS,)
+        wait(self, *(20 * one if isinstance(one, float) else one for one in limits))
+
+    return waited
+
+
+def on_busy_machine(stack: ExitStack) -> None:
+    """Give checks the time that they need on a busy machine without GPUs."""
+    stack.enter_context(patch.object(runs, "_LOADER_SECONDS", 2.0))
+    stack.enter_context(patch.object(runs, "_END_SECONDS", 1800.0))
+    stack.enter_context(patch.object(node.Group, "wait", patient(node.Group.wait)))
+    stack.enter_context(patch.object(node.Group, "await_true", patient(node.Group.await_true)))
+    gather = Nodes.gather
+    waited = lambda nodes, value, limit_s=6000.0: gather(nodes, value, limit_s)  # noqa: E731
+    stack.enter_context(patch.object(Nodes, "gather", waited))
+    # DeepSpeed reads from the GPU, so the fake world has none.
+    stack.enter_context(patch.object(steps, "find_spec", lambda name: None))
+
+
+def main(arguments: Sequence[str], fault: Fault | None = None) -> None:
+    """Run `flipscale bench gpu` on this node, which srun or a launcher may have started with others."""
+    with ExitStack() as stack:
+        on_busy_machine(stack)
+        tools = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_nvidia_smi(tools)
+        stack.enter_context(patch.dict(os.environ, {"PATH": f"{tools}:{os.environ['PATH']}"}))
+        stack.enter_context(patch.object(torch.cuda, "device_count", lambda: NUM_DEVICES))
+        stack.enter_context(patch.object(steps, "OFF", 0.25))
+        stack.enter_context(patch.object(node, "Bench", partial(node.Bench, start=Starter(fault))))
+        cli.main(["bench", "gpu", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 from simulated.fake_gpu import NUM_DEVICES
-from simulated.node import Fault, Starter, write_nvidia_smi
+from simulated.node import Fault, Starter, on_busy_machine, write_nvidia_smi
 from torch.autograd import DeviceType
 
 from flipscale.checks import bench as checks
-from flipscale.checks import node, runs, steps
+from flipscale.checks import node, steps
 from flipscale.checks.bench import as_json, report, run_checks
 from flipscale.checks.machine import links
 from flipscale.checks.node import Bench, CheckError, Process, Row, start_python
@@ -38,16 +38,6 @@ def small(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def patient(wait: Callable[..., None]) -> Callable[..., None]:
-    """Return a function of `Group` with twenty times its time limit."""
-
-    def waited(self: node.Group, *given: Any) -> None:
-        limits = given or (node.LIMIT_SECONDS,)
-        wait(self, *(20 * one if isinstance(one, float) else one for one in limits))
-
-    return waited
-
-
 def run(small: Path, folder: Path, fault: Fault | None = None, *names: str) -> Bench:
     """Run all checks, or those named, and return their findings and figures."""
     bench = Bench(NUM_DEVICES, folder, [str(small)], 8, start=Starter(fault))
@@ -55,13 +45,7 @@ def run(small: Path, folder: Path, fault: Fault | None = None, *names: str) -> B
     path = f"{small.parent}:{os.environ['PATH']}"
     with ExitStack() as stack:
         stack.enter_context(patch.object(checks, "CHECKS", chosen))
-        stack.enter_context(patch.object(runs, "_LOADER_SECONDS", 2.0))
-        # A busy machine takes its time.
-        stack.enter_context(patch.object(runs, "_END_SECONDS", 1800.0))
-        stack.enter_context(patch.object(node.Group, "wait", patient(node.Group.wait)))
-        stack.enter_context(patch.object(node.Group, "await_true", patient(node.Group.await_true)))
-        # DeepSpeed reads from the GPU, so the fake world has none.
-        stack.enter_context(patch.object(steps, "find_spec", lambda name: None))
+        on_busy_machine(stack)
         stack.enter_context(patch.dict(os.environ, {"PATH": path}))
         run_checks(bench, print)
     return bench
