@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,13 @@ class Init:
             open_clip:NAME,PRETRAINED. Or an image tower and a text tower, see model.vision and model.text of a recipe.
         guards: Labelled test sets of old abilities with --start. A loss there is reported first. Default: the zero-shot
             and retrieval tasks of the start's own recipe, or small ones prepared in data/tasks.
+        replay: Old pairs with --start, as in --shards. Half of each batch is drawn from them, against forgetting.
+            Default: the pairs of the start's own recipe, if they are on this machine.
         tokenizer: A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, or the
             tokenizer of the start.
         tests: A labelled test set that `flipscale prepare shards --labels` wrote.
-        minutes: Training time on this machine. Its speed is measured. Default: 30, or 10 with --start.
+        minutes: Training time on this machine. Its speed is measured. Default: 30, or 10 with --start. Its trials take
+            three times as long before.
         gpu: The kind of GPU for training elsewhere, such as h100 or rtx_4090.
         num_gpus: Number of these GPUs.
         hours: Training time on these GPUs. Their speed is computed.
@@ -55,6 +58,7 @@ class Init:
     shards: str
     start: list[str] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
+    replay: str | None = None
     tokenizer: str | None = None
     tests: str | None = None
     minutes: MinutesAboveZero | None = None
@@ -129,13 +133,18 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     from flipscale.data.tokenizers import load_tokenizer
     from flipscale.engines.launch import faster_precision
     from flipscale.planning.proposal import survey
-    from flipscale.studies.finetuning import open_start, propose_finetuning
+    from flipscale.preparation.lists import source_of
+    from flipscale.studies.finetuning import find_replay, half_of_batches, open_start, propose_finetuning
     from flipscale.training.preemption import Stopped
 
     converted = Path("models") / f"{args.recipe.stem}_start"
     start = open_start(args.start, converted)
+    replay = half_of_batches([source_of(args.replay)]) if args.replay else find_replay(start.name)
+    start = replace(start, replay=replay)
     data = survey(source, load_tokenizer(start.tokenizer, 64))
     print(f"{args.shards}: {data}", flush=True)
+    for old in replay:
+        print(f"{old.shards or old.dataset}: old pairs, {old.weight:.3g} of each batch", flush=True)
     tests = [{**task, "name": f"new_{task['kind']}"} for task in (_tasks(args.tests) if args.tests else ())]
     guards = [task for folder in args.guards for task in _tasks(folder)]
     guards = [{**task, "name": f"old{number}_{task['kind']}"} for number, task in enumerate(guards)]
@@ -179,7 +188,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _check_options(args: Init) -> None:
-    for name in ("recipe", "shards", "tokenizer", "tests", "start", "guards"):
+    for name in ("recipe", "shards", "tokenizer", "tests", "start", "guards", "replay"):
         if not is_utf8(str(getattr(args, name))):
             raise UserError(f"{name} is not UTF-8, and a recipe is; rename it")
     if os.path.lexists(args.recipe):
@@ -187,8 +196,9 @@ def _check_options(args: Init) -> None:
     check_writable(args.recipe, "recipe")
     if args.recipe.suffix not in (".yaml", ".yml"):
         raise UserError(f"{args.recipe} has no ending .yaml; name a file such as mine.yaml")
-    if args.guards and not args.start:
-        raise UserError(f"guards is {' '.join(args.guards)}, of what a model must not lose; add --start MODEL")
+    for name, value in () if args.start else (("guards", " ".join(args.guards)), ("replay", args.replay)):
+        if value:
+            raise UserError(f"{name} is {value}, of what a model must not lose; add --start MODEL")
     for name in ("tokenizer", "gpu") if args.start else ():
         if (value := getattr(args, name)) is not None:
             own = "the start has its own" if name == "tokenizer" else "trials run on this machine"

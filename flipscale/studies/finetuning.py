@@ -10,8 +10,8 @@ import math
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import open_image
 from flipscale.data.samples import BadSample, Source
-from flipscale.data.sources.opening import open_shards
+from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.data.sources.tar import TarSource, add_member
 from flipscale.data.task_page import read_prepared, suite_pages
 from flipscale.engines.build import start_accelerator
@@ -47,7 +47,7 @@ from flipscale.model.families import family_of
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, power_below, spread
 from flipscale.preparation.sampling_weights import WeightOptions, make_weights
-from flipscale.recipe.data import SourceRecipe
+from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.recipe.outputs import TASKS_DIR, EvalRecipe, LogRecipe
 from flipscale.recipe.recipe import Recipe
 
@@ -81,12 +81,14 @@ class Start:
         tokenizer: folder or Hub name of its tokenizer.
         loss: fields of the recipe's `loss` other than the defaults.
         name: folder or Hub name; empty for two towers, whose projections are drawn.
+        replay: sources of old pairs, with weights. Half of each batch is drawn from them.
     """
 
     model: dict[str, Any]
     tokenizer: str
     loss: dict[str, Any] = field(default_factory=dict)
     name: str = ""
+    replay: list[SourceRecipe] = field(default_factory=list)
 
 
 def open_start(names: Sequence[str], converted: Path) -> Start:
@@ -112,16 +114,41 @@ def open_start(names: Sequence[str], converted: Path) -> Start:
     return Start(fields, str(local_folder(name) or name), loss, name)
 
 
+def _own_run(start: str) -> tuple[Path, dict[str, Any]]:
+    """Return the recipe file of the run that `start` is the model of, and its fields; none if it is of no run. A race's
+    model is one of its runs', which share their data."""
+    folder = local_folder(start)
+    if folder is None or folder.name != "model":
+        return Path(), {}
+    files = [folder.parent / "recipe.yaml", *sorted(folder.parent.glob("*/recipe.yaml"))]
+    file = next((file for file in files if file.is_file()), None)
+    return (file, read_saved_recipe(file)) if file else (Path(), {})
+
+
+def find_replay(start: str) -> list[SourceRecipe]:
+    """Return the sources that the start's own run was trained on, without those that are not on this machine."""
+    data = _own_run(start)[1].get("data") or {}
+    sources = data.get("sources") or [{key: data.get(key) for key in ("shards", "weights")}]
+    places = [(one, one.get("shards") or one.get("dataset")) for one in sources]
+    here = [one for one, place in places if place and Path(place).is_dir()]
+    return half_of_batches(SourceRecipe(**one) for one in here)
+
+
+def half_of_batches(sources: Iterable[SourceRecipe]) -> list[SourceRecipe]:
+    """Return old sources with weights that add up to a half, in proportion to their own weights, or to their sizes."""
+    weighed = [(one, one.weight or float(len(open_source(DataRecipe(sources=[one]))))) for one in sources]
+    total = sum(weight for _, weight in weighed)
+    return [replace(one, weight=float(f"{0.5 * weight / total:.3g}")) for one, weight in weighed]
+
+
 def find_guards(start: str) -> tuple[list[dict[str, Any]], str]:
     """Return tasks of old abilities, and where they are from: zero-shot and retrieval tasks of the start's own run,
     else prepared tasks of at most 5,000 images."""
-    folder, listed, kinds = local_folder(start), list[Any](), ("zero_shot", "retrieval")
-    recipe = (folder or Path()).parent / "recipe.yaml"  # of RUN/model
-    if folder and folder.name == "model" and recipe.is_file():
-        listed = (read_saved_recipe(recipe).get("eval") or {}).get("tasks") or []
+    kinds, (file, recipe) = ("zero_shot", "retrieval"), _own_run(start)
+    listed = (recipe.get("eval") or {}).get("tasks") or []
     own = [task for task in listed if isinstance(task, dict) and task.get("kind") in kinds]
     if usable := [{**task, "every_samples": 0} for task in own if Path(str(task.get("data"))).is_dir()]:
-        return usable, f"of {recipe}"
+        return usable, f"of {file}"
     small = [page for page in suite_pages("all") if page.kind in kinds and page.images <= _MOST_GUARDED]
     prepared = [page.name for page in small if read_prepared(Path(TASKS_DIR) / page.data) is not None]
     return [{"task": name} for name in prepared], f"prepared in {TASKS_DIR}"
@@ -288,7 +315,8 @@ class Search:
     def _trial(self, candidate: Candidate, minutes: float, run_dir: Path) -> Trial:
         self.proposal.values |= candidate.values(self.proposal.batch_size)
         recipe = self.proposal.recipe()
-        data = replace(recipe.data, shards=None, sources=[replace(self.source, weights=str(self.held_out.weights))])
+        new = replace(self.source, weights=str(self.held_out.weights), weight=0.5 if self.start.replay else None)
+        data = replace(recipe.data, shards=None, sources=[new, *self.start.replay])
         log, place = LogRecipe(every_samples=0, report_to=[]), str(run_dir)
         self.train(replace(recipe, data=data, log=log, eval=EvalRecipe(), budget_minutes=minutes, output_dir=place))
         scores = self.held_out.scores(self.open(place))
@@ -413,7 +441,10 @@ def gain_text(new: np.ndarray, old: np.ndarray) -> str:
 
 def _propose(start: Start, named: SourceRecipe, data: Survey, **values: Any) -> tuple[Proposal, int, int]:
     """Return the template's proposal, the width of the image tower and its grid of patches. Print the model."""
-    values |= {"model": start.model, "source": named, "tokenizer": start.tokenizer, "loss": start.loss, "length": ""}
+    values |= {"model": start.model, "tokenizer": start.tokenizer, "loss": start.loss, "length": ""}
+    mixed = [replace(named, weight=0.5 if start.replay else None), *start.replay]
+    default = asdict(SourceRecipe())
+    values["sources"] = [{key: value for key, value in asdict(one).items() if value != default[key]} for one in mixed]
     values |= {"has_sides": any(re.search(r"\b(left|right)\b", caption) for caption in data.captions)}
     values |= {"recomputes": False, "micro_batch_size": None, "samples": 25_600, **Candidate("all", 1e-4).values(256)}
     values["captions"] = len(data.captions)

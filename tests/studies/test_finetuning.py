@@ -1,6 +1,7 @@
 """`flipscale init --start`: the start's recipe, the held-out pairs, the trials, and what was lost."""
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from hub.native import export_native
 from flipscale.cli import main
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.evaluation.suite import build_tasks
+from flipscale.io.errors import UserError
 from flipscale.planning.proposal import Survey
 from flipscale.pretrain import pretrain
 from flipscale.recipe.data import DataRecipe, SourceRecipe
@@ -36,6 +38,8 @@ from flipscale.studies.finetuning import (
     _propose,
     candidates,
     find_guards,
+    find_replay,
+    half_of_batches,
     hold_out,
     next_rung,
     open_start,
@@ -198,6 +202,43 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     assert where == f"of {run}/recipe.yaml"
 
 
+def test_old_pairs_are_half_of_each_batch(run: Path, here: Path, shards: Path) -> None:
+    """The pairs of the start's own run, or named ones, in proportion to their sizes."""
+    old = SourceRecipe(shards=str(shards), weight=0.5)
+    assert find_replay(str(run)) == [old]
+    race = here / "race"
+    shutil.copytree(run, race / "mask")
+    shutil.copytree(run / "model", race / "model")
+    assert find_replay(str(race)) == [old]
+    assert find_guards(str(race))[1] == f"of {race}/mask/recipe.yaml"
+    saved = race / "mask/recipe.yaml"
+    saved.write_text(saved.read_text().replace(str(shards), "elsewhere"))
+    assert find_replay(str(race)) == []
+    assert find_replay(str(export_native("clip", here / "clip"))) == []
+    write_pairs(here / "pairs", 48, NAMES)
+    own, third = SourceRecipe(shards=str(shards)), SourceRecipe(shards="pairs")
+    weights = [one.weight or 0.0 for one in half_of_batches([own, third])]
+    assert weights == pytest.approx([0.5 * 96 / 144, 0.5 * 48 / 144], rel=0.01)
+    start = replace(open_start([str(run)], here / "converted"), replay=[old])
+    recipe, text = proposed(start, "all")
+    assert [(one.shards, one.weight) for one in recipe.data.sources] == [("pairs", 0.5), (str(shards), 0.5)]
+    assert f"- {{shards: {shards}, weight: 0.5}} # old pairs, so that less is forgotten" in text
+    # Only the new pairs are held out.
+    (here / "folder").mkdir()
+    held_out = hold_out(open_source(DataRecipe(sources=[SOURCE])), SOURCE, True, here / "folder")
+    trained: list[Recipe] = []
+
+    def train(given: Recipe) -> Path:
+        trained.append(given)
+        raise UserError("enough")
+
+    proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), tasks=[], output_dir="x", num_workers=0)
+    with pytest.raises(UserError, match="enough"):
+        Search(train, proposal, start, SOURCE, held_out, [], here).run(1.0, 32, 4)
+    new = replace(SOURCE, weights=str(held_out.weights), weight=0.5)
+    assert [one.data.sources for one in trained] == [[new, old]] * len(trained)
+
+
 def test_a_loss_is_mixed_away(run: Path, here: Path, shards: Path) -> None:
     """Each picture gets the name of another, which the model learns in place of the right one."""
     write_pairs(here / "pairs", 96, NAMES[:16], shift=1)
@@ -287,6 +328,8 @@ def test_a_model_that_is_better_as_it_is(
         (["--start", "a", "--tokenizer", "bert"], "tokenizer is 'bert' and start is a"),
         (["--start", "a", "--gpu", "h100", "--hours", "3"], "gpu is 'h100' and start is a"),
         (["--guards", "old"], "guards is old, "),
+        (["--replay", "old"], "replay is old, "),
+        (["--start", "a", "b", "--replay", "nowhere"], "nowhere"),
     ],
 )
 def test_refusals(words: list[str], message: str, here: Path, shards: Path, refused: Callable[..., str]) -> None:
