@@ -146,8 +146,12 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     for old in replay:
         print(f"{old.shards or old.dataset}: old pairs, {old.weight:.3g} of each batch", flush=True)
     tests = [{**task, "name": f"new_{task['kind']}"} for task in (_tasks(args.tests) if args.tests else ())]
-    guards = [task for folder in args.guards for task in _tasks(folder)]
-    guards = [{**task, "name": f"old{number}_{task['kind']}"} for number, task in enumerate(guards)]
+    several = len(args.guards) > 1
+    guards = [
+        {**task, "name": f"old{number if several else ''}_{task['kind']}"}
+        for number, folder in enumerate(args.guards, 1)
+        for task in _tasks(folder)
+    ]
     command, faster = _command(args), faster_precision(os.environ)
     os.environ.update(faster)
     logger, recipe = logging.getLogger("flipscale"), ""

@@ -239,16 +239,20 @@ class Candidate:
 def candidates(start: Start, width: int, batch_size: int) -> list[Candidate]:
     """Return the candidates of the first rung."""
     usual = 5e-4 * (128 / max(width, 128)) ** 2 * math.sqrt(batch_size / 256)
-    left_out = {"LoRA of rank 8"} if not start.name or find_spec("peft") is None else set[str]()
+    has_blocks = start.model.get("text_config", {}).get("num_hidden_layers") != 0
+    can_adapt = start.name and has_blocks and find_spec("peft") is not None
+    left_out = set[str]() if can_adapt else {"LoRA of rank 8"}
     if start.model["family"] == "siglip":  # its projections are within the towers
         left_out.add("projections")
     return [Candidate(name, usual * f) for name, (_, factors) in PARTS.items() if name not in left_out for f in factors]
 
 
 def next_rung(best: Sequence[Candidate], grid: int) -> list[Candidate]:
-    """Return the candidates of the second rung: the three best, the best with more decay and, on a large grid of
-    patches, the best with a mask."""
-    rung = [*best[:3], replace(best[0], weight_decay=0.3)]
+    """Return the candidates of the second rung: the three best, or the two best and the best at twice its part's
+    highest rate if that won, the best with more decay and, on a large grid of patches, the best with a mask."""
+    is_highest = best[0].rate == max(one.rate for one in best if one.part == best[0].part)
+    third = [replace(best[0], rate=2.0 * best[0].rate)] if is_highest else best[2:3]
+    rung = [*best[:2], *third, replace(best[0], weight_decay=0.3)]
     trains_images = "vision_model" not in PARTS[best[0].part][0].get("frozen", [])
     return [*rung, replace(best[0], mask_ratio=0.5)] if grid >= _MASKED_GRID and trains_images else rung
 
@@ -294,7 +298,7 @@ class Search:
         rung = candidates(self.start, width, self.proposal.batch_size)
         finished: list[Trial] = []
         for number in range(3):
-            print(f"{len(rung)} trials of {_time(minutes / len(rung))} each:", flush=True)
+            print(f"rung {number + 1}, {_time(minutes / len(rung))} a trial, {len(rung)} of them:", flush=True)
             trials, failure = [], ""
             for place, candidate in enumerate(rung):
                 try:
@@ -403,16 +407,13 @@ def propose_finetuning(
         rows.append([f"{guard.task}, {guard.shown}", *(result.estimate_text for result in results), change])
     courses = ", ".join(f"{_time(trial.minutes)} {trial.value:.1f} %" for trial in lengths)
     steps = min(trial.samples for trial in lengths) // proposal.batch_size
-    lines = [
-        *plain_table(rows, range(1, len(rows[0]))).splitlines(),
-        f"Chosen: {' '.join(str(best.candidate).split())}. Mean recall by length: {courses}.",
-        *(
-            [f"Trials had as few as {steps} steps: a longer --minutes makes a surer choice."]
-            if steps < _FEW_STEPS
-            else []
-        ),
-        f"Guards are {where}." if before else "No guards: what it loses elsewhere is unknown; name some by --guards.",
-    ]
+    chose = [f"Chosen: {' '.join(str(best.candidate).split())}. Mean recall by length: {courses}."]
+    if steps < _FEW_STEPS:
+        chose.append(f"Trials had as few as {steps} steps: a longer --minutes makes a surer choice.")
+    chose.append(
+        f"Guards are {where}." if before else "No guards: what it loses elsewhere is unknown; name some by --guards."
+    )
+    lines = [*plain_table(rows, range(1, len(rows[0]))).splitlines(), *chose]
     if best.value <= old.mean():
         return [f"{start.name} is better on the held-out pairs as it is. No recipe is proposed.", *lines], "", 1.0
     verdict = f"Gained {gain} of mean recall on the held-out pairs."
@@ -420,11 +421,12 @@ def propose_finetuning(
         words = "; ".join(f"{one.task} {one.shown} {one.estimate_text}" for one in lost)
         remedy = f"Mixed with the start at alpha {chosen.alpha:g}, it keeps them and gains {gain}."
         if chosen.alpha == 1.0:
-            remedy = "No mixture keeps them: put old pairs into each batch, or train fewer parts (docs/finetuning.md)."
+            fewer = "a larger share of old pairs" if start.replay else "old pairs in each batch (--replay)"
+            remedy = f"No mixture keeps them. What may: {fewer}, or fewer trained parts (docs/finetuning.md)."
         verdict = f"LOST {words}. {remedy}"
     length = f"{_time(best.minutes)} at the speed of the trials"
     proposal.values |= {**best.candidate.values(proposal.batch_size), "samples": best.samples, "length": length}
-    return [verdict, *lines], proposal.written([verdict, *lines]), chosen.alpha
+    return [verdict, *lines], proposal.written([verdict, *chose]), chosen.alpha
 
 
 def recall_text(scores: np.ndarray) -> str:

@@ -135,6 +135,8 @@ def test_candidates_by_the_start() -> None:
     assert max(one.rate for one in base if one.part == "all") == pytest.approx(1.4e-5, rel=0.02)
     # Two towers have no projections yet, and a SigLIP has them inside of its towers.
     assert "LoRA of rank 8" not in {one.part for one in candidates(replace(run, name=""), 128, 256)}
+    words = replace(run, model={"family": "flip", "text_config": {"num_hidden_layers": 0}})
+    assert "LoRA of rank 8" not in {one.part for one in candidates(words, 128, 256)}
     siglip = replace(run, model={"family": "siglip"})
     assert "projections" not in {one.part for one in candidates(siglip, 128, 256)}
 
@@ -145,6 +147,9 @@ def test_masks_where_the_images_allow_them() -> None:
     assert {one.mask_ratio for one in next_rung(best, 8)} == {0.0}
     assert {one.mask_ratio for one in next_rung(best[1:], 14)} == {0.0}  # no image tower learns
     assert {one.weight_decay for one in next_rung(best, 8)} == {0.1, 0.3}
+    # The highest rate tried of its part won, so a higher one may too.
+    assert [one.rate for one in next_rung(best, 8)] == [1e-4, 1e-3, 2e-4, 1e-4]
+    assert next_rung([best[0], replace(best[0], rate=2e-4), best[2]], 8)[2] == best[2]
 
 
 def towers(folder: Path) -> list[str]:
@@ -273,7 +278,7 @@ def test_four_hundred_pairs_and_a_minute(
     main(["init", "mine.yaml", "--start", str(run), "--shards", "pairs", "--tests", str(shards), "--minutes", "0.05"])
     *_, table = capsys.readouterr().out.partition("search: 9 seconds for a training of 3 seconds\n")
     lines = table.splitlines()
-    assert lines[0] == "10 trials of 0.3 seconds each:"
+    assert lines[0] == "rung 1, 0.3 seconds a trial, 10 of them:"
     first = lines[lines.index("") + 1]
     assert first.startswith(("Gained ", "LOST zero_shot", f"{run} is better"))
     assert any(line.startswith("zero_shot, top-1 ") for line in lines)
