@@ -31,7 +31,9 @@ class LogRecipe:
             They receive the recipe as their configuration. wandb, trackio and comet_ml continue a run after a resume.
         hang_seconds: The run ends after this time without progress. Ranks write their stacks at half of it, or
             earlier. NCCL would end the run silently after ten minutes.
-        profile_steps: Steps of each start to profile in `profile/` of the run directory; 0 for none.
+        profile_steps: Steps of each start to trace in `profile/` of the run directory; 0 for none. Ranks 0, 1 and the
+            last write.
+        memory_steps: Steps whose allocations on GPUs these ranks record there, after the traced steps; 0 for none.
     """
 
     every_samples: SamplesOrZero | None = None
@@ -39,6 +41,7 @@ class LogRecipe:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     hang_seconds: Seconds = 540.0
     profile_steps: CountOrZero = 0
+    memory_steps: CountOrZero = 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from flipscale.engines.engine import Engine
     from flipscale.engines.slow_steps import StepWatch
+    from flipscale.recipe.outputs import LogRecipe
     from flipscale.training.session import Session
     from flipscale.training.setup import TrainingSetup
     from flipscale.training.tracking import Tracker
@@ -150,19 +151,25 @@ class Saver:
 
 
 class BetweenSteps:
-    """Writes a trace of some steps, and on CUDA a memory snapshot, of every rank to `profile/`.
+    """Writes a trace of some steps, then the memory history of others on CUDA, to `profile/`.
+
+    Ranks 0, 1 and the last write: two of a node and one of another. Recording the history would distort the trace.
 
     In a `with` block, Python's garbage is collected between steps only. All ranks collect it at the same steps, so no
     rank makes the others wait at another time.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, num_steps: int, watch: StepWatch):
+    def __init__(self, accelerator: Accelerator, run_dir: Path, log: LogRecipe, watch: StepWatch):
         self._watch = watch
         self._cuda, self._rank = accelerator.device.type == "cuda", accelerator.process_index
         self._is_one_of_several = accelerator.num_processes > 1
         self._folder = run_dir / "profile"
-        self._num_steps, self._steps = num_steps, 0
+        writes = self._rank in (0, 1, accelerator.num_processes - 1)
+        self._num_steps = log.profile_steps if writes else 0
+        self._memory_steps = log.memory_steps if writes and self._cuda else 0
+        self._steps = 0
         self._profile: torch.profiler.profile | None = None
+        self._records = False
 
     def __enter__(self) -> BetweenSteps:
         gc.collect()
@@ -176,33 +183,46 @@ class BetweenSteps:
         # A run that ends early keeps the profile of its steps. After an error on several GPUs there is none, because
         # waiting for the device may mean waiting for other processes.
         if error is None or not (self._cuda and self._is_one_of_several):
-            self._stop()
+            self._stop_trace()
+            self._stop_history()
 
     def after_step(self, num_steps: int) -> None:
         """Begin or write the profile, and collect garbage, after `num_steps` steps of the run so far."""
         self._steps += 1
+        traced = _UNPROFILED_STEPS + self._num_steps
         if self._num_steps and self._steps == _UNPROFILED_STEPS:
-            if self._cuda:
-                # Python's stacks only: with those of C++, the snapshot takes minutes to write.
-                torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MEMORY_EVENTS)
             self._profile = torch.profiler.profile(record_shapes=True)
             self._profile.start()
-        if self._steps == _UNPROFILED_STEPS + self._num_steps:
-            self._stop()
+        if self._steps == traced:
+            self._stop_trace()
+        if self._memory_steps and self._steps == traced:
+            self._records = True
+            # Python's stacks only: with those of C++, the snapshot takes minutes to write.
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MEMORY_EVENTS)
+        if self._steps == traced + self._memory_steps:
+            self._stop_history()
         if num_steps % _COLLECT_EVERY_STEPS == 0:
             gc.collect()
 
-    def _stop(self) -> None:
+    def _stop_trace(self) -> None:
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
-        viewers = "open its rank-*.trace.json.gz at https://ui.perfetto.dev"
         with self._watch.paused("the profile"):
             profile.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self._folder / f"rank-{self._rank:05d}.trace.json.gz"))
-            if self._cuda:
-                torch.cuda.memory._dump_snapshot(str(self._folder / f"rank-{self._rank:05d}.memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
-                viewers += " and its rank-*.memory.pickle at https://docs.pytorch.org/memory_viz"
-        _log.info("the profile of the steps is in %s: %s", self._folder, viewers)
+        _log.info(
+            "the profile of the steps is in %s: open its rank-*.trace.json.gz at https://ui.perfetto.dev", self._folder
+        )
+
+    def _stop_history(self) -> None:
+        if not self._records:
+            return
+        self._records = False
+        with self._watch.paused("the memory history"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"rank-{self._rank:05d}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        viewer = "https://docs.pytorch.org/memory_viz"
+        _log.info("the memory history is in %s: open its rank-*.memory.pickle at %s", self._folder, viewer)

@@ -59,7 +59,7 @@ def train(
     tracker = Tracker(setup, accelerator, watch, flops.get("pair", {}), flops.get("row"))
     saver = Saver(setup, session, engine, tracker, on_checkpoint)
     evaluations = Evaluations(evaluator, setup, engine, tracker)
-    between = BetweenSteps(accelerator, run_dir, recipe.log.profile_steps, watch)
+    between = BetweenSteps(accelerator, run_dir, recipe.log, watch)
     sync = StepSync(accelerator, saver.writer, watch, request, session.step, schedule.budget_seconds)
     tracker.start(session.step)
     stops = False

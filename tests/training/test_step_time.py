@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from conftest import metrics, pretrain
 
 from flipscale.engines.slow_steps import StepWatch
+from flipscale.recipe.outputs import LogRecipe
 from flipscale.training.between_steps import BetweenSteps
 
 
@@ -43,7 +45,7 @@ def test_garbage_is_collected_between_steps_only(tmp_path: Path) -> None:
         return sum(isinstance(found, Node) for found in gc.get_objects())
 
     accelerator = Accelerator(cpu=True)
-    with BetweenSteps(accelerator, tmp_path, 0, StepWatch(accelerator, tmp_path, 60.0)) as between:
+    with BetweenSteps(accelerator, tmp_path, LogRecipe(), StepWatch(accelerator, tmp_path, 60.0)) as between:
         assert not gc.isenabled()
         Node()
         between.after_step(999)
@@ -58,7 +60,7 @@ def test_writing_a_profile_is_no_part_of_a_step(tmp_path: Path, monkeypatch: pyt
     """On a GPU, where a snapshot of many allocations takes longer than a step may."""
     accelerator, recorded, clocks = Accelerator(cpu=True), [], []
     watch = StepWatch(accelerator, tmp_path, hang_seconds=60.0)
-    batches = (SimpleNamespace(step=SimpleNamespace(stage="masked")) for _ in range(6))
+    batches = (SimpleNamespace(step=SimpleNamespace(stage="masked")) for _ in range(9))
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: recorded.append(options))
 
     def dump(file: str) -> None:  # in a pause, the clock of training stands still
@@ -67,9 +69,32 @@ def test_writing_a_profile_is_no_part_of_a_step(tmp_path: Path, monkeypatch: pyt
         clocks.append(watch.trained_seconds)
 
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
-    with BetweenSteps(accelerator, tmp_path, 2, watch) as between:
-        between._cuda = True
+    log = LogRecipe(profile_steps=2, memory_steps=3)
+    with BetweenSteps(gpu(0, 1), tmp_path, log, watch) as between:
         for number, _ in enumerate(watch.timed(batches, 0)):
             between.after_step(number)
     assert recorded == [{"stacks": "python", "max_entries": 1_000_000}, {"enabled": None}]
     assert clocks[0] == clocks[1] < watch.trained_seconds
+
+
+def gpu(rank: int, world: int) -> Any:
+    return SimpleNamespace(device=torch.device("cuda"), process_index=rank, num_processes=world)
+
+
+@pytest.mark.parametrize("setting", ["profile_steps", "memory_steps"])
+def test_a_few_ranks_write_a_trace_or_a_memory_history(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: written.append(Path(file).name))
+    profile = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    profile.export_chrome_trace = lambda file: written.append(Path(file).name)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile)
+    watch = StepWatch(Accelerator(cpu=True), tmp_path, hang_seconds=60.0)
+    for rank in (0, 1, 2, 128, 254, 255):
+        with BetweenSteps(gpu(rank, 256), tmp_path, LogRecipe(**{setting: 2}), watch) as between:
+            for number in range(6):
+                between.after_step(number)
+    end = "trace.json.gz" if setting == "profile_steps" else "memory.pickle"
+    assert written == [f"rank-{rank:05d}.{end}" for rank in (0, 1, 255)]
