@@ -62,6 +62,7 @@ def open_clip_step(setting: StepSetting) -> TrainingStep:
     images, captions, clip_loss = torch.randn(shape, device=setting.device), setting.captions(), ClipLoss()
 
     def loss() -> torch.Tensor:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, which open_clip leaves as it is
         with setting.autocast():
             image_features, text_features, logit_scale = model(images, captions)
         return clip_loss(image_features.float(), text_features.float(), logit_scale)

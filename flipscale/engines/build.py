@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flipscale.engines.device import keep_freed_memory
+from flipscale.engines.device import choose_kernels, keep_freed_memory
 from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision, promised_processes
 from flipscale.io.errors import UserError
 from flipscale.recipe.optim import OptimRecipe
@@ -53,8 +53,7 @@ def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe
 def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
     """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU."""
     if torch.cuda.is_available():
-        # On Hopper, torch would prefer cuDNN's kernel, which plans anew for the shapes of each stage and evaluation.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        choose_kernels()
     else:
         keep_freed_memory()
     from accelerate import Accelerator

@@ -119,6 +119,12 @@ def can_compile(device: torch.device) -> bool:
     )
 
 
+def choose_kernels() -> None:
+    """Let torch choose kernels as training does. On Hopper it would prefer cuDNN's attention, which plans anew for the
+    shapes of each stage and evaluation."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:
     """Return the kernel that torch chooses for attention in training, such as `flash_attention`."""
     dtype = torch.bfloat16 if bf16 else torch.float32

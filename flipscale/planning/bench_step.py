@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
+from flipscale.engines.device import best_attention, choose_kernels, fastest_product, peak_memory_bytes, wait_for
 from flipscale.engines.first_weights import compile_blocks
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
@@ -100,6 +100,7 @@ def flip_step(setting: StepSetting) -> TrainingStep:
     batch = flip_batch(setting)
 
     def loss() -> torch.Tensor:
+        choose_kernels()  # each time, because the step of another trainer may run in turn
         with setting.autocast():
             output = model(**batch, return_logits=False)
         return contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)

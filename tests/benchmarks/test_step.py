@@ -47,6 +47,17 @@ def test_figures_of_a_step() -> None:
     assert matmul_peak(CPU, "fp32") > 1e9
 
 
+def test_a_step_uses_the_kernels_of_training() -> None:
+    """The trainer, too, leaves products in fp32 at torch's default, without TF32."""
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        flip_step(tiny())()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_step_trains_every_weight(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[FlipModel] = []
