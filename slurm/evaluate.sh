@@ -3,7 +3,8 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=2:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -3,7 +3,8 @@
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=1    # one launcher on each node; it starts a process for each GPU
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=96     # all cores of a node
+#SBATCH --exclusive            # all cores of a node
+#SBATCH --mem=0                # all of its memory: loader workers and page-locked batches need it
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300    # this many seconds before the time limit, save and requeue
 #SBATCH --requeue
@@ -31,7 +32,10 @@
 
 RECIPE=${RECIPE:-h14_laion2b}
 RUN=${RUN:-runs/$(basename -- "$RECIPE" .yaml)}
-LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
+# H/14's weights and moments are sharded within a node; smaller models are whole on each GPU.
+case $(basename -- "$RECIPE") in h14*) engine=hsdp ;; *) engine=ddp ;; esac
+[ "${LAUNCHER:-accelerate}" = accelerate ] || engine=ddp
+LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/$engine.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 check() { check_recipes --output_dir "$RUN" "$@"; }

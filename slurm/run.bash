@@ -174,12 +174,8 @@ launch() {
   export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to start with fewer
   export SRUN_CPUS_PER_TASK=$cores OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + per_node - 1) / per_node))}
   export PYTHONFAULTHANDLER=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  # Growing segments of GPU memory, because stages and evaluations allocate different sizes. Free parts of fixed segments
-  # would be too small.
-  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-  # Number of collectives in torch's flight recorder, which names the straggler of a slow or hung step. A step of H/14 has
-  # 260, each of its micro-batches 130. TORCH_NCCL_ENABLE_TIMING=1 records their time on the GPU.
-  export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-8192}
+  # Each process stays on the cores near its GPU, and so do its loader workers. torchrun reads no variable for this.
+  export ACCELERATE_CPU_AFFINITY=${ACCELERATE_CPU_AFFINITY:-1}
   # Seconds that a rank may take to save after a stop, and that it waits after another rank's death.
   export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
   case $LAUNCHER in

@@ -3,7 +3,8 @@
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -21,7 +22,9 @@ FROM=${FROM:-runs/$(basename -- "$RECIPE" .yaml)}
 RUN=${RUN:-${FROM}_tuned}
 # Unmasked, 128 M pairs, as in the paper's Table 10.
 STAGES=${STAGES:-'[{name: unmasked tuning, samples: 128_000_000, base_lr: 4.0e-8, warmup_samples: 25_600_000}]'}
-LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
+case $(basename -- "$RECIPE") in h14*) engine=hsdp ;; *) engine=ddp ;; esac
+[ "${LAUNCHER:-accelerate}" = accelerate ] || engine=ddp
+LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/$engine.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 flags=(--model.init_from "$FROM/model" --stages "$STAGES")

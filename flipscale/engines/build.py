@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flipscale.engines.device import choose_kernels, keep_freed_memory
+from flipscale.engines.device import choose_kernels, keep_freed_memory, set_up_gpu
 from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision, promised_processes
 from flipscale.io.errors import UserError
 from flipscale.recipe.optim import OptimRecipe
@@ -54,6 +54,7 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
     """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU."""
     if torch.cuda.is_available():
         choose_kernels()
+        set_up_gpu()
     else:
         keep_freed_memory()
     from accelerate import Accelerator

@@ -125,6 +125,18 @@ def choose_kernels() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def set_up_gpu() -> None:
+    """Set torch's allocator and flight recorder, before the first tensor and process group, where the environment does
+    not set them."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Growing segments, because stages and evaluations allocate different sizes. Free parts of fixed segments would
+        # be too small.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    # Number of collectives, which name the straggler of a slow or hung step. A step of H/14 has 260, each of its
+    # micro-batches 130. TORCH_NCCL_ENABLE_TIMING=1 records their time on the GPU.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "8192")
+
+
 def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:
     """Return the kernel that torch chooses for attention in training, such as `flash_attention`."""
     dtype = torch.bfloat16 if bf16 else torch.float32

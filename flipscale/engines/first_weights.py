@@ -7,6 +7,7 @@ block. Draws are keyed by (seed, module name): a recipe starts from the same num
 import hashlib
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flipscale.io.cores import decoding_workers
 from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import fetch_folder, open_weights
@@ -99,6 +101,11 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
     # DDP would split a block's graph wherever one of its buckets of gradients is full. Blocks are small enough as they
     # are: messages overlap with the backward passes of other blocks.
     torch._dynamo.config.optimize_ddp = False
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Each process gets its part of the node's cores, because torch would start up to 32 compilers for each GPU.
+        from torch._inductor import config  # its import takes time
+
+        config.compile_threads = min(decoding_workers(None), 32)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(fullgraph=True, dynamic=False)

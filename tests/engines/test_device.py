@@ -1,9 +1,18 @@
 """Peaks and attention kernels of devices."""
 
+import os
+
 import pytest
 import torch
 
-from flipscale.engines.device import GPUS, attention_kernel, best_attention, gpu_named, peak_flops
+from flipscale.engines.device import (
+    GPUS,
+    attention_kernel,
+    best_attention,
+    gpu_named,
+    peak_flops,
+    set_up_gpu,
+)
 from flipscale.io.errors import UserError
 
 
@@ -57,3 +66,16 @@ def test_the_attention_kernel_is_the_one_that_torch_takes() -> None:
     assert attention_kernel(cpu, False, 64) == "flash_attention"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert attention_kernel(cpu, False, 64) == "math"
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x", "TORCH_FR_BUFFER_SIZE": "7"}], ids=["unset", "set"])
+def test_allocator_and_flight_recorder_are_set_in_the_process(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under every launcher, where the environment does not say otherwise."""
+    settings: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", settings.append)
+    monkeypatch.setattr(os, "environ", own)
+    set_up_gpu()
+    assert settings == ([] if own.get("PYTORCH_ALLOC_CONF") else ["expandable_segments:True"])
+    assert own["TORCH_FR_BUFFER_SIZE"] == ("7" if settings == [] else "8192")

@@ -14,6 +14,7 @@ from conftest import TOWER
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.engines.first_weights import (
@@ -273,3 +274,15 @@ def test_a_compiled_block_is_one_graph_under_ddp(tmp_path: Path, monkeypatch: py
         dist.destroy_process_group()
         torch._dynamo.reset()
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(("stated", "threads"), [(None, 11), ("3", 5)])
+def test_compilers_share_the_cores_of_a_node(stated: str | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 cores for 8 processes; a variable of torch that is set stays as it was read."""
+    monkeypatch.setattr("flipscale.engines.first_weights.decoding_workers", lambda _: 11)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", stated)
+    with inductor.patch(compile_threads=5):
+        compile_blocks(FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER)))
+        assert inductor.compile_threads == threads
