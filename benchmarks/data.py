@@ -98,7 +98,7 @@ def caption_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
 
 def flipscale_batches(setting: DataSetting) -> Batches:
     """Return an endless iterator over our batches, made in this process or by the setting's workers."""
-    return iter(build_loader(setting.dataset(), 0, sys.maxsize, 0, 1, pin_memory=False))
+    return iter(build_loader(setting.dataset(), 0, sys.maxsize, 0, 1))
 
 
 def open_clip_batches(setting: DataSetting) -> Batches:

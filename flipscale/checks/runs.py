@@ -190,7 +190,7 @@ def loaded(recipe: str, batch_size: int, changes: dict[str, Any], seconds: float
     tokenizer = load_tokenizer(data.tokenizer, shape.max_tokens)
     given = (open_source(data), tokenizer, data, shape.at(stage.image_size), planned.seed, stage.mask_ratio)
     dataset = PairDataset(*given, planned.mask)
-    batches = restartable_batches(dataset, 0, 1_000_000, rank, world, pin_memory=False)
+    batches = restartable_batches(dataset, 0, 1_000_000, rank, world)
     list(islice(batches, max(data.num_workers or 0, 2)))  # the workers start, all at once
     start, images = time.monotonic(), 0
     while time.monotonic() < start + seconds:

@@ -94,7 +94,6 @@ class Loop:
             places = torch.rand(images, config.vision_config.patches_along(stage.image_size) ** 2).argsort(dim=1)
             content["patch_index"].copy_(places[:, :kept])
         host = PackedBatch.of({**content, "faults": []})
-        host = host.pin_memory() if self.device.type == "cuda" else host
 
         def endless() -> Iterator[list[PackedBatch]]:
             while True:

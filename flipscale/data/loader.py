@@ -39,6 +39,10 @@ _MAX_DEATHS_IN_A_ROW = 3
 _SLOTS = 2
 # The waiting batches, the step's own, and the last step's, which the device may still read.
 BATCHES_ON_DEVICE = _SLOTS + 2
+# Page-locked batches: those of the slots, and the one that is copied there.
+PINNED_BATCHES = _SLOTS + 1
+# Batches that each worker makes ahead, in shared memory: the DataLoader's default.
+BATCHES_OF_A_WORKER = 2
 _CLOSING_SECONDS = 10.0
 _DYING_SECONDS = 5.0
 
@@ -132,7 +136,7 @@ class PackedBatch(dict[str, Any]):
         return self
 
     def pin_memory(self) -> "PackedBatch":
-        """Return a copy in page-locked memory. The DataLoader calls this."""
+        """Return a copy in page-locked memory."""
         return PackedBatch(self.buffer.pin_memory(), self.layout, self.faults)
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -198,26 +202,24 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def build_loader(
-    dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
-) -> DataLoader:
+def build_loader(dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int) -> DataLoader:
     """Return a DataLoader over the micro-batches of process `rank` in steps [first_step, last_step).
 
     It yields a `PackedBatch`, or the error that making the batch raised.
     """
     recipe = dataset.recipe
     sampler = StepSampler(first_step, last_step, recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
-    return loader_of(_PackedBatches(dataset), sampler, recipe.workers, pin_memory)
+    return loader_of(_PackedBatches(dataset), sampler, recipe.workers)
 
 
-def loader_of(batches: Dataset, sampler: Any, num_workers: int, pin_memory: bool = False) -> DataLoader:
+def loader_of(batches: Dataset, sampler: Any, num_workers: int) -> DataLoader:
     """Return a DataLoader over whole batches, which `batches` makes of the rows that `sampler` lists."""
     return DataLoader(
         batches,
         batch_sampler=sampler,
         collate_fn=_unchanged,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        prefetch_factor=BATCHES_OF_A_WORKER if num_workers else None,
         worker_init_fn=set_up_worker,
         multiprocessing_context=worker_context() if num_workers else None,
     )
@@ -308,9 +310,7 @@ def _is_of_torch(handler: Any) -> bool:
 Batches = Generator[list[PackedBatch], None, None]
 
 
-def restartable_batches(
-    dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
-) -> Batches:
+def restartable_batches(dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int) -> Batches:
     """Yield the batches of process `rank` in steps [first_step, last_step), each as a list of micro-batches.
 
     The list has the only references to the micro-batches, so clearing it frees them.
@@ -320,7 +320,7 @@ def restartable_batches(
     """
     step, deaths = first_step, 0
     while step < last_step:
-        loader = build_loader(dataset, step, last_step, rank, world_size, pin_memory)
+        loader = build_loader(dataset, step, last_step, rank, world_size)
         assert isinstance(loader.batch_sampler, StepSampler)
         micro_batches = start_workers(loader)
         workers = getattr(micro_batches, "_workers", ())
@@ -359,9 +359,10 @@ def _describe_death(workers: Sequence[Any], dataset: PairDataset) -> str | None:
 
 
 class CudaTransfer:
-    """Copies from page-locked memory on a stream of its own, beside the computation.
+    """Pins batches and copies them on a stream of its own, beside the computation.
 
-    The feeding thread calls `send`; the computing thread calls `receive` with the result.
+    A DataLoader would pin all batches that are ready, two for each worker. The feeding thread calls `send`; the
+    computing thread calls `receive` with the result.
     """
 
     def __init__(self, device: torch.device):
@@ -374,7 +375,7 @@ class CudaTransfer:
         # A thread begins on the first GPU. On leaving `stream`, torch would make a context there, of half a gigabyte.
         torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._copying):
-            sent = [micro_batch.to(self._device) for micro_batch in batch]
+            sent = [micro_batch.pin_memory().to(self._device) for micro_batch in batch]
             return sent, self._copying.record_event()
 
     def receive(self, sent: tuple[list[PackedBatch], torch.cuda.Event]) -> list[PackedBatch]:

@@ -23,6 +23,7 @@ from flipscale.planning.memory import (
     Memory,
     fitting_changes,
     heaviest_step,
+    host_bytes,
     planned_model,
     recipe_memory,
 )
@@ -107,6 +108,7 @@ class _Planned(NamedTuple):
     name: str
     launch: Launch
     memory: Memory
+    host_bytes: int
     steps: Sequence[StepTime]
     seconds: float
     hours: float
@@ -178,7 +180,8 @@ def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _
     stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     seconds = sum((stage.last - stage.first) * step.seconds for stage, step in zip(stages, steps, strict=True))
     hours = seconds / 3600 if recipe.budget_minutes is None else recipe.budget_minutes / 60
-    return _Planned(name, launch, recipe_memory(recipe, launch), steps, seconds, hours)
+    host = host_bytes(recipe, launch, hardware.workers(recipe, launch))
+    return _Planned(name, launch, recipe_memory(recipe, launch), host, steps, seconds, hours)
 
 
 def _heading(recipe: Recipe, hardware: Hardware) -> str:
@@ -226,6 +229,7 @@ def _table(recipe: Recipe, planned: Sequence[_Planned], limit: float | None) -> 
         rows.append([f"  {name}", *(f"{getattr(one.memory, name) / 2**30:.2f}" for one in planned)])
     if limit is not None:
         rows.append([f"  fits {limit:.0f} GiB", *("yes" if one.memory.fits(limit) else "no" for one in planned)])
+    rows.append(["  batches in a node's RAM", *(f"{one.host_bytes / 2**30:.2f}" for one in planned)])
     for at, stage in enumerate(recipe.stages):
         rows.append([f"stage: {stage.name}", *blank])
         rows += [[name, *(text(one.steps[at]) for one in planned)] for name, text in _STEP_ROWS.items()]

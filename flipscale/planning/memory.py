@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
 from flipscale.data.features import read_about
-from flipscale.data.loader import BATCHES_ON_DEVICE, pairs_of_a_process
+from flipscale.data.loader import BATCHES_OF_A_WORKER, BATCHES_ON_DEVICE, PINNED_BATCHES, pairs_of_a_process
 from flipscale.engines.build import engine_class, engine_classes
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
@@ -172,6 +172,20 @@ def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> S
         lora=recipe.optim.lora,
         stored=tuple(recipe.data.stored),
     )
+
+
+def host_bytes(recipe: Recipe, launch: Launch, workers: int) -> int:
+    """Return the bytes of batches in the memory of a node, with `workers` in each of its processes: batches made ahead
+    in /dev/shm, and page-locked ones, for which torch's allocator takes powers of two."""
+    config, objective, largest = build_config(recipe), build_objective(recipe), 0
+    for stage in recipe.stages:
+        step = micro_batch(recipe, launch, stage)
+        with torch.device("meta"):
+            size = sum(tensor.nbytes for tensor in example_batch(config, step, objective).values())
+        at_once = recipe.data.global_batch_size // launch.num_processes // step.batch_size
+        pinned = PINNED_BATCHES * at_once << (size - 1).bit_length()
+        largest = max(largest, pinned + BATCHES_OF_A_WORKER * workers * size)
+    return min(launch.num_processes, GPUS_OF_A_NODE) * largest
 
 
 def trained_model(recipe: Recipe, stage: StageRecipe | Stage | None = None) -> FlipPreTrainedModel:

@@ -152,6 +152,11 @@ class Hardware:
     pair_kb: float = 40.0
     call_s: float = 2.2e-6
 
+    def workers(self, recipe: Recipe, launch: Launch) -> int:
+        """Return the loader workers of each process."""
+        stated = recipe.data.num_workers
+        return workers_of(self.node_cores, min(launch.num_processes, GPUS_OF_A_NODE)) if stated is None else stated
+
     def measured(self, figures: Mapping[str, Any]) -> "Hardware":
         """Return a copy with the links, loaders and host of `bench_figures`, as far as they were measured."""
         node_gb_s = figures.get("node_gb_s") or self.links.node_gb_s
@@ -228,9 +233,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     kept = engine_class(launch).memory(trained_model(recipe, stage), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
-    workers = recipe.data.num_workers
-    if workers is None:
-        workers = workers_of(hardware.node_cores, min(count, GPUS_OF_A_NODE))
+    workers = hardware.workers(recipe, launch)
     loader = pairs / (workers * hardware.images_per_worker_s) if workers else 0.0
     busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, hardware, passes, micro_batches)
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)

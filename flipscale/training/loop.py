@@ -128,11 +128,10 @@ def step_batches(setup: TrainingSetup, clock: Clock, accelerator: Accelerator) -
         OSError: a shard cannot be read, or workers keep dying.
     """
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    pin_memory = device.type == "cuda"
     while not clock.step.is_over:
         stage = clock.step.stage
         end = int(stage.last) if setup.schedule.budget_seconds is None else sys.maxsize
-        batches = restartable_batches(setup.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
+        batches = restartable_batches(setup.datasets[stage], clock.step.number, end, rank, world_size)
         with closing(on_device(batches, device)) as ready:
             for micro_batches in ready:
                 for micro_batch in micro_batches:

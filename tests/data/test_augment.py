@@ -121,7 +121,7 @@ def test_batches_are_equal_at_any_world_size_with_workers_and_after_a_resume(
     whole = [dataset().__getitems__(list(range(first, first + 24))) for first in range(0, 72, 24)]
     for num_workers, world_size, first_step in ((0, 3, 0), (0, 2, 1), (2, 1, 2)):
         data = dataset(num_workers=num_workers)
-        ranks = [build_loader(data, first_step, 3, rank, world_size, pin_memory=False) for rank in range(world_size)]
+        ranks = [build_loader(data, first_step, 3, rank, world_size) for rank in range(world_size)]
         for step, parts in enumerate(zip(*ranks, strict=True), first_step):
             assert torch.equal(torch.cat([part["patches"] for part in parts]), whole[step]["patches"])
     other = dataset(seed=6).__getitems__(list(range(24)))

@@ -32,7 +32,7 @@ def dataset(shards: Path, tokenizer_dir: Path, mask_ratio: float, **fields: obje
 
 def batches(data: PairDataset, world_size: int, first_step: int = 0) -> list[dict[str, torch.Tensor]]:
     """Global batches of five steps, put together from every rank's part."""
-    loaders = [build_loader(data, first_step, 5, rank, world_size, pin_memory=False) for rank in range(world_size)]
+    loaders = [build_loader(data, first_step, 5, rank, world_size) for rank in range(world_size)]
     return [
         {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*loaders, strict=True)
     ]

@@ -62,10 +62,10 @@ def test_a_worker_that_is_killed_costs_no_batch(
     shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, is_fed: bool
 ) -> None:
     source = TarSource(str(shards))
-    whole = list(restartable_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
+    whole = list(restartable_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3))
     others = {child.pid for child in multiprocessing.active_children()}
     iter(DataLoader([0], num_workers=1))  # which sets torch's handler, if no loader has yet
-    batches, got = restartable_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
+    batches, got = restartable_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3), []
     batches = prefetch(batches, Nowhere()) if is_fed else batches
     for step, batch in enumerate(batches):
         got.append(batch)
@@ -97,7 +97,7 @@ def test_a_shard_that_kills_its_readers_stops_the_run(
     shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_loader, "_MAX_DEATHS_IN_A_ROW", 1)
-    batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
+    batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1)
     with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
         list(batches)
 
@@ -106,7 +106,7 @@ def test_an_error_of_a_worker_comes_without_its_traceback(shards: Path, tokenize
     source = TarSource(str(shards))
     source.list.folder = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="is gone, but its manifest lists it") as raised:
-        list(restartable_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1, pin_memory=False))
+        list(restartable_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1))
     assert "Traceback" not in str(raised.value)
     assert "gone/0000" in str(raised.value)
 
@@ -149,9 +149,9 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
     data = dataset(TarSource(str(shards)), tokenizer_dir, 1)
     starts = iter([HandsOver, iter])
     monkeypatch.setattr(data_loader, "start_workers", lambda loader: next(starts)(loader))
-    got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
+    got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1)]
     monkeypatch.undo()
-    whole = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
+    whole = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1)]
     assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(got, whole, strict=True))
     assert re.search(
         r"a loader worker \(pid \d+\) died while reading .*; starting the workers again at step 2", caplog.text
@@ -160,7 +160,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
     monkeypatch.setattr(data_loader, "_DYING_SECONDS", 0.1)
     monkeypatch.setattr(data_loader, "start_workers", HandsOver)
     with pytest.raises(ConnectionResetError):
-        list(restartable_batches(data, 0, 5, 0, 1, pin_memory=False))
+        list(restartable_batches(data, 0, 5, 0, 1))
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -171,10 +171,8 @@ def test_workers_make_the_same_batches_on_one_thread_each(
     monkeypatch.setenv("RAYON_NUM_THREADS", "8")
     monkeypatch.setattr(data_loader, "worker_context", lambda: method)
     data = dataset(TarSource(str(shards)), tokenizer_dir, 2, kind=Probe)
-    got = list(restartable_batches(data, 0, 6, 0, 1, pin_memory=False))
-    whole = list(
-        build_loader(dataset(TarSource(str(shards)), tokenizer_dir, 0, kind=Probe), 0, 6, 0, 1, pin_memory=False)
-    )
+    got = list(restartable_batches(data, 0, 6, 0, 1))
+    whole = list(build_loader(dataset(TarSource(str(shards)), tokenizer_dir, 0, kind=Probe), 0, 6, 0, 1))
     for (ours,), theirs in zip(got, whole, strict=True):
         # Its main thread, the one that hands batches over, and what numpy's library starts; not the tokenizer's eight.
         assert ours["threads"].tolist()[0] < 8

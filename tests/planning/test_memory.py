@@ -23,6 +23,7 @@ from flipscale.planning.flops import Step
 from flipscale.planning.memory import (
     activation_bytes,
     fitting_changes,
+    host_bytes,
     measured,
     planned_model,
     recipe_memory,
@@ -151,6 +152,15 @@ def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -
     assert totals == pytest.approx([sum(column) for column in zip(*kinds, strict=True)], abs=0.04)
     assert lines[first + 10] == ["fits", "80", "GiB", *["yes"] * len(head)]
     assert f"use {head[totals.index(min(totals))]}: fits" in printed.splitlines()[-1]
+
+
+def test_batches_in_host_memory(h14: Recipe) -> None:
+    """Whole images of 256 pairs: 256 patches of 588 bytes, and 32 tokens, each with its mask in 8 bytes."""
+    size = 256 * (256 * 588 + 2 * 32 * 8)
+    assert host_bytes(h14, Launch("ddp", 256), 11) == 8 * (3 * 2**26 + 22 * size)
+    assert host_bytes(h14, Launch("ddp", 4), 11) == 4 * (3 * 2**32 + 22 * 64 * size)
+    parts = replace(h14, data=replace(h14.data, micro_batch_size=64))
+    assert host_bytes(parts, Launch("ddp", 256), 11) == 8 * (3 * 4 * 2**24 + 22 * size // 4)
 
 
 @pytest.mark.long

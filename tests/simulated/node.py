@@ -210,6 +210,7 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
         return [copy(batch, DEVICE) for batch in receive(transfer, sent)]
 
     stack.enter_context(patch.object(PackedBatch, "to", lambda batch, device: batch))
+    stack.enter_context(patch.object(PackedBatch, "pin_memory", lambda batch: batch))
     stack.enter_context(patch.object(CudaTransfer, "receive", received))
     stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *_: recorder.memory.peak))
     stack.enter_context(resizing(recorder.memory))

@@ -101,7 +101,7 @@ def batches(recipe: DataRecipe, tokenizer_dir: Path, steps: int = 12) -> list[di
     data = PairDataset(
         open_source(recipe), AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75
     )
-    return [batch for (batch,) in restartable_batches(data, 0, steps, 0, 1, pin_memory=False)]
+    return [batch for (batch,) in restartable_batches(data, 0, steps, 0, 1)]
 
 
 def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
@@ -196,7 +196,7 @@ def test_a_node_fetches_its_lanes_shards_only(tokenizer_dir: Path, tmp_path: Pat
         shutil.rmtree(tmp_path / "cache")
         (tmp_path / "cache").mkdir()
         data = PairDataset(source, AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75)
-        assert len(list(restartable_batches(data, 0, 8, 1, 4, pin_memory=False))) == 8
+        assert len(list(restartable_batches(data, 0, 8, 1, 4))) == 8
         read = set(data.order.locate(np.array([24 * step + 6 + n for step in range(8) for n in range(6)]))[0].tolist())
         fetched = {path for path in asked if path.endswith(".tar")}
         assert len(read) == 12
