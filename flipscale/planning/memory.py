@@ -251,6 +251,9 @@ def fitting_changes(recipe: Recipe, launch: Launch, limit: int) -> list[str]:
     """Return single changes that bring the total under `limit` bytes, with the new totals. If no single change does,
     return recomputation with another change."""
     again = "model.gradient_checkpointing"
+    if recipe.model.gradient_checkpointing:
+        keeping = (stage.name for stage in recipe.stages if not recipe.recomputes(stage))
+        again = " and ".join(f"stages.{name}.gradient_checkpointing" for name in keeping)
     stages = [replace(stage, gradient_checkpointing=None) for stage in recipe.stages]
     recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True), stages=stages)
     recomputes = [(again, again, recomputing, launch)] if recipe != recomputing else []

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import flipscale
 from flipscale.cli import main
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, read_launch_file
@@ -115,7 +116,7 @@ def test_rows_are_those_that_fsdp2_gives_the_first_of_256(mesh_sizes: tuple[int,
 
 @pytest.fixture(scope="module")
 def h14() -> Recipe:
-    return parse_recipe(["--config", "h14_laion2b"])
+    return parse_recipe(["--config", "h14_laion2b", "--stages.masked.gradient_checkpointing", "true"])
 
 
 def test_what_each_engine_keeps(h14: Recipe) -> None:
@@ -140,7 +141,8 @@ def test_what_each_engine_keeps(h14: Recipe) -> None:
 
 @pytest.mark.parametrize("size", ["h14", pytest.param("g14", marks=pytest.mark.long)])
 def test_dry_run_of_the_large_models(size: str, capsys: pytest.CaptureFixture) -> None:
-    command = ["pretrain", "--config", "h14_laion2b", "--model.size", size, "--dry_run", "--launch_file"]
+    command = ["pretrain", "--config", "h14_laion2b", "--stages.masked.gradient_checkpointing", "true"]
+    command += ["--model.size", size, "--dry_run", "--launch_file"]
     main([*command, *map(str, LAUNCH_FILES), "--num_processes", "256", "--gpu_memory_gib", "80"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"{size}: {PARAMETERS[size]:,} parameters")
@@ -161,6 +163,41 @@ def test_batches_in_host_memory(h14: Recipe) -> None:
     assert host_bytes(h14, Launch("ddp", 4), 11) == 4 * (3 * 2**32 + 22 * 64 * size)
     parts = replace(h14, data=replace(h14.data, micro_batch_size=64))
     assert host_bytes(parts, Launch("ddp", 256), 11) == 8 * (3 * 4 * 2**24 + 22 * size // 4)
+
+
+@pytest.mark.long
+def test_no_shipped_stage_recomputes_that_fits_without() -> None:
+    """Each recipe that recomputes says for how many GPUs of 80 GB it is, and under which launch file."""
+    recomputing = []
+    for file in sorted((Path(flipscale.__file__).parent / "recipes").glob("*.yaml")):
+        recipe, text = parse_recipe(["--config", str(file)]), file.read_text()
+        count = re.search(r"(\d+) GPUs of 80 GB", text)
+        if count is None:
+            assert not any(map(recipe.recomputes, recipe.stages)), file.stem
+            continue
+        (launch_file,) = re.findall(r"ds_configs/\w+\.yaml", text)
+        launch = read_launch_file(LAUNCH_FILES[0].parents[1] / launch_file, int(count[1]))
+        assert recipe_memory(recipe, launch).fits(80), file.stem
+        for stage in filter(recipe.recomputes, recipe.stages):
+            kept = replace(recipe, stages=[replace(stage, gradient_checkpointing=False)])
+            assert not recipe_memory(kept, launch).fits(80), f"{file.stem}: {stage.name}"
+            recomputing.append((file.stem, stage.name))
+    assert recomputing == [
+        ("b16_datacomp_node", "tuned"),
+        ("h14_laion2b", "unmasked tuning"),
+        ("h14_laion400m", "unmasked tuning"),
+    ]
+
+
+@pytest.mark.long
+def test_the_stage_that_must_recompute_is_named() -> None:
+    """H/14's recipe, with four blocks in each tower, on fewer GPUs than it is for."""
+    one = [f"--model.{tower}_config={{num_hidden_layers: 4}}" for tower in ("vision", "text")]
+    recipe = parse_recipe(["--config", "h14_laion2b", *one])
+    launch = Launch("ddp", 8, precision="bf16")
+    masked = recipe_memory(replace(recipe, stages=recipe.stages[:1]), launch).total
+    fits = fitting_changes(replace(recipe, stages=recipe.stages[:1]), launch, masked - 2**30)
+    assert fits[0].startswith("stages.masked.gradient_checkpointing (")
 
 
 @pytest.mark.long

@@ -150,7 +150,8 @@ def cell(size: str, launch: str, micro_batches: int, recompute: bool, *flags: st
     """Return what the tracker and the planner say of H/14's recipe with another model."""
     pairs = 256 // micro_batches
     recipe = parse_recipe(
-        ["--config", "h14_laion2b", "--model.size", size, "--model.gradient_checkpointing", str(recompute).lower()]
+        ["--config", "h14_laion2b", "--stages.masked.gradient_checkpointing", "null", "--model.size", size]
+        + ["--model.gradient_checkpointing", str(recompute).lower()]
         + (["--data.micro_batch_size", str(pairs)] if micro_batches > 1 else [])
         + list(flags)
     )
