@@ -34,7 +34,7 @@ _OF_RANK = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "FLIPSCALE_NUM_PROCESSES",
 )
-# As slurm/run.bash sets them. The recorder names the straggler of a stalled step.
+# As training sets them. The recorder names the straggler of a stalled step.
 _USUAL = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "8192"}
 # Longest time of a check.
 LIMIT_SECONDS = 300.0
