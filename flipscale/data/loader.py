@@ -370,10 +370,15 @@ class CudaTransfer:
         self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self._copying = torch.cuda.Stream(self._device)
 
+    def chosen(self, batches: Batches) -> Batches:
+        """Yield the batches, after the thread that asks for the first has chosen this device."""
+        # A thread begins on the first GPU. There, a DataLoader, pinned memory and the end of `stream` would make a
+        # context, of half a gigabyte.
+        torch.cuda.set_device(self._device)
+        yield from batches
+
     def send(self, batch: list[PackedBatch]) -> tuple[list[PackedBatch], torch.cuda.Event]:
         """Start to copy a batch, without waiting; the event is its arrival."""
-        # A thread begins on the first GPU. On leaving `stream`, torch would make a context there, of half a gigabyte.
-        torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._copying):
             sent = [micro_batch.pin_memory().to(self._device) for micro_batch in batch]
             return sent, self._copying.record_event()
@@ -391,7 +396,10 @@ class CudaTransfer:
 
 def on_device(batches: Batches, device: torch.device) -> Batches:
     """Yield the batches on `device`; for a GPU, they are copied ahead."""
-    return prefetch(batches, CudaTransfer(device)) if device.type == "cuda" else batches
+    if device.type != "cuda":
+        return batches
+    transfer = CudaTransfer(device)
+    return prefetch(transfer.chosen(batches), transfer)
 
 
 def prefetch(batches: Batches, transfer: CudaTransfer) -> Batches:
