@@ -407,7 +407,7 @@ class GatheredTexts:
     | | in | out | infonce | sigmoid |
     |---|---:|---:|---|---|
     | all-gather of the texts | b d | N b d | 1 | 1 |
-    | all-to-all of the texts' log-sum-exps | 2 V N b | 2 V N b | 1 | |
+    | all-reduce of the texts' largest logits, and of the sums of their exponentials | V N b | V N b | 2 | |
     | all-gather of the texts' softmax | 2 V b | 2 V N b | 1 | |
     | reduce-scatter of the texts' gradients (on CPUs all-to-all, `N b d` out) | N b d | b d | 1 | 1 |
     | all-reduce of three numbers, on CPUs only (`common_shift`) | 3 | 3 | 1 | |
@@ -431,8 +431,12 @@ class GatheredTexts:
         """Collective. Return the negatives of this process's texts on all processes, from those of all texts here."""
         if self._world == 1:
             return negatives
-        parts = torch.stack([tensor.unflatten(0, (self._world, -1)) for one in negatives for tensor in one], dim=1)
-        return [merge(LogSumExp(*one.unbind(1))) for one in _to_owner(parts).unflatten(1, (-1, 2)).unbind(1)]
+        shifts, totals = (torch.stack(side) for side in zip(*negatives, strict=True))
+        highest = shifts.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        dist.all_reduce(totals.mul_(shifts.sub_(highest).exp_()))
+        own = [side.unflatten(1, (self._world, -1))[:, dist.get_rank()].clone() for side in (highest, totals)]
+        return [LogSumExp(*one) for one in zip(*own, strict=True)]
 
     def bring(self, softmax: list["Softmax"]) -> list["Softmax"]:
         """Collective. Return each softmax of all processes' texts, from those of this process's texts."""

@@ -107,7 +107,7 @@ def _memory(recipe: Recipe, launch: Launch) -> Memory:
         weights=4 * kept.weights * (2 if recipe.optim.ema_decay else 1) + 4 * kept.copies,
         moments=sum(4 * count * kept.moments[name] for name, count in moments.items()),
         batches=BATCHES_ON_DEVICE * micro_batches * sum(tensor.nbytes for tensor in batch.values()),
-        nccl=_nccl_bytes(launch),
+        nccl=_nccl_bytes(launch, recipe.optim.name),
     )
     # The memory of a loss that is a mean over samples is among the activations.
     loss_peak, loss_kept = loss_bytes(recipe, launch, step.views) if objective.needs_global_batch else (0, 0)
@@ -238,12 +238,14 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     return kept + max(peak, tiles + rows + exchanged + cut), 2 * kept
 
 
-def _nccl_bytes(launch: Launch) -> int:
-    """Return the bytes of NCCL's communicators: one for all processes, and two more under HSDP."""
+def _nccl_bytes(launch: Launch, optimizer: str) -> int:
+    """Return the bytes of NCCL's communicators: one for all processes, and two more under HSDP. Only Muon of sharded
+    weights sends all-to-all, and so needs buffers for each neighbour."""
     if launch.num_processes == 1:
         return 0
     communicators = 3 if launch.shard_size not in (None, launch.num_processes) else 1
-    neighbours = min(launch.num_processes, GPUS_OF_A_NODE) - 1
+    sends_to_each = optimizer == "muon" and launch.engine == "fsdp2"
+    neighbours = min(launch.num_processes, GPUS_OF_A_NODE) - 1 if sends_to_each else 0
     return communicators * _COMMUNICATOR_BYTES + neighbours * _NEIGHBOUR_BYTES
 
 

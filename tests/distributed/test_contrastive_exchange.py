@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from flipscale.objectives.contrastive import PendingGather, contrastive_loss
 from flipscale.objectives.sigmoid import sigmoid_loss
 
-WORLD = 4
+WORLDS = (2, 4)
 Loss = Callable[..., torch.Tensor]
 
 
@@ -73,13 +73,13 @@ def cases() -> dict[str, Case]:
 NAMES = list(cases())
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     found = {}
     for name, (loss_of, _, (images, texts, *head), ids) in cases().items():
-        mine = [side.chunk(WORLD)[rank].clone() for side in (images, texts)] + [tensor.clone() for tensor in head]
-        options = {} if ids is None else {"ids": ids.chunk(WORLD)[rank]}
+        mine = [side.chunk(world)[rank].clone() for side in (images, texts)] + [tensor.clone() for tensor in head]
+        options = {} if ids is None else {"ids": ids.chunk(world)[rank]}
         loss = loss_of(*(tensor.requires_grad_() for tensor in mine), **options)
         loss.backward()
         found[name] = [loss.detach(), *(tensor.grad for tensor in mine)]
@@ -93,15 +93,15 @@ def one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+@pytest.fixture(scope="module", params=WORLDS)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each process found for every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    started = [processes.start(one_rank, rank, str(folder)) for rank in range(WORLD)]
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    started = [processes.start(one_rank, rank, world, str(folder)) for rank in range(world)]
     for process in started:
         process.join(300)
-    assert [process.exitcode for process in started] == [0] * WORLD
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    assert [process.exitcode for process in started] == [0] * world
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +113,7 @@ def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], name: str
     mean = torch.stack([rank[name][0] for rank in ranks]).double().mean()
     assert mean.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
     # An engine averages gradients over processes; each row's gradient is on one process alone.
-    rows = [torch.cat([rank[name][side].double() for rank in ranks]) / WORLD for side in (1, 2)]
+    rows = [torch.cat([rank[name][side].double() for rank in ranks]) / len(ranks) for side in (1, 2)]
     head = [torch.stack(values).mean(dim=0) for values in zip(*(rank[name][3:] for rank in ranks), strict=True)]
     rounding = 2**-8 if inputs[0].dtype == torch.bfloat16 else 0.0
     for ours, theirs in zip([*rows, *head], gradients, strict=True):

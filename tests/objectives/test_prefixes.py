@@ -86,11 +86,12 @@ def test_teachers(batch: int, views: int) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_embeddings_are_exchanged_once(device: str) -> None:
     """With two prefixes, only the log-sum-exps of texts are more: those of three widths."""
-    world, texts, along = 8, PAIRS * DIM, 3 * 2 * 2 * PAIRS
+    world, texts, of_texts = 8, PAIRS * DIM, 3 * 2 * PAIRS
     gather, *_, scatter = recorded(INFONCE, world, 2, device).collectives
     assert gather == ("_allgather_base_", texts, world * texts)
     bounds = [("allreduce_", 3, 3)] if device == "cpu" else []
-    softmax = [("alltoall_base_", world * along, world * along), ("_allgather_base_", along, world * along)]
+    sums = [("allreduce_", world * of_texts, world * of_texts)] * 2
+    softmax = [*sums, ("_allgather_base_", 2 * of_texts, world * 2 * of_texts)]
     cut = recorded(partial(INFONCE, prefix_dims=[2, 4]), world, 2, device).collectives
     assert cut == [gather, *bounds, *softmax, scatter]
 

@@ -135,7 +135,7 @@ def units(shards: int) -> list[tuple[int, int]]:
 
 def loss_bytes(world: int) -> float:
     pairs = BATCH // world
-    return 4 * pairs * (world - 1) * (2 * DIM + 4)
+    return 4 * pairs * (world - 1) * (2 * DIM + 6)
 
 
 def agreement_bytes(world: int) -> float:
@@ -149,7 +149,7 @@ def test_ddp_sends_gradients_around(world: int) -> None:
     expected = loss_bytes(world) + agreement_bytes(world) + 2 * 4 * parameters * (world - 1) / world
     assert found["bytes_sent"] == pytest.approx(expected, abs=16)
     # One bucket: gradients of less than a megabyte.
-    assert found["collectives"] == {"all_gather": 2, "all_to_all": 1, "reduce_scatter": 1, "all_reduce": 2}
+    assert found["collectives"] == {"all_gather": 2, "reduce_scatter": 1, "all_reduce": 4}
 
 
 @pytest.mark.long
@@ -166,7 +166,7 @@ def test_sharded_weights_are_gathered_and_gradients_scattered(engine: str, world
     # And the norm, a number of each process.
     assert found.figures()["bytes_sent"] == pytest.approx(expected, abs=100)
     counts = found.figures()["collectives"]
-    assert counts["all_to_all"] == 1
+    assert "all_to_all" not in counts
     assert counts["reduce_scatter"] == 1 + len(parts)
     assert counts["all_gather"] == 2 + times * (len(parts) - 1) + 1
     sums = [one for one in found.collectives if one.kind == "all_reduce" and one.dtype == torch.float32]
