@@ -3,9 +3,10 @@
 They are sharded over all processes, or over groups of processes that each hold a copy (HSDP).
 """
 
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +45,8 @@ class Fsdp2Engine(Engine):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         shard_size = self.launch.shard_size or dist.get_world_size()
         self._num_replicas = dist.get_world_size() // shard_size
+        # With several groups of processes, the stream of all messages of weights and gradients.
+        self._messages: Any = None
         mesh = {"shard": shard_size}
         if self._num_replicas > 1:
             self.name = "hsdp"
@@ -101,8 +104,36 @@ class Fsdp2Engine(Engine):
         assert isinstance(model, FSDPModule)
         # The model must be the root, but an evaluation may call a tower before training has called the model. And FSDP2
         # looks once for the modules to reduce gradients of, so all that some stage trains must still be trainable.
-        model._get_fsdp_state()._lazy_init()
+        state = model._get_fsdp_state()
+        state._lazy_init()
+        if self._num_replicas > 1:
+            self._put_in_order(state._comm_ctx)
         super()._freeze(frozen)
+
+    def _put_in_order(self, context: Any) -> None:
+        """Queue all messages of weights and gradients on one stream.
+
+        NCCL may deadlock if messages of several groups run side by side, in an order of each process's own.
+        """
+        context.all_gather_stream = context.all_reduce_stream = self._messages = context.reduce_scatter_stream
+
+    def __call__(self, **batch: Any) -> Any:
+        if self._messages is not None and "on_texts" in batch:
+            batch["on_texts"] = functools.partial(self._send_in_order, batch["on_texts"])
+        return super().__call__(**batch)
+
+    def _send_in_order(self, send: Callable[[torch.Tensor], dist.Work | None], texts: torch.Tensor) -> None:
+        """Collective. Send the texts beside the image tower, whose weights are gathered after them."""
+        work = send(texts)
+        if work is not None:
+            with torch.get_device_module(self.accelerator.device).stream(self._messages):
+                work.wait()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self._messages is not None:
+            # The messages of the loss come before those of the backward pass.
+            self._messages.wait_stream(torch.get_device_module(self.accelerator.device).current_stream())
+        super()._backward(loss)
 
     def _reduce_gradients(self, enabled: bool) -> None:
         self.wrapped.set_requires_gradient_sync(enabled)

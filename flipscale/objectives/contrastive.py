@@ -381,13 +381,16 @@ class PendingGather:
         self._own: list[torch.Tensor] = []
         self._micro_batches = micro_batches
 
-    def add(self, texts: torch.Tensor) -> None:
-        """Collective. Take the embeddings `(batch, dim)` of the next micro-batch, and gather all after the last."""
+    def add(self, texts: torch.Tensor) -> dist.Work | None:
+        """Collective. Take the embeddings `(batch, dim)` of the next micro-batch. After the last, gather all and return
+        the message."""
         self._own.append(texts.detach())
         if len(self._own) == self._micro_batches:
             self._own = [own] = [torch.cat(self._own)]
             self._everywhere = own.new_empty(world_size() * len(own), own.shape[1])
-            self._work = dist.all_gather_single(self._everywhere, own, async_op=True)
+            self._work: dist.Work = dist.all_gather_single(self._everywhere, own, async_op=True)
+            return self._work
+        return None
 
     def wait(self) -> torch.Tensor:
         """Return the texts of all processes `(processes * batch, dim)`, once. A GPU's stream waits for them."""

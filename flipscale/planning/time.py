@@ -330,11 +330,10 @@ def _sharded(groups: list[tuple[int, ...]], width: int, launch: Launch, links: L
     scatters = [shards.gather(reduced * trained) if trained else 0.0 for _, trained in groups]
     copies = links.group(replicas, stride=shard_size)
     reduces = [copies.reduce(reduced * trained // shard_size) if trained else 0.0 for _, trained in groups]
-    # The maximum, because messages within a node and between nodes travel at the same time.
     again = sum(gathers) if launch.reshard_after_forward else 0.0
     return Messages(
         forward=sum(gathers) - gathers[0],
-        backward=max(again + sum(scatters), sum(reduces)) - scatters[-1] - reduces[-1],
+        backward=again + sum(scatters[:-1]) + sum(reduces[:-1]),
         again=again,
         first=gathers[0],
         last=scatters[-1] + reduces[-1],

@@ -85,22 +85,31 @@ class Devices(threading.local):
 
 
 class _Done:
-    """A stream or an event whose work is done as soon as it is queued."""
+    """A stream or an event whose work is done as soon as it is queued.
+
+    `seen` are the numbers of the messages before it, on a real GPU too: those of its stream, and of all that it waited
+    for.
+    """
 
     def __init__(self, kind: str, waits: Waits, index: int = DEVICE.index):
         self._kind, self._waits = kind, waits
         self.device = torch.device("cuda", index)
+        self.seen: frozenset[int] = frozenset()
 
-    def wait_stream(self, stream: "_Done") -> None: ...
+    def wait_stream(self, stream: "_Done") -> None:
+        self.seen |= stream.seen
 
-    def wait_event(self, event: "_Done") -> None: ...
+    def wait_event(self, event: "_Done") -> None:
+        self.seen |= event.seen
 
-    def wait(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None:
+        (stream or torch.cuda.current_stream()).wait_event(self)
 
     def record_event(self, event: "_Done | None" = None) -> "_Done":
-        return event or _Done("Event", self._waits)
+        return (event or _Done("Event", self._waits)).record(self)
 
     def record(self, stream: Any = None) -> "_Done":
+        self.seen = (stream or torch.cuda.current_stream()).seen
         return self
 
     def query(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -157,11 +157,14 @@ class Recorder(OnDevice):
         self.loss_ops: Counter[str] = Counter()
         self.work = Work()
         self.collectives: list[Collective] = []
+        # Messages of two groups that nothing keeps one after the other.
+        self.side_by_side: list[tuple[Collective, Collective]] = []
         self.waits: list[str] = []
         self.in_loss = self._in_kernels = False
         self._building = False
         self.memory = Memory()
         self._pinned: set[int] = set()
+        self._sent: Any = None
 
     def as_kernels(self, compute: Callable[..., None]) -> Callable[..., None]:
         """Return the loss's tiles, left out of `ops`: on a real GPU they are Triton's kernels."""
@@ -200,7 +203,7 @@ class Recorder(OnDevice):
         if name.startswith(_QUESTIONS):
             return func(*args, **kwargs)
         if self.on:
-            self._record(func, name, args)
+            self._record(func, name, args, kwargs)
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             if args[0].device.type == "cuda":
                 self.wait("a number is read")
@@ -224,7 +227,7 @@ class Recorder(OnDevice):
                 self.memory.add(tensor.untyped_storage())
         return result
 
-    def _record(self, func: Callable, name: str, args: tuple[Any, ...]) -> None:
+    def _record(self, func: Callable, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if func in _FUNCTIONAL:
             kind, tensors, sent = _FUNCTIONAL[func], [args[0]], [args[0]]
             group = dist.distributed_c10d._resolve_process_group(args[-1])
@@ -242,7 +245,32 @@ class Recorder(OnDevice):
             return
         devices = frozenset(tensor.device.type for tensor in tensors)
         size, ranks = sum(tensor.numel() for tensor in sent), tuple(dist.get_process_group_ranks(group))
-        self.collectives.append(Collective(kind, sent[0].dtype, size, ranks, devices, place(), self.work.kernels))
+        one = Collective(kind, sent[0].dtype, size, ranks, devices, place(), self.work.kernels)
+        stream, number = torch.cuda.current_stream(), len(self.collectives)
+        self.side_by_side += [
+            (other, one)
+            for before, other in enumerate(self.collectives)
+            if before not in stream.seen and other.group != ranks
+        ]
+        self.collectives.append(one)
+        # A message that nobody waits for yet runs on a stream of its own; others, on the current one.
+        self._sent = stream.record_event()
+        self._sent.seen |= {number}
+        if not _is_async(func, args, kwargs):
+            stream.wait_event(self._sent)
+
+    @contextmanager
+    def seeing_waits(self) -> Iterator[None]:
+        """Let streams that wait for an asynchronous gather have its message before them."""
+        gather = dist.all_gather_single
+
+        def seen(*arguments: Any, async_op: bool = False, **options: Any) -> Any:
+            work = gather(*arguments, async_op=async_op, **options)
+            sent = self._sent
+            return SimpleNamespace(wait=lambda: sent is not None and sent.wait()) if async_op else work
+
+        with patch.object(dist, "all_gather_single", seen):
+            yield
 
     def _copy(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
         source = args[1] if func is _aten.copy_.default else args[0]
@@ -255,6 +283,16 @@ class Recorder(OnDevice):
         if blocking or host.untyped_storage()._cdata not in self._pinned:
             how = "waited for" if blocking else "of memory that is not pinned"
             self.wait(f"a copy {'from' if ways[0] == 'cuda' else 'to'} the device, {how}")
+
+
+def _is_async(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return the value of a collective's argument `async_op`, or its default."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "async_op" not in names:
+        return False
+    place = names.index("async_op")
+    given = args[place] if place < len(args) else func._schema.arguments[place].default_value
+    return bool(kwargs.get("async_op", given))
 
 
 def _move_buffers(module: torch.nn.Module, move: Callable, recurse: bool = True) -> torch.nn.Module:

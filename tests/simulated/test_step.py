@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from simulated.world import StepReport, World, main, simulate
 from torch import nn
 
 from flipscale.engines.first_weights import model_without_storage
+from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import read_launch_file
 from flipscale.objectives.build import build_config
 from flipscale.planning.time import host_calls
@@ -88,6 +90,31 @@ def test_texts_are_gathered_beside_the_image_tower(engine: str, flags: tuple[str
     assert gather.place.startswith("objectives/contrastive.py")
     # A third of the kernels are those of the forward passes. All but the last image tower's are done.
     assert (parts - 1) / parts * found.work.kernels / 4 < gather.kernels < found.work.kernels / 3
+
+
+def hsdp_step(reshards: bool, *flags: str) -> StepReport:
+    """A step of two nodes, whose replicas gather their weights again in the backward pass if they reshard them."""
+    recipe = parse_recipe([*RECIPE, *flags])
+    launch = replace(read_launch_file(LAUNCH_FILES / "hsdp.yaml", 2 * NODE), reshard_after_forward=reshards)
+    return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], 1))
+
+
+@pytest.mark.parametrize(
+    ("reshards", "flags"),
+    [(True, ()), *(pytest.param(*case, marks=pytest.mark.long) for case in [(False, ()), (True, (MUON, PARTS))])],
+)
+def test_hsdp_has_messages_of_one_group_in_flight(reshards: bool, flags: tuple[str, ...]) -> None:
+    found = hsdp_step(reshards, *flags)
+    assert {len(one.group) for one in found.collectives} == {2, NODE, 2 * NODE}
+    assert found.side_by_side == []
+
+
+@pytest.mark.long
+def test_fsdp2_s_own_streams_have_messages_of_several_groups_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fsdp2Engine, "_put_in_order", lambda *_: None)
+    pairs = {(one.kind, other.kind) for one, other in hsdp_step(True).side_by_side}
+    # The texts beside the image tower's weights, the loss beside the backward pass's, and both sums of gradients.
+    assert {("all_gather", "all_gather"), ("all_reduce", "all_gather"), ("all_reduce", "reduce_scatter")} <= pairs
 
 
 @pytest.mark.long

@@ -77,6 +77,7 @@ class StepReport:
         loss_ops: the same, for the coupled loss alone.
         work: kernels, casts and bytes of the passes, without the optimiser.
         collectives: messages in their order.
+        side_by_side: messages of two groups that may run at the same time.
         host_syncs: places where the host waits for the device, as `file:line (why)`.
         peak_bytes: most bytes of live tensors on the device.
         attention: `(dtype, head_dim, has_mask)` of every call of the fused attention.
@@ -88,6 +89,7 @@ class StepReport:
     loss_ops: Counter[str]
     work: Work
     collectives: list[Collective]
+    side_by_side: list[tuple[Collective, Collective]]
     host_syncs: list[str]
     peak_bytes: int
     attention: list[tuple[torch.dtype, int, bool]]
@@ -122,6 +124,7 @@ def simulate(world: World) -> StepReport:
         stack.enter_context(fake_processes(world.rank, world.launch))
         fake = stack.enter_context(fake_gpu(recorder.wait, attention))
         stack.enter_context(resizing(recorder.memory))
+        stack.enter_context(recorder.seeing_waits())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         accelerator = start_accelerator([], folder)
         engine = build_engine(accelerator, world.launch, recipe.optim, recipe.data.global_batch_size)
@@ -151,6 +154,7 @@ def simulate(world: World) -> StepReport:
     peak = recorder.memory.peak
     seen = (
         recorder.collectives,
+        recorder.side_by_side,
         recorder.waits,
         peak,
         attention,
