@@ -146,6 +146,8 @@ class FlipVisionEmbeddings(nn.Module):
         self.patch_embedding = FlipPatchEmbedding(config)
         for name, value in self.fixed_tables().items():
             self.register_buffer(name, value, persistent=False)
+        # The last table of another grid, on the device: in each forward pass, the host would wait for its copy there.
+        self._last_grid: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
         """Compute the buffers from the configuration. They are not saved, so `_init_weights` fills them."""
@@ -206,10 +208,16 @@ class FlipVisionEmbeddings(nn.Module):
         Coordinates are those of the model's own grid.
         """
         config = self.config
+        own = self.position_embedding
         if rows == columns == config.patches_along():
-            return self.position_embedding
-        table = sincos_positions(config.hidden_size, rows, columns, config.position_side)
-        return table[None].to(self.position_embedding)
+            return own
+        grid = (rows, columns, own.device, own.dtype)
+        if self._last_grid is not None and self._last_grid[0] == grid:
+            return self._last_grid[1]
+        table = sincos_positions(config.hidden_size, rows, columns, config.position_side)[None].to(own)
+        if not torch.compiler.is_compiling():
+            self._last_grid = (grid, table)
+        return table
 
     def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None, num_patches: int) -> None:
         width = self.config.num_channels * self.config.patch_size**2

@@ -50,6 +50,17 @@ KINDS = [
     ("--loss.kind=captioning", ENDS),
     ("--loss.reconstruction_weight=1",),
 ]
+_STAGE = "--stages=[{name: one, samples: 40960000, mask_ratio: 0.5, base_lr: 1e-6, "
+LARGER = _STAGE + "image_size: 48}]"
+# Other inputs of the towers, and other towers.
+INPUTS = [
+    (LARGER,),
+    (_STAGE + "text_mask_ratio: 0.5}]",),
+    ("--data.pack_captions=true", "--model.text_config.attend_to_padding=false"),
+    ("--model.family=clip", LARGER),
+    ("--model.family=clip", "--data.pack_captions=true"),
+    ("--model.family=siglip", "--loss.kind=sigmoid", LARGER),
+]
 
 
 @functools.cache
@@ -65,7 +76,7 @@ def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
     ("engine", "flags"),
     [
         *itertools.product(ENGINES, [(), (MUON, PARTS)]),
-        *(("ddp" if number % 2 else "fsdp2", flags) for number, flags in enumerate(KINDS)),
+        *(("ddp" if number % 2 else "fsdp2", flags) for number, flags in enumerate([*KINDS, *INPUTS])),
     ],
 )
 def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:

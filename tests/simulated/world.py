@@ -169,6 +169,9 @@ def _batch(world: World) -> list[PackedBatch]:
     step, objective = micro_batch(recipe, world.launch, world.stage), build_objective(recipe)
     ids = {name: torch.zeros(step.batch_size, dtype=torch.int64) for name in objective.global_columns}
     batch = {**example_batch(build_config(recipe), step, objective), **ids, "faults": []}
+    if recipe.data.pack_captions:  # two in a row
+        rows, ends = batch["input_ids"][::2], torch.zeros(len(batch.pop("attention_mask")), dtype=torch.int64)
+        batch |= {"input_ids": rows, "position_ids": torch.zeros_like(rows), "caption_ends": ends}
     return [
         PackedBatch.of(batch).pin_memory().to(DEVICE).with_image_size(step.image_size)
         for _ in range(recipe.data.global_batch_size // processes // step.batch_size)
