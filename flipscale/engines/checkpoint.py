@@ -8,7 +8,8 @@
     digests.json            digests of all these files, see `flipscale.io.digests`
 
 These files do not depend on the engine. A run can therefore resume under another engine and at another number of
-processes: each process reads the ranges that it needs.
+processes: each process reads the ranges that it needs. Under ddp it reads an equal share, and gets the others' shares
+from them.
 
 A run resumes from its newest whole checkpoint. Newer, damaged ones are kept as `bad-step-00012345`. All processes read
 the checkpoint once, each an equal share, before any of them uses its content. The first process alone reads its texts

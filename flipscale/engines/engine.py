@@ -7,7 +7,8 @@ same recipe and write the same checkpoints. An engine is one file: a subclass of
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -129,14 +130,19 @@ class Layout:
 
         All processes hold every parameter here, and each saves an equal part.
         """
+        return {name: dict(parts).get(self.rank, range(0)) for name, parts in self._parts().items()}
+
+    def _parts(self) -> dict[str, list[tuple[int, range]]]:
+        """Return the processes that save each parameter, by rank, with the elements that each of them saves."""
         sizes = {name: shape.numel() for name, shape in self.shapes().items()}
-        total = sum(sizes.values())
-        first, last = total * self.rank // self.world, total * (self.rank + 1) // self.world
-        ranges, start = {}, 0
+        total, start, parts = sum(sizes.values()), 0, {}
+        bounds = [total * rank // self.world for rank in range(self.world + 1)]
         for name, size in sizes.items():
-            ranges[name] = range(min(max(first - start, 0), size), min(max(last - start, 0), size))
+            ranks = range(bisect_right(bounds, start) - 1, bisect_left(bounds, start + size))
+            of_ranks = [range(max(bounds[r] - start, 0), min(bounds[r + 1] - start, size)) for r in ranks]
+            parts[name] = [(rank, part) for rank, part in zip(ranks, of_ranks, strict=True) if part]
             start += size
-        return ranges
+        return parts
 
     def tensor_chunks(self, averages: dict[str, torch.Tensor]) -> list[TensorChunk]:
         """Return the data that this process saves, with the averages of `all_weights` if the run has them."""
@@ -151,19 +157,43 @@ class Layout:
         return tensor_chunks
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Fill the weights from a checkpoint."""
-        for name, parameter in self.model.named_parameters():
-            reader.fill("weight", name, *self.weights(parameter))
+        """Collective. Fill the weights from a checkpoint."""
+        self.fill(reader, "weight", {name: self.weights(p) for name, p in self.model.named_parameters()})
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fill the moments from a checkpoint after `steps` optimiser steps. Raise UserError if another optimiser wrote
-        the checkpoint."""
+        """Collective. Fill the moments from a checkpoint after `steps` optimiser steps. Raise UserError if another
+        optimiser wrote the checkpoint."""
         if steps == 0:
             return
         self.allocate_moments(steps)
+        kinds: dict[str, dict[str, Shard]] = {}
         for name, parameter in self.model.named_parameters():
             for kind, shard in self.moments(parameter).items():
-                reader.fill(kind, name, *shard)
+                kinds.setdefault(kind, {})[name] = shard
+        for kind, shards in kinds.items():
+            self.fill(reader, kind, shards)
+
+    def fill(self, reader: CheckpointReader, kind: str, shards: Mapping[str, Shard]) -> None:
+        """Collective. Fill this process's ranges of the parameters' tensors of a `TensorChunk.kind`.
+
+        They are whole here. Each process reads the part that it would save, and sends it to the others.
+        """
+        parts = self._parts()
+        for name, (values, _) in shards.items():
+            for rank, part in parts[name]:
+                if rank == self.rank:
+                    reader.fill(kind, name, values[part.start : part.stop], part.start)
+        for name, (values, _) in shards.items():
+            for rank, part in parts[name] if self.world > 1 else ():
+                dist.broadcast(values[part.start : part.stop], rank)
+
+
+class ShardedLayout(Layout):
+    """A layout whose processes hold ranges of weights or moments: each reads its own ranges of a checkpoint."""
+
+    def fill(self, reader: CheckpointReader, kind: str, shards: Mapping[str, Shard]) -> None:
+        for name, shard in shards.items():
+            reader.fill(kind, name, *shard)
 
 
 class Engine:
@@ -308,8 +338,9 @@ class Engine:
             return
         self.averages = {name: held.clone() for name, held in self.layout.all_weights().items()}
         if reader is not None:
-            for name, parameter in self.model.named_parameters():
-                reader.fill("ema", name, self.averages[name], self.layout.weights(parameter).first)
+            parameters = self.model.named_parameters()
+            averages = {name: Shard(self.averages[name], self.layout.weights(p).first) for name, p in parameters}
+            self.layout.fill(reader, "ema", averages)
 
     def __call__(self, **batch: Any) -> Any:
         """Collective. Return the `FlipOutput` of this process's part of a batch, the arguments of `forward`."""

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard, gradient_norm
+from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard, ShardedLayout, gradient_norm
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import local
 from flipscale.engines.optimizers import encoder_blocks, num_trained
@@ -156,7 +156,7 @@ class Fsdp2Engine(Engine):
         return gradient_norm(self._parameters, self.recipe.max_grad_norm, group)
 
 
-class _RowLayout(Layout):
+class _RowLayout(ShardedLayout):
     """Each process holds a range of every parameter's rows; with replicas, several processes hold the same range."""
 
     def __init__(self, model: nn.Module, rank: int, world: int, num_replicas: int):

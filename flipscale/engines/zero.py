@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flipscale.engines.engine import Batch, Engine, Layout, ModelMemory, Shard
+from flipscale.engines.engine import Batch, Engine, Layout, ModelMemory, Shard, ShardedLayout
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.optimizers import build_optimizers, empty_state, num_trained
 from flipscale.io.errors import UserError
@@ -201,7 +201,7 @@ def _stage(launch: Launch) -> int:
     return int(launch.engine.removeprefix("zero"))
 
 
-class _ZeroLayout(Layout):
+class _ZeroLayout(ShardedLayout):
     """A layout with moments in DeepSpeed's flat groups. The engine sets `zero`.
 
     Steps are counted here, because DeepSpeed's optimiser has a state before the first step.

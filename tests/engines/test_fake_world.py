@@ -1,8 +1,10 @@
 """Messages and operations of engines in large worlds, under torch's fake process group."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,15 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TOWER
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flipscale.engines import checkpoint
 from flipscale.engines.build import engine_class
+from flipscale.engines.checkpoint import CheckpointReader, part_of
 from flipscale.engines.ddp import DdpEngine
-from flipscale.engines.engine import Engine
+from flipscale.engines.engine import Engine, Layout
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, assign_owners, buffer_elements
@@ -166,3 +172,35 @@ def test_muon_s_work_and_buffers_are_shared_equally() -> None:
     assert 1.3 * whole < buffer_elements(shapes, 8, is_sharded=False) < 1.7 * whole
     assert buffer_elements(shapes, 256, is_sharded=True) < 0.3 * whole
     assert buffer_elements((), 8, is_sharded=True) == 0
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(8, 8), (256, 256), (256, 8), (8, 256)])
+def test_a_ddp_resume_opens_no_more_files_than_its_world_has_shares(
+    saved: int, resumed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    stored, loaded = (nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20), nn.Linear(20, 1)) for _ in range(2))
+    layouts = [Layout(stored, rank, saved) for rank in range(saved)]
+    bounds: dict[str, list[int]] = {name: [0] for name in layouts[0].shapes()}
+    for rank, layout in enumerate(layouts):
+        chunks = {f"weight.{one.name}": one.values for one in layout.tensor_chunks({}) if one.values.numel()}
+        save_file(chunks, part_of(tmp_path, rank))
+        for name, part in layout.saved_ranges().items():
+            bounds[name].append(bounds[name][-1] + len(part))
+    shapes = {name: list(shape) for name, shape in layouts[0].shapes().items()}
+    (tmp_path / "index.json").write_text(json.dumps({"shapes": shapes, "bounds": bounds}))
+    opened: list[Path] = []
+    monkeypatch.setattr(checkpoint, "safe_open", lambda path, kind: (opened.append(path), safe_open(path, kind))[1])
+    messages = []
+    for rank in range(resumed):
+        with fake_world(rank, resumed), ExitStack() as stack:
+            if rank in (0, 5, resumed - 1):
+                messages.append(stack.enter_context(Recorder()).collectives)
+            Layout(loaded, rank, resumed).load_weights(CheckpointReader(tmp_path))
+    # Nothing arrives in a fake world, so the weights are what all processes read.
+    for theirs, ours in zip(stored.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(theirs, ours)
+    # A share may lie in several parts of another world.
+    assert len(opened) <= (resumed if saved == resumed else saved + resumed)
+    assert all(of_rank == messages[0] for of_rank in messages)
+    assert len(messages[0]) <= resumed + len(shapes)
