@@ -1,5 +1,5 @@
-# Functions of pretrain.sh, tune.sh, evaluate.sh and study.sh, which source this file: freeze the recipe, start a
-# launcher on each node, stop and requeue.
+# Functions of pretrain.sh, tune.sh, evaluate.sh, study.sh and prepare.sh, which source this file: freeze the recipe,
+# start a launcher on each node, stop and requeue.
 
 # Settings of a site. Set them here or in the environment of sbatch.
 PYTHON=${PYTHON:-python}            # the Python that has flipscale
@@ -32,14 +32,14 @@ for word; do
 done
 say() { echo "$(date '+%F %T') $*" >&2; }
 fail() { say "error: $*"; exit 2; }
-case $LAUNCHER in accelerate | torchrun) ;; *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;; esac
+case $LAUNCHER in accelerate | torchrun | none) ;; *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;; esac
 case $REQUEUE in scontrol | sbatch | no) ;; *) fail "REQUEUE is '$REQUEUE'; use scontrol, sbatch or no" ;; esac
 case ${CONTAINER:+$CONTAINER_RUNTIME} in '' | apptainer | pyxis) ;;
   *) fail "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; use apptainer or pyxis" ;; esac
 if [ "$LAUNCHER" = accelerate ]; then
   [ -e "$LAUNCH_FILE" ] || fail "LAUNCH_FILE '$LAUNCH_FILE' does not exist; 'flipscale launch_files .' writes ds_configs/"
 else
-  [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] || fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
+  [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] || fail "LAUNCHER=$LAUNCHER cannot read $LAUNCH_FILE; use accelerate"
 fi
 
 # Prints the file of recipe $1, which is a file or the name of one of flipscale's.
@@ -186,8 +186,11 @@ launch() {
     torchrun)
       launcher=(-m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$per_node"
         --node_rank NODE_RANK --master_addr "$address" --master_port "$port") ;;
+    none) # a process on each node, which starts its own workers
+      launcher=() OMP_NUM_THREADS=1
+      unset FLIPSCALE_NUM_PROCESSES ;;
   esac
-  launcher=("$PYTHON" "${launcher[@]}" -m "$@")
+  launcher=(${before[@]+"${before[@]}"} "$PYTHON" ${launcher[@]+"${launcher[@]}"} -m "$@")
   # On each node: kernels are compiled into a folder on its own disk, which all ranks of all nodes would otherwise share
   # in $HOME. It holds code, so one that somebody else has made is left alone. NODE_RANK is known on the node only.
   local on_node='cache=${SLURM_TMPDIR:-/tmp}/flipscale-$UID
@@ -212,14 +215,38 @@ launch() {
 
 # Trains RECIPE in RUN with the flags given, then ends this script as done, failed, or requeued.
 train() {
-  local stopping='' ending='' pid rc=0
   RECIPE=$(freeze "$RUN/slurm/$SLURM_JOB_ID" "$RECIPE")
+  export RECIPE
+  supervise "$RECIPE" flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" -- "$@"
+}
+
+# Prepares TO from SHARDS by `flipscale prepare` WHAT with the flags given, then ends this script like `train`.
+prepare() {
+  local words=("$SHARDS" "$TO") before=() take_turns=''
+  RUN=$TO.prepare/task-${SLURM_ARRAY_TASK_ID:-0}
+  [ "$WHAT" != audit ] || words=("$SHARDS" --output_dir "$TO")
+  case $WHAT in
+    weights | audit) # a killed task frees the lock, and another then starts
+      take_turns='[ -e "$0" ] || { "$@" && : > "$0"; }'
+      before=(flock "$TO.prepare/lock" bash -c "$take_turns" "$TO.prepare/done") ;;
+  esac
+  kills=1 # each file is written aside and renamed
+  supervise "$WHAT" flipscale.cli prepare "$WHAT" "${words[@]}" -- "$@"
+}
+
+# Runs the Python module $2 for the work $1 in RUN, with the words up to `--` and the flags after it.
+supervise() {
+  local stopping='' ending='' pid rc=0 what=$1 module=()
+  shift
+  while [ "$1" != -- ]; do module+=("$1") && shift; done
+  shift
   node_log=$RUN/slurm/%j-%N.log
-  export RECIPE RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
-  say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $RECIPE in $RUN on $SLURM_JOB_NODELIST; output: $node_log"
+  mkdir -p -- "$RUN/slurm"
+  export RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
+  say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $what in $RUN on $SLURM_JOB_NODELIST; output: $node_log"
   # USR1 warns of the time limit or of a preemption. A file reaches also processes that have not started yet.
   # Do not trap CONT, which Slurm sends as well: bash would lose the USR1.
-  trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"' USR1
+  trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"; [ -z "${kills:-}" ] || kill "$pid"' USR1
   # TERM comes with scancel, or when Slurm itself requeues the job. The processes have received it too.
   trap 'ending=1; say "told to end"' TERM
   local job=$SLURM_JOB_ID state preempted count
@@ -227,13 +254,14 @@ train() {
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   while :; do
     rc=0
-    launch flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" "$@" &
+    launch "${module[@]}" "$@" &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap interrupts `wait`
     wait "$pid" || rc=$?
     rm -f "$FLIPSCALE_STOP_FILE"
+    [ -z "${kills:-}" ] || [ -z "$stopping" ] || rc=0
     [ -z "$ending" ] || exit "$((rc ? rc : 1))"
-    [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] || fail "not restarted: see the end of the output for what to change"
+    [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] && [ "$LAUNCHER$rc" != none2 ] || fail "not restarted: see the end of the output for what to change"
     [ "$rc" != 0 ] || [ -n "$stopping" ] || exit 0
     read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime) || state=unknown
     # Slurm is ending the job, and its TERM may reach this script last: no crash, and a cancelled job must not run again.
@@ -270,7 +298,7 @@ requeue() {
       local limit options
       limit=$(squeue --noheader --jobs="$job" --format=%l)
       options=(--job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES"
-        --gpus-per-node="$per_node" --cpus-per-task="$cores" --time="$limit"
+        ${SLURM_GPUS_ON_NODE:+--gpus-per-node="$per_node"} --cpus-per-task="$cores" --time="$limit"
         ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
       say "submitted again: $(sbatch --parsable --export=ALL "${options[@]}" "$0" "$@")" ;;
     no) say "not done: submit it again to go on" && exit 75 ;;

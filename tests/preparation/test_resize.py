@@ -1,6 +1,7 @@
 """Shards with smaller images: the same keys, captions and order, the same bytes by any number of processes."""
 
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from filelock import FileLock
 
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource, add_member
+from flipscale.preparation.resize import _resize
+from flipscale.preparation.shard_writer import ShardOptions
 
 SIDE = 24
 
@@ -131,3 +135,35 @@ def test_other_options_and_other_files_are_refused(shards: Path, tmp_path: Path,
     assert "'short_side': 30" in refused("prepare", "resize", shards, tmp_path / "out", "--short_side", 30)
     assert f"{shards} holds something" in refused("prepare", "resize", shards, shards)
     assert "is a URL" in refused("prepare", "resize", "https://host/{0..1}.tar", tmp_path / "new")
+
+
+def test_two_processes_share_the_shards(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process holds shard 1 and then dies; the other writes the rest, waits for shard 1, and writes it."""
+    resize(shards, tmp_path / "one")
+    lock = FileLock(tmp_path / "two/.00001.tar.lock")
+    seen: list[set[str]] = []
+
+    def look(seconds: float) -> None:
+        if seconds:
+            seen.append({path.name for path in (tmp_path / "two").glob("*.tar")})
+            lock.release()
+
+    (tmp_path / "two").mkdir()
+    lock.acquire()
+    monkeypatch.setattr(time, "sleep", look)
+    resize(shards, tmp_path / "two")
+    assert seen == [{"00000.tar", "00002.tar"}]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_shard_that_another_process_has_written_is_not_written_again(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    resize(shards, out)
+    before = (out / "00001.tar").stat().st_mtime_ns
+    options = ShardOptions(short_side=SIDE)
+    assert _resize(shards / "00001.tar", out / "00001.tar", options, skips_written=True) is None
+    assert (out / "00001.tar").stat().st_mtime_ns == before
+    # Without a line about it, a killed process may have left it.
+    line = _resize(shards / "00001.tar", out / "00001.tar", options, skips_written=False)
+    assert line["after"] == (out / "00001.tar").stat().st_size
+    assert (out / "00001.tar").stat().st_mtime_ns > before

@@ -19,6 +19,7 @@ from conftest import metrics
 from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
+from flipscale.cli import main
 from flipscale.studies.design import write_plan
 from flipscale.training.run_summary import RunSummary
 
@@ -142,6 +143,14 @@ class Site:
                 self.environments[run] = dict(v.decode().split("=", 1) for v in variables if b"=" in v)
                 return int(process.name)
         return None
+
+    def kill_one(self, command: list[str]) -> bool:
+        """Kill a process whose command begins with these words, and return whether there was one."""
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [])[: len(command)] == command:
+                process.kill()
+                return True
+        return False
 
     def script(self, number: str) -> psutil.Process:
         """Return the shell of a job's script, a child of the daemon that passes on Slurm's signals."""
@@ -309,7 +318,36 @@ def planned(site: Site) -> list[str]:
     return [first, second, site.cluster.run("bash", *arguments, cwd=site.folder, STUDY="runs/planned", RECIPES="")]
 
 
-SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study, planned)
+# Flags of `flipscale prepare`, by verb.
+PREPARED = {"resize": ["--short_side", "24"], "weights": ["--caption_counts", "--power", "0.5"]}
+
+
+def prepared(site: Site) -> dict[str, str]:
+    """Prepare data by arrays of two tasks, of which one process is killed."""
+    numbers = {}
+    for what, flags in PREPARED.items():
+        variables = {"WHAT": what, "SHARDS": str(site.shards), "TO": f"runs/{what}"}
+        arguments = ["slurm/prepare.sh", "--array=0-1", USUAL, *SMALL, "--", *flags, "--num_workers", "1"]
+        numbers[what] = site.submit("bash", *arguments, **variables)
+        own = [site.variables["PYTHON"], "-m", "flipscale.cli", "prepare", what]
+        wait_until(lambda: site.kill_one(own), f"a process of {what}")  # noqa: B023
+    queue = ("squeue", "--noheader", f"--jobs={','.join(numbers.values())}")
+    wait_until(lambda: site.cluster.run(*queue, check=False) == "", "the arrays to end")
+    return numbers
+
+
+def benched(site: Site) -> str:
+    """Run `flipscale bench gpu` on two nodes of four simulated GPUs."""
+    paths = f"{site.holds}:{ROOT}:{ROOT / 'tests'}"
+    words = "-m simulated.node --recipes tiny.yaml --batch_size 4 --output gpu.json"
+    variables = {"SIMULATED_GPUS": "4", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": ""}
+    job = [*SMALL, "--nodes=2", "--nodelist=node1,node2", "--output=bench.out", f"--wrap=srun {sys.executable} {words}"]
+    number = site.submit("sbatch", *job, **variables)
+    site.end(number, "COMPLETED")
+    return number
+
+
+SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study, planned, prepared, benched)
 LONG = pytest.mark.long
 
 
@@ -449,3 +487,38 @@ def test_a_planned_study_is_an_array_of_what_is_missing(site: Site, outcome: Cal
     assert outputs == {first: 3, second: 2}
     assert len(RunSummary(runs / "gone-seed0").kept_starts) == 1
     assert "all runs of runs/planned are done" in nothing
+
+
+@LONG
+def test_killed_tasks_of_an_array_prepare_the_same_bytes(site: Site, outcome: Callable) -> None:
+    numbers = outcome(prepared)
+    for what, flags in PREPARED.items():
+        alone = site.folder / f"{what}_alone"
+        main(["prepare", what, str(site.shards), str(alone), *flags, "--num_workers", "1"])
+        contents = [
+            {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".npy" or what == "weights"}
+            for folder in (alone, site.folder / "runs" / what)
+        ]
+        assert contents[0] == contents[1], what
+        outputs = [file.read_text() for file in site.folder.glob(f"prepare-{numbers[what]}_*.out")]
+        assert len(outputs) == 2
+        assert sum(output.count("crash 1 since start (exit code 137)") for output in outputs) == 1, outputs
+
+
+@LONG
+def test_a_bench_of_two_nodes_checks_each_and_the_network(site: Site, outcome: Callable) -> None:
+    outcome(benched)
+    figures = json.loads((site.folder / "gpu.json").read_text())
+    for bench in (figures, figures["all_nodes"]):
+        assert [one for one in bench["findings"] if one["status"] == "FAILED"] == []
+    assert list(figures["all_nodes"]["nodes"]) == ["node1", "node2"]
+    names = [one["name"] for one in figures["all_nodes"]["findings"]]
+    assert names == [
+        "nodes",
+        "products tiny",
+        "links between nodes",
+        "NCCL tiny",
+        "stalled rank",
+        "killed rank",
+    ]
+    assert len(figures["all_nodes"]["links"]) == 8

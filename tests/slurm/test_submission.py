@@ -52,16 +52,13 @@ def submit(tmp_path: Path, write_recipe: Callable[..., Path]) -> Submit:
     return run
 
 
-@pytest.mark.parametrize("script", ["pretrain", "tune", "study", "evaluate"])
+@pytest.mark.parametrize("script", ["pretrain", "tune", "study", "evaluate", "prepare"])
 def test_the_help_names_what_a_script_takes(submit: Submit, script: str) -> None:
     done = submit(f"slurm/{script}.sh", "--partition=gpu", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     text = (ROOT / f"slurm/{script}.sh").read_text()
-    for name in (
-        "LAUNCH_FILE",
-        "PYTHON",
-        "RECIPES" if script == "study" else "MODEL" if script == "evaluate" else "RECIPE",
-    ):
+    own = {"study": "RECIPES", "evaluate": "MODEL", "prepare": "SHARDS"}.get(script, "RECIPE")
+    for name in ("TO" if script == "prepare" else "LAUNCH_FILE", "PYTHON", own):
         assert name in done.stdout
     assert f"bash slurm/{script}.sh" in text
     assert f"bash slurm/{script}.sh" in done.stdout
@@ -73,6 +70,9 @@ def test_the_help_names_what_a_script_takes(submit: Submit, script: str) -> None
     [
         (("slurm/pretrain.sh",), {"LAUNCH_FILE": "none.yaml"}, "none.yaml"),
         (("slurm/pretrain.sh",), {"REQUEUE": "yes"}, "REQUEUE"),
+        (("slurm/prepare.sh",), {"WHAT": "shards"}, "shards"),
+        (("slurm/prepare.sh",), {"WHAT": "audit", "TO": "audit"}, "SHARDS is empty"),
+        (("slurm/prepare.sh",), {"SHARDS": "laion"}, "TO is empty"),
         (("slurm/pretrain.sh", "--", "--optim.weight_deca", "0.1"), {}, "--optim.weight_deca "),
         pytest.param(("slurm/pretrain.sh",), {}, "256 processes", marks=LONG),  # of the #SBATCH lines
         pytest.param(("slurm/pretrain.sh", "-N3", "--gpus-per-node", "h100:1"), {}, "3 processes", marks=LONG),
