@@ -1,25 +1,35 @@
 """Measure our training step and open_clip's in turn, masked and unmasked, in bf16 and fp32.
 
     python benchmarks/step.py --size b16 --batch_size 32
+    python benchmarks/step.py --size l16 --batch_size 256 --compile --steps 50 --json   # on a GPU, three times
 
-`flipscale bench step` measures ours alone.
+With `--compile`, the blocks of both are compiled, each by itself. A line of JSON has medians and quartiles, pairs per
+joule, versions, the commit and the driver. `flipscale bench step` measures ours alone.
 """
 
 import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
+import open_clip
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
+import flipscale
 from flipscale.bench import BenchStep
+from flipscale.checks.machine import query_gpus
+from flipscale.engines.device import wait_for
 from flipscale.io.command_line import parse_command
 from flipscale.io.options import Count
+from flipscale.io.surroundings import known, own_commit
 from flipscale.planning.bench_step import (
     Figures,
     StepSetting,
+    StepTimes,
     TrainingStep,
     flip_step,
     matmul_peak,
@@ -29,6 +39,8 @@ from flipscale.planning.bench_step import (
 )
 
 MASK_RATIOS = (0.0, 0.5, 0.75)
+# Steps in a GPU's queue while nvidia-smi answers.
+_QUEUED = 5
 
 
 def open_clip_step(setting: StepSetting) -> TrainingStep:
@@ -57,7 +69,8 @@ def open_clip_step(setting: StepSetting) -> TrainingStep:
     # `train`, because patch dropout does nothing in eval mode.
     model = CLIP(vision.projection_dim, vision_cfg, text_cfg).to(setting.device).train()
     if setting.compile:
-        model.compile()
+        for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+            block.compile()
     shape = (setting.batch_size, vision.num_channels, vision.image_size, vision.image_size)
     images, captions, clip_loss = torch.randn(shape, device=setting.device), setting.captions(), ClipLoss()
 
@@ -78,6 +91,7 @@ def compare_steps(setting: StepSetting) -> Iterator[Figures]:
             case = replace(setting, dtype=dtype, mask_ratio=mask_ratio)
             steps = {"flipscale": flip_step(case), "open_clip": open_clip_step(case)}
             times = time_in_turn(steps, case.num_steps, case.device)
+            loads = {code: under_load(step, case.device) for code, step in steps.items()}
             # Free the models, because the next pair needs their memory.
             del steps
             gc.collect()
@@ -88,7 +102,31 @@ def compare_steps(setting: StepSetting) -> Iterator[Figures]:
                 "open_clip_median_s": theirs["median_s"],
                 "open_clip_share_of_matmul_peak": theirs["share_of_matmul_peak"],
                 "ratio": times["open_clip"].median_s / times["flipscale"].median_s,
+                **{"open_clip": open_clip.__version__, "commit": own_commit(Path(flipscale.__file__).parent) or ""},
+                **beside("", times["flipscale"], loads["flipscale"], ours),
+                **beside("open_clip_", times["open_clip"], loads["open_clip"], theirs),
             }
+
+
+def under_load(step: TrainingStep, device: torch.device) -> dict[str, str]:
+    """Return what nvidia-smi says of a GPU while it computes steps; empty without one."""
+    if device.type != "cuda":
+        return {}
+    for _ in range(_QUEUED):
+        step()
+    states = query_gpus(device)
+    wait_for(device)
+    return next(iter(states), {})
+
+
+def beside(prefix: str, times: StepTimes, state: dict[str, str], figures: Figures) -> Figures:
+    """Return the quartiles of a step in seconds and, of a GPU, its driver, clock in MHz, watts and pairs per joule."""
+    first, third = np.percentile(times.seconds, [25, 75]).tolist()
+    found: Figures = {f"{prefix}first_quartile_s": first, f"{prefix}third_quartile_s": third}
+    if (watts := known(lambda: float(state["power.draw"]))) is not None:
+        found |= {"driver": state["driver_version"], f"{prefix}mhz": float(state["clocks.sm"]), f"{prefix}watts": watts}
+        found[f"{prefix}pairs_per_joule"] = float(figures["images_per_s"]) / watts
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from benchmarks.step import beside, compare_steps
 from flipscale.cli import main
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.planning.bench_step import StepSetting, flip_batch, flip_step, matmul_peak, measure_step
+from flipscale.planning.bench_step import StepSetting, StepTimes, flip_batch, flip_step, matmul_peak, measure_step
 from flipscale.planning.flops import forward_flops
 
 PROMISED = {
@@ -94,6 +95,34 @@ def test_output(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines.keys() >= PROMISED
     assert lines["code"] == "flipscale"
+
+
+def test_rows_beside_open_clip() -> None:
+    rows = list(compare_steps(tiny(num_steps=3)))
+    assert [(row["dtype"], row["mask_ratio"]) for row in rows] == [
+        (dtype, mask_ratio) for dtype in ("bf16", "fp32") for mask_ratio in (0.0, 0.5, 0.75)
+    ]
+    for row in rows:
+        assert row["first_quartile_s"] <= row["median_s"] <= row["third_quartile_s"]
+        assert row["open_clip_first_quartile_s"] <= row["open_clip_median_s"] <= row["open_clip_third_quartile_s"]
+        assert row["ratio"] == pytest.approx(row["open_clip_median_s"] / row["median_s"])
+        assert row["open_clip"]
+        assert "watts" not in row  # of a CPU
+
+
+def test_pairs_per_joule() -> None:
+    state = {"driver_version": "570.86", "clocks.sm": "1755", "power.draw": "650.0"}
+    found = beside("open_clip_", StepTimes([3.0, 1.0, 2.0], 1.0), state, {"images_per_s": 1300.0})
+    assert found == {
+        "open_clip_first_quartile_s": 1.5,
+        "open_clip_third_quartile_s": 2.5,
+        "driver": "570.86",
+        "open_clip_mhz": 1755.0,
+        "open_clip_watts": 650.0,
+        "open_clip_pairs_per_joule": 2.0,
+    }
+    # Some GPUs state no power.
+    assert "driver" not in beside("", StepTimes([1.0, 1.0], 1.0), {**state, "power.draw": "[N/A]"}, {})
 
 
 @pytest.mark.gpu
