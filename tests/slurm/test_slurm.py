@@ -336,18 +336,27 @@ def prepared(site: Site) -> dict[str, str]:
     return numbers
 
 
-def benched(site: Site) -> str:
-    """Run `flipscale bench gpu` on two nodes of four simulated GPUs."""
-    paths = f"{site.holds}:{ROOT}:{ROOT / 'tests'}"
-    words = "-m simulated.node --recipes tiny.yaml --batch_size 4 --output gpu.json"
-    variables = {"SIMULATED_GPUS": "4", "PYTHONPATH": paths, "ACCELERATE_USE_CPU": ""}
-    job = [*SMALL, "--nodes=2", "--nodelist=node1,node2", "--output=bench.out", f"--wrap=srun {sys.executable} {words}"]
-    number = site.submit("sbatch", *job, **variables)
+# What `flipscale bench gpu` does first on each node.
+MEET = """
+import os
+from flipscale.checks.nodes import meet
+nodes = meet(os.environ)
+print(nodes.index, nodes.hosts, nodes.gather(nodes.index), flush=True)
+# The first node keeps the store.
+nodes.store.set("left", "") if nodes.index else nodes.store.wait(["left"])
+"""
+
+
+def met(site: Site) -> str:
+    """Let the commands of two nodes meet under srun, in a job of which a step has both."""
+    (site.folder / "meet.py").write_text(MEET)
+    wrapped = f"--wrap=srun {sys.executable} meet.py"
+    number = site.submit("sbatch", *SMALL, "--nodes=2", "--nodelist=node1,node2", "--output=meet.out", wrapped)
     site.end(number, "COMPLETED")
     return number
 
 
-SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study, planned, prepared, benched)
+SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study, planned, prepared, met)
 LONG = pytest.mark.long
 
 
@@ -506,19 +515,7 @@ def test_killed_tasks_of_an_array_prepare_the_same_bytes(site: Site, outcome: Ca
 
 
 @LONG
-def test_a_bench_of_two_nodes_checks_each_and_the_network(site: Site, outcome: Callable) -> None:
-    outcome(benched)
-    figures = json.loads((site.folder / "gpu.json").read_text())
-    for bench in (figures, figures["all_nodes"]):
-        assert [one for one in bench["findings"] if one["status"] == "FAILED"] == []
-    assert list(figures["all_nodes"]["nodes"]) == ["node1", "node2"]
-    names = [one["name"] for one in figures["all_nodes"]["findings"]]
-    assert names == [
-        "nodes",
-        "products tiny",
-        "links between nodes",
-        "NCCL tiny",
-        "stalled rank",
-        "killed rank",
-    ]
-    assert len(figures["all_nodes"]["links"]) == 8
+def test_nodes_of_a_bench_meet_under_srun(site: Site, outcome: Callable) -> None:
+    outcome(met)
+    lines = sorted((site.folder / "meet.out").read_text().splitlines())
+    assert lines == [f"{index} ['node1', 'node2'] [0, 1]" for index in (0, 1)]
