@@ -33,8 +33,10 @@ _BUCKET = 25 * 2**20
 _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
 # Bytes per second that the optimiser reads and writes: data sheet of an H100 SXM.
 _MEMORY_BANDWIDTH = 3.35e12
-# torch operations of a step: a block's two passes, and all else. tests/simulated counts them.
-_FORWARD_CALLS, _BACKWARD_CALLS, _OTHER_CALLS = 74, 98, 455
+# Operations that the host queues in a step: a block's two passes, uncompiled and compiled, and all else.
+# tests/simulated counts them. Compiled ones are kernels of Triton, matrix products and attention of L/16, without the
+# guards and wrappers of a pass.
+CALLS, COMPILED_CALLS, _OTHER_CALLS = (74, 98), (23, 35), 455
 # Those that gather a block's weights once more, where FSDP2 drops them after a pass.
 _GATHER_CALLS = 21
 # Seconds that the host spends on a unit of FSDP2 before its forward pass (pytorch/pytorch#173680).
@@ -257,15 +259,11 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
 
 
 def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> int:
-    """Return the torch operations of a step with `passes` forward passes and `micro_batches` backward passes.
-
-    Of compiled blocks only the gathers count, because their kernels take the host little time.
-    """
+    """Return the operations that the host queues in a step of `passes` forward and `micro_batches` backward passes."""
     blocks = len(encoder_blocks(trained_model(recipe)))
     again = micro_batches if recipe.recomputes(stage) else 0
-    calls = _FORWARD_CALLS * (passes + again) + _BACKWARD_CALLS * micro_batches
-    if compiles(recipe, launch):
-        calls = 0
+    forward, backward = COMPILED_CALLS if compiles(recipe, launch) else CALLS
+    calls = forward * (passes + again) + backward * micro_batches
     if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1 and launch.reshard_after_forward:
         calls += _GATHER_CALLS * (passes + micro_batches)
     return _OTHER_CALLS + blocks * calls

@@ -9,7 +9,7 @@ import pytest
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
 from flipscale.planning.memory import recipe_memory
-from flipscale.planning.time import Hardware, Links, messages, step_time
+from flipscale.planning.time import CALLS, COMPILED_CALLS, Hardware, Links, host_calls, messages, step_time
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -98,6 +98,20 @@ def test_a_stage_keeps_its_activations_and_the_other_recomputes(h14: Recipe) -> 
     assert step_time(kept, launch, unmasked, Hardware()) == step_time(h14, launch, unmasked, Hardware())
     alone = replace(kept, stages=[kept.stages[0]])
     assert recipe_memory(h14, launch).total < recipe_memory(kept, launch).total == recipe_memory(alone, launch).total
+
+
+def test_the_host_queues_the_kernels_of_compiled_blocks(h14: Recipe) -> None:
+    launch, blocks, (kept, _) = Launch("ddp", 256, "bf16"), 32 + 24, h14.stages
+    kept = replace(kept, gradient_checkpointing=False)
+    plain = replace(h14, model=replace(h14.model, compile=False))
+    compiled, uncompiled = (host_calls(recipe, launch, kept, 1, 1) for recipe in (h14, plain))
+    assert uncompiled - compiled == blocks * (sum(CALLS) - sum(COMPILED_CALLS))
+    again = host_calls(h14, launch, h14.stages[0], 1, 1)
+    assert again - compiled == blocks * COMPILED_CALLS[0]
+    assert step_time(h14, launch, kept, Hardware(call_s=1e-6)).host == pytest.approx(1e-6 * compiled)
+    # A slow host is the bottleneck of few pairs.
+    few = replace(h14, data=replace(h14.data, global_batch_size=4))
+    assert step_time(few, Launch("ddp", 1, "bf16"), kept, Hardware(call_s=10e-6)).bottleneck == "host"
 
 
 def test_the_bottleneck_is_named(h14: Recipe) -> None:
