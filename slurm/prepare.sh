@@ -10,11 +10,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out  # of this script; each node's processes write to a file in TO.prepare
 #
-# Prepares data by `flipscale prepare WHAT` (embed, resize, weights or audit): reads SHARDS, and writes the folder TO. It
-# continues after time limits, preemptions, dead nodes and crashes, and the result has the same bytes. All tasks of the
-# array, and all nodes of a task, share the shards of embed and resize. One task makes weights or an audit, on all cores
-# of a node; if it ends early, another takes its place. Words before `--` are options of sbatch, words after it are flags
-# of `flipscale prepare`:
+# Runs `flipscale prepare` with the verb WHAT (embed, resize, weights or audit): reads SHARDS, and writes the folder TO.
+# It continues after time limits, preemptions, dead nodes and crashes, and the result has the same bytes. All tasks of
+# the array, and all nodes of a task, share the shards of embed and resize. One task makes weights or an audit, on all
+# cores of a node; if it ends early, another takes its place. Words before `--` are options of sbatch, words after it are
+# flags of `flipscale prepare`:
 #
 #   WHAT=resize SHARDS='laion/{00000..41407}.tar' TO=laion_288 bash slurm/prepare.sh --array=0-31 -- --short_side 288
 #   WHAT=embed SHARDS=laion_288 TO=teacher bash slurm/prepare.sh --gpus-per-node=8 -- --model runs/h14/model
