@@ -19,7 +19,7 @@ setup: .venv/installed
 
 demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
 	$(BIN)/python examples/demo/data.py data/demo
-	$(BIN)/flipscale study race examples/demo/demo.yaml examples/demo/demo_clip.yaml --minutes $(MINUTES) --output_dir runs/demo --baselines
+	$(BIN)/flipscale study race examples/demo/demo_path.yaml examples/demo/demo.yaml examples/demo/demo_clip.yaml --minutes $(MINUTES) --output_dir runs/demo --baselines
 	$(BIN)/flipscale search runs/demo/model data/demo/test --queries examples/demo/queries.txt --out runs/demo/search.html
 
 test: setup

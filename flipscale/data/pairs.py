@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.augment import PictureChanges
+from flipscale.data.augment import draw_colors, recolored
 from flipscale.data.captions import UntokenizableCaption, choose_captions, pack_captions, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
@@ -200,12 +199,13 @@ class PairDataset(Dataset):
 
     def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
         """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, its annotation and its fault."""
-        pairs, size, rows = self._pairs(where), self.shape.image_size, itertools.count()
-        changes = PictureChanges.drawn(self.recipe.augment, self.seed, where, size)
+        pairs, size, jitter = self._pairs(where), self.shape.image_size, self.recipe.augment.color_jitter
+        colors = iter(draw_colors(jitter, self.seed, where)) if jitter.changes else None
         together = max(1, _PIXELS_TOGETHER // size**2)
         while group := list(islice(pairs, together)):
             for crop, annotation, fault in group:
-                yield changes.applied(crop.fitted(size), next(rows)), annotation, fault
+                image = crop.fitted(size)
+                yield recolored(image, next(colors)) if colors else image, annotation, fault
 
     def _pairs(self, where: np.ndarray) -> Iterator[tuple[Crop, Any, Fault | None]]:
         """Yield the crop of each position, its annotation, and the fault of the sample that they replace."""

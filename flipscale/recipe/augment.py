@@ -1,33 +1,9 @@
 """The recipe's `data.augment` section."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
-from flipscale.io.errors import UserError
 from flipscale.io.options import NonNegative, Range, Share
-
-Magnification = Annotated[float, Range(at_least=0.1, at_most=10)]
-
-
-@dataclass(frozen=True)
-class AffineRecipe:
-    """Random affine changes, as in torchvision's `RandomAffine`; off by default.
-
-    Args:
-        degrees: The largest rotation to either side.
-        translate: The largest shift along each axis, as a fraction of the image's side.
-        scale: The least and the most magnification.
-        shear: The largest horizontal shear to either side, in degrees.
-    """
-
-    degrees: Annotated[float, Range(at_least=0, at_most=180)] = 0.0
-    translate: Share = 0.0
-    scale: tuple[Magnification, Magnification] = (1.0, 1.0)
-    shear: Annotated[float, Range(at_least=0, at_most=60)] = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.scale[0] <= self.scale[1]:
-            raise UserError(f"data.augment.affine.scale is {list(self.scale)}; expected the smaller factor first")
 
 
 @dataclass(frozen=True)
@@ -48,6 +24,11 @@ class ColorJitterRecipe:
     hue: Annotated[float, Range(at_least=0, at_most=0.5)] = 0.0
     probability: Share = 1.0
 
+    @property
+    def changes(self) -> dict[str, float]:
+        """The values above 0, without `probability`; false if nothing changes."""
+        return {name: value for name, value in asdict(self).items() if value > 0.0 and name != "probability"}
+
 
 @dataclass(frozen=True)
 class AugmentRecipe:
@@ -58,26 +39,13 @@ class AugmentRecipe:
         mixup_alpha: Mix images and labels of two samples by a share from Beta(alpha, alpha) (arXiv 1710.09412: 0.8).
         cutmix_alpha: Paste a box from another image and mix the labels by area (arXiv 1905.04899); 1.0 in the paper.
             With mixup on, each pair of images gets one of the two.
-        affine: Random rotations, shifts, scales and shears of images.
         color_jitter: Random changes of the colours of images.
-        grayscale_probability: The share of the images that are grey.
     """
 
     rand_augment: str | None = None
     mixup_alpha: NonNegative = 0.0
     cutmix_alpha: NonNegative = 0.0
-    affine: AffineRecipe = field(default_factory=AffineRecipe)
     color_jitter: ColorJitterRecipe = field(default_factory=ColorJitterRecipe)
-    grayscale_probability: Share = 0.0
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Affine and colour changes by field, for messages; false for those that are off."""
-        return {
-            "data.augment.affine": self.affine != AffineRecipe() and asdict(self.affine),
-            "data.augment.color_jitter": self.color_jitter != ColorJitterRecipe() and asdict(self.color_jitter),
-            "data.augment.grayscale_probability": self.grayscale_probability,
-        }
 
     @property
     def mixes(self) -> bool:

@@ -61,7 +61,7 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
     others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages}
     if tower == "images":
         others["model.drop_path_rate"] = model.drop_path_rate
-        others |= data.augment.changes
+        others["data.augment.color_jitter"] = data.augment.color_jitter.changes
     else:
         others |= {"data.captions": data.captions, "data.pack_captions": data.pack_captions}
         others |= {"model.text_positions": model.text_positions}
@@ -98,7 +98,8 @@ def open_teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
     others = {f"stages.{stage.name}.captions": stage.captions for stage in recipe.stages}
     others |= {f"data.{name}": getattr(data, name) for name in ("captions", "image_features", "text_features")}
     refuse_set(others, f"{named}, which teaches one caption of each crop")
-    refuse_set(data.augment.changes, f"{named}, whose embeddings are of unchanged crops")
+    changes = {"data.augment.color_jitter": data.augment.color_jitter.changes}
+    refuse_set(changes, f"{named}, whose embeddings are of unchanged crops")
     images, texts = (_of_shards(folder, tower, named, source) for tower in ("images", "texts"))
     about = images.about
     if about["features"] != "embeds" or "crops" not in about["images"]:

@@ -128,7 +128,7 @@ def sections(kind: type = Recipe) -> Iterator[type]:
 def test_the_sections_that_decide() -> None:
     assert {section.__name__ for section in sections()} == {
         *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),
-        *("LoraRecipe", "StageRecipe", "AffineRecipe", "ColorJitterRecipe"),
+        *("LoraRecipe", "StageRecipe", "ColorJitterRecipe"),
     }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", DEMO]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}

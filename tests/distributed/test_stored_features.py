@@ -147,8 +147,8 @@ def test_what_does_not_fit_is_refused(
         return refused("pretrain", "--config", file, *flags)
 
     assert "stages.align.mask_ratio is 0.5 and data.image_features" in line("--stages.align.mask_ratio", 0.5)
-    grey = line("--data.augment.grayscale_probability", 0.2)
-    assert "data.augment.grayscale_probability is 0.2 and data.image_features" in grey
+    recolored = line("--data.augment.color_jitter.saturation", 0.2)
+    assert "data.augment.color_jitter is {'saturation': 0.2} and data.image_features" in recolored
     assert "loss.captions_per_image is 2 and data.text_features" in line("--loss.captions_per_image", 2)
     assert "data.fraction 1" in line("--data.fraction", 0.5)
     other = export_tiny(tmp_path / "other", tokenizer_dir, 3)
