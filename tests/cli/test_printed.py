@@ -45,9 +45,10 @@ def test_memory_of_256_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert command == commands("docs/training.md", "h14_laion2b --dry_run")
     tables = {"README.md": rows("README.md", "GiB for each of 256 processes")}
     tables["docs/training.md"] = rows("docs/training.md", "computed GiB per process, 256 processes")
-    for name, flags in (("H/14, global batch 65,536, recomputed activations", ""), ("G/14, the same", "g14")):
-        recomputed = f"{command} --stages.masked.gradient_checkpointing true"
-        lines = printed(capsys, f"{recomputed} --model.size {flags}" if flags else recomputed)
+    recomputed = "--stages.masked.gradient_checkpointing true"
+    flags_of = {"H/14, global batch 65,536": "", f"G/14, the same, with `{recomputed}`": f" --model.size g14 {recomputed}"}
+    for name, flags in flags_of.items():
+        lines = printed(capsys, f"{command}{flags}")
         assert figures(lines, "processes") == ["256"] * 6
         expected = [f"{float(figure):.1f}" for figure in figures(lines, "total")]
         assert [table[name] for table in tables.values() if name in table] == [expected] * (1 if flags else 2)
