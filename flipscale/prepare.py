@@ -305,8 +305,8 @@ class Embed:
             once; they share the shards.
         model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as for `flipscale evaluate`.
             hf:NAME may be a tower alone: an image model, also timm's, a text encoder or a decoder language model.
-        compare: Embed nothing; print how alike two towers represent the same pairs, from 0 to 1 (linear CKA). Each is a
-            folder of stored features: FOLDER/images or FOLDER/texts.
+        compare: Embed nothing; print how alike two towers represent the same pairs, from 0 to 1 (linear CKA). Name
+            their stored features in place of SHARDS and DIRECTORY: FOLDER/images or FOLDER/texts.
         features: `embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains.
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's
@@ -321,11 +321,11 @@ class Embed:
         num_workers: Processes that decode images; 0 decodes in this process. Default: its share of the cores, less one.
     """
 
-    shards: str | None = None
-    directory: OutputFolder | None = None
+    shards: str
+    directory: OutputFolder
     _: KW_ONLY
     model: str | None = None
-    compare: tuple[Path, Path] | None = None
+    compare: bool = False
     features: Literal["embeds", "pooled"] = "embeds"
     towers: list[Literal["images", "texts"]] = field(default_factory=lambda: ["images", "texts"])
     image_size: Pixels | None = None
@@ -342,11 +342,11 @@ class Embed:
         if self.compare:
             from flipscale.preparation.tower_similarity import compare_towers
 
-            cka, pairs = compare_towers(*self.compare)
-            print(f"CKA of {self.compare[0]} and {self.compare[1]}: {cka:.4f} ({pairs:,} pairs)")
+            cka, pairs = compare_towers(Path(self.shards), self.directory)
+            print(f"CKA of {self.shards} and {self.directory}: {cka:.4f} ({pairs:,} pairs)")
             return
-        if self.shards is None or self.directory is None or self.model is None:
-            raise UserError("embed needs SHARDS DIRECTORY --model MODEL, or --compare FOLDER/images FOLDER/texts")
+        if self.model is None:
+            raise UserError("embed needs --model MODEL, or --compare FOLDER/images FOLDER/texts")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
         from flipscale.data.features import TeacherCrops
         from flipscale.engines.build import start_accelerator

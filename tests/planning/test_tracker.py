@@ -8,7 +8,8 @@ from planning.tracked import cell
 
 long = partial(pytest.param, marks=pytest.mark.long)
 FEW_LAYERS = ["--model.vision_config", "{num_hidden_layers: 4}", "--model.text_config", "{num_hidden_layers: 4}"]
-RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", "[{name: one, samples: 65536, mask_ratio: 0.5}]"]
+MASKED = "[{name: masked, samples: 65536, mask_ratio: 0.5}]"
+RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", MASKED]
 
 
 @pytest.mark.long

@@ -110,6 +110,5 @@ def test_refused(tmp_path: Path) -> None:
     for wrong in ("nothing/texts", "a/text", "a"):
         with pytest.raises(UserError, match=rf"--compare is {tmp_path / wrong}; expected stored features, FOLDER/"):
             compare_towers(paths["images"], tmp_path / wrong)
-    for words in ([], ["data"], ["data", "out"], ["data", "--model", "runs/demo"]):
-        with pytest.raises(UserError, match="embed needs SHARDS DIRECTORY --model MODEL, or --compare"):
-            parse_command(Embed, words).run()
+    with pytest.raises(UserError, match="embed needs --model MODEL, or --compare"):
+        parse_command(Embed, ["data", "out"]).run()
