@@ -246,6 +246,9 @@ class Recorder(OnDevice):
         devices = frozenset(tensor.device.type for tensor in tensors)
         size, ranks = sum(tensor.numel() for tensor in sent), tuple(dist.get_process_group_ranks(group))
         one = Collective(kind, sent[0].dtype, size, ranks, devices, place(), self.work.kernels)
+        if not torch.cuda.is_available():  # processes of CPUs have no streams
+            self.collectives.append(one)
+            return
         stream, number = torch.cuda.current_stream(), len(self.collectives)
         self.side_by_side += [
             (other, one)
