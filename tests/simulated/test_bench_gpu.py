@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 import yaml
 from simulated.fake_gpu import NUM_DEVICES
 from simulated.node import Fault, Starter, on_busy_machine, write_nvidia_smi

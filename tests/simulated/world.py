@@ -132,7 +132,8 @@ def simulate(world: World) -> StepReport:
         stack.enter_context(recorder)
         objective = _watched(build_objective(recipe), recorder)
         with recorder.building_on_device():
-            engine.build(config := build_config(recipe), configure, no_weights, build_objective(recipe).trained_class(config))
+            config = build_config(recipe)
+            engine.build(config, configure, no_weights, build_objective(recipe).trained_class(config))
         watch = StepWatch(accelerator, Path(folder), hang_seconds=1e9)
         writer = CheckpointWriter(accelerator, Path(folder), SaveRecipe(), None)
         sync = StepSync(accelerator, writer, watch, StopRequest(watches_file=False))
