@@ -107,10 +107,8 @@ def test_a_dead_rank_of_another_node_is_named(small: Path, tmp_path: Path) -> No
 def test_a_stalled_and_a_killed_rank_of_another_node_are_noticed(small: Path, tmp_path: Path) -> None:
     whole = run_nodes(few_bytes, small, tmp_path, check_stall, check_kill)
     _, stalled, killed = whole.findings
-    assert killed.status == "ok", killed
-    # A process of gloo that is stopped inside a message holds up all alike, and then none is named.
-    assert whole.figures["stall"]["late_rank"] in (2, None), stalled
-    assert whole.figures["stall"]["late_s"] > 1.0
+    assert (stalled.status, killed.status) == ("ok", "ok"), (stalled, killed)
+    assert stalled.text.startswith("rank 2 named")
     assert whole.figures["kill_s"] < 60.0
 
 
