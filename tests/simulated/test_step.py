@@ -210,6 +210,8 @@ def test_sharded_weights_are_gathered_and_gradients_scattered(engine: str, world
     sums = [one for one in found.collectives if one.kind == "all_reduce" and one.dtype == torch.float32]
     of_weights = [one for one in sums if one.size > 7 and not one.place.startswith(("training/sync", "objectives/"))]
     assert len(of_weights) == (len(parts) - 1 if replicas > 1 else 0)
+    # Of the softmax: its largest logits and its sums.
+    assert len([one for one in sums if one.place.startswith("objectives/")]) == 2
 
 
 def test_weights_that_stay_whole_are_gathered_once_for_all_micro_batches() -> None:
