@@ -101,6 +101,8 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
     # DDP would split a block's graph wherever one of its buckets of gradients is full. Blocks are small enough as they
     # are: messages overlap with the backward passes of other blocks.
     torch._dynamo.config.optimize_ddp = False
+    # torch's key of stored code leaves the CPU's vectors out: code of 512 bits, loaded for 256, computes NaN.
+    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         # Each process gets its part of the node's cores, because torch would start up to 32 compilers for each GPU.
         from torch._inductor import config  # its import takes time

@@ -3,6 +3,10 @@
 import copy
 import functools
 import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -286,3 +290,25 @@ def test_compilers_share_the_cores_of_a_node(stated: str | None, threads: int, m
     with inductor.patch(compile_threads=5):
         compile_blocks(FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER)))
         assert inductor.compile_threads == threads
+
+
+@pytest.mark.long
+def test_compiled_code_of_another_cpu_is_not_loaded(tmp_path: Path) -> None:
+    """Two CPUs with vectors of other widths share a folder of compiled code, as the nodes of a cluster may."""
+    program = textwrap.dedent("""
+        import torch
+        from flipscale.model import FlipConfig, FlipModel
+        from flipscale.engines.first_weights import compile_blocks
+
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = FlipModel(FlipConfig(vision_config=tower, text_config=tower))
+        compile_blocks(model)
+        block = model.vision_model.encoder.layers[0]
+        images = torch.randn(8, 5, 32, requires_grad=True)
+        compiled = block(images)
+        block._compiled_call_impl = None
+        torch.testing.assert_close(compiled, block(images))
+    """)
+    shared = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        subprocess.run([sys.executable, "-c", program], env=shared | capability, check=True)
