@@ -155,7 +155,8 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     command, faster = _command(args), faster_precision(os.environ)
     os.environ.update(faster)
     logger, recipe = logging.getLogger("flipscale"), ""
-    logger.setLevel(logging.ERROR)  # the trials' own lines
+    logger.setLevel(logging.ERROR)  # the trials' own lines, and transformers' about each of their starts
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
             lines, recipe, alpha = propose_finetuning(

@@ -3,7 +3,6 @@
 import functools
 import os
 import shutil
-import signal
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
@@ -136,17 +135,21 @@ def check_resume(bench: Bench) -> None:
 
 
 def check_stall(bench: Bench) -> None:
-    """A rank that stands still for some seconds must be named; of several nodes, the first rank of the last one."""
+    """A rank whose batches stop for some seconds must be named; of several nodes, the first rank of the last one.
+
+    Its workers are stopped, because a rank that stops inside of a message holds up all alike, and none is late."""
     bench.need_gpus(2)
     training, chosen = Training(bench, "stalled", 100_000), max(bench.num_gpus - bench.local_gpus, 1)
     with training.start(bench.num_gpus, "ddp") as group:
         training.await_steps(group, 15)  # the usual time of a step is known after ten
         stalled = max(_STALL_SECONDS, bench.nodes.gather(training.records("metrics")[-1]["trained_seconds"])[0])
-        for rank, process in zip(group.ranks, group.processes, strict=True):
-            if rank == chosen:
-                os.kill(process.pid, signal.SIGSTOP)
-                time.sleep(stalled)
-                os.kill(process.pid, signal.SIGCONT)
+        if chosen in group.ranks:
+            workers = descendants(group.processes[group.ranks.index(chosen)].pid)
+            for worker in workers:
+                worker.suspend()
+            time.sleep(stalled)
+            for worker in workers:
+                worker.resume()
         # A stall between two steps belongs to the second, and both are recorded.
         slow_steps = functools.partial(training.records, "slow_steps")
         what = "the report of the slow step"

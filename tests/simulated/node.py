@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -39,7 +38,6 @@ from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import launch_of
-from flipscale.engines.slow_steps import PhaseLog
 from flipscale.training import session
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
@@ -154,19 +152,10 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
 
             stack.enter_context(patch.object(contrastive, "triton_serves", lambda rows: rows.dtype == torch.float32))
             stack.enter_context(patch.object(contrastive, "_FEW", 0))
-        elif log.endswith("/stalled.logs/rank-1.log"):
-            stack.enter_context(patch.object(PhaseLog, "mark", _mark_later))
         if fault is not None:
             fault(stack)
         sys.argv = [module, *arguments]
         importlib.import_module(module).main(arguments)
-
-
-def _mark_later(phases: PhaseLog, phase: str, mark: Callable[[PhaseLog, str], None] = PhaseLog.mark) -> None:
-    """Do as `PhaseLog.mark`, and wait before a forward pass. A rank that stalls in a message of gloo is not late."""
-    mark(phases, phase)
-    if phase == "forward":
-        time.sleep(0.3)
 
 
 def _fake_time(take: Callable[..., float]) -> Callable[..., float]:
