@@ -81,7 +81,6 @@ def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
 
 
 def fields_of_json(stored: bytes) -> dict[str, Any]:
-    """Return the fields of a sample's `KEY.json`, an object."""
     check_bytes(len(stored), MAX_TEXT_BYTES, "KEY.json")
     try:
         fields = json.loads(stored)

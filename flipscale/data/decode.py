@@ -338,7 +338,6 @@ class _MeteredFile(io.BytesIO):
         self.is_opened = False
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return the next `size` bytes."""
         content = super().read(size)
         self.reads += 1
         if not self.is_opened:

@@ -46,7 +46,6 @@ _FALLBACK_SIZE = 224
 
 
 def shard_file(folder: Path, tower: str, shard: int) -> Path:
-    """Return the file of a shard's features of `images` or `texts`."""
     return folder / tower / f"{shard:05d}.npy"
 
 
@@ -259,7 +258,6 @@ class Teacher:
 
     @property
     def digest(self) -> int:
-        """Digest of the teacher's weights and crops."""
         content = json.dumps([self.images.about["model_digest"], asdict(self.crops)])
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 

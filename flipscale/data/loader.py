@@ -86,7 +86,6 @@ class StepSampler(Sampler[list[int]]):
 
 
 def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
-    """Return the number of pairs of a batch for each process."""
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
     raise UserError(
@@ -136,7 +135,6 @@ class PackedBatch(dict[str, Any]):
         return self
 
     def pin_memory(self) -> "PackedBatch":
-        """Return a copy in page-locked memory."""
         return PackedBatch(self.buffer.pin_memory(), self.layout, self.faults)
 
     def to(self, device: torch.device) -> "PackedBatch":

@@ -106,7 +106,6 @@ TEXT_MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def check_kind(kind: str, kinds: dict[str, Callable[..., torch.Tensor]], field: str) -> None:
-    """Raise unless `kind` is one of `kinds`."""
     if kind not in kinds:
         raise UserError(f"{field} is {kind!r}; use one of {', '.join(kinds)}")
 

@@ -38,7 +38,6 @@ class Lanes:
 
     @classmethod
     def of(cls, recipe: DataRecipe) -> "Lanes":
-        """Return the lanes of a recipe."""
         return cls(recipe.num_lanes, recipe.global_batch_size)
 
     @property
@@ -88,7 +87,6 @@ class _Epoch(NamedTuple):
         return np.searchsorted(self.block_starts, places, side="right") - 1
 
     def shards_of(self, block: int) -> list[int]:
-        """Return the shards with samples in a block."""
         start, end = self.block_starts[block : block + 2]
         first = np.searchsorted(self.shard_starts, start, side="right") - 1
         return self.shards[first : np.searchsorted(self.shard_starts, end, side="left")].tolist()
@@ -371,7 +369,6 @@ class MixtureOrder:
 
 
 def order_of(source: Source, seed: int, recipe: DataRecipe) -> GlobalOrder | MixtureOrder:
-    """Return the global order of a source's samples."""
     lanes = Lanes.of(recipe)
     if source.parts:
         return MixtureOrder(source, seed, recipe.shards_per_block, lanes)

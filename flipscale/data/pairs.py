@@ -55,7 +55,6 @@ class InputShape:
 
     @classmethod
     def of(cls, config: FlipConfig) -> "InputShape":
-        """Return the shape of the inputs of a model."""
         vision, text = config.vision_config, config.caption_config
         sizes = (vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
         return cls(*sizes, squashes=getattr(config, "squashes", False))
@@ -77,7 +76,6 @@ class InputShape:
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of a whole image."""
         return self.side**2
 
 
@@ -148,7 +146,6 @@ class PairDataset(Dataset):
         self.checks_captions = False
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """Return the batch of these global positions, see the class."""
         where = np.asarray(positions, dtype=np.int64)
         index: np.ndarray | None = None
         if self.mask_ratio > 0.0:
@@ -242,7 +239,6 @@ class PairDataset(Dataset):
         )
 
     def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
-        """Return the crop and the annotation of a sample."""
         sample = self.source.read(*place)
         annotation = self._annotation(sample, draws)
         if self.checks_captions:

@@ -42,7 +42,6 @@ class UndecodableCaption(BadSample):
 
 
 def check_bytes(size: int, most: int, what: str) -> None:
-    """Raise unless a file of a sample has at most `most` bytes."""
     if size > most:
         raise BadSample(f"{what} of {size:,} bytes; at most {most:,} are read", "sample_too_large")
 
@@ -110,7 +109,6 @@ class Sample:
 
     @property
     def caption(self) -> bytes | None:
-        """First caption, or None."""
         return self.captions[0] if self.captions else None
 
 
@@ -165,11 +163,9 @@ class Source:
         """Start to prefetch shards in this order, without waiting. Local sources do nothing."""
 
     def shard_name(self, shard: int) -> str:
-        """Return the name of shard `shard` for messages."""
         raise NotImplementedError
 
     def key(self, shard: int, number: int) -> str:
-        """Return the name of sample `number` of shard `shard` for messages."""
         raise NotImplementedError
 
 

@@ -68,7 +68,6 @@ class TaskSource:
 
     @property
     def repos(self) -> dict[str, str]:
-        """Repositories by their subsets."""
         return {name: self.repo.format(subset=name) for name in self.subsets} or {"": self.repo}
 
 
@@ -132,7 +131,6 @@ def page_names() -> tuple[str, ...]:
 
 @cache
 def read_page(name: str) -> TaskPage:
-    """Return the page named `name`."""
     if name not in page_names():
         near = difflib.get_close_matches(name, page_names(), 3, 0.5)
         fix = f"did you mean {' or '.join(near)}?" if near else "`flipscale prepare tasks --list` prints all"
@@ -148,7 +146,6 @@ def suite_pages(suite: str) -> tuple[TaskPage, ...]:
 
 
 def pages_table(pages: Sequence[TaskPage]) -> str:
-    """Return the pages as a table, with the figures of the paper's L/14."""
     rows = [("task", "suites", "images", "classes", "prompts", "metric", "paper")]
     for page in pages:
         figures = [line.value for line in page.reference if (line.model, line.metric) == (PAPER_MODEL, page.metric)]
@@ -201,7 +198,6 @@ def read_prepared(folder: Path) -> dict[str, Any] | None:
 
 
 def check_prepared(folder: Path, task: str) -> None:
-    """Raise unless the data of `task` in `folder` is whole."""
     if read_prepared(folder) is None:
         state = "was prepared only in part" if folder.exists() else "is missing"
         fix = f"flipscale prepare tasks {quoted(folder.parent)} --only {task}"

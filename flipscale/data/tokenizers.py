@@ -350,7 +350,6 @@ def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: Any) -> None:
-    """Raise unless a tokenizer fits the text tower, or the decoder in its place."""
     entries = num_entries(tokenizer)
     if entries > text.vocab_size:
         raise UserError(

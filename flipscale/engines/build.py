@@ -20,7 +20,6 @@ _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_
 
 
 def engine_classes() -> dict[str, type["Engine"]]:
-    """Return the engine classes by their names in a `Launch`."""
     # Imported here, because torch's sharding and the models take seconds.
     from flipscale.engines.ddp import DdpEngine
     from flipscale.engines.fsdp2 import Fsdp2Engine
@@ -34,7 +33,6 @@ def engine_classes() -> dict[str, type["Engine"]]:
 
 
 def engine_class(launch: Launch) -> type["Engine"]:
-    """Return the class of a launch's engine."""
     engines = engine_classes()
     if launch.engine not in engines:
         names = ", ".join([*engines, BF16_REDUCE])

@@ -83,12 +83,10 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
-    """Return the path of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -175,7 +173,6 @@ class CheckpointWriter:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process is still writing its part."""
         return self._thread is not None and self._thread.is_alive()
 
     @property

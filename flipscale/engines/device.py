@@ -76,7 +76,6 @@ def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, 
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

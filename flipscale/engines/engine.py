@@ -79,11 +79,9 @@ class Layout:
         self.optimizers: Sequence[torch.optim.Optimizer] = ()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of every whole parameter."""
         return {name: self.shape(parameter) for name, parameter in self.model.named_parameters()}
 
     def shape(self, parameter: Any) -> torch.Size:
-        """Return the shape of a whole parameter."""
         return parameter.shape
 
     def weights(self, parameter: Any) -> Shard:
@@ -114,14 +112,12 @@ class Layout:
         return int(torch.stack(steps).max()) if steps else 0
 
     def allocate_moments(self, steps: int) -> None:
-        """Give the optimisers zero moments and the step count `steps`."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter] = empty_state(optimizer, parameter, steps)
 
     def forget_moments(self) -> None:
-        """Reset the optimisers' moments and step counts."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
@@ -157,7 +153,6 @@ class Layout:
         return tensor_chunks
 
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Collective. Fill the weights from a checkpoint."""
         self.fill(reader, "weight", {name: self.weights(p) for name, p in self.model.named_parameters()})
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
@@ -322,7 +317,6 @@ class Engine:
             (self.model.gradient_checkpointing_enable if enabled else self.model.gradient_checkpointing_disable)()
 
     def _release(self) -> None:
-        """Drop the wrapper and the optimisers."""
         self.wrapped, self.optimizers, self.layout.optimizers = None, [], ()
 
     def _wrap(self) -> Any:

@@ -82,7 +82,6 @@ def build_weights(
 
 
 def model_without_storage(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel) -> FlipPreTrainedModel:
-    """Return a model on the meta device."""
     with torch.device("meta"):
         return kind(config)
 

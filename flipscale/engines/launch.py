@@ -101,7 +101,6 @@ class Launch:
 
     @property
     def bf16(self) -> bool:
-        """Whether matrix products are in bf16."""
         return self.precision == "bf16"
 
     @property
@@ -129,7 +128,6 @@ def gather_objects(mine: list[T]) -> list[T]:
 
 
 def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """Return the value of a launcher's variable."""
     text = environment.get(name, str(default))
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise UserError(f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it")

@@ -49,14 +49,12 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model's encoders."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds to import
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def num_trained(module: nn.Module) -> int:
-    """Return the number of trained elements in a module."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
@@ -182,7 +180,6 @@ def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Set the learning rate of the next step, times each group's factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)

@@ -60,11 +60,9 @@ class PhaseLog:
         self.entries: deque[tuple[int, str]] = deque(maxlen=4096)
 
     def mark(self, phase: str) -> None:
-        """Note that this process enters a phase now."""
         self.entries.append((time.time_ns(), phase))
 
     def seconds(self, first_ns: int, last_ns: int) -> dict[str, float]:
-        """Return the time in each phase between two moments."""
         entries, seconds = list(self.entries), dict.fromkeys(PHASES, 0.0)
         ends = [time_ns for time_ns, _ in entries[1:]] + [last_ns]
         for (start, phase), end in zip(entries, ends, strict=True):
@@ -95,7 +93,6 @@ class Window:
         return (self.last_ns - self.first_ns - sum(last - first for first, last in self.pauses)) / 1e9
 
     def has(self, time_ns: int) -> bool:
-        """Return whether a time lies inside, outside of pauses."""
         return self.first_ns <= time_ns < self.last_ns and not any(a <= time_ns < b for a, b in self.pauses)
 
 

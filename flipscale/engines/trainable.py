@@ -95,5 +95,4 @@ def merged(read: ReadWeight, names: Collection[str], recipe: LoraRecipe) -> Read
 
 
 def lora_layers(names: Collection[str]) -> list[str]:
-    """Return the layers with changes, given the names of a model's weights."""
     return [name.removesuffix(_MATRIX.format("A")) for name in names if name.endswith(_MATRIX.format("A"))]

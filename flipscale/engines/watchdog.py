@@ -102,11 +102,9 @@ class Watchdog:
         self._since = time.perf_counter()
 
     def alive(self) -> None:
-        """Restart the clock."""
         self._since = time.perf_counter()
 
     def idle(self) -> None:
-        """Stop the clock."""
         self._since = None
 
     def _start_thread(self, watch: Callable[..., None], *arguments: Any) -> threading.Thread:
@@ -115,7 +113,6 @@ class Watchdog:
         return self._threads[-1]
 
     def _watch_clock(self) -> None:
-        """End this process if it hangs."""
         written_for = began = None
         stacks: threading.Thread | None = None
         sign, num_bytes, heard = 0.0, 0, 0
@@ -206,7 +203,6 @@ class Watchdog:
 
 
 def _bytes_moved() -> int:
-    """Return the bytes that this process and its children have read and written."""
     total = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         with suppress(OSError):  # ended

@@ -76,7 +76,6 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file and replace an older one."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

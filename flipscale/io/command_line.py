@@ -33,7 +33,6 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors; argparse itself prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's message as a UserError."""
         sentence = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
         raise UserError(f"{sentence}; see {self.prog} --help")
 

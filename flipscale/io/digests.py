@@ -47,7 +47,6 @@ class Digester:
         self._hashes: list[xxhash.xxh3_64] = []
 
     def update(self, data: bytes | memoryview) -> None:
-        """Add the next bytes of the file."""
         view = memoryview(data)
         while view:
             position = self._num_bytes % CHUNK_BYTES
@@ -59,19 +58,16 @@ class Digester:
             view = view[len(part) :]
 
     def digest(self) -> FileDigest:
-        """Return the digest of the file, which ends here."""
         return FileDigest(self._num_bytes, tuple(chunk.hexdigest() for chunk in self._hashes))
 
 
 def digest_of(data: bytes) -> FileDigest:
-    """Return the digest of a file with the content `data`."""
     digester = Digester()
     digester.update(data)
     return digester.digest()
 
 
 def digests_to_json(digests: Mapping[str, FileDigest]) -> str:
-    """Return the digests of files, by file name, as JSON."""
     files = {name: {"bytes": digest.num_bytes, _ALGORITHM: digest.chunks} for name, digest in digests.items()}
     return json.dumps({"chunk_bytes": CHUNK_BYTES, "files": files})
 
@@ -147,7 +143,6 @@ def damaged_chunks(
 
 
 def chunks_of(digests: Mapping[str, FileDigest]) -> list[Chunk]:
-    """Return all chunks of the files."""
     return [(name, number) for name, digest in digests.items() for number in range(len(digest.chunks))]
 
 

@@ -89,7 +89,6 @@ def iterate(path: Path, *needed: str, **kinds: Any) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's `metrics.jsonl`."""
     return read(run_dir / "metrics.jsonl", **PLACE, **_INTERVAL)
 
 

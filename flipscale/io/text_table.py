@@ -58,7 +58,6 @@ def escape_markdown(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """Return a text between backticks."""
     return f"`{escape_controls(' '.join(text.split())).replace('`', chr(39))}`"
 
 

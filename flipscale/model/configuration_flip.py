@@ -109,7 +109,6 @@ class FlipPreTrainedConfig(PreTrainedConfig):
 
 
 def check_ranges(config: PreTrainedConfig) -> None:
-    """Raise a ValueError for a number that is out of its range."""
     for name, (least, greatest) in RANGES.items():
         value = getattr(config, name, None)
         if value is not None and not least <= value <= greatest:
@@ -214,7 +213,6 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of a whole image."""
         return self.patches_along() ** 2
 
     @property
@@ -493,7 +491,6 @@ PARTS: tuple[tuple[str, type[FlipPreTrainedConfig]], ...] = (
 
 
 def tower_size(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:
-    """Return the fields of a tower of some size."""
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,

@@ -106,7 +106,6 @@ class MaskedFields:
 
     @classmethod
     def of_towers(cls, vision: dict[str, Any], text: dict[str, Any]) -> Any:
-        """Return the configuration of two towers, each given by its fields."""
         return cls(vision_config=vision, text_config=text)  # type: ignore[call-arg]
 
     @classmethod
@@ -117,7 +116,6 @@ class MaskedFields:
 
     @property
     def caption_config(self) -> Any:
-        """Configuration that describes captions: the text tower's."""
         return self.text_config  # type: ignore[attr-defined]
 
     def exported(self) -> PreTrainedConfig:
@@ -220,7 +218,6 @@ class PackedEmbeddings:
         return prefix, resized[0].flatten(1).t()
 
     def class_token(self) -> torch.Tensor:
-        """Return the class token without its position."""
         return self.class_embedding  # type: ignore[attr-defined, no-any-return]
 
     def position_table(self) -> torch.Tensor:

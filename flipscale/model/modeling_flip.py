@@ -410,7 +410,6 @@ class FlipMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map `(batch, tokens, hidden_size)` to the same shape."""
         hidden_states = self.fc1(hidden_states)
         if self.is_tanh_gelu and hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cpu":
             # The exact form replaces the tanh form, which in bf16 on a CPU takes 3 to 5 times as long, a sixth of a
@@ -435,7 +434,6 @@ class FlipProjection(nn.Module):
 
     @classmethod
     def of(cls, config: FlipVisionConfig | FlipTextConfig) -> Any:
-        """Return the projection of a tower."""
         if config.projection_hidden_size is not None:
             return cls(config, config.projection_hidden_size)
         return nn.Linear(config.hidden_size, config.projection_dim, bias=False)

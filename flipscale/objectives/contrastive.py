@@ -355,7 +355,6 @@ def _second_pass(
 
 
 def world_size() -> int:
-    """Return the number of processes that share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -520,11 +519,9 @@ class LogSumExp(NamedTuple):
         return cls(start, torch.zeros_like(start))
 
     def part(self, rows: slice) -> "LogSumExp":
-        """Return a view of some rows."""
         return LogSumExp(self.shift[rows], self.total[rows])
 
     def raise_shift(self, shift: torch.Tensor) -> None:
-        """Raise each shift to at least `shift`."""
         higher = torch.maximum(self.shift, shift)
         self.total.mul_((self.shift - higher).exp_())
         self.shift.copy_(higher)
@@ -545,7 +542,6 @@ class Softmax(NamedTuple):
     factor: torch.Tensor
 
     def part(self, rows: slice) -> "Softmax":
-        """Return a view of some rows."""
         return Softmax(self.shift[rows], self.factor[rows])
 
 

@@ -55,7 +55,6 @@ class Objective:
 
     @property
     def needs_global_batch(self) -> bool:
-        """Whether there is a `coupled_loss`."""
         return type(self).coupled_loss is not Objective.coupled_loss
 
     @property
@@ -72,7 +71,6 @@ class Objective:
         return self.model_class if isinstance(config, FlipConfig) else config.trained_class
 
     def exported_model(self, config: Any) -> tuple[Any, Any]:
-        """Return the class and the configuration of the exported model."""
         if isinstance(config, FlipConfig):
             return self.exported_class, config
         return config.exported_class, config.exported()

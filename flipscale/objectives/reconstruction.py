@@ -42,14 +42,12 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
     @classmethod
     def for_tower(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
-        """Return the decoder for an image tower with this configuration."""
         config, width = copy.deepcopy(tower), tower.hidden_size // 2
         config.hidden_size, config.num_hidden_layers, config.intermediate_size = width, _DECODER_LAYERS, 4 * width
         config.num_attention_heads = max(width // 64, 1)
         return cls._from_config(config, tower_width=tower.hidden_size)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
-        """Compute the buffers from the configuration."""
         side = self.config.patches_along()
         return {"position_embedding": sincos_positions(self.config.hidden_size, side, side)}
 

@@ -47,7 +47,6 @@ class StepSetting:
     num_steps: int = 10
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the autocast context of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
     def captions(self) -> torch.Tensor:
@@ -69,7 +68,6 @@ class StepTimes:
 
     @property
     def median_s(self) -> float:
-        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
@@ -182,5 +180,4 @@ def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> Figures
 
 
 def device_label(device: torch.device) -> str:
-    """Return the GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -185,7 +185,6 @@ def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _
 
 
 def _heading(recipe: Recipe, hardware: Hardware) -> str:
-    """Return the model, the stages and the assumptions."""
     kind, config = build_objective(recipe).exported_model(build_config(recipe))
     check_image_sizes(recipe.eval, config.vision_config.patch_size)
     model = planned_model(config, kind)

@@ -59,7 +59,6 @@ class Step:
     stored: tuple[str, ...] = ()
 
     def prepare(self, model: nn.Module) -> None:
-        """Add LoRA to a model and freeze parts of it."""
         with unset_fake_temporarily():  # PEFT cannot move fake tensors
             add_lora(model, self.lora)
         freeze(model, self.frozen)
@@ -115,7 +114,6 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Operations of a training step without recomputation."""
         return self.forward + self.backward
 
 
@@ -168,7 +166,6 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
 
 
 def stage_flops(recipe: Recipe) -> dict[str, Flops]:
-    """Return the operations of a pair by stage name."""
     config, objective = build_config(recipe), build_objective(recipe)
     return {
         stage.name: forward_flops(
@@ -181,7 +178,6 @@ def stage_flops(recipe: Recipe) -> dict[str, Flops]:
 
 
 def pair_flops(recipe: Recipe) -> dict[str, int]:
-    """Return the operations of a pair's training step by stage name."""
     return {name: flops.training for name, flops in stage_flops(recipe).items()}
 
 

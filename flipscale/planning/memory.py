@@ -73,11 +73,9 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
         return sum(vars(self).values())
 
     def fits(self, gib: float) -> bool:
-        """Return whether a GPU of `gib` GiB has room for it."""
         return self.total <= USABLE * gib * 2**30
 
 

@@ -74,7 +74,6 @@ class Survey:
         return float(batch_size * (counts / total * (1.0 - alone)).sum())
 
     def __str__(self) -> str:
-        """Return the statistics as text."""
         some = "" if self.sampled == self.pairs else f" of {self.sampled:,} sampled"
         return (
             f"{self.pairs:,} pairs; the median picture has {self.width}x{self.height} pixels; {len(self.captions):,} "
@@ -227,7 +226,6 @@ def _shared(batch: int, data: Survey, num_gpus: int) -> int:
 
 
 def power_below(count: int) -> int:
-    """Return the largest power of two up to `count`, at least 1."""
     return 1 << (max(count, 1).bit_length() - 1)
 
 

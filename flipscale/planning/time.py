@@ -155,7 +155,6 @@ class Hardware:
     call_s: float = 2.2e-6
 
     def workers(self, recipe: Recipe, launch: Launch) -> int:
-        """Return the loader workers of each process."""
         stated = recipe.data.num_workers
         return workers_of(self.node_cores, min(launch.num_processes, GPUS_OF_A_NODE)) if stated is None else stated
 
@@ -213,7 +212,6 @@ class StepTime:
 
 
 def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware) -> StepTime:
-    """Return the time of a step in a stage."""
     batch, count = recipe.data.global_batch_size, launch.num_processes
     pairs = pairs_of_a_process(batch, count)
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)

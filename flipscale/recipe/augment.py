@@ -49,5 +49,4 @@ class AugmentRecipe:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed."""
         return self.mixup_alpha > 0.0 or self.cutmix_alpha > 0.0

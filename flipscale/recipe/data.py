@@ -142,12 +142,10 @@ class DataRecipe:
 
     @property
     def workers(self) -> int:
-        """Number of decoding processes of this process."""
         return decoding_workers(self.num_workers)
 
     @property
     def num_lanes(self) -> int:
-        """Number of lanes of the order."""
         return number_of_lanes(self.lanes, self.global_batch_size)
 
 

@@ -15,7 +15,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def recipe_names() -> str:
-    """Return the names of the package's recipes, separated by commas."""
     return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 

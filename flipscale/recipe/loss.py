@@ -50,5 +50,4 @@ class LossRecipe:
 
     @property
     def learns_captions(self) -> bool:
-        """Whether the model has a decoder that learns to write captions."""
         return self.kind == "captioning" or self.caption_weight > 0.0

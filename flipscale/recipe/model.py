@@ -81,7 +81,6 @@ class ModelRecipe:
 
     @property
     def start(self) -> str | Towers | None:
-        """The start weights, or None."""
         if self.vision is None and self.text is None:
             return self.init_from
         return Towers(*cast(tuple[str, str], (self.vision, self.text)))

@@ -35,7 +35,6 @@ class LoraRecipe:
 
     @property
     def factor(self) -> float:
-        """Factor of the changes."""
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
 

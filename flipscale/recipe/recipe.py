@@ -73,7 +73,6 @@ class Recipe:
     resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
 
     def recomputes(self, stage: StageRecipe) -> bool:
-        """Return whether activations are recomputed in a stage."""
         own = stage.gradient_checkpointing
         return self.model.gradient_checkpointing if own is None else own
 

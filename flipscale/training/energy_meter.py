@@ -34,7 +34,6 @@ class Counter:
         self._last = read()
 
     def joules(self) -> float:
-        """Return the joules since the last call."""
         before, self._last = self._last, self._read()
         wrapped = self._limit if self._last < before else 0
         return (self._last - before + wrapped) / self._per_joule

@@ -126,7 +126,6 @@ class StopRequest(_Listener):
 
     @property
     def reason(self) -> str | None:
-        """Reason to stop; None without a request."""
         # `os.path.exists` raises nothing if the file system does not answer for once.
         if self._received is None and self._file is not None and os.path.exists(self._file):
             self._received = f"{self._file} exists"

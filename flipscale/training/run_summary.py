@@ -40,7 +40,6 @@ class Energy:
 
     @property
     def kwh(self) -> float | None:
-        """Sum of the parts; None without a measurement."""
         return sum(self.parts.values()) if self.parts else None
 
     @property
@@ -50,7 +49,6 @@ class Energy:
 
     @property
     def words(self) -> str:
-        """Description of the sum."""
         measured = "measured: " + " and ".join(self.parts)
         if self.is_whole:
             return measured
@@ -67,7 +65,6 @@ class RunSummary:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Content of `recipe.yaml`."""
         file = self.run_dir / "recipe.yaml"
         if not file.exists():
             raise UserError(f"{self.run_dir} is not a run directory: it has no recipe.yaml, which a start writes")
@@ -89,7 +86,6 @@ class RunSummary:
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
-        """Records of all starts."""
         return json_lines.read(self.run_dir / "starts.jsonl", **_START)
 
     @cached_property
@@ -107,7 +103,6 @@ class RunSummary:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run is finished."""
         return (self.run_dir / "DONE").exists()
 
     @cached_property
@@ -123,7 +118,6 @@ class RunSummary:
 
     @property
     def batch_size(self) -> int:
-        """Pairs in the global batch."""
         return self._lengths[0]
 
     @property
@@ -150,7 +144,6 @@ class RunSummary:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """Records of `metrics.jsonl`, in the order of steps."""
         records = json_lines.read_metrics(self.run_dir)
         return records if self.step is None else [record for record in records if record["step"] <= self.step]
 
@@ -194,7 +187,6 @@ class RunSummary:
 
     @cached_property
     def energy(self) -> Energy:
-        """Measured energy."""
         lines = json_lines.read(self.run_dir / ENERGY_FILE, "start", "step", "energy_parts")
         num_starts = len(self.starts)
         if self.step is not None:
@@ -210,7 +202,6 @@ class RunSummary:
 
     @property
     def cost(self) -> CostRecipe:
-        """Prices of the recipe."""
         return CostRecipe(**self.recipe.get("cost", {}))
 
     @property

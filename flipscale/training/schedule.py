@@ -66,7 +66,6 @@ class Step:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the step."""
         return self.stage.learning_rate(self.position)
 
     @property
@@ -102,7 +101,6 @@ class Schedule:
     budget_seconds: float | None = None
 
     def step(self, number: int, position: float, before: float) -> Step:
-        """Return a step of the schedule."""
         return Step(number, position, before, stage_of(self.stages, position), position >= self.stages[-1].last)
 
     def first(self, state: Mapping[str, Any]) -> Step:
@@ -166,7 +164,6 @@ class Clock:
         self.step = schedule.first(state)
 
     def advance(self, progress: BudgetProgress | None) -> Step:
-        """Move to the next step, and return it."""
         self.step = self.schedule.after(self.step, progress)
         return self.step
 

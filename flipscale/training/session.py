@@ -132,7 +132,6 @@ class Session:
 
     @property
     def step(self) -> int:
-        """Number of steps taken."""
         return self.state.get("step", 0)
 
     @property
@@ -146,7 +145,6 @@ class Session:
             self.lock.check(at_once)
 
     def release_lock(self) -> None:
-        """Leave the run directory to others."""
         if self.lock is not None:
             self.lock.release()
 
@@ -159,7 +157,6 @@ class StartTimings(dict[str, float]):
         self._last = min(float(ticks) / os.sysconf("SC_CLK_TCK"), time.clock_gettime(time.CLOCK_BOOTTIME))
 
     def end(self, part: str) -> None:
-        """End a part."""
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         self[part], self._last = round(now - self._last, 2), now
 

@@ -79,7 +79,6 @@ class TrainingSetup:
 
     @property
     def batch_size(self) -> int:
-        """Pairs in the global batch."""
         return self.recipe.data.global_batch_size
 
 

@@ -96,7 +96,6 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> list[float]:
-        """Wait for the copy and return the numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.tolist()

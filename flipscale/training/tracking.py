@@ -327,7 +327,6 @@ class Tracker:
         self._append(step, self.watch.trained_seconds, metrics)
 
     def record_energy(self, step: int) -> None:
-        """Collective. Record the energy up to now, after `step` steps."""
         self._energy.update(step)
 
 

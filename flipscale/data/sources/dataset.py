@@ -91,7 +91,6 @@ class DatasetSource(Source):
         self.faults: list[Fault] = []
 
     def read(self, shard: int, number: int) -> Sample:
-        """Return `Source.read`."""
         row = self._row(shard * _ROWS_PER_SHARD + number)
         kinds = {column: encoded_captions(row[column], repr(column)) for column in self.caption_columns}
         captions = tuple(text for texts in kinds.values() for text in texts)
@@ -139,7 +138,6 @@ class DatasetSource(Source):
             raise BadSample(f"{name!r}: {error.strerror or error}", "missing_image") from error
 
     def outline(self) -> list[int]:
-        """Return checksums of the images of some rows."""
         numbers = []
         for row in evenly(len(self), _OUTLINED):
             with suppress(BadSample):
@@ -147,16 +145,13 @@ class DatasetSource(Source):
         return numbers
 
     def shard_name(self, shard: int) -> str:
-        """Return the dataset's name and the shard's first row."""
         return f"{self.name}[{shard * _ROWS_PER_SHARD}:]"
 
     def key(self, shard: int, number: int) -> str:
-        """Return the row number."""
         return str(shard * _ROWS_PER_SHARD + number)
 
 
 def _check_columns(rows: "Dataset", name: str, image_column: str, caption_columns: list[str]) -> None:
-    """Raise unless the columns exist and may hold images and texts."""
     from datasets import Image
 
     for column in (image_column, *caption_columns):

@@ -85,12 +85,10 @@ class Manifest:
 
     @property
     def num_samples(self) -> np.ndarray:
-        """Number of samples of each shard."""
         return self.sizes[:, 0]
 
     @property
     def num_bytes(self) -> np.ndarray:
-        """Length of each shard."""
         return self.sizes[:, 1]
 
     def row(self, shard: int, number: int) -> np.ndarray:
@@ -125,7 +123,6 @@ class Manifest:
 
 
 def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
-    """Return the manifest at `path`, or None."""
     try:
         file = open_plain(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -221,7 +218,6 @@ def expand_range(shards: str) -> list[str] | None:
 
 
 def without_own_files(names: list[str]) -> list[str]:
-    """Return the names without those of files that flipscale writes."""
     return [name for name in names if not _OWN_FILES.fullmatch(name.rsplit("/", 1)[-1])]
 
 
@@ -247,7 +243,6 @@ class ShardList:
 
     @property
     def remedy(self) -> str:
-        """Fix of a bad manifest."""
         return f"write the manifest anew with `flipscale prepare index {quoted(self.shards)}`"
 
     @property
@@ -256,7 +251,6 @@ class ShardList:
         return self.remedy
 
     def path(self, name: str) -> Path:
-        """Return the path of a shard."""
         return Path(self.folder, name)
 
     def names(self) -> list[str]:
@@ -328,7 +322,6 @@ class ShardList:
 
 
 def _indexed(shards: ShardList, name: str) -> tuple[str, Index]:
-    """Return a shard's name and index, which is built if needed."""
     path = shards.path(name)
     try:
         return name, load_index(path)

@@ -105,7 +105,6 @@ def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWei
 
 
 def in_words(source: Source, shards: str) -> str:
-    """Return the counts and the name of a source's shards."""
     return f"{len(source):,} samples in {len(source.shard_sizes):,} shards of {shards!r}"
 
 

@@ -23,7 +23,6 @@ _WRITERS = {
 
 
 def is_saved_dataset(folder: str) -> bool:
-    """Return whether `save_to_disk` of `datasets` wrote a folder."""
     return any(os.path.exists(f"{folder}/dataset_{what}.json") for what in ("info", "dict"))
 
 

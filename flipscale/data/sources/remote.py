@@ -226,7 +226,6 @@ class ShardCache:
                 self.forget(url)
 
     def forget(self, url: str) -> None:
-        """Remove a wrong copy of `url`."""
         remove(self.path(url))
 
     def fetch(self, url: str, is_needed: bool = True) -> None:
@@ -309,15 +308,12 @@ class RemoteShardList(ShardList):
 
     @property
     def stale_remedy(self) -> str:
-        """Fix of a shard that differs from its entry in the manifest."""
         return f"give the new shard another name, and {self.remedy}"
 
     def path(self, name: str) -> str:  # type: ignore[override]
-        """Return the URL of a shard."""
         return name if "://" in name else f"{self.folder}/{name}"
 
     def names(self) -> list[str]:
-        """Return `ShardList.names`."""
         named = expand_range(self.pattern)
         if named is None:
             url = self.path(self.pattern)
@@ -374,7 +370,6 @@ class RemoteShardList(ShardList):
                 return build_index(self.cache.path(url), path)
 
     def _fetch(self, url: str, path: Path, most_bytes: int) -> None:
-        """Fetch a small file to `path`."""
 
         def ask() -> None:
             with atomic_write(path, unique_partial_path(path)) as partial_file:
@@ -385,7 +380,6 @@ class RemoteShardList(ShardList):
         with_retries(url, ask)
 
     def index_path(self, name: str) -> Path:
-        """Return the path of a shard's index in the cache."""
         path = self.cache.path(self.path(name))
         return path.with_name(path.name + ".index.npy")
 

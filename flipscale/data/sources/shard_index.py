@@ -227,7 +227,6 @@ class Index(NamedTuple):
 
 
 def index_path(shard: Path) -> Path:
-    """Return the path of the index of `shard`, in the same folder."""
     return shard.with_name(shard.name + ".index.npy")
 
 
@@ -265,7 +264,6 @@ def places(row: np.ndarray) -> Places:
 
 
 def read_index(content: bytes) -> Index:
-    """Return the index in a file with this content."""
     try:
         if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
             raise UserError("the index was changed")

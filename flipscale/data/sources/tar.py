@@ -93,7 +93,6 @@ class TarSource(Source):
         return True
 
     def shard_name(self, shard: int) -> str:
-        """Return the path or URL of shard `shard`."""
         return str(self.list.path(self.manifest.names[shard]))
 
     def read(self, shard: int, number: int) -> Sample:
@@ -194,7 +193,6 @@ class TarSource(Source):
         return np.concatenate([self.manifest.num_bytes, *places]).tolist()
 
     def _row(self, shard: int, number: int) -> np.ndarray:
-        """Return the index row of a sample, uint32 `(3, 2)`."""
         return self.manifest.row(shard, number)
 
     def _read(self, shard: int, image: Place | None, *texts: Place | None) -> list[bytes | None]:
@@ -208,7 +206,6 @@ class TarSource(Source):
 
     @contextmanager
     def _naming_shard(self, shard: int) -> Iterator[None]:
-        """Name the shard in an error of a disk or network."""
         try:
             yield
         except OSError as error:
