@@ -272,7 +272,13 @@ class Engine:
         self._prepare(frozen)
         if reader is not None:
             self.layout.load_moments(reader, num_steps)
-        self._start_averages(reader)
+        if self.recipe.ema_decay is None:
+            return
+        self.averages = {name: held.clone() for name, held in self.layout.all_weights().items()}
+        if reader is not None:
+            parameters = self.model.named_parameters()
+            averages = {name: Shard(self.averages[name], self.layout.weights(p).first) for name, p in parameters}
+            self.layout.fill(reader, "ema", averages)
 
     def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
         """Collective. Move a part to the device, sharded if the engine shards, and return its layout.
@@ -326,16 +332,6 @@ class Engine:
         """Collective. Return the processes that share Muon's work on whole matrices; None if each does all of it."""
         return None
 
-    def _start_averages(self, reader: CheckpointReader | None) -> None:
-        """Start the averages, if the recipe has them, from a checkpoint or else from the current weights."""
-        if self.recipe.ema_decay is None:
-            return
-        self.averages = {name: held.clone() for name, held in self.layout.all_weights().items()}
-        if reader is not None:
-            parameters = self.model.named_parameters()
-            averages = {name: Shard(self.averages[name], self.layout.weights(p).first) for name, p in parameters}
-            self.layout.fill(reader, "ema", averages)
-
     def __call__(self, **batch: Any) -> Any:
         """Collective. Return the `FlipOutput` of this process's part of a batch, the arguments of `forward`."""
         self.phases.mark("forward")
@@ -374,7 +370,12 @@ class Engine:
         if self._is_checked:
             return
         self._is_checked = True
-        trained = {_parts_above(n): self._has_gradient(p) for n, p in self.model.named_parameters() if p.requires_grad}
+        # By the modules of a parameter, the largest first, and its own name: `a`, `a.b`, `a.b.weight`.
+        trained = {
+            tuple(accumulate(name.split("."), "{}.{}".format)): self._has_gradient(parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
         used = {part for parts, has_gradient in trained.items() if has_gradient for part in parts}
         # A module that is not used at all stands for its parameters.
         unused = [next(part for part in parts if part not in used) for parts in trained if parts[-1] not in used]
@@ -436,11 +437,6 @@ class Engine:
     def tensor_chunks(self) -> list[TensorChunk]:
         """Return the data that this process saves: ranges of weights, moments and averages."""
         return self.layout.tensor_chunks(self.averages)
-
-
-def _parts_above(name: str) -> tuple[str, ...]:
-    """Return the modules of a parameter, the largest first, and the parameter: `a`, `a.b`, `a.b.weight`."""
-    return tuple(accumulate(name.split("."), "{}.{}".format))
 
 
 @torch.no_grad()

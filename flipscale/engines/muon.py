@@ -61,7 +61,8 @@ class Muon(torch.optim.Optimizer):
             if not parameters:
                 continue
             self._move_momentum(parameters, group["momentum"])
-            shards = _shard_group(parameters[0])
+            first: Any = parameters[0]
+            shards = first.device_mesh.get_group("shard") if hasattr(first, "to_local") else None  # None: it is whole
             if shards is None or dist.get_world_size(shards) == 1:
                 updates = self._of_whole_ones(parameters, group["momentum"])
             else:
@@ -194,13 +195,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor, which may be a DTensor."""
     # The attribute tells, because DTensor takes a second to import.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _shard_group(parameter: nn.Parameter) -> dist.ProcessGroup | None:
-    """Return the processes that have the rows of a matrix; None for a whole matrix."""
-    from torch.distributed.tensor import DTensor  # an engine that shards has imported this
-
-    return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
 
 
 def _rows(shape: torch.Size, rank: int, count: int) -> int:

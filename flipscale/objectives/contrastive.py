@@ -459,13 +459,6 @@ def _gather(rows: torch.Tensor) -> torch.Tensor:
     return everywhere.unflatten(0, (world_size(), -1))
 
 
-def _to_owner(parts: torch.Tensor) -> torch.Tensor:
-    """Send part r of `(world, ...)` to process r; return the parts that this process received, in the same shape."""
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts)
-    return received
-
-
 def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
     """Return on process r the sum over all processes of part r of `(world, ...)`.
 
@@ -473,7 +466,9 @@ def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
     long (2 and 4 processes, 2,048 rows of 512 each).
     """
     if parts.device.type == "cpu":
-        return _to_owner(parts.contiguous()).sum(0)
+        received = torch.empty(parts.shape, dtype=parts.dtype)
+        dist.all_to_all_single(received, parts.contiguous())
+        return received.sum(0)
     mine = parts.new_empty(parts.shape[1:])
     dist.reduce_scatter_single(mine, parts.flatten(0, 1).contiguous())
     return mine

@@ -235,7 +235,11 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
     workers = hardware.workers(recipe, launch)
     loader = pairs / (workers * hardware.images_per_worker_s) if workers else 0.0
-    busy, host = compute + exposed + optimizer, _host_seconds(recipe, launch, stage, hardware, passes, micro_batches)
+    busy = compute + exposed + optimizer
+    host = hardware.call_s * host_calls(recipe, launch, stage, passes, micro_batches)
+    if issubclass(engine_class(launch), Fsdp2Engine) and count > 1:
+        model = trained_model(recipe)
+        host += _UNIT_SECONDS * (len(encoder_blocks(model)) + len(list(model.children())) + 1) * passes
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
     vision = build_config(recipe).vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
@@ -265,17 +269,6 @@ def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, 
     if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1 and launch.reshard_after_forward:
         calls += _GATHER_CALLS * (passes + micro_batches)
     return _OTHER_CALLS + blocks * calls
-
-
-def _host_seconds(
-    recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware, passes: int, micro_batches: int
-) -> float:
-    seconds = hardware.call_s * host_calls(recipe, launch, stage, passes, micro_batches)
-    if issubclass(engine_class(launch), Fsdp2Engine) and launch.num_processes > 1:
-        model = trained_model(recipe)
-        units = len(encoder_blocks(model)) + len(list(model.children())) + 1
-        seconds += _UNIT_SECONDS * units * passes
-    return seconds
 
 
 def messages(recipe: Recipe, launch: Launch, stage: StageRecipe, links: Links) -> Messages:

@@ -17,7 +17,7 @@ from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.last_lines import draw_figures
-from flipscale.training.between_steps import Evaluation, Measurements
+from flipscale.training.between_steps import Evaluation
 from flipscale.training.session import Session
 from flipscale.training.setup import TrainingSetup, check_settings
 
@@ -74,7 +74,9 @@ class RunEvaluator:
         if session.accelerator.is_main_process:
             drop_results_after(self._run_dir, session.step or -1)  # results before the first step have step 0
 
-    def __call__(self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float) -> Measurements:
+    def __call__(
+        self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float
+    ) -> tuple[dict[str, float], str]:
         """Collective. Return the numbers of evaluations. Those after 0 steps are of the untrained model."""
         results = run_tasks(self._embedder, [self._tasks[one.name] for one in evaluations])
         if not num_steps:
@@ -84,7 +86,7 @@ class RunEvaluator:
             if time.monotonic() - self._drawn > _FRESH_SECONDS:
                 draw_figures(self._run_dir)
                 self._drawn = time.monotonic()
-        return Measurements(as_metrics(results), results_line(num_steps, results))
+        return as_metrics(results), results_line(num_steps, results)
 
 
 def results_line(step: int, results: Sequence[Result]) -> str:

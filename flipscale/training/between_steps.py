@@ -46,13 +46,6 @@ class Evaluation(NamedTuple):
     is_before: bool = False
 
 
-class Measurements(NamedTuple):
-    """Numbers of evaluations for `metrics.jsonl`, and their line of the log."""
-
-    metrics: dict[str, float]
-    line: str
-
-
 class Evaluator(Protocol):
     """Evaluates the weights in training."""
 
@@ -60,8 +53,11 @@ class Evaluator(Protocol):
     def evaluations(self) -> Sequence[Evaluation]:
         """Evaluations of the run. All of them run at its end."""
 
-    def __call__(self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float) -> Measurements:
-        """Collective. Run some of the evaluations, and keep their results."""
+    def __call__(
+        self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float
+    ) -> tuple[dict[str, float], str]:
+        """Collective. Run some of the evaluations, and keep their results. Return their numbers for `metrics.jsonl`,
+        and their line of the log."""
 
 
 class Evaluations:
