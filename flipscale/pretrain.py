@@ -71,15 +71,15 @@ def pretrain(recipe: Recipe) -> Path:
             keep_class_names(run_dir, class_names)
         push = BackgroundPush(recipe, setup.schedule.total_steps, is_main)
         with StopRequest(watches_file=is_main) as request, watch:
-            end = train(setup, session, engine, watch, request, evaluator, flops, push.offer)
+            step, is_stopped = train(setup, session, engine, watch, request, evaluator, flops, push.offer)
             with watch.paused("the export"):
                 push.close()
-                if not end.is_stopped:
-                    finish(recipe, session, end.step.number, watch.trained_seconds)
+                if not is_stopped:
+                    finish(recipe, session, step.number, watch.trained_seconds)
     finally:
         session.release_lock()
-    if end.is_stopped:
-        log_stop(setup.schedule, end.step)
+    if is_stopped:
+        log_stop(setup.schedule, step)
         raise Stopped
     return run_dir
 

@@ -144,7 +144,6 @@ def decode_crop(
     draws: np.ndarray | None,
     image_size: int,
     crop_scale: tuple[float, float],
-    squash: bool = False,
     fallback_size: int | None = None,
 ) -> Crop:
     """Return the crop of an image. A crop of a large image is `fitted` already, so that it holds no other memory.
@@ -156,7 +155,6 @@ def decode_crop(
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop, mirrored if the last is below 0.5; None for the
             centre.
         crop_scale: least and most area of a random crop as fractions of the image's.
-        squash: whether the whole image takes the place of its centre, as in SigLIP.
         fallback_size: size in place of `image_size` for the fallback of `random_box`.
     """
     jpeg_size = _plain_jpeg_size(encoded)
@@ -169,7 +167,7 @@ def decode_crop(
         if orientation >= _FIRST_SIDEWAYS:
             height, width = width, height
     if draws is None:
-        box = Box(0, 0, height, width) if squash else centre_box(height, width, image_size)
+        box = centre_box(height, width, image_size)
     else:
         box = random_box(height, width, draws, fallback_size or image_size, crop_scale)
     if jpeg_size is not None:

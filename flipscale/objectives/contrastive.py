@@ -239,7 +239,9 @@ def _beside_each(negatives: list["LogSumExp"], positives: list[torch.Tensor], sh
         positives: logits of the pairs in each view.
         shift: `common_shift` of all logits, or None.
     """
-    both = merge(LogSumExp(*(torch.stack(parts) for parts in zip(*negatives, strict=True))))
+    shifts, totals = (torch.stack(parts) for parts in zip(*negatives, strict=True))
+    highest = shifts.amax(0)
+    both = LogSumExp(highest, (totals * (shifts - highest).exp_()).sum(0))
     if shift is None:
         both.raise_shift(torch.stack(positives).amax(0))
     own = torch.stack([(positive - both.shift).exp() for positive in positives])
@@ -538,12 +540,6 @@ class Softmax(NamedTuple):
 
     def part(self, rows: slice) -> "Softmax":
         return Softmax(self.shift[rows], self.factor[rows])
-
-
-def merge(parts: LogSumExp) -> LogSumExp:
-    """Return the log-sum-exp of the negatives of all `parts` `(parts, count)`."""
-    shift = parts.shift.amax(0)
-    return LogSumExp(shift, (parts.total * (parts.shift - shift).exp_()).sum(0))
 
 
 class Tile(NamedTuple):

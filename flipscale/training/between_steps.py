@@ -66,10 +66,6 @@ class Evaluations:
     def __init__(self, evaluator: Evaluator, setup: TrainingSetup, engine: Engine, tracker: Tracker):
         self._evaluator, self._setup, self._engine, self._tracker = evaluator, setup, engine, tracker
 
-    def before(self, step: Step) -> list[Evaluation]:
-        """Return the evaluations before the first step of the run; none before a later step."""
-        return [] if step.number else [one for one in self._evaluator.evaluations if one.is_before]
-
     def due(self, step: Step) -> list[Evaluation]:
         """Return the evaluations before a step. Those at the end of the run are left out."""
         if step.is_over:

@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from flipscale.training.setup import TrainingSetup
 
 
-class End(NamedTuple):
-    """The end of a start: the step that would follow, and whether a request stopped the run before its last step."""
-
-    step: Step
-    is_stopped: bool
-
-
 def train(
     setup: TrainingSetup,
     session: Session,
@@ -42,8 +35,9 @@ def train(
     evaluator: Evaluator,
     flops: Mapping[str, Mapping[str, int]],
     on_checkpoint: Callable[[int], None],
-) -> End:
-    """Collective. Take the remaining steps; evaluate and save between them.
+) -> tuple[Step, bool]:
+    """Collective. Take the remaining steps; evaluate and save between them. Return the step that would follow, and
+    whether a request stopped the run before its last step.
 
     Args:
         flops: operations by stage name of a `pair` and, if captions are packed, of the text tower for a `row`; on the
@@ -65,7 +59,8 @@ def train(
     stops = False
 
     with tracker, between:
-        evaluations.run(evaluations.before(clock.step), session.step)
+        if not session.step:
+            evaluations.run([one for one in evaluator.evaluations if one.is_before], 0)
         for step, micro_batches, faults in watch.timed(step_batches(setup, clock, accelerator), session.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.resets_optimizer:
@@ -103,7 +98,7 @@ def train(
         if not stops:
             evaluations.run(evaluator.evaluations, step.number)
         tracker.record_energy(step.number)
-    return End(step, stops)
+    return step, stops
 
 
 class StepBatch(NamedTuple):
