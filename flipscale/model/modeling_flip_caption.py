@@ -11,8 +11,12 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+    Seq2SeqLMOutput,
+)
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -34,17 +38,6 @@ _IMAGES = ("image_mask_ratio", "patches", "patch_index", "interpolate_pos_encodi
 CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 # Label of a position without target.
 NO_TARGET = -100
-
-
-@dataclass
-class FlipDecoderOutput(ModelOutput):
-    """The output of the decoder: `logits` `(batch, tokens, vocab_size)`, and the states that transformers records."""
-
-    logits: torch.Tensor | None = None
-    cache: EncoderDecoderCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -220,7 +213,7 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
         use_cache: bool | None = None,
         in_parallel: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> FlipDecoderOutput:
+    ) -> CausalLMOutputWithCrossAttentions:
         """Return the logits of the token after each token.
 
         Args:
@@ -258,7 +251,8 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
                 image_states = layer(image_states, **kwargs)
         for layer in self.layers:
             hidden_states = layer(hidden_states, image_states, mask, cache=cache, **kwargs)
-        return FlipDecoderOutput(logits=self.lm_head(self.final_layer_norm(hidden_states)), cache=cache)
+        logits = self.lm_head(self.final_layer_norm(hidden_states))
+        return CausalLMOutputWithCrossAttentions(logits=logits, **cast(Any, {CACHE: cache}))
 
     def _partly_causal_mask(self, in_parallel: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return a mask `(batch, 1, tokens, tokens)` that is causal except for the captions `in_parallel`.
@@ -281,7 +275,7 @@ def read_captions(
     labels: torch.Tensor | None,
     in_parallel: torch.Tensor | None,
     **kwargs: Any,
-) -> tuple[FlipDecoderOutput, torch.Tensor | None]:
+) -> tuple[CausalLMOutputWithCrossAttentions, torch.Tensor | None]:
     """Return the decoder's output for the captions of images, and with labels their `caption_losses`.
 
     Args:
@@ -420,7 +414,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
             caption_losses=losses,
-            **{CACHE: decoded.cache},
+            **{CACHE: getattr(decoded, CACHE)},
         )
 
     @torch.no_grad()

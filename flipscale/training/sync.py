@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,23 +82,21 @@ class StepOutcomes:
     failure: FloatingPointError | None = None
 
 
-class HostCopy:
-    """An asynchronous copy of `numbers` `(count,)` to the host. They must not change before `read`, which waits."""
+def host_copy(numbers: torch.Tensor) -> Callable[[], list[float]]:
+    """Copy `numbers` `(count,)` to the host asynchronously. They must not change before a call of the returned
+    function, which waits for the copy."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    copy = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+    # `blocking` lets the process sleep while it waits, which leaves its core to the loader's workers.
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record()
 
-    def __init__(self, numbers: torch.Tensor):
-        self._numbers = numbers
-        self._arrived: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            # `blocking` lets the process sleep while it waits, which leaves its core to the loader's workers.
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._arrived.record()
+    def read() -> list[float]:
+        arrived.synchronize()
+        return copy.tolist()
 
-    def read(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._numbers.tolist()
+    return read
 
 
 class _Unread(NamedTuple):
@@ -108,7 +106,7 @@ class _Unread(NamedTuple):
     faults: list[Fault]
     clock: Interval
     metrics: list[str]
-    numbers: HostCopy
+    read: Callable[[], list[float]]
 
 
 class StepSync:
@@ -152,7 +150,7 @@ class StepSync:
         sums = self._accelerator.reduce(torch.cat([mine, _to_device(flags, mine.device)]), "sum")
         should_step = sums[:2].isfinite().all()
         numbers = torch.cat([torch.stack([should_step.double(), *loss.metrics.values()]), sums.double()])
-        self._unread.append(_Unread(step, faults, self._watch.so_far(), list(loss.metrics), HostCopy(numbers)))
+        self._unread.append(_Unread(step, faults, self._watch.so_far(), list(loss.metrics), host_copy(numbers)))
         return should_step.float()
 
     def drain(self, wait: bool) -> StepOutcomes:
@@ -185,7 +183,7 @@ class StepSync:
     def _read(self, unread: _Unread, outcomes: StepOutcomes) -> None:
         """Collective. Add the result of a step and its requests. Only here does the host wait for the device."""
         self._watch.phases.mark("device_wait")
-        should_step, *rest = unread.numbers.read()
+        should_step, *rest = unread.read()
         self._watch.phases.mark("update")
         names, step = unread.metrics, unread.step
         metrics = dict(zip(names, rest, strict=False))
