@@ -13,22 +13,11 @@ from typing import Any, ClassVar
 import torch
 
 from flipscale.model import FlipConfig
-from flipscale.objectives.contrastive import (
-    GatheredTexts,
-    Matrix,
-    PairLoss,
-    PendingGather,
-    PrecomputedGradients,
-    Tile,
-    for_each_tile,
-    prefixes,
-    views_of,
-    whole_gradient,
-)
+from flipscale.objectives import contrastive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid(PairLoss):
+class Sigmoid(contrastive.PairLoss):
     """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
 
     takes_equal_captions: ClassVar[bool] = True
@@ -54,7 +43,7 @@ def sigmoid_loss(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     ids: torch.Tensor | None = None,
-    pending: PendingGather | None = None,
+    pending: contrastive.PendingGather | None = None,
     prefix_dims: Sequence[int] = (),
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
@@ -68,7 +57,7 @@ def sigmoid_loss(
         image_embeds, text_embeds = text_embeds, image_embeds
     compute = functools.partial(_loss_and_gradients, ids=ids, pending=pending, prefix_dims=prefix_dims)
     tensors = (image_embeds, text_embeds, logit_scale, logit_bias)
-    loss: torch.Tensor = PrecomputedGradients.apply(compute, torch.float32, *tensors)
+    loss: torch.Tensor = contrastive.PrecomputedGradients.apply(compute, torch.float32, *tensors)
     return loss
 
 
@@ -78,33 +67,35 @@ def _loss_and_gradients(
     scale: torch.Tensor,
     bias: torch.Tensor,
     ids: torch.Tensor | None,
-    pending: PendingGather | None,
+    pending: contrastive.PendingGather | None,
     prefix_dims: Sequence[int] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
-    gathered = GatheredTexts(texts, pending)
-    both_ids = None if ids is None else (ids, GatheredTexts(ids).rows)
-    rows, columns = prefixes(images, prefix_dims), prefixes(gathered.rows, prefix_dims)
+    gathered = contrastive.GatheredTexts(texts, pending)
+    both_ids = None if ids is None else (ids, contrastive.GatheredTexts(ids).rows)
+    rows, columns = contrastive.prefixes(images, prefix_dims), contrastive.prefixes(gathered.rows, prefix_dims)
     row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
     for part, others, gradient, other_gradient in zip(rows, columns, row_gradients, column_gradients, strict=True):
-        for view, *results in zip(*(views_of(side, len(texts)) for side in (part, sums, gradient)), strict=True):
-            matrix = Matrix(view, others, scale, gathered.first)
-            for_each_tile(_add_tile, matrix, bias, both_ids, *results, other_gradient)
+        for view, *results in zip(
+            *(contrastive.views_of(side, len(texts)) for side in (part, sums, gradient)), strict=True
+        ):
+            matrix = contrastive.Matrix(view, others, scale, gathered.first)
+            contrastive.for_each_tile(_add_tile, matrix, bias, both_ids, *results, other_gradient)
     count = len(images) * len(rows)
     loss, bias_gradient = sums.sum(0) / count
     products = [
         torch.einsum("nd,nd->n", *sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)
     ]
-    image_gradient = whole_gradient(images, rows, row_gradients).mul_(scale / count)
-    text_gradient = gathered.sum(whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
+    image_gradient = contrastive.whole_gradient(images, rows, row_gradients).mul_(scale / count)
+    text_gradient = gathered.sum(contrastive.whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
     scale_gradient = torch.stack(products).sum() / count
     return loss, (image_gradient, text_gradient, scale_gradient.reshape(1), bias_gradient.reshape(1))
 
 
 def _add_tile(
-    tile: Tile,
+    tile: contrastive.Tile,
     bias: torch.Tensor,
     ids: tuple[torch.Tensor, torch.Tensor] | None,
     sums: torch.Tensor,

@@ -3,17 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flipscale.io.options import (
-    Count,
-    NonNegative,
-    OpenShare,
-    Pixels,
-    Positive,
-    Samples,
-    SamplesOrZero,
-    ShareAboveZero,
-    ShareBelowOne,
-)
+from flipscale.io import options
 
 
 @dataclass(frozen=True)
@@ -28,8 +18,8 @@ class LoraRecipe:
             q_proj, k_proj, v_proj, out_proj, fc1, fc2. The default is the paper's.
     """
 
-    rank: Count | None = None
-    alpha: Positive | None = None
+    rank: options.Count | None = None
+    alpha: options.Positive | None = None
     towers: tuple[str, ...] = ("vision_model", "text_model")
     modules: tuple[str, ...] = ("q_proj", "v_proj")
 
@@ -65,17 +55,17 @@ class OptimRecipe:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    weight_decay: NonNegative = 0.2
-    adam_beta1: ShareBelowOne = 0.9
-    adam_beta2: ShareBelowOne = 0.95
-    adam_epsilon: Positive = 1e-8
-    muon_lr_ratio: NonNegative = 10.0
-    muon_momentum: ShareBelowOne = 0.95
-    max_grad_norm: Positive | None = None
-    ema_decay: OpenShare | None = None
-    layer_decay: ShareAboveZero | None = None
-    tower_lr_ratio: Positive = 1.0
-    part_lr_ratios: dict[str, Positive] = field(default_factory=dict)
+    weight_decay: options.NonNegative = 0.2
+    adam_beta1: options.ShareBelowOne = 0.9
+    adam_beta2: options.ShareBelowOne = 0.95
+    adam_epsilon: options.Positive = 1e-8
+    muon_lr_ratio: options.NonNegative = 10.0
+    muon_momentum: options.ShareBelowOne = 0.95
+    max_grad_norm: options.Positive | None = None
+    ema_decay: options.OpenShare | None = None
+    layer_decay: options.ShareAboveZero | None = None
+    tower_lr_ratio: options.Positive = 1.0
+    part_lr_ratios: dict[str, options.Positive] = field(default_factory=dict)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
 
 
@@ -104,14 +94,14 @@ class StageRecipe:
     """
 
     name: str
-    samples: Samples | None = None
-    mask_ratio: ShareBelowOne = 0.0
-    base_lr: NonNegative | None = None
-    warmup_samples: SamplesOrZero = 0
-    text_mask_ratio: ShareBelowOne = 0.0
-    share: ShareAboveZero | None = None
-    warmup_share: ShareBelowOne = 0.0
-    image_size: Pixels | None = None
-    captions: dict[str, NonNegative] | None = field(default=None, hash=False)
+    samples: options.Samples | None = None
+    mask_ratio: options.ShareBelowOne = 0.0
+    base_lr: options.NonNegative | None = None
+    warmup_samples: options.SamplesOrZero = 0
+    text_mask_ratio: options.ShareBelowOne = 0.0
+    share: options.ShareAboveZero | None = None
+    warmup_share: options.ShareBelowOne = 0.0
+    image_size: options.Pixels | None = None
+    captions: dict[str, options.NonNegative] | None = field(default=None, hash=False)
     frozen: tuple[str, ...] = ()
     gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})

@@ -4,17 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from flipscale.io.options import (
-    Count,
-    CountOrZero,
-    Minutes,
-    NonNegative,
-    Overhead,
-    SamplesOrZero,
-    Seconds,
-    ShareBelowOne,
-    Workers,
-)
+from flipscale.io import options
 
 TASKS_DIR = "data/tasks"  # default folder of `flipscale prepare tasks`
 
@@ -36,12 +26,12 @@ class LogRecipe:
         memory_steps: Steps whose allocations on GPUs these ranks record there, after the traced steps; 0 for none.
     """
 
-    every_samples: SamplesOrZero | None = None
-    every_share: ShareBelowOne = 0.0
+    every_samples: options.SamplesOrZero | None = None
+    every_share: options.ShareBelowOne = 0.0
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    hang_seconds: Seconds = 540.0
-    profile_steps: CountOrZero = 0
-    memory_steps: CountOrZero = 0
+    hang_seconds: options.Seconds = 540.0
+    profile_steps: options.CountOrZero = 0
+    memory_steps: options.CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +44,9 @@ class SaveRecipe:
         total_limit: Number of newest checkpoints to keep.
     """
 
-    every_samples: SamplesOrZero = 0
-    every_minutes: Minutes = 0.0
-    total_limit: Count = 2
+    every_samples: options.SamplesOrZero = 0
+    every_minutes: options.Minutes = 0.0
+    total_limit: options.Count = 2
 
 
 @dataclass(frozen=True)
@@ -77,13 +67,13 @@ class EvalRecipe:
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
-    every_samples: SamplesOrZero = 0
-    every_share: ShareBelowOne = 0.0
+    every_samples: options.SamplesOrZero = 0
+    every_share: options.ShareBelowOne = 0.0
     zero_shot: str | None = None
     retrieval: str | None = None
     tasks_dir: str = TASKS_DIR
-    batch_size: Count = 256
-    num_workers: Workers | None = None
+    batch_size: options.Count = 256
+    num_workers: options.Workers | None = None
 
     def every(self, share: float) -> "EvalRecipe":
         """Return this recipe with all tasks at `every_share` `share`; tasks that run only at the end still do."""
@@ -127,9 +117,9 @@ class CostRecipe:
         pue: Power usage effectiveness: total power of the data centre divided by its machines'. 1 leaves out cooling.
     """
 
-    device_hour_dollars: NonNegative | None = None
-    kwh_co2_grams: NonNegative | None = None
-    pue: Overhead = 1.0
+    device_hour_dollars: options.NonNegative | None = None
+    kwh_co2_grams: options.NonNegative | None = None
+    pue: options.Overhead = 1.0
 
     def dollars(self, device_hours: float | None) -> float | None:
         """Return the price of device hours, or None if the hours or the price are unknown."""

@@ -8,18 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flipscale.data import samples
 from flipscale.data.captions import encoded_captions
-from flipscale.data.samples import (
-    MAX_IMAGE_BYTES,
-    BadSample,
-    Fault,
-    MissingCaption,
-    Sample,
-    Source,
-    check_bytes,
-    evenly,
-    one_line_reason,
-)
 from flipscale.data.sources.shard_index import NotAFile, open_plain
 from flipscale.io.errors import UserError, first_line
 
@@ -62,7 +52,7 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
         ) from error
 
 
-class DatasetSource(Source):
+class DatasetSource(samples.Source):
     """The rows of a map-style Dataset by (shard, number). A shard is 10,000 consecutive rows; images stay encoded.
 
     Args:
@@ -88,16 +78,16 @@ class DatasetSource(Source):
         self.rows = rows
         full, rest = divmod(len(rows), _ROWS_PER_SHARD)
         self.shard_sizes = [_ROWS_PER_SHARD] * full + [rest] * (rest > 0)
-        self.faults: list[Fault] = []
+        self.faults: list[samples.Fault] = []
 
-    def read(self, shard: int, number: int) -> Sample:
+    def read(self, shard: int, number: int) -> samples.Sample:
         row = self._row(shard * _ROWS_PER_SHARD + number)
         kinds = {column: encoded_captions(row[column], repr(column)) for column in self.caption_columns}
         captions = tuple(text for texts in kinds.values() for text in texts)
         if not captions:
-            raise MissingCaption("there is none")
+            raise samples.MissingCaption("there is none")
         image = self._image(row[self.image_column])
-        return Sample(f"{self.name}#{self.key(shard, number)}", image, captions, kinds=kinds)
+        return samples.Sample(f"{self.name}#{self.key(shard, number)}", image, captions, kinds=kinds)
 
     def _row(self, number: int) -> dict[str, Any]:
         """Return a row of the dataset.
@@ -111,7 +101,7 @@ class DatasetSource(Source):
         except OSError:
             raise
         except Exception as error:
-            raise BadSample(one_line_reason(error), "unreadable_row") from error
+            raise samples.BadSample(samples.one_line_reason(error), "unreadable_row") from error
 
     def _image(self, stored: Any) -> bytes:
         """Return the encoded image of a row. Raise BadSample if the row has no image, or it is too large."""
@@ -120,27 +110,27 @@ class DatasetSource(Source):
             content = self._file(file)
         if not content or not isinstance(content, bytes):
             what = f"has a {type(content).__name__}; it must be encoded bytes" if content else "is empty"
-            raise BadSample(f"column {self.image_column!r} {what}", "missing_image")
-        check_bytes(len(content), MAX_IMAGE_BYTES, "an image")
+            raise samples.BadSample(f"column {self.image_column!r} {what}", "missing_image")
+        samples.check_bytes(len(content), samples.MAX_IMAGE_BYTES, "an image")
         return content
 
     def _file(self, name: str) -> bytes:
         path = os.path.abspath(name.replace("\0", "?"))  # a file name cannot have a NUL
         if not any(os.path.commonpath([path, folder]) == folder for folder in self._folders):
-            raise BadSample(f"it is the file {name!r}, which is not in the dataset's folder", "missing_image")
+            raise samples.BadSample(f"it is the file {name!r}, which is not in the dataset's folder", "missing_image")
         try:
             with os.fdopen(open_plain(path), "rb") as opened:
-                check_bytes(os.fstat(opened.fileno()).st_size, MAX_IMAGE_BYTES, "an image")
+                samples.check_bytes(os.fstat(opened.fileno()).st_size, samples.MAX_IMAGE_BYTES, "an image")
                 return opened.read()
         except OSError as error:
             if not isinstance(error, NotAFile) and error.errno not in _NO_FILE:
                 raise
-            raise BadSample(f"{name!r}: {error.strerror or error}", "missing_image") from error
+            raise samples.BadSample(f"{name!r}: {error.strerror or error}", "missing_image") from error
 
     def outline(self) -> list[int]:
         numbers = []
-        for row in evenly(len(self), _OUTLINED):
-            with suppress(BadSample):
+        for row in samples.evenly(len(self), _OUTLINED):
+            with suppress(samples.BadSample):
                 numbers.append(zlib.crc32(self._image(self._row(row)[self.image_column])))
         return numbers
 
