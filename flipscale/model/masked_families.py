@@ -7,32 +7,8 @@ import copy
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipConfig,
-    SiglipModel,
-    SiglipProcessor,
-    SiglipTextConfig,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-    VisionTextDualEncoderProcessor,
-    ViTConfig,
-    ViTModel,
-)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
@@ -60,19 +36,19 @@ def _size(name: str, **vision: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @strict
-class MaskedCLIPConfig(MaskedFields, CLIPConfig):
+class MaskedCLIPConfig(MaskedFields, transformers.CLIPConfig):
     """The configuration of a CLIPModel for training. Sizes are open_clip's, `g14` is its bigG/14."""
 
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": masked_config(CLIPVisionConfig, _OPENAI_MEAN, _OPENAI_STD),
-        "text_config": CLIPTextConfig,
+        "vision_config": masked_config(transformers.CLIPVisionConfig, _OPENAI_MEAN, _OPENAI_STD),
+        "text_config": transformers.CLIPTextConfig,
     }
     sizes: ClassVar[dict[str, Any]] = {
         "s16": _size("s16"),
         "b32": _size("b16", patch_size=32),
         **{name: _size(name) for name in ("b16", "l16", "l14", "h14", "g14")},
     }
-    processor_class = CLIPProcessor
+    processor_class = transformers.CLIPProcessor
     packs_captions = True
     squashes = False
 
@@ -86,25 +62,25 @@ class MaskedCLIPConfig(MaskedFields, CLIPConfig):
         return cls(vision_config=vision, text_config=text, projection_dim=dims[0])  # type: ignore[call-arg]
 
 
-class MaskedCLIPModel(MaskedDualEncoder, CLIPModel):
+class MaskedCLIPModel(MaskedDualEncoder, transformers.CLIPModel):
     """A CLIPModel with the same names of weights. Its image tower also takes visible patches."""
 
     config_class = MaskedCLIPConfig
-    tower_class = masked_tower(CLIPVisionModel, CLIPVisionEmbeddings)
+    tower_class = masked_tower(transformers.CLIPVisionModel, CLIPVisionEmbeddings)
     largest_scale = 100.0
     _no_split_modules = ["CLIPTextEmbeddings", "MaskedCLIPVisionEmbeddings", "CLIPEncoderLayer"]  # noqa: RUF012
 
 
-MaskedCLIPConfig.trained_class, MaskedCLIPConfig.exported_class = MaskedCLIPModel, CLIPModel
+MaskedCLIPConfig.trained_class, MaskedCLIPConfig.exported_class = MaskedCLIPModel, transformers.CLIPModel
 
 
 @strict
-class MaskedSiglipConfig(MaskedFields, SiglipConfig):
+class MaskedSiglipConfig(MaskedFields, transformers.SiglipConfig):
     """The configuration of a SiglipModel for training. Sizes are SigLIP's and SigLIP 2's."""
 
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": masked_config(SiglipVisionConfig, _HALF, _HALF, num_prefix=0),
-        "text_config": SiglipTextConfig,
+        "vision_config": masked_config(transformers.SiglipVisionConfig, _HALF, _HALF, num_prefix=0),
+        "text_config": transformers.SiglipTextConfig,
     }
     own_fields = ("logit_scale_init_value", "logit_bias_init_value")
     sizes: ClassVar[dict[str, Any]] = {
@@ -115,7 +91,7 @@ class MaskedSiglipConfig(MaskedFields, SiglipConfig):
         "so400m16": (_SO400M, _SO400M),
         "g16": (tower_size(1536, 40, 16), {**_SO400M, "projection_size": 1536}),
     }
-    processor_class = SiglipProcessor
+    processor_class = transformers.SiglipProcessor
     squashes = True
     # Without a mask, because SigLIP attends to the padding.
     caption_inputs = ("input_ids",)
@@ -139,18 +115,18 @@ class MaskedSiglipConfig(MaskedFields, SiglipConfig):
         return self.vision_config.hidden_size  # type: ignore[union-attr, return-value]
 
 
-class MaskedSiglipModel(MaskedDualEncoder, SiglipModel):
+class MaskedSiglipModel(MaskedDualEncoder, transformers.SiglipModel):
     """A SiglipModel with the same names of weights. Its image tower also takes visible patches."""
 
     config_class = MaskedSiglipConfig
-    tower_class = masked_tower(SiglipVisionModel, SiglipVisionEmbeddings)
+    tower_class = masked_tower(transformers.SiglipVisionModel, SiglipVisionEmbeddings)
     _no_split_modules = [  # noqa: RUF012
         *("SiglipTextEmbeddings", "MaskedSiglipVisionEmbeddings", "SiglipEncoderLayer"),
         "SiglipMultiheadAttentionPoolingHead",
     ]
 
 
-MaskedSiglipConfig.trained_class, MaskedSiglipConfig.exported_class = MaskedSiglipModel, SiglipModel
+MaskedSiglipConfig.trained_class, MaskedSiglipConfig.exported_class = MaskedSiglipModel, transformers.SiglipModel
 
 
 # Text encoders whose output has a `pooler_output`, which VisionTextDualEncoderModel projects; and others.
@@ -197,14 +173,17 @@ class PackedRegisters(PackedViTEmbeddings):
 _CLIP, _SIGLIP = (kind.sub_configs_defaults["vision_config"] for kind in (MaskedCLIPConfig, MaskedSiglipConfig))
 # Image towers by `model_type`: the configuration and the model for training.
 VISION_TOWERS: dict[str, tuple[Any, Any]] = {
-    "vit": (masked_config(ViTConfig, _HALF, _HALF), masked_tower(ViTModel, ViTEmbeddings, PackedViTEmbeddings)),
+    "vit": (
+        masked_config(transformers.ViTConfig, _HALF, _HALF),
+        masked_tower(transformers.ViTModel, ViTEmbeddings, PackedViTEmbeddings),
+    ),
     "dinov2": (
-        masked_config(Dinov2Config, IMAGENET_MEAN, IMAGENET_STD),
-        masked_tower(Dinov2Model, Dinov2Embeddings, PackedViTEmbeddings),
+        masked_config(transformers.Dinov2Config, IMAGENET_MEAN, IMAGENET_STD),
+        masked_tower(transformers.Dinov2Model, Dinov2Embeddings, PackedViTEmbeddings),
     ),
     "dinov2_with_registers": (
-        masked_config(Dinov2WithRegistersConfig, IMAGENET_MEAN, IMAGENET_STD),
-        masked_tower(Dinov2WithRegistersModel, Dinov2WithRegistersEmbeddings, PackedRegisters),
+        masked_config(transformers.Dinov2WithRegistersConfig, IMAGENET_MEAN, IMAGENET_STD),
+        masked_tower(transformers.Dinov2WithRegistersModel, Dinov2WithRegistersEmbeddings, PackedRegisters),
     ),
     "clip_vision_model": (_CLIP.config_class, MaskedCLIPModel.tower_class),
     "siglip_vision_model": (_SIGLIP.config_class, MaskedSiglipModel.tower_class),
@@ -212,7 +191,7 @@ VISION_TOWERS: dict[str, tuple[Any, Any]] = {
 
 
 @strict
-class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
+class MaskedTowersConfig(MaskedFields, transformers.VisionTextDualEncoderConfig):
     """The configuration of a VisionTextDualEncoderModel for training.
 
     Args:
@@ -223,7 +202,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
 
     own_fields = ("logit_bias_init_value", "caption_tokens", "squashes", "projection_hidden_size")
     sizes: ClassVar[dict[str, Any]] = {}
-    processor_class = VisionTextDualEncoderProcessor
+    processor_class = transformers.VisionTextDualEncoderProcessor
 
     logit_bias_init_value: float | int | None = None
     caption_tokens: int | None = None
@@ -263,7 +242,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
             return {}
         return {
             "vision_config": [*tower_fields(VISION_TOWERS[image][0]), "model_type", "squashes"],
-            "text_config": [*tower_fields(CONFIG_MAPPING[words]), "model_type", *_PROJECTED],
+            "text_config": [*tower_fields(transformers.CONFIG_MAPPING[words]), "model_type", *_PROJECTED],
         }
 
     @property
@@ -271,7 +250,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         """Class of the exported folder: transformers' own, unless it lacks parts."""
         text: Any = self.text_config
         lacks = text.model_type in UNPOOLED or self.projection_hidden_size
-        return ExtendedDualEncoderModel if lacks else VisionTextDualEncoderModel
+        return ExtendedDualEncoderModel if lacks else transformers.VisionTextDualEncoderModel
 
     def exported(self) -> Any:
         config = super().exported()
@@ -286,7 +265,7 @@ class MaskedTowersConfig(MaskedFields, VisionTextDualEncoderConfig):
         return text
 
 
-class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
+class MaskedTowersModel(MaskedDualEncoder, transformers.VisionTextDualEncoderModel):
     """A VisionTextDualEncoderModel with the same names of weights. Its image tower also takes visible patches."""
 
     config_class = MaskedTowersConfig
@@ -297,7 +276,7 @@ class MaskedTowersModel(MaskedDualEncoder, VisionTextDualEncoderModel):
     def __init__(self, config: MaskedTowersConfig):
         vision: Any = config.vision_config
         tower = VISION_TOWERS[vision.model_type][1]._from_config(vision)
-        super().__init__(config, vision_model=tower, text_model=AutoModel.from_config(config.text_config))
+        super().__init__(config, vision_model=tower, text_model=transformers.AutoModel.from_config(config.text_config))
         blocks = {type(module).__name__ for module in tower.modules() if isinstance(module, PackedEmbeddings)}
         self._no_split_modules = {*(self._no_split_modules or ()), *blocks}
         add_parts(self)
@@ -320,7 +299,7 @@ def stored_names(model: Any) -> dict[str, str]:
     weights = model.state_dict()
     own = {id(weight): name for name, weight in weights.items()}
     names = {own[id(weight)]: name for name, weight in revert_weight_conversion(model, weights).items()}
-    is_of_two = isinstance(model, VisionTextDualEncoderModel)
+    is_of_two = isinstance(model, transformers.VisionTextDualEncoderModel)
     if not is_of_two or not hasattr(model.vision_model.embeddings, "patch_embedding"):
         return names
     # transformers 5 took a level out of the towers of CLIP and SigLIP.
