@@ -22,12 +22,7 @@ from flipscale.engines.checkpoint import CheckpointReader, TensorChunk
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.muon import local
-from flipscale.engines.optimizers import (
-    build_optimizers,
-    empty_state,
-    moment_names,
-    set_learning_rate,
-)
+from flipscale.engines.optimizers import build_optimizers, empty_state, moment_names, set_learning_rate
 from flipscale.engines.slow_steps import PhaseLog
 from flipscale.engines.trainable import freeze
 from flipscale.io.errors import UserError

@@ -11,11 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithCrossAttentions,
-    Seq2SeqLMOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs

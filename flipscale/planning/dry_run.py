@@ -27,15 +27,7 @@ from flipscale.planning.memory import (
     planned_model,
     recipe_memory,
 )
-from flipscale.planning.time import (
-    Hardware,
-    Links,
-    StepTime,
-    bench_figures,
-    matmul_share,
-    speed_key,
-    step_time,
-)
+from flipscale.planning.time import Hardware, Links, StepTime, bench_figures, matmul_share, speed_key, step_time
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import schedule_stages

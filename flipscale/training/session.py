@@ -19,13 +19,7 @@ import torch
 
 from flipscale.data.loader import prepare_workers
 from flipscale.engines.build import build_engine, start_accelerator
-from flipscale.engines.checkpoint import (
-    CheckpointReader,
-    Contents,
-    from_main_process,
-    latest_checkpoint,
-    latest_valid,
-)
+from flipscale.engines.checkpoint import CheckpointReader, Contents, from_main_process, latest_checkpoint, latest_valid
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
 from flipscale.engines.trainable import add_lora, freeze

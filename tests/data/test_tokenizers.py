@@ -10,13 +10,7 @@ import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flipscale.data.tokenizers import (
-    begin_and_end,
-    bert_tokenizer,
-    load_tokenizer,
-    piece_rows,
-    train_sentencepiece,
-)
+from flipscale.data.tokenizers import begin_and_end, bert_tokenizer, load_tokenizer, piece_rows, train_sentencepiece
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
 CAPTIONS = [

@@ -5,14 +5,7 @@ import os
 import pytest
 import torch
 
-from flipscale.engines.device import (
-    GPUS,
-    attention_kernel,
-    best_attention,
-    gpu_named,
-    peak_flops,
-    set_up_gpu,
-)
+from flipscale.engines.device import GPUS, attention_kernel, best_attention, gpu_named, peak_flops, set_up_gpu
 from flipscale.io.errors import UserError
 
 

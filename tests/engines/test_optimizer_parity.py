@@ -9,13 +9,7 @@ import pytest
 import torch
 from conftest import TOWER
 
-from flipscale.engines.optimizers import (
-    build_optimizers,
-    decays,
-    layer_scales,
-    muon_matrices,
-    set_learning_rate,
-)
+from flipscale.engines.optimizers import build_optimizers, decays, layer_scales, muon_matrices, set_learning_rate
 from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_name
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel

@@ -9,14 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from flipscale.evaluation import suite as tasks
-from flipscale.io.options import (
-    Count,
-    Positive,
-    Range,
-    Share,
-    ShareBelowOne,
-    check_ranges,
-)
+from flipscale.io.options import Count, Positive, Range, Share, ShareBelowOne, check_ranges
 from flipscale.objectives.build import loss_kinds
 from flipscale.recipe.recipe import Recipe
 
