@@ -30,13 +30,18 @@ class Sizes(Source):
 
     def __init__(self, folder: Path, sizes: list[int], weights: np.ndarray, name: str = "data.weights"):
         self.shard_sizes, self.faults = sizes, []
-        folder.mkdir()
-        np.save(folder / "scores.npy", weights)
-        make_weights(self, "made up", WeightOptions(scores=folder / "scores.npy"), folder, 1)
+        weigh(self, "made up", folder, weights)
         self.weights = open_weights(name, str(folder), self, "made up")
 
     def shard_name(self, shard: int) -> str:
         return f"{shard:05d}.tar"
+
+
+def weigh(source: Source, name: str, folder: Path, scores: np.ndarray) -> None:
+    """Write the weights of a source, called `name`, into a new folder."""
+    folder.mkdir()
+    np.save(folder.with_suffix(".npy"), scores)
+    make_weights(source, name, WeightOptions(scores=folder.with_suffix(".npy")), folder, 1)
 
 
 def uneven(seed: int = 0, shards: int = 40) -> tuple[list[int], np.ndarray]:
@@ -142,12 +147,10 @@ def test_a_sample_of_weight_0_replaces_no_bad_sample(shards: Path, tmp_path: Pat
     """The first of 96 samples in four shards, one of them of weight 0 as a whole, has all others as replacements."""
     kept = np.flatnonzero(np.random.default_rng(0).random(96) < 0.2)
     kept = np.union1d(kept[kept >= 30], [0, 3])
-    np.save(tmp_path / "scores.npy", np.isin(np.arange(96), kept).astype(float))
     source = open_source(DataRecipe(shards=str(shards)))
     plain = list(candidates(source, 0, 3))
     assert (plain[:3], len(set(plain))) == ([(0, 3), (0, 4), (0, 5)], 49)
-    (tmp_path / "weights").mkdir()
-    make_weights(source, str(shards), WeightOptions(scores=tmp_path / "scores.npy"), tmp_path / "weights", 1)
+    weigh(source, str(shards), tmp_path / "weights", np.isin(np.arange(96), kept).astype(float))
     mixture = open_source(
         DataRecipe(shards=None, sources=[SourceRecipe(shards=str(shards), weights=str(tmp_path / "weights"))] * 2)
     )
@@ -166,10 +169,8 @@ def test_a_run_with_weights_is_the_same_resumed_and_on_two_processes(
     rng = np.random.default_rng(1)
     folders = [tmp_path / "weights", tmp_path / "others"]
     for folder in folders:
-        folder.mkdir()
-        np.save(tmp_path / "scores.npy", rng.lognormal(0, 1, 96) * (rng.random(96) > 0.5))
-        options = WeightOptions(scores=tmp_path / "scores.npy")
-        make_weights(open_source(DataRecipe(shards=str(shards))), str(shards), options, folder, 1)
+        scores = rng.lognormal(0, 1, 96) * (rng.random(96) > 0.5)
+        weigh(open_source(DataRecipe(shards=str(shards))), str(shards), folder, scores)
     changes = {
         "data": {"shards": str(shards), "weights": str(folders[0])},
         "save": {"every_samples": 160, "total_limit": 9},
@@ -203,11 +204,8 @@ def test_shards_at_a_url_are_drawn_alike_and_fetched_only_if_they_have_visits(
 ) -> None:
     """The weights are made for the local copy. The second and the last of four shards have none above 0."""
     folder, scores = tmp_path / "weights", np.repeat([1.0, 0.0, 3.0, 0.0], [30, 17, 1, 48])
-    folder.mkdir()
-    np.save(tmp_path / "scores.npy", scores)
     here = recipe_of(shards, tmp_path, num_workers=0, weights=str(folder))
-    options = WeightOptions(scores=tmp_path / "scores.npy")
-    make_weights(open_source(replace(here, weights=None)), str(shards), options, folder, 1)
+    weigh(open_source(replace(here, weights=None)), str(shards), folder, scores)
     with web(shards, breaks=0) as (url, _):
         there = recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache", weights=str(folder))
         open_source(there)
@@ -222,10 +220,8 @@ def test_rows_of_a_data_set_are_drawn_by_weight(tmp_path: Path) -> None:
     file = str(tmp_path / "rows.parquet")
     datasets.Dataset.from_list(rows).to_parquet(file)
     plain = SourceRecipe(dataset=file)
-    (tmp_path / "weights").mkdir()
-    np.save(tmp_path / "scores.npy", (np.arange(20) % 4 == 1).astype(int))
-    options = WeightOptions(scores=tmp_path / "scores.npy")
-    make_weights(open_source(DataRecipe(sources=[plain])), file, options, tmp_path / "weights", 1)
+    scores = (np.arange(20) % 4 == 1).astype(int)
+    weigh(open_source(DataRecipe(sources=[plain])), file, tmp_path / "weights", scores)
     recipe = DataRecipe(sources=[replace(plain, weights=str(tmp_path / "weights"))])
     source = open_source(recipe)
     assert sorted(order_of(source, 0, recipe).locate(np.arange(5))[1].tolist()) == [1, 5, 9, 13, 17]
@@ -240,11 +236,9 @@ def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
     folder, other, alike = (tmp_path / name for name in ("weights", "other", "alike"))
     write_shards(other, [30, 17, 48, 1])
     write_shards(alike, [30, 17, 1, 48], seed=1)
-    folder.mkdir()
-    np.save(tmp_path / "scores.npy", np.ones(96))
     recipe = DataRecipe(shards=str(shards), weights=str(folder))
     source = open_source(replace(recipe, weights=None))
-    make_weights(source, str(shards), WeightOptions(scores=tmp_path / "scores.npy"), folder, 1)
+    weigh(source, str(shards), folder, np.ones(96))
     assert shard_sizes_digest(open_source(recipe)) != shard_sizes_digest(source)
     for changed, message in (
         (replace(recipe, shards=str(other)), rf"data.weights '.*weights' has weights of 96 samples in 4 .*{shards}"),
