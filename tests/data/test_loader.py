@@ -19,9 +19,11 @@ from flipscale.data.pairs import InputShape, PairDataset, caption_ids
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.tar import TarSource
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.recipe.augment import AugmentRecipe, ColorJitterRecipe
 from flipscale.recipe.data import DataRecipe
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
+COLORS = AugmentRecipe(color_jitter=ColorJitterRecipe(0.3, 0.2, 0.4, 0.1, 0.8))
 
 
 def dataset(shards: Path, tokenizer_dir: Path, mask_ratio: float, **fields: object) -> PairDataset:
@@ -48,7 +50,7 @@ def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, tor
 @pytest.fixture(scope="module")
 def whole(shards: Path, tokenizer_dir: Path) -> list[dict[str, torch.Tensor]]:
     """The five batches of one process without workers: an epoch of 96 samples in four, and the first of the next."""
-    return batches(dataset(shards, tokenizer_dir, 0.75), 1)
+    return batches(dataset(shards, tokenizer_dir, 0.75, augment=COLORS), 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
@@ -56,8 +58,8 @@ def whole(shards: Path, tokenizer_dir: Path) -> list[dict[str, torch.Tensor]]:
 def test_same_batches_at_any_world_size_with_any_workers_and_after_a_resume(
     shards: Path, tokenizer_dir: Path, whole: list[dict[str, torch.Tensor]], world_size: int, num_workers: int
 ) -> None:
-    """Images, crops, masks and captions of the global batch; resumed at every step without workers, at one with."""
-    data = dataset(shards, tokenizer_dir, 0.75, num_workers=num_workers)
+    """All columns of the global batch, with changed colours; resumed at every step without workers, at one with."""
+    data = dataset(shards, tokenizer_dir, 0.75, num_workers=num_workers, augment=COLORS)
     for first_step in range(5) if num_workers == 0 else [(world_size + num_workers) % 5]:
         assert_equal(whole[first_step:], batches(data, world_size, first_step))
 
