@@ -198,6 +198,14 @@ class Embedder:
             mine[place] = batch
         return mine
 
+    def measured(
+        self, source: TarSource, measure: Callable[[slice, torch.Tensor], torch.Tensor], features: Any = "embeds"
+    ) -> np.ndarray:
+        """Collective. Return what `measure` makes of each batch of `image_batches`, `(rows, columns)`, of all images of
+        `source` in shard order: `(images, columns)`."""
+        mine = [measure(place, batch) for place, batch in self.image_batches(source, features)]
+        return self.gathered(torch.cat(mine), len(source)).numpy()
+
     def images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
         """Collective. Return the features of all images of `source` in shard order, fp32 `(images, dim)`."""
         return self.gathered(self.my_images(source, features), len(source))
@@ -379,11 +387,9 @@ def image_embeds(
 ) -> np.ndarray:
     """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays: fp32
     `(pictures, dim)` of unit length, so that inner products are cosines. They are cut to their first `dims` numbers."""
-
-    def inputs(batch: Sequence[Picture]) -> Any:
-        return processor(images=[_in_rgb(picture) for picture in batch], return_tensors="pt")
-
-    return _embeds(model, model.get_image_features, inputs, pictures, batch_size, "pictures", dims)
+    batches = _batches(pictures, batch_size, "pictures")
+    inputs = (processor(images=[_in_rgb(picture) for picture in batch], return_tensors="pt") for batch in batches)
+    return _embeds(model, model.get_image_features, inputs, dims)
 
 
 def text_embeds(
@@ -394,33 +400,25 @@ def text_embeds(
     dims: int | None = None,
 ) -> np.ndarray:
     """Return the embeddings of texts: fp32 `(texts, dim)` of unit length, cut to their first `dims` numbers."""
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    inputs = (processor(text=list(batch), **options) for batch in _batches(texts, batch_size, "texts"))
+    return _embeds(model, model.get_text_features, inputs, dims)
 
-    def inputs(batch: Sequence[str]) -> Any:
-        return processor(text=list(batch), padding="max_length", truncation=True, return_tensors="pt")
 
-    return _embeds(model, model.get_text_features, inputs, texts, batch_size, "texts", dims)
+def _batches(items: Sequence[Value], size: int, unit: str) -> Iterator[Sequence[Value]]:
+    if not len(items):
+        raise UserError(f"there are no {unit} to embed; check the folder's name")
+    for first in each(range(0, len(items), size), "embedding", f"batches of {unit}"):
+        yield items[first : first + size]
 
 
 @torch.no_grad()
-def _embeds(
-    model: "FlipModel",
-    features: Any,
-    inputs: Callable[[Any], Any],
-    items: Sequence[Any],
-    batch_size: int,
-    unit: str,
-    dims: int | None,
-) -> np.ndarray:
+def _embeds(model: "FlipModel", features: Any, inputs: Iterator[Any], dims: int | None) -> np.ndarray:
     from flipscale.model.modeling_flip import normalise_embeds
 
-    if not len(items):
-        raise UserError(f"there are no {unit} to embed; check the folder's name")
     model.eval()
-    embeds = []
-    for first in each(range(0, len(items), batch_size), "embedding", f"batches of {unit}"):
-        output = features(**inputs(items[first : first + batch_size]).to(model.device))
-        embeds.append(normalise_embeds(output.pooler_output[:, :dims]).cpu().numpy())
-    return np.concatenate(embeds)
+    outputs = (features(**batch.to(model.device)).pooler_output for batch in inputs)
+    return np.concatenate([normalise_embeds(output[:, :dims]).cpu().numpy() for output in outputs])
 
 
 def _in_rgb(picture: Picture) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flipscale.pages.answers import answers_of, class_rows, confusion, mistakes
+from flipscale.pages.run_page import answers_of, class_rows, confusion, mistakes
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

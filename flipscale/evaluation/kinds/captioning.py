@@ -103,12 +103,13 @@ Intervals are those of zero-shot classification."""
         names, prompts = test_set.class_names(), self.prompts(test_set)
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
         likelihoods = Likelihoods(embedder, texts, embedder.share(len(test_set)).size)
-        labels, hits = test_set.labels(embedder, len(names)), list[torch.Tensor]()
+        labels, mine = test_set.labels(embedder, len(names)), list[torch.Tensor]()
         for rows, columns in embedder.image_columns(test_set.source):
             scores = likelihoods.of(columns)[: len(rows)].view(len(rows), len(names), len(prompts)).mean(dim=2)
-            seen = sum(map(len, hits))
-            hits.append(hits_by_class(scores, labels[seen : seen + len(rows)]))
-        return self.class_results(embedder, torch.cat(hits), len(test_set), names, self.metric)
+            seen = sum(map(len, mine))
+            mine.append(hits_by_class(scores, labels[seen : seen + len(rows)]))
+        hits = embedder.gathered(torch.cat(mine), len(test_set)).numpy()
+        return self.class_results(embedder, hits, names, self.metric)
 
 
 def captioner(embedder: Embedder) -> Any:

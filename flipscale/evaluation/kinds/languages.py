@@ -91,7 +91,9 @@ this language, among these classes. {_PROTOCOL}"""
                 own = own_labels[language][mine]
                 hits[language][mine][own >= 0] = hits_by_class(score(embeds[own >= 0]), own[own >= 0])
         results = {
-            language: self.class_results(embedder, hits[language], len(test_set), names, "top1")
+            language: self.class_results(
+                embedder, embedder.gathered(hits[language], len(test_set)).numpy(), names, "top1"
+            )
             for language, (_, names, _) in languages.items()
         }
         return _over_languages(results)

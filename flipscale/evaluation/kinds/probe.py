@@ -206,10 +206,11 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
             classifier, about = self._regression(embedder, sets)
         n, num_classes = len(test_set), len(sets.class_names)
         labels = test_set.labels(embedder, num_classes)
-        hits = torch.zeros(len(labels), 4, dtype=torch.int32)
-        for mine, features in embedder.image_batches(test_set.source, self.features):
-            hits[mine] = hits_by_class(classifier.scores(features), labels[mine])
-        all_labels, best, top1, _ = embedder.gathered(hits, n).numpy().T
+
+        def measure(mine: slice, features: torch.Tensor) -> torch.Tensor:
+            return hits_by_class(classifier.scores(features), labels[mine])
+
+        all_labels, best, top1, _ = embedder.measured(test_set.source, measure, self.features).T
         counts = np.bincount(all_labels, minlength=num_classes)
         right = np.bincount(all_labels[best == 1], minlength=num_classes)
         made_by = {**self.made_by, **about, "num_train": len(sets.train)}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from flipscale.data.task_page import check_prepared
 from flipscale.evaluation.embedding import Embedder
@@ -125,18 +124,14 @@ class LabelledTask(Task):
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(test_set.label, len(test_set.class_names()))
 
-    def class_results(
-        self, embedder: Embedder, labelled_hits: torch.Tensor, count: int, class_names: list[str], metric: str
-    ) -> list[Result]:
-        """Collective. Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
+    def class_results(self, embedder: Embedder, hits: np.ndarray, class_names: list[str], metric: str) -> list[Result]:
+        """Return `top1`, `top5` (with five classes or more) and `mean_per_class`.
 
         Args:
-            labelled_hits: `hits_by_class` of this process's rows of `count` images, with label -1 for images to leave
-                out.
+            hits: `hits_by_class` of all images, with label -1 for images to leave out.
             metric: the headline; `top1` makes `top5` a headline too, if there are more than five classes.
         """
-        table = embedder.gathered(labelled_hits, count).numpy()
-        labels, best, top1, top5 = table[table[:, 0] >= 0].T
+        labels, best, top1, top5 = hits[hits[:, 0] >= 0].T
         num_classes, n = len(class_names), len(labels)
         counts = np.bincount(labels, minlength=num_classes)
         empty = np.flatnonzero(counts == 0)

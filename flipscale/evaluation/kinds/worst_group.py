@@ -70,13 +70,13 @@ and does not count the choice of the group."""
         labels = test_set.labels(embedder, num_classes)
         groups = of_my_rows(embedder, test_set.source, partial(test_set.array, columns))
         score, most = self.classifier(embedder, test_set), min(k, num_classes)
-        # For each image: its group, and whether its class is the best or among the k best.
-        table = torch.zeros(len(labels), 3, dtype=torch.int64)
-        table[:, 0] = torch.tensor([row[columns.index(group_by)] for row in groups])
-        for mine, embeds in embedder.image_batches(test_set.source):
+        my_groups = torch.tensor([row[columns.index(group_by)] for row in groups], dtype=torch.int64)
+
+        def measure(mine: slice, embeds: torch.Tensor) -> torch.Tensor:
             right = score(embeds).topk(most, dim=1).indices == labels[mine, None]
-            table[mine, 1], table[mine, 2] = right[:, 0], right.any(dim=1)
-        group, top1, topk = embedder.gathered(table, len(test_set)).numpy().T
+            return torch.column_stack([my_groups[mine], right[:, 0], right.any(dim=1)])
+
+        group, top1, topk = embedder.measured(test_set.source, measure).T
         chances = [100.0 * top / num_classes for top in (1, most)]
         names = [f"{group_by.partition('_')[0]}_{number}" for number in range(group.max() + 1)]
         by_group = self._by_group(f"top{k}", topk, group, chances[1], names)
@@ -90,12 +90,12 @@ and does not count the choice of the group."""
         objectives = self._objectives(test_set)
         scores = [classifier(embedder, *objectives[objective]) for objective in FACE_OBJECTIVES]
         names = {objective: names for objective, (names, _) in objectives.items()}
-        # For each image: its numbers in `FACE_COLUMNS`, and the nearest class of each of `FACE_OBJECTIVES`.
-        table = torch.zeros(len(faces), len(FACE_COLUMNS) + len(FACE_OBJECTIVES), dtype=torch.int64)
-        table[:, : len(FACE_COLUMNS)] = torch.from_numpy(np.array(faces, np.int64).reshape(-1, len(FACE_COLUMNS)))
-        for mine, embeds in embedder.image_batches(test_set.source):
-            table[mine, len(FACE_COLUMNS) :] = torch.stack([score(embeds).argmax(dim=1) for score in scores], dim=1)
-        columns = embedder.gathered(table, len(test_set)).numpy().T
+        known = torch.from_numpy(np.array(faces, np.int64).reshape(-1, len(FACE_COLUMNS)))
+
+        def measure(mine: slice, embeds: torch.Tensor) -> torch.Tensor:
+            return torch.column_stack([known[mine], *(score(embeds).argmax(dim=1) for score in scores)])
+
+        columns = embedder.measured(test_set.source, measure).T
         age, gender, race, other, said_race, said_gender, said_age, said_toxic = columns
         # Groups beyond the listed classes are called by their numbers.
         races, genders = (

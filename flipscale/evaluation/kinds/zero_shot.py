@@ -126,7 +126,7 @@ images. The interval of an AUC is DeLong's."""
         for mine, scores in self.scored(embedder, test_set):
             hits[mine] = hits_by_class(scores, labels[mine])
             leads[mine] = scores[:, 1:2] - scores[:, :1]
-        results = self.class_results(embedder, hits, n, names, self.metric)
+        results = self.class_results(embedder, embedder.gathered(hits, n).numpy(), names, self.metric)
         if self.metric == "roc_auc":
             positive = embedder.gathered(labels, n).numpy() == 1
             if positive.all() or not positive.any():
@@ -181,11 +181,10 @@ images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations over 
     def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         names, n = test_set.class_names(), len(test_set)
         labels = of_my_rows(embedder, test_set.source, partial(test_set.label_set, len(names)))
-        score, my_scores = self.classifier(embedder, test_set), torch.zeros(len(labels), len(names))
-        for mine, embeds in embedder.image_batches(test_set.source):
-            my_scores[mine] = score(embeds)
-        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(my_scores.shape))
-        scores, positive = embedder.gathered(my_scores, n).numpy(), embedder.gathered(my_labels, n).numpy().astype(bool)
+        score = self.classifier(embedder, test_set)
+        scores = embedder.measured(test_set.source, lambda mine, embeds: score(embeds))
+        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(-1, len(names)))
+        positive = embedder.gathered(my_labels, n).numpy().astype(bool)
         positives = positive.sum(axis=0)
         empty = [name for name, count in zip(names, positives, strict=True) if not count]
         if empty and embedder.accelerator.is_main_process:
@@ -225,10 +224,8 @@ and leaves out classes without images."""
                 "the head's classes"
             )
         labels = test_set.labels(embedder, num_labels)
-        hits = torch.zeros(len(labels), 4, dtype=torch.int32)
-        for mine, logits in embedder.image_batches(test_set.source, "logits"):
-            hits[mine] = hits_by_class(logits, labels[mine])
-        return self.class_results(embedder, hits, len(test_set), names, self.metric)
+        hits = embedder.measured(test_set.source, lambda mine, logits: hits_by_class(logits, labels[mine]), "logits")
+        return self.class_results(embedder, hits, names, self.metric)
 
 
 def _check_prompts(prompts: list[str], where: str) -> None:
