@@ -68,62 +68,57 @@ class Init:
 
     def run(self, train: "Callable[[Recipe], Path]") -> None:
         """Survey the data, propose a recipe, find its speed, and write it. `train` trains the trials of a start."""
-        write_recipe(self, train)
+        _check_options(self)
+        # Imported here, because torch and transformers take seconds and --help should not wait.
+        import torch
 
+        from flipscale.data.sources.opening import open_source
+        from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
+        from flipscale.objectives.build import build_config
+        from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
+        from flipscale.preparation.lists import source_of
+        from flipscale.recipe.data import DataRecipe
+        from flipscale.training.console import start_logging
 
-def write_recipe(args: Init, train: "Callable[[Recipe], Path]") -> None:
-    """Survey the data, propose a recipe, find its speed, and write it."""
-    _check_options(args)
-    # Imported here, because torch and transformers take seconds and --help should not wait.
-    import torch
-
-    from flipscale.data.sources.opening import open_source
-    from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
-    from flipscale.objectives.build import build_config
-    from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
-    from flipscale.preparation.lists import source_of
-    from flipscale.recipe.data import DataRecipe
-    from flipscale.training.console import start_logging
-
-    start_logging()
-    named = source_of(args.shards)
-    source = open_source(DataRecipe(sources=[named], max_bad_fraction=1.0))
-    if len(source) < LEAST_PAIRS:
-        raise UserError(f"{args.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
-    if args.start:
-        return _write_from_start(args, train, source, named)
-    name = args.tokenizer or "bert"
-    try:
-        tokenizer = load_tokenizer(name, 64)
-    except ValueError as error:
-        raise UserError(
-            f"{error}; `flipscale prepare tokenizer {quoted(args.shards)} DIR` makes one of captions"
-        ) from error
-    data = survey(source, tokenizer)
-    print(f"{args.shards}: {data}", flush=True)
-    num_gpus = args.num_gpus if args.gpu else int(torch.cuda.is_available())
-    minutes = 60 * args.hours if args.hours else args.minutes or _MINUTES
-    proposal = propose(
-        *(data, minutes, usable_cores(), num_gpus),
-        source=named,
-        tokenizer=name,
-        # A folder's vocab_size follows from the folder.
-        vocab_size=None if Path(name).is_dir() else num_entries(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        tasks=list(_tasks(args.tests)) if args.tests else [],
-        output_dir=f"runs/{args.recipe.stem}",
-    )
-    check_tokenizer(tokenizer, build_config(proposal.recipe()).text_config)
-    budget, speed = _length(args, proposal, data, minutes)
-    command = _command(args)
-    facts = [f"Data: {data}", f"Time: {speed}", *(f"Warning: {warning}" for warning in proposal.warnings)]
-    _write(args.recipe, proposal.text([*(f"{fact}." for fact in facts), command], budget))
-    for warning in proposal.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if reason := proposal.values["few_classes"]:
-        print(f"{reason}; if their names are all you need, see loss.kind classify in docs/your_pictures.md")
-    print(f"{args.recipe}: {speed}")
-    print(f"next: {command}")
+        start_logging()
+        named = source_of(self.shards)
+        source = open_source(DataRecipe(sources=[named], max_bad_fraction=1.0))
+        if len(source) < LEAST_PAIRS:
+            raise UserError(f"{self.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
+        if self.start:
+            return _write_from_start(self, train, source, named)
+        name = self.tokenizer or "bert"
+        try:
+            tokenizer = load_tokenizer(name, 64)
+        except ValueError as error:
+            raise UserError(
+                f"{error}; `flipscale prepare tokenizer {quoted(self.shards)} DIR` makes one of captions"
+            ) from error
+        data = survey(source, tokenizer)
+        print(f"{self.shards}: {data}", flush=True)
+        num_gpus = self.num_gpus if self.gpu else int(torch.cuda.is_available())
+        minutes = 60 * self.hours if self.hours else self.minutes or _MINUTES
+        proposal = propose(
+            *(data, minutes, usable_cores(), num_gpus),
+            source=named,
+            tokenizer=name,
+            # A folder's vocab_size follows from the folder.
+            vocab_size=None if Path(name).is_dir() else num_entries(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            tasks=list(_tasks(self.tests)) if self.tests else [],
+            output_dir=f"runs/{self.recipe.stem}",
+        )
+        check_tokenizer(tokenizer, build_config(proposal.recipe()).text_config)
+        budget, speed = _length(self, proposal, data, minutes)
+        command = _command(self)
+        facts = [f"Data: {data}", f"Time: {speed}", *(f"Warning: {warning}" for warning in proposal.warnings)]
+        _write(self.recipe, proposal.text([*(f"{fact}." for fact in facts), command], budget))
+        for warning in proposal.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if reason := proposal.values["few_classes"]:
+            print(f"{reason}; if their names are all you need, see loss.kind classify in docs/your_pictures.md")
+        print(f"{self.recipe}: {speed}")
+        print(f"next: {command}")
 
 
 def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "Source", named: "SourceRecipe") -> None:

@@ -86,7 +86,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         starts=[public_name(start) for start in starts],
         # A text encoder may have more positions than captions have tokens.
         max_tokens=None if is_ours else read_object(folder / "tokenizer_config.json").get("model_max_length"),
-        results=results_table(lines),
+        results=_table(_rows(lines)) if lines else NOT_EVALUATED,
         protocol=protocols(lines),
         figures=figures,
         sources=[_source_name(source) for source in sources],
@@ -187,11 +187,6 @@ def folder_lines(folder: Path) -> list[Line]:
     files = open_weights(folder)
     weights = state_dict_digest(files, lambda name: files[name].get_tensor(name))
     return [line for line in lines if line.about["weights"] == weights]
-
-
-def results_table(lines: Sequence[Line]) -> str:
-    """Return the table of results as Markdown; the last result of each test, metric and model counts."""
-    return _table(_rows(lines)) if lines else NOT_EVALUATED
 
 
 def model_index(lines: Iterable[Line]) -> list[EvalResult]:

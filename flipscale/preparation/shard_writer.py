@@ -57,16 +57,10 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How pairs become shards.
+    """How pairs become shards: the options of `flipscale.prepare.Shards`. The paper stored a `short_side` of 480.
 
     Args:
-        short_side: short side in pixels to which larger images are shrunk (the paper stored 480).
-        jpeg_quality: quality of images that are shrunk, or converted from a format that shards do not hold.
-        pairs_per_shard: number of pairs that are read for each shard.
-        drop_duplicates: whether to keep only the first of several images with the same bytes.
-        allow_outside: whether to read files outside the folder of the list.
-        labels: column of classes, or `folder`; None writes no classes.
-        held_out: share of the images that is held out of the training data.
+        held_out: share of the images that is held out of the training data (`split`).
         part: part that is written: `train`, or `test`, the images that are held out.
     """
 

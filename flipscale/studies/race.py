@@ -28,7 +28,7 @@ from flipscale.io.options import Count, check_entries
 from flipscale.pages.run_page import offer_page
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import check_folder
-from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together, write_recipes
+from flipscale.studies.runs import StudyRun, in_time, train_missing, train_runs, write_recipes
 from flipscale.training.console import only_describes
 
 # Marks a folder as a race's.
@@ -61,7 +61,8 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     write_recipes(runs, output_dir / _MARK, mark)
     if torch.cuda.is_available() or len(names) <= usable_cores():
         for heat in heats:
-            train_together(heat)
+            for name, (code, text) in train_runs(heat, len(heat), stops_at_failure=True).items():
+                raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
     else:
         train_missing(runs, usable_cores())
     if with_baselines:

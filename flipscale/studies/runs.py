@@ -91,16 +91,10 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
         raise OSError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}this command retries")
 
 
-def train_together(runs: Sequence[StudyRun]) -> None:
-    """Train the unfinished runs at the same time. When one fails, the others save and stop, and UserError or
-    OSError is raised with its last line of output."""
-    for name, (code, text) in train_runs(runs, len(runs), stops_at_failure=True).items():
-        raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
-
-
 def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
     """Train the unfinished runs, `workers` at a time, printing each end. Return exit codes and last lines of failures.
-    Raise SystemExit if the study received a signal; the runs have saved."""
+    With `stops_at_failure`, the others save and stop. Raise SystemExit if the study received a signal; the runs have
+    saved."""
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = _environment(workers) if waiting else {}
@@ -118,10 +112,13 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                 for name, (run, process) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[name]
-                        text = _end_text(run, code) if code else "done"
-                        print(f"{name}: {text}", flush=True)
+                        text = "done"
                         if code:
-                            failed[name] = code, text
+                            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+                            log = run.beside("log")
+                            failed[name] = code, f"ended {how}: {last_line(log)}; its output is in {log}"
+                            text = failed[name][1]
+                        print(f"{name}: {text}", flush=True)
                 if time.monotonic() - looked >= 2.0:
                     looked = time.monotonic()
                     ended = 100 * (total - len(waiting) - len(running))
@@ -144,12 +141,6 @@ def _start(run: StudyRun, variables: dict[str, str]) -> "subprocess.Popen[bytes]
     with open(run.beside("log"), "a", encoding="utf-8") as log:
         # A process group of its own, because Ctrl-C is for the study. The study tells its runs.
         return subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
-
-
-def _end_text(run: StudyRun, code: int) -> str:
-    """Return how a run failed, and its last line of output."""
-    ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return f"ended {ended}: {last_line(run.beside('log'))}; its output is in {run.beside('log')}"
 
 
 @contextmanager
