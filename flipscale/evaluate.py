@@ -52,8 +52,8 @@ class Evaluate:
             right. Where captions name classes, use --task '{kind: retrieval, data: DIR, group_by_caption: true}'.
         task: Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. The
             kinds are zero_shot, zero_shot_multilabel, zero_shot_memory, retrieval, multilingual_retrieval,
-            multilingual_zero_shot, image_caption_selection, worst_group, association, few_shot, probe, captioning,
-            likelihood, vqa, classification. May be given several times.
+            multilingual_zero_shot, image_caption_selection, worst_group, few_shot, probe, captioning, likelihood, vqa,
+            classification. May be given several times.
         without: Folder that `flipscale prepare audit --tests` wrote. Each result is also reported without the test
             images that are in the training data.
         memory: Also classify --zero_shot with the captions of the nearest training pairs in this folder of `flipscale

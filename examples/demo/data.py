@@ -301,7 +301,7 @@ def role_couples(drawings: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def write_roles(directory: Path, pictures: Sequence[Picture]) -> dict[str, int]:
-    """Write the pictures of women and men in the same roles, with `roles.json` for the evaluation `association`."""
+    """Write the pictures of women and men in the same roles, with `roles.json` for `association.py`."""
     named = [picture for picture in pictures if picture.drawing.named]
     couples = role_couples((picture.drawing.artist, picture.drawing.caption) for picture in named)
     rows = sorted({couple[one] for couple in couples for one in ("woman", "man")})
@@ -407,7 +407,7 @@ class Options:
     Args:
         directory: Folder to write, data/demo in the demo's recipes.
         with_unseen: Write also a test of a tenth of the concepts, and training data without these concepts.
-        with_roles: Write also women and men in the same roles, for the evaluation `association`.
+        with_roles: Write also women and men in the same roles, for association.py.
     """
 
     directory: OutputFolder

@@ -15,7 +15,6 @@ from flipscale.data.decode import decode_box
 from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.task_page import read_page
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
 from flipscale.evaluation.kinds.image_caption_selection import ImageCaptionSelection
 from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot
@@ -42,7 +41,6 @@ KINDS: dict[str, type[Task]] = {
     "multilingual_zero_shot": MultilingualZeroShot,
     "image_caption_selection": ImageCaptionSelection,
     "worst_group": WorstGroup,
-    "association": Association,
     "few_shot": FewShot,
     "probe": Probe,
     "captioning": Captioning,

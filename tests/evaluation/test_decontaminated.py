@@ -13,7 +13,6 @@ from evaluation.made_up_sets import write_overlap
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
@@ -45,16 +44,12 @@ def tasks_of(data: Path) -> list[Task]:
         ZeroShot("zero_shot", str(data), "zero_shot"),
         ZeroShot("zero_shot", str(data), "real", labels="real.json"),
         Retrieval("retrieval", str(data), "retrieval", group_by_caption=True),
-        Association("association", str(data), "association"),
     ]
 
 
 def write_rows(folder: Path, rows: list[int]) -> None:
-    """Write labels and couples by row number for the images that have these rows in the whole set."""
+    """Write labels by row number for the images that have these rows in the whole set."""
     (folder / "real.json").write_text(json.dumps([[row % 16] for row in rows]))
-    couples = [(row, row + 1) for row in range(0, 16, 2) if {row, row + 1} <= set(rows)]
-    roles = [{"role": "a", "woman": rows.index(woman), "man": rows.index(man)} for woman, man in couples]
-    (folder / "roles.json").write_text(json.dumps(roles))
 
 
 def test_figures_equal_those_of_a_set_without_the_images(tested: Path, embedder: Embedder, tmp_path: Path) -> None:
