@@ -21,7 +21,6 @@ class Compare:
     out: Path = Path("compare.html")
 
     def run(self) -> None:
-        """Print the comparison and write its page."""
         if len({run.resolve() for run in self.runs}) < max(2, len(self.runs)):
             raise UserError(
                 f"{', '.join(map(str, self.runs))} is only one run or names a run twice; name different runs"

@@ -29,7 +29,6 @@ class FromFlip:
     tokenizer: str | None = None
 
     def run(self) -> None:
-        """Convert the checkpoint and print a summary."""
         from flipscale.data.tokenizers import bert_tokenizer
         from flipscale.hub.convert_flip import convert_flip_checkpoint
 
@@ -58,7 +57,6 @@ class ToOpenClip:
     dst: OutputFolder
 
     def run(self) -> None:
-        """Convert the model and print how to load it."""
         from flipscale.hub.convert_open_clip import convert_to_open_clip
 
         model = convert_to_open_clip(self.src, self.dst)
@@ -82,7 +80,6 @@ class ToTransformers:
     dst: OutputFolder
 
     def run(self) -> None:
-        """Convert the model and print how far its embeddings are from open_clip's."""
         from flipscale.hub.convert_transformers import convert_from_open_clip
 
         for part, difference in convert_from_open_clip(self.src.removeprefix("open_clip:"), self.dst).items():
@@ -102,7 +99,6 @@ class ToOnnx:
     dst: OutputFolder
 
     def run(self) -> None:
-        """Write the files and print how far their embeddings are from the model's."""
         from flipscale.hub.convert_onnx import convert_to_onnx
 
         for file, difference in convert_to_onnx(self.src, self.dst).items():

@@ -106,6 +106,7 @@ class Evaluate:
         from flipscale.engines.build import start_accelerator
         from flipscale.evaluation.baselines import PLAIN
         from flipscale.evaluation.decontaminated import with_clean_tasks
+        from flipscale.evaluation.embedding import agreed
         from flipscale.evaluation.foreign_models import OPEN_CLIP
         from flipscale.evaluation.masked import (
             WHOLE,
@@ -120,7 +121,7 @@ class Evaluate:
         from flipscale.evaluation.presentation.figures import can_draw
         from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
         from flipscale.hub.card import refresh_card
-        from flipscale.hub.loading import OTHERS, open_embedder, open_together
+        from flipscale.hub.loading import OTHERS, open_embedder
         from flipscale.planning.flops import forward_flops
 
         start_logging()
@@ -148,12 +149,14 @@ class Evaluate:
         masked: list[MaskedResults] = []
         faults: list[UserError | OSError] = []
         for model in models:
-            embedder = open_together(partial(open_embedder, model.given, accelerator, self.batch_size, workers))
-            if isinstance(embedder, UserError | OSError):
+            opened = partial(open_embedder, model.given, accelerator, self.batch_size, workers)
+            try:
+                embedder = agreed(accelerator, opened)
+            except (UserError, OSError) as error:
                 if len(models) == 1:
-                    raise embedder
-                _log.warning("%s; the other models are evaluated", embedder)
-                faults.append(embedder)
+                    raise
+                _log.warning("%s; the other models are evaluated", error)
+                faults.append(error)
                 continue
             embedder = embedder.at(self.image_size)
             for dims, mask in itertools.product(widths, asked_masks(*masks, embedder)):

@@ -35,7 +35,6 @@ class Export:
     out: OutputFolder | None = None
 
     def run(self) -> None:
-        """Write the folder, or a folder for each share, and print its name."""
         import torch
 
         from flipscale.engines.checkpoint import checkpoint_of, latest_checkpoint

@@ -37,7 +37,6 @@ class Plan:
     kwh_co2_grams: NonNegative | None = None
 
     def run(self) -> None:
-        """Print the table."""
         # Imported here, because torch takes seconds and --help should not wait.
         from flipscale.engines.device import GPUS, gpu_named
         from flipscale.planning.budget import with_time_shares

@@ -81,7 +81,6 @@ class Shards:
     num_workers: Threads = field(default_factory=usable_cores)
 
     def run(self) -> None:
-        """Write the shards, and print reports of them."""
         from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
 
         options = ShardOptions(
@@ -122,7 +121,6 @@ class Tokenizer:
     begin_and_end: bool = False
 
     def run(self) -> None:
-        """Train the tokenizer, and print its size."""
         from flipscale.data.tokenizers import train_sentencepiece
         from flipscale.model.configuration_flip import FlipTextConfig
         from flipscale.preparation.inspection import read_captions
@@ -163,7 +161,6 @@ class Inspect:
     json: bool = False
 
     def run(self) -> None:
-        """Print the figures, and draw the sheet."""
         from flipscale.data.tokenizers import load_tokenizer
         from flipscale.preparation.inspection import inspect_shards, inspection_table
 
@@ -193,7 +190,6 @@ class Audit:
     num_workers: Threads = field(default_factory=usable_cores)
 
     def run(self) -> None:
-        """Write the audit, and print its summary."""
         from flipscale.preparation.audit.audit import audit, find_test_sets, summary
 
         test_sets = find_test_sets(self.tests) if self.tests else {}
@@ -221,7 +217,6 @@ class Tasks:
     list: bool = False
 
     def run(self) -> None:
-        """Download the test sets, or print the tasks."""
         from flipscale.preparation.task_sets import prepare_tasks
 
         if self.suite and self.only:
@@ -256,7 +251,6 @@ class Resize:
     num_workers: Threads = field(default_factory=usable_cores)
 
     def run(self) -> None:
-        """Write the smaller shards, and print what was saved."""
         from flipscale.preparation.resize import resize_shards
         from flipscale.preparation.shard_writer import ShardOptions
 
@@ -286,7 +280,6 @@ class Weights(WeightOptions):
     num_workers: Threads = dataclasses.field(default_factory=usable_cores)
 
     def run(self) -> None:
-        """Write the weights, and print the composition of an epoch."""
         options = WeightOptions(**{name: getattr(self, name) for name in WeightOptions.__dataclass_fields__})
         options.check()
         with new_folder(self.directory) as folder:
@@ -338,7 +331,6 @@ class Embed:
     num_workers: Workers | None = None
 
     def run(self) -> None:
-        """Store the features, and print the speed. Or print the similarity of stored features."""
         if self.compare:
             from flipscale.preparation.tower_similarity import compare_towers
 
@@ -391,7 +383,6 @@ class Index:
     shards: str
 
     def run(self) -> None:
-        """Write the index, and print the faults of the shards."""
         source = open_shards(self.shards, anew=True)
         if isinstance(source, RemoteTarSource):
             source.publish()

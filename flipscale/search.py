@@ -36,7 +36,6 @@ class Search:
     dims: Count | None = None
 
     def run(self) -> None:
-        """Embed the pictures, search for the queries, and write the page."""
         queries = self._all_queries()
         check_page_path(self.out, "--out")
         from flipscale.pages.pictures import open_pictures

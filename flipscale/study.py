@@ -36,7 +36,6 @@ class Race:
     baselines: bool = False
 
     def run(self) -> None:
-        """Train, and print the table."""
         from flipscale.studies.race import race
 
         start_logging()
@@ -57,7 +56,6 @@ class Plan:
     output_dir: OutputFolder | None = None
 
     def run(self) -> None:
-        """Write the recipes, and print their names."""
         from flipscale.studies.design import write_plan
 
         start_logging()
@@ -81,7 +79,6 @@ class Run:
     workers: Count = 1
 
     def run(self) -> None:
-        """Train the runs."""
         from flipscale.studies.design import read_plan
         from flipscale.studies.runs import train_missing
 
@@ -104,7 +101,6 @@ class Report:
     resamples: Count = 400
 
     def run(self) -> None:
-        """Write the report."""
         from flipscale.studies.results import write_results
 
         start_logging()
@@ -127,7 +123,6 @@ class Budget:
     workers: Count = 1
 
     def run(self) -> None:
-        """Search, and print the schedules."""
         from flipscale.studies.halving import search_paths
 
         start_logging()

@@ -182,7 +182,7 @@ class Embedder:
         bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows, news in share.rounds():
-                batch = self.agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
+                batch = agreed(self.accelerator, partial(next, decoded) if rows else partial(dummy_batch, decode))
                 yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
                 bar.update(news)
@@ -326,21 +326,6 @@ class Embedder:
             self.image_features(**dummy_batch(decode).with_image_size(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
 
-    def agreed(self, make: Callable[[], Value]) -> Value:
-        """Collective. Return the result of `make`. If it raised UserError or OSError on any process, all raise it,
-        because a process that stopped alone would leave the others waiting."""
-        made, faults = None, list[tuple[bool, str]]()
-        try:
-            made = make()
-        except (UserError, OSError) as error:
-            if self.accelerator.num_processes == 1:
-                raise
-            faults = [(isinstance(error, OSError), str(error))]
-        if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
-            is_of_system, text = min(gather_objects(faults))
-            raise (OSError if is_of_system else UserError)(text)
-        return cast(Value, made)
-
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast():
             output = self.text_features(self.tokens(texts).to(self.accelerator.device))
@@ -357,6 +342,24 @@ class ClassifierEmbedder(Embedder):
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return self.model(**columns).logits
+
+
+def agreed(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:
+    """Collective. Return the result of `make`. If it raised UserError or OSError on any process, all raise it, because
+    a process that stopped alone would leave the others waiting."""
+    made, faults = None, list[tuple[bool, str]]()
+    try:
+        made = make()
+    except (UserError, OSError) as error:
+        if accelerator.num_processes == 1:
+            raise
+        faults = [(isinstance(error, OSError), str(error))]
+    if accelerator.num_processes > 1:
+        is_fault = torch.tensor([len(faults)], device=accelerator.device)
+        if accelerator.reduce(is_fault, "sum").item():
+            is_of_system, text = min(gather_objects(faults))
+            raise (OSError if is_of_system else UserError)(text)
+    return cast(Value, made)
 
 
 def parts_of(config: Any) -> tuple[str, ...]:

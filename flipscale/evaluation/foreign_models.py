@@ -208,13 +208,10 @@ class OpenClipEmbedder(Embedder):
         return self.model.encode_text(batch)
 
     def pooled_text_features(self, batch: torch.Tensor) -> torch.Tensor:
-        tower = copy.copy(getattr(self.model, "text", self.model))
-        projection = getattr(tower, "text_projection", None)
-        if projection is None:
+        tower = getattr(self.model, "text", self.model)
+        if getattr(tower, "text_projection", None) is None:
             raise UserError(f"{self.name} has a {type(tower).__name__} without a text_projection; use features: embeds")
-        # Copies of the module's dictionaries, not of its weights.
-        parts = "_parameters" if isinstance(projection, torch.nn.Parameter) else "_modules"
-        setattr(tower, parts, {**getattr(tower, parts), "text_projection": None})
+        tower = _without(tower, "text_projection")
         return getattr(tower, "encode_text", tower)(batch)
 
 
@@ -359,13 +356,18 @@ def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: by
     return {"image": preprocess(_rgb_image(encoded)).numpy()}
 
 
+def _without(module: Any, name: str) -> Any:
+    """Return a module whose part `name` is None: a copy of its dictionaries, not of its weights."""
+    module = copy.copy(module)
+    parts = "_parameters" if name in module._parameters else "_modules"
+    setattr(module, parts, {**getattr(module, parts), name: None})
+    return module
+
+
 def _without_projection(visual: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return a function from images to the tower's features before the projection; None for an unknown projection."""
     if isinstance(getattr(visual, "proj", None), torch.nn.Parameter):
-        # A copy of the module's dictionaries, not of its weights.
-        tower = copy.copy(visual)
-        tower._parameters = {**visual._parameters, "proj": None}
-        return tower
+        return _without(visual, "proj")
     if not hasattr(visual, "trunk"):
         return None
     # In timm's models the projection is a layer of the head or the trunk's own classifier, or there is none.

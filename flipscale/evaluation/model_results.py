@@ -77,7 +77,7 @@ def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Ta
         weights = embedder.model.state_dict()
         digest = state_dict_digest(weights, weights.__getitem__)
         settings = [setting_of(embedder, task) for task in tasks]
-        groups = [group_of(digest, setting) for setting in settings]
+        groups = [_digest([digest, setting]) for setting in settings]
         drop_torn(path)
         for line in read_lines(path):
             known.setdefault(line.about["group"], []).append(line)
@@ -112,10 +112,6 @@ def state_dict_digest(names: Iterable[str], read: Callable[[str], torch.Tensor])
         digest.update(json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def group_of(weights: str, setting: Record) -> str:
-    return hashlib.sha256(json.dumps([weights, setting], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append_lines(path: Path, group: str, results: Sequence[Result], about: Record) -> list[Line]:
@@ -250,4 +246,4 @@ def _set_digest(test_set: TestSet) -> str:
 
 
 def _digest(content: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(list(content)).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(content), sort_keys=True).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
 from flipscale.engines.launch import gather_objects
-from flipscale.evaluation.embedding import Embedder, Value
+from flipscale.evaluation.embedding import Embedder, Value, agreed
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
@@ -145,7 +145,7 @@ def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int],
             except BadSample as error:
                 raise UserError(f"{source.shard_name(shard)}#{number} cannot be read: {error}") from error
 
-    return embedder.agreed(lambda: list(values()))
+    return agreed(embedder.accelerator, lambda: list(values()))
 
 
 def read_lines(data: str | Path, name: str, what: str) -> list[str]:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lower_case
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
-from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
@@ -187,14 +186,3 @@ def _tried(embedder: Embedder) -> Embedder:
         if not features.isfinite().all():
             raise UserError(f"model {embedder.name!r} embeds {kind} as NaN or infinite numbers; use another model")
     return embedder
-
-
-def open_together(open_one: Callable[[], Embedder]) -> Embedder | UserError | OSError:
-    """Collective. Return the embedder that a function opens, or the first error on every process if any has one."""
-    faults: list[tuple[type[UserError | OSError], str]] = []
-    try:
-        embedder = open_one()
-    except (ValueError, OSError) as error:
-        faults = [(OSError if isinstance(error, OSError) else UserError, str(error))]
-    faults = gather_objects(faults)
-    return faults[0][0](faults[0][1]) if faults else embedder

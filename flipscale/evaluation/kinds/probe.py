@@ -525,13 +525,13 @@ training images. Its interval counts both the draws (Student's t) and the test i
             raise UserError(f"seeds is {self.seeds}; list one number or more, all different")
 
     def check(self) -> None:
-        self._sets(TestSet.open(self.data))
+        LabelledSets.open(self.train or self.data, TestSet.open(self.data))
 
     def other_sets(self) -> list[TestSet]:
         return [TestSet.open(self.train or self.data, "train")]
 
     def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
-        sets = self._sets(test_set)
+        sets = LabelledSets.open(self.train or self.data, test_set)
         classifiers = self._classifiers(embedder, sets)
         labels, right = test_set.labels(embedder, len(sets.class_names)), [0] * len(classifiers)
         for mine, features in embedder.image_batches(test_set.source, "pooled"):
@@ -547,9 +547,6 @@ training images. Its interval counts both the draws (Student's t) and the test i
             label, headline = f"{shots}-shot top-1", shots == self.shots[-1]
             results.append(self.estimated(f"{shots}_shot", share, n, chance, headline, label=label))
         return results
-
-    def _sets(self, test_set: TestSet) -> LabelledSets:
-        return LabelledSets.open(self.train or self.data, test_set)
 
     def _classifiers(self, embedder: Embedder, sets: LabelledSets) -> list[LinearClassifier]:
         """Collective. Return the classifier of each number of shots and, within it, of each seed."""
