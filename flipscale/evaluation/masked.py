@@ -64,24 +64,10 @@ class ImageMask:
 WHOLE = ImageMask()
 
 
-def check_mask_arguments(ratios: Sequence[float], views: Sequence[int], kind: str, other_models: Sequence[str]) -> None:
-    """Raise before a model is loaded if the mask arguments do not fit together."""
-    if not any(ratios):
-        if views != [1] or kind != "random":
-            flag = "--mask_views" if views != [1] else "--mask_kind"
-            raise UserError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
-    elif other_models:
-        raise _only_whole(other_models[0])
-
-
-def asked_masks(ratios: Sequence[float], views: Sequence[int], kind: str, embedder: Embedder) -> list[ImageMask]:
+def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: int) -> list[ImageMask]:
     """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once."""
-    if not any(ratios):
-        return [WHOLE]
-    if type(embedder) is not Embedder:
-        raise _only_whole(embedder.name)
     check_kind(kind, IMAGE_MASKS, "--mask_kind")
-    side, masks = InputShape.of(embedder.model.config).at(embedder.image_size).side, list[ImageMask]()
+    masks = []
     for ratio in dict.fromkeys(ratios):
         most = side**2 // num_kept(side**2, ratio)
         own = [ImageMask(ratio, count, kind) for count in dict.fromkeys(views) if count <= most] if ratio else [WHOLE]
@@ -94,6 +80,26 @@ def asked_masks(ratios: Sequence[float], views: Sequence[int], kind: str, embedd
     for mask in masks:
         mask.patches([0], side)
     return masks
+
+
+def check_mask_arguments(ratios: Sequence[float], views: Sequence[int], kind: str, other_models: Sequence[str]) -> None:
+    """Raise before a model is loaded if the mask arguments do not fit together."""
+    if not any(ratios):
+        if views != [1] or kind != "random":
+            flag = "--mask_views" if views != [1] else "--mask_kind"
+            raise UserError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
+    elif other_models:
+        raise _only_whole(other_models[0])
+
+
+def asked_masks(ratios: Sequence[float], views: Sequence[int], kind: str, embedder: Embedder) -> list[ImageMask]:
+    """Return the masks that the arguments ask for, for the embedder's image size."""
+    if not any(ratios):
+        return [WHOLE]
+    if type(embedder) is not Embedder:
+        raise _only_whole(embedder.name)
+    shape = InputShape.of(embedder.model.config).at(embedder.image_size)
+    return image_masks(ratios, views, kind, shape.side)
 
 
 def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:

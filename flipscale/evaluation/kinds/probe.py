@@ -425,8 +425,9 @@ def train_by_lars(
 ) -> tuple[LinearClassifier, dict[str, Any]]:
     """Collective. Return the classifier that LARS trains on random crops, and the number of steps and the last loss.
 
-    Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
-    not depend on the number of processes, but for rounding."""
+    Each epoch embeds new crops in a new order and leaves out the images after the last full batch. Each process keeps
+    the features of its crops of an epoch, fp32. The classifier does not depend on the number of processes, but for
+    rounding."""
     source, num_classes, total = sets.train.source, len(sets.class_names), embedder.accelerator.reduce
     my_labels = sets.train.labels(embedder, num_classes)
     _check_every_class(sets, my_labels.to(embedder.accelerator.device), total)
@@ -437,21 +438,13 @@ def train_by_lars(
         for epoch in range(recipe.epochs):
             order = keyed_permutation(recipe.seed, "probe order", epoch, len(source))[: steps * size]
             crops = RandomCrops(source, order, epoch, embedder.image_size, recipe.crop_scale, recipe.seed)
-            per_round = quiet.share(len(crops)).size * embedder.accelerator.num_processes
-            places, rows, step = torch.empty(0, dtype=torch.int64), None, 0
-            my_places = torch.from_numpy(quiet.rows(len(crops)))
-            for number, (mine, embeds) in enumerate(quiet.image_batches(crops, features), 1):
-                new_places = my_places[mine]
-                new = Rows(embeds.double(), labels[torch.from_numpy(order)[new_places]])
-                places, rows = torch.cat([places, new_places]), rows.followed_by(new) if rows else new
-                head = head or Head(embeds.shape[1], num_classes, recipe, total, device)
-                # The processes together have embedded this many crops.
-                embedded = min(number * per_round, len(crops))
-                while (step + 1) * size <= embedded:
-                    due = places < (step + 1) * size
-                    loss = head.learn(rows.where(due).to(device), size, recipe.rate(epoch + step / steps))
-                    places, rows, step = places[~due], rows.where(~due), step + 1
-                    bar.update()
+            places = torch.from_numpy(quiet.rows(len(crops)))
+            rows = Rows(quiet.my_images(crops, features), labels[torch.from_numpy(order)[places]])
+            head = head or Head(rows.features.shape[1], num_classes, recipe, total, device)
+            for step in range(steps):
+                due, rate = places // size == step, recipe.rate(epoch + step / steps)
+                loss = head.learn(Rows(rows.features[due].double(), rows.labels[due]).to(device), size, rate)
+                bar.update()
     assert head is not None
     return head.classifier(), {"steps": recipe.epochs * steps, "loss": loss}
 
