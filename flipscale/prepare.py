@@ -30,7 +30,7 @@ from flipscale.io.options import (
     Threads,
     Workers,
 )
-from flipscale.preparation.lists import open_pairs, printable, source_of
+from flipscale.preparation.lists import open_pairs, source_of
 from flipscale.preparation.sampling_weights import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe
 
@@ -91,7 +91,7 @@ class Shards:
             self.source, self.image_column, self.caption_column, self.dataset_split, self.allow_outside, self.labels
         )
         hint = f"; --labels {pairs.usual_labels} --split 0.1 holds out a labelled test set too"
-        print(printable(pairs.layout) + (hint if pairs.usual_labels and not self.labels else ""))
+        print(" ".join(pairs.layout.split()) + (hint if pairs.usual_labels and not self.labels else ""))
         reports = write_set(pairs, self.source, self.directory, options, self.num_workers)
         for folder, report in reports.items():
             print(f"\n{folder}\n{report_table(report, folder)}")

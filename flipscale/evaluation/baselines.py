@@ -85,7 +85,8 @@ PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixel_features
 
 @dataclass(frozen=True)
 class PlainEmbedder(Embedder):
-    """An embedder of images by `PLAIN[name]`, without a model and without texts. Its features have no projection."""
+    """An embedder of whole images by `PLAIN[name]`, without a model and without texts. `pixels` are 768 numbers, `hog`
+    1,764. Its features have no projection."""
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -107,11 +108,6 @@ class PlainEmbedder(Embedder):
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return columns["described"]
-
-
-def plain_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of `pixels` (16 x 16, 768 numbers) or `hog` (1,764 numbers) of whole images."""
-    return PlainEmbedder(torch.nn.Identity(), None, accelerator, batch_size, num_workers, name=name)
 
 
 def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lower_case
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
-from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
+from flipscale.evaluation.baselines import PLAIN, UNTRAINED, PlainEmbedder, untrained_embedder
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
 from flipscale.evaluation.whole_images import dummy_batch
@@ -155,7 +155,7 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
             or `untrained:FOLDER` (random weights).
     """
     if name in PLAIN:
-        return plain_embedder(name, accelerator, batch_size, num_workers)
+        return PlainEmbedder(torch.nn.Identity(), None, accelerator, batch_size, num_workers, name=name)
     for prefix, open_other in OTHERS.items():
         if name.startswith(prefix):
             embedder = open_other(name.removeprefix(prefix), accelerator, batch_size, num_workers)

@@ -756,11 +756,6 @@ def _label_of(value: Any) -> str:
     return name
 
 
-def printable(text: str) -> str:
-    """Return a text in letters that any terminal shows."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def digest_of(content: Any) -> str:
     """Return a digest of a JSON value."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

@@ -33,7 +33,7 @@ from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_t
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Range, check_ranges
 from flipscale.io.progress import Progress, each
-from flipscale.preparation.lists import PairSource, printable
+from flipscale.preparation.lists import PairSource
 from flipscale.preparation.worker_pool import shared, worker_pool
 
 PARTS = ("train", "test")
@@ -380,7 +380,7 @@ def report_table(report: dict[str, Any], out_dir: Path) -> str:
 
 def _first(report: dict[str, Any], cause: str) -> str:
     fault = report["first_left_out"][cause]
-    return printable(f"{fault['key']}: {fault['detail']}")
+    return " ".join(f"{fault['key']}: {fault['detail']}".split())
 
 
 def check_reports(reports: dict[Path, dict[str, Any]], max_bad_fraction: float) -> None:
