@@ -104,19 +104,11 @@ class Evaluate:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         models = name_models(self.models, self.output_dir)  # before the slow imports
         from flipscale.engines.build import start_accelerator
+        from flipscale.evaluation import masked
         from flipscale.evaluation.baselines import PLAIN
         from flipscale.evaluation.decontaminated import with_clean_tasks
         from flipscale.evaluation.embedding import agreed
         from flipscale.evaluation.foreign_models import OPEN_CLIP
-        from flipscale.evaluation.masked import (
-            WHOLE,
-            MaskedResults,
-            asked_masks,
-            check_mask_arguments,
-            draw_masked_results,
-            mask_table,
-            masked_embedder,
-        )
         from flipscale.evaluation.model_results import evaluate_model, read_lines
         from flipscale.evaluation.presentation.figures import can_draw
         from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
@@ -126,7 +118,8 @@ class Evaluate:
 
         start_logging()
         tasks, masks = _tasks(self), (self.mask_ratio, self.mask_views, self.mask_kind)
-        check_mask_arguments(*masks, [model.given for model in models if model.given.startswith(tuple(OTHERS))])
+        others = [model.given for model in models if model.given.startswith(tuple(OTHERS))]
+        masked.check_mask_arguments(*masks, others)
         for task in tasks:
             task.check()
         if self.dry_run:
@@ -146,7 +139,7 @@ class Evaluate:
                 read_lines(model.home / RESULTS_FILE)
         columns: list[Column] = []
         widths: list[int | None] = [*self.dims] or [None]
-        masked: list[MaskedResults] = []
+        by_mask: list[masked.MaskedResults] = []
         faults: list[UserError | OSError] = []
         for model in models:
             opened = partial(open_embedder, model.given, accelerator, self.batch_size, workers)
@@ -159,19 +152,20 @@ class Evaluate:
                 faults.append(error)
                 continue
             embedder = embedder.at(self.image_size)
-            for dims, mask in itertools.product(widths, asked_masks(*masks, embedder)):
-                seen = masked_embedder(replace(embedder, dims=dims), mask)
+            for dims, mask in itertools.product(widths, masked.asked_masks(*masks, embedder)):
+                seen = masked.masked_embedder(replace(embedder, dims=dims), mask)
                 lines = evaluate_model(seen, model.name, model.home / RESULTS_FILE, tasks)
-                cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == WHOLE else [mask.label])]
+                cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == masked.WHOLE else [mask.label])]
                 columns.append(Column(", ".join([model.name, *cuts]), lines))
                 if any(self.mask_ratio):
                     config, size = embedder.model.config, embedder.pixels
-                    counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
+                    both = (mask, masked.WHOLE)
+                    counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in both]
                     # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
                     parts = ("vision_model", "image_projection", "visual_projection")
                     flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)
                     name = f"{model.name}, {dims} numbers" if dims else model.name
-                    masked.append(MaskedResults(name, mask, flops, whole, [line.result for line in lines]))
+                    by_mask.append(masked.MaskedResults(name, mask, flops, whole, [line.result for line in lines]))
                 if accelerator.is_main_process and model.home == model.folder:
                     refresh_card(model.folder, lines)
             del embedder  # frees its memory for the next model
@@ -181,12 +175,12 @@ class Evaluate:
             home.mkdir(parents=True, exist_ok=True)
             write_text(home / "results.md", report(columns, suites))
             (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
-            if can_draw() and masked:
-                draw_masked_results(masked, home / "results.png")
+            if can_draw() and by_mask:
+                masked.draw_masked_results(by_mask, home / "results.png")
             elif can_draw():
                 draw_results(columns, home / "results.png")
-            if masked:
-                print(json.dumps([row.as_json() for row in masked]) if self.json else mask_table(masked))
+            if by_mask:
+                print(json.dumps([row.as_json() for row in by_mask]) if self.json else masked.mask_table(by_mask))
             elif self.json:
                 metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
                 print(json.dumps(metrics if len(models) > 1 or self.dims else metrics[columns[0].name]))

@@ -14,7 +14,7 @@ from flipscale.data.sources.remote import RemoteTarSource
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.task_page import pages_table, read_page, suite_pages
 from flipscale.io.atomic import new_folder
-from flipscale.io.command_line import OutputFolder
+from flipscale.io.command_line import Command, OutputFolder
 from flipscale.io.cores import decoding_workers, usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted
@@ -391,17 +391,8 @@ class Index:
         print(f"{len(source)} samples in {len(source.shard_sizes)} shards")
 
 
-COMMANDS = {
-    "shards": Shards,
-    "tokenizer": Tokenizer,
-    "inspect": Inspect,
-    "audit": Audit,
-    "tasks": Tasks,
-    "resize": Resize,
-    "weights": Weights,
-    "embed": Embed,
-    "index": Index,
-}
+_KINDS: tuple[type[Command], ...] = (Shards, Tokenizer, Inspect, Audit, Tasks, Resize, Weights, Embed, Index)
+COMMANDS = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
 def _open(shards: str, max_bad_fraction: float = 1.0) -> Source:
