@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.step_times import timed, training_step
 from flipscale.data.captions import pack_captions
 from flipscale.engines.device import best_attention
 from flipscale.model.families import config_class
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
-from flipscale.planning.bench_step import timed, training_step
 
 SHORTEST, LONGEST = 8, 64
 END = 3

@@ -33,6 +33,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from benchmarks.step_times import Figures
 from flipscale.data import decode, pairs
 from flipscale.data.captions import tokenise
 from flipscale.data.loader import PackedBatch, build_loader, keep_decoded_memory
@@ -44,7 +45,6 @@ from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.io.cores import usable_cores
 from flipscale.model import FlipConfig
-from flipscale.planning.bench_step import Figures
 from flipscale.recipe.data import DataRecipe
 
 Batches = Iterator[dict[str, Any]]

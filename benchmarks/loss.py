@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks.step_times import Figures, device_label, matmul_peak, timed
 from flipscale.objectives.contrastive import contrastive_loss
-from flipscale.planning.bench_step import Figures, device_label, matmul_peak, timed
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Matrix products of 2 n^2 dim operations. Ours computes the logits twice and two gradients. `ClipLoss` with autograd

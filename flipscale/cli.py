@@ -27,7 +27,7 @@ VERBS = {
     "push": "Upload a trained model to the Hugging Face Hub.",
     "convert": "Convert models from and to the formats of other programs.",
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
-    "bench": "Measure the speed and memory of a training step on this machine, or check a node of GPUs.",
+    "bench": "Check a node of GPUs or several, and measure the training step on them, beside open_clip's.",
 }
 
 # Verbs with a recipe's own parser, whose help needs none of the training's imports.
@@ -48,8 +48,8 @@ def _run(arguments: list[str]) -> None:
             importlib.import_module("flipscale.recipe.recipe").build_parser(arguments[0]).parse_args(["--help"])
         gc.disable()  # as `main` does, which enables it
         return importlib.import_module("flipscale.pretrain").main(arguments[1:])
-    if arguments[:1] == ["check"]:  # its other flags are a recipe's
-        return importlib.import_module("flipscale.check").main(arguments[1:])
+    if arguments[:1] == ["check"] or arguments[:2] == ["bench", "gpu"]:  # their other flags are a recipe's
+        return importlib.import_module(f"flipscale.{arguments[0]}").main(arguments[1:])
     command: Any = parse(arguments)
     # Verbs do not import each other, and trials of `init` train.
     command.run(*([_train] if arguments[0] == "init" else []))

@@ -10,13 +10,16 @@ from flipscale.checks.kernels import check_attention, check_collectives, check_l
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Finding, NotRun
 from flipscale.checks.nodes import OWN_CHECKS_SECONDS, Nodes
-from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall
+from flipscale.checks.open_clip import check_open_clip
+from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall, check_trainer
 from flipscale.checks.steps import check_contexts, check_plan, check_steps, planning_figures
 from flipscale.io.errors import UserError
 
 _LINES = 60
+# Without these, `--quick` leaves the checks alone.
+COMPARED = (check_open_clip, check_trainer)
 # Checks of all nodes together.
-OF_ALL_NODES = (check_products, check_links, check_collectives, check_stall, check_kill)
+OF_ALL_NODES = (check_products, check_links, check_collectives, *COMPARED, check_stall, check_kill)
 # Checks of a node. Those that measure what others use come before these.
 CHECKS: tuple[Callable[[Bench], None], ...] = (
     check_machine,
@@ -28,6 +31,7 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
     check_steps,
     check_plan,
     check_loader,
+    *COMPARED,
     check_losses,
     check_resume,
     check_stall,
@@ -38,6 +42,8 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
 def run_checks(bench: Bench, announce: Callable[[str], None], checks: Sequence[Any] = ()) -> None:
     """Run checks, by default all of a node, and call `announce` with the lines of each."""
     for check in checks or CHECKS:
+        if check in COMPARED and not bench.compared:
+            continue
         name, start, before = check.__name__.removeprefix("check_"), time.monotonic(), len(bench.findings)
         bench.nodes.begin(name)
         try:

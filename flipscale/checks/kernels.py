@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
 
-from flipscale.checks.machine import own_device, query_gpus
+from flipscale.checks.machine import own_device
 from flipscale.checks.node import OFF, Bench, Row
+from flipscale.checks.timing import timed_steps
 from flipscale.engines.build import start_accelerator
 from flipscale.engines.device import attention_kernel, wait_for
 from flipscale.engines.optimizers import encoder_blocks, num_trained
@@ -66,7 +67,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, times: int = _T
 
 
 def products(recipe: str, batch_size: int) -> Iterator[Row]:
-    """Yield the operations per second of the blocks' bf16 products, then the GPU's clock and power during them."""
+    """Yield the operations per second of the blocks' bf16 products, then the GPU's clock and energy during them."""
     device = own_device()
     for tower in towers(recipe, _MASK_RATIOS[1:]):
         rows, width, mlp = batch_size * tower.tokens, tower.config.hidden_size, tower.config.intermediate_size
@@ -76,12 +77,8 @@ def products(recipe: str, batch_size: int) -> Iterator[Row]:
             right = torch.randn(k, n, device=device, dtype=torch.bfloat16)
             seconds = seconds_of(lambda a=left, b=right: torch.mm(a, b), device)  # type: ignore[misc]
             yield {"tower": tower.name, "shape": [m, k, n], "flops_per_s": 2 * m * k * n / seconds}
-    # Queue about a second of products, fewer than a launch queue holds, and ask while the GPU computes them.
     square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    for _ in range(_LOADED_PRODUCTS):
-        torch.mm(square, square)
-    yield {"loaded": query_gpus(device)}
-    wait_for(device)
+    yield timed_steps(lambda: torch.mm(square, square), _LOADED_PRODUCTS, device)  # about a second
 
 
 def attention(recipe: str, batch_size: int) -> Iterator[Row]:
@@ -140,8 +137,7 @@ def check_products(bench: Bench) -> None:
         name, faults = bench.gpu(slowest), []
         if means[slowest] < (1 - OFF) * max(means):
             faults.append(f"{name} has {means[slowest] / 1e12:.0f} Tflop/s, another {max(means) / 1e12:.0f}")
-        loaded = [gpu for of_rank in rows for row in of_rank for gpu in row.get("loaded", [])]
-        clocks = sorted(float(gpu["clocks.sm"]) for gpu in loaded if gpu["clocks.sm"].replace(".", "").isdigit())
+        clocks = sorted(row["mhz"] for of_rank in rows for row in of_rank if row.get("mhz"))
         bench.figures.setdefault("products", {})[recipe] = {"flops_per_s": means, "rows": rows[slowest]}
         bench.add(
             f"products {Path(recipe).stem}",

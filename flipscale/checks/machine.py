@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata, util
+from pathlib import Path
 
 import torch
 
 import flipscale
 from flipscale.checks.node import Bench, NotRun, Row
 from flipscale.io.cores import usable_cores
-from flipscale.io.surroundings import known
+from flipscale.io.surroundings import known, own_commit
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "deepspeed")
 # Fields of `nvidia-smi --query-gpu`: name, driver, MiB, MHz now and at most, watts now and at most, PCIe.
@@ -39,6 +40,8 @@ def machine(num_gpus: int) -> Iterator[Row]:
     # Another distribution may hold a module, as ROCm's torch has Triton from pytorch-triton-rocm.
     libraries = {name: known(partial(metadata.version, name)) for name in _PACKAGES if util.find_spec(name)}
     libraries |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
+    libraries["open_clip"] = known(partial(metadata.version, "open_clip_torch"))
+    libraries["commit"] = own_commit(Path(flipscale.__file__).parent)
     stated = {name: str(version) for name, version in libraries.items() if version}
     yield {"versions": {"flipscale": flipscale.__version__, **stated}}
     yield {"gpus": query_gpus()[:num_gpus], "links": links(nvidia_smi("topo", "-m")), "cores": usable_cores()}
@@ -56,12 +59,9 @@ def nvidia_smi(*arguments: str) -> str:
     return done.stdout if done is not None and done.returncode == 0 else ""
 
 
-def query_gpus(device: torch.device | None = None) -> list[dict[str, str]]:
-    """Return the `FIELDS` of all GPUs, or of one device."""
-    chosen = []
-    if device is not None and device.type == "cuda":
-        chosen = [f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"]
-    lines = nvidia_smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", *chosen).splitlines()
+def query_gpus() -> list[dict[str, str]]:
+    """Return the `FIELDS` of all GPUs."""
+    lines = nvidia_smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits").splitlines()
     return [dict(zip(FIELDS, map(str.strip, line.split(",")), strict=False)) for line in lines if line.strip()]
 
 

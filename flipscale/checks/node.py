@@ -94,7 +94,10 @@ class Bench:
         folder: folder for logs and runs.
         recipes: names or files of the recipes whose steps are measured.
         batch_size: pairs of a GPU.
+        compared: names or files of the recipes that are measured beside open_clip, and with the trainer's loader.
         shards: shards for the loader; None makes up pictures.
+        starts: number of starts of a measurement.
+        timed_steps: number of timed steps in a start.
         start: function that starts a process.
         figures: measurements by the name of their check, for `gpu.json`.
         nodes: nodes that share the checks; each starts the processes of its own GPUs. By default, this one alone.
@@ -104,7 +107,10 @@ class Bench:
     folder: Path
     recipes: Sequence[str]
     batch_size: int
+    compared: Sequence[str] = ()
     shards: str | None = None
+    starts: int = 1
+    timed_steps: int = 10
     start: Callable[[str, Sequence[str], Mapping[str, str], Path], Process] = start_python
     figures: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

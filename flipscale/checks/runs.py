@@ -18,7 +18,8 @@ import yaml
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from flipscale.checks.node import LIMIT_SECONDS, Bench, Group, Row, descendants
-from flipscale.checks.steps import ALONE, engine_variables, first_stage
+from flipscale.checks.steps import ALONE, engine_variables, first_stage, steps_of
+from flipscale.checks.timing import over_starts
 from flipscale.data.loader import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
@@ -27,8 +28,12 @@ from flipscale.data.tokenizers import load_tokenizer, train_sentencepiece
 from flipscale.io import json_lines
 from flipscale.io.cores import usable_cores, workers_of
 from flipscale.objectives.build import build_config
+from flipscale.recipe.outputs import EvalRecipe, LogRecipe, SaveRecipe
+from flipscale.recipe.recipe import to_yaml
 
 _PAIRS, _STEPS, _SAVED = 8, 12, 6
+# Steps of a record of the trainer.
+_RECORDED = 5
 _TOWER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 # Losses in fp32 differ by the order of sums, after a dozen steps by less than this.
 LOSS_TOLERANCE = 1e-3
@@ -55,33 +60,39 @@ def make_pairs(folder: Path) -> Path:
     return shards
 
 
-class Training:
-    """A run of a small model on made-up pairs, in fp32, by the trainer's own command."""
+def _data(bench: Bench, shards: str | None = None) -> dict[str, Any]:
+    """Return a recipe's fields of some shards, by default the made-up ones."""
+    own = {"shards": shards} if shards else {"shards": str(bench.folder / "pairs"), "lanes": 1}
+    return {**own, "tokenizer": str(bench.folder / "tokenizer")}
 
-    def __init__(self, bench: Bench, name: str, steps: int = _STEPS):
-        self.bench, self.directory, shards = bench, bench.folder / name, bench.folder / "pairs"
+
+class Training:
+    """A run by the trainer's own command: of a recipe's text, by default a small model on made-up pairs in fp32."""
+
+    def __init__(self, bench: Bench, name: str, steps: int = _STEPS, text: str = ""):
+        self.bench, self.directory = bench, bench.folder / name
         batch = _PAIRS * bench.num_gpus
         tower = {"vision_config": {**_TOWER, "image_size": 64}, "text_config": {**_TOWER, "vocab_size": 64}}
-        data = {"shards": str(shards), "tokenizer": str(shards.with_name("tokenizer")), "num_workers": 1, "lanes": 1}
-        recipe = {
+        data = {**_data(bench), "num_workers": 1}
+        small = {
             "model": {"size": "b16", **tower},
             "data": {**data, "global_batch_size": batch},
             "stages": [{"name": "masked", "samples": steps * batch, "mask_ratio": 0.5, "base_lr": 1e-3}],
             "log": {"every_samples": batch, "report_to": []},
             "save": {"every_samples": _SAVED * batch},
-            "output_dir": str(self.directory),
         }
         self.logs = bench.folder / f"{name}.logs"
         if bench.nodes.index == 0:
             make_pairs(bench.folder)
             self.logs.mkdir()
-            (self.logs / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+            (self.logs / "recipe.yaml").write_text(text or yaml.safe_dump(small), encoding="utf-8")
         bench.nodes.gather("written")
 
     def start(self, processes: int, engine: str, *launcher: str, **variables: str) -> AbstractContextManager[Group]:
         """Return the context in which the trainer runs in some processes. `launcher` is a module and its arguments."""
         own = {**engine_variables(engine, processes), "ACCELERATE_MIXED_PRECISION": "no", **variables}
         command = [*launcher, "flipscale.pretrain", "--config", str(self.logs / "recipe.yaml")]
+        command += ["--output_dir", str(self.directory)]
         return self.bench.group(command[0], command[1:], self.logs, processes, own)
 
     def run(self, processes: int, engine: str = "ddp", **variables: str) -> dict[int, float]:
@@ -204,19 +215,56 @@ def loaded(recipe: str, batch_size: int, changes: dict[str, Any], seconds: float
 
 def check_loader(bench: Bench) -> None:
     """The node's workers must prepare images faster than the steps use them."""
-    made_up = make_pairs(bench.folder)
+    make_pairs(bench.folder)
     num_gpus = bench.num_gpus
     workers = workers_of(usable_cores(), num_gpus)
     for recipe in bench.recipes:
-        own = {"shards": bench.shards} if bench.shards else {"shards": str(made_up), "lanes": 1}
-        changes = {**own, "tokenizer": str(made_up.with_name("tokenizer")), "num_workers": workers}
+        changes = {**_data(bench, bench.shards), "num_workers": workers}
         given: Row = {"recipe": recipe, "batch_size": bench.batch_size, "changes": changes, "seconds": _LOADER_SECONDS}
         rows = bench.run(loaded, num_gpus, **given)
         rate = sum(row["images_per_s"] for (row,) in rows)
         bench.figures["loader"] = {"images_per_s": rate, "images_per_worker_s": rate / workers / num_gpus}
-        steps = [row for row in bench.figures.get("steps", []) if row["recipe"] == recipe and row["engine"] != ALONE]
-        needed = max((num_gpus * row["pairs"] / row["seconds"] for row in steps if "seconds" in row), default=0.0)
+        needed = max((num_gpus * row["pairs_per_s"] for row in steps_of(bench, recipe)), default=0.0)
         faults = [f"the fastest step uses {needed:,.0f} images/s"] if rate < needed else []
         kind = "own shards" if bench.shards else "made-up 500 x 400"
         words = f"{rate:,.0f} images/s by {num_gpus} x {workers} workers, {kind}; needed {needed:,.0f}"
         bench.add(f"loader {Path(recipe).stem}", words, faults)
+
+
+def check_trainer(bench: Bench) -> None:
+    """Measure the trainer with its own loader on all GPUs, under the engine whose steps are fastest."""
+    usual: Row = {"engine": "ddp", "compiled": True, "recomputes": False}
+    for name in bench.compared:
+        best = min(steps_of(bench, name), key=lambda row: row["seconds"], default=usual)
+        engine = "ddp" if best["engine"] == ALONE else best["engine"]
+        recipe = first_stage(name, bench.batch_size * bench.num_gpus, best["compiled"], best["recomputes"])
+        batch = recipe.data.global_batch_size
+        data = replace(recipe.data, **_data(bench, bench.shards))
+        log = LogRecipe(every_samples=_RECORDED * batch, report_to=[])
+        recipe = replace(recipe, data=data, log=log, save=SaveRecipe(), eval=EvalRecipe())
+        starts = []
+        for number in range(bench.starts):
+            training = Training(bench, f"{Path(name).stem}-{number}", text=to_yaml(recipe))
+            with training.start(bench.num_gpus, engine, ACCELERATE_MIXED_PRECISION="bf16") as group:
+                training.await_steps(group, 1 + bench.timed_steps // _RECORDED)
+                bench.nodes.gather("seen")  # before any node ends its ranks
+            starts.append([_trained(bench, training, batch)])
+        row = {"recipe": name, "engine": engine, "gpus": bench.num_gpus, **over_starts(starts)}
+        bench.figures.setdefault("trainer", []).append(row)
+        words = f"{row['data_wait_share']:.0%} of the time waits for data"
+        bench.add(f"trainer {Path(name).stem}", f"{bench.num_gpus * row['pairs_per_s']:,.0f} pairs/s, {words}")
+
+
+def _trained(bench: Bench, training: Training, batch: int) -> Row:
+    """Return the row of a run's records without the first, in which it began. A time is a record's mean."""
+    first, *records = (record for record in training.records("metrics") if "images_per_s" in record)
+    kwh = [one["energy_parts"].get("GPUs", 0.0) for one in training.records("energy")[: 1 + len(records)]] or [0.0]
+    joules = 3.6e6 * (kwh[-1] - kwh[0]) / bench.num_gpus / _RECORDED
+    return {
+        "pairs": bench.batch_size,
+        "times": [batch / record["images_per_s"] for record in records],
+        "joules": joules or None,
+        "mhz": None,
+        "peak_s": first["mfu"] * batch / first["images_per_s"] if "mfu" in first else None,
+        "data_wait_share": float(np.mean([record["data_wait_share"] for record in records])),
+    }

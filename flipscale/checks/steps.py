@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,10 +14,11 @@ from torch.autograd import DeviceType
 import flipscale
 from flipscale.checks.machine import contexts
 from flipscale.checks.node import OFF, Bench, CheckError, Finding, Row
+from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.data.loader import PackedBatch, on_device
 from flipscale.engines.build import engine_class, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
-from flipscale.engines.device import peak_flops, peak_memory_bytes, wait_for
+from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.engines.launch import launch_environment, launch_of
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.watchdog import end_process
@@ -37,10 +37,10 @@ from flipscale.training.sync import StepSync
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero3")
 ALONE = "one GPU"
-_WARM_UP, _TIMED, _PROFILED = 4, 8, 2
+WARM_UP, _PROFILED = 4, 2
 # With so few pairs, the host is slower than the GPU.
 _HOST_PAIRS = 2
-_ALONE = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+ALONE_VARIABLES = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 
 def engine_variables(engine: str, processes: int) -> dict[str, str]:
@@ -51,25 +51,30 @@ def engine_variables(engine: str, processes: int) -> dict[str, str]:
     return variables
 
 
-def first_stage(name: str, batch_size: int, compiled: bool = False, recomputes: bool = False) -> Recipe:
+def first_stage(
+    name: str, batch_size: int, compiled: bool = False, recomputes: bool = False, mask_ratio: float | None = None
+) -> Recipe:
     """Return a recipe from scratch with its first stage only, and a global batch in one piece on each process."""
     recipe = parse_recipe(["--config", name])
+    first = recipe.stages[0]
+    ratio = first.mask_ratio if mask_ratio is None else mask_ratio
     scratch: dict[str, Any] = dict.fromkeys(("init_from", "vision", "text", "text_positions"))
+    length: dict[str, Any] = {"samples": 10**9, "share": None, "warmup_share": 0.0}
     return replace(
         recipe,
         model=replace(recipe.model, compile=compiled, gradient_checkpointing=recomputes, **scratch),
         data=replace(recipe.data, global_batch_size=batch_size, micro_batch_size=None),
         budget_minutes=None,
-        stages=[replace(recipe.stages[0], gradient_checkpointing=None, samples=10**9, share=None, warmup_share=0.0)],
+        stages=[replace(first, gradient_checkpointing=None, mask_ratio=ratio, **length)],
     )
 
 
 class Loop:
     """Collective. The trainer's model, engine and step, on made-up batches that a thread copies to the GPU ahead."""
 
-    def __init__(self, name: str, batch_size: int, compiled: bool, folder: str):
+    def __init__(self, name: str, batch_size: int, compiled: bool, folder: str, mask_ratio: float | None = None):
         accelerator = start_accelerator([], folder)
-        recipe = first_stage(name, batch_size * accelerator.num_processes, compiled)
+        recipe = first_stage(name, batch_size * accelerator.num_processes, compiled, mask_ratio=mask_ratio)
         self.recipe, self.objective = replace(recipe, output_dir=folder), build_objective(recipe)
         self.accelerator, self.launch, self.device = accelerator, launch_of(os.environ), accelerator.device
         stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
@@ -102,47 +107,49 @@ class Loop:
         for batch in on_device(endless(), self.device):  # type: ignore[arg-type]
             yield [part.with_image_size(stage.image_size) for part in batch]
 
-    def take(self, batches: Iterator[list[PackedBatch]], count: int) -> float:
-        """Collective. Take steps, and return the seconds of one."""
-        wait_for(self.device)
-        start = time.perf_counter()
-        for _ in range(count):
-            loss = forward_backward(self.engine, next(batches), self.objective)
-            should_step = self._sync.start(self._now, loss, self.engine.gradient_norm(), [])
-            self.engine.step(1e-6, should_step)
-            self._now = self._schedule.after(self._now, None)
-            self._sync.drain(wait=False)
-        wait_for(self.device)
-        return (time.perf_counter() - start) / count
+    def step(self, batches: Iterator[list[PackedBatch]]) -> None:
+        """Collective. Take a step."""
+        loss = forward_backward(self.engine, next(batches), self.objective)
+        should_step = self._sync.start(self._now, loss, self.engine.gradient_norm(), [])
+        self.engine.step(1e-6, should_step)
+        self._now = self._schedule.after(self._now, None)
+        self._sync.drain(wait=False)
+
+    def take(self, batches: Iterator[list[PackedBatch]], count: int) -> Row:
+        """Collective. Take steps, and return their times, see `timed_steps`."""
+        return timed_steps(lambda: self.step(batches), count, self.device)
+
+    def row(self, pairs: int) -> Row:
+        """Return what is known of a step of `pairs` before it is taken: its operations, and their seconds at the GPU's
+        peak, None if unknown."""
+        (flops,) = pair_flops(self.recipe).values()
+        peak = peak_flops(self.device, self.accelerator.mixed_precision) if self.device.type == "cuda" else None
+        return {"pairs": pairs, "flops": flops * pairs, "peak_s": peak and flops * pairs / peak}
 
 
-def steps(recipe: str, batch_size: int, compiled: bool, folder: str) -> Iterator[Row]:
+def steps(recipe: str, batch_size: int, compiled: bool, folder: str, count: int) -> Iterator[Row]:
     """Collective. Yield the figures of steps with recomputed activations, then with kept ones, which take more."""
     loop = Loop(recipe, batch_size, compiled, folder)
-    batches, device = loop.batches(batch_size), loop.device
-    (flops,) = pair_flops(loop.recipe).values()
-    peak = peak_flops(device, loop.accelerator.mixed_precision) if device.type == "cuda" else None
+    batches, device, row = loop.batches(batch_size), loop.device, loop.row(batch_size)
     for recomputes in (True, False):
-        row: Row = {"pairs": batch_size, "compiled": compiled, "recomputes": recomputes}
+        row |= {"compiled": compiled, "recomputes": recomputes}
         try:
             loop.engine.recompute(recomputes)
-            loop.take(batches, _WARM_UP)
+            loop.take(batches, WARM_UP)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            seconds = loop.take(batches, _TIMED)
-            row |= {"peak_bytes": peak_memory_bytes(device), "seconds": seconds}
-            row |= {"flops_per_s": flops * batch_size / seconds, "mfu": peak and flops * batch_size / seconds / peak}
+            taken = row | loop.take(batches, count) | {"peak_bytes": peak_memory_bytes(device)}
             with torch.profiler.profile() as profile:
                 loop.take(batches, _PROFILED)
-            yield row | shares(profile.events() or [])
+            yield taken | shares(profile.events() or [])
         except torch.OutOfMemoryError:
             yield row | {"out_of_memory": True}
             end_process(0)  # the other ranks may wait for this one
     if not compiled:
         few = loop.batches(_HOST_PAIRS)
-        loop.take(few, _WARM_UP)
+        loop.take(few, WARM_UP)
         calls = host_calls(loop.recipe, loop.launch, loop.recipe.stages[0], 1, 1)
-        yield {"host_seconds": loop.take(few, _TIMED), "calls": calls}
+        yield loop.row(_HOST_PAIRS) | loop.take(few, count) | {"calls": calls}
 
 
 def shares(events: Iterable[Any]) -> Row:
@@ -210,18 +217,27 @@ def check_steps(bench: Bench) -> None:
             bench.findings.append(Finding(name, "not run", refusal))
             continue
         world = 1 if engine == ALONE else bench.num_gpus
-        variables = _ALONE if engine == ALONE else engine_variables(engine, world)
-        given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled}
-        folder, faults = str(bench.folder), []
+        variables = ALONE_VARIABLES if engine == ALONE else engine_variables(engine, world)
+        given = {"recipe": recipe, "batch_size": bench.batch_size, "compiled": compiled, "count": bench.timed_steps}
+        starts: list[list[list[Row]]] = []
+        faults = []
         try:
-            rows = bench.run(steps, world, variables, **given, folder=folder)
+            for _ in range(bench.starts):
+                starts.append(bench.run(steps, world, variables, **given, folder=str(bench.folder)))
         except CheckError as error:
-            rows, faults = error.rows, [str(error)]
-        # The slowest rank, which the others wait for.
-        by_row = zip(*filter(None, rows), strict=False)
-        slowest = [max(of_ranks, key=lambda row: row.get("seconds", 0.0)) for of_ranks in by_row]
-        measured += [{"recipe": recipe, "engine": engine, "variables": variables, **row} for row in slowest]
-        bench.add(name, "; ".join(map(_step_words, slowest)), faults)
+            starts, faults = starts or [error.rows], [str(error)]
+        # The rows at the same place of all ranks, then of all starts.
+        places = zip(*(zip(*filter(None, ranks), strict=False) for ranks in starts), strict=False)
+        common = {"recipe": recipe, "engine": engine, "gpus": world, "variables": variables}
+        rows = [common | over_starts(place) for place in places]
+        measured += rows
+        bench.add(name, "; ".join(map(_step_words, rows)), faults)
+
+
+def steps_of(bench: Bench, recipe: str) -> list[Row]:
+    """Return the rows of a recipe's steps on all GPUs."""
+    rows = bench.figures.get("steps", [])
+    return [row for row in rows if (row["recipe"], row["gpus"]) == (recipe, bench.num_gpus) and "peak_bytes" in row]
 
 
 def _refusal(bench: Bench, engine: str, recipe: str, compiled: bool) -> str | None:
@@ -237,8 +253,8 @@ def _refusal(bench: Bench, engine: str, recipe: str, compiled: bool) -> str | No
 
 
 def _step_words(row: Row) -> str:
-    if "host_seconds" in row:
-        return f"host {1e3 * row['host_seconds']:.1f} ms"
+    if "calls" in row:
+        return f"host {1e3 * row['seconds']:.1f} ms"
     kind = "recomputed" if row["recomputes"] else "kept"
     if "out_of_memory" in row:
         return f"{kind} out of memory"
@@ -249,7 +265,7 @@ def _step_words(row: Row) -> str:
 
 def check_plan(bench: Bench) -> None:
     """Compare the measured memory and time of each step with the plan's, which knows the measured hardware."""
-    rows = [row for row in bench.figures.get("steps", []) if "seconds" in row]
+    rows = [row for row in bench.figures.get("steps", []) if "peak_bytes" in row]
     if not rows:
         raise CheckError("no step was measured")
     (planned,) = bench.run(plans, rows=rows, figures=planning_figures(bench))
@@ -269,12 +285,12 @@ def check_plan(bench: Bench) -> None:
 def planning_figures(bench: Bench) -> Row:
     """Return the measured figures that replace the plan's assumptions, for `--bench`."""
     alone = [row for row in bench.figures.get("steps", []) if row["engine"] == ALONE]
-    kept = [row for row in alone if row.get("seconds") and not row["recomputes"]]
+    kept = [row for row in alone if "peak_bytes" in row and not row["recomputes"]]
     keys = [speed_key(first_stage(row["recipe"], row["pairs"], row["compiled"])) for row in kept]
     buses = [row["bus_bytes_per_s"] / 1e9 for row in bench.figures.get("collectives", []) if row["is_large"]]
     return {
-        "step_flops_per_s": {key: row["flops_per_s"] for key, row in zip(keys, kept, strict=True)},
-        "call_s": min((row["host_seconds"] / row["calls"] for row in alone if "host_seconds" in row), default=None),
+        "step_flops_per_s": {key: row["flops"] / row["seconds"] for key, row in zip(keys, kept, strict=True)},
+        "call_s": min((row["seconds"] / row["calls"] for row in alone if "calls" in row), default=None),
         "node_gb_s": min(buses, default=None),
         "images_per_worker_s": bench.figures.get("loader", {}).get("images_per_worker_s"),
     }

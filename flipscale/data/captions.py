@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# Most numbers of rows that packed captions of a batch can have, because torch.compile makes a graph for each.
+# Most numbers of rows that packed captions of a batch can have: memory is allocated anew for each.
 MAX_ROW_COUNTS = 64
 # A limit, because the time and memory of tokenizers grow with the length.
 MAX_CAPTION_BYTES = 1 << 16

@@ -86,12 +86,13 @@ def model_without_storage(config: FlipConfig, kind: type[FlipPreTrainedModel] = 
         return kind(config)
 
 
-def compile_blocks(model: FlipPreTrainedModel) -> None:
+def compile_blocks(model: FlipPreTrainedModel, packs_captions: bool = False) -> None:
     """Compile the encoder blocks with torch.compile, one graph for each shape.
 
-    The image tower has a graph for every number of visible patches, the text tower for every number of tokens, or of
-    rows of packed captions (at most `MAX_ROW_COUNTS`; a run meets a few). With micro-batches there are twice as many,
-    because the first pass has no gradients. All blocks of a tower share graphs.
+    The image tower has a graph for every number of visible patches, the text tower for every number of tokens. With
+    packed captions, it has two: one for the first number of rows, and one for all others, because a rank that compiles
+    at a later step makes the other ranks wait. With micro-batches there are twice as many, because the first pass has
+    no gradients. All blocks of a tower share graphs.
 
     Evaluations run the uncompiled blocks (`training.between_steps`), because their last batch has another size.
     """
@@ -107,9 +108,11 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
         from torch._inductor import config  # its import takes time
 
         config.compile_threads = min(decoding_workers(None), 32)
+    texts = set(model.get_submodule("text_model").modules()) if packs_captions else set()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(fullgraph=True, dynamic=False)
+            # By default, torch takes a size that has changed once for one that changes.
+            module.compile(fullgraph=True, dynamic=None if module in texts else False)
 
 
 def initial_weights(

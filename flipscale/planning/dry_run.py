@@ -67,8 +67,8 @@ class DryRun:
         num_processes: Number of processes instead of the launch file's. Several numbers, such as 8,64, show how the run
             scales.
         matmul_share: Fraction of the peak that a step reaches on one GPU without communication. Default: 0.4.
-        bench: The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders, or the JSON line
-            of `flipscale bench step --json`. Replaces --matmul_share.
+        bench: The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders. Replaces
+            --matmul_share.
         peak_tflops: bf16 peak of a GPU in Tflop/s. Default: 989 (H100).
         node_gb_s: GB/s per GPU within a node. Default: 350 (NVLink of an H100).
         network_gb_s: GB/s per GPU between nodes. Default: 46 (one 400 Gb/s adapter per GPU).

@@ -44,21 +44,16 @@ _UNIT_SECONDS = 1e-3
 
 
 def bench_figures(bench: Path) -> dict[str, Any]:
-    """Return the figures of a `--bench` file: `planning` of `flipscale bench gpu`'s gpu.json, or the line of a step.
+    """Return the figures of a `--bench` file: `planning` of `flipscale bench gpu`'s gpu.json.
 
-    They are `step_flops_per_s`, useful operations of whole steps on one GPU by `speed_key`, and of gpu.json also
-    `call_s`, `node_gb_s` and `images_per_worker_s`, each perhaps None.
+    They are `step_flops_per_s`, useful operations of whole steps on one GPU by `speed_key`, and `call_s`, `node_gb_s`
+    and `images_per_worker_s`, each perhaps None.
     """
     try:
-        line = json.loads(bench.read_text(encoding="utf-8").strip().splitlines()[-1])
-        if "planning" in line:
-            return {"step_flops_per_s": dict(line["planning"]["step_flops_per_s"]), **line["planning"]}
-        return {"step_flops_per_s": {"": float(line["flops_per_pair"]) * float(line["images_per_s"])}}
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--bench {bench} is neither gpu.json of `flipscale bench gpu` nor a JSON line of `flipscale bench step "
-            f"--json` ({error!r}); write one there"
-        ) from error
+        figures = json.loads(bench.read_text(encoding="utf-8"))["planning"]
+        return {**figures, "step_flops_per_s": dict(figures["step_flops_per_s"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--bench {bench} is no gpu.json of `flipscale bench gpu` ({error!r}); write one") from error
 
 
 def speed_key(recipe: Recipe) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -146,6 +147,7 @@ class BetweenSteps:
     """Writes a trace of some steps, then the memory history of others on CUDA, to `profile/`.
 
     Ranks 0, 1 and the last write: two of a node and one of another. Recording the history would distort the trace.
+    Under `nsys profile --capture-range=cudaProfilerApi`, nsys records the steps in place of torch's profiler.
 
     In a `with` block, Python's garbage is collected between steps only. All ranks collect it at the same steps, so no
     rank makes the others wait at another time.
@@ -158,6 +160,8 @@ class BetweenSteps:
         self._folder = run_dir / "profile"
         writes = self._rank in (0, 1, accelerator.num_processes - 1)
         self._num_steps = log.profile_steps if writes else 0
+        # nsys sets this variable.
+        self._is_under_nsys = self._cuda and self._num_steps > 0 and "NSYS_PROFILING_SESSION_ID" in os.environ
         self._memory_steps = log.memory_steps if writes and self._cuda else 0
         self._steps = 0
         self._profile: torch.profiler.profile | None = None
@@ -183,8 +187,8 @@ class BetweenSteps:
         self._steps += 1
         traced = _UNPROFILED_STEPS + self._num_steps
         if self._num_steps and self._steps == _UNPROFILED_STEPS:
-            self._profile = torch.profiler.profile(record_shapes=True)
-            self._profile.start()
+            self._profile = None if self._is_under_nsys else torch.profiler.profile(record_shapes=True)
+            (self._profile or torch.cuda.profiler).start()
         if self._steps == traced:
             self._stop_trace()
         if self._memory_steps and self._steps == traced:
@@ -197,6 +201,8 @@ class BetweenSteps:
             gc.collect()
 
     def _stop_trace(self) -> None:
+        if self._is_under_nsys:
+            torch.cuda.profiler.stop()
         if self._profile is None:
             return
         profile, self._profile = self._profile, None

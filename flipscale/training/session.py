@@ -216,7 +216,7 @@ def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[i
         freeze(model, recipe.model.frozen)
         model.set_attn_implementation(best_attention(session.accelerator.device))
         if compiles(recipe, launch, session.accelerator.device):
-            compile_blocks(model)
+            compile_blocks(model, recipe.data.pack_captions)
 
     with watched(recipe, session.accelerator.process_index, "the building of the model"):
         engine = build_engine(session.accelerator, launch, recipe.optim, recipe.data.global_batch_size)

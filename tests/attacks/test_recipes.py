@@ -249,7 +249,7 @@ ATTACKS = [
     row("study --minutes nan", command(*RACE, "o", "--minutes", "nan"), "--minutes is nan"),
     row("export --step -4", command("export", "run", "--step", "-4"), "--step is -4"),
     row(
-        "bench step --batch_size 10^12", command("bench", "step", "--batch_size", str(10**12)), f"{10**12}"
+        "bench gpu --batch_size 10^12", command("bench", "gpu", "--batch_size", str(10**12)), f"{10**12}"
     ),
     row("RANK=x", flags(), "RANK", "'x'", environment={"RANK": "x"}),
     row("a flag that nearly is one", flags("--optim.weigth_decay", "1"), "--optim.weigth_decay"),

@@ -25,6 +25,7 @@ from torch.distributed.run import get_args_parser
 
 import flipscale
 from flipscale import cli
+from flipscale.bench import BenchGpu
 from flipscale.check import Check
 from flipscale.io.command_line import parse_known
 from flipscale.planning.dry_run import DryRun
@@ -72,6 +73,11 @@ def verb_s_arguments(words: list[str]) -> None:
     """Parse the arguments, and the recipes that they name. Plan studies, because a later command submits their runs."""
     if words[1] == "check":
         parse_fields(parse_known(Check, words[2:], "check")[1])
+        return
+    if words[1:3] == ["bench", "gpu"]:
+        parsed, flags = parse_known(BenchGpu, words[3:], "bench gpu")
+        for recipe in parsed.config:
+            parse_fields(["--config", recipe, *flags])
         return
     if words[1:4] == ["study", "plan", "masks.yaml"]:
         verb(words)
@@ -187,8 +193,10 @@ def other_program(words: list[str]) -> None:
 # The first rule that matches a command, without the variables set before it, runs it.
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
-    r"python3 -m venv |pip install .* torch===|(python clip_benchmark_flip\.py|clip_benchmark) eval ": other_program,
+    r"python3 -m venv |pip install (.* torch===|git)": other_program,
+    r"(python clip_benchmark_flip\.py|clip_benchmark) eval ": other_program,
     r"flipscale (\w+|(convert|prepare|bench|study) \w+)$|flipscale (--help|pretrain .*--help)": verb_s_help,
+    r"nsys profile ": lambda words: training(words[words.index("accelerate") :]),
     r"srun (--\S+ )+flipscale bench gpu$": lambda words: verb_s_help(words[words.index("flipscale") :]),
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli (evaluate|prepare)) ": training,

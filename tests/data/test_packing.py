@@ -100,7 +100,9 @@ def test_embeddings_and_gradients_are_those_of_padded_captions(name: str, attent
 
 
 @pytest.mark.long
-def test_a_compiled_tower_has_a_graph_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_tower_has_one_graph_for_all_numbers_of_rows_after_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     graphs: list[int] = []
     compile_ = torch.nn.Module.compile
 
@@ -111,14 +113,14 @@ def test_a_compiled_tower_has_a_graph_for_each_number_of_rows(monkeypatch: pytes
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend=backend, **options))
     torch._dynamo.reset()
     model = models()["clip"]
-    compile_blocks(model)
+    compile_blocks(model, packs_captions=True)
     rows = set()
     for seed in range(30):
         packed = pack_captions(captions(64, most=6 + seed % 10, seed=seed))
         rows.add(len(packed["input_ids"]))
         model(patches=torch.rand(64, 4, 192), return_logits=False, **packed)
     assert len(rows) > 3
-    assert len(graphs) == 1 + len(rows), "one of the image tower, and one of the text tower for each number of rows"
+    assert len(graphs) == 3, "one of the image tower, and two of the text tower"
     torch._dynamo.reset()
 
 

@@ -89,7 +89,7 @@ def test_errors_of_options(
 ) -> None:  # fmt: skip
     file = str(write_recipe(tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
-    Path("fast.json").write_text(json.dumps({"flops_per_pair": 989e9, "images_per_s": 2000.0}))
+    Path("fast.json").write_text(json.dumps({"planning": {"step_flops_per_s": {"": 1978e12}}}))
     with pytest.raises(SystemExit) as ended:
         main(["plan", file, *PLAN, *options])
     assert ended.value.code == 2

@@ -132,10 +132,10 @@ def cells(printed: str) -> dict[str, list[str]]:
 
 
 def test_a_column_for_each_launch_and_an_advice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "step.json").write_text('{"flops_per_pair": 1e12, "images_per_s": 494.5}\n')
+    (tmp_path / "gpu.json").write_text('{"planning": {"step_flops_per_s": {"": 494.5e12}}}\n')
     files = [str(DS_CONFIGS / f"{name}.yaml") for name in ("ddp", "fsdp2", "hsdp")]
     command = ["pretrain", "--dry_run", "--config", "h14_laion2b", "--cost.device_hour_dollars", "2", "--launch_file"]
-    main([*command, *files, "--num_processes", "256,1024", "--bench", str(tmp_path / "step.json")])
+    main([*command, *files, "--num_processes", "256,1024", "--bench", str(tmp_path / "gpu.json")])
     printed = capsys.readouterr().out
     assert "at 50% of 989 Tflop/s" in printed
     table = cells(printed)

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests python -m simulated.inductor l16 0.75 90
 
-The arguments are a size, a mask ratio and a compute capability. torch.compile traces the blocks on fake tensors of
-`cuda` under autocast, forward and backward. Inductor writes the kernels, Triton compiles all their candidates, and
-ptxas assembles them. Questions to a GPU's driver are answered here. Run it in its own process, because nothing is
-put back.
+The arguments are a size, a mask ratio, a compute capability, and perhaps `recompute`. torch.compile traces the blocks
+on fake tensors of `cuda` under autocast, forward and backward. Inductor writes the kernels, Triton compiles all their
+candidates, and ptxas assembles them. Questions to a GPU's driver are answered here. Run it in its own process, because
+nothing is put back.
 
 A build of torch with CUDA asks the driver from C++ too. It needs the library of `without_accelerator` before it.
 """
@@ -29,9 +29,9 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from benchmarks.step_times import StepSetting, flip_batch
 from flipscale.engines.first_weights import compile_blocks
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.planning.bench_step import StepSetting, flip_batch
 
 _PAIRS = 256
 _SHARED_MEMORY = 227 * 1024  # bytes that one program may have on an H100, by NVIDIA's tuning guide
@@ -246,7 +246,7 @@ def ask_for_devices() -> None:
     fake_tensor._DISPATCH_META_HANDLERS[torch.ops.prim.device.default] = lambda args: device_of(*args)
 
 
-def lower_blocks(size: str, mask_ratio: float, capability: int) -> list[Graph]:
+def lower_blocks(size: str, mask_ratio: float, capability: int, recomputes: bool) -> list[Graph]:
     """Return the graphs of a block of each tower at 256 pairs, all of whose programs were assembled."""
     graphs: list[Graph] = []
     assembled: list[Program] = []
@@ -262,6 +262,8 @@ def lower_blocks(size: str, mask_ratio: float, capability: int) -> list[Graph]:
         with torch.device(DEVICE):
             model = FlipModel(config).train()
             model.set_attn_implementation("sdpa")
+            if recomputes:
+                model.gradient_checkpointing_enable()
             setting = StepSetting(config, size, mask_ratio, _PAIRS, device=DEVICE)
             batch = flip_batch(setting)
         compile_blocks(model)
@@ -271,5 +273,5 @@ def lower_blocks(size: str, mask_ratio: float, capability: int) -> list[Graph]:
 
 
 if __name__ == "__main__":
-    made = lower_blocks(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    made = lower_blocks(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), "recompute" in sys.argv[4:])
     print(json.dumps([asdict(graph) for graph in made]))

@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +20,7 @@ from simulated import node as simulated
 from flipscale.checks import bench as checks
 from flipscale.checks import kernels
 from flipscale.checks.kernels import check_collectives, check_links, check_products
+from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Row
 from flipscale.checks.nodes import Nodes, meet
 from flipscale.checks.runs import check_kill, check_stall
@@ -110,6 +113,53 @@ def test_a_stalled_and_a_killed_rank_of_another_node_are_noticed(small: Path, tm
     assert (stalled.status, killed.status) == ("ok", "ok"), (stalled, killed)
     assert stalled.text.startswith("rank 2 named")
     assert whole.figures["kill_s"] < 60.0
+
+
+NODE = """
+import sys
+from simulated import node
+from simulated.test_bench_nodes import few_bytes, small_checks
+if __name__ == "__main__":
+    with small_checks():
+        node.main(["--batch_size", "4", "--config", *sys.argv[1:]], few_bytes)
+"""
+
+
+@contextmanager
+def small_checks() -> Iterator[None]:
+    """Leave out the checks that need no other node."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(checks, "CHECKS", (check_machine,)))
+        stack.enter_context(patch.object(checks, "OF_ALL_NODES", (check_links, check_collectives)))
+        yield
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_accelerate_launch_starts_all_nodes(small: Path, tmp_path: Path) -> None:
+    script = tmp_path / "node.py"
+    script.write_text(NODE)
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
+    meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(processes.free_port())]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *launcher, *meeting, "--machine_rank", f"{rank}", str(script), str(small)],
+            env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    found = json.loads((tmp_path / "gpu.json").read_text())["all_nodes"]
+    assert (found["num_gpus"], len(found["nodes"]), len(found["links"])) == (2, 1, 2)  # both nodes are this host
+    assert {one["name"]: one["status"] for one in found["findings"]} == dict.fromkeys(
+        ("nodes", "links between nodes", "NCCL small"), "ok"
+    )
+    assert "## 2 GPUs of " in (tmp_path / "report.md").read_text()
+    assert "flipscale bench gpu: 2 GPUs" in outputs[0]
+    assert "flipscale bench gpu:" not in outputs[1]
 
 
 def rows_of(rank: int, logs: Path, function: str, **given: object) -> list[Row]:

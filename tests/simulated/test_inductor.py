@@ -25,25 +25,33 @@ ATTENTION = "_scaled_dot_product_flash_attention"
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("size", "mask_ratio", "capability", "tokens"),
+    ("size", "mask_ratio", "capability", "tokens", "recomputes"),
     [
-        ("b16", 0.75, 90, 50),
-        pytest.param("b16", 0.5, 90, 99, marks=with_cuda),
-        pytest.param("b16", 0.0, 90, 197, marks=with_cuda),
-        pytest.param("l16", 0.75, 90, 50, marks=with_cuda),
-        pytest.param("l16", 0.5, 90, 99, marks=with_cuda),
-        pytest.param("l16", 0.0, 90, 197, marks=with_cuda),
-        pytest.param("h14", 0.75, 90, 65, marks=with_cuda),
-        pytest.param("h14", 0.5, 90, 129, marks=with_cuda),
-        pytest.param("h14", 0.0, 90, 257, marks=with_cuda),
-        pytest.param("l16", 0.5, 80, 99, marks=with_cuda),
-        pytest.param("l16", 0.5, 100, 99, marks=with_cuda),
+        ("b16", 0.75, 90, 50, False),
+        ("b16", 0.75, 90, 50, True),
+        pytest.param("b16", 0.5, 90, 99, False, marks=with_cuda),
+        pytest.param("b16", 0.0, 90, 197, False, marks=with_cuda),
+        pytest.param("l16", 0.75, 90, 50, False, marks=with_cuda),
+        pytest.param("l16", 0.5, 90, 99, False, marks=with_cuda),
+        pytest.param("l16", 0.0, 90, 197, False, marks=with_cuda),
+        pytest.param("h14", 0.75, 90, 65, False, marks=with_cuda),
+        *(pytest.param("l16", 0.5, capability, 99, False, marks=with_cuda) for capability in (80, 100)),
+        # As h14_laion2b trains: its masked stage keeps activations, its unmasked one recomputes them.
+        *(("h14", 0.5, capability, 129, False) for capability in (80, 90, 100)),
+        *(("h14", 0.0, capability, 257, True) for capability in (80, 90, 100)),
     ],
 )
 def test_compiled_blocks_are_assembled(
-    size: str, mask_ratio: float, capability: int, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    size: str,
+    mask_ratio: float,
+    capability: int,
+    tokens: int,
+    recomputes: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = [sys.executable, "-m", "simulated.inductor", size, str(mask_ratio), str(capability)]
+    command += ["recompute"] * recomputes
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     path = os.pathsep.join([str(Path(flipscale.__file__).parents[1]), str(Path(__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, **caches, **without_accelerator(tmp_path)}
@@ -58,9 +66,11 @@ def test_compiled_blocks_are_assembled(
         registers = max(program["registers"] for program in programs)
         with capsys.disabled():
             print(f"\n{size} {mask_ratio} sm_{capability} {graph}: {len(programs)} programs, {registers} registers")
-        # Attention and matrix products are all that Inductor leaves to torch.
-        assert graph["others"] == [ATTENTION + "_backward" * graph["backward"]]
-        assert graph["products"] <= (12 if graph["backward"] else 6)
+        # Attention and matrix products are all that Inductor leaves to torch. The backward graph recomputes.
+        again = recomputes and graph["backward"]
+        forward, backward = [ATTENTION], [f"{ATTENTION}_backward"]
+        assert graph["others"] == (forward if not graph["backward"] else [*forward * again, *backward])
+        assert graph["products"] <= (12 if graph["backward"] else 6) + 6 * again
         assert not [program for program in programs if program["stack"]]
 
 

@@ -98,3 +98,17 @@ def test_a_few_ranks_write_a_trace_or_a_memory_history(
                 between.after_step(number)
     end = "trace.json.gz" if setting == "profile_steps" else "memory.pickle"
     assert written == [f"rank-{rank:05d}.{end}" for rank in (0, 1, 255)]
+
+
+def test_nsys_records_the_steps_in_place_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
+    watch = StepWatch(Accelerator(cpu=True), tmp_path, hang_seconds=60.0)
+    with BetweenSteps(gpu(0, 8), tmp_path, LogRecipe(profile_steps=2), watch) as between:
+        for number in range(10):
+            between.after_step(number)
+            calls.append(f"{number}")
+    assert calls[calls.index("start") + 1 : calls.index("stop")] == ["2", "3"]
+    assert not (tmp_path / "profile").exists()

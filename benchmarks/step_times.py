@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from flipscale.engines.device import best_attention, choose_kernels, fastest_product, peak_memory_bytes, wait_for
+from flipscale.engines.device import best_attention, choose_kernels, fastest_product, wait_for
 from flipscale.engines.first_weights import compile_blocks
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
@@ -145,19 +145,6 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, floa
 def matmul_peak(device: torch.device, dtype: str) -> float:
     """Return the operations per second of the fastest of a few square matrix products."""
     return fastest_product(device, DTYPES[dtype], sides=(4096, 8192) if device.type == "cuda" else (1024, 2048))
-
-
-def measure_step(setting: StepSetting) -> Figures:
-    """Return speed and memory of our training step, ready for JSON.
-
-    `flops_per_pair` is the count of `planning.flops` for a training step.
-    `share_of_matmul_peak` is the step's operations per second over `matmul_peak`.
-    """
-    if setting.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setting.device)
-    times = time_in_turn({setting.size: flip_step(setting)}, setting.num_steps, setting.device)[setting.size]
-    memory = peak_memory_bytes(setting.device)
-    return {**step_figures(setting, times, matmul_peak(setting.device, setting.dtype)), "peak_memory_bytes": memory}
 
 
 def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> Figures:

@@ -1,0 +1,107 @@
+"""The figures of several starts, the report of `flipscale bench gpu`, and its command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flipscale.checks import node
+from flipscale.checks.node import Bench
+from flipscale.checks.report import PROFILE, write_report
+from flipscale.checks.timing import over_starts, timed_steps
+from flipscale.cli import main
+from flipscale.recipe.recipe import Recipe
+from flipscale.runs.complete_recipe import parse_recipe
+
+
+def row(times: list[float], joules: float | None = 1300.0, **others: object) -> node.Row:
+    return {"pairs": 100, "times": times, "joules": joules, "mhz": 1500, "peak_s": 0.5, **others}
+
+
+def test_a_row_has_the_slowest_rank_of_each_start() -> None:
+    starts = [[row([1.0, 1.0]), row([1.0, 2.0])], [row([1.0, 1.0]), row([1.0, 1.0])]]
+    found = over_starts(starts)
+    assert found["times"] == [[1.0, 2.0], [1.0, 1.0]]
+    assert (found["seconds"], found["medians"]) == (1.0, [1.5, 1.0])
+    assert found["quartiles"] == [1.0, 1.25]
+    # 5,200 joules of two GPUs in nine seconds of a GPU.
+    assert found["watts"] == pytest.approx(5200 / 9)
+    assert found["pairs_per_joule"] == pytest.approx(100 / (5200 / 9))
+    assert (found["pairs_per_s"], found["mfu"], found["mhz"]) == (100.0, 0.5, 1500.0)
+
+
+def test_what_nvml_does_not_know_is_left_out() -> None:
+    assert over_starts([[row([1.0]), row([1.0], joules=None)]])["watts"] is None
+    assert "out_of_memory" in over_starts([[row([1.0])], [{"out_of_memory": True}]])
+
+
+def test_each_step_is_timed() -> None:
+    taken: list[int] = []
+    found = timed_steps(lambda: taken.append(1), 7, torch.device("cpu"))
+    assert len(found["times"]) == len(taken) == 7
+    assert (found["joules"], found["mhz"]) == (None, None)
+
+
+def test_a_report_has_a_table_of_each_measurement(tmp_path: Path) -> None:
+    bench = Bench(8, tmp_path, ["l16"], 100, ["l16"], starts=3, timed_steps=50)
+    bench.figures["machine"] = {
+        "versions": {"flipscale": "1.0", "commit": "abc"},
+        "gpus": [{"name": "H100", "driver_version": "570", "clocks.max.sm": "1980", "power.limit": "700"}],
+    }
+    common = {"recipe": "l16", "gpus": 8}
+    both = [
+        common | {"code": code, "mask_ratio": 0.5} | over_starts([[row([seconds] * 50)] for _ in range(3)])
+        for code, seconds in (("flipscale", 1.0), ("open_clip", 1.25))
+    ]
+    lost = {**common, "code": "open_clip", "mask_ratio": 0.0, "out_of_memory": True}
+    bench.figures["open_clip"] = [*both, lost]
+    bench.figures["steps"] = [common | over_starts([[row([2.0], compiled=True, recomputes=True)]]) | {"engine": "ddp"}]
+    bench.add("products l16", "fine")
+    write_report([bench], tmp_path / "report.md")
+    page = (tmp_path / "report.md").read_text()
+    known = ("commit: abc", "GPU: H100, 570", "3 starts of 50 steps", "![", "## 8 GPUs of ", "ok      products l16")
+    for words in (*known, PROFILE):
+        assert words in page
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    cells = {label: others for label, *others in lines}
+    assert cells["l16 flipscale 50%"][:2] == ["8", "800"]
+    assert cells["l16 open_clip 50%"][1:3] == ["640", "640 to 640"]
+    assert cells["l16 open_clip 50%"][3] == "640, 640, 640"
+    assert cells["l16 open_clip 0%"][1] == "out of memory"
+    assert cells["l16 ddp compiled recomputes"][5:] == ["25.0%", "1500", "650", "0.08"]
+    assert (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_any_recipe_and_any_field_can_be_benched(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Bench] = []
+    recipes: list[Recipe] = []
+
+    def run_checks(bench: Bench, announce: object) -> None:
+        seen.append(bench)
+        recipes.extend(parse_recipe(["--config", name]) for name in bench.recipes)
+
+    monkeypatch.setattr("flipscale.checks.bench.run_checks", run_checks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--config", "b16_cc12m", "--mask.kind", "grid", "--data.pack_captions", "false"]
+    main(["bench", "gpu", *flags, *["--quick"] * quick])
+    assert [(one.model.size, one.mask.kind) for one in recipes] == [("b16", "grid")]
+    (bench,) = seen
+    assert list(bench.compared) == ([] if quick else bench.recipes)
+    assert (bench.starts, bench.timed_steps) == ((1, 10) if quick else (3, 50))
+    assert json.loads((tmp_path / "gpu.json").read_text())["num_gpus"] == 2
+    assert "nsys profile" in capsys.readouterr().out
+    assert (tmp_path / "report.md").exists()
+
+
+def test_a_wrong_field_is_refused_before_all_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        main(["bench", "gpu", "--mask.knd", "grid"])
+    assert "--mask.knd" in capsys.readouterr().err
