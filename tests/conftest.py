@@ -266,8 +266,7 @@ def trained_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump({**recipe, "stages": stages, "output_dir": str(folder / "run")}))
-    done = pretrain(file)
-    assert done.returncode == 0, done.stderr
+    trained(file)
     return folder / "run"
 
 
@@ -289,6 +288,13 @@ def check_start(recipe: Any) -> None:
 def pretrain(recipe_file: Path, world: int = 1, *flags: str) -> subprocess.CompletedProcess:
     """Run `python -m flipscale.pretrain` in `world` processes as under torchrun, and return its end."""
     return processes.run("flipscale.pretrain", ["--config", str(recipe_file), *flags], world)
+
+
+def trained(recipe_file: Path, world: int = 1) -> subprocess.CompletedProcess:
+    """Run it to its end, without an error."""
+    done = pretrain(recipe_file, world)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def flipscale(*arguments: str | Path) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import cut, losses, pretrain, write_shards
+from conftest import cut, losses, pretrain, trained, write_shards
 from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
 from flipscale.data.loader import StepSampler
@@ -176,8 +176,7 @@ def test_a_run_with_weights_is_the_same_resumed_and_on_two_processes(
         "save": {"every_samples": 160, "total_limit": 9},
     }
     one, resumed, two = (tmp_path / name for name in ("one", "resumed", "two"))
-    done = pretrain(write_recipe(one, **changes))
-    assert done.returncode == 0, done.stderr
+    done = trained(write_recipe(one, **changes))
     composition = open_source(DataRecipe(shards=str(shards), weights=str(folders[0]))).weights.composition
     assert f"  weights     {composition}\n" in done.stderr
     (started,) = [json.loads(line) for line in (one / "starts.jsonl").read_text().splitlines()]
@@ -185,9 +184,9 @@ def test_a_run_with_weights_is_the_same_resumed_and_on_two_processes(
     assert str(composition) in as_table(read_status(one, 0.0))
 
     cut(one, resumed, 20)
-    assert pretrain(write_recipe(resumed, **changes)).returncode == 0
+    trained(write_recipe(resumed, **changes))
     assert losses(resumed)[-20:] == losses(one)[-20:]
-    assert pretrain(write_recipe(two, **changes), 2).returncode == 0
+    trained(write_recipe(two, **changes), 2)
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
 
     shutil.rmtree(resumed)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import losses, pretrain
+from conftest import losses, trained
 from distributed.crowd import ENVIRONMENTS, start_ranks
 
 from flipscale.engines.checkpoint import list_checkpoints, require_valid, step_of
@@ -131,8 +131,7 @@ def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> No
         "stages": stages,
     }
     whole, draw = tmp_path / "whole", random.Random(0)
-    done = pretrain(write_recipe(whole, **changes))
-    assert done.returncode == 0, done.stderr
+    trained(write_recipe(whole, **changes))
     seen: Counter[str] = Counter()
     furthest = 0.0
     while seen.total() < KILLS:

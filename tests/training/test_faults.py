@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import add_member, cut, launch, losses, metrics, pretrain, write_shards
+from conftest import add_member, cut, launch, losses, metrics, pretrain, trained, write_shards
 
 from flipscale.data.order import order_of
 from flipscale.data.sources.tar import TarSource
@@ -79,11 +79,10 @@ def test_bad_data_is_replaced_counted_and_named_alike_everywhere(write_recipe, t
         "save": {"every_samples": 160, "total_limit": 9},
     }
     runs = [tmp_path / name for name in ("one", "resumed", "two")]
-    assert pretrain(write_recipe(runs[0], **changes)).returncode == 0
+    trained(write_recipe(runs[0], **changes))
     cut(runs[0], runs[1], 20)
-    assert pretrain(write_recipe(runs[1], **changes)).returncode == 0
-    done = pretrain(write_recipe(runs[2], **changes), 2)
-    assert done.returncode == 0, done.stderr
+    trained(write_recipe(runs[1], **changes))
+    done = trained(write_recipe(runs[2], **changes), 2)
     assert f" warning: unreadable_shard: {tmp_path}/shards/00003.tar: it is empty" in done.stderr
 
     order = order_of(TarSource(str(tmp_path / "shards")), 0, DataRecipe(global_batch_size=16, shards_per_block=2))
@@ -143,8 +142,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(write_recipe, tmp_path: Pa
         assert all(name.startswith(("step-", ".step-")) for name in kept)
         assert latest_checkpoint(small / "run") is not None
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        done = pretrain(file)
-        assert done.returncode == 0, done.stderr
+        trained(file)
         assert len(losses(small / "run")) == 40
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -153,7 +151,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(write_recipe, tmp_path: Pa
 def test_other_shards_under_a_running_recipe_are_refused(write_recipe, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", [40])
     file = write_recipe(tmp_path / "run", data={"shards": str(tmp_path / "shards")})
-    assert pretrain(file).returncode == 0
+    trained(file)
     (tmp_path / "run/DONE").unlink()
     write_shards(tmp_path / "shards", [41])
     done = pretrain(file)

@@ -109,17 +109,26 @@ def test_muon_without_matrices_in_a_stage(trainings: Trainings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("frozen", "stages", "said"),
     [
-        ([{**STAGES[0], "frozen": ["towers"]}], "stages.projections.frozen has 'towers'; expected logit_scale"),
+        (["logit_scale", "image_tower"], STAGES, "model.frozen has 'image_tower'; expected logit_"),
+        ([*TOWERS, "image_projection", "text_projection", "logit_scale"], STAGES[1:2], "nothing to learn"),
+        ([], [{**STAGES[0], "frozen": ["towers"]}], "stages.projections.frozen has 'towers'; expected logit_scale"),
         (
+            [],
             [STAGES[0], {"name": "all", "samples": 160}],
             "stage 'all': frozen is [], and ['vision_model', 'text_model'] before; set its base_lr",
         ),
-        ([{**STAGES[0], "frozen": [*TOWERS, "logit_scale", "image_projection"]}], "leaves nothing to learn"),
+        (
+            ["text_projection"],
+            [{**STAGES[0], "frozen": [*TOWERS, "logit_scale", "image_projection"]}],
+            "leaves nothing to learn",
+        ),
     ],
 )
-def test_refused(write_recipe: Callable[..., Path], tmp_path: Path, stages: list[dict], said: str) -> None:
-    file = write_recipe(tmp_path / "refused", stages=stages, model={"frozen": ["text_projection"]})
+def test_refused(
+    write_recipe: Callable[..., Path], tmp_path: Path, frozen: list[str], stages: list[dict], said: str
+) -> None:
+    file = write_recipe(tmp_path / "refused", stages=stages, model={"frozen": frozen})
     with pytest.raises(ValueError, match=re.escape(said)):
         open_setup(parse_recipe(["--config", str(file)]))

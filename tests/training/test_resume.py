@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import cut, launch, metrics, pretrain
+from conftest import cut, launch, metrics, trained
 from safetensors.torch import load_file
 
 from flipscale.recipe.optim import StageRecipe
@@ -41,8 +41,7 @@ def whole_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir, file = folder / "run", folder / "run.yaml"
     save = {"every_samples": 80, "total_limit": 20}
     file.write_text(yaml.safe_dump({**recipe, "save": save, "output_dir": str(run_dir)}))
-    done = pretrain(file)
-    assert done.returncode == 0, done.stderr
+    trained(file)
     return run_dir
 
 
@@ -51,8 +50,7 @@ def whole_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_equals_uninterrupted(whole_run: Path, write_recipe, tmp_path: Path, step: int) -> None:
     copy = tmp_path / "cut"
     cut(whole_run, copy, step)
-    done = pretrain(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
-    assert done.returncode == 0, done.stderr
+    trained(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
     assert_same_end(whole_run, copy)
 
 
@@ -61,8 +59,7 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
 ) -> None:
     run_dir = tmp_path / "longer"
     save = {"every_samples": 80, "total_limit": 20}
-    first = pretrain(write_recipe(run_dir, save=save, stages=recipe["stages"][:1]))
-    assert first.returncode == 0, first.stderr
+    trained(write_recipe(run_dir, save=save, stages=recipe["stages"][:1]))
     assert (run_dir / "DONE").exists()
     page = (run_dir / "report.html").read_text()
     saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
@@ -74,8 +71,7 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     with pytest.raises(ValueError, match=r"stages\[1\]: None, now .*; a stage that is added needs a base_lr"):
         is_finished(parse_recipe(["--config", str(run_dir / "recipe.yaml")]))
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(added))
-    done = pretrain(run_dir / "recipe.yaml")
-    assert done.returncode == 0, done.stderr
+    trained(run_dir / "recipe.yaml")
     assert_same_end(whole_run, run_dir)
     assert (run_dir / "DONE").exists()
     assert (run_dir / "report.html").read_text() != page
@@ -121,13 +117,12 @@ def test_stop_signal_saves_and_the_next_run_goes_on(whole_run: Path, write_recip
     (step,) = [int(path.name[5:]) for path in (run_dir / "checkpoints").iterdir()]
     assert 5 <= step < 10
     assert not (run_dir / "DONE").exists()
-    assert pretrain(file).returncode == 0
+    trained(file)
     assert_same_end(whole_run, run_dir)
 
 
 def test_only_the_newest_checkpoints_are_kept(write_recipe, tmp_path: Path) -> None:
     run_dir = tmp_path / "kept"
-    done = pretrain(write_recipe(run_dir, save={"every_samples": 80, "total_limit": 2}))
-    assert done.returncode == 0, done.stderr
+    trained(write_recipe(run_dir, save={"every_samples": 80, "total_limit": 2}))
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
     assert (run_dir / "DONE").exists()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import cut, metrics, pretrain
+from conftest import cut, metrics, pretrain, trained
 
 from flipscale.io.errors import UserError
 from flipscale.planning.budget import with_time_shares
@@ -73,8 +73,8 @@ class Clocks:
         """Take a step of so many seconds, and return its position. Its pace is read in the next step."""
         (step,) = {clock.step for clock in self.clocks}
         self.seconds = [self.seconds[0] + seconds, self.seconds[1] + 1.3 * seconds]
-        for sync, trained in zip(self.syncs, self.seconds, strict=True):
-            sync._watch.trained_seconds = trained
+        for sync, spent in zip(self.syncs, self.seconds, strict=True):
+            sync._watch.trained_seconds = spent
         sums = map(sum, zip(*(sync._own_progress(step) for sync in self.syncs), strict=True))
         self.unread.append(BudgetProgress(step.number, *sums))
         for clock, sync in zip(self.clocks, self.syncs, strict=True):
@@ -170,8 +170,7 @@ def timed_run(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFacto
     evaluated = {"every_share": 1 / 3, "zero_shot": str(shards), "num_workers": 0}
     changed = {**recipe, **BUDGET, "log": log, "eval": evaluated, "output_dir": str(folder / "run")}
     (folder / "run.yaml").write_text(yaml.safe_dump(changed))
-    done = pretrain(folder / "run.yaml", 2)
-    assert done.returncode == 0, done.stderr
+    trained(folder / "run.yaml", 2)
     return folder / "run"
 
 
@@ -218,8 +217,7 @@ def test_a_killed_run_repeats_the_lost_steps_and_its_clock_goes_on(timed_run: Pa
     cut(timed_run, copy, step)
     recipe = yaml.safe_load((timed_run / "recipe.yaml").read_text())
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": str(copy)}))
-    done = pretrain(tmp_path / "run.yaml")
-    assert done.returncode == 0, done.stderr
+    trained(tmp_path / "run.yaml")
     after = assert_explained(copy)
     assert after[:step] == before[:step]
     state = json.loads((timed_run / f"checkpoints/step-{step:08d}/state.json").read_text())
