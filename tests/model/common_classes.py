@@ -90,24 +90,25 @@ class BothTester:
         return self.get_config(), {**text, **vision, "return_loss": True}
 
 
-class Tower(modeling.ModelTesterMixin):
-    """A tower, whose testers are not `is_training`, because it has no loss."""
+class Common(modeling.ModelTesterMixin):
+    """A model's tests. A tower has no loss, so its testers are not `is_training`."""
 
-    config_class: ClassVar[type]
-    has_text_modality: ClassVar[bool]
+    config_class: ClassVar[type] = FlipConfig
+    has_text_modality: ClassVar[bool] = False
+    config_options: ClassVar[dict[str, Any]] = {"hidden_size": 48}
 
     def setUp(self) -> None:
         self.config_tester = configuration.ConfigTester(
-            self, config_class=self.config_class, has_text_modality=self.has_text_modality, hidden_size=48
+            self, config_class=self.config_class, has_text_modality=self.has_text_modality, **self.config_options
         )
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
 
-class FlipVisionModelTest(Tower, unittest.TestCase):
+class FlipVisionModelTest(Common, unittest.TestCase):
     all_model_classes = (FlipVisionModel, FlipVisionModelWithProjection)
-    config_class, has_text_modality = FlipVisionConfig, False
+    config_class = FlipVisionConfig
     test_resize_embeddings = False
 
     def setUp(self) -> None:
@@ -121,7 +122,7 @@ class FlipVisionModelTest(Tower, unittest.TestCase):
             assert model.get_input_embeddings().weight.shape == (32, 3, 2, 2)
 
 
-class FlipTextModelTest(Tower, unittest.TestCase):
+class FlipTextModelTest(Common, unittest.TestCase):
     all_model_classes = (FlipTextModel, FlipTextModelWithProjection)
     config_class, has_text_modality = FlipTextConfig, True
 
@@ -163,11 +164,10 @@ class CaptionTester:
         return self.get_config(), {**vision, **targets, "decoder_input_ids": ids.clone()}
 
 
-class FlipForConditionalGenerationTest(
-    modeling.ModelTesterMixin, transformers_tests.generation_mixin(), unittest.TestCase
-):
+class FlipForConditionalGenerationTest(Common, transformers_tests.generation_mixin(), unittest.TestCase):
     all_model_classes = (FlipForConditionalGeneration,)
     all_generative_model_classes = (FlipForConditionalGeneration,)
+    config_options: ClassVar[dict[str, Any]] = {"common_properties": ["projection_dim"]}
     _is_composite = is_encoder_decoder = True
     # `past_key_values` is the cache's name in transformers before 5.24, so it is not deprecated here.
     test_bc_cache_name_forward = None
@@ -179,11 +179,9 @@ class FlipForConditionalGenerationTest(
     without_targets = ("test_attention_outputs", "test_generate_continue_from_past_key_values")
 
     def setUp(self) -> None:
+        super().setUp()
         self.model_tester = CaptionTester(self)
         self.model_tester.has_targets = self._testMethodName not in self.without_targets
-        self.config_tester = configuration.ConfigTester(
-            self, config_class=FlipConfig, has_text_modality=False, common_properties=["projection_dim"]
-        )
 
     def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[FlipConfig, dict[str, Any]]:
         """Return images without captions, because captions are prompts and the tests count tokens from the begin."""
@@ -196,25 +194,15 @@ class FlipForConditionalGenerationTest(
         decoder_config.is_encoder_decoder = True
         super()._check_generate_outputs(output, decoder_config, **options)
 
-    def test_config(self) -> None:
-        self.config_tester.run_common_tests()
 
-
-class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):
+class FlipModelTest(Common, unittest.TestCase):
     all_model_classes = (FlipModel,)
+    config_options: ClassVar[dict[str, Any]] = {"common_properties": ["projection_dim", "logit_scale_init_value"]}
     additional_model_inputs: ClassVar[list[str]] = ["pixel_values"]
     _is_composite = True
     # The towers' own tests check these outputs.
     test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
 
     def setUp(self) -> None:
+        super().setUp()
         self.model_tester = BothTester(self)
-        self.config_tester = configuration.ConfigTester(
-            self,
-            config_class=FlipConfig,
-            has_text_modality=False,
-            common_properties=["projection_dim", "logit_scale_init_value"],
-        )
-
-    def test_config(self) -> None:
-        self.config_tester.run_common_tests()
