@@ -190,16 +190,17 @@ def caption_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+# Of pictures of 4 x 4 patches and captions of 8 of the tokenizer's tokens. `changed_recipe` replaces fields.
+TOWERS = {
+    "vision_config": {**TOWER, "image_size": 32, "patch_size": 8},
+    "text_config": {**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+}
 
 
 def tiny_recipe(shards: Path, tokenizer_dir: Path) -> dict:
     """Return a recipe of 40 steps of 16 pairs, 24 at mask 0.75 and 16 unmasked, on two small towers."""
     return {
-        "model": {
-            "size": "b16",
-            "vision_config": {**TOWER, "image_size": 32, "patch_size": 8},
-            "text_config": {**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        },
+        "model": {"size": "b16", **TOWERS},
         "data": {
             "shards": str(shards),
             "tokenizer": str(tokenizer_dir),

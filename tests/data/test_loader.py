@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_shards
+from conftest import TOWERS, write_shards
 from transformers import AutoTokenizer
 
 from flipscale.data import loader
@@ -112,12 +112,7 @@ def test_what_a_batch_costs_to_read(tmp_path: Path, tokenizer_dir: Path, monkeyp
 
 def test_patches_equal_pixel_values(shards: Path, tokenizer_dir: Path) -> None:
     """What a worker sends gives the same embeddings as the whole images with the same patches kept."""
-    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = FlipConfig(
-        vision_config={**tower, "image_size": 32, "patch_size": 8},
-        text_config={**tower, "vocab_size": 16, "max_position_embeddings": 8},
-    )
-    model = FlipModel(config).eval()
+    model = FlipModel(FlipConfig(**TOWERS)).eval()
     data = dataset(shards, tokenizer_dir, 0.75)
     batch = data.__getitems__(list(range(100, 124)))
     assert batch["patches"].dtype == torch.uint8
@@ -131,9 +126,8 @@ def test_patches_equal_pixel_values(shards: Path, tokenizer_dir: Path) -> None:
         for row, (shard, number) in enumerate(zip(*(n.tolist() for n in data.order.locate(where)), strict=True))
     ]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (config.vision_config.image_mean, config.vision_config.image_std)
-    )
+    vision = model.config.vision_config
+    mean, std = (torch.tensor(value)[:, None, None] for value in (vision.image_mean, vision.image_std))
     pixel_values = (pixels - mean) / std
     sent = model.get_image_features(patches=batch["patches"], patch_index=batch["patch_index"]).pooler_output
     whole = model.get_image_features(pixel_values, patch_index=batch["patch_index"]).pooler_output

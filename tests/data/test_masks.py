@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TOWERS, changed_recipe
 from transformers import AutoTokenizer
 
 import flipscale.data.pairs as pairs
@@ -17,7 +18,6 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.recipe.data import DataRecipe, MaskRecipe
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
-TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def dataset(shards: Path, tokenizer_dir: Path, ratio: float, text_ratio: float = 0.0, **mask: object) -> PairDataset:
@@ -29,11 +29,7 @@ def dataset(shards: Path, tokenizer_dir: Path, ratio: float, text_ratio: float =
 
 def build_model(**text: object) -> FlipModel:
     torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text},
-    )
-    return FlipModel(config).eval()
+    return FlipModel(FlipConfig(**changed_recipe(TOWERS, {"text_config": text}))).eval()
 
 
 @pytest.mark.parametrize("kind", ["random", "grid", "block", "centre"])

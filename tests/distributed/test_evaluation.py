@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, TOWER, add_member, write_shards
+from conftest import COLOURS, SHAPES, TOWERS, add_member, write_shards
 from distributed.crowd import start_ranks
 from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
@@ -33,11 +33,7 @@ def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
     from flipscale.engines.build import start_accelerator
 
     torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
+    config = FlipConfig(**TOWERS, projection_dim=16)
     model, words = FlipModel(config).eval(), AutoTokenizer.from_pretrained(tokenizer)
     return Embedder(model, words, start_accelerator([], "."), batch_size=7, num_workers=num_workers)
 

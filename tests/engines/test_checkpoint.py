@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TOWER
+from conftest import TOWERS, changed_recipe
 from safetensors.torch import load_file
 
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
@@ -23,10 +23,7 @@ from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.recipe.optim import OptimRecipe
 from flipscale.recipe.outputs import SaveRecipe
 
-CONFIG = FlipConfig(
-    vision_config={**TOWER, "image_size": 16, "patch_size": 8},
-    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-)
+CONFIG = FlipConfig(**changed_recipe(TOWERS, {"vision_config": {"image_size": 16}}))
 
 
 def build(name: str = "adamw", seed: int = 0, **checkpoint: Any) -> Engine:

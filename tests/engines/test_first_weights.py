@@ -14,7 +14,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TOWER
+from conftest import TOWER, TOWERS, changed_recipe
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,10 +36,8 @@ Weights = dict[str, torch.Tensor]
 
 
 def config_of(layers: int = 12) -> FlipConfig:
-    return FlipConfig(
-        vision_config={**TOWER, "num_hidden_layers": layers, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 64, "max_position_embeddings": 8},
-    )
+    changes = {"vision_config": {"num_hidden_layers": layers}, "text_config": {"vocab_size": 64}}
+    return FlipConfig(**changed_recipe(TOWERS, changes))
 
 
 CONFIG = config_of()

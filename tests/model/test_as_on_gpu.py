@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TOWER
+from conftest import TOWERS, changed_recipe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,8 +40,8 @@ class Counter(TorchDispatchMode):
 @pytest.fixture
 def model() -> FlipModel:
     torch.manual_seed(0)
-    text = {**TOWER, "vocab_size": 64, "max_position_embeddings": 16}
-    model = FlipModel(FlipConfig(vision_config={**TOWER, "image_size": 32, "patch_size": 8}, text_config=text))
+    changes = {"text_config": {"vocab_size": 64, "max_position_embeddings": 16}}
+    model = FlipModel(FlipConfig(**changed_recipe(TOWERS, changes)))
     for module in model.modules():
         if isinstance(module, BlockLayerNorm | FlipAttention):
             for parameter in module.parameters():

@@ -1,7 +1,7 @@
 """Replacements in bf16 on a CPU differ by less than bf16's own rounding."""
 
 import torch
-from conftest import TOWER
+from conftest import TOWERS, changed_recipe
 from torch import nn
 
 from flipscale.model import FlipConfig, FlipModel, FlipTextModel
@@ -10,12 +10,8 @@ from flipscale.model.modeling_flip import FlipMLP
 
 def test_the_exact_gelu_differs_by_less_than_rounding() -> None:
     torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 64, "max_position_embeddings": 16},
-        projection_dim=32,
-    )
-    model = FlipModel(config)
+    changes = {"text_config": {"vocab_size": 64, "max_position_embeddings": 16}}
+    model = FlipModel(FlipConfig(**changed_recipe(TOWERS, changes), projection_dim=32))
     for name, weight in model.named_parameters():
         if name.endswith("fc1.bias"):
             # Spread the activations over the range where the two forms differ.

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, TOWER, add_member, check_start, cut, draw, metrics, trained
+from conftest import COLOURS, SHAPES, TOWERS, add_member, changed_recipe, check_start, cut, draw, metrics, trained
 from distributed.crowd import Crowds
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,11 +32,7 @@ from flipscale.runs.complete_recipe import parse_recipe
 Write = Callable[..., Path]
 ANSWERS = [*COLOURS, *SHAPES]
 FUSION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-CONFIG = FlipConfig(
-    vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "attend_to_padding": False},
-    answer_config=FUSION,
-)
+CONFIG = FlipConfig(**changed_recipe(TOWERS, {"text_config": {"attend_to_padding": False}}), answer_config=FUSION)
 OBJECTIVE = Answer(num_answers=5)
 
 

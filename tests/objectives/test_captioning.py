@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPES, TOWER, changed_recipe, check_start, metrics, trained
+from conftest import SHAPES, TOWERS, changed_recipe, check_start, metrics, trained
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,11 +33,8 @@ from flipscale.recipe.data import DataRecipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.setup import open_setup
 
-CONFIG = FlipConfig(
-    vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-    decoder_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "bos_token_id": 12, "eos_token_id": 13},
-)
+DECODER = {**TOWERS["text_config"], "bos_token_id": 12, "eos_token_id": 13}
+CONFIG = FlipConfig(**TOWERS, decoder_config=DECODER)
 BOTH = WithCaptions(other=Contrastive(), weight=2.0, prediction="mixed")
 ALONE = CaptionLoss(prediction="mixed")
 SHORT = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.012}]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOWER, metrics
+from conftest import TOWERS, metrics
 from safetensors.torch import load_file
 
 from flipscale.cli import main
@@ -16,10 +16,7 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import complement, take_patches
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, pixel_loss
 
-CONFIG = FlipConfig(
-    vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-)
+CONFIG = FlipConfig(**TOWERS)
 
 
 def build(kind: type[FlipModel]) -> FlipModel:
