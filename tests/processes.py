@@ -58,6 +58,13 @@ def free_port() -> int:
 _kept_ports: deque[socket.socket] = deque(maxlen=64)
 
 
+def exit_codes(started: list[BaseProcess]) -> list[int | None]:
+    """Wait for processes to end; None for one that has not after five minutes."""
+    for process in started:
+        process.join(300)
+    return [process.exitcode for process in started]
+
+
 def rank_environments(world: int) -> list[dict[str, str]]:
     """Return the variables that torchrun adds to the environment of each of `world` processes."""
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

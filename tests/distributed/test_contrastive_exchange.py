@@ -98,9 +98,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each process found for every case."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
     started = [processes.start(one_rank, rank, world, str(folder)) for rank in range(world)]
-    for process in started:
-        process.join(300)
-    assert [process.exitcode for process in started] == [0] * world
+    assert processes.exit_codes(started) == [0] * world
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 

@@ -39,6 +39,12 @@ def close(ours: list[float], theirs: list[float]) -> bool:
     return len(ours) == len(theirs) and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
 
 
+def assert_learned_alike(one: Path, many: Path, fall: float, num_steps: int = 20) -> None:
+    assert len(losses(one)) == num_steps
+    assert losses(one)[-1] < losses(one)[0] - fall, "nothing was learned, so equality means little"
+    assert close(losses(one), losses(many))
+
+
 def reader(run_dir: Path) -> CheckpointReader:
     checkpoint = latest_checkpoint(run_dir)
     assert checkpoint is not None
@@ -68,6 +74,13 @@ class Trainings:
         assert self.crowd(world).run("train", engine, self.file(copy, **changes)) == ["done"] * world
         return copy
 
+    def assert_resumed_alike(self, run_dir: Path, step: int, engine: str, world: int, **changes: object) -> None:
+        """A copy that an engine resumed after a step has the same model, bit for bit."""
+        again = self.resume(run_dir, step, engine, world, **changes)
+        ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (run_dir, again))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
     def run(self, engine: str, world: int, task: str = "train", precision: str = "no", **changes: object) -> Path:
         """The directory of the finished run."""
         digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
@@ -86,9 +99,7 @@ def trainings(recipe: dict, crowds: Crowds, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(("engine", "world"), MATRIX)
 def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: int) -> None:
     one, many = trainings.run("ddp", 1), trainings.run(engine, world)
-    assert len(losses(one)) == 20
-    assert close(losses(one), losses(many))
-    assert losses(one)[-1] < losses(one)[0] - 0.05, "nothing was learned, so equality means little"
+    assert_learned_alike(one, many, 0.05)
     norms = [[record["grad_norm"] for record in metrics(run_dir)] for run_dir in (one, many)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     ours, theirs = reader(one), reader(many)

@@ -60,14 +60,12 @@ def fail(file: str, folder: str, where: str, error: str) -> None:
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
-def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int], str]:
+def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int | None], str]:
     """Return the exit codes and the output of two ranks without a launcher."""
-    ranks = start_ranks(2, fail, str(file), str(folder), where, error)
-    for rank in ranks:
-        rank.join(300)
+    codes = processes.exit_codes(start_ranks(2, fail, str(file), str(folder), where, error))
     seconds = time.time() - float(Path(folder, "failed_at").read_text())
     assert seconds < ALL_END_WITHIN_SECONDS
-    return [rank.exitcode for rank in ranks], Path(folder, "stderr").read_text()
+    return codes, Path(folder, "stderr").read_text()
 
 
 @pytest.mark.parametrize("where", ["step", pytest.param("evaluation", marks=pytest.mark.long), "commit"])
@@ -113,9 +111,7 @@ def die_after_the_start(file: str, folder: str) -> None:
 
 def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -> None:
     ranks = start_ranks(2, die_after_the_start, str(write_recipe(tmp_path / "run")), str(tmp_path))
-    for rank in ranks:
-        rank.join(300)
-    ends = [rank.exitcode for rank in ranks]
+    ends = processes.exit_codes(ranks)
     ranks[1].kill()
     assert ends == [-signal.SIGKILL, 1]
     assert "Traceback" not in (tmp_path / "stderr").read_text()
@@ -139,10 +135,7 @@ def be_killed(file: str, folder: str) -> None:
 
 def test_all_end_after_a_kill_although_they_are_stuck(write_recipe, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "run", data={"global_batch_size": 12})
-    ranks = start_ranks(3, be_killed, str(file), str(tmp_path))
-    for rank in ranks:
-        rank.join(300)
-    assert [rank.exitcode for rank in ranks] == [1, -signal.SIGKILL, 1]
+    assert processes.exit_codes(start_ranks(3, be_killed, str(file), str(tmp_path))) == [1, -signal.SIGKILL, 1]
     printed = (tmp_path / "stderr").read_text()
     assert printed.count("flipscale: rank 0 ends too, as rank 1 on ") == printed.count(" was killed\n") == 1
     assert "flipscale: error: " not in printed
@@ -166,10 +159,8 @@ def fail_together(file: str, folder: str, last: int) -> None:
 
 @pytest.mark.parametrize("last", [1, 0])
 def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, last: int) -> None:
-    ranks = start_ranks(2, fail_together, str(write_recipe(tmp_path / "run")), str(tmp_path), last)
-    for rank in ranks:
-        rank.join(300)
-    assert [rank.exitcode for rank in ranks] == [1, 1]
+    file = str(write_recipe(tmp_path / "run"))
+    assert processes.exit_codes(start_ranks(2, fail_together, file, str(tmp_path), last)) == [1, 1]
     # The block that a run begins with has a time in front, and goes on behind two spaces.
     lines = (tmp_path / "stderr").read_text().splitlines()
     (line,) = [line for line in lines if not re.match(r"\d{4}-|  ", line)]

@@ -4,12 +4,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TOWER, losses
 from distributed.crowd import Crowds
-from distributed.test_engines import Trainings, close
+from distributed.test_engines import Trainings, assert_learned_alike, close
 from foreign_towers import SMALL_TIMM, save_text, save_timm
-from safetensors.torch import load_file
 
 long = partial(pytest.param, marks=pytest.mark.long)
 CLIP = {"family": "clip", "text_config": {**TOWER, "max_position_embeddings": 8}}
@@ -68,18 +66,13 @@ def trainings(
 )
 def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, engine: str) -> None:
     one, many = trainings.run("ddp", 1, **CASES[case]), trainings.run(engine, 2, **CASES[case])
-    assert len(losses(one)) == 54
-    assert losses(one)[-1] < losses(one)[0] - 0.02, "nothing was learned, so equality means little"
-    assert close(losses(one), losses(many))
+    assert_learned_alike(one, many, 0.02, 54)
 
 
 @pytest.mark.parametrize("case", ["clip, packed", "siglip", "towers"])
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
     whole = trainings.run("ddp", 1, **CASES[case])
-    again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
-    ours, theirs = (load_file(run_dir / "model/model.safetensors") for run_dir in (whole, again))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    trainings.assert_resumed_alike(whole, 10, "ddp", 1, **CASES[case])
 
 
 @pytest.mark.long

@@ -72,11 +72,11 @@ def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: li
     stages = [{"name": "masked", "samples": 16 * (TOGETHER + 3), "mask_ratio": 0.75, "base_lr": 0.012}]
     file = write_recipe(folder / "run", stages=stages)
     environment = {**ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more}
-    ranks = start_ranks(2, train_with_sleeps, str(file), str(folder), sleeper, places, **environment)
-    for rank in ranks:
-        rank.join(200)
+    codes = processes.exit_codes(
+        start_ranks(2, train_with_sleeps, str(file), str(folder), sleeper, places, **environment)
+    )
     printed = (folder / "stderr").read_text()
-    assert [rank.exitcode for rank in ranks] == [0, 0], printed
+    assert codes == [0, 0], printed
     lines = (folder / "run/slow_steps.jsonl").read_text().splitlines()
     return {record["step"]: record for record in map(json.loads, lines)}, printed
 

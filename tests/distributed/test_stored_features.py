@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import TOWER, losses, metrics, write_shards
 from distributed.crowd import Crowds
-from distributed.test_engines import Trainings, close
+from distributed.test_engines import Trainings, assert_learned_alike
 from evaluation.tiny_model import tiny_embedder
 from safetensors.torch import load_file
 from torch import nn
@@ -77,17 +77,13 @@ def trainings(recipe: dict, folder: Path, crowds: Crowds) -> Trainings:
 )
 def test_two_processes_learn_what_one_does(trainings: Trainings, case: str, engine: str) -> None:
     one, many = trainings.run("ddp", 1, **CASES[case]), trainings.run(engine, 2, **CASES[case])
-    assert len(losses(one)) == 20
-    assert losses(one)[-1] < losses(one)[0] - 0.05, "nothing was learned, so equality means little"
-    assert close(losses(one), losses(many))
+    assert_learned_alike(one, many, 0.05)
 
 
 @pytest.mark.parametrize("case", ["both", "the text tower learns"])
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
     whole = trainings.run("ddp", 1, **CASES[case])
-    again = trainings.resume(whole, 10, "ddp", 1, **CASES[case])
-    ours, theirs = (load_file(run_dir / "model/model.safetensors") for run_dir in (whole, again))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    trainings.assert_resumed_alike(whole, 10, "ddp", 1, **CASES[case])
 
 
 def test_the_exported_model_has_whole_towers(trainings: Trainings, folder: Path, shards: Path, tmp_path: Path) -> None:

@@ -11,9 +11,8 @@ import torch
 from accelerate import Accelerator
 from conftest import losses, write_shards
 from distributed.crowd import Crowds
-from distributed.test_engines import Trainings, close
+from distributed.test_engines import Trainings, assert_learned_alike
 from distributed.test_stored_features import embed, export_tiny
-from safetensors.torch import load_file
 from torch import nn
 
 from flipscale.cli import main
@@ -86,16 +85,12 @@ def test_the_teacher_saw_the_student_s_crop(trainings: Trainings, folder: Path, 
 def test_two_processes_learn_what_one_does(trainings: Trainings, case: str, engine: str) -> None:
     alone = {**CASES[case], "data": {**CASES[case].get("data", {}), "micro_batch_size": None}}
     one, many = trainings.run("ddp", 1, **alone), trainings.run(engine, 2, **CASES[case])
-    assert len(losses(one)) == 20
-    assert losses(one)[-1] < losses(one)[0] - 0.02, "nothing was learned, so equality means little"
-    assert close(losses(one), losses(many))
+    assert_learned_alike(one, many, 0.02)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings) -> None:
     whole = trainings.run("ddp", 1, **CASES["one teacher"])
-    again = trainings.resume(whole, 10, "ddp", 1, **CASES["one teacher"])
-    ours, theirs = (load_file(run_dir / "model/model.safetensors") for run_dir in (whole, again))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    trainings.assert_resumed_alike(whole, 10, "ddp", 1, **CASES["one teacher"])
     plain = trainings.run("ddp", 1, data={"teachers": []})
     assert losses(plain)[0] != losses(whole)[0]
 

@@ -68,9 +68,7 @@ def hang(folder: str, doing: str, signs: int) -> None:
 
 @pytest.mark.parametrize(("doing", "signs"), [("a save", 0), ("an evaluation", 15)])
 def test_a_pause_that_never_ends_is_called_what_it_is(tmp_path: Path, doing: str, signs: int) -> None:
-    process = processes.start(hang, str(tmp_path), doing, signs)
-    process.join(300)
-    assert process.exitcode == 1
+    assert processes.exit_codes([processes.start(hang, str(tmp_path), doing, signs)]) == [1]
     assert (tmp_path / "alive").exists(), "it was ended while it gave signs of life"
     assert (
         f"flipscale: error: {doing} after step 0 has not finished on rank 0 after 1 s"
@@ -90,6 +88,4 @@ def work(folder: str) -> None:
 
 
 def test_bytes_are_a_sign_of_life(tmp_path: Path) -> None:
-    process = processes.start(work, str(tmp_path))
-    process.join(300)
-    assert process.exitcode == 0
+    assert processes.exit_codes([processes.start(work, str(tmp_path))]) == [0]
