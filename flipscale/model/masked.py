@@ -232,9 +232,8 @@ class _WithTables:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, PackedEmbeddings):
-            for name, value in module.fixed_tables().items():
-                init.copy_(getattr(module, name), value)
+        for name, value in getattr(module, "fixed_tables", dict)().items():
+            init.copy_(getattr(module, name), value)
 
 
 class MaskedTower(_WithTables):

@@ -573,10 +573,10 @@ class FlipPreTrainedModel(PreTrainedModel):
         Matrices are Xavier-uniform (q, k and v as one). Tokens and positions are normal with standard deviation 0.02.
         """
         super()._init_weights(module)
+        for name, value in getattr(module, "fixed_tables", dict)().items():
+            init.copy_(getattr(module, name), value)
         if isinstance(module, FlipVisionEmbeddings):
             init.normal_(module.class_embedding, std=0.02)
-            for name, value in module.fixed_tables().items():
-                init.copy_(getattr(module, name), value)
         elif isinstance(module, FlipPatchEmbedding):
             bound = math.sqrt(6.0 / (module.weight[0].numel() + module.weight.shape[0]))
             init.uniform_(module.weight, -bound, bound)

@@ -65,8 +65,6 @@ class ReconstructionDecoder(FlipPreTrainedModel):
             init.normal_(module.mask_token, std=0.02)
             init.xavier_uniform_(module.embed.weight)
             init.xavier_uniform_(module.predict.weight)
-            for name, value in module.fixed_tables().items():
-                init.copy_(getattr(module, name), value)
 
     def forward(
         self, tokens: torch.Tensor, patch_index: torch.Tensor, masked_index: torch.Tensor, image_size: int | None = None
