@@ -410,9 +410,11 @@ def propose_finetuning(
     chose = [f"Chosen: {' '.join(str(best.candidate).split())}. Mean recall by length: {courses}."]
     if steps < _FEW_STEPS:
         chose.append(f"Trials had as few as {steps} steps: a longer --minutes makes a surer choice.")
-    chose.append(
-        f"Guards are {where}." if before else "No guards: what it loses elsewhere is unknown; name some by --guards."
-    )
+    if not start.name:
+        chose.append("No guards: two towers that are joined anew have no old ability to lose.")
+    else:
+        unknown = "No guards: what it loses elsewhere is unknown; name some by --guards."
+        chose.append(f"Guards are {where}." if before else unknown)
     lines = [*plain_table(rows, range(1, len(rows[0]))).splitlines(), *chose]
     if best.value <= old.mean():
         return [f"{start.name} is better on the held-out pairs as it is. No recipe is proposed.", *lines], "", 1.0
