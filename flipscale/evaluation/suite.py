@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.decode import decode_box
-from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.task_page import read_page
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
@@ -27,6 +27,7 @@ from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot, ZeroShotMultilabel
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.evaluation.whole_images import WholeImages
 from flipscale.io.errors import UserError
 from flipscale.io.options import check_ranges, parser_message
 from flipscale.model.configuration_flip import patches_along
@@ -147,6 +148,10 @@ def run_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
     return [result for _, results in evaluated(embedder, tasks) for result in results]
 
 
+def _square(size: int, encoded: bytes, _: int) -> dict[str, np.ndarray]:
+    return {"image": decode_box(encoded, None, size, (1.0, 1.0))}
+
+
 def check_decodable(tasks: Sequence[Task], image_size: int, rank: int, world: int) -> None:
     """Decode images and read answers of the test sets for a few seconds each, in a random order, so that a damaged set
     is refused before the training."""
@@ -154,15 +159,11 @@ def check_decodable(tasks: Sequence[Task], image_size: int, rank: int, world: in
         for test_set in [TestSet.open(task.data), *task.other_sets()]:
             if not len(test_set):
                 raise UserError(f"{task.name}: the test set {test_set.data} is empty; name another")
-            source, numbers, truth = test_set.source, SampleNumbers(test_set.source), task.truth(test_set)
+            size, truth = task.image_size or image_size, task.truth(test_set)
+            images = WholeImages(test_set.source, partial(_square, size))
             end = time.monotonic() + CHECK_SECONDS
-            for row in np.random.default_rng(0).permutation(np.arange(rank, len(numbers), world)):
-                shard, number = numbers[row]
-                truth(shard, number)
-                try:
-                    decode_box(source.read(shard, number).image, None, task.image_size or image_size, (1.0, 1.0))
-                except BadSample as error:
-                    name = f"{source.shard_name(shard)}#{number}"
-                    raise UserError(f"evaluation image {name} cannot be decoded: {error}; fetch it anew") from error
+            for row in np.random.default_rng(0).permutation(np.arange(rank, len(images), world)):
+                truth(*images.where[row])
+                images.decoded(row)
                 if time.monotonic() > end:
                     break

@@ -59,6 +59,7 @@ _MAX_ROW_LINES = 100  # lines of a row whose quoted captions have line breaks
 _KEYED_ROWS = 1000  # JSON lines whose keys are the columns
 _ROWS_AT_ONCE = 64
 _SHOWN, _SHOWN_NAMES = 60, 600  # characters of a malformed row, and of the columns' names
+_NO_LABEL = "missing_label"  # cause of a pair without a class
 _FILE_NAME = re.compile(r"\.[A-Za-z]{2,7}$")  # names on the Hub hardly end like this
 # These errors are not the file's fault: the same command would read it later.
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -68,18 +69,6 @@ class UnreadableFile(BadSample):
     """A file of the pair is missing, is not a plain file, or cannot be read."""
 
     cause = "unreadable_file"
-
-
-class OutsideFolder(BadSample):
-    """The list names a file outside its folder."""
-
-    cause = "outside_folder"
-
-
-class MissingLabel(BadSample):
-    """The pair has no class."""
-
-    cause = "missing_label"
 
 
 class MalformedRow(BadSample):
@@ -122,7 +111,7 @@ class PairSource(ABC):
 
     def label(self, number: int) -> str:
         """Return the class name of a pair, in a list that was opened with `labels`."""
-        raise MissingLabel("there is none")
+        raise BadSample("there is none", _NO_LABEL)
 
     def votes(self, number: int) -> np.ndarray | None:
         """Return how many people gave each answer and, last, any other, int `(answers + 1,)`; None without answers."""
@@ -240,7 +229,7 @@ class FileList(PairSource):
 
     def captions(self, number: int) -> list[str]:
         if self.by_class:
-            return _captions_of(self._folder(number, MissingCaption))
+            return _captions_of(self._folder(number, MissingCaption.cause))
         image = PurePath(self.files[number])
         for suffix in _CAPTION_SUFFIXES:
             beside = image.with_suffix(suffix)
@@ -250,13 +239,12 @@ class FileList(PairSource):
         raise MissingCaption("no .txt or .json beside it")
 
     def label(self, number: int) -> str:
-        return _label_of(self._folder(number, MissingLabel))
+        return _label_of(self._folder(number, _NO_LABEL))
 
-    def _folder(self, number: int, missing: type[BadSample]) -> str:
-        folder = _class_of(self.files[number])
-        if not folder:
-            raise missing("it lies in no folder of a class")
-        return folder
+    def _folder(self, number: int, cause: str) -> str:
+        if folder := _class_of(self.files[number]):
+            return folder
+        raise BadSample("it lies in no folder of a class", cause)
 
     def fingerprint(self) -> str:
         return digest_of(self.files)
@@ -710,8 +698,8 @@ def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_I
 
     Raises:
         UnreadableFile: it cannot be read, or is not a plain file.
-        BadSample: it has more than `max_bytes`.
-        OutsideFolder: it lies outside `root`, by its name or by a link, and that is not allowed.
+        BadSample: it has more than `max_bytes`; or it lies outside `root`, by its name or by a link, and that is not
+            allowed.
     """
     if not name or "\0" in name:
         raise UnreadableFile("the name of the file has a NUL" if name else "the name of the file is blank")
@@ -720,7 +708,7 @@ def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_I
     path = root / name
     try:
         if not allow_outside and is_outside(root, name):
-            raise OutsideFolder(f"it lies outside {root}")
+            raise BadSample(f"it lies outside {root}", "outside_folder")
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
             raise UnreadableFile(f"{name} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file")
@@ -752,7 +740,8 @@ def _label_of(value: Any) -> str:
     """Return the name of a class: a text on one line, or a whole number."""
     name = " ".join(str(value).split()) if isinstance(value, str | int) else ""
     if not name or not is_utf8(name) or not name.isprintable():
-        raise MissingLabel("there is none" if value in (None, "") else f"{value!r:.60} is no name of a class")
+        words = "there is none" if value in (None, "") else f"{value!r:.60} is no name of a class"
+        raise BadSample(words, _NO_LABEL)
     return name
 
 

@@ -39,6 +39,7 @@ from flipscale.preparation.worker_pool import shared, worker_pool
 PARTS = ("train", "test")
 _MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
 _HASHES, _LOCK, _PARTIAL = ".hashes.npy", ".lock", ".*.partial*"
+_DUPLICATE = "duplicate"  # cause of a pair whose image file an earlier one has
 _MAX_SHOWN = 300  # characters of a name or a detail
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
@@ -75,12 +76,6 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-
-
-class DuplicateImage(BadSample):
-    """An earlier pair has the same image file."""
-
-    cause = "duplicate"
 
 
 @dataclass(frozen=True)
@@ -279,7 +274,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                     if not _is_of_part(job, number):
                         continue
                     if number in same_as:
-                        raise DuplicateImage(f"the same bytes as {pairs.place(same_as[number])}")
+                        raise BadSample(f"the same bytes as {pairs.place(same_as[number])}", _DUPLICATE)
                     captions = pairs.captions(number)
                     label = job.class_numbers[pairs.label(number)] if options.labels else None
                     votes = pairs.votes(number)
@@ -387,7 +382,7 @@ def check_reports(reports: dict[Path, dict[str, Any]], max_bad_fraction: float) 
     """Check that enough pairs of each folder can be used, and that no part is empty; duplicates can be used. Raise
     UserError if nothing was written, or more than `max_bad_fraction` of the pairs are unusable, or a part is empty."""
     for folder, report in reports.items():
-        unusable = {cause: count for cause, count in report["left_out"].items() if cause != DuplicateImage.cause}
+        unusable = {cause: count for cause, count in report["left_out"].items() if cause != _DUPLICATE}
         written, bad = report["written"], sum(unusable.values())
         pairs = written + sum(report["left_out"].values())
         if bad and not (written and bad <= max_bad_fraction * pairs):
