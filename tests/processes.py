@@ -65,6 +65,13 @@ def exit_codes(started: list[BaseProcess]) -> list[int | None]:
     return [process.exitcode for process in started]
 
 
+def wait_for(seen: Callable[[], bool], seconds: float = 200.0) -> None:
+    end = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
 def rank_environments(world: int) -> list[dict[str, str]]:
     """Return the variables that torchrun adds to the environment of each of `world` processes."""
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

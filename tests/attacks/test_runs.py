@@ -15,6 +15,7 @@ from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import kept, lacks, mine, obeys_nothing, pipe, text
 from conftest import metrics
+from processes import wait_for
 
 from flipscale.io.lock import FolderLock
 
@@ -26,13 +27,6 @@ def endless(folder: Path) -> list[str]:
     ground.shards(folder)
     stage = {"name": "long", "samples": 16_000_000, "mask_ratio": 0.75, "base_lr": 0.012}
     return ground.pretrain(folder, stages=[stage], save={"every_samples": 16_000, "total_limit": 3})
-
-
-def wait_for(seen: Callable[[], bool], seconds: float = 200.0) -> None:
-    end = time.monotonic() + seconds
-    while not seen():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def trains(folder: Path) -> bool:

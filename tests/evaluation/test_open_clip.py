@@ -18,11 +18,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
 def vit(**vision: object) -> open_clip.CLIP:
     torch.manual_seed(0)
     return open_clip.CLIP(**{**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], **vision}}).eval()

@@ -57,11 +57,6 @@ def siglip2(tokenizer: Any) -> tuple[Any, Any]:
     return Siglip2Model(config), Siglip2Processor(Siglip2ImageProcessor(patch_size=8, max_num_patches=16), tokenizer)
 
 
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
 @pytest.fixture(scope="module", params=[clip, siglip, siglip2], ids=lambda make: make.__name__)
 def folder(
     request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory

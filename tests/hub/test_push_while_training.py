@@ -5,8 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import draw, launch, metrics
 from hub.loopback_hub import TOKEN, LoopbackHub
+from processes import wait_for
 
 from flipscale.cli import main
 from flipscale.hub.push import BackgroundPush, open_target
@@ -40,13 +39,6 @@ assert all(torch.equal(a, b.bfloat16()) for a, b in zip(half.parameters(), last.
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 900) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-
-
 def files_with(text: str, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
@@ -63,9 +55,9 @@ def test_saves_arrive_while_the_run_goes_on(
     with open(tmp_path / "told", "w") as stderr:
         run = subprocess.Popen(command, env=environment, stderr=stderr)
     try:
-        wait_for(lambda: "org/name" in hub.repos and bool(hub.content("org/name")))
+        wait_for(lambda: "org/name" in hub.repos and bool(hub.content("org/name")), 900)
         seen = metrics(tmp_path / "run")[-1]["step"]
-        wait_for(lambda: metrics(tmp_path / "run")[-1]["step"] > seen)
+        wait_for(lambda: metrics(tmp_path / "run")[-1]["step"] > seen, 900)
         assert run.poll() is None
     finally:
         run.send_signal(signal.SIGTERM)

@@ -183,23 +183,13 @@ def test_what_stops_it_before_a_download(
     assert "HF_HUB_OFFLINE is set; unset it" in refusal(capsys, tmp_path, "--only", "mnist")
 
 
-def memes(rows: int, path: Path) -> bytes:
-    """Rows of a parquet file as the Hub has the Hateful Memes."""
-    import datasets
-
-    images = [{"bytes": picture(n, ("JPEG", "PNG", "BMP")[n % 3]), "path": None} for n in range(rows)]
-    columns = {"id": list(range(rows)), "image": images, "label": [n % 2 for n in range(rows)]}
-    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
-    return path.read_bytes()
-
-
 def test_tables_become_shards(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flipscale.preparation.task_sets.IMAGES_PER_SHARD", 4)
-    page, table = read_page("hateful_memes"), memes(9, tmp_path / "memes.parquet")
+    kinds, classes = [("JPEG", "PNG", "BMP")[n % 3] for n in range(9)], [n % 2 for n in range(9)]
+    images = [{"bytes": picture(n, kind), "path": None} for n, kind in enumerate(kinds)]
+    table = parquet(tmp_path / "memes.parquet", ["image"], id=list(range(9)), image=images, label=classes)
     files = {"data/validation-00000-of-00001.parquet": table, "data/test-00000-of-00001.parquet": b"another split"}
-    repo = hub.repos
-    hub.add("mteb/MMSoc_HatefulMemes", files)
-    repo["mteb/MMSoc_HatefulMemes"].branches[page.source.revision] = repo["mteb/MMSoc_HatefulMemes"].branches["main"]
+    add_pinned(hub, "hateful_memes", files)
     prepare(tmp_path / "tasks", "--only", "hateful_memes")
     place = tmp_path / "tasks" / "hateful_memes"
     assert sorted(content(place)) == [
@@ -210,12 +200,11 @@ def test_tables_become_shards(hub: LoopbackHub, tmp_path: Path, monkeypatch: pyt
     assert (place / "zeroshot_classification_templates.txt").read_text() == "a {c}.\n"
     assert (place / "test" / "nshards.txt").read_text() == "3\n"
     assert {path.name for path in place.iterdir() if path.name.startswith(".")} == set()
-    source = TarSource(str(place / "test"))
-    samples = [source.read(number // 4, number % 4) for number in range(9)]
-    assert [sample.label for sample in samples] == [number % 2 for number in range(9)]
+    _, labels, pictures = zip(*samples_of(place), strict=True)
+    assert list(labels) == classes
     # The bytes are the source's, unless no shard holds such a format.
-    assert [samples[n].image == picture(n, ("JPEG", "PNG", "BMP")[n % 3]) for n in range(3)] == [True, True, False]
-    assert (np.array(Image.open(io.BytesIO(samples[2].image))) == np.array(Image.open(io.BytesIO(picture(2))))).all()
+    assert [pictures[n] == picture(n, kinds[n]) for n in range(3)] == [True, True, False]
+    assert (np.array(Image.open(io.BytesIO(pictures[2]))) == np.array(Image.open(io.BytesIO(picture(2))))).all()
 
 
 def test_middle_frames_of_clips(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -235,12 +224,10 @@ def test_middle_frames_of_clips(hub: LoopbackHub, tmp_path: Path) -> None:
     for number, part in enumerate((rows.select(range(5)), rows.select(range(5, 8)))):
         part.to_parquet(tmp_path / "part.parquet")
         files[f"data/test-0000{number}-of-00002.parquet"] = (tmp_path / "part.parquet").read_bytes()
-    hub.add("mteb/ucf101", files)
-    hub.repos["mteb/ucf101"].branches[page.source.revision] = hub.repos["mteb/ucf101"].branches["main"]
+    add_pinned(hub, "ucf101", files)
     prepare(tmp_path / "tasks", "--only", "ucf101")
-    source = TarSource(str(tmp_path / "tasks" / "ucf101" / "test"))
-    samples = [source.read(0, number) for number in range(len(source))]
-    assert [(sample.image, sample.label) for sample in samples] == [(picture(2), 3), (picture(3), 4), (picture(6), 5)]
+    samples = samples_of(tmp_path / "tasks/ucf101")
+    assert [(image, label) for _, label, image in samples] == [(picture(2), 3), (picture(3), 4), (picture(6), 5)]
     written = (tmp_path / "tasks" / "ucf101" / "classnames.txt").read_text().splitlines()
     assert written == list(page.class_names) != names
 
@@ -266,7 +253,7 @@ def samples_of(place: Path) -> list[tuple[list[str], int | None, bytes]]:
     """Captions, class and image of each sample."""
     source = TarSource(str(place / "test"))
     found = [source.read(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
-    return [(sample.captions[0].decode().splitlines(), sample.label, sample.image) for sample in found]
+    return [(b"".join(sample.captions).decode().splitlines(), sample.label, sample.image) for sample in found]
 
 
 def stored(numbers: list[int], side: int = 32) -> list[dict]:

@@ -3,12 +3,12 @@
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import psutil
 import pytest
+from processes import wait_for
 from torch.utils.data import DataLoader
 
 from flipscale.data.loader import set_up_worker, start_workers
@@ -17,13 +17,6 @@ from flipscale.io.cores import end_with_parent
 
 def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def wait_for(seen: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not seen():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def parent(settle: Callable[[], object], ready: Connection) -> None:

@@ -48,13 +48,6 @@ def search_file(base: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    with pytest.raises(SystemExit) as raised:
-        main(["study", "budget", *map(str, words)])
-    assert raised.value.code in (1, 2)
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def results(run_dir: Path) -> dict[tuple[str, str], float]:
     """The results of a run by task and metric."""
     lines = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
@@ -64,7 +57,7 @@ def results(run_dir: Path) -> dict[tuple[str, str], float]:
 
 @pytest.mark.long
 def test_a_search_to_its_winner(
-    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     out, broken = tmp_path / "out", {"data.shards": "nowhere", "stages": [{"name": "whole"}]}
     paths = {"masked": PATHS["masked"], "small": PATHS["small"], "broken": broken}
@@ -99,13 +92,15 @@ def test_a_search_to_its_winner(
 
     for name in ends:
         (out / "rung1" / f"{name}.failed").write_text("ended by SIGKILL: no output")
-    line = refused(capsys, *words)
+    with pytest.raises(SystemExit, match="1"):
+        main(["study", "budget", *words])
+    line = capsys.readouterr().err
     assert "no path of rung 1 could be trained: masked: ended by SIGKILL: no output; small: ended by" in line
-    line = refused(capsys, search_file(paths=paths, rungs=[0.005], tuning=[0.4]), "--output_dir", out)
+    line = refused("study", "budget", search_file(paths=paths, rungs=[0.005], tuning=[0.4]), "--output_dir", out)
     assert re.search(r"holds another search than .*rungs: \[0.01\], now \[0.005\]", line)
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text() + "seed: 5\n")
-    line = refused(capsys, search_file(paths=paths, tuning=[0.4]), "--output_dir", out)
+    line = refused("study", "budget", search_file(paths=paths, tuning=[0.4]), "--output_dir", out)
     assert "rung1/masked.yaml differs from this study (seed: 0, now 5)" in line
 
 
@@ -149,19 +144,17 @@ ODD = {"stages": [{"name": "odd", "image_size": 20}]}
     ],
 )
 def test_errors_of_a_file(
-    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+    search_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str], fields: dict, message: str
 ) -> None:
-    assert message in refused(capsys, search_file(**fields), "--output_dir", tmp_path / "out")
+    assert message in refused("study", "budget", search_file(**fields), "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_of_a_folder(
-    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_of_a_folder(search_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
     file = search_file(tuning=[0.5])
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis").touch()
-    assert "mine holds thesis, which no search wrote" in refused(capsys, file, "--output_dir", mine)
+    assert "mine holds thesis, which no search wrote" in refused("study", "budget", file, "--output_dir", mine)
     file.write_text(file.read_text().replace("paths:\n", "paths:\n  whole: {stages: [{name: again}]}\n"))
-    assert "search.yaml gives whole twice" in refused(capsys, file)
+    assert "search.yaml gives whole twice" in refused("study", "budget", file)

@@ -41,13 +41,6 @@ def study_file(base: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    with pytest.raises(SystemExit) as raised:
-        main(["study", *map(str, words)])
-    assert raised.value.code in (1, 2)
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def test_names_of_runs_in_order() -> None:
     axes = {"a": {"x": {"p": 1}, "y": {"p": 2}}, "b": {"z": {"q": 1}}, "c": {"w": {"r": 1}}}
     assert list(Study("base", axes, "star", [3]).runs()) == [
@@ -68,7 +61,11 @@ def test_names_of_runs_in_order() -> None:
 
 
 def test_from_plan_to_report(
-    study_file: Callable[..., Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study_file: Callable[..., Path],
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     out = tmp_path / "out"
     common = {"optim.weight_decay": 0.25}
@@ -85,7 +82,9 @@ def test_from_plan_to_report(
     broken = out / "runs/wide-seed0.yaml"
     whole = broken.read_text()
     broken.write_text(whole.replace(f"shards: {runs['wide-seed0'].data.shards}", f"shards: {tmp_path / 'nowhere'}"))
-    assert "1 of 4 runs failed: wide-seed0; the others are done" in refused(capsys, "run", out)
+    with pytest.raises(SystemExit, match="1"):
+        main(["study", "run", str(out)])
+    assert "1 of 4 runs failed: wide-seed0; the others are done" in capsys.readouterr().err
     broken.write_text(whole)
     main(["study", "run", str(out), "--workers", "1"])
     assert capsys.readouterr().out.splitlines() == ["3 of 4 runs are done", "wide-seed0: done"]
@@ -118,7 +117,7 @@ def test_from_plan_to_report(
     main(["study", "plan", str(study_file(changes=common, seeds=[0, 1])), "--output_dir", str(out)])
     assert "8 runs are planned" in capsys.readouterr().out
     changed = {**AXES, "length": {"double": {"stages.0.samples": 80}}}
-    line = refused(capsys, "plan", study_file(changes=common, axes=changed, seeds=[0, 1]), "--output_dir", out)
+    line = refused("study", "plan", study_file(changes=common, axes=changed, seeds=[0, 1]), "--output_dir", out)
     assert re.search(r"double-seed0.yaml differs from this study \(stages\[0\].samples: 64, now 80\)", line)
 
 
@@ -142,9 +141,9 @@ def test_from_plan_to_report(
     ],
 )
 def test_errors_of_a_file(
-    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+    study_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str], fields: dict, message: str
 ) -> None:
-    assert message in refused(capsys, "plan", study_file(**fields), "--output_dir", tmp_path / "out")
+    assert message in refused("study", "plan", study_file(**fields), "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -166,17 +165,15 @@ def test_time_budgets_and_names_of_stages(study_file: Callable[..., Path], base:
     assert [recipe.stages[0].base_lr for recipe in planned("rates", axes={"rate": rates})] == [0.012, 0.5, 0.5]
 
 
-def test_errors_of_a_folder(
-    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "none.yaml is no plain file" in refused(capsys, "plan", tmp_path / "none.yaml")
+def test_errors_of_a_folder(study_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "none.yaml is no plain file" in refused("study", "plan", tmp_path / "none.yaml")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis").touch()
-    assert "mine holds thesis, which no study wrote" in refused(capsys, "plan", study_file(), "--output_dir", mine)
-    assert "mine holds no planned study" in refused(capsys, "report", mine)
+    assert "mine holds thesis, which no study wrote" in refused("study", "plan", study_file(), "--output_dir", mine)
+    assert "mine holds no planned study" in refused("study", "report", mine)
     out = tmp_path / "out"
     main(["study", "plan", str(study_file()), "--output_dir", str(out)])
-    assert "out has 0 finished runs of 4, none of the base" in refused(capsys, "report", out)
+    assert "out has 0 finished runs of 4, none of the base" in refused("study", "report", out)
     (out / "runs/wide-seed0.yaml").unlink()
-    assert "wide-seed0.yaml is missing; plan the study again" in refused(capsys, "run", out)
+    assert "wide-seed0.yaml is missing; plan the study again" in refused("study", "run", out)
