@@ -273,9 +273,7 @@ def test_one_and_three_processes_find_the_same(tmp_path: Path) -> None:
         out = tmp_path / f"{world}.json"
         environments = processes.rank_environments(world) if world > 1 else [{}]
         running = [processes.start(_evaluate, str(tmp_path), str(out), environment=e) for e in environments]
-        for process in running:
-            process.join(120)
-            assert process.exitcode == 0
+        assert processes.exit_codes(running) == [0] * world
         found[world] = json.loads(out.read_text())
     assert len(found[1]) > 40
     assert found[1]["zero_shot_clean/top1"][1] == 31

@@ -183,9 +183,7 @@ def test_two_processes_find_the_same(embedder: Embedder, folder: Path, tokenizer
     alone = [[one.metric, one.value, one.outcomes] for one in run(embedder, folder).values()]
     arguments = str(folder), str(tmp_path / "results.json"), str(tokenizer_dir)
     running = [processes.start(_evaluate, *arguments, environment=one) for one in processes.rank_environments(2)]
-    for process in running:
-        process.join(120)
-        assert process.exitcode == 0
+    assert processes.exit_codes(running) == [0, 0]
     assert json.loads((tmp_path / "results.json").read_text()) == alone
 
 

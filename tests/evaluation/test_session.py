@@ -139,12 +139,7 @@ def test_two_processes_write_each_line_once(folder: Path, tokenizer_dir: Path, t
     shutil.copytree(alone, several)
     lines = (several / "results.jsonl").read_bytes().splitlines(keepends=True)
     (several / "results.jsonl").write_bytes(b"".join(lines[:20]))
-    environments = processes.rank_environments(2)
-    ranks = [
-        processes.start(evaluate, str(folder), str(several), str(tokenizer_dir), environment=environment)
-        for environment in environments
-    ]
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    arguments = str(folder), str(several), str(tokenizer_dir)
+    ranks = [processes.start(evaluate, *arguments, environment=one) for one in processes.rank_environments(2)]
+    assert processes.exit_codes(ranks) == [0, 0]
     assert lines_of(several) == lines_of(alone)
