@@ -74,5 +74,6 @@ def meet(environment: Mapping[str, str]) -> Nodes:
     except (dist.DistError, RuntimeError) as error:
         raise UserError(f"the first node, {address}:{port}, cannot be reached ({error}); open this port") from error
     nodes = Nodes(index, address, dist.PrefixStore("flipscale", store), [""] * count)
-    nodes.hosts = nodes.gather(platform.node())
+    hosts = nodes.gather(platform.node())  # containers may share a name
+    nodes.hosts = [f"{one} {number}" if hosts.count(one) > 1 else one for number, one in enumerate(hosts)]
     return nodes

@@ -11,7 +11,6 @@ from flipscale.evaluation.presentation.figures import COLOURS, can_draw, drawing
 from flipscale.io.atomic import write_text
 from flipscale.io.text_table import markdown_table
 
-# The trainer starts and ends the range.
 PROFILE = (
     "to see each kernel of five steps: nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi "
     "--capture-range-end=stop accelerate launch --config_file ds_configs/ddp.yaml -m flipscale.pretrain "

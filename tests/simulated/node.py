@@ -130,13 +130,12 @@ class Starter:
             changes.clear()
         words = [str(NUM_DEVICES // gpus) if word == str(NUM_DEVICES) else word for word in arguments]
         serving = (module, words, str(log), is_fake, self._fault)
-        with patch.dict(os.environ):
-            for name in node._OF_RANK:  # of a launcher of this command
-                os.environ.pop(name, None)
+        # Only these: this command's own launcher may have set others.
+        with patch.dict(os.environ, {**environment, **changes}, clear=True):
             if function == "triton_loss":
                 started = _Started(_spawned(serving))
             else:
-                started = _Started(processes.start(serve, *serving, environment={**environment, **changes}))
+                started = _Started(processes.start(serve, *serving))
         if rank == first:
             leader.append(started)
         return started

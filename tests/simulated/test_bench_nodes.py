@@ -118,10 +118,10 @@ def test_a_stalled_and_a_killed_rank_of_another_node_are_noticed(small: Path, tm
 NODE = """
 import sys
 from simulated import node
-from simulated.test_bench_nodes import few_bytes, small_checks
+from simulated.test_bench_nodes import slow_gpu, small_checks
 if __name__ == "__main__":
     with small_checks():
-        node.main(["--batch_size", "4", "--config", *sys.argv[1:]], few_bytes)
+        node.main(["--batch_size", "4", "--config", *sys.argv[1:]], slow_gpu)  # has no rank 3: all links are equal
 """
 
 
@@ -153,7 +153,8 @@ def test_accelerate_launch_starts_all_nodes(small: Path, tmp_path: Path) -> None
     outputs = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     found = json.loads((tmp_path / "gpu.json").read_text())["all_nodes"]
-    assert (found["num_gpus"], len(found["nodes"]), len(found["links"])) == (2, 1, 2)  # both nodes are this host
+    assert (found["num_gpus"], len(found["nodes"]), len(found["links"])) == (2, 2, 2)
+    assert {host[-2:] for host in found["nodes"]} == {" 0", " 1"}  # both nodes have this host's name
     assert {one["name"]: one["status"] for one in found["findings"]} == dict.fromkeys(
         ("nodes", "links between nodes", "NCCL small"), "ok"
     )
