@@ -122,7 +122,7 @@ class _Done:
         self._waits(f"{self._kind}.synchronize")
 
 
-def _fused_attention(calls: list[tuple[torch.dtype, int, bool]]) -> Callable[..., torch.Tensor]:
+def _fused_attention(calls: list[tuple[torch.dtype, int, bool]] | None) -> Callable[..., torch.Tensor]:
     """Return a `scaled_dot_product_attention` that takes the kernel that a GPU would take: torch, without one, takes
     the kernel's parts. Each call appends `(dtype, head_dim, has_mask)` to `calls`."""
     aten = torch.ops.aten
@@ -140,7 +140,8 @@ def _fused_attention(calls: list[tuple[torch.dtype, int, bool]]) -> Callable[...
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-        calls.append((query.dtype, query.shape[-1], attn_mask is not None))
+        if calls is not None:
+            calls.append((query.dtype, query.shape[-1], attn_mask is not None))
         if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         mask = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])

@@ -71,6 +71,15 @@ class Graph:
     programs: list[Program] = field(default_factory=list)
 
 
+class Seeds(torch.Generator):
+    """A generator of random numbers on a GPU."""
+
+    device = DEVICE
+
+    def clone_state(self) -> "Seeds":
+        return self
+
+
 def without_accelerator(folder: Path) -> dict[str, str]:
     """Return the environment in which the autograd engine of a torch with CUDA asks no driver for streams.
 
@@ -133,6 +142,8 @@ def pretend(capability: int, assembled: list[Program]) -> None:
             setattr(CudaInterface, name, staticmethod(answer))
     for name in ("get_device_properties", "current_device", "set_device"):
         setattr(CudaInterface.Worker, name, staticmethod(answers[name]))
+    # Recomputation keeps the state of each device's generator.
+    torch.cuda.default_generators = tuple(Seeds() for _ in range(NUM_DEVICES))
     torch.accelerator.is_available = lambda: False  # type: ignore[assignment]  # its streams are not traced
     if torch.version.cuda is None:
         torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]  # imported by the code
@@ -191,7 +202,8 @@ def record(graphs: list[Graph], assembled: list[Program]) -> None:
         calls = source[source.index("def call(") :]
         operations = re.findall(r"(?:extern_kernels|torch\.ops\.\w+)\.(\w+)(?:\.\w+)?\(", calls)
         products = [name for name in operations if name in ("mm", "addmm", "bmm", "baddbmm")]
-        shapes = [list(node.meta["val"].shape) for node in module.graph.find_nodes(op="placeholder")]
+        values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        shapes = [list(value.shape) for value in values if isinstance(value, torch.Tensor)]
         graphs.append(
             Graph(
                 backward=bool(options.get("is_backward")),
@@ -254,7 +266,9 @@ def lower_blocks(size: str, mask_ratio: float, capability: int, recomputes: bool
     record(graphs, assembled)
     ask_for_devices()
     FakeTensorMode.avoid_device_init = True
-    torch.nn.functional.scaled_dot_product_attention = fake_gpu._fused_attention([])
+    torch.nn.functional.scaled_dot_product_attention = fake_gpu._fused_attention(
+        None
+    )  # dynamo refuses a list in recomputed code
     one_block = {"num_hidden_layers": 1}
     config = FlipConfig.from_size(size, one_block, one_block)
     one_thread = torch.autograd.set_multithreading_enabled(False)
