@@ -16,7 +16,7 @@ from flipscale.checks.steps import check_contexts, check_plan, check_steps, plan
 from flipscale.io.errors import UserError
 
 _LINES = 60
-# Without these, `--quick` leaves the checks alone.
+# What `--quick` leaves out: all but the checks.
 COMPARED = (check_open_clip, check_trainer)
 # Checks of all nodes together.
 OF_ALL_NODES = (check_products, check_links, check_collectives, *COMPARED, check_stall, check_kill)

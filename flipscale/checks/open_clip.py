@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from flipscale.checks.node import Bench, NotRun, Row
+from flipscale.checks.node import Bench, CheckError, Finding, NotRun, Row
 from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variables
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.engines.device import choose_kernels
@@ -104,10 +104,16 @@ def check_open_clip(bench: Bench) -> None:
     for recipe, world, mask_ratio in itertools.product(bench.compared, worlds, MASK_RATIOS):
         name = f"open_clip {Path(recipe).stem} {mask_ratio:.0%}, {world} GPU{'s' * (world > 1)}"
         if (loss := parse_recipe(["--config", recipe]).loss.kind) != "infonce":
-            raise NotRun(f"the loss of {recipe} is {loss}, and open_clip's is infonce")
+            bench.findings.append(Finding(name, "not run", f"the loss is {loss}, and open_clip's is infonce"))
+            continue
         variables = ALONE_VARIABLES if world == 1 else engine_variables("ddp", world)
         given = {"recipe": recipe, "batch_size": bench.batch_size, "mask_ratio": mask_ratio, "count": bench.timed_steps}
-        starts = [bench.run(beside, world, variables, **given, folder=str(bench.folder)) for _ in range(bench.starts)]
+        given["folder"] = str(bench.folder)
+        try:
+            starts = [bench.run(beside, world, variables, **given) for _ in range(bench.starts)]
+        except CheckError as error:
+            bench.add(name, "", [str(error)])
+            continue
         common = {"recipe": recipe, "gpus": world, "mask_ratio": mask_ratio}
         places = [[[rows[place] for rows in ranks] for ranks in starts] for place in range(len(CODES))]
         both = [common | {"code": code} | over_starts(own) for code, own in zip(CODES, places, strict=True)]

@@ -38,6 +38,7 @@ def trainings(
     data = {**recipe["data"], "tokenizer": str(caption_tokenizer)}
     trainings = Trainings(folder, {**recipe, "data": data}, crowds)
     trainings.recipe |= {"stages": STAGES, "save": {"every_samples": 160, "total_limit": 20}}
+    torch.manual_seed(0)
     save_timm("vit_tiny_patch16_224", folder / "vit", **SMALL_TIMM)
     save_text("bert", folder / "bert", initializer_range=0.2)
     towers: dict = {"family": "towers", "vision": str(folder / "vit"), "text": str(folder / "bert")}
