@@ -28,7 +28,7 @@ def compare_steps(setting: StepSetting) -> Iterator[Figures]:
         for mask_ratio in MASK_RATIOS:
             case = replace(setting, dtype=dtype, mask_ratio=mask_ratio)
             bf16 = dtype == "bf16"
-            theirs = open_clip_step(case.config, case.batch_size, mask_ratio, case.device, bf16, case.compile)
+            theirs = open_clip_step(case.config, None, case.batch_size, mask_ratio, case.device, bf16, case.compile)
             steps = {"flipscale": flip_step(case), "open_clip": theirs}
             times = time_in_turn(steps, case.num_steps, case.device)
             # Free the models, because the next pair needs their memory.

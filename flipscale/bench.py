@@ -60,6 +60,9 @@ class BenchGpu:
             )
         recipes = self.config or ["l16_laion400m", "h14_laion2b"]
         compared = self.config or ["b16_laion400m", "l16_laion400m"]
+        names = [Path(name).stem for name in self.config]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"config has {twice[0]} twice; rows are named by the file. Fix: rename one")
         # Refuses an unknown recipe or field before all checks.
         texts = {name: to_yaml(parse_recipe(["--config", name, *fields])) for name in (*recipes, *compared)}
         nodes = meet(os.environ)
@@ -85,14 +88,14 @@ class BenchGpu:
             benches.append(check_nodes(benches[0], nodes, shared, announce))
         if nodes.index:
             return
-        if any(one.status == "FAILED" for bench in benches for one in bench.findings):
-            print(f"the output of all processes is in {shared}", file=sys.stderr)
-        else:
-            shutil.rmtree(shared)
         text = json.dumps(as_json(benches[0]) | ({"all_nodes": as_json(benches[1])} if several else {}))
         print("\n".join([*map(report, reversed(benches)), PROFILE]))
         write_text(self.output, f"{text}\n")
         write_report(benches, self.output.with_name("report.md"))
+        if any(one.status == "FAILED" for bench in benches for one in bench.findings):
+            print(f"the output of all processes is in {shared}", file=sys.stderr)
+        else:
+            shutil.rmtree(shared)
 
 
 COMMANDS = {"gpu": BenchGpu}

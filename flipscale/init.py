@@ -149,9 +149,11 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     ]
     command, faster = _command(args), faster_precision(os.environ)
     os.environ.update(faster)
-    logger, recipe = logging.getLogger("flipscale"), ""
-    logger.setLevel(logging.ERROR)  # the trials' own lines, and transformers' about each of their starts
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # The trials' own lines, and transformers' about the weights of each trial.
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("flipscale", "transformers"))}
+    recipe = ""
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as folder:
             lines, recipe, alpha = propose_finetuning(
@@ -162,7 +164,8 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     except Stopped:
         raise KeyboardInterrupt from None
     finally:
-        logger.setLevel(logging.INFO)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for variable in faster:
             del os.environ[variable]
         if start.name == str(converted) and not recipe:

@@ -391,8 +391,17 @@ class Index:
         print(f"{len(source)} samples in {len(source.shard_sizes)} shards")
 
 
-_KINDS: tuple[type[Command], ...] = (Shards, Tokenizer, Inspect, Audit, Tasks, Resize, Weights, Embed, Index)
-COMMANDS = {kind.__name__.lower(): kind for kind in _KINDS}
+COMMANDS: dict[str, type[Command]] = {
+    "shards": Shards,
+    "tokenizer": Tokenizer,
+    "inspect": Inspect,
+    "audit": Audit,
+    "tasks": Tasks,
+    "resize": Resize,
+    "weights": Weights,
+    "embed": Embed,
+    "index": Index,
+}
 
 
 def _open(shards: str, max_bad_fraction: float = 1.0) -> Source:

@@ -79,7 +79,8 @@ def report(bench: Bench) -> str:
     head = ", ".join(f"{count} {status}" for status, count in counts.items())
     seconds = sum(bench.figures.get("seconds", {}).values())
     lines = [f"flipscale bench gpu: {bench.num_gpus} GPUs, {bench.batch_size} pairs each: {head}; {seconds:.0f} s"]
-    return "\n".join([*lines, *(one.line() for one in bench.findings)][:_LINES])
+    failed_first = sorted(bench.findings, key=lambda one: one.status != "FAILED")
+    return "\n".join([*lines, *(one.line() for one in failed_first)][:_LINES])
 
 
 def as_json(bench: Bench) -> dict[str, Any]:

@@ -41,9 +41,9 @@ def machine(num_gpus: int) -> Iterator[Row]:
     libraries = {name: known(partial(metadata.version, name)) for name in _PACKAGES if util.find_spec(name)}
     libraries |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": nccl}
     libraries["open_clip"] = known(partial(metadata.version, "open_clip_torch"))
-    libraries["commit"] = own_commit(Path(flipscale.__file__).parent)
     stated = {name: str(version) for name, version in libraries.items() if version}
-    yield {"versions": {"flipscale": flipscale.__version__, **stated}}
+    commit = own_commit(Path(flipscale.__file__).parent) or "unknown"
+    yield {"versions": {"flipscale": flipscale.__version__, "commit": commit[:10], **stated}}
     yield {"gpus": query_gpus()[:num_gpus], "links": links(nvidia_smi("topo", "-m")), "cores": usable_cores()}
     shared, locked = os.statvfs("/dev/shm"), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     yield {

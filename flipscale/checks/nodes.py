@@ -15,7 +15,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.surroundings import known
 
 # Seconds that a node waits for the others: for their own checks, and for all else.
-OWN_CHECKS_SECONDS, _MEETING_SECONDS = 7200.0, 300.0
+OWN_CHECKS_SECONDS, _MEETING_SECONDS = 6 * 3600.0, 300.0
 
 
 @dataclass

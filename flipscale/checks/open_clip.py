@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.checks.node import Bench, CheckError, Finding, NotRun, Row
-from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variables
+from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variables, first_stage, operations
 from flipscale.checks.timing import over_starts, timed_steps
-from flipscale.engines.device import choose_kernels
+from flipscale.engines.build import start_accelerator
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
 from flipscale.engines.watchdog import end_process
 from flipscale.model import FlipConfig
 from flipscale.objectives.build import build_config
 from flipscale.recipe.optim import OptimRecipe
+from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 
 MASK_RATIOS = (0.0, 0.5, 0.75)
@@ -27,11 +29,18 @@ CODES = ("flipscale", "open_clip")
 
 
 def open_clip_step(
-    config: FlipConfig, batch_size: int, mask_ratio: float, device: torch.device, bf16: bool, compiled: bool
+    config: FlipConfig,
+    image_size: int | None,
+    batch_size: int,
+    mask_ratio: float,
+    device: torch.device,
+    bf16: bool,
+    compiled: bool,
 ) -> Callable[[], None]:
     """Return a training step of open_clip's CLIP with the same widths, layers, heads and lengths, as its trainer takes
-    it: blocks compiled one by one, model and loss under autocast, patch dropout as mask. Several processes have DDP
-    with a static graph, and a local loss with gathered gradients. AdamW is fused, as ours.
+    it: model and loss under autocast, patch dropout as mask. Several processes have DDP with a static graph, and a
+    local loss with gathered gradients. Blocks are compiled one by one and AdamW is fused, as ours; its trainer compiles
+    the whole model. `image_size` is a stage's, by default the model's.
 
     It gets whole images in fp32, the format of its loader, which are on the device already.
     """
@@ -45,14 +54,15 @@ def open_clip_step(
         return {"layers": tower.num_hidden_layers, "width": tower.hidden_size, "mlp_ratio": ratio}
 
     head_width, length = vision.hidden_size // vision.num_attention_heads, text.max_position_embeddings
-    pixels = {"patch_size": vision.patch_size, "image_size": vision.image_size, "patch_dropout": mask_ratio}
+    size = image_size or vision.image_size
+    pixels = {"patch_size": vision.patch_size, "image_size": size, "patch_dropout": mask_ratio}
     words = {"context_length": length, "vocab_size": text.vocab_size, "heads": text.num_attention_heads}
     towers = CLIPVisionCfg(**sizes(vision), **pixels, head_width=head_width), CLIPTextCfg(**sizes(text), **words)
     with device:
         model = CLIP(vision.projection_dim, *towers).train()  # patch dropout does nothing in eval mode
     for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks) if compiled else ():
         block.compile()
-    images = torch.randn(batch_size, vision.num_channels, vision.image_size, vision.image_size, device=device)
+    images = torch.randn(batch_size, vision.num_channels, size, size, device=device)
     captions = torch.randint(1, text.vocab_size, (batch_size, length), device=device)
     called, clip_loss = model, ClipLoss()
     if dist.is_initialized() and (world := dist.get_world_size()) > 1:
@@ -75,48 +85,70 @@ def open_clip_step(
     return step
 
 
-def beside(recipe: str, batch_size: int, mask_ratio: float, folder: str, count: int) -> Iterator[Row]:
-    """Collective. Yield the row of the trainer's steps, then of open_clip's. They take turns in each start."""
-    loop = Loop(recipe, batch_size, True, folder, mask_ratio)
-    loop.engine.recompute(False)
-    row, batches = loop.row(batch_size), loop.batches(batch_size)
+def beside(recipe: str, code: str, batch_size: int, mask_ratio: float, folder: str, count: int) -> Iterator[Row]:
+    """Collective. Yield the row of the trainer's steps, or of open_clip's."""
+    row: Row = {}
+    step: Callable[[], object]
     try:
-        theirs = open_clip_step(build_config(loop.recipe), batch_size, mask_ratio, loop.device, True, True)
-
-        def ours() -> None:
-            choose_kernels()  # because open_clip's step has chosen others
-            loop.step(batches)
-
-        for step in (ours, theirs):
-            timed_steps(step, WARM_UP, loop.device)
-        for step in (ours, theirs):
-            yield row | timed_steps(step, count, loop.device)
+        if code == CODES[0]:
+            loop = Loop(recipe, batch_size, True, folder, mask_ratio)
+            loop.engine.recompute(False)
+            row, device, step = loop.row(batch_size), loop.device, partial(loop.step, loop.batches(batch_size))
+        else:
+            accelerator = start_accelerator([], folder)
+            planned, device = first_stage(recipe, batch_size, mask_ratio=mask_ratio), accelerator.device
+            row = operations(planned, batch_size, accelerator)
+            pixels = planned.stages[0].image_size
+            step = open_clip_step(build_config(planned), pixels, batch_size, mask_ratio, device, True, True)
+        timed_steps(step, WARM_UP, device)
+        yield row | timed_steps(step, count, device)
     except torch.OutOfMemoryError:
-        yield from [row | {"out_of_memory": True}] * len(CODES)
+        yield row | {"out_of_memory": True}
         end_process(0)  # the other ranks may wait for this one
 
 
+def unlike(recipe: Recipe) -> str:
+    """Return what of a recipe's first stage open_clip's step does not learn; empty if it is the same task."""
+    stage, loss, data = recipe.stages[0], recipe.loss, recipe.data
+    other = {
+        f"loss.kind {loss.kind}": loss.kind != "infonce",
+        "text_mask_ratio": stage.text_mask_ratio > 0.0,
+        "mask.views": recipe.mask.views > 1,
+        "captions_per_image": loss.captions_per_image > 1,
+        "prefix_dims": bool(loss.prefix_dims),
+        "reconstruction_weight": loss.reconstruction_weight > 0.0,
+        "caption_weight": loss.caption_weight > 0.0,
+        "teachers": bool(data.teachers),
+        "stored features": bool(data.image_features or data.text_features),
+        "frozen": bool(recipe.model.frozen or stage.frozen),
+        "lora": recipe.optim.lora.rank is not None,
+    }
+    return ", ".join(name for name, is_other in other.items() if is_other)
+
+
 def check_open_clip(bench: Bench) -> None:
-    """Compare the step with open_clip's at three masks, on one GPU and on all."""
+    """Compare the step with open_clip's at three masks, on one GPU and on all. The two are first by turns."""
     if find_spec("open_clip") is None:
-        raise NotRun("open_clip is absent; `pip install open_clip_torch`")
+        raise NotRun("open_clip is absent; `pip install git+https://github.com/mlfoundations/open_clip`")
     worlds = dict.fromkeys((bench.num_gpus,) if len(bench.nodes.hosts) > 1 else (1, bench.num_gpus))
     for recipe, world, mask_ratio in itertools.product(bench.compared, worlds, MASK_RATIOS):
         name = f"open_clip {Path(recipe).stem} {mask_ratio:.0%}, {world} GPU{'s' * (world > 1)}"
-        if (loss := parse_recipe(["--config", recipe]).loss.kind) != "infonce":
-            bench.findings.append(Finding(name, "not run", f"the loss is {loss}, and open_clip's is infonce"))
+        if other := unlike(parse_recipe(["--config", recipe])):
+            bench.findings.append(Finding(name, "not run", f"open_clip has no {other}"))
             continue
         variables = ALONE_VARIABLES if world == 1 else engine_variables("ddp", world)
         given = {"recipe": recipe, "batch_size": bench.batch_size, "mask_ratio": mask_ratio, "count": bench.timed_steps}
         given["folder"] = str(bench.folder)
+        starts: dict[str, list[list[Row]]] = {code: [] for code in CODES}
         try:
-            starts = [bench.run(beside, world, variables, **given) for _ in range(bench.starts)]
+            for number in range(bench.starts):
+                for code in CODES if number % 2 == 0 else reversed(CODES):
+                    starts[code].append([row for (row,) in bench.run(beside, world, variables, code=code, **given)])
         except CheckError as error:
             bench.add(name, "", [str(error)])
             continue
         common = {"recipe": recipe, "gpus": world, "mask_ratio": mask_ratio}
-        places = [[[rows[place] for rows in ranks] for ranks in starts] for place in range(len(CODES))]
-        both = [common | {"code": code} | over_starts(own) for code, own in zip(CODES, places, strict=True)]
+        both = [common | {"code": code} | over_starts(starts[code]) for code in CODES]
         bench.figures.setdefault("open_clip", []).extend(both)
         words = [f"{row['code']} {world * row['pairs_per_s']:,.0f} pairs/s" for row in both if "seconds" in row]
         ratio = f"{both[1]['seconds'] / both[0]['seconds']:.2f} times as fast" if len(words) == 2 else "out of memory"

@@ -34,7 +34,7 @@ def write_report(benches: Sequence[Bench], path: Path) -> None:
     }
     lines = ["# flipscale bench gpu", "", *(f"- {name}: {fact}" for name, fact in facts.items())]
     for bench in benches:
-        lines += ["", f"## {bench.num_gpus} GPUs of {', '.join(bench.nodes.hosts)}"]
+        lines += ["", f"## GPUs: {bench.num_gpus}, nodes: {len(bench.nodes.hosts)}"]
         for title, name in (("Beside open_clip", "open_clip"), ("Trainer and loader", "trainer"), ("Steps", "steps")):
             if rows := [row for row in bench.figures.get(name, []) if "calls" not in row]:
                 lines += ["", f"### {title}", "", markdown_table([_HEAD, *map(_cells, rows)], 1)]

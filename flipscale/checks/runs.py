@@ -6,7 +6,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import yaml
 from torch.distributed.elastic.utils.distributed import get_free_port
 
@@ -61,9 +62,11 @@ def make_pairs(folder: Path) -> Path:
 
 
 def _data(bench: Bench, shards: str | None = None) -> dict[str, Any]:
-    """Return a recipe's fields of some shards, by default the made-up ones."""
+    """Return a recipe's fields of some shards, by default the made-up ones. It loses its own data and what was stored
+    of them."""
     own = {"shards": shards} if shards else {"shards": str(bench.folder / "pairs"), "lanes": 1}
-    return {**own, "tokenizer": str(bench.folder / "tokenizer")}
+    stored = dict.fromkeys(("weights", "captions", "image_features", "text_features"))
+    return {**stored, "sources": [], "teachers": [], **own, "tokenizer": str(bench.folder / "tokenizer")}
 
 
 class Training:
@@ -157,10 +160,12 @@ def check_stall(bench: Bench) -> None:
         if chosen in group.ranks:
             workers = descendants(group.processes[group.ranks.index(chosen)].pid)
             for worker in workers:
-                worker.suspend()
+                with suppress(psutil.NoSuchProcess):  # one has just ended
+                    worker.suspend()
             time.sleep(stalled)
             for worker in workers:
-                worker.resume()
+                with suppress(psutil.NoSuchProcess):
+                    worker.resume()
         # A stall between two steps belongs to the second, and both are recorded.
         slow_steps = functools.partial(training.records, "slow_steps")
         what = "the report of the slow step"

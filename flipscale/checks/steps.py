@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.autograd import DeviceType
 
 import flipscale
@@ -120,11 +121,16 @@ class Loop:
         return timed_steps(lambda: self.step(batches), count, self.device)
 
     def row(self, pairs: int) -> Row:
-        """Return what is known of a step of `pairs` before it is taken: its operations, and their seconds at the GPU's
-        peak, None if unknown."""
-        (flops,) = pair_flops(self.recipe).values()
-        peak = peak_flops(self.device, self.accelerator.mixed_precision) if self.device.type == "cuda" else None
-        return {"pairs": pairs, "flops": flops * pairs, "peak_s": peak and flops * pairs / peak}
+        return operations(self.recipe, pairs, self.accelerator)
+
+
+def operations(recipe: Recipe, pairs: int, accelerator: Accelerator) -> Row:
+    """Return what is known of a step of `pairs` before it is taken: its operations, and their seconds at the GPU's
+    peak, None if unknown."""
+    (flops,) = pair_flops(recipe).values()
+    device = accelerator.device
+    peak = peak_flops(device, accelerator.mixed_precision) if device.type == "cuda" else None
+    return {"pairs": pairs, "flops": flops * pairs, "peak_s": peak and flops * pairs / peak}
 
 
 def steps(recipe: str, batch_size: int, compiled: bool, folder: str, count: int) -> Iterator[Row]:
@@ -268,7 +274,9 @@ def check_plan(bench: Bench) -> None:
     rows = [row for row in bench.figures.get("steps", []) if "peak_bytes" in row]
     if not rows:
         raise CheckError("no step was measured")
-    (planned,) = bench.run(plans, rows=rows, figures=planning_figures(bench))
+    asked = ("recipe", "variables", "pairs", "compiled", "recomputes")
+    small = [{name: row[name] for name in asked} for row in rows]  # an argument of a command is short
+    (planned,) = bench.run(plans, rows=small, figures=planning_figures(bench))
     faults, ratios = [], []
     for row, plan in zip(rows, planned, strict=True):
         row["planned"] = plan

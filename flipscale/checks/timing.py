@@ -60,4 +60,5 @@ def over_starts(starts: Sequence[Sequence[Row]]) -> Row:
     medians = [float(np.median(of_start)) for of_start in times]
     found = {"times": times, "seconds": median, "quartiles": [first, third], "medians": medians, "pairs_per_s": rate}
     loads = {"watts": watts, "mhz": float(np.mean(mhz)) if mhz else None, "pairs_per_joule": watts and rate / watts}
-    return {**slowest[0], **found, **loads, "mfu": peak_s and peak_s / median}
+    peaks = {"peak_bytes": max(row["peak_bytes"] for row in rows)} if "peak_bytes" in rows[0] else {}
+    return {**slowest[0], **peaks, **found, **loads, "mfu": peak_s and peak_s / median}

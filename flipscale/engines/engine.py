@@ -267,8 +267,11 @@ class Engine:
         self._prepare(frozen)
         if reader is not None:
             self.layout.load_moments(reader, num_steps)
-        if self.recipe.ema_decay is None:
-            return
+        if self.recipe.ema_decay is not None:
+            self._start_averages(reader)
+
+    def _start_averages(self, reader: CheckpointReader | None) -> None:
+        """Start the averages from a checkpoint, or else from the current weights."""
         self.averages = {name: held.clone() for name, held in self.layout.all_weights().items()}
         if reader is not None:
             parameters = self.model.named_parameters()

@@ -191,7 +191,12 @@ class Embedder:
 
     def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
         """Collective. Return the features of this process's rows of `source`, fp32 `(rows, dim)`."""
-        return torch.cat([batch for _, batch in self.image_batches(source, features)])
+        mine = torch.empty(0)
+        for place, batch in self.image_batches(source, features):
+            if not place.start:
+                mine = batch.new_empty(len(self.rows(len(source))), batch.shape[1])
+            mine[place] = batch
+        return mine
 
     def measured(
         self, source: TarSource, measure: Callable[[slice, torch.Tensor], torch.Tensor], features: Any = "embeds"

@@ -103,7 +103,7 @@ def test_open_clip_trains_every_weight_on_the_kept_patches(mask_ratio: float, mo
         self.visual.transformer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape))
 
     monkeypatch.setattr(CLIP, "__init__", keep)
-    step = open_clip_step(tiny_config(), 4, mask_ratio, CPU, True, False)
+    step = open_clip_step(tiny_config(), None, 4, mask_ratio, CPU, True, False)
     before = {name: weight.detach().clone() for name, weight in built[0].named_parameters()}
     step()
     kept = 1 + round(16 * (1 - mask_ratio))  # with the class token

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -13,7 +15,7 @@ from flipscale.cli import main
 from flipscale.objectives.build import build_config
 from flipscale.recipe.augment import AugmentRecipe
 from flipscale.recipe.files import RECIPES
-from flipscale.recipe.recipe import deciding_part, differences, parse_fields, to_yaml
+from flipscale.recipe.recipe import Recipe, deciding_part, differences, parse_fields, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import schedule_stages
 
@@ -113,11 +115,41 @@ def test_the_paper_s_captioning_and_question_answering(name: str, samples: int) 
         assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == parts[part]  # type: ignore[misc]
 
 
+def sections(kind: type = Recipe) -> Iterator[type]:
+    """The dataclasses of the sections that decide what is learned, those within them too."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        for hint in (types[field.name], *get_args(types[field.name])):
+            if dataclasses.is_dataclass(hint) and field.metadata.get("learned", True):
+                yield hint
+                yield from sections(hint)
+
+
 def test_the_sections_that_decide() -> None:
+    assert {section.__name__ for section in sections()} == {
+        *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),
+        *("LoraRecipe", "StageRecipe", "ColorJitterRecipe"),
+    }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", DEMO]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}
-    decide = "sources fraction weights captions image_features text_features teachers tokenizer global_batch_size"
-    assert set(kept["data"]) == {*f"{decide} crop_scale mirror augment lanes shards_per_block".split()}
+    assert set(kept["data"]) == {
+        *(
+            "sources",
+            "fraction",
+            "weights",
+            "captions",
+            "image_features",
+            "text_features",
+            "teachers",
+            "tokenizer",
+            "global_batch_size",
+            "crop_scale",
+            "mirror",
+            "augment",
+            "lanes",
+            "shards_per_block",
+        )
+    }
     assert kept["data"]["lanes"] == 64
     assert kept["data"]["tokenizer"] == "name"
 

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TOWER, losses
 from distributed.crowd import Crowds
 from distributed.test_engines import Trainings, assert_learned_alike, close

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from flipscale.checks import node
 from flipscale.checks.node import Bench
+from flipscale.checks.open_clip import unlike
 from flipscale.checks.report import PROFILE, write_report
+from flipscale.checks.steps import ALONE, check_plan
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.cli import main
 from flipscale.recipe.recipe import Recipe
@@ -60,7 +64,14 @@ def test_a_report_has_a_table_of_each_measurement(tmp_path: Path) -> None:
     bench.add("products l16", "fine")
     write_report([bench], tmp_path / "report.md")
     page = (tmp_path / "report.md").read_text()
-    known = ("commit: abc", "GPU: H100, 570", "3 starts of 50 steps", "![", "## 8 GPUs of ", "ok      products l16")
+    known = (
+        "commit: abc",
+        "GPU: H100, 570",
+        "3 starts of 50 steps",
+        "![",
+        "## GPUs: 8, nodes: 1",
+        "ok      products l16",
+    )
     for words in (*known, PROFILE):
         assert words in page
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
@@ -83,6 +94,10 @@ def test_any_recipe_and_any_field_can_be_benched(
     def run_checks(bench: Bench, announce: object) -> None:
         seen.append(bench)
         recipes.extend(parse_recipe(["--config", name]) for name in bench.recipes)
+        row = {"recipe": bench.recipes[0], "engine": ALONE, "gpus": 1, "pairs": 8, "compiled": False}
+        times = {"times": [0.1], "seconds": 0.1, "quartiles": [0.1, 0.1], "medians": [0.1], "flops": 1e9}
+        loads = {"mfu": None, "mhz": None, "watts": None, "pairs_per_joule": None, "peak_bytes": 1, "recomputes": False}
+        bench.figures["steps"] = [row | times | loads]
 
     monkeypatch.setattr("flipscale.checks.bench.run_checks", run_checks)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -98,10 +113,44 @@ def test_any_recipe_and_any_field_can_be_benched(
     assert (tmp_path / "report.md").exists()
 
 
-def test_a_wrong_field_is_refused_before_all_checks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--mask.knd", "grid"], "--mask.knd"), (["--config", "b16_cc12m", "--config", "b16_cc12m"], "b16_cc12m twice")],
+)
+def test_a_wrong_command_is_refused_before_all_checks(
+    flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SystemExit):
-        main(["bench", "gpu", "--mask.knd", "grid"])
-    assert "--mask.knd" in capsys.readouterr().err
+        main(["bench", "gpu", *flags])
+    assert named in capsys.readouterr().err
+
+
+def test_the_plan_of_many_long_rows_is_asked(tmp_path: Path) -> None:
+    """All rows and their times are longer than an argument of a command may be, 131,072 bytes."""
+    given: dict[str, Any] = {}
+    row = {"recipe": "h14_laion2b", "variables": {"ACCELERATE_MIXED_PRECISION": "bf16"}, "pairs": 256, "compiled": True}
+    row |= {
+        "engine": ALONE,
+        "recomputes": False,
+        "peak_bytes": 1,
+        "seconds": 1.0,
+        "flops": 1e12,
+        "times": [1 / 3] * 150,
+    }
+
+    def asked(bench: Bench, function: object, **arguments: Any) -> list[list[node.Row]]:
+        given.update(arguments)
+        return [[{"bytes": 1, "seconds": 1.0}] * 60]
+
+    bench = Bench(8, tmp_path, ["h14_laion2b"], 256, figures={"steps": [row] * 60})
+    with patch.object(Bench, "run", asked):
+        check_plan(bench)
+    assert len(json.dumps(given)) < 2**17 < len(json.dumps(bench.figures))
+
+
+def test_another_task_is_not_compared() -> None:
+    recipe = ["--config", "l16_laion400m"]
+    assert unlike(parse_recipe(recipe)) == ""
+    changed = ["--loss.kind", "sigmoid", "--stages.0.text_mask_ratio", "0.5"]
+    assert unlike(parse_recipe([*recipe, *changed])) == "loss.kind sigmoid, text_mask_ratio"
