@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-MINUTES ?= 7
+MINUTES ?= 5
 
 .PHONY: setup demo test nightly lint bench fuzz cuda
 
