@@ -9,11 +9,14 @@ seconds of this process, which other programs disturb less.
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step_times import timed, training_step
 from flipscale.data.captions import pack_captions
 from flipscale.engines.device import best_attention

@@ -33,6 +33,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step_times import Figures
 from flipscale.data import decode, pairs
 from flipscale.data.captions import tokenise

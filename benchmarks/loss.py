@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step_times import Figures, device_label, matmul_peak, timed
 from flipscale.objectives.contrastive import contrastive_loss
 

@@ -383,6 +383,7 @@ class Race(RunFolder):
 
     def loading_seconds(self, mask_ratio: float) -> float:
         """Return the processor seconds that flipscale's loader takes for a pair."""
+        sys.path.insert(0, str(Path(__file__).parents[1]))
         from benchmarks.data import DataSetting, flipscale_batches
         from flipscale.data.pairs import InputShape
 

@@ -7,12 +7,15 @@ With `--compile`, the blocks of both are compiled, each by itself. On GPUs, `fli
 
 import gc
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step_times import DTYPES, Figures, StepSetting, flip_step, matmul_peak, step_figures, time_in_turn
 from flipscale.checks.open_clip import MASK_RATIOS, open_clip_step
 from flipscale.engines.device import keep_freed_memory
