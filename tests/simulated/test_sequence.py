@@ -91,8 +91,9 @@ def messages(rank: int, world: int, engine_name: str, file: Path, monkeypatch: p
             evaluator = RunEvaluator(check_tasks(recipe)[0], setup, session, engine, watch)
             with StopRequest(watches_file=False) as request, watch:
                 flops = {"pair": pair_flops(recipe)}
-                end = train(setup, session, engine, watch, request, evaluator, flops, on_checkpoint=lambda step: None)
-            assert end.is_stopped
+                given = (setup, session, engine, watch, request, evaluator, flops)
+                _, is_stopped = train(*given, on_checkpoint=lambda step: None)
+            assert is_stopped
     found = [one.signature for one in recorder.collectives]
     assert all(rank in group for *_, group in found)
     # Objects are bytes, as many as their numbers have digits.
