@@ -158,7 +158,7 @@ def test_accelerate_launch_starts_all_nodes(small: Path, tmp_path: Path) -> None
     assert {one["name"]: one["status"] for one in found["findings"]} == dict.fromkeys(
         ("nodes", "links between nodes", "NCCL small"), "ok"
     )
-    assert "## 2 GPUs of " in (tmp_path / "report.md").read_text()
+    assert "## GPUs: 2, nodes: 2" in (tmp_path / "report.md").read_text()
     assert "flipscale bench gpu: 2 GPUs" in outputs[0]
     assert "flipscale bench gpu:" not in outputs[1]
 
