@@ -83,15 +83,23 @@ class BenchGpu:
             if nodes.index == 0:
                 print(line, file=sys.stderr, flush=True)
 
+        def keep() -> None:
+            figures = as_json(benches[0])
+            if len(benches) > 1:
+                figures["all_nodes"] = as_json(benches[1])
+            write_text(self.output, f"{json.dumps(figures)}\n")
+            write_report(benches, self.output.with_name("report.md"))
+
         run_checks(benches[0], announce)
+        if nodes.index == 0:
+            keep()  # another node may fail to answer
         if several:
             benches.append(check_nodes(benches[0], nodes, shared, announce))
         if nodes.index:
             return
-        text = json.dumps(as_json(benches[0]) | ({"all_nodes": as_json(benches[1])} if several else {}))
+        if several:
+            keep()
         print("\n".join([*map(report, reversed(benches)), PROFILE]))
-        write_text(self.output, f"{text}\n")
-        write_report(benches, self.output.with_name("report.md"))
         if any(one.status == "FAILED" for bench in benches for one in bench.findings):
             print(f"the output of all processes is in {shared}", file=sys.stderr)
         else:

@@ -1,4 +1,4 @@
-"""What `flipscale bench gpu` checks: its outcomes so far, and the processes of a check, one for each GPU.
+"""The outcomes of `flipscale bench gpu` so far, and the processes of a check, one for each GPU.
 
 No process outlives its check. `python -m flipscale.checks.node` is such a process: it calls a function of a check and
 writes the rows that it yields.

@@ -90,8 +90,8 @@ def compile_blocks(model: FlipPreTrainedModel, packs_captions: bool = False) -> 
     """Compile the encoder blocks with torch.compile, one graph for each shape.
 
     The image tower has a graph for every number of visible patches, the text tower for every number of tokens. With
-    packed captions, it has two: one for the first number of rows, and one for all others, because a rank that compiles
-    at a later step makes the other ranks wait. With micro-batches there are twice as many, because the first pass has
+    packed captions, the text tower has two: one for the first number of rows, one for all others. More would make ranks
+    wait for one that compiles at a later step. With micro-batches there are twice as many, because the first pass has
     no gradients. All blocks of a tower share graphs.
 
     Evaluations run the uncompiled blocks (`training.between_steps`), because their last batch has another size.
@@ -102,7 +102,8 @@ def compile_blocks(model: FlipPreTrainedModel, packs_captions: bool = False) -> 
     # are: messages overlap with the backward passes of other blocks.
     torch._dynamo.config.optimize_ddp = False
     # torch's key of stored code leaves the CPU's vectors out: code of 512 bits, loaded for 256, computes NaN.
-    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    own_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # torch's default
+    torch.compiler.config.cache_key_tag = f"{own_tag}{torch.backends.cpu.get_cpu_capability()}"
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         # Each process gets its part of the node's cores, because torch would start up to 32 compilers for each GPU.
         from torch._inductor import config  # its import takes time

@@ -71,7 +71,7 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
 
 
 def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:
-    """Write the recipe of each run beside its run directory, and first the file that marks their common folder. Raise
+    """Write the file that marks the common folder of runs, then the recipe of each run beside its directory. Raise
     UserError if an earlier recipe of a run differs in what is learned."""
     for run in runs:
         saved = run.beside("yaml")

@@ -10,11 +10,13 @@ import torch
 
 from flipscale.checks import node
 from flipscale.checks.node import Bench
+from flipscale.checks.nodes import Nodes
 from flipscale.checks.open_clip import unlike
 from flipscale.checks.report import PROFILE, write_report
 from flipscale.checks.steps import ALONE, check_plan
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.cli import main
+from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -124,6 +126,21 @@ def test_a_wrong_command_is_refused_before_all_checks(
     with pytest.raises(SystemExit):
         main(["bench", "gpu", *flags])
     assert named in capsys.readouterr().err
+
+
+def test_a_silent_node_loses_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*given: object) -> Bench:
+        raise UserError("b did not answer in 1 s")
+
+    monkeypatch.setattr("flipscale.checks.nodes.meet", lambda environment: Nodes(hosts=["a", "b"]))
+    monkeypatch.setattr("flipscale.checks.bench.run_checks", lambda bench, announce: bench.add("own", "fine"))
+    monkeypatch.setattr("flipscale.checks.bench.check_nodes", silent)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["bench", "gpu", "--quick"])
+    assert [one["name"] for one in json.loads((tmp_path / "gpu.json").read_text())["findings"]] == ["own"]
+    assert (tmp_path / "report.md").exists()
 
 
 def test_the_plan_of_many_long_rows_is_asked(tmp_path: Path) -> None:
