@@ -1,6 +1,7 @@
 """transformers' common tests for each FLIP model, which `test_common` runs."""
 
 import copy
+import random
 import unittest
 from typing import Any, ClassVar
 
@@ -98,6 +99,9 @@ class Common(modeling.ModelTesterMixin):
     config_options: ClassVar[dict[str, Any]] = {"hidden_size": 48}
 
     def setUp(self) -> None:
+        # Seldom, random weights and inputs are such that bf16 exceeds a common test's tolerance.
+        random.seed(0)
+        torch.manual_seed(0)
         self.config_tester = configuration.ConfigTester(
             self, config_class=self.config_class, has_text_modality=self.has_text_modality, **self.config_options
         )
