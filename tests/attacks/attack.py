@@ -67,6 +67,7 @@ class Attack:
         environment: additional environment variables.
         alone: whether the command needs a process of its own in any case.
         megabytes: largest memory of its own processes beyond that of the imported trainer. Shared memory counts once.
+        long: whether `make test` leaves it out.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Attack:
     environment: dict[str, str] = field(default_factory=dict)
     alone: bool = False
     megabytes: int = 1000
+    long: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -97,7 +99,9 @@ def survived(name: str, make: Make, *says: str, **more: Any) -> Attack:
 def test_of(attacks: list[Attack]) -> Callable[..., None]:
     """Return the test of a table."""
 
-    @pytest.mark.parametrize("attack", attacks, ids=str)
+    rows = [pytest.param(attack, id=attack.name, marks=[pytest.mark.long] * attack.long) for attack in attacks]
+
+    @pytest.mark.parametrize("attack", rows)
     def test_attack(attack: Attack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "here"
         folder.mkdir()

@@ -444,11 +444,11 @@ ATTACKS = [
     refused("a study in a file", study("a.yaml", prepare=mine("out")), "out", check=kept("out")),
     Attack(
         "a study whose terminal is closed", study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP, ("saved",),
-        leaves_no_run, during=send(signal.SIGHUP, to_all=False, after=study_trains), **STUDY,
+        leaves_no_run, during=send(signal.SIGHUP, to_all=False, after=study_trains), long=True, **STUDY,
     ),
     Attack(
         "Ctrl-C twice on a study", study("a.yaml", "ä.yaml", minutes="2"), 130, ("once more",), leaves_no_run,
-        during=send(signal.SIGINT, signal.SIGINT, to_all=False, after=study_trains), **STUDY,
+        during=send(signal.SIGINT, signal.SIGINT, to_all=False, after=study_trains), long=True, **STUDY,
     ),
     refused(
         "a study with a run that fails", study("a.yaml", prepare=lambda f: shutil.rmtree(f / "data")),

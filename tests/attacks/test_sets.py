@@ -59,7 +59,7 @@ ATTACKS: list[Attack] = [
         long_captions, check=counts_them, **LARGE,
     ),
     survived("captions of 1 MB in a contact sheet", lambda f: long_captions(f, "inspect"), "undecodable_caption"),
-    survived("names of shards that are no UTF-8", odd_shard_names, "audit", **LARGE),
+    survived("names of shards that are no UTF-8", odd_shard_names, "audit", long=True, **LARGE),
     refused("an audit without test sets", on_shards("audit", "data", "--tests", "empty"), "empty"),
     refused("an audit to a file", on_shards("audit", "data", "--output_dir", "file"), "file", check=kept("file")),
     refused("a contact sheet in no folder", on_shards("inspect", "data", "--sheet", "no/sheet.png"), "no/sheet.png"),

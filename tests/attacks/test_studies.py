@@ -114,7 +114,10 @@ ATTACKS = [
     row("a race's mark of no fields", broken_mark("{}"), "study.json", "recipes is None"),
     row("a race's mark with words for seeds", broken_mark('{"recipes": [], "seeds": "two"}'), "seeds is 'two'"),
     row("a race's mark of deep lists", broken_mark("[" * 20_000), "study.json"),
-    Attack("an arm whose data is not there", arm_without_data, 1, ("1 of 2 runs", "gone-seed0"), other_arm_is_done),
+    Attack(
+        "an arm whose data is not there", arm_without_data, 1, ("1 of 2 runs", "gone-seed0"), other_arm_is_done,
+        long=True,
+    ),
 ]  # fmt: skip
 
 test_attack = test_of(ATTACKS)

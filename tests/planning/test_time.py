@@ -131,6 +131,7 @@ def cells(printed: str) -> dict[str, list[str]]:
     return {line[0]: line[1:] for line in lines if len(line) > 1}
 
 
+@pytest.mark.long
 def test_a_column_for_each_launch_and_an_advice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "gpu.json").write_text('{"planning": {"step_flops_per_s": {"": 494.5e12}}}\n')
     files = [str(DS_CONFIGS / f"{name}.yaml") for name in ("ddp", "fsdp2", "hsdp")]

@@ -159,6 +159,7 @@ def test_other_shards_under_a_running_recipe_are_refused(write_recipe, tmp_path:
     assert "was trained on 40 samples, the data now has 41" in done.stderr
 
 
+@pytest.mark.long
 def test_nodes_with_other_copies_of_a_shard_are_found_out(write_recipe, tmp_path: Path) -> None:
     """Each of two processes has a folder of its own, as nodes have; in one of them a shard was cut."""
     for rank in range(2):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import metrics, pretrain
 
@@ -48,6 +49,7 @@ def test_each_hundredth_of_a_time_budget_has_a_record() -> None:
     assert count in (99, 100)
 
 
+@pytest.mark.long
 def test_a_run_has_a_hundred_records(write_recipe, recipe: dict, tmp_path: Path) -> None:
     stages = [{"name": "only", "samples": 16 * 250, "mask_ratio": 0.75, "base_lr": 0.012}]
     file = write_recipe(tmp_path / "run", stages=stages)
