@@ -298,8 +298,9 @@ class Embed:
             once; they share the shards.
         model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as for `flipscale evaluate`.
             hf:NAME may be a tower alone: an image model, also timm's, a text encoder or a decoder language model.
-        compare: Embed nothing; print how alike two towers represent the same pairs, from 0 to 1 (linear CKA). Name
-            their stored features in place of SHARDS and DIRECTORY: FOLDER/images or FOLDER/texts.
+        compare: Embed nothing; print how alike two towers represent the same pairs: linear CKA by the unbiased HSIC, 1
+            for the same up to a rotation, about 0 for unrelated towers. Name their stored features in place of SHARDS
+            and DIRECTORY: FOLDER/images or FOLDER/texts.
         features: `embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains.
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's

@@ -99,6 +99,15 @@ VISION: dict[str, Callable[[Path], None]] = {
     "`Siglip2VisionModel` (NaFlex)": lambda folder: save_vision("siglip2_vision_model", folder, **TOWER, patch_size=8),
     "`ResNetModel`": lambda folder: save_vision("resnet", folder, embedding_size=8, hidden_sizes=[8], depths=[1]),
 }
+_STAGES = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
+# Image towers that are only embedded.
+SINGLE_IMAGES: dict[str, Callable[[Path], None]] = {
+    "dinov3": VISION["`DINOv3ViTModel`"],
+    "dinov3_convnext": lambda folder: save_vision("dinov3_convnext", folder, **_STAGES),
+    "tipsv2": lambda folder: save_vision("tipsv2_vision_model", folder, **_DINO),
+    "convnext": lambda folder: save_vision("convnext", folder, **_STAGES),
+    "timm_convnext": lambda folder: save_timm("convnext_atto", folder, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
+}
 # Text towers.
 OTHER_TEXTS: dict[str, dict[str, Any]] = {
     "gpt2": {},

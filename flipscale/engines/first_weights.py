@@ -140,6 +140,8 @@ def initial_weights(
     Raises:
         UserError: on every process: no such weights, or one is not finite or not of the shape in a model of `config`.
     """
+    if isinstance(init_from, Towers) and not any(name and not name.startswith("hf:") for name in init_from):
+        init_from = None  # other libraries' models have no weights in ours
     if init_from is None:
         return fresh_weights(seed)
     stored: dict[str, Callable[[], torch.Tensor]] = {}
@@ -247,7 +249,7 @@ def _stored(start: str | Towers, config: Any) -> tuple[dict[str, Callable[[], to
     owners = {
         name: file
         for prefix, folder in folders.items()
-        if folder
+        if folder and not folder.startswith("hf:")
         for name, file in open_weights(fetch_folder(folder)).items()
         if name.startswith(prefix)
     }

@@ -158,7 +158,8 @@ def _text_fields(name: str) -> dict[str, Any]:
 
 
 def _refusal(tower: str, name: str, kind: object, reason: str, fitting: Any) -> UserError:
-    return UserError(f"model.{tower} {name!r} is of the type {kind!r}, {reason}; use one of {', '.join(fitting)}")
+    fix = f"use one of {', '.join(fitting)}, or embed it by `flipscale prepare embed`: hf:{name} in family flip"
+    return UserError(f"model.{tower} {name!r} is of the type {kind!r}, {reason}; {fix}")
 
 
 def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +24,11 @@ from flipscale.data.samples import wrap_errors
 from flipscale.data.tokenizers import check_words, with_lower_case
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.whole_images import GREY, Decoder
+from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError, first_line, needed
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
+from flipscale.model.configuration_flip import embedded_towers
+from flipscale.recipe.data import PRECOMPUTED_TOWERS
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
 _MOST_TOKENS = 512  # of a text tower, which may have positions for books
@@ -339,6 +342,59 @@ class TextTowerEmbedder(Embedder):
         """Whether a token sees only those before it."""
         kind, both_ways = type(self.model.config), getattr(self.model.config, "use_bidirectional_attention", False)
         return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING and not both_ways
+
+
+@dataclass(frozen=True)
+class AlignedEmbedder(Embedder):
+    """An embedder of a `FlipModel` that projects the pooled features of two other embedders."""
+
+    of_images: Embedder = field(kw_only=True)
+    of_texts: Embedder = field(kw_only=True)
+
+    @property
+    def image_size(self) -> int:
+        return self.of_images.image_size
+
+    @property
+    def crop(self) -> str:
+        return self.of_images.crop
+
+    def decoder(self) -> Decoder:
+        return self.of_images.decoder()
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(image_features=self.pooled_features(**columns)).pooler_output
+
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return self.of_images.pooled_features(**columns)
+
+    def tokens(self, texts: list[str]) -> Any:
+        return self.of_texts.tokens(texts)
+
+    def text_features(self, batch: Any) -> torch.Tensor:
+        return self.model.get_text_features(text_features=self.pooled_text_features(batch)).pooler_output
+
+    def pooled_text_features(self, batch: Any) -> torch.Tensor:
+        return self.of_texts.pooled_text_features(batch)
+
+
+def with_embedded_towers(embedder: Embedder, name: str | None = None) -> Embedder:
+    """Return the embedder of a model with the towers of `FlipVisionConfig.embedded_by`, from their copies in the model
+    folder `name`, or else by their names. Raise UserError if one cannot be loaded, or has other weights."""
+    sides, settings = dict[str, Embedder](), (embedder.accelerator, embedder.batch_size, embedder.num_workers)
+    for part, about in embedded_towers(embedder.model.config).items():
+        copy = fetch_folder(name, [f"{part}/*"]) / part if name else None
+        place = str(copy) if copy and copy.is_dir() else about["model"].removeprefix(TRANSFORMERS)
+        sides[part] = other = transformers_embedder(place, *settings)
+        digest = weights_digest(getattr(other.model, part, other.model).parameters())
+        if digest != about["weights_digest"]:
+            had = f"{other.name} has weights {digest:.12}, and {about['model']} had {about['weights_digest']:.12}"
+            raise UserError(f"{had} when its features were stored; use that model, or embed again")
+    if not sides:
+        return embedder
+    same = {known.name: getattr(embedder, known.name) for known in fields(Embedder)}
+    images, texts = (sides.get(part, embedder) for part in PRECOMPUTED_TOWERS.values())
+    return AlignedEmbedder(**{**same, "tokenizer": texts.tokenizer}, of_images=images, of_texts=texts)
 
 
 def _rgb_image(encoded: bytes) -> Image.Image:

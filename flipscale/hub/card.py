@@ -40,6 +40,7 @@ _CLASSES = {
     "classifies": ("FlipForImageClassification", "image-classification"),
     "answers": ("FlipForQuestionAnswering", "visual-question-answering"),
     "writes": ("FlipForConditionalGeneration", "image-text-to-text"),
+    "aligns": ("FlipModel", "zero-shot-image-classification"),
     "embeds": ("FlipModel", "zero-shot-image-classification"),
     "embeds and writes": ("FlipModel", "zero-shot-image-classification"),
 }
@@ -68,7 +69,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     lines = [*(Line(result, {}) for result in with_changes(curve.results)), *folder_lines(folder)]
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run.run_dir.name
     hub, data, model = run.recipe.get("hub", {}), run.recipe["data"], run.recipe["model"]
-    starts = [model[field] for field in ("init_from", "vision", "text") if model.get(field)]
+    starts = [model[field].removeprefix("hf:") for field in ("init_from", "vision", "text") if model.get(field)]
     bases = [start for start in starts if _is_hub_name(start)]
     sources = data.get("sources") or ([{"shards": data_name(data["shards"])}] if data["shards"] else [])
     recipe = yaml.safe_dump(deciding_part(run.recipe, name_of=public_name), sort_keys=False).rstrip()
@@ -122,6 +123,8 @@ def _abilities(config: Mapping[str, Any]) -> str:
         return "classifies"
     if config.get("answer_config") is not None:
         return "answers"
+    if any((config.get(part) or {}).get("embedded_by") for part in ("vision_config", "text_config")):
+        return "aligns"
     if config.get("decoder_config") is None:
         return "embeds"
     return "writes" if config["text_config"] is None else "embeds and writes"

@@ -24,10 +24,11 @@ from flipscale.hub.push import split_own_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import fetch_folder, local_folder, open_weights, read_object
+from flipscale.io.model_folder import LOADED, check_texts, fetch_folder, local_folder, open_weights, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
+from flipscale.model.configuration_flip import embedded_towers
 from flipscale.model.families import family_of
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
@@ -37,8 +38,8 @@ from flipscale.runs.complete_recipe import parse_recipe
 MAX_SHARD_SIZE = "5GB"
 # Files of an adapter, as PEFT names them.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# An image processor, or the processor of a model with a text tower.
-Processor = CLIPImageProcessorPil | ProcessorMixin | None
+# An image processor, the processor of a model with a text tower, or the tokenizer if only the text tower is ours.
+Processor = CLIPImageProcessorPil | ProcessorMixin | PreTrainedTokenizerBase | None
 
 # Files of sentence-transformers: its modules in order, inputs and methods of the first, and the similarity. 6.0 is the
 # first release with both modules under these names. The default padding would be to the longest caption of a batch.
@@ -119,10 +120,12 @@ def export_checkpoint(
     recipe, reader, stored = _opened(checkpoint)
     config, objective = build_config(recipe), build_objective(recipe)
     processor: Processor
-    if objective.takes_text:
+    towers = embedded_towers(config)
+    if objective.takes_text and "text_model" not in towers:
         processor = build_processor(config, model_tokenizer(recipe.data.tokenizer, config.caption_config))
+        processor = processor.tokenizer if towers else processor
     else:
-        processor = build_image_processor(config)
+        processor = None if "vision_model" in towers else build_image_processor(config)
     if objective.num_labels is not None:
         names = kept_class_names(checkpoint.parents[1], objective.num_labels)
         config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
@@ -251,7 +254,18 @@ def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, r
         for empty in folder.glob("*.safetensors"):
             empty.unlink()
         _write_weights(folder, shapes, lambda stored: read(own[stored]), dtype)
+        for part, about in embedded_towers(model.config).items():
+            _copy_tower(fetch_folder(about["model"].removeprefix("hf:")), folder / part)
     return out_dir
+
+
+def _copy_tower(tower: Path, folder: Path) -> None:
+    """Copy the files of another library's model that loaders read. Pickles are not copied: the name has to load it."""
+    if any(tower.glob("*.safetensors")):
+        check_texts(tower)
+        folder.mkdir()
+        for file in {file for pattern in LOADED for file in tower.glob(pattern)}:
+            shutil.copyfile(file, folder / file.name)
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:

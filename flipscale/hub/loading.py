@@ -15,7 +15,13 @@ from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, PlainEmbedder, untrained_embedder
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
-from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
+from flipscale.evaluation.foreign_models import (
+    OPEN_CLIP,
+    TRANSFORMERS,
+    open_clip_embedder,
+    transformers_embedder,
+    with_embedded_towers,
+)
 from flipscale.evaluation.whole_images import dummy_batch
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError, first_line
@@ -29,6 +35,7 @@ from flipscale.model import (
     FlipModel,
     FlipPreTrainedModel,
 )
+from flipscale.model.configuration_flip import embedded_towers
 from flipscale.model.families import config_class, family_of
 from flipscale.objectives.captioning import CaptioningFlipModel
 from flipscale.training.pretrained_fields import saved_towers
@@ -47,6 +54,11 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 def load_dual_encoder(name: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return `load_with_tokenizer` of a model of any family with texts. Raise UserError for one without texts, too."""
     model, tokenizer = load_with_tokenizer(name)
+    if embedded_towers(model.config):
+        raise UserError(
+            f"model {name!r} projects features of other models, so only `flipscale evaluate`, `search` and `prepare "
+            "embed` take it; name a model with towers of its own"
+        )
     if tokenizer is None or (isinstance(model, FlipPreTrainedModel) and not isinstance(model, FlipModel)):
         kind = "captioning" if tokenizer else "classification"
         raise UserError(
@@ -60,7 +72,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
     """Return the model of `load_model`, and its tokenizer, which is None for a classifier. Raise as `load_model`, and
     UserError if the tokenizer cannot be read or does not fit."""
     folder, model = load_model(name)
-    if isinstance(model, FlipForImageClassification):
+    if isinstance(model, FlipForImageClassification) or "text_model" in embedded_towers(model.config):
         return model, None
     try:
         tokenizer = read_tokenizer(folder, config=model.config)
@@ -167,8 +179,9 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
             return _tried(embedder)
     model, tokenizer = load_with_tokenizer(name)
     model.set_attn_implementation(best_attention(accelerator.device))
-    kind = ClassifierEmbedder if tokenizer is None else Embedder
-    return _tried(kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
+    kind = ClassifierEmbedder if isinstance(model, FlipForImageClassification) else Embedder
+    embedder = kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
+    return _tried(with_embedded_towers(embedder, name))
 
 
 def _tried(embedder: Embedder) -> Embedder:

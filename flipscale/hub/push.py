@@ -27,7 +27,8 @@ from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.files import last_line
 from flipscale.io.hub_requests import NO_HUB, guard_requests, http_failure
-from flipscale.io.model_folder import check_folder, open_weights
+from flipscale.io.model_folder import LOADED, check_folder, open_weights
+from flipscale.recipe.data import PRECOMPUTED_TOWERS
 from flipscale.recipe.outputs import HubRecipe
 from flipscale.recipe.recipe import Recipe
 
@@ -47,6 +48,7 @@ _WRITTEN = (
     *("configuration_flip.py", "modeling_flip.py", "modeling_flip_caption.py", "modeling_flip_vqa.py"),
     *("processing_flip.py", "patches.py", "modeling_dual_encoder.py"),
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *(f"{tower}/{name}" for tower in PRECOMPUTED_TOWERS.values() for name in LOADED),
     *("open_clip_config.json", "open_clip_model.safetensors"),
     *(f"{graph}.onnx{data}" for graph in ("image_model", "text_model") for data in ("", ".data")),
     *(f"{tower}/model.onnx{data}" for tower in ("visual", "textual") for data in ("", ".data")),
@@ -194,7 +196,7 @@ def split_own_files(folder: Path) -> tuple[list[str], list[str]]:
 
     Links belong to the others and are marked.
     """
-    folders = [folder / name for name in ("figures", "visual", "textual")]
+    folders = [folder / name for name in ("figures", "visual", "textual", *PRECOMPUTED_TOWERS.values())]
     folders = [inner for inner in folders if inner.is_dir() and not inner.is_symlink()]
     own, others = [], []
     for path in sorted(path for place in (folder, *folders) for path in place.iterdir()):

@@ -27,7 +27,7 @@ TEXTS = [
     *("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "*.jinja"),
 ]
-_READ = [*TEXTS, "model*.safetensors", "model.safetensors.index*.json"]
+LOADED = [*TEXTS, "model*.safetensors", "model.safetensors.index*.json"]
 # Parts of a config.json that must each be an object, if they exist.
 _SECTIONS = ("vision_config", "text_config", "decoder_config", "answer_config")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -71,7 +71,7 @@ def is_path(name: str) -> bool:
     )
 
 
-def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
+def fetch_folder(name: str, files: Sequence[str] = LOADED) -> Path:
     """Return the folder of a model: the `local_folder`, or the Hub cache's folder after a download of `files`.
 
     Raises:
@@ -84,8 +84,9 @@ def fetch_folder(name: str, files: Sequence[str] = _READ) -> Path:
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     guard_requests()
+    ignored = [] if any("/" in file for file in files) else ["*/*"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*", "*.bf16*"]))
+        folder = Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=[*ignored, "*.bf16*"]))
         _refuse_adapter(name, folder)
         return folder
     except HFValidationError:
@@ -153,7 +154,7 @@ def check_texts(folder: Path) -> None:
     home = folder.resolve()
     places = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     for file in sorted(folder.iterdir()):
-        if file.is_dir() or not any(fnmatchcase(file.name, pattern) for pattern in _READ):
+        if file.is_dir() or not any(fnmatchcase(file.name, pattern) for pattern in LOADED):
             continue
         real = file.resolve()
         if not any(real.is_relative_to(place) for place in places):

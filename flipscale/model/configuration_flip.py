@@ -15,8 +15,8 @@ TowerFields = dict[str, Any] | None
 
 # Newest format of the configuration and the weights. It grows when older code would misread a newer folder: a new field
 # changes the computation, or weights change their meaning. A file without the number has format 1. Format 2 adds the
-# `position_size` of an image tower, format 3 the `projection_hidden_size` of a tower.
-MODEL_FORMAT = 3
+# `position_size` of an image tower, format 3 the `projection_hidden_size` of a tower, format 4 its `embedded_by`.
+MODEL_FORMAT = 4
 
 # Smallest and largest value of each number. The largest are far above every published model, so that a broken
 # configuration is refused before memory is allocated.
@@ -127,6 +127,8 @@ def patches_along(image_size: int, patch_size: int) -> int:
 def check_tower(config: PreTrainedConfig) -> None:
     """Raise a ValueError for numbers out of range, heads that do not divide the width, or an unknown activation."""
     check_ranges(config)
+    if (about := getattr(config, "embedded_by", None)) and about.keys() != {"model", "weights_digest"}:
+        raise ValueError(f"{_prefix(config)}embedded_by is {about}; it must have a model and its weights_digest")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"{_prefix(config)}hidden_size {config.hidden_size} is not divisible by num_attention_heads "
@@ -158,6 +160,8 @@ class FlipVisionConfig(FlipPreTrainedConfig):
         image_mean, image_std: one number per channel, or one for all, on the 0..1 scale. The model applies them to
             uint8 `patches`.
         layer_norm_eps: 1e-6, as in the original JAX code.
+        embedded_by: `model`, such as `hf:facebook/dinov3-vitb16-pretrain-lvd1689m`, and its `weights_digest`. A
+            `FlipModel` projects this model's features, `hidden_size` wide, and has no tower of its own for them.
     """
 
     model_type = "flip_vision_model"
@@ -179,6 +183,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
     image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
     position_size: int | None = None
     projection_hidden_size: int | None = None
+    embedded_by: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_tower(self)
@@ -209,7 +214,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     @property
     def required_format(self) -> int:
-        return 3 if self.projection_hidden_size is not None else 1 if self.position_size is None else 2
+        return 4 if self.embedded_by else 3 if self.projection_hidden_size else 2 if self.position_size else 1
 
     @property
     def num_patches(self) -> int:
@@ -233,7 +238,7 @@ class FlipTextConfig(FlipPreTrainedConfig):
             includes the padding. False masks the padding, so its length does not change the embedding.
         pooling: "first" takes the first word piece as in the original, because there is no class token. "mean" averages
             all tokens, or without padding if `attend_to_padding` is False.
-        projection_hidden_size: as in `FlipVisionConfig`.
+        projection_hidden_size, embedded_by: as in `FlipVisionConfig`.
         vocab_size: 30,523 are BERT's 30,522 and one unused row, as in the original's checkpoints.
     """
 
@@ -257,10 +262,11 @@ class FlipTextConfig(FlipPreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     projection_hidden_size: int | None = None
+    embedded_by: dict[str, str] | None = None
 
     @property
     def required_format(self) -> int:
-        return 1 if self.projection_hidden_size is None else 3
+        return 4 if self.embedded_by else 3 if self.projection_hidden_size else 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pooling not in ("first", "mean"):
@@ -488,6 +494,13 @@ PARTS: tuple[tuple[str, type[FlipPreTrainedConfig]], ...] = (
     ("decoder_config", FlipDecoderConfig),
     ("answer_config", FlipAnswerConfig),
 )
+
+
+def embedded_towers(config: Any) -> dict[str, dict[str, str]]:
+    """Return `embedded_by` of each tower that is another library's model, by `vision_model` and `text_model`."""
+    towers = {name: getattr(config, f"{name}_config", None) for name in ("vision", "text")}
+    found = {f"{name}_model": getattr(tower, "embedded_by", None) for name, tower in towers.items()}
+    return {name: about for name, about in found.items() if about is not None}
 
 
 def tower_size(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:

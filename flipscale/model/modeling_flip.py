@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import nn
@@ -439,6 +439,13 @@ class FlipProjection(nn.Module):
         return nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
 
+class EmbeddedTower(nn.Module):
+    """The place of a tower that is another library's model, see `FlipVisionConfig.embedded_by`. It has no weights."""
+
+    def forward(self, **inputs: Any) -> NoReturn:
+        raise ValueError("this tower is another library's model, embedded_by; give image_features or text_features")
+
+
 def projected(projection: nn.Module, features: torch.Tensor) -> Any:
     """Return a tower's output with `pooler_output` projected, from stored features `(batch, width)`."""
     dtype = next(projection.parameters()).dtype
@@ -805,14 +812,18 @@ class FlipModel(FlipPreTrainedModel):
     loss_parameters: ClassVar[dict[str, bool]] = {"logit_scale": True, "logit_bias": False}
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
+    vision_model: Any
+    text_model: Any
 
     def __init__(self, config: FlipConfig):
         if config.text_config is None:
             raise ValueError("the config has no text_config; load this captioner as a FlipForConditionalGeneration")
         super().__init__(config)
         vision_config, text_config = config.vision_config, config.text_config
-        self.vision_model = FlipVisionModel._from_config(vision_config)
-        self.text_model = FlipTextModel._from_config(text_config)
+        self.vision_model = (
+            EmbeddedTower() if vision_config.embedded_by else FlipVisionModel._from_config(vision_config)
+        )
+        self.text_model = EmbeddedTower() if text_config.embedded_by else FlipTextModel._from_config(text_config)
         self.image_projection = FlipProjection.of(vision_config)
         self.text_projection = FlipProjection.of(text_config)
         for name in self.loss_parameters:
@@ -824,21 +835,29 @@ class FlipModel(FlipPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = {r"^(decoder|fusion)\."}
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Return the image tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
 
-        The arguments are those of `FlipVisionModel.forward`.
+        The arguments are those of `FlipVisionModel.forward`, or `image_features` as in `forward`.
         """
+        if image_features is not None:
+            return projected(self.image_projection, image_features)
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         output.pooler_output = self.image_projection(output.pooler_output)
         return output
 
     @can_return_tuple
-    def get_text_features(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_text_features(
+        self, input_ids: torch.Tensor | None = None, text_features: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Return the text tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
 
-        The arguments are those of `FlipTextModel.forward`.
+        The arguments are those of `FlipTextModel.forward`, or `text_features` as in `forward`.
         """
+        if text_features is not None:
+            return projected(self.text_projection, text_features)
         output = self.text_model(input_ids=input_ids, **kwargs)
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
@@ -887,30 +906,24 @@ class FlipModel(FlipPreTrainedModel):
             image_features, text_features: `(batch, width)`, what a tower gave earlier, in place of its input.
         """
         is_of_images = input_ids is None and attention_mask is None and text_features is None and not return_loss
-        if text_features is not None:
-            text_output = projected(self.text_projection, text_features)
-        elif not is_of_images:
-            packed = {} if caption_ends is None else {"caption_ends": caption_ends}
-            text_output = self.get_text_features(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packed, **kwargs
-            )
         if not is_of_images:
+            packed = {} if caption_ends is None else {"caption_ends": caption_ends}
+            kept: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+            text_output = self.get_text_features(input_ids, text_features, **kept, **packed, **kwargs)
             text_embeds = normalise_embeds(text_output.pooler_output)
             if on_texts is not None:
                 on_texts(text_embeds)
-        if image_features is not None:
-            image_output = projected(self.image_projection, image_features)
-        else:
-            image_output = self.get_image_features(
-                pixel_values=pixel_values,
-                image_mask_ratio=image_mask_ratio,
-                patches=patches,
-                patch_index=patch_index,
-                interpolate_pos_encoding=interpolate_pos_encoding,
-                image_size=image_size,
-                branch_scales=branch_scales,
-                **kwargs,
-            )
+        image_output = self.get_image_features(
+            pixel_values,
+            image_features,
+            image_mask_ratio=image_mask_ratio,
+            patches=patches,
+            patch_index=patch_index,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            image_size=image_size,
+            branch_scales=branch_scales,
+            **kwargs,
+        )
         if is_of_images:
             return image_output
         image_embeds = normalise_embeds(image_output.pooler_output)

@@ -48,9 +48,11 @@ class ModelRecipe:
         text_rows: `matched` is for another `data.tokenizer` than the start weights'. Each piece keeps its row of the
             embedding table; rows of new pieces are drawn. By default, both vocabularies must be the same.
         vision: The image tower of family `towers`, a folder or a Hub name: a ViT of transformers or timm. Its pixel
-            normalisation comes with it. The projections are drawn at random. For family `flip`, a model of flipscale.
+            normalisation comes with it. The projections are drawn at random. For family `flip`, a model of flipscale;
+            or `hf:NAME`, any image model of transformers or timm, by its stored features (`data.image_features`).
         text: The text tower of family `towers`, a folder or a Hub name: a text encoder, with its tokenizer. For family
-            `flip`, a model of flipscale; if you name only `vision` or `text`, the other tower is drawn.
+            `flip`, a model of flipscale; or `hf:NAME`, any text model of transformers, by its stored features. If you
+            name only `vision` or `text`, the other tower is drawn.
         drop_path_rate: Stochastic depth: how often the image tower's last block drops its attention, and separately
             its MLP. The rate grows linearly from 0 at the first block. The paper fine-tunes with 0.2. Exported
             models drop nothing.
@@ -78,6 +80,12 @@ class ModelRecipe:
         for name in ("text_positions", "text_rows"):
             if (value := getattr(self, name)) and not self.init_from:
                 raise UserError(f"model.{name} is {value!r}, for start weights, and model.init_from is not set; set it")
+
+    @property
+    def embedded(self) -> dict[str, str]:
+        """Models of transformers and timm in place of a tower, `hf:NAME`, by tower: `images` and `texts`."""
+        names = {"images": self.vision or "", "texts": self.text or ""}
+        return {tower: name for tower, name in names.items() if name.startswith("hf:")}
 
     @property
     def start(self) -> str | Towers | None:

@@ -155,8 +155,9 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     data, model = recipe.data, recipe.model
-    # The towers whose features are stored are frozen.
-    frozen = dict.fromkeys([*model.frozen, *map(PRECOMPUTED_TOWERS.__getitem__, data.stored)])
+    # The towers whose features are stored are frozen. Other libraries' models have no weights here.
+    towers = [part for tower, part in PRECOMPUTED_TOWERS.items() if tower in data.stored.keys() - model.embedded.keys()]
+    frozen = dict.fromkeys([*model.frozen, *towers])
     model = dataclasses.replace(model, frozen=[*frozen])
     return dataclasses.replace(recipe, model=model, data=dataclasses.replace(data, lanes=data.num_lanes))
 

@@ -64,6 +64,10 @@ class RunEvaluator:
         recipe, kind = setup.recipe.eval, Embedder if setup.objective.takes_text else ClassifierEmbedder
         sizes = (recipe.batch_size, decoding_workers(recipe.num_workers))
         self._embedder = kind(engine.model, setup.tokenizer, session.accelerator, *sizes, watch.alive)
+        if tasks:
+            from flipscale.evaluation.foreign_models import with_embedded_towers  # imports the models
+
+            self._embedder = with_embedded_towers(self._embedder)
         self._run_dir, self._step_samples = Path(setup.recipe.output_dir), setup.batch_size
         self._tasks = {task.name: task for task in tasks}
         starts = setup.recipe.model.init_from is not None

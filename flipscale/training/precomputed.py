@@ -28,7 +28,7 @@ def open_features(
     """
     opened = {tower: _opened(recipe, tower, source) for tower in recipe.data.stored}
     sizes = {stage.image_size or config.vision_config.image_size for stage in recipe.stages}
-    needed: dict[str, tuple[str, Any]] = {"images": ("image_size", sizes)}
+    needed: dict[str, tuple[str, Any]] = {"images": ("image_size", sizes), "texts": ("tokens_digest", ())}
     if "texts" in opened and tokenizer is not None:
         tokens = tokenise(tokenizer, [PROBE], config.caption_config.max_position_embeddings)
         needed["texts"] = ("tokens_digest", {weights_digest([tokens["input_ids"]])})
@@ -37,8 +37,8 @@ def open_features(
         found = features.about[tower].get(name)
         if any(found != value for value in values):
             raise UserError(
-                f"{_field(tower)} {str(features.folder)!r} has the {name} {found}, and this recipe {[*values]}; embed "
-                "by the recipe's start weights, and set their tokenizer, and image_size of the stages"
+                f"data.{tower[:-1]}_features {str(features.folder)!r} has the {name} {found}, and this recipe "
+                f"{[*values]}; embed by its start weights, and set their tokenizer, and image_size of the stages"
             )
     return opened
 
@@ -46,16 +46,13 @@ def open_features(
 def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Return the folder of each tower's features and the digest of its weights, by its name in the model."""
     about = {tower: read_about(Path(folder))[tower] for tower, folder in recipe.data.stored.items()}
-    return {PRECOMPUTED_TOWERS[t]: (recipe.data.stored[t], found["weights_digest"]) for t, found in about.items()}
-
-
-def _field(tower: str) -> str:
-    return "data.image_features" if tower == "images" else "data.text_features"
+    own = about.keys() - recipe.model.embedded.keys()
+    return {PRECOMPUTED_TOWERS[tower]: (recipe.data.stored[tower], about[tower]["weights_digest"]) for tower in own}
 
 
 def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
     folder = recipe.data.stored[tower]
-    named = f"{_field(tower)} is {folder!r}"
+    named = f"data.{tower[:-1]}_features is {folder!r}"
     model, data = recipe.model, recipe.data
     name = "mask_ratio" if tower == "images" else "captions"
     others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages}

@@ -3,17 +3,19 @@
 import dataclasses
 import logging
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flipscale.data.features import read_about
 from flipscale.data.tokenizers import begin_and_end, load_tokenizer, num_entries, piece_rows, read_tokenizer
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import TEXTS, fetch_folder, local_folder, pixel_fields, read_object
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import config_class, family_of
-from flipscale.recipe.data import DataRecipe
+from flipscale.recipe.data import PRECOMPUTED_TOWERS, DataRecipe
 from flipscale.recipe.model import ModelRecipe, Towers
 from flipscale.recipe.recipe import Recipe
 
@@ -72,7 +74,7 @@ def _with_towers(recipe: Recipe, fetches: bool) -> Recipe:
     if model.start:
         # A recipe of family `towers` that names the kinds of its towers needs no folder to be planned.
         fetches = fetches or (model.family == "towers" and "model_type" not in model.vision_config)
-        towers, own = start_fields(model, Path(recipe.output_dir), fetches)
+        towers, own = start_fields(model, Path(recipe.output_dir), fetches, recipe.data.stored)
         tokenizer = own if tokenizer == DataRecipe.tokenizer else tokenizer
         if model.text_rows:
             towers["text_config"] |= tokenizer_fields(tokenizer)
@@ -98,15 +100,21 @@ def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, An
     if (family := family_of(content.get("model_type"))) not in ("flip", None):
         kind = content["model_type"]
         raise UserError(f"model.init_from {init_from!r} has the model_type {kind!r}; set model.family to {family}")
+    if any((content.get(f"{name}_config") or {}).get("embedded_by") for name in ("vision", "text")):
+        raise UserError(
+            f"model.init_from {init_from!r} projects features of other models; name them in model.vision and model.text"
+        )
     text = content.get("text_config")
     return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
 
 
-def start_fields(model: ModelRecipe, run_dir: Path, fetches: bool) -> tuple[dict[str, dict[str, Any]], str]:
+def start_fields(
+    model: ModelRecipe, run_dir: Path, fetches: bool, stored: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], str]:
     """Return the fields of `vision_config` and `text_config` that start weights have, and the name of their tokenizer.
 
     A run in `run_dir` that began from these weights has all of it, so that its resume needs no folder. A name on the
-    Hub is looked up with `fetches` only; else the fields are empty.
+    Hub is looked up with `fetches` only; else the fields are empty. `stored` is `DataRecipe.stored`.
 
     Raises:
         UserError: the weights are of another family.
@@ -119,11 +127,15 @@ def start_fields(model: ModelRecipe, run_dir: Path, fetches: bool) -> tuple[dict
         if isinstance(before, dict) and all(before.get(name) == getattr(model, name) for name in starts):
             return {name: before[name] for name in ("vision_config", "text_config")}, saved["data"]["tokenizer"]
     if model.family == "flip":
-        return _flip_fields(model.vision, model.text, fetches)
-    if isinstance(towers := model.start, Towers):
+        towers, tokenizer = _flip_fields(model.vision, model.text, fetches)
+        for tower, name in model.embedded.items():
+            field = PRECOMPUTED_TOWERS[tower].removesuffix("_model")
+            towers[f"{field}_config"] = _embedded_fields(f"model.{field} is {name!r}", name, tower, stored)
+        return towers, tokenizer
+    if isinstance(start := model.start, Towers):
         from flipscale.engines.pretrained_towers import start_fields as fields_of_towers  # imports the models
 
-        return fields_of_towers(towers), str(local_folder(towers.text) or towers.text)
+        return fields_of_towers(start), str(local_folder(start.text) or start.text)
     init_from = str(model.init_from)
     folder = fetch_folder(init_from, TEXTS) if fetches else local_folder(init_from)
     if folder is None:
@@ -140,7 +152,7 @@ def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[d
     towers: dict[str, dict[str, Any]] = {"vision_config": {}, "text_config": {}}
     tokenizer = DataRecipe.tokenizer
     for field, name in (("vision", vision), ("text", text)):
-        if name is None:
+        if name is None or name.startswith("hf:"):
             continue
         try:
             folder = local_folder(name)
@@ -160,6 +172,27 @@ def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[d
         known = [key for key in FlipConfig.parts()[f"{field}_config"] if not key.startswith("projection_")]
         towers[f"{field}_config"] = {key: getattr(config, key) for key in known}
     return towers, tokenizer
+
+
+def _embedded_fields(named: str, name: str, tower: str, stored: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a tower that is another library's model, from its stored features."""
+    field = f"data.{tower[:-1]}_features"
+    if tower not in stored:
+        raise UserError(
+            f"{named}, which can only be embedded, not masked or trained, and {field} is not set; set it to that of "
+            f"`flipscale prepare embed SHARDS FOLDER --model {name} --towers {tower} --features pooled`"
+        )
+    about = read_about(Path(stored[tower]))
+    if tower not in about or about.get("model") != name:
+        had = f"{' and '.join(sorted(about.keys() & PRECOMPUTED_TOWERS.keys())) or 'none'} of {about.get('model')!r}"
+        raise UserError(
+            f"{named} and {field} {stored[tower]!r} has {had}; expected {tower} of this model. Fix: embed them"
+        )
+    found = about[tower]
+    own = {"embedded_by": {"model": name, "weights_digest": found["weights_digest"]}, "hidden_size": found["width"]}
+    # Images come from the model's own processor, so here they are one patch.
+    sizes = dict.fromkeys(("image_size", "patch_size"), found.get("image_size")) if tower == "images" else {}
+    return {**own, **(sizes or {"vocab_size": 1}), "num_hidden_layers": 0, "num_attention_heads": 1}
 
 
 def saved_towers(folder: Path) -> dict[str, dict[str, Any]]:

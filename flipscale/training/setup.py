@@ -121,7 +121,7 @@ def open_setup(recipe: Recipe, is_fresh: bool = False) -> TrainingSetup:
         )
     shape = InputShape.of(config)
     tokenizer: PreTrainedTokenizerBase | None = None
-    if objective.takes_text:
+    if objective.takes_text and "texts" not in recipe.model.embedded:
         tokenizer = model_tokenizer(data.tokenizer, config.caption_config)
         if data.pack_captions and tokenizer.padding_side != "right":
             raise UserError(

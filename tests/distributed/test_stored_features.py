@@ -13,6 +13,7 @@ from conftest import TOWER, losses, metrics, write_shards
 from distributed.crowd import Crowds
 from distributed.test_engines import Trainings, assert_learned_alike
 from evaluation.tiny_model import tiny_embedder
+from foreign_towers import VISION, save_text
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,6 +31,7 @@ CASES: dict[str, dict] = {
     "both": BOTH,
     "both, sigmoid": {**BOTH, "loss": {"kind": "sigmoid"}, "data": {**BOTH["data"], "micro_batch_size": 4}},
     "the text tower learns": {"data": {"image_features": "a"}},
+    "other libraries' towers": {"model": MLP, "data": {"image_features": "c", "text_features": "d"}},
     "the image tower learns": {"data": {"text_features": "b"}, "optim": {"ema_decay": 0.9}},
 }
 
@@ -44,7 +46,7 @@ def export_tiny(folder: Path, tokenizer_dir: Path, seed: int) -> Path:
     return export_model(ours.model, build_processor(ours.model.config, ours.tokenizer), folder)
 
 
-def embed(shards: Path, out: Path, model: Path, *options: str) -> None:
+def embed(shards: Path, out: Path, model: Path | str, *options: str) -> None:
     main(["prepare", "embed", str(shards), str(out), "--model", str(model), "--num_workers", "0", *options])
 
 
@@ -55,6 +57,10 @@ def folder(shards: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathF
     for seed, name, tower in ((1, "A", "images"), (2, "B", "texts")):
         export_tiny(folder / name, tokenizer_dir, seed)
         embed(shards, folder / name.lower(), folder / name, "--features", "pooled", "--towers", tower)
+    VISION["`DINOv3ViTModel`"](folder / "C")
+    save_text("llama", folder / "D")
+    for name, tower in (("C", "images"), ("D", "texts")):
+        embed(shards, folder / name.lower(), f"hf:{folder / name}", "--features", "pooled", "--towers", tower)
     return folder
 
 
@@ -67,13 +73,19 @@ def trainings(recipe: dict, folder: Path, crowds: Crowds) -> Trainings:
     for case in CASES.values():
         for name in case["data"].keys() & {"image_features", "text_features"}:
             case["data"][name] = str(folder / Path(case["data"][name]).name)
+    others = {"vision": f"hf:{folder / 'C'}", "text": f"hf:{folder / 'D'}"}
+    CASES["other libraries' towers"]["model"] = {**MLP, **others}
     return trainings
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "engine"),
-    [*(("both", engine) for engine in ("ddp", "fsdp2", "zero3")), *((case, "ddp") for case in list(CASES)[1:])],
+    [
+        *(("both", engine) for engine in ("ddp", "fsdp2", "zero3")),
+        ("other libraries' towers", "fsdp2"),
+        *((case, "ddp") for case in list(CASES)[1:]),
+    ],
 )
 def test_two_processes_learn_what_one_does(trainings: Trainings, case: str, engine: str) -> None:
     one, many = trainings.run("ddp", 1, **CASES[case]), trainings.run(engine, 2, **CASES[case])

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import timm
 import torch
 from accelerate import Accelerator
 from conftest import TOWER, write_shards
-from foreign_towers import _BOTH, PIXELS, VISION, save_text, save_vision, shaken
+from foreign_towers import _BOTH, PIXELS, SINGLE_IMAGES, VISION, save_text, save_vision, shaken
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -39,25 +37,19 @@ def save_naflex(folder: Path) -> None:
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder)
 
 
-def save_timm(architecture: str, folder: Path, **options: Any) -> None:
-    save_for_hf(shaken(timm.create_model(architecture, **options)), folder, safe_serialization=True)
-
-
-_STAGES = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
 IMAGE_TOWERS: dict[str, Callable[[Path], None]] = {
-    "dinov3": VISION["`DINOv3ViTModel`"],
-    "convnext": partial(save_vision, "convnext", **_STAGES),
-    "dinov3_convnext": partial(save_vision, "dinov3_convnext", **_STAGES),
+    **SINGLE_IMAGES,
     "siglip": VISION["`SiglipVisionModel`"],
     "siglip2_naflex": save_naflex,
     "resnet": VISION["`ResNetModel`"],
-    "timm_eva": partial(save_timm, "eva02_tiny_patch14_224", img_size=28, depth=2),
-    "timm_resnet": partial(save_timm, "resnet10t"),
+    "timm_eva": VISION["timm, EVA02"],
+    "timm_resnet": VISION["timm, ResNet"],
 }
 # Text towers with the place of a caption's feature.
 TEXT_TOWERS: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({}, "last"),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 20}, "last"),
+    "tipsv2_text_model": ({}, "pooled"),
     "qwen3": ({"head_dim": 16, "num_key_value_heads": 2}, "last"),
     "gemma3_text": ({"head_dim": 16, "num_key_value_heads": 2, "use_bidirectional_attention": True}, "mean"),
     "modernbert": ({"cls_token_id": 12, "sep_token_id": 13}, "mean"),
@@ -100,7 +92,7 @@ def test_an_image_tower_embeds_as_its_library(kind: str, tmp_path: Path, acceler
         assert (embedder.pooled_features(**columns) - expected).abs().max() < 1e-5
     assert expected.std(dim=0).max() > 1e-3
     assert embedder.gives == ("features",)
-    assert embedder.image_size == (28 if kind == "timm_eva" else 176 if kind == "timm_resnet" else 32)
+    assert embedder.image_size == {"timm_eva": 28, "timm_resnet": 176, "timm_convnext": 224}.get(kind, 32)
 
 
 @pytest.mark.parametrize("kind", TEXT_TOWERS)
@@ -121,6 +113,26 @@ def test_a_text_tower_embeds_each_caption_as_alone(kind: str, tmp_path: Path, ac
     assert embedder.gives == ("texts",)
     # Long captions are cut where the tower's positions end.
     assert embedder.tokens(["a red disc " * 200])["input_ids"].shape[1] <= 20
+
+
+@pytest.mark.parametrize("change", [{"padding_side": "left"}, {"pad_token": None, "eos_token": "</s>"}])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_decoder_s_feature_depends_on_no_padding(
+    kind: str, change: dict[str, str | None], tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """Its tokenizer may pad on the left, or have an end token only, which then pads."""
+    save_text(kind, tmp_path, **TEXT_TOWERS[kind][0])
+    file = tmp_path / "tokenizer_config.json"
+    content = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    embedder = open_embedder(f"hf:{tmp_path}", accelerator)
+    model, tokenizer = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    assert change.get("padding_side", "right") == "left" or tokenizer.pad_token is None
+    captions = [*CAPTIONS, "a red </s>"]  # the end token may be a word of the caption
+    with torch.no_grad():
+        found = embedder.pooled_text_features(embedder.tokens(captions))
+        alone = [model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0, -1] for caption in captions]
+    assert (found - torch.stack(alone)).abs().max() < 1e-5
 
 
 def test_a_clip_s_text_tower_needs_no_image_tower(tmp_path: Path, accelerator: Accelerator) -> None:

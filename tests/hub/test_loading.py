@@ -74,8 +74,8 @@ def cut(folder: Path) -> None:
 # Changes of a folder, the message of `flipscale evaluate`, and whether `FlipModel.from_pretrained` says the same.
 # `tests/attacks/test_models.py` has more.
 FAULTS = {
-    "newer": (change_config(model_format=4), "model_format 4, this FlipConfig reads up to 3", True),
-    "newer tower": (change_config(text_config__model_format=4), "model_format 4, this FlipTextConfig", True),
+    "newer": (change_config(model_format=5), "model_format 5, this FlipConfig reads up to 4", True),
+    "newer tower": (change_config(text_config__model_format=5), "model_format 5, this FlipTextConfig", True),
     "new activation": (change_config(text_config__hidden_act="swoosh"), "hidden_act 'swoosh'", True),
     "pickle": (only_a_pickle, r"pickle \(pytorch_model.bin\)", False),
     "shard cut": (cut, "cut short or damaged", False),

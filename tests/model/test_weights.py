@@ -161,8 +161,8 @@ def test_model_format(model: FlipModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     assert [c["model_format"] for c in (content, content["vision_config"], content["text_config"])] == [1, 1, 1]
-    content["vision_config"]["model_format"] = 4
+    content["vision_config"]["model_format"] = 5
     (tmp_path / "config.json").write_text(json.dumps(content))
     for model_class in (FlipModel, FlipVisionModel):
-        with pytest.raises(ValueError, match="model_format 4, this FlipVisionConfig reads up to 3; upgrade flipscale"):
+        with pytest.raises(ValueError, match="model_format 5, this FlipVisionConfig reads up to 4; upgrade flipscale"):
             model_class.from_pretrained(tmp_path)
