@@ -28,6 +28,7 @@ from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError, first_line, needed
 from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 from flipscale.model.configuration_flip import embedded_towers
+from flipscale.model.modeling_flip import projected
 from flipscale.recipe.data import PRECOMPUTED_TOWERS
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
@@ -363,7 +364,7 @@ class AlignedEmbedder(Embedder):
         return self.of_images.decoder()
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_features(image_features=self.pooled_features(**columns)).pooler_output
+        return projected(self.model.image_projection, self.pooled_features(**columns)).pooler_output
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return self.of_images.pooled_features(**columns)
@@ -372,7 +373,7 @@ class AlignedEmbedder(Embedder):
         return self.of_texts.tokens(texts)
 
     def text_features(self, batch: Any) -> torch.Tensor:
-        return self.model.get_text_features(text_features=self.pooled_text_features(batch)).pooler_output
+        return projected(self.model.text_projection, self.pooled_text_features(batch)).pooler_output
 
     def pooled_text_features(self, batch: Any) -> torch.Tensor:
         return self.of_texts.pooled_text_features(batch)

@@ -13,15 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lower_case
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
+from flipscale.evaluation import foreign_models
 from flipscale.evaluation.baselines import PLAIN, UNTRAINED, PlainEmbedder, untrained_embedder
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
-from flipscale.evaluation.foreign_models import (
-    OPEN_CLIP,
-    TRANSFORMERS,
-    open_clip_embedder,
-    transformers_embedder,
-    with_embedded_towers,
-)
 from flipscale.evaluation.whole_images import dummy_batch
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError, first_line
@@ -45,8 +39,8 @@ if TYPE_CHECKING:
 
 # Embedders of other programs' models, by the prefix of their names.
 OTHERS: dict[str, Callable[..., Embedder]] = {
-    OPEN_CLIP: open_clip_embedder,
-    TRANSFORMERS: transformers_embedder,
+    foreign_models.OPEN_CLIP: foreign_models.open_clip_embedder,
+    foreign_models.TRANSFORMERS: foreign_models.transformers_embedder,
     UNTRAINED: untrained_embedder,
 }
 
@@ -181,7 +175,7 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
     model.set_attn_implementation(best_attention(accelerator.device))
     kind = ClassifierEmbedder if isinstance(model, FlipForImageClassification) else Embedder
     embedder = kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
-    return _tried(with_embedded_towers(embedder, name))
+    return _tried(foreign_models.with_embedded_towers(embedder, name))
 
 
 def _tried(embedder: Embedder) -> Embedder:

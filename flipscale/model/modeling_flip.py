@@ -443,7 +443,7 @@ class EmbeddedTower(nn.Module):
     """The place of a tower that is another library's model, see `FlipVisionConfig.embedded_by`. It has no weights."""
 
     def forward(self, **inputs: Any) -> NoReturn:
-        raise ValueError("this tower is another library's model, embedded_by; give image_features or text_features")
+        raise ValueError("this tower is another library's model, embedded_by; call forward with its pooled output")
 
 
 def projected(projection: nn.Module, features: torch.Tensor) -> Any:
@@ -819,13 +819,11 @@ class FlipModel(FlipPreTrainedModel):
         if config.text_config is None:
             raise ValueError("the config has no text_config; load this captioner as a FlipForConditionalGeneration")
         super().__init__(config)
-        vision_config, text_config = config.vision_config, config.text_config
-        self.vision_model = (
-            EmbeddedTower() if vision_config.embedded_by else FlipVisionModel._from_config(vision_config)
-        )
-        self.text_model = EmbeddedTower() if text_config.embedded_by else FlipTextModel._from_config(text_config)
-        self.image_projection = FlipProjection.of(vision_config)
-        self.text_projection = FlipProjection.of(text_config)
+        vision, text = config.vision_config, config.text_config
+        self.vision_model = EmbeddedTower() if vision.embedded_by else FlipVisionModel._from_config(vision)
+        self.text_model = EmbeddedTower() if text.embedded_by else FlipTextModel._from_config(text)
+        self.image_projection = FlipProjection.of(vision)
+        self.text_projection = FlipProjection.of(text)
         for name in self.loss_parameters:
             missing = getattr(config, f"{name}_init_value", None) is None
             # Shape (1,): a 0-d parameter cannot be sharded.
@@ -835,29 +833,21 @@ class FlipModel(FlipPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = {r"^(decoder|fusion)\."}
 
     @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the image tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
 
-        The arguments are those of `FlipVisionModel.forward`, or `image_features` as in `forward`.
+        The arguments are those of `FlipVisionModel.forward`.
         """
-        if image_features is not None:
-            return projected(self.image_projection, image_features)
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         output.pooler_output = self.image_projection(output.pooler_output)
         return output
 
     @can_return_tuple
-    def get_text_features(
-        self, input_ids: torch.Tensor | None = None, text_features: torch.Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_text_features(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the text tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
 
-        The arguments are those of `FlipTextModel.forward`, or `text_features` as in `forward`.
+        The arguments are those of `FlipTextModel.forward`.
         """
-        if text_features is not None:
-            return projected(self.text_projection, text_features)
         output = self.text_model(input_ids=input_ids, **kwargs)
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
@@ -906,24 +896,30 @@ class FlipModel(FlipPreTrainedModel):
             image_features, text_features: `(batch, width)`, what a tower gave earlier, in place of its input.
         """
         is_of_images = input_ids is None and attention_mask is None and text_features is None and not return_loss
-        if not is_of_images:
+        if text_features is not None:
+            text_output = projected(self.text_projection, text_features)
+        elif not is_of_images:
             packed = {} if caption_ends is None else {"caption_ends": caption_ends}
-            kept: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-            text_output = self.get_text_features(input_ids, text_features, **kept, **packed, **kwargs)
+            text_output = self.get_text_features(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **packed, **kwargs
+            )
+        if not is_of_images:
             text_embeds = normalise_embeds(text_output.pooler_output)
             if on_texts is not None:
                 on_texts(text_embeds)
-        image_output = self.get_image_features(
-            pixel_values,
-            image_features,
-            image_mask_ratio=image_mask_ratio,
-            patches=patches,
-            patch_index=patch_index,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            image_size=image_size,
-            branch_scales=branch_scales,
-            **kwargs,
-        )
+        if image_features is not None:
+            image_output = projected(self.image_projection, image_features)
+        else:
+            image_output = self.get_image_features(
+                pixel_values=pixel_values,
+                image_mask_ratio=image_mask_ratio,
+                patches=patches,
+                patch_index=patch_index,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                image_size=image_size,
+                branch_scales=branch_scales,
+                **kwargs,
+            )
         if is_of_images:
             return image_output
         image_embeds = normalise_embeds(image_output.pooler_output)

@@ -265,6 +265,9 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     tests: dict[str, list[Result]] = {}
     for result in shown[:_MOST_RESULTS]:
         tests.setdefault(_test(result), []).append(result)
+    shows = not recipe.model.embedded
+    if not shows:
+        missing.append("The model's answers: `flipscale search` has them for models with towers of other libraries.")
     data = run.recipe["data"]
     places = [source.get("dataset") or source.get("shards") for source in data.get("sources") or [data]]
     values = {
@@ -281,8 +284,8 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "this_model": THIS_MODEL,
         "changes": CHANGES,
         "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
-        "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing),
-        "masks": try_part("What was masked", missing, lambda: mask_rows(recipe)) or {},
+        "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing) if shows else None,
+        "masks": (try_part("What was masked", missing, lambda: mask_rows(recipe)) or {}) if shows else {},
         "recipe": yaml.safe_dump(deciding_part(run.recipe, name_of=data_name), sort_keys=False, allow_unicode=True),
         "flags": evaluation_flags(recipe.loss.kind, "FOLDER"),
         "searches": recipe.loss.kind not in OWN_TASKS,

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from flipscale.cli import main
+from flipscale.hub.loading import load_with_tokenizer
+from flipscale.pages.run_page import write_report
 from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -75,9 +77,11 @@ def test_an_aligned_run_is_exported_with_its_towers(
     image: str, text: str, aligned: Callable[..., Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     file, run_dir = aligned(image, text), tmp_path / "run"
-    pretrain(parse_recipe(["--config", str(file)]))
+    pretrain(recipe := parse_recipe(["--config", str(file)]))
     assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.1
-    model = run_dir / "model"
+    model, page = run_dir / "model", write_report(recipe, load_with_tokenizer).read_text()
+    assert "`flipscale search` has them for models with towers of other libraries" in page
+    assert "data.tokenizer" not in page
     assert f"trained on\nfeatures of `{image}` and `{text}`" in (model / "README.md").read_text()
     assert sorted({name.split(".")[0] for name in load_file(model / "model.safetensors")}) == [
         "image_projection", "logit_scale", "text_projection",
@@ -98,7 +102,7 @@ def test_an_aligned_run_is_exported_with_its_towers(
             for folder in (f"{tower}s", "embeds")
         )
         with torch.no_grad():
-            projected = getattr(projections, f"get_{tower}_features")(**{f"{tower}_features": pooled}).pooler_output
+            projected = getattr(projections, f"{tower}_projection")(pooled)
         assert (torch.nn.functional.normalize(projected, dim=1) - embeds).abs().max() < 4e-3
     for part, name in (("vision_model", image), ("text_model", text)):
         assert {file.name: file.read_bytes() for file in (model / part).iterdir()} == {
