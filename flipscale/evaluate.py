@@ -138,7 +138,7 @@ class Evaluate:
             for model in models:
                 read_lines(model.home / RESULTS_FILE)
         columns: list[Column] = []
-        widths: list[int | None] = [*self.dims] or [None]
+        widths: list[int | None] = [*dict.fromkeys(self.dims)] or [None]
         by_mask: list[masked.MaskedResults] = []
         faults: list[UserError | OSError] = []
         for model in models:

@@ -125,10 +125,12 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     """Search for a recipe that fine-tunes the start, print the report, and write the recipe if it wins anything."""
     import torch
 
+    from flipscale.data.sources.opening import open_source
     from flipscale.data.tokenizers import load_tokenizer
     from flipscale.engines.launch import faster_precision
     from flipscale.planning.proposal import survey
     from flipscale.preparation.lists import source_of
+    from flipscale.recipe.data import DataRecipe
     from flipscale.studies.finetuning import find_replay, half_of_batches, open_start, propose_finetuning
     from flipscale.training.preemption import Stopped
 
@@ -136,16 +138,18 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     start = open_start(args.start, converted)
     replay = half_of_batches([source_of(args.replay)]) if args.replay else find_replay(start.name)
     start = replace(start, replay=replay)
-    data = survey(source, load_tokenizer(start.tokenizer, 64))
+    tokenizer = load_tokenizer(start.tokenizer, 64)
+    data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
     for old in replay:
         print(f"{old.shards or old.dataset}: old pairs, {old.weight:.3g} of each batch", flush=True)
+        survey(open_source(DataRecipe(sources=[old], max_bad_fraction=1.0)), tokenizer)  # refuses bad pairs
     tests = [{**task, "name": f"new_{task['kind']}"} for task in (_tasks(args.tests) if args.tests else ())]
     several = len(args.guards) > 1
     guards = [
         {**task, "name": f"old{number if several else ''}_{task['kind']}"}
         for number, folder in enumerate(args.guards, 1)
-        for task in _tasks(folder)
+        for task in _tasks(folder, "guards")
     ]
     command, faster = _command(args), faster_precision(os.environ)
     os.environ.update(faster)
@@ -218,7 +222,7 @@ def _check_options(args: Init) -> None:
         gpu_named(args.gpu)
 
 
-def _tasks(folder: str) -> Iterator[dict[str, Any]]:
+def _tasks(folder: str, option: str = "tests") -> Iterator[dict[str, Any]]:
     """Yield the evaluations that a test set allows: by its class names, and by its captions."""
     from flipscale.evaluation.test_set import TestSet
 
@@ -231,8 +235,8 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
         yield {"kind": "retrieval", "data": folder, "group_by_caption": True}
     if not named and not captioned:
         raise UserError(
-            f"tests {folder} has no classnames.txt and no captions, so no evaluation is possible; `flipscale prepare "
-            "shards --labels` writes a test set"
+            f"{option} {folder} has no classnames.txt and no captions, so no evaluation is possible; `flipscale "
+            "prepare shards --labels` writes a test set"
         )
 
 

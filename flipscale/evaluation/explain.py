@@ -11,6 +11,7 @@ from flipscale.data.samples import BadSample, wrap_errors
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.whole_images import packed
 from flipscale.io.errors import UserError
+from flipscale.io.files import is_utf8
 from flipscale.model import FlipModel
 from flipscale.objectives.objective import recorded_inputs
 
@@ -68,9 +69,11 @@ def _values(embedder: Embedder, model: Any, **columns: torch.Tensor) -> torch.Te
 
 def heat_map(embedder: Embedder, image: Path, text: str) -> np.ndarray:
     """Return the similarity of each patch of a picture file with a text, fp32 `(rows, columns)`. Raise UserError as
-    `patch_embeds`, and for a model without texts or a file that is no picture."""
+    `patch_embeds`, and for a model without texts, a text without words, or a file that is no picture."""
     if "texts" not in embedder.gives:
         raise UserError(f"{embedder.name} takes no texts; use a model with a text tower")
+    if not isinstance(text, str) or not text.strip() or not is_utf8(text):
+        raise UserError(f"text is {text!r:.60}; expected words, as UTF-8")
     try:
         with wrap_errors(UndecodableImage):
             batch = packed([embedder.decoder()(image.read_bytes(), 0)], 1)

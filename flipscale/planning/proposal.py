@@ -25,6 +25,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.templates import render
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, recipe_memory
+from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -82,8 +83,8 @@ class Survey:
 
 
 def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
-    """Return the statistics of evenly spaced pairs of `source`. Raise UserError if no sampled pair has a picture and a
-    caption."""
+    """Return the statistics of evenly spaced pairs of `source`. Raise UserError if more of them lack a picture or
+    a caption than training skips."""
     sizes: list[tuple[int, int]] = []
     captions: Counter[str] = Counter()
     places = list(spread(source))
@@ -100,6 +101,11 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
         raise UserError(
             f"none of {len(places):,} samples has a picture and a caption; `flipscale prepare inspect` lists the "
             "contents of the shards"
+        )
+    if (bad := (len(places) - len(sizes)) / len(places)) > (most := DataRecipe().max_bad_fraction):
+        raise UserError(
+            f"{bad:.0%} of {len(places):,} sampled pairs lack a picture or a caption that can be read, more than "
+            f"data.max_bad_fraction {most:g}; `flipscale prepare inspect` names the causes"
         )
     width, height = np.median(np.array(sizes), axis=0).astype(int).tolist()
     lengths = [len(ids) for ids in tokenizer(list(captions), truncation=False, padding=False)["input_ids"]]

@@ -317,7 +317,7 @@ def find_columns(source: str, names: Sequence[str], asked: dict[str, str | None]
         name = next((column for column in usual if column in names), None)
         if name is None:
             raise UserError(
-                f"{source} has no column {' or '.join(map(str, usual))}; name the {kind}s' with {flag}, "
+                f"{source} has no column {' or '.join(map(str, usual))}; name the {kind.split()[0]}s' with {flag}, "
                 f"one of {', '.join(names)[:_SHOWN_NAMES] or 'none'}"
             )
         if list(names).count(name) > 1:

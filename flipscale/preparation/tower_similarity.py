@@ -32,7 +32,8 @@ def compare_towers(first: Path, second: Path, most_pairs: int = 4096) -> tuple[f
     """Return the linear CKA of stored features, `FOLDER/images` or `FOLDER/texts`, and the number of compared pairs.
 
     A keyed random sample of `most_pairs` is compared. Shards are read one at a time. Pairs that a tower could not embed
-    are left out. Raise UserError if the folders hold other shards, crops, or fewer than four pairs in common.
+    are left out. Raise UserError if the folders hold other shards, crops, fewer than four pairs in common, or equal
+    features.
     """
     for path in (first, second):
         if path.name not in read_about(path.parent):
@@ -56,4 +57,7 @@ def compare_towers(first: Path, second: Path, most_pairs: int = 4096) -> tuple[f
         rows = [np.concatenate([old, more[usable]])[lowest] for old, more in zip(rows, read, strict=True)]
     if len(draws) < 4:
         raise UserError(f"--compare is {first} {second}, which have {len(draws)} pairs in common; CKA needs 4")
+    for path, features in zip((first, second), rows, strict=True):
+        if (features == features[0]).all():
+            raise UserError(f"--compare is {path}, whose {len(draws)} pairs have equal features; CKA needs others")
     return linear_cka(*rows), len(draws)

@@ -127,11 +127,23 @@ def _own_run(start: str) -> tuple[Path, dict[str, Any]]:
 
 def find_replay(start: str) -> list[SourceRecipe]:
     """Return the sources that the start's own run was trained on, without those that are not on this machine."""
-    data = _own_run(start)[1].get("data") or {}
-    sources = data.get("sources") or [{key: data.get(key) for key in ("shards", "weights")}]
-    places = [(one, one.get("shards") or one.get("dataset")) for one in sources]
-    here = [one for one, place in places if place and Path(place).is_dir()]
-    return half_of_batches(SourceRecipe(**one) for one in here)
+    file, recipe = _own_run(start)
+    data, here = recipe.get("data") or {}, []
+    for one in data.get("sources") or [{key: data.get(key) for key in ("shards", "weights")}]:
+        place = one.get("shards") or one.get("dataset")
+        if place and (Path(place).is_dir() or _are_here(place)):
+            here.append(SourceRecipe(**one))
+        elif place:
+            print(f"{place}: old pairs of {file}, not on this machine; --replay names old pairs", flush=True)
+    return half_of_batches(here)
+
+
+def _are_here(shards: str) -> bool:
+    """Return whether a glob or a range names shards on this machine."""
+    try:
+        return "://" not in shards and len(open_shards(shards)) > 0
+    except (UserError, OSError):
+        return False
 
 
 def half_of_batches(sources: Iterable[SourceRecipe]) -> list[SourceRecipe]:
@@ -207,8 +219,9 @@ def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path
             add_member(tar, f"{len(captions):06d}.jpg", encoded)
             add_member(tar, f"{len(captions):06d}.txt", caption.encode())
             captions.append(caption)
-    if len(captions) < 2 or not weights.any():
-        raise UserError(f"{len(captions)} of {len(source)} pairs can be held out to choose by; use more pairs")
+    if len({*captions}) < 2 or not weights.any():
+        some = f"{len(captions)} of {len(source)} pairs can be held out to choose by, with {len({*captions})} captions"
+        raise UserError(f"{some}; use more pairs, with different captions")
     np.save(folder / "scores.npy", weights)
     (folder / "weights").mkdir()
     options = WeightOptions(scores=folder / "scores.npy")
@@ -394,6 +407,9 @@ def propose_finetuning(
     if start.name:
         old, before = search.measured(search.open(start.name))
         print(f"before: mean recall {recall_text(old)}", flush=True)
+        if old.min() == 100.0:
+            verdict = f"{start.name} is better on the held-out pairs as it is. No recipe is proposed."
+            return [verdict, "It is right on all of them, so no trial was run."], "", 1.0
     print(f"search: {_time(3 * minutes)} for a training of {_time(minutes)}", flush=True)
     lengths = search.run(minutes, width, grid)
     best = max(lengths, key=lambda trial: trial.value)

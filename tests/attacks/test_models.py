@@ -3,14 +3,18 @@
 import json
 import shutil
 import struct
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from attacks import ground
 from attacks.attack import Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import exists, lacks, nothing, pipe, text
+from conftest import add_member
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -281,7 +285,30 @@ PIXELS = ("preprocessor_config.json", "processor_config.json")
 OWN = EVALUATE
 OTHER = ("evaluate", "hf:model", *EVALUATE[2:])
 BAD_HEADER = "---\n: : [\n---\n\n## Results\n\nflipscale"
+
+
+@later
+def replayed(folder: Path, captions: list[bytes], option: str) -> list[str]:
+    """A search for a recipe from a model, with pairs of these captions as the option."""
+    ground.shards(folder)
+    picture = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
+    (folder / "odd").mkdir()
+    with tarfile.open(folder / "odd/0.tar", "w") as tar:
+        for number, caption in enumerate(captions):
+            add_member(tar, f"{number}.png", picture)
+            add_member(tar, f"{number}.txt", caption)
+    places = {"--shards": "data", option: "odd"}
+    words = ["init", "mine.yaml", "--start", str(ground.trained_model()), "--minutes", "0.01"]
+    return [*words, *(word for pair in places.items() for word in pair)]
+
+
 ATTACKS = [
+    refused("old pairs without captions", replayed([b" "] * 20, "--replay"), "odd: old pairs", "none of 20 samples"),
+    refused(
+        "a tenth of the old pairs without captions", replayed([b" ", b" ", *[b"a disc"] * 18], "--replay"),
+        "10% of 20 sampled pairs", "data.max_bad_fraction 0.05",
+    ),
+    refused("one caption for all new pairs", replayed([b"a disc"] * 40, "--shards"), "8 of 40 pairs", "1 captions"),
     *(
         refused(name, evaluated(text("results.jsonl", content)), "results.jsonl", "flipscale evaluate")
         for name, content in RESULTS.items()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from attacks import ground
 from attacks.attack import Attack, Change, later, refused, survived, test_of
-from attacks.changes import pipe, text
+from attacks.changes import nothing, pipe, text
 from conftest import write_shards
 
 from flipscale.cli import main
@@ -26,6 +26,7 @@ def _made(kind: str) -> Path:
     model = ["--model", str(ground.trained_model()), "--num_workers", "0"]
     words = {
         "pooled": ["embed", *model, "--features", "pooled"],
+        "embeds": ["embed", *model],
         "taught": ["embed", *model, "--crops", "2"],
         "weights": ["weights", "--caption_counts", "--num_workers", "1"],
     }[kind]
@@ -79,6 +80,28 @@ def spoiled(name: str, change: Change, *says: str, kind: str = "pooled") -> Atta
     return refused(name, stored(kind, change), *says)
 
 
+@later
+def memory(folder: Path, change: Change, validation: str = "other") -> list[str]:
+    """An evaluation with a memory of stored pairs that somebody has changed."""
+    shutil.copytree(_made("embeds"), folder, dirs_exist_ok=True, copy_function=shutil.copy2)
+    shutil.copytree(folder / "data", folder / "other")
+    change(folder / "stored")
+    words = ["evaluate", str(ground.trained_model()), "--zero_shot", "data", "--memory", "stored"]
+    return [*words, "--validation", validation, "--num_workers", "0", "--output_dir", "results"]
+
+
+@later
+def compared(folder: Path, change: Change) -> list[str]:
+    shutil.copytree(_made("embeds"), folder, dirs_exist_ok=True, copy_function=shutil.copy2)
+    change(folder / "stored")
+    return ["prepare", "embed", "stored/images", "stored/texts", "--compare"]
+
+
+def every_row(folder: Path, tower: str, value: float) -> None:
+    for file in (folder / tower).iterdir():
+        np.save(file, np.full_like(np.load(file), value))
+
+
 ATTACKS: list[Attack] = [
     survived(
         "rows of samples without features", stored("pooled", rows(lambda a: a[5:7].fill(np.nan)), max_bad_fraction=0.5),
@@ -109,6 +132,11 @@ ATTACKS: list[Attack] = [
     spoiled("weights of other shards of equal names and counts", alike, "'stored'", "contents", kind="weights"),
     spoiled("weights of no fields", text("weights.json", "{}"), "'stored'", kind="weights"),
     spoiled("weights without a line", text("weights.npy", ""), "'stored'", kind="weights"),
+    refused("a memory without a text", memory(lambda one: every_row(one, "texts", np.nan)), "memory stored", "no pair"),
+    refused("the test images as validation", memory(nothing, "./data"), "validation is ./data", "test images"),
+    refused(
+        "equal features to compare", compared(lambda one: every_row(one, "texts", 0.5)), "stored/texts", "96 pairs",
+    ),
 ]  # fmt: skip
 
 test_attack = test_of(ATTACKS)

@@ -137,6 +137,20 @@ def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
         survey(open_shards(str(tmp_path / "bad"), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
 
 
+def test_more_bad_samples_than_training_skips(tokenizer_dir: Path, tmp_path: Path) -> None:
+    picture = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
+    for bad in (1, 2):
+        (tmp_path / f"{bad}").mkdir()
+        with tarfile.open(tmp_path / f"{bad}/0.tar", "w") as tar:
+            for number in range(20):
+                add_member(tar, f"{number}.png", b"no picture" if number < bad else picture)
+                add_member(tar, f"{number}.txt", b"a red disc")
+    tokenizer = load_tokenizer(str(tokenizer_dir), 8)
+    assert survey(open_shards(str(tmp_path / "1"), DataRecipe()), tokenizer).captions == {"a red disc": 19}
+    with pytest.raises(ValueError, match=r"10% of 20 sampled pairs lack .* data\.max_bad_fraction 0\.05"):
+        survey(open_shards(str(tmp_path / "2"), DataRecipe()), tokenizer)
+
+
 def test_a_test_set_without_labels(
     shards: Path, tokenizer_dir: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:

@@ -91,6 +91,10 @@ def test_other_models_are_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
         explain(tiny_embedder(tokenizer_dir, batch_size=4), tmp_path / "a.png", "a red disc")
+    texts: list[Any] = ["", " \n", "\ud800", 7, ["a", "b"]]
+    for text in texts:
+        with pytest.raises(ValueError, match=r"text is .*; expected words"):
+            explain(tiny_embedder(tokenizer_dir, batch_size=4), tmp_path / "a.png", text)
 
 
 @pytest.fixture(scope="module")

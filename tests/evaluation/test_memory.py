@@ -192,6 +192,8 @@ def test_refusals(embedder: Embedder, folder: Path, tokenizer_dir: Path, tmp_pat
         run(embedder, folder, memory="nowhere")
     with pytest.raises(ValueError, match=r"validation '', neighbours \[1, 3, 9\]"):
         run(embedder, folder, validation="")
+    with pytest.raises(ValueError, match=r"validation is .*test/\.\./test, the test images"):
+        run(embedder, folder, validation=str(folder / "test/../test"))
     with pytest.raises(ValueError, match=r"weights \[\]"):
         run(embedder, folder, weights=[])
     with pytest.raises(ValueError, match=r"weights.*2"):
@@ -219,6 +221,11 @@ def test_refusals(embedder: Embedder, folder: Path, tokenizer_dir: Path, tmp_pat
     (tmp_path / "half" / "images" / "00002.npy").write_bytes(b"not an array")
     with pytest.raises(ValueError, match=r"00002\.npy is damaged"):
         run(embedder, folder, memory=str(tmp_path / "half"))
+    shutil.copytree(folder / "memory", tmp_path / "bad")
+    for file in (tmp_path / "bad/texts").iterdir():
+        np.save(file, np.full_like(np.load(file), np.nan))
+    with pytest.raises(ValueError, match=r"memory .*/bad has no pair whose image and text"):
+        run(embedder, folder, memory=str(tmp_path / "bad"))
 
 
 def test_the_command_and_the_call_keep_rows_of_their_own(

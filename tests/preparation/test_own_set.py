@@ -278,4 +278,4 @@ def test_a_table_of_right_and_wrong_captions(
     assert [task.truth(test_set)(0, number)[1] for number in range(4)] == [1, 0, 1, 1]
     with pytest.raises(SystemExit):
         prepare("shards", tmp_path / "own/choices.csv", tmp_path / "other", "--caption_column", "caption", "wrong_3")
-    assert "choices.csv has no column wrong_3; " in capsys.readouterr().err
+    assert "choices.csv has no column wrong_3; name the captions' with" in capsys.readouterr().err

@@ -107,6 +107,9 @@ def test_refused(tmp_path: Path) -> None:
         compare_towers(paths["images"], others["images"])
     with pytest.raises(UserError, match="have 3 pairs in common; CKA needs 4"):
         compare_towers(few["images"], few["texts"])
+    alike = store(tmp_path / "e", (83,), images=images, texts=np.repeat(texts[:1], 83, axis=0))
+    with pytest.raises(UserError, match="e/texts, whose 83 pairs have equal features"):
+        compare_towers(alike["images"], alike["texts"])
     for wrong in ("nothing/texts", "a/text", "a"):
         with pytest.raises(UserError, match=rf"--compare is {tmp_path / wrong}; expected stored features, FOLDER/"):
             compare_towers(paths["images"], tmp_path / wrong)

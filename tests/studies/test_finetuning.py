@@ -125,6 +125,11 @@ def test_too_few_pairs_to_hold_out(here: Path) -> None:
     (here / "folder").mkdir()
     with pytest.raises(ValueError, match="0 of 4 pairs can be held out"):
         hold_out(open_source(DataRecipe(sources=[SOURCE])), SOURCE, False, here / "folder")
+    write_pairs(here / "alike", 40, NAMES[:1])
+    (here / "other").mkdir()
+    source = replace(SOURCE, shards="alike")
+    with pytest.raises(ValueError, match="8 of 40 pairs can be held out to choose by, with 1 captions"):
+        hold_out(open_source(DataRecipe(sources=[source])), source, False, here / "other")
 
 
 def test_candidates_by_the_start() -> None:
@@ -207,7 +212,9 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     assert where == f"of {run}/recipe.yaml"
 
 
-def test_old_pairs_are_half_of_each_batch(run: Path, here: Path, shards: Path) -> None:
+def test_old_pairs_are_half_of_each_batch(
+    run: Path, here: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The pairs of the start's own run, or named ones, in proportion to their sizes."""
     old = SourceRecipe(shards=str(shards), weight=0.5)
     assert find_replay(str(run)) == [old]
@@ -219,6 +226,9 @@ def test_old_pairs_are_half_of_each_batch(run: Path, here: Path, shards: Path) -
     saved = race / "mask/recipe.yaml"
     saved.write_text(saved.read_text().replace(str(shards), "elsewhere"))
     assert find_replay(str(race)) == []
+    assert f"elsewhere: old pairs of {saved}, not on this machine" in capsys.readouterr().out
+    saved.write_text(saved.read_text().replace("elsewhere", f"{shards}/*.tar"))
+    assert find_replay(str(race)) == [replace(old, shards=f"{shards}/*.tar")]
     assert find_replay(str(export_native("clip", here / "clip"))) == []
     write_pairs(here / "pairs", 48, NAMES)
     own, third = SourceRecipe(shards=str(shards)), SourceRecipe(shards="pairs")
@@ -320,7 +330,8 @@ def test_a_model_that_is_better_as_it_is(
     said = capsys.readouterr().out
     assert "before: mean recall 100.0 %" in said
     assert "start is better on the held-out pairs as it is. No recipe is proposed.\n" in said
-    assert "No guards: " in said
+    assert "no trial" in said
+    assert "rung 1" not in said
     assert not Path("mine.yaml").exists()
 
 

@@ -42,13 +42,15 @@ class Memory:
         model = "embeds", embedder.texts(["a"]).shape[1], weights_digest(embedder.model.parameters())
         if own != model:
             had, expected = (f"{kind} of width {width} by weights {of:.12}" for kind, width, of in (own, model))
-            raise UserError(f"memory {folder} has {had}; expected {expected}. Fix: `prepare embed` with this model")
+            fix = "`prepare embed` with this model and --dims"
+            raise UserError(f"memory {folder} has {had}; expected {expected}. Fix: {fix}")
         self.scale, self._sizes = about.get("logit_scale", 100.0), sizes
         self._device = embedder.accelerator.device
 
     def nearest(self, batches: Sequence[torch.Tensor], k: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the cosines and the numbers of the k nearest pairs, or of all, of each image of each batch: fp32 and
-        int64 `(images, k)`. The memory is read once, block by block."""
+        int64 `(images, k)`. The memory is read once, block by block.
+        Raise UserError if no pair is usable."""
         found = [(torch.empty(len(batch), 0), torch.empty(len(batch), 0, dtype=torch.int64)) for batch in batches]
         for pairs, block in self._blocks():
             for number, (batch, (cosines, known)) in enumerate(zip(batches, found, strict=True)):
@@ -57,6 +59,8 @@ class Memory:
                 known = torch.cat([known, pairs[new.indices.cpu()]], dim=1)
                 best = cosines.topk(min(k, cosines.shape[1]), dim=1)
                 found[number] = best.values, known.gather(1, best.indices)
+        if any(not known.shape[1] for _, known in found):
+            raise UserError(f"memory {self.images.folder} has no pair whose image and text were both embedded")
         return found
 
     def _blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -103,6 +107,8 @@ the nearest training images, whose number and weight validation images choose. G
                 f"{self.weights}; expected a folder of `flipscale prepare embed`, one of images, and numbers to try"
             )
         PromptedTask.check(replace(self, data=self.validation, task=""))
+        if Path(self.validation).resolve() == Path(self.data).resolve():
+            raise UserError(f"validation is {self.validation}, the test images. Fix: choose k and w on other images")
         for images in (TestSet.open(self.data), *self.other_sets()):
             if images.source.contents_digest(in_order=True) == self.made_by["pairs_digest"]:
                 _log.warning("%s: the memory %s has the images of %s; use others", self.name, self.memory, images.data)
