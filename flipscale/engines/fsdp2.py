@@ -6,7 +6,7 @@ They are sharded over all processes, or over groups of processes that each hold 
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard, ShardedLayout, gradient_norm
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import local
@@ -76,7 +77,8 @@ class Fsdp2Engine(Engine):
         return ModelMemory(kept, 0, gradients, trained, gathered if launch.num_processes > 1 else 0)
 
     def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
-        layout = _RowLayout(part, dist.get_rank(), dist.get_world_size(), self._num_replicas)
+        replicas = self._mesh.get_group("replicate") if self._num_replicas > 1 else None
+        layout = _RowLayout(part, dist.get_rank(), dist.get_world_size(), replicas)
         if is_block:
             self._shard(part)
             return layout
@@ -159,10 +161,10 @@ class Fsdp2Engine(Engine):
 class _RowLayout(ShardedLayout):
     """Each process holds a range of every parameter's rows; with replicas, several processes hold the same range."""
 
-    def __init__(self, model: nn.Module, rank: int, world: int, num_replicas: int):
+    def __init__(self, model: nn.Module, rank: int, world: int, replicas: dist.ProcessGroup | None):
         super().__init__(model, rank, world)
-        self._num_replicas = num_replicas
-        self._replica = rank // (world // num_replicas)
+        self._replicas = replicas
+        self._num_replicas, self._replica = (replicas.size(), replicas.rank()) if replicas is not None else (1, 0)
         # First element of each parameter here. Kept, because DTensor takes 50 us to compute one, and averages of the
         # weights ask for all of them in each step.
         self._firsts: dict[Any, int] = {}
@@ -181,10 +183,25 @@ class _RowLayout(ShardedLayout):
 
     def saved_ranges(self) -> dict[str, range]:
         """Return the rows that this process holds of the parameters that its replica saves."""
-        total, start, ranges = sum(shape.numel() for shape in self.shapes().values()), 0, {}
+        savers, ranges = self._savers(), {}
         for name, parameter in self.model.named_parameters():
             values, first = self.weights(parameter)
-            saver = (start + parameter.numel() // 2) * self._num_replicas // total
-            ranges[name] = range(first, first + values.numel() * (saver == self._replica))
-            start += parameter.numel()
+            ranges[name] = range(first, first + values.numel() * (savers[name] == self._replica))
         return ranges
+
+    def _savers(self) -> dict[str, int]:
+        """Return the replica that saves each parameter."""
+        sizes = {name: shape.numel() for name, shape in self.shapes().items()}
+        total, start, savers = sum(sizes.values()), 0, {}
+        for name, size in sizes.items():
+            savers[name] = (start + size // 2) * self._num_replicas // total
+            start += size
+        return savers
+
+    def fill(self, reader: CheckpointReader, kind: str, shards: Mapping[str, Shard]) -> None:
+        """Collective. Fill this process's rows. Each replica reads what it would save, and sends it to the others."""
+        savers = self._savers()
+        super().fill(reader, kind, {name: one for name, one in shards.items() if savers[name] == self._replica})
+        for name, (values, _) in shards.items() if self._num_replicas > 1 else ():
+            if values.numel():
+                dist.broadcast(values, group=self._replicas, group_src=savers[name])

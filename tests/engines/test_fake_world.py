@@ -1,6 +1,7 @@
 """Messages and operations of engines in large worlds, under torch's fake process group."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +28,7 @@ from flipscale.engines.checkpoint import CheckpointReader, part_of
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine, Layout
 from flipscale.engines.first_weights import fresh_weights
+from flipscale.engines.fsdp2 import _RowLayout
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, assign_owners, buffer_elements
 from flipscale.model import FlipConfig
@@ -174,33 +177,75 @@ def test_muon_s_work_and_buffers_are_shared_equally() -> None:
     assert buffer_elements((), 8, is_sharded=True) == 0
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [(8, 8), (256, 256), (256, 8), (8, 256)])
-def test_a_ddp_resume_opens_no_more_files_than_its_world_has_shares(
-    saved: int, resumed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def layout_of(engine: str, rank: int, world: int) -> Iterator[Layout]:
+    """The layout of some weights, the same on all processes, in a fake world; under HSDP, each node has a copy."""
     torch.manual_seed(0)
-    stored, loaded = (nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20), nn.Linear(20, 1)) for _ in range(2))
-    layouts = [Layout(stored, rank, saved) for rank in range(saved)]
-    bounds: dict[str, list[int]] = {name: [0] for name in layouts[0].shapes()}
-    for rank, layout in enumerate(layouts):
-        chunks = {f"weight.{one.name}": one.values for one in layout.tensor_chunks({}) if one.values.numel()}
-        save_file(chunks, part_of(tmp_path, rank))
-        for name, part in layout.saved_ranges().items():
-            bounds[name].append(bounds[name][-1] + len(part))
-    shapes = {name: list(shape) for name, shape in layouts[0].shapes().items()}
+    model = nn.Sequential(nn.Linear(40, 32), nn.Linear(32, 24), nn.Linear(24, 8))
+    with fake_world(rank, world):
+        if engine == "ddp":
+            yield Layout(model, rank, world)
+            return
+        replicas = world // 8 if engine == "hsdp" else 1
+        # Its meshes are those of another rank.
+        _clear_sharding_prop_cache()
+        sizes = {"replicate": replicas, "shard": world // replicas} if replicas > 1 else {"shard": world}
+        mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        places = [Replicate(), Shard(0)][-mesh.ndim :]
+        for module in model:
+            for name, parameter in [*module.named_parameters()]:
+                held = distribute_tensor(parameter.detach(), mesh, places, src_data_rank=None)
+                module.register_parameter(name, nn.Parameter(held))
+        yield _RowLayout(model, rank, world, mesh.get_group("replicate") if replicas > 1 else None)
+
+
+WORLDS = [(8, 8), (8, 256), (256, 8), (256, 256)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "saved", "resumed"),
+    [
+        *(("ddp", *worlds) for worlds in WORLDS),
+        *((engine, *WORLDS[engine == "hsdp"]) for engine in ("fsdp2", "hsdp")),
+        *(pytest.param("fsdp2", *worlds, marks=pytest.mark.long) for worlds in WORLDS[1:]),
+        *(pytest.param("hsdp", *worlds, marks=pytest.mark.long) for worlds in WORLDS[2:]),
+    ],
+)
+def test_a_resume_opens_no_more_files_than_its_world_has_shares(
+    engine: str, saved: int, resumed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds: dict[str, list[int]] = {}
+    for rank in range(saved):
+        with layout_of(engine, rank, saved) as layout:
+            chunks = {f"weight.{one.name}": one.values for one in layout.tensor_chunks({}) if one.values.numel()}
+            save_file(chunks, part_of(tmp_path, rank))
+            shapes = {name: list(shape) for name, shape in layout.shapes().items()}
+            for name, part in layout.saved_ranges().items():
+                bounds.setdefault(name, [0]).append(part.stop if part else bounds[name][-1])
     (tmp_path / "index.json").write_text(json.dumps({"shapes": shapes, "bounds": bounds}))
     opened: list[Path] = []
     monkeypatch.setattr(checkpoint, "safe_open", lambda path, kind: (opened.append(path), safe_open(path, kind))[1])
+    found = {name: torch.zeros(math.prod(shape)) for name, shape in shapes.items()}
     messages = []
     for rank in range(resumed):
-        with fake_world(rank, resumed), ExitStack() as stack:
+        with layout_of(engine, rank, resumed) as layout, ExitStack() as stack:
+            for values in layout.all_weights().values():
+                values.zero_()
             if rank in (0, 5, resumed - 1):
                 messages.append(stack.enter_context(Recorder()).collectives)
-            Layout(loaded, rank, resumed).load_weights(CheckpointReader(tmp_path))
-    # Nothing arrives in a fake world, so the weights are what all processes read.
-    for theirs, ours in zip(stored.parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(theirs, ours)
+            layout.load_weights(CheckpointReader(tmp_path))
+            stack.close()
+            for name, parameter in layout.model.named_parameters():
+                values, first = layout.weights(parameter)
+                found[name][first : first + len(values)] += values
+    # Nothing arrives in a fake world, so the sum has each element once if one process read it.
+    with layout_of("ddp", 0, 1) as layout:
+        for name, values in layout.all_weights().items():
+            assert torch.equal(found[name], values), name
     # A share may lie in several parts of another world.
     assert len(opened) <= (resumed if saved == resumed else saved + resumed)
-    assert all(of_rank == messages[0] for of_rank in messages)
-    assert len(messages[0]) <= resumed + len(shapes)
+    if engine == "ddp":
+        assert all(of_rank == messages[0] for of_rank in messages)
+        assert len(messages[0]) <= resumed + len(shapes)
+    else:  # of a copy's weights to the other copies
+        assert [name for name, *_ in messages[0]] == ["broadcast_"] * (engine == "hsdp" and resumed > 8) * len(shapes)
