@@ -39,7 +39,14 @@ _IMPORTED_LATER = (
 # Environment of the server, because torch reads some variables once, and a test's must not reach other tests.
 _AT_FIRST = {**os.environ, **QUIET}
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "flipscale.pretrain", *_IMPORTED_LATER])
+
+
+def preload(*modules: str) -> None:
+    """Let the server import other modules too, before the first process starts."""
+    _context.set_forkserver_preload(["pytest", "flipscale.pretrain", *_IMPORTED_LATER, *modules])
+
+
+preload()
 
 
 def free_port() -> int:

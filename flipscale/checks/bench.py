@@ -60,15 +60,21 @@ def run_checks(bench: Bench, announce: Callable[[str], None], checks: Sequence[A
 def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[str], None]) -> Bench:
     """Collective. Check all nodes together, in a folder that they share, after the checks `bench` of each."""
     nodes.begin("nodes")
-    failed = [one.line() for one in bench.findings if one.status == "FAILED"]
-    own = {"failed": failed, "versions": bench.figures.get("machine", {}).get("versions")}
+    failed = [vars(one) for one in bench.findings if one.status == "FAILED"]
+    own: dict[str, Any] = {"failed": failed, "versions": bench.figures.get("machine", {}).get("versions")}
+    own["fastest"] = [*bench.figures.get("fastest", {}).values()]  # recipes of a node are files of its own
     every = dict(zip(nodes.hosts, first := nodes.gather(own, OWN_CHECKS_SECONDS), strict=True))
     faults = [f"{host} failed {len(found['failed'])} checks" for host, found in every.items() if found["failed"]]
     faults += [f"{host} has other versions" for host in every if every[host]["versions"] != first[0]["versions"]]
-    whole = replace(bench, nodes=nodes, folder=folder, figures={"nodes": every}, findings=[])
+    figures = {"nodes": every, "fastest": dict(zip(bench.compared, first[0]["fastest"], strict=False))}
+    whole = replace(bench, nodes=nodes, folder=folder, figures=figures, findings=[])
     whole.num_gpus *= len(every)
     whole.add("nodes", f"{whole.num_gpus} GPUs on {', '.join(every)}", faults)
-    announce(whole.findings[0].line())
+    whole.findings += [
+        Finding(f"{host}: {one['name']}", "FAILED", one["text"]) for host in every for one in every[host]["failed"]
+    ]
+    for finding in whole.findings:
+        announce(finding.line())
     run_checks(whole, announce, OF_ALL_NODES)
     return whole
 

@@ -134,9 +134,9 @@ def check_products(bench: Bench) -> None:
         speeds = [[row["flops_per_s"] for row in of_rank if "shape" in row] for of_rank in rows]
         means = [len(of_rank) / sum(1 / speed for speed in of_rank) for of_rank in speeds]
         slowest = min(range(len(means)), key=means.__getitem__)
-        name, faults = bench.gpu(slowest), []
-        if means[slowest] < (1 - OFF) * max(means):
-            faults.append(f"{name} has {means[slowest] / 1e12:.0f} Tflop/s, another {max(means) / 1e12:.0f}")
+        slow = [rank for rank, mean in enumerate(means) if mean < (1 - OFF) * max(means)]
+        least = f"at least {means[slowest] / 1e12:.0f} Tflop/s, another {max(means) / 1e12:.0f}"
+        faults = [f"slow: {bench.gpu_names(slow)}, {least}"] if slow else []
         clocks = sorted(row["mhz"] for of_rank in rows for row in of_rank if row.get("mhz"))
         bench.figures.setdefault("products", {})[recipe] = {"flops_per_s": means, "rows": rows[slowest]}
         bench.add(
@@ -254,8 +254,8 @@ def check_links(bench: Bench) -> None:
     ranks = bench.run(links, bench.num_gpus, folder=str(bench.folder))
     bench.figures["links"] = rows = list(itertools.chain(*ranks))
     best = [max(row["bytes_per_s"] for row in of_rank) for of_rank in ranks]
-    slow = [bench.gpu(rank) for rank, speed in enumerate(best) if speed < (1 - OFF) * np.median(best)]
+    slow = [rank for rank, speed in enumerate(best) if speed < (1 - OFF) * np.median(best)]
     least = min(rows, key=lambda row: row["bytes_per_s"])
     words = f"{np.median(best) / 1e9:.3g} GB/s a GPU each way; slowest {least['bytes_per_s'] / 1e9:.3g}"
     pair = f", GPU {least['rail']} between {bench.nodes.hosts[least['node']]} and {bench.nodes.hosts[least['other']]}"
-    bench.add("links between nodes", words + pair, [f"slow: {', '.join(slow)}"] if slow else [])
+    bench.add("links between nodes", words + pair, [f"slow: {bench.gpu_names(slow)}"] if slow else [])

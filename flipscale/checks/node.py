@@ -81,8 +81,9 @@ class Finding:
     text: str
 
     def line(self) -> str:
-        """Return the line of the report."""
-        return f"{self.status:<8}{self.name:<34} {self.text}"[:_CHARACTERS]
+        """Return the line of the report, which ends with an ellipsis if it is too long."""
+        line = f"{self.status:<8}{self.name:<34} {self.text}"
+        return line if len(line) <= _CHARACTERS else f"{line[: _CHARACTERS - 1]}…"
 
 
 @dataclass
@@ -125,6 +126,15 @@ class Bench:
         """Return the name of a rank's GPU, with its host if there are several."""
         node, number = divmod(rank, self.local_gpus)
         return f"GPU {number}" + (f" of {self.nodes.hosts[node]}" if len(self.nodes.hosts) > 1 else "")
+
+    def gpu_names(self, ranks: Sequence[int]) -> str:
+        """Return the names of ranks' GPUs. A node of several is named once if all its GPUs are meant."""
+        size, hosts, names = self.local_gpus, self.nodes.hosts, []
+        for rank in ranks:
+            node = range(rank - rank % size, rank - rank % size + size)
+            is_whole = len(hosts) > 1 and set(node) <= set(ranks)
+            names.append(f"all GPUs of {hosts[rank // size]}" if is_whole else self.gpu(rank))
+        return ", ".join(dict.fromkeys(names))
 
     def add(self, name: str, text: str, faults: Sequence[str] = ()) -> None:
         """Add a finding, which has failed if there are faults."""

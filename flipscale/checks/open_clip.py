@@ -150,6 +150,8 @@ def check_open_clip(bench: Bench) -> None:
         common = {"recipe": recipe, "gpus": world, "mask_ratio": mask_ratio}
         both = [common | {"code": code} | over_starts(starts[code]) for code in CODES]
         bench.figures.setdefault("open_clip", []).extend(both)
-        words = [f"{row['code']} {world * row['pairs_per_s']:,.0f} pairs/s" for row in both if "seconds" in row]
-        ratio = f"{both[1]['seconds'] / both[0]['seconds']:.2f} times as fast" if len(words) == 2 else "out of memory"
-        bench.add(name, ", ".join([*words, ratio]))
+        rates = [f"{world * row['pairs_per_s']:,.0f} pairs/s" if "seconds" in row else "out of memory" for row in both]
+        words = [f"{code} {rate}" for code, rate in zip(CODES, rates, strict=True)]
+        if all("seconds" in row for row in both):
+            words.append(f"flipscale is {both[1]['seconds'] / both[0]['seconds']:.2f} times as fast")
+        bench.add(name, ", ".join(words))

@@ -16,6 +16,7 @@ PROFILE = (
     "--capture-range-end=stop accelerate launch --config_file ds_configs/ddp.yaml -m flipscale.pretrain "
     "--config l16_laion400m --log.profile_steps 5"
 )
+_TABLES = {"open_clip": "Beside open_clip", "trainer": "Trainer and loader, means of five steps", "steps": "Steps"}
 _HEAD = ("", "GPUs", "pairs/s", "quartiles", "medians of starts", "ms", "MFU", "MHz", "W a GPU", "pairs/J")
 
 
@@ -27,7 +28,7 @@ def write_report(benches: Sequence[Bench], path: Path) -> None:
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **machine.get("versions", {}),
-        "GPU": ", ".join(gpu.get(name, "?") for name in ("name", "driver_version")),
+        "GPU": f"{gpu.get('name', '?')}, driver {gpu.get('driver_version', '?')}",
         "at most": f"{gpu.get('clocks.max.sm', '?')} MHz, {gpu.get('power.limit', '?')} W",
         "pairs of a GPU": str(first.batch_size),
         "a row": f"{starts}; pairs/s of all GPUs: median, quartiles of all steps; MHz and watts during the steps",
@@ -35,7 +36,8 @@ def write_report(benches: Sequence[Bench], path: Path) -> None:
     lines = ["# flipscale bench gpu", "", *(f"- {name}: {fact}" for name, fact in facts.items())]
     for bench in benches:
         lines += ["", f"## GPUs: {bench.num_gpus}, nodes: {len(bench.nodes.hosts)}"]
-        for title, name in (("Beside open_clip", "open_clip"), ("Trainer and loader", "trainer"), ("Steps", "steps")):
+        lines += ["", f"Hosts: {', '.join(bench.nodes.hosts)}."]
+        for name, title in _TABLES.items():
             if rows := [row for row in bench.figures.get(name, []) if "calls" not in row]:
                 lines += ["", f"### {title}", "", markdown_table([_HEAD, *map(_cells, rows)], 1)]
         lines += ["", "### Checks", "", "```", report(bench), "```", ""]
@@ -65,7 +67,7 @@ def _cells(row: Row) -> list[str]:
 def _draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the pairs per second of a GPU, with quartiles, for each recipe, mask and number of GPUs."""
     figure, axes = drawing_pyplot().subplots(figsize=(9, 4.5), constrained_layout=True)
-    names = [f"{Path(row['recipe']).stem}\n{row['mask_ratio']:.0%} masked\n{row['gpus']} GPUs" for row in rows]
+    names = [f"{Path(row['recipe']).stem}\n{row['mask_ratio']:.0%} masked\non {row['gpus']}" for row in rows]
     places = list(dict.fromkeys(names))
     for number, code in enumerate(CODES):
         own = [(places.index(name), row) for name, row in zip(names, rows, strict=True) if row["code"] == code]
@@ -75,7 +77,8 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         look = {"color": COLOURS[number], "yerr": ends, "capsize": 2.5, "label": code}
         axes.bar([place for place, _ in shown], rates, 0.38, **look)
     axes.set_xticks([place + 0.2 for place in range(len(places))], places, fontsize=7)
+    axes.set_xlabel("recipe, mask, number of GPUs", fontsize=7)
     axes.set_ylabel("pairs/s of a GPU")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(CODES), frameon=False)
     tidy(axes)
     save_figure(figure, path)

@@ -93,7 +93,8 @@ class Training:
 
     def start(self, processes: int, engine: str, *launcher: str, **variables: str) -> AbstractContextManager[Group]:
         """Return the context in which the trainer runs in some processes. `launcher` is a module and its arguments."""
-        own = {**engine_variables(engine, processes), "ACCELERATE_MIXED_PRECISION": "no", **variables}
+        nodes = len(self.bench.nodes.hosts)
+        own = {**engine_variables(engine, processes, nodes), "ACCELERATE_MIXED_PRECISION": "no", **variables}
         command = [*launcher, "flipscale.pretrain", "--config", str(self.logs / "recipe.yaml")]
         command += ["--output_dir", str(self.directory)]
         return self.bench.group(command[0], command[1:], self.logs, processes, own)
@@ -188,7 +189,8 @@ def check_kill(bench: Bench) -> None:
     with training.start(1, "ddp", *launcher, f"{bench.local_gpus}", "-m") as group:
         training.await_steps(group, 5)
         started = descendants(group.processes[0].pid)
-        victims = [one for one in started if one.environ().get("RANK") == str(chosen)]
+        place = f"{chosen - nodes.index * bench.local_gpus}"
+        victims = [one for one in started if one.environ().get("LOCAL_RANK") == place]
         nodes.gather("ready")
         for victim in victims[:1]:  # the rank's own workers have its variables too
             victim.kill()
@@ -237,10 +239,11 @@ def check_loader(bench: Bench) -> None:
 
 
 def check_trainer(bench: Bench) -> None:
-    """Measure the trainer with its own loader on all GPUs, under the engine whose steps are fastest."""
+    """Measure the trainer with its own loader on all GPUs, under the engine whose steps are fastest on a node."""
     usual: Row = {"engine": "ddp", "compiled": True, "recomputes": False}
     for name in bench.compared:
-        best = min(steps_of(bench, name), key=lambda row: row["seconds"], default=usual)
+        own = min(steps_of(bench, name), key=lambda row: row["seconds"], default=usual)
+        best = bench.figures.setdefault("fastest", {}).setdefault(name, {part: own[part] for part in usual})
         engine = "ddp" if best["engine"] == ALONE else best["engine"]
         recipe = first_stage(name, bench.batch_size * bench.num_gpus, best["compiled"], best["recomputes"])
         batch = recipe.data.global_batch_size
@@ -254,7 +257,7 @@ def check_trainer(bench: Bench) -> None:
                 training.await_steps(group, 1 + bench.timed_steps // _RECORDED)
                 bench.nodes.gather("seen")  # before any node ends its ranks
             starts.append([_trained(bench, training, batch)])
-        row = {"recipe": name, "engine": engine, "gpus": bench.num_gpus, **over_starts(starts)}
+        row = {**best, "recipe": name, "engine": engine, "gpus": bench.num_gpus, **over_starts(starts)}
         bench.figures.setdefault("trainer", []).append(row)
         words = f"{row['data_wait_share']:.0%} of the time waits for data"
         bench.add(f"trainer {Path(name).stem}", f"{bench.num_gpus * row['pairs_per_s']:,.0f} pairs/s, {words}")

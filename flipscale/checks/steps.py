@@ -44,11 +44,11 @@ _HOST_PAIRS = 2
 ALONE_VARIABLES = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 
-def engine_variables(engine: str, processes: int) -> dict[str, str]:
-    """Return accelerate's variables for a shipped launch file; under HSDP, half of the node has a copy."""
+def engine_variables(engine: str, processes: int, nodes: int = 1) -> dict[str, str]:
+    """Return accelerate's variables for a shipped launch file; under HSDP, each node has a copy, or half of one."""
     variables = launch_environment(Path(flipscale.__file__).parent / "ds_configs" / f"{engine}.yaml", processes)
     if engine == "hsdp":
-        variables["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(processes // 2)
+        variables["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(processes // max(nodes, 2))
     return variables
 
 

@@ -3,12 +3,14 @@
     PYTHONPATH=tests python -m simulated.node --config RECIPE --batch_size 8
 
 Checks that look at devices, memory and operations run on the fake GPU, as rank 3 of 8. Checks that compare numbers run
-on CPUs, as two processes of gloo. The other ranks repeat the outcome of a simulated one. Checks of several nodes have a
-process of gloo for each GPU.
+on CPUs, as two processes of gloo on each node. The other ranks repeat the outcome of a simulated one. Messages between
+several nodes have a process of gloo for each GPU. Two nodes run in one folder, as two commands, the second with
+`GROUP_RANK=1`:
+
+    GROUP_WORLD_SIZE=2 GROUP_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 PYTHONPATH=tests python -m simulated.node
 """
 
 import importlib
-import multiprocessing
 import os
 import shutil
 import sys
@@ -44,7 +46,7 @@ from flipscale.training import session
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps", "beside")
 # One process for this many GPUs, on CPUs.
-_GPUS_OF_A_PROCESS = NUM_DEVICES // 2
+_GPUS_OF_A_PROCESS = max(NUM_DEVICES // 2, 1)
 Fault = Callable[[ExitStack], None]
 
 _GPU = "NVIDIA H100 80GB HBM3, 570.86, 81559, 1980, 1980, 650.1, 700.00, 41, 5, 16"
@@ -118,35 +120,36 @@ class Starter:
             file = f"rank-{rank}.json"
             return _Repeated(self._leaders[earlier.parent], earlier.parent / file, log.parent / file)
         first = rank - local + DEVICE.index if is_fake and world > 1 else rank - local
-        nodes = arguments[arguments.index("--nnodes") + 1] if "--nnodes" in arguments else "1"
-        gpus = 1 if world > here or nodes != "1" else _GPUS_OF_A_PROCESS
+        gpus = 1 if world > here and (function or here < NUM_DEVICES) else _GPUS_OF_A_PROCESS
         count = max(here // gpus, 1)
         if rank != first and (is_fake or local >= count):
             log.touch()
             names = (f"rank-{of}.json" for of in (first, rank))
             return _Repeated(leader, *(log.parent / name for name in names))
-        changes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+        changes = {"RANK": rank // here * count + local, "WORLD_SIZE": world // here * count, "LOCAL_WORLD_SIZE": count}
         if is_fake or world == 1 or gpus == 1:
             changes.clear()
         words = [str(NUM_DEVICES // gpus) if word == str(NUM_DEVICES) else word for word in arguments]
         serving = (module, words, str(log), is_fake, self._fault)
         # Only these: this command's own launcher may have set others.
-        with patch.dict(os.environ, {**environment, **changes}, clear=True):
-            if function == "triton_loss":
-                started = _Started(_spawned(serving))
-            else:
-                started = _Started(processes.start(serve, *serving))
+        changed = {name: str(number) for name, number in changes.items()}
+        with patch.dict(os.environ, {**environment, **changed}, clear=True):
+            started = _Started(processes.start(serve, *serving))
         if rank == first:
             leader.append(started)
         return started
 
 
-def _spawned(arguments: tuple[Any, ...]) -> BaseProcess:
-    """Start a process whose Triton interprets kernels, which it decides when it is imported."""
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
-    with patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        process.start()
-    return process
+def _interpret_triton(stack: ExitStack) -> None:
+    """Let Triton interpret kernels, which it decides when it is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in [*sys.modules]:
+        if name.split(".")[0] == "triton" and not name.startswith("triton._C"):
+            del sys.modules[name]
+    from flipscale.objectives import contrastive
+
+    stack.enter_context(patch.object(contrastive, "triton_serves", lambda rows: rows.dtype == torch.float32))
+    stack.enter_context(patch.object(contrastive, "_FEW", 0))
 
 
 def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fault | None) -> None:
@@ -158,11 +161,8 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
     with ExitStack() as stack:
         if is_fake:
             on_fake_gpu(stack)
-        elif "TRITON_INTERPRET" in os.environ:
-            from flipscale.objectives import contrastive
-
-            stack.enter_context(patch.object(contrastive, "triton_serves", lambda rows: rows.dtype == torch.float32))
-            stack.enter_context(patch.object(contrastive, "_FEW", 0))
+        elif arguments[0].endswith(":triton_loss"):
+            _interpret_triton(stack)
         if fault is not None:
             fault(stack)
         sys.argv = [module, *arguments]
@@ -170,10 +170,11 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
 
 
 def _fake_time(take: Callable[..., Row]) -> Callable[..., Row]:
-    """Return `Loop.take` with one step, of ten seconds if nothing is recomputed; the host needs a fifth of that."""
+    """Return `Loop.take` with one step, of ten seconds if nothing is recomputed; the host needs a fifth of that. Only
+    the first steps of a model warm it up."""
 
     def taken(loop: Loop, batches: Any, count: int) -> Row:
-        row = take(loop, batches, 1)
+        row = take(loop, batches, 0 if count == steps.WARM_UP and loop._now.number else 1)
         seconds = 2.0 if batches.gi_frame.f_locals["pairs"] == 2 else 40 / 3 if loop.engine._recomputes else 10.0
         return {**row, "times": [seconds] * count, "joules": 650.0 * seconds * count}
 
@@ -260,12 +261,28 @@ def patient(wait: Callable[..., None]) -> Callable[..., None]:
     return waited
 
 
+def _ranked(records: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
+    """Return `Training.records` with the late rank's number among all GPUs; its process is one of two on its node."""
+
+    def read(training: runs.Training, name: str) -> list[dict[str, Any]]:
+        found = records(training, name)
+        gpus, count = training.bench.local_gpus, NUM_DEVICES // _GPUS_OF_A_PROCESS
+        if len(training.bench.nodes.hosts) > 1 and gpus == NUM_DEVICES and name == "slow_steps":
+            for record in found:
+                node, place = divmod(record["late_rank"], count)
+                record["late_rank"] = node * gpus + place
+        return found
+
+    return read
+
+
 def on_busy_machine(stack: ExitStack) -> None:
     """Give checks the time that they need on a busy machine without GPUs."""
     stack.enter_context(patch.object(runs, "_LOADER_SECONDS", 2.0))
     stack.enter_context(patch.object(runs, "_END_SECONDS", 1800.0))
     stack.enter_context(patch.object(node.Group, "wait", patient(node.Group.wait)))
     stack.enter_context(patch.object(node.Group, "await_true", patient(node.Group.await_true)))
+    stack.enter_context(patch.object(runs.Training, "records", _ranked(runs.Training.records)))
     gather = Nodes.gather
     waited = lambda nodes, value, limit_s=6000.0: gather(nodes, value, limit_s)  # noqa: E731
     stack.enter_context(patch.object(Nodes, "gather", waited))
@@ -275,6 +292,7 @@ def on_busy_machine(stack: ExitStack) -> None:
 
 def main(arguments: Sequence[str], fault: Fault | None = None) -> None:
     """Run `flipscale bench gpu` on this node, which srun or a launcher may have started with others."""
+    processes.preload("simulated.node", "open_clip.model")
     with ExitStack() as stack:
         on_busy_machine(stack)
         tools = Path(stack.enter_context(tempfile.TemporaryDirectory()))

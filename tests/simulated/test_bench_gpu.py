@@ -119,6 +119,7 @@ def test_a_plan_20_percent_off_is_named(small: Path, tmp_path: Path) -> None:
     ):
         steps.check_plan(bench)
     assert failed(bench).startswith("time 1.20x small fsdp2 kept; ")
+    assert "FAILED  plan                               time 1.20x small fsdp2 kept; " in report(bench)
 
 
 def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> None:

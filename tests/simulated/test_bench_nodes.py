@@ -19,11 +19,14 @@ from simulated import node as simulated
 
 from flipscale.checks import bench as checks
 from flipscale.checks import kernels
+from flipscale.checks.bench import report
 from flipscale.checks.kernels import check_collectives, check_links, check_products
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Row
 from flipscale.checks.nodes import Nodes, meet
+from flipscale.checks.report import write_report
 from flipscale.checks.runs import check_kill, check_stall
+from flipscale.checks.steps import engine_variables
 from flipscale.io.errors import UserError
 
 HOSTS = ["a", "b", "c", "d"]
@@ -163,6 +166,43 @@ def test_accelerate_launch_starts_all_nodes(small: Path, tmp_path: Path) -> None
     assert "flipscale bench gpu:" not in outputs[1]
 
 
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_all_checks_run_on_two_nodes_of_eight(recipe: dict, tmp_path: Path) -> None:
+    towers = {name: {**recipe["model"][name], "num_hidden_layers": 1} for name in ("vision_config", "text_config")}
+    towers["text_config"]["vocab_size"] = 64
+    shallow = {**recipe, "model": {**recipe["model"], **towers}, "stages": recipe["stages"][:1]}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(shallow))
+    launcher = {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
+    launcher |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-m", "simulated.node", "--batch_size", "8", "--config", "small.yaml"]
+    started = [
+        subprocess.Popen(
+            command, env={**os.environ, **launcher, "GROUP_RANK": f"{index}"}, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    own = json.loads((tmp_path / "gpu.json").read_text())
+    whole = own["all_nodes"]
+    assert (own["num_gpus"], whole["num_gpus"], len(whole["nodes"]), len(whole["links"])) == (8, 16, 2, 16)
+    for bench, names in ((own, checks.CHECKS), (whole, checks.OF_ALL_NODES)):
+        assert list(bench["seconds"]) == [check.__name__.removeprefix("check_") for check in names]
+        assert [one for one in bench["findings"] if one["status"] == "FAILED"] == []
+    texts = {one["name"]: one["text"] for one in whole["findings"]}
+    assert texts["stalled rank"].startswith("rank 8 named")  # the first of the second node
+    # The trainer has the engine that was fastest on a node: equal steps, so the first.
+    (row,) = whole["trainer"]
+    assert (row["engine"], row["gpus"], row["compiled"]) == ("ddp", 16, False)
+    page = (tmp_path / "report.md").read_text()
+    print(own["seconds"], whole["seconds"], page)
+    assert "## GPUs: 8, nodes: 1" in page
+    assert "## GPUs: 16, nodes: 2" in page
+    assert page.count("### Beside open_clip") == 2
+
+
 def rows_of(rank: int, logs: Path, function: str, **given: object) -> list[Row]:
     """Return the rows of a function of a check as a rank of two nodes of eight fake GPUs."""
     environment = {"RANK": str(rank), "LOCAL_RANK": "3", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
@@ -198,6 +238,7 @@ def links_of(nodes: int, gpus: int, speed: Callable[[int, int, int], float]) -> 
         (lambda node, other, rail: False, ""),
         (lambda node, other, rail: 2 in (node, other) and rail == 5, "slow: GPU 5 of c"),
         (lambda node, other, rail: other == 3 and rail < 2, "slow: GPU 0 of d, GPU 1 of d"),
+        (lambda node, other, rail: 1 in (node, other), "slow: all GPUs of b"),
         # A pair alone is no GPU's fault.
         (lambda node, other, rail: (node, other, rail) == (0, 1, 7), ""),
     ],
@@ -212,16 +253,42 @@ def test_what_is_slow_with_every_node_is_named(
     (finding,) = bench.findings
     assert finding.status == ("FAILED" if named else "ok")
     assert finding.text.startswith(named or "45 GB/s a GPU each way; slowest ")
-    if any(is_slow(0, 1, rail) for rail in range(8)):
-        assert finding.text.endswith("slowest 20, GPU 7 between a and b")
+    if slow := [rail for rail in range(8) if is_slow(0, 1, rail)]:
+        assert finding.text.endswith(f"slowest 20, GPU {slow[0]} between a and b")
 
 
-def test_a_slow_gpu_has_its_node(tmp_path: Path) -> None:
-    rows = [[{"shape": [1, 1, 1], "flops_per_s": 4e14 if rank == 11 else 7e14}] for rank in range(16)]
+@pytest.mark.parametrize(
+    ("slow", "named"),
+    [([11], "GPU 3 of b"), ([2, 11], "GPU 2 of a, GPU 3 of b"), ([1, *range(8, 16)], "GPU 1 of a, all GPUs of b")],
+)
+def test_a_slow_gpu_has_its_node(slow: list[int], named: str, tmp_path: Path) -> None:
+    rows = [[{"shape": [1, 1, 1], "flops_per_s": 4e14 if rank in slow else 7e14}] for rank in range(16)]
     bench = Bench(16, tmp_path, ["small"], 8, nodes=Nodes(hosts=HOSTS[:2]))
     with patch.object(Bench, "run", lambda *_, **__: rows):
         check_products(bench)
-    assert bench.findings[0].text.startswith("GPU 3 of b has 400 Tflop/s, another 700; ")
+    assert f"products small                     slow: {named}, at least 400 Tflop/s, another 700; " in report(bench)
+
+
+def test_what_other_nodes_failed_is_in_the_report(tmp_path: Path) -> None:
+    """The report of all nodes names the check that failed on another node, and its reason."""
+    own = Bench(8, tmp_path, ["small"], 8, ["small"])
+    theirs = {"failed": [{"name": "products small", "status": "FAILED", "text": "slow: GPU 3"}], "versions": None}
+    theirs["fastest"] = [{"engine": "hsdp", "compiled": True, "recomputes": False}]
+    nodes = Nodes(hosts=HOSTS[:2])
+    with (
+        patch.object(Nodes, "gather", lambda _, value, limit_s: [{**value, "fastest": theirs["fastest"]}, theirs]),
+        patch.object(checks, "OF_ALL_NODES", [lambda bench: bench.add("last", "fine")]),
+    ):
+        whole = checks.check_nodes(own, nodes, tmp_path, lambda line: None)
+    assert [(one.name, one.text) for one in whole.findings if one.status == "FAILED"] == [
+        ("nodes", "b failed 1 checks; 16 GPUs on a, b"),
+        ("b: products small", "slow: GPU 3"),
+    ]
+    write_report([own, whole], tmp_path / "report.md")
+    assert "FAILED  b: products small                  slow: GPU 3" in (tmp_path / "report.md").read_text()
+    # The trainer runs on all nodes under the engine that was fastest on the first.
+    assert whole.figures["fastest"] == {"small": theirs["fastest"][0]}
+    assert engine_variables("hsdp", 32, 4)["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8"
 
 
 def test_without_a_launcher_there_is_one_node() -> None:

@@ -68,7 +68,7 @@ def test_a_report_has_a_table_of_each_measurement(tmp_path: Path) -> None:
     page = (tmp_path / "report.md").read_text()
     known = (
         "commit: abc",
-        "GPU: H100, 570",
+        "GPU: H100, driver 570",
         "3 starts of 50 steps",
         "![",
         "## GPUs: 8, nodes: 1",
