@@ -169,6 +169,10 @@ def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[d
             kind = content.get("model_type")
             raise UserError(f"model.{field} {name!r} has the model_type {kind!r}; set model.family to towers")
         config = getattr(FlipConfig.from_own_fields(content), f"{field}_config")
+        if config.embedded_by:
+            raise UserError(
+                f"model.{field} {name!r} has no tower of its own; name {config.embedded_by['model']!r} instead"
+            )
         known = [key for key in FlipConfig.parts()[f"{field}_config"] if not key.startswith("projection_")]
         towers[f"{field}_config"] = {key: getattr(config, key) for key in known}
     return towers, tokenizer
@@ -184,10 +188,9 @@ def _embedded_fields(named: str, name: str, tower: str, stored: Mapping[str, str
         )
     about = read_about(Path(stored[tower]))
     if tower not in about or about.get("model") != name:
-        had = f"{' and '.join(sorted(about.keys() & PRECOMPUTED_TOWERS.keys())) or 'none'} of {about.get('model')!r}"
-        raise UserError(
-            f"{named} and {field} {stored[tower]!r} has {had}; expected {tower} of this model. Fix: embed them"
-        )
+        had = f"{' and '.join(sorted(about.keys() & PRECOMPUTED_TOWERS.keys()))} of {about.get('model')!r}"
+        has = f"has {had if about else 'none'}; expected {tower} of this model. Fix: embed them"
+        raise UserError(f"{named} and {field} {stored[tower]!r} {has}")
     found = about[tower]
     own = {"embedded_by": {"model": name, "weights_digest": found["weights_digest"]}, "hidden_size": found["width"]}
     # Images come from the model's own processor, so here they are one patch.

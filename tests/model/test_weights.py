@@ -123,6 +123,10 @@ def test_bf16_weights_leave_the_fixed_tables_in_fp32(model: FlipModel, images: t
     [
         (lambda _: FlipVisionConfig(image_size=225), "image_size 225 .*use 224 or 240"),
         (lambda _: FlipTextConfig(pooling="max"), "text_config: pooling is 'max'"),
+        (
+            lambda _: FlipTextConfig(embedded_by={"model": "hf:a"}),
+            "text_config: embedded_by is .*'hf:a'.* weights_digest",
+        ),
         (lambda _: FlipConfig.from_size("xl"), "model size 'xl' .*b16, l16, l14, h14, g14"),
         (lambda small: small({"hidden_size": 30, "num_attention_heads": 5}), "vision hidden_size 30 "),
         (lambda small: small({"num_attention_heads": 5}), "vision_config: hidden_size 32 .*num_attention_heads"),

@@ -171,6 +171,8 @@ def test_what_does_not_fit_is_refused(
     assert re.search(expected, said("--data.image_features", "null"))
     expected = "model.text is 'hf:x' and data.text_features '.*texts' has texts of 'hf:.*llama'; expected texts of this"
     assert re.search(expected, said("--model.text", "hf:x"))
+    expected = "data.image_features 'nowhere' has none; expected images of this model"
+    assert expected in said("--data.image_features", "nowhere")
     assert "data.image_features is" in said("--stages.align.mask_ratio", "0.5")
     # Without the prefix, the family is asked for; that names the way for what cannot be masked.
     towers = ["--model.family", "towers", "--data.image_features", "null", "--data.text_features", "null"]
@@ -192,6 +194,8 @@ def test_verbs_of_whole_models_refuse(
     pretrain(parse_recipe(["--config", str(aligned("dinov3", "llama")), "--eval.tasks", "[]"]))
     said = refused("convert", "onnx", tmp_path / "run", tmp_path / "onnx")
     assert "projects features of other models" in said
+    said = refused("pretrain", "--config", tmp_path / "recipe.yaml", "--model.vision", tmp_path / "run")
+    assert re.search(r"model.vision '.*run' has no tower of its own; name 'hf:.*dinov3' instead", said)
     flags = ["--model.vision", "null", "--model.text", "null", "--output_dir", tmp_path / "next"]
     flags += ["--data.image_features", "null", "--data.text_features", "null", "--data.tokenizer", tmp_path / "llama"]
     said = refused("pretrain", "--config", tmp_path / "recipe.yaml", "--model.init_from", tmp_path / "run", *flags)
