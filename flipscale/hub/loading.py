@@ -81,7 +81,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
 
 
 def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
-    """Return the folder and the model, in evaluation mode, of a model folder or Hub name.
+    """Return the folder and the model, fp32 in evaluation mode, of a model folder or Hub name.
 
     The model is a `FlipModel` (with a decoder if it writes captions too), a captioner or a classifier. Nothing is
     unpickled, and no code of the folder runs. Only the model's own fields of the configuration are read.
@@ -132,7 +132,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
     except (ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"model {name!r} cannot be loaded ({' '.join(str(error).split())})") from error
     with without_bars():
-        return folder, kind.from_pretrained(None, config=config, state_dict=weights).eval()
+        return folder, kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
 
 
 def check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[FlipPreTrainedModel]) -> None:

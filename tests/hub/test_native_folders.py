@@ -1,6 +1,7 @@
 """Exported CLIPModel and SiglipModel folders, as other programs take them, without remote code."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from conftest import add_member
 from hub.native import LENGTH, NATIVE, export_native
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
@@ -98,6 +100,18 @@ def test_attention_and_bf16(native: Native) -> None:
             output = model(input_ids=native.ids, pixel_values=native.pixels.to(model.dtype))
         for found, expected in ((output.image_embeds, images), (output.text_embeds, texts)):
             assert np.abs(torch.nn.functional.normalize(found.float(), dim=1).numpy() - expected).max() < limit, options
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_folder_of_half_weights_is_computed_in_fp32(name: str, tmp_path: Path) -> None:
+    folder = Path(export_native("clip", tmp_path))
+    weights = {key: weight.to(getattr(torch, name)) for key, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": name}))
+    embedder = open_embedder(str(folder), Accelerator(cpu=True))
+    assert {weight.dtype for weight in embedder.model.parameters()} == {torch.float32}
+    assert embedder.texts(["a red disc"]).norm() == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", NATIVE)
