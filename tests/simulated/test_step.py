@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from foreign_towers import SMALL_TIMM, save_text, save_timm
 from simulated.fake_gpu import DEVICE
 from simulated.world import StepReport, World, main, simulate
 from torch import nn
@@ -66,21 +67,42 @@ INPUTS = [
 @functools.cache
 def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
     """What a step of the small recipe, changed by `flags`, does."""
-    recipe = parse_recipe([*RECIPE, *flags])
+    return report_of([*RECIPE, *flags], engine, processes, rank)
+
+
+def report_of(flags: Sequence[str], engine: str, processes: int, rank: int) -> StepReport:
+    recipe = parse_recipe(flags)
     launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", processes)
     return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], rank))
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("world", [8, 256])
 @pytest.mark.parametrize(
     ("engine", "flags"),
     [
         *itertools.product(ENGINES, [(), (MUON, PARTS)]),
-        *(("ddp" if number % 2 else "fsdp2", flags) for number, flags in enumerate([*KINDS, *INPUTS])),
+        *((ENGINES[number % 3], flags) for number, flags in enumerate([*KINDS, *INPUTS])),
     ],
 )
-def test_the_host_waits_once(engine: str, flags: tuple[str, ...]) -> None:
-    found = step(engine, 8, 1, *flags)
+def test_the_host_waits_once(engine: str, flags: tuple[str, ...], world: int) -> None:
+    if world == 256 and PARTS in flags:
+        flags = tuple("--data.micro_batch_size=8" if flag == PARTS else flag for flag in flags)
+    assert_waits_once(step(engine, world, 1, *flags))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [8, 256])
+def test_the_host_waits_once_for_towers_of_other_libraries(world: int, tmp_path: Path) -> None:
+    save_timm("vit_tiny_patch16_224", tmp_path / "vit", **SMALL_TIMM)
+    save_text("bert", tmp_path / "bert")
+    towers = [f"--model.vision={tmp_path / 'vit'}", f"--model.text={tmp_path / 'bert'}", "--model.vision_config={}"]
+    towers.append("--model.text_config={caption_tokens: 8, projection_dim: 24}")
+    others = [flag for flag in RECIPE if "_config" not in flag]
+    assert_waits_once(report_of([*others, "--model.family=towers", *towers], "fsdp2", world, 1))
+
+
+def assert_waits_once(found: StepReport) -> None:
     # It reads the verdict on the step before.
     assert [where.partition(":")[0] for where in found.host_syncs] == ["training/sync.py"], found.host_syncs
     assert found.devices == {DEVICE.index}
@@ -103,20 +125,23 @@ def test_texts_are_gathered_beside_the_image_tower(engine: str, flags: tuple[str
     assert (parts - 1) / parts * found.work.kernels / 4 < gather.kernels < found.work.kernels / 3
 
 
-def hsdp_step(reshards: bool, *flags: str) -> StepReport:
-    """A step of two nodes, whose replicas gather their weights again in the backward pass if they reshard them."""
+def hsdp_step(reshards: bool, *flags: str, nodes: int = 2) -> StepReport:
+    """A step of nodes, whose replicas gather their weights again in the backward pass if they reshard them."""
     recipe = parse_recipe([*RECIPE, *flags])
-    launch = replace(read_launch_file(LAUNCH_FILES / "hsdp.yaml", 2 * NODE), reshard_after_forward=reshards)
+    launch = replace(read_launch_file(LAUNCH_FILES / "hsdp.yaml", nodes * NODE), reshard_after_forward=reshards)
     return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], 1))
 
 
+_LONG_HSDP = [(False, (), 2), (True, (MUON, PARTS), 2), (True, (), 32), (False, (MUON,), 32)]
+
+
 @pytest.mark.parametrize(
-    ("reshards", "flags"),
-    [(True, ()), *(pytest.param(*case, marks=pytest.mark.long) for case in [(False, ()), (True, (MUON, PARTS))])],
+    ("reshards", "flags", "nodes"),
+    [(True, (), 2), *(pytest.param(*case, marks=pytest.mark.long) for case in _LONG_HSDP)],
 )
-def test_hsdp_has_messages_of_one_group_in_flight(reshards: bool, flags: tuple[str, ...]) -> None:
-    found = hsdp_step(reshards, *flags)
-    assert {len(one.group) for one in found.collectives} == {2, NODE, 2 * NODE}
+def test_hsdp_has_messages_of_one_group_in_flight(reshards: bool, flags: tuple[str, ...], nodes: int) -> None:
+    found = hsdp_step(reshards, *flags, nodes=nodes)
+    assert {len(one.group) for one in found.collectives} == {nodes, NODE, nodes * NODE}
     assert found.side_by_side == []
 
 
