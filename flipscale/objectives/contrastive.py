@@ -8,7 +8,7 @@ matrix products. Autograd on the whole matrix takes six. `contrastive_triton` ha
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -112,9 +112,8 @@ def contrastive_loss(
             `(batch, dim)` images; the captions of an image are neighbouring rows.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
         pending: the gather of these texts, if it has begun.
-        prefix_dims: widths of `prefixes`. The loss is the mean over them and the whole width, each compared at the same
-            scale (Matryoshka, arXiv 2205.13147; equal weights as in sentence-transformers' `MatryoshkaLoss`, which sums
-            them).
+        prefix_dims: widths of `prefixes` (Matryoshka, arXiv 2205.13147). The loss is half that of the whole width, and
+            half the mean over these, all at the same scale.
     """
     has_captions = len(text_embeds) > len(image_embeds)
     sides = (text_embeds, image_embeds) if has_captions else (image_embeds, text_embeds)
@@ -155,6 +154,13 @@ def loss_dtype(texts: torch.Tensor) -> torch.dtype:
 def prefixes(rows: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
     """Return embeddings `(count, dim)` cut to each of `dims` and of unit length again, and last the whole ones."""
     return [*(normalize(rows[:, :dim], dim=1) for dim in dims), rows]
+
+
+def weigh_widths(parts: Iterable[torch.Tensor], count: int) -> None:
+    """Multiply what belongs to each of `count` widths of `prefixes` by its share of the loss, in place."""
+    if count > 1:
+        for part, share in zip(parts, [*[0.5 / (count - 1)] * (count - 1), 0.5], strict=True):
+            part.mul_(share)
 
 
 def prefix_bytes(pairs: int, world: int, dims: Sequence[int], views: int = 1) -> int:
@@ -208,7 +214,8 @@ def _loss_and_gradients(
         firsts = range(0, len(sums), num_views)
         groups = [(matrices[first : first + num_views], sums[first : first + num_views]) for first in firsts]
         sums = [of_view for group in groups for of_view in _spread_targets(*group)]
-    loss = torch.stack([one.cross_entropy(own) + other.cross_entropy(own) for one, other, own in sums]).mean() / 2
+    losses = torch.stack([one.cross_entropy(own) + other.cross_entropy(own) for one, other, own in sums])
+    losses = losses.view(len(rows), -1)
     row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
     _second_pass(
         *(matrices, sums, gathered),
@@ -216,10 +223,13 @@ def _loss_and_gradients(
         [gradient for gradient in column_gradients for _ in range(num_views)],
         captions=num_views if spreads else 1,
     )
-    count = 2 * len(images) * len(rows)
+    for by_width in (losses, row_gradients, column_gradients):
+        weigh_widths(by_width, len(rows))
+    count = 2 * len(images)
     products = [_dot(*sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)]
     image_gradient = whole_gradient(images, rows, row_gradients).mul_(scale / count)
     text_gradient = gathered.sum(whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
+    loss = losses.sum(0).mean() / 2
     return loss, (image_gradient, text_gradient, torch.stack(products).sum().reshape(1) / count)
 
 
@@ -265,7 +275,7 @@ def _change_of_targets(
     it is `(2 trace(s) - sum(W * s)) / 2N`. The weights `W - 2` of pairs and `W` of others are the gradient of the
     teacher's own InfoNCE by its logits. So the two passes of the contrastive loss run over the teacher's tiles, and
     the second multiplies the weights with the student's embeddings. With prefixes, the mean of the student's logits
-    over the widths takes the place of `s`. Up to a factor, it is the product of all `prefixes` side by side.
+    over the widths, weighted as the loss, takes the place of `s`.
     """
     count, width = teachers.shape[1], teachers.shape[3]
     own_images, own_texts = (side.unbind(1) for side in teachers.unbind(2))
@@ -281,7 +291,9 @@ def _change_of_targets(
     student = (torch.stack(views).mean(0), torch.cat(columns, dim=1) if prefix_dims else all_texts)
     image_gradient, text_gradient = torch.zeros_like(student[0]), all_texts.new_zeros(student[1].shape)
     _second_pass(matrices, sums, gathered, [image_gradient] * count, [text_gradient] * count, student=student)
-    part, widths = -1 / (2 * len(texts) * count * len(rows)), [row.shape[1] for row in rows]
+    part, widths = -1 / (2 * len(texts) * count), [row.shape[1] for row in rows]
+    for gradient in (image_gradient, text_gradient):
+        weigh_widths(gradient.split(widths, dim=1), len(rows))
     product = part * _dot(student[0], image_gradient).sum(dtype=torch.float64)
     image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)
     image_gradient = whole_gradient(images, rows, image_gradient.split(widths, dim=1))

@@ -71,20 +71,24 @@ def _loss_and_gradients(
     prefix_dims: Sequence[int] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
-    # Columns: each image's loss, and the sum of its logits' gradients.
-    sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     gathered = contrastive.GatheredTexts(texts, pending)
     both_ids = None if ids is None else (ids, contrastive.GatheredTexts(ids).rows)
     rows, columns = contrastive.prefixes(images, prefix_dims), contrastive.prefixes(gathered.rows, prefix_dims)
     row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
-    for part, others, gradient, other_gradient in zip(rows, columns, row_gradients, column_gradients, strict=True):
+    # Columns, for each width: each image's loss, and the sum of its logits' gradients.
+    sums = torch.zeros(len(rows), len(images), 2, dtype=torch.float64, device=images.device)
+    for part, others, of_width, gradient, other_gradient in zip(
+        *(rows, columns, sums, row_gradients, column_gradients), strict=True
+    ):
         for view, *results in zip(
-            *(contrastive.views_of(side, len(texts)) for side in (part, sums, gradient)), strict=True
+            *(contrastive.views_of(side, len(texts)) for side in (part, of_width, gradient)), strict=True
         ):
             matrix = contrastive.Matrix(view, others, scale, gathered.first)
             contrastive.for_each_tile(_add_tile, matrix, bias, both_ids, *results, other_gradient)
-    count = len(images) * len(rows)
-    loss, bias_gradient = sums.sum(0) / count
+    for by_width in (sums, row_gradients, column_gradients):
+        contrastive.weigh_widths(by_width, len(rows))
+    count = len(images)
+    loss, bias_gradient = sums.sum(0).sum(0) / count
     products = [
         torch.einsum("nd,nd->n", *sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)
     ]

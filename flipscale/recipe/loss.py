@@ -23,8 +23,8 @@ class LossRecipe:
             image's target evenly over them. `sigmoid` labels each as a match. A caption repeats only if the sample has
             fewer.
         prefix_dims: Widths at which `infonce` and `sigmoid` also compare the embeddings, such as `[32, 64, 128]`: cut
-            to their first numbers and of unit length again. The loss is the mean over these and the whole width. The
-            model's embeddings can then be cut to these widths (Matryoshka, arXiv 2205.13147).
+            to their first numbers and of unit length again. The loss is half that of the whole width, and half the
+            mean over these. The model's embeddings can then be cut to these widths (Matryoshka, arXiv 2205.13147).
         exchange: Only `gather`, for recipes of earlier runs. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
