@@ -49,8 +49,7 @@ class Memory:
 
     def nearest(self, batches: Sequence[torch.Tensor], k: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the cosines and the numbers of the k nearest pairs, or of all, of each image of each batch: fp32 and
-        int64 `(images, k)`. The memory is read once, block by block.
-        Raise UserError if no pair is usable."""
+        int64 `(images, k)`. The memory is read once, block by block. Raise UserError if no pair is usable."""
         found = [(torch.empty(len(batch), 0), torch.empty(len(batch), 0, dtype=torch.int64)) for batch in batches]
         for pairs, block in self._blocks():
             for number, (batch, (cosines, known)) in enumerate(zip(batches, found, strict=True)):
