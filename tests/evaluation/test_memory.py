@@ -115,6 +115,11 @@ def test_results_are_those_of_a_plain_formula(
     assert gain.low < gain.value < gain.high
 
 
+def test_one_number_each_needs_no_validation(embedder: Embedder, folder: Path) -> None:
+    alone, chosen = (run(embedder, folder, neighbours=[3], weights=[0.4], **more) for more in ({"validation": ""}, {}))
+    assert [one.outcomes for one in alone.values()] == [one.outcomes for one in chosen.values()]
+
+
 def test_weight_zero_is_zero_shot(embedder: Embedder, folder: Path) -> None:
     fixed = run(embedder, folder, neighbours=[4], weights=[0.0])
     plain = run_tasks(embedder, build_tasks([{"kind": "zero_shot", "data": str(folder / "test")}]))

@@ -83,7 +83,7 @@ class ZeroShotMemory(ZeroShot):
 
     Args:
         memory: folder of `embeds` that `flipscale prepare embed` wrote with the same model.
-        validation: folder of the images that choose k and w by top-1, laid out as `data`.
+        validation: folder of the images that choose k and w by top-1, laid out as `data`. One k and one w need none.
         neighbours: k to try.
         weights: w to try, 0 for zero-shot alone, 1 for the memory alone. The first of equals is chosen.
     """
@@ -100,27 +100,32 @@ the nearest training images, whose number and weight validation images choose. G
 
     def check(self) -> None:
         super().check()
-        if not (self.memory and read_about(Path(self.memory)) and self.validation and self.neighbours and self.weights):
+        tried = len(self.neighbours) * len(self.weights)
+        if not (self.memory and read_about(Path(self.memory)) and tried and (self.validation or tried == 1)):
             raise UserError(
                 f"memory is {self.memory!r}, validation {self.validation!r}, neighbours {self.neighbours}, weights "
-                f"{self.weights}; expected a folder of `flipscale prepare embed`, one of images, and numbers to try"
+                f"{self.weights}; expected a folder of `flipscale prepare embed`, and one of images that choose among "
+                "the numbers, or one number each"
             )
-        PromptedTask.check(replace(self, data=self.validation, task=""))
-        if Path(self.validation).resolve() == Path(self.data).resolve():
-            raise UserError(f"validation is {self.validation}, the test images. Fix: choose k and w on other images")
+        if self.validation:
+            PromptedTask.check(replace(self, data=self.validation, task=""))
+            if Path(self.validation).resolve() == Path(self.data).resolve():
+                fix = "choose k and w on other images"
+                raise UserError(f"validation is {self.validation}, the test images. Fix: {fix}")
         for images in (TestSet.open(self.data), *self.other_sets()):
             if images.source.contents_digest(in_order=True) == self.made_by["pairs_digest"]:
                 _log.warning("%s: the memory %s has the images of %s; use others", self.name, self.memory, images.data)
 
     def other_sets(self) -> list[TestSet]:
-        return [TestSet.open(self.validation, "validation")]
+        return [TestSet.open(self.validation, "validation")] if self.validation else []
 
     @property
     def made_by(self) -> dict[str, Any]:
         return {**super().made_by, "pairs_digest": read_about(Path(self.memory))["shards_digest"]}
 
     def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
-        chosen, known = self._chosen(embedder), replace(embedder, kept={} if embedder.kept is None else embedder.kept)
+        chosen = self._chosen(embedder) if self.validation else self
+        known = replace(embedder, kept={} if embedder.kept is None else embedder.kept)
         results = ZeroShot.evaluate(chosen, known, test_set)
         alone = ZeroShot(**{one.name: getattr(self, one.name) for one in fields(ZeroShot)}).evaluate(known, test_set)
         for new, old in zip(results[:], alone, strict=True):
