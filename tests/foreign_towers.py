@@ -86,6 +86,7 @@ VISION: dict[str, Callable[[Path], None]] = {
     "`ViTMAEModel`": lambda folder: save_vision("vit_mae", folder, head="ViTMAEForPreTraining", **_VIT),
     "`Dinov2Model`": lambda folder: save_vision("dinov2", folder, **_DINO),
     "`Dinov2WithRegistersModel`": lambda folder: save_vision("dinov2_with_registers", folder, **_DINO),
+    "`DINOv3ViTModel`": lambda folder: save_vision("dinov3_vit", folder, **_VIT, num_register_tokens=2),
     "`CLIPVisionModel`": lambda folder: save_vision("clip_vision_model", folder, **_VIT),
     "`CLIPModel`": lambda folder: save_vision("clip", folder, **_BOTH),
     "`SiglipVisionModel`": lambda folder: save_vision("siglip_vision_model", folder, **_VIT),
@@ -95,7 +96,6 @@ VISION: dict[str, Callable[[Path], None]] = {
     "timm, EVA02": lambda folder: save_timm("eva02_tiny_patch14_224", folder, img_size=28, depth=2),
     "timm, ResNet": lambda folder: save_timm("resnet10t", folder),
     "`Dinov2Model` with SwiGLU": lambda folder: save_vision("dinov2", folder, **_DINO, use_swiglu_ffn=True),
-    "`DINOv3ViTModel`": lambda folder: save_vision("dinov3_vit", folder, **_VIT),
     "`Siglip2VisionModel` (NaFlex)": lambda folder: save_vision("siglip2_vision_model", folder, **TOWER, patch_size=8),
     "`ResNetModel`": lambda folder: save_vision("resnet", folder, embedding_size=8, hidden_sizes=[8], depths=[1]),
 }

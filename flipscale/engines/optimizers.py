@@ -93,7 +93,7 @@ def layer_scales(
         if path in ("vision_model", "text_model") and (decay is not None or tower_ratio != 1.0):
             last = len(encoder_blocks(tower)) + 1
             for name, _ in tower.named_parameters():
-                block = re.match(r"(?:encoder\.)?layers?\.(\d+)\.", name)
+                block = re.match(r"(?:encoder\.|model\.)?layers?\.(\d+)\.", name)
                 # CLIP has a norm before the first block.
                 group = int(block[1]) + 1 if block else 0 if name.startswith(("embeddings.", "pre_")) else last
                 scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (last - group)

@@ -26,7 +26,6 @@ TOLERANCE = 1e-4
 
 # Why image towers of other types do not fit.
 _NO_PLAIN_VIT = {
-    "dinov3_vit": "whose positions are rotary (RoPE)",
     "Eva": "whose positions may be rotary (RoPE)",
     "siglip2": "whose NaFlex patches have no fixed grid",
     "siglip2_vision_model": "whose NaFlex patches have no fixed grid",

@@ -64,9 +64,12 @@ def masked_config(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], nu
 
 
 def tower_fields(kind: Any) -> list[str]:
-    """Return the fields of a tower's configuration class, without those that transformers adds to all."""
+    """Return the fields of a tower's configuration class, without those that transformers adds to all.
+
+    DINOv3's random changes of positions in training are left out: each process and pass would draw others.
+    """
     general = {field.name for field in fields(PreTrainedConfig)}
-    return [field.name for field in fields(kind) if field.name not in general]
+    return [name for field in fields(kind) if (name := field.name) not in general and not name.startswith("pos_embed_")]
 
 
 class MaskedFields:
@@ -135,6 +138,7 @@ class PackedImages(NamedTuple):
     patches: torch.Tensor
     patch_index: torch.Tensor | None
     image_size: int | None
+    weight_dtype: torch.dtype = torch.float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,8 +146,8 @@ class PackedImages(NamedTuple):
         return self.patches.dtype
 
     def to(self, dtype: torch.dtype) -> "PackedImages":
-        """Return the same images, because the embeddings cast them."""
-        return self
+        """Return the same images, because the embeddings cast them. Rotary positions get `dtype`."""
+        return self._replace(weight_dtype=dtype)
 
 
 class PackedPatchEmbedding(nn.Conv2d):
@@ -189,7 +193,7 @@ class PackedEmbeddings:
         config = self.config
         if isinstance(images, torch.Tensor):
             images = PackedImages(patchify(images, config.patch_size), None, images.shape[-1])
-        patches, index, image_size = images
+        patches, index, image_size, _ = images
         if patches.ndim == 4 and index is not None:
             patches, index = patches.flatten(0, 1), index.flatten(0, 1)
         if patches.dtype == torch.uint8:

@@ -4,6 +4,7 @@
 """
 
 import copy
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,22 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTEmbeddings, DINOv3ViTRopePositionEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from .configuration_flip import IMAGENET_MEAN, IMAGENET_STD, SIZES, TowerFields, check_ranges, tower_size
-from .masked import MaskedDualEncoder, MaskedFields, PackedEmbeddings, masked_config, masked_tower, tower_fields
+from .masked import (
+    MaskedDualEncoder,
+    MaskedFields,
+    PackedEmbeddings,
+    PackedImages,
+    masked_config,
+    masked_tower,
+    tower_fields,
+)
 from .modeling_dual_encoder import ExtendedDualEncoderModel, add_parts
+from .modeling_flip import cast_for_products
 
 # OpenAI's mean and standard deviation of the pixels.
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -170,6 +181,49 @@ class PackedRegisters(PackedViTEmbeddings):
         self.mask_token.requires_grad_(False)  # type: ignore[attr-defined]  # for DINOv2's own pre-training
 
 
+class PackedRotated(PackedRegisters):
+    """A mixin for embeddings of a DINOv3: its blocks rotate by the positions, so the tokens have none."""
+
+    patch_embedding_name: ClassVar[str] = "patch_embeddings"
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.dropout = torch.nn.Identity()
+
+    def positions(self, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return zeros of width 1 for the class token and for `side` x `side` patches."""
+        zeros = self.pixel_scale.new_zeros(1, 1)
+        return zeros, zeros.expand(side * side, 1)
+
+
+class PackedRotations(DINOv3ViTRopePositionEmbedding):
+    """The cosines and sines by which DINOv3's blocks rotate queries and keys, for visible patches only."""
+
+    def forward(self, images: PackedImages | torch.Tensor) -> Any:
+        """Return both for the patches: `(patches, head width)`, or with an index `(batch, 1, kept, head width)`."""
+        if isinstance(images, torch.Tensor):
+            images = PackedImages(images, None, images.shape[-1], images.dtype)
+        _, index, image_size, dtype = images
+        side = self.config.patches_along(image_size)
+        # As the centres of patches in transformers, without its cache: a dry run's tensors have no numbers.
+        along = 2.0 * (torch.arange(0.5, side, device=self.inv_freq.device) / side) - 1.0
+        centres = torch.cartesian_prod(along, along)
+        angles = (2 * math.pi * centres[:, :, None] * self.inv_freq).flatten(1).tile(2)
+        tables = [cast_for_products(table.to(dtype)) for table in (angles.cos(), angles.sin())]
+        if index is None:
+            return tables
+        kept = index.flatten(0, -2).long()
+        return [table[kept].unsqueeze(1) for table in tables]
+
+
+class MaskedDINOv3ViTModel(masked_tower(transformers.DINOv3ViTModel, DINOv3ViTEmbeddings, PackedRotated)):  # type: ignore[misc]
+    """A DINOv3ViTModel that takes visible patches. They keep the rotations of their places."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.rope_embeddings = PackedRotations(config)
+
+
 _CLIP, _SIGLIP = (kind.sub_configs_defaults["vision_config"] for kind in (MaskedCLIPConfig, MaskedSiglipConfig))
 # Image towers by `model_type`: the configuration and the model for training.
 VISION_TOWERS: dict[str, tuple[Any, Any]] = {
@@ -184,6 +238,10 @@ VISION_TOWERS: dict[str, tuple[Any, Any]] = {
     "dinov2_with_registers": (
         masked_config(transformers.Dinov2WithRegistersConfig, IMAGENET_MEAN, IMAGENET_STD),
         masked_tower(transformers.Dinov2WithRegistersModel, Dinov2WithRegistersEmbeddings, PackedRegisters),
+    ),
+    "dinov3_vit": (
+        masked_config(transformers.DINOv3ViTConfig, IMAGENET_MEAN, IMAGENET_STD),
+        MaskedDINOv3ViTModel,
     ),
     "clip_vision_model": (_CLIP.config_class, MaskedCLIPModel.tower_class),
     "siglip_vision_model": (_SIGLIP.config_class, MaskedSiglipModel.tower_class),

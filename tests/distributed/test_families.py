@@ -8,7 +8,7 @@ import torch
 from conftest import TOWER, losses
 from distributed.crowd import Crowds
 from distributed.test_engines import Trainings, assert_learned_alike, close
-from foreign_towers import SMALL_TIMM, save_text, save_timm
+from foreign_towers import SMALL_TIMM, VISION, save_text, save_timm
 
 long = partial(pytest.param, marks=pytest.mark.long)
 CLIP = {"family": "clip", "text_config": {**TOWER, "max_position_embeddings": 8}}
@@ -23,6 +23,7 @@ CASES: dict[str, dict] = {
     "siglip, infonce": {"model": SIGLIP, "mask": {"views": 2}, "optim": {"ema_decay": 0.9}},
     # The fixture adds the folders of both towers.
     "towers": {"model": {"gradient_checkpointing": True}, "optim": {"layer_decay": 0.7}},
+    "towers, dinov3": {"model": {"gradient_checkpointing": True}, "mask": {"views": 2}},
     "towers, sigmoid": {"model": {}, "loss": {"kind": "sigmoid"}, "data": {"micro_batch_size": 4}},
 }
 STAGES = [
@@ -44,8 +45,10 @@ def trainings(
     save_text("bert", folder / "bert", initializer_range=0.2)
     towers: dict = {"family": "towers", "vision": str(folder / "vit"), "text": str(folder / "bert")}
     towers |= {"vision_config": {}, "text_config": {"caption_tokens": 8, "projection_dim": 24}}
+    VISION["`DINOv3ViTModel`"](folder / "dino")
     for case in ("towers", "towers, sigmoid"):
         CASES[case]["model"] |= towers
+    CASES["towers, dinov3"]["model"] |= {**towers, "vision": str(folder / "dino")}
     return trainings
 
 
@@ -63,6 +66,8 @@ def trainings(
         ("siglip, infonce", "fsdp2"),
         ("towers", "fsdp2"),
         long("towers", "zero3"),
+        long("towers, dinov3", "fsdp2"),
+        long("towers, dinov3", "zero3"),
         long("towers, sigmoid", "zero2"),
     ],
 )
@@ -78,14 +83,14 @@ def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["siglip", "towers"])
+@pytest.mark.parametrize("case", ["siglip", "towers", "towers, dinov3"])
 def test_in_bf16_a_sharded_run_learns_what_one_process_does(trainings: Trainings, case: str) -> None:
     one, many = (trainings.run(*on, precision="bf16", **CASES[case]) for on in (("ddp", 1), ("fsdp2", 2)))
     assert losses(many) == pytest.approx(losses(one), abs=0.05)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip", "towers"])
+@pytest.mark.parametrize("case", ["clip", "clip, packed", "siglip", "towers", "towers, dinov3"])
 def test_a_compiled_run_learns_the_same(trainings: Trainings, case: str) -> None:
     compiled = {**CASES[case], "model": {**CASES[case]["model"], "compile": True}}
     assert close(losses(trainings.run("fsdp2", 2, **compiled)), losses(trainings.run("ddp", 1, **CASES[case])))

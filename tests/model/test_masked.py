@@ -11,21 +11,27 @@ from transformers import CLIPModel, SiglipModel, VisionTextDualEncoderModel
 from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.engines.optimizers import decays, layer_scales
 from flipscale.model.families import FAMILIES, config_class
-from flipscale.model.patches import keep_lowest, patchify, take_patches
+from flipscale.model.patches import keep_lowest, num_kept, patchify, take_patches
 
 VISION, TEXT = {**TOWER, "image_size": 32, "patch_size": 8}, {**TOWER, "vocab_size": 50, "max_position_embeddings": 12}
-MASKED = [name for name in FAMILIES if name != "flip"]
+# The third is family `towers` with a ViT, the last with a DINOv3.
+MASKED = [*(name for name in FAMILIES if name != "flip"), "dinov3"]
 
 
 def models(family: str) -> tuple[Any, Any]:
     """Return a small model with masks, and transformers' own with the same weights."""
     vision, text = VISION, {**TEXT, "eos_token_id": 3, "bos_token_id": None}
-    if family == "towers":
+    if family in ("towers", "dinov3"):
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        kinds: dict[str, dict[str, Any]] = {
+            "towers": {"model_type": "vit"},
+            "dinov3": {"model_type": "dinov3_vit", "num_register_tokens": 3},
+        }
         vision, text = (
-            {**VISION, "model_type": "vit"},
+            {**VISION, **kinds[family]},
             {**text, "model_type": "bert", "caption_tokens": 12, **no_dropout},
         )
+        family = "towers"
     config = config_class(family).from_size("s16", vision, text)
     config.logit_bias_init_value = -10.0 if family == "siglip" else None
     torch.manual_seed(0)
@@ -50,7 +56,7 @@ def test_whole_images_and_captions(family: str) -> None:
     ours, theirs = models(family)
     assert type(theirs) in (CLIPModel, SiglipModel, VisionTextDualEncoderModel)
     pixels = torch.randn(3, 3, 32, 32)
-    padding = {"attention_mask": captions() != 0} if family == "towers" else {}
+    padding = {"attention_mask": captions() != 0} if family in ("towers", "dinov3") else {}
     with torch.no_grad():
         expected = theirs(pixel_values=pixels, input_ids=captions(), **padding)
         for images in ({"pixel_values": pixels}, {"patches": patchify(pixels, 8)}):
@@ -59,7 +65,7 @@ def test_whole_images_and_captions(family: str) -> None:
                 assert torch.allclose(found[name], expected[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("family", MASKED)
+@pytest.mark.parametrize("family", MASKED[:-1])
 def test_a_mask_drops_tokens_after_the_embedding(family: str) -> None:
     ours, theirs = models(family)
     prefix = ours.config.vision_config.num_prefix_tokens
@@ -74,6 +80,34 @@ def test_a_mask_drops_tokens_after_the_embedding(family: str) -> None:
             theirs.vision_model.embeddings.forward = lambda *_, dropped=dropped, **__: dropped
             expected = theirs.get_image_features(pixels).pooler_output
             assert torch.allclose(found[view::2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
+def test_rotary_positions_equal_attention_without_hidden_keys(mask_ratio: float, attention: str) -> None:
+    """In transformers' DINOv3 no token attends to the hidden keys. Visible tokens and gradients agree."""
+    ours, theirs = (model.vision_model.train() for model in models("dinov3"))
+    theirs.set_attn_implementation(attention)
+    ours.set_attn_implementation(attention)
+    pixels, kept = torch.randn(3, 3, 32, 32), num_kept(16, mask_ratio)
+    index = keep_lowest(torch.rand(3, 4, 4), kept, views=1)[:, 0]
+    visible = take_patches(patchify(pixels, 8), index)
+    found = ours(patches=visible, patch_index=index).last_hidden_state
+    # The class token and the three registers are never hidden.
+    seen = torch.cat([torch.arange(4).expand(3, -1), index + 4], dim=1)
+    mask = torch.full((3, 20), -torch.inf).scatter(1, seen, 0.0)[:, None, None].expand(-1, 1, 20, -1)
+    theirs.rope_embeddings.eval()  # it would change positions at random in training
+    tokens = theirs(pixels, attention_mask=mask).last_hidden_state
+    expected = tokens.gather(1, seen[:, :, None].expand(-1, -1, 32))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, ours(patches=visible, patch_index=15 - index).last_hidden_state, atol=1e-3)
+    weights = torch.randn_like(found)
+    for states in (found, expected):
+        (states * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if "mask_token" not in name}
+    for name, parameter in ours.named_parameters():
+        if "mask_token" not in name:
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4), name
 
 
 @pytest.mark.parametrize("family", MASKED)
@@ -117,9 +151,10 @@ def test_decay_is_open_clips() -> None:
     """Parameters of fewer than two dimensions do not decay; all others do."""
     for family in MASKED:
         ours, theirs = models(family)
-        # The class token of a ViT has two dimensions of one number.
+        # The class token and the registers of a ViT have dimensions of one number.
         expected = {
-            name: parameter.ndim > 1 and not name.endswith("cls_token") for name, parameter in theirs.named_parameters()
+            name: parameter.ndim > 1 and not name.endswith(("cls_token", "register_tokens"))
+            for name, parameter in theirs.named_parameters()
         }
         assert {name: decays(ours)[name] for name in expected} == expected
 
@@ -131,6 +166,10 @@ def test_layer_decay_counts_blocks() -> None:
         scales["vision_model.layers.1.mlp.fc1.weight"] == scales["text_model.encoder.layer.1.output.dense.bias"] == 0.5
     )
     assert scales["vision_model.pooler.dense.weight"] == 1.0
+    scales = layer_scales(models("dinov3")[0], 0.5)
+    assert scales["vision_model.embeddings.register_tokens"] == 0.125
+    assert scales["vision_model.model.layer.1.mlp.up_proj.weight"] == 0.5
+    assert scales["vision_model.norm.weight"] == 1.0
     scales = layer_scales(models("clip")[0], 0.5)
     assert scales["vision_model.embeddings.class_embedding"] == scales["vision_model.pre_layrnorm.weight"] == 0.125
     assert scales["text_model.encoder.layers.1.mlp.fc1.weight"] == 0.5

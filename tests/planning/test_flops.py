@@ -71,6 +71,15 @@ def test_the_count_is_the_formula_s(config: FlipConfig, masks: tuple[float, int,
         assert (counted.forward if name == "forward" else counted.modules[name]) == expected, name
 
 
+def test_registers_of_a_dinov3_are_counted() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = {**sizes, "model_type": "dinov3_vit", "image_size": 64, "patch_size": 8, "num_register_tokens": 4}
+    text = {**sizes, "model_type": "bert", "vocab_size": 50, "max_position_embeddings": 12}
+    config = config_class("towers").from_size("", vision, text)
+    expected = 2 * 16 * 3 * 64 * 64 + layers(config.vision_config, 1 + 4 + 16)
+    assert forward_flops(config, 0.75).modules["vision_model"] == expected
+
+
 def test_a_step_by_torch_s_counter() -> None:
     # 32 px whole and 64 px at 75 % are both 16 patches.
     assert forward_flops(SMALL, 0.0, image_size=32).forward == forward_flops(SMALL, 0.75).forward

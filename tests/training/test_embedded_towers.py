@@ -177,10 +177,9 @@ def test_what_does_not_fit_is_refused(
     # Without the prefix, the family is asked for; that names the way for what cannot be masked.
     towers = ["--model.family", "towers", "--data.image_features", "null", "--data.text_features", "null"]
     towers += ["--model.vision_config", "{}", "--model.text_config", "{}"]
-    vision = said(*towers, "--model.vision", str(tmp_path / "dinov3"), "--model.text", str(tmp_path / "llama"))
-    assert re.search(
-        r"'dinov3_vit', whose positions are rotary.* or embed it by .*: hf:.*dinov3 in family flip", vision
-    )
+    IMAGES["tipsv2"](tmp_path / "tips")
+    vision = said(*towers, "--model.vision", str(tmp_path / "tips"), "--model.text", str(tmp_path / "llama"))
+    assert re.search(r"'tipsv2_vision_model', .* or embed it by .*: hf:.*tips in family flip", vision)
     # Weights that changed after the features were stored.
     weights = tmp_path / "llama/model.safetensors"
     save_text("llama", tmp_path / "other", initializer_range=0.3)

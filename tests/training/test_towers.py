@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TOWER, losses, metrics
+from conftest import TOWER, cut, losses, metrics
 from foreign_towers import (
     END,
     OTHER_TEXTS,
@@ -29,6 +29,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoProcessor,
+    DINOv3ViTModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -40,6 +41,7 @@ from flipscale.cli import main
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import load_with_tokenizer
+from flipscale.model.patches import patchify
 from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -177,6 +179,48 @@ def test_a_text_encoder_without_pooling_needs_code_in_the_folder(
         ]
     assert torch.allclose(found[0], found[1], atol=1e-5)
     assert torch.allclose(found[1], found[2], atol=1e-5)
+
+
+@pytest.mark.long
+def test_a_dinov3_is_trained_under_masks(
+    file: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half and three quarters of its patches hidden, stopped in between, exported, and loaded by transformers alone."""
+    VISION["`DINOv3ViTModel`"](tmp_path / "dino")
+    content = yaml.safe_load(file.read_text())
+    content["model"]["vision"] = str(tmp_path / "dino")
+    content["stages"] = [
+        {"name": "half", "samples": 160, "mask_ratio": 0.5, "base_lr": 0.004},
+        {"name": "most", "samples": 160, "mask_ratio": 0.75},
+    ]
+    content["save"] = {"every_samples": 64, "total_limit": 20}
+    file.write_text(yaml.safe_dump({**content, "eval": {"tasks": [{"kind": "zero_shot", "data": str(shards)}]}}))
+    flags, run_dir = ["--config", str(file)], tmp_path / "run"
+    pretrain(parse_recipe(flags))
+    assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.1
+    whole = load_file(run_dir / "model/model.safetensors")
+    cut(run_dir, tmp_path / "cut", 12)
+    shutil.rmtree(run_dir)
+    (tmp_path / "cut").rename(run_dir)
+    pretrain(parse_recipe(flags))
+    resumed = load_file(run_dir / "model/model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    # The names of weights are the published ones.
+    published = load_file(tmp_path / "dino/model.safetensors")
+    names = {name.removeprefix("vision_model.") for name in whole if name.startswith("vision_model.")}
+    assert names == published.keys()
+    model = AutoModel.from_pretrained(run_dir / "model").eval()
+    assert (type(model), type(model.vision_model)) == (VisionTextDualEncoderModel, DINOv3ViTModel)
+    assert not list((run_dir / "model").glob("*.py"))
+    pixels = torch.randn(2, 3, 32, 32)
+    ours, _ = load_with_tokenizer(str(run_dir))
+    with torch.no_grad():
+        found = ours.eval().get_image_features(patches=patchify(pixels, 8)).pooler_output
+        assert torch.allclose(found, model.get_image_features(pixels).pooler_output, atol=1e-5)
+    capsys.readouterr()
+    main(["evaluate", str(run_dir), "--zero_shot", str(shards), "--json"])
+    found = json.loads(capsys.readouterr().out)["zero_shot/top1"]
+    assert found == [row["zero_shot/top1"] for row in metrics(run_dir) if "zero_shot/top1" in row][-1]
 
 
 def test_a_resume_needs_the_tokenizer_only(file: Path, tmp_path: Path) -> None:
