@@ -83,7 +83,7 @@ def build(launch: Launch, rank: int, recipe: OptimRecipe, layers: int = 2) -> En
     return engine
 
 
-@pytest.mark.parametrize("rank", [0, 31, 255])
+@pytest.mark.parametrize("rank", [0, 255])
 def test_sharded_adamw_dispatches_do_not_grow_with_parameters(rank: int) -> None:
     counts = []
     with fake_world(rank, 256):
@@ -122,7 +122,7 @@ def muon_step(matrices: list[nn.Parameter], group: dist.ProcessGroup | None) -> 
     return recorder
 
 
-@pytest.mark.parametrize("world", [8, 256, 1024])
+@pytest.mark.parametrize("world", [8, 1024])
 def test_muon_under_ddp_receives_each_matrix_once(world: int) -> None:
     shapes = h14_shapes(divisor=32)
     with fake_world(world - 1, world):
@@ -142,7 +142,7 @@ def test_muon_under_ddp_receives_each_matrix_once(world: int) -> None:
     assert useful <= received < 1.02 * useful
 
 
-@pytest.mark.parametrize("world", [8, 256, 1024])
+@pytest.mark.parametrize("world", [8, 1024])
 def test_muon_of_rows_receives_no_more_than_it_needs(world: int) -> None:
     """A process receives its rows of all matrices and the matrices that it computes, in any world."""
     shapes, counts = h14_shapes(divisor=32), []
@@ -199,17 +199,9 @@ def layout_of(engine: str, rank: int, world: int) -> Iterator[Layout]:
         yield _RowLayout(model, rank, world, mesh.get_group("replicate") if replicas > 1 else None)
 
 
-WORLDS = [(8, 8), (8, 256), (256, 8), (256, 256)]
-
-
 @pytest.mark.parametrize(
     ("engine", "saved", "resumed"),
-    [
-        *(("ddp", *worlds) for worlds in WORLDS),
-        *((engine, *WORLDS[engine == "hsdp"]) for engine in ("fsdp2", "hsdp")),
-        *(pytest.param("fsdp2", *worlds, marks=pytest.mark.long) for worlds in WORLDS[1:]),
-        *(pytest.param("hsdp", *worlds, marks=pytest.mark.long) for worlds in WORLDS[2:]),
-    ],
+    [("ddp", 8, 256), ("ddp", 256, 8), ("fsdp2", 8, 256), ("hsdp", 256, 8), ("hsdp", 8, 8)],
 )
 def test_a_resume_opens_no_more_files_than_its_world_has_shares(
     engine: str, saved: int, resumed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

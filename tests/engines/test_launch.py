@@ -77,14 +77,13 @@ def test_the_role_names_other_engines(tmp_path: Path, monkeypatch: pytest.Monkey
         engine_class(read_launch_file(file))
 
 
-@pytest.mark.parametrize("true", ["1", "True", "yes"])
-def test_flags(true: str) -> None:
-    assert launch_of({**FSDP2, "ACCELERATE_USE_FSDP": true}).engine == "fsdp2"
-    assert launch_of({"ACCELERATE_USE_DEEPSPEED": true}).engine == "zero2"
-    flags = {"ACCELERATE_USE_FSDP": true, "ACCELERATE_USE_PARALLELISM_CONFIG": true, "WORLD_SIZE": "8"}
-    assert launch_of({**FSDP2, **sizes(dp_shard=4), **flags}) == Launch("fsdp2", 8, shard_size=4)
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+def test_flags() -> None:
+    for name, engine in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero2")):
+        for true in ("1", "True", "yes"):
+            assert launch_of({"FSDP_VERSION": "2", name: true}).engine == engine
         assert all(launch_of({name: false}) == Launch() for false in ("0", "false", ""))
+    with pytest.raises(ValueError, match="FSDP_RESHARD_AFTER_FORWARD=full_shard"):
+        launch_of({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"})
 
 
 def test_processes_per_machine(tmp_path: Path) -> None:
@@ -121,13 +120,12 @@ def test_fsdp_1_and_fp16_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         launch_of({"ACCELERATE_USE_FSDP": "true"})
 
 
-@pytest.mark.parametrize(("replicas", "shard", "per_node"), [(1, 8, 8), (12, 4, 8), (3, 16, 8), (48, 1, 8)])
-def test_shard_size(replicas: int, shard: int, per_node: int) -> None:
+@pytest.mark.parametrize(("replicas", "shard"), [(1, 8), (12, 4), (3, 16), (48, 1)])
+def test_shard_size(replicas: int, shard: int) -> None:
     """Copies lie within machines or on whole machines."""
-    world = {"LOCAL_WORLD_SIZE": str(per_node), "WORLD_SIZE": "48"}
+    world = {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "48"}
     environment = {**SHARDED, **sizes(dp_replicate=replicas, dp_shard=shard), **world}
-    launch = launch_of(environment)
-    assert (launch.shard_size, launch.processes_per_node) == (shard, per_node)
+    assert launch_of(environment).shard_size == shard
     assert launch_of({**environment, "ACCELERATE_USE_PARALLELISM_CONFIG": "false"}).shard_size is None
 
 
@@ -155,26 +153,19 @@ def test_the_stage_comes_from_the_file_or_the_launch(stage: int) -> None:
         assert launch == Launch(f"zero{stage}", deepspeed={"zero_optimization": {"stage": stage}})
 
 
-def deepspeed_file(tmp_path: Path, settings: dict) -> dict[str, str]:
-    (tmp_path / "zero.json").write_text(json.dumps(settings))
-    return {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_deepspeed_settings_of_the_recipe_are_refused(tmp_path: Path) -> None:
+    """The setting `auto` is left to the recipe."""
+    file = tmp_path / "zero.json"
+    environment = {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    for settings, message in (
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16 is "),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
-    ],
-)
-def test_deepspeed_settings_of_the_recipe_are_refused(settings: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        launch_of(deepspeed_file(tmp_path, settings))
-
-
-def test_auto_is_left_to_the_recipe(tmp_path: Path) -> None:
-    settings = {"zero_optimization": {"stage": 1}, "gradient_clipping": "auto", "fp16": "auto"}
-    assert launch_of(deepspeed_file(tmp_path, settings)).deepspeed == {"zero_optimization": {"stage": 1}}
+    ):
+        file.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            launch_of(environment)
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": "auto", "fp16": "auto"}))
+    assert launch_of(environment).deepspeed == {"zero_optimization": {"stage": 1}}
 
 
 def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +177,14 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read_launch_file(tmp_path / "none.yaml")
 
 
-def test_promised_processes() -> None:
+def test_promised_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     environments = ({}, {"FLIPSCALE_NUM_PROCESSES": "8", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "4"})
     assert [promised_processes(environment) for environment in environments] == [1, 8, 4]
-    assert promised_processes({"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1"}) == 2
+    # As `accelerate launch --cpu --num_processes=2` sets them, which then starts one process.
+    for name, value in {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="the launcher promised 2 or more processes, 1 started"):
+        start_accelerator([], "")
 
 
 @pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "no"), (None, "no")])
@@ -290,8 +285,3 @@ def test_settings_that_flipscale_does_not_have_are_refused_by_name(
         launch_of(made_by_accelerate(file, monkeypatch))
     with pytest.raises(ValueError, match=f"(?i){message}"):
         read_launch_file(file)
-
-
-def test_a_flag_that_is_neither_true_nor_false_is_refused() -> None:
-    with pytest.raises(ValueError, match="FSDP_RESHARD_AFTER_FORWARD=full_shard"):
-        launch_of({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"})

@@ -80,41 +80,24 @@ def test_layer_decay_is_the_formula() -> None:
     assert set(layer_scales(model, None).values()) == {1.0}
 
 
-@pytest.mark.parametrize(("name", "decay"), [("muon", 0.5), ("adamw", None)])
-def test_scales_set_the_rates_and_leave_the_decay(name: str, decay: float | None) -> None:
-    tower, model = 0.1, FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
-    recipe = OptimRecipe(name=name, layer_decay=decay, tower_lr_ratio=tower, muon_lr_ratio=3.0)
-    optimizers = build_optimizers(model, recipe)
-    set_learning_rate(optimizers, 0.1)
-    plain, scales = layer_scales(model, decay), layer_scales(model, decay, tower)
-    decayed, by_muon = decays(model), muon_matrices(model) if name == "muon" else set()
-    rates = {
-        id(parameter): (group["lr"], group["weight_decay"])
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    for key, parameter in model.named_parameters():
-        assert scales[key] == (tower if key.startswith(("vision_model.", "text_model.")) else 1.0) * plain[key], key
-        rate = 0.1 * scales[key] * (3.0 if key in by_muon else 1.0)
-        assert rates[id(parameter)] == (pytest.approx(rate), recipe.weight_decay if decayed[key] else 0.0), key
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_part_has_its_own_rate(name: str) -> None:
+def test_scales_set_the_rates_and_leave_the_decay(name: str) -> None:
     model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
     ratios = {"vision_model.encoder.layers.1": 0.5, "vision_model": 0.1, "logit_scale": 4.0}
-    recipe = OptimRecipe(name=name, layer_decay=0.5, muon_lr_ratio=3.0, part_lr_ratios=ratios)
-    optimizers, plain = build_optimizers(model, recipe), layer_scales(model, 0.5)
+    factors = {"layer_decay": 0.5, "tower_lr_ratio": 0.3, "muon_lr_ratio": 3.0, "part_lr_ratios": ratios}
+    recipe = OptimRecipe(name=name, **factors)
+    optimizers, plain, decayed = build_optimizers(model, recipe), layer_scales(model, 0.5), decays(model)
     set_learning_rate(optimizers, 0.2)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    rates = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
     assert len(rates) == len(plain)
     for key, parameter in model.named_parameters():
         ratio = 4.0 if key == "logit_scale" else 0.1 if key.startswith("vision_model.") else 1.0
         ratio = 0.5 if key.startswith("vision_model.encoder.layers.1.") else ratio
+        tower = 0.3 if key.startswith(("vision_model.", "text_model.")) else 1.0
         muon = 3.0 if name == "muon" and key in muon_matrices(model) else 1.0
-        assert rates[id(parameter)] == pytest.approx(0.2 * plain[key] * ratio * muon), key
+        decay = recipe.weight_decay if decayed[key] else 0.0
+        assert rates[id(parameter)] == (pytest.approx(0.2 * plain[key] * ratio * tower * muon), decay), key
 
 
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:

@@ -2,49 +2,48 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import processes
 import pytest
+import torch
+from accelerate import Accelerator
 from clock import Clock
-from conftest import launch
 
 from flipscale.engines import watchdog
 from flipscale.engines.slow_steps import StepWatch
 
-# Rank 1 waits for ever for the data of step 3.
-HANGING = """
-import sys, time, torch
-from types import SimpleNamespace
-from pathlib import Path
-from accelerate import Accelerator
-from flipscale.engines.slow_steps import StepWatch
 
-accelerator = Accelerator(cpu=True)
+def wait_for_ever(folder: str) -> None:
+    """Take steps on two processes; rank 1 waits for ever for the data of step 3."""
+    accelerator = Accelerator(cpu=True)
 
-def batches():
-    for step in range(30):
-        if accelerator.process_index == 1 and step == 3:
-            time.sleep(1000)
-        yield SimpleNamespace(step=SimpleNamespace(stage=None))
+    def batches() -> Iterator[SimpleNamespace]:
+        for step in range(30):
+            if accelerator.process_index == 1 and step == 3:
+                time.sleep(1000)
+            yield SimpleNamespace(step=SimpleNamespace(stage=None))
 
-with StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6) as watch:
-    for batch in watch.timed(batches(), 0):
-        accelerator.reduce(torch.ones(1))
-"""
+    watch = StepWatch(accelerator, Path(folder), hang_seconds=3)
+    with open(f"{folder}/{accelerator.process_index}", "w") as sys.stderr, watch:
+        for _ in watch.timed(batches(), 0):
+            accelerator.reduce(torch.ones(1))
 
 
 def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(tmp_path: Path) -> None:
-    (tmp_path / "hanging.py").write_text(HANGING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = launch([*launcher, str(tmp_path / "hanging.py"), str(tmp_path)])
-    assert done.returncode == 1
+    ranks = [
+        processes.start(wait_for_ever, str(tmp_path), environment={**environment, "ACCELERATE_USE_CPU": "1"})
+        for environment in processes.rank_environments(2)
+    ]
+    assert processes.exit_codes(ranks) == [1, 1]
     stacks = [(tmp_path / f"stacks/rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
     assert all(text.startswith("step 3 on ") for text in stacks)
     assert "in reduce" in stacks[0]
     assert "in batches" in stacks[1]
-    assert done.stderr.count("flipscale: error: step 3 has not finished on rank 0 after 6 s (log.hang_seconds)") == 1
+    expected = "flipscale: error: step 3 has not finished on rank 0 after 3 s (log.hang_seconds)"
+    assert (tmp_path / "0").read_text().count(expected) == 1
 
 
 def step_watch(folder: str) -> tuple[StepWatch, Clock]:
