@@ -11,34 +11,14 @@ from flipscale.model import FlipConfig, FlipModel
 
 def pytest_configure(config: pytest.Config) -> None:
     """Names the markers, so that `--strict-markers` lets them in."""
-    for name in (
-        "accelerate_tests",
-        "flash_attn_test",
-        "flash_attn_3_test",
-        "flash_attn_4_test",
-        "generate",
-        "slow",
-        "torch_compile_test",
-    ):
+    kinds = ("accelerate_tests", "generate", "slow", "torch_compile_test")
+    for name in (*kinds, *(f"flash_attn{version}_test" for version in ("", "_3", "_4"))):
         config.addinivalue_line("markers", f"{name}: of transformers' common tests")
 
 
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 16,
-    "max_position_embeddings": 8,
-}
+SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {**SHAPE, "hidden_size": 32, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+TEXT = {**SHAPE, "hidden_size": 24, "intermediate_size": 48, "vocab_size": 16, "max_position_embeddings": 8}
 
 
 def _build(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, **fields: Any) -> FlipModel:

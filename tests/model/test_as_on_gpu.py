@@ -1,4 +1,4 @@
-"""The forms that a block takes on GPUs give what those of CPUs give, to rounding."""
+"""The forms that a block takes on GPUs, and in bf16 on CPUs, give what the plain forms give, to rounding."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipscale.engines.first_weights import compile_blocks
-from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.modeling_flip import BlockLayerNorm, FlipAttention, as_on_gpu
+from flipscale.model import FlipConfig, FlipModel, FlipTextModel
+from flipscale.model.modeling_flip import BlockLayerNorm, FlipAttention, FlipMLP, as_on_gpu
 
 BATCH = {
     "pixel_values": torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
@@ -110,11 +110,50 @@ def test_layers_that_are_not_plain_are_called(model: FlipModel, kind: str) -> No
     assert counter.products == 4 * 6 + 1
 
 
+def assert_rounds_like(replaced: torch.Tensor, rounded: torch.Tensor, exact: torch.Tensor) -> None:
+    """The replacement differs, but no more than bf16 itself."""
+    assert not torch.equal(replaced, rounded)
+    assert (rounded - exact).norm() / exact.norm() > 1e-3
+    assert (replaced - exact).norm() < 1.2 * (rounded - exact).norm()
+
+
 def test_norms_stay_in_bf16_and_are_as_exact(model: FlipModel) -> None:
     exact, rounded = gradients(model), gradients(model, bf16=True)
     with as_on_gpu(), Counter() as counter:
         ours = gradients(model, bf16=True)
     assert counter.norms.count(torch.bfloat16) >= 2 * 4, "those of both towers' blocks"
-    assert not torch.equal(ours, rounded)
-    assert (rounded - exact).norm() / exact.norm() > 1e-3
-    assert (ours - exact).norm() < 1.2 * (rounded - exact).norm()
+    assert_rounds_like(ours, rounded, exact)
+
+
+def test_the_exact_gelu_on_cpus_differs_by_less_than_rounding(model: FlipModel) -> None:
+    mlps = [module for module in model.modules() if isinstance(module, FlipMLP)]
+    for mlp in mlps:  # spread the activations over the range where the two forms differ
+        nn.init.normal_(mlp.fc1.bias, std=1.5)
+
+    def embeds(bf16: bool, tanh: bool) -> torch.Tensor:
+        for mlp in mlps:
+            mlp.is_tanh_gelu = not tanh
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(**BATCH)
+        return torch.cat([output.image_embeds, output.text_embeds])
+
+    exact, rounded = embeds(bf16=False, tanh=True), embeds(bf16=True, tanh=True)
+    assert_rounds_like(embeds(bf16=True, tanh=False), rounded, exact)
+    mlp, states = mlps[0], torch.randn(4, 32)
+    tanh = nn.functional.gelu(mlp.fc1(states), approximate="tanh")
+    assert torch.equal(mlp(states), mlp.fc2(tanh)), "fp32 keeps the tanh form"
+
+
+def test_q_k_and_v_share_one_cast_of_their_input() -> None:
+    tower = FlipConfig.from_size("b16", text_config={"num_hidden_layers": 1, "vocab_size": 64}).text_config
+    model, saved = FlipTextModel(tower), set()
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (4 * 32, tower.hidden_size):
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randint(1, 64, (4, 32)))
+    assert output.last_hidden_state.dtype == torch.float32
+    assert len(saved) == 3, "inputs of q, k and v; of the attention's output; and of the MLP"

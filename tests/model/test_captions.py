@@ -39,8 +39,9 @@ def targets(*rows: list[int]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize(("attention", "encoder_layers"), [("eager", 0), ("sdpa", 1)])
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    ("attention", "encoder_layers", "how"), [("eager", 0, {"num_beams": 3, "num_return_sequences": 2}), ("sdpa", 1, {})]
+)
 def test_caches_do_not_change_captions(
     captioner: Captioner, images: torch.Tensor, how: dict[str, int], encoder_layers: int, attention: str
 ) -> None:

@@ -40,7 +40,7 @@ def test_uint8_patches_are_normalised(model: FlipModel, images: torch.Tensor) ->
         assert torch.allclose(model.vision_model(**inputs).last_hidden_state, normalised, atol=2e-6)
 
 
-@pytest.mark.parametrize(("mask_ratio", "kept"), [(0.0, 16), (0.5, 8), (0.6, 6), (0.75, 4), (0.93, 1)])
+@pytest.mark.parametrize(("mask_ratio", "kept"), [(0.0, 16), (0.6, 6), (0.93, 1)])
 def test_mask_ratio_is_the_fraction_removed(
     model: FlipModel, images: torch.Tensor, mask_ratio: float, kept: int
 ) -> None:
@@ -62,15 +62,11 @@ def test_each_image_has_its_own_mask_from_the_global_generator(model: FlipModel,
     assert all(row == sorted(set(row)) for row in index.tolist())
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 0.95, 1.0, 1.5])
-def test_wrong_mask_ratios(model: FlipModel, images: torch.Tensor, ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"mask_ratio (is )?{ratio}"):
-        model.vision_model(pixel_values=images, image_mask_ratio=ratio)
-
-
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
+        ({"pixel_values": torch.zeros(2, 3, 32, 32), "image_mask_ratio": -0.1}, "mask_ratio (is )?-0.1"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32), "image_mask_ratio": 0.95}, "mask_ratio (is )?0.95"),
         ({}, "pixel_values and patches are both missing"),
         ({"patches": torch.zeros(2, 5, 192)}, "patches has 5 of 16 patches"),
         ({"patches": torch.zeros(2, 5, 64)}, r"patches has shape \(2, 5, 64\); expected \(batch, kept, 192\)"),
@@ -161,9 +157,10 @@ def test_position_size_keeps_the_trained_coordinates(model: FlipModel, tmp_path:
         FlipVisionConfig(image_size=64, patch_size=8, position_size=30)
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("attend_to_padding", [True, False])
-@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize(
+    ("attn_implementation", "attend_to_padding", "pooling"),
+    [("eager", True, "mean"), ("sdpa", True, "first"), ("eager", False, "first"), ("sdpa", False, "mean")],
+)
 def test_padding_does_not_change_the_embedding(
     small: Small, captions: torch.Tensor, attend_to_padding: bool, pooling: str, attn_implementation: str
 ) -> None:
@@ -177,16 +174,8 @@ def test_padding_does_not_change_the_embedding(
                 assert torch.allclose(output.pooler_output[0], expected, atol=1e-6)
                 assert output.last_hidden_state.shape == (1, padded, 24)
                 assert torch.allclose(output.last_hidden_state[0, :length], states[:length], atol=1e-6)
-
-
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_the_host_does_not_wait_for_a_padding_check(
-    small: Small, captions: torch.Tensor, attn_implementation: str
-) -> None:
-    """Reading from tensors on the meta device is an error."""
-    text = {"attend_to_padding": False, "pooling": "mean"}
-    model = small(text=text, attn_implementation=attn_implementation).text_model.to("meta")
-    assert model(captions.to("meta")).pooler_output.shape == (3, 24)
+    # The host does not wait for a check of the padding: reading from tensors on the meta device is an error.
+    assert model.to("meta")(captions.to("meta")).pooler_output.shape == (3, 24)
 
 
 def test_hidden_states_and_attentions_without_padding(small: Small, captions: torch.Tensor) -> None:
