@@ -65,19 +65,16 @@ class Crowd:
             process.join(60)
 
 
-class Crowds:
+class Crowds(dict[int, Crowd]):
     """Crowds by their number of processes, each started at its first use."""
 
-    def __init__(self) -> None:
-        self._started: dict[int, Crowd] = {}
-
     def __call__(self, world: int) -> Crowd:
-        if world not in self._started:
-            self._started[world] = Crowd(world)
-        return self._started[world]
+        if world not in self:
+            self[world] = Crowd(world)
+        return self[world]
 
     def end(self) -> None:
-        for crowd in self._started.values():
+        for crowd in self.values():
             crowd.end()
 
 
@@ -106,6 +103,28 @@ def train_as_on_gpu(file: str) -> None:
 
     with as_on_gpu():
         train(file)
+
+
+def train_unscaled(file: str) -> None:
+    """Train with a loss `unscaled` that leaves `logit_scale` out, and with `images_only` the text tower too."""
+    from dataclasses import dataclass
+
+    from flipscale.objectives.build import loss_kinds
+    from flipscale.objectives.contrastive import Contrastive
+
+    @dataclass(frozen=True, kw_only=True)
+    class Unscaled(Contrastive):
+        images_only: bool = False
+
+        def coupled_loss(self, *compared, **keywords):
+            images, texts = compared
+            return (images.sum(1) if self.images_only else images - texts).square().mean()
+
+    loss_kinds()["unscaled"] = Unscaled
+    try:
+        train(file)
+    finally:
+        del loss_kinds()["unscaled"]
 
 
 def train_compiled(file: str) -> None:

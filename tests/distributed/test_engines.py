@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +21,10 @@ from flipscale.engines.checkpoint import CheckpointReader, latest_checkpoint
 from flipscale.model import FlipForConditionalGeneration
 
 long = partial(pytest.param, marks=pytest.mark.long)
-MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("hsdp", 4), ("fsdp2", 4)]
-ELASTIC = [
-    *((("fsdp2", before), ("fsdp2", after)) for before, after in ((2, 1), (1, 2), (2, 4))),
-    (("hsdp", 4), ("ddp", 1)),
-    (("fsdp2", 2), ("hsdp", 4)),
-    long(("ddp", 1), ("ddp", 2)),
-    *(long(("zero3", before), ("zero3", after)) for before, after in ((2, 1), (2, 4))),
+MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("hsdp", 4), long("fsdp2", 4)]
+STAGES = [
+    {"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
+    {"name": "unmasked", "samples": 160, "base_lr": 0.006},
 ]
 
 
@@ -55,11 +54,7 @@ class Trainings:
     """Runs of 20 steps of one recipe, 10 masked and 10 not, saved every fifth step; each made once."""
 
     def __init__(self, folder: Path, recipe: dict, crowds: Crowds):
-        stages = [
-            {"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
-            {"name": "unmasked", "samples": 160, "base_lr": 0.006},
-        ]
-        self.recipe = {**recipe, "stages": stages, "save": {"every_samples": 80, "total_limit": 20}}
+        self.recipe = {**recipe, "stages": STAGES, "save": {"every_samples": 80, "total_limit": 20}}
         self.folder, self.crowd = folder, crowds
 
     def file(self, run_dir: Path, **changes: object) -> Path:
@@ -116,21 +111,6 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
     assert max(sizes) < 1.5 * min(sizes)
 
 
-RECOMPUTED = {"model": {"gradient_checkpointing": True}}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-@pytest.mark.parametrize("task", ["train", "train_as_on_gpu"])
-def test_recomputed_it_learns_the_same(trainings: Trainings, engine: str, task: str) -> None:
-    """Also with blocks in the forms of GPUs, which round otherwise."""
-    first, *others = trainings.recipe["stages"]
-    stages = [{**first, "gradient_checkpointing": False}, *others]
-    run_dir, one = trainings.run(engine, 2, task, stages=stages, **RECOMPUTED), trainings.run("ddp", 1)
-    assert close(losses(run_dir), losses(one))
-    assert task == "train" or engine == "zero3" or losses(run_dir) != losses(one)
-
-
 @pytest.mark.long
 def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path) -> None:
     """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""
@@ -151,26 +131,30 @@ SHORT = [
     {"name": "masked", "samples": 48, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 16},
     {"name": "unmasked", "samples": 48},
 ]
-# Images of 16 pixels, whole, then of 32 pixels, half masked: 4 and 8 patches. One schedule, with moments, has both.
-SIZES = [
-    {"name": "small", "samples": 80, "image_size": 16, "base_lr": 0.012, "warmup_samples": 16},
-    {"name": "large", "samples": 80, "mask_ratio": 0.5},
-]
 HALF_MASKED = [{"name": "masked", "samples": 160, "mask_ratio": 0.5, "text_mask_ratio": 0.5, "base_lr": 0.012}]
 FEATURES: dict[str, dict] = {
-    "sigmoid": {"loss": {"kind": "sigmoid"}},
-    "masked texts, two views": {"stages": HALF_MASKED, "mask": {"views": 2}},
     "reconstruction": {"stages": HALF_MASKED, "loss": {"reconstruction_weight": 2.0}},
-    "two image sizes": {"stages": SIZES},
-    "muon": {"optim": {"name": "muon", "muon_lr_ratio": 3.0}},
+    # Images of 16 pixels, whole, then of 32 pixels, half masked: 4 and 8 patches. One schedule, with moments, has both.
+    "two image sizes": {
+        "stages": [
+            {"name": "small", "samples": 80, "image_size": 16, "base_lr": 0.012, "warmup_samples": 16},
+            {"name": "large", "samples": 80, "mask_ratio": 0.5},
+        ]
+    },
+    "muon, layer decay": {"optim": {"name": "muon", "muon_lr_ratio": 3.0, "layer_decay": 0.5}},
     "layer decay": {"optim": {"layer_decay": 0.5}},
-    "layer decay of muon": {"optim": {"layer_decay": 0.5, "name": "muon"}},
-    "stochastic depth": {"model": {"drop_path_rate": 0.5}},
     "stochastic depth of two views": {"model": {"drop_path_rate": 0.5}, "mask": {"views": 2}},
-    "equal captions, two views": {
+    "masked texts, equal captions, two views": {
+        "stages": HALF_MASKED,
         "loss": {"positives": "equal_captions", "kind": "sigmoid"},
         "mask": {"views": 2},
     },
+}
+MICRO_2, MICRO_4 = ({"data": {"micro_batch_size": size}} for size in (2, 4))
+# Of the default stages, the first keeps its activations.
+RECOMPUTED = {
+    "model": {"gradient_checkpointing": True},
+    "stages": [{**STAGES[0], "gradient_checkpointing": False}, STAGES[1]],
 }
 
 
@@ -179,21 +163,12 @@ FEATURES: dict[str, dict] = {
     ("feature", "engine", "world", "again"),
     [
         ("two image sizes", "fsdp2", 2, {}),
-        ("muon", "ddp", 2, {}),
-        ("muon", "hsdp", 4, {}),
-        ("layer decay", "zero3", 2, {}),
-        long("layer decay of muon", "fsdp2", 2, {}),
-        long("stochastic depth", "fsdp2", 2, RECOMPUTED),
-        ("masked texts, two views", "fsdp2", 2, {"data": {"micro_batch_size": 4}}),
-        long("reconstruction", "zero3", 2, {"data": {"micro_batch_size": 4}}),
-        long("sigmoid", "zero3", 2, RECOMPUTED),
-        ("equal captions, two views", "fsdp2", 2, {"data": {"micro_batch_size": 2}}),
-        long("layer decay", "hsdp", 4, {"data": {"micro_batch_size": 1}}),
-        long("equal captions, two views", "ddp", 2, {}),
-        long("equal captions, two views", "zero3", 2, {"data": {"micro_batch_size": 2}}),
-        long("two image sizes", "zero3", 2, {}),
-        long("muon", "fsdp2", 4, {}),
-        long("stochastic depth of two views", "zero3", 2, {}),
+        ("muon, layer decay", "ddp", 2, {}),
+        ("muon, layer decay", "hsdp", 4, {}),
+        ("layer decay", "zero3", 2, RECOMPUTED),
+        ("stochastic depth of two views", "fsdp2", 2, RECOMPUTED),
+        ("masked texts, equal captions, two views", "fsdp2", 2, MICRO_2),
+        ("reconstruction", "zero3", 2, MICRO_4),
     ],
     ids=str,
 )
@@ -212,12 +187,9 @@ CAPTIONS = [{"caption_weight": 2.0, "caption_kind": "mixed"}, {"kind": "captioni
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("engine", "world", "loss"),
-    [("fsdp2", 2, CAPTIONS[0]), long("fsdp2", 2, CAPTIONS[1]), long("zero3", 2, CAPTIONS[0])],
-)
+@pytest.mark.parametrize(("engine", "loss"), [("fsdp2", CAPTIONS[1]), ("zero3", CAPTIONS[0])])
 def test_captions_are_learned_as_on_one_process(
-    trainings: Trainings, caption_tokenizer: Path, engine: str, world: int, loss: dict
+    trainings: Trainings, caption_tokenizer: Path, engine: str, loss: dict
 ) -> None:
     """Masked and not, in one pass and in micro-batches; resumed bit for bit; and exported by its own class."""
     changes = {
@@ -227,55 +199,70 @@ def test_captions_are_learned_as_on_one_process(
         "stages": SHORT,
         "save": {"every_samples": 32},
     }
-    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, world, **changes)
-    assert len(losses(one)) == 6
-    assert close(losses(one), losses(many))
-    assert losses(one)[-1] < losses(one)[0] - 0.05
-    apart = [
-        (reader(one).tensor("weight", name) - reader(many).tensor("weight", name)).abs().max().item()
-        for name in reader(one).shapes
-        if not name.endswith("k_proj.bias")
-    ]
-    assert max(apart) < 5e-5
-    in_parts = trainings.run(engine, world, **changed_recipe(changes, {"data": {"micro_batch_size": 2}}))
+    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, 2, **changes)
+    assert_learned_alike(one, many, 0.05, num_steps=6)
+    for name in reader(one).shapes:
+        if not name.endswith("k_proj.bias"):
+            assert (reader(one).tensor("weight", name) - reader(many).tensor("weight", name)).abs().max() < 5e-5, name
+    in_parts = trainings.run(engine, 2, **changed_recipe(changes, MICRO_2))
     assert close(losses(one), losses(in_parts))
-    by_ddp = norms(trainings.run("ddp", world, **changes))
+    by_ddp = norms(trainings.run("ddp", 2, **changes))
     assert len(by_ddp) == (12 if "caption_weight" in loss else 0)
     assert min(by_ddp, default=1.0) > 1e-3
     for run_dir in (many, in_parts):
         assert norms(run_dir) == pytest.approx(by_ddp, rel=1e-3)
-    assert losses(trainings.resume(many, 2, engine, world, **changes)) == losses(many)
+    assert losses(trainings.resume(many, 2, engine, 2, **changes)) == losses(many)
     written = FlipForConditionalGeneration.from_pretrained(many / "model")
     for name, weight in written.named_parameters():
         assert torch.equal(weight, reader(many).tensor("weight", name)), name
 
 
 @pytest.mark.parametrize(
-    ("engine", "section", "field", "refusal"),
+    ("field", "refusal"),
     [
-        ("zero3", "model", {"compile": True}, "model.compile is true; expected false with ZeRO-3"),
-        ("zero3", "optim", {"name": "muon"}, "optim.name is 'muon'; the launch file's engine zero3 has adamw"),
+        ({"model": {"compile": True}}, "model.compile is true"),
+        ({"optim": {"name": "muon"}}, "optim.name is 'muon'; the launch file's engine zero3 has adamw"),
     ],
 )
-def test_an_engine_refuses(trainings: Trainings, engine: str, section: str, field: dict, refusal: str) -> None:
-    file = trainings.file(trainings.folder / f"{section}-{engine}", **{section: field})
-    for answer in trainings.crowd(2).run("train", engine, file):
+def test_an_engine_refuses(trainings: Trainings, field: dict, refusal: str) -> None:
+    for answer in trainings.crowd(2).run("train", "zero3", trainings.file(trainings.folder / "refused", **field)):
         assert answer.startswith(f"UserError: {refusal}")
 
 
+@pytest.mark.parametrize(
+    ("engine", "world", "data"), [("ddp", 1, {}), ("ddp", 2, {}), ("fsdp2", 2, MICRO_4), ("zero3", 2, {})], ids=str
+)
+def test_an_unused_parameter_is_named(
+    trainings: Trainings, tmp_path: Path, engine: str, world: int, data: dict
+) -> None:
+    """On one process as on several, at the first step."""
+
+    def train(run_dir: str, images_only: bool = False, **changes: dict) -> list[str]:
+        loss = {"kind": "unscaled", "options": {"images_only": images_only}}
+        file = trainings.file(tmp_path / run_dir, loss=loss, stages=SHORT, **data, **changes)
+        return trainings.crowd(world).run("train_unscaled", engine, file)
+
+    for images_only, named in ((False, "[logit_scale]"), (True, "[logit_scale, text_model, text_projection]")):
+        for answer in train(f"run-{images_only}", images_only):
+            assert re.match(rf"UserError: .* add {re.escape(named)} to model.frozen", answer)
+    assert not list(tmp_path.glob("run-*/metrics.jsonl"))
+    assert train("mended", model={"frozen": ["logit_scale"]}) == ["done"] * world
+    assert len(losses(tmp_path / "mended")) == 6
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("hsdp", 4), ("zero3", 2)])
-def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: Path, engine: str, world: int) -> None:
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: Path, engine: str) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards)}, {"kind": "retrieval", "data": str(shards), "every_samples": 0}]
     changes = {"optim": {"ema_decay": 0.5}, "eval": {"tasks": tasks, "every_samples": 160, "batch_size": 7}}
-    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, world, **changes)
+    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, 2, **changes)
     assert close(losses(one), losses(many)), "training saw the averages"
     for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "logit_scale"):
         average, expected = reader(many).tensor("ema", name), reader(one).tensor("ema", name)
         assert torch.allclose(average, expected, atol=1e-5)
         assert not torch.equal(average, reader(many).tensor("weight", name))
         assert torch.equal(average, load_file(many / "model/model.safetensors")[name])
-    folder = trainings.resume(many, 15, engine, world, **changes)
+    folder = trainings.resume(many, 15, engine, 2, **changes)
     assert torch.equal(reader(folder).tensor("ema", name), reader(many).tensor("ema", name))
     evaluated = [[r for r in metrics(run_dir) if "loss" not in r] for run_dir in (one, many)]
     assert len(evaluated[0]) == len(evaluated[1]) == 2
@@ -294,8 +281,6 @@ LOSSES: dict[str, dict] = {"infonce": {}, "sigmoid": {"kind": "sigmoid"}, "capti
         ("sigmoid", "fsdp2", 2),
         ("captions", "zero2", 2),
         long("infonce", "hsdp", 4),
-        long("sigmoid", "zero3", 2),
-        long("captions", "fsdp2", 2),
     ],
 )
 def test_micro_batches_move_the_weights_as_one_batch_does(
@@ -316,7 +301,7 @@ def test_micro_batches_move_the_weights_as_one_batch_does(
         }
     runs = [
         trainings.run(*((engine, world) if loss == "infonce" else ("ddp", 2)), **changes),
-        trainings.run(engine, world, **changed_recipe(changes, {"data": {"micro_batch_size": 2}})),
+        trainings.run(engine, world, **changed_recipe(changes, MICRO_2)),
     ]
     whole, parts = ([r for r in metrics(run_dir) if "loss" in r] for run_dir in runs)
     assert len(whole) == len(parts) == 6
@@ -330,7 +315,16 @@ def test_micro_batches_move_the_weights_as_one_batch_does(
         assert apart <= 1e-6, name
 
 
-@pytest.mark.parametrize(("before", "after"), ELASTIC)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("fsdp2", 2), ("fsdp2", 1)),
+        (("fsdp2", 2), ("hsdp", 4)),
+        (("hsdp", 4), ("ddp", 1)),
+        long(("ddp", 1), ("ddp", 2)),
+        long(("zero3", 2), ("zero3", 4)),
+    ],
+)
 def test_goes_on_at_another_world_size(trainings: Trainings, before: tuple[str, int], after: tuple[str, int]) -> None:
     resumed = trainings.resume(trainings.run(*before), 15, *after)
     assert close(losses(resumed), losses(trainings.run("ddp", 1)))
@@ -345,8 +339,6 @@ def test_goes_on_at_another_world_size(trainings: Trainings, before: tuple[str, 
         (("zero3", 2), ("fsdp2", 4)),
         (("hsdp", 4), ("zero3", 1)),
         long(("zero3", 2), ("zero1", 2)),
-        long(("fsdp2", 2), ("zero3", 2)),
-        long(("hsdp", 4), ("fsdp2", 2)),
     ],
 )
 def test_a_checkpoint_is_the_same_under_every_engine(
@@ -379,42 +371,25 @@ def test_all_processes_tell_that_one_s_disk_is_full(trainings: Trainings, engine
     assert losses(run_dir) == losses(trainings.run(engine, 2))
 
 
-@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 4), long("zero3", 2)])
-def test_any_checkpoint_is_exported(
-    trainings: Trainings, engine: str, world: int, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    run_dir = trainings.run(engine, world)
+def test_any_checkpoint_is_exported(trainings: Trainings, tmp_path: Path, refused: Callable[..., str]) -> None:
+    run_dir = trainings.run("fsdp2", 2)
     stored = CheckpointReader(run_dir / "checkpoints/step-00000015")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         main(["export", str(run_dir), "--step", "15", "--dtype", name, "--out", str(tmp_path / name)])
-        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / name)
-        model = AutoModel.from_pretrained(tmp_path / name)
-        for key, value in model.named_parameters():
+        for key, value in AutoModel.from_pretrained(tmp_path / name).named_parameters():
             assert value.dtype == dtype
             assert torch.equal(value, stored.tensor("weight", key).to(dtype)), key
     main(["export", str(run_dir)])
     newest = load_file(run_dir / "export-20/model.safetensors")
     assert all(torch.equal(value, newest[key]) for key, value in load_file(run_dir / "model/model.safetensors").items())
+    assert "has no checkpoint; name a run directory" in refused("export", tmp_path)
+    assert "step-00000007 does not exist; the checkpoints are step-000000" in refused("export", run_dir, "--step", 7)
 
 
-def test_what_cannot_be_exported_is_named(trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for arguments, message in (
-        ([str(tmp_path)], "has no checkpoint; name a run directory"),
-        (
-            [str(trainings.run("ddp", 1)), "--step", "7"],
-            "step-00000007 does not exist; the checkpoints are step-000000",
-        ),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(["export", *arguments])
-        assert ended.value.code == 2
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("engine", "world"), [long("ddp", 2), ("fsdp2", 2), ("zero3", 2)])
-def test_the_temperature_is_fp32_in_bf16(trainings: Trainings, engine: str, world: int) -> None:
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_the_temperature_is_fp32_in_bf16(trainings: Trainings, engine: str) -> None:
     stages = [{"name": "slow", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.0016, "warmup_samples": 16}]
-    run_dir = trainings.run(engine, world, precision="bf16", stages=stages)
+    run_dir = trainings.run(engine, 2, precision="bf16", stages=stages)
     scale = reader(run_dir).tensor("weight", "logit_scale")
     assert scale != scale.bfloat16().float(), "on the bf16 grid"
     used = [record["logit_scale"] for record in metrics(run_dir) if "loss" in record]
@@ -433,10 +408,8 @@ def test_gradients_can_be_summed_in_bf16(trainings: Trainings) -> None:
 @pytest.mark.parametrize(
     ("engine", "optimizer"),
     [
-        *((engine, {"max_grad_norm": 0.1}) for engine in ("ddp", "fsdp2", "zero3")),
-        long("zero2", {"max_grad_norm": 0.1}),
-        ("ddp", {"name": "muon"}),
-        ("fsdp2", {"name": "muon"}),
+        *((engine, {"max_grad_norm": 0.1}) for engine in ("ddp", "zero2", "zero3")),
+        ("fsdp2", {"name": "muon", "max_grad_norm": 0.1}),
     ],
     ids=str,
 )
