@@ -1,7 +1,6 @@
 """The operations counted: against a formula by hand, the paper's numbers, and a backward pass."""
 
 import re
-import resource
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from flipscale.engines.launch import Launch
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipVisionConfig
 from flipscale.model.families import config_class
 from flipscale.model.patches import num_kept
-from flipscale.planning import flops
 from flipscale.planning.flops import forward_flops, pair_flops
 from flipscale.planning.memory import heaviest_step
 from flipscale.recipe.optim import LoraRecipe, StageRecipe
@@ -128,29 +126,13 @@ def test_large_costs_what_the_paper_says() -> None:
     assert short.forward / masked.forward == pytest.approx(0.92, abs=0.01)
 
 
-def test_a_huge_model_is_counted_without_its_weights_and_once() -> None:
-    config = FlipConfig.from_size("h14")
-    flops._counted.cache_clear()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    forward_flops(config, 0.5)
-    forward_flops(config, 0.5)
-    # Its weights are 4 GB.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
-    assert flops._counted.cache_info()[:2] == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("family", "size"), [("clip", "b16"), pytest.param("siglip", "so400m14", marks=pytest.mark.long)]
-)
-def test_other_families_are_planned(family: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Published sizes: open_clip's ViT-B-16 has 149.6 M parameters, Google's SigLIP so400m 878 M."""
-    changes = ["--model.family", family, "--model.size", size, "--data.tokenizer", "org/name"]
-    text = {"clip": "{}", "siglip": "{vocab_size: 32000, max_position_embeddings: 64}"}[family]
-    main(["pretrain", "--config", "b16_cc12m", *changes, "--model.text_config", text, "--dry_run"])
+def test_another_family_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """open_clip's ViT-B-16 has 149.6 M parameters."""
+    changes = ["--model.family", "clip", "--model.size", "b16", "--data.tokenizer", "org/name"]
+    main(["pretrain", "--config", "b16_cc12m", *changes, "--model.text_config", "{}", "--dry_run"])
     printed = capsys.readouterr().out
     count = int(re.search(r"([\d,]+) parameters", printed)[1].replace(",", ""))
-    expected = {"clip b16": 149_620_737, "siglip so400m14": 877_360_882}
-    assert count == pytest.approx(expected[f"{family} {size}"], rel=0.005)
+    assert count == pytest.approx(149_620_737, rel=0.005)
     assert "use " in printed.splitlines()[-1]
 
 

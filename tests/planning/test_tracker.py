@@ -1,12 +1,9 @@
 """The planner's bytes against those that torch's own trackers find in a step of the real engine (`tracked.py`), for a
 model of a few layers; docs/planning.md has the table of the real ones."""
 
-from functools import partial
-
 import pytest
 from planning.tracked import cell
 
-long = partial(pytest.param, marks=pytest.mark.long)
 FEW_LAYERS = ["--model.vision_config", "{num_hidden_layers: 4}", "--model.text_config", "{num_hidden_layers: 4}"]
 MASKED = "[{name: masked, samples: 65536, mask_ratio: 0.5}]"
 RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", MASKED]
@@ -16,13 +13,10 @@ RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", MASKED]
 @pytest.mark.parametrize(
     ("launch", "micro_batches", "recompute", "flags"),
     [
-        long("ddp", 2, True, []),
+        ("ddp", 2, True, []),
         ("fsdp2", 2, False, []),
         ("hsdp", 1, False, ["--loss.kind", "sigmoid", "--optim.ema_decay", "0.999"]),
-        long("ddp", 1, False, []),
-        long("fsdp2", 1, True, []),
-        long("hsdp", 2, True, []),
-        long("fsdp2", 1, False, RECONSTRUCTION),
+        ("fsdp2", 1, True, RECONSTRUCTION),
     ],
 )
 def test_the_plan_is_what_torch_tracks(launch: str, micro_batches: int, recompute: bool, flags: list[str]) -> None:

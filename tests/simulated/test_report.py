@@ -8,13 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from flipscale.checks import node
+from flipscale.checks import node, steps
 from flipscale.checks.node import Bench
 from flipscale.checks.nodes import Nodes
 from flipscale.checks.open_clip import unlike
 from flipscale.checks.report import PROFILE, write_report
 from flipscale.checks.steps import ALONE, check_plan
-from flipscale.checks.timing import over_starts, timed_steps
+from flipscale.checks.timing import over_starts
 from flipscale.cli import main
 from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
@@ -37,18 +37,6 @@ def test_a_row_has_the_slowest_rank_of_each_start() -> None:
     assert (found["pairs_per_s"], found["mfu"], found["mhz"]) == (100.0, 0.5, 1500.0)
 
 
-def test_what_nvml_does_not_know_is_left_out() -> None:
-    assert over_starts([[row([1.0]), row([1.0], joules=None)]])["watts"] is None
-    assert "out_of_memory" in over_starts([[row([1.0])], [{"out_of_memory": True}]])
-
-
-def test_each_step_is_timed() -> None:
-    taken: list[int] = []
-    found = timed_steps(lambda: taken.append(1), 7, torch.device("cpu"))
-    assert len(found["times"]) == len(taken) == 7
-    assert (found["joules"], found["mhz"]) == (None, None)
-
-
 def test_a_report_has_a_table_of_each_measurement(tmp_path: Path) -> None:
     bench = Bench(8, tmp_path, ["l16"], 100, ["l16"], starts=3, timed_steps=50)
     bench.figures["machine"] = {
@@ -66,21 +54,11 @@ def test_a_report_has_a_table_of_each_measurement(tmp_path: Path) -> None:
     bench.add("products l16", "fine")
     write_report([bench], tmp_path / "report.md")
     page = (tmp_path / "report.md").read_text()
-    known = (
-        "commit: abc",
-        "GPU: H100, driver 570",
-        "3 starts of 50 steps",
-        "![",
-        "## GPUs: 8, nodes: 1",
-        "ok      products l16",
-    )
-    for words in (*known, PROFILE):
-        assert words in page
+    assert PROFILE in page
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
     cells = {label: others for label, *others in lines}
     assert cells["l16 flipscale 50%"][:2] == ["8", "800"]
     assert cells["l16 open_clip 50%"][1:3] == ["640", "640 to 640"]
-    assert cells["l16 open_clip 50%"][3] == "640, 640, 640"
     assert cells["l16 open_clip 0%"][1] == "out of memory"
     assert cells["l16 ddp compiled recomputes"][5:] == ["25.0%", "1500", "650", "0.08"]
     assert (tmp_path / "report.png").exists()
@@ -161,7 +139,7 @@ def test_the_plan_of_many_long_rows_is_asked(tmp_path: Path) -> None:
         return [[{"bytes": 1, "seconds": 1.0}] * 60]
 
     bench = Bench(8, tmp_path, ["h14_laion2b"], 256, figures={"steps": [row] * 60})
-    with patch.object(Bench, "run", asked):
+    with patch.object(Bench, "run", asked), patch.object(steps, "planning_figures", lambda bench: {}):
         check_plan(bench)
     assert len(json.dumps(given)) < 2**17 < len(json.dumps(bench.figures))
 
