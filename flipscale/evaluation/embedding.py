@@ -1,7 +1,6 @@
 """Embeddings of whole images and texts: the rows of each process, and the forward passes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,6 @@ _LEAST_BATCHES = 16
 # A CPU embeds this many images as fast as more, and begins sooner. Their fp32 pixels stay below the 32 MiB from which
 # the C library maps new memory for each batch, page by page, which takes longer than the pixels.
 _MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
-# Operations of one core in the millisecond in which another core decodes an image of 500 x 400 pixels.
-_LIGHT_FLOPS = 3e7
 
 Features = Literal["embeds", "pooled"]
 Picture = str | Path | Image.Image
@@ -78,8 +75,6 @@ class Embedder:
         batch_size: most images or texts in a batch; a CPU and a small set use fewer.
         num_workers: number of processes that decode images; 0 decodes in this process.
         alive: function called at the start of a task and after every batch, for a watchdog.
-        progress: function called on every process with the number of images that all processes embedded since the last
-            call; it replaces the progress bar.
         pixels: pixels along each side of an image, if not the model's size; see `at`.
         dims: width that embeddings are cut to, with unit length again; None keeps the model's width.
         kept: features of this process's images by source and kind, which are kept for further tasks on the same
@@ -93,7 +88,6 @@ class Embedder:
     num_workers: int = 0
     alive: Callable[[], None] = lambda: None
     name: str = ""
-    progress: Callable[[int], object] | None = None
     pixels: int | None = None
     dims: int | None = None
     kept: dict[tuple[TarSource, str], list[tuple[range, torch.Tensor]]] | None = None
@@ -118,13 +112,9 @@ class Embedder:
             raise UserError(f"dims is {self.dims}, and the embeddings of {self.name} have {width} numbers; name fewer")
         return normalise_embeds(features[:, : self.dims])
 
-    def uncounted(self) -> "Embedder":
-        """Return an embedder for images outside the test set, which are not counted and not kept."""
-        return replace(self, kept=None, progress=self.progress and (lambda images: None))
-
-    def bar(self, total: int | None, unit: str, hidden: bool = False) -> Progress:
-        hidden = hidden or not self.accelerator.is_main_process
-        return Progress(total, "evaluating", unit, leave=False, delay=5, hidden=hidden)
+    def bar(self, total: int | None, unit: str) -> Progress:
+        what = f"evaluating {self.name}".rstrip()
+        return Progress(total, what, unit, leave=False, delay=5, hidden=not self.accelerator.is_main_process)
 
     def share(self, count: int, most: int | None = None) -> Share:
         """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
@@ -179,15 +169,12 @@ class Embedder:
         mine = share.batches()
         workers = min(self.num_workers, len(mine) if len(mine) > 1 else 0)
         decoded = decoded_batches(WholeImages(source, decode), mine, workers)
-        bar = self.bar(len(source), "images", hidden=self.progress is not None)
-        with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
+        with self.bar(len(source), "images") as bar:
             for rows, news in share.rounds():
                 batch = agreed(self.accelerator, partial(next, decoded) if rows else partial(dummy_batch, decode))
                 yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
                 bar.update(news)
-                if self.progress is not None:
-                    self.progress(news)
 
     def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
         """Collective. Return the features of this process's rows of `source`, fp32 `(rows, dim)`."""
@@ -316,16 +303,6 @@ class Embedder:
     def _is_on_cpu(self) -> bool:
         return torch.device(self.accelerator.device).type == "cpu"
 
-    def _is_light(self, decode: Decoder) -> bool:
-        """Collective. Return whether a CPU with several threads embeds an image faster than it decodes it."""
-        if not self._is_on_cpu() or torch.get_num_threads() == 1:
-            return False
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with torch.no_grad(), self.accelerator.autocast(), FlopCounterMode(display=False) as counter:
-            self.image_features(**dummy_batch(decode).with_image_size(self.pixels))
-        return counter.get_total_flops() < _LIGHT_FLOPS
-
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast():
             output = self.text_features(self.tokens(texts).to(self.accelerator.device))
@@ -368,17 +345,6 @@ def parts_of(config: Any) -> tuple[str, ...]:
     texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
     others = {"decoder": "decoder_config", "answers": "answer_config"}
     return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
-
-
-@contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Let torch compute on one thread if `wanted`: idle threads of small operations take the cores from the workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def image_embeds(

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from flipscale.evaluation.suite import evaluated
 from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
-from flipscale.io.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -86,21 +84,16 @@ def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Ta
             _log.info("%s: %d of %d tasks are in %s and are not run again", name, num_known, len(tasks), path)
     (missing,) = broadcast_object_list([missing])
     if missing:
-        left = [tasks[number] for number in missing]
-        # Consecutive tasks of the same data and image size share one pass over the images.
-        passes = [data for data, _ in groupby((task.data, task.image_size) for task in left)]
-        total = sum(len(TestSet.open(data)) for data, _ in passes) if is_main else None
-        with Progress(total, f"evaluating {name}", "images", leave=False, hidden=not is_main) as bar:
+        started = time.monotonic()
+        left = evaluated(embedder, [tasks[number] for number in missing])
+        for number, (task, results) in zip(missing, left, strict=True):
+            if is_main:
+                seconds, group = time.monotonic() - started, groups[number]
+                about = _about(task, settings[number], name, digest, seconds)
+                known[group] = append_lines(path, group, [_published(result) for result in results], about)
+                shown = next((result for result in results if result.headline), results[0])
+                _log.info("%s: %s %s %s, %.0f s", name, shown.task, shown.shown, shown.estimate_text, seconds)
             started = time.monotonic()
-            counted = evaluated(replace(embedder, progress=bar.update), left)
-            for number, (task, results) in zip(missing, counted, strict=True):
-                if is_main:
-                    seconds, group = time.monotonic() - started, groups[number]
-                    about = _about(task, settings[number], name, digest, seconds)
-                    known[group] = append_lines(path, group, [_published(result) for result in results], about)
-                    shown = next((result for result in results if result.headline), results[0])
-                    _log.info("%s: %s %s %s, %.0f s", name, shown.task, shown.shown, shown.estimate_text, seconds)
-                started = time.monotonic()
     return [line for group in groups for line in known[group]]
 
 

@@ -13,7 +13,6 @@ from PIL import ExifTags, Image
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation import embedding
 from flipscale.evaluation.embedding import Embedder, Share, image_embeds
 from flipscale.evaluation.suite import build_tasks, evaluated, run_tasks
 from flipscale.evaluation.whole_images import WholeImages, decoded_batches
@@ -48,24 +47,6 @@ def test_workers_share_memory(embedder: Embedder, shards: Path, monkeypatch: pyt
     assert torch.equal(dataclasses.replace(embedder, num_workers=1).images(source), expected)
 
 
-def test_pooled_features_are_before_the_projection(embedder: Embedder, shards: Path) -> None:
-    source = TarSource(str(shards))
-    pooled = embedder.images(source, "pooled")
-    assert pooled.shape == (96, 32)
-    projected = embedder.model.image_projection(pooled).detach()
-    embeds = projected / projected.norm(dim=1, keepdim=True)
-    assert (embeds - embedder.images(source)).abs().max() < 1e-6
-
-
-def test_progress_counts_all_images(embedder: Embedder, shards: Path) -> None:
-    news: list[int] = []
-    counted = dataclasses.replace(embedder, progress=news.append)
-    counted.images(TarSource(str(shards)))
-    assert news == [6] * 16
-    counted.uncounted().images(TarSource(str(shards)))
-    assert news == [6] * 16
-
-
 @pytest.mark.parametrize("kind", ["a JPEG that EXIF turns", "a 16-bit grey PNG"])
 def test_pictures_of_an_index_are_those_of_training(embedder: Embedder, tmp_path: Path, kind: str) -> None:
     exif = Image.Exif()
@@ -85,21 +66,6 @@ def test_pictures_of_an_index_are_those_of_training(embedder: Embedder, tmp_path
     assert expected.shape == ((150, 210, 3) if "PNG" in kind else (210, 150, 3))
     for pixels in seen:
         assert np.abs(np.asarray(pixels) - expected).max() <= 2
-
-
-@pytest.mark.parametrize(("light", "threads"), [(3e7, 1), (0, 2)])
-def test_light_model_leaves_the_cores_to_the_workers(
-    embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch, light: float, threads: int
-) -> None:
-    monkeypatch.setattr(embedding, "_LIGHT_FLOPS", light)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        batches = dataclasses.replace(embedder, num_workers=1).image_batches(TarSource(str(shards)))
-        assert {torch.get_num_threads() for _ in batches} == {threads}
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_tasks_of_one_set_share_a_pass(
