@@ -117,21 +117,6 @@ def test_clip_benchmark_counts_the_same(tmp_path: Path) -> None:
     assert 0 < found["group_score"].value < min(values["text_score"], values["image_score"])
 
 
-def test_the_scores_of_winoground(tmp_path: Path) -> None:
-    """As its paper's code counts: c0_i1 is the cosine of caption 0 with image 1."""
-    found = evaluated(write(tmp_path / "set", pair), kind=KIND, pairs=True)
-    text, image = [], []
-    for first in range(0, 60, 2):
-        (c0_i0, c1_i0), (c1_i1, c0_i1) = cosines(first, pair(first)), cosines(first + 1, pair(first + 1))
-        text.append(c0_i0 > c1_i0 and c1_i1 > c0_i1)
-        image.append(c0_i0 > c0_i1 and c1_i1 > c1_i0)
-    group = np.array(text) & np.array(image)
-    assert [result.value for result in found.values()] == pytest.approx(
-        [100 * np.mean(text), 100 * np.mean(image), 100 * group.mean()]
-    )
-    assert np.unpackbits(np.frombuffer(bytes.fromhex(found["text_score"].outcomes), np.uint8))[:30].tolist() == text
-
-
 def test_equal_texts_and_equal_cosines(tmp_path: Path) -> None:
     """ARO's orders: a shuffle of few words may give the caption again, and argmax takes the first. An order-blind model
     has equal cosines of different texts, which are no hit, as in SugarCrepe's and Winoground's code."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
 from accelerate import Accelerator
 from evaluation.made_up_sets import NAMES, npy, write_overlap, write_set
+from evaluation.tiny_model import in_processes
 
 from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
@@ -139,20 +139,6 @@ def test_roc_auc_of_two_classes(tmp_path: Path) -> None:
         evaluated(folder, kind="zero_shot", metric="roc_auc")
 
 
-def test_several_labels(tmp_path: Path) -> None:
-    def labels(number: int, label: int) -> dict[str, bytes]:
-        return {"npy": npy(np.arange(16) % 8 == number % 7)}
-
-    folder = named(write_set(tmp_path / "set", 2, 15, labels), NAMES)
-    found = evaluated(folder, kind="zero_shot_multilabel")
-    order = (-scores(30, NAMES, ["{c}"])).argsort(axis=0)
-    right = (np.arange(16) % 8 == (np.arange(30) % 7)[:, None])[order, np.arange(16)]
-    precision = right.cumsum(axis=0) / np.arange(1, 31)[:, None]
-    plain = [precision[right[:, c], c].mean() if right[:, c].any() else 0.0 for c in range(16)]
-    assert found["map"].value == pytest.approx(100 * np.mean(plain))
-    assert found["map11"].headline > found["map"].headline
-
-
 def test_the_worst_group_of_dollar_street_and_geode(tmp_path: Path) -> None:
     def files(number: int, label: int) -> dict[str, bytes]:
         return {"cls": b"%d" % (number % 16), "npy": npy(np.array([number % 4, 7, 2]))}
@@ -233,7 +219,7 @@ def test_faces_without_objectives(tmp_path: Path) -> None:
         task.check()
 
 
-def _evaluate(folder: str, out: str) -> None:
+def results_of(folder: str) -> dict[str, list]:
     faces = {"kind": "worst_group", "data": f"{folder}/faces", "groups": "faces"}
     whole = {"data": f"{folder}/all"}
     listed = [
@@ -244,12 +230,8 @@ def _evaluate(folder: str, out: str) -> None:
         faces,
         {"kind": "image_caption_selection", "data": f"{folder}/choices"},
     ]
-    embedder = drawn()
-    results = run_tasks(embedder, with_clean_tasks(build_tasks(listed), Path(folder)))
-    if embedder.accelerator.is_main_process:
-        lines = {r.name: [r.value, r.n, r.low, r.high, r.chance] for r in results}
-        Path(out).write_text(json.dumps(lines))
-    embedder.accelerator.end_training()
+    results = run_tasks(drawn(), with_clean_tasks(build_tasks(listed), Path(folder)))
+    return {r.name: [r.value, r.n, r.low, r.high, r.chance] for r in results}
 
 
 def test_one_and_three_processes_find_the_same(tmp_path: Path) -> None:
@@ -268,13 +250,7 @@ def test_one_and_three_processes_find_the_same(tmp_path: Path) -> None:
         tmp_path, tmp_path / "all/test", [(f"{shard}.tar", number) for shard in (0, 2) for number in range(4)]
     )
     write_overlap(tmp_path, tmp_path / "pairs/test", [("1.tar", 3), ("1.tar", 9)])
-    found = {}
-    for world in (1, 3):
-        out = tmp_path / f"{world}.json"
-        environments = processes.rank_environments(world) if world > 1 else [{}]
-        running = [processes.start(_evaluate, str(tmp_path), str(out), environment=e) for e in environments]
-        assert processes.exit_codes(running) == [0] * world
-        found[world] = json.loads(out.read_text())
-    assert len(found[1]) > 40
-    assert found[1]["zero_shot_clean/top1"][1] == 31
-    assert found[1] == found[3]
+    alone, several = (in_processes(world, tmp_path, results_of, str(tmp_path)) for world in (1, 3))
+    assert len(alone) > 40
+    assert alone["zero_shot_clean/top1"][1] == 31
+    assert alone == several

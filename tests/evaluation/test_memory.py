@@ -5,19 +5,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
 from conftest import write_shards
-from evaluation.made_up_sets import write_overlap
-from evaluation.tiny_model import tiny_embedder
+from evaluation.tiny_model import in_processes, tiny_embedder
 
 from flipscale.api import evaluate
 from flipscale.cli import main
 from flipscale.data.features import read_about
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds import memory
 from flipscale.evaluation.kinds.memory import Memory
@@ -120,15 +117,6 @@ def test_one_number_each_needs_no_validation(embedder: Embedder, folder: Path) -
     assert [one.outcomes for one in alone.values()] == [one.outcomes for one in chosen.values()]
 
 
-def test_weight_zero_is_zero_shot(embedder: Embedder, folder: Path) -> None:
-    fixed = run(embedder, folder, neighbours=[4], weights=[0.0])
-    plain = run_tasks(embedder, build_tasks([{"kind": "zero_shot", "data": str(folder / "test")}]))
-    assert [(one.metric, one.value, one.outcomes) for one in plain] == [
-        (one.metric, one.value, one.outcomes) for one in fixed.values() if one.metric != "top1_gain"
-    ]
-    assert fixed["top1_gain"].value == 0
-
-
 @pytest.mark.parametrize("k", [1, 7, 100])
 def test_blocks_find_the_exact_neighbours(
     embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch, k: int
@@ -147,14 +135,6 @@ def test_blocks_find_the_exact_neighbours(
         assert queries[5].numpy() @ file[row].astype(np.float32) == pytest.approx(cosines[5, -1].item(), abs=1e-5)
 
 
-def test_faiss_finds_the_same_neighbours(embedder: Embedder, folder: Path) -> None:
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
-    images, queries = stored(folder)[0], embedder.images(TarSource(str(folder / "test")))
-    ((cosines, _),) = Memory(folder / "memory", embedder).nearest([queries], 7)
-    products, _ = faiss.knn(queries.numpy(), images.astype(np.float32), 7, metric=faiss.METRIC_INNER_PRODUCT)
-    assert np.abs(cosines.numpy() - products).max() < 1e-5
-
-
 def test_a_memory_with_the_test_s_images_is_named(
     embedder: Embedder, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,73 +144,60 @@ def test_a_memory_with_the_test_s_images_is_named(
     assert f"the memory {folder / 'memory'} has the images of {folder / 'pairs'}" in caplog.text
 
 
-def test_images_in_the_training_data_are_left_out(embedder: Embedder, folder: Path, tmp_path: Path) -> None:
-    write_overlap(tmp_path / "audit", folder / "test", [("00000.tar", 2), ("00001.tar", 7)])
-    tasks = with_clean_tasks(build_tasks(listed(folder)), tmp_path / "audit")
-    top1 = {one.task: one for one in run_tasks(embedder, tasks) if one.metric == "top1"}
-    whole, clean = (
-        np.unpackbits(np.frombuffer(bytes.fromhex(one.outcomes), np.uint8))[: one.n]
-        for one in (top1["zero_shot_memory"], top1["zero_shot_memory_clean"])
-    )
-    assert np.delete(whole, [2, 25 + 7]).tolist() == clean.tolist()
-
-
-def _evaluate(folder: str, out: str, tokenizer_dir: str) -> None:
-    embedder = tiny_embedder(tokenizer_dir, batch_size=7)
-    results = run_tasks(embedder, build_tasks(listed(Path(folder))))
-    if embedder.accelerator.is_main_process:
-        Path(out).write_text(json.dumps([[one.metric, one.value, one.outcomes] for one in results]))
-    embedder.accelerator.end_training()
+def results_of(folder: str, tokenizer_dir: str) -> list[list]:
+    results = run_tasks(tiny_embedder(tokenizer_dir, batch_size=7), build_tasks(listed(Path(folder))))
+    return [[one.metric, one.value, one.outcomes] for one in results]
 
 
 @pytest.mark.long
 def test_two_processes_find_the_same(embedder: Embedder, folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     alone = [[one.metric, one.value, one.outcomes] for one in run(embedder, folder).values()]
-    arguments = str(folder), str(tmp_path / "results.json"), str(tokenizer_dir)
-    running = [processes.start(_evaluate, *arguments, environment=one) for one in processes.rank_environments(2)]
-    assert processes.exit_codes(running) == [0, 0]
-    assert json.loads((tmp_path / "results.json").read_text()) == alone
+    assert in_processes(2, tmp_path, results_of, str(folder), str(tokenizer_dir)) == alone
 
 
-def test_refusals(embedder: Embedder, folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="memory is 'nowhere'"):
-        run(embedder, folder, memory="nowhere")
-    with pytest.raises(ValueError, match=r"validation '', neighbours \[1, 3, 9\]"):
-        run(embedder, folder, validation="")
-    with pytest.raises(ValueError, match=r"validation is .*test/\.\./test, the test images"):
-        run(embedder, folder, validation=str(folder / "test/../test"))
-    with pytest.raises(ValueError, match=r"weights \[\]"):
-        run(embedder, folder, weights=[])
-    with pytest.raises(ValueError, match=r"weights.*2"):
-        run(embedder, folder, weights=[2])
-    wide = tiny_embedder(tokenizer_dir, batch_size=7, projection_dim=24)
-    with pytest.raises(ValueError, match=r"width 16 .*expected embeds of width 24"):
-        run(wide, folder)
-    other = tiny_embedder(tokenizer_dir, batch_size=7)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"memory": "nowhere"}, "memory is 'nowhere'"),
+        ({"validation": ""}, r"validation '', neighbours \[1, 3, 9\]"),
+        ({"validation": "test/../test"}, r"validation is .*test/\.\./test, the test images"),
+        ({"weights": []}, r"weights \[\]"),
+        ({"weights": [2]}, r"weights.*2"),
+    ],
+)
+def test_fields_that_cannot_be(embedder: Embedder, folder: Path, fields: dict, message: str) -> None:
+    if fields.get("validation"):
+        fields = {"validation": str(folder / fields["validation"])}
+    with pytest.raises(ValueError, match=message):
+        run(embedder, folder, **fields)
+
+
+def test_memories_that_do_not_fit(embedder: Embedder, folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    wide, other = (tiny_embedder(tokenizer_dir, batch_size=7, projection_dim=dim) for dim in (24, 16))
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
-    digests = [weights_digest(one.model.parameters())[:12] for one in (embedder, other)]
-    with pytest.raises(ValueError, match=f"{digests[0]}.*{digests[1]}"):
-        run(other, folder)
     source = TarSource(str(folder / "validation"))
     precompute_features(embedder, source, tmp_path / "images", ["images"], "embeds")
-    with pytest.raises(ValueError, match="images has no features of texts"):
-        run(embedder, folder, memory=str(tmp_path / "images"))
     precompute_features(embedder, source, tmp_path / "pooled", ["images", "texts"], "pooled")
-    with pytest.raises(ValueError, match="has pooled of width 32"):
-        run(embedder, folder, memory=str(tmp_path / "pooled"))
-    shutil.copytree(folder / "memory", tmp_path / "half")
-    (tmp_path / "half" / "images" / "00002.npy").unlink()
-    with pytest.raises(ValueError, match="has images of 23 of its 53 samples"):
-        run(embedder, folder, memory=str(tmp_path / "half"))
-    (tmp_path / "half" / "images" / "00002.npy").write_bytes(b"not an array")
-    with pytest.raises(ValueError, match=r"00002\.npy is damaged"):
-        run(embedder, folder, memory=str(tmp_path / "half"))
-    shutil.copytree(folder / "memory", tmp_path / "bad")
+    for name in ("half", "bad"):
+        shutil.copytree(folder / "memory", tmp_path / name)
+    (tmp_path / "half/images/00002.npy").unlink()
     for file in (tmp_path / "bad/texts").iterdir():
         np.save(file, np.full_like(np.load(file), np.nan))
-    with pytest.raises(ValueError, match=r"memory .*/bad has no pair whose image and text"):
-        run(embedder, folder, memory=str(tmp_path / "bad"))
+    digests = [weights_digest(one.model.parameters())[:12] for one in (embedder, other)]
+    for model, place, message in (
+        (wide, folder / "memory", r"width 16 .*expected embeds of width 24"),
+        (other, folder / "memory", f"{digests[0]}.*{digests[1]}"),
+        (embedder, tmp_path / "images", "images has no features of texts"),
+        (embedder, tmp_path / "pooled", "has pooled of width 32"),
+        (embedder, tmp_path / "half", "has images of 23 of its 53 samples"),
+        (embedder, tmp_path / "bad", r"memory .*/bad has no pair whose image and text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, folder, memory=str(place))
+    (tmp_path / "half/images/00002.npy").write_bytes(b"not an array")
+    with pytest.raises(ValueError, match=r"00002\.npy is damaged"):
+        run(embedder, folder, memory=str(tmp_path / "half"))
 
 
 def test_the_command_and_the_call_keep_rows_of_their_own(

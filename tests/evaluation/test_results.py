@@ -32,30 +32,12 @@ from flipscale.evaluation.results import (
     latest,
     read_results,
     with_changes,
-    with_unit,
 )
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 
 TOP1 = Result("zero_shot", "zero_shot", "top1", 40.0, 200, 33.45, 46.91, chance=6.25, made_by={"data": "set"})
 RANK = Result("ranks", "median_rank", "median", 3.25, unit="", label="median rank", higher_is_better=False)
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "text"),
-    [
-        (47.13, "%", "47.1 %"),
-        (0.0613, "%", "0.06 %"),
-        (0.43219, "", "0.432"),
-        (3.25, "", "3.25"),
-        (1234.5, "s", "1,234 s"),
-        (2.34, "points", "+2.3 points"),
-        (-0.123, "points", "-0.12 points"),
-        (float("nan"), "%", "-"),
-    ],
-)
-def test_values_are_shown_in_their_units(value: float, unit: str, text: str) -> None:
-    assert with_unit(value, unit) == text
 
 
 def test_lines_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
-"""The evaluation of one model: known tasks are not run again, not even after kills, and processes agree on the rest."""
+"""The evaluation of one model: known tasks are not run again, and processes agree on the rest."""
 
 import json
-import random
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from flipscale.evaluation.model_results import evaluate_model
 from flipscale.evaluation.suite import build_tasks
 from flipscale.model import FlipModel
 
-KILLS = 10
 VARYING = ("seconds", "date")
 
 
@@ -33,7 +30,6 @@ def tasks_in(folder: Path) -> list[Task]:
 
 def evaluate(folder: str, home: str, tokenizer_dir: str) -> None:
     embedder = tiny_embedder(tokenizer_dir, batch_size=8)
-    Path(home, f"begun{embedder.accelerator.process_index}").touch()
     evaluate_model(embedder, "tiny", Path(home, "results.jsonl"), tasks_in(Path(folder)))
 
 
@@ -91,39 +87,6 @@ def test_known_tasks_are_not_run_again(
     with pytest.raises(ValueError, match="shorter"):
         evaluate_model(others, "tiny", path, tasks)
     assert len(asked[1]) == 8
-
-
-@pytest.mark.long
-def test_killed_at_ten_random_instants(folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    draw, whole, home = random.Random(0), tmp_path / "whole", tmp_path / "killed"
-    for made in (whole, home):
-        made.mkdir()
-    assert ended(folder, whole, tokenizer_dir) == 0
-    lines = home / "results.jsonl"
-    for _ in range(KILLS):
-        (home / "begun0").unlink(missing_ok=True)
-        if lines.exists() and len(lines_of(home)) == len(lines_of(whole)):
-            lines.unlink()
-        process = processes.start(evaluate, str(folder), str(home), str(tokenizer_dir))
-        wanted = size_of(lines) + draw.choice((0, 1, 3000))
-        while process.is_alive() and (not (home / "begun0").exists() or size_of(lines) < wanted):
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.1))
-        process.kill()
-        process.join()
-    # A kill leaves complete writes. A power failure may leave a part of one.
-    whole_lines = lines.read_bytes() if lines.exists() else b""
-    lines.write_bytes(whole_lines + (whole / "results.jsonl").read_bytes()[:2000])
-    assert ended(folder, home, tokenizer_dir) == 0
-    assert sorted(lines_of(home), key=name_of) == sorted(lines_of(whole), key=name_of)
-
-
-def size_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def name_of(line: dict) -> tuple[str, str]:
-    return line["task"], line["metric"]
 
 
 def ended(folder: Path, home: Path, tokenizer_dir: Path) -> int | None:

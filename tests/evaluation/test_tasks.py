@@ -62,26 +62,11 @@ def test_images_of_several_captions(embedder: Embedder, tmp_path: Path) -> None:
     assert grouped["text_to_image_r1"] == grouped["image_to_text_r1"] == grouped["chance"] == 100.0
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    places: list[tuple[int, int]] = []
-    whole = TarSource.read
-    monkeypatch.setattr(TarSource, "read", lambda self, *where: places.append(where) or whole(self, *where))
-    return places
-
-
-def test_images_are_read_once_and_the_watch_hears_of_each_batch(
-    embedder: Embedder, shards: Path, read: list[tuple[int, int]]
-) -> None:
+def test_the_watch_hears_of_each_batch(embedder: Embedder, shards: Path) -> None:
     calls: list[int] = []
-    watched = dataclasses.replace(embedder, alive=lambda: calls.append(1))
-    for kind, count in (("zero_shot", 1 + 96 + 16 + 16), ("retrieval", None)):
-        calls.clear()
-        evaluated(watched, kind=kind, data=str(shards))
-        assert read == list(SampleNumbers(TarSource(str(shards))))
-        # The start, 96 labels, 96 images in batches of 6, and 16 classes of 2 prompts.
-        assert count is None or len(calls) >= count
-        read.clear()
+    evaluated(dataclasses.replace(embedder, alive=lambda: calls.append(1)), kind="zero_shot", data=str(shards))
+    # The start, 96 labels, 96 images in batches of 6, and 16 classes of 2 prompts.
+    assert len(calls) >= 1 + 96 + 16 + 16
 
 
 def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:

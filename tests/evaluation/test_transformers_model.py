@@ -1,7 +1,6 @@
 """Dual encoders of transformers, evaluated as ours are: with the features that transformers itself computes."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +8,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TOWER
+from foreign_towers import TEXT
+from hub.native import export_native
 from PIL import Image
 from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     Siglip2Config,
     Siglip2ImageProcessor,
     Siglip2Model,
     Siglip2Processor,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    SiglipProcessor,
 )
 
 from flipscale.data.samples import SampleNumbers
@@ -35,38 +28,25 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.foreign_models import transformers_embedder
 
 CAPTIONS = ["a red disc", "the blue ring", "a"]
-TEXT = {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "pad_token_id": 0, "bos_token_id": 1}
-VISION = {**TOWER, "image_size": 32, "patch_size": 8}
 
 
-def clip(tokenizer: Any) -> tuple[Any, Any]:
-    config = CLIPConfig(text_config={**TEXT, "eos_token_id": 2}, vision_config=VISION, projection_dim=16)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    return CLIPModel(config), CLIPProcessor(CLIPImageProcessor(**size), tokenizer)
+def save_siglip2(tokenizer_dir: Path, folder: Path) -> Path:
+    """Write the one that takes images of any shape, as a padded row of patches."""
+    text, vision = {**TEXT, "max_position_embeddings": 8}, {**TOWER, "num_patches": 16, "patch_size": 8}
+    Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    images = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    Siglip2Processor(images, AutoTokenizer.from_pretrained(tokenizer_dir)).save_pretrained(folder)
+    return folder
 
 
-def siglip(tokenizer: Any) -> tuple[Any, Any]:
-    config = SiglipConfig(text_config={**TEXT, "eos_token_id": 2}, vision_config=VISION)
-    return SiglipModel(config), SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
-
-
-def siglip2(tokenizer: Any) -> tuple[Any, Any]:
-    """The one that takes images of any shape, as a padded row of patches."""
-    vision = {**TOWER, "num_patches": 16, "patch_size": 8}
-    config = Siglip2Config(text_config={**TEXT, "eos_token_id": 2}, vision_config=vision)
-    return Siglip2Model(config), Siglip2Processor(Siglip2ImageProcessor(patch_size=8, max_num_patches=16), tokenizer)
-
-
-@pytest.fixture(scope="module", params=[clip, siglip, siglip2], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=["clip", "siglip", "siglip2"])
 def folder(
     request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
-    torch.manual_seed(0)
-    make: Callable[[Any], tuple[Any, Any]] = request.param
-    path = tmp_path_factory.mktemp(make.__name__)
-    for part in make(AutoTokenizer.from_pretrained(tokenizer_dir)):
-        part.save_pretrained(path)
-    return make.__name__, path
+    path = tmp_path_factory.mktemp(request.param)
+    if request.param == "siglip2":
+        return request.param, save_siglip2(tokenizer_dir, path)
+    return request.param, export_native(request.param, path)
 
 
 def unit(output: Any) -> torch.Tensor:
@@ -81,9 +61,10 @@ def test_its_features_are_transformers_own(folder: tuple[str, Path], shards: Pat
     pictures = [Image.open(io.BytesIO(source.read(*where).image)).convert("RGB") for where in SampleNumbers(source)]
     pixels = processor.image_processor(images=pictures, return_tensors="pt")
     padding = True if kind == "clip" else "max_length"
-    tokens = processor.tokenizer(CAPTIONS, padding=padding, truncation=True, max_length=8, return_tensors="pt")
+    length = model.config.text_config.max_position_embeddings
+    tokens = processor.tokenizer(CAPTIONS, padding=padding, truncation=True, max_length=length, return_tensors="pt")
     if kind == "siglip":  # it attends to padding
-        del tokens["attention_mask"]
+        tokens.pop("attention_mask", None)
     for workers in (0, 2):
         embedder = transformers_embedder(str(path), accelerator, batch_size=40, num_workers=workers)
         assert (embedder.images(source) - unit(model.get_image_features(**pixels))).abs().max() < 1e-6
@@ -101,7 +82,7 @@ def test_what_cannot_be_loaded_is_named(folder: tuple[str, Path], tmp_path: Path
         assert "\n" not in str(error.value)
 
     refused(r"hf:.*model cannot be loaded \(")
-    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path / "model")
+    CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(tmp_path / "model")
     refused(r"hf:.*model has no processor that can be read \(.*preprocessor_config.json")
     model = AutoModel.from_pretrained(folder[1])
     model.save_pretrained(tmp_path / "model")

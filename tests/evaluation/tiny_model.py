@@ -1,9 +1,14 @@
 """Small FLIP models with random weights, for images of 32 pixels and the captions of `write_shards`: two towers, and an
-image tower with a decoder."""
+image tower with a decoder; and what they are computed to in several processes."""
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import processes
 import torch
 from accelerate import Accelerator
 from conftest import COLOURS, SHAPES, TOWER
@@ -13,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from flipscale.data.decode import decode_processed
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
+from flipscale.engines.watchdog import close_process_group
 from flipscale.evaluation.embedding import Embedder
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 
@@ -60,3 +66,19 @@ def tiny_writer(accelerator: Accelerator, batch_size: int = 16) -> Embedder:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.4)
     return Embedder(model, tokenizer, accelerator, batch_size=batch_size, name="writer")
+
+
+def in_processes(world: int, folder: Path, job: Callable[..., Any], *arguments: object) -> Any:
+    """Return the result of a job in `world` processes, which must be equal in all of them, as JSON has it."""
+    environments = processes.rank_environments(world) if world > 1 else [{}]
+    running = [processes.start(_write, job, str(folder / f"{world}"), arguments, environment=e) for e in environments]
+    assert processes.exit_codes(running) == [0] * world
+    first, *others = (json.loads(Path(folder, f"{world}-{rank}").read_text()) for rank in range(world))
+    assert all(other == first for other in others)
+    return first
+
+
+def _write(job: Callable[..., Any], file: str, arguments: tuple[Any, ...]) -> None:
+    results = job(*arguments)
+    Path(f"{file}-{os.environ.get('RANK', 0)}").write_text(json.dumps(results))
+    close_process_group()
