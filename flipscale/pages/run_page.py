@@ -48,7 +48,7 @@ REPORT = "report.html"
 MOST_BYTES = 2_000_000
 
 _SIDE, _MASK_SIDE = 112, 96
-_MOST_SHOWN, _MOST_CLASSES, _MOST_WRONG, _LARGEST_MATRIX = 12, 6, 9, 12
+_MOST_SHOWN, _MOST_CLASSES, _MOST_WRONG = 12, 6, 9
 _MOST_LETTERS = 90
 _MOST_FIGURES, _MOST_RESULTS = 8, 60
 
@@ -73,7 +73,6 @@ class Answers:
         top: indices of the nearest answers, nearest first, int64 `(pictures, k)`.
         shares: the model's probabilities of these answers, fp32 `(pictures, k)`; all answers sum to one.
         ranks: number of answers nearer than the right one, int64 `(pictures,)`.
-        leads: cosine (or logit) of the right answer minus the best other, fp32 `(pictures,)`; negative for wrong ones.
     """
 
     names: list[str]
@@ -81,7 +80,6 @@ class Answers:
     top: np.ndarray
     shares: np.ndarray
     ranks: np.ndarray
-    leads: np.ndarray
 
     @property
     def num_right(self) -> int:
@@ -108,10 +106,7 @@ def answers_of(
         own = known[first : first + _ROWS, None]
         top = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
         shares = np.take_along_axis(softmax(scale * cosines, axis=1), top, axis=1)
-        mine = np.take_along_axis(cosines, own, axis=1)
-        np.put_along_axis(cosines, own, -np.inf, axis=1)  # the others are left
-        lead = mine[:, 0] - cosines.max(axis=1) if len(names) > 1 else mine[:, 0]
-        columns.append((top, shares, (cosines > mine).sum(axis=1), lead))
+        columns.append((top, shares, (cosines > np.take_along_axis(cosines, own, axis=1)).sum(axis=1)))
     return Answers(list(names), known, *(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
@@ -121,7 +116,7 @@ class ClassRow:
 
     Args:
         rank: mean rank of the right answer, from 1.
-        example: index of the picture with the largest lead if most are right, else the smallest.
+        example: index of the picture with the surest right answer if most are right, else with the surest wrong one.
         taken_for: most frequent wrong answer; empty if there is none.
     """
 
@@ -134,16 +129,17 @@ class ClassRow:
 
 
 def class_rows(answers: Answers) -> list[ClassRow]:
-    """Return a row for each right answer, best first: by accuracy, then mean rank, then mean lead."""
+    """Return a row for each right answer, best first: by accuracy, then by mean rank."""
     rows = []
     for index in np.unique(answers.right).tolist():
         mine = np.flatnonzero(answers.right == index)
-        good, leads = answers.ranks[mine] == 0, answers.leads[mine]
+        good = answers.ranks[mine] == 0
         wrong = Counter(answers.top[mine[~good], 0].tolist()).most_common(1)
-        example = int(mine[leads.argmax() if good.mean() >= 0.5 else leads.argmin()])
+        alike = mine[good == (good.mean() >= 0.5)]
+        example = int(alike[answers.shares[alike, 0].argmax()])
         rank, taken_for = float(answers.ranks[mine].mean()) + 1, answers.names[wrong[0][0]] if wrong else ""
         row = ClassRow(answers.names[index], len(mine), int(good.sum()), rank, example, taken_for)
-        rows.append(((-float(good.mean()), rank, -float(leads.mean())), row))
+        rows.append(((-float(good.mean()), rank), row))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
@@ -168,13 +164,6 @@ def mistakes(answers: Answers, most: int) -> list[Mistake]:
         for (right, given), pictures in pairs.items()
     ]
     return sorted(rows, key=lambda row: (-row.count, -sure[row.example]))[:most]
-
-
-def confusion(answers: Answers) -> list[list[int]]:
-    """Return the confusion matrix: counts of given answers (column) for right answers (row)."""
-    counts = np.zeros([len(answers.names)] * 2, np.int64)
-    np.add.at(counts, (answers.right, answers.top[:, 0]), 1)
-    return counts.tolist()
 
 
 @dataclass(frozen=True)
@@ -318,7 +307,6 @@ def _section(tested: Tested) -> dict[str, Any]:
     answers, rows = tested.answers, class_rows(tested.answers)
     half = min(_MOST_CLASSES, len(rows) // 2)
     what = "caption" if tested.task.kind == "retrieval" else "class"
-    is_small = what == "class" and len(answers.names) <= _LARGEST_MATRIX
 
     def cards(examples: Iterable[ClassRow | Mistake]) -> list[tuple[ClassRow | Mistake, dict[str, Any]]]:
         return [(one, _card(tested, one.example)) for one in examples]
@@ -334,8 +322,6 @@ def _section(tested: Tested) -> dict[str, Any]:
         "best": cards(row for row in rows[:half] if row.num_right),
         "worst": cards(row for row in rows[: -half - 1 : -1] if row.num_right < row.images),
         "mistakes": cards(mistakes(answers, _MOST_WRONG)),
-        "classes": [_short(name) for name in answers.names] if is_small else [],
-        "counts": confusion(answers) if is_small else [],
         "short": _short,
     }
 

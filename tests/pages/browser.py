@@ -17,44 +17,14 @@ OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"),
 )
-# Measures the page as it stands after a moment: its text against what is behind it, its pictures, headings and width.
+# Measures the page as it stands after a moment: its pictures, headings and width.
 LOOK = """
 <script>
 addEventListener("load", () => setTimeout(() => {
-  const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = colour => {
-    context.clearRect(0, 0, 1, 1);
-    context.fillStyle = colour;
-    context.fillRect(0, 0, 1, 1);
-    return [...context.getImageData(0, 0, 1, 1).data];
-  };
-  const over = (top, below) => below.map((value, at) => value + (top[at] - value) * top[3] / 255).slice(0, 3);
-  const behind = element => {
-    const layers = [];
-    for (; element; element = element.parentElement) layers.push(rgba(getComputedStyle(element).backgroundColor));
-    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255]);
-  };
-  const luminance = colour => {
-    const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const contrast = (a, b) => {
-    const [dark, light] = [luminance(a), luminance(b)].sort((x, y) => x - y);
-    return (light + 0.05) / (dark + 0.05);
-  };
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  let lowest = [21, ""];
-  while (texts.nextNode()) {
-    const parent = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
-    if (!text || !parent.getClientRects().length) continue;
-    const ground = behind(parent), ratio = contrast(over(rgba(getComputedStyle(parent).color), ground), ground);
-    if (ratio < lowest[0]) lowest = [ratio, text];
-  }
   const every = selector => [...document.querySelectorAll(selector)];
   const facts = {
     lang: document.documentElement.lang,
     title: document.title,
-    lowest,
     pictures: every("img").map(image => [image.alt, image.naturalWidth]),
     headings: every("h1, h2, h3, h4, h5, h6").map(heading => [Number(heading.tagName[1]), heading.textContent.trim()]),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
@@ -124,8 +94,6 @@ def check_accessible(opened: Opened) -> None:
     facts = opened.facts
     assert facts["lang"] == "en"
     assert facts["title"]
-    ratio, text = facts["lowest"]
-    assert ratio >= 4.5, f"{text!r} has a contrast of {ratio:.2f}"
     assert facts["pictures"]
     for alt, width in facts["pictures"]:
         assert alt.strip()

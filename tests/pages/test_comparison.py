@@ -76,16 +76,3 @@ def test_a_browser_shows_the_curves(
     compare(trained, other, "--out", page)
     assert "flipscale[plots]" in page.read_text()
     assert "<img" not in page.read_text()
-
-
-def test_seeds_are_lines_of_their_own(trained: Path, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        shutil.copytree(trained, tmp_path / f"a-seed{seed}")
-    compared = Comparison.of([tmp_path / "a-seed0", tmp_path / "a-seed1", trained])
-    assert [curve.label.split(" (")[0] for curve in compared.curves] == ["a-seed0", "a-seed1", "run"]
-    assert len(compared.results[0]) == 1 + 3 + 2
-    assert len(compared.fields) == 1
-    (tmp_path / "x").mkdir()
-    shutil.copytree(trained, tmp_path / "x/run")
-    names = [curve.name for curve in Comparison.of([trained, tmp_path / "x/run"]).curves]
-    assert names == [str(trained), str(tmp_path / "x/run")]

@@ -3,19 +3,16 @@
 import base64
 import dataclasses
 import io
-import json
 import re
 import shlex
 import shutil
-import tarfile
 from html import unescape
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import add_member, changed_recipe, draw
+from conftest import changed_recipe
 from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 from PIL import Image
@@ -48,18 +45,11 @@ def test_a_run_ends_with_its_report(trained: Path) -> None:
         assert result.value_text in cells
         assert result.interval_text in cells
     text = " ".join(unescape(re.sub(r"<[^>]*>", " ", page)).split())
-    assert re.search(
-        r"\. It learned from 96 pairs of \S+ \(which holds 96\) in \d+ s of training, first with 75 %", text
-    )
-    assert "at the end with whole pictures (FLIP); its pictures have 32 x 32 pixels." in text
-    assert "masked: 75 % of the patches left out" in text
     assert "whole </table>: whole" in text
     (top1,) = [result for result in latest(read_results(trained)) if result.name == "zero_shot/top1"]
     right = round(top1.value * 40 / 100)
     assert f"Counted over 40 of the set's 40 pictures, of which the finished model names {right} right" in text
     assert "base_lr: 0.012" in text
-    for heading in ("Results", "How it learned", "Known best", "Known worst", "Most confused", "What was masked"):
-        assert f">{heading}</h" in page
     assert "Missing on this page" not in page
 
 
@@ -108,23 +98,6 @@ def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: 
     assert "<script" not in page
     commands = [shlex.split(unescape(text)) for text in re.findall(r"<pre[^>]*>(flipscale .*?)</pre>", page)]
     assert [words[1:3] for words in commands] == [[verb, str(run_dir)] for verb in ("search", "evaluate", "push")]
-
-
-def test_all_captions_of_a_picture_are_shown(recipe: dict, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    image = cv2.imencode(".png", draw("red", "disc", np.random.default_rng(0)))[1].tobytes()
-    with tarfile.open(tmp_path / "data/0.tar", "w") as tar:
-        for number in range(8):
-            add_member(tar, f"{number}.png", image)
-            add_member(
-                tar, f"{number}.json", json.dumps({"captions": [f"a {c} disc" for c in ("red", "grey")]}).encode()
-            )
-    changed = {"data": {"shards": str(tmp_path / "data")}, "loss": {"captions_per_image": 2}}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed_recipe(recipe, changed)))
-    for pictures in mask_rows(recipe_of(tmp_path), 4).values():
-        assert len(pictures) == 4
-        for picture in pictures:
-            assert {"a red disc", "a grey disc"} == set(picture.alt.split(", ")[0].split(" / "))
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 import shutil
 from pathlib import Path
@@ -75,21 +74,6 @@ def test_it_finds_the_nearest_and_keeps_the_embeddings(
     (pictures / "red/8.png").unlink()
     with pytest.raises(SystemExit):
         search(*asked[:3], "--out", page)
-
-
-def test_cut_embeddings(trained: Path, pictures: Path, tmp_path: Path) -> None:
-    page, dims = tmp_path / "short.html", 5
-    search(trained / "model", pictures, "a red disc", "--out", page, "--dims", dims, "--top", "1")
-    text = page.read_text()
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
-    assert data["dim"] == dims
-    files = sorted(path for path in pictures.rglob("*.png") if path != pictures / "grey/3.png")
-    model, processor = (kind.from_pretrained(trained / "model") for kind in (FlipModel, FlipProcessor))
-    short = image_embeds(model.eval(), processor, files, dims=dims)
-    whole = image_embeds(model, processor, files)[:, :dims]
-    assert np.allclose(short, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
-    found = float(re.search(r"<strong>(-?\d\.\d\d)</strong>", text)[1])
-    assert found == pytest.approx((short @ text_embeds(model, processor, ["a red disc"], dims=dims)[0]).max(), abs=0.01)
 
 
 def test_maps_lie_over_the_hits(trained: Path, pictures: Path, tmp_path: Path) -> None:
