@@ -102,7 +102,7 @@ VISION: dict[str, Callable[[Path], None]] = {
 _STAGES = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
 # Image towers that are only embedded.
 SINGLE_IMAGES: dict[str, Callable[[Path], None]] = {
-    "dinov3": VISION["`DINOv3ViTModel`"],
+    "dinov3": lambda folder: save_vision("dinov3_vit", folder, **_VIT),
     "dinov3_convnext": lambda folder: save_vision("dinov3_convnext", folder, **_STAGES),
     "tipsv2": lambda folder: save_vision("tipsv2_vision_model", folder, **_DINO),
     "convnext": lambda folder: save_vision("convnext", folder, **_STAGES),

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import foreign_towers
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import cut, losses, metrics
-from foreign_towers import VISION, save_text
+from foreign_towers import SINGLE_IMAGES, save_text
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -24,12 +23,6 @@ from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
 
 STAGES = [{"name": "align", "samples": 640, "base_lr": 0.02, "warmup_samples": 32}]
-IMAGES = {
-    "dinov3": VISION["`DINOv3ViTModel`"],
-    "tipsv2": foreign_towers.SINGLE_IMAGES["tipsv2"],
-    "convnext": foreign_towers.SINGLE_IMAGES["convnext"],
-    "timm_convnext": foreign_towers.SINGLE_IMAGES["timm_convnext"],
-}
 DECODERS: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {"head_dim": 16, "num_key_value_heads": 2}}
 
 
@@ -45,7 +38,7 @@ def aligned(recipe: dict, shards: Path, tmp_path: Path) -> Callable[..., Path]:
     """Stores the features of an image tower and a decoder; returns a recipe of projections between them."""
 
     def write(image: str, text: str) -> Path:
-        IMAGES[image](tmp_path / image)
+        SINGLE_IMAGES[image](tmp_path / image)
         save_text(text, tmp_path / text, **DECODERS[text], initializer_range=0.2)
         model = {
             "vision": embed(shards, "images", tmp_path / image, tmp_path / "images"),
@@ -73,12 +66,21 @@ def aligned(recipe: dict, shards: Path, tmp_path: Path) -> Callable[..., Path]:
         pytest.param("timm_convnext", "llama", marks=pytest.mark.long),
     ],
 )
-def test_an_aligned_run_is_exported_with_its_towers(
+def test_an_aligned_run_is_stopped_continued_and_exported_with_its_towers(
     image: str, text: str, aligned: Callable[..., Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    file, run_dir = aligned(image, text), tmp_path / "run"
-    pretrain(recipe := parse_recipe(["--config", str(file)]))
+    run_dir = tmp_path / "run"
+    flags = ["--config", str(aligned(image, text)), "--save.every_samples", "320"]
+    pretrain(parse_recipe(flags))
     assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.1
+    whole = load_file(run_dir / "model/model.safetensors")
+    cut(run_dir, tmp_path / "cut", 20)
+    shutil.rmtree(run_dir)
+    (tmp_path / "cut").rename(run_dir)
+    pretrain(recipe := parse_recipe(flags))
+    resumed = load_file(run_dir / "model/model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert len(losses(run_dir)) == 40
     model, page = run_dir / "model", write_report(recipe, load_with_tokenizer).read_text()
     assert "`flipscale search` has them for models with towers of other libraries" in page
     assert "data.tokenizer" not in page
@@ -114,20 +116,6 @@ def test_an_aligned_run_is_exported_with_its_towers(
     for name in (image, text):
         shutil.move(tmp_path / f"{name}_before", tmp_path / name)
     main(["export", str(run_dir), "--out", str(model)])
-
-
-def test_a_stopped_run_goes_on_to_the_same_weights(aligned: Callable[..., Path], tmp_path: Path) -> None:
-    file = aligned("dinov3", "llama")
-    flags = ["--config", str(file), "--eval.tasks", "[]", "--save.every_samples", "160"]
-    pretrain(parse_recipe(flags))
-    whole = load_file(tmp_path / "run/model/model.safetensors")
-    cut(tmp_path / "run", tmp_path / "cut", 20)
-    shutil.rmtree(tmp_path / "run")
-    (tmp_path / "cut").rename(tmp_path / "run")
-    pretrain(parse_recipe(flags))
-    resumed = load_file(tmp_path / "run/model/model.safetensors")
-    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-    assert len(metrics(tmp_path / "run")) == 40
 
 
 def test_one_tower_learns_beside_an_embedded_one(
@@ -177,7 +165,7 @@ def test_what_does_not_fit_is_refused(
     # Without the prefix, the family is asked for; that names the way for what cannot be masked.
     towers = ["--model.family", "towers", "--data.image_features", "null", "--data.text_features", "null"]
     towers += ["--model.vision_config", "{}", "--model.text_config", "{}"]
-    IMAGES["tipsv2"](tmp_path / "tips")
+    SINGLE_IMAGES["tipsv2"](tmp_path / "tips")
     vision = said(*towers, "--model.vision", str(tmp_path / "tips"), "--model.text", str(tmp_path / "llama"))
     assert re.search(r"'tipsv2_vision_model', .* or embed it by .*: hf:.*tips in family flip", vision)
     # Weights that changed after the features were stored.
