@@ -1,20 +1,19 @@
 """Colour changes of pictures: torchvision's, by draws of the seed and the position, before any mask."""
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from data.conftest import pair_dataset
 
 from flipscale.data.augment import draw_colors, recolored
 from flipscale.data.decode import visible_patches
 from flipscale.data.labelled import LabelledDataset
 from flipscale.data.masks import keyed_patches, removed_patches
-from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.pairs import InputShape
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.opening import open_source
 from flipscale.recipe.augment import AugmentRecipe, ColorJitterRecipe
@@ -24,17 +23,6 @@ from flipscale.recipe.recipe import parse_fields
 COLOR = ColorJitterRecipe(0.3, 0.2, 0.4, 0.1, 0.8)
 ALL = AugmentRecipe(color_jitter=COLOR)
 PLACES = np.arange(2000)
-
-
-@pytest.fixture
-def dataset(shards: Path, tokenizer_dir: Path) -> Callable[..., PairDataset]:
-    def build(augment: AugmentRecipe = ALL, **fields: object) -> PairDataset:
-        recipe = DataRecipe(str(shards), global_batch_size=24, num_workers=0, augment=augment)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-        given = {"mask_ratio": 0.75, **fields}
-        return PairDataset(open_source(recipe), tokenizer, recipe, InputShape(32, 8, 8), 5, **given)  # type: ignore[arg-type]
-
-    return build
 
 
 @pytest.fixture
@@ -77,24 +65,25 @@ def test_the_share_of_changed_pictures(picture: np.ndarray) -> None:
     assert np.mean(same) == pytest.approx(0.2, abs=0.03)
 
 
-def test_a_mask_hides_patches_of_the_changed_picture(dataset: Callable[..., PairDataset]) -> None:
+def test_a_mask_hides_patches_of_the_changed_picture(shards: Path, tokenizer_dir: Path) -> None:
     """With views, with the removed patches of a reconstruction, and with the same captions as without changes."""
     where = np.arange(24)
-    plain, whole = dataset(AugmentRecipe(), mask_ratio=0.0), dataset(mask_ratio=0.0)
+    plain, whole = (pair_dataset(shards, tokenizer_dir, 0.0, augment=augment) for augment in (AugmentRecipe(), ALL))
     images = [image for image, _, _ in whole._images(where)]
     crops = [crop.fitted(32) for crop, _, _ in plain._pairs(where)]
     colors = draw_colors(COLOR, 5, where)
     assert all(np.array_equal(recolored(crop, colors[row]), images[row]) for row, crop in enumerate(crops))
     assert not np.array_equal(np.stack(images), np.stack(crops))
     assert torch.equal(plain.__getitems__(where.tolist())["input_ids"], whole.__getitems__(where.tolist())["input_ids"])
-    for mask, options in ((MaskRecipe(views=2), {}), (MaskRecipe(), {"sends_masked": True})):
-        batch = dataset(mask=mask, **options).__getitems__(where.tolist())
+    for mask, sends_masked in ((MaskRecipe(views=2), False), (MaskRecipe(), True)):
+        options = {"mask": mask, "sends_masked": sends_masked}
+        batch = pair_dataset(shards, tokenizer_dir, options=options, augment=ALL).__getitems__(where.tolist())
         index = keyed_patches(5, where, 4, 0.75, mask.kind, mask.views)
         index = index if mask.views > 1 else index[:, 0]
         assert np.array_equal(
             batch["patches"], [visible_patches(*each) for each in zip(images, [8] * 24, index, strict=True)]
         )
-        if options:
+        if sends_masked:
             removed = removed_patches(index, 16)
             shown = [visible_patches(image, 8, gone) for image, gone in zip(images, removed, strict=True)]
             assert np.array_equal(batch["masked_patches"], shown)

@@ -1,6 +1,5 @@
 """The feeder has the next batches on the device ahead, in order, and can be closed at any time."""
 
-import gc
 import threading
 import weakref
 from collections.abc import Callable, Generator
@@ -37,7 +36,6 @@ class Device:
         return sent
 
     def count(self) -> int:
-        gc.collect()
         return sum(one() is not None for one in self.there)
 
 
@@ -67,10 +65,12 @@ def feeders() -> Callable[[], int]:
     return lambda: sum(thread.name == "feeder" for thread in set(threading.enumerate()) - before)
 
 
-def test_batches_come_in_order_from_another_thread_and_end(feeders: Callable[[], int]) -> None:
-    source, device = Source(7), Device()
-    assert [batch[0]["step"].item() for batch in prefetch(source.batches(), device)] == list(range(7))
-    assert device.received == list(range(7))
+def test_batches_come_in_order_from_another_thread_then_the_error(feeders: Callable[[], int]) -> None:
+    source, device = Source(4, OSError("the disk is gone")), Device()
+    batches = prefetch(source.batches(), device)
+    assert [next(batches)[0]["step"].item() for _ in range(4)] == device.received == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
     assert source.threads == {"feeder"}
     assert source.closed.is_set()
     assert feeders() == 0
@@ -92,21 +92,11 @@ def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
     batches.close()
 
 
-def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) -> None:
-    source = Source(4, OSError("the disk is gone"))
-    batches = prefetch(source.batches(), Device())
-    assert [next(batches)[0]["step"].item() for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(batches)
-    assert source.closed.is_set()
-    assert feeders() == 0
-
-
 @pytest.mark.parametrize("taken", [1, 6])
 def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int, feeders: Callable[[], int]) -> None:
     source = Source(6)
     batches = prefetch(source.batches(), Device())
-    assert [next(batches)[0]["step"].item() for _ in range(taken)] == list(range(taken))
+    assert len([next(batches) for _ in range(taken)]) == taken
     batches.close()
     assert source.closed.wait(30)
     assert feeders() == 0

@@ -38,14 +38,6 @@ def test_every_mask_keeps_the_original_s_count_once_each_ascending(kind: str, ra
     assert index.max() < side * side
 
 
-@pytest.mark.parametrize("kept", [1, 16, 63])
-def test_random_masks_are_uniform_subsets(kept: int) -> None:
-    pictures = as_pictures(keep_patches(noise(3000, 8, 8), 1 - kept / 64), 8, 8)
-    assert (pictures.float().mean(dim=0) - kept / 64).abs().max() < 0.05
-    pairs = (pictures[:, 0, 0] & pictures[:, 5, 2]).float().mean()
-    assert abs(pairs - kept * (kept - 1) / (64 * 63)) < 0.05
-
-
 @pytest.mark.parametrize(
     ("rows", "columns", "ratio", "cell", "each"),
     [

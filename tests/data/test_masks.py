@@ -6,25 +6,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOWERS, changed_recipe
-from transformers import AutoTokenizer
+from data.conftest import pair_dataset
 
 import flipscale.data.pairs as pairs
 from flipscale.data.decode import Crop, decode_crop
 from flipscale.data.masks import keyed_patches, mask_tokens, removed_patches
-from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.pairs import PairDataset
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.sources.tar import TarSource
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.recipe.data import DataRecipe, MaskRecipe
-
-SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
+from flipscale.recipe.data import MaskRecipe
 
 
 def dataset(shards: Path, tokenizer_dir: Path, ratio: float, text_ratio: float = 0.0, **mask: object) -> PairDataset:
-    recipe = DataRecipe(shards=str(shards), global_batch_size=24, shards_per_block=2, num_workers=0)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    source = TarSource(str(shards))
-    return PairDataset(source, tokenizer, recipe, SHAPE, 5, ratio, MaskRecipe(**mask), text_ratio)
+    options = {"mask": MaskRecipe(**mask), "text_mask_ratio": text_ratio}
+    return pair_dataset(shards, tokenizer_dir, ratio, options=options)
 
 
 def build_model(**text: object) -> FlipModel:
@@ -34,13 +29,12 @@ def build_model(**text: object) -> FlipModel:
 
 @pytest.mark.parametrize("kind", ["random", "grid", "block", "centre"])
 def test_a_mask_is_a_function_of_seed_and_position(kind: str) -> None:
-    recipe = MaskRecipe(kind=kind)
-    index = keyed_patches(3, np.arange(100, 140), 8, 0.75, recipe.kind, recipe.views)
+    index = keyed_patches(3, np.arange(100, 140), 8, 0.75, kind)
     assert index.dtype == np.int16
     assert index.shape == (40, 1, 16)
-    alone = keyed_patches(3, np.array([117, 104]), 8, 0.75, recipe.kind, recipe.views)
+    alone = keyed_patches(3, np.array([117, 104]), 8, 0.75, kind)
     assert (alone == index[[17, 4]]).all()
-    assert (keyed_patches(4, np.arange(100, 140), 8, 0.75, recipe.kind, recipe.views) != index).any()
+    assert (keyed_patches(4, np.arange(100, 140), 8, 0.75, kind) != index).any()
     assert len({row.tobytes() for row in index[:, 0]}) > 10
 
 

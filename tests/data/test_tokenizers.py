@@ -14,17 +14,8 @@ from flipscale.data.tokenizers import begin_and_end, bert_tokenizer, load_tokeni
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
 CAPTIONS = [
-    "grinning face",
-    "grinning face with big eyes",
-    "red heart",
-    "flag: Côte d'Ivoire",
-    "person: red hair",
-    "1st place medal",
-    "Japanese “bargain” button",
-    "eight-thirty",
-    "cat face",
-    "red apple",
-    "medal",
+    *("grinning face", "grinning face with big eyes", "red heart", "flag: Côte d'Ivoire", "person: red hair"),
+    *("1st place medal", "Japanese “bargain” button", "eight-thirty", "cat face", "red apple", "medal"),
 ] * 2
 
 

@@ -12,7 +12,8 @@ import datasets
 import numpy as np
 import pytest
 from conftest import cut, losses, pretrain, trained, write_shards
-from data.sources.test_remote import assert_equal, batches, recipe_of, web
+from data.conftest import assert_equal
+from data.sources.test_remote import batches, recipe_of, web
 
 from flipscale.data.loader import StepSampler
 from flipscale.data.order import GlobalOrder, Lanes, order_of
@@ -98,10 +99,9 @@ def test_visits_are_as_frequent_as_the_weights(tmp_path: Path, lanes: int) -> No
 
 
 @pytest.mark.parametrize("lanes", [1, 8])
-@pytest.mark.parametrize("weight", [1.0, 7e-9])
-def test_equal_weights_give_the_order_without_weights(tmp_path: Path, lanes: int, weight: float) -> None:
+def test_equal_weights_give_the_order_without_weights(tmp_path: Path, lanes: int) -> None:
     sizes, _ = uneven()
-    source = Sizes(tmp_path / "weights", sizes, np.full(sum(sizes), weight))
+    source = Sizes(tmp_path / "weights", sizes, np.full(sum(sizes), 7e-9))
     plain, weighted = (
         GlobalOrder(sizes, 5, 16, lanes=Lanes(lanes, BATCH), weights=weights) for weights in (None, source.weights)
     )
@@ -120,9 +120,7 @@ def weighted_source(folder: Path, kind: str) -> Source:
     return Mixture([*sources, plain], [5, 2, 1])
 
 
-@pytest.mark.parametrize("kind", ["one", "mixture"])
-@pytest.mark.parametrize("lanes", [1, 8])
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(("kind", "lanes", "world_size"), [("one", 1, 4), ("one", 8, 1), ("mixture", 8, 4)])
 def test_the_same_stream_at_any_world_size_and_from_any_step(
     tmp_path: Path, kind: str, lanes: int, world_size: int
 ) -> None:
@@ -232,22 +230,20 @@ def test_rows_of_a_data_set_are_drawn_by_weight(tmp_path: Path) -> None:
 
 
 def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    folder, other, alike = (tmp_path / name for name in ("weights", "other", "alike"))
+    folder, other = tmp_path / "weights", tmp_path / "other"
     write_shards(other, [30, 17, 48, 1])
-    write_shards(alike, [30, 17, 1, 48], seed=1)
     recipe = DataRecipe(shards=str(shards), weights=str(folder))
     source = open_source(replace(recipe, weights=None))
     weigh(source, str(shards), folder, np.ones(96))
     assert shard_sizes_digest(open_source(recipe)) != shard_sizes_digest(source)
     for changed, message in (
         (replace(recipe, shards=str(other)), rf"data.weights '.*weights' has weights of 96 samples in 4 .*{shards}"),
-        (replace(recipe, shards=str(alike)), "data.weights '.*weights' has weights of .* names, sizes or contents"),
         (replace(recipe, fraction=0.5), "data.fraction is 0.5 and data.weights is '.*weights'; leave one"),
         (replace(recipe, weights="nowhere"), "data.weights is 'nowhere'; .* `flipscale prepare weights .* FOLDER`"),
     ):
         with pytest.raises(ValueError, match=message):
             open_source(changed)
-    # A file that is changed, cut or written by hand after it was made.
+    # A file that is changed or cut after it was made.
     opened, made = open_source(recipe), np.load(folder / "weights.npy")
     np.save(folder / "weights.npy", np.where(np.arange(96) == 40, np.float32(np.nan), made))
     opened.weights.of_shard(0)
@@ -255,7 +251,4 @@ def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
         opened.weights.of_shard(1)
     np.save(folder / "weights.npy", made[:-1])
     with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged .*lengths or types"):
-        open_source(recipe)
-    (folder / "weights.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"data.weights '.*weights' is damaged"):
         open_source(recipe)

@@ -12,18 +12,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from data.conftest import pair_dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from flipscale.data import loader as data_loader
 from flipscale.data.loader import PackedBatch, build_loader, on_device, prefetch, restartable_batches
-from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.whole_images import WholeImages
 from flipscale.model import FlipConfig
-from flipscale.recipe.data import DataRecipe
+
+
+@pytest.fixture(autouse=True)
+def quick_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch look every tenth of a second for dead workers, in place of every five seconds."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
 
 
 class Probe(PairDataset):
@@ -33,18 +39,6 @@ class Probe(PairDataset):
         batch = super().__getitems__(positions)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return {**batch, "threads": torch.tensor([int(status["Threads"]), torch.get_num_threads()])}
-
-
-def dataset(
-    source: TarSource,
-    tokenizer_dir: Path,
-    num_workers: int,
-    micro: int | None = None,
-    kind: type[PairDataset] = PairDataset,
-) -> PairDataset:
-    recipe = DataRecipe(global_batch_size=24, micro_batch_size=micro, shards_per_block=2, num_workers=num_workers)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return kind(source, tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
 
 
 class Nowhere:
@@ -62,10 +56,11 @@ def test_a_worker_that_is_killed_costs_no_batch(
     shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, is_fed: bool
 ) -> None:
     source = TarSource(str(shards))
-    whole = list(restartable_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3))
+    whole = list(restartable_batches(pair_dataset(source, tokenizer_dir), 0, 12, 1, 3))
     others = {child.pid for child in multiprocessing.active_children()}
     iter(DataLoader([0], num_workers=1))  # which sets torch's handler, if no loader has yet
-    batches, got = restartable_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3), []
+    fed = pair_dataset(source, tokenizer_dir, num_workers=2, micro_batch_size=4)
+    batches, got = restartable_batches(fed, 0, 12, 1, 3), []
     batches = prefetch(batches, Nowhere()) if is_fed else batches
     for step, batch in enumerate(batches):
         got.append(batch)
@@ -97,7 +92,7 @@ def test_a_shard_that_kills_its_readers_stops_the_run(
     shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_loader, "_MAX_DEATHS_IN_A_ROW", 1)
-    batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1)
+    batches = restartable_batches(pair_dataset(Poisoned(str(shards)), tokenizer_dir, num_workers=1), 0, 40, 0, 1)
     with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
         list(batches)
 
@@ -106,13 +101,13 @@ def test_an_error_of_a_worker_comes_without_its_traceback(shards: Path, tokenize
     source = TarSource(str(shards))
     source.list.folder = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="is gone, but its manifest lists it") as raised:
-        list(restartable_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1))
+        list(restartable_batches(pair_dataset(source, tokenizer_dir, num_workers=1), 0, 1, 0, 1))
     assert "Traceback" not in str(raised.value)
     assert "gone/0000" in str(raised.value)
 
 
 def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
-    data = dataset(TarSource(str(shards)), tokenizer_dir, 0)
+    data = pair_dataset(shards, tokenizer_dir)
     batch = data.__getitems__(list(range(24)))
     packed = PackedBatch.of(batch)
     assert packed.keys() == batch.keys() - {"faults"}
@@ -146,7 +141,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
     shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error does not name the worker, which has ended; without a dead worker, the same error ends the run."""
-    data = dataset(TarSource(str(shards)), tokenizer_dir, 1)
+    data = pair_dataset(shards, tokenizer_dir, num_workers=1)
     starts = iter([HandsOver, iter])
     monkeypatch.setattr(data_loader, "start_workers", lambda loader: next(starts)(loader))
     got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1)]
@@ -170,9 +165,9 @@ def test_workers_make_the_same_batches_on_one_thread_each(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.setenv("RAYON_NUM_THREADS", "8")
     monkeypatch.setattr(data_loader, "worker_context", lambda: method)
-    data = dataset(TarSource(str(shards)), tokenizer_dir, 2, kind=Probe)
+    data = pair_dataset(shards, tokenizer_dir, kind=Probe, num_workers=2)
     got = list(restartable_batches(data, 0, 6, 0, 1))
-    whole = list(build_loader(dataset(TarSource(str(shards)), tokenizer_dir, 0, kind=Probe), 0, 6, 0, 1))
+    whole = list(build_loader(pair_dataset(shards, tokenizer_dir, kind=Probe), 0, 6, 0, 1))
     for (ours,), theirs in zip(got, whole, strict=True):
         # Its main thread, the one that hands batches over, and what numpy's library starts; not the tokenizer's eight.
         assert ours["threads"].tolist()[0] < 8

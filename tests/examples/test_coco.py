@@ -18,6 +18,11 @@ from flipscale.evaluation.test_set import TestSet
 IMAGES = {9: ("train", "train2014"), 42: ("restval", "val2014"), 73: ("val", "val2014"), 74: ("test", "val2014")}
 
 
+SAID = [
+    ["yes"] * 10, ["no"] * 9 + ["yes"], ["two"] * 4 + ["A cat."] * 6, ["2"] * 3 + ["3"] * 7, ["owl"] * 10,
+]  # fmt: skip
+
+
 def name(number: int) -> str:
     return f"COCO_{IMAGES[number][1]}_{number:012d}.jpg"
 
@@ -41,14 +46,7 @@ def coco(tmp_path: Path) -> Path:
         entry = {"filepath": of, "sentids": list(range(5)), "filename": name(number), "imgid": number, "split": split}
         images.append({**entry, "sentences": sentences, "cocoid": number})
         for question in range(5):
-            said = [
-                ["yes"] * 10,
-                ["no"] * 9 + ["yes"],
-                ["two"] * 4 + ["A cat."] * 6,
-                ["2"] * 3 + ["3"] * 7,
-                ["owl"] * 10,
-            ]
-            _ask(parts[of], number, 1000 * number + question, said[question])
+            _ask(parts[of], number, 1000 * number + question, SAID[question])
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
     for of, (questions, annotations) in parts.items():
         about = {"info": {}, "data_type": "mscoco", "data_subtype": of, "license": {}}
@@ -117,21 +115,10 @@ def test_questions_with_all_votes(
 def test_answers_are_written_as_vqa_s_evaluation_does() -> None:
     # What its code makes of them.
     expected = {
-        "A dog.": "dog",
-        "Two": "2",
-        "none": "0",
-        "isnt": "isn't",
-        "couldn'tve": "couldn't've",
-        "somebody'd": "somebodyd",
-        "1,000": "1000",
-        "red,blue": "red blue",
-        "red, blue": "red blue",
-        "black/white": "black white",
-        "t-shirt!": "t shirt",
-        "5.5": "5.5",
-        "the end.": "end",
-        "an": "",
-    }
+        "A dog.": "dog", "Two": "2", "none": "0", "isnt": "isn't", "couldn'tve": "couldn't've", "1,000": "1000",
+        "somebody'd": "somebodyd", "red,blue": "red blue", "red, blue": "red blue", "black/white": "black white",
+        "t-shirt!": "t shirt", "5.5": "5.5", "the end.": "end", "an": "",
+    }  # fmt: skip
     assert {answer: normalised(answer) for answer in expected} == expected
 
 

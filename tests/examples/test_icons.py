@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +77,16 @@ def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def _downloaded(tarball: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package without a download, in shards and blocks of a few drawings."""
-    _download(tarball, monkeypatch)
-
-
-def _download(tarball: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icons, "download", lambda packages, folder: dict.fromkeys(packages, tarball))
-    monkeypatch.setattr(icons, "PAIRS_PER_SHARD", 50)
-    monkeypatch.setattr(icons, "BLOCK", 20)
-
-
-@pytest.fixture(scope="module")
-def folder(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the whole made-up collection."""
+@pytest.fixture(scope="module", autouse=True)
+def folder(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the whole made-up collection, without a download, in shards and blocks of a few drawings."""
     out_dir = tmp_path_factory.mktemp("icons") / "icons"
     with pytest.MonkeyPatch.context() as patch:
-        _download(tarball, patch)
+        patch.setattr(icons, "download", lambda packages, folder: dict.fromkeys(packages, tarball))
+        patch.setattr(icons, "PAIRS_PER_SHARD", 50)
+        patch.setattr(icons, "BLOCK", 20)
         prepare_icons(out_dir, processes=1)
-    return out_dir
+        yield out_dir
 
 
 def samples(shards: Path) -> list[tuple[str, int | None, bytes]]:
@@ -181,7 +172,6 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
-@pytest.mark.usefixtures("_downloaded")
 def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,7 +210,6 @@ def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
         prepare_icons(out_dir, fraction=0.5)
 
 
-@pytest.mark.usefixtures("_downloaded")
 def test_a_fraction_lies_in_the_whole(folder: Path, tmp_path: Path) -> None:
     """The first drawings of the training data, and the same tests. What another fraction left is not taken over."""
     work = tmp_path / ".part.partial"

@@ -1,4 +1,4 @@
-"""The bytes of one file of a model folder, or of the prompts of a test set."""
+"""The bytes of one file of a model folder, of an adapter's, or of the prompts of a test set."""
 
 import functools
 import os
@@ -19,18 +19,12 @@ from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import open_embedder
 from flipscale.model import FlipConfig, FlipModel
 
-INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 # The first byte of an input chooses among these, the rest is what the file holds.
-FILES = (
-    "config.json",
-    "model-00001-of-00002.safetensors",
-    INDEX,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "processor_config.json",
-    "results.jsonl",
-    TEMPLATES,
-)
+FILES = [
+    *("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"),
+    *("tokenizer_config.json", "processor_config.json", "results.jsonl", TEMPLATES, ADAPTER),
+]
 
 
 @functools.cache
@@ -48,6 +42,7 @@ def _model() -> Path:
     model = export_model(flip, build_processor(config, tokenizer), folder / "model")
     flip.save_pretrained(model, max_shard_size="60KB")
     (model / TEMPLATES).write_text("a {c}\nthe {c}\n")
+    (model / ADAPTER).write_text('{"base_model_name_or_path": "base", "peft_type": "LORA"}')
     (model / "results.jsonl").write_text('{"group": "0123456789abcdef", "lines": 1}\n')
     return model
 
@@ -69,4 +64,6 @@ def attack(data: bytes, folder: Path) -> None:
         elif name == "results.jsonl":
             read_lines(model / name)
         else:
+            if name == ADAPTER:
+                (model / "config.json").unlink()
             open_embedder(str(model), Accelerator(cpu=True))

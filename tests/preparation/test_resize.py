@@ -1,5 +1,6 @@
 """Shards with smaller images: the same keys, captions and order, the same bytes by any number of processes."""
 
+import shutil
 import tarfile
 import time
 from collections.abc import Callable
@@ -14,8 +15,6 @@ from filelock import FileLock
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.preparation.resize import _resize
-from flipscale.preparation.shard_writer import ShardOptions
 
 SIDE = 24
 
@@ -27,10 +26,10 @@ def encoded(height: int, width: int, kind: str) -> bytes:
     return simplejpeg.encode_jpeg(image, quality=95)
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shards: wide and high JPEGs, a large PNG, small images, one that is no image, and other files."""
-    folder = tmp_path / "shards"
+    folder = tmp_path_factory.mktemp("made") / "shards"
     folder.mkdir()
     for shard in range(3):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
@@ -45,6 +44,18 @@ def shards(tmp_path: Path) -> Path:
             add_member(tar, "last.jpg", b"not an image")
             add_member(tar, "last.txt", b"the last")
     return folder
+
+
+@pytest.fixture(scope="module")
+def small(made: Path) -> Path:
+    """The shards after one process has resized them."""
+    resize(made, made.with_name("small"))
+    return made.with_name("small")
+
+
+@pytest.fixture
+def shards(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "shards")
 
 
 def resize(shards: Path, out: Path, processes: int = 1) -> None:
@@ -83,9 +94,8 @@ def test_images_shrink_and_all_else_stays(shards: Path, tmp_path: Path, capsys: 
 
 
 def test_entries_without_content_are_left_out_and_counted(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resize(shards, tmp_path / "before")
     for shard, entries in enumerate(
         [[("x.jpg", b"2", "00.jpg"), ("y.jpg", b"1", "gone.jpg")], [("z.jpg", b"1", "z.jpg")], [("folder", b"5", "")]]
     ):
@@ -99,13 +109,12 @@ def test_entries_without_content_are_left_out_and_counted(
     assert "18 images, 9 of them shrunk" in (said := capsys.readouterr().out)
     assert "3 links, devices or sparse files are left out" in said
     for shard in shards.glob("*.tar"):
-        assert members(tmp_path / "out" / shard.name) == members(tmp_path / "before" / shard.name)
+        assert members(tmp_path / "out" / shard.name) == members(small / shard.name)
 
 
-def test_any_processes_and_an_interruption_give_the_same_bytes(shards: Path, tmp_path: Path) -> None:
-    resize(shards, tmp_path / "one")
+def test_any_processes_and_an_interruption_give_the_same_bytes(shards: Path, small: Path, tmp_path: Path) -> None:
     resize(shards, tmp_path / "two", 2)
-    expected = contents(tmp_path / "one")
+    expected = contents(small)
     assert contents(tmp_path / "two") == expected
     # Killed amid the second shard: a torn line, a shard that is not whole, and a part of the third.
     lines = (tmp_path / "two/resized.jsonl").read_bytes()
@@ -130,16 +139,18 @@ def test_a_damaged_shard_is_named_and_the_others_are_written(
     assert members(tmp_path / "out/00001.tar")["10.txt"] == b"caption 10"
 
 
-def test_other_options_and_other_files_are_refused(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    resize(shards, tmp_path / "out")
-    assert "'short_side': 30" in refused("prepare", "resize", shards, tmp_path / "out", "--short_side", 30)
+def test_other_options_and_other_files_are_refused(
+    shards: Path, small: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert "'short_side': 30" in refused("prepare", "resize", shards, small, "--short_side", 30)
     assert f"{shards} holds something" in refused("prepare", "resize", shards, shards)
     assert "is a URL" in refused("prepare", "resize", "https://host/{0..1}.tar", tmp_path / "new")
 
 
-def test_two_processes_share_the_shards(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_share_the_shards(
+    shards: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process holds shard 1 and then dies; the other writes the rest, waits for shard 1, and writes it."""
-    resize(shards, tmp_path / "one")
     lock = FileLock(tmp_path / "two/.00001.tar.lock")
     seen: list[set[str]] = []
 
@@ -153,17 +164,4 @@ def test_two_processes_share_the_shards(shards: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(time, "sleep", look)
     resize(shards, tmp_path / "two")
     assert seen == [{"00000.tar", "00002.tar"}]
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-
-
-def test_a_shard_that_another_process_has_written_is_not_written_again(shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    resize(shards, out)
-    before = (out / "00001.tar").stat().st_mtime_ns
-    options = ShardOptions(short_side=SIDE)
-    assert _resize(shards / "00001.tar", out / "00001.tar", options, skips_written=True) is None
-    assert (out / "00001.tar").stat().st_mtime_ns == before
-    # Without a line about it, a killed process may have left it.
-    line = _resize(shards / "00001.tar", out / "00001.tar", options, skips_written=False)
-    assert line["after"] == (out / "00001.tar").stat().st_size
-    assert (out / "00001.tar").stat().st_mtime_ns > before
+    assert contents(tmp_path / "two") == contents(small)

@@ -134,12 +134,9 @@ def test_features_are_clustered_and_two_runs_give_the_same_bytes(shards: Path, t
         (["--clusters", "whole", "--top", "0.1"], "--top is 0.1 and there are no scores"),
         (["--features", "x"], "--features is x.npy and --num_clusters None"),
         (["--scores", "nan", "--top", "0.5"], "sample 40, number 10 of .*00001.tar, has nan"),
-        (["--scores", "infinite"], "sample 40, .* has inf"),
         (["--scores", "negative"], "sample 40, .* has -1.0; .* --at_least"),
         (["--scores", "zero"], "none of 96 samples"),
-        (["--scores", "ones", "--at_least", "nan"], "--at_least.* nan"),
-        (["--scores", "short"], r"--scores short.npy has float64 \(95,\); expected 96"),
-        (["--scores", "square"], r"--scores square.npy has float64 \(96, 2\)"),
+        (["--scores", "square"], r"--scores square.npy has float64 \(96, 2\); expected 96"),
         (["--scores", "text"], "--scores text.npy has <U1"),
         (["--scores", "junk"], "--scores: junk.npy"),
         (["--clusters", "ones"], r"--clusters ones.npy has float64"),
@@ -158,14 +155,13 @@ def test_refusals(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in (("nan", np.nan), ("infinite", np.inf), ("negative", -1.0)):
-        np.save(name, np.where(np.arange(96) == 40, value, 1.0))
-    np.save("ones", np.ones(96))
-    np.save("zero", np.zeros(96))
-    np.save("short", np.ones(95))
-    np.save("square", np.ones((96, 2)))
-    np.save("text", np.array(["a"] * 96))
-    np.save("whole", np.ones(96, int))
+    ones = np.ones(96)
+    for name, array in {
+        "nan": np.where(np.arange(96) == 40, np.nan, 1.0), "negative": np.where(np.arange(96) == 40, -1.0, 1.0),
+        "ones": ones, "zero": 0 * ones, "square": np.ones((96, 2)), "text": ones.astype("U1"),
+        "whole": ones.astype(int),
+    }.items():  # fmt: skip
+        np.save(name, array)
     Path("junk.npy").write_bytes(b"\x93NUMPY junk")
     features(tmp_path / "images.npy")
     files = ("--scores", "--clusters", "--features")

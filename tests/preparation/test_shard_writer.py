@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -168,12 +169,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> No
     assert {path: path.stat().st_ino for path in first} == first, "a finished shard was written again"
 
 
-@pytest.fixture
-def fails(tmp_path: Path, refused: Callable[..., str]) -> Callable[..., str]:
-    return lambda source, *flags, out="out": refused("prepare", "shards", source, tmp_path / out, *flags)
+def test_other_options_and_wrong_sources_are_refused(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    def fails(source: Path, *flags: str, out: str = "out") -> str:
+        return refused("prepare", "shards", source, tmp_path / out, *flags)
 
-
-def test_other_options_and_wrong_sources_are_refused(folder: Path, tmp_path: Path, fails: Callable) -> None:
     shards_of([folder], tmp_path / "out")
     assert "short_side 256 (now 128)" in fails(folder, "--short_side", "128")
     (folder / "7.jpg").write_bytes(image(7))
@@ -183,11 +182,7 @@ def test_other_options_and_wrong_sources_are_refused(folder: Path, tmp_path: Pat
     assert "empty has no images" in fails(tmp_path / "empty")
     assert "nothing.csv does not exist" in fails(tmp_path / "nothing.csv")
     (folder / "pairs.csv").write_text("id,path,text\n0,0.jpg,a disc\n")
-    line = fails(folder / "pairs.csv", "--caption_column", "words")
-    assert "no column words" in line
-    assert "id, path, text" in line
-    (tmp_path / "a.jsonl").write_text("{broken\n")
-    assert "a.jsonl is no JSONL table" in fails(tmp_path / "a.jsonl")
+    assert re.search("no column words.*id, path, text", fails(folder / "pairs.csv", "--caption_column", "words"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/dataset_info.json").write_text("{}")
     assert "cannot be loaded" in fails(tmp_path / "saved")

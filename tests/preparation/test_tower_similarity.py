@@ -101,17 +101,15 @@ def test_refused(tmp_path: Path) -> None:
     about["texts"]["crops"] = {"count": 2, "scale": [0.5, 1.0], "mirror": False, "seed": 0}
     (tmp_path / "c/features.json").write_text(json.dumps(about))
     few = store(tmp_path / "d", (3,), images=images[:3], texts=texts[:3])
-    with pytest.raises(UserError, match="c/texts; expected features of the same shards, embedded without --crops"):
-        compare_towers(paths["images"], crops)
-    with pytest.raises(UserError, match=r"b/images/00001\.npy and 2 others are missing"):
-        compare_towers(paths["images"], others["images"])
-    with pytest.raises(UserError, match="have 3 pairs in common; CKA needs 4"):
-        compare_towers(few["images"], few["texts"])
     alike = store(tmp_path / "e", (83,), images=images, texts=np.repeat(texts[:1], 83, axis=0))
-    with pytest.raises(UserError, match="e/texts, whose 83 pairs have equal features"):
-        compare_towers(alike["images"], alike["texts"])
-    for wrong in ("nothing/texts", "a/text", "a"):
-        with pytest.raises(UserError, match=rf"--compare is {tmp_path / wrong}; expected stored features, FOLDER/"):
-            compare_towers(paths["images"], tmp_path / wrong)
+    for first, second, message in (
+        (paths["images"], crops, "c/texts; expected features of the same shards, embedded without --crops"),
+        (paths["images"], others["images"], r"b/images/00001\.npy and 2 others are missing"),
+        (few["images"], few["texts"], "have 3 pairs in common; CKA needs 4"),
+        (alike["images"], alike["texts"], "e/texts, whose 83 pairs have equal features"),
+        (paths["images"], tmp_path / "a/text", "--compare is .*a/text; expected stored features, FOLDER/"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_towers(first, second)
     with pytest.raises(UserError, match="embed needs --model MODEL, or --compare"):
         parse_command(Embed, ["data", "out"]).run()

@@ -209,13 +209,6 @@ def test_one_process_writes_and_the_others_wait(tmp_path: Path) -> None:
     assert sorted(found) == [(60, 0), (60, 0), (60, 0), (60, 30)]
 
 
-@pytest.mark.parametrize("shards", ["*.tar", "nothing.tar", "{0..3}.tar"])
-def test_where_there_are_no_shards_nothing_is_left(tmp_path: Path, shards: str) -> None:
-    with pytest.raises(ValueError, match=r"no shards at|0.tar does not exist"):
-        TarSource(f"{tmp_path}/{shards}")
-    assert not list(tmp_path.iterdir())
-
-
 def test_own_files_are_no_shards(tmp_path: Path) -> None:
     """`DIR/*` also matches the indices and the manifest that the first start wrote."""
     write_shards(tmp_path, [3, 2])

@@ -37,11 +37,6 @@ FEATURES = Features(
 )
 
 
-def as_parquet(rows: list[dict], folder: Path) -> str:
-    Dataset.from_list(rows, FEATURES).to_parquet(folder / "rows.parquet")
-    return str(folder / "rows.parquet")
-
-
 def as_arrow(rows: list[dict], folder: Path) -> str:
     Dataset.from_list(rows, FEATURES).save_to_disk(folder / "saved")
     return str(folder / "saved")
@@ -54,7 +49,7 @@ def as_folder_of_parquet(rows: list[dict], folder: Path) -> str:
     return str(folder / "parts")
 
 
-@pytest.mark.parametrize("write", [as_parquet, as_arrow, as_folder_of_parquet])
+@pytest.mark.parametrize("write", [as_arrow, as_folder_of_parquet])
 @pytest.mark.parametrize("image_column", ["picture", "raw"])
 def test_a_dataset_by_its_columns(
     rows: list[dict], tmp_path: Path, write: Callable[[list[dict], Path], str], image_column: str
@@ -95,7 +90,7 @@ def test_a_mixture_that_cannot_be(shards: Path, rows: list[dict], tmp_path: Path
     with pytest.raises(ValueError, match=r"data.sources\[1\] is empty: 0 samples in 1 shards"):
         Mixture([source, TarSource(str(tmp_path / "empty.tar"))], [1, 1])
     with pytest.raises(ValueError, match="has no column 'image'; it has picture, title, more, raw"):
-        open_source(DataRecipe(sources=[SourceRecipe(dataset=as_parquet(rows, tmp_path))]))
+        open_source(DataRecipe(sources=[SourceRecipe(dataset=as_arrow(rows, tmp_path))]))
 
 
 def test_sources_in_a_recipe(tmp_path: Path) -> None:

@@ -1,28 +1,25 @@
 """Shards on real servers on loopback: one that speaks S3, and plain HTTP that breaks off."""
 
 import dataclasses
-import gc
 import http.server
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
-import torch
 from conftest import write_shards
+from data.conftest import Batches, assert_equal, pair_dataset
 from data.sources.test_remote_servers import plainly, server
+from filelock import FileLock
 from moto.server import ThreadedMotoServer
-from transformers import AutoTokenizer
 
 from flipscale.cli import main
 from flipscale.data.loader import restartable_batches
-from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources import remote
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
@@ -74,40 +71,8 @@ def web(folder: Path, breaks: int) -> Iterator[tuple[str, Counter[str]]]:
         yield url, asked
 
 
-@contextmanager
-def watched(folder: Path) -> Iterator[list[int]]:
-    """The bytes in a folder, looked at all the time: the most of them in the list's only entry at the end."""
-    most, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                names = os.listdir(folder)
-                total = sum((folder / name).stat().st_size for name in names)
-                # Else a removed file and the file in its place would be counted together.
-                if names == os.listdir(folder):
-                    most[0] = max(most[0], total)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        watcher.join()
-
-
-def batches(recipe: DataRecipe, tokenizer_dir: Path, steps: int = 12) -> list[dict[str, torch.Tensor]]:
-    data = PairDataset(
-        open_source(recipe), AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75
-    )
-    return [batch for (batch,) in restartable_batches(data, 0, steps, 0, 1)]
-
-
-def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a | b)
+def batches(recipe: DataRecipe, tokenizer_dir: Path, steps: int = 12) -> Batches:
+    return [batch for (batch,) in restartable_batches(pair_dataset(recipe, tokenizer_dir), 0, steps, 0, 1)]
 
 
 def recipe_of(shards: object, cache: Path, **fields: object) -> DataRecipe:
@@ -115,18 +80,29 @@ def recipe_of(shards: object, cache: Path, **fields: object) -> DataRecipe:
     return DataRecipe(shards=str(shards), **{**common, **fields})
 
 
+def held(folder: Path) -> int:
+    """The bytes of the files in a folder from which another process may remove some."""
+    return sum(os.stat(path).st_size for path in folder.iterdir() if path.exists())
+
+
 def test_s3_through_a_cache_that_holds_its_bound(
-    bucket: str, shards: Path, tokenizer_dir: Path, tmp_path: Path
+    bucket: str, shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three epochs by two workers, with room for two shards of four: the batches of local shards, never more bytes."""
     sizes = sorted(path.stat().st_size for path in shards.glob("*.tar"))
     bound = sizes[-1] + sizes[-2] + 4096
     assert bound < sum(sizes)
-    cache = tmp_path / "cache"
-    with watched(cache) as most:
-        remote = batches(recipe_of(f"{bucket}/*.tar", cache, cache_bytes=bound), tokenizer_dir)
-    assert_equal(remote, batches(recipe_of(shards, cache), tokenizer_dir))
-    assert sizes[-1] < most[0] <= bound
+    cache, transfer, seen = tmp_path / "cache", remote.fetch, tmp_path / "seen"
+
+    def measured(url: str, path: Path, *limits: int | None) -> None:  # by two workers
+        transfer(url, path, *limits)
+        with FileLock(cache / ".lock"), open(seen, "a") as file:  # no process removes a shard meanwhile
+            print(held(cache), file=file)
+
+    monkeypatch.setattr(remote, "fetch", measured)
+    fetched = batches(recipe_of(f"{bucket}/*.tar", cache, cache_bytes=bound), tokenizer_dir)
+    assert_equal(fetched, batches(recipe_of(shards, cache), tokenizer_dir))
+    assert sizes[-1] < max(map(int, seen.read_text().split())) <= bound
     left = {path.name.rsplit("-")[-1] for path in cache.glob("[!.]*.tar")}
     assert 0 < len(left) < 4
     assert len(list(cache.glob("*.index.npy"))) == 4
@@ -149,18 +125,6 @@ def test_http_that_breaks_off_in_the_middle(shards: Path, tokenizer_dir: Path, t
         }
 
 
-def test_an_index_beside_the_shard_saves_fetching_it(shards: Path, tmp_path: Path) -> None:
-    for path in shards.glob("*.tar"):
-        load_index(path)
-    with web(shards, breaks=0) as (url, asked):
-        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
-        assert source.shard_sizes == [30, 17, 1, 48]
-        assert not [path for path in asked if path.endswith(".tar")]
-        assert source.shard_name(1) == f"{url}/00001.tar"
-        assert source.read(1, 3).name == "00001.tar#3"
-        assert source.key(1, 3) == "000033"
-
-
 def test_indices_are_written_beside_shards_in_a_bucket(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -170,16 +134,15 @@ def test_indices_are_written_beside_shards_in_a_bucket(
     source = open_source(recipe_of(bucket, tmp_path / "another"))
     assert source.shard_sizes == [30, 17, 1, 48]
     assert not list((tmp_path / "another").glob("*.tar"))
+    assert source.shard_name(1) == f"{bucket}/00001.tar"
+    assert source.read(1, 3).name == "00001.tar#3"
+    assert source.key(1, 3) == "000033"
 
 
 def test_what_cannot_be(shards: Path, tmp_path: Path) -> None:
-    with web(shards, breaks=0) as (url, _):
-        with pytest.raises(ValueError, match=r"shard http://.*/00004.tar does not exist; check data.shards"):
-            open_source(recipe_of(f"{url}/{{00003..00004}}.tar", tmp_path / "cache"))
-        with pytest.raises(
-            ValueError, match=r"data.cache_bytes 1000 cannot hold the 2 shards of .* that a node reads now and next"
-        ):
-            open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache", cache_bytes=1000))
+    missing = r"shard http://.*/00004.tar does not exist; check data.shards"
+    with web(shards, breaks=0) as (url, _), pytest.raises(ValueError, match=missing):
+        open_source(recipe_of(f"{url}/{{00003..00004}}.tar", tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"'nonsense://x/.*' cannot be read: .*nonsense"):
         open_source(recipe_of("nonsense://x", tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"no shards at 'file://.*nowhere"):
@@ -195,7 +158,7 @@ def test_a_node_fetches_its_lanes_shards_only(tokenizer_dir: Path, tmp_path: Pat
         asked.clear()  # without indices beside them, each was fetched once
         shutil.rmtree(tmp_path / "cache")
         (tmp_path / "cache").mkdir()
-        data = PairDataset(source, AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75)
+        data = pair_dataset(source, tokenizer_dir, lanes=8, shards_per_block=1, num_workers=2)
         assert len(list(restartable_batches(data, 0, 8, 1, 4))) == 8
         read = set(data.order.locate(np.array([24 * step + 6 + n for step in range(8) for n in range(6)]))[0].tolist())
         fetched = {path for path in asked if path.endswith(".tar")}
@@ -245,29 +208,3 @@ def test_a_shard_whose_url_has_other_content_now(shards: Path, tmp_path: Path) -
             path.unlink()
         with pytest.raises(ValueError, match=r"00001.tar has \d+ bytes, \d+ when it was listed; give the new shard"):
             source.read(1, 0)
-
-
-def test_a_shard_that_the_cache_removed_frees_its_space(shards: Path, tmp_path: Path) -> None:
-    with web(shards, breaks=0) as (url, _):
-        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
-        source.read(0, 0)
-        source.read(1, 0)
-        source.cache.path(source.shard_name(0)).unlink()
-        source.fetch_ahead([1])
-        assert list(source._open) == [1]
-        assert source.read(0, 0).image
-
-
-def test_what_fetches_ahead_is_silent_and_ends_with_its_source(
-    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with web(shards, breaks=0) as (url, _):
-        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
-    before = set(threading.enumerate())
-    source.fetch_ahead([1, 2])  # of a server that is gone; the reader says so if it needs one of them
-    (thread,) = set(threading.enumerate()) - before
-    del source
-    gc.collect()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert not caplog.records

@@ -4,19 +4,21 @@ import importlib.util
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import add_member
+from lingua import Language, LanguageDetectorBuilder
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from flipscale.cli import main
 from flipscale.data.sources.tar import TarSource
 from flipscale.preparation.audit import audit as audit_module
+from flipscale.preparation.audit import words
 
 CAPTIONS = (
     "a woman who is a nurse in a white coat, seen from the side",
@@ -28,7 +30,7 @@ CAPTIONS = (
 )
 
 
-def photos(side: int = 128) -> list[Image.Image]:
+def photos(side: int = 128, least_contrast: float = 40) -> list[Image.Image]:
     """Squares cut from the two photographs that scikit-learn has, none overlapping another and none mostly sky."""
     squares = [
         photo[top : top + side, left : left + side]
@@ -36,7 +38,7 @@ def photos(side: int = 128) -> list[Image.Image]:
         for top in range(0, photo.shape[0] - side + 1, side)
         for left in range(0, photo.shape[1] - side + 1, side)
     ]
-    return [Image.fromarray(square) for square in squares if square.std() > 40]
+    return [Image.fromarray(square) for square in squares if square.std() > least_contrast]
 
 
 def encoded(image: Image.Image, scale: float = 1.0, kind: str = "JPEG", quality: int = 90) -> bytes:
@@ -53,6 +55,15 @@ def write_tar(path: Path, members: list[tuple[bytes, str | None]]) -> None:
             add_member(tar, f"{number:04d}.jpg", image)
             if caption is not None:
                 add_member(tar, f"{number:04d}.txt", caption.encode())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_languages() -> Iterator[None]:
+    """A detector of English and German only, because the models of all languages take seconds."""
+    some = LanguageDetectorBuilder.from_languages(Language.ENGLISH, Language.GERMAN).build()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "_detector", lambda: some)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import random
 import cv2
 import numpy as np
 import pytest
-from sklearn.datasets import load_sample_images
+from preparation.audit.test_audit import encoded, photos
 
 from flipscale.data.decode import decode_small
 from flipscale.preparation.audit.duplicates import (
@@ -50,36 +50,19 @@ def test_exact_copies() -> None:
     assert exact_copies(digests, np.array([1, 0, 1, 1, 1, 1], bool)).tolist() == [0, 1, 0, 3, 0, 5]
 
 
-def tiles(side: int) -> list[np.ndarray]:
-    """BGR squares of scikit-learn's two photographs."""
-    return [
-        cv2.cvtColor(np.ascontiguousarray(photo[top : top + side, left : left + side]), cv2.COLOR_RGB2BGR)
-        for photo in load_sample_images().images
-        for top in range(0, photo.shape[0] - side + 1, side)
-        for left in range(0, photo.shape[1] - side + 1, side)
-    ]
-
-
-def encode(image: np.ndarray, kind: str, quality: int) -> bytes:
-    parameter = {".jpg": cv2.IMWRITE_JPEG_QUALITY, ".webp": cv2.IMWRITE_WEBP_QUALITY}[kind]
-    return cv2.imencode(kind, image, [parameter, quality])[1].tobytes()
-
-
 def test_planted_copies_of_photographs_are_found() -> None:
     """Copies of 0.3 to 1.5 times the size, as JPEG and WebP of quality 30 to 95."""
     draw, seen = random.Random(0), []
     found = []
-    for image in tiles(160):
-        pixels = decode_small(encode(image, ".jpg", 90), LEAST_SIDE)
+    for image in photos(160, 0):
+        pixels = decode_small(encoded(image), LEAST_SIDE)
         (code, is_blank), small = look(pixels), thumbnail(pixels)
         if is_blank:
             continue
         seen.append((code, small))
         for _ in range(20):
-            side = round(160 * draw.uniform(0.3, 1.5))
-            method = draw.choice([cv2.INTER_AREA, cv2.INTER_CUBIC, cv2.INTER_LINEAR])
-            copy = cv2.resize(image, (side, side), interpolation=method)
-            pixels = decode_small(encode(copy, draw.choice([".jpg", ".webp"]), draw.randint(30, 95)), LEAST_SIDE)
+            copy = encoded(image, draw.uniform(0.3, 1.5), draw.choice(["JPEG", "WEBP"]), draw.randint(30, 95))
+            pixels = decode_small(copy, LEAST_SIDE)
             near = (look(pixels)[0] ^ code).bit_count() <= MOST_BITS
             found.append(near and likeness(small, thumbnail(pixels)) >= LEAST_LIKENESS)
     assert len(found) > 200
