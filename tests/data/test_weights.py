@@ -15,7 +15,6 @@ from conftest import cut, losses, pretrain, trained, write_shards
 from data.conftest import assert_equal
 from data.sources.test_remote import batches, recipe_of, web
 
-from flipscale.data.loader import StepSampler
 from flipscale.data.order import GlobalOrder, Lanes, order_of
 from flipscale.data.samples import Source, candidates, shard_sizes_digest
 from flipscale.data.sources.opening import Mixture, open_source, open_weights
@@ -109,36 +108,22 @@ def test_equal_weights_give_the_order_without_weights(tmp_path: Path, lanes: int
     assert (np.stack(plain.locate(positions)) == np.stack(weighted.locate(positions))).all()
 
 
-def weighted_source(folder: Path, kind: str) -> Source:
-    if kind == "one":
-        return Sizes(folder / "a", *uneven(1))
-    sources = [
-        Sizes(folder / name, *uneven(seed, 30), f"data.sources[{seed}].weights") for seed, name in enumerate("ab")
-    ]
-    plain = Sizes(folder / "c", [20, 30], np.ones(50))
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_only_drawn_samples_and_shards_are_read(tmp_path: Path, lanes: int) -> None:
+    sources = [Sizes(tmp_path / str(n), *uneven(n, 30), f"data.sources[{n}].weights") for n in range(2)]
+    plain = Sizes(tmp_path / "c", [20, 30], np.ones(50))
     plain.weights = None
-    return Mixture([*sources, plain], [5, 2, 1])
-
-
-@pytest.mark.parametrize(("kind", "lanes", "world_size"), [("one", 1, 4), ("one", 8, 1), ("mixture", 8, 4)])
-def test_the_same_stream_at_any_world_size_and_from_any_step(
-    tmp_path: Path, kind: str, lanes: int, world_size: int
-) -> None:
-    source = weighted_source(tmp_path, kind)
+    source = Mixture([*sources, plain], [5, 2, 1])
     recipe = DataRecipe(lanes=lanes, global_batch_size=BATCH, shards_per_block=16)
     whole = np.stack(order_of(source, 4, recipe).locate(np.arange(24 * BATCH)))
-    seen = {(shard, number) for shard, number in whole.T.tolist()}
-    assert all(drawn is None or number in drawn for shard, number in seen for drawn in [source.drawn(shard)])
-    for rank in range(world_size):
-        for first in (0, 7, 13, 23):
-            order = order_of(source, 4, recipe)
-            for positions in StepSampler(first, 24, BATCH, rank, world_size):
-                where = np.array(positions)
-                assert (np.stack(order.locate(where)) == whole[:, where]).all()
-                ahead = order.shards_ahead(where)
-                assert set(whole[0, where].tolist()) <= set(ahead)
-                drawn = {shard: source.drawn(shard) for shard in ahead if source.shard_sizes[shard]}
-                assert all(numbers is None or len(numbers) for numbers in drawn.values()), "fetched in vain"
+    drawn = [source.drawn(shard) for shard in range(len(source.shard_sizes))]
+    assert all(drawn[shard] is None or number in drawn[shard] for shard, number in {*map(tuple, whole.T.tolist())})
+    for step in (0, 7, 13, 23):  # from which a run goes on, in the process of the first lanes
+        order, where = order_of(source, 4, recipe), np.arange(step * BATCH, step * BATCH + BATCH // 4)
+        assert (np.stack(order.locate(where)) == whole[:, where]).all()
+        ahead = order.shards_ahead(where)
+        assert set(whole[0, where].tolist()) <= set(ahead)
+        assert all(drawn[shard] is None or len(drawn[shard]) for shard in ahead if source.shard_sizes[shard])
 
 
 def test_a_sample_of_weight_0_replaces_no_bad_sample(shards: Path, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 import multiprocessing
 import os
-import pickle
 import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +19,6 @@ from flipscale.data.loader import PackedBatch, build_loader, on_device, prefetch
 from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.whole_images import WholeImages
-from flipscale.model import FlipConfig
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +109,6 @@ def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
     assert all(torch.equal(packed[name], batch[name]) and packed[name].dtype == batch[name].dtype for name in packed)
     storages = {value.untyped_storage().data_ptr() for value in packed.values()}
     assert storages == {packed.buffer.untyped_storage().data_ptr()}
-    # 4 of 16 patches of 192 bytes and their int16 numbers, 8 tokens of 4 + 1 bytes: fields start on 64 bytes.
-    assert packed.buffer.numel() == 24 * (4 * 192 + 4 * 2 + 8 * 4 + 8)
     assert list(on_device(iter([[packed]]), torch.device("cpu"))) == [[packed]]
 
 
@@ -177,11 +170,3 @@ def test_workers_make_the_same_batches_on_one_thread_each(
     pids = {pid for pid, _ in data.reading.tolist()}
     assert len(pids) == 2
     assert min(pids) > 0
-
-
-def test_a_worker_gets_no_model(shards: Path, tokenizer_dir: Path) -> None:
-    config = FlipConfig()
-    embedder = Embedder(SimpleNamespace(config=config, weights=torch.zeros(1 << 20)), None, None, alive=lambda: None)
-    images = WholeImages(TarSource(str(shards)), embedder.decoder())
-    assert len(pickle.dumps(images)) < 20_000
-    assert pickle.loads(pickle.dumps(images)).__getitems__([0, 1])["patches"].shape[0] == 2

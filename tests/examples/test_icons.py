@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from examples.icons import data as icons
-from examples.icons.data import Icon, prepare_icons
+from examples.icons.data import prepare_icons
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
 
@@ -153,13 +153,6 @@ def test_training_shards(folder: Path) -> None:
     assert (coloured[:15] == 255).all(), "it is twice as wide as high"
     assert (coloured[17:31] == (32, 64, 192)).all()
     assert (coloured[33:] == 255).all()
-
-
-def test_the_current_colour_is_black_and_nothing_is_stretched() -> None:
-    square = Icon("set", "bar", '<path fill="currentColor" d="M0 0h32v16H0z"/>', "0 0 32 16").svg
-    pixels = icons.render(square)
-    assert pixels is not None
-    assert (pixels[32, 32].tolist(), pixels[4, 32].tolist()) == ([0, 0, 0], [255, 255, 255])
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:

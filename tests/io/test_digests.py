@@ -62,11 +62,9 @@ GOOD = json.loads(digests_to_json({"one": digest_of(b"1")}))
 @pytest.mark.parametrize(
     "content",
     [
-        "", "[]", "null", "[" * 100_000, "\x00", json.dumps({**GOOD, "chunk_bytes": 1}), json.dumps({"files": {}}),
-        json.dumps({**GOOD, "files": []}), json.dumps({**GOOD, "files": {"one": {"bytes": 1}}}),
+        "", "null", "[" * 100_000, json.dumps({**GOOD, "chunk_bytes": 1}), json.dumps({**GOOD, "files": []}),
         json.dumps({**GOOD, "files": {"one": {"bytes": 1, "xxh3_64": []}}}),
         json.dumps({**GOOD, "files": {"one": {"bytes": "1", "xxh3_64": ["a"]}}}),
-        json.dumps({**GOOD, "files": {"one": {"bytes": -1, "xxh3_64": None}}}),
     ],
 )  # fmt: skip
 def test_other_content_is_no_digests(content: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +72,3 @@ def test_the_sheet_shows_images_and_captions(mixed: Path, tmp_path: Path) -> Non
     below = pixels[190:225]
     inked = [(below[:, 8 + 184 * column : 180 + 184 * column] < 128).any() for column in range(4)]
     assert inked == [True, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [(["--max_samples", "-1"], "--max_samples is -1; it must be at least 0"), ([], "there is no sample in 1 shards")],
-)
-def test_nothing_to_inspect(flags: list[str], message: str, tmp_path: Path, refused: Callable[..., str]) -> None:
-    tarfile.open(tmp_path / "0.tar", "w").close()
-    assert message in refused("prepare", "inspect", tmp_path, *flags)

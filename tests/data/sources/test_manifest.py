@@ -160,15 +160,6 @@ def test_a_damaged_manifest(
     assert len(TarSource(str(tmp_path))) == 4
 
 
-def test_a_manifest_of_other_shards(tmp_path: Path) -> None:
-    write_tiny(tmp_path, 2)
-    TarSource(f"{tmp_path}/{{00000..00001}}.tar")
-    (manifest,) = tmp_path.glob("shards-*.manifest")
-    manifest.rename(tmp_path / "shards.manifest")
-    with pytest.raises(ValueError, match=r"lists the shards '{00000..00001}.tar', not '\*.tar'"):
-        TarSource(str(tmp_path))
-
-
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest goes to the user's cache; one that is beside the shards already is read there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

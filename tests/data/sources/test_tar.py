@@ -168,10 +168,8 @@ def test_of_several_images_the_one_that_clip_benchmark_takes(tmp_path: Path) -> 
     assert write(tmp_path / "1.tar", jpeg=b"jpeg", jpg=b"jpg").read(0, 0).image == b"jpg"
 
 
-@pytest.mark.parametrize("spoilt", ["truncated", "pickled", "no array"])
-def test_an_array_that_cannot_be_read(tmp_path: Path, spoilt: str) -> None:
-    whole = npy(np.zeros(20))
-    content = {"truncated": whole[:-8], "pickled": npy(np.array([print], object)), "no array": b"1 0 1"}[spoilt]
-    source = write(tmp_path / "0.tar", jpg=b"picture", npy=content)
-    with pytest.raises(ValueError, match=r"0\.tar#0 has an unreadable KEY.npy \(.+\)"):
-        source.read_array(0, 0)
+def test_an_array_that_cannot_be_read(tmp_path: Path) -> None:
+    for number, content in enumerate((npy(np.zeros(20))[:-8], npy(np.array([print], object)))):
+        source = write(tmp_path / f"{number}.tar", jpg=b"picture", npy=content)
+        with pytest.raises(ValueError, match=rf"{number}\.tar#0 has an unreadable KEY.npy \(.+\)"):
+            source.read_array(0, 0)

@@ -138,13 +138,11 @@ def test_bad_input(folder: Path, tmp_path: Path, refused: Callable[..., str], mo
     def audit(*words: object) -> str:
         return refused("prepare", "audit", *words, "--output_dir", tmp_path / "out", "--num_workers", 1)
 
-    train = folder / "train"
-    assert "no test set in" in audit(train, "--tests", tmp_path)
     write_tar(tmp_path / "bare/0.tar", [(encoded(photos()[0]), None)])
     assert "none of the 1 samples" in audit(tmp_path / "bare")
     write_tar(tmp_path / "empty/0.tar", [])
     assert "there is no sample in 1 shards" in audit(tmp_path / "empty")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lingua" else find_spec(name))
-    assert "pip install 'flipscale[audit]'" in audit(train)
+    assert "pip install 'flipscale[audit]'" in audit(folder / "train")
     assert not (tmp_path / "out").exists()
