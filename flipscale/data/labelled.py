@@ -32,8 +32,7 @@ class LabelledDataset(PairDataset):
     If `recipe.augment` mixes images, each two neighbours are mixed. `labels` are then `(batch, 2)`, an image's own
     class and the other's, and `label_shares` fp32 `(batch, 2)` are their shares.
 
-    Raises:
-        UserError: the mask is impossible, or the shards have no class numbers.
+    Raise UserError if the mask is impossible, or the shards have no class numbers.
     """
 
     annotation: ClassVar[str] = "class number"
@@ -140,10 +139,8 @@ class Augment:
 
     The paper's fine-tuning, like MAE's, uses timm, which draws from the global generators of `random` and NumPy. They
     are seeded with a sample's own number for the call and restored after it. So a sample is varied in the same way in
-    any worker, at any number of processes, and after a resume.
-
-    Raises:
-        UserError: timm is not installed, or does not know the words of `rand_augment`.
+    any worker, at any number of processes, and after a resume. Raise UserError if timm is not installed, or does not
+    know the words of `rand_augment`.
     """
 
     def __init__(self, recipe: AugmentRecipe, seed: int, image_size: int):

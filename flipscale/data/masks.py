@@ -111,16 +111,13 @@ def check_kind(kind: str, kinds: dict[str, Callable[..., torch.Tensor]], field: 
 
 
 def keep_patches(noise: torch.Tensor, mask_ratio: float, kind: str = "random", views: int = 1) -> torch.Tensor:
-    """Return the kept patches of each image as row-major positions: int64 `(batch, views, num_kept)`, ascending.
+    """Return the kept patches of each image as row-major positions: int64 `(batch, views, num_kept)`, ascending. Raise
+    ValueError if `mask_ratio` is outside of [0, 1) or leaves no patch, UserError for other impossible masks.
 
     Args:
         noise: uniform numbers in [0, 1), `(batch, rows, columns)`.
         mask_ratio: fraction of patches removed, in [0, 1).
         views: number of masks of the same image; they share no patch.
-
-    Raises:
-        UserError: an unknown kind, too many views for the patches, or a mask that the kind cannot draw.
-        ValueError: `mask_ratio` is outside of [0, 1) or leaves no patch.
     """
     num_patches = noise[0].numel()
     kept = num_kept(num_patches, mask_ratio)

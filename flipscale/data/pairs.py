@@ -108,8 +108,7 @@ class PairDataset(Dataset):
     * `sends_caption_ids`: `caption_ids` int64 `(batch,)`, equal for captions with equal tokens, before their mask.
     * `parallel_share`: `in_parallel` bool `(batch,)`, whether all tokens of a caption are predicted at once.
 
-    Raises:
-        UserError: the mask is impossible at these ratios.
+    Raise UserError if the mask is impossible at these ratios.
     """
 
     # Name of the annotation of an image, for messages.

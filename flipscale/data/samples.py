@@ -143,12 +143,8 @@ class Source:
         return None if self.weights is None else np.flatnonzero(self.weights.of_shard(shard))
 
     def read(self, shard: int, number: int) -> Sample:
-        """Return sample `number` of shard `shard`.
-
-        Raises:
-            BadSample: the sample cannot be used; another sample replaces it.
-            OSError: the sample cannot be read now; the run stops, because a replacement would change the order.
-        """
+        """Return sample `number` of shard `shard`. Raise BadSample if it cannot be used, so that another replaces it.
+        After an OSError the run stops, because a replacement would change the order."""
         raise NotImplementedError
 
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:

@@ -82,12 +82,8 @@ def with_lower_case(tokenizer: PreTrainedTokenizerBase, text: Any) -> PreTrained
 
 
 def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a recipe.
-
-    Args:
-        name: a folder, a name on the Hub, or `bert` for the original's WordPiece.
-        max_tokens: tokens after which a caption is cut.
-    """
+    """Return the tokenizer of a recipe: a folder, a name on the Hub, or `bert` for the original's WordPiece. It cuts
+    captions after `max_tokens`."""
     try:
         if name == "bert":
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)

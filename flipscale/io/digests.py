@@ -73,12 +73,7 @@ def digests_to_json(digests: Mapping[str, FileDigest]) -> str:
 
 
 def read_digests(path: Path) -> dict[str, FileDigest]:
-    """Return the digests in a file that `digests_to_json` made.
-
-    Raises:
-        CorruptFile: the file does not exist or has other content.
-        OSError: the file cannot be read, though it may be whole.
-    """
+    """Return the digests that `digests_to_json` wrote. Raise CorruptFile without such a file, else OSError."""
     try:
         content = json.loads(read_bytes(path))
         files = {name: FileDigest(file["bytes"], tuple(file[_ALGORITHM])) for name, file in content["files"].items()}
@@ -91,12 +86,7 @@ def read_digests(path: Path) -> dict[str, FileDigest]:
 
 
 def read_bytes(path: Path, most: int = 2**28) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        CorruptFile: the file does not exist, or has more than `most` bytes.
-        OSError: the file cannot be read, though it may be whole.
-    """
+    """Return the content of a file of at most `most` bytes; raises as `file_bytes`."""
     size = file_bytes(path)
     if size > most:
         raise CorruptFile(f"{path.name} has {size:,} bytes; expected at most {most:,}")
@@ -124,12 +114,7 @@ def file_bytes(path: Path) -> int:
 def damaged_chunks(
     folder: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk], num_threads: int = 1
 ) -> list[Chunk]:
-    """Return the chunks of a folder's files that differ from their digests, by file name.
-
-    Raises:
-        CorruptFile: a file is missing.
-        OSError: a file cannot be read, though it may be whole.
-    """
+    """Return the chunks of a folder's files that differ from their digests, by file name; raises as `file_bytes`."""
 
     def is_damaged(chunk: Chunk) -> bool:
         name, number = chunk

@@ -77,12 +77,8 @@ def size_text(num_bytes: int) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file.
-
-    Raises:
-        UserError: `path` is a folder, a pipe or a device, or has more than 64 MB.
-        ValueError: the content is not UTF-8.
-    """
+    """Return the text of a file. Raise UserError for a folder, a pipe, a device or more than 64 MB, ValueError for
+    content that is not UTF-8."""
     check_plain(path)
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected at most {_MOST_BYTES:,}")

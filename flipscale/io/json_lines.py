@@ -25,15 +25,10 @@ _warned: dict[Path, int] = {}
 
 
 def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = False) -> None:
-    """Append a line for each record, all in one write.
+    """Append a line for each record, all in one write. No record writes nothing.
 
-    A torn last line of an earlier writer is ended first, so that it spoils no other record.
-
-    No record writes nothing. With `is_synced`, the lines and the name of a new file are on disk at the return.
-
-    Raises:
-        UserError: `path` is a folder, a pipe or a device.
-        OSError: the disk is full or not writable.
+    A torn last line of an earlier writer is ended first, so that it spoils no other record. With `is_synced`, the lines
+    and the name of a new file are on disk at the return. Raise UserError if `path` is a folder, a pipe or a device.
     """
     text = "".join(map(_line, records)).encode()
     if not text:

@@ -72,12 +72,8 @@ def is_path(name: str) -> bool:
 
 
 def fetch_folder(name: str, files: Sequence[str] = LOADED) -> Path:
-    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after a download of `files`.
-
-    Raises:
-        UserError: there is no such model, or it may not be read; offline, the cache does not have it.
-        OSError: the Hub cannot be reached.
-    """
+    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after a download of `files`. Raise
+    UserError if there is no such model that may be read, or, offline, in the cache; OSError without the Hub."""
     if (folder := local_folder(name)) is not None:
         return folder
     from huggingface_hub import constants, snapshot_download
@@ -118,11 +114,8 @@ def _refuse_adapter(name: str, folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> list[Path]:
-    """Return the weight files of a complete model folder.
-
-    A complete folder has a configuration and all weights as safetensors files of full length. Raise UserError if a file
-    is missing, damaged, cut short or outside of the folder, or the weights are only a pickle.
-    """
+    """Return the weight files of a complete model folder. Raise UserError if a file is missing, damaged, cut short or
+    outside of the folder, or the weights are only a pickle."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json and is no model folder; download or export it again")
     check_texts(folder)

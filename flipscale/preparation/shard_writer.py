@@ -107,10 +107,7 @@ def write_set(
     """Write pairs to `out_dir`, or to its folders `train` and `test` if a share is held out; return their reports.
 
     With `options.labels`, `out_dir` is a labelled set in CLIP_benchmark's layout, with `classnames.txt` and a prompt.
-
-    Raises:
-        UserError: no pair has a class, or an error of `write_shards`.
-        OSError: a worker died, or the disk is full.
+    Raises as `class_names` and `write_shards`.
     """
     names = class_names(pairs, source, options.labels) if options.labels else []
     parts = {out_dir: options}
@@ -194,7 +191,7 @@ def only_writer(out_dir: Path, command: str, begun: str) -> Iterator[None]:
         raise UserError(f"{out_dir} holds something that `{command}` did not write; name a new folder")
     try:
         with FileLock(out_dir / _LOCK, timeout=0):
-            for left in out_dir.glob(_PARTIAL):
+            for left in out_dir.rglob(_PARTIAL):
                 left.unlink()
             yield
             # Removed while held, so that no other process waits for a removed file.

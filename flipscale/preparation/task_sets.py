@@ -229,12 +229,7 @@ def _downloaded(place: Path, source: TaskSource) -> Path:
 
 
 def list_files(repo: str, revision: str) -> list[HubFile]:
-    """Return the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names.
-
-    Raises:
-        UserError: there is no such repository or revision, or it may not be read.
-        OSError: the Hub cannot be reached.
-    """
+    """Return the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names; raises as `_explained`."""
     files = []
     try:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_LIST_SECONDS)
@@ -251,13 +246,8 @@ def list_files(repo: str, revision: str) -> list[HubFile]:
 
 
 def _download(file: HubFile, path: Path, folder: Path) -> None:
-    """Download a file to `path` by way of `folder`, unless it is whole.
-
-    Raises:
-        UserError: the repository may not be read.
-        WrongFile: the file differs from the one that the Hub lists.
-        OSError: the Hub cannot be reached, or the disk is full.
-    """
+    """Download a file to `path` by way of `folder`, unless it is whole. Raise WrongFile if it differs from the one that
+    the Hub lists; raises as `_explained` too."""
     repo, commit = file.repo, file.commit
     if file.is_whole(path):
         return
@@ -544,11 +534,7 @@ def write_languages(place: Path, source: TaskSource) -> None:
     """Write `test/0.tar`, `languages.txt` and `captions/LANGUAGE.json` to the folder `place`.
 
     As in CLIP_benchmark, an image has its first caption in each language, and images that the archive lacks are left
-    out. Folders in the archive do not count.
-
-    Raises:
-        UserError: the archive has none of the images, or a file is not as it was.
-        OSError: a URL cannot be read.
+    out. Folders in the archive do not count. Raise UserError if the archive or a file is not as it was.
     """
     try:
         _write_captions(place, source)

@@ -23,11 +23,7 @@ def worker_pool(
     processes: int, value: Any = None, remedy: str = "run the same command again"
 ) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of spawned processes that end with this process, even if it is killed. After an exception they end
-    at once. Raise OSError, with the remedy, if one died.
-
-    Args:
-        value: sent to each worker once, and not with each task; its tasks get it by `shared`.
-    """
+    at once. Raise OSError, with the remedy, if one died. Each worker gets `value` once; its tasks call `shared`."""
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(value,))
     try:

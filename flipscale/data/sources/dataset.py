@@ -27,12 +27,8 @@ _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json":
 
 
 def load_rows(name: str, config: str | None, split: str) -> "Dataset":
-    """Return a Dataset.
-
-    Args:
-        name: a folder of `save_to_disk` or for `load_dataset`, a path or glob of files, or a name on the Hub. Files may
-            be parquet, Arrow, CSV or JSON lines.
-    """
+    """Return the Dataset of a folder of `save_to_disk` or for `load_dataset`, of a path or glob of parquet, Arrow, CSV
+    or JSON lines files, or of a name on the Hub."""
     import datasets
 
     path = Path(name)
@@ -90,12 +86,7 @@ class DatasetSource(samples.Source):
         return samples.Sample(f"{self.name}#{self.key(shard, number)}", image, captions, kinds=kinds)
 
     def _row(self, number: int) -> dict[str, Any]:
-        """Return a row of the dataset.
-
-        Raises:
-            BadSample: the stored row cannot be decoded, such as a text that is not UTF-8.
-            OSError: the storage cannot be read now.
-        """
+        """Return a row. Raise BadSample if it cannot be decoded, such as a text that is not UTF-8."""
         try:
             return self.rows[number]
         except OSError:

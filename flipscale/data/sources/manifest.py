@@ -166,11 +166,7 @@ def _parsed(path: Path, content: bytes, digest: bytes) -> Manifest:
 def write_manifest(
     path: Path, pattern: str, shards: Iterable[tuple[str, Index]], folders: list[str], rows: bool
 ) -> Manifest:
-    """Write a manifest of the shards and their indices, and return it.
-
-    Args:
-        rows: whether the manifest holds the shards' indices.
-    """
+    """Write a manifest of the shards, with `rows` also their indices, and return it."""
     names: list[str] = []
     sizes: list[int] = []
     damage = {}

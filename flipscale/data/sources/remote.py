@@ -164,13 +164,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _watched(system: Any, name: str, progress: Callable[[], int], seconds: float, *arguments: Any, **named: Any) -> Any:
-    """Return the result of a file system's method, if `progress` grows by `_LEAST_BYTES` in each period.
+    """Return the result of a file system's method, if `progress`, a number of bytes, grows by `_LEAST_BYTES` in each
+    period of `seconds`.
 
     Only methods in fsspec's event loop are watched. The Hub's file system has its own time-outs (`guard_requests`).
-
-    Args:
-        progress: returns the number of bytes so far.
-        seconds: length of a period.
     """
     from fsspec.asyn import sync
 
@@ -428,12 +425,7 @@ def _read_copy(path: Path, size: int | None) -> Index | None:
 
 
 class RemoteTarSource(TarSource):
-    """A `TarSource` of shards at URLs, which are prefetched.
-
-    Args:
-        shards: a range, glob or folder at a URL of fsspec, such as `s3://`, `gs://`, `hf://` or `https://`.
-        recipe: batch size, lanes and blocks, which determine the needed size of the cache.
-    """
+    """A `TarSource` of shards at URLs, which are prefetched. The recipe's lanes determine the size that a cache needs."""
 
     def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
         self.cache = cache
