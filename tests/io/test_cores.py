@@ -1,9 +1,8 @@
 """Cores of a job and of a container, and the workers of a process."""
 
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,10 +62,16 @@ def test_workers_of_a_process(
     assert decoding_workers.__wrapped__(0) == 0
 
 
+def _bound(results: multiprocessing.SimpleQueue) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.environ |= {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "1"}
+    results.put((usable_cores(), decoding_workers.__wrapped__(None)))
+
+
 def test_a_process_that_its_agent_has_bound() -> None:
-    # As by `torchrun --numa-binding`: the agent counts.
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nfrom flipscale.io.cores import *\n"
-    code += "print(usable_cores(), decoding_workers(None))"
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "1"}
-    out = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert out.split() == ["1", str(max(1, usable_cores() - 1))]
+    """As by `torchrun --numa-binding`: the cores of the agent, here this process, count."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_bound, args=(results := context.SimpleQueue(),))
+    process.start()
+    assert results.get() == (1, max(1, usable_cores() - 1))
+    process.join()

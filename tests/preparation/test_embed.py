@@ -13,7 +13,6 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
-from cli.conftest import write_peer
 from conftest import TOWER, add_member, flipscale, write_shards
 from datasets import Dataset
 from evaluation.tiny_model import tiny_embedder
@@ -135,22 +134,6 @@ def test_two_processes_and_kills_give_one_s_bytes(pairs: Path, model: Path, tmp_
     (tmp_path / "killed/images/.00003.npy.partial.host.1.2").write_bytes(b"torn")
     assert flipscale(*[tmp_path / "killed" if word == "OUT" else word for word in words]).returncode == 0
     assert contents(tmp_path / "killed") == expected
-
-
-def test_pooled_features_of_another_program(
-    pairs: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Projected by the model's own matrices, they are its embeddings."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    write_peer(tmp_path, tokenizer_dir)
-    name = "open_clip:peer.json,peer.safetensors"
-    embeds, pooled = (embed(pairs, tmp_path / kind, name, "--features", kind) for kind in ("embeds", "pooled"))
-    model = open_embedder(name, Accelerator(cpu=True)).model
-    for tower, projection in (("images", model.visual.proj), ("texts", model.text_projection)):
-        projected = unit(torch.from_numpy(pooled[tower]).float() @ projection)
-        assert np.nanmax(np.abs(projected - embeds[tower])) < 4e-3
-        assert np.isnan(projected).all(axis=1).sum() == 1
 
 
 def test_other_features_and_other_files_are_refused(

@@ -425,7 +425,7 @@ def _read_copy(path: Path, size: int | None) -> Index | None:
 
 
 class RemoteTarSource(TarSource):
-    """A `TarSource` of shards at URLs, which are prefetched. The recipe's lanes determine the size that a cache needs."""
+    """A `TarSource` of shards at URLs, which are prefetched. Lanes determine the size that the cache needs."""
 
     def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
         self.cache = cache
