@@ -110,8 +110,8 @@ def test_entries_without_content_are_left_out_and_counted(
         assert members(tmp_path / "out" / shard.name) == members(small / shard.name)
 
 
-def test_any_processes_and_an_interruption_give_the_same_bytes(shards: Path, small: Path, tmp_path: Path) -> None:
-    resize(shards, tmp_path / "two", 2)
+def test_any_processes_and_an_interruption_give_the_same_bytes(made: Path, small: Path, tmp_path: Path) -> None:
+    resize(made, tmp_path / "two", 2)
     expected = contents(small)
     assert contents(tmp_path / "two") == expected
     # Killed amid the second shard: a torn line, a shard that is not whole, and a part of the third.
@@ -120,7 +120,7 @@ def test_any_processes_and_an_interruption_give_the_same_bytes(shards: Path, sma
     (tmp_path / "two/00001.tar").write_bytes(expected["00001.tar"][:512])
     (tmp_path / "two/00002.tar").unlink()
     (tmp_path / "two/.00002.tar.1.partial").write_bytes(b"x")
-    resize(shards, tmp_path / "two", 2)
+    resize(made, tmp_path / "two", 2)
     assert contents(tmp_path / "two") == expected
 
 
