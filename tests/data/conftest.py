@@ -1,9 +1,15 @@
-"""Training pairs of made-up shards, and comparisons of their batches."""
+"""Made-up pictures and shards, the training pairs of shards, and comparisons of their batches."""
 
+import io
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from conftest import add_member
+from PIL import Image
 from transformers import AutoTokenizer
 
 from flipscale.data.pairs import InputShape, PairDataset
@@ -14,6 +20,21 @@ from flipscale.recipe.data import DataRecipe
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
 Batches = list[dict[str, torch.Tensor]]
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Return a picture as a file of Pillow's format `kind`."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a shard of files by name, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            add_member(tar, name, content)
 
 
 def pair_dataset(

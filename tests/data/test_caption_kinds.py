@@ -1,9 +1,7 @@
 """Captions by kind: fields of KEY.json, the text file and columns, drawn by weight; several captions of an image."""
 
-import io
 import itertools
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import add_member, losses, tiny_recipe
-from PIL import Image
+from conftest import COLOURS, SHAPES, draw, losses, tiny_recipe
+from data.conftest import encoded, write_tar
 
 from flipscale.data.captions import choose_captions
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds
@@ -28,18 +26,13 @@ KINDS = {"alt": 0.3, "synthetic": 0.7}
 
 
 def picture() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8), "JPEG")
 
 
 def write(folder: Path, samples: list[dict[str, bytes]]) -> str:
     """Write a shard of samples, each by the extension of its files, in their order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number, files in enumerate(samples):
-            for extension, content in files.items():
-                add_member(tar, f"{number:05d}.{extension}", content)
+    named = {f"{number:05d}.{kind}": files[kind] for number, files in enumerate(samples) for kind in files}
+    write_tar(folder / "0.tar", named)
     return str(folder)
 
 
@@ -143,15 +136,11 @@ def test_a_position_has_its_captions_in_any_batch(tmp_path: Path, tokenizer_dir:
 @pytest.fixture
 def kinds_recipe(tmp_path: Path, caption_tokenizer: Path, write_recipe: Callable[..., Path]) -> Callable[..., Path]:
     """Write a recipe that trains on captions of two kinds: one says what is seen, the other nothing."""
-    from conftest import COLOURS, SHAPES, draw
-
     rng, samples = np.random.default_rng(0), []
     for colour, shape in itertools.product(COLOURS, SHAPES):
         for _ in range(4):
-            file = io.BytesIO()
-            Image.fromarray(draw(colour, shape, rng)).save(file, "JPEG")
             json_file = fields(alt="a", synthetic=[f"a {colour} {shape}", f"{shape} {colour}"])
-            samples.append({"jpg": file.getvalue(), "json": json_file})
+            samples.append({"jpg": encoded(draw(colour, shape, rng), "JPEG"), "json": json_file})
     shards = write(tmp_path / "kinds", samples)
     recipe = tiny_recipe(Path(shards), caption_tokenizer)
 

@@ -69,9 +69,9 @@ def test_the_order_by_weights_is_pinned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lanes", [1, 8])
 def test_visits_are_as_frequent_as_the_weights(tmp_path: Path, lanes: int) -> None:
-    """Over 150 epochs, each of the exact length; a sample of weight 2.3 has two or three visits in each."""
+    """Over 60 epochs, each of the exact length; a sample of weight 2.3 has two or three visits in each."""
     sizes, weights = uneven()
-    source, epochs = Sizes(tmp_path / "weights", sizes, weights), 150
+    source, epochs = Sizes(tmp_path / "weights", sizes, weights), 60
     order = GlobalOrder(sizes, 3, 16, lanes=Lanes(lanes, BATCH), weights=source.weights)
     expected = weights / weights[weights > 0].mean()
     length = np.count_nonzero(weights)

@@ -1,45 +1,35 @@
 """What `prepare inspect` says of shards, and the sheet that it draws."""
 
-import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import add_member
+from data.conftest import encoded, write_tar
 from PIL import Image
 
 from flipscale.cli import main
 
 
 def jpeg(colour: tuple[int, int, int], width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (width, height), colour), "JPEG", quality=95)
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Two shards of three good samples in all, and one with each fault; the second shard is cut short."""
     folder = tmp_path / "mixed"
-    folder.mkdir()
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for name, image, caption in (
-            ("0", jpeg((250, 10, 10), 300, 200), b"a red disc"),
-            ("1", b"no picture", b"a green bar"),
-            ("2", jpeg((10, 10, 250), 80, 100), b"the blue ring of a long caption"),
-            ("3", jpeg((9, 9, 9), 50, 50), b"\xff\xfe"),
-            ("4", jpeg((9, 9, 9), 50, 50), b" "),
-        ):
-            add_member(tar, f"{name}.jpg", image)
-            add_member(tar, f"{name}.txt", caption)
-    with tarfile.open(folder / "1.tar", "w") as tar:
-        add_member(tar, "5.txt", b"a grey cross")
-        add_member(tar, "5.jpg", jpeg((128, 128, 128), 64, 64))
-        add_member(tar, "6.txt", b"a red bar")
-        add_member(tar, "6.jpg", bytes(5000))
+    small = jpeg((9, 9, 9), 50, 50)
+    write_tar(folder / "0.tar", {
+        "0.jpg": jpeg((250, 10, 10), 300, 200), "0.txt": b"a red disc",
+        "1.jpg": b"no picture", "1.txt": b"a green bar",
+        "2.jpg": jpeg((10, 10, 250), 80, 100), "2.txt": b"the blue ring of a long caption",
+        "3.jpg": small, "3.txt": b"\xff\xfe", "4.jpg": small, "4.txt": b" ",
+    })  # fmt: skip
+    grey = jpeg((128, 128, 128), 64, 64)
+    files = {"5.txt": b"a grey cross", "5.jpg": grey, "6.txt": b"a red bar", "6.jpg": bytes(5000)}
+    write_tar(folder / "1.tar", files)
     os.truncate(folder / "1.tar", 4096)
     return folder
 

@@ -2,13 +2,12 @@
 
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import add_member
+from data.conftest import write_tar
 from data.test_caption_kinds import picture
 
 from flipscale import cli
@@ -46,17 +45,11 @@ def test_scores(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_field_of_key_json(tmp_path: Path) -> None:
     """Beside KEY.txt and alone; a sample without a finite number, or with a damaged file, is never drawn."""
     stored = [0.5, 0.1, None, "0.9", True, float("nan"), 0.3, 1]
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for number, value in enumerate(stored):
-            add_member(tar, f"{number}.jpg", picture())
-            content = json.dumps({"caption": "a red disc", "similarity": value}).encode()
-            add_member(tar, f"{number}.json", content)
-            if number % 2:
-                add_member(tar, f"{number}.txt", b"a red disc")
-        add_member(tar, "8.jpg", picture())
-        add_member(tar, "8.json", b"{damaged")
-        add_member(tar, "9.jpg", picture())
-        add_member(tar, "9.txt", b"no json")
+    files = {f"{number}.jpg": picture() for number in range(10)} | {"8.json": b"{damaged", "9.txt": b"no json"}
+    for number, value in enumerate(stored):
+        files[f"{number}.json"] = json.dumps({"caption": "a red disc", "similarity": value}).encode()
+        files |= {f"{number}.txt": b"a red disc"} if number % 2 else {}
+    write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
     weights = prepared(tmp_path, tmp_path / "weights", "--field", "similarity", "--at_least", "0.2")
     assert weights.tolist() == [1, 0, 0, 0, 0, 0, 1, 1, 0, 0]
     weights = prepared(tmp_path, tmp_path / "raw", "--field", "similarity")
@@ -70,11 +63,9 @@ def test_counts_of_captions(tmp_path: Path) -> None:
         ["a red disc\n", "DISC ", "caf\u00e9", "Caf\u00c9", "a red disc!", "a red disc"],
     ]
     for number, captions in enumerate(shards):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
-            for key, caption in enumerate(captions):
-                add_member(tar, f"{key}.jpg", picture())
-                if caption is not None:
-                    add_member(tar, f"{key}.txt", caption.encode())
+        files = {f"{key}.jpg": picture() for key in range(len(captions))}
+        files |= {f"{key}.txt": caption.encode() for key, caption in enumerate(captions) if caption is not None}
+        write_tar(tmp_path / f"{number}.tar", files)
     counts = np.array([3, 2, 0, 0, 3, 2, 2, 2, 1, 3])
     kept = prepared(tmp_path, tmp_path / "kept", "--caption_counts", "--at_least", "3")
     assert kept.tolist() == (counts >= 3).astype(int).tolist()

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import launch
+from data.conftest import encoded
 from PIL import Image
 
 from flipscale.cli import main
@@ -26,9 +27,7 @@ CAPTIONS = [f"picture number {number}" for number in range(6)]
 def image(number: int, kind: str = "JPEG", height: int = 60, width: int = 90) -> bytes:
     rows, columns = np.mgrid[0:height, 0:width]
     pixels = np.stack([rows * 3 + number * 9, columns * 2, 128 + 60 * np.sin(columns / 9 + number)], axis=2)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+    return encoded(pixels.clip(0, 255).astype(np.uint8), kind)
 
 
 @pytest.fixture

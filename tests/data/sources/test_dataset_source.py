@@ -1,27 +1,22 @@
 """The rows of a Dataset: each is a sample or is counted, and no file is read but the dataset's own."""
 
-import io
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from data.conftest import encoded
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image
 
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.dataset import DatasetSource, load_rows
 
 FOREIGN = ("/etc/passwd", "{here}/../../etc/passwd", "/dev/zero", "")
+PNG = encoded(np.zeros((8, 8, 3), np.uint8))
 NO_FILES = ("{here}", "{here}/pipe", "{here}/none", "{here}/a\0b", "{here}/" + "x" * 300)
-
-
-def png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def source(images: list[Any], captions: list[Any], image: Any, caption: Any, name: str = "x") -> DatasetSource:
@@ -31,13 +26,13 @@ def source(images: list[Any], captions: list[Any], image: Any, caption: Any, nam
 
 def test_a_folder_of_images_is_read_under_any_of_its_names(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
-    (tmp_path / "real/0.png").write_bytes(png())
+    (tmp_path / "real/0.png").write_bytes(PNG)
     (tmp_path / "real/metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for name in ("real", "link"):
         rows = load_rows(str(tmp_path / name), None, "train")
         sample = DatasetSource(rows, str(tmp_path / name), "image", ["text"]).read(0, 0)
-        assert (sample.image, sample.captions) == (png(), (b"a cat",))
+        assert (sample.image, sample.captions) == (PNG, (b"a cat",))
 
 
 @pytest.mark.parametrize("path", [*FOREIGN, *NO_FILES])

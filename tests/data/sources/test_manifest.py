@@ -6,14 +6,14 @@ import pickle
 import re
 import shutil
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import add_member, write_shards
+from conftest import write_shards
+from data.conftest import write_tar
 
 from flipscale.cli import main
 from flipscale.data.sources import manifest as shard_list
@@ -22,12 +22,9 @@ from flipscale.data.sources.tar import StaleManifest, TarSource
 
 def write_tiny(folder: Path, count: int, samples: int = 2) -> None:
     """Shards of a few bytes a sample."""
-    folder.mkdir(parents=True, exist_ok=True)
     for shard in range(count):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(samples):
-                add_member(tar, f"{shard:05d}{number}.jpg", b"%d of %d" % (number, shard))
-                add_member(tar, f"{shard:05d}{number}.txt", b"caption")
+        images = {f"{number}.jpg": b"%d of %d" % (number, shard) for number in range(samples)}
+        write_tar(folder / f"{shard:05d}.tar", images | {f"{number}.txt": b"caption" for number in range(samples)})
 
 
 _watched: list[Counter[str]] = []

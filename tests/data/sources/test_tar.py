@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import add_member, write_shards
+from data.conftest import write_tar
 from evaluation.made_up_sets import npy
 
 from flipscale.data.samples import BadSample
@@ -31,13 +32,8 @@ def test_reads_what_the_tar_holds(shards: Path) -> None:
 
 def test_names_as_img2dataset_writes_them(tmp_path: Path) -> None:
     """Subfolders, dots in the extension, upper case, files of no interest, samples without an image."""
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add_member(tar, "x/1.JPG", b"one")
-        add_member(tar, "x/1.txt", b"first")
-        add_member(tar, "x/1.json", b"{}")
-        add_member(tar, "y/1.jpg", b"two")
-        add_member(tar, "lonely.txt", b"no picture")
-        add_member(tar, "p" * 150 + "/3.webp", b"three")
+    files = {"x/1.JPG": b"one", "x/1.txt": b"first", "x/1.json": b"{}", "y/1.jpg": b"two", "lonely.txt": b"no picture"}
+    write_tar(tmp_path / "a.tar", {**files, "p" * 150 + "/3.webp": b"three"})
     source = TarSource(str(tmp_path))
     assert [source.read(0, n).image for n in range(len(source))] == [b"one", b"two", b"three"]
     assert [source.read(0, n).caption for n in range(3)] == [b"first", None, None]
@@ -77,19 +73,13 @@ def test_every_dialect_of_tar(tmp_path: Path, kind: int) -> None:
 
 def test_several_captions(tmp_path: Path) -> None:
     """A list in the JSON object wins over the text, its single `caption` only stands in for it."""
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number, (text, fields) in enumerate(
-            [
-                (b"text", b'{"captions": ["one", "two"], "caption": "x"}'),
-                (b"text", b'{"caption": "other"}'),
-                (None, b'{"caption": "alone"}'),
-                (None, b'{"captions": "no list", "url": 1'),
-            ]
-        ):
-            add_member(tar, f"{number}.json", fields)
-            add_member(tar, f"{number}.jpg", b"picture")
-            if text:
-                add_member(tar, f"{number}.txt", text)
+    fields = [
+        b'{"captions": ["one", "two"], "caption": "x"}', b'{"caption": "other"}', b'{"caption": "alone"}',
+        b'{"captions": "no list", "url": 1',
+    ]  # fmt: skip
+    files = {f"{number}.json": content for number, content in enumerate(fields)}
+    files |= {f"{number}.jpg": b"picture" for number in range(4)}
+    write_tar(tmp_path / "a.tar", {**files, "0.txt": b"text", "1.txt": b"text"})
     source = TarSource(str(tmp_path))
     assert [source.read(0, number).captions for number in range(3)] == [(b"one", b"two"), (b"text",), (b"alone",)]
     with pytest.raises(BadSample, match=r"KEY.json"):
@@ -98,12 +88,8 @@ def test_several_captions(tmp_path: Path) -> None:
 
 def test_a_tar_that_is_not_grouped_by_sample(tmp_path: Path) -> None:
     """All pictures first, the captions far behind them; in between a file that no sample has."""
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number in range(3):
-            add_member(tar, f"{number}.jpg", b"picture %d" % number)
-        add_member(tar, "readme.md", bytes(10**5))
-        for number in range(3):
-            add_member(tar, f"{number}.txt", b"caption %d" % number)
+    files = {f"{number}.jpg": b"picture %d" % number for number in range(3)} | {"readme.md": bytes(10**5)}
+    write_tar(tmp_path / "a.tar", files | {f"{number}.txt": b"caption %d" % number for number in range(3)})
     source = TarSource(str(tmp_path))
     samples = [source.read(0, number) for number in range(3)]
     assert [sample.image for sample in samples] == [b"picture 0", b"picture 1", b"picture 2"]
@@ -132,9 +118,7 @@ def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.Monk
 
 def write(path: Path, **files: bytes) -> TarSource:
     """A shard of one sample, whose files are given by their extensions."""
-    with tarfile.open(path, "w") as tar:
-        for extension, content in files.items():
-            add_member(tar, f"s.{extension}", content)
+    write_tar(path, {f"s.{extension}": content for extension, content in files.items()})
     return TarSource(str(path))
 
 

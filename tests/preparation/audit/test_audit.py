@@ -1,16 +1,14 @@
 """What `prepare audit` finds in training data that was made with faults, copies and test images on purpose."""
 
 import importlib.util
-import io
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import add_member
+from data.conftest import encoded, write_tar
 from lingua import Language, LanguageDetectorBuilder
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -41,20 +39,15 @@ def photos(side: int = 128, least_contrast: float = 40) -> list[Image.Image]:
     return [Image.fromarray(square) for square in squares if square.std() > least_contrast]
 
 
-def encoded(image: Image.Image, scale: float = 1.0, kind: str = "JPEG", quality: int = 90) -> bytes:
-    buffer = io.BytesIO()
+def copy(image: Image.Image, scale: float = 1.0, kind: str = "JPEG", quality: int = 90) -> bytes:
     size = tuple(round(side * scale) for side in image.size)
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, kind, quality=quality)
-    return buffer.getvalue()
+    return encoded(image.resize(size, Image.Resampling.BICUBIC), kind, quality=quality)
 
 
-def write_tar(path: Path, members: list[tuple[bytes, str | None]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number, (image, caption) in enumerate(members):
-            add_member(tar, f"{number:04d}.jpg", image)
-            if caption is not None:
-                add_member(tar, f"{number:04d}.txt", caption.encode())
+def write_pairs(path: Path, pairs: list[tuple[bytes, str | None]]) -> None:
+    images = {f"{number}.jpg": image for number, (image, _) in enumerate(pairs)}
+    captions = {f"{number}.txt": text.encode() for number, (_, text) in enumerate(pairs) if text is not None}
+    write_tar(path, images | captions)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,13 +63,13 @@ def two_languages() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training shards `train`, and below `tests` a flat set and one in CLIP_benchmark's layout."""
     folder, cut = tmp_path_factory.mktemp("audit"), photos()
-    plain = [(encoded(image), CAPTIONS[number % 6]) for number, image in enumerate(cut[:8])]
-    blank = [(encoded(Image.new("RGB", (90, 90), colour)), "an empty page") for colour in ("white", "#fdfdfd")]
-    write_tar(folder / "train" / "0.tar", [*plain, (b"no picture", "a broken file"), (encoded(cut[8]), None)])
-    copies = [plain[0], (encoded(cut[1], 0.6, "WEBP", 60), "again"), (encoded(cut[2], 1.4, quality=50), "again")]
-    write_tar(folder / "train" / "1.tar", [*copies, *blank])
-    write_tar(folder / "tests" / "flat" / "0.tar", [(encoded(cut[9]), "a"), plain[3], (encoded(cut[4], 0.8), "b")])
-    write_tar(folder / "tests" / "laid_out" / "test" / "0.tar", [(encoded(cut[10]), "a")])
+    plain = [(copy(image), CAPTIONS[number % 6]) for number, image in enumerate(cut[:8])]
+    blank = [(copy(Image.new("RGB", (90, 90), colour)), "an empty page") for colour in ("white", "#fdfdfd")]
+    write_pairs(folder / "train" / "0.tar", [*plain, (b"no picture", "a broken file"), (copy(cut[8]), None)])
+    copies = [plain[0], (copy(cut[1], 0.6, "WEBP", 60), "again"), (copy(cut[2], 1.4, quality=50), "again")]
+    write_pairs(folder / "train" / "1.tar", [*copies, *blank])
+    write_pairs(folder / "tests" / "flat" / "0.tar", [(copy(cut[9]), "a"), plain[3], (copy(cut[4], 0.8), "b")])
+    write_pairs(folder / "tests" / "laid_out" / "test" / "0.tar", [(copy(cut[10]), "a")])
     return folder
 
 
@@ -138,9 +131,9 @@ def test_bad_input(folder: Path, tmp_path: Path, refused: Callable[..., str], mo
     def audit(*words: object) -> str:
         return refused("prepare", "audit", *words, "--output_dir", tmp_path / "out", "--num_workers", 1)
 
-    write_tar(tmp_path / "bare/0.tar", [(encoded(photos()[0]), None)])
+    write_pairs(tmp_path / "bare/0.tar", [(copy(photos()[0]), None)])
     assert "none of the 1 samples" in audit(tmp_path / "bare")
-    write_tar(tmp_path / "empty/0.tar", [])
+    write_pairs(tmp_path / "empty/0.tar", [])
     assert "there is no sample in 1 shards" in audit(tmp_path / "empty")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lingua" else find_spec(name))

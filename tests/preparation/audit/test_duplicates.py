@@ -5,7 +5,7 @@ import random
 import cv2
 import numpy as np
 import pytest
-from preparation.audit.test_audit import encoded, photos
+from preparation.audit.test_audit import copy, photos
 
 from flipscale.data.decode import decode_small
 from flipscale.preparation.audit.duplicates import (
@@ -55,14 +55,14 @@ def test_planted_copies_of_photographs_are_found() -> None:
     draw, seen = random.Random(0), []
     found = []
     for image in photos(160, 0):
-        pixels = decode_small(encoded(image), LEAST_SIDE)
+        pixels = decode_small(copy(image), LEAST_SIDE)
         (code, is_blank), small = look(pixels), thumbnail(pixels)
         if is_blank:
             continue
         seen.append((code, small))
         for _ in range(20):
-            copy = encoded(image, draw.uniform(0.3, 1.5), draw.choice(["JPEG", "WEBP"]), draw.randint(30, 95))
-            pixels = decode_small(copy, LEAST_SIDE)
+            similar = copy(image, draw.uniform(0.3, 1.5), draw.choice(["JPEG", "WEBP"]), draw.randint(30, 95))
+            pixels = decode_small(similar, LEAST_SIDE)
             near = (look(pixels)[0] ^ code).bit_count() <= MOST_BITS
             found.append(near and likeness(small, thumbnail(pixels)) >= LEAST_LIKENESS)
     assert len(found) > 200
