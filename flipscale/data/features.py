@@ -87,13 +87,8 @@ def _mapped(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 class PrecomputedFeatures:
-    """The stored features of one tower, mapped to memory shard by shard. Raise UserError if `prepare embed` has not
-    written such features there, or not all of them.
-
-    Args:
-        tower: `images` or `texts`.
-        sizes: number of samples of each shard.
-    """
+    """The stored features of a tower, `images` or `texts`, of shards with these `sizes`, mapped shard by shard. Raise
+    UserError if `prepare embed` has not written them there, or not all of them."""
 
     def __init__(self, folder: Path, tower: str, sizes: Sequence[int]):
         self.folder, self.tower, self._sizes = folder, tower, sizes

@@ -69,12 +69,7 @@ MinutesAboveZero = Annotated[float, Range(above=0, at_most=1_000_000)]
 
 def check_ranges(value: Any, path: str = "") -> None:
     """Raise UserError if a number in a dataclass, or in nested dataclasses, is out of the range of its type, a required
-    field is null, or a text has a control character.
-
-    Args:
-        value: a dataclass, or a list of dataclasses.
-        path: name of `value` for messages, such as `data`; empty for a whole recipe.
-    """
+    field is null, or a text has a control character. `path` names the value, such as `data`; empty for a recipe."""
     for name, number, allowed in _numbers(value, type(value), path):
         if number not in allowed:
             try:

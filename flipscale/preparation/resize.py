@@ -44,7 +44,6 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
     Raises:
         UserError: the shards are at a URL, `out_dir` has other files or shards of other options, another process
             writes to it, or, after all others are written, a shard is damaged.
-        OSError: a worker died, or the disk is full.
     """
     if "://" in shards:
         raise UserError(f"{shards!r} is a URL; copy the shards here first")

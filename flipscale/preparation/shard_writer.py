@@ -155,13 +155,10 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write the shards of `pairs` with their indices, and return the report that is written beside them.
 
-    Args:
-        source: name of the pairs, for the report.
-        class_names: names of all classes in the order of their numbers, with `options.labels`.
+    Raise UserError if `out_dir` was begun with other pairs or options, has other files, or has another writer.
 
-    Raises:
-        UserError: `out_dir` was begun with other pairs or options, has other files, or another process writes to it.
-        OSError: a worker died, or the disk is full.
+    Args:
+        class_names: names of all classes in the order of their numbers, with `options.labels`.
     """
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}

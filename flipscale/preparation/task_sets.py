@@ -62,10 +62,8 @@ class HubFile:
 
     Args:
         name: path in the repository.
-        size: size in bytes.
         digest: `sha256:HEX` of a large file, `git:HEX` (git's id of the content) of a small one.
         path: path in the folder that is prepared.
-        commit: commit of the repository `repo`.
     """
 
     repo: str

@@ -96,13 +96,8 @@ class TarSource(Source):
         return str(self.list.path(self.manifest.names[shard]))
 
     def read(self, shard: int, number: int) -> Sample:
-        """Return sample `number` of shard `shard`, its bytes as stored.
-
-        Raises:
-            BadSample: the shard was cut since it was opened, or the caption is damaged.
-            StaleManifest: the shard differs from its entry in the manifest.
-            OSError: the shard cannot be read.
-        """
+        """Return sample `number` of shard `shard`, its bytes as stored. Raise BadSample if it is damaged, StaleManifest
+        if the shard differs from its entry in the manifest, OSError if it cannot be read."""
         where = places(self._row(shard, number))
         check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
         image, caption, label = self._read(shard, where.image, where.caption, where.class_number)

@@ -116,7 +116,6 @@ def scan_source(pool: ProcessPoolExecutor, source: Source, number: int, what: st
     Args:
         pool: workers that share the list of all sources, and a tokenizer or None.
         number: number of the source in the list.
-        what: name of the source, for the progress.
         sampled_share: share of the samples whose captions are kept for their languages, chosen by their rows.
     """
     starts = [0, *accumulate(source.shard_sizes)]
@@ -298,16 +297,11 @@ def audit(
     """Return the figures of the training data, and write them with a page and its pictures to `out_dir`.
 
     Images are decoded once, and likely copies a second time. The audit keeps 17 bytes of each image and 28 of each
-    caption; the search for near duplicates takes 30 more of each image.
+    caption; the search for near duplicates takes 30 more of each image. Raise UserError if a package is missing, there
+    is no sample or no caption, or `out_dir` cannot be written.
 
     Args:
-        shards: name of the data.
         tokenizer: tokenizer that counts tokens, named as in a recipe.
-        num_workers: number of processes that read and decode.
-
-    Raises:
-        UserError: a package is missing, there is no sample or no caption, or `out_dir` cannot be written.
-        OSError: a shard cannot be read.
     """
     for module, package in _PACKAGES.items():
         if importlib.util.find_spec(module) is None:
