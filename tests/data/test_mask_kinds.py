@@ -87,7 +87,7 @@ def test_one_patch_of_a_centre_mask_has_the_gaussian_s_odds() -> None:
 
 @pytest.mark.parametrize("kind", ["random", "grid"])
 @pytest.mark.parametrize(("views", "ratio"), [(2, 0.5), (3, 0.75)])
-def test_views_share_no_patch_and_each_is_such_a_mask(kind: str, views: int, ratio: float) -> None:
+def test_views_share_no_patch_and_each_is_uniform(kind: str, views: int, ratio: float) -> None:
     index = keep_patches(noise(2000, 8, 8), ratio, kind, views)
     kept = int(64 * (1 - ratio))
     assert index.shape == (2000, views, kept)
@@ -98,9 +98,6 @@ def test_views_share_no_patch_and_each_is_such_a_mask(kind: str, views: int, rat
     for view in range(views):
         picture = as_pictures(index[:, view : view + 1], 8, 8)
         assert (picture.float().mean(dim=0) - kept / 64).abs().max() < 0.06
-        if kind == "grid":
-            height, width = grid_cell(8, 8, kept)
-            assert (picture.view(-1, 8 // height, height, 8 // width, width).sum(dim=(2, 4)) == 1).all()
 
 
 # Tokens

@@ -9,38 +9,20 @@ from flipscale.recipe.recipe import to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import schedule_stages
 
-# Fields that no recipe of the package has.
-_OTHERS = (b"""
-model: {family: towers, vision: a, text: b, frozen: [logit_scale], text_positions: null}
-data: {shards: made, weights: counts, global_batch_size: 16, captions: {alt: 0.3, txt: 0.7}, pack_captions: false}
-loss: {kind: sigmoid, positives: equal_captions, options: {}}
-optim: {name: muon, part_lr_ratios: {vision_model: 0.1, text_model.encoder: 0.5}, layer_decay: 0.75, ema_decay: 0.99}
-stages:
-- {name: one, share: 0.5, warmup_share: 0.1, base_lr: 1e-3, image_size: 32, frozen: [vision_model], captions: {alt: 1}}
-- {name: two, share: 0.5, gradient_checkpointing: true, text_mask_ratio: 0.5}
-budget_minutes: 3
-""", b"""
+_EXAMPLES = Path(__file__).parents[2] / "examples"
+# Fields that no recipe there has.
+_OTHERS = b"""
 model: {init_from: runs/start, text_positions: longclip, text_config: {max_position_embeddings: 248}}
-data: {shards: made, teachers: [a, b], global_batch_size: 16, crop_scale: [0.5, 1.0]}
-loss: {teacher_weight: 0.5, teacher_temperature: 0.01}
-optim: {lora: {rank: 8, alpha: 16, towers: [vision_model], modules: [q_proj, fc1]}}
-stages: [{name: one, samples: 96, base_lr: 1e-3}]
-log: {every_share: 0.01}
-cost: {device_hour_dollars: 2.5, kwh_co2_grams: 400, pue: 1.2}
-""", b"""
-data:
-  sources: [{shards: a, weights: w, weight: 2}, {dataset: b, caption_columns: [alt, txt], weight: 1}]
-  image_features: stored
-  global_batch_size: 16
-loss: {captions_per_image: 2}
-mask: {kind: grid, views: 2, text_kind: random}
-stages: [{name: one, samples: 96, base_lr: 1e-3, mask_ratio: 0.5}]
-""")  # fmt: skip
+data: {teachers: [a], sources: [{shards: a, weights: w, weight: 2}, {dataset: b, caption_columns: [txt], weight: 1}]}
+optim: {lora: {rank: 8, alpha: 16, towers: [vision_model], modules: [q_proj, fc1]}, part_lr_ratios: {vision_model: 0.1}}
+stages: [{name: one, share: 1.0, warmup_share: 0.1, base_lr: 1e-3, captions: {alt: 1}}]
+budget_minutes: 3
+"""
 
 
 def seeds() -> list[bytes]:
-    """The recipes of the package, and further fields."""
-    return [*(file.read_bytes() for file in sorted(RECIPES.glob("*.yaml"))), *_OTHERS]
+    """The recipes of the package and of the examples, and further fields."""
+    return [*(file.read_bytes() for file in sorted([*RECIPES.glob("*.yaml"), *_EXAMPLES.rglob("*.yaml")])), _OTHERS]
 
 
 def attack(data: bytes, folder: Path) -> None:
