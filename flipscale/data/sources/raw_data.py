@@ -45,4 +45,6 @@ def _use_of(shards: str) -> str:
     if raw is None and not is_saved_dataset(shards):
         return ""
     source = raw.parent if raw and raw.suffix.lower() in IMAGE_SUFFIXES else raw
-    return f"`flipscale prepare shards {quoted(shards if is_folder else str(source))} FOLDER` makes shards of it"
+    made = f"`flipscale prepare shards {quoted(shards if is_folder else str(source))} FOLDER` makes shards of it"
+    is_dataset = raw is None or raw.suffix == ".parquet"
+    return f"{made}, or name it as a `dataset` of data.sources if it holds images" if is_dataset else made
