@@ -18,7 +18,6 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.opening import open_source
 from flipscale.recipe.augment import AugmentRecipe, ColorJitterRecipe
 from flipscale.recipe.data import DataRecipe, MaskRecipe
-from flipscale.recipe.recipe import parse_fields
 
 COLOR = ColorJitterRecipe(0.3, 0.2, 0.4, 0.1, 0.8)
 ALL = AugmentRecipe(color_jitter=COLOR)
@@ -107,15 +106,3 @@ def test_classes_are_changed_before_rand_augment_and_mixup(shards: Path) -> None
             mixed = [data.augment.mixed(*changed[first : first + 2], first) for first in range(0, 8, 2)]
             expected = [image for one, other, _ in mixed for image in (one, other)]
         assert np.array_equal(images(both), expected)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("color_jitter.hue", "0.6", "data.augment.color_jitter.hue is 0.6; it must be at least 0 and at most 0.5"),
-        ("color_jitter.brightness", "-0.1", "data.augment.color_jitter.brightness is -0.1; it must be at least 0"),
-    ],
-)
-def test_a_value_out_of_range(field: str, value: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_fields([f"--data.augment.{field}", value])
