@@ -215,12 +215,8 @@ class PrecomputedPairs(PairDataset):
 
 @dataclass(frozen=True)
 class TeacherCrops:
-    """Random crops of each sample, a function of (seed, crop number, shard, sample).
-
-    Args:
-        scale: least and most area of a crop as fractions of the image's.
-        mirror: whether half of the crops are mirrored.
-    """
+    """Random crops of each sample, a function of (seed, crop number, shard, sample). `scale` is the least and the most
+    area of a crop as fractions of the image's."""
 
     count: int
     scale: tuple[float, float]

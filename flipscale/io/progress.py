@@ -17,11 +17,9 @@ class Progress(tqdm):  # type: ignore[type-arg]
 
     Args:
         total: number of units in the whole task; None if unknown.
-        what: the task, such as `drawing`.
         unit: name of the units, such as `icons`; `B` shows bytes as kB, MB and GB.
         initial: number of units that an earlier run finished.
         delay: seconds before a terminal's bar appears, so that short tasks show none.
-        leave: whether the bar stays on the terminal at the end.
         hidden: whether to show nothing, as on all ranks but the first.
     """
 

@@ -97,11 +97,8 @@ def prepare_tasks(folder: Path, pages: Sequence[TaskPage]) -> None:
     """Print the sets of pages and their sizes, then download the missing ones into `folder`/NAME.
 
     A killed run leaves whole files and no `prepared.json`; the same command continues with the same commit. A set whose
-    source cannot be read is left out and reported at the end.
-
-    Raises:
-        UserError: the disk is too small, or a source is missing, gated, or not as its page says.
-        OSError: the Hub cannot be reached, or the disk is full.
+    source cannot be read is left out and reported at the end. Raise UserError if the disk is too small, or a source is
+    missing, gated, or not as its page says.
     """
     plans: list[_Plan] = []
     rows = [["task", "images", "download", "licence of the images", "source"]]

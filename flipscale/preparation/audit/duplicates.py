@@ -65,11 +65,8 @@ def near_hashes(queries: np.ndarray, targets: np.ndarray | None = None) -> Itera
     """Yield the pairs of hashes that differ in at most `MOST_BITS` bits, each pair once, as two arrays of positions.
 
     If two hashes differ in at most 7 bits, one of their four words of 16 bits differs in at most one bit. So a hash is
-    looked up by each word, also with one bit flipped. The index takes 6 bytes a hash.
-
-    Args:
-        queries: uint64 `(queries,)`.
-        targets: uint64 `(targets,)`; None for pairs within `queries`, the earlier position first.
+    looked up by each word, also with one bit flipped. The index takes 6 bytes a hash. `queries` and `targets` are
+    uint64 vectors; without `targets`, pairs are within `queries`, the earlier position first.
     """
     within = targets is None
     targets = queries if targets is None else targets

@@ -62,12 +62,8 @@ def languages_of(texts: Sequence[str]) -> Iterator[str]:
 
 
 def language_figures(captions: Mapping[str, int], is_sample: bool) -> dict[str, Any]:
-    """Return the languages of long and short captions, the commonest first.
-
-    Args:
-        captions: number of times of each caption.
-        is_sample: whether these are not all captions; then shares have Wilson's 95 % intervals.
-    """
+    """Return the languages of long and short captions, given with their counts, the commonest first. Shares have
+    Wilson's 95 % intervals if `is_sample`, so that these are not all captions."""
     from scipy.stats import binomtest
 
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
