@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -132,26 +132,20 @@ def test_a_shard_that_is_replaced_stops_whoever_opens_it(tmp_path: Path) -> None
         TarSource(f"{tmp_path}/{{00000..00003}}.tar")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda whole: whole.replace(b"manifest 2\n", b"manifest 3\n", 1), "is not a manifest of this version"),
-        (lambda whole: whole[:-40], "is cut short or damaged, at {size} bytes"),
-        (lambda whole: whole[:-60] + b"\xff" + whole[-59:], "is cut short or damaged, at {size} bytes"),
-    ],
-    ids=["version", "cut", "byte"],
-)
-def test_a_damaged_manifest(
-    tmp_path: Path, spoil: Callable[[bytes], bytes], message: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_damaged_manifest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It is refused with one sentence, whose command mends it."""
     write_tiny(tmp_path, 2)
     TarSource(str(tmp_path))
     path = tmp_path / "shards.manifest"
-    path.write_bytes(spoil(path.read_bytes()))
-    remedy = f"; write the manifest anew with `flipscale prepare index {tmp_path}`"
-    with pytest.raises(ValueError, match=f"{path} {message.format(size=path.stat().st_size)}.*{re.escape(remedy)}$"):
-        TarSource(str(tmp_path))
+    whole = path.read_bytes()
+    remedy = re.escape(f"; write the manifest anew with `flipscale prepare index {tmp_path}`")
+    for spoilt, message in (
+        (whole.replace(b"manifest 2\n", b"manifest 3\n", 1), "is not a manifest of this version"),
+        (whole[:-60] + b"\xff" + whole[-59:], f"is cut short or damaged, at {len(whole)} bytes"),
+    ):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=f"{path} {message}.*{remedy}$"):
+            TarSource(str(tmp_path))
     main(["prepare", "index", str(tmp_path)])
     assert "4 samples in 2 shards" in capsys.readouterr().out
     assert len(TarSource(str(tmp_path))) == 4
