@@ -25,27 +25,19 @@ def test_what_can_run_is_a_line_each(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--num_processes", "3"), ("global_batch_size 16", "3 processes")),
-        (("--optim.weight_deca", "0.1"), ("--optim.weight_deca ", "--optim.weight_decay?")),
-        (("--launch_file", "none.yaml"), ("none.yaml",)),
-        (("--launch_file", "zero.yaml", "--optim.name", "muon"), ("optim.name", "adamw")),
-        (("--launch_file", "ds_configs/hsdp.yaml", "--num_processes", "16", "--num_machines", "5"), ("dp_shard_size",)),
-        (("--data.micro_batch_size", "3"), ("micro_batch_size 3",)),
-        (("--model.init_from", "runs/not/there"), ("runs/not/there",)),
-        (("--model.frozen", "[vision_tower]"), ("model.frozen", "vision_tower")),
-        (("--model.vision_config.patch_size", "5"), ("5",)),
+        ("--num_processes 3", ("global_batch_size 16", "3 processes")),
+        ("--optim.weight_deca 0.1", ("--optim.weight_deca ", "--optim.weight_decay?")),
+        ("--launch_file none.yaml", ("none.yaml",)),
+        ("--launch_file ds_configs/zero3.yaml --optim.name muon", ("optim.name", "adamw")),
+        ("--launch_file ds_configs/hsdp.yaml --num_processes 16 --num_machines 5", ("dp_shard_size",)),
+        ("--data.micro_batch_size 3", ("micro_batch_size 3",)),
+        ("--model.init_from runs/not/there", ("runs/not/there",)),
+        ("--model.frozen [vision_tower]", ("model.frozen", "vision_tower")),
     ],
 )
 def test_what_cannot_run_is_refused(
-    tmp_path: Path,
-    write_recipe: Callable[..., Path],
-    refused: Callable[..., str],
-    words: tuple[str, ...],
-    named: tuple[str, ...],
+    tmp_path: Path, write_recipe: Callable[..., Path], refused: Callable[..., str], words: str, named: tuple[str, ...]
 ) -> None:
-    settings = "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\nnum_processes: 2\n"
-    (tmp_path / "zero.yaml").write_text(settings)
-    words = tuple(str(tmp_path / word) if word == "zero.yaml" else word for word in words)
-    said = refused("check", "--config", write_recipe(tmp_path / "run"), *words)
+    said = refused("check", "--config", write_recipe(tmp_path / "run"), *words.split())
     assert all(word in said for word in named), said
     assert not (tmp_path / "run").exists()

@@ -1,26 +1,21 @@
 """`flipscale evaluate` from the names of models to a table: of several models, resumed, refused."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
-from conftest import TOWER, write_shards
+from conftest import write_shards
+from hub.conftest import export_small
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
 
 from flipscale.cli import main
 from flipscale.data.task_page import PREPARED, read_page, suite_pages
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.model_results import read_lines
 from flipscale.hub.card import folder_lines, refresh_card
-from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.push import split_own_files
-from flipscale.model import FlipConfig, FlipModel
 
 CARD = """---
 tags:
@@ -44,15 +39,8 @@ MIT.
 def place(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two models, `runs/a/model` and `b`, and in data/tasks two prepared tasks and a part of one."""
     monkeypatch.chdir(tmp_path)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
     for seed, name in enumerate(("runs/a/model", "b")):
-        torch.manual_seed(seed)
-        export_model(FlipModel(config), processor, tmp_path / name)
+        export_small(tokenizer_dir, tmp_path / name, seed=seed)
     (tmp_path / "runs/a/model/README.md").write_text(CARD)
     for name in ("cars", "dtd", "mnist"):
         folder = tmp_path / "data/tasks" / name
@@ -97,17 +85,12 @@ def test_several_models_stand_in_one_table(
 
 
 def test_several_widths_stand_in_one_table(place: Path, capsys: pytest.CaptureFixture) -> None:
-    asked = ["runs/a/model", "--retrieval", "data/tasks/cars/test", "--dims"]
-    evaluate(*asked, "1", "2")
-    head, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in head.split("|")[3:5]] == ["a, 1 numbers", "a, 2 numbers"]
-    lines = read_lines(place / "runs/a/model/results.jsonl")
-    assert {line.about["dims"] for line in lines} == {1, 2}
-    evaluate(*asked[:-1], "--json")
-    whole = json.loads(capsys.readouterr().out)
-    width = FlipModel.from_pretrained("runs/a/model").config.projection_dim
-    evaluate(*asked, str(width), "--json")
-    assert json.loads(capsys.readouterr().out) == {f"a, {width} numbers": whole}
+    evaluate("runs/a/model", "--retrieval", "data/tasks/cars/test", "--dims", "1", "16", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["a, 1 numbers", "a, 16 numbers"]
+    assert {line.about["dims"] for line in read_lines(place / "runs/a/model/results.jsonl")} == {1, 16}
+    evaluate("runs/a/model", "--retrieval", "data/tasks/cars/test", "--json")
+    assert json.loads(capsys.readouterr().out) == found["a, 16 numbers"], "the whole width"
 
 
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
@@ -117,22 +100,18 @@ def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.Ca
     assert not (place / "b/results.jsonl").exists()
 
 
-@pytest.mark.parametrize("again", [["--retrieval"], []])
-def test_several_folders_of_a_kind(place: Path, capsys: pytest.CaptureFixture, again: list[str]) -> None:
+def test_several_folders_of_a_kind(place: Path, capsys: pytest.CaptureFixture) -> None:
     """A flag takes several folders, and may be given again; a folder named twice is one."""
-    folders = [str(place / f"data/tasks/{name}/test") for name in ("cars", "dtd")]
-    (place / "other").mkdir()
-    (place / "other/cars").symlink_to(place / "data/tasks/cars")
-    evaluate(
-        "b", "--retrieval", folders[0], *again, folders[1], f"{folders[0]}/", "--zero_shot", "data/tasks/dtd", "--json"
-    )
+    cars, dtd = (str(place / f"data/tasks/{name}/test") for name in ("cars", "dtd"))
+    evaluate("b", "--retrieval", cars, "--retrieval", dtd, f"{cars}/", "--zero_shot", "data/tasks/dtd", "--json")
     found = json.loads(capsys.readouterr().out)
     assert {name.partition("/")[0] for name in found} == {"retrieval_cars-test", "retrieval_dtd-test", "zero_shot"}
     by_folder = {line.result.task: line.about["data"]["name"] for line in read_lines(place / "b/results.jsonl")}
     assert (by_folder["retrieval_cars-test"], by_folder["retrieval_dtd-test"]) == ("cars/test", "dtd/test")
-    if not again:  # two folders of one name
-        evaluate("b", "--retrieval", folders[0], "other/cars/test", "--json")
-        assert len({name.partition("/")[0] for name in json.loads(capsys.readouterr().out)}) == 2
+    (place / "other").mkdir()
+    (place / "other/cars").symlink_to(place / "data/tasks/cars")
+    evaluate("b", "--retrieval", cars, "other/cars/test", "--json")
+    assert len({name.partition("/")[0] for name in json.loads(capsys.readouterr().out)}) == 2, "two of one name"
 
 
 def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
@@ -189,25 +168,3 @@ def test_refusals(refused: Callable[..., str], place: Path, arguments: list[str]
     assert message in refused("evaluate", *arguments, "--num_workers", 0)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not list(place.glob("**/results.md"))
-
-
-def test_torch_threads_wait_without_spinning(tmp_path: Path) -> None:
-    """The variable counts only if it is set before torch is imported."""
-    code = (
-        "import os, sys, flipscale.cli as cli\n"
-        "class Spy:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
-        "sys.meta_path.insert(0, Spy())\n"
-        "cli.main(['evaluate', 'nowhere', '--zero_shot', 'x'])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.stdout.split() == ["passive"], done.stderr
-
-
-def test_a_file_of_somebody_else_is_not_appended_to(refused: Callable[..., str], place: Path) -> None:
-    (place / "b/results.jsonl").write_text('{"task": "mine", "value": 3}\n')
-    line = refused("evaluate", "b", "--only", "cars", "--num_workers", 0)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert "b/results.jsonl, line 1, is not a line of `flipscale evaluate`; move the file away" in line
-    assert (place / "b/results.jsonl").read_text() == '{"task": "mine", "value": 3}\n'

@@ -57,67 +57,51 @@ def run(*command: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def results(in_site: Path, stranger: Path) -> dict:
-    """Results of the snippets for sentence-transformers and mteb, run in one interpreter."""
-    run(stranger, "-I", "-c", BEGIN + SENTENCE_TRANSFORMERS + MTEB + END)
-    return json.loads((in_site / "found.json").read_text())
-
-
-def test_sentence_transformers_and_mteb_agree(in_site: Path, results: dict) -> None:
-    model = FlipModel.from_pretrained("runs/demo/model").eval()
-    processor = FlipProcessor.from_pretrained("runs/demo/model")
+def agrees_with_ours(results: dict, model: FlipModel, tolerance: float) -> None:
+    """Compare the embeddings of sentence-transformers, and the retrieval of mteb."""
+    processor = AutoProcessor.from_pretrained("runs/demo/model")
     photos = image_embeds(model, processor, [f"photos/{number}.jpg" for number in range(8)])
-    assert np.abs(results["images"] - photos).max() < 1e-6
-    assert np.abs(results["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < 1e-6
+    assert np.abs(results["images"] - photos).max() < tolerance
+    assert np.abs(results["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < tolerance
+    captions = [line.split(",")[1] for line in Path("photos.csv").read_text().splitlines()[1:]]
+    cosines = text_embeds(model, processor, captions) @ photos.T
+    ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
+    assert results["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
 
+
+def test_sentence_transformers_and_mteb_agree(in_site: Path, stranger: Path) -> None:
+    run(stranger, "-I", "-c", BEGIN + SENTENCE_TRANSFORMERS + MTEB + END)
+    results = json.loads((in_site / "found.json").read_text())
+    model, processor = (kind.from_pretrained("runs/demo/model") for kind in (FlipModel, FlipProcessor))
+    agrees_with_ours(results, model.eval(), 1e-6)
     pets = load_dataset("imagefolder", data_dir="pets")["test"]
     names = text_embeds(model, processor, [f"a {name}" for name in pets.features["label"].names])
     by_name = (image_embeds(model, processor, pets["image"]) @ names.T).argmax(axis=1) == np.array(pets["label"])
     assert results["mteb"]["PetsByName"]["accuracy"] == pytest.approx(by_name.mean(), abs=1e-6)
-    assert by_name.mean() > 0.5  # chance is 0.25
-    assert results["mteb"]["Pets"]["accuracy"] > 0.5
-
-    captions = [line.split(",")[1] for line in Path("photos.csv").read_text().splitlines()[1:]]
-    cosines = text_embeds(model, processor, captions) @ photos.T
-    ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
-    assert results["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
-    assert (ranks < 5).mean() > 5 / 8  # chance
+    assert min(by_name.mean(), results["mteb"]["Pets"]["accuracy"]) > 0.5  # chance is 0.25
 
 
-@pytest.fixture(params=NATIVE)
-def native_site(request: pytest.FixtureRequest, in_site: Path, tmp_path: Path) -> Path:
-    """A folder with the pictures of the site, and a CLIPModel or a SiglipModel of random weights as the run's model."""
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_folders(
+    family: str, in_site: Path, tmp_path: Path, stranger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same snippets take a CLIPModel or a SiglipModel as it is, here of random weights."""
     for name in ("photos", "photos.csv", "pets"):
         (tmp_path / name).symlink_to(in_site / name)
     (tmp_path / "runs/demo").mkdir(parents=True)
-    export_native(request.param, tmp_path / "exported").rename(tmp_path / "runs/demo/model")
-    os.chdir(tmp_path)  # in_site goes back
-    return tmp_path
-
-
-def test_native_folders(native_site: Path, stranger: Path) -> None:
-    """The same snippets take a CLIPModel or a SiglipModel as it is."""
-    write_set(native_site / "data/set", 1, 24, lambda number, label: {"cls": str(label).encode()})
-    (native_site / "data/set/classnames.txt").write_text("\n".join(NAMES) + "\n")
-    (native_site / "data/set/zeroshot_classification_templates.txt").write_text("a {c}\na photo of the {c}.\n")
-    (native_site / "clip_benchmark_flip.py").write_text(CLIP_BENCHMARK)
+    export_native(family, tmp_path / "exported").rename(tmp_path / "runs/demo/model")
+    monkeypatch.chdir(tmp_path)
+    write_set(tmp_path / "data/set", 1, 24, lambda number, label: {"cls": str(label).encode()})
+    Path("data/set/classnames.txt").write_text("\n".join(NAMES) + "\n")
+    Path("data/set/zeroshot_classification_templates.txt").write_text("a {c}\na photo of the {c}.\n")
+    Path("clip_benchmark_flip.py").write_text(CLIP_BENCHMARK)
     run(stranger, "-I", "-c", BEGIN + SENTENCE_TRANSFORMERS + MTEB + END)
-    results = json.loads((native_site / "found.json").read_text())
-    model = load_with_tokenizer("runs/demo/model")[0]
-    processor = AutoProcessor.from_pretrained("runs/demo/model")
-    photos = image_embeds(model, processor, [f"photos/{number}.jpg" for number in range(8)])
-    assert np.abs(results["images"] - photos).max() < 1e-5
-    assert np.abs(results["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < 1e-5
-    captions = [line.split(",")[1] for line in Path("photos.csv").read_text().splitlines()[1:]]
-    cosines = text_embeds(model, processor, captions) @ photos.T
-    ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
-    assert results["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
+    agrees_with_ours(json.loads(Path("found.json").read_text()), load_with_tokenizer("runs/demo/model")[0], 1e-5)
 
     words = shlex.split(BY_SCRIPT.replace("\\\n", " ").replace("runs/mine/model", "runs/demo/model"))
     words = [word.replace("data/mine", "data/set").replace("wds/mine", "wds/set") for word in words[1:]]
     run(stranger, *words)
-    theirs = json.loads((native_site / words[-1]).read_text())["metrics"]
+    theirs = json.loads(Path(words[-1]).read_text())["metrics"]
     embedder = open_embedder("hf:runs/demo/model", Accelerator(cpu=True))  # with transformers' own image processing
     ours = {r.metric: r.value / 100 for r in run_tasks(embedder, [ZeroShot("zero_shot", "data/set")])}
     assert theirs["acc1"] == pytest.approx(ours["top1"], abs=1e-6)

@@ -4,9 +4,11 @@ A command without a rule fails. Verbs run in this process, in the order of their
 """
 
 import contextlib
+import functools
 import glob
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
@@ -23,7 +24,6 @@ from cli.pages import PAGES, ROOT, Command, commands
 from setuptools.config.setupcfg import read_configuration
 from torch.distributed.run import get_args_parser
 
-import flipscale
 from flipscale import cli
 from flipscale.bench import BenchGpu
 from flipscale.check import Check
@@ -42,7 +42,8 @@ SUBSTITUTES = {
     r"--minutes 15\b": "--minutes 0.05",
     r"--config h14_laion2b --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
 }
-PROSE = {"accelerate launch", "flipscale VERB"}  # named in sentences, not typed
+# Named in sentences, not typed; and programs in environments of their own, which test_harnesses.py runs.
+ELSEWHERE = r"accelerate launch$|flipscale VERB$|python3 -m venv |(python clip_benchmark_flip\.py|clip_benchmark) eval "
 
 
 @contextlib.contextmanager
@@ -60,8 +61,7 @@ def ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[None
 
 def verb(words: list[str]) -> None:
     """Run `flipscale VERB`."""
-    expanded = [name for word in words[1:] for name in (sorted(glob.glob(word)) if "*" in word else [word])]
-    cli.main(expanded)
+    cli.main([name for word in words[1:] for name in (sorted(glob.glob(word)) if "*" in word else [word])])
 
 
 def verb_s_help(words: list[str]) -> None:
@@ -71,20 +71,16 @@ def verb_s_help(words: list[str]) -> None:
 
 def verb_s_arguments(words: list[str]) -> None:
     """Parse the arguments, and the recipes that they name. Plan studies, because a later command submits their runs."""
-    if words[1] == "check":
-        parse_fields(parse_known(Check, words[2:], "check")[1])
-        return
-    if words[1:3] == ["bench", "gpu"]:
-        parsed, flags = parse_known(BenchGpu, words[3:], "bench gpu")
-        for recipe in parsed.config:
-            parse_fields(["--config", recipe, *flags])
-        return
     if words[1:4] == ["study", "plan", "masks.yaml"]:
-        verb(words)
-        return
-    parsed = cli.parse(words[1:])
-    for recipe in getattr(parsed, "recipes", []):
-        parse_recipe(["--config", recipe])
+        return verb(words)
+    if kind := {"check": Check, "bench": BenchGpu}.get(words[1]):
+        parsed, flags = parse_known(kind, words[3 if kind is BenchGpu else 2 :], words[1])
+        recipes = parsed.config if kind is BenchGpu else [name for names in parsed.config for name in names]
+    else:
+        parsed, flags = cli.parse(words[1:]), []
+        recipes = getattr(parsed, "recipes", [])
+    for recipe in recipes:
+        parse_recipe(["--config", recipe, *flags])
     if isinstance(parsed, Budget):
         assert parsed.search.is_file()
 
@@ -107,119 +103,97 @@ def training(words: list[str]) -> None:
     parse_fields([flag for flag in flags if flag != "--print_config"])
 
 
-def submission(script: str) -> None:
+def submission(script: str, is_checked: bool = False) -> None:
     """Submit to an sbatch that prints a number and notes the job, whose flags are parsed as flags of its verb.
 
-    tests/slurm runs the batch scripts on a real Slurm.
+    A check before takes seconds. tests/slurm runs the batch scripts on a real Slurm.
     """
     Path("bin").mkdir(exist_ok=True)
     Path("bin/sbatch").write_text(
         '#!/bin/bash\nprintf "%s\\t" "${WHAT:+$WHAT $SHARDS $TO}$RECIPE$RECIPES" "$@" >> jobs; echo >> jobs; echo 7\n'
     )
-    Path("bin/sbatch").chmod(0o755)
+    Path("bin/unchecking").write_text(f'#!/bin/bash\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexit 3\n')
     shutil.copyfile("/bin/true", "bin/squeue")  # nothing is in the queue
-    Path("bin/squeue").chmod(0o755)
-    Path("jobs").unlink(missing_ok=True)
+    for program in Path("bin").iterdir():
+        program.chmod(0o755)
+    Path("jobs").write_text("")
     path = f"{Path('bin').absolute()}:{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JOB": "7"}
-    if "SUITE=" in script:
-        variables["PYTHON"] = "no_python"  # whose check would miss prepared tasks
+    python = sys.executable if is_checked else str(Path("bin/unchecking").absolute())
+    variables = {**os.environ, "PATH": path, "PYTHON": python, "PYTHONPATH": str(ROOT), "JOB": "7"}
     script = re.sub(r"\bRUN=runs/h14\b", "RUN=runs/h14_submitted", script)  # runs/h14 is a run of the site
     done = subprocess.run(["bash", "-euc", script], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    if script.endswith(" --help"):
-        return
     for job in Path("jobs").read_text().splitlines():
         recipes, *arguments = job.split("\t")[:-1]
         at = next(number for number, word in enumerate(arguments) if word.startswith("slurm/"))
         assert all(option.startswith("--") for option in arguments[:at])
+        flags = arguments[at + 1 :]
         if arguments[at] == "slurm/evaluate.sh":
-            cli.parse(["evaluate", "MODEL", *arguments[at + 1 :]])
-            continue
-        if arguments[at] == "slurm/prepare.sh":
+            cli.parse(["evaluate", "MODEL", *flags])
+        elif arguments[at] == "slurm/prepare.sh":
             what, shards, folder = recipes.split()
-            to = ["--output_dir", folder] if what == "audit" else [folder]
-            cli.parse(["prepare", what, shards, *to, *arguments[at + 1 :]])
-            continue
-        for recipe in recipes.split():
-            parse_recipe(["--config", recipe, *arguments[at + 1 :]])
+            cli.parse(["prepare", what, shards, *(["--output_dir"] if what == "audit" else []), folder, *flags])
+        else:
+            for recipe in recipes.split():
+                parse_recipe(["--config", recipe, *flags])
 
 
 def installation(words: list[str]) -> None:
-    """Look for the named extras and files; test_launch_files builds the wheel."""
+    """Look for the named extras and files; test_release.py builds the wheel."""
     extras = read_configuration(ROOT / "setup.cfg")["options"]["extras_require"]
-    for word in words[2:]:
+    for word in words[1:]:
         name, _, asked = word.partition("[")
         assert set(filter(None, asked.rstrip("]").split(","))) <= extras.keys(), word
-        version = flipscale.__version__
-        known = {".", "flipscale", "dist", f"dist/flipscale-{version}-py3-none-any.whl", "pre-commit"}
-        assert name.startswith("-") or name in known, word
+        assert "/" not in name or name.startswith(("dist/", "git+")) or (ROOT / name).exists(), word
 
 
 def target(words: list[str]) -> None:
-    """Let make print all commands of the target, and run each by its rule."""
+    """Let make print the commands of the target."""
     # `make test` runs this, and its variables must not reach this make.
     outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    command = ["make", "-nB", *words[1:]]  # -B: the same whether or not it is set up
-    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        text = re.sub(r"\.venv(-cuda)?/bin/", "", line)
-        if not re.match(r"(touch|python3 -m venv) ", text):
-            run(Command("Makefile", text))
-
-
-def tool(words: list[str]) -> None:
-    """Check that `make setup` installs the tool."""
-    needed = " ".join(read_configuration(ROOT / "setup.cfg")["options"]["extras_require"]["tests"])
-    assert words[0].removeprefix(".venv/bin/") in needed or words[0] == "pre-commit"
-    for word in words[1:]:
-        assert "/" not in word or (ROOT / word.split("::")[0]).exists(), word
+    subprocess.run(["make", "-nB", *words[1:]], cwd=ROOT, env=outside, capture_output=True, check=True)
 
 
 def script_s_help(words: list[str]) -> None:
     """Print the help of a script or module that works for minutes."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
-    script = words[1:3] if words[1] == "-m" else words[1:2]
-    command = [sys.executable, *script, "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    print_help(words[2] if words[1] == "-m" else str(ROOT / words[1]))
 
 
-def other_program(words: list[str]) -> None:
-    """Run nothing, because it needs its own environment: test_harnesses.py and `make cuda` make them."""
+@functools.cache  # many pages name the same script
+def print_help(script: str) -> None:
+    run = runpy.run_path if script.endswith(".py") else runpy.run_module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            run(script, run_name="__main__")
+    assert not ended.value.code
 
 
-# The first rule that matches a command, without the variables set before it, runs it.
+# The first rule that matches a command, without the variables set before it and what launches it, runs it.
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
-    r"python3 -m venv |pip install (.* torch===|git)": other_program,
-    r"(python clip_benchmark_flip\.py|clip_benchmark) eval ": other_program,
     r"flipscale (\w+|(convert|prepare|bench|study) \w+)$|flipscale (--help|pretrain .*--help)": verb_s_help,
-    r"nsys profile ": lambda words: training(words[words.index("accelerate") :]),
-    r"srun (--\S+ )+flipscale bench gpu$": lambda words: verb_s_help(words[words.index("flipscale") :]),
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli (evaluate|prepare)) ": training,
     r"flipscale \w+ ": verb_s_arguments,
-    r"(\.venv/bin/)?pip (install|wheel) ": installation,
+    r"(\.venv/bin/)?(pip (install|wheel)|pytest|pre-commit) ": installation,
     r"make \w+": target,
-    r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
     r"python (-m (fuzz|simulated\.world) |(examples|benchmarks|tests)/\w+(/\w+)?\.py)": script_s_help,
 }
 
 
-def rule_of(command: str) -> Callable[[list[str]], None] | None:
-    """Return the rule of a command without variables, or None."""
-    return next((rule for pattern, rule in RULES.items() if re.match(pattern, command)), None)
-
-
 def parted(command: str) -> tuple[dict[str, str], str]:
-    """Return a command's variables and the rest."""
+    """Return a command's variables and the rest, without a program that launches it."""
     variables, rest = {}, command
     while match := re.match(r"([A-Z_]+)=([^\s$]+) +", rest):
         variables[match[1]] = match[2]
         rest = rest[match.end() :]
-    return variables, rest
+    return variables, re.sub(r"^(srun|nsys profile) (--\S+ )+", "", rest)
+
+
+def rule_of(text: str) -> Callable[[list[str]], None] | None:
+    """Return the rule of a command without variables, or None."""
+    return next((rule for pattern, rule in RULES.items() if re.match(pattern, text)), None)
 
 
 def run(command: Command, is_real: bool = False) -> None:
@@ -228,7 +202,7 @@ def run(command: Command, is_real: bool = False) -> None:
     rule = rule_of(text)
     assert rule is not None, f"no rule of test_pages.py covers this command of {command.page}: {command.text}"
     if rule is submission:
-        return submission(command.text)  # type: ignore[arg-type]
+        return submission(command.text, is_real)  # type: ignore[arg-type]
     if is_real and (rule is verb_s_arguments or "--dry_run" in text):
         for shown, small in SUBSTITUTES.items():
             text = re.sub(shown, small, text)
@@ -250,38 +224,14 @@ def test_commands_of_a_page(
     page: Path, in_site: Path, logged_in: None, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
     for command in commands(page):
-        if command.text in PROSE:
-            continue
-        with subtests.test(command.text), ends_well(command.text, capsys):
-            run(command, is_real=page.name == "README.md" and page.parent == ROOT)
-
-
-def test_every_recipe_says_how_it_is_launched() -> None:
-    shown = {
-        page.stem: [c.text for c in commands(page) if "flipscale" in c.text]
-        for page in PAGES
-        if page.parent == ROOT / "flipscale/recipes"
-    }
-    for name, lines in shown.items():
-        assert any(re.search(rf"\b{name}\b", line) for line in lines), name
+        if not re.match(ELSEWHERE, command.text):
+            with subtests.test(command.text), ends_well(command.text, capsys):
+                run(command, is_real=page == ROOT / "README.md")
 
 
 def test_a_rule_covers_every_command() -> None:
     """The pages themselves run as long tests."""
     for page in PAGES:
         for command in commands(page):
-            assert command.text in PROSE or rule_of(parted(command.text)[1]), f"{command.page}: {command.text}"
-
-
-def test_pre_commit_checks_what_the_gate_checks() -> None:
-    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    linting = (ROOT / "Makefile").read_text().split("lint: setup\n")[1].split("\n\n")[0]
-    assert [hook["entry"] for hook in local["hooks"]] == linting.replace("$(BIN)", ".venv/bin").replace(
-        "\t", ""
-    ).splitlines()
-
-
-def test_a_command_without_a_rule_fails() -> None:
-    for text in ("flipscale_of_another_kind evaluate MODEL", "pip uninstall flipscale", "A=1 python other.py"):
-        with pytest.raises(AssertionError, match=r"no rule of test_pages\.py covers this command of a page: "):
-            run(Command("a page", text))
+            covered = re.match(ELSEWHERE, command.text) or rule_of(parted(command.text)[1])
+            assert covered, f"no rule of test_pages.py covers this command of {command.page}: {command.text}"

@@ -1,73 +1,72 @@
-"""Tables and outputs of the pages that a dry run or `flipscale plan` prints: each figure is the command's."""
+"""Tables and outputs of the pages that commands print: each figure is the command's."""
 
 import re
 import shlex
 
 import pytest
+import yaml
 from cli.pages import ROOT
 
 from flipscale import cli
+from flipscale.data.task_page import suite_pages
+from flipscale.evaluation.suite import planned_tasks
+from flipscale.recipe.outputs import EvalRecipe
+
+EVALUATION = (ROOT / "docs/evaluation.md").read_text()
 
 
-def printed(capsys: pytest.CaptureFixture[str], command: str) -> list[str]:
-    """Return the lines that a command prints in the repository."""
+def printed(capsys: pytest.CaptureFixture[str], page: str, words: str, flags: str = "") -> list[str]:
+    """Return the lines that the first command of a page with these words prints in the repository."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    command = next(line for line in lines if words in line).removeprefix("flipscale ") + flags
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        words = [str(path) for word in shlex.split(command) for path in sorted(ROOT.glob(word)) or [word]]
-        cli.main([word.removeprefix(f"{ROOT}/") for word in words])
-    return capsys.readouterr().out.splitlines()
-
-
-def figures(lines: list[str], name: str) -> list[str]:
-    """Return the figures of the first row of this name."""
-    row = next(line for line in lines if line.strip().startswith(name))
-    return row.strip().removeprefix(name).split()
-
-
-def rows(page: str, head: str) -> dict[str, list[str]]:
-    """Return the cells of a page's table by the first cell of their row; `head` begins its head."""
-    table = (ROOT / page).read_text().partition(f"| {head}")[2].split("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    return {first: others for first, *others in cells}
-
-
-def commands(page: str, *words: str) -> str:
-    """Return the first command of a page that has these words."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return next(line for line in lines if all(word in line for word in words)).removeprefix("flipscale ")
+        expanded = [str(path) for word in shlex.split(command) for path in sorted(ROOT.glob(word)) or [word]]
+        cli.main([word.removeprefix(f"{ROOT}/") for word in expanded])
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.mark.long
 def test_memory_of_256_processes(capsys: pytest.CaptureFixture[str]) -> None:
-    command = commands("README.md", "--dry_run")
-    assert command == commands("docs/training.md", "h14_laion2b --dry_run")
-    tables = {"README.md": rows("README.md", "GiB for each of 256 processes")}
-    tables["docs/training.md"] = rows("docs/training.md", "computed GiB per process, 256 processes")
     recomputed = "--stages.masked.gradient_checkpointing true"
-    largest = {f"G/14, the same, with `{recomputed}`": f" --model.size g14 {recomputed}"}
-    flags_of = {"H/14, global batch 65,536": "", **largest}
-    for name, flags in flags_of.items():
-        lines = printed(capsys, f"{command}{flags}")
-        assert figures(lines, "processes") == ["256"] * 6
-        expected = [f"{float(figure):.1f}" for figure in figures(lines, "total")]
-        assert [table[name] for table in tables.values() if name in table] == [expected] * (1 if flags else 2)
+    rows = {
+        "H/14, global batch 65,536": ("", ["README.md", "docs/training.md"]),
+        f"G/14, the same, with `{recomputed}`": (f" --model.size g14 {recomputed}", ["docs/training.md"]),
+    }
+    for name, (flags, pages) in rows.items():
+        lines = dict(line.split(" ", 1) for line in printed(capsys, "README.md", "--dry_run", flags) if " " in line)
+        assert lines["processes"].split() == ["256"] * 6
+        figures = " | ".join(f"{float(figure):.1f}" for figure in lines["total"].split())
+        for page in pages:
+            text = re.sub(" +", " ", (ROOT / page).read_text())
+            assert f"| {name} | {figures} |" in text, page
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("page", "words", "first"),
     [
-        ("docs/planning.md", ["h14_laion2b", "--dry_run"], "h14: 966,394,881 parameters"),
-        ("docs/planning.md", ["flipscale plan"], "computed, for 256 x H100"),
-        ("docs/efficiency.md", ["b16_datacomp_node --dry_run"], "b16: 139,776,513 parameters"),
+        ("docs/planning.md", "h14_laion2b --dry_run", "h14: 966,394,881 parameters"),
+        ("docs/planning.md", "flipscale plan", "computed, for 256 x H100"),
+        ("docs/efficiency.md", "b16_datacomp_node --dry_run", "b16: 139,776,513 parameters"),
     ],
 )
-def test_outputs(page: str, words: list[str], first: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs(page: str, words: str, first: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A page may leave out lines, not change them."""
-    shown = (ROOT / page).read_text().partition(f"```\n{first}")[2].partition("\n```")[0]
-    lines = [re.sub(r"\s+", " ", line) for line in printed(capsys, commands(page, *words))]
-    assert lines[0].startswith(first)
-    missing = [line for line in f"{first}{shown}".splitlines() if re.sub(r"\s+", " ", line) not in lines]
-    assert missing == []
+    block = (ROOT / page).read_text().partition(f"```\n{first}")[2].partition("\n```")[0]
+    lines = printed(capsys, page, words)
+    assert [line for line in f"{first}{block}".splitlines() if " ".join(line.split()) not in lines] == []
+
+
+def test_the_table_of_tasks_is_what_their_pages_say() -> None:
+    shown = re.findall(r"^\| `(\w+)` \|[^|]*\| `(\S+)` \| ([^|]*) \| ([\d,]+) \|", EVALUATION, re.MULTILINE)
+    pages = suite_pages("all")
+    assert shown == [(page.name, page.source.repo, ", ".join(page.suites), f"{page.images:,}") for page in pages]
+
+
+def test_the_recipe_of_evaluations_is_one() -> None:
+    (shown,) = re.findall(r"```yaml\n(eval:\n.*?)```", EVALUATION, re.DOTALL)
+    planned = {task.name: task.every_samples for task in planned_tasks(EvalRecipe(**yaml.safe_load(shown)["eval"]))}
+    assert planned == {"imagenet1k": 1_000_000_000, "cars": 200_000_000, "mine": 1_000_000_000}

@@ -1,9 +1,11 @@
-"""A release: the wheel in an environment with its declared requirements only, and the places that state the version."""
+"""A release: the wheel, its launch files and Slurm scripts, and the places that state the version."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -11,14 +13,15 @@ import numpy as np
 import pytest
 import yaml
 from cli.pages import ROOT
-from cli.test_launch_files import wheel  # noqa: F401 (a fixture)
-from conftest import COLOURS, SHAPES, draw
+from conftest import COLOURS, SHAPES, draw, launch
 from hub.test_export import environment_of
 from packaging.requirements import Requirement
 from PIL import Image
 
 import flipscale
+from flipscale.launch_files import FOLDERS
 
+FILES = sorted(file.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).iterdir())
 # A run of twelve steps, by the recipe of the package with narrower towers.
 TRAINING = """--config small_cpu --model.vision_config.hidden_size 32 --model.vision_config.intermediate_size 64
 --model.vision_config.num_hidden_layers 2 --model.vision_config.image_size 32 --data.global_batch_size 32
@@ -34,10 +37,75 @@ print(model.get_text_features(ids["input_ids"]).pooler_output.isfinite().all().i
 """
 
 
-def requirements(extra: str = "") -> list[str]:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, built from a copy so that the checkout stays as it is."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("flipscale", *FOLDERS):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = launch([*command, str(source), "--wheel-dir", str(built)])
+    assert done.returncode == 0, done.stderr
+    return next(built.iterdir())
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without a checkout, where the wheel is unpacked in site/ and its launch files are in work/."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    (folder / "work").mkdir()
+    done = run_in(folder, sys.executable, "-m", "flipscale.cli", "launch_files", ".")
+    assert done.stdout.splitlines() == [str(file) for file in FILES]
+    return folder
+
+
+def run_in(site: Path, *command: str) -> subprocess.CompletedProcess:
+    done = launch([*command], site / "work", PYTHONPATH=str(site / "site"))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_wheel_holds_all_that_is_not_python(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    others = {file for file in (ROOT / "flipscale").rglob("*") if file.is_file() and not file.suffix.startswith(".py")}
+    assert len(others) > 50
+    assert {*(str(file.relative_to(ROOT)) for file in others), *(f"flipscale/{file}" for file in FILES)} <= names
+    lines = {f"Version: {flipscale.__version__}", "License: Apache-2.0", "License-File: LICENSE"}
+    assert lines <= set(metadata.splitlines())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"flipscale"}, "tests are not installed"
+
+
+def test_launch_files_are_the_checkout_s_and_plan(site: Path) -> None:
+    written = {file.relative_to(site / "work") for file in (site / "work").rglob("*") if file.is_file()}
+    assert written == set(FILES)
+    for file in FILES:
+        assert (site / "work" / file).read_bytes() == (ROOT / file).read_bytes()
+    files = [str(file) for file in FILES if file.suffix == ".yaml"]
+    recipe = "-m flipscale.pretrain --config small_cpu --optim.name adamw --dry_run --launch_file"
+    printed = run_in(site, sys.executable, *recipe.split(), *files).stdout
+    names = re.search(r"\n\n +(.*)\nprocesses ", printed)
+    assert names is not None
+    assert names[1].split() == [Path(file).stem for file in files]
+
+
+def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
+    names = "small_cpu b16_laion400m"
+    script = f"LAUNCH_FILE=ds_configs/ddp.yaml; source slurm/run.bash; for name in {names}; do freeze runs $name; done"
+    done = run_in(site, "bash", "-c", f"PYTHON={sys.executable}; {script}")
+    small, extended = (site / "work" / file for file in done.stdout.split())
+    assert small.read_text() == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
+    assert yaml.safe_load(extended.read_text())["data"]["tokenizer"] == "bert"
+
+
+def requirements() -> list[str]:
     """Return the declared requirements with those of their own extras, such as `fsspec[http]`."""
-    names = []
-    waiting = [("flipscale", extra)]
+    names, waiting = [], [("flipscale", "")]
     while waiting:
         package, wanted = waiting.pop()
         for text in distribution(package).requires or ():
@@ -49,7 +117,8 @@ def requirements(extra: str = "") -> list[str]:
 
 
 @pytest.mark.long
-def test_the_wheel_trains_evaluates_and_exports(wheel: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_wheel_trains_evaluates_and_exports(wheel: Path, tmp_path: Path) -> None:
+    """In an environment with its declared requirements only."""
     python = environment_of(tmp_path / "venv", *requirements())
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps", str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
@@ -77,7 +146,6 @@ def test_the_wheel_trains_evaluates_and_exports(wheel: Path, tmp_path: Path) -> 
     assert run(python, "-I", "-c", LOAD) == "True\n"
     assert "flickr30k_200" in run(program, "prepare", "tasks", "--list")
     assert "h14_laion2b" in run(program, "recipes")
-    run(program, "launch_files", ".")
 
 
 def test_the_version_is_one_everywhere() -> None:

@@ -43,13 +43,10 @@ def test_zero_shot(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_search(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run("Search a folder by words or by example")
     assert names["index"].ntotal == 8
-    assert (in_site / "photos.faiss").is_file()
     lines = capsys.readouterr().out.splitlines()[-10:]
     assert lines[5] == "1.000 photos/0.jpg", "a picture is its own nearest"
-    by_text = [float(line.split()[0]) for line in lines[:5]]
-    assert by_text == sorted(by_text, reverse=True)
     expected = text_embeds(names["model"], names["processor"], ["a red disc"]) @ names["index"].reconstruct_n(0, 8).T
-    assert by_text[0] == pytest.approx(expected.max(), abs=1e-3)
+    assert float(lines[0].split()[0]) == pytest.approx(expected.max(), abs=1e-3)
 
 
 def test_where(in_site: Path) -> None:
@@ -58,14 +55,11 @@ def test_where(in_site: Path) -> None:
 
 
 def test_features(in_site: Path) -> None:
-    names = run("Take its features")
-    model = FlipModel.from_pretrained(in_site / "runs/demo/model")
-    width, patches = model.config.projection_dim, (model.config.vision_config.image_size // 8) ** 2
-    assert np.shape(names["embedding"]) == (width,)
-    assert len(names["tokens"]) in (patches, patches + 1)  # with the class token, where there is one
-    unit = np.array(names["embedding"]) / np.linalg.norm(names["embedding"])
-    photo = image_embeds(model, FlipProcessor.from_pretrained(in_site / "runs/demo/model"), ["photos/0.jpg"])[0]
-    assert unit @ photo > 0.999  # another backend of images may differ by a grey level
+    embedding = np.array(run("Take its features")["embedding"])
+    model, processor = (kind.from_pretrained(in_site / "runs/demo/model") for kind in (FlipModel, FlipProcessor))
+    photo = image_embeds(model, processor, ["photos/0.jpg"])[0]
+    # Another backend of images may differ by a grey level.
+    assert embedding @ photo > 0.999 * np.linalg.norm(embedding)
 
 
 def test_low_rank_fine_tuning(in_site: Path) -> None:
@@ -78,27 +72,23 @@ def test_low_rank_fine_tuning(in_site: Path) -> None:
 
 
 def test_linear_probe(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = run("Probe it with a linear classifier")
-    assert names["train"].shape == (32, names["model"].config.projection_dim)
+    run("Probe it with a linear classifier")
     assert float(re.search(r"top-1 ([\d.]+)%", capsys.readouterr().out)[1]) > 60.0  # chance is 25
 
 
-def test_training(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.long  # tests/training/test_api.py has shorter runs
+def test_training(in_site: Path) -> None:
     names = run("Train and evaluate from Python")
-    assert names["recipe"].seed == 1
     (*_, last) = read_metrics(in_site / "runs/from_python")
     assert last["trained_seconds"] > 0.5 * 60 * names["recipe"].budget_minutes  # longer if a step is slow
     assert (in_site / "runs/from_python/report.html").is_file()
     top1 = next(result for result in names["results"] if result.metric == "top1")
     assert top1.low < top1.value < top1.high
-    assert top1.n == 96
-    assert "top1" in capsys.readouterr().out
 
 
 def test_fine_tuning(in_site: Path) -> None:
     names = run("Fine-tune it")
     losses = [record["eval_loss"] for record in names["trainer"].state.log_history if "eval_loss" in record]
-    assert len(losses) == 10
     assert losses[-1] < losses[0]
     tuned = FlipForImageClassification.from_pretrained(in_site / "runs/pets/model")
     assert sorted(tuned.config.id2label.values()) == sorted(COLOURS)
@@ -110,19 +100,13 @@ def test_every_snippet_is_run() -> None:
     assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 8
 
 
-def test_what_cannot_be_embedded_is_named(in_site: Path) -> None:
-    model = FlipModel.from_pretrained(in_site / "runs/demo/model")
-    processor = FlipProcessor.from_pretrained(in_site / "runs/demo/model")
-    with pytest.raises(ValueError, match=r"demo.yaml cannot be read as a picture \(cannot identify image file"):
-        image_embeds(model, processor, [in_site / "demo.yaml"])
-    with pytest.raises(ValueError, match="there are no pictures to embed; check the folder's name"):
-        image_embeds(model, processor, [])
-
-
-def test_batches_and_files_make_no_difference(in_site: Path) -> None:
-    model = FlipModel.from_pretrained(in_site / "runs/demo/model")
-    processor = FlipProcessor.from_pretrained(in_site / "runs/demo/model")
+def test_embedding_files(in_site: Path) -> None:
+    """Batches make no difference, and a file that is no picture is named."""
+    model, processor = (kind.from_pretrained(in_site / "runs/demo/model") for kind in (FlipModel, FlipProcessor))
     files = sorted((in_site / "photos").iterdir())
     by_three = image_embeds(model, processor, files, batch_size=3)
     assert np.allclose(by_three, image_embeds(model, processor, [Image.open(file) for file in files]), atol=1e-6)
     assert np.allclose(np.linalg.norm(by_three, axis=1), 1.0, atol=1e-6)
+    for unusable, message in (([in_site / "demo.yaml"], "demo.yaml cannot be read as a picture"), ([], "no pictures")):
+        with pytest.raises(ValueError, match=message):
+            image_embeds(model, processor, unusable)

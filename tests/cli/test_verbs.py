@@ -1,17 +1,19 @@
-"""The commands of the README, run on small data."""
+"""Runs, their evaluation and status, and races, from the command line."""
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import launch, metrics, pretrain, write_shards
+from accelerate.state import AcceleratorState
+from conftest import changed_recipe, launch, metrics, trained, write_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flipscale.cli import main
 from flipscale.model import FlipModel
-from flipscale.status import as_table
 
 FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 
@@ -20,19 +22,30 @@ FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was evaluated and reported to TensorBoard."""
     folder = tmp_path_factory.mktemp("verbs")
-    changed = {
-        **recipe,
+    changes = {
         "eval": {"every_samples": 320, "zero_shot": str(shards), "retrieval": str(shards)},
-        "log": {"every_samples": 160},
+        "log": {"every_samples": 160, "report_to": ["tensorboard"]},
         "output_dir": str(folder / "run"),
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(changed))
-    done = pretrain(folder / "run.yaml")
-    assert done.returncode == 0, done.stderr
+    (folder / "run.yaml").write_text(yaml.safe_dump(changed_recipe(recipe, changes)))
+    trained(folder / "run.yaml")
     return folder / "run"
 
 
-def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict]:
+    """Runs a command that prints JSON."""
+
+    def run(*words: str | Path) -> dict:
+        capsys.readouterr()
+        main([*map(str, words), "--json"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_the_run_directory_holds_what_is_promised(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
     expected |= {"starts.jsonl", "heartbeat.json", "results.jsonl", "tracker_run_id", "report.html", "figures"}
     assert {path.name for path in run_dir.iterdir()} == expected
@@ -48,51 +61,36 @@ def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     assert fields <= records[0].keys()
     # What the processor can do is measured in passing, on a machine that may be busy.
     assert 2**27 < records[0]["peak_memory_bytes"] < 2**34
+    main(["pretrain", "--config", str(run_dir.with_suffix(".yaml"))])
+    assert metrics(run_dir) == records, "a finished run is left alone"
 
 
-def test_a_finished_run_is_left_alone(run_dir: Path) -> None:
-    before = (run_dir / "metrics.jsonl").read_bytes()
-    done = pretrain(run_dir.with_suffix(".yaml"))
-    assert done.returncode == 0
-    assert f"{run_dir} is done; remove it, or choose another output_dir" in done.stderr
-    assert (run_dir / "metrics.jsonl").read_bytes() == before
-
-
-def test_evaluate_gives_the_run_s_own_figures(run_dir: Path, shards: Path) -> None:
-    command = [*FLIPSCALE, "evaluate", str(run_dir / "model"), "--zero_shot", str(shards), "--retrieval", str(shards)]
-    done = launch([*command, "--json"])
-    assert done.returncode == 0, done.stderr
-    found, last = json.loads(done.stdout), metrics(run_dir)[-1]
-    assert found == {name: pytest.approx(last[name], abs=1e-4) for name in last if "/" in name}
-
-
-def test_status_of_a_finished_run(run_dir: Path) -> None:
-    done = launch([*FLIPSCALE, "status", str(run_dir), "--json"])
-    assert done.returncode == 0, done.stderr
-    status, last = json.loads(done.stdout), metrics(run_dir)
+def test_evaluate_and_status_give_the_run_s_own_figures(
+    run_dir: Path, shards: Path, printed: Callable[..., dict]
+) -> None:
+    records = metrics(run_dir)
+    found = printed("evaluate", run_dir / "model", "--zero_shot", shards, "--retrieval", shards, "--num_workers", "0")
+    assert found == {name: pytest.approx(value, abs=1e-4) for name, value in records[-1].items() if "/" in name}
+    status = printed("status", run_dir)
     assert (status["state"], status["samples_seen"], status["total_samples"]) == ("done", 640, 640)
     assert status["checkpoint_samples"] == 640
     assert (status["num_starts"], status["num_processes"]) == (1, 1)
-    assert status["images_per_s"] == [r["images_per_s"] for r in last if "loss" in r][-1]
-    assert status["metrics"] == {name: value for name, value in last[-1].items() if "/" in name}
-    assert as_table(status).endswith(f"{run_dir}/report.html: open it in a browser")
+    assert status["images_per_s"] == [r["images_per_s"] for r in records if "loss" in r][-1]
+    assert status["metrics"] == {name: value for name, value in records[-1].items() if "/" in name}
 
 
 @pytest.mark.long
 def test_a_race_of_more_recipes_than_cores_trains_one_after_the_other(recipe: dict, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    out = tmp_path / "out"
-    files = [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+    out, files = tmp_path / "out", [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+    for file in files:
+        Path(file).write_text(yaml.safe_dump(recipe))
     one_core = "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])"
     on_one_core = f"import os, sys; {one_core}; os.execv(sys.argv[1], sys.argv[1:])"
     race = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.02", "--output_dir", str(out)]
     done = launch([sys.executable, "-c", on_one_core, *race])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("0 of 2 runs are done\none: done\ntwo: done\n")
     second_began = json.loads((out / "two/starts.jsonl").read_text())["time"]
     assert (out / "one/DONE").stat().st_mtime < second_began
-    assert "| two (" in (out / "table.md").read_text()
 
 
 @pytest.mark.long
@@ -106,40 +104,32 @@ def test_a_race_lays_recipes_side_by_side_for_the_same_time(recipe: dict, tmp_pa
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed))
     out = tmp_path / "out"
     files = [str(tmp_path / f"{name}.yaml") for name in arms]
-    command = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.05", "--seeds", "2", "--output_dir", str(out)]
-    done = launch([*command, "--baselines"])
+    command = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.03", "--seeds", "2", "--output_dir", str(out)]
+    command.append("--baselines")
+    done = launch(command)
     assert done.returncode == 0, done.stderr
     table = (out / "table.md").read_text()
     assert table in done.stdout
-    labels = [f"flip (75% masked, then tuned), seed {seed}" for seed in (0, 1)]
-    labels += ["clip (mask 0), mean and its interval over 2 seeds", "nearest image, 16x16 pixels", "chance"]
-    assert {*labels} <= {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")}
+    labels = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")}
+    assert {"flip (75% masked, then tuned), seed 1", "nearest image, 16x16 pixels", "chance"} <= labels
     assert re.search(r"^(flip|clip) reaches the last top-1 of (flip|clip) \(\d", table, re.MULTILINE)
-    drawn = {path.name for path in (out / "figures").iterdir()}
-    assert drawn == {"loss.png", "zero_shot.png"}
-    assert (out / "accuracy.png").read_bytes() == (out / "figures/zero_shot.png").read_bytes()
+    assert {path.name for path in (out / "figures").iterdir()} == {"loss.png", "zero_shot.png"}
     assert FlipModel.from_pretrained(out / "model").config.vision_config.image_size == 32
-    card = (out / "model/README.md").read_text()
-    assert "| top-1 | nearest image, 16x16 pixels |" in card
-    assert "of nearest image, 16x16 pixels" in (out / "flip-seed0/report.html").read_text()
+    assert "nearest image, 16x16 pixels" in (out / "model/README.md").read_text()
     runs = [f"{name}-seed{seed}" for seed in (0, 1) for name in arms]
     shown = yaml.safe_load((out / "flip-seed1/recipe.yaml").read_text())
     # The masked stage has 24 of 40 steps, of fewer operations each.
     shares = [stage["share"] for stage in shown["stages"]]
     assert sum(shares) == 1
     assert 0.2 < shares[0] < 0.6
-    assert (shown["seed"], shown["budget_minutes"]) == (1, 0.05)
+    assert (shown["seed"], shown["budget_minutes"]) == (1, 0.03)
     for name in runs:
-        assert metrics(out / name)[-1]["trained_seconds"] > 1.5, "it ended before its time"
+        assert metrics(out / name)[-1]["trained_seconds"] > 0.9, "it ended before its time"
     before = {name: (out / name / "results.jsonl").read_text() for name in runs}
 
-    again = launch([*command, "--baselines"])
+    again = launch(command)
     assert again.returncode == 0, again.stderr
     assert {name: (out / name / "results.jsonl").read_text() for name in runs} == before, "it was trained again"
-    for flag, value, said in (
-        ("--minutes", "9", "budget_minutes: 0.05, now 9.0"),
-        ("--seeds", "1", "holds a study of flip, clip with seeds"),
-    ):
-        changed = launch([*command, flag, value])
-        assert (changed.returncode, changed.stderr.count("\n")) == (2, 1)
-        assert said in changed.stderr
+    changed = launch([*command, "--minutes", "9"])
+    assert changed.returncode == 2
+    assert "budget_minutes: 0.03, now 9.0" in changed.stderr

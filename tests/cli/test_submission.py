@@ -1,0 +1,117 @@
+"""The scripts of slurm/ before a job waits in the queue: what they print, and what they refuse to submit.
+
+`sbatch` is a script that prints the recipes of the job. `tests/slurm` has a real Slurm.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LONG = pytest.mark.long  # each check takes seconds for the imports
+Submit = Callable[..., subprocess.CompletedProcess]
+SBATCH = '#!/bin/bash\nprintf \'<%s>\' "$RECIPE" "$RECIPES"\nexit ${SBATCH_ENDS:-0}\n'
+
+
+@pytest.fixture
+def submit(tmp_path: Path, write_recipe: Callable[..., Path]) -> Submit:
+    """Runs a script in a checkout with `tiny.yaml`; no Python checks its recipes unless one is named."""
+    for name in ("slurm", "ds_configs", "flipscale"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_recipe(tmp_path / "tiny")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text(SBATCH)
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
+        own = {"PATH": path, "PYTHON": "no_python", "RECIPE": "tiny.yaml", "RUN": "runs/tiny", "FROM": "runs/tiny"}
+        environment = {**os.environ, **own, **variables}
+        return subprocess.run(
+            ["bash", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["pretrain", "tune", "study", "evaluate", "prepare"])
+def test_the_help_names_what_a_script_takes(submit: Submit, script: str) -> None:
+    done = submit(f"slurm/{script}.sh", "--partition=gpu", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    own = {"study": "RECIPES", "evaluate": "MODEL", "prepare": "SHARDS"}.get(script, "RECIPE")
+    assert all(name in done.stdout for name in ("PYTHON", own, f"bash slurm/{script}.sh"))
+    assert "#SBATCH" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "named"),
+    [
+        (("slurm/pretrain.sh",), {"LAUNCH_FILE": "none.yaml"}, "none.yaml"),
+        (("slurm/pretrain.sh",), {"REQUEUE": "yes"}, "REQUEUE"),
+        (("slurm/prepare.sh",), {"WHAT": "shards"}, "shards"),
+        (("slurm/prepare.sh",), {"WHAT": "audit", "TO": "audit"}, "SHARDS is empty"),
+        (("slurm/prepare.sh",), {"SHARDS": "laion"}, "TO is empty"),
+        (("slurm/study.sh",), {"RECIPES": "tiny.yaml bin/tiny.yaml"}, "two recipes are called tiny; rename one"),
+        (("slurm/pretrain.sh", "--", "--optim.weight_deca", "0.1"), {"PYTHON": sys.executable}, "weight_deca "),
+        *(
+            pytest.param(words, {"PYTHON": sys.executable, **variables}, named, marks=LONG)
+            for words, variables, named in (
+                (("slurm/pretrain.sh",), {}, "256 processes"),  # of the #SBATCH lines
+                (("slurm/pretrain.sh", "-N3", "--gpus-per-node", "h100:1"), {}, "3 processes"),
+                (("slurm/tune.sh", "--nodes", "2"), {}, "runs/tiny/model"),
+                (("slurm/evaluate.sh",), {"MODEL": "pixels", "ZERO_SHOT": "none"}, "none"),
+            )
+        ),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(
+    submit: Submit, tmp_path: Path, words: tuple[str, ...], variables: dict[str, str], named: str
+) -> None:
+    (tmp_path / "bin/tiny.yaml").touch()
+    done = submit(*words, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@LONG
+@pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        (("slurm/pretrain.sh", "--nodes=2", "--gpus-per-node=4", "--", "--optim.weight_decay", "0.1"), {}),
+        (("slurm/pretrain.sh", "--nodes=1-3"), {}),  # Slurm chooses
+        (("slurm/tune.sh", "-N2", "--dependency=afterok:7"), {"FROM": "runs/none"}),
+    ],
+)
+def test_a_failed_submission_leaves_no_folders(
+    submit: Submit, tmp_path: Path, words: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    """Except those that were there."""
+    (tmp_path / "runs").mkdir()
+    done = submit(*words, PYTHON=sys.executable, SBATCH_ENDS="1", **variables)
+    assert (done.returncode, done.stdout[:1]) == (1, "<"), done.stderr
+    assert "without a check" not in done.stderr
+    assert not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b.yaml", "-d.yaml", "do$HOME'\"q.yaml", "x;y*.yaml"])
+def test_a_recipe_may_have_any_name(submit: Submit, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("seed: 3\n")
+    done = submit("slurm/pretrain.sh", RECIPE=name, RUN="runs/one")
+    assert done.returncode == 0, done.stderr
+    assert "without a check" in done.stderr
+    copy = done.stdout.split(">")[0].removeprefix("<")
+    assert (tmp_path / copy).read_text() == "seed: 3\n"
+    assert copy.endswith(f"/{name}")
+
+
+def test_a_study_of_several_recipes(submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "y.yaml").write_text("seed: 3\n")
+    done = submit("slurm/study.sh", RECIPE="", RECIPES="tiny.yaml\ny.yaml\n")
+    assert done.returncode == 0, done.stderr
+    copies = done.stdout.split("<")[2].rstrip(">").split()
+    assert [Path(copy).name for copy in copies] == ["tiny.yaml", "y.yaml"]
