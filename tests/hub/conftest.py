@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -59,14 +60,22 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def small_model(**text_fields: bool | str) -> FlipModel:
+def small_model(seed: int = 0, logit_bias: float | None = None, **text_fields: Any) -> FlipModel:
     config = FlipConfig(
         vision_config={**TOWER, "image_size": 32, "patch_size": 8},
         text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text_fields},
         projection_dim=16,
+        logit_bias_init_value=logit_bias,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return FlipModel(config).eval()
+
+
+def export_small(tokenizer: PreTrainedTokenizerBase | Path, folder: Path, **fields: Any) -> Path:
+    """Export `small_model(**fields)`."""
+    model = small_model(**fields)
+    words = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    return export_model(model, build_processor(model.config, words), folder)
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +85,4 @@ def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = small_model()
-    return export_model(model, build_processor(model.config, tokenizer), tmp_path_factory.mktemp("hub") / "model")
+    return export_small(tokenizer, tmp_path_factory.mktemp("hub") / "model")

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import shutil
 import tarfile
 import tracemalloc
@@ -86,16 +85,24 @@ def test_arrays_are_read_bit_for_bit(written: Path, tmp_path: Path, where: str) 
 
 
 def test_model_folder_and_card(written: Path, tmp_path: Path) -> None:
-    assert_equals_the_original(convert(written, tmp_path / "model"))
-    loaded = FlipModel.from_pretrained(tmp_path / "model").eval()
-    assert_equals_the_original(loaded)
-    assert loaded.config.vision_config.image_size == 48
-    assert loaded.config.text_config.attend_to_padding
-    card = ModelCard.load(tmp_path / "model" / "README.md")
-    assert card.data.license == "cc-by-nc-4.0"
-    names: dict[str, Any] = {}
-    exec(card.text.split("```python\n")[1].split("```")[0], names)
-    assert type(names["model"]).__name__ == "FlipModel"
+    """Without and with a vocabulary; the snippet of either card runs."""
+    vocab, words = tmp_path / "vocab.txt", ["[PAD]", "[UNK]", "a", "red", "##der", "disc", ""]
+    vocab.write_text("\n".join(words))
+    Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
+    for options in ([], ["--tokenizer", str(vocab)]):
+        dst = tmp_path / f"model{len(options)}"
+        cli.main(["convert", "flip", str(written), str(dst), "--image_heads", "4", "--text_heads", "4", *options])
+        loaded = FlipModel.from_pretrained(dst).eval()
+        assert_equals_the_original(loaded)
+        assert loaded.config.vision_config.image_size == 48
+        assert loaded.config.text_config.attend_to_padding
+        card = ModelCard.load(dst / "README.md")
+        assert card.data.license == "cc-by-nc-4.0"
+        names: dict[str, Any] = {}
+        snippet = card.text.split("```python\n")[1].split("```")[0]
+        exec(snippet.replace("image.png", str(tmp_path / "image.png")), names)
+        assert ("classify" if options else "model") in names
+    assert FlipProcessor.from_pretrained(dst)(text="a redder disc")["input_ids"] == [2, 3, 4, 5] + [0] * 28
 
 
 def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
@@ -109,24 +116,6 @@ def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
     (folder / "0.0").write_bytes(expected[:48].tobytes())
     (folder / "1.0").write_bytes(np.pad(expected[48:], ((0, 32), (0, 0))).tobytes())
     assert np.array_equal(np.asarray(open_flip_checkpoint(checkpoint)["img_mlp1/kernel"]), expected)
-
-
-def test_command(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vocab, dst = tmp_path / "vocab.txt", tmp_path / "model"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "a", "red", "##der", "disc", ""]))
-    heads = ["--image_heads", "4", "--text_heads", "4"]
-    cli.main(["convert", "flip", str(written), str(dst), *heads, "--tokenizer", str(vocab)])
-    processor = FlipProcessor.from_pretrained(dst)
-    assert processor(text="a redder disc")["input_ids"] == [2, 3, 4, 5] + [0] * 28
-    snippet = ModelCard.load(dst / "README.md").text.split("```python\n")[1].split("```")[0]
-    Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
-    names: dict[str, Any] = {}
-    exec(snippet.replace("image.png", str(tmp_path / "image.png")), names)
-    assert "classify" in names
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["convert", "flip", str(written), str(tmp_path / "other"), "--size", "h14"])
-    assert ended.value.code == 2
-    assert "size is h14" in capsys.readouterr().err
 
 
 def test_a_size_decides_the_heads(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +142,7 @@ def fails(checkpoint: Path, message: str, **heads: int | str | None) -> None:
     ("heads", "message"),
     [
         ({"image_heads": 4}, "image_heads is 4, text_heads is None"),
-        ({"size": "b17"}, "model size 'b17' is unknown"),
         ({"size": "b16", "text_heads": 4}, "size is b16 and heads"),
-        ({"image_heads": 7, "text_heads": 4}, "hidden_size 64 .* num_attention_heads 7"),
         ({"size": "l16"}, "size is l16"),
     ],
 )
@@ -206,14 +193,12 @@ def test_a_bad_description_is_refused_by_its_value(checkpoint: Path, changes: di
     fails(checkpoint, f"array txt_encoder/token_embedding/embedding .*{says}")
 
 
-@pytest.mark.parametrize("how", ["gzip", "zip", "pipe"])
+@pytest.mark.parametrize("how", ["gzip", "zip"])
 def test_a_chunk_that_unpacks_to_gigabytes_is_refused(checkpoint: Path, tmp_path: Path, how: str) -> None:
     place, src = next(path for path in (checkpoint / EMBEDDING).iterdir() if path.name != ".zarray"), checkpoint
     place.unlink()
     if how == "gzip":
         place.write_bytes(gzip.compress(bytes(1 << 30), 1))
-    elif how == "pipe":
-        os.mkfifo(place)
     else:
         src = zip_of(checkpoint, tmp_path / "bomb.zip")
         name = (Path("checkpoint_7") / place.relative_to(checkpoint)).as_posix()

@@ -1,7 +1,6 @@
 """The model card: numbers of the run's files, unknown facts left out, readable by the Hub's own reader."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -59,20 +58,15 @@ def run_dir(write_recipe, tmp_path: Path) -> Path:
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "model" / "config.json").write_text(json.dumps(recipe.model.config().to_dict()))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
     (folder / "heartbeat.json").write_text(json.dumps(HEARTBEAT))
-    write_records(folder, RECORDS)
+    for name, records in (("starts", STARTS), ("metrics", RECORDS), ("energy", ENERGY)):
+        write_lines(folder / f"{name}.jsonl", records)
     append_results(folder, MEASURED, 23, 368, 9876.5)
-    write_energy(folder, ENERGY)
     return folder
 
 
-def write_energy(run_dir: Path, lines: list[dict]) -> None:
-    (run_dir / "energy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_records(run_dir: Path, records: list[dict]) -> None:
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+def write_lines(file: Path, records: list[dict]) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def card_of(run_dir: Path, step: int | None = None) -> str:
@@ -82,28 +76,19 @@ def card_of(run_dir: Path, step: int | None = None) -> str:
 
 def test_facts_of_the_run(run_dir: Path) -> None:
     card = card_of(run_dir)
-    for line in (
-        "# flip-l16",
-        "413.2 M parameters; images of 32 x 32 pixels in patches of 8 x 8;",
-        "| zero-shot, `imagenet1k_val` | top-1 | this model | 47.1 % |  |  |",
-        "| zero-shot, `imagenet1k_val` | top-1 | nearest image, HOG | 44.9 % |  |  |",
-        "| retrieval, `flickr30k/test` | text to image R@1 | this model | 39.4 % |  |  |",
-        "| pairs in it | 407,332,084 |",
-        "| time | 2.7 h |",
-        "| hardware | 48 x NVIDIA H100 80GB HBM3, then 32 x NVIDIA H100 80GB HBM3 |",
-        "| energy | 61.50 kWh, measured: GPUs and processors |",
-        "| emissions | 25.92 kg of CO2, at 373 g a kWh and a PUE of 1.13, without the making of the machines |",
-        # (4321.5 s x 48 + 5555 s x 32) / 3600 x 2.85
-        "| cost | 305 dollars, at 2.85 an hour of a device |",
-        "![Loss of the training batches against training time](figures/loss.png)",
-    ):
-        assert line in card.splitlines(), line
+    assert card.partition("# ")[2].startswith("flip-l16\n")
+    results = ("| this model | 47.1 %", "| nearest image, HOG | 44.9 %", "`flickr30k/test` | text to image R@1")
+    length = ("413.2 M parameters", "407,332,084", "2.7 h", "48 x NVIDIA H100 80GB HBM3, then 32 x NVIDIA H100")
+    # (4321.5 s x 48 + 5555 s x 32) / 3600 x 2.85
+    spent = ("61.50 kWh, measured: GPUs and processors", "25.92 kg of CO2", "305 dollars")
+    for words in (*results, *length, *spent, "](figures/loss.png)"):
+        assert words in card, words
     assert "figures/zero_shot.png" not in card, "one point is no curve"
     assert (run_dir / "model/figures/loss.png").stat().st_size > 10_000
     assert "secret" not in card
     assert str(run_dir) not in card
-    write_energy(run_dir, [{**ENERGY[1], "failed": True}])
-    assert "emissions" not in card_of(run_dir), "one start lacks its energy"
+    write_lines(run_dir / "energy.jsonl", [{**ENERGY[1], "failed": True}])
+    assert "CO2" not in card_of(run_dir), "one start lacks its energy"
 
 
 def test_unknown_facts_are_left_out(run_dir: Path) -> None:
@@ -113,12 +98,12 @@ def test_unknown_facts_are_left_out(run_dir: Path) -> None:
     (run_dir / "environment.json").write_text('{"flipscale": "0.1.0", "mixed_precision": "no"}')
     for name in ("starts", "energy", "results"):
         (run_dir / f"{name}.jsonl").unlink()
-    write_records(run_dir, [{"step": 11, "samples_seen": 176, "trained_seconds": 432.5, "loss": 7.125}])
+    write_lines(run_dir / "metrics.jsonl", [{**RECORDS[0], "trained_seconds": 432.5, "images_per_s": None}])
     card = card_of(run_dir, step=11)
     for absent in ("kWh", "CO2", "dollars", "hardware", "parameters;", "figures/", "model-index", "license", "None"):
         assert absent not in card, absent
-    assert "## Results\n\nNot evaluated.\n" in card
-    assert "> **Still in training.** This is step 11 of 40." in card
+    assert "Not evaluated." in card
+    assert "step 11 of 40" in card
     ModelCard(card)
 
 
@@ -136,9 +121,6 @@ def test_the_hub_reads_it(run_dir: Path) -> None:
         ("zero-shot-image-classification", "imagenet1k_val", "accuracy", "top-5, %", 82.79),
         ("image-text-retrieval", "flickr30k/test", "recall", "text to image R@1, %", 39.37),
     ]
-    broken = ModelCard(re.sub("license: .*", "license: 3", str(card)))
-    with pytest.raises(ValueError, match=r"license.* must be a string"):
-        broken.validate()
 
 
 def test_sources_of_a_mixture(run_dir: Path) -> None:
@@ -150,14 +132,12 @@ def test_sources_of_a_mixture(run_dir: Path) -> None:
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     recipe["data"].update(shards="", sources=sources, cache_dir="/mnt/private/cache", tokenizer="/mnt/private/words")
     recipe["model"].update(init_from="/mnt/private/first", compile=True)
-    (run_dir / "recipe.yaml").write_text(to_yaml(parse_recipe(["--config", write(run_dir / "new.yaml", recipe)])))
+    (run_dir / "new.yaml").write_text(yaml.safe_dump(recipe))
+    (run_dir / "recipe.yaml").write_text(to_yaml(parse_recipe(["--config", str(run_dir / "new.yaml")])))
     card = card_of(run_dir)
-    row = (
-        "| training data | `laion2b` (weight 0.75); `cc12m` (weight 0.25, split `train`, images from `jpg`, captions "
-        "from `alt` and `title`); `org/pairs` (weight 0.5, config `en`, split `train`, images from `image`, captions "
-        "from `caption`) |"
-    )
-    assert row in card.splitlines()
+    (row,) = (line for line in card.splitlines() if line.startswith("| training data |"))
+    assert "`laion2b` (weight 0.75); `cc12m` (weight 0.25, split `train`, images from `jpg`, captions from `alt`" in row
+    assert "`org/pairs` (weight 0.5, config `en`" in row
     shown = yaml.safe_load(card.partition("```yaml")[2].partition("```")[0])
     assert shown["data"]["tokenizer"] == "words"
     assert shown["data"]["sources"][0]["weight"] == 0.75
@@ -166,55 +146,38 @@ def test_sources_of_a_mixture(run_dir: Path) -> None:
         assert absent not in card, absent
 
 
-def write(path: Path, content: dict) -> str:
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
-
-
-def audit_of(samples: int) -> dict:
-    """An audit as `flipscale prepare audit` writes it, as far as the card reads it."""
-    languages = [{"language": "English", "count": 1_718, "share": 0.8143}, {"language": "unsure", "share": 0.0977}]
-    return {
-        "samples": samples,
-        "unusable": {"undecodable_image": {"count": 1_213}, "missing_caption": {"count": 3_519}},
-        "captions": {"captions": 407_331_013, "distinct": 291_117_219},
-        "languages": {"long_letters": 25, "long": {"captions": 2_110, "languages": languages}},
-        "gender": {
-            "women": 8_121_337,
-            "men": 9_191_551,
-            "both": 617_933,
-            "occupations": [{"occupation": "nurse", "captions": 9_787, "with_women": 7_673, "with_men": 1_489}],
-        },
-        "countries": {"rows": [{"name": "India", "captions": 65_537}]},
-        "images": {"exact_copies": 11_777_999, "near_copies": 21_313_131},
-        "tests": [{"name": "imagenet1k", "images": 50_021, "exact": 271, "near": 1_031}],
-    }
-
-
-def name_audit(run_dir: Path, audit: dict) -> None:
-    (run_dir / "audit.json").write_text(json.dumps(audit))
-    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    recipe["hub"]["audit"] = str(run_dir / "audit.json")
-    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+# What `flipscale prepare audit` writes, as far as the card reads it.
+AUDIT = {
+    "samples": ENVIRONMENT["data_samples"],
+    "unusable": {"undecodable_image": {"count": 1_213}, "missing_caption": {"count": 3_519}},
+    "captions": {"captions": 407_331_013, "distinct": 291_117_219},
+    "languages": {
+        "long_letters": 25,
+        "long": {"captions": 2_110, "languages": [{"language": "English", "share": 0.8}]},
+    },
+    "gender": {
+        **{"women": 8_121_337, "men": 9_191_551, "both": 617_933},
+        "occupations": [{"occupation": "nurse", "captions": 9_787, "with_women": 7_673, "with_men": 1_489}],
+    },
+    "countries": {"rows": [{"name": "India", "captions": 65_537}]},
+    "images": {"exact_copies": 11_777_999, "near_copies": 21_313_131},
+    "tests": [{"name": "imagenet1k", "images": 50_021, "exact": 271, "near": 1_031}],
+}
 
 
 def test_audit(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    name_audit(run_dir, audit_of(ENVIRONMENT["data_samples"]))
+    file, recipe = run_dir / "audit.json", yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["hub"]["audit"] = str(file)
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    file.write_text(json.dumps(AUDIT))
     card = card_of(run_dir)
-    words = " ".join(card.split())
-    for text in (
-        "407,331,013 captions, 291,117,219 of them different. 11,777,999 images",
-        "4,732 samples cannot be used.",
-        "25 letters and more: English 81.4%, unsure 9.8%.",
-        "nurse (7,673 of women, 1,489 of men)",
-        "Test images in the training data: 1,302 of the 50,021 of imagenet1k.",
-    ):
-        assert text in words, text
+    for number in ("407,331,013", "291,117,219", "11,777,999", "4,732", "English 80.0%", "7,673", "1,302", "50,021"):
+        assert number in card, number
     assert str(run_dir) not in card
-    name_audit(run_dir, audit_of(17))
-    assert "## What is in the training data" not in card_of(run_dir)
+    file.write_text(json.dumps({**AUDIT, "samples": 17}))
+    assert "in the training data" not in card_of(run_dir)
     assert "hub.audit has 17 samples" in caplog.text
-    (run_dir / "audit.json").write_text("{}")
-    assert "## What is in the training data" not in card_of(run_dir)
+    file.write_text("{}")
+    assert "in the training data" not in card_of(run_dir)
     with pytest.raises(ValueError, match=r"hub.audit is .*audit.json"):
-        read_audit(str(run_dir / "audit.json"))
+        read_audit(str(file))

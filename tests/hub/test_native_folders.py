@@ -6,7 +6,6 @@ import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -15,12 +14,7 @@ from conftest import add_member
 from hub.native import LENGTH, NATIVE, export_native
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    pipeline,
-)
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from flipscale.data.captions import tokenise
 from flipscale.evaluation.test_set import TestSet
@@ -68,24 +62,6 @@ def test_pipeline(native: Native) -> None:
         scores = row.sigmoid() if native.family == "siglip" else row.softmax(0)
         by_label = {line["label"]: line["score"] for line in found}
         assert [by_label[text] for text in TEXTS[:3]] == pytest.approx(scores.tolist(), abs=1e-5)
-
-
-def test_sentence_transformers_and_faiss(native: Native) -> None:
-    images, texts = native.embeds()
-    model = SentenceTransformer(str(native.folder), device="cpu")
-    found = model.encode(native.pictures, batch_size=2), model.encode(TEXTS, batch_size=3)
-    assert np.abs(found[0] - images).max() < 1e-5
-    assert np.abs(found[1] - texts).max() < 1e-5
-    short = {"truncate_dim": 8, "normalize_embeddings": True}
-    for what, whole in ((native.pictures, images), (TEXTS, texts)):
-        cut = model.encode(what, **short)
-        assert np.abs(cut - whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)).max() < 1e-5
-    index = faiss.IndexFlatIP(images.shape[1])
-    index.add(found[0])
-    cosines, nearest = index.search(found[1], 1)
-    expected = texts @ images.T
-    assert (nearest[:, 0] == expected.argmax(1)).all()
-    assert np.abs(cosines[:, 0] - expected.max(1)).max() < 1e-5
 
 
 def test_attention_and_bf16(native: Native) -> None:

@@ -84,9 +84,6 @@ def test_a_set_is_prepared_whole_and_only_once(hub: LoopbackHub, tmp_path: Path,
     assert said is not None
     assert (said["revision"], said["images"], said["source"]["repo"]) == (commit, 12, MNIST)
     assert said["files"]["test/2.tar"]["bytes"] == len(files["test/2.tar"])
-    assert {path.name for path in (tmp_path / "mnist").iterdir()} == {
-        "test", "classnames.txt", "zeroshot_classification_templates.txt", "prepared.json",
-    }  # fmt: skip
     (task,) = build_tasks(["mnist"], tmp_path)
     made = {path.name for path in (tmp_path / "mnist" / "test").iterdir()}
     task.check()
@@ -167,18 +164,14 @@ def test_what_stops_it_before_a_download(
     hub.add(MNIST, digits())
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 0, 10))
-        line = refusal(capsys, tmp_path / "new", "--only", "mnist")
-        assert "are needed and" in line
-        assert "or prepare fewer tasks with --only" in line
+        assert "has 10 B free" in refusal(capsys, tmp_path / "new", "--only", "mnist")
     assert not (tmp_path / "new").exists()
     with FileLock(tmp_path / ".mnist.lock"):
         assert "another process prepares" in refusal(capsys, tmp_path, "--only", "mnist")
     assert not hub.asked("resolve")
     nowhere = f"http://127.0.0.1:{processes.free_port()}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
-    line = refusal(capsys, tmp_path, "--only", "mnist")
-    assert f"data set {MNIST} at {nowhere} cannot be read (" in line
-    assert "or set HF_ENDPOINT to a mirror" in line
+    assert f"data set {MNIST} at {nowhere} cannot be read (" in refusal(capsys, tmp_path, "--only", "mnist")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set; unset it" in refusal(capsys, tmp_path, "--only", "mnist")
 

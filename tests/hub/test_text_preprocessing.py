@@ -116,10 +116,6 @@ def test_text_is_prepared_as_the_original_s(kind: str, tmp_path: Path) -> None:
         assert torch.equal(ids(loaded(), TEXTS), expected), name
     kept = [not torch.equal(*ids(training, ["red disc", text])) for text in ("red disc!", "red, disc")]
     assert kept == [kind != "siglip"] * 2
-    if kind == "siglip2":
-        pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *LETTERS, "▁"]
-        row = [pieces.index(letter) for letter in "a▁red,▁disc!"] + [1]
-        assert expected[0].tolist() == row + [0] * (24 - len(row))
     # What a search and an evaluation embed.
     embedder = open_embedder(str(folder), Accelerator(cpu=True))
     with torch.no_grad():

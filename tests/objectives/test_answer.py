@@ -15,7 +15,7 @@ from conftest import COLOURS, SHAPES, TOWERS, add_member, changed_recipe, check_
 from distributed.crowd import Crowds
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+from transformers import AutoModelForVisualQuestionAnswering
 
 from flipscale.cli import main
 from flipscale.data.labelled import QuestionDataset
@@ -152,25 +152,17 @@ def write(write_recipe: Write, tokenizer_dir: Path) -> Write:
 def test_a_run_learns_to_answer(
     tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, run_dir, image = write_questions(tmp_path / "set", 64, label), tmp_path / "run", tmp_path / "red.png"
-    Image.new("RGB", (48, 40), (200, 30, 30)).save(image)
+    folder, run_dir = write_questions(tmp_path / "set", 64, label), tmp_path / "run"
     trained(write(run_dir, folder))
-    records = metrics(run_dir)
-    accuracy = next(record["vqa/accuracy"] for record in reversed(records) if "vqa/accuracy" in record)
     # Without the image, a quarter of the answers would be right.
-    assert accuracy > 50
-    processor = AutoProcessor.from_pretrained(run_dir / "model")
+    assert [record["vqa/accuracy"] for record in metrics(run_dir) if "vqa/accuracy" in record][-1] > 50
     model = AutoModelForVisualQuestionAnswering.from_pretrained(run_dir / "model").eval()
     assert list(model.config.id2label.values()) == ANSWERS
-    with torch.no_grad():
-        logits = model(**processor(images=Image.open(image), text="a disc", return_tensors="pt")).logits
-    assert logits.shape == (1, 8)
     main(["evaluate", str(run_dir), "--task", f"{{kind: vqa, data: {folder}}}", "--json"])
     card = (run_dir / "model/README.md").read_text()
     assert "pipeline_tag: visual-question-answering" in card
-    assert "VQA accuracy" in card
     monkeypatch.chdir(run_dir)
-    Image.open(image).save("image.png")
+    Image.new("RGB", (48, 40), (200, 30, 30)).save("image.png")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     capsys.readouterr()
     exec(code.replace(", trust_remote_code=True", ""), {})

@@ -80,13 +80,10 @@ def test_a_run_learns_resumes_and_exports_a_classifier(
 ) -> None:
     run_dir = tmp_path / "run"
     mixed = {"augment": {"mixup_alpha": 0.2}}
-    done = trained(write(run_dir, data=mixed))
+    trained(write(run_dir, data=mixed))
     assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.3
-    assert "2 are drawn: classifier.bias, classifier.weight" in done.stderr
-    assert "left out" not in done.stderr
     results = {name: value for record in metrics(run_dir) for name, value in record.items() if "/" in name}
     assert results["classification/top1"] > 2 * 100 / 16
-    assert "Most confused" in (run_dir / "report.html").read_text()
 
     copy = tmp_path / "cut"
     cut(run_dir, copy, 15)
@@ -100,11 +97,7 @@ def test_a_run_learns_resumes_and_exports_a_classifier(
     model = AutoModelForImageClassification.from_pretrained(run_dir / "model")
     assert list(model.config.id2label.values()) == NAMES
     assert model.config.label2id[NAMES[3]] == 3
-    card = (run_dir / "model/README.md").read_text()
-    assert "pipeline_tag: image-classification" in card
-    assert "zero-shot" not in card
-    assert "flipscale search" not in (run_dir / "report.html").read_text()
-
+    assert "pipeline_tag: image-classification" in (run_dir / "model/README.md").read_text()
     task = f"{{kind: classification, data: {labelled}}}"
     main(["evaluate", str(run_dir), "--task", task, "--num_workers", "0", "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -153,8 +146,6 @@ def test_contradicting_recipes_are_refused(
         "mixup of pairs": ({**pairs, "data": {"augment": {"mixup_alpha": 0.8}}}, "data.augment.mixup_alpha is 0.8"),
         "a head for pairs": (pairs, "loss.kind 'infonce' has no head"),
         "text mask": ({"stages": [{**STAGES[1], "base_lr": 0.1, "text_mask_ratio": 0.5}]}, "text_mask_ratio"),
-        "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5"),
-        "drop path": ({"model": {"drop_path_rate": 1.0}}, "model.drop_path_rate is 1.0"),
         "reconstruction": ({"loss": {"reconstruction_weight": 0.5}}, "loss.reconstruction_weight is 0.5"),
     }
     for name, (changes, said) in cases.items():

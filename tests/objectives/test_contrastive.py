@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from flipscale.objectives import contrastive
-from flipscale.objectives.contrastive import Matrix, contrastive_loss, for_each_tile
+from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.objectives.sigmoid import sigmoid_loss
 
 
@@ -133,15 +133,6 @@ def test_blocks_run_on_threads(
     assert torch.get_num_threads() == count
     once, again = (torch.autograd.grad(contrastive_loss(*leaves), leaves) for leaves in [leaves_of(inputs)] * 2)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-
-
-def test_errors_on_threads_reach_the_caller(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "_BLOCK", 2)
-    threads(2)
-    sides = (torch.ones(8, 3), torch.ones(8, 4))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        for_each_tile(list, Matrix(*sides, torch.tensor(1.0), 0))
-    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("noise", [0.05, 1.0])

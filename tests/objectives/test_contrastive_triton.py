@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from objectives import test_contrastive, test_prefixes
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flipscale.engines import device as gpus
 from flipscale.objectives import contrastive
@@ -191,15 +190,6 @@ def test_kernels_compile_without_spills(gpu: list[Compiler], tmp_path: Path) -> 
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             assert " STACK:0 " in usage
             assert "tf32" in program.asm["ptx"]
-
-
-def test_the_kernels_serve_fp32_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "_triton_runs_on", lambda device: True)
-    for is_cuda, dtype in ((True, torch.float32), (True, torch.float64), (False, torch.float32)):
-        rows: Any = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=torch.device("cuda", 0))
-        assert contrastive.triton_serves(rows) == (is_cuda and dtype == torch.float32)
-    with FakeTensorMode():
-        assert not contrastive.triton_serves(torch.empty(2, 2, device="cuda")), "a dry run needs no compiler"
 
 
 def check_trial() -> None:

@@ -18,7 +18,7 @@ from objectives.test_world import DIM, INFONCE, PAIRS, Held, TwoLinearTowers, on
 from torch.nn.functional import normalize
 
 from flipscale.engines.launch import Launch
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build import build_config
 from flipscale.objectives.contrastive import (
     Contrastive,
     Distilled,
@@ -140,7 +140,6 @@ def test_the_plan_counts_prefixes() -> None:
     ("flags", "message"),
     [
         (["[64, 32]"], r"loss.prefix_dims is \[64, 32\]; write each width once, the smallest first"),
-        (["[32, 32]"], r"loss.prefix_dims is \[32, 32\]; write each width once"),
         (["[0]"], r"loss.prefix_dims\[0\] is 0"),
         (["[16, WIDTH]"], r"loss.prefix_dims is \[16, WIDTH\] and the embeddings have WIDTH numbers"),
         (["[16]", "--loss.kind", "classify", "--loss.options", "{num_classes: 3}"], "prefix_dims.*'classify'"),
@@ -151,8 +150,3 @@ def test_refusals_name_the_field(flags: list[str], message: str) -> None:
     width = str(build_config(recipe_of()).projection_dim)
     with pytest.raises(ValueError, match=message.replace("WIDTH", width)):
         build_config(recipe_of("--loss.prefix_dims", *(flag.replace("WIDTH", width) for flag in flags)))
-
-
-def test_a_caption_loss_may_be_added() -> None:
-    objective: Any = build_objective(recipe_of("--loss.prefix_dims", "[16]", "--loss.caption_weight", "2"))
-    assert objective.other.prefix_dims == (16,)

@@ -36,14 +36,6 @@ class Scaled(Contrastive):
         return self.factor * super().coupled_loss(*loss_inputs, **parameters)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Distance(Objective):
-    """A mean over samples, without `logit_scale`."""
-
-    def per_sample_loss(self, output: FlipOutput) -> torch.Tensor:
-        return (output.image_embeds - output.text_embeds).square().sum(dim=1).mean()
-
-
 @dataclass
 class TemperedOutput(FlipOutput):
     text_power: torch.Tensor | None = None
@@ -79,7 +71,7 @@ class Tempered(Objective):
 
 @pytest.fixture(autouse=True)
 def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, kind in {"scaled": Scaled, "distance": Distance, "tempered": Tempered}.items():
+    for name, kind in {"scaled": Scaled, "tempered": Tempered}.items():
         monkeypatch.setitem(loss_kinds(), name, kind)
 
 
@@ -109,7 +101,7 @@ def test_positives() -> None:
     recipe = LossRecipe("sigmoid", positives="equal_captions")
     assert build_objective(Recipe(loss=recipe)) == Sigmoid(positives="equal_captions")
     assert recipe.options == {}
-    for kind, options in {"infonce": {}, "classify": {"num_classes": 2}, "captioning": {}, "distance": {}}.items():
+    for kind, options in {"infonce": {}, "classify": {"num_classes": 2}, "captioning": {}}.items():
         with pytest.raises(ValueError, match=f"loss.positives .*'equal_captions'.*'{kind}'"):
             with_options(LossRecipe(kind, options, positives="equal_captions"))
     before = yaml.safe_load(to_yaml(parse_recipe(["--loss.kind", "sigmoid"])))
@@ -151,16 +143,13 @@ def train(write_recipe: Callable[..., Path], run_dir: Path, **changes: object) -
     return [record for record in metrics(run_dir) if "loss" in record]
 
 
-@pytest.mark.parametrize("kind", ["scaled", "distance", "tempered"])
-def test_new_kinds_learn_the_same_in_micro_batches(
-    kind: str, write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    whole = train(write_recipe, tmp_path / "whole", loss={"kind": kind})
-    parts = train(write_recipe, tmp_path / "parts", loss={"kind": kind}, data={"micro_batch_size": 4})
+def test_a_new_kind_learns_the_same_in_micro_batches(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    whole, parts = (
+        train(write_recipe, tmp_path / f"of{size}", loss={"kind": "tempered"}, data={"micro_batch_size": size})
+        for size in (16, 4)
+    )
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in parts] == pytest.approx([r[name] for r in whole], rel=1e-4), name
     assert whole[-1]["loss"] < whole[0]["loss"]
-    if kind == "tempered":
-        assert whole[0]["text_power"] == 0.5 != whole[-1]["text_power"]
-    assert whole[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3)
-    assert not hasattr(FlipModel.from_pretrained(tmp_path / "whole/model"), "text_power")
+    assert whole[0]["text_power"] == 0.5 != whole[-1]["text_power"]
+    assert not hasattr(FlipModel.from_pretrained(tmp_path / "of16/model"), "text_power")

@@ -90,10 +90,3 @@ def test_models_with_and_without_bias(tmp_path: Path) -> None:
     objective = build_objective(Recipe(loss=LossRecipe("sigmoid")))
     ours = objective.coupled_loss(*objective.loss_inputs(output), **objective.parameters(output))
     assert ours.item() == pytest.approx(output.loss.item(), rel=1e-6)
-
-
-def test_the_configuration_is_copied() -> None:
-    config = FlipConfig()
-    changed = build_objective(Recipe(loss=LossRecipe("sigmoid"))).model_config(config)
-    assert (changed.logit_bias_init_value, config.logit_bias_init_value) == (-10.0, None)
-    assert changed.logit_scale_init_value == math.log(10.0) != config.logit_scale_init_value

@@ -74,21 +74,17 @@ def test_it_is_open_clip_s_loss(contradicts: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "message"),
+    ("loss", "teachers", "message"),
     [
-        ({"kind": "sigmoid"}, "loss.kind is sigmoid and data.teachers"),
-        ({"captions_per_image": 2}, "loss.captions_per_image is 2 and data.teachers"),
+        ({"kind": "sigmoid"}, ["features/a"], "loss.kind is sigmoid and data.teachers"),
+        ({"captions_per_image": 2}, ["features/a"], "loss.captions_per_image is 2 and data.teachers"),
+        ({"teacher_weight": 0.5}, [], "loss.teacher_weight is 0.5 and there are no teachers"),
+        ({"teacher_temperature": 0.5}, [], "loss.teacher_temperature is 0.5 and there are no teachers"),
     ],
 )
-def test_losses_without_teachers_are_refused(loss: dict, message: str) -> None:
+def test_contradicting_recipes_are_refused(loss: dict, teachers: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_objective(Recipe(loss=LossRecipe(**loss), data=DataRecipe(teachers=["features/a"])))
-
-
-@pytest.mark.parametrize("name", ["teacher_weight", "teacher_temperature"])
-def test_settings_of_teachers_need_teachers(name: str) -> None:
-    with pytest.raises(ValueError, match=f"loss.{name} is 0.5 and there are no teachers"):
-        build_objective(Recipe(loss=LossRecipe(**{name: 0.5})))
+        build_objective(Recipe(loss=LossRecipe(**loss), data=DataRecipe(teachers=teachers)))
 
 
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:
