@@ -40,10 +40,9 @@ class BenchGpu:
     def run(self, fields: Sequence[str] = ()) -> None:
         """Run all checks of the recipes with changed `fields`, and write the figures. A node's first process does so
         for all, and the first node prints."""
-        from flipscale.checks.bench import as_json, check_nodes, report, run_checks
+        from flipscale.checks.bench import PROFILE, as_json, check_nodes, report, run_checks, write_report
         from flipscale.checks.node import Bench
         from flipscale.checks.nodes import meet
-        from flipscale.checks.report import PROFILE, write_report
         from flipscale.engines.launch import whole_number
         from flipscale.recipe.recipe import to_yaml
         from flipscale.runs.complete_recipe import parse_recipe

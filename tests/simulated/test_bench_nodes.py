@@ -19,11 +19,11 @@ from simulated import node as simulated
 
 from flipscale.checks import bench as checks
 from flipscale.checks import kernels
+from flipscale.checks.bench import write_report
 from flipscale.checks.kernels import check_collectives, check_links
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Row
 from flipscale.checks.nodes import Nodes, meet
-from flipscale.checks.report import write_report
 from flipscale.checks.steps import engine_variables
 from flipscale.cli import main
 from flipscale.io.errors import UserError

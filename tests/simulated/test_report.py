@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from flipscale.checks import node, steps
+from flipscale.checks.bench import PROFILE, write_report
 from flipscale.checks.node import Bench
 from flipscale.checks.nodes import Nodes
 from flipscale.checks.open_clip import unlike
-from flipscale.checks.report import PROFILE, write_report
 from flipscale.checks.steps import ALONE, check_plan
 from flipscale.checks.timing import over_starts
 from flipscale.cli import main
