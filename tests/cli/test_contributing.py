@@ -50,10 +50,6 @@ def test_its_files_exist() -> None:
         assert (ROOT / file).parent.is_dir(), file
 
 
-def test_its_lists() -> None:
-    assert list(SECTIONS) == ["loss", "kind of mask", "evaluation", "engine", "encoder variant", "family of models"]
-
-
 def test_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     monkeypatch.setitem(loss_kinds(), "aligned", example("loss", "Aligned"))
     losses = {}

@@ -413,7 +413,7 @@ def test_tuning_and_evaluation_follow_by_dependency(site: Site, outcome: Callabl
     assert printed["zero_shot/top1"] > 0
 
 
-@pytest.mark.long
+@LONG
 def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcome: Callable) -> None:
     number = outcome(interrupted)
     outcome(chain)
@@ -428,6 +428,7 @@ def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcom
     assert all(torch.equal(value, weights[name]) for name, value in expected_weights.items())
 
 
+@LONG  # eight starts of the trainer
 def test_crashes_are_restarted_up_to_a_cap(site: Site, outcome: Callable) -> None:
     number = outcome(killed)
     assert site.cluster.job(number, "Restarts") == "1"
