@@ -12,7 +12,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,15 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def write_tar(path: Path, samples: Iterable[dict[str, bytes]]) -> None:
+    """Write a shard of samples, each the content of its files by their endings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, files in enumerate(samples):
+            for ending, content in files.items():
+                add_member(tar, f"{number:03}.{ending}", content)
 
 
 def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> None:

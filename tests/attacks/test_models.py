@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from attacks import ground
 from attacks.attack import Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import exists, lacks, nothing, pipe, text
-from conftest import add_member
+from conftest import write_tar
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -272,11 +271,7 @@ def replayed(folder: Path, captions: list[bytes], option: str) -> list[str]:
     """A search for a recipe from a model, with pairs of these captions as the option."""
     ground.shards(folder)
     picture = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
-    (folder / "odd").mkdir()
-    with tarfile.open(folder / "odd/0.tar", "w") as tar:
-        for number, caption in enumerate(captions):
-            add_member(tar, f"{number}.png", picture)
-            add_member(tar, f"{number}.txt", caption)
+    write_tar(folder / "odd/0.tar", ({"png": picture, "txt": caption} for caption in captions))
     places = {"--shards": "data", option: "odd"}
     words = ["init", "mine.yaml", "--start", str(ground.trained_model()), "--minutes", "0.01"]
     return [*words, *(word for pair in places.items() for word in pair)]

@@ -10,7 +10,7 @@ import yaml
 from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import kept, lacks, mine, nothing, pipe, text
-from conftest import add_member
+from conftest import write_tar
 
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -72,14 +72,10 @@ def test_set(folder: Path, kind: str, odd: dict[str, bytes]) -> list[str]:
     with tarfile.open(data / "00000.tar") as tar:
         member = next(one for one in tar if one.name.endswith(".jpg"))
         image = tar.extractfile(member).read()  # type: ignore[union-attr]
-    (folder / "test").mkdir()
+    good = {"jpg": image, "txt": b"a red bar", "cls": b"1"}
+    write_tar(folder / "test/00000.tar", ({**good, **(odd if number == 13 else {})} for number in range(20)))
     for file in data.glob("*.txt"):
         (folder / "test" / file.name).write_bytes(file.read_bytes())
-    with tarfile.open(folder / "test/00000.tar", "w") as tar:
-        for number in range(20):
-            fields = {"jpg": image, "txt": b"a red bar", "cls": b"1", **(odd if number == 13 else {})}
-            for ending, content in fields.items():
-                add_member(tar, f"{number:03}.{ending}", content)
     return ground.pretrain(folder, eval={"tasks": [{"kind": kind, "data": "test"}]})
 
 
@@ -148,18 +144,12 @@ def recipe_alone(folder: Path) -> list[str]:
 
 
 def without_captions(folder: Path) -> None:
-    (folder / "odd").mkdir()
-    with tarfile.open(folder / "odd/0.tar", "w") as tar:
-        for number in range(20):
-            add_member(tar, f"{number:03}.jpg", b"x")
+    write_tar(folder / "odd/0.tar", [{"jpg": b"x"}] * 20)
 
 
 def odd_beside_good(folder: Path) -> None:
     odd = [(b"", b"a"), (b"\xff\xd8", b"a"), (b"%!PS", b"a"), (b"x" * 999, b"\xff\0"), (b"GIF89a", b"a" * 10**6)]
-    with tarfile.open(folder / "data/00004.tar", "w") as tar:
-        for number, (image, caption) in enumerate(odd):
-            add_member(tar, f"{number}.jpg", image)
-            add_member(tar, f"{number}.txt", caption)
+    write_tar(folder / "data/00004.tar", ({"jpg": image, "txt": caption} for image, caption in odd))
 
 
 PICKLE = text("tok/tokenizer.json", b"\x80\x04cposix\nsystem\n")

@@ -153,7 +153,12 @@ def done_without(*names: str) -> Make:
 
 def torn(name: str, tail: bytes) -> Make:
     """A stopped run with bytes at the end of a file."""
-    return run_after(lambda run: (run / name).write_bytes((run / name).read_bytes() + tail))
+
+    def append(run: Path) -> None:
+        with open(run / name, "ab") as file:
+            file.write(tail)
+
+    return run_after(append)
 
 
 def in_bf16(run: Path) -> None:

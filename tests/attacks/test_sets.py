@@ -8,7 +8,7 @@ from pathlib import Path
 from attacks.attack import Attack, Ended, refused, survived, test_of
 from attacks.changes import kept
 from attacks.preparing import on_shards, picture
-from conftest import add_member
+from conftest import add_member, write_tar
 
 # Right to left, a bell, a line separator of Unicode, and a person.
 ODD = "\u202e\u05d0 \u0007\u2028 \U0001f9d1"
@@ -16,22 +16,17 @@ ODD = "\u202e\u05d0 \u0007\u2028 \U0001f9d1"
 
 def greek_shard(data: Path) -> None:
     """Three pairs in Greek, because an audit of Latin letters loads the models of forty languages."""
-    data.mkdir()
-    with tarfile.open(data / "good.tar", "w") as tar:
-        for number in range(3):
-            add_member(tar, f"{number}.jpg", picture(number))
-            add_member(tar, f"{number}.txt", f"ένας κόκκινος δίσκος, {number}".encode())
+    captions = (f"ένας κόκκινος δίσκος, {number}".encode() for number in range(3))
+    write_tar(data / "good.tar", ({"jpg": picture(number), "txt": text} for number, text in enumerate(captions)))
 
 
 def long_captions(folder: Path, verb: str = "audit") -> list[str]:
     """A caption of 1 MB in one word, 70,000 captions of one image, and odd captions."""
     greek_shard(folder / "data")
-    with tarfile.open(folder / "data/odd.tar", "w") as tar:
-        for number, caption in enumerate(("μακρ".encode() * 125_000, ODD.encode(), b"\xff\xfe")):
-            add_member(tar, f"{number}.jpg", picture(number))
-            add_member(tar, f"{number}.txt", caption)
-        add_member(tar, "many.jpg", picture(9))
-        add_member(tar, "many.json", json.dumps({"captions": [f"{n}" for n in range(70_000)]}).encode())
+    captions = ("μακρ".encode() * 125_000, ODD.encode(), b"\xff\xfe")
+    odd = [{"jpg": picture(number), "txt": caption} for number, caption in enumerate(captions)]
+    many = {"jpg": picture(9), "json": json.dumps({"captions": [f"{n}" for n in range(70_000)]}).encode()}
+    write_tar(folder / "data/odd.tar", [*odd, many])
     return ["prepare", verb, "data", *(["--num_workers", "1"] if verb == "audit" else [])]
 
 

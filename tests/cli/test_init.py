@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import add_member, metrics, write_shards
+from conftest import metrics, write_shards, write_tar
 
 from flipscale import cli
 from flipscale.data.sources.opening import open_shards
@@ -111,9 +110,7 @@ def test_errors_of_options(
     message: str, refused: Callable[..., str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    Path("silent").mkdir()
-    with tarfile.open("silent/0.tar", "w") as tar:
-        add_member(tar, "0.jpg", cv2.imencode(".jpg", np.zeros((40, 40, 3), np.uint8))[1].tobytes())
+    write_tar(Path("silent/0.tar"), [{"jpg": cv2.imencode(".jpg", np.zeros((40, 40, 3), np.uint8))[1].tobytes()}])
     assert message in refused("init", "mine.yaml", "--shards", shards, "--tokenizer", tokenizer_dir, *options)
     assert not Path("mine.yaml").exists()
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import add_member
+from conftest import write_tar
 from hub.native import LENGTH, NATIVE, export_native
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -94,13 +93,13 @@ def test_a_folder_of_half_weights_is_computed_in_fp32(name: str, tmp_path: Path)
 def test_pictures_of_any_shape_are_cropped_as_the_processor_does(family: str, tmp_path: Path) -> None:
     """A folder embeds as its `hf:`, which runs the exported processor, and their tables name the crop."""
     exported, rng = export_native(family, tmp_path), np.random.default_rng(0)
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for number, (width, height) in enumerate([(320, 240), (240, 320), (333, 241), (640, 100), (64, 64), (20, 17)]):
-            coarse = rng.integers(0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
-            picture = io.BytesIO()
-            Image.fromarray(coarse).resize((width, height)).save(picture, ("JPEG", "PNG")[number % 2])
-            add_member(tar, f"{number}.{('jpg', 'png')[number % 2]}", picture.getvalue())
-            add_member(tar, f"{number}.txt", b"a red disc")
+    samples = []
+    for number, (width, height) in enumerate([(320, 240), (240, 320), (333, 241), (640, 100), (64, 64), (20, 17)]):
+        coarse = rng.integers(0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+        picture = io.BytesIO()
+        Image.fromarray(coarse).resize((width, height)).save(picture, ("JPEG", "PNG")[number % 2])
+        samples.append({("jpg", "png")[number % 2]: picture.getvalue(), "txt": b"a red disc"})
+    write_tar(tmp_path / "0.tar", samples)
     source, accelerator = TestSet.open(str(tmp_path)).source, Accelerator(cpu=True)
     ours, theirs = (open_embedder(name, accelerator) for name in (str(exported), f"hf:{exported}"))
     assert (ours.images(source) - theirs.images(source)).abs().max() < 1e-3

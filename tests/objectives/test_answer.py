@@ -2,7 +2,6 @@
 
 import io
 import re
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, TOWERS, add_member, changed_recipe, check_start, cut, draw, metrics, trained
+from conftest import COLOURS, SHAPES, TOWERS, changed_recipe, check_start, cut, draw, metrics, trained, write_tar
 from distributed.crowd import Crowds
 from PIL import Image
 from safetensors.torch import load_file
@@ -85,16 +84,13 @@ def npy(*votes: int) -> bytes:
 
 def write_questions(folder: Path, count: int, answers: Callable[[int, str], dict[str, bytes]]) -> Path:
     """Write pictures with questions about the colour and the shape in turn."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number in range(count):
-            colour, shape = str(rng.choice([*COLOURS])), str(rng.choice(SHAPES))
-            image = cv2.cvtColor(draw(colour, shape, rng), cv2.COLOR_RGB2BGR)
-            add_member(tar, f"{number:03d}.png", cv2.imencode(".png", image)[1].tobytes())
-            add_member(tar, f"{number:03d}.txt", b"the red" if number % 2 else b"a disc")
-            for name, content in answers(number, shape if number % 2 else colour).items():
-                add_member(tar, f"{number:03d}.{name}", content)
+    rng, samples = np.random.default_rng(0), []
+    for number in range(count):
+        colour, shape = str(rng.choice([*COLOURS])), str(rng.choice(SHAPES))
+        image = cv2.imencode(".png", cv2.cvtColor(draw(colour, shape, rng), cv2.COLOR_RGB2BGR))[1].tobytes()
+        question, answer = (b"the red", shape) if number % 2 else (b"a disc", colour)
+        samples.append({"png": image, "txt": question, **answers(number, answer)})
+    write_tar(folder / "0.tar", samples)
     (folder / "classnames.txt").write_text("".join(f"{answer}\n" for answer in ANSWERS), encoding="utf-8")
     return folder
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, add_member, check_start, cut, losses, metrics, trained, write_shards
+from conftest import COLOURS, SHAPES, check_start, cut, losses, metrics, trained, write_shards, write_tar
 from distributed.crowd import Crowds
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -130,7 +129,9 @@ def test_contradicting_recipes_are_refused(
         write_shards(folder, [8])
     (plain / "classnames.txt").unlink()
     (other / "classnames.txt").write_text("".join(f"{name}\n" for name in reversed(NAMES)))
-    write_unlabelled(unlabelled)
+    image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    write_tar(unlabelled / "00000.tar", [{"png": image, "txt": b"a picture"}] * 8)
+    (unlabelled / "classnames.txt").write_text("".join(f"{name}\n" for name in NAMES))
     pairs = {"loss": {"kind": "infonce", "options": {}}}
 
     def tasks(kind: str, data: Path) -> dict:
@@ -139,7 +140,7 @@ def test_contradicting_recipes_are_refused(
     cases = {
         "no names": ({"data": {"shards": str(plain)}}, f"{plain}/classnames.txt"),
         "another number": ({"loss": {"options": {"num_classes": 10}}}, "16 classes"),
-        "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number"),
+        "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 000 has no class number"),
         "texts": (tasks("zero_shot", labelled), "'classify' has no text tower"),
         "other classes": (tasks("classification", other), f"{other} has other class names"),
         "odd couples": ({"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}}, "data.augment"),
@@ -152,13 +153,3 @@ def test_contradicting_recipes_are_refused(
         file = write(tmp_path / "refused", **changes)
         with subtests.test(name), pytest.raises(ValueError, match=re.escape(said)):
             check_start(parse_recipe(["--config", str(file)]))
-
-
-def write_unlabelled(folder: Path) -> None:
-    folder.mkdir()
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(8):
-            image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
-            add_member(tar, f"{number}.png", image)
-            add_member(tar, f"{number}.txt", b"a picture")
-    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in NAMES))

@@ -73,10 +73,14 @@ def check_against_fp64(
 STATES = [(1.0, None), (14.3, None), (14.3, 3.0), (100.0, None), (100.0, 0.5), (100.0, 0.05)]
 
 
-@pytest.mark.parametrize(("scale", "noise"), STATES)
 @pytest.mark.parametrize(
-    ("batch", "dim", "dtype"),
-    [(1, 32, torch.float32), (7, 1024, torch.bfloat16), (257, 96, torch.float32), (1531, 33, torch.bfloat16)],
+    ("batch", "dim", "dtype", "scale", "noise"),
+    [
+        *((257, 96, torch.float32, *state) for state in STATES),
+        *((7, 1024, torch.bfloat16, *state) for state in STATES[::2]),
+        (1, 32, torch.float32, *STATES[4]),
+        (1531, 33, torch.bfloat16, *STATES[4]),
+    ],
 )
 def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None) -> None:
     check_against_fp64([*embeds_of(batch, dim, noise, dtype), torch.tensor([scale])])

@@ -48,9 +48,14 @@ def of_prefixes(plain: Loss, dims: list[int]) -> Loss:
     return loss
 
 
-@pytest.mark.parametrize(("scale", "noise"), [(1.0, None), (14.3, 3.0), (100.0, 0.5)])
 @pytest.mark.parametrize(
-    ("batch", "dim", "dtype"), [(1, 32, torch.float32), (7, 1024, torch.bfloat16), (1031, 33, torch.float32)]
+    ("batch", "dim", "dtype", "scale", "noise"),
+    [
+        (1, 32, torch.float32, 100.0, 0.5),
+        (7, 1024, torch.bfloat16, 14.3, 3.0),
+        (1031, 33, torch.float32, 1.0, None),
+        (1031, 33, torch.float32, 100.0, 0.5),
+    ],
 )
 def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None) -> None:
     inputs = [*embeds_of(batch, dim, noise, dtype), torch.tensor([scale])]

@@ -46,8 +46,15 @@ def plain_loss(
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize(("noise", "weight", "scales"), [(None, 1.0, [100.0]), (0.5, 0.3, [14.3, 60.0])])
-@pytest.mark.parametrize(("batch", "dim", "views"), [(1, 32, 1), (7, 32, 3), (257, 96, 1), (1531, 128, 2)])
+@pytest.mark.parametrize(
+    ("batch", "dim", "views", "scales", "weight", "noise"),
+    [
+        (1, 32, 1, [100.0], 1.0, None),
+        (7, 32, 3, [14.3, 60.0], 0.3, 0.5),
+        (257, 96, 1, [100.0], 1.0, None),
+        (1531, 128, 2, [14.3, 60.0], 0.3, 0.5),
+    ],
+)
 def test_value_and_gradients(
     batch: int, dim: int, views: int, scales: list[float], weight: float, noise: float | None
 ) -> None:
