@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,21 @@ def write_set(
     (folder / "test" / "nshards.txt").write_text(f"{num_shards}\n")
     if dataset_type:
         (folder / "dataset_type.txt").write_text(dataset_type)
+    return folder
+
+
+def png(image: np.ndarray) -> bytes:
+    """Return an image, uint8 RGB, as a PNG file."""
+    return encode("png")(image)
+
+
+def write_samples(folder: Path, samples: Iterable[dict[str, bytes]]) -> Path:
+    """Write a folder of one shard: the files of each sample by their extensions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number, files in enumerate(samples):
+            for name, content in files.items():
+                add_member(tar, f"{number:03d}.{name}", content)
     return folder
 
 

@@ -1,12 +1,11 @@
 """Baselines without learning: the nearest training image by pixels and by histograms of gradients."""
 
-import tarfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import add_member
+from evaluation.made_up_sets import png, write_samples
 
 from flipscale.evaluation.baselines import (
     PLAIN,
@@ -50,14 +49,11 @@ def test_pixels_find_colour_and_hog_finds_shape() -> None:
 
 
 def write_drawings(folder: Path, shift: int, captions: list[str]) -> Path:
-    folder.mkdir()
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number, (name, caption) in enumerate(zip(NAMES, captions, strict=True)):
-            png = cv2.imencode(".png", cv2.cvtColor(draw(name, shift), cv2.COLOR_RGB2BGR))[1].tobytes()
-            add_member(tar, f"{number}.png", png)
-            add_member(tar, f"{number}.txt", caption.encode())
-            add_member(tar, f"{number}.cls", str(number).encode())
-    return folder
+    samples = (
+        {"png": png(draw(name, shift)), "txt": caption.encode(), "cls": str(number).encode()}
+        for number, (name, caption) in enumerate(zip(NAMES, captions, strict=True))
+    )
+    return write_samples(folder, samples)
 
 
 def test_baselines_of_shards(tmp_path: Path) -> None:

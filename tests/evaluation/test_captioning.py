@@ -1,15 +1,14 @@
 """Captions that a small decoder writes, and classes by their likelihood, against the plain computation."""
 
 import dataclasses
-import tarfile
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import COLOURS, SHAPES, TOWER, add_member, write_shards
+from conftest import COLOURS, SHAPES, TOWERS, write_shards
+from evaluation.made_up_sets import png, write_samples
 from evaluation.tiny_model import CAPTION_LENGTH, pixels_of, tiny_writer
 
 from flipscale.data.captions import tokenise
@@ -30,15 +29,14 @@ def embedder() -> Embedder:
 
 @pytest.fixture(scope="module")
 def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("captions")
     rng = np.random.default_rng(0)
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number in range(21):
-            image = rng.integers(0, 256, (32, 32, 3), np.uint8)
-            lines = [f"a {rng.choice([*COLOURS])} {rng.choice(SHAPES)}." for _ in range(1 + number % 3)]
-            add_member(tar, f"{number:03d}.png", cv2.imencode(".png", image)[1].tobytes())
-            add_member(tar, f"{number:03d}.txt", ("\n".join(lines) + "\n\n").encode())
-    return folder
+
+    def sample(number: int) -> dict[str, bytes]:
+        lines = [f"a {rng.choice([*COLOURS])} {rng.choice(SHAPES)}." for _ in range(1 + number % 3)]
+        image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        return {"png": png(image), "txt": ("\n".join(lines) + "\n\n").encode()}
+
+    return write_samples(tmp_path_factory.mktemp("captions"), map(sample, range(21)))
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, Result]:
@@ -131,8 +129,7 @@ def test_a_model_in_training_writes_what_its_captioner_does(embedder: Embedder, 
 
 
 def test_a_model_without_a_decoder_is_refused(tmp_path: Path, embedder: Embedder) -> None:
-    config = FlipConfig(vision_config={**TOWER, "image_size": 32, "patch_size": 8}, text_config=TOWER)
-    without = dataclasses.replace(embedder, model=FlipModel(config).eval(), name="runs/clip")
+    without = dataclasses.replace(embedder, model=FlipModel(FlipConfig(**TOWERS)).eval(), name="runs/clip")
     with pytest.raises(ValueError, match=r"captioning is of kind .*the model runs/clip has no decoder; use kind zero"):
         evaluated(without, kind="captioning", data=str(tmp_path))
 

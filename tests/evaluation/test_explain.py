@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import COLOURS, SHAPES, TOWER, draw, write_shards
+from conftest import COLOURS, SHAPES, TOWER, TOWERS, draw, write_shards
 from evaluation.tiny_model import tiny_embedder
 from foreign_towers import shaken
 from torch.nn.functional import linear, normalize
@@ -28,12 +28,7 @@ from flipscale.objectives.contrastive import contrastive_loss
 
 
 def model_of() -> FlipModel:
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    return shaken(FlipModel(config))
+    return shaken(FlipModel(FlipConfig(**TOWERS, projection_dim=16)))
 
 
 def embedder_of(model: Any, tokenizer: Any = None) -> Embedder:
@@ -60,8 +55,7 @@ def hooked(module: torch.nn.Module, found: list[torch.Tensor]) -> Any:
 
 
 def test_clip_has_values_of_the_last_block() -> None:
-    towers = {"vision_config": {**TOWER, "image_size": 32, "patch_size": 8}, "text_config": {**TOWER, "vocab_size": 16}}
-    model, pixels = shaken(CLIPModel(CLIPConfig(**towers, projection_dim=12))), torch.randn(2, 3, 32, 32)
+    model, pixels = shaken(CLIPModel(CLIPConfig(**TOWERS, projection_dim=12))), torch.randn(2, 3, 32, 32)
     vision, found = model.vision_model, list[torch.Tensor]()
     with torch.no_grad(), hooked(vision.encoder.layers[1].layer_norm1, found):
         vision(pixels)
@@ -73,8 +67,7 @@ def test_clip_has_values_of_the_last_block() -> None:
 
 
 def test_siglip_has_values_of_the_pooling_head() -> None:
-    towers = {"vision_config": {**TOWER, "image_size": 32, "patch_size": 8}, "text_config": {**TOWER, "vocab_size": 16}}
-    model, pixels = shaken(SiglipModel(SiglipConfig(**towers))), torch.randn(2, 3, 32, 32)
+    model, pixels = shaken(SiglipModel(SiglipConfig(**TOWERS))), torch.randn(2, 3, 32, 32)
     head, width = model.vision_model.head, TOWER["hidden_size"]
     with torch.no_grad():
         tokens = model.vision_model(pixels).last_hidden_state

@@ -1,16 +1,15 @@
 """Linear probes and few shots: against scikit-learn and traces by hand, on several processes, and bad input."""
 
-import tarfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import add_member, write_shards
+from conftest import write_shards
+from evaluation.made_up_sets import png, write_samples
 from evaluation.tiny_model import in_processes, tiny_embedder
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
@@ -313,13 +312,8 @@ def test_other_training_images_are_another_setting(embedder: Embedder, shards: P
 
 
 def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
-    folder.mkdir(parents=True)
-    image = cv2.imencode(".png", np.full((8, 8, 3), 90, np.uint8))[1].tobytes()
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number, label in enumerate(labels):
-            add_member(tar, f"{number}.png", image)
-            if label is not None:
-                add_member(tar, f"{number}.cls", label.encode())
+    image = {"png": png(np.full((8, 8, 3), 90, np.uint8))}
+    write_samples(folder, (image if label is None else {**image, "cls": label.encode()} for label in labels))
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
     return folder
 

@@ -1,14 +1,12 @@
 """Zero-shot and retrieval against figures by hand from the model's own features, and the tasks of a recipe."""
 
 import dataclasses
-import tarfile
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import add_member
+from evaluation.made_up_sets import png, write_samples
 from evaluation.tiny_model import pixels_of
 
 from flipscale.data.samples import SampleNumbers
@@ -49,11 +47,9 @@ def test_retrieval(embedder: Embedder, shards: Path) -> None:
 
 
 def test_images_of_several_captions(embedder: Embedder, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for number, colour in enumerate(((0, 0, 255), (255, 0, 0), (0, 255, 0))):
-            image = np.full((32, 32, 3), colour, np.uint8)
-            add_member(tar, f"{number}.png", cv2.imencode(".png", image)[1].tobytes())
-            add_member(tar, f"{number}.txt", f"a red\nthe blue {number}\n\n".encode())
+    images = (png(np.full((32, 32, 3), colour, np.uint8)) for colour in np.eye(3, dtype=np.uint8) * 255)
+    captions = (f"a red\nthe blue {number}\n\n".encode() for number in range(3))
+    write_samples(tmp_path, ({"png": image, "txt": text} for image, text in zip(images, captions, strict=True)))
     (own,) = run_tasks(embedder, build_tasks([{"kind": "retrieval", "data": str(tmp_path), "ks": [1]}]))[:1]
     assert own.n == 9, "a blank line is a caption too, as in CLIP_benchmark"
     assert own.chance == pytest.approx(100 / 3)
@@ -74,10 +70,7 @@ def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             evaluated(embedder, kind=kind, data=str(tmp_path))
 
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        add_member(tar, "0.png", b"no picture")
-        add_member(tar, "0.txt", b"a red disc")
-        add_member(tar, "1.png", b"no picture")
+    write_samples(tmp_path, [{"png": b"no picture", "txt": b"a red disc"}, {"png": b"no picture"}])
     refused(r"0.tar#1 has no caption", "retrieval")
     refused(r"classnames.txt is missing", "zero_shot")
     (tmp_path / "classnames.txt").write_text("one\n")
@@ -85,8 +78,7 @@ def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
     refused(r"0.tar#0 has class None; 1 are listed", "zero_shot")
     with pytest.raises(ValueError, match=r"image 0.tar#0 cannot be decoded"):
         embedder.images(TarSource(str(tmp_path)))
-    with tarfile.open(tmp_path / "0.tar", "w"):
-        pass
+    write_samples(tmp_path, [])
     refused(r"empty: 0 samples in 1 shards", "retrieval")
 
 

@@ -1,13 +1,11 @@
 """Test sets: their layouts, and one line for each fault."""
 
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import add_member
-from evaluation.made_up_sets import npy, write_set
+from evaluation.made_up_sets import npy, write_samples, write_set
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.test_set import TestSet
@@ -113,7 +111,5 @@ def test_labels_and_captions(tmp_path: Path, embedder: Embedder) -> None:
         TestSet.open(str(folder)).captions(embedder)
     folder = write_set(tmp_path / "several", 1, 1, lambda number, label: {"txt": b"a\n\n b \n"})
     assert TestSet.open(str(folder)).captions(embedder) == [["a", "", " b "]], "unchanged"
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        add_member(tar, "0.png", b"picture")
-        add_member(tar, "0.json", b'{"captions": ["a disc", "a ring"]}')
+    write_samples(tmp_path, [{"png": b"picture", "json": b'{"captions": ["a disc", "a ring"]}'}])
     assert TestSet.open(str(tmp_path)).captions(embedder) == [["a disc", "a ring"]]

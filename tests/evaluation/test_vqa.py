@@ -2,16 +2,14 @@
 
 import dataclasses
 import itertools
-import tarfile
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import COLOURS, SHAPES, TOWER, add_member
-from evaluation.made_up_sets import npy
+from conftest import COLOURS, SHAPES, TOWER, TOWERS
+from evaluation.made_up_sets import npy, png, write_samples
 from evaluation.tiny_model import pixels_of, tiny_embedder
 from transformers import AutoTokenizer
 
@@ -29,8 +27,8 @@ ANSWERS = ["yes", "no", *COLOURS, *SHAPES]
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
     config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "attend_to_padding": False},
+        vision_config=TOWERS["vision_config"],
+        text_config={**TOWERS["text_config"], "attend_to_padding": False},
         projection_dim=16,
         answer_config={
             **{name: TOWER[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")},
@@ -50,17 +48,14 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 
 def write_questions(folder: Path, answers: list[dict[str, bytes]], questions: list[str] | None = None) -> Path:
     """A set of a question for each of `answers`: the other files of its sample, `cls` or `npy`."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for number, files in enumerate(answers):
-            image = rng.integers(0, 256, (32, 32, 3), np.uint8)
-            words = [*COLOURS, *SHAPES]
-            question = questions[number] if questions else f"the {rng.choice(words)} a {rng.choice(words)}"
-            add_member(tar, f"{number:03d}.png", cv2.imencode(".png", image)[1].tobytes())
-            add_member(tar, f"{number:03d}.txt", question.encode())
-            for name, content in files.items():
-                add_member(tar, f"{number:03d}.{name}", content)
+    rng, words = np.random.default_rng(0), [*COLOURS, *SHAPES]
+
+    def sample(number: int) -> dict[str, bytes]:
+        image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        question = questions[number] if questions else f"the {rng.choice(words)} a {rng.choice(words)}"
+        return {"png": png(image), "txt": question.encode(), **answers[number]}
+
+    write_samples(folder, map(sample, range(len(answers))))
     (folder / "classnames.txt").write_text("".join(f"{answer}\n" for answer in ANSWERS), encoding="utf-8")
     return folder
 

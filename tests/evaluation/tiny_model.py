@@ -11,7 +11,7 @@ import numpy as np
 import processes
 import torch
 from accelerate import Accelerator
-from conftest import COLOURS, SHAPES, TOWER
+from conftest import COLOURS, SHAPES, TOWER, TOWERS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,11 +29,7 @@ CAPTION_LENGTH = 6
 def tiny_embedder(tokenizer_dir: str | Path, batch_size: int, projection_dim: int = 16) -> Embedder:
     """Return the embedder of the model; its weights are the same every time."""
     torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=projection_dim,
-    )
+    config = FlipConfig(**TOWERS, projection_dim=projection_dim)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=batch_size)
 
@@ -54,7 +50,7 @@ def tiny_writer(accelerator: Accelerator, batch_size: int = 16) -> Embedder:
         tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        vision_config=TOWERS["vision_config"],
         decoder_config={
             **{name: TOWER[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")},
             **{"num_hidden_layers": 2, "vocab_size": len(WORDS), "max_position_embeddings": CAPTION_LENGTH},
