@@ -54,7 +54,8 @@ def train(
     saver = Saver(setup, session, engine, tracker, on_checkpoint)
     evaluations = Evaluations(evaluator, setup, engine, tracker)
     between = BetweenSteps(accelerator, run_dir, recipe.log, watch)
-    sync = StepSync(accelerator, saver.writer, watch, request, session.step, schedule.budget_seconds)
+    start = (session.step, schedule.budget_seconds, session.trained_seconds)
+    sync = StepSync(accelerator, saver.writer, watch, request, *start)
     tracker.start(session.step)
     stops = False
 

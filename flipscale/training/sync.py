@@ -124,10 +124,12 @@ class StepSync:
         request: StopRequest,
         first_step: int = 0,
         budget_seconds: float | None = None,
+        seconds_before: float = 0.0,
     ):
+        """`seconds_before` is the training time of earlier starts. All processes have the same, and so begin alike."""
         self.progress: BudgetProgress | None = None
         if budget_seconds is not None:
-            self.progress = BudgetProgress(first_step - 1, watch.trained_seconds / budget_seconds, 0.0)
+            self.progress = BudgetProgress(first_step - 1, seconds_before / budget_seconds, 0.0)
         self._accelerator, self._checkpoints, self._watch = accelerator, checkpoints, watch
         self._request = request
         self._unread: deque[_Unread] = deque()
