@@ -322,6 +322,21 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in metrics(run_dir) if "loss" in record]
 
 
+@pytest.fixture
+def assert_evaluated_alike(shards: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], None]:
+    """Checks that `flipscale evaluate` finds what a run with a task `zero_shot` found at its end."""
+
+    def check(run_dir: Path) -> None:
+        from flipscale.cli import main
+
+        capsys.readouterr()
+        main(["evaluate", str(run_dir), "--zero_shot", str(shards), "--json"])
+        found = json.loads(capsys.readouterr().out)["zero_shot/top1"]
+        assert found == [record["zero_shot/top1"] for record in metrics(run_dir) if "zero_shot/top1" in record][-1]
+
+    return check
+
+
 def cut(run_dir: Path, copy: Path, step: int) -> None:
     """Copy a finished run as of the checkpoint of `step`, with the metrics of later steps."""
     shutil.copytree(run_dir, copy)

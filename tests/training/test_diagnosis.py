@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, trained
 
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
@@ -40,7 +39,6 @@ def said(recipe: Recipe, captions: torch.Tensor | None = None, intervals: int = 
 
 
 def diverging(number: int) -> float:
-    """Return gradient norms that grow when the loss rises again."""
     return 20.0 if number > 45 else 1.0
 
 
@@ -64,14 +62,7 @@ def test_a_run_that_learns_says_nothing(tiny: Recipe) -> None:
         ("nearly all images have one embedding; lower stages.base_lr", {"loss": CHANCE, "image_spread": 0.001}),
         ("75% of a batch's captions are one caption", {"loss": CHANCE, "text_spread": 0.0}),
         ("logit_scale is at its bound 100 at a loss of 2.5", {"loss": 2.5, "logit_scale": 99.99}),
-        (
-            "the gradient norm grew from 1 to 20; lower",
-            {"loss": 1.0, "grad_norm": lambda number: 20.0 if number > 30 else 1.0},
-        ),
-        (
-            "the gradient norm grew from 1 to 20; lower",
-            {"loss": lambda number: max(2 - number / 10, 0.5) + (number > 45), "grad_norm": diverging},
-        ),
+        ("the gradient norm grew from 1 to 20; lower", {"loss": 1.0, "grad_norm": diverging}),
     ],
 )
 def test_each_cause_is_said_once_with_its_field(tiny: Recipe, cause: str, changes: dict) -> None:
@@ -100,11 +91,3 @@ def test_a_temperature_frozen_in_its_stage_is_no_cause(tiny: Recipe) -> None:
     frozen = replace(tiny, stages=[replace(tiny.stages[0], frozen=("logit_scale",)), *tiny.stages[1:]])
     assert said(frozen, loss=2.5, logit_scale=100.0) == []
     assert len(said(frozen, loss=2.5, logit_scale=100.0, stage="unmasked")) == 1
-
-
-def test_a_run_that_does_not_learn(write_recipe, tmp_path: Path) -> None:
-    stages = [{"name": "masked", "samples": 640, "mask_ratio": 0.75, "base_lr": 1e-9}]
-    done = trained(write_recipe(tmp_path / "run", stages=stages))
-    (line,) = [line for line in done.stderr.splitlines() if "chance" in line]
-    assert "samples" in line
-    assert 0.0 < metrics(tmp_path / "run")[-1]["image_spread"] <= 1.0

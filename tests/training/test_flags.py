@@ -92,9 +92,6 @@ def vocabulary(run: str) -> int:
 def test_the_refusal_of_a_changed_rate_names_a_command_that_works(short: Path, refused: Callable[..., str]) -> None:
     cli.main(["pretrain", "--config", "mine.yaml"])
     changed = ["pretrain", "--config", "mine.yaml", "--stages.only.base_lr", "0.02"]
-    Path("mine_2").mkdir()
-    assert refused(*changed).endswith("--output_dir mine_3")
-    Path("mine_2").rmdir()
     line = refused(*changed)
     assert "stages[0].base_lr: 0.01, now 0.02" in line
     flags = shlex.split(line.split(" add ")[1])
@@ -110,9 +107,6 @@ def test_the_refusal_of_a_changed_rate_names_a_command_that_works(short: Path, r
     Path("mine_2/DONE").unlink()
     cli.main([*changed, *flags])
     assert vocabulary("mine_2") == 12
-    assert "mine_2 holds a run of another recipe (stages[0].base_lr: 0.02, now 0.03)" in refused(
-        *changed[:-1], "0.03", *flags
-    )
 
 
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-16,laion2b_s34b_b88k", "hf:openai/clip-vit-base-patch16"])

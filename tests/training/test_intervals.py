@@ -1,14 +1,7 @@
 """The records of a run: by default a hundred of them, and one each half minute of a long run."""
 
-from pathlib import Path
-
-import pytest
-import yaml
-from conftest import metrics, pretrain
-
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import LogRecipe
-from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import BudgetProgress, Clock, Schedule, schedule_stages
 from flipscale.training.tracking import Intervals
 
@@ -47,14 +40,3 @@ def test_each_hundredth_of_a_time_budget_has_a_record() -> None:
         count += intervals.ends(clock.step, ticked=False)
         clock.advance(BudgetProgress(number, (number + 1) / 1000, 0.001))
     assert count in (99, 100)
-
-
-@pytest.mark.long
-def test_a_run_has_a_hundred_records(write_recipe, recipe: dict, tmp_path: Path) -> None:
-    stages = [{"name": "only", "samples": 16 * 250, "mask_ratio": 0.75, "base_lr": 0.012}]
-    file = write_recipe(tmp_path / "run", stages=stages)
-    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "log": {"report_to": []}}))
-    assert parse_recipe(["--config", str(file)]).log.every_samples is None
-    done = pretrain(file, 2)
-    assert done.returncode == 0, done.stderr
-    assert len(metrics(tmp_path / "run")) == 100

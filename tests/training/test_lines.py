@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import launch
 
 from flipscale.recipe.optim import StageRecipe
 from flipscale.runs.complete_recipe import parse_recipe
@@ -43,23 +42,9 @@ def test_the_command_is_the_one_that_was_typed(
     for name in ("BIN", "OTHER"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "flipscale").touch(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "BIN"))
-    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "FLIPSCALE_STOP_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", {"PATH": str(tmp_path / "BIN")})
     monkeypatch.setattr(sys, "orig_argv", [re.sub("^(BIN|OTHER)", rf"{tmp_path}/\1", word) for word in words])
     assert typed_command() == (typed and typed.replace("OTHER", f"{tmp_path}/OTHER"))
-
-
-def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
-    launcher = tmp_path / "torchrun"
-    code = "from flipscale.training.run_directory import typed_command; print(typed_command())"
-    launcher.write_text(
-        f"#!{sys.executable}\nimport os, subprocess, sys\n"
-        f"subprocess.run([sys.executable, '-c', {code!r}], env={{**os.environ, 'WORLD_SIZE': '2'}}, check=True)\n"
-    )
-    launcher.chmod(0o755)
-    done = launch(["torchrun", "-m", "flipscale.pretrain"], PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert done.stdout == "torchrun -m flipscale.pretrain\n", done.stderr
 
 
 def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TOWER, losses, metrics
+from conftest import TOWER, losses
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPProcessor, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -59,7 +59,7 @@ def test_a_recipe_takes_what_the_folder_has(file: Path, foreign: Path) -> None:
 
 
 def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(
-    file: Path, foreign: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, foreign: Path, shards: Path, tmp_path: Path, assert_evaluated_alike: Callable[[Path], None]
 ) -> None:
     task = f"[{{kind: zero_shot, data: {shards}}}]"
     pretrain(parse_recipe(["--config", str(file), "--eval.tasks", task]))
@@ -73,10 +73,7 @@ def test_it_trains_on_from_the_weights_and_exports_a_plain_folder(
     assert type(AutoModel.from_pretrained(run_dir / "model")) is CLIPModel
     assert not list((run_dir / "model").glob("*.py"))
     # Evaluated alone, it is as good as in its run.
-    capsys.readouterr()
-    main(["evaluate", str(run_dir), "--zero_shot", str(shards), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["zero_shot/top1"] == [r["zero_shot/top1"] for r in metrics(run_dir) if "zero_shot/top1" in r][-1]
+    assert_evaluated_alike(run_dir)
     main(["export", str(run_dir), "--out", str(run_dir / "model")])  # its own folder is replaced
     with pytest.raises(SystemExit):
         main(["export", str(run_dir), "--out", str(foreign)])

@@ -1,16 +1,11 @@
 """What is asked before a run begins."""
 
 import os
-import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import add_member
 
-from flipscale.engines.launch import place_in_world
-from flipscale.evaluation.suite import build_tasks, check_decodable
 from flipscale.io.files import check_writable
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training import session
@@ -33,11 +28,6 @@ def test_a_batch_of_more_pairs_than_there_are(
     assert line.startswith("data.global_batch_size is 128 and there are 96 pairs: every batch repeats pairs")
 
 
-def test_a_rank_outside_of_its_world() -> None:
-    with pytest.raises(ValueError, match="RANK=2 and WORLD_SIZE=2; a launcher sets 0 to 1"):
-        place_in_world({"RANK": "2", "WORLD_SIZE": "2"})
-
-
 def test_workers_inherit_the_cores_that_accelerate_chooses(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,19 +44,3 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
             session.join(open_setup(recipe), session.StartTimings())
     finally:
         os.sched_setaffinity(0, cores)
-
-
-def test_a_bad_sample_of_a_test_set_is_found_by_one_process(shards: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    shutil.copytree(shards, folder)
-    with tarfile.open(folder / "00009.tar", "w") as tar:
-        add_member(tar, "odd.jpg", b"\xff\xd8\xff no picture")
-        add_member(tar, "odd.txt", b"a red bar")
-    tasks, errors = build_tasks([{"kind": "retrieval", "data": str(folder)}]), []
-    for rank in range(3):
-        try:
-            check_decodable(tasks, 32, rank, 3)
-        except ValueError as error:
-            errors.append(str(error))
-    assert len(errors) == 1
-    assert "cannot be decoded" in errors[0]

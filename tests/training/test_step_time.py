@@ -18,19 +18,15 @@ from flipscale.recipe.outputs import LogRecipe
 from flipscale.training.between_steps import BetweenSteps
 
 
-def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: Path) -> None:
+def test_each_rank_writes_a_profile(write_recipe, tmp_path: Path) -> None:
     log = {"every_samples": 16, "report_to": ["tensorboard"], "profile_steps": 2}
     stages = [{"name": "short", "samples": 128, "base_lr": 0.001, "mask_ratio": 0.5}]
-    done = trained(write_recipe(tmp_path / "run", log=log, stages=stages), 2)
+    trained(write_recipe(tmp_path / "run", log=log, stages=stages), 2)
     for rank in (0, 1):
         with gzip.open(tmp_path / f"run/profile/rank-{rank:05d}.trace.json.gz", "rt") as file:
             names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
         backward = [name for name in names if name.startswith("autograd::engine::evaluate_function: AddmmBackward")]
         assert backward, "the backward pass is in the trace"
-    (line,) = [line for line in done.stderr.splitlines() if "the profile of the steps" in line]
-    assert line.endswith(
-        f"rank 0: the profile of the steps is in {tmp_path}/run/profile: open its rank-*.trace.json.gz at https://ui.perfetto.dev"
-    )
     assert len([record for record in metrics(tmp_path / "run") if "loss" in record]) == 8
     assert list((tmp_path / "run/tensorboard").glob("events*"))
 
@@ -80,23 +76,21 @@ def gpu(rank: int, world: int) -> Any:
     return SimpleNamespace(device=torch.device("cuda"), process_index=rank, num_processes=world)
 
 
-@pytest.mark.parametrize("setting", ["profile_steps", "memory_steps"])
-def test_a_few_ranks_write_a_trace_or_a_memory_history(
-    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_ranks_write_a_trace_and_a_memory_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: None)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: written.append(Path(file).name))
     profile = SimpleNamespace(start=lambda: None, stop=lambda: None)
     profile.export_chrome_trace = lambda file: written.append(Path(file).name)
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # seconds in a process with many modules
     watch = StepWatch(Accelerator(cpu=True), tmp_path, hang_seconds=60.0)
-    for rank in (0, 1, 2, 128, 254, 255):
-        with BetweenSteps(gpu(rank, 256), tmp_path, LogRecipe(**{setting: 2}), watch) as between:
-            for number in range(6):
+    for rank in (0, 1, 2, 254, 255):
+        with BetweenSteps(gpu(rank, 256), tmp_path, LogRecipe(profile_steps=2, memory_steps=2), watch) as between:
+            for number in range(9):
                 between.after_step(number)
-    end = "trace.json.gz" if setting == "profile_steps" else "memory.pickle"
-    assert written == [f"rank-{rank:05d}.{end}" for rank in (0, 1, 255)]
+    expected = [f"rank-{rank:05d}.{end}" for rank in (0, 1, 255) for end in ("trace.json.gz", "memory.pickle")]
+    assert written == expected
 
 
 def test_nsys_records_the_steps_in_place_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

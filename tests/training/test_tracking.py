@@ -1,6 +1,5 @@
 """Trackers get the project, the recipe and one run id; metrics survive a torn line."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -63,15 +62,6 @@ def test_trackers_get_the_project_the_recipe_and_one_run_id(
     hparams = [EventAccumulator(str(file)).Reload() for file in files]
     assert [file.name[:6] for file in files] == ["events"] * len(files)
     assert any("_hparams_/session_start_info" in one.summary_metadata for one in hparams)
-
-
-def test_a_torn_line_of_metrics_is_dropped_on_resume(write_recipe, tmp_path: Path) -> None:
-    plan = open_setup(parse_recipe(["--config", str(write_recipe(tmp_path))]))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    accelerator = Accelerator(cpu=True)
-    Tracker(plan, accelerator, StepWatch(accelerator, tmp_path, 60.0), {}).start(2)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"
 
 
 def test_mfu_counts_the_rows_of_packed_captions(write_recipe, tmp_path: Path) -> None:
