@@ -11,25 +11,13 @@ from processes import free_port
 
 from flipscale.training.run_summary import RunSummary
 
-FLAGS = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-
-
-def test_a_launcher_that_starts_fewer_than_it_promised_is_refused(write_recipe, tmp_path: Path) -> None:
-    file = write_recipe(tmp_path / "alone")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *FLAGS, "-m", "flipscale.pretrain"]
-    done = launch([*command, "--config", str(file)])
-    assert done.returncode != 0
-    assert "flipscale: error: the launcher promised 2 or more processes, 1 started" in done.stderr
-
-
-LONG = [pytest.param(engine, marks=pytest.mark.long) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")]
-
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["hsdp", *LONG])
+@pytest.mark.parametrize("engine", ["hsdp", "zero3"])
 def test_launch_file_over_two_machines(write_recipe, tmp_path: Path, engine: str) -> None:
-    """The README's multi-node command with every launch file: two launchers, one process each, in bf16."""
-    file = write_recipe(tmp_path / "nodes")
+    """The README's multi-node command, as torch and as DeepSpeed shard: two launchers, one process each, in bf16."""
+    stages = [{"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64}]
+    file = write_recipe(tmp_path / "nodes", stages=stages)
     flags = ["--config_file", f"ds_configs/{engine}.yaml", "--num_machines", "2", "--num_processes", "2"]
     flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     if engine == "hsdp":
@@ -45,7 +33,6 @@ def test_launch_file_over_two_machines(write_recipe, tmp_path: Path, engine: str
     (start,) = RunSummary(tmp_path / "nodes").kept_starts
     assert (start["engine"], start["num_processes"]) == (engine, 2)
     assert json.loads((tmp_path / "nodes/environment.json").read_text())["mixed_precision"] == "bf16"
-    trained(write_recipe(tmp_path / "one"))
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "nodes")
-    assert len(two) == 40
-    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) < 0.05
+    trained(write_recipe(tmp_path / "one", stages=stages))
+    assert len(losses(tmp_path / "nodes")) == 10
+    assert losses(tmp_path / "nodes") == pytest.approx(losses(tmp_path / "one"), abs=0.05)

@@ -39,7 +39,7 @@ def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
 
 
 def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
-    """Write the samples that this process read for five tasks, and the embeddings of all images."""
+    """Write the samples that this process read for four tasks, and the embeddings of all images."""
     languages.babel_imagenet = lambda: {  # type: ignore[assignment]
         "de": ([3, 0, 7], ["red cross", "red disc", "green cross"], ["a {c}", "the {c}"]),
         "zh": ([9, 5], ["blue bar", "green bar"], ["{c} a"]),
@@ -50,7 +50,6 @@ def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
     embedder = drawn(tokenizer)
     listed = [
         {"kind": "zero_shot", "data": folder},
-        {"kind": "zero_shot", "data": folder, "name": "clip", "templates": "imagenet7"},
         {"kind": "retrieval", "data": folder},
         {"kind": "multilingual_retrieval", "data": folder},
         {"kind": "multilingual_zero_shot", "data": folder},
@@ -64,12 +63,10 @@ def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
     embedder.accelerator.end_training()
 
 
-def run_ranks(world: int, seconds: float, function: Callable[..., None], *arguments: object) -> None:
+def run_ranks(world: int, function: Callable[..., None], *arguments: object) -> None:
     """Run a function in processes that meet; one process has no launcher."""
     running = start_ranks(world, function, *arguments) if world > 1 else [processes.start(function, *arguments)]
-    for process in running:
-        process.join(seconds)
-        assert process.exitcode == 0
+    assert processes.exit_codes(running) == [0] * world
 
 
 def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -86,17 +83,11 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
     for world in (1, 2, 3):
         out = tmp_path / f"{world}"
         out.mkdir()
-        run_ranks(world, 120, read_and_embed, str(folder), str(tokenizer_dir), str(out))
+        run_ranks(world, read_and_embed, str(folder), str(tokenizer_dir), str(out))
         told = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
         assert sorted(where for one in told for where in one["read"]) == every
         assert all(one["values"] == told[0]["values"] for one in told)
         found[world] = (told[0]["values"], *torch.load(out / "0.pt"))
-    whole = found[1][0]
-    for metric in ("multilingual_retrieval/image_to_text_r10", "multilingual_zero_shot/top1"):
-        assert 0 < whole[metric] < 100
-    assert whole["multilingual_zero_shot/top1"] == (
-        pytest.approx((whole["multilingual_zero_shot/top1_de"] + whole["multilingual_zero_shot/top1_zh"]) / 2)
-    )
     for values, embeds, texts in (found[2], found[3]):
         assert values == found[1][0]
         assert torch.equal(embeds, found[1][1])
@@ -122,7 +113,7 @@ def test_captions_are_scored_as_one_set(tmp_path: Path) -> None:
     for world in (1, 2):
         out = tmp_path / f"{world}"
         out.mkdir()
-        run_ranks(world, 120, write, str(folder), str(out))
+        run_ranks(world, write, str(folder), str(out))
         found[world] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
     assert found[2] == found[1] * 2
     assert found[1][0]["captioning/cider"][0] > 0
@@ -166,7 +157,7 @@ def test_what_one_process_finds_ends_both(tmp_path: Path, tokenizer_dir: Path, d
     with tarfile.open(folder / "0.tar", "w") as tar:
         for number in range(99):
             add_member(tar, f"{number:02d}.png", b"no picture" if number == 20 and not deadly else png)
-    run_ranks(2, 60, fail, str(folder), str(tokenizer_dir), str(tmp_path), deadly)
+    run_ranks(2, fail, str(folder), str(tokenizer_dir), str(tmp_path), deadly)
     told = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert len(told[0].splitlines()) == 1

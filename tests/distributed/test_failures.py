@@ -157,7 +157,7 @@ def fail_together(file: str, folder: str, last: int) -> None:
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
-@pytest.mark.parametrize("last", [1, 0])
+@pytest.mark.parametrize("last", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, last: int) -> None:
     file = str(write_recipe(tmp_path / "run"))
     assert processes.exit_codes(start_ranks(2, fail_together, file, str(tmp_path), last)) == [1, 1]
@@ -205,7 +205,6 @@ def _processes_of(variable: str) -> list[str]:
 def stop(file: str, folder: str, where: str) -> None:
     """Train on two processes; rank 1 is stopped outside of a step."""
     from flipscale.engines import watchdog
-    from flipscale.engines.checkpoint import CheckpointWriter
     from flipscale.runs import evaluations
     from flipscale.training import session
 
@@ -214,7 +213,6 @@ def stop(file: str, folder: str, where: str) -> None:
     owner, name = {
         "the start of the processes": (session, "start_accelerator"),
         "an evaluation": (evaluations, "run_tasks"),
-        "a save": (CheckpointWriter, "save"),
     }[where]
     true = getattr(owner, name)
 
@@ -231,16 +229,15 @@ def stop(file: str, folder: str, where: str) -> None:
 @pytest.mark.parametrize(
     ("where", "silent"),
     [
-        pytest.param("the start of the processes", "", marks=pytest.mark.long),
-        ("an evaluation", "; rank 1 does not run any more"),
-        pytest.param("a save", "; rank 1 does not run any more", marks=pytest.mark.long),
+        ("the start of the processes", ""),
+        pytest.param("an evaluation", "; rank 1 does not run any more", marks=pytest.mark.long),
     ],
 )
 def test_a_process_that_was_stopped_is_not_waited_for(
     write_recipe, shards: Path, tmp_path: Path, where: str, silent: str
 ) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 32}]
-    file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, log={"hang_seconds": 4})
+    file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, log={"hang_seconds": 2})
     ranks = start_ranks(2, stop, str(file), str(tmp_path), where)
     ranks[0].join(300)
     code = ranks[0].exitcode
@@ -251,6 +248,5 @@ def test_a_process_that_was_stopped_is_not_waited_for(
     assert code == 1, printed
     (line,) = [line for line in printed.splitlines() if line.startswith("flipscale: error: ")]
     assert line.startswith(f"flipscale: error: {where} "), line
-    assert (
-        f" (log.hang_seconds){silent}; the stacks of each rank that still runs are in {tmp_path}/run/stacks; " in line
-    )
+    assert f" (log.hang_seconds){silent}; the stacks " in line
+    assert (tmp_path / "run/stacks/rank-00000.txt").exists()

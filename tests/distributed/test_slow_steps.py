@@ -16,12 +16,12 @@ STEPS = {"data": 13, "forward": 17, "backward": 21, "update": 25}
 TOGETHER = 29
 
 
-def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -> None:
-    """Train while one rank sleeps in some steps, and all ranks in one step, far longer than a usual step."""
+def train_with_sleeps(file: str, folder: str, places: list[str]) -> None:
+    """Train while rank 1 sleeps in some steps, and all ranks in one step, far longer than a usual step."""
     from flipscale import pretrain
     from flipscale.training import loop
 
-    rank, watches, at = int(os.environ["RANK"]), [], SimpleNamespace(step=-1)
+    watches, at = [], SimpleNamespace(step=-1)
 
     class Watch(pretrain.StepWatch):
         def __init__(self, *arguments, **parameters):
@@ -29,7 +29,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
             watches.append(self)
 
     def sleep(place: str) -> None:
-        if place in places and STEPS[place] == at.step and rank == sleeper:
+        if place in places and STEPS[place] == at.step and os.environ["RANK"] == "1":
             time.sleep(max(1.5, 8 * watches[0]._usual))
 
     true_batches, true_consume = loop.step_batches, loop.forward_backward
@@ -67,23 +67,21 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
-def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: list[str], **more: str):
+def slow_steps(write_recipe, folder: Path, engine: str, places: list[str], **more: str):
     """Return the records of such a run by their step, and its output."""
     stages = [{"name": "masked", "samples": 16 * (TOGETHER + 3), "mask_ratio": 0.75, "base_lr": 0.012}]
     file = write_recipe(folder / "run", stages=stages)
     environment = {**ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more}
-    codes = processes.exit_codes(
-        start_ranks(2, train_with_sleeps, str(file), str(folder), sleeper, places, **environment)
-    )
+    codes = processes.exit_codes(start_ranks(2, train_with_sleeps, str(file), str(folder), places, **environment))
     printed = (folder / "stderr").read_text()
     assert codes == [0, 0], printed
     lines = (folder / "run/slow_steps.jsonl").read_text().splitlines()
     return {record["step"]: record for record in map(json.loads, lines)}, printed
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
-def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path, engine: str) -> None:
-    records, printed = slow_steps(write_recipe, tmp_path, engine, 1, [*STEPS, "together"])
+@pytest.mark.long
+def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path) -> None:
+    records, printed = slow_steps(write_recipe, tmp_path, "fsdp2", [*STEPS, "together"])
     for phase, step in STEPS.items():
         record = records[step]
         assert (record["late_rank"], record["phase"]) == (1, phase), record
@@ -92,18 +90,12 @@ def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path, engine: 
     record = records[TOGETHER]
     assert (record["late_rank"], record["phase"]) == (None, "update"), record
     assert record["collective"].endswith("all_reduce")
-    line = next(line for line in printed.splitlines() if f"step {TOGETHER} took" in line)
-    assert "; no rank was late: all spent " in line
-    assert f" s in update, in or after {record['collective']}; see " in line
 
 
 @pytest.mark.long
 def test_without_a_recorder_the_times_are_there(write_recipe, tmp_path: Path) -> None:
-    records, printed = slow_steps(write_recipe, tmp_path, "ddp", 1, ["data"], TORCH_FR_BUFFER_SIZE="0")
+    records, _ = slow_steps(write_recipe, tmp_path, "ddp", ["data"], TORCH_FR_BUFFER_SIZE="0")
     record = records[STEPS["data"]]
     assert (record["late_rank"], record["phase"]) == (None, None)
     assert record["ranks"][1]["data_s"] > 1.4 > record["ranks"][0]["data_s"]
     assert record["ranks"][1]["data_s"] > 5 * record["usual_s"]
-    said = next(line for line in printed.splitlines() if f"step {STEPS['data']} took" in line)
-    assert "the straggler is unknown, because torch's flight recorder is off or too short" in said
-    assert ", of rank 1 on " in said

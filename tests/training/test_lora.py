@@ -62,24 +62,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("family", "engine", "world"),
-    [
-        ("clip", "fsdp2", 2),
-        ("clip", "zero3", 2),
-        long("clip", "zero2", 2),
-        long("clip", "hsdp", 4),
-        ("flip", "fsdp2", 2),
-        long("siglip", "zero3", 2),
-    ],
-)
+@pytest.mark.parametrize(("family", "engine"), [("flip", "fsdp2"), ("siglip", "zero3")])
 def test_engines_learn_what_one_process_does(
-    trainings: Trainings, changes: Callable[..., dict], family: str, engine: str, world: int
+    trainings: Trainings, changes: Callable[..., dict], family: str, engine: str
 ) -> None:
     fields = changes(family)
-    one, many = trainings.run("ddp", 1, **fields), trainings.run(engine, world, **fields)
+    one, many = trainings.run("ddp", 1, **fields), trainings.run(engine, 2, **fields)
     assert_learned_alike(one, many, 0.01)
-    trainings.assert_resumed_alike(many, 10, engine, world, **fields)
+    trainings.assert_resumed_alike(many, 10, engine, 2, **fields)
 
 
 @pytest.mark.parametrize("family", ["clip", long("flip"), long("siglip")])
