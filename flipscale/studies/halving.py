@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,37 +135,24 @@ def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
 
 
 @dataclass(frozen=True)
-class PathEnd:
-    """The end of a path in a rung: the result that chooses paths, or the failure."""
-
-    result: Result | None = None
-    failure: str = ""
-
-    @property
-    def badness(self) -> float:
-        """Number to sort by: lower is better."""
-        if self.result is None or not math.isfinite(self.result.value):
-            return math.inf
-        return -self.result.value if self.result.higher_is_better else self.result.value
-
-
-@dataclass(frozen=True)
 class Rung:
-    """The paths that trained for one time, in minutes, in the order of the file."""
+    """The paths that trained for one time, in minutes.
+
+    Args:
+        results: results that choose paths, by name, best first; equals in the order of the file.
+        failures: reasons of the paths that failed.
+    """
 
     minutes: float
-    ends: Mapping[str, PathEnd]
-
-    def finished(self) -> list[str]:
-        """Return the names of the finished paths, best first; equals in the order of the file."""
-        return sorted((name for name, end in self.ends.items() if end.result), key=lambda n: self.ends[n].badness)
+    results: dict[str, Result]
+    failures: dict[str, str]
 
     def cell(self, name: str) -> str:
         """Return a path's result as text in tables, the best of the rung in bold."""
-        end = self.ends.get(name)
-        if end is None or end.result is None:
-            return NOTHING if end is None else "failed"
-        return f"**{end.result.estimate_text}**" if name == self.finished()[0] else end.result.estimate_text
+        if name not in self.results:
+            return "failed" if name in self.failures else NOTHING
+        text = self.results[name].estimate_text
+        return f"**{text}**" if name == next(iter(self.results)) else text
 
 
 def search_paths(file: Path, output_dir: Path, workers: int) -> None:
@@ -191,10 +178,10 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
         runs = [_run(search, name, recipes[name], minutes, output_dir / f"rung{number}") for name in left]
         print(f"rung {number} of {len(times)}: {minutes:g} min", flush=True)
         write_recipes(runs, mark, yaml.safe_dump(content, sort_keys=False))
-        rungs.append(Rung(minutes, _train(runs, workers, search.validation)))
-        left = rungs[-1].finished()[:kept]
+        rungs.append(_train(runs, workers, search.validation, minutes))
+        left = list(rungs[-1].results)[:kept]
         if not left:
-            failures = "; ".join(f"{name}: {end.failure}" for name, end in rungs[-1].ends.items())
+            failures = "; ".join(f"{name}: {failure}" for name, failure in rungs[-1].failures.items())
             raise OSError(f"no path of rung {number} could be trained: {failures}")
     choice = _write_report(rungs, search.validation, output_dir)
     winner = replace(in_time(recipes[left[0]], search.minutes), output_dir=str(output_dir / "winner"))
@@ -211,46 +198,52 @@ def _run(search: BudgetSearch, name: str, recipe: Recipe, minutes: float, folder
     return StudyRun(name, replace(in_time(recipe, minutes), output_dir=str(folder / name), eval=evaluated))
 
 
-def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> dict[str, PathEnd]:
-    """Train the runs of a rung that have neither finished nor failed, and return the ends of all."""
+def _train(runs: Sequence[StudyRun], workers: int, validation: str, minutes: float) -> Rung:
+    """Train the runs of a rung that have neither finished nor failed, and return the rung."""
     failed = train_runs([run for run in runs if not run.beside("failed").exists()], workers)
-    ends = {}
+    rung = Rung(minutes, {}, {})
     for run in runs:
         if run.name in failed:
             write_text(run.beside("failed"), failed[run.name][1] + "\n")
         if run.beside("failed").exists():
-            ends[run.name] = PathEnd(failure=read_text(run.beside("failed")).strip())
+            rung.failures[run.name] = read_text(run.beside("failed")).strip()
             continue
         results = read_curve(run.run_dir).results
         own = [r for r in results if r.task == validation and r.headline and r.who == THIS_MODEL]
-        ends[run.name] = PathEnd(own[0])
-    return ends
+        rung.results[run.name] = own[0]
+
+    def badness(name: str) -> float:
+        result = rung.results[name]
+        if not math.isfinite(result.value):
+            return math.inf
+        return -result.value if result.higher_is_better else result.value
+
+    return replace(rung, results={name: rung.results[name] for name in sorted(rung.results, key=badness)})
 
 
 def _write_report(rungs: Sequence[Rung], validation: str, output_dir: Path) -> str:
     """Write `report.md` and `front.png`, print the table, and return the winner's metric and result."""
-    winner, *others = rungs[-1].finished()
-    results = {name: end.result for name, end in rungs[-1].ends.items() if end.result}
+    results = rungs[-1].results
+    winner, *others = results
     last = results[winner]
     words = f"{validation} {last.shown}"
     # Paths of later rungs come first.
-    order = dict.fromkeys([*(name for rung in reversed(rungs) for name in rung.finished()), *rungs[0].ends])
+    order = dict.fromkeys([*(name for rung in reversed(rungs) for name in rung.results), *rungs[0].failures])
     table = [[f"path, {words}", *(f"{rung.minutes:g} min" for rung in rungs)]]
     table += [[name, *(rung.cell(name) for rung in rungs)] for name in order]
     parts = [markdown_table(table, 1)]
     if last.low is not None and last.high is not None:
         near = [name for name in others if last.low <= results[name].value <= last.high]
         parts.append(f"Within the interval of {winner}, of one seed, lie: {', '.join(near) or 'no other paths'}.")
-    failed = [(name, rung.minutes, end.failure) for rung in rungs for name, end in rung.ends.items() if end.failure]
+    failed = [(name, rung.minutes, why) for rung in rungs for name, why in rung.failures.items()]
     if failed:
         parts.append("Failed, and out:\n\n" + "\n".join(f"- {n}, {minutes:g} min: {why}" for n, minutes, why in failed))
     text = "\n\n".join(parts)
     write_text(output_dir / "report.md", f"# The search\n\n{text}\n")
     courses: dict[str, list[tuple[float, Result]]] = {name: [] for name in order}
     for rung in rungs:
-        for name in rung.finished():
-            if result := rung.ends[name].result:
-                courses[name].append((60 * rung.minutes, result))
+        for name, result in rung.results.items():
+            courses[name].append((60 * rung.minutes, result))
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
     command = f"flipscale pretrain --config {quoted(output_dir / 'winner.yaml')}"
     print(f"\n{text}\n\n{output_dir}: report.md, front.png, winner.yaml; {command}")

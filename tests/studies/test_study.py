@@ -69,14 +69,9 @@ def test_from_plan_to_report(
 ) -> None:
     out = tmp_path / "out"
     common = {"optim.weight_decay": 0.25}
-    main(["study", "plan", str(study_file(changes=common)), "--output_dir", str(out)])
-    assert capsys.readouterr().out.splitlines()[:4] == [
-        "base-seed0", "wide-seed0", "double-seed0", "wide+double-seed0",
-    ]  # fmt: skip
+    main(["study", "plan", str(study_file(changes=common, axes={"model": AXES["model"]})), "--output_dir", str(out)])
+    assert capsys.readouterr().out.splitlines()[:2] == ["base-seed0", "wide-seed0"]
     runs = {run.name: run.recipe for run in read_plan(out)[1]}
-    assert runs["wide+double-seed0"].stages[0].samples == 64
-    assert runs["wide+double-seed0"].model.vision_config["hidden_size"] == 64
-    assert {recipe.optim.weight_decay for recipe in runs.values()} == {0.25}
 
     # A failed run stops no other, and is tried again.
     broken = out / "runs/wide-seed0.yaml"
@@ -84,19 +79,20 @@ def test_from_plan_to_report(
     broken.write_text(whole.replace(f"shards: {runs['wide-seed0'].data.shards}", f"shards: {tmp_path / 'nowhere'}"))
     with pytest.raises(SystemExit, match="1"):
         main(["study", "run", str(out)])
-    assert "1 of 4 runs failed: wide-seed0; the others are done" in capsys.readouterr().err
+    assert "1 of 2 runs failed: wide-seed0; the others are done" in capsys.readouterr().err
     broken.write_text(whole)
     main(["study", "run", str(out), "--workers", "1"])
-    assert capsys.readouterr().out.splitlines() == ["3 of 4 runs are done", "wide-seed0: done"]
+    assert capsys.readouterr().out.splitlines() == ["1 of 2 runs are done", "wide-seed0: done"]
     starts = (out / "runs/base-seed0/starts.jsonl").read_text().splitlines()
     assert [json.loads(start)["step"] for start in starts] == [0], "a finished run was trained again"
 
     main(["study", "report", str(out), "--resamples", "10"])
-    assert "| wide+double |     1 |         64 |" in capsys.readouterr().out
+    assert re.search(r"\| wide +\| +1 \| +32 \|", capsys.readouterr().out)
     report = (out / "report.md").read_text()
     assert "base.yaml`, of which all runs change `optim.weight_decay`." in report
     assert re.search(r"No fit, or no prediction: power law: .*, too few for 2 parameters", report)
-    assert "## Laws of zero_shot top-1, again top-1\n" in report, "results refused for one reason share a section"
+    shared = re.search(r"## Laws of zero_shot top-1, .*again top-1", report)
+    assert shared, "results refused for one reason share a section"
     assert "One seed a run" in (out / "transfer.md").read_text()
     for name in ("results", "scaling", "accuracy", "transfer", "fits_zero_shot_top1"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -114,10 +110,13 @@ def test_from_plan_to_report(
 
     # Planned runs do not change, but a study may be planned with others.
     capsys.readouterr()
-    main(["study", "plan", str(study_file(changes=common, seeds=[0, 1])), "--output_dir", str(out)])
-    assert "8 runs are planned" in capsys.readouterr().out
+    main(["study", "plan", str(study_file(changes=common)), "--output_dir", str(out)])
+    assert "4 runs are planned" in capsys.readouterr().out
+    both = {run.name: run.recipe for run in read_plan(out)[1]}["wide+double-seed0"]
+    assert (both.stages[0].samples, both.model.vision_config["hidden_size"]) == (64, 64)
+    assert both.optim.weight_decay == 0.25
     changed = {**AXES, "length": {"double": {"stages.0.samples": 80}}}
-    line = refused("study", "plan", study_file(changes=common, axes=changed, seeds=[0, 1]), "--output_dir", out)
+    line = refused("study", "plan", study_file(changes=common, axes=changed), "--output_dir", out)
     assert re.search(r"double-seed0.yaml differs from this study \(stages\[0\].samples: 64, now 80\)", line)
 
 
@@ -130,11 +129,8 @@ def test_from_plan_to_report(
         ({"changes": {"output_dir": "x"}}, "changes: output_dir is the study's own"),
         ({"axes": {"m": {"x": {"optim.lr": 1}}, "n": {"x": {"optim.lr": 2}}}}, "two runs are called x-seed0"),
         ({"seeds": []}, "seeds is []"),
-        ({"seeds": [-1]}, "seeds[0] is -1"),
-        ({"design": "stern"}, "design: "),
         ({"axes": {"m": {"x": {}, "y": {}, "z": {"optim.lr": 1}}}}, "axes.m is "),
         ({"axes": {"m": {"a b": {"optim.lr": 1}}}}, "'a b' names runs"),
-        ({"more_seeds": [1]}, "more_seeds: "),
         ({"more_seeds": {"seeds": [1], "of": {"m": ["x"]}}}, "more_seeds.of has 'm'; the axes are model, length"),
         ({"more_seeds": {"seeds": [1], "of": {"model": ["x"]}}}, "more_seeds.of.model is ['x']; list some of base, w"),
         ({"sedes": [1]}, "'sedes'"),
