@@ -1,15 +1,18 @@
 """Shrink the images of tar shards, so that a training run decodes fewer pixels.
 
-The bytes of a shard depend only on its source and the options. A shard is written aside and renamed, so a killed run
-goes on with the shards that are missing.
+A process claims a shard by a lock, writes it aside and renames it. So a killed run goes on with the shards that are
+missing, and any number of processes share them. The bytes of a shard depend only on its source and the options.
 """
 
 import os
 import tarfile
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.manifest import ShardList
@@ -20,7 +23,7 @@ from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each
-from flipscale.preparation.shard_writer import ShardOptions, only_writer, stored_image
+from flipscale.preparation.shard_writer import ShardOptions, stored_image
 from flipscale.preparation.worker_pool import worker_pool
 
 _DECIDING, _COUNTED = ("short_side", "jpeg_quality"), ("images", "shrunk", "left_out", "before", "after")
@@ -42,8 +45,9 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
         files, and bytes `before` and `after`.
 
     Raises:
-        UserError: the shards are at a URL, `out_dir` has other files or shards of other options, another process
-            writes to it, or, after all others are written, a shard is damaged.
+        UserError: the shards are at a URL, `out_dir` has other files or shards of other options, or, after all others
+            are written, a shard is damaged.
+        OSError: a worker died, or the disk is full.
     """
     if "://" in shards:
         raise UserError(f"{shards!r} is a URL; copy the shards here first")
@@ -52,22 +56,27 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
     if not names:
         raise no_shards(shards)
     out_dir.mkdir(parents=True, exist_ok=True)
-    damaged: list[str] = []
-    with only_writer(out_dir, "prepare resize", _LINES):
+    if any(not path.name.startswith(".") for path in out_dir.iterdir()) and not (out_dir / _LINES).is_file():
+        raise UserError(f"{out_dir} holds something that `prepare resize` did not write; name a new folder")
+    damaged, is_first = dict[str, str](), True
+    with (lock := FileLock(out_dir / ".resized.lock")):  # held while the lines are read or changed
         done = _finished(out_dir, about)
-        todo = [name for name in names if name not in done]
-        with worker_pool(min(processes, len(names)), remedy="the same command goes on where it stopped") as pool:
+    with worker_pool(min(processes, len(names)), remedy="the same command goes on where it stopped") as pool:
+        while todo := [name for name in names if name not in done.keys() | damaged.keys()]:
+            time.sleep(0.0 if is_first else 5.0)  # other processes write the rest
             places = (map(listed.path, todo), (out_dir / name for name in todo))
-            lines = pool.map(partial(_resize, options=options), *places)
+            lines = pool.map(partial(_resize, options=options, skips_written=is_first), *places)
             for name, line in zip(todo, each(lines, "resizing", "shards", len(todo)), strict=True):
                 if isinstance(line, str):
-                    damaged.append(line)
-                else:
-                    json_lines.append(out_dir / _LINES, [{"shard": name, **line}])
-        done = _finished(out_dir, about)
-    if damaged:
+                    damaged[name] = line
+                elif line:
+                    with lock:
+                        json_lines.append(out_dir / _LINES, [{"shard": name, **line}])
+            with lock:
+                done, is_first = _finished(out_dir, about), False
+    for line in damaged.values():
         raise UserError(
-            f"{len(damaged)} of {len(names)} shards are damaged and left out: {damaged[0]}; fetch them again and run "
+            f"{len(damaged)} of {len(names)} shards are damaged and left out: {line}; fetch them again and run "
             "the same command, or go on without them"
         )
     return sum((Counter({name: line.get(name, 0) for name in _COUNTED}) for line in done.values()), Counter())
@@ -83,24 +92,33 @@ def _finished(out_dir: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]
     return whole
 
 
-def _resize(source: Path, target: Path, options: ShardOptions) -> dict[str, int] | str:
-    """Write a shard and its index, and return its counts, or what is wrong with it."""
+def _resize(source: Path, target: Path, options: ShardOptions, skips_written: bool) -> dict[str, int] | str | None:
+    """Write a shard and its index, and return its counts, or what is wrong with it. Return None if another process is
+    writing it, or has written it and this one `skips_written` shards."""
+    if skips_written and target.exists():
+        return None
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Under a name of this process, because a worker of a killed run may live a little into the next run.
-        with atomic_write(target, unique_partial_path(target)) as written:
-            with os.fdopen(open_plain(source), "rb") as old, tarfile.open(written, mode="w") as new:
-                for name, offset, size, trouble in tar_members(old):
-                    if trouble:
-                        counts["left_out"] += "." in name.rpartition("/")[2]  # others are folders
-                        continue
-                    old.seek(offset)
-                    content = old.read(size)
-                    if name.lower().endswith(IMAGE_SUFFIXES):
-                        name, content = _smaller(name, content, options, counts)
-                    add_member(new, name, content)
-            sync(written)
+        with FileLock(target.with_name(f".{target.name}.lock"), timeout=0) as lock:
+            for left in target.parent.glob(f".{target.name}.*partial*"):
+                left.unlink()
+            # Under a name of this process, because a worker of a killed run may live a little into the next run.
+            with atomic_write(target, unique_partial_path(target)) as written:
+                with os.fdopen(open_plain(source), "rb") as old, tarfile.open(written, mode="w") as new:
+                    for name, offset, size, trouble in tar_members(old):
+                        if trouble:
+                            counts["left_out"] += "." in name.rpartition("/")[2]  # others are folders
+                            continue
+                        old.seek(offset)
+                        content = old.read(size)
+                        if name.lower().endswith(IMAGE_SUFFIXES):
+                            name, content = _smaller(name, content, options, counts)
+                        add_member(new, name, content)
+                sync(written)
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        return None
     except (Damaged, NotAFile) as error:
         return f"{source} ({error})"
     load_index(target)

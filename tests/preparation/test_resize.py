@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from filelock import FileLock
 
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
@@ -143,3 +145,23 @@ def test_other_options_and_other_files_are_refused(
     assert "'short_side': 30" in refused("prepare", "resize", shards, small, "--short_side", 30)
     assert f"{shards} holds something" in refused("prepare", "resize", shards, shards)
     assert "is a URL" in refused("prepare", "resize", "https://host/{0..1}.tar", tmp_path / "new")
+
+
+def test_two_processes_share_the_shards(
+    shards: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process holds shard 1 and then dies; the other writes the rest, waits for shard 1, and writes it."""
+    lock = FileLock(tmp_path / "two/.00001.tar.lock")
+    seen: list[set[str]] = []
+
+    def look(seconds: float) -> None:
+        if seconds:
+            seen.append({path.name for path in (tmp_path / "two").glob("*.tar")})
+            lock.release()
+
+    (tmp_path / "two").mkdir()
+    lock.acquire()
+    monkeypatch.setattr(time, "sleep", look)
+    resize(shards, tmp_path / "two")
+    assert seen == [{"00000.tar", "00002.tar"}]
+    assert contents(tmp_path / "two") == contents(small)

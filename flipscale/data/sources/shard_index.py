@@ -52,6 +52,8 @@ _MOST_HEADER_BYTES = 1 << 16
 # tarfile (before Python 3.12.6) takes quadratic time for runs of digits in pax headers.
 _LONG_NUMBER = re.compile(rb"[0-9]{256}")
 _LONGEST_NAME = 4096  # PATH_MAX of Linux
+# Size, time and checksum of a regular file's header, from byte 124 on.
+_PLAIN_HEADER = re.compile(rb"[0-7]{11}[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 0")
 _HEADER_TYPES = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 # Errors of tarfile for damaged headers; chains of headers about headers recurse.
 _TAR_ERRORS = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
@@ -67,6 +69,21 @@ class Damaged(Exception):
 
 class _Header(tarfile.TarInfo):
     """A tar header that refuses large or slow headers about other headers, and skips the maps of sparse files."""
+
+    _others = (b"", b"")
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        # Most headers differ from the one before in name, size, time and checksum only, and tarfile parses all fields.
+        others, plain = (bytes(buf[100:124]), bytes(buf[157:])), _PLAIN_HEADER.match(buf, 124)
+        if plain and others == cls._others and sum(buf) - sum(buf[148:156]) + 8 * ord(" ") == int(plain[1], 8):
+            header = cls(buf[:100].split(b"\0", 1)[0].decode(encoding, errors))
+            header.size = int(buf[124:135], 8)
+            return header
+        header = super().frombuf(buf, encoding, errors)
+        if plain and not buf[345]:  # without a prefix of the name
+            cls._others = others
+        return header
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if self.type in _HEADER_TYPES:
