@@ -35,16 +35,18 @@ def compare_towers(first: Path, second: Path, most_pairs: int = 4096) -> tuple[f
     are left out. Raise UserError if the folders hold other shards, crops, fewer than four pairs in common, or equal
     features.
     """
+    made_of = []
     for path in (first, second):
-        if path.name not in read_about(path.parent):
+        about = read_about(path.parent)
+        if path.name not in about:
             raise UserError(f"--compare is {path}; expected stored features, FOLDER/images or FOLDER/texts")
+        made_of.append((about["shards_digest"], "crops" in about[path.name]))
+    if made_of[0] != made_of[1] or made_of[0][1]:
+        raise UserError(
+            f"--compare is {first} {second}; expected features of the same shards in order, embedded without --crops"
+        )
     sizes = stored_sizes(first.parent, first.name)
     towers = [PrecomputedFeatures(path.parent, path.name, sizes) for path in (first, second)]
-    digests = [(tower.about["shards_digest"], "crops" in tower.about[tower.tower]) for tower in towers]
-    if digests[0] != digests[1] or digests[0][1]:
-        raise UserError(
-            f"--compare is {first} {second}; expected features of the same shards, embedded without --crops"
-        )
     draws, rows = np.empty(0), [np.empty((0, tower.width), np.float16) for tower in towers]
     for shard, size in enumerate(sizes):
         new = keyed_uniform(0, f"compared pairs of shard {shard}", np.arange(size), 1)[:, 0]
