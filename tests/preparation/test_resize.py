@@ -148,7 +148,7 @@ def test_other_options_and_other_files_are_refused(
 
 
 def test_two_processes_share_the_shards(
-    shards: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process holds shard 1 and then dies; the other writes the rest, waits for shard 1, and writes it."""
     lock = FileLock(tmp_path / "two/.00001.tar.lock")
@@ -162,6 +162,6 @@ def test_two_processes_share_the_shards(
     (tmp_path / "two").mkdir()
     lock.acquire()
     monkeypatch.setattr(time, "sleep", look)
-    resize(shards, tmp_path / "two")
+    resize(made, tmp_path / "two")
     assert seen == [{"00000.tar", "00002.tar"}]
     assert contents(tmp_path / "two") == contents(small)
