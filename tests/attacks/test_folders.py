@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attacks.attack import Attack, Change, Ended, later, refused, survived, test_of
-from attacks.changes import instead, nothing
+from attacks.changes import instead, nothing, unix_socket
 from attacks.preparing import command, images, keeps, picture
 from PIL import Image
 
@@ -42,6 +42,11 @@ def grown(name: str, size: int) -> Change:
 def odd_name(folder: Path) -> None:
     for ending in ("jpg", "txt"):
         os.rename(folder / f"0.{ending}", os.fsencode(folder) + b"/caf\xe9." + ending.encode())
+
+
+def wide_bmp(folder: Path) -> None:
+    (folder / "0.jpg").write_bytes(picture(0, "BMP", 70_000, 1))
+    (folder / "1.jpg").write_bytes(picture(0, "BMP", 70_000, 3))
 
 
 def claimed_bmp(path: Path) -> None:
@@ -91,18 +96,23 @@ OUTSIDE = keeps(3, outside_folder=1)
 TOO_LARGE = keeps(3, sample_too_large=1)
 ATTACKS: list[Attack] = [
     row("a pipe among the images", instead(os.mkfifo, "0.jpg"), UNREADABLE),
+    row("a socket among the images", instead(unix_socket, "0.jpg"), UNREADABLE),
     row("a link out of the folder", instead(link_out, "0.jpg"), OUTSIDE),
     row("a caption that is a link out of the folder", instead(link_out, "0.txt"), OUTSIDE),
     row("a link to itself", instead(link("0.jpg"), "0.jpg"), UNREADABLE),
     row("a link to /dev/zero", instead(link("/dev/zero"), "0.jpg"), UNREADABLE, "--allow_outside"),
     row("an image of 16 GB", grown("0.jpg", 1 << 34), TOO_LARGE),
+    row("a caption of 8 GB", grown("0.txt", 1 << 33), TOO_LARGE),
     row("a name that is no UTF-8", odd_name, UNREADABLE),
+    row("BMPs of 70,000 x 1 pixels", wide_bmp, keeps(2, undecodable_image=2)),
     row("an animation of 16 million pixels a frame", instead(gif_bomb, "0.jpg"), keeps(4)),
     row("a BMP that says it has 70,000 x 70,000 pixels", instead(claimed_bmp, "0.jpg"), keeps(3, image_too_large=1)),
+    row("a folder that is called like an image", instead(Path.mkdir, "0.jpg"), UNREADABLE),
     row("captions nested 100,000 deep beside an image", instead(json_bomb, "0.txt"), keeps(3, undecodable_caption=1)),
     row("names with dots, blanks and capitals", dotted, keeps(4)),
     row("folders of classes with odd names", classes, keeps(3, undecodable_caption=1, missing_caption=1)),
     refused("pictures without captions", beside(without_captions), "4 images"),
+    refused("a path that is misspelled", lambda folder: command("no/such/folder"), "no/such/folder"),
     row("a JPEG and a PNG of one name", lambda f: (f / "0.png").write_bytes(picture(7, "PNG")), keeps(5)),
     refused("shards to their source", to_its_source, "in"),
 ]

@@ -192,6 +192,7 @@ ATTACKS: list[Attack] = [
     refused("a CSV in UTF-16", table((HEAD + GOOD).encode("utf-16")), "list.csv", "UTF-8"),
     survived("a field of 200 kB, and a row of 5 MB", table(LONG), check=keeps(1, caption_too_long=1, malformed_row=1)),
     refused("a CSV of one endless line", table("file_name,caption" * 500_000), "list.csv"),
+    refused("an empty CSV", table(""), "list.csv"),
     refused("a CSV of a header", table(HEAD), "list.csv"),
     refused("two columns of one name", table("file_name,caption,caption\n0.jpg,a,b\n"), "caption"),
     survived(
@@ -199,11 +200,22 @@ ATTACKS: list[Attack] = [
         check=keeps(2, malformed_row=6, undecodable_caption=4, unreadable_file=3, missing_caption=1),
     ),
     survived(
+        "JSON lines whose first are none",
+        table('{"other": 1}\nbroken\n{"file_name": "0.jpg", "caption": "first"}\n', JSON),
+        check=keeps(1, malformed_row=1, missing_caption=1),
+    ),
+    refused("JSON lines that are a picture", table(picture(1), JSON), JSON),
+    survived(
         "paths outside the folder of the list",
         table(HEAD + GOOD + "../secret.jpg,x\n/etc/hostname,x\nsub/../../in/2.jpg,x\n/dev/zero,x\n"),
         check=keeps(2, outside_folder=3, unreadable_file=1),
     ),
     refused("a list whose images all lie elsewhere", table(HEAD + "/etc/hostname,x\n"), "--allow_outside"),
+    survived(
+        "paths outside the folder that are asked for",
+        table(HEAD + "0.jpg,first\n../in/1.jpg,second\n/etc/hostname,x\n", "list.csv", "--allow_outside"),
+        check=keeps(2, undecodable_image=1),
+    ),
     survived(
         "files of a list that are missing, empty, cut, text, a device, or too long a name",
         table(HEAD + GOOD + f"no.jpg,x\n.,x\nlist.csv,x\n{'a' * 300}.jpg,x\n0.jpg/1.jpg,x\n,x\n"),
@@ -212,15 +224,25 @@ ATTACKS: list[Attack] = [
     refused("classes of a column that is blank", table(KINDS + "0.jpg,a,\n1.jpg,b,\n", *LABELS), "list.csv", "class"),
     survived("classes of odd names, some missing", table(ODD_KINDS, *LABELS), check=keeps(1, missing_label=3)),
     survived(
+        "a parquet file of odd rows",
+        parquet({"path": ["0.jpg", None, "../x.jpg", "1.jpg"], "text": ["first", "x", "x", None]}),
+        check=keeps(1, unreadable_file=1, outside_folder=1, missing_caption=1),
+    ),
+    survived(
         "a parquet file of images without bytes, with wrong ones, and with paths",
         parquet({"image": IMAGES, "caption": ["first", "x", "x", "x"]}),
         check=keeps(1, unreadable_file=2, undecodable_image=1),
+    ),
+    refused(
+        "a parquet file of numbers", parquet({"path": [1, 2], "text": [0.5, float("nan")]}),
+        "2 of 2", "list.parquet", "undecodable_caption",
     ),
     survived(
         "a parquet file with a damaged row group", parquet(FOUR, spoil_group, row_group_size=2),
         check=keeps(2, unreadable_file=2),
     ),
     refused("a parquet file cut short", parquet({"path": ["0.jpg"], "text": ["a"]}, lambda content: content[:-20])),
+    refused("a parquet file without rows", parquet({"path": [], "text": []}), "rows"),
     refused("a parquet file without captions", parquet({"path": ["0.jpg"]}), "--caption_column"),
     survived(
         "many thousand rows whose images are missing", table(MANY, *FRACTION, "1"),
@@ -234,6 +256,7 @@ ATTACKS: list[Attack] = [
         "a worker killed by the kernel", table(HEAD + GOOD), 1, ("worker",), shards_again, during=kill_workers,
     ),
     survived("what a kill in the middle leaves", killed_and_again, check=as_whole),
+    refused("a fraction that is none", table(HEAD + GOOD, *FRACTION, "nan"), "max_bad_fraction is nan"),
     refused(
         "more bad rows than may be", table(HEAD + GOOD + "no.jpg,x\n" * 2, *FRACTION, "0.4"),
         "2 of 4", "--max_bad_fraction 0.4", "unreadable_file",

@@ -170,30 +170,47 @@ def pickle(model: Path) -> None:
 SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 REFUSED = {
     "a width of 0": (config(vision_config__hidden_size=0), "hidden_size is 0"),
+    "a width in quotes": (config(text_config__hidden_size="32"), "'hidden_size'", "str"),
     "a width of null": (config(vision_config__hidden_size=None), "'hidden_size'", "NoneType"),
+    "no heads": (config(vision_config__num_attention_heads=0), "num_attention_heads is 0"),
     "heads that do not divide": (config(text_config__num_attention_heads=3), "num_attention_heads 3"),
+    "patches of 0 pixels": (config(vision_config__patch_size=0), "patch_size is 0"),
+    "images of 800 million pixels": (config(vision_config__image_size=8 * 10**8), "image_size is 800000000"),
+    "a million layers": (config(vision_config__num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     "a vocabulary of ten billion": (config(text_config__vocab_size=10**10), "vocab_size is 10000000000"),
     "an epsilon of NaN": (config(vision_config__layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
+    "a mean of two channels": (config(vision_config__image_mean=[0.5, 0.5]), "image_mean", "3"),
     "a deviation of 0": (config(vision_config__image_std=0.0), "image_std is 0.0"),
     "padding outside of the vocabulary": (config(text_config__pad_token_id=99), "pad_token_id is 99"),
     "a tower that is a list": (config(vision_config=[1]), "vision_config is [1]"),
+    "a tower that is a number": (config(text_config=3), "text_config is 3"),
     "a configuration that is a pipe": (pipe("config.json"), "config.json"),
+    "a configuration that is a list": (text("config.json", "[]"), "config.json"),
     "a configuration nested 100,000 deep": (text("config.json", DEEP), "config.json"),
     "a field twice": (text("config.json", '{"model_type": "flip", "model_type": "x"}'), "'model_type'"),
     "a layer too few": (config(text_config__num_hidden_layers=1), "unexpected keys", "text_model.enc"),
     "NaN weights": (weight(lambda w: w * float("nan")), WEIGHT, "NaN"),
+    "one infinite weight": (weight(lambda w: w.index_fill(0, torch.tensor(3), float("inf"))), WEIGHT, "infinite"),
     "weights that overflow": (weight(lambda w: w * 1e38), "image", "NaN"),
     "integer weights": (weight(lambda w: w.to(torch.int32)), WEIGHT, "int32"),
     "a transposed weight": (weight(lambda w: w.t()), WEIGHT, "[32, 64]", "[64, 32]"),
     "a weight missing": (weights(lambda stored: stored.pop(WEIGHT)), "missing keys", WEIGHT),
+    "a header that is a list": (header([]), "header"),
     "a header of 40 MB": (header(b" " * (40 << 20)), "header"),
+    "a header with negative places": (header(None, shape=[16], data_offsets=[-64, 64]), "header"),
     "a header of 2 ** 62 numbers": (header(None, shape=[2**62], data_offsets=[0, 64]), "header"),
     "an index that leads out": (index({"weight_map": {WEIGHT: "../outside.safetensors"}}), "../outside.safetensors"),
+    "an index that is a list": (index([]), "model.safetensors.index.json"),
     "an index without a map": (index({}), "model.safetensors.index.json", "weight_map"),
+    "an index nested 100,000 deep": (index(DEEP), "model.safetensors.index.json"),
     "weights that are a link": (outside("model.safetensors"), "model.safetensors", "outside"),
     "a tokenizer that is a link": (outside("tokenizer.json"), "tokenizer.json", "outside"),
+    "no tokenizer files": (without("tokenizer.json"), "model has no tokenizer files"),
     "no tokenizer files of a class that makes an empty one": (bert_tokenizer, "model has no tokenizer files"),
     "an adapter without its model": (adapter, "adapter", "'base'"),
+    "a tokenizer that is a pipe": (pipe("tokenizer.json"), "tokenizer.json"),
+    "a tokenizer nested 100,000 deep": (text("tokenizer.json", DEEP), "tokenizer.json"),
+    "a tokenizer's settings as a list": (text("tokenizer_config.json", "[]"), "tokenizer_config.json", "[]"),
     "a tokenizer of another vocabulary": (
         tokenizer(lambda c: c["model"]["vocab"].update(red=999), "tokenizer.json"), "1000", "vocab_size", "16",
     ),
@@ -254,11 +271,14 @@ def results_link(model: Path) -> None:
 LINE = {"group": "g", "lines": 1, "weights": "w", "task": "t", "kind": "k", "metric": "m", "value": 1.0, "data": {}}
 RESULTS = {
     "results of another program": '{"a": 1}\n',
+    "results nested 100,000 deep": DEEP + b"\n",
     "results whose group is a list": json.dumps({**LINE, "group": [1]}) + "\n",
+    "results whose value is a text": json.dumps({**LINE, "value": "high"}) + "\n",
 }
 NAN = weight(lambda w: w * float("nan"))
 CODE_TASK = "!!python/object/apply:os.mkdir [ran]"
 KERNEL = config(attn_implementation="their/kernel")
+LEADS_OUT = index({"weight_map": {WEIGHT: "../outside.safetensors"}})
 DEEP_HEADER = b"---\n" + b"[" * 20_000 + b"\n---\n\n## Results\n\nflipscale"
 PIXELS = ("preprocessor_config.json", "processor_config.json")
 OWN = EVALUATE
@@ -288,13 +308,16 @@ ATTACKS = [
         refused(name, evaluated(text("results.jsonl", content)), "results.jsonl", "flipscale evaluate")
         for name, content in RESULTS.items()
     ),
+    refused("results that are a pipe", evaluated(pipe("results.jsonl")), "results.jsonl"),
     refused("results that are a link", evaluated(results_link), "results.jsonl", check=lacks("elsewhere")),
     refused("prompts without the name", beside(TEMPLATES, "a {c}\na photo\n"), "'a photo'"),
     refused("a million prompts", beside(TEMPLATES, "a {c}\n" * 10**6), "1,000,000"),
     refused("prompts of 30 MB", beside(TEMPLATES, "a {c}\n" * 5_000_000), "30,000,000", alone=True),
     refused("a class name of a megabyte", beside("classnames.txt", "x" * 10**6), "1,000,000"),
+    refused("class names that are a pipe", evaluated(pipe("../data/classnames.txt")), "classnames.txt"),
     survived("one name for all classes", beside("classnames.txt", "a\n" * 16), "more than once"),
     refused("a task of no kind", task("{kind: [zero_shot], data: data}"), "kind", "['zero_shot']"),
+    refused("a task nested 20,000 deep", task("[" * 20_000), "--task"),
     refused("a task that is code", task(CODE_TASK), "--task", check=lacks("ran")),
     refused(
         "one of two models is no model", evaluated(two_models, ("evaluate", "model", "other", *EVALUATE[2:])),
@@ -306,6 +329,7 @@ ATTACKS = [
     refused("another's model that brings code", others(code), "custom code", check=lacks("ran")),
     refused("another's model whose index leads out", others(index({"weight_map": {"a": "/etc/passwd"}})), "/passwd'"),
     refused("another's model with a kernel", others(KERNEL), "config.json", "attn_implementation"),
+    refused("another's model with NaN", others(NAN), "NaN"),
     survived("secrets in a folder to push", pushed(secrets), check=names_no_secret),
     refused("a link in place of the card to push", pushed(outside("README.md")), "README.md"),
     refused("NaN weights to push", pushed(NAN), WEIGHT),
@@ -317,10 +341,15 @@ ATTACKS = [
     survived(
         "a tokenizer of other inputs", evaluated(tokenizer(lambda c: c.update(model_input_names=["x"]))), "top-1"
     ),
+    survived("a card nested 20,000 deep", evaluated(text("README.md", DEEP_HEADER)), "README.md"),
     survived(
         "a card nested 20,000 deep to convert",
         evaluated(text("README.md", DEEP_HEADER), ("convert", "open_clip", "model", "out")), "README.md", "licence",
         check=exists("out/open_clip_config.json"), alone=True,
+    ),
+    refused(
+        "another's model without tokenizer files", native("clip", without("tokenizer.json"), OTHER),
+        "model has no tokenizer files",
     ),
     refused(
         "a CLIPModel without image processor", native("clip", without(*PIXELS), OWN), "preprocessor_config.json"
@@ -330,6 +359,9 @@ ATTACKS = [
         "no tokenizer files to start from", start_native("clip", without("tokenizer.json")),
         "data.tokenizer", "model has no tokenizer files",
     ),
+    refused("a pipe to start from", start_native("clip", pipe("config.json")), "config.json"),
+    refused("a list to start from", start_native("clip", config(vision_config=[1])), "vision_config is [1]"),
+    refused("a tower of text to start from", start_native("siglip", config(text_config="x")), "text_config is 'x'"),
     refused(
         "a tower's width in quotes", native("clip", config(vision_config__hidden_size="x"), OWN), "'hidden_size'", "str"
     ),
@@ -343,15 +375,23 @@ ATTACKS = [
         "data.tokenizer", "2 pieces", "model.text_rows",
     ),
     refused("an adapter to start from", started_from(adapter), "model.init_from", "adapter", "'base'"),
+    refused("an adapter to start a CLIP from", start_native("clip", adapter), "adapter", "'base'"),
     refused(
         "ten million blocks in timm's file", start_native("towers", config(model_args__depth=10**7)),
         "model.vision", "depth is 10000000",
+    ),
+    refused(
+        "a width of ten billion in timm's file", start_native("towers", config(model_args__embed_dim=10**10)),
+        "model.vision", "embed_dim is 10000000000",
     ),
     survived("a timm tower in parts beside a pickle", start_native("towers", sharded(b"\x80junk")), "image tower"),
     survived(
         "100,000 unknown weights to start from", started_from(weights(many_unknown)), check=counts_unknown
     ),
     refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),
+    refused(
+        "weights to start from that are elsewhere", started_from(LEADS_OUT), "model.init_from", "../outside.safetensors"
+    ),
 ]  # fmt: skip
 
 test_attack = test_of(ATTACKS)

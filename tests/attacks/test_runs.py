@@ -92,6 +92,14 @@ def finished(folder: Path, ended: Ended) -> None:
 
 
 @later
+def trained_in(folder: Path, precision: str) -> list[str]:
+    """A stopped run whose last start had this precision."""
+    file = ground.run_of(folder, up_to=8) / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mixed_precision": precision}))
+    return ground.pretrain(folder)
+
+
+@later
 def starts_in_new(folder: Path, *flags: str) -> list[str]:
     """A run in `new/run` from the weights of the trained model, with these flags."""
     ground.shards(folder)
@@ -129,47 +137,29 @@ def saves_nothing(folder: Path, ended: Ended) -> None:
 
 
 @later
-def run_after(folder: Path, change: Change, *words: str, up_to: int | None = 8) -> list[str]:
-    """A command, by default that of the run, after `change` to the directory of a run that stopped after step `up_to`,
-    or of a finished one."""
-    change(ground.run_of(folder, up_to))
+def done_without(folder: Path, *names: str) -> list[str]:
+    ground.run_of(folder)
+    for name in names:
+        path = folder / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     note_sizes(folder)
-    return list(words) or ground.pretrain(folder)
-
-
-def status(change: Change) -> Make:
-    return run_after(change, "status", "run")
+    return ground.pretrain(folder)
 
 
 @later
-def removed(run: Path, *names: str) -> None:
-    for name in names:
-        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+def without_page(folder: Path, change: Change) -> list[str]:
+    """A finished run without its page, after `change` to its directory."""
+    (ground.run_of(folder) / "report.html").unlink()
+    change(folder / "run")
+    return ground.pretrain(folder)
 
 
-def done_without(*names: str) -> Make:
-    return run_after(removed(*names), up_to=None)
-
-
-def torn(name: str, tail: bytes) -> Make:
+@later
+def torn(folder: Path, name: str, tail: bytes) -> list[str]:
     """A stopped run with bytes at the end of a file."""
-
-    def append(run: Path) -> None:
-        with open(run / name, "ab") as file:
-            file.write(tail)
-
-    return run_after(append)
-
-
-def in_bf16(run: Path) -> None:
-    """Change the precision of the last start."""
-    about = json.loads((run / "environment.json").read_text())
-    (run / "environment.json").write_text(json.dumps({**about, "mixed_precision": "bf16"}))
-
-
-def damaged_facts(run: Path) -> None:
-    (run / "report.html").unlink()
-    (run / "environment.json").write_text('{"num_parameters": ["x"]}')
+    with open(ground.run_of(folder, up_to=8) / name, "ab") as file:
+        file.write(tail)
+    return ground.pretrain(folder)
 
 
 @later
@@ -213,6 +203,20 @@ def export(folder: Path, *names: str) -> list[str]:
     for name in names:
         mine(f"out/{name}")(folder)
     return ["export", "run", "--out", "out"]
+
+
+@later
+def status(folder: Path, change: Change) -> list[str]:
+    """The status of a stopped run after `change` to its directory."""
+    change(ground.run_of(folder, up_to=8))
+    return ["status", "run"]
+
+
+@later
+def resumed(folder: Path, change: Change) -> list[str]:
+    """A stopped run that goes on after `change` to its directory."""
+    change(ground.run_of(folder, up_to=8))
+    return ground.pretrain(folder)
 
 
 def remove(folder: Path, pids: list[int]) -> None:
@@ -263,18 +267,31 @@ def compare(folder: Path, *names: str, change: Change = lambda folder: None) -> 
 
 
 SHOWN = "(\\x1b[2J\\x1b]0;theirs\\x07\\u202e)"
-INFINITE = float("inf")
+INFINITE, NAN = float("inf"), float("nan")
 STATUS = [
     survived("a heartbeat after 1e400 seconds", status(heartbeat(time=INFINITE)), "starting"),
+    survived("a heartbeat of NaN", status(heartbeat(time=NAN, step_s=NAN)), "starting"),
+    survived("a step of 400 digits", status(heartbeat(step=10**400)), "160 of 160 pairs"),
     survived("a speed in words", status(line("metrics.jsonl", images_per_s="fast")), "1 of 11 lines", alone=True),
+    survived("a result of other types", status(line("results.jsonl", n="x", low=[1])), "1 of 1 lines", alone=True),
+    survived("a number of bad checkpoints", status(line("starts.jsonl", set_aside=5)), "1 of 2 lines", alone=True),
     refused("a heartbeat that is a folder", status(folder_at("heartbeat.json")), "heartbeat.json"),
+    survived("a speed of 0", status(line("metrics.jsonl", images_per_s=0)), "0 images/s"),
     survived("a speed that ends in 10^300 years", status(line("metrics.jsonl", images_per_s=1e-300)), "160 of"),
+    survived("a loss without its rate", status(line("metrics.jsonl", images_per_s=1.0, loss=1.0)), "160 of"),
     survived(
         "a stage that moves the cursor", status(line("metrics.jsonl", images_per_s=5.0, stage=CURSOR)), SHOWN,
         check=obeys_nothing,
     ),
+    survived(
+        "a result that moves the cursor", status(line("results.jsonl", label=CURSOR, unit=CURSOR, who=CURSOR)),
+        "\\x1b[2J", check=obeys_nothing,
+    ),
     refused("metrics that are a pipe", status(pipe("metrics.jsonl")), "metrics.jsonl"),
+    refused("metrics that are a folder", status(folder_at("metrics.jsonl")), "metrics.jsonl"),
     survived("crashes that are no text", status(text("slurm/crashes", b"\xff"))),
+    refused("the status of an empty recipe", status(text("recipe.yaml", "")), "run/recipe.yaml"),
+    refused("the status of a recipe in binary", status(text("recipe.yaml", b"\xff\xfe")), "run/recipe.yaml"),
     refused("the status of a recipe that is code", status(text("recipe.yaml", "a: !!python/name:os.x")), "run/recipe"),
     refused("the status of a recipe without stages", status(text("recipe.yaml", "data: {}")), "run/recipe.yaml"),
     refused("the status of a recipe that is a pipe", status(pipe("recipe.yaml")), "run/recipe.yaml"),
@@ -311,11 +328,20 @@ NO_PAGE = lacks("compare.html")
 COMPARE = [
     refused("a comparison of one run", compare("run"), "run", check=NO_PAGE),
     refused("a comparison of a run with itself", compare("run", "./run"), "twice", check=NO_PAGE),
+    refused(
+        "a comparison of a run with a link to it",
+        compare("run", "b", change=lambda folder: (folder / "b").symlink_to("run")), "twice", check=NO_PAGE,
+    ),
     refused("a comparison with a folder of data", compare("run", "data"), "data", "recipe.yaml", check=NO_PAGE),
     refused(
         "a comparison with a run without a record", compare("run", "other", change=text("other/metrics.jsonl", "")),
         "other has no metrics.jsonl", check=NO_PAGE,
     ),
+    refused(
+        "a comparison with a recipe without stages", compare("run", "other", change=text("other/recipe.yaml", "a: 1")),
+        "other/recipe.yaml", check=NO_PAGE,
+    ),
+    refused("a comparison with a recipe as a pipe", compare("run", "other", change=pipe("other/recipe.yaml")), "other"),
     refused("a comparison to a text file", compare("run", "other", "--out", "a.txt"), "--out", check=lacks("a.txt")),
     survived(
         "a comparison with a stage that moves the cursor",
@@ -329,6 +355,10 @@ ATTACKS = [
     Attack(
         "SIGTERM before the first step", endless, 128 + signal.SIGTERM, ("SIGTERM",), during=send_soon(signal.SIGTERM)
     ),
+    Attack(
+        "a terminal that is closed before the first step", endless, 128 + signal.SIGHUP, ("SIGHUP",),
+        during=send_soon(signal.SIGHUP),
+    ),
     refused("a second run of a directory", held(), f"process {os.getpid()} on ", HELD, check=untouched, alone=True),
     refused("a second run of a directory, of two processes", held(), HELD, check=untouched, world=2),
     Attack(
@@ -336,21 +366,25 @@ ATTACKS = [
         ("on far (", HELD), untouched, during=beat_elsewhere,
     ),
     goes_on("a lock of a killed process of this machine", held(started="1"), "is gone"),
+    goes_on("a lock of a machine that died long ago", held(age=1e4, **FAR), "is gone"),
     goes_on("a lock of a machine that died a minute ago", held(age=52.0, **FAR), "60 s", "is gone"),
     goes_on(
         "a requeued Slurm job, seconds after its node died", held(**FAR, slurm_job="7"), "is gone",
         SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1",
     ),
+    goes_on("an empty lock", held(b"", 1e4)),
     goes_on("a lock of binary garbage", held(b"\0\xff" * 500, 1e4)),
-    refused("a pipe for a lock", run_after(pipe("run.lock")), "run.lock"),
+    refused("a pipe for a lock", resumed(pipe("run.lock")), "run.lock"),
+    refused("a folder for a lock", in_the_way(lambda f: (f / "run/run.lock").mkdir(parents=True)), "run.lock"),
     Attack(
         "a suspended run whose directory another has taken", endless, 1, ("on far (",), saves_nothing, during=rob
     ),
     survived("DONE, and the checkpoints removed", done_without("checkpoints"), "done", check=untouched),
     survived("DONE, and the model removed", done_without("model"), "flipscale export", check=untouched),
+    survived("DONE, and both removed", done_without("checkpoints", "model"), "done", check=untouched),
     survived(
         "the page of a run whose facts are damaged",
-        run_after(damaged_facts, up_to=None),
+        without_page(text("environment.json", '{"num_parameters": ["x"]}')),
         "run/report.html was not written", "flipscale pretrain --config", check=lacks("run/report.html"),
     ),
     goes_on("DONE removed", done_without("DONE")),
@@ -360,20 +394,25 @@ ATTACKS = [
         "a machine without git", in_the_way(lambda folder: None), check=has_no_commit, environment={"PATH": "/nowhere"}
     ),
     goes_on(
-        "a run in bf16 that resumes in fp32", run_after(in_bf16), "precision is fp32", "was bf16 before",
+        "a run in bf16 that resumes in fp32", trained_in("bf16"), "precision is fp32", "was bf16 before",
         "set mixed_precision bf16", ACCELERATE_MIXED_PRECISION="no", FLIPSCALE_STOP_FILE="stop",
     ),
     goes_on("a torn starts.jsonl", torn("starts.jsonl", b'{"time": 12')),
-    refused("metrics to go on from that are a pipe", run_after(pipe("metrics.jsonl")), "metrics.jsonl"),
+    goes_on("a starts.jsonl that lost its fields", torn("starts.jsonl", b'{"time": 12}\n')),
+    refused("starts that are a pipe", resumed(pipe("starts.jsonl")), "starts.jsonl"),
+    refused("metrics to go on from that are a pipe", resumed(pipe("metrics.jsonl")), "metrics.jsonl"),
     Attack("a run directory that is removed while it trains", endless, 1, ("run",), during=remove),
     goes_on("a torn metrics.jsonl", torn("metrics.jsonl", b'{"step": 8, "lo')),
     goes_on("binary garbage in metrics.jsonl", torn("metrics.jsonl", b"\0\xff\n[1]\n{}\n"), "3 of 13 lines"),
     goes_on("binary garbage in results.jsonl", torn("results.jsonl", b'\0\xff\n{"step": "x"}\n{}\n')),
-    goes_on("a file where figures go", run_after(file_at("figures")), "figures was not written"),
+    goes_on("binary garbage in bad_samples.jsonl", torn("bad_samples.jsonl", b"\0\xff\n{}\n")),
+    goes_on("garbage in heartbeat.json", torn("heartbeat.json", b"\0\xff{")),
+    goes_on("a file where figures go", resumed(file_at("figures")), "figures was not written"),
     refused("garbage in recipe.yaml", torn("recipe.yaml", b"\n\t- {"), "recipe.yaml"),
     stopped_by("Ctrl-C", "SIGINT", signal.SIGINT),
     stopped_by("a terminal that is closed", "SIGHUP", signal.SIGHUP),
     stopped_by("a batch system that sends SIGTERM and SIGHUP", "SIGTERM", signal.SIGTERM, signal.SIGHUP),
+    stopped_by("Ctrl-C with two processes", "sav", signal.SIGINT, world=2),
     stopped_by("Ctrl-C with a launcher that sends it on", "sav", signal.SIGINT, signal.SIGINT, world=2),
     refused(
         "an empty output_dir", lambda f: [*in_the_way(lambda folder: None)(f), "--output_dir", ""], "output_dir is ''",
@@ -391,11 +430,18 @@ ATTACKS = [
     ),
     refused("a study of two recipes of one name", study("x/a.yaml", "y/a.yaml"), "name"),
     refused("a study of a recipe whose name is in colours", study("\x1b[31m.yaml"), "rename"),
+    refused("a study of a recipe called model", study("model.yaml"), "model", "rename"),
     refused(
         "a study in a folder with a model of the user's", study("a.yaml", prepare=mine("out/model/m")),
         "out holds model", check=kept("out/model/m"),
     ),
+    refused(
+        "a study in a folder with figures of the user's",
+        study("a.yaml", prepare=mine("out/figures/m")), "out holds figures", check=kept("out/figures/m"),
+    ),
     refused("a study in the folder of its recipes", study("out/a.yaml"), "out holds a.yaml"),
+    refused("a study in a run directory", study("a.yaml", prepare=mine("out/recipe.yaml")), "out holds"),
+    refused("a study in a file", study("a.yaml", prepare=mine("out")), "out", check=kept("out")),
     Attack(
         "a study whose terminal is closed", study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP, ("saved",),
         leaves_no_run, during=send(signal.SIGHUP, to_all=False, after=study_trains), long=True, **STUDY,
@@ -411,6 +457,7 @@ ATTACKS = [
     refused(
         "an export over notes of the user's", export("notes.txt"), "out holds notes.txt", check=kept("out/notes.txt")
     ),
+    refused("an export over a folder of the user's", export("x/notes.txt"), "out", check=kept("out/x/notes.txt")),
     refused("an export over another config.json", export("config.json"), "out", check=kept("out/config.json")),
 ]  # fmt: skip
 

@@ -142,6 +142,7 @@ TOO_LARGE, UNDECODABLE = "image_too_large", "undecodable_image"
 NO_CAPTION, BAD_CAPTION, SAMPLE_TOO_LARGE = "missing_caption", "undecodable_caption", "sample_too_large"
 SAMPLES = [
     image("a PNG of 1 x 20,000 pixels", lambda: png(1, 20_000, 3)),
+    image("a JPEG of 300 x 1 pixels", lambda: saved(Image.new("RGB", (300, 1)), "JPEG")),
     image("a PNG of 340 kB with 88 million transparent pixels", lambda: png(9400, 9400, 4), TOO_LARGE),
     image(
         "a PNG of 79 bytes whose pixels say that they take 4 GB",
@@ -155,6 +156,7 @@ SAMPLES = [
         lambda: with_header(picture(), struct.pack(">HH", 40, 50), struct.pack(">HH", 7000, 7000)), UNDECODABLE,
     ),
     image("a JPEG with 200,000 EXIF blocks", jpeg_with(b"\xff\xe1\0\x0cExif\0\0abcd" * 200_000), TOO_LARGE),
+    image("a JPEG with 1,000,000 empty blocks", jpeg_with(b"\xff\xe5\0\2" * 1_000_000), TOO_LARGE),
     image("a PNG with 1,000,000 text chunks", lambda: png(8, 8, 3, chunk(b"tEXt", b"a\0b") * 1_000_000), TOO_LARGE),
     image(
         "a PNG whose colour profile unpacks to 500 MB",
@@ -173,21 +175,27 @@ SAMPLES = [
     text("captions nested 100,000 deep", "json", b'{"captions": ' + DEEP + b"}", BAD_CAPTION),
     text("a JSON nested 1,000,000 deep that never ends", "json", b'{"x":' * 1_000_000, SAMPLE_TOO_LARGE),
     text("captions that are one text", "json", b'{"captions": "a red bar"}', learns="a red bar"),
+    text("captions of nothing", "json", b'{"captions": [null]}', NO_CAPTION),
     text("captions that are numbers", "json", b'{"captions": [1, 2]}', BAD_CAPTION, "int"),
     text("a caption that is no number", "json", b'{"caption": NaN}', BAD_CAPTION, "float"),
     text("a caption that is an object", "json", b'{"caption": {"en": "a red bar"}}', BAD_CAPTION, "dict"),
+    text("a caption that is true", "json", b'{"caption": true}', BAD_CAPTION, "bool"),
+    text("a JSON that is a list", "json", b'["a red bar"]', BAD_CAPTION, "list"),
     text("a JSON with a number of 10,000 digits", "json", b'{"caption": "a", "n": ' + b"9" * 10**4 + b"}", BAD_CAPTION),
     text("a caption with half a surrogate pair", "json", b'{"caption": "a red \\ud800 bar"}', BAD_CAPTION),
     text("a JSON that ends early", "json", b'{"caption": "a red', BAD_CAPTION),
     text("an empty JSON file", "json", b"", NO_CAPTION),
     text("no caption file", "txt", None, NO_CAPTION),
     text("a caption in UTF-16", "txt", "a red bar".encode("utf-16"), BAD_CAPTION),
+    text("a caption in UTF-16 without its mark", "txt", "a red bar".encode("utf-16-le"), BAD_CAPTION),
     text("a caption with a byte order mark", "txt", b"\xef\xbb\xbfa red bar", learns="a red bar"),
     text("a caption of invisible characters", "txt", "\u200b\ufeff \u200e".encode()),
     text("a caption of 200 kB", "txt", RED * 20_000, "caption_too_long"),
     text("a caption of 50 MB", "txt", RED * 5_000_000, SAMPLE_TOO_LARGE),
+    text("a JSON of 50 MB", "json", b'{"caption": "' + RED * 5_000_000 + b'"}', SAMPLE_TOO_LARGE),
     text("a class number of 5,000 digits", "cls", b"9" * 5_000, NO_CAPTION),
 ]  # fmt: skip
+ATTACKS = [Attack(sample.name, make) for sample in SAMPLES]
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from attacks import ground
 from attacks.attack import Change, Ended, later, refused, survived, test_of
-from attacks.changes import lacks, nothing, obeys_nothing, pipe
+from attacks.changes import lacks, mine, nothing, obeys_nothing, pipe
 from PIL import Image
 
 SCRIPT = "</script><script>alert(1)</script>\x1b[2J"
@@ -74,16 +74,19 @@ def numbers(folder: Path) -> None:
     np.savez(folder / "search.npz", mine=np.arange(3))
 
 
+NOTES = mine("search.npz")
 IS_KEPT = lacks("search.html")
 ATTACKS = [
     refused("queries that are a pipe", search("--queries", "q", change=pipe("q")), "q"),
     survived("words that are code", search(SCRIPT), "1 query", "4 pictures", check=runs_nothing),
+    survived("words of 100 kB", search("a " * 50_000), "1 query", "4 pictures"),
     refused("words that are no text", search("\udcff"), "UTF-8"),
     survived("names that are code", search("a", change=odd_names), "1 of 8 pictures", check=runs_nothing),
     survived("pipes and links among pictures", search("a", change=no_files), "3 of 7 pictures", check=runs_nothing),
     survived("links out of the pictures", search("red", change=links_out), "2 of 7 pictures", check=has_five),
     survived("words that are tokens without a meaning", search("<pad>", "<unk>"), "2 queries", check=finds_nothing),
     refused("numbers of the user's where embeddings go", search("a", change=numbers), "search.npz", check=IS_KEPT),
+    refused("notes of the user's where embeddings go", search("a", change=NOTES), "search.npz", check=IS_KEPT),
     refused("a pipe where embeddings go", search("a", change=pipe("search.npz")), "search.npz"),
 ]
 

@@ -58,6 +58,8 @@ ATTACKS: list[Attack] = [
     refused("an audit without test sets", on_shards("audit", "data", "--tests", "empty"), "empty"),
     refused("an audit to a file", on_shards("audit", "data", "--output_dir", "file"), "file", check=kept("file")),
     refused("a contact sheet in no folder", on_shards("inspect", "data", "--sheet", "no/sheet.png"), "no/sheet.png"),
+    refused("a contact sheet over a text", on_shards("inspect", "data", "--sheet", "file"), "PNG", check=kept("file")),
+    refused("an index of an empty folder", on_shards("index", "empty"), "'empty'"),
     refused("tasks to a file", on_shards("tasks", "file", "--only", "mnist"), "file", "folder"),
 ]  # fmt: skip
 

@@ -91,8 +91,12 @@ def row(name: str, make: Make, *says: str) -> Attack:
 GRID = {f"a{n}": {f"l{n}{m}": {"seed": m} for m in range(9)} for n in range(12)}
 ATTACKS = [
     row("an axis of nothing", level("model.sise", "b16"), "axes.axis.level", "model.sise"),
+    row("an axis of a whole section", level("data", 3), "axes.axis.level", "data"),
     row("an axis of seeds", level("seed", 3), "axes.axis.level", "seed"),
+    row("a budget of 0", level("budget_minutes", 0), "level-seed0", "budget_minutes is 0.0"),
+    row("0 minutes", plan(minutes=0), "minutes is 0"),
     row("more than all data", level("data.fraction", 1.5), "level-seed0", "data.fraction is 1.5"),
+    row("a word for a batch", level("data.global_batch_size", "big"), "data.global_batch_size", "big"),
     row("an arm that cannot be run", level("model.vision_config.hidden_size", 33), "level-seed0", "hidden_size 33"),
     row("a stage of another name", level("stages.whole.base_lr", 1.0), "axes.axis.level", "whole", "masked"),
     row("a warm-up longer than its stage", level("stages.0.warmup_samples", 320), "level-seed0", "320", "96"),
@@ -107,7 +111,9 @@ ATTACKS = [
     ),
     refused("a race over a user's file", others_in_the_model, "notes.txt", check=kept("out/model/notes.txt")),
     row("a race's mark that is cut short", broken_mark('{"recipes": ["go'), "study.json"),
+    row("a race's mark of no fields", broken_mark("{}"), "study.json", "recipes is None"),
     row("a race's mark with words for seeds", broken_mark('{"recipes": [], "seeds": "two"}'), "seeds is 'two'"),
+    row("a race's mark of deep lists", broken_mark("[" * 20_000), "study.json"),
     Attack(
         "an arm whose data is not there", arm_without_data, 1, ("1 of 2 runs", "gone-seed0"), other_arm_is_done,
         long=True,
