@@ -19,27 +19,37 @@ from simulated import node as simulated
 
 from flipscale.checks import bench as checks
 from flipscale.checks import kernels
-from flipscale.checks.bench import write_report
-from flipscale.checks.kernels import check_collectives, check_links
+from flipscale.checks.bench import report, write_report
+from flipscale.checks.kernels import check_collectives, check_links, check_products
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Row
 from flipscale.checks.nodes import Nodes, meet
+from flipscale.checks.runs import check_kill, check_stall
 from flipscale.checks.steps import engine_variables
-from flipscale.cli import main
 from flipscale.io.errors import UserError
 
 HOSTS = ["a", "b", "c", "d"]
 
 
-def equal_links(stack: ExitStack) -> None:
-    """Send little, and find all links equally fast: the machine's own speed plays no part."""
+def few_bytes(stack: ExitStack) -> None:
+    """Send little."""
     stack.enter_context(patch.object(kernels, "_LINK_BYTES", 2**16))
-    stack.enter_context(patch.object(kernels, "seconds_of", lambda call, *_: (call(), 0.1)[1]))
+
+
+def slow_gpu(stack: ExitStack) -> None:
+    """Slow down GPU 1 of the second node, rank 3 of 4. The machine's own speed plays no part."""
+    few_bytes(stack)
+
+    def measured(call: Callable[[], object], *_: Any) -> float:
+        call()
+        return 0.5 if os.environ["RANK"] == "3" else 0.1
+
+    stack.enter_context(patch.object(kernels, "seconds_of", measured))
 
 
 def dead_rank(stack: ExitStack) -> None:
     """Kill rank 3 while the others wait for it."""
-    stack.enter_context(patch.object(kernels, "_LINK_BYTES", 2**16))
+    few_bytes(stack)
     measure = kernels.seconds_of
 
     def killed(call: Callable[[], object], *given: Any) -> float:
@@ -58,36 +68,62 @@ def small(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-def test_a_dead_rank_of_another_node_is_named(small: Path, tmp_path: Path) -> None:
-    """Two nodes of two GPUs, each in a thread."""
+def run_nodes(fault: simulated.Fault, small: Path, folder: Path, *chosen: Callable[[Bench], None]) -> Bench:
+    """Run checks of two nodes of two GPUs, each in a thread, and return what the first has found."""
     launcher = {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
 
     def of_node(index: int) -> Bench:
         nodes = meet({**launcher, "GROUP_RANK": str(index)})
         nodes.hosts = HOSTS[:2]
-        own = Bench(2, tmp_path / HOSTS[index], [str(small)], 4, start=simulated.Starter(dead_rank))
+        own = Bench(2, folder / HOSTS[index], [str(small)], 4, start=simulated.Starter(fault))
         own.add("own", "fine")
-        return checks.check_nodes(own, nodes, tmp_path, lambda line: None)
+        whole = checks.check_nodes(own, nodes, folder, lambda line: None)
+        return whole
 
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         simulated.on_busy_machine(stack)
-        stack.enter_context(patch.object(checks, "OF_ALL_NODES", (check_links, check_collectives)))
+        stack.enter_context(patch.object(checks, "OF_ALL_NODES", chosen))
         first, second = pool.map(of_node, range(2))
     assert [one.status for one in first.findings] == [one.status for one in second.findings]
-    for finding in first.findings[1:]:
+    return first
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_slow_gpu_of_a_node_is_named(small: Path, tmp_path: Path) -> None:
+    nodes, links, together = run_nodes(slow_gpu, small, tmp_path, check_links, check_collectives).findings
+    assert nodes.text == "4 GPUs on a, b"
+    # Its partner measured the same link, and is not slow by the fault.
+    assert (links.status, links.text.split(";")[0]) == ("FAILED", "slow: GPU 1 of b"), links
+    assert (together.name, together.status) == ("NCCL small", "ok")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_dead_rank_of_another_node_is_named(small: Path, tmp_path: Path) -> None:
+    _, links, together = run_nodes(dead_rank, small, tmp_path, check_links, check_collectives).findings
+    for finding in (links, together):
         assert finding.status == "FAILED"
         assert finding.text.startswith("rank 3 ended with code 9"), finding
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_stalled_and_a_killed_rank_of_another_node_are_noticed(small: Path, tmp_path: Path) -> None:
+    whole = run_nodes(few_bytes, small, tmp_path, check_stall, check_kill)
+    _, stalled, killed = whole.findings
+    assert (stalled.status, killed.status) == ("ok", "ok"), (stalled, killed)
+    assert stalled.text.startswith("rank 2 named")
+    assert whole.figures["kill_s"] < 60.0
 
 
 NODE = """
 import sys
 from simulated import node
-from simulated.test_bench_nodes import equal_links, small_checks
+from simulated.test_bench_nodes import slow_gpu, small_checks
 if __name__ == "__main__":
     with small_checks():
-        node.main(["--batch_size", "4", "--config", *sys.argv[1:]], equal_links)
+        node.main(["--batch_size", "4", "--config", *sys.argv[1:]], slow_gpu)  # has no rank 3: all links are equal
 """
 
 
@@ -131,7 +167,7 @@ def test_accelerate_launch_starts_all_nodes(small: Path, tmp_path: Path) -> None
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_all_checks_run_on_two_nodes_of_eight(recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_checks_run_on_two_nodes_of_eight(recipe: dict, tmp_path: Path) -> None:
     towers = {name: {**recipe["model"][name], "num_hidden_layers": 1} for name in ("vision_config", "text_config")}
     towers["text_config"]["vocab_size"] = 64
     shallow = {**recipe, "model": {**recipe["model"], **towers}, "stages": recipe["stages"][:1]}
@@ -160,15 +196,10 @@ def test_all_checks_run_on_two_nodes_of_eight(recipe: dict, tmp_path: Path, caps
     (row,) = whole["trainer"]
     assert (row["engine"], row["gpus"], row["compiled"]) == ("ddp", 16, False)
     page = (tmp_path / "report.md").read_text()
+    print(own["seconds"], whole["seconds"], page)
     assert "## GPUs: 8, nodes: 1" in page
     assert "## GPUs: 16, nodes: 2" in page
     assert page.count("### Beside open_clip") == 2
-    assert len(own["open_clip"]) == 12
-    capsys.readouterr()
-    measured = ["--bench", str(tmp_path / "gpu.json")]
-    main(["plan", str(tmp_path / "small.yaml"), "--gpu", "h100", *measured])
-    main(["pretrain", "--dry_run", "--config", str(tmp_path / "small.yaml"), "--num_processes", "8", *measured])
-    assert f" {own['planning']['node_gb_s']:g} GB/s a GPU within a node" in capsys.readouterr().out
 
 
 def rows_of(rank: int, logs: Path, function: str, **given: object) -> list[Row]:
@@ -223,6 +254,18 @@ def test_what_is_slow_with_every_node_is_named(
     assert finding.text.startswith(named or "45 GB/s a GPU each way; slowest ")
     if slow := [rail for rail in range(8) if is_slow(0, 1, rail)]:
         assert finding.text.endswith(f"slowest 20, GPU {slow[0]} between a and b")
+
+
+@pytest.mark.parametrize(
+    ("slow", "named"),
+    [([11], "GPU 3 of b"), ([2, 11], "GPU 2 of a, GPU 3 of b"), ([1, *range(8, 16)], "GPU 1 of a, all GPUs of b")],
+)
+def test_a_slow_gpu_has_its_node(slow: list[int], named: str, tmp_path: Path) -> None:
+    rows = [[{"shape": [1, 1, 1], "flops_per_s": 4e14 if rank in slow else 7e14}] for rank in range(16)]
+    bench = Bench(16, tmp_path, ["small"], 8, nodes=Nodes(hosts=HOSTS[:2]))
+    with patch.object(Bench, "run", lambda *_, **__: rows):
+        check_products(bench)
+    assert f"products small                     slow: {named}, at least 400 Tflop/s, another 700; " in report(bench)
 
 
 def test_what_other_nodes_failed_is_in_the_report(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from conftest import write_shards
 from simulated.recorder import Recorder
@@ -17,7 +18,7 @@ from simulated.world import fake_processes
 
 from flipscale.engines.build import start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
-from flipscale.engines.launch import launch_environment, read_launch_file
+from flipscale.engines.launch import Launch, launch_environment, read_launch_file
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
@@ -104,7 +105,9 @@ def shared(sent: list[tuple], *ranks: int) -> list[tuple]:
     return [message for message in sent if set(ranks) <= set(message[-1])]
 
 
-@pytest.mark.parametrize(("engine", "world"), [("hsdp", 16), pytest.param("fsdp2", 256, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("engine", "world"), [("ddp", 8), ("hsdp", 16), pytest.param("fsdp2", 256, marks=pytest.mark.long)]
+)
 def test_ranks_send_alike(
     engine: str, world: int, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,13 +124,33 @@ def test_ranks_send_alike(
         },
     }  # fmt: skip
     # Rank 8 has the shard of rank 0 in the next copy of the weights.
-    ranks = (0, 1, 8)
+    ranks = sorted({0, 1, min(8, world - 1), world - 1})
     for rank in ranks:
         file = tmp_path / f"{rank}.yaml"
         file.write_text(yaml.safe_dump({**recipe, **changes, "output_dir": str(tmp_path / str(rank))}))
         found[rank] = messages(rank, world, engine, file, monkeypatch)
     for one, other in itertools.combinations(ranks, 2):
         assert shared(found[one], one, other) == shared(found[other], one, other)
-    assert {message[:3] for message in found[0]} == {message[:3] for message in found[8]}
+    assert {message[:3] for message in found[0]} == {message[:3] for message in found[world - 1]}
     assert len(found[0]) > 6 * 4
     assert [path.name for path in list_checkpoints(tmp_path / "0")][-1:] == [f"step-{SIGNALLED + 1:08d}"]
+
+
+def sums(rank: int, swapped: bool) -> list[tuple]:
+    """The sums of a rank of 16 within its four neighbours, then over the four that have its place among theirs."""
+    recorder = Recorder()
+    with fake_processes(rank, Launch("fsdp2", 16, shard_size=4)):
+        first, place = rank // 4 * 4, rank % 4
+        groups = [dist.new_group(ranks) for ranks in (range(first, first + 4), range(place, 16, 4))]
+        with recorder:
+            recorder.on = True
+            for size, group in zip((8, 2), reversed(groups) if swapped else groups, strict=True):
+                dist.all_reduce(torch.ones(size), group=group)
+    return [one.signature for one in recorder.collectives]
+
+
+def test_swapped_groups_of_one_size_are_told_apart() -> None:
+    right, wrong = sums(1, swapped=False), sums(1, swapped=True)
+    assert [message[:3] for message in right] == [message[:3] for message in wrong]
+    for other in (0, 13):
+        assert shared(right, 1, other) == shared(sums(other, swapped=False), 1, other) != shared(wrong, 1, other)
