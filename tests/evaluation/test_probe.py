@@ -251,8 +251,8 @@ def probes(model: str, train: str, test: str) -> dict[str, Any]:
 def test_probes_do_not_depend_on_the_number_of_processes(
     model: Path, train: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Counts to the last image, objectives and losses to rounding. On 3 processes the parts differ in size."""
-    alone, several = (in_processes(world, tmp_path, probes, str(model), str(train), str(shards)) for world in (1, 3))
+    """Counts to the last image, objectives and losses to rounding. On 4 processes the parts differ in size."""
+    alone, several = (in_processes(world, tmp_path, probes, str(model), str(train), str(shards)) for world in (1, 4))
     counts = {"fixed": 2, "lars": 2, "few_shot": 3, "searched": 2}
     assert {name: len(of_task) for name, of_task in alone.items()} == counts
     for name, of_task in several.items():
