@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -47,6 +48,8 @@ from flipscale.training import session
 FAKE = ("products", "attention", "visited", "steps", "beside")
 # One process for this many GPUs, on CPUs.
 _GPUS_OF_A_PROCESS = max(NUM_DEVICES // 2, 1)
+# Nodes in threads start processes in changed environments one at a time, so that each finds the command's own again.
+_ENVIRONMENT = threading.Lock()
 Fault = Callable[[ExitStack], None]
 
 _GPU = "NVIDIA H100 80GB HBM3, 570.86, 81559, 1980, 1980, 650.1, 700.00, 41, 5, 16"
@@ -133,7 +136,7 @@ class Starter:
         serving = (module, words, str(log), is_fake, self._fault)
         # Only these: this command's own launcher may have set others.
         changed = {name: str(number) for name, number in changes.items()}
-        with patch.dict(os.environ, {**environment, **changed}, clear=True):
+        with _ENVIRONMENT, patch.dict(os.environ, {**environment, **changed}, clear=True):
             started = _Started(processes.start(serve, *serving))
         if rank == first:
             leader.append(started)
