@@ -60,8 +60,7 @@ def begin_run(
             head_dim = vision.hidden_size // vision.num_attention_heads
             rows.append(("attention", attention_kernel(accelerator.device, now == "bf16", head_dim)))
         if not step and (faster := faster_precision(os.environ)):
-            command = f"{PRECISION}={faster[PRECISION]} {typed_command()}"
-            rows.append(("faster", command if typed_command() else "mixed_precision bf16 in the launch file"))
+            rows.append(("faster", typed_command(faster[PRECISION]) or "mixed_precision bf16 in the launch file"))
         rows += [
             ("processes", f"{accelerator.num_processes}, {engine}" if accelerator.num_processes > 1 else "1"),
             ("evaluation", _evaluation_words(evaluations, recipe.eval.every_share)),
@@ -71,9 +70,9 @@ def begin_run(
         head = f"going on with {run_dir} from step {step:,}{to_go}" if step else f"training {run_dir}"
         _log.info("%s", block(head, rows))
         if step and before in ("no", "bf16") and before != now:
-            named = {"no": "fp32", "bf16": "bf16"}
-            words = "the precision is %s, and was %s before; to keep it, set mixed_precision %s in the launch file"
-            _log.warning(words, named[now], named[before], before)
+            named, keeps = {"no": "fp32", "bf16": "bf16"}, typed_command(before)
+            fix = f"to keep {named[before]}: {keeps}" if keeps else f"set mixed_precision {before} in the launch file"
+            _log.warning("the precision is %s, and was %s before; %s", named[now], named[before], fix)
 
 
 def log_stop(schedule: Schedule, step: Step) -> None:

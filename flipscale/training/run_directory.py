@@ -97,26 +97,32 @@ def environment() -> dict[str, Any]:
     }
 
 
-def typed_command() -> str | None:
-    """Return the user's command line, or the launcher's. None if it is unknown, or if a batch script started the run,
-    because nobody types that command again."""
+def typed_command(precision: str | None = None) -> str | None:
+    """Return the user's command line, or the launcher's, for this start's precision or another `precision`. None if it
+    is unknown, or if a batch script started the run, because nobody types that command again."""
     if STOP_FILE in os.environ:
         return None
-    words, precision = list(sys.orig_argv), os.environ.get(PRECISION)
-    if "WORLD_SIZE" in os.environ or precision is not None:
+    words = list(sys.orig_argv)
+    precision = precision or os.environ.get(PRECISION)
+    variable = f"{PRECISION}={precision} " if precision else ""
+    if "WORLD_SIZE" in os.environ or PRECISION in os.environ:
         # Unknown if the launcher has ended, or is another user's.
         content = known(Path(f"/proc/{os.getppid()}/cmdline").read_bytes) or b""
         launcher = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
         if any(Path(word).name in _LAUNCHERS for word in launcher[:4]):
             words = launcher
-            if {"launch", "accelerate.commands.launch"} & {*words[:4]}:
-                precision = None  # accelerate sets the variable itself
+            launches = [word in ("launch", "accelerate.commands.launch") for word in words]
+            if True in launches[:4]:  # accelerate sets the variable itself
+                place, variable = launches.index(True) + 1, ""
+                if precision != os.environ.get(PRECISION):
+                    words[place:place] = ["--mixed_precision", str(precision)]
         elif "WORLD_SIZE" in os.environ:  # a single process may have the other variable from its user
             return None
     if len(words) < 2 or words[1] == "-c":
         return None
-    if os.access(words[1], os.X_OK):
-        # A script: the kernel puts the interpreter before it. Its name is enough if the shell finds it by the name.
-        name = Path(words[1]).name
-        words = [name if shutil.which(name) == os.path.abspath(words[1]) else words[1], *words[2:]]
-    return f"{PRECISION}={precision} {shlex.join(words)}" if precision else shlex.join(words)
+    if not os.access(words[1], os.X_OK):
+        return variable + shlex.join(words)
+    # A script: the kernel puts the interpreter before it. Its name is enough if the shell finds it by the name.
+    path = shutil.which(Path(words[1]).name)
+    is_found = path is not None and os.path.abspath(path) == os.path.abspath(words[1])
+    return variable + shlex.join([Path(words[1]).name if is_found else words[1], *words[2:]])
