@@ -2,11 +2,11 @@
 
 import glob
 import os
+import shlex
 from itertools import islice
 from pathlib import Path
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
@@ -41,10 +41,19 @@ def _use_of(shards: str) -> str:
     files = list(islice(Path(shards).rglob("*") if is_folder else map(Path, glob.iglob(shards)), _MOST_FILES))
     if folders := sorted({str(file.parent) for file in files if file.suffix == ".tar"})[:_MOST_FOLDERS]:
         return f"name the folder of its shards: {' or '.join(folders)}"
-    raw = next((file for file in files if file.suffix.lower() in RAW_SUFFIXES), None)
-    if raw is None and not is_saved_dataset(shards):
+    known = (file for file in files if file.suffix.lower() in RAW_SUFFIXES)
+    raw = sorted(known, key=lambda file: RAW_SUFFIXES.index(file.suffix.lower()))
+    if is_saved_dataset(shards):
+        kind, source = "a saved data set", shards
+    elif not raw:
         return ""
-    source = raw.parent if raw and raw.suffix.lower() in IMAGE_SUFFIXES else raw
-    made = f"`flipscale prepare shards {quoted(shards if is_folder else str(source))} FOLDER` makes shards of it"
-    is_dataset = raw is None or raw.suffix == ".parquet"
-    return f"{made}, or name it as a `dataset` of data.sources if it holds images" if is_dataset else made
+    elif raw[0].suffix == ".parquet" and str(raw[0]) != shards:
+        columns = "image_column: image, caption_columns: [caption]"
+        return f"it is Parquet files: give --data.shards null --data.sources '[{{dataset: {shards}, {columns}}}]'"
+    elif raw[0].suffix.lower() in IMAGE_SUFFIXES:
+        kind, source = "pictures", shards if is_folder else str(raw[0].parent)
+    else:
+        kind, source = "a table", str(raw[0])
+    folder = f"data/{Path(source).absolute().stem}"
+    command = ["flipscale", "prepare", "shards", source, f"{folder}_shards" if os.path.exists(folder) else folder]
+    return f"it is {kind}: `{shlex.join(command)}` makes shards of it"

@@ -1,6 +1,7 @@
-"""Raw data where shards are wanted: the error names the command that makes shards of it."""
+"""Raw data where shards are wanted: the error says what it is, and names the command or the flags for it."""
 
 import re
+import shlex
 from pathlib import Path
 
 import cv2
@@ -33,19 +34,45 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("shards", "source"),
-    [("list.jsonl",) * 2, ("*.csv", "list.csv"), ("pictures/*.jpg", "pictures"), ("saved",) * 2, ("parts",) * 2],
-)
-def test_the_error_has_the_command_that_makes_shards(shards: str, source: str, here: Path) -> None:
+def refusal(shards: str) -> str:
     before = sorted(Path().rglob("*"))
-    with pytest.raises(ValueError, match=re.escape(f"no shards at {shards!r}; `flipscale prepare shards {source} ")):
+    with pytest.raises(ValueError, match=re.escape(f"no shards at {shards!r}; ")) as raised:
         open_source(DataRecipe(shards=shards))
     assert sorted(Path().rglob("*")) == before, "an index of what is no shard"
+    return str(raised.value)
 
 
-def test_init_takes_data_sets(here: Path) -> None:
-    cli.main(["prepare", "tokenizer", "saved", "tokenizer", "--vocab_size", "40"])
-    cli.main(["init", "mine.yaml", "--shards", "saved", "--tokenizer", "tokenizer", "--gpu", "h100", "--hours", "1"])
+@pytest.mark.parametrize(
+    ("shards", "source"),
+    [
+        ("list.jsonl", "list.jsonl"),
+        ("*.csv", "list.csv"),
+        ("parts/0.parquet", "parts/0.parquet"),
+        ("pictures/", "pictures/"),
+        ("pictures/*.jpg", "pictures"),
+        ("saved", "saved"),
+    ],
+)
+def test_the_error_has_the_command_that_makes_shards(shards: str, source: str, here: Path) -> None:
+    folder = f"data/{Path(source).stem}"
+    assert shlex.split(refusal(shards).split("`")[1]) == ["flipscale", "prepare", "shards", source, folder]
+    Path(folder).mkdir()
+    assert refusal(shards).split("`")[1].split()[4] == f"{folder}_shards"
+
+
+@pytest.mark.parametrize("shards", ["parts", "parts/*.parquet"])
+def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, tokenizer_dir: Path) -> None:
+    from flipscale.runs.complete_recipe import parse_recipe
+
+    flags = shlex.split(refusal(shards).split(" give ")[1].replace("[caption]", "[text]"))
+    recipe = parse_recipe(["--data.shards", "elsewhere", "--data.tokenizer", str(tokenizer_dir), *flags])
+    assert (recipe.data.shards, recipe.data.sources[0].dataset) == (None, shards)
+    assert open_source(recipe.data).read(0, 0).captions == (b"a green bar",)
+
+
+@pytest.mark.parametrize("shards", ["saved", pytest.param("parts", marks=pytest.mark.long)])
+def test_init_takes_data_sets(shards: str, here: Path) -> None:
+    cli.main(["prepare", "tokenizer", shards, "tokenizer", "--vocab_size", "40"])
+    cli.main(["init", "mine.yaml", "--shards", shards, "--tokenizer", "tokenizer", "--gpu", "h100", "--hours", "1"])
     data = yaml.safe_load(Path("mine.yaml").read_text())["data"]
-    assert data["sources"] == [{"dataset": "saved", "image_column": "image", "caption_columns": ["text"]}]
+    assert data["sources"] == [{"dataset": shards, "image_column": "image", "caption_columns": ["text"]}]
