@@ -39,6 +39,7 @@ from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_s
 from flipscale.io.errors import UserError
 from flipscale.io.files import is_utf8
 from flipscale.io.model_folder import is_path
+from flipscale.io.progress import Progress
 from flipscale.recipe.data import SourceRecipe
 
 if TYPE_CHECKING:
@@ -428,15 +429,16 @@ class TextTable(RowList):
             if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError(f"{path} is no table in UTF-8 (it is UTF-16); save it as UTF-8")
             first = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
-            if delimiter:
-                names, first = _read_header(path, text, first, delimiter)
-                columns = find_columns(str(path), names, asked)
-                ends = partial(_end_of_quotes, text, delimiter, len(names), names.index(columns["image"]))
-                starts = np.fromiter(_row_starts(text, first, ends), np.int64)
-            else:
-                starts = np.fromiter(_row_starts(text, first, None), np.int64)
-                names = _read_keys(path, text, starts)
-                columns = find_columns(str(path), names, asked)
+            with Progress(len(text), "rows", "B") as progress:
+                if delimiter:
+                    names, first = _read_header(path, text, first, delimiter)
+                    columns = find_columns(str(path), names, asked)
+                    ends = partial(_end_of_quotes, text, delimiter, len(names), names.index(columns["image"]))
+                    starts = np.fromiter(_row_starts(text, first, ends, progress), np.int64)
+                else:
+                    starts = np.fromiter(_row_starts(text, first, None, progress), np.int64)
+                    names = _read_keys(path, text, starts)
+                    columns = find_columns(str(path), names, asked)
             starts, digest = np.append(starts, len(text)), hashlib.blake2b(text).hexdigest()[:32]
         return cls(str(path), names, columns, path.parent, allow_outside, delimiter, starts, digest)
 
@@ -468,8 +470,10 @@ class TextTable(RowList):
 
 
 def _read_header(path: Path, text: mmap.mmap, at: int, delimiter: str) -> tuple[tuple[str, ...], int]:
-    """Return the fields of the first line, and its end."""
-    line, at = text[at : _line_end(text, at)], _line_end(text, at)
+    """Return the fields of the first line that is not blank, and its end."""
+    line = b""
+    while at < len(text) and not line.strip():
+        line, at = text[at : _line_end(text, at)], _line_end(text, at)
     try:
         # Other columns may have names in another encoding.
         return tuple(_parse_fields(line.decode("utf-8", "replace").encode(), delimiter)), at
@@ -495,7 +499,9 @@ def _line_end(text: mmap.mmap, at: int) -> int:
     return text.find(b"\n", at) + 1 or len(text)
 
 
-def _row_starts(text: mmap.mmap, at: int, end_of: Callable[[int, int], int] | None) -> Iterator[int]:
+def _row_starts(
+    text: mmap.mmap, at: int, end_of: Callable[[int, int], int] | None, progress: Progress
+) -> Iterator[int]:
     """Yield the start of each row that is not blank, from `at` on. `end_of` finds the end of a row whose first line has
     an odd number of quotes; None if quotes mean nothing."""
     while at < len(text):
@@ -503,6 +509,7 @@ def _row_starts(text: mmap.mmap, at: int, end_of: Callable[[int, int], int] | No
         line = text[start:at]
         if end_of and line.count(b'"') % 2:
             at = end_of(start, at)
+        progress.update(at - start)
         if not line.isspace():
             yield start
 
@@ -687,8 +694,13 @@ def _class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
 
 
 def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """Return the content of a file that a list in the folder `root` names. Raise BadSample if it is no plain file that
-    can be read, has more than `max_bytes`, or lies outside `root` (`is_outside`) and that is not allowed."""
+    """Return the content of a file that a list in the folder `root` names.
+
+    Raises:
+        UnreadableFile: it cannot be read, or is not a plain file.
+        BadSample: it has more than `max_bytes`; or it lies outside `root`, by its name or by a link, and that is not
+            allowed.
+    """
     if not name or "\0" in name:
         raise UnreadableFile("the name of the file has a NUL" if name else "the name of the file is blank")
     if not is_utf8(name):

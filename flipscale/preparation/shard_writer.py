@@ -188,7 +188,7 @@ def only_writer(out_dir: Path, command: str, begun: str) -> Iterator[None]:
         raise UserError(f"{out_dir} holds something that `{command}` did not write; name a new folder")
     try:
         with FileLock(out_dir / _LOCK, timeout=0):
-            for left in out_dir.rglob(_PARTIAL):
+            for left in out_dir.glob(_PARTIAL):
                 left.unlink()
             yield
             # Removed while held, so that no other process waits for a removed file.
