@@ -18,6 +18,7 @@ from flipscale.io.atomic import write_text
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import last_line, read_text
+from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
@@ -42,6 +43,13 @@ class StudyRun:
     @property
     def is_done(self) -> bool:
         return (self.run_dir / "DONE").exists()
+
+    def percent_done(self) -> int:
+        """Return the finished part of the run by its last record, in percent."""
+        last = (read_metrics(self.run_dir) or [{"trained_seconds": 0.0, "samples_seen": 0}])[-1]
+        if self.recipe.budget_minutes is not None:
+            return min(round(100 * last["trained_seconds"] / (60 * self.recipe.budget_minutes)), 100)
+        return round(100 * last["samples_seen"] / sum(stage.samples or 0 for stage in self.recipe.stages))
 
 
 def in_time(recipe: Recipe, minutes: float) -> Recipe:
@@ -92,7 +100,9 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
     variables = _environment(workers) if waiting else {}
     running: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
     failed: dict[str, tuple[int, str]] = {}
-    with _signals(running) as received, Progress(len(waiting), "training", "runs", leave=False) as progress:
+    total, looked = len(waiting), time.monotonic()
+    progress = Progress(100 * total, f"training {total} runs", "%", leave=False)
+    with _signals(running) as received, progress:
         try:
             while not received and (waiting or running) and not (stops_at_failure and failed):
                 while waiting and len(running) < workers:
@@ -102,7 +112,6 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                 for name, (run, process) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[name]
-                        progress.update()
                         text = "done"
                         if code:
                             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -110,6 +119,11 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                             failed[name] = code, f"ended {how}: {last_line(log)}; its output is in {log}"
                             text = failed[name][1]
                         print(f"{name}: {text}", flush=True)
+                if time.monotonic() - looked >= 2.0:
+                    looked = time.monotonic()
+                    ended = 100 * (total - len(waiting) - len(running))
+                    percent = ended + sum(run.percent_done() for run, _ in running.values())
+                    progress.update(percent - progress.n)
         finally:
             for _, process in running.values():
                 process.terminate()
