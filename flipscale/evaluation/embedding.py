@@ -112,6 +112,10 @@ class Embedder:
             raise UserError(f"dims is {self.dims}, and the embeddings of {self.name} have {width} numbers; name fewer")
         return normalise_embeds(features[:, : self.dims])
 
+    def unkept(self) -> "Embedder":
+        """Return an embedder for images outside the test set, whose features are not kept."""
+        return replace(self, kept=None)
+
     def bar(self, total: int | None, unit: str) -> Progress:
         what = f"evaluating {self.name}".rstrip()
         return Progress(total, what, unit, leave=False, delay=5, hidden=not self.accelerator.is_main_process)

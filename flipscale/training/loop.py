@@ -54,8 +54,8 @@ def train(
     saver = Saver(setup, session, engine, tracker, on_checkpoint)
     evaluations = Evaluations(evaluator, setup, engine, tracker)
     between = BetweenSteps(accelerator, run_dir, recipe.log, watch)
-    start = (session.step, schedule.budget_seconds, session.trained_seconds)
-    sync = StepSync(accelerator, saver.writer, watch, request, *start)
+    budget, before = schedule.budget_seconds, session.trained_seconds
+    sync = StepSync(accelerator, saver.writer, watch, request, session.step, budget, before)
     tracker.start(session.step)
     stops = False
 

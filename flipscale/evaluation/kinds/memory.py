@@ -141,7 +141,7 @@ the nearest training images, whose number and weight validation images choose. G
         """Collective. Return the task with the w and the k of most right answers on the validation images."""
         (images,), hits = self.other_sets(), torch.zeros(len(self.weights) * len(self.neighbours), dtype=torch.int64)
         labels = images.labels(embedder, len(images.class_names()))
-        for mine, blends in self._scored(replace(embedder, kept=None), images):
+        for mine, blends in self._scored(embedder.unkept(), images):
             hits += torch.stack([hits_by_class(one, labels[mine])[:, 2].sum() for one in blends])
         shares = np.array(embedder.total(hits.tolist())).reshape(len(self.weights), -1) / len(images)
         weight, k = list(product(self.weights, self.neighbours))[shares.argmax()]

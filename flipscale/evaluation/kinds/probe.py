@@ -433,13 +433,13 @@ def train_by_lars(
     _check_every_class(sets, my_labels.to(embedder.accelerator.device), total)
     labels = embedder.gathered(my_labels, len(source))
     steps, size, device = len(source) // recipe.batch_size, recipe.batch_size, embedder.accelerator.device
-    crops_embedder, head, loss = dataclasses.replace(embedder, kept=None), None, 0.0
+    head, loss = None, 0.0
     with embedder.bar(recipe.epochs * steps, "steps") as bar:
         for epoch in range(recipe.epochs):
             order = keyed_permutation(recipe.seed, "probe order", epoch, len(source))[: steps * size]
             crops = RandomCrops(source, order, epoch, embedder.image_size, recipe.crop_scale, recipe.seed)
             places = torch.from_numpy(embedder.rows(len(crops)))
-            rows = Rows(crops_embedder.my_images(crops, features), labels[torch.from_numpy(order)[places]])
+            rows = Rows(embedder.unkept().my_images(crops, features), labels[torch.from_numpy(order)[places]])
             head = head or Head(rows.features.shape[1], num_classes, recipe, total, device)
             for step in range(steps):
                 due, rate = places // size == step, recipe.rate(epoch + step / steps)
@@ -475,8 +475,7 @@ class RandomCrops(ChosenRows):
 
 def _embedded(embedder: Embedder, images: TestSet, class_names: list[str], features: Features) -> Rows:
     labels = images.labels(embedder, len(class_names))
-    unkept = dataclasses.replace(embedder, kept=None)
-    rows = Rows(unkept.my_images(images.source, features).double(), labels)
+    rows = Rows(embedder.unkept().my_images(images.source, features).double(), labels)
     return rows.to(embedder.accelerator.device)
 
 
@@ -549,7 +548,7 @@ training images. Its interval counts both the draws (Student's t) and the test i
         ranks = [_ranks(labels.numpy(), seed) for seed in self.seeds]
         drawn = np.flatnonzero(np.min(ranks, axis=0) < max(self.shots))
         mine = drawn[embedder.rows(len(drawn))]
-        features = dataclasses.replace(embedder, kept=None).my_images(ChosenRows(source, drawn), "pooled")
+        features = embedder.unkept().my_images(ChosenRows(source, drawn), "pooled")
         device, total = embedder.accelerator.device, embedder.accelerator.reduce
         known = Rows(features, labels[torch.from_numpy(mine)]).to(device)
         return [
