@@ -638,7 +638,8 @@ def _complete_schedules(curves: Curves) -> list[str]:
             text = "no complete schedule of flipscale ends above"
             if above:
                 length, ours = min(above)
-                text = f"{ALL[ours].label} of {length:g} minutes, {minutes / length:.2f} times shorter, ends above"
+                shorter = f", {minutes / length:.2f} times shorter," if length < minutes else ""
+                text = f"{ALL[ours].label} of {length:g} minutes{shorter} ends above"
             sentences.append(f"{text} {ALL[theirs].label} of {minutes:g} minutes in all seeds.")
     return sentences
 

@@ -224,7 +224,8 @@ def _downloaded(place: Path, source: TaskSource) -> Path:
 
 
 def list_files(repo: str, revision: str) -> list[HubFile]:
-    """Return the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names; raises as `_explained`."""
+    """Return the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names. Raise UserError if it does
+    not exist or may not be read, OSError if the request fails."""
     files = []
     try:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_LIST_SECONDS)
@@ -242,7 +243,7 @@ def list_files(repo: str, revision: str) -> list[HubFile]:
 
 def _download(file: HubFile, path: Path, folder: Path) -> None:
     """Download a file to `path` by way of `folder`, unless it is whole. Raise WrongFile if it differs from the one that
-    the Hub lists; raises as `_explained` too."""
+    the Hub lists, and otherwise as `list_files`."""
     repo, commit = file.repo, file.commit
     if file.is_whole(path):
         return

@@ -134,7 +134,7 @@ def test_one_tower_learns_beside_an_embedded_one(
         model |= {learns: None, f"{learns}_config": {**projection, **tower, **sizes[learns]}}
         data = {**content["data"], "tokenizer": str(tokenizer_dir)}
         data.pop({"text": "text_features", "vision": "image_features"}[learns])
-        stages = [{"name": "lit", "samples": 320, "base_lr": 0.01, "warmup_samples": 32, **stage}]
+        stages = [{"name": "lit", "samples": 640, "base_lr": 0.01, "warmup_samples": 32, **stage}]
         file, run_dir = tmp_path / f"{learns}.yaml", tmp_path / f"learns_{learns}"
         file.write_text(
             yaml.safe_dump({**content, "model": model, "data": data, "stages": stages, "output_dir": str(run_dir)})
