@@ -139,10 +139,11 @@ class Evaluate:
                 read_lines(model.home / RESULTS_FILE)
         columns: list[Column] = []
         widths: list[int | None] = [*dict.fromkeys(self.dims)] or [None]
+        widest = max(self.dims, default=None)
         by_mask: list[masked.MaskedResults] = []
         faults: list[UserError | OSError] = []
         for model in models:
-            opened = partial(open_embedder, model.given, accelerator, self.batch_size, workers)
+            opened = partial(open_embedder, model.given, accelerator, self.batch_size, workers, widest)
             try:
                 embedder = agreed(accelerator, opened)
             except (UserError, OSError) as error:

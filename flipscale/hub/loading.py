@@ -1,6 +1,7 @@
 """Load a model from a folder, the Hub or another program, with one clear error."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,9 +153,11 @@ def check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[Fl
             )
 
 
-def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, num_workers: int = 0) -> Embedder:
+def open_embedder(
+    name: str, accelerator: "Accelerator", batch_size: int = 256, num_workers: int = 0, most_dims: int | None = None
+) -> Embedder:
     """Return the embedder of a model, after a trial with a text and an image. Raise UserError if the model cannot be
-    loaded, or does not embed.
+    loaded, does not embed, or its embeddings have fewer numbers than `most_dims`.
 
     Args:
         name: model folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, `hf:NAME`, or a baseline: `pixels`, `hog`
@@ -170,16 +173,16 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
                     check_weight(weight_name, weight)
             except ValueError as error:
                 raise UserError(f"model {name!r} cannot be loaded ({error})") from error
-            return _tried(embedder)
+            return _tried(embedder, most_dims)
     model, tokenizer = load_with_tokenizer(name)
     model.set_attn_implementation(best_attention(accelerator.device))
     kind = ClassifierEmbedder if isinstance(model, FlipForImageClassification) else Embedder
     embedder = kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
-    return _tried(foreign_models.with_embedded_towers(embedder, name))
+    return _tried(foreign_models.with_embedded_towers(embedder, name), most_dims)
 
 
-def _tried(embedder: Embedder) -> Embedder:
-    """Return the embedder after it has embedded a text and an image. Raise UserError if it fails."""
+def _tried(embedder: Embedder, most_dims: int | None) -> Embedder:
+    """Return the embedder after it has embedded a text and an image. Raises as `open_embedder`."""
     device, embeds = embedder.accelerator.device, dict[str, torch.Tensor]()
     try:
         with torch.no_grad(), embedder.accelerator.autocast():
@@ -192,4 +195,5 @@ def _tried(embedder: Embedder) -> Embedder:
     for kind, features in embeds.items():
         if not features.isfinite().all():
             raise UserError(f"model {embedder.name!r} embeds {kind} as NaN or infinite numbers; use another model")
+        replace(embedder, dims=most_dims).unit_embeds(features)
     return embedder

@@ -93,6 +93,13 @@ def test_several_widths_stand_in_one_table(place: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == found["a, 16 numbers"], "the whole width"
 
 
+def test_a_width_that_is_none_is_refused_before_the_others(place: Path, refused: Callable[..., str]) -> None:
+    said = refused("evaluate", "b", "--retrieval", "data/tasks/cars/test", "--dims", 8, 99, "--num_workers", 0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "dims is 99, and the embeddings of b have 16 numbers" in said
+    assert not (place / "b/results.jsonl").exists()
+
+
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("b", "--tasks", "data/tasks", "--output_dir", "out", "--json")
     assert {name.partition("/")[0] for name in json.loads(capsys.readouterr().out)} == {"cars", "dtd"}
