@@ -41,6 +41,11 @@ def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
     for task in tasks:
         task.check()
         task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
+        if task.kind == "zero_shot_memory":
+            raise UserError(
+                f"eval.tasks: {task.name} is of kind 'zero_shot_memory', and a memory is made by a finished model. "
+                "Fix: remove the task, and use `flipscale evaluate --memory` after the run"
+            )
     names: list[str] = []
     if objective.num_labels is not None:
         names = training_class_names(recipe.data, objective.num_labels)

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_shards
+from conftest import check_start, write_shards
 from evaluation.tiny_model import in_processes, tiny_embedder
 
 from flipscale.api import evaluate
@@ -23,6 +24,7 @@ from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.digests import weights_digest
+from flipscale.runs.complete_recipe import parse_recipe
 
 KS, WEIGHTS = [1, 3, 9], [0.0, 0.4, 1.0]
 
@@ -170,6 +172,13 @@ def test_fields_that_cannot_be(embedder: Embedder, folder: Path, fields: dict, m
         fields = {"validation": str(folder / fields["validation"])}
     with pytest.raises(ValueError, match=message):
         run(embedder, folder, **fields)
+
+
+def test_a_recipe_has_no_memory(folder: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Training changes the weights that a memory belongs to."""
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run", eval={"tasks": listed(folder)}))])
+    with pytest.raises(ValueError, match=r"eval\.tasks: zero_shot_memory is of kind 'zero_shot_memory'"):
+        check_start(recipe)
 
 
 def test_memories_that_do_not_fit(embedder: Embedder, folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
