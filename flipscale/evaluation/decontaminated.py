@@ -37,6 +37,15 @@ class Decontaminated(Task):
     def made_by(self) -> dict[str, Any]:
         return {**self.whole.made_by, "without": f"{len(self.overlap):,} images that lie in the training data"}
 
+    def prompts(self, test_set: TestSet) -> list[str]:
+        return self.whole.prompts(test_set)
+
+    def other_sets(self) -> list[TestSet]:
+        return self.whole.other_sets()
+
+    def contents(self) -> list[Any]:
+        return [*sorted(self.overlap), *self.whole.contents()]
+
     def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         rows = self.other_rows(test_set.source)
         clean_set = replace(test_set, source=ChosenRows(test_set.source, rows))

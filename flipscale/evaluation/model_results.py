@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from flipscale.data.sources.shard_index import size_and_time
 from flipscale.data.task_page import read_page, read_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
@@ -79,7 +80,8 @@ def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Ta
         drop_torn(path)
         for line in read_lines(path):
             known.setdefault(line.about["group"], []).append(line)
-        missing = [number for number, group in enumerate(groups) if group not in known]
+        # Shards may be written again with other labels in files of the same sizes.
+        missing = [number for number, group in enumerate(groups) if _is_older(known.get(group, []), tasks[number])]
         if num_known := len(tasks) - len(missing):
             _log.info("%s: %d of %d tasks are in %s and are not run again", name, num_known, len(tasks), path)
     (missing,) = broadcast_object_list([missing])
@@ -175,7 +177,7 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
     Batch size, workers and the number of processes are left out, because no figure depends on them."""
     test_set, page = TestSet.open(task.data), read_page(task.task) if task.task else None
     prepared = (read_prepared(Path(task.data)) if page else None) or {}
-    prompts = task.prompts(test_set)
+    prompts, contents = task.prompts(test_set), task.contents()
     options = {name: value for name, value in task.made_by.items() if name not in ("data", "templates", "image_size")}
     return {
         "task": task.name,
@@ -190,6 +192,7 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
             "digest": _set_digest(test_set),
         },
         "other_sets": [_set_digest(other) for other in task.other_sets()],
+        **({"contents": _digest(contents)} if contents else {}),
         "prompts": {"number": len(prompts), "digest": _digest(prompts)} if prompts else None,
         "image_size": embedder.at(task.image_size).image_size,
         "crop": embedder.crop,
@@ -211,8 +214,20 @@ def _about(task: Task, setting: Record, model: str, weights: str, seconds: float
         "dims": setting.get("dims"),
         "versions": {package: sys.modules[package].__version__ for package in packages},
         "seconds": round(seconds, 3),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": _stamp(time.time()),
     }
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _is_older(lines: Sequence[Line], task: Task) -> bool:
+    """Return whether there are no lines, or a shard of the task on this machine is newer than the lines."""
+    sources = [one.source for one in (TestSet.open(task.data), *task.other_sets())]
+    shards = {source.shard_name(shard) for source in sources for shard in range(len(source.shard_sizes))}
+    newest = max((size_and_time(shard)[1] for shard in shards), default=0)
+    return not lines or str(lines[0].about.get("date", "")) < _stamp(newest / 1e9)
 
 
 def _published(result: Result) -> Result:

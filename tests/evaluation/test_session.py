@@ -1,6 +1,7 @@
 """The evaluation of one model: known tasks are not run again, and processes agree on the rest."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import processes
 import pytest
 from conftest import write_shards
+from evaluation.made_up_sets import write_overlap
 from evaluation.tiny_model import tiny_embedder
 
 from flipscale.evaluation import model_results
+from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.model_results import evaluate_model
@@ -87,6 +90,36 @@ def test_known_tasks_are_not_run_again(
     with pytest.raises(ValueError, match="shorter"):
         evaluate_model(others, "tiny", path, tasks)
     assert len(asked[1]) == 8
+
+
+def test_changed_labels_of_the_same_size_are_evaluated_again(embedder: Embedder, path: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "set", [20, 13])
+    labels, shard = tmp_path / "set/labels.json", tmp_path / "set/00000.tar"
+    tasks = build_tasks([{"kind": "zero_shot", "data": str(tmp_path / "set"), "labels": "labels.json"}])
+
+    def count() -> int:
+        evaluate_model(embedder, "tiny", path, tasks)
+        return len(path.read_bytes().splitlines())
+
+    labels.write_text(json.dumps([[1]] * 33))
+    assert (count(), count()) == (1, 1)
+    labels.write_text(json.dumps([[2]] * 33))
+    assert (count(), count()) == (2, 2)
+    later = shard.stat().st_mtime + 5
+    os.utime(shard, (later, later))
+    assert count() == 3
+
+
+def test_clean_figures_belong_to_their_prompts_and_images(embedder: Embedder, path: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "set", [20, 13])
+    groups = set()
+    for number, prompts in ((2, ["{c}"]), (2, ["a {c}"]), (3, ["a {c}"])):
+        write_overlap(tmp_path / "audit", tmp_path / "set", [("00000.tar", number)])
+        task = {"kind": "zero_shot", "data": str(tmp_path / "set"), "templates": prompts}
+        tasks = with_clean_tasks(build_tasks([task]), tmp_path / "audit")
+        lines = evaluate_model(embedder, "tiny", path, tasks)
+        groups |= {line.about["group"] for line in lines if line.result.task == "zero_shot_clean"}
+    assert len(groups) == 3
 
 
 def ended(folder: Path, home: Path, tokenizer_dir: Path) -> int | None:

@@ -17,9 +17,10 @@ from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.kinds.zero_shot import Scores, classifier
 from flipscale.evaluation.metrics import hits_by_class
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, read_lines, read_list
+from flipscale.evaluation.test_set import TestSet, read_lines, read_list, read_text
 from flipscale.io.errors import UserError
 
+_CAPTIONS = "captions/{}.json"
 _PROTOCOL = """The figure is the mean over the languages, each with the same weight. The standard deviation between the
 languages, the lowest and the highest show its spread."""
 
@@ -33,6 +34,9 @@ class MultilingualRetrieval(Retrieval):
     """
 
     protocol: ClassVar[str] = f"{Retrieval.protocol} {_PROTOCOL}"
+
+    def contents(self) -> list[Any]:
+        return [[name, read_text(self.data, _CAPTIONS.format(name))] for name in self._languages()]
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         for language in self._languages():
@@ -48,7 +52,7 @@ class MultilingualRetrieval(Retrieval):
         return read_lines(self.data, "languages.txt", "the languages")
 
     def _captions(self, test_set: TestSet, language: str) -> list[list[str]]:
-        name = f"captions/{language}.json"
+        name = _CAPTIONS.format(language)
         captions, count = read_list(self.data, name, "captions"), len(TestSet.open(self.data))
         if len(captions) != count or not all(isinstance(caption, str) for caption in captions):
             raise UserError(f"{self.data}/{name} has {len(captions)} captions of {count} images; list one for each")

@@ -76,6 +76,10 @@ class Task(ABC):
         """Return the sets that the results depend on beside the test set, such as training images."""
         return []
 
+    def contents(self) -> list[Any]:
+        """Return JSON values that the results depend on beside shards, class names, prompts and options."""
+        return []
+
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         """Return a function that reads the right answer of sample (shard, number) and raises UserError without one."""
         return lambda shard, number: None

@@ -15,7 +15,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import LabelledTask, Task
 from flipscale.evaluation.metrics import average_precision_chance, hits_by_class, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, of_my_rows, read_list
+from flipscale.evaluation.test_set import TestSet, of_my_rows, read_list, read_text
 from flipscale.io.errors import UserError
 
 # ImageNet-21k with CLIP's 80 prompts has 1.8 million texts.
@@ -111,6 +111,9 @@ images. The interval of an AUC is DeLong's."""
             raise UserError(f"{self.data} has {num_classes} classes; top5 needs five or more")
         if self.labels is not None:
             self._label_sets(test_set)
+
+    def contents(self) -> list[Any]:
+        return [read_text(self.data, self.labels)] if self.labels else []
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         # Label files are checked as a whole.
