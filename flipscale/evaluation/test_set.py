@@ -122,7 +122,7 @@ class TestSet:
         stored = self.source.read_captions(shard, number)
         where = f"{self.source.shard_name(shard)}#{number}"
         try:
-            lines = [line for text in stored for line in text.decode("utf-8").splitlines()]
+            lines = [line for text in stored for line in text.decode("utf-8-sig").splitlines()]
         except UnicodeDecodeError as error:
             raise UserError(f"{where} has a caption that is not UTF-8 ({error.reason})") from error
         if not any(line.strip() for line in lines):
@@ -241,7 +241,7 @@ def read_text(folder: str, name: str) -> str | None:
             cache = ShardCache(READ.cache_dir, READ.cache_bytes)
             with _reading(path), os.fdopen(cache.open(path), "rb") as file:
                 content = file.read()
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError as error:

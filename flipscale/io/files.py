@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
     check_plain(path)
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected at most {_MOST_BYTES:,}")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def last_line(log: Path) -> str:

@@ -65,7 +65,7 @@ def test_names_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         (folder / name).write_bytes("caf\xe9".encode("latin-1"))
         with pytest.raises(ValueError, match=f"set/{name} is not UTF-8"):
             read()
-    (folder / prompts).write_text("one \r\n\ntwo\n")
+    (folder / prompts).write_text("\ufeffone \r\n\ntwo\n", encoding="utf-8")  # with the mark of an editor
     assert test_set.templates() == ["one", "", "two"], "a blank prompt counts"
     (folder / names).write_text("one \r\ntwo\none\n\n\n")
     assert test_set.class_names() == ["one", "two", "one"], "blank lines at the end do not"
