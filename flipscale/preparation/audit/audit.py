@@ -32,7 +32,7 @@ from flipscale.data.samples import (
 )
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.io.atomic import write_text
+from flipscale.io.atomic import remove, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.progress import Progress, each
@@ -379,7 +379,9 @@ def _write(
     test_sets: dict[str, TarSource],
     matches: dict[str, list[Match]],
 ) -> None:
-    (out_dir / "overlap").mkdir(parents=True, exist_ok=True)
+    for earlier in ("overlap", "overlap.png", "near_duplicates.png"):  # perhaps of other data
+        remove(out_dir / earlier)
+    (out_dir / "overlap").mkdir(parents=True)
     if pairs:
         shown = [((source, one.row), (source, one.other), f"{one.likeness:.3f} alike") for one in sorted(pairs)]
         _write_sheet(out_dir / "near_duplicates.png", shown)

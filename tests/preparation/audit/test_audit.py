@@ -118,11 +118,15 @@ def test_overlap_and_page(audited: dict[str, Any], folder: Path) -> None:
 def test_a_sample_of_captions(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The captions whose language is looked at are drawn by their rows, and their shares have intervals."""
     monkeypatch.setattr(audit_module, "MOST_LANGUAGES", 7)
+    (tmp_path / "overlap").mkdir()
+    for earlier in ("overlap/other.json", "overlap.png"):  # of other data
+        (tmp_path / earlier).write_text("{}")
     command = ["prepare", "audit", str(folder / "train"), "--output_dir", str(tmp_path)]
     main([*command, "--num_workers", "2"])
     found = json.loads((tmp_path / "audit.json").read_text())
     assert found["languages"]["is_sample"]
     assert 0 < found["languages"]["checked"] < 14
+    assert not any((tmp_path / earlier).exists() for earlier in ("overlap/other.json", "overlap.png"))
     row = found["languages"]["long"]["languages"][0]
     assert 0 <= row["low"] < row["share"] <= row["high"] <= 1
 
