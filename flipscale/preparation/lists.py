@@ -401,9 +401,12 @@ class RowList(PairSource):
         return _label_of(self._named("label", self.row(number)[2]))
 
     def _named(self, kind: str, value: Any) -> Any:
-        """Return the name of a class where the column holds its number, else the value."""
+        """Return the name of a class where the column holds its number, else the value. None for -1, by which
+        `datasets` hides a class."""
         names = self.class_names.get(self.columns[kind], ())
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+        if not names or not isinstance(value, int):
+            return value
+        return names[value] if 0 <= value < len(names) else None
 
 
 @dataclass

@@ -142,7 +142,7 @@ def class_names(pairs: PairSource, source: str, labels: str) -> list[str]:
             why = why or f"{pairs.place(number)}: {error}"
     if not names:
         raise UserError(f"--labels {labels}: no pair of {source} has a class ({why}); name another column")
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+    return sorted(names, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else None)
 
 
 def write_shards(

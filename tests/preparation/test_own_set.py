@@ -125,13 +125,24 @@ def test_classes_of_a_column(by_class: Path, tmp_path: Path, make: Callable[[Pat
         assert label == sorted(COLOURS).index(caption.split()[1])
 
 
+def test_a_class_that_a_data_set_hides_is_missing(by_class: Path, tmp_path: Path) -> None:
+    shown = datasets.load_from_disk(str(as_saved(by_class, tmp_path / "own")))
+    hidden = shown.map(lambda row, number: {"kind": -1 if number < 3 else row["kind"]}, with_indices=True)
+    hidden.save_to_disk(str(tmp_path / "hidden"))
+    prepare("shards", tmp_path / "hidden", tmp_path / "out", "--labels", "kind", "--num_workers", 1)
+    assert (tmp_path / "out/classnames.txt").read_text().split() == sorted(COLOURS)
+    assert json.loads((tmp_path / "out/report.json").read_text())["left_out"] == {"missing_label": 3}
+
+
 def test_numbers_as_classes_are_in_their_order(by_class: Path, tmp_path: Path) -> None:
-    lines = [f"{by_class}/{row['file_name']},{row['text']},{n % 12}" for n, row in enumerate(rows(by_class))]
+    numbers = [f"{n % 12:0{1 + (n % 5 == 0)}d}" for n in range(len(rows(by_class)))]  # some with a zero in front
+    lines = [f"{by_class}/{row['file_name']},{row['text']},{n}" for n, row in zip(numbers, rows(by_class), strict=True)]
     table = tmp_path / "list.csv"
     table.write_text("\n".join(["path,title,label", *lines]))
     assert open_pairs(str(table)).usual_labels == "label"
     prepare("shards", table, tmp_path / "out", "--labels", "label", "--allow_outside", "--num_workers", 1)
-    assert (tmp_path / "out/classnames.txt").read_text().split() == [str(number) for number in range(12)]
+    written = (tmp_path / "out/classnames.txt").read_text().split()
+    assert written == sorted(set(numbers), key=lambda number: (int(number), number))
 
 
 def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
