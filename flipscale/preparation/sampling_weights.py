@@ -106,6 +106,8 @@ def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.nda
             raise UserError(f"--field is {options.field!r}, which no KEY.json of {len(source)} samples has as a number")
     else:
         digests = _of_shards(_digest_captions, source, "", processes)
+        if not digests.any():
+            raise UserError(f"--caption_counts counts captions, and none of {len(source)} samples has one")
         _, members, counts = np.unique(digests, return_inverse=True, return_counts=True)
         scores = np.where(digests == 0, np.nan, counts[members].astype(np.float64))
     has_score = np.isfinite(scores)

@@ -72,6 +72,12 @@ def test_counts_of_captions(tmp_path: Path) -> None:
     assert prepared(tmp_path, tmp_path / "raw", "--caption_counts") == pytest.approx(counts / 18 * 8)
 
 
+def test_counts_of_no_captions(tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_tar(tmp_path / "0.tar", {"0.jpg": picture(), "1.jpg": picture(), "1.txt": b" "})
+    words = ("prepare", "weights", tmp_path, tmp_path / "out", "--caption_counts", "--top", "0.5")
+    assert "--caption_counts counts captions, and none of 2 samples" in refused(*words)
+
+
 def test_clusters_are_drawn_by_a_power_of_their_size(shards: Path, tmp_path: Path) -> None:
     """DynamiCS: a cluster of n samples has n ** power visits in proportion. A score filters first."""
     clusters = np.repeat([7, 2, 0, -1], [64, 16, 4, 12])
