@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flipscale.planning.proposal import Proposal, Survey
     from flipscale.recipe.data import SourceRecipe
     from flipscale.recipe.recipe import Recipe
+    from flipscale.studies.finetuning import Start
 
 _MINUTES, _START_MINUTES = 30.0, 10.0
 # Steps of each stage for measuring the speed.
@@ -69,6 +71,10 @@ class Init:
     def run(self, train: "Callable[[Recipe], Path]") -> None:
         """Survey the data, propose a recipe, find its speed, and write it. `train` trains the trials of a start."""
         _check_options(self)
+        with _claimed(self.recipe):
+            self._propose(train)
+
+    def _propose(self, train: "Callable[[Recipe], Path]") -> None:
         # Imported here, because torch and transformers take seconds and --help should not wait.
         import torch
 
@@ -121,7 +127,42 @@ class Init:
         print(f"next: {command}")
 
 
+@contextmanager
+def _claimed(recipe: Path) -> Iterator[None]:
+    """Hold the lock of a recipe that is to be written. Raise UserError if another command holds it."""
+    from filelock import FileLock, Timeout
+
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    file = recipe.with_name(f".{recipe.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another `flipscale init` writes {recipe}; wait for it to end, or name another file") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held, so that no other process waits for a removed file
+        lock.release()
+
+
 def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "Source", named: "SourceRecipe") -> None:
+    """Write a recipe that fine-tunes the start. A start that was converted for a recipe is removed without one."""
+    from flipscale.studies.finetuning import open_start
+
+    converted = Path("models") / f"{args.recipe.stem}_start"
+    was_there = converted.exists()
+    start = open_start(args.start, converted)
+    try:
+        _search(args, train, start, source, named)
+    finally:
+        if start.name == str(converted) and not was_there and not args.recipe.exists():
+            shutil.rmtree(converted)
+
+
+def _search(
+    args: Init, train: "Callable[[Recipe], Path]", start: "Start", source: "Source", named: "SourceRecipe"
+) -> None:
     """Search for a recipe that fine-tunes the start, print the report, and write the recipe if it wins anything."""
     import torch
 
@@ -131,11 +172,9 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     from flipscale.planning.proposal import survey
     from flipscale.preparation.lists import source_of
     from flipscale.recipe.data import DataRecipe
-    from flipscale.studies.finetuning import find_replay, half_of_batches, open_start, propose_finetuning
+    from flipscale.studies.finetuning import find_replay, half_of_batches, propose_finetuning
     from flipscale.training.preemption import Stopped
 
-    converted = Path("models") / f"{args.recipe.stem}_start"
-    start = open_start(args.start, converted)
     replay = half_of_batches([source_of(args.replay)]) if args.replay else find_replay(start.name)
     start = replace(start, replay=replay)
     tokenizer = load_tokenizer(start.tokenizer, 64)
@@ -155,7 +194,6 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     os.environ.update(faster)
     # The trials' own lines, and transformers' about the weights of each trial.
     levels = {logger: logger.level for logger in map(logging.getLogger, ("flipscale", "transformers"))}
-    recipe = ""
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
@@ -172,8 +210,6 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
             logger.setLevel(level)
         for variable in faster:
             del os.environ[variable]
-        if start.name == str(converted) and not recipe:
-            shutil.rmtree(converted)
     print("\n".join(["", *lines]))
     if not recipe:
         return
@@ -224,11 +260,12 @@ def _check_options(args: Init) -> None:
 
 def _tasks(folder: str, option: str = "tests") -> Iterator[dict[str, Any]]:
     """Yield the evaluations that a test set allows: by its class names, and by its captions."""
+    from flipscale.data.samples import SampleNumbers
     from flipscale.evaluation.test_set import TestSet
 
     source = TestSet.open(folder).source
     named = (Path(folder) / "classnames.txt").exists()
-    captioned = len(source) > 0 and bool(source.read_captions(0, 0))
+    captioned = len(source) > 0 and bool(source.read_captions(*SampleNumbers(source)[0]))  # a shard may be empty
     if named:
         yield {"kind": "zero_shot", "data": folder}
     if captioned:

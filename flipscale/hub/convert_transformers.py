@@ -15,6 +15,7 @@ from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.hub.card import write_derived_card
 from flipscale.hub.convert_onnx import TEXTS
 from flipscale.hub.export import build_processor, export_model
+from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
 from flipscale.model.families import config_class
 from flipscale.model.modeling_flip import normalise_embeds
@@ -85,9 +86,10 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
                 f"open_clip:{name} as a {type(ours).__name__} embeds {part} with a difference of {difference:.1g}, at "
                 f"most {TOLERANCE:g} is rounding: its towers or tokenizer have parts that transformers' lack"
             )
-    export_model(ours, processor, dst)
     facts = {"kind": type(ours).__name__, "path": dst, "family": family}
-    write_derived_card(dst, f"open_clip:{name}", dst.name, "transformers", model=name, **facts)
+    with new_folder(dst) as folder:
+        export_model(ours, processor, folder)
+        write_derived_card(folder, f"open_clip:{name}", dst.name, "transformers", model=name, **facts)
     return differences
 
 

@@ -93,13 +93,16 @@ class Start:
 
 def open_start(names: Sequence[str], converted: Path) -> Start:
     """Return a start by its name, or by those of an image tower and a text tower. A checkpoint of open_clip becomes the
-    folder `converted`, which must not exist. Raises as `load_dual_encoder`."""
+    folder `converted`, which may only hold the same from a search that was killed. Raises as `load_dual_encoder`."""
     if len(names) > 2:
         raise UserError(f"start is {' '.join(names)}; name one model, or an image tower and a text tower")
     if len(names) == 2:
         return Start({"family": "towers", "vision": names[0], "text": names[1]}, names[1])
     name = str(converted) if names[0].startswith(OPEN_CLIP) else names[0]
     if name != names[0]:
+        card = converted / "README.md"
+        if card.is_file() and f"\nbase_model: {names[0]}\n" in card.read_text(encoding="utf-8", errors="replace"):
+            shutil.rmtree(converted)
         convert_from_open_clip(names[0].removeprefix(OPEN_CLIP), converted)
     config: Any = load_dual_encoder(name)[0].config
     kind = read_object(fetch_folder(name) / "config.json").get("model_type")

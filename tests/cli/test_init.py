@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import metrics, write_shards, write_tar
+from filelock import FileLock
 
 from flipscale import cli
 from flipscale.data.sources.opening import open_shards
@@ -113,6 +115,25 @@ def test_errors_of_options(
     write_tar(Path("silent/0.tar"), [{"jpg": cv2.imencode(".jpg", np.zeros((40, 40, 3), np.uint8))[1].tobytes()}])
     assert message in refused("init", "mine.yaml", "--shards", shards, "--tokenizer", tokenizer_dir, *options)
     assert not Path("mine.yaml").exists()
+
+
+def test_a_test_set_whose_first_shard_is_empty(init: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "test", ignore=shutil.ignore_patterns("*.manifest"))
+    write_tar(tmp_path / "test/0.tar", [])  # the first in the order of names
+    recipe = parse_recipe(["--config", str(init("--tests", "test", "--gpu", "h100", "--hours", "1"))])
+    assert [task.kind for task in planned_tasks(recipe.eval)] == ["zero_shot", "retrieval"]
+
+
+def test_one_command_at_a_time_writes_a_recipe(
+    init: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = FileLock(tmp_path / ".mine.yaml.lock")
+    with lock, pytest.raises(SystemExit):
+        init("--gpu", "h100", "--hours", "1")
+    assert "another `flipscale init` writes mine.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "mine.yaml").exists()
+    init("--gpu", "h100", "--hours", "1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]
 
 
 def test_errors_of_files_and_data(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

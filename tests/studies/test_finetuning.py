@@ -304,6 +304,23 @@ def test_a_model_that_is_better_as_it_is(
     assert not Path("mine.yaml").exists()
 
 
+@pytest.mark.long
+def test_a_converted_start_is_left_only_beside_its_recipe(here: Path, refused: Callable[..., str]) -> None:
+    """A failed search removes it, the next one replaces what a killed one left, and another folder stays."""
+    write_pairs(here / "pairs", 48, NAMES)
+    (name,), folder = checkpoint_of_open_clip(here), here / "models/mine_start"
+    words = ["init", "mine.yaml", "--shards", "pairs", "--tests", "nowhere", "--start"]
+    for _ in range(2):
+        assert "nowhere" in refused(*words, name)
+        assert not folder.exists()
+    open_start([name], folder)
+    assert "nowhere" in refused(*words, name)
+    assert "nowhere" in refused(*words, "models/mine_start")
+    assert (folder / "config.json").is_file(), "the user's own"
+    (folder / "README.md").write_text("another model")
+    assert "models/mine_start exists" in refused(*words, name)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
