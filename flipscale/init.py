@@ -41,15 +41,15 @@ class Init:
         shards: The training data, as in data.shards of a recipe, or a saved data set or Parquet files with images.
         start: A model to fine-tune: a run, a model folder, a Hub name, or an open_clip model as
             open_clip:NAME,PRETRAINED. Or an image tower and a text tower, see model.vision and model.text of a recipe.
-        guards: Labelled test sets of old abilities with --start. A loss there is reported first. Default: the zero-shot
-            and retrieval tasks of the start's own recipe, or small ones prepared in data/tasks.
+        guards: With --start: labelled test sets of old abilities, whose losses are reported first. Default: the
+            zero-shot and retrieval tasks of the start's own recipe, or small ones prepared in data/tasks.
         replay: Old pairs with --start, as in --shards. Half of each batch is drawn from them, against forgetting.
             Default: the pairs of the start's own recipe, if they are on this machine.
         tokenizer: A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, or the
             tokenizer of the start.
         tests: A labelled test set that `flipscale prepare shards --labels` wrote.
-        minutes: Training time on this machine. Its speed is measured. Default: 30, or 10 with --start. Its trials take
-            three times as long before.
+        minutes: Training time on this machine. Its speed is measured. Default: 30, or 10 with --start. With
+            --start, trials before the training take three times as long.
         gpu: The kind of GPU for training elsewhere, such as h100 or rtx_4090.
         num_gpus: Number of these GPUs.
         hours: Training time on these GPUs. Their speed is computed.

@@ -16,8 +16,8 @@ class Plan:
         gpu: The kind of GPU, such as h100 or rtx_4090.
         num_gpus: Number of GPUs.
         mfu: Measured model FLOPs utilisation of a whole step. Default: 0.4.
-        bench: The gpu.json of `flipscale bench gpu` on such GPUs, instead of --mfu. Its step of the first recipe's
-            model is used.
+        bench: The gpu.json of `flipscale bench gpu` on such GPUs, instead of --mfu. Its step for the model of
+            the first recipe is used.
         watts: Power of a GPU during training.
         device_hour_dollars: Price of a GPU per hour. Default: the recipe's `cost` section. The same holds for --pue
             and --kwh_co2_grams.

@@ -11,10 +11,10 @@
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --output=%x-%j.out
 #
-# Evaluates MODEL, a model folder or Hub name, or several of them between spaces, on a suite of tasks that
-# `flipscale prepare tasks` has put into TASKS; or, where ZERO_SHOT or RETRIEVAL is set, on these folders alone, one or
-# several between spaces. Each node starts a process for each GPU, and all share each task's images. A job that is requeued goes on with the task
-# that it was at. To wait for the job that trains the model, whose number $JOB is:
+# Evaluates MODEL on the tasks of SUITE, whose data `flipscale prepare tasks` has put into TASKS. If ZERO_SHOT or
+# RETRIEVAL is set, it evaluates on these folders instead. MODEL is a model folder or a Hub name. MODEL, ZERO_SHOT and
+# RETRIEVAL may have several words. Each node starts a process for each GPU, and all processes share the images of each
+# task. A requeued job continues with the unfinished task. To wait for job $JOB, which trains the model:
 #
 #   MODEL=runs/h14/model SUITE=robustness bash slurm/evaluate.sh --dependency=afterok:$JOB -- --json
 

@@ -12,13 +12,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 #
-# Trains those runs of a planned study that are not done, one task of an array each. A run that fails stops no other, and
-# the same command submits what is missing, after what is still in the queue. At most two at a time:
+# Trains the unfinished runs of a planned study, each in a task of an array. If a run fails, the others go on. The same
+# command submits the missing runs again; they wait for the study's jobs in the queue. At most two runs at a time:
 #
 #   flipscale study plan masks.yaml --output_dir runs/masks
 #   STUDY=runs/masks bash slurm/study.sh --array=0-5%2
 #
-# With RECIPES, trains these in a run directory named after each in STUDY, all with the same flags:
+# With RECIPES, trains these recipes with the same flags, each in a run directory of its name in STUDY:
 #
 #   RECIPES="l16_laion400m l16_laion400m_clip" STUDY=runs/mask bash slurm/study.sh --array=0-1%2 -- --seed 1
 
@@ -37,7 +37,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
       [ -e "${recipe%.yaml}/DONE" ] || RECIPES+="$recipe "
     done
     [ -n "${RECIPES:-}" ] || { say "all runs of $STUDY are done" && exit 0; }
-    # What is in the queue already comes first, and what it finishes is not trained again.
+    # Jobs in the queue come first, because a run that they finish is not trained again.
     name=study-${STUDY//\//-}
     queued=$(squeue --noheader --me --name="$name" --format=%F | sort -u | paste -sd :)
     options=(--job-name="$name" ${queued:+--dependency="afterany:$queued"})

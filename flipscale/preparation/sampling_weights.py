@@ -34,7 +34,7 @@ class WeightOptions:
         field: Field of KEY.json with the score. A sample without a number there is never drawn.
         caption_counts: The score is the number of samples with the same caption.
         at_least: Draw samples of at least this score equally often, and no others. Default: each score is a weight.
-        top: Draw this share of the samples, those of the highest scores, equally often, and no others.
+        top: Draw the samples with the highest scores equally often, this share of all, and no others.
         clusters: An .npy file with each sample's cluster, in the order of the manifest. Samples with negative numbers
             are never drawn.
         features: Folder of features (NNNNN.npy for each shard) to cluster by k-means. Keeps clusters.npy. Needs
