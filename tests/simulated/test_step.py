@@ -154,7 +154,7 @@ def test_fsdp2_s_own_streams_have_messages_of_several_groups_in_flight(monkeypat
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("flags", [(), (PARTS,), ("--model.gradient_checkpointing=true",)])
+@pytest.mark.parametrize("flags", [(), (PARTS,), ("--stages.masked.gradient_checkpointing=true",)])
 def test_the_plan_knows_how_many_operations_the_host_queues(flags: tuple[str, ...]) -> None:
     recipe = parse_recipe([*RECIPE, "--model.compile=false", *flags])
     micro_batches = BATCH // 8 // 256 if PARTS in flags else 1

@@ -117,7 +117,7 @@ def simulate(world: World) -> StepReport:
 
     def configure(model: Any) -> None:
         model.set_attn_implementation(best_attention(DEVICE))
-        if recipe.model.gradient_checkpointing:
+        if recipe.recomputes(world.stage):
             model.gradient_checkpointing_enable()
 
     with ExitStack() as stack:
