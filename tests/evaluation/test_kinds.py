@@ -137,6 +137,8 @@ def test_roc_auc_of_two_classes(tmp_path: Path) -> None:
     folder = named(write_set(tmp_path / "one", 1, 3, lambda number, label: {"cls": b"1"}), ["a", "b"])
     with pytest.raises(ValueError, match=r"one has 3 images of one class"):
         evaluated(folder, kind="zero_shot", metric="roc_auc")
+    with pytest.raises(ValueError, match="one has 1 class"):
+        evaluated(named(folder, ["a"]), kind="zero_shot")
 
 
 def test_the_worst_group_of_dollar_street_and_geode(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ images. The interval of an AUC is DeLong's."""
         super().check()
         test_set = TestSet.open(self.data)
         num_classes = len(test_set.class_names())
+        if num_classes < 2:
+            raise UserError(f"{self.data} has 1 class, which every image would get; name two or more")
         if self.metric == "roc_auc" and num_classes != 2:
             raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
         if self.metric == "top5" and num_classes < 5:
