@@ -288,8 +288,11 @@ def test_classes_in_many_languages(polyglot: Sides, tmp_path: Path, monkeypatch:
             add_member(shard, f"{label:04d}.png", encoded.getvalue())
             add_member(shard, f"{label:04d}.cls", str(label).encode())
     torch.save(({f"n{label:08d}": (str(label),) for label in range(1000)}, []), root / "meta.bin")
-    (folder / "classnames.txt").write_text("".join(f"class {label}\n" for label in range(1000)))
     task = {"kind": "multilingual_zero_shot", "data": str(folder), "name": "babel"}
+    (folder / "classnames.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=f"{folder} has 2 classes"):
+        build_tasks([task])[0].check()
+    (folder / "classnames.txt").write_text("".join(f"class {label}\n" for label in range(1000)))
     found, expected = as_metrics(run_tasks(polyglot.ours, build_tasks([task]))), {}
     for language in chosen:
         dataset = build_dataset("babel_imagenet", root=str(root), transform=polyglot.preprocess, language=language)

@@ -73,15 +73,16 @@ this language, among these classes. {_PROTOCOL}"""
 
     def check(self) -> None:
         super().check()
-        babel_imagenet()
+        num_classes = len(TestSet.open(self.data).class_names())
+        for language, (classes, _, _) in babel_imagenet().items():
+            if max(classes) >= num_classes:
+                raise UserError(f"{self.data} has {num_classes} classes; {language} has names of {max(classes) + 1}")
 
     def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         num_classes, languages = len(test_set.class_names()), babel_imagenet()
         labels = test_set.labels(embedder, num_classes)
         own_labels, scores = dict[str, torch.Tensor](), dict[str, Scores]()
         for language, (classes, names, prompts) in languages.items():
-            if max(classes) >= num_classes:
-                raise UserError(f"{self.data} has {num_classes} classes; {language} has names of {max(classes) + 1}")
             places = torch.full((num_classes,), -1)
             places[classes] = torch.arange(len(classes))
             own_labels[language] = places[labels]
