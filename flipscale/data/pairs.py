@@ -280,14 +280,15 @@ def caption_ids(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_kinds(source: Source, names: Sequence[str]) -> None:
-    """Log how many of the first samples of a source have each of some kinds of captions. Raise UserError if none of
-    them has a kind."""
+    """Log how many of the first samples of a source, or of each source of a mixture, have each of some kinds of
+    captions. Raise UserError if none of them has a kind."""
     counts, total = dict.fromkeys(names, 0), 0
-    for place in islice(SampleNumbers(source), _SAMPLES_WITH_KINDS if names else 0):
-        with suppress(BadSample):
-            kinds, total = source.read(*place).kinds, total + 1
-            for kind in counts:
-                counts[kind] += any(text.strip() for text in kinds.get(kind, ()))
+    for part in source.parts or [source]:
+        for place in islice(SampleNumbers(part), _SAMPLES_WITH_KINDS if names else 0):
+            with suppress(BadSample):
+                kinds, total = part.read(*place).kinds, total + 1
+                for kind in counts:
+                    counts[kind] += any(text.strip() for text in kinds.get(kind, ()))
     shares = ", ".join(f"{kind} in {count}" for kind, count in counts.items())
     for kind, count in counts.items():
         if total and not count:

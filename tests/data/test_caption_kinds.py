@@ -67,6 +67,16 @@ def test_samples_may_lack_a_file_or_a_field(tmp_path: Path) -> None:
         check_kinds(open_source(DataRecipe(shards=str(tmp_path), captions={"atl": 1})), ["atl", "alt"])
 
 
+def test_a_kind_may_be_in_one_source_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flipscale.data.pairs._SAMPLES_WITH_KINDS", 2)
+    kinds = [{"jpg": picture(), "json": json.dumps({kind: "red disc"}).encode()} for kind in KINDS]
+    folders = [write(tmp_path / str(number), 3 * [sample]) for number, sample in enumerate(kinds)]
+    recipe = DataRecipe(shards=None, sources=[SourceRecipe(shards=folder) for folder in folders], captions=KINDS)
+    check_kinds(open_source(recipe), list(KINDS))
+    with pytest.raises(ValueError, match=r"'absent'.*first 4 samples .*alt in 2, synthetic in 2"):
+        check_kinds(open_source(recipe), [*KINDS, "absent"])
+
+
 @pytest.mark.parametrize("damage", [b"x" * 8, b"\x80" + b"\xff" * 7])
 def test_a_damaged_header_of_the_json_file_is_a_bad_sample(tmp_path: Path, damage: bytes) -> None:
     shards = write(tmp_path, 2 * [{name: FILES[name] for name in ("jpg", "json", "txt")}])
