@@ -95,7 +95,7 @@ class BadSamples:
         """Write the names of unreadable shards, and drop samples from `position` on, which are read again."""
         if not self.is_main:
             return
-        records = json_lines.read(self.path, "shard")
+        records = json_lines.read(self.path, "shard", position=int | None)
         kept = [record for record in records if (at := record.get("position")) is not None and at < position]
         records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
         self._named = {(record["shard"], record.get("number")) for record in records}
@@ -213,7 +213,7 @@ class Tracker:
         last = step or -1  # results before the first step have step 0
         for path in (self._run_dir / "metrics.jsonl", self._run_dir / "schedule.jsonl"):
             if path.exists():
-                json_lines.rewrite(path, [one for one in json_lines.read(path, "step") if one["step"] <= last])
+                json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= last])
         if sys.stderr.isatty():
             steps, pairs = self._schedule.total_steps, self._step_samples
             total = None if steps is None else steps * pairs
