@@ -126,6 +126,11 @@ class Source:
         return sum(self.shard_sizes)
 
     @property
+    def shard_bytes(self) -> list[int]:
+        """Bytes of each shard; none of a dataset."""
+        return [size for part in self.parts for size in part.shard_bytes]
+
+    @property
     def all_weights(self) -> list[SampleWeights]:
         """Sampling weights of this source, and of the parts of a mixture."""
         own = [] if self.weights is None else [self.weights]

@@ -127,6 +127,7 @@ class Saver:
                 "trained_seconds": self._tracker.watch.trained_seconds,
                 **self._setup.schedule.state(step),
                 "data_samples": len(self._setup.source),
+                "data_lengths": self._setup.lengths_digest,
                 "data_fingerprint": self._setup.fingerprint,
                 "num_processes": self.writer.accelerator.num_processes,
             }

@@ -193,6 +193,10 @@ def join(setup: TrainingSetup, timings: StartTimings) -> Session:
                     "in other shards, or other data.weights or stored features; the samples would change: use the "
                     "same data or another output_dir"
                 )
+            if state.get("data_lengths", setup.lengths_digest) != setup.lengths_digest and accelerator.is_main_process:
+                message = "%s was trained on shards of other lengths than the data has, with as many samples; unless "
+                message += "these are the same samples, stop the run and use the same data or another output_dir"
+                _log.warning(message, checkpoint)
         except BaseException:
             session.release_lock()
             raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -76,6 +78,11 @@ class TrainingSetup:
         digests = [int(found.digest, 16) for found in self.precomputed.values()]
         digests += [teacher.digest for teacher in self.teachers]
         return (shard_sizes_digest(self.source) + sum(digests)) % 2**63
+
+    @property
+    def lengths_digest(self) -> str:
+        """Digest of the shards' bytes, which are equal in copies, and differ in other data of as many samples."""
+        return hashlib.blake2b(np.array(self.source.shard_bytes, "<i8").tobytes(), digest_size=8).hexdigest()
 
     @property
     def batch_size(self) -> int:

@@ -14,7 +14,7 @@ import psutil
 from attacks import ground
 from attacks.attack import Attack, Change, Ended, Make, later, refused, survived, test_of
 from attacks.changes import kept, lacks, mine, obeys_nothing, pipe, text
-from conftest import metrics
+from conftest import metrics, write_shards
 from processes import wait_for
 
 from flipscale.io.lock import FolderLock
@@ -219,6 +219,10 @@ def resumed(folder: Path, change: Change) -> list[str]:
     return ground.pretrain(folder)
 
 
+def other_data(run: Path) -> None:
+    write_shards(run.parent / "data", [30, 17, 1, 48], seed=1)
+
+
 def remove(folder: Path, pids: list[int]) -> None:
     wait_for(lambda: trains(folder))
     (folder / "run").rename(folder / "elsewhere")
@@ -403,10 +407,16 @@ ATTACKS = [
     refused("metrics to go on from that are a pipe", resumed(pipe("metrics.jsonl")), "metrics.jsonl"),
     Attack("a run directory that is removed while it trains", endless, 1, ("run",), during=remove),
     goes_on("a torn metrics.jsonl", torn("metrics.jsonl", b'{"step": 8, "lo')),
-    goes_on("binary garbage in metrics.jsonl", torn("metrics.jsonl", b"\0\xff\n[1]\n{}\n"), "3 of 13 lines"),
+    goes_on(
+        "binary garbage in metrics.jsonl", torn("metrics.jsonl", b'\0\xff\n[1]\n{"step": null}\n'), "3 of 13 lines"
+    ),
     goes_on("binary garbage in results.jsonl", torn("results.jsonl", b'\0\xff\n{"step": "x"}\n{}\n')),
-    goes_on("binary garbage in bad_samples.jsonl", torn("bad_samples.jsonl", b"\0\xff\n{}\n")),
+    goes_on(
+        "binary garbage in bad_samples.jsonl",
+        torn("bad_samples.jsonl", b'\0\xff\n{"shard": "a", "position": "b"}\n'),
+    ),
     goes_on("garbage in heartbeat.json", torn("heartbeat.json", b"\0\xff{")),
+    goes_on("shards of other samples in the same numbers", resumed(other_data), "step-00000008", "other lengths"),
     goes_on("a file where figures go", resumed(file_at("figures")), "figures was not written"),
     refused("garbage in recipe.yaml", torn("recipe.yaml", b"\n\t- {"), "recipe.yaml"),
     stopped_by("Ctrl-C", "SIGINT", signal.SIGINT),

@@ -157,6 +157,10 @@ class Subset(_Derived):
             raise UserError(f"data.fraction {fraction:g} leaves none of {len(source):,} samples of {name}; raise it")
         self._chosen: OrderedDict[int, np.ndarray] = OrderedDict()
 
+    @property
+    def shard_bytes(self) -> list[int]:
+        return self.source.shard_bytes
+
     def fetch_ahead(self, shards: list[int]) -> None:
         self.source.fetch_ahead(shards)
 

@@ -92,6 +92,10 @@ class TarSource(Source):
             return False
         return True
 
+    @property
+    def shard_bytes(self) -> list[int]:
+        return self.manifest.num_bytes.tolist()
+
     def shard_name(self, shard: int) -> str:
         return str(self.list.path(self.manifest.names[shard]))
 
