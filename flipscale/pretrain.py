@@ -25,7 +25,7 @@ from flipscale.objectives.build import loss_kinds
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.runs.evaluations import RunEvaluator, check_tasks
+from flipscale.runs.evaluations import RunEvaluator, check_tasks, test_set_digests
 from flipscale.runs.last_lines import end_run
 from flipscale.training.console import only_describes, report_user_errors, start_logging
 from flipscale.training.loop import train
@@ -58,7 +58,7 @@ def pretrain(recipe: Recipe) -> Path:
     timings.end("data")
     gc.freeze()  # the imports, so that the collection before the first step is short
     open_target(recipe.hub, checkpoint is not None)
-    session = join(setup, timings)
+    session = join(setup, timings, test_set_digests(tasks))
     try:
         engine = resume(recipe, setup.schedule, session, setup.text_rows)
         timings.end("checkpoint")

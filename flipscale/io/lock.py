@@ -105,9 +105,9 @@ class FolderLock:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def acquire(self) -> None:
-        """Make the folder, take the lock, and keep it fresh in a thread. Wait a minute at most for a silent holder on
-        another machine. Raise UserError if another process holds the lock."""
+    def acquire(self) -> Holder:
+        """Make the folder, take the lock, keep it fresh in a thread, and return this process as the holder. Wait a
+        minute at most for a silent holder on another machine. Raise UserError if another process holds the lock."""
         self._made = [folder for folder in self.path.parents if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         first: tuple[Holder | None, float] | None = None
@@ -137,6 +137,16 @@ class FolderLock:
         self._confirmed = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
+        return self.holder
+
+    def shows(self, holder: Holder) -> bool:
+        """Return whether the lock file names this holder. A minute may pass until a network file system shows it."""
+        end = time.monotonic() + STALE_SECONDS
+        while (seen := self._look()) is None or seen[0] != holder:
+            if time.monotonic() > end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def check(self, at_once: bool = False) -> None:
         """Raise OSError if another process took the lock while this process was suspended or cut off for a minute.

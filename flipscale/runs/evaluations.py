@@ -12,7 +12,7 @@ from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, parts_o
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE, Result, append_results, as_metrics, drop_results_after
 from flipscale.evaluation.suite import check_decodable, check_image_sizes, planned_tasks, run_tasks
-from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
+from flipscale.evaluation.test_set import TestSet, read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
@@ -55,6 +55,12 @@ def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
         refuse_other_class_names(Path(recipe.output_dir), names)
     check_decodable(tasks, config.vision_config.image_size, *place_in_world())
     return tasks, names
+
+
+def test_set_digests(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Return the digests of the test sets of each task, which nodes with own copies may have in different states."""
+    sets = {task.name: [TestSet.open(task.data), *task.other_sets()] for task in tasks}
+    return {name: [one.source.contents_digest(in_order=True) for one in each] for name, each in sets.items()}
 
 
 class RunEvaluator:

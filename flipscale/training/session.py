@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import re
 import shlex
 import time
@@ -16,21 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from flipscale.data.loader import prepare_workers
 from flipscale.engines.build import build_engine, start_accelerator
 from flipscale.engines.checkpoint import CheckpointReader, Contents, from_main_process, latest_checkpoint, latest_valid
 from flipscale.engines.device import best_attention
-from flipscale.engines.launch import launch_of
+from flipscale.engines.launch import gather_objects, launch_of
 from flipscale.engines.trainable import add_lora, freeze
 from flipscale.engines.watchdog import Watchdog
 from flipscale.io.digests import CorruptFile
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, quoted
 from flipscale.io.lock import FolderLock, start_of
+from flipscale.io.options import changed_fields
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.recipe.recipe import Recipe, conflicts
+from flipscale.recipe.recipe import Recipe, conflicts, deciding_part, to_yaml
 from flipscale.training.precomputed import embedded_by
 from flipscale.training.schedule import Schedule
 from flipscale.training.setup import TrainingSetup, compiles
@@ -155,12 +158,14 @@ class StartTimings(dict[str, float]):
         self[part], self._last = round(now - self._last, 2), now
 
 
-def join(setup: TrainingSetup, timings: StartTimings) -> Session:
+def join(setup: TrainingSetup, timings: StartTimings, test_sets: Mapping[str, Any] | None = None) -> Session:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
+    `test_sets` are digests of the test sets by task.
+
     Raises:
-        UserError: processes are missing, their data differs from each other's or the checkpoint's, all checkpoints are
-            damaged, or another run has the run directory.
+        UserError: processes are missing, their recipes, launches, data or run directories differ, the data is not the
+            checkpoint's, all checkpoints are damaged, or another run has the run directory.
         OSError: a checkpoint cannot be read, or the run directory is not writable.
     """
     recipe, source = setup.recipe, setup.source
@@ -169,6 +174,7 @@ def join(setup: TrainingSetup, timings: StartTimings) -> Session:
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         # Now, because accelerate may bind this process to the cores near its GPU, and workers inherit them.
         prepare_workers()
+        _refuse_other_settings(accelerator, {**_shared_settings(recipe), "test sets": dict(test_sets or {})})
         # A node's copy of the data may be older or incomplete, and its order of samples would differ.
         digest = setup.fingerprint
         digests_found = accelerator.gather(torch.tensor([digest], device=accelerator.device)).tolist()
@@ -179,10 +185,16 @@ def join(setup: TrainingSetup, timings: StartTimings) -> Session:
                 "the nodes' copies the same"
             )
         lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
-        from_main_process(accelerator, lock.acquire)
+        holder = from_main_process(accelerator, lock.acquire)
         session = Session(accelerator, None, {}, lock=lock if accelerator.is_main_process else None)
         timings.end("processes")
         try:
+            places = gather_objects([(lock.shows(holder), platform.node())])
+            if unseen := [f"{rank} on {host}" for rank, (is_seen, host) in enumerate(places) if not is_seen]:
+                raise UserError(
+                    f"processes {', '.join(unseen)} do not see the {lock.path.name} of process 0 on {places[0][1]} in "
+                    "output_dir; name the same folder for all, on a file system that all machines share"
+                )
             chosen = latest_valid(accelerator, run_dir, lambda contents: _check_same_run(setup, contents))
             if chosen is None:
                 return session
@@ -228,6 +240,25 @@ def resume(recipe: Recipe, schedule: Schedule, session: Session, rows: Mapping[i
         num_steps = 0 if first.resets_optimizer else session.state.get("optimizer_steps", 0)
         engine.build(config, configure, fill, model_class, first.stage.frozen, reader, num_steps)
     return engine
+
+
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that all processes must have in common. Paths may differ between machines."""
+    launch, fields = launch_of(os.environ), yaml.safe_load(to_yaml(recipe))
+    settings = deciding_part(fields, name_of=lambda path: "") | {name: fields[name] for name in ("log", "save")}
+    settings["eval"] = {name: fields["eval"][name] for name in ("every_samples", "every_share")}
+    return settings | {"launch": [launch.engine, launch.precision, launch.shard_size]}
+
+
+def _refuse_other_settings(accelerator: Accelerator, mine: dict[str, Any]) -> None:
+    """Collective. Raise UserError on all processes if one has other settings than the first."""
+    first = from_main_process(accelerator, lambda: mine)
+    for rank, (host, changed) in enumerate(gather_objects([(platform.node(), sorted(changed_fields(first, mine)))])):
+        if changed:
+            raise UserError(
+                f"process {rank} on {host} has other settings than process 0 ({'; '.join(changed)}); start all "
+                "processes with one recipe, the same flags, launch file and test sets"
+            )
 
 
 @contextmanager

@@ -93,6 +93,34 @@ def test_our_own_mistake_is_one_sentence_and_a_file(write_recipe, tmp_path: Path
     assert "in raise_own\n" in text
 
 
+def differ(file: str, folder: str, *flags: str) -> None:
+    """Train on two processes; rank 1 has further flags."""
+    from flipscale.io import lock
+
+    lock.STALE_SECONDS = 1.0  # no other machine holds the lock
+    flags = flags if os.environ["RANK"] == "1" else ()
+    processes.call_main("flipscale.pretrain", ["--config", file, *flags], folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seed", "1"], "(seed: 0, now 1)"),
+        (["--save.every_samples", "32", "--optim.weight_decay", "0.1"], "save.every_samples: 0, now 32"),
+        (["--output_dir", "elsewhere"], "process 0 on"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_processes_of_unlike_starts_do_not_train(write_recipe, tmp_path: Path, flags: list[str], words: str) -> None:
+    codes = processes.exit_codes(start_ranks(2, differ, str(write_recipe(tmp_path / "run")), str(tmp_path), *flags))
+    printed = (tmp_path / "stderr").read_text()
+    assert codes == [2, 2]
+    (line,) = [line for line in printed.splitlines() if "flipscale: error: " in line]
+    assert "1 on " in line
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
 def die_after_the_start(file: str, folder: str) -> None:
     """Train on two processes; the first, which keeps the store, is killed before the first step."""
     from flipscale import pretrain
