@@ -112,12 +112,6 @@ def planned_tasks(recipe: EvalRecipe) -> list[Task]:
         elif folder:
             listed.append({"kind": kind, "data": folder})
     tasks = build_tasks(listed, recipe.tasks_dir)
-    for task in tasks:
-        if isinstance(task, ZeroShotMemory):
-            raise UserError(
-                f"eval.tasks has {task.name!r} of kind {task.kind!r}, whose memory is of one model's weights, and "
-                "training changes them; leave it out, and use `flipscale evaluate --memory` on the finished model"
-            )
     if recipe.every_share:
         return tasks
     every = recipe.every_samples

@@ -43,8 +43,8 @@ def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
         task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
         if task.kind == "zero_shot_memory":
             raise UserError(
-                f"eval.tasks: {task.name} is of kind 'zero_shot_memory', and a memory is made by a finished model. "
-                "Fix: remove the task, and use `flipscale evaluate --memory` after the run"
+                f"eval.tasks has {task.name!r} of kind {task.kind!r}, whose memory is of one model's weights, and "
+                "training changes them; leave it out, and use `flipscale evaluate --memory` on the finished model"
             )
     names: list[str] = []
     if objective.num_labels is not None:

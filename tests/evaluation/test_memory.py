@@ -177,7 +177,7 @@ def test_fields_that_cannot_be(embedder: Embedder, folder: Path, fields: dict, m
 def test_a_recipe_has_no_memory(folder: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Training changes the weights that a memory belongs to."""
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run", eval={"tasks": listed(folder)}))])
-    with pytest.raises(ValueError, match=r"eval\.tasks: zero_shot_memory is of kind 'zero_shot_memory'"):
+    with pytest.raises(ValueError, match=r"eval\.tasks has 'zero_shot_memory' of kind 'zero_shot_memory'"):
         check_start(recipe)
 
 

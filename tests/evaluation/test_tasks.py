@@ -99,12 +99,6 @@ def test_tasks_that_cannot_be(listed: list[dict], message: str) -> None:
         build_tasks(listed)
 
 
-def test_training_has_no_memory() -> None:
-    recipe = EvalRecipe(tasks=[{"kind": "zero_shot_memory", "data": "a", "name": "n", "memory": "b"}])
-    with pytest.raises(ValueError, match=r"eval.tasks has 'n' of kind 'zero_shot_memory'"):
-        planned_tasks(recipe)
-
-
 def test_short_forms_are_tasks() -> None:
     recipe = EvalRecipe(
         tasks=[{"kind": "zero_shot", "data": "a", "every_samples": 7}, {"kind": "zero_shot", "data": "b", "name": "n"}],
