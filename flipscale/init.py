@@ -263,8 +263,9 @@ def _tasks(folder: str, option: str = "tests") -> Iterator[dict[str, Any]]:
     from flipscale.data.samples import SampleNumbers
     from flipscale.evaluation.test_set import TestSet
 
-    source = TestSet.open(folder).source
-    named = (Path(folder) / "classnames.txt").exists()
+    source = (test_set := TestSet.open(folder)).source
+    # A single class is right for every image.
+    named = (Path(folder) / "classnames.txt").exists() and len(test_set.class_names()) > 1
     captioned = len(source) > 0 and bool(source.read_captions(*SampleNumbers(source)[0]))  # a shard may be empty
     if named:
         yield {"kind": "zero_shot", "data": folder}
@@ -272,8 +273,8 @@ def _tasks(folder: str, option: str = "tests") -> Iterator[dict[str, Any]]:
         yield {"kind": "retrieval", "data": folder, "group_by_caption": True}
     if not named and not captioned:
         raise UserError(
-            f"{option} {folder} has no classnames.txt and no captions, so no evaluation is possible; `flipscale "
-            "prepare shards --labels` writes a test set"
+            f"{option} {folder} has neither two names in classnames.txt nor captions, so no evaluation is possible; "
+            "`flipscale prepare shards --labels` writes a test set"
         )
 
 

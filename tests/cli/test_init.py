@@ -103,7 +103,7 @@ def test_the_speed_decides_no_field_but_the_time(tokenizer_dir: Path) -> None:
         (["--num_gpus", "3"], "num_gpus is for machines elsewhere"),
         (["--gpu", "abacus", "--hours", "3"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
         (["--tests", "nowhere"], "nowhere"),
-        (["--tests", "silent"], "silent has no classnames.txt and no captions"),
+        (["--tests", "silent"], "silent has neither two names in classnames.txt nor captions"),
         (["--tokenizer", "./none"], "; `flipscale prepare tokenizer "),
     ],
 )
@@ -117,11 +117,16 @@ def test_errors_of_options(
     assert not Path("mine.yaml").exists()
 
 
-def test_a_test_set_whose_first_shard_is_empty(init: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("names", "kinds"), [(None, ["zero_shot", "retrieval"]), ("one", ["retrieval"])])
+def test_a_test_set_whose_first_shard_is_empty(
+    init: Callable[..., Path], shards: Path, tmp_path: Path, names: str | None, kinds: list[str]
+) -> None:
     shutil.copytree(shards, tmp_path / "test", ignore=shutil.ignore_patterns("*.manifest"))
     write_tar(tmp_path / "test/0.tar", [])  # the first in the order of names
+    if names:
+        (tmp_path / "test/classnames.txt").write_text(names)
     recipe = parse_recipe(["--config", str(init("--tests", "test", "--gpu", "h100", "--hours", "1"))])
-    assert [task.kind for task in planned_tasks(recipe.eval)] == ["zero_shot", "retrieval"]
+    assert [task.kind for task in planned_tasks(recipe.eval)] == kinds
 
 
 def test_one_command_at_a_time_writes_a_recipe(
