@@ -101,7 +101,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
     running: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
     failed: dict[str, tuple[int, str]] = {}
     total, looked = len(waiting), time.monotonic()
-    progress = Progress(100 * total, f"training {total} runs", "%", leave=False)
+    progress = Progress(100, f"training {total} runs", "%", leave=False)
     with _signals(running) as received, progress:
         try:
             while not received and (waiting or running) and not (stops_at_failure and failed):
@@ -123,7 +123,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                     looked = time.monotonic()
                     ended = 100 * (total - len(waiting) - len(running))
                     percent = ended + sum(run.percent_done() for run, _ in running.values())
-                    progress.update(percent - progress.n)
+                    progress.update(percent // total - progress.n)
         finally:
             for _, process in running.values():
                 process.terminate()
