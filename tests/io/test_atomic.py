@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.io.atomic import FullDisk, atomic_write, new_folder, partial_path, unique_partial_path, write_text
+from flipscale.io.atomic import FullDisk, atomic_write, new_folder, partial_path, sync, unique_partial_path, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -79,3 +79,9 @@ def _fail(path: Path, error: OSError) -> None:
     with atomic_write(path) as partial:
         partial.write_bytes(b"x")
         raise error
+
+
+def test_a_folder_that_its_file_system_cannot_sync(tmp_path: Path) -> None:
+    sync(Path("/proc/self"))  # EINVAL, as in shared folders of SMB
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "none")
