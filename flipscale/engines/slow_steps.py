@@ -147,7 +147,7 @@ class StepWatch(Watchdog):
         self._usual = float("inf")
 
     def __enter__(self) -> "StepWatch":
-        self._running_since = time.perf_counter()
+        self._running_since = self.awake_seconds()
         super().__enter__()
         return self
 
@@ -168,11 +168,11 @@ class StepWatch(Watchdog):
                 if len(self._recent) >= _NEEDED:
                     self._usual = statistics.median(self._recent)
             self._windows.append(Window(self._step, now, self._usual))
-            began = time.perf_counter()
+            began = self.awake_seconds()
             self.begin(f"step {self._step}", is_step=True)
             self.phases.mark("data")
             batch = next(iterator, None)
-            self._wait_seconds += time.perf_counter() - began
+            self._wait_seconds += self.awake_seconds() - began
             self.phases.mark("update")
             self._write_heartbeat("training")
             if batch is None:
@@ -187,8 +187,8 @@ class StepWatch(Watchdog):
 
     @property
     def trained_seconds(self) -> float:
-        """Training time of the run in all its starts, without evaluations and saves."""
-        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        """Training time of the run in all its starts, without evaluations, saves and suspensions."""
+        running = 0.0 if self._running_since is None else self.awake_seconds() - self._running_since
         return self._seconds_before + running
 
     @contextmanager
@@ -202,7 +202,7 @@ class StepWatch(Watchdog):
         yield
         if self._windows:
             self._windows[-1].pauses.append((first_ns, time.time_ns()))
-        self._running_since = time.perf_counter()
+        self._running_since = self.awake_seconds()
         self.idle()
 
     def so_far(self) -> Interval:

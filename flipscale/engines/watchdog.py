@@ -43,6 +43,8 @@ _LATER_SECONDS = 15.0
 _STACKS_SECONDS = 10.0
 # The thread that watches the clock may be stuck in a file system that is gone.
 _CLOSING_SECONDS = 1.0
+# A process that has not looked at the clock for this many looks was suspended.
+_SUSPENDED_LOOKS = 10
 # Reads and writes beside the work, between two looks at the clock, stay below this.
 _MIN_BYTES = 1 << 16
 
@@ -72,6 +74,9 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, hang_seconds: float, rank: int):
         self._run_dir, self._hang_seconds, self._rank = run_dir, hang_seconds, rank
+        self._pause = min(hang_seconds / 20, 5.0)
+        # Time of the last look at the clock, and the seconds so far in which this process was suspended.
+        self._looked = (time.perf_counter(), 0.0)
         self._work, self._is_step = "", False
         # Time of the last sign of life from the main thread; None while the clock is stopped.
         self._since: float | None = None
@@ -99,13 +104,24 @@ class Watchdog:
     def begin(self, work: str, is_step: bool = False) -> None:
         """Start the clock for some work, such as `a save after step 8`."""
         self._work, self._is_step = work, is_step
-        self._since = time.perf_counter()
+        self._since = self.awake_seconds()
 
     def alive(self) -> None:
-        self._since = time.perf_counter()
+        self._since = self.awake_seconds()
 
     def idle(self) -> None:
         self._since = None
+
+    def awake_seconds(self) -> float:
+        """Return the time by a clock that stands still while this process is suspended, such as by SIGSTOP.
+
+        A thread looks at the clock all the time, so a long time without a look is a suspension.
+        """
+        now, (looked, suspended) = time.perf_counter(), self._looked
+        if now - looked > _SUSPENDED_LOOKS * self._pause:
+            suspended += now - looked
+        self._looked = now, suspended  # two threads may write this at once; both have the same suspension
+        return now - suspended
 
     def _start_thread(self, watch: Callable[..., None], *arguments: Any) -> threading.Thread:
         self._threads.append(threading.Thread(target=watch, args=arguments, name=watch.__name__, daemon=True))
@@ -117,8 +133,8 @@ class Watchdog:
         stacks: threading.Thread | None = None
         sign, num_bytes, heard = 0.0, 0, 0
         limit = self._hang_seconds + (0.0 if self._rank == 0 else _LATER_SECONDS)
-        while not self._finished.wait(min(self._hang_seconds / 20, 5.0)):
-            since = self._since
+        while not self._finished.wait(self._pause):
+            since, now = self._since, self.awake_seconds()
             if since is None:
                 continue
             # The bytes of the stacks are not a sign of life.
@@ -131,8 +147,8 @@ class Watchdog:
             if since != began:
                 began = sign = since
             elif has_moved or others_live:
-                sign = time.perf_counter()
-            seconds = time.perf_counter() - sign
+                sign = now
+            seconds = now - sign
             if seconds > self._hang_seconds / 2 and written_for != sign:
                 # In a thread, because it takes seconds on a busy machine.
                 written_for, stacks = sign, self._start_thread(self._write_stacks)

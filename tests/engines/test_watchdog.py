@@ -88,3 +88,18 @@ def work(folder: str) -> None:
 
 def test_bytes_are_a_sign_of_life(tmp_path: Path) -> None:
     assert processes.exit_codes([processes.start(work, str(tmp_path))]) == [0]
+
+
+def be_suspended(folder: str) -> None:
+    """A process that does not look at its clock for an hour of a step."""
+    watch, clock = step_watch(folder)
+    with watch:
+        watch.begin("step 0", is_step=True)
+        clock.move(3600.0)
+        time.sleep(0.3)  # the watch looks every twentieth of a second
+        Path(folder, "trained").write_text(str(watch.trained_seconds))
+
+
+def test_a_suspension_is_no_hang_and_no_training(tmp_path: Path) -> None:
+    assert processes.exit_codes([processes.start(be_suspended, str(tmp_path))]) == [0]
+    assert float((tmp_path / "trained").read_text()) < 1.0
