@@ -21,6 +21,7 @@ from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.watchdog import close_process_group, exit_now
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
+from flipscale.io.files import check_writable
 from flipscale.objectives.build import loss_kinds
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe
@@ -51,6 +52,7 @@ def pretrain(recipe: Recipe) -> Path:
     timings, checkpoint = StartTimings(), open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return run_dir
+    check_writable(run_dir / "checkpoints", "the folder of checkpoints")
     loss_kinds()  # imports the models
     timings.end("imports")
     tasks, class_names = check_tasks(recipe)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flipscale.io.files import check_writable
+from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training import session
 from flipscale.training.setup import open_setup
@@ -16,6 +17,16 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ValueError, match=rf"{tmp_path} cannot be written: change its permissions, or name another"):
         check_writable(tmp_path / "run", "output_dir")
+
+
+def test_checkpoints_that_cannot_be_written(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "checkpoints")
+    with pytest.raises(ValueError, match=f"checkpoints is '{tmp_path}/run/checkpoints'; .* cannot be written"):
+        pretrain(recipe)
 
 
 def test_a_batch_of_more_pairs_than_there_are(
