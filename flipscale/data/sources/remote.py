@@ -256,8 +256,9 @@ class ShardCache:
             time.sleep(_FULL_DELAY_SECONDS)
 
     def _make_room(self, size: int) -> int:
-        """Remove the least recently read shards until `size` bytes fit, and return the number of missing bytes."""
-        excess, shards = size - self.max_bytes, []
+        """Remove the least recently read shards, then the oldest indices, until `size` bytes fit. Return the number of
+        missing bytes."""
+        excess, removable = size - self.max_bytes, []
         for entry in os.scandir(self.folder):
             if not _OURS.fullmatch(entry.name):
                 continue
@@ -267,9 +268,10 @@ class ShardCache:
                     excess += 0 if self._abandoned(entry) else int(partial[1])
                     continue
                 excess += state.st_size
-                if not entry.name.startswith(".") and not entry.name.endswith((".index.npy", ".manifest")):
-                    shards.append((state.st_mtime_ns, state.st_size, entry.path))
-        for _, held, path in sorted(shards):
+                if not entry.name.startswith(".") and not entry.name.endswith(".manifest"):
+                    is_index = entry.name.endswith(".index.npy")
+                    removable.append((is_index, state.st_mtime_ns, state.st_size, entry.path))
+        for *_, held, path in sorted(removable):
             if excess <= 0:
                 break
             with suppress(FileNotFoundError):

@@ -204,6 +204,7 @@ def test_a_cache_removes_its_own_files_only(served: Path, tmp_path: Path) -> Non
     (cache / "letters").mkdir(parents=True)
     (cache / "thesis.tar").write_bytes(bytes(5000))
     (cache / ".my.partial").write_bytes(b"mine")
+    (cache / f"{0:016x}-00009.tar.index.npy").write_bytes(bytes(5000))
     most = (served / "00000.tar").stat().st_size + 100
     kept = ShardCache(cache, most)
     for shard in (0, 1):
@@ -211,7 +212,7 @@ def test_a_cache_removes_its_own_files_only(served: Path, tmp_path: Path) -> Non
     assert {path.name for path in cache.iterdir() if not remote._OURS.fullmatch(path.name)} == {
         "letters", "thesis.tar", ".my.partial", ".lock",
     }  # fmt: skip
-    assert len(list(cache.glob("[!.]*-0000*.tar"))) == 1
+    assert len(list(cache.glob("[!.]*-0000*.tar*"))) == 1
 
 
 def test_caches_that_are_too_small_or_cannot_be_made(served: Path, tmp_path: Path) -> None:
