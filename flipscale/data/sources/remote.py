@@ -97,10 +97,18 @@ def file_system(url: str) -> tuple[Any, str]:
     if url.startswith("hf:"):
         guard_requests()
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        options = {"get_client": _http_client} if url.startswith(("http:", "https:")) else {}
+        system, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url!r} cannot be read: {error}") from error
     return system, path
+
+
+async def _http_client(**settings: Any) -> Any:
+    """Return fsspec's client of HTTP. It uses the proxy of the environment, often a compute node's only way out."""
+    import aiohttp
+
+    return aiohttp.ClientSession(**{"trust_env": True, **settings})
 
 
 def information(url: str) -> dict[str, Any]:
@@ -336,13 +344,16 @@ class RemoteShardList(ShardList):
         return written_once(place, lambda _: self._still_good(place), lambda: self._write(place))
 
     def _still_good(self, place: Path) -> Manifest | None:
-        """Return a manifest made on this machine, unless a few of its shards have other sizes now."""
+        """Return a manifest made on this machine, unless a few of its shards are gone or have other sizes now."""
         manifest = self._read_cached(place)
-        if manifest is not None:
+        if manifest is None:
+            return None
+        with suppress(FileNotFoundError):
             for shard in evenly(len(manifest), _CHECKED_SHARDS):
                 if information(self.path(manifest.names[shard]))["size"] not in (None, manifest.num_bytes[shard]):
                     return None
-        return manifest
+            return manifest
+        return None
 
     def _read_cached(self, place: Path) -> Manifest | None:
         """Return a manifest of the cache; None if it is missing or damaged."""
@@ -390,6 +401,7 @@ class RemoteShardList(ShardList):
         """Return the manifest beside the shards, fetched if it changed; None if there is none."""
         try:
             about = information(self.url)
+            about.pop("url", None)  # the address after redirects, often with a signature that changes
             version = hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
             path = self._local(version)
             manifest = self._read_cached(path)
@@ -492,7 +504,10 @@ class RemoteTarSource(TarSource):
 
     def _row(self, shard: int, number: int) -> np.ndarray:
         if shard not in self._indices:
-            self._indices[shard] = self.list.index(self.manifest.names[shard]).rows
+            try:
+                self._indices[shard] = self.list.index(self.manifest.names[shard]).rows
+            except FileNotFoundError as error:
+                raise self._gone(shard) from error
         return self._indices[shard][number]
 
     def __getstate__(self) -> dict[str, object]:

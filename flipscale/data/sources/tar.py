@@ -227,7 +227,7 @@ class TarSource(Source):
         try:
             file = self._open_shard(name)
         except FileNotFoundError as error:
-            raise StaleManifest(f"shard {name} is gone, but its manifest lists it; {self.list.stale_remedy}") from error
+            raise self._gone(shard) from error
         except NotAFile as error:
             raise StaleManifest(f"shard {name} is no shard now: {error}; {self.list.stale_remedy}") from error
         state, (size, mtime_ns) = os.fstat(file), self.manifest.sizes[shard, 1:].tolist()
@@ -241,6 +241,10 @@ class TarSource(Source):
             return file
         os.close(file)
         raise StaleManifest(f"shard {name} {why}; {self.list.stale_remedy}")
+
+    def _gone(self, shard: int) -> StaleManifest:
+        words = "is gone, but its manifest lists it"
+        return StaleManifest(f"shard {self.shard_name(shard)} {words}; {self.list.stale_remedy}")
 
     def _open_shard(self, name: str) -> int:
         return open_plain(name)

@@ -1,6 +1,7 @@
 """Servers that are silent, slow or lying, and caches that are not as they should be: an end in time, and bounded."""
 
 import http.server
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -170,6 +171,43 @@ def test_shards_that_have_another_size_now_are_listed_anew(served: Path, tmp_pat
         source = open_source(recipe(url, tmp_path / "cache"))
         assert source.shard_sizes == [30, 5]
         assert [source.read(1, number).name for number in range(5)]
+        (served / "00001.tar").unlink()
+        with pytest.raises(ValueError, match=r"shard \S+/00001.tar does not exist; check data.shards"):
+            open_source(recipe(url, tmp_path / "cache"))
+        source._open.clear()
+        source._indices.clear()
+        for path in (tmp_path / "cache").glob("*-00001.tar*"):
+            path.unlink()
+        with pytest.raises(ValueError, match=r"shard \S+/00001.tar is gone, but its manifest lists it"):
+            source.read(1, 0)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_way_that_the_environment_or_the_server_names(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signs: bool
+) -> None:
+    """A proxy, and redirects to addresses that change with each request. The manifest is kept once."""
+    with server(served, plainly) as url:
+        open_source(recipe(url, tmp_path / "first"))
+    (manifest,) = (tmp_path / "first").glob("*.manifest")
+    (served / manifest_name("{00000..00001}.tar")).write_bytes(manifest.read_bytes())
+    signatures = itertools.count()
+
+    def proxy(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
+        path, _, signature = handler.path.removeprefix("http://shards.invalid/").partition("?")
+        if signature or not signs:
+            return plainly(handler, (served / path).read_bytes())
+        handler.send_response(302)
+        handler.send_header("Location", f"/{path}?{next(signatures)}")
+        handler.send_header("Content-Length", "0")
+        return handler.end_headers()
+
+    with server(served, proxy) as url:
+        monkeypatch.setenv("http_proxy", url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        for _ in range(2):
+            assert len(open_source(recipe("http://shards.invalid", tmp_path / "cache"))) == 47
+    assert len(list((tmp_path / "cache").glob("*.manifest"))) == 1
 
 
 def test_a_manifest_that_names_files_of_this_machine(served: Path, tmp_path: Path) -> None:
