@@ -43,8 +43,8 @@ _LATER_SECONDS = 15.0
 _STACKS_SECONDS = 10.0
 # The thread that watches the clock may be stuck in a file system that is gone.
 _CLOSING_SECONDS = 1.0
-# A process that has not looked at the clock for this many looks was suspended.
-_SUSPENDED_LOOKS = 10
+# A process that has not looked at the clock for so long was suspended. A starved one looks more often.
+_SUSPENDED_SECONDS = 50.0
 # Reads and writes beside the work, between two looks at the clock, stay below this.
 _MIN_BYTES = 1 << 16
 
@@ -118,7 +118,7 @@ class Watchdog:
         A thread looks at the clock all the time, so a long time without a look is a suspension.
         """
         now, (looked, suspended) = time.perf_counter(), self._looked
-        if now - looked > _SUSPENDED_LOOKS * self._pause:
+        if now - looked > _SUSPENDED_SECONDS:
             suspended += now - looked
         self._looked = now, suspended  # two threads may write this at once; both have the same suspension
         return now - suspended
