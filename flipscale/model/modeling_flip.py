@@ -181,6 +181,7 @@ class FlipVisionEmbeddings(nn.Module):
                 noise = torch.rand(len(patches), rows, columns, device=patches.device)
                 patch_index = keep_lowest(noise, num_kept(rows * columns, image_mask_ratio))[:, 0]
             if patch_index is not None:
+                self._check_index(patch_index, (patches.shape[0], patch_index.shape[-1]))
                 patches = take_patches(patches, patch_index)
         else:
             if patches.ndim == 4 and patch_index is not None:
@@ -225,8 +226,14 @@ class FlipVisionEmbeddings(nn.Module):
             raise ValueError(f"patches has shape {tuple(patches.shape)}; expected (batch, kept, {width})")
         if patch_index is None and patches.shape[1] != num_patches:
             raise ValueError(f"patches has {patches.shape[1]} of {num_patches} patches; give their patch_index")
-        if patch_index is not None and patch_index.shape != patches.shape[:2]:
-            raise ValueError(f"patch_index has shape {tuple(patch_index.shape)}; expected {tuple(patches.shape[:2])}")
+        if patch_index is not None:
+            self._check_index(patch_index, tuple(patches.shape[:2]))
+
+    def _check_index(self, patch_index: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(patch_index.shape) != shape:
+            raise ValueError(f"patch_index has shape {tuple(patch_index.shape)}; expected {shape}")
+        if patch_index.is_floating_point() or patch_index.dtype == torch.bool:
+            raise ValueError(f"patch_index is of {patch_index.dtype}; expected integers, the positions of the patches")
 
     def _positions_of(self, pixel_values: torch.Tensor, image_size: int | None, interpolate: bool) -> torch.Tensor:
         size, patch, channels = image_size or self.config.image_size, self.config.patch_size, self.config.num_channels
