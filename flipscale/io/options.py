@@ -66,6 +66,14 @@ Seconds = Annotated[float, Range(above=0, at_most=100_000_000)]  # longer waits 
 Minutes = Annotated[float, Range(at_least=0, at_most=1_000_000)]
 MinutesAboveZero = Annotated[float, Range(above=0, at_most=1_000_000)]
 
+# Words for Python's types in messages.
+_KINDS = {
+    "int": "a whole number in digits, such as 1000000",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+}
+
 
 def check_ranges(value: Any, path: str = "") -> None:
     """Raise UserError if a number in a dataclass, or in nested dataclasses, is out of the range of its type, a required
@@ -126,7 +134,10 @@ def parser_message(error: Exception) -> str:
     """Return an error of jsonargparse in one line, beginning with the field."""
     message = re.sub(r"Problem with given class_path '[^']*': ", "", " ".join(str(error).split()))
     message = re.sub(r"Does not .* Errors: - (Expected an? [^-]*) - .* Given value: ", r"\1. Got value: ", message)
-    return re.sub(r'Parser key "([^"]+)": ', r"\1: ", message)
+    message = re.sub(r'Parser key "([^"]+)": ', r"\1: ", message)
+    for kind, words in _KINDS.items():
+        message = message.replace(f"Expected a <class '{kind}'>", f"Expected {words}")
+    return message
 
 
 def changed_fields(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -194,6 +194,7 @@ ATTACKS = [
     # Stages.
     row("no stages", recipe(stages=[]), "stages"),
     row("no samples", stages(samples=0), "stages[0].samples is 0"),
+    row("samples with an exponent", stages(samples=1e6), "stages: samples", "a whole number in digits", "1000000.0"),
     row("fewer samples than a batch", stages(samples=7), "7", "16"),
     row("a warm-up longer than the stage", stages(warmup_samples=900), "900"),
     row("two stages of one name", recipe(stages=[STAGE, STAGE]), "'masked'"),
