@@ -1,5 +1,6 @@
 """Push a model to the Hub: `flipscale push runs/NAME ORG/NAME`."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,12 +57,19 @@ class Push:
 
 
 def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:
-    """Put the model's Hub name into its card: rewrite a run's card, or replace the folder's name in another card."""
+    """Put the model's Hub name into its card: rewrite a run's card, or replace the folder's name in another card. Put
+    it into open_clip's configuration too, by which open_clip finds the tokenizer."""
     from flipscale.hub.card import escape_string, write_card
+    from flipscale.io.model_folder import read_object
 
     card = folder / "README.md"
     if card.is_symlink():
         return
+    config = folder / "open_clip_config.json"
+    if config.is_file() and not config.is_symlink() and (folder / "tokenizer_config.json").is_file():
+        content = read_object(config)
+        content["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = repo_id
+        write_text(config, json.dumps(content, indent=2) + "\n")
     if (run_dir / "recipe.yaml").is_file():
         write_card(folder, run_dir, repo_id, step)
     elif card.is_file():
@@ -69,7 +77,9 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
             text = card.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{card} is not UTF-8 ({error.reason}); write it again") from error
-        write_text(card, text.replace(f'"{escape_string(str(folder))}"', f'"{repo_id}"'))
+        place = escape_string(str(folder))
+        text = text.replace(f'"{place}"', f'"{repo_id}"').replace(f'"local-dir:{place}"', f'"hf-hub:{repo_id}"')
+        write_text(card, text)
 
 
 @contextmanager
@@ -88,7 +98,7 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         return
     for folder in (run_dir / "model", run_dir):
-        if (folder / "config.json").is_file():
+        if any((folder / name).is_file() for name in ("config.json", "open_clip_config.json")):
             yield folder
             return
     raise UserError(

@@ -220,8 +220,9 @@ def left_out(folder: Path) -> str | None:
 
 def check_to_push(folder: Path) -> None:
     """Raise UserError unless a folder is a complete model with finite weights and without links."""
-    if any((folder / name).is_file() for name in ("visual/model.onnx", "image_model.onnx")):
-        return  # `flipscale convert onnx` has compared it with its model
+    converted = ("visual/model.onnx", "image_model.onnx", "open_clip_model.safetensors")
+    if any((folder / name).is_file() for name in converted):
+        return  # `flipscale convert` has read the finite weights of its model
     for file in [folder / "config.json", folder / "README.md", *check_folder(folder)]:
         if file.is_symlink():
             raise UserError(f"{file} is a link, which is not uploaded; put the file itself there")

@@ -1,5 +1,6 @@
 """FLIP models converted for open_clip, loaded by open_clip itself."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hub.loopback_hub import LoopbackHub
 from hub.native import export_native
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -120,7 +122,8 @@ def test_inexpressible_models(vision: dict, text: dict, message: str) -> None:
         open_clip_config(config)
 
 
-def test_card(save: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("logged_in")
+def test_card(save: Callable[..., Path], tmp_path: Path, hub: LoopbackHub) -> None:
     folder, dst = save(), tmp_path / "open_clip"
     for licence in (None, "cc-by-nc-4.0"):
         if licence:
@@ -133,6 +136,11 @@ def test_card(save: Callable[..., Path], tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(card.text.split("```python\n")[1].split("```")[0], names)
     assert names["tokenizer"](CAPTIONS).shape == (3, 8)
+    cli.main(["push", str(dst), "org/name"])
+    pushed = hub.content("org/name")
+    assert pushed.keys() == {path.name for path in dst.iterdir()}
+    assert b'"hf-hub:org/name"' in pushed["README.md"]
+    assert json.loads(pushed["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "org/name"
     for place, message in ((dst, "is there already"), (tmp_path / "new", "cannot be loaded")):
         with pytest.raises(ValueError, match=message):
             convert_to_open_clip(str(tmp_path), place)
