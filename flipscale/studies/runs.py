@@ -94,12 +94,13 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
 def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
     """Train the unfinished runs, `workers` at a time, printing each end. Return exit codes and last lines of failures.
     With `stops_at_failure`, the others save and stop. Raise SystemExit if the study received a signal; the runs have
-    saved."""
+    saved, and OSError if a run stopped by itself."""
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = _environment(workers) if waiting else {}
     running: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
     failed: dict[str, tuple[int, str]] = {}
+    stopped: list[str] = []
     total, looked = len(waiting), time.monotonic()
     progress = Progress(100, f"training {total} runs", "%", leave=False)
     with _signals(running) as received, progress:
@@ -112,12 +113,14 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                 for name, (run, process) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[name]
-                        text = "done"
+                        text = "done" if run.is_done else "stopped before its end"
                         if code:
                             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
                             log = run.beside("log")
                             failed[name] = code, f"ended {how}: {last_line(log)}; its output is in {log}"
                             text = failed[name][1]
+                        elif not run.is_done:
+                            stopped.append(name)
                         print(f"{name}: {text}", flush=True)
                 if time.monotonic() - looked >= 2.0:
                     looked = time.monotonic()
@@ -133,6 +136,8 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
         words = f"flipscale: error: {received[0].name}: the runs have saved and stopped; the same command goes on"
         print(words, file=sys.stderr)
         sys.exit(128 + received[0])
+    if stopped:
+        raise OSError(f"{', '.join(stopped)} stopped before the end, asked by another command; this command goes on")
     return failed
 
 
@@ -145,7 +150,8 @@ def _start(run: StudyRun, variables: dict[str, str]) -> "subprocess.Popen[bytes]
 
 @contextmanager
 def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) -> Iterator[list[signal.Signals]]:
-    """Yield a list that gets a first SIGINT, SIGTERM or SIGHUP. A second one ends the study and its runs at once."""
+    """Yield a list that gets a first SIGINT, SIGTERM, SIGUSR1 or SIGHUP. A second one ends the study and its runs at
+    once."""
     received: list[signal.Signals] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -157,7 +163,8 @@ def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) 
         received.append(signal.Signals(number))
         os.write(2, f"{received[0].name}: the runs save and stop; once more to end at once\n".encode())
 
-    known = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    known = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]
     before = {one: signal.signal(one, receive) for one in known}
     try:
         yield received

@@ -1,7 +1,9 @@
 """`flipscale study plan`, `run` and `report` of a small study, and the errors of its file."""
 
+import dataclasses
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from conftest import changed_recipe
 
 from flipscale.cli import main
 from flipscale.recipe.recipe import Recipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import MoreSeeds, Study, read_plan
+from flipscale.studies.runs import StudyRun, train_runs
 
 AXES = {
     "model": {"wide": {"model.vision_config.hidden_size": 64}},
@@ -173,3 +177,24 @@ def test_errors_of_a_folder(study_file: Callable[..., Path], tmp_path: Path, ref
     assert "out has 0 finished runs of 4, none of the base" in refused("study", "report", out)
     (out / "runs/wide-seed0.yaml").unlink()
     assert "wide-seed0.yaml is missing; plan the study again" in refused("study", "run", out)
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "says"),
+    [("exit 0", OSError, "base-seed0 stopped before"), ("kill -USR1 $PPID; exec sleep 600", SystemExit, "138")],
+    ids=["a run stops by itself", "the study is asked to stop"],
+)
+def test_stopped_runs_are_not_done(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, error: type[BaseException], says: str
+) -> None:
+    started = []
+
+    def start(*about: object) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sh", "-c", script]))
+        return started[-1]
+
+    monkeypatch.setattr("flipscale.studies.runs._start", start)
+    recipe = dataclasses.replace(parse_recipe(["--config", str(base)]), output_dir=str(tmp_path / "base-seed0"))
+    with pytest.raises(error, match=says):
+        train_runs([StudyRun("base-seed0", recipe)], workers=1)
+    assert started[0].returncode is not None
