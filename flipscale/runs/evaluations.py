@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from flipscale.engines.slow_steps import StepWatch
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, parts_of
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import BEFORE, Result, append_results, as_metrics, drop_results_after
-from flipscale.evaluation.suite import check_decodable, check_image_sizes, planned_tasks, run_tasks
+from flipscale.evaluation.suite import check_decodable, check_image_sizes, evaluated, planned_tasks
 from flipscale.evaluation.test_set import TestSet, read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
@@ -90,10 +90,15 @@ class RunEvaluator:
             drop_results_after(self._run_dir, session.step or -1)  # results before the first step have step 0
 
     def __call__(
-        self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float
-    ) -> tuple[dict[str, float], str]:
-        """Collective. Return the numbers of evaluations. Those after 0 steps are of the untrained model."""
-        results = run_tasks(self._embedder, [self._tasks[one.name] for one in evaluations])
+        self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float, stops: Callable[[], bool]
+    ) -> tuple[dict[str, float], str] | None:
+        """Collective. Return the numbers of evaluations, or None if `stops` ended them. Those after 0 steps are of the
+        untrained model."""
+        results: list[Result] = []
+        for _, of_task in evaluated(self._embedder, [self._tasks[one.name] for one in evaluations]):
+            results += of_task
+            if stops():
+                return None
         if not num_steps:
             results = [dataclasses.replace(result, who=BEFORE) for result in results]
         if self._embedder.accelerator.is_main_process:

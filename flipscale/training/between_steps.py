@@ -55,10 +55,10 @@ class Evaluator(Protocol):
         """Evaluations of the run. All of them run at its end."""
 
     def __call__(
-        self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float
-    ) -> tuple[dict[str, float], str]:
+        self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float, stops: Callable[[], bool]
+    ) -> tuple[dict[str, float], str] | None:
         """Collective. Run some of the evaluations, and keep their results. Return their numbers for `metrics.jsonl`,
-        and their line of the log."""
+        and their line of the log; None if `stops`, called after each, ended them. Then no result is kept."""
 
 
 class Evaluations:
@@ -80,18 +80,21 @@ class Evaluations:
             or (share_is_due and one.every_samples is None)
         ]
 
-    def run(self, due: Sequence[Evaluation], num_steps: int) -> None:
-        """Collective. Run evaluations after `num_steps` steps, and write their numbers."""
+    def run(self, due: Sequence[Evaluation], num_steps: int, stops: Callable[[], bool] = lambda: False) -> bool:
+        """Collective. Run evaluations after `num_steps` steps, and write their numbers. Return whether `stops`, called
+        after each, ended them."""
         if not due:
-            return
+            return False
         watch = self._tracker.watch
         with watch.paused("an evaluation"):
             self._engine.model.eval()
             # Without compilation, because compiled blocks would be compiled again for the last batch's size.
             with self._engine.averaged(), torch.compiler.set_stance("force_eager"):
-                measurements = self._evaluator(due, num_steps, watch.trained_seconds)
+                measurements = self._evaluator(due, num_steps, watch.trained_seconds, stops)
             self._engine.model.train()
-            self._tracker.write_measurements(num_steps, *measurements)
+            if measurements is not None:
+                self._tracker.write_measurements(num_steps, *measurements)
+        return measurements is None
 
 
 class Saver:

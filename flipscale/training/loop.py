@@ -37,7 +37,7 @@ def train(
     on_checkpoint: Callable[[int], None],
 ) -> tuple[Step, bool]:
     """Collective. Take the remaining steps; evaluate and save between them. Return the step that would follow, and
-    whether a request stopped the run before its last step.
+    whether a request stopped the run before its end.
 
     Args:
         flops: operations by stage name of a `pair` and, if captions are packed, of the text tower for a `row`; on the
@@ -97,7 +97,7 @@ def train(
         with watch.paused("a save"):
             saver.commit()
         if not stops:
-            evaluations.run(evaluator.evaluations, step.number)
+            stops = evaluations.run(evaluator.evaluations, step.number, sync.stops)
         tracker.record_energy(step.number)
     return step, stops
 

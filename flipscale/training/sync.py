@@ -165,6 +165,11 @@ class StepSync:
             self._read(self._unread.popleft(), outcomes)
         return outcomes
 
+    def stops(self) -> bool:
+        """Collective. Return whether a process was asked to stop."""
+        asked = torch.tensor([float(self._request.reason is not None)], device=self._accelerator.device)
+        return self._accelerator.reduce(asked, "sum").item() > 0
+
     def _own_progress(self, step: Step) -> list[float]:
         """Return the budget's used share and that of a step, 0 except on the main process; empty without a budget."""
         if self._budget_seconds is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import trained
+from conftest import metrics, trained
 
 from flipscale.training import preemption
 from flipscale.training.preemption import STOP_FILE, EndRequest, StopRequest
@@ -78,19 +78,21 @@ def test_a_second_signal_ends_a_run_unless_it_is_an_echo(numbers: list[int], ech
     assert process.exitcode == code
 
 
+@pytest.mark.parametrize("stop", ["stop", "run/checkpoints/step-00000004"], ids=["first step", "last evaluation"])
 def test_a_stop_file_lets_a_run_save_and_go_on_later(
-    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_recipe, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
 ) -> None:
     stage = {"name": "one", "samples": 64, "mask_ratio": 0.75, "base_lr": 0.01}
-    file = write_recipe(tmp_path / "run", stages=[stage])
+    file = write_recipe(tmp_path / "run", stages=[stage], eval={"zero_shot": str(shards)})
     (tmp_path / "stop").touch()
-    monkeypatch.setenv(STOP_FILE, str(tmp_path / "stop"))
+    monkeypatch.setenv(STOP_FILE, str(tmp_path / stop))
     trained(file)
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
     assert not (tmp_path / "run/DONE").exists()
-    (tmp_path / "stop").unlink()
+    monkeypatch.delenv(STOP_FILE)
     trained(file)
     assert (tmp_path / "run/DONE").exists()
+    assert [record["step"] for record in metrics(tmp_path / "run") if "zero_shot/top1" in record] == [4]
 
 
 def test_a_run_in_another_thread_leaves_the_signals_as_they_are() -> None:
