@@ -240,7 +240,7 @@ def stop(file: str, folder: str, where: str) -> None:
     watchdog.time = clock = Clock()
     owner, name = {
         "the start of the processes": (session, "start_accelerator"),
-        "an evaluation": (evaluations, "run_tasks"),
+        "an evaluation": (evaluations, "evaluated"),
     }[where]
     true = getattr(owner, name)
 
