@@ -93,8 +93,8 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
 
 def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
     """Train the unfinished runs, `workers` at a time, printing each end. Return exit codes and last lines of failures.
-    With `stops_at_failure`, the others save and stop. Raise SystemExit if the study received a signal; the runs have
-    saved, and OSError if a run stopped by itself."""
+    With `stops_at_failure`, the others save and stop. Raise SystemExit if the study received a signal, and OSError if
+    a run did. The runs have saved."""
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = _environment(workers) if waiting else {}
@@ -137,7 +137,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
         print(words, file=sys.stderr)
         sys.exit(128 + received[0])
     if stopped:
-        raise OSError(f"{', '.join(stopped)} stopped before the end, asked by another command; this command goes on")
+        raise OSError(f"{', '.join(stopped)} stopped before the end, asked by a signal; start the same command again")
     return failed
 
 
