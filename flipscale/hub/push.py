@@ -114,7 +114,8 @@ def open_repo(target: Target) -> str:
     """Create the target's repository and revision if they do not exist, and return the repository's full name.
 
     Raises:
-        UserError: the token is missing, invalid or may not write there, or the organisation is unknown.
+        UserError: the token is missing, invalid or may not write there, the organisation is unknown, or a private
+            repository is wanted and a public one exists.
         OSError: the Hub cannot be reached.
     """
     if get_token() is None:
@@ -123,8 +124,12 @@ def open_repo(target: Target) -> str:
     api = HfApi()
     try:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
+        if target.private and not api.model_info(repo_id).private:
+            raise UserError(f"{repo_id} is public; expected a private model. Fix: make it private on the Hub")
         if target.revision:
             api.create_branch(repo_id, branch=target.revision, exist_ok=True)
+    except UserError:
+        raise
     except _FAILURES as error:
         raise _explain(error, target) from None
     return repo_id

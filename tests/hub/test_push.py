@@ -137,6 +137,9 @@ def test_mistakes(
 ) -> None:
     assert "the token may not write to nowhere/name" in refused("push", run_dir, "nowhere/name")
     assert "'a/b/c' is not a valid model name" in refused("push", run_dir, "a/b/c")
+    hub.add("org/public", {})
+    assert "org/public is public" in refused("push", run_dir, "org/public", "--private")
+    assert hub.content("org/public") == {}
     assert f"{run_dir.parent} has no model to push" in refused("push", run_dir.parent, "org/name")
     (run_dir / "model/README.md").write_text("---\nlicense: [3]\n---\n")
     assert '"license" must be a string' in refused("push", run_dir, "org/name")
