@@ -70,7 +70,7 @@ class Target:
     """Place of a model on the Hub.
 
     Args:
-        repo_id: ORG/NAME, or NAME for the account of the token.
+        repo_id: ORG/NAME, by which the card loads the model.
         private: visibility of a new repository; None for the organisation's default.
         revision: branch, created if it does not exist; None for main.
     """
@@ -84,6 +84,8 @@ class Target:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
             raise UserError(f"{self.repo_id!r} is not a valid model name on the Hub; use ORG/NAME ({error})") from None
+        if "/" not in self.repo_id:
+            raise UserError(f"{self.repo_id!r} has no account; use ORG/NAME, such as YOUR_ACCOUNT/{self.repo_id}")
 
     def __str__(self) -> str:
         return self.repo_id + (f" (revision {self.revision})" if self.revision else "")

@@ -137,6 +137,7 @@ def test_mistakes(
 ) -> None:
     assert "the token may not write to nowhere/name" in refused("push", run_dir, "nowhere/name")
     assert "'a/b/c' is not a valid model name" in refused("push", run_dir, "a/b/c")
+    assert "'name' has no account" in refused("push", run_dir, "name")
     hub.add("org/public", {})
     assert "org/public is public" in refused("push", run_dir, "org/public", "--private")
     assert hub.content("org/public") == {}
