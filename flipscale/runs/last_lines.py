@@ -49,6 +49,8 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
     model, own = run_dir / "model", OWN_TASKS.get(recipe.loss.kind)
     data = next((task.data for task in planned_tasks(recipe.eval) if task.kind == (own or "zero_shot")), "TEST_SET")
     undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
+    if can_draw():
+        undrawn = "none; they need two records of the loss"
     changes = [one for one in with_changes(results) if one.headline and one.who in CHANGES]
     rows = [
         *((one.who, f"{one.task} {one.shown}, {one.estimate_text} against the model before") for one in changes),

@@ -50,6 +50,7 @@ def test_the_command_is_the_one_that_was_typed(
 def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) -> None:
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "my 'run' $(x)"))])
     lines = last_block(recipe, 40, 3.0, [], []).splitlines()
+    assert not any("pip install" in line for line in lines), "matplotlib is installed, and there are no records"
     commands = [shlex.split(line.split("flipscale ", 1)[1]) for line in lines if " flipscale " in line]
     model = f"{tmp_path}/my 'run' $(x)/model"
     assert [words[:2] for words in commands[:2]] == [["evaluate", model], ["search", model]]
