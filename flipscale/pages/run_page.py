@@ -29,6 +29,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.model_results import data_name
 from flipscale.evaluation.presentation.curves import read_curve
+from flipscale.evaluation.presentation.figures import can_draw
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import TestSet, kept_class_names
@@ -254,6 +255,8 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     tests: dict[str, list[Result]] = {}
     for result in shown[:_MOST_RESULTS]:
         tests.setdefault(_test(result), []).append(result)
+    if len(shown) > _MOST_RESULTS:
+        missing.append(f"{len(shown) - _MOST_RESULTS:,} more results: results.jsonl has them.")
     shows = not recipe.model.embedded
     if not shows:
         missing.append("The model's answers: `flipscale search` has them for models with towers of other libraries.")
@@ -284,7 +287,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     figures = _figures(run_dir, missing)
     page = rendered("report.html", figures=figures, **values)
     while len(page.encode()) > MOST_BYTES and figures:
-        figures.pop()
+        missing.append(f"{figures.pop().alt}: the page would have more than {MOST_BYTES / 1e6:.0f} MB.")
         page = rendered("report.html", figures=figures, **values)
     write_text(run_dir / REPORT, page)
     return run_dir / REPORT
@@ -409,11 +412,15 @@ def _figures(run_dir: Path, missing: list[str]) -> list[Picture]:
     """Return the figures of the run's own folder, or else of its model's card."""
     folders = (run_dir / "figures", run_dir / "model/figures")
     files = next((pngs for folder in folders if (pngs := sorted(folder.glob("*.png")))), [])
-    if not files:
+    if not files and can_draw():
+        missing.append("Figures: the run has none; they need two records of the loss.")
+    elif not files:
         missing.append("Figures: matplotlib draws them; pip install 'flipscale[plots]'.")
+    if len(files) > _MOST_FIGURES:
+        missing.append(f"{len(files) - _MOST_FIGURES:,} more figures: {files[0].parent.relative_to(run_dir)} has them.")
     places = {"loss": 0, "learning_rate": 2, "data_wait": 3}  # evaluations have place 1
     files.sort(key=lambda file: (places.get(file.stem, 1), file.stem))
-    words = [f"{file.stem.replace('_', ' ').capitalize()} over the training" for file in files]
+    words = [f"{file.stem.replace('_', ' ')} over the training" for file in files]
     made = (try_part(f.name, missing, partial(drawing, f, alt)) for f, alt in zip(files, words, strict=True))
     return [picture for picture in itertools.islice(made, _MOST_FIGURES) if picture is not None]
 

@@ -17,7 +17,7 @@ from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 from PIL import Image
 
-from flipscale.evaluation.results import latest, read_results
+from flipscale.evaluation.results import append_results, latest, read_results
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.pages.run_page import MOST_BYTES, mask_rows, write_report
 from flipscale.recipe.outputs import EvalRecipe
@@ -87,6 +87,23 @@ def test_what_is_gone_is_named_and_the_rest_is_there(copied: Path) -> None:
     assert "the recipe has no evaluation that names pictures or finds captions" in page
     assert "What was masked" in page
     assert ">Results<" not in page
+
+
+def test_left_out_results_and_figures_are_counted(copied: Path) -> None:
+    recipe = dataclasses.replace(recipe_of(copied), output_dir=str(copied), eval=EvalRecipe())
+    last = read_results(copied)[-1]
+    (copied / "results.jsonl").unlink()
+    named = [dataclasses.replace(last.result, task=f"Task{n}", headline=True, made_by={"data": "A"}) for n in range(70)]
+    append_results(copied, named, last.step, last.samples_seen, last.trained_seconds)
+    for number in range(10):
+        shutil.copy(copied / "figures/loss.png", copied / f"figures/{number}.png")
+    count = len(list((copied / "figures").iterdir()))
+    page = write_report(recipe, load_dual_encoder).read_text()
+    for words in ("<p>Task0 of A, ", "<li>10 more results: results.jsonl", f"<li>{count - 8} more figures: figures "):
+        assert words in page
+    for folder in ("figures", "model/figures"):
+        shutil.rmtree(copied / folder)
+    assert "pip install" not in write_report(recipe, load_dual_encoder).read_text()
 
 
 def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: Path) -> None:
