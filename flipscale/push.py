@@ -39,7 +39,7 @@ class Push:
         from flipscale.hub.push import Target, check_to_push, left_out, push_folder, split_own_files
 
         target = Target(self.repo, self.private or None, self.revision)
-        title = self.run_dir.name + ("" if self.step is None else f", step {self.step}")
+        title = self.run_dir.resolve().name + ("" if self.step is None else f", step {self.step}")
         start_logging()
         with _model_folder(self.run_dir, self.step) as folder:
             check_to_push(folder)

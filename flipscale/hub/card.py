@@ -67,7 +67,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     if not is_ours:
         (model_class,) = config["architectures"]
     lines = [*(Line(result, {}) for result in with_changes(curve.results)), *folder_lines(folder)]
-    name = where.rsplit("/", 1)[-1] if where != str(folder) else run.run_dir.name
+    name = where.rsplit("/", 1)[-1] if where != str(folder) else run.run_dir.resolve().name
     hub, data, model = run.recipe.get("hub", {}), run.recipe["data"], run.recipe["model"]
     starts = [model[field].removeprefix("hf:") for field in ("init_from", "vision", "text") if model.get(field)]
     bases = [start for start in starts if _is_hub_name(start)]

@@ -327,7 +327,7 @@ def push_finished(recipe: Recipe) -> None:
     if target is None or not _is_rank_0() or not (run_dir / "DONE").exists():
         return
     try:
-        url, _ = push_folder(run_dir / "model", target, f"{run_dir.name}, finished")
+        url, _ = push_folder(run_dir / "model", target, f"{run_dir.resolve().name}, finished")
     except (UserError, OSError) as error:
         raise OSError(
             f"{run_dir} is done, but its model is not on the Hub: {error}; push it by hand: "

@@ -69,8 +69,8 @@ def open_trackers(accelerator: Accelerator, run_dir: Path, config: Mapping[str, 
         run_id = read_text(file)
         # Each tracker goes on with the run of earlier starts. W&B would make a folder `wandb` in the current folder.
         options = {
-            "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},
-            "trackio": {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"},
+            "wandb": {"id": run_id, "name": run_dir.resolve().name, "resume": "allow", "dir": str(run_dir)},
+            "trackio": {"name": f"{run_dir.resolve().name}-{run_id[:8]}", "resume": "allow"},
             "comet_ml": {"experiment_key": run_id},
         }
     accelerator.init_trackers("flipscale", config=dict(config), init_kwargs=options)

@@ -123,6 +123,12 @@ def test_the_hub_reads_it(run_dir: Path) -> None:
     ]
 
 
+def test_a_run_in_the_current_folder_has_its_name(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_dir)
+    write_card(Path("model"), Path(), "model")
+    assert "\n# l16\n" in Path("model/README.md").read_text()
+
+
 def test_sources_of_a_mixture(run_dir: Path) -> None:
     sources = [
         {"shards": "s3://key:word@bucket/laion2b/{00000..41407}.tar", "weight": 0.75},

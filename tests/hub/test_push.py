@@ -161,7 +161,8 @@ def test_a_dry_run_needs_no_network(
 ) -> None:
     (run_dir / "model/.cache").mkdir()
     monkeypatch.setattr("socket.socket.connect", None)
-    main(["push", str(run_dir), "org/name", "--revision", "v2", "--dry_run"])
+    monkeypatch.chdir(run_dir)
+    main(["push", ".", "org/name", "--revision", "v2", "--dry_run"])
     *files, others, last = capsys.readouterr().out.splitlines()
     sizes = {path.name: path.stat().st_size for path in (run_dir / "model").iterdir() if path.is_file()}
     assert [line.split() for line in files] == [[f"{size:,}", name] for name, size in sorted(sizes.items())]

@@ -122,7 +122,7 @@ def read_curve(run_dir: Path, step: int | None = None) -> Curve:
     sizes = {name: stage["image_size"] for name, stage in named.items() if stage.get("image_size")}
     stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
     learned = {**{name: recipe.get(name) for name in _LEARNED}, "stages": stages}
-    return Curve(run_dir.name, records, measured, masks, sizes, recipe.get("seed", 0), repr(learned))
+    return Curve(run_dir.resolve().name, records, measured, masks, sizes, recipe.get("seed", 0), repr(learned))
 
 
 def by_recipe(curves: Sequence[Curve]) -> list[list[Curve]]:
