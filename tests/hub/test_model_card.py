@@ -132,7 +132,7 @@ def test_a_run_in_the_current_folder_has_its_name(run_dir: Path, monkeypatch: py
 def test_sources_of_a_mixture(run_dir: Path) -> None:
     sources = [
         {"shards": "s3://key:word@bucket/laion2b/{00000..41407}.tar", "weight": 0.75},
-        {"dataset": "/mnt/private/cc12m", "image_column": "jpg", "caption_columns": ["alt", "title"], "weight": 0.25},
+        {"dataset": "/mnt/private/cc12m", "image_column": "jpg", "caption_columns": ["alt", "a|b"], "weight": 0.25},
         {"dataset": "org/pairs", "config": "en", "weight": 0.5},
     ]
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
@@ -143,6 +143,7 @@ def test_sources_of_a_mixture(run_dir: Path) -> None:
     card = card_of(run_dir)
     (row,) = (line for line in card.splitlines() if line.startswith("| training data |"))
     assert "`laion2b` (weight 0.75); `cc12m` (weight 0.25, split `train`, images from `jpg`, captions from `alt`" in row
+    assert "and `a\\|b`)" in row, "a bar would end the cell"
     assert "`org/pairs` (weight 0.5, config `en`" in row
     shown = yaml.safe_load(card.partition("```yaml")[2].partition("```")[0])
     assert shown["data"]["tokenizer"] == "words"
