@@ -44,7 +44,8 @@ class Push:
         with _model_folder(self.run_dir, self.step) as folder:
             check_to_push(folder)
             if self.step is not None or not self.dry_run:
-                _update_card(folder, self.run_dir, self.repo, self.step)
+                is_run = (self.run_dir / "recipe.yaml").is_file() or folder.resolve().name != "model"
+                _update_card(folder, self.run_dir if is_run else folder.resolve().parent, self.repo, self.step)
             if self.dry_run:
                 files = {name: (folder / name).stat().st_size for name in split_own_files(folder)[0]}
                 print("\n".join(f"{size:>16,}  {name}" for name, size in files.items()))

@@ -84,6 +84,17 @@ def test_a_card_without_a_run_gets_the_hub_name(hub: LoopbackHub, run_dir: Path)
 
 
 @pytest.mark.usefixtures("logged_in")
+def test_the_model_folder_of_a_run_gets_the_run_s_card(
+    hub: LoopbackHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_dir / "recipe.yaml").touch()
+    runs = list[Path]()
+    monkeypatch.setattr("flipscale.hub.card.write_card", lambda folder, run, *_: runs.append(run))
+    main(["push", str(run_dir / "model"), "org/name"])
+    assert runs == [run_dir]
+
+
+@pytest.mark.usefixtures("logged_in")
 def test_a_revision_is_a_branch(hub: LoopbackHub, run_dir: Path) -> None:
     main(["push", str(run_dir), "org/name"])
     before = hub.content("org/name")
