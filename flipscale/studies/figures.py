@@ -87,6 +87,8 @@ def _line_styles(count: int) -> list[dict[str, Any]]:
 def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) -> None:
     """Draw the error of points against compute, with the front filled, and the laws of compute alone as lines."""
     figure, place = drawing_pyplot().subplots(figsize=(6.5, 4.5), constrained_layout=True)
+    from matplotlib.ticker import LogFormatter
+
     front = points.front()
     place.loglog(points.compute, points.error, "o", color="#444444", markerfacecolor="none", label="configurations")
     place.loglog(front.compute, front.error, "o", color="#444444", label="the front")
@@ -101,6 +103,8 @@ def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) ->
             label = f"power law: slope {fit.fitted[0]:.3f} ({fit.low[0]:.3f} to {fit.high[0]:.3f})"
         place.loglog(grid, fit.law.error(fit.fitted, line), color=colour, linestyle=kind, label=label)
     place.set(xlabel="training operations, masks and tuning counted", ylabel=f"error of {words}, %")
+    place.xaxis.set_major_formatter(LogFormatter())
+    place.xaxis.set_minor_formatter(LogFormatter())
     place.yaxis.set_major_formatter("{x:g}")
     place.yaxis.set_minor_formatter("{x:g}")
     place.legend(frameon=False, fontsize=8)

@@ -9,7 +9,7 @@ from flipscale.data.task_page import TaskPage, read_page, suite_pages
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.model_results import Line
-from flipscale.evaluation.presentation.results_page import Column, suite_tables
+from flipscale.evaluation.presentation.results_page import Column, draw_results, suite_tables
 from flipscale.evaluation.results import Result
 
 pytestmark = pytest.mark.usefixtures("real_figures")
@@ -65,6 +65,11 @@ def test_the_mean_of_a_suite() -> None:
     text = suite_tables([Column("one", [nothing, *whole[1:]]), Column("two", whole)], ["fairness"])
     assert cells(text, f"mean of {len(pages)}")[2] == cells(text, pages[0].title)[2] == "-"
     assert "nan" not in text
+
+
+def test_a_model_may_be_named_as_a_formula(tmp_path: Path) -> None:
+    draw_results([Column(r"a$\x$", [line_of(read_page("cars"), 41.5)])], tmp_path / "results.png")
+    assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
 @pytest.fixture

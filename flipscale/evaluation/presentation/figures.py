@@ -31,6 +31,7 @@ def drawing_pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # because names of runs and models may have dollar signs
     from matplotlib import pyplot
 
     return pyplot
