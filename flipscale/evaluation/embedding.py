@@ -105,12 +105,7 @@ class Embedder:
     def unit_embeds(self, features: torch.Tensor) -> torch.Tensor:
         """Return projected features `(rows, width)` cut to `dims`, fp32 and of unit length. Raise UserError if they are
         narrower."""
-        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
-
-        if self.dims is not None and features.shape[1] < self.dims:
-            width = features.shape[1]
-            raise UserError(f"dims is {self.dims}, and the embeddings of {self.name} have {width} numbers; name fewer")
-        return normalise_embeds(features[:, : self.dims])
+        return _unit_embeds(features, self.dims, self.name)
 
     def unkept(self) -> "Embedder":
         """Return an embedder for images outside the test set, whose features are not kept."""
@@ -379,6 +374,8 @@ def text_embeds(
 
 
 def _batches(items: Sequence[Value], size: int, unit: str) -> Iterator[Sequence[Value]]:
+    if isinstance(items, Picture):  # the letters of a text are texts, too
+        raise UserError(f"{unit} is {items!r:.80}; expected a list of {unit}")
     if not len(items):
         raise UserError(f"there are no {unit} to embed; check the folder's name")
     for first in each(range(0, len(items), size), "embedding", f"batches of {unit}"):
@@ -387,11 +384,18 @@ def _batches(items: Sequence[Value], size: int, unit: str) -> Iterator[Sequence[
 
 @torch.no_grad()
 def _embeds(model: "FlipModel", features: Any, inputs: Iterator[Any], dims: int | None) -> np.ndarray:
-    from flipscale.model.modeling_flip import normalise_embeds
-
     model.eval()
     outputs = (features(**batch.to(model.device)).pooler_output for batch in inputs)
-    return np.concatenate([normalise_embeds(output[:, :dims]).cpu().numpy() for output in outputs])
+    return np.concatenate([_unit_embeds(output, dims, "the model").cpu().numpy() for output in outputs])
+
+
+def _unit_embeds(features: torch.Tensor, dims: int | None, name: str) -> torch.Tensor:
+    from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
+
+    width = features.shape[1]
+    if dims is not None and not 1 <= dims <= width:
+        raise UserError(f"dims is {dims}, and the embeddings of {name} have {width} numbers; name 1 to {width}")
+    return normalise_embeds(features[:, :dims])
 
 
 def _in_rgb(picture: Picture) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, Share, image_embeds
+from flipscale.evaluation.embedding import Embedder, Share, image_embeds, text_embeds
 from flipscale.evaluation.suite import build_tasks, evaluated, run_tasks
 from flipscale.evaluation.whole_images import WholeImages, decoded_batches
 from flipscale.hub.export import build_processor
@@ -66,6 +66,18 @@ def test_pictures_of_an_index_are_those_of_training(embedder: Embedder, tmp_path
     assert expected.shape == ((150, 210, 3) if "PNG" in kind else (210, 150, 3))
     for pixels in seen:
         assert np.abs(np.asarray(pixels) - expected).max() <= 2
+
+
+def test_embeddings_are_of_lists_and_of_no_other_width(embedder: Embedder) -> None:
+    model, processor = embedder.model, build_processor(embedder.model.config, embedder.tokenizer)
+    with pytest.raises(ValueError, match="texts is 'a red disc'; expected a list"):
+        text_embeds(model, processor, "a red disc")
+    with pytest.raises(ValueError, match="pictures is <PIL"):
+        image_embeds(model, processor, picture())
+    width = text_embeds(model, processor, ["a red disc"]).shape[1]
+    for dims in (-1, 0, width + 1):
+        with pytest.raises(ValueError, match=f"dims is {dims}, .* have {width} numbers"):
+            text_embeds(model, processor, ["a red disc"], dims=dims)
 
 
 def test_tasks_of_one_set_share_a_pass(
