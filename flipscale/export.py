@@ -19,8 +19,8 @@ class Export:
         dtype: Data type of the weights.
         interpolate: Mix the weights with those of another model (WiSE-FT), such as the start of a fine-tuning: a run, a
             model folder or a Hub name.
-        alpha: Share of the run's own weights with --interpolate. With several shares, each gets its own folder in
-            --out, such as alpha-0.25.
+        alpha: Share of the run's own weights with --interpolate, by default 0.5. With several shares, each gets its own
+            folder in --out, such as alpha-0.25.
         adapter: Write a folder for PEFT with only the low-rank changes of a run with optim.lora, without the weights.
         out: Folder to write. Default: RUN_DIR/export-STEP.
     """
@@ -30,7 +30,7 @@ class Export:
     step: CountOrZero | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     interpolate: str | None = None
-    alpha: list[Share] = field(default_factory=lambda: [0.5])
+    alpha: list[Share] = field(default_factory=list)
     adapter: bool = False
     out: OutputFolder | None = None
 
@@ -41,6 +41,8 @@ class Export:
         from flipscale.hub.export import export_adapter, export_checkpoint
 
         checkpoint = latest_checkpoint(self.run_dir) if self.step is None else checkpoint_of(self.run_dir, self.step)
+        if self.alpha and self.interpolate is None:
+            raise UserError(f"--alpha is {self.alpha}, and no model is named to mix with; add --interpolate MODEL")
         if checkpoint is None:
             raise UserError(f"{self.run_dir} has no checkpoint; name a run directory with checkpoints/step-*")
         out = self.out or self.run_dir / f"{'adapter' if self.adapter else 'export'}-{int(checkpoint.name[5:])}"
@@ -53,6 +55,7 @@ class Export:
         if self.interpolate is None:
             print(export_checkpoint(checkpoint, out, dtype))
             return
-        for alpha in dict.fromkeys(self.alpha):
-            folder = out if len(self.alpha) == 1 else out / f"alpha-{alpha:g}"
+        alphas = dict.fromkeys(self.alpha or [0.5])
+        for alpha in alphas:
+            folder = out if len(alphas) == 1 else out / f"alpha-{alpha:g}"
             print(export_checkpoint(checkpoint, folder, dtype, self.interpolate, alpha))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import venv
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -125,6 +126,11 @@ def test_folder_without_flipscale(folder: Path, image: Path, tmp_path: Path, ima
     assert scores["zero_shot"] == pytest.approx(scores["model"], abs=1e-6)
     assert scores["pipeline"] == pytest.approx(scores["model"], abs=1e-6)
     assert scores["model"] == pytest.approx(direct_scores(folder, image), abs=2e-3)
+
+
+def test_a_share_needs_a_model_to_mix_with(refused: Callable[..., str], tmp_path: Path) -> None:
+    for other in ([], ["--adapter"]):
+        assert "--alpha is [0.3]" in refused("export", tmp_path, "--alpha", "0.3", *other)
 
 
 def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
