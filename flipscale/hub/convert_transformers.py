@@ -2,6 +2,7 @@
 
 import re
 import string
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
                 f"open_clip:{name} as a {type(ours).__name__} embeds {part} with a difference of {difference:.1g}, at "
                 f"most {TOLERANCE:g} is rounding: its towers or tokenizer have parts that transformers' lack"
             )
+    resizes = " and ".join(theirs.visual.preprocess_cfg[field] for field in ("resize_mode", "interpolation"))
+    if resizes != (own := "squash and bicubic" if config.squashes else "shortest and bicubic"):
+        warnings.warn(
+            f"open_clip:{name} resizes pictures by {resizes}; the folder's processor by {own}, so their embeddings "
+            "differ. Fix: resize them as open_clip does",
+            stacklevel=2,
+        )
     facts = {"kind": type(ours).__name__, "path": dst, "family": family}
     with new_folder(dst) as folder:
         export_model(ours, processor, folder)

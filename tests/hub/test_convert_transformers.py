@@ -61,12 +61,20 @@ def foreign(tmp_path: Path) -> Callable[..., str]:
     ],
 )
 def test_embeddings_equal_open_clips(
-    foreign: Callable[..., str], tmp_path: Path, name: str, config: dict, kind: type
+    foreign: Callable[..., str],
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    name: str,
+    config: dict,
+    kind: type,
 ) -> None:
     if kind is SiglipModel:
         config["text_cfg"]["hf_tokenizer_name"] = str(write_tokenizer(tmp_path / "words"))
     named = foreign(config, name)
     main(["convert", "transformers", named, str(tmp_path / "ours")])
+    # open_clip crops by default, and a SigLIP's processor squashes.
+    differs = [text for warning in recwarn if "shortest and bicubic; " in (text := str(warning.message))]
+    assert len(differs) == (kind is SiglipModel)
     theirs, _, tokenizer = load_open_clip(named.removeprefix("open_clip:"))
     ours, processor = (auto.from_pretrained(tmp_path / "ours") for auto in (AutoModel, AutoProcessor))
     assert type(ours) is kind
