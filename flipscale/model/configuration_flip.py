@@ -452,6 +452,13 @@ class FlipConfig(FlipPreTrainedConfig):
         return {name: value for name, value in content.items() if value is not None or name not in optional}
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # transformers sets keywords on the finished configuration, where the towers would keep the old width.
+        if "projection_dim" in kwargs:
+            config_dict = {**config_dict, "projection_dim": kwargs["projection_dim"]}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:
         super()._check_readable(content)
         for name, part in PARTS:

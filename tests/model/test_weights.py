@@ -144,6 +144,12 @@ def test_projection_dim_is_one_for_both_towers() -> None:
     assert FlipConfig.from_size("l16", text_config={"vocab_size": 50}).text_config.vocab_size == 50
 
 
+def test_a_loaded_model_takes_another_projection_dim(model: FlipModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    narrow = FlipModel.from_pretrained(tmp_path, projection_dim=3, ignore_mismatched_sizes=True)
+    assert {len(part.weight) for part in (narrow.image_projection, narrow.text_projection)} == {3}
+
+
 def test_fields_of_other_tools_are_kept(model: FlipModel, tmp_path: Path) -> None:
     """Quantisers, PEFT and hubs write fields of their own into config.json."""
     model.save_pretrained(tmp_path)
