@@ -179,8 +179,8 @@ class FlipVisionConfig(FlipPreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
-    image_mean: list[float] | tuple[float, ...] | float | int = IMAGENET_MEAN
-    image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
+    image_mean: list[float | int] | tuple[float | int, ...] | float | int = IMAGENET_MEAN
+    image_std: list[float | int] | tuple[float | int, ...] | float | int = IMAGENET_STD
     position_size: int | None = None
     projection_hidden_size: int | None = None
     embedded_by: dict[str, str] | None = None

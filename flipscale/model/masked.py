@@ -57,8 +57,8 @@ def masked_config(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], nu
     @strict
     class MaskedConfig(MaskedVisionFields, kind):
         num_prefix_tokens: ClassVar[int] = num_prefix
-        image_mean: list[float] | tuple[float, ...] = mean
-        image_std: list[float] | tuple[float, ...] = std
+        image_mean: list[float | int] | tuple[float | int, ...] = mean
+        image_std: list[float | int] | tuple[float | int, ...] = std
 
     return MaskedConfig
 

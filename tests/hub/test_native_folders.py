@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 from flipscale.data.captions import tokenise
 from flipscale.evaluation.test_set import TestSet
-from flipscale.hub.loading import load_with_tokenizer, open_embedder
+from flipscale.hub.loading import load_model, load_with_tokenizer, open_embedder
 
 TEXTS = ["a red disc", "The blue ring!", "cat", "some green bars and a grey cross " * 9]
 
@@ -104,3 +104,20 @@ def test_pictures_of_any_shape_are_cropped_as_the_processor_does(family: str, tm
     ours, theirs = (open_embedder(name, accelerator) for name in (str(exported), f"hf:{exported}"))
     assert (ours.images(source) - theirs.images(source)).abs().max() < 1e-3
     assert ours.crop == theirs.crop == {"clip": "resize, crop", "siglip": "squash"}[family]
+
+
+@pytest.mark.parametrize("fields", [{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}, {"do_normalize": False}])
+def test_pixels_are_normalised_as_the_image_processor_says(fields: dict, tmp_path: Path) -> None:
+    folder = export_native("clip", tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    vision = load_model(str(folder))[1].config.vision_config
+    assert (vision.image_mean, vision.image_std) == ([0, 0, 0], [1, 1, 1])
+
+
+def test_a_processor_of_texts_only_is_no_image_processor(tmp_path: Path) -> None:
+    folder = export_native("clip", tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    for content in ({"processor_class": "CLIPProcessor"}, {"image_processor": "CLIPImageProcessor"}):
+        (folder / "processor_config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
+            load_model(str(folder))
