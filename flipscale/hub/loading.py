@@ -97,8 +97,14 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         folder = fetch_folder(name)
         files = check_folder(folder)
         content = read_object(folder / "config.json")
-        if (name_of_family := family_of(content.get("model_type"))) not in ("flip", None):
-            family = config_class(str(name_of_family))
+        model_type = content.get("model_type")
+        if (name_of_family := family_of(model_type)) is None:
+            raise UserError(
+                f"its config.json has the model_type {model_type!r}, which is of no family of flipscale; to evaluate a "
+                f"model of transformers or timm, name it hf:{name}"
+            )
+        if name_of_family != "flip":
+            family = config_class(name_of_family)
             towers = saved_towers(folder)
             if not pixel_fields(folder):
                 raise UserError("it has no preprocessor_config.json, which normalises its images; copy it there")

@@ -117,7 +117,9 @@ def check_folder(folder: Path) -> list[Path]:
     """Return the weight files of a complete model folder. Raise UserError if a file is missing, damaged, cut short or
     outside of the folder, or the weights are only a pickle."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json and is no model folder; download or export it again")
+        is_open_clip = (folder / "open_clip_config.json").is_file()
+        remedy = f"name it open_clip:local-dir:{folder}" if is_open_clip else "download or export it again"
+        raise UserError(f"{folder} has no config.json and is no model folder; {remedy}")
     check_texts(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

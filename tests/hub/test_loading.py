@@ -86,6 +86,15 @@ def test_a_pickle_is_never_loaded(
     assert not (folder / "executed").exists()
 
 
+def test_folders_of_other_programs_have_other_names(folder: Path, shards: Path, refused: Callable[..., str]) -> None:
+    for content in ({"architecture": "vit_tiny_patch16_224"}, {"model_type": "siglip2"}):
+        (folder / "config.json").write_text(json.dumps(content))
+        assert f"{content.get('model_type')!r}" in (line := refused("evaluate", folder, "--zero_shot", shards))
+        assert f"hf:{folder}" in line
+    (folder / "config.json").rename(folder / "open_clip_config.json")
+    assert f"open_clip:local-dir:{folder}" in refused("evaluate", folder, "--zero_shot", shards)
+
+
 def test_both_variants_load_from_shards(folder: Path) -> None:
     names = {path.name for path in folder.glob("*.safetensors*")}
     assert {LAST_SHARD, "model.bf16-00002-of-00002.safetensors", "model.safetensors.index.bf16.json"} <= names
