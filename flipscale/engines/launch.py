@@ -38,6 +38,10 @@ BF16_REDUCE = "fsdp2_bf16_reduce"
 _MAX_DIGITS = 9
 # Sections of a launch file.
 _SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
+# Sections whose settings accelerate reads with and without the section's prefix.
+_PREFIXED = ("fsdp_config", "fp8_config", "dynamo_config")
+# Values of distributed_type that start several processes, and those that start one. Megatron's settings are refused.
+_TYPES, _ALONE = ("MULTI_GPU", "FSDP", "DEEPSPEED", "MEGATRON_LM"), ("NO", "MULTI_CPU")
 # accelerate's kinds of parallelism; flipscale has the first two.
 _PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 _FALSE = ("", "0", "false", "f", "no", "n", "off")
@@ -184,23 +188,34 @@ def read_launch_file(file: Path, num_processes: int | None = None, num_machines:
 def launch_environment(file: Path, num_processes: int | None = None, num_machines: int | None = None) -> dict[str, str]:
     """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them."""
     settings = _read_settings(file)
-    # accelerate reads the settings of all sections as flags of its command line.
-    sections = [section for section in settings.values() if isinstance(section, dict)]
-    flags = {name: value for one in (settings, *sections) for name, value in one.items() if value not in (None, {})}
+    flags = {name: value for name, value in _flags(file, settings).items() if value not in (None, {})}
     world = num_processes or settings["num_processes"]
-    on_machines = world // num_machines if num_machines else settings["num_processes"] // settings["num_machines"]
+    kind, precision = settings["distributed_type"], settings.get("mixed_precision")
+    if kind not in _TYPES and (world > 1 or kind not in _ALONE):
+        raise UserError(
+            f"launch file {file}: distributed_type is {kind} for {world} processes; expected MULTI_GPU, FSDP or "
+            "DEEPSPEED. Fix: change it; on CPUs, use MULTI_GPU and set ACCELERATE_USE_CPU=1 in the environment"
+        )
+    of_machines = (world, num_machines) if num_machines else (settings["num_processes"], settings["num_machines"])
+    if of_machines[0] % of_machines[1]:
+        raise UserError(
+            f"launch file {file}: num_processes is {of_machines[0]} on {of_machines[1]} machines; expected equally "
+            "many on each. Fix: change num_processes or num_machines"
+        )
     environment = {
         "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": min(world, max(on_machines, 1)),
-        PRECISION: settings.get("mixed_precision") or "no",
+        "LOCAL_WORLD_SIZE": min(world, of_machines[0] // of_machines[1]),
+        PRECISION: "no" if precision is None else precision,
         "ROLE_NAME": flags.get("role", _NO_ROLE),
     }
     environment |= {variable: flags[name] for name, (variable, *_) in _UNSUPPORTED.items() if name in flags}
-    if settings["distributed_type"] == "FSDP":
+    if kind == "FSDP":
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": flags.get("fsdp_version", 1)}
         for name, default in (("reshard_after_forward", True), ("forward_prefetch", False)):
             environment[f"FSDP_{name.upper()}"] = str(flags.get(f"fsdp_{name}", default)).lower()
-    elif settings["distributed_type"] == "DEEPSPEED":
+    elif kind == "MEGATRON_LM":
+        environment["ACCELERATE_USE_MEGATRON_LM"] = "true"
+    elif kind == "DEEPSPEED":
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         if "zero_stage" in flags:
             environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = flags["zero_stage"]
@@ -216,13 +231,35 @@ def launch_environment(file: Path, num_processes: int | None = None, num_machine
     return {name: str(value) for name, value in environment.items()}
 
 
+def _flags(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a launch file and of its sections, which accelerate reads as flags of its command line.
+
+    Raise UserError for a setting of `_SECTIONS` that is no flag. accelerate would drop it."""
+    from accelerate.commands.launch import launch_command_parser
+
+    known, flags = vars(launch_command_parser().parse_args(["flipscale"])), dict(settings)
+    for section, values in settings.items():
+        prefix = section.removesuffix("config") if section in _PREFIXED else ""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            flag = str(name) if str(name).startswith(prefix) else f"{prefix}{name}"
+            if section in _SECTIONS and flag not in known and flag not in _UNSUPPORTED:
+                raise UserError(
+                    f"launch file {file}: {section} has {str(name)[:60]}, which accelerate does not know. Fix: correct "
+                    "or remove it; `accelerate launch --help` lists the names"
+                )
+            flags[flag] = value
+    return flags
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     """Return the settings of a launch file, with all of `_SECTIONS`, and with valid numbers."""
+    from accelerate.commands.config.config_args import ClusterConfig
+
     try:
         text = read_text(file)
         check_yaml(text, str(file))
         settings = {"num_processes": 1, "num_machines": 1, **yaml.safe_load(text)}
-        settings["distributed_type"]
+        ClusterConfig.from_yaml_file(file)  # raises for unknown settings and types
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"launch file {file} cannot be read ({error!r}); use such as {shipped('ddp')}") from error
     for name in _SECTIONS:
@@ -245,7 +282,7 @@ def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
     """Return the precision of a launch, by default the device's `default_precision`."""
     precision = environment.get(PRECISION, "").lower() or default_precision()
     if precision not in ("no", "bf16"):
-        raise UserError(f"mixed_precision is {precision!r}; the loss is fp32 and needs 'bf16' or 'no'")
+        raise UserError(f"mixed_precision is {precision!r}; the loss is fp32 and needs 'bf16' or 'no', in quotes")
     return cast('Literal["no", "bf16"]', precision)
 
 

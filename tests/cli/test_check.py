@@ -29,7 +29,11 @@ def test_what_can_run_is_a_line_each(
         ("--optim.weight_deca 0.1", ("--optim.weight_deca ", "--optim.weight_decay?")),
         ("--launch_file none.yaml", ("none.yaml",)),
         ("--launch_file ds_configs/zero3.yaml --optim.name muon", ("optim.name", "adamw")),
-        ("--launch_file ds_configs/hsdp.yaml --num_processes 16 --num_machines 5", ("dp_shard_size",)),
+        ("--launch_file ds_configs/hsdp.yaml --num_processes 24 --num_machines 4", ("dp_shard_size",)),
+        (
+            "--launch_file ds_configs/hsdp.yaml --num_processes 16 --num_machines 5",
+            ("num_processes is 16", "5 machines"),
+        ),
         ("--data.micro_batch_size 3", ("micro_batch_size 3",)),
         ("--model.init_from runs/not/there", ("runs/not/there",)),
         ("--model.frozen [vision_tower]", ("model.frozen", "vision_tower")),

@@ -285,3 +285,27 @@ def test_settings_that_flipscale_does_not_have_are_refused_by_name(
         launch_of(made_by_accelerate(file, monkeypatch))
     with pytest.raises(ValueError, match=f"(?i){message}"):
         read_launch_file(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixed_precision": False}, "mixed_precision is 'false'.*in quotes"),  # as YAML reads `no`
+        ({"distributed_type": "MULTI_CPU", "use_cpu": True}, "distributed_type is MULTI_CPU for 8 processes"),
+        ({"distributed_type": "NO"}, "distributed_type is NO for 8"),
+        ({"distributed_type": "XLA"}, "distributed_type is XLA"),
+        ({"distributed_type": "TPU"}, "'TPU' is not a valid"),
+        ({"distributed_type": "MEGATRON_LM"}, "megatron_lm_config is true"),
+        ({"num_machines": 3}, "num_processes is 8 on 3 machines"),
+        ({"num_procs": 8}, "num_procs"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_reshard": False}}, "fsdp_config has fsdp_reshard,"),
+        ({"dynamo_config": {"backend": "INDUCTOR"}}, "dynamo_backend is INDUCTOR"),
+    ],
+)
+def test_launch_files_that_accelerate_cannot_start_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "ddp.yaml").read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        read_launch_file(file)
