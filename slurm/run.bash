@@ -169,7 +169,7 @@ submit() {
 # each GPU. Their output goes to the file `node_log` if it is set.
 launch() {
   local address port launcher srun
-  address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  read -r address < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # `head` may end first, which would be a failure
   port=$((20000 + SLURM_JOB_ID % 10000)) # by job, because two jobs may share a node
   export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to start with fewer
   export SRUN_CPUS_PER_TASK=$cores OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + per_node - 1) / per_node))}
