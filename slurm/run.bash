@@ -15,7 +15,9 @@ CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-i
 
 # Processes and cores of each node, from Slurm.
 per_node=${SLURM_GPUS_ON_NODE:-1}
-cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+# Nodes may differ, and Slurm refuses a step that asks for more than the smallest has.
+cores=$(tr , '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-${SLURM_CPUS_ON_NODE:-1}}" | sort -n | head -n 1)
+cores=${SLURM_CPUS_PER_TASK:-${cores%(*}}
 
 find_package='from importlib.util import find_spec; print(find_spec("flipscale").submodule_search_locations[0])'
 
