@@ -134,6 +134,9 @@ submit() {
   read -r -d '' -a options < <(sed -n 's/ #.*//; s/^#SBATCH//p' "$script") || true
   options+=("${given[@]}")
   pending=$(asked dependency d "${options[@]}")
+  case $(asked export _ "${options[@]}") in '' | ALL | ALL,*) ;;
+    *) fail "--export would drop the variables of this script, such as RECIPE; begin it with ALL, as in --export=ALL,A=1" ;;
+  esac
   if [ -n "$variable" ]; then
     recipes=("${!variable}")
     if [ "$variable" = RECIPES ]; then
