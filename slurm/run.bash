@@ -103,11 +103,10 @@ checked() {
 
 # Checks the recipes `recipes` with the flags given, on the nodes and GPUs that the words `options` ask for.
 check_recipes() {
-  local nodes gpus gres other=' (--gpus|--gpus-per-(task|socket)|-G)[= 0-9]' world=() recipe file files=()
+  local nodes gpus other=' (--gpus|--gpus-per-(task|socket)|-G)[= 0-9]' world=() recipe file files=()
   nodes=$(asked nodes N "${options[@]}")
   gpus=$(asked gpus-per-node _ "${options[@]}")
-  gres=$(asked gres _ "${options[@]}")
-  [ -n "$gpus" ] || gpus=$gres
+  [ -n "$gpus" ] || gpus=$(asked gres _ "${options[@]}" | tr , '\n' | grep '^gpu:') || true
   gpus=${gpus##*:}
   if [[ $nodes =~ ^[0-9]+$ && $gpus =~ ^[0-9]+$ && ! " ${options[*]}" =~ $other ]]; then
     world=(--num_processes "$((nodes * gpus))" --num_machines "$nodes")
