@@ -5,7 +5,8 @@
 PYTHON=${PYTHON:-python}            # the Python that has flipscale
 LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which reads no launch file: plain data parallelism
 # How a stopped job continues. `scontrol` requeues it. `sbatch` submits a new job, for sites that forbid a requeue; jobs
-# that depend on the first job (--dependency) then start too early. `no` leaves it to you.
+# that depend on the first job (--dependency) then start too early, and it loses options such as --constraint that
+# are no #SBATCH lines. `no` leaves it to you.
 REQUEUE=${REQUEUE:-scontrol}
 # Restarts after a crash without a new checkpoint; other ends do not count. The first restart is on the same nodes, without
 # Slurm's wait for a requeue of two minutes. The others are requeued, as a node may be at fault.
@@ -303,7 +304,8 @@ requeue() {
       limit=$(squeue --noheader --jobs="$job" --format=%l)
       options=(--job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES"
         ${SLURM_GPUS_ON_NODE:+--gpus-per-node="$per_node"} --cpus-per-task="$cores" --time="$limit"
-        ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
+        ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
+        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"})
       say "submitted again: $(sbatch --parsable --export=ALL "${options[@]}" "$0" "$@")" ;;
     no) say "not done: submit it again to go on" && exit 75 ;;
   esac
