@@ -232,8 +232,9 @@ prepare() {
   [ "$WHAT" != audit ] || words=("$SHARDS" --output_dir "$TO")
   case $WHAT in
     weights | audit) # a killed task frees the lock, and another then starts
-      take_turns='[ -e "$0" ] || { "$@" && : > "$0"; }'
-      before=(flock "$TO.prepare/lock" bash -c "$take_turns" "$TO.prepare/done") ;;
+      take_turns='to=$1; shift
+        [ -e "$to" ] && [ "$*" = "$(cat "$0" 2> /dev/null)" ] || { "$@" && echo "$*" > "$0"; }'
+      before=(flock "$TO.prepare/lock" bash -c "$take_turns" "$TO.prepare/done" "$TO") ;;
   esac
   kills=1 # each file is written aside and renamed
   supervise "$WHAT" flipscale.cli prepare "$WHAT" "${words[@]}" -- "$@"
