@@ -227,6 +227,7 @@ train() {
 
 # Prepares TO from SHARDS by `flipscale prepare` WHAT with the flags given, then ends this script like `train`.
 prepare() {
+  TO=${TO%/}
   local words=("$SHARDS" "$TO") before=() take_turns=''
   RUN=$TO.prepare/task-${SLURM_ARRAY_TASK_ID:-0}
   [ "$WHAT" != audit ] || words=("$SHARDS" --output_dir "$TO")

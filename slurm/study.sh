@@ -38,7 +38,8 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     done
     [ -n "${RECIPES:-}" ] || { say "all runs of $STUDY are done" && exit 0; }
     # Jobs in the queue come first, because a run that they finish is not trained again.
-    name=study-${STUDY//\//-}
+    name=${STUDY%/}
+    name=study-${name//\//-}
     queued=$(squeue --noheader --me --name="$name" --format=%F | sort -u | paste -sd :)
     options=(--job-name="$name" ${queued:+--dependency="afterany:$queued"})
   fi

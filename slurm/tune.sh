@@ -19,7 +19,7 @@
 
 RECIPE=${RECIPE:-h14_laion2b}
 FROM=${FROM:-runs/$(basename -- "$RECIPE" .yaml)}
-RUN=${RUN:-${FROM}_tuned}
+RUN=${RUN:-${FROM%/}_tuned}
 # Unmasked, 128 M pairs, as in the paper's Table 10.
 STAGES=${STAGES:-'[{name: unmasked tuning, samples: 128_000_000, base_lr: 4.0e-8, warmup_samples: 25_600_000}]'}
 case $(basename -- "$RECIPE") in h14*) engine=hsdp ;; *) engine=ddp ;; esac
