@@ -14,7 +14,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.long  # each check takes seconds for the imports
 Submit = Callable[..., subprocess.CompletedProcess]
-SBATCH = '#!/bin/bash\nprintf \'<%s>\' "$RECIPE" "$RECIPES"\nexit ${SBATCH_ENDS:-0}\n'
+SBATCH = 'printf \'<%s>\' "$RECIPE" "$RECIPES" "$*"\nexit ${SBATCH_ENDS:-0}'
+# What Slurm gives to a job on nodes that differ, and its programs. A step runs once, here.
+JOB = {
+    **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_NUM_NODES": "3", "SLURM_NODEID": "0"},
+    **{"SLURM_JOB_CPUS_PER_NODE": "96,64(x2)", "SLURM_CPUS_ON_NODE": "96", "SLURM_JOB_NAME": "one"},
+    **{"SLURM_JOB_PARTITION": "gpu", "SLURM_JOB_QOS": "long", "SLURM_TMPDIR": ".", "PYTHON": "./python"},
+}
+PROGRAMS = {
+    "srun": 'echo "$SRUN_CPUS_PER_TASK cores"; while [ "$1" != bash ]; do shift; done; exec "$@"',
+    "scontrol": "echo a; echo b",
+    "squeue": "echo RUNNING N/A",
+    "sbatch": SBATCH,
+}
+
+
+def write_program(file: Path, text: str) -> None:
+    file.write_text(f"#!/bin/bash\n{text}\n")
+    file.chmod(0o755)
 
 
 @pytest.fixture
@@ -24,8 +41,8 @@ def submit(tmp_path: Path, write_recipe: Callable[..., Path]) -> Submit:
         (tmp_path / name).symlink_to(ROOT / name)
     write_recipe(tmp_path / "tiny")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/sbatch").write_text(SBATCH)
-    (tmp_path / "bin/sbatch").chmod(0o755)
+    for name, text in PROGRAMS.items():
+        write_program(tmp_path / "bin" / name, text)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
     def run(*words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -52,6 +69,12 @@ def test_the_help_names_what_a_script_takes(submit: Submit, script: str) -> None
     [
         (("slurm/pretrain.sh",), {"LAUNCH_FILE": "none.yaml"}, "none.yaml"),
         (("slurm/pretrain.sh",), {"REQUEUE": "yes"}, "REQUEUE"),
+        (("slurm/pretrain.sh", "--export=A=1"), {}, "--export"),
+        (
+            ("slurm/pretrain.sh", "-N3", "--gpus-per-node=", "--gres=gpu:h100:2,tmp:9"),
+            {"PYTHON": "./echo"},
+            "processes 6 ",
+        ),
         (("slurm/prepare.sh",), {"WHAT": "shards"}, "shards"),
         (("slurm/prepare.sh",), {"WHAT": "audit", "TO": "audit"}, "SHARDS is empty"),
         (("slurm/prepare.sh",), {"SHARDS": "laion"}, "TO is empty"),
@@ -72,6 +95,7 @@ def test_what_cannot_run_is_not_submitted(
     submit: Submit, tmp_path: Path, words: tuple[str, ...], variables: dict[str, str], named: str
 ) -> None:
     (tmp_path / "bin/tiny.yaml").touch()
+    write_program(tmp_path / "echo", 'echo "$@"; exit 2')
     done = submit(*words, **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr
@@ -115,3 +139,34 @@ def test_a_study_of_several_recipes(submit: Submit, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     copies = done.stdout.split("<")[2].rstrip(">").split()
     assert [Path(copy).name for copy in copies] == ["tiny.yaml", "y.yaml"]
+
+
+def test_a_folder_may_end_with_a_slash(submit: Submit) -> None:
+    done = submit("slurm/tune.sh", FROM="runs/tiny/", RUN="")
+    assert done.stdout.startswith("<runs/tiny_tuned/slurm/"), done
+
+
+def test_a_step_asks_for_the_cores_of_the_smallest_node(submit: Submit, tmp_path: Path) -> None:
+    write_program(tmp_path / "python", "exit 0")
+    done = submit("slurm/evaluate.sh", **JOB)
+    assert (done.returncode, done.stdout) == (0, "64 cores\n"), done
+
+
+def test_a_new_job_has_the_quality_of_service_of_the_first(submit: Submit, tmp_path: Path) -> None:
+    write_program(tmp_path / "python", "exit 1")
+    done = submit("slurm/pretrain.sh", REQUEUE="sbatch", **JOB)
+    assert "submitted again: <" in done.stderr, done
+    assert " --qos=long " in done.stderr
+
+
+def test_weights_are_made_again_if_they_are_gone_or_others_are_asked_for(submit: Submit, tmp_path: Path) -> None:
+    write_program(tmp_path / "python", 'echo "$@" >> calls; mkdir -p weights')
+
+    def calls(*flags: str) -> int:
+        done = submit("slurm/prepare.sh", *flags, WHAT="weights", SHARDS="laion", TO="weights/", **JOB)
+        assert done.returncode == 0, done
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    assert [calls("--power", "1"), calls("--power", "1"), calls("--power", "0")] == [1, 1, 2]
+    (tmp_path / "weights").rmdir()
+    assert calls("--power", "0") == 3
