@@ -18,7 +18,7 @@ import psutil
 import yaml
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from flipscale.checks.node import LIMIT_SECONDS, Bench, Group, Row, descendants
+from flipscale.checks.node import LIMIT_SECONDS, Bench, CheckError, Group, Row, descendants
 from flipscale.checks.steps import ALONE, engine_variables, first_stage, steps_of
 from flipscale.checks.timing import over_starts
 from flipscale.data.loader import restartable_batches
@@ -100,10 +100,15 @@ class Training:
         return self.bench.group(command[0], command[1:], self.logs, processes, own)
 
     def run(self, processes: int, engine: str = "ddp", **variables: str) -> dict[int, float]:
-        """Train to the end, and return the loss of each step."""
+        """Train to the end, and return the loss of each step. Raise CheckError if a loss is not finite."""
         with self.start(processes, engine, **variables) as group:
             group.wait()
-        return {record["step"]: record["loss"] for record in self.records("metrics") if "loss" in record}
+        losses = {record["step"]: record["loss"] for record in self.records("metrics") if "loss" in record}
+        if lost := [step for step, loss in losses.items() if loss is None]:
+            raise CheckError(
+                f"run {self.directory.name}: the loss of step {lost[0]} is not finite; see {self.directory}"
+            )
+        return losses
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return the records of one of the run's files so far."""

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from simulated.node import Fault, Starter, on_busy_machine, write_nvidia_smi
 from torch.autograd import DeviceType
 
 from flipscale.checks import bench as checks
-from flipscale.checks import node, steps
+from flipscale.checks import node, runs, steps
 from flipscale.checks.bench import as_json, report, run_checks, write_report
 from flipscale.checks.machine import links
 from flipscale.checks.node import Bench, CheckError, Process, Row, start_python
@@ -189,3 +189,17 @@ def test_steps_are_taken_by_real_processes(
         assert (recomputed["recomputes"], kept["recomputes"]) == (True, False)
         assert min(*recomputed["times"], *kept["times"], *host["times"]) > 0
         assert host["calls"] > 1000
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    training = runs.Training(Bench(2, tmp_path, [], 8), "all")
+    training.directory.mkdir()
+    records = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": None}]
+    (training.directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    ended = SimpleNamespace(wait=lambda: None)
+    with (
+        patch.object(runs.Training, "start", lambda *_, **__: nullcontext(ended)),
+        pytest.raises(CheckError, match="run all: the loss of step 2 is not finite"),
+    ):
+        training.run(2)
