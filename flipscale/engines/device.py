@@ -55,7 +55,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
-    if "Laptop" in words:  # slower than the card of this name
+    if words & {"Laptop", "MIG", "D"}:  # slower than the card of this name, such as a slice of it (MIG)
         return None
     names = [name for name in GPUS if words.issuperset(name.split())]
     return 1e12 * GPUS[max(names, key=lambda name: name.count(" "))][0] if names else None

@@ -17,6 +17,8 @@ from flipscale.io.errors import UserError
         ("NVIDIA RTX A6000", 154.8),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
         ("Tesla T4", None),
     ],
