@@ -222,6 +222,8 @@ def text_tower(embedder: Embedder) -> dict[str, Any] | str:
     if not isinstance(model, FlipModel) or embedder.tokenizer is None:
         return f"{embedder.name} is not a flipscale model with a text tower"
     config = model.config.text_config
+    if config.projection_hidden_size is not None:
+        return "the projection of texts has two layers"
     weights = {**model.text_model.state_dict(), "projection.weight": model.text_projection.weight[: embedder.dims]}
     arrays = {name: weight.detach().float().cpu().numpy() for name, weight in weights.items()}
     num_bytes = sum(array.nbytes for array in arrays.values())

@@ -70,6 +70,11 @@ def test_cut_embeddings(tokenizer: PreTrainedTokenizerBase) -> None:
     assert base64.b64decode(cut) == base64.b64decode(whole)[: 4 * 5 * TOWER["hidden_size"]]
 
 
+def test_a_page_computes_no_projection_of_two_layers(tokenizer: PreTrainedTokenizerBase) -> None:
+    reason = text_tower(embedder(model_of(tokenizer, projection_hidden_size=40), tokenizer))
+    assert "projection of texts has two layers" in str(reason)
+
+
 def in_browser(tower: object, texts: Sequence[str], folder: Path) -> list[tuple[list[int], list[float]]]:
     """Return the tokens and the embedding of each text, as a page computes them."""
     empty: dict[str, object] = {name: {} for name in ("searches", "shown", "maps", "asked", "names", "number")}
