@@ -662,8 +662,9 @@ class DatasetList(RowList):
         loaded = load_rows(source, None, split)
         names, columns = loaded.column_names, find_columns(source, loaded.column_names, asked)
         classes, image = _class_names(loaded.features), columns["image"]
+        read = [*dict.fromkeys(columns.values())]  # a column may have captions and classes
         try:
-            loaded = loaded.select_columns(list(columns.values())).cast_column(image, datasets.Image(decode=False))
+            loaded = loaded.select_columns(read).cast_column(image, datasets.Image(decode=False))
         except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException) as error:
             raise UserError(
                 f"column {image} of {source} holds no images ({one_line_reason(error)}); name another --image_column"

@@ -88,6 +88,14 @@ def contents(folder: Path) -> list[tuple[str, int | None, bytes]]:
     return [(sample.captions[0].decode(), sample.label, sample.image) for sample in samples]
 
 
+def test_a_column_is_caption_and_class(by_class: Path, tmp_path: Path) -> None:
+    words = ["--caption_column", "text", "--labels", "text", "--num_workers", 1]
+    prepare("shards", as_saved(by_class, tmp_path / "saved"), tmp_path / "out", *words)
+    assert {(caption, label) for caption, label, _ in contents(tmp_path / "out")} == {
+        (f"a {name}", number) for number, name in enumerate(CLASSES)
+    }
+
+
 def test_class_folders_are_captions(by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare("shards", by_class, tmp_path / "out", "--num_workers", 1)
     said = capsys.readouterr().out.splitlines()
