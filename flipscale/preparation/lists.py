@@ -235,7 +235,7 @@ class FileList(PairSource):
             beside = image.with_suffix(suffix)
             if os.path.lexists(self.root / beside):
                 content = read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)
-                return _usable((content,) if suffix == ".txt" else captions_of_json(content))
+                return _usable((content,)) if suffix.lower() == ".txt" else _on_one_line(captions_of_json(content))
         raise MissingCaption("no .txt or .json beside it")
 
     def label(self, number: int) -> str:
@@ -731,7 +731,13 @@ def is_outside(root: Path, name: str) -> bool:
 
 def _captions_of(texts: Any) -> list[str]:
     """Return a text or a list of texts as a list without blank ones."""
-    return _usable(encoded_captions(texts, "the caption"))
+    return _on_one_line(encoded_captions(texts, "the caption"))
+
+
+def _on_one_line(captions: tuple[bytes, ...]) -> list[str]:
+    """Return captions that are not blank, each on one line, because the lines of a KEY.txt are captions of their own to
+    an evaluation."""
+    return [" ".join(filter(None, caption.splitlines())) for caption in _usable(captions)]
 
 
 def _usable(captions: tuple[bytes, ...]) -> list[str]:
