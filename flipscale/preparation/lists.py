@@ -53,7 +53,7 @@ _USUAL_COLUMNS = {
 }
 _FLAGS = {"image": "--image_column", "caption": "--caption_column", "label": "--labels"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
-_CAPTION_SUFFIXES = (".txt", ".json")
+_CAPTION_SUFFIXES = (".txt", ".json", ".TXT", ".JSON")
 _PARTS = {"train", "test", "val", "valid", "validation"}  # names that `datasets` gives the parts of a folder of images
 _MAX_ROW_LINES = 100  # lines of a row whose quoted captions have line breaks
 _KEYED_ROWS = 1000  # JSON lines whose keys are the columns

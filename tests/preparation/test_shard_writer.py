@@ -41,8 +41,8 @@ def folder(tmp_path: Path) -> Path:
             image(number, {"png": "PNG", "bmp": "BMP"}.get(name[-3:], "JPEG"), *[(60, 90), (30, 20)][number == 3])
         )
         if number < 5:
-            (root / name).with_suffix(".txt").write_text(f"{CAPTIONS[number]}\n")
-    (root / "sub/5.json").write_text(json.dumps({"captions": [CAPTIONS[5], "another"]}))
+            (root / name).with_suffix(".TXT" if number == 1 else ".txt").write_text(f"{CAPTIONS[number]}\n")
+    (root / "sub/5.json").write_text(json.dumps({"captions": [CAPTIONS[5], "an\nother"]}))
     return root
 
 
@@ -56,7 +56,7 @@ def test_a_folder_becomes_shards(folder: Path, tmp_path: Path) -> None:
     assert source.shard_sizes == [4, 2]
     samples = [source.read(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
     assert [sample.captions[0].decode() for sample in samples] == CAPTIONS
-    assert samples[5].captions[1] == b"another"
+    assert samples[5].captions[1] == b"an other"
     kinds = [Image.open(io.BytesIO(sample.image)) for sample in samples]
     assert [kind.format for kind in kinds] == ["JPEG"] * 6
     assert [kind.size for kind in kinds] == [(60, 40)] * 3 + [(20, 30)] + [(60, 40)] * 2
