@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from flipscale.data.captions import choose_caption
-from flipscale.data.decode import open_image
+from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Source
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.data.sources.tar import TarSource, add_member
@@ -216,7 +216,7 @@ def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path
         for _, shard, number, caption in sorted(places[:count], key=lambda place: place[1:3]):
             try:
                 encoded = source.read(shard, number).image
-                open_image(encoded)
+                decode_whole(encoded)
             except BadSample:
                 continue
             add_member(tar, f"{len(captions):06d}.jpg", encoded)

@@ -20,6 +20,7 @@ from foreign_towers import SMALL_TIMM, save_text, save_timm
 from hub.native import export_native
 
 from flipscale.cli import main
+from flipscale.data.decode import decode_whole
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.evaluation.suite import build_tasks
 from flipscale.io.errors import UserError
@@ -115,6 +116,19 @@ def test_the_held_out_captions_are_in_no_trial(here: Path) -> None:
     pictures = hold_out(source, SOURCE, False, here / "pictures")
     assert len(pictures.captions) == 19
     assert len({*pictures.captions}) > 10
+
+
+def test_damaged_pictures_are_not_held_out(here: Path) -> None:
+    write_pairs(here / "whole", 48, NAMES)
+    (here / "pairs").mkdir()
+    with tarfile.open("whole/0.tar") as whole, tarfile.open("pairs/0.tar", "w") as tar:
+        for number, member in enumerate(whole):
+            content = whole.extractfile(member).read()  # type: ignore[union-attr]
+            add_member(tar, member.name, content[: len(content) // 2] if number % 4 == 0 else content)
+    (here / "folder").mkdir()
+    held_out = hold_out(open_source(DataRecipe(sources=[SOURCE])), SOURCE, True, here / "folder")
+    assert 0 < len(held_out.captions) < 9
+    assert all(decode_whole(held_out.source.read(0, row).image).any() for row in range(len(held_out.captions)))
 
 
 def test_too_few_pairs_to_hold_out(here: Path) -> None:
