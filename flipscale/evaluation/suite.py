@@ -100,9 +100,8 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     return tasks
 
 
-def planned_tasks(recipe: EvalRecipe) -> list[Task]:
-    """Return the tasks of a recipe with their intervals, None for those at `every_share`. The short forms are among
-    them."""
+def listed_tasks(recipe: EvalRecipe) -> list[dict[str, Any]]:
+    """Return the fields of a recipe's tasks. The short forms are among them."""
     listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in recipe.tasks]
     for kind in ("zero_shot", "retrieval"):
         folder = getattr(recipe, kind)
@@ -111,7 +110,12 @@ def planned_tasks(recipe: EvalRecipe) -> list[Task]:
             listed[names.index(kind)] = {**listed[names.index(kind)], "data": folder}
         elif folder:
             listed.append({"kind": kind, "data": folder})
-    tasks = build_tasks(listed, recipe.tasks_dir)
+    return listed
+
+
+def planned_tasks(recipe: EvalRecipe) -> list[Task]:
+    """Return the tasks of a recipe with their intervals, None for those at `every_share`."""
+    tasks = build_tasks(listed_tasks(recipe), recipe.tasks_dir)
     if recipe.every_share:
         return tasks
     every = recipe.every_samples

@@ -193,6 +193,10 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     guards, where = find_guards(str(run))
     assert guards == [{"kind": "zero_shot", "data": str(shards), "every_samples": 0}]  # once, not along the run
     assert where == f"of {run}/recipe.yaml"
+    shutil.copytree(run / "model", here / "short/model")
+    own = {"eval": {"tasks": ["cars"], "retrieval": str(shards)}}
+    (here / "short/recipe.yaml").write_text(yaml.safe_dump(own))
+    assert find_guards("short")[0] == [{"kind": "retrieval", "data": str(shards), "every_samples": 0}]
 
 
 def test_old_pairs_are_half_of_each_batch(
