@@ -113,7 +113,9 @@ def open_start(names: Sequence[str], converted: Path) -> Start:
             own, default = getattr(config, part), getattr(usual, part)
             known = {key: getattr(own, key) for key in FlipConfig.parts()[part]}
             fields[part] = {key: value for key, value in known.items() if value != getattr(default, key)}
-    loss = {"kind": "sigmoid"} if config.logit_bias_init_value is not None else {}
+    loss: dict[str, Any] = {"kind": "sigmoid"} if config.logit_bias_init_value is not None else {}
+    if dims := (_own_run(name)[1].get("loss") or {}).get("prefix_dims"):
+        loss["prefix_dims"] = dims
     return Start(fields, str(local_folder(name) or name), loss, name)
 
 
@@ -478,7 +480,7 @@ def _propose(start: Start, named: SourceRecipe, data: Survey, **values: Any) -> 
     count = model.num_parameters()
     most = 256 if torch.cuda.is_available() or count < _LARGE else 32
     batch_size = max(min(power_below(data.pairs // 4), power_below(len(data.captions) // 2), most), 8)
-    if start.loss and data.repeated(batch_size) > MOST_REPEATED * batch_size:
+    if "kind" in start.loss and data.repeated(batch_size) > MOST_REPEATED * batch_size:
         values["loss"] = {**start.loss, "positives": "equal_captions"}
     proposal = Proposal("finetune", batch_size, 0.0, 0, values)
     if torch.cuda.is_available():

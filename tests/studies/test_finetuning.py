@@ -194,8 +194,9 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     assert guards == [{"kind": "zero_shot", "data": str(shards), "every_samples": 0}]  # once, not along the run
     assert where == f"of {run}/recipe.yaml"
     shutil.copytree(run / "model", here / "short/model")
-    own = {"eval": {"tasks": ["cars"], "retrieval": str(shards)}}
+    own = {"eval": {"tasks": ["cars"], "retrieval": str(shards)}, "loss": {"prefix_dims": [8]}}
     (here / "short/recipe.yaml").write_text(yaml.safe_dump(own))
+    assert proposed(open_start(["short"], here / "converted"), "all")[0].loss.prefix_dims == [8]
     assert find_guards("short")[0] == [{"kind": "retrieval", "data": str(shards), "every_samples": 0}]
 
 
