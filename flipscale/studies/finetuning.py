@@ -120,9 +120,9 @@ def open_start(names: Sequence[str], converted: Path) -> Start:
 
 
 def _own_run(start: str) -> tuple[Path, dict[str, Any]]:
-    """Return the recipe file of the run that `start` is the model of, and its fields; none if it is of no run. A race's
-    model is one of its runs', which share their data."""
-    folder = local_folder(start)
+    """Return the recipe file of the run that `start` is the model of, and its fields; none if it is of no run, or is
+    empty. A race's model is one of its runs', which share their data."""
+    folder = local_folder(start) if start else None
     if folder is None or folder.name != "model":
         return Path(), {}
     files = [folder.parent / "recipe.yaml", *sorted(folder.parent.glob("*/recipe.yaml"))]

@@ -242,6 +242,11 @@ def test_old_pairs_are_half_of_each_batch(
     assert [one.data.sources for one in trained] == [[new, old]] * len(trained)
 
 
+def test_two_towers_have_no_old_pairs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert find_replay("") == []
+
+
 def test_a_loss_is_mixed_away(run: Path, here: Path, shards: Path) -> None:
     """Each picture gets the name of another, which the model learns in place of the right one."""
     write_pairs(here / "pairs", 96, NAMES[:16], shift=1)
