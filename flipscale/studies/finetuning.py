@@ -312,10 +312,10 @@ class Search:
     folder: Path
 
     def run(self, minutes: float, width: int, grid: int) -> list[Trial]:
-        """Return the trials of the best candidate, the shortest first. Print each trial as it ends. Raise UserError if
-        no trial of a rung could be run."""
+        """Return the trials of the best candidate, the shortest first. Print each trial as it ends. A rung without a
+        trial that could be run ends the search. Raise UserError if it is the first."""
         rung = candidates(self.start, width, self.proposal.batch_size)
-        finished: list[Trial] = []
+        finished, best = list[Trial](), list[Candidate]()
         for number in range(3):
             print(f"rung {number + 1}, {_time(minutes / len(rung))} a trial, {len(rung)} of them:", flush=True)
             trials, failure = [], ""
@@ -325,6 +325,8 @@ class Search:
                 except (UserError, FloatingPointError) as error:
                     failure = first_line(error)
                     print(f"  {candidate}  failed: {failure}", flush=True)
+            if not trials and best:
+                break
             if not trials:
                 raise UserError(f"no trial could be run: {failure}")
             trials.sort(key=lambda trial: -trial.value)
@@ -333,7 +335,7 @@ class Search:
             rung = best[:1] if number else next_rung(best, grid)
             for trial in trials[1:]:
                 shutil.rmtree(trial.run_dir)
-        return [trial for trial in finished if trial.candidate == finished[-1].candidate and trial.run_dir.exists()]
+        return [trial for trial in finished if trial.candidate == best[0] and trial.run_dir.exists()]
 
     def _trial(self, candidate: Candidate, minutes: float, run_dir: Path) -> Trial:
         self.proposal.values |= candidate.values(self.proposal.batch_size)

@@ -247,6 +247,24 @@ def test_two_towers_have_no_old_pairs(run: Path, monkeypatch: pytest.MonkeyPatch
     assert find_replay("") == []
 
 
+def test_a_rung_that_fails_leaves_the_trials_before(run: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(here / "pairs", 16, NAMES)
+    start = open_start([str(run)], here / "converted")
+    proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), tasks=[], output_dir="x", num_workers=0)
+
+    def trial(search: Search, candidate: Candidate, minutes: float, run_dir: Path) -> Trial:
+        if minutes == 1.0:  # the last rung's only trial
+            raise FloatingPointError("losses are NaN")
+        run_dir.mkdir()
+        return Trial(candidate, minutes, run_dir, 64, np.array([candidate.rate]))
+
+    monkeypatch.setattr(Search, "_trial", trial)
+    search = Search(pretrain, proposal, start, SOURCE, HeldOut(open_shards("pairs"), [], here), [], here)
+    (left,) = search.run(1.0, 32, 4)
+    assert (left.run_dir.parent, left.run_dir.name[:7]) == (here, "trial1-")
+    assert left.run_dir.exists()
+
+
 def test_a_loss_is_mixed_away(run: Path, here: Path, shards: Path) -> None:
     """Each picture gets the name of another, which the model learns in place of the right one."""
     write_pairs(here / "pairs", 96, NAMES[:16], shift=1)
