@@ -166,6 +166,7 @@ def _search(
     """Search for a recipe that fine-tunes the start, print the report, and write the recipe if it wins anything."""
     import torch
 
+    from flipscale.data.samples import contents_digest
     from flipscale.data.sources.opening import open_source
     from flipscale.data.tokenizers import load_tokenizer
     from flipscale.engines.launch import faster_precision
@@ -175,8 +176,12 @@ def _search(
     from flipscale.studies.finetuning import find_replay, half_of_batches, propose_finetuning
     from flipscale.training.preemption import Stopped
 
-    replay = half_of_batches([source_of(args.replay)]) if args.replay else find_replay(start.name)
-    start = replace(start, replay=replay)
+    named_old = [source_of(args.replay)] if args.replay else find_replay(start.name)
+    digest = contents_digest(source)
+    replay = [one for one in named_old if contents_digest(open_source(DataRecipe(sources=[one]))) != digest]
+    if len(replay) < len(named_old):
+        print(f"{args.shards}: these are old pairs too. None are replayed, so that no trial sees held-out pairs")
+    start = replace(start, replay=(replay := half_of_batches(replay)))
     tokenizer = load_tokenizer(start.tokenizer, 64)
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)

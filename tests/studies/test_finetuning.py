@@ -23,6 +23,7 @@ from flipscale.cli import main
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.evaluation.suite import build_tasks
+from flipscale.init import Init
 from flipscale.io.errors import UserError
 from flipscale.planning.proposal import Survey
 from flipscale.pretrain import pretrain
@@ -240,6 +241,23 @@ def test_old_pairs_are_half_of_each_batch(
         Search(train, proposal, start, SOURCE, held_out, [], here).run(1.0, 32, 4)
     new = replace(SOURCE, weights=str(held_out.weights), weight=0.5)
     assert [one.data.sources for one in trained] == [[new, old]] * len(trained)
+
+
+@pytest.mark.long
+def test_the_new_pairs_are_no_old_pairs(
+    run: Path, here: Path, shards: Path, new_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trial that replayed them would see the held-out ones."""
+    trained: list[Recipe] = []
+
+    def train(given: Recipe) -> Path:
+        trained.append(given)
+        raise UserError("enough")
+
+    with pytest.raises(UserError, match="enough"):
+        Init(Path("mine.yaml"), shards=f"{shards}/*.tar", start=[str(run)], minutes=1.0).run(train)
+    assert {len(one.data.sources) for one in trained} == {1}
+    assert f"{shards}/*.tar: these are old pairs too" in capsys.readouterr().out
 
 
 def test_two_towers_have_no_old_pairs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
