@@ -251,13 +251,15 @@ def probes(model: str, train: str, test: str) -> dict[str, Any]:
 def test_probes_do_not_depend_on_the_number_of_processes(
     model: Path, train: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Counts to the last image, objectives and losses to rounding. On 4 processes the parts differ in size."""
+    """Counts to the last image, objectives and losses to rounding. On 4 processes the parts differ in size.
+
+    `searched` takes about the most steps of a fit, so rounding decides whether it still converges."""
     alone, several = (in_processes(world, tmp_path, probes, str(model), str(train), str(shards)) for world in (1, 4))
     counts = {"fixed": 2, "lars": 2, "few_shot": 3, "searched": 2}
     assert {name: len(of_task) for name, of_task in alone.items()} == counts
     for name, of_task in several.items():
         for one, other in zip(alone[name], of_task, strict=True):
-            one, other = ({**some, "iterations": 0} for some in (one, other))
+            one, other = ({**some, "iterations": 0, "converged": None} for some in (one, other))
             assert other == {
                 key: pytest.approx(value, rel=1e-8) if isinstance(value, float) else value for key, value in one.items()
             }
