@@ -182,12 +182,12 @@ def read_object(file: Path, remedy: str = "download or export it again") -> dict
 
 def pixel_fields(folder: Path) -> dict[str, Any]:
     """Return what a folder's image processor says: `image_mean`, `image_std`, and `squashes` of the family `towers`."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        content = read_object(folder / name) if (folder / name).is_file() else {}
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        content = read_object(folder / file) if (folder / file).is_file() else {}
         # A processor_config.json may describe the tokenizer only.
-        content = content.get("image_processor", content if name.startswith("pre") else {})
+        content = content.get("image_processor", content if file.startswith("pre") else {})
         if content and isinstance(content, dict):
-            pixels = {field: content[field] for field in ("image_mean", "image_std") if field in content}
+            pixels: dict[str, Any] = {name: content[name] for name in ("image_mean", "image_std") if name in content}
             if content.get("do_normalize") is False:
                 pixels = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
             return {**pixels, "squashes": not content.get("do_center_crop", False)}
