@@ -100,8 +100,8 @@ class Common(modeling.ModelTesterMixin):
 
     def setUp(self) -> None:
         # Seldom, random weights and inputs are such that bf16 exceeds a common test's tolerance.
-        random.seed(0)
-        torch.manual_seed(0)
+        for seed in (random.seed, modeling.global_rng.seed, torch.manual_seed):
+            seed(0)
         self.config_tester = configuration.ConfigTester(
             self, config_class=self.config_class, has_text_modality=self.has_text_modality, **self.config_options
         )
