@@ -160,7 +160,10 @@ class Site:
 
     def output(self, number: str) -> str:
         """Return the output of a job and its processes."""
-        files = [*self.folder.glob(f"*-{number}.out"), *self.folder.glob(f"runs/**/slurm/{number}-*.log")]
+        # os.walk passes over a checkpoint's folder that is renamed meanwhile; `**` of glob raises.
+        folders = (Path(folder) for folder, *_ in os.walk(self.folder / "runs") if folder.endswith("/slurm"))
+        files = [*self.folder.glob(f"*-{number}.out")]
+        files += [file for folder in folders for file in folder.glob(f"{number}-*.log")]
         return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
 
     def end(self, number: str, state: str) -> None:
