@@ -247,7 +247,7 @@ supervise() {
   shift
   while [ "$1" != -- ]; do module+=("$1") && shift; done
   shift
-  node_log=$RUN/slurm/%j-%N.log
+  node_log=${RUN//%/%%}/slurm/%j-%N.log
   mkdir -p -- "$RUN/slurm"
   export RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
   say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $what in $RUN on $SLURM_JOB_NODELIST; output: $node_log"

@@ -187,7 +187,7 @@ def read_launch_file(file: Path, num_processes: int | None = None, num_machines:
 
 def launch_environment(file: Path, num_processes: int | None = None, num_machines: int | None = None) -> dict[str, str]:
     """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them."""
-    settings = _read_settings(file)
+    settings = _read_settings(file, num_processes)
     flags = {name: value for name, value in _flags(file, settings).items() if value not in (None, {})}
     world = num_processes or settings["num_processes"]
     kind, precision = settings["distributed_type"], settings.get("mixed_precision")
@@ -251,21 +251,26 @@ def _flags(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    """Return the settings of a launch file, with all of `_SECTIONS`, and with valid numbers."""
+def _read_settings(file: Path, num_processes: int | None) -> dict[str, Any]:
+    """Return the settings of a launch file as accelerate reads them, with all of `_SECTIONS`, and with valid numbers.
+
+    `num_processes` is of a file that has none."""
     from accelerate.commands.config.config_args import ClusterConfig
 
     try:
         text = read_text(file)
         check_yaml(text, str(file))
-        settings = {"num_processes": 1, "num_machines": 1, **yaml.safe_load(text)}
-        ClusterConfig.from_yaml_file(file)  # raises for unknown settings and types
+        settings = ClusterConfig.from_yaml_file(file).to_dict()  # raises for unknown settings and types
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"launch file {file} cannot be read ({error!r}); use such as {shipped('ddp')}") from error
     for name in _SECTIONS:
         settings[name] = settings.get(name) or {}
         if not isinstance(settings[name], dict):
             raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it")
+    if settings["debug"] is False:  # the default, for which accelerate sets no variable
+        del settings["debug"]
+    if settings["num_processes"] == -1:  # accelerate's word for a file without it, which it refuses too
+        settings["num_processes"] = num_processes
     for name in ("num_processes", "num_machines"):
         if type(settings[name]) is not int or not 1 <= settings[name] < 10**_MAX_DIGITS:
             raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; use a whole number above 0")

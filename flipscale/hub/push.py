@@ -126,14 +126,13 @@ def open_repo(target: Target) -> str:
     api = HfApi()
     try:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
-        if target.private and not api.model_info(repo_id).private:
-            raise UserError(f"{repo_id} is public; expected a private model. Fix: make it private on the Hub")
-        if target.revision:
+        is_public = target.private and not api.model_info(repo_id).private
+        if target.revision and not is_public:
             api.create_branch(repo_id, branch=target.revision, exist_ok=True)
-    except UserError:
-        raise
     except _FAILURES as error:
         raise _explain(error, target) from None
+    if is_public:
+        raise UserError(f"{repo_id} is public; expected a private model. Fix: make it private on the Hub")
     return repo_id
 
 

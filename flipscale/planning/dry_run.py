@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
+from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file, whole_number
 from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.command_line import parse_known, reader_of
 from flipscale.io.errors import UserError
@@ -114,7 +114,7 @@ def dry_run(arguments: Sequence[str]) -> None:
     hardware = _hardware(args, recipe)
     launches = _launches(args)
     heading = _heading(recipe, hardware)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if whole_number(os.environ, "RANK", 0) > 0:
         return
     limit = args.gpu_memory_gib
     if limit is None and torch.cuda.is_available():

@@ -298,6 +298,8 @@ def test_settings_that_flipscale_does_not_have_are_refused_by_name(
         ({"distributed_type": "MEGATRON_LM"}, "megatron_lm_config is true"),
         ({"num_machines": 3}, "num_processes is 8 on 3 machines"),
         ({"num_procs": 8}, "num_procs"),
+        ({"num_processes": None}, "num_processes is 'None'"),
+        ({"mixed_precision": None, "fp16": True}, "mixed_precision is 'fp16'"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_reshard": False}}, "fsdp_config has fsdp_reshard,"),
         ({"dynamo_config": {"backend": "INDUCTOR"}}, "dynamo_backend is INDUCTOR"),
     ],
@@ -306,6 +308,7 @@ def test_launch_files_that_accelerate_cannot_start_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "odd.yaml"
-    file.write_text(yaml.safe_dump({**yaml.safe_load((FOLDER / "ddp.yaml").read_text()), **changes}))
+    settings = {**yaml.safe_load((FOLDER / "ddp.yaml").read_text()), **changes}
+    file.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
     with pytest.raises(ValueError, match=message):
         read_launch_file(file)
