@@ -305,14 +305,14 @@ def close_process_group() -> None:
 def exit_now() -> None:
     """Exit at once with code 0 if this process is one of several.
 
-    Unwinding the interpreter beside gloo's threads aborts one launch in ten on a busy CPU, which looks like a failure.
+    Beside gloo's threads, the interpreter's usual end aborts one launch in ten on a busy CPU, like a failure.
     """
     if promised_processes(os.environ) > 1:
         end_process(0)
 
 
 def end_process(code: int) -> NoReturn:
-    """Kill the loader's workers and exit, from any thread, without unwinding the interpreter."""
+    """Kill the loader's workers and exit from any thread, without the interpreter's usual end."""
     for worker in multiprocessing.active_children():
         worker.kill()
     for stream in (sys.stdout, sys.stderr):

@@ -374,9 +374,9 @@ class FlipConfig(FlipPreTrainedConfig):
     Mask ratios are arguments of `forward`, not fields here: a released model must not mask by itself.
 
     Args:
-        text_config: None, together with a `decoder_config`, for a captioner without text tower.
-        decoder_config: decoder of a model that writes captions, `FlipForConditionalGeneration`.
-        answer_config: transformer of a model that answers questions, `FlipForQuestionAnswering`.
+        text_config: text tower; None for a captioner, which has a decoder instead.
+        decoder_config: decoder of a `FlipForConditionalGeneration`, which writes captions.
+        answer_config: transformer of a `FlipForQuestionAnswering`, which answers questions.
         projection_dim: width of the joint embedding, set on both towers. None takes that of the towers, if equal.
         logit_scale_init_value: initial `logit_scale`, before the exponential: ln(1/0.07).
         logit_bias_init_value: initial `logit_bias`, which the sigmoid loss adds to every logit; None for none.

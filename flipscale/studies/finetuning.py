@@ -237,7 +237,12 @@ def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is trained, and how fast. `rate` is the batch's peak rate."""
+    """A way to fine-tune.
+
+    Args:
+        part: a name of `PARTS`, which says what is trained.
+        rate: peak rate for the batch of the search.
+    """
 
     part: str
     rate: float
@@ -267,8 +272,11 @@ def candidates(start: Start, width: int, batch_size: int) -> list[Candidate]:
 
 
 def next_rung(best: Sequence[Candidate], grid: int) -> list[Candidate]:
-    """Return the candidates of the second rung: the three best, or the two best and the best at twice its part's
-    highest rate if that won, the best with more decay and, on a large grid of patches, the best with a mask."""
+    """Return the candidates of the second rung.
+
+    They are the two best, the third, and the best with more decay. If the best has its part's highest rate, twice that
+    rate takes the third's place. A grid of `_MASKED_GRID` patches a side, or more, adds the best with a mask.
+    """
     is_highest = best[0].rate == max(one.rate for one in best if one.part == best[0].part)
     third = [replace(best[0], rate=2.0 * best[0].rate)] if is_highest else best[2:3]
     rung = [*best[:2], *third, replace(best[0], weight_decay=0.3)]
