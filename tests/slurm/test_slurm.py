@@ -267,7 +267,7 @@ def unqueued(site: Site) -> str:
 def mistaken(site: Site) -> str:
     """Submit a recipe with a mistake."""
     arguments = ["slurm/pretrain.sh", "--data.global_batch_size", "many"]
-    number = site.submit("sbatch", "--nodes=1", USUAL, *SMALL, *arguments, RUN="runs/mistaken")
+    number = site.submit("sbatch", "--nodes=1", USUAL, *SMALL, *arguments, RUN="runs/mis%staken")
     site.end(number, "FAILED")
     return number
 
@@ -465,6 +465,7 @@ def test_a_mistake_is_not_restarted(site: Site, outcome: Callable) -> None:
     assert "flipscale: error: " in site.output(number)
     assert "global_batch_size" in site.output(number)
     assert "not restarted" in site.output(number)
+    assert list((site.folder / "runs/mis%staken/slurm").glob(f"{number}-*.log")), "Slurm has patterns with %"
 
 
 def test_a_recipe_that_is_not_there_is_never_submitted(site: Site) -> None:
