@@ -243,6 +243,7 @@ ATTACKS = [
         "bench gpu --batch_size 10^12", command("bench", "gpu", "--batch_size", str(10**12)), f"{10**12}"
     ),
     row("RANK=x", flags(), "RANK", "'x'", environment={"RANK": "x"}),
+    row("RANK=x in a dry run", flags("--dry_run"), "RANK", "'x'", environment={"RANK": "x"}),
     row("a flag that nearly is one", flags("--optim.weigth_decay", "1"), "--optim.weigth_decay"),
     row("study --output_dir FILE", command(*RACE, "file", "--minutes", "1"), "--output_dir", "'file'"),
     row("launch_files FILE", command("launch_files", "file"), "DIR", "'file'"),
