@@ -86,18 +86,24 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     tasks = []
     for number, given in enumerate(listed):
         where, content = f"eval.tasks[{number}]", {"task": given} if isinstance(given, str) else given
-        if content.get("task"):
-            try:
-                page = read_page(str(content["task"]))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            content = {**page.listed(Path(tasks_dir) / page.data), **content}
+        try:
+            content = with_page(content, tasks_dir)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         tasks.append(build_task(content, where))
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{names.count(name)} of eval.tasks are named {name!r}; give each its own, as {name}_2")
     return tasks
+
+
+def with_page(task: dict[str, Any], tasks_dir: str | Path) -> dict[str, Any]:
+    """Return the fields of a task, and of its page if it names one. Raise UserError for an unknown page."""
+    if not task.get("task"):
+        return task
+    page = read_page(str(task["task"]))
+    return {**page.listed(Path(tasks_dir) / page.data), **task}
 
 
 def listed_tasks(recipe: EvalRecipe) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from flipscale.evaluation.intervals import Z95, mean_estimate
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import recall_hits
 from flipscale.evaluation.results import LOST, POINTS, Result, change_of
-from flipscale.evaluation.suite import build_tasks, listed_tasks, run_tasks
+from flipscale.evaluation.suite import build_tasks, listed_tasks, run_tasks, with_page
 from flipscale.hub.convert_transformers import convert_from_open_clip
 from flipscale.hub.export import export_checkpoint
 from flipscale.hub.loading import load_dual_encoder, open_embedder
@@ -163,9 +163,10 @@ def find_guards(start: str) -> tuple[list[dict[str, Any]], str]:
     else prepared tasks of at most 5,000 images."""
     kinds, (file, recipe) = ("zero_shot", "retrieval"), _own_run(start)
     section = recipe.get("eval") or {}
-    listed = listed_tasks(EvalRecipe(**{name: section[name] for name in ("tasks", *kinds) if section.get(name)}))
-    own = [task for task in listed if task.get("kind") in kinds]
-    if usable := [{**task, "every_samples": 0} for task in own if Path(str(task.get("data"))).is_dir()]:
+    evaluated = EvalRecipe(**{name: section[name] for name in ("tasks", "tasks_dir", *kinds) if section.get(name)})
+    own = [with_page(task, evaluated.tasks_dir) for task in listed_tasks(evaluated)]
+    own = [task for task in own if task.get("kind") in kinds and Path(str(task.get("data"))).is_dir()]
+    if usable := [{**task, "every_samples": 0} for task in own]:
         return usable, f"of {file}"
     small = [page for page in suite_pages("all") if page.kind in kinds and page.images <= _MOST_GUARDED]
     prepared = [page.name for page in small if read_prepared(Path(TASKS_DIR) / page.data) is not None]

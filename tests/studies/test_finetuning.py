@@ -195,10 +195,16 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     assert guards == [{"kind": "zero_shot", "data": str(shards), "every_samples": 0}]  # once, not along the run
     assert where == f"of {run}/recipe.yaml"
     shutil.copytree(run / "model", here / "short/model")
-    own = {"eval": {"tasks": ["cars"], "retrieval": str(shards)}, "loss": {"prefix_dims": [8]}}
+    (here / "sets/cars").mkdir(parents=True)
+    own = {
+        "eval": {"tasks": ["cars", "pets"], "tasks_dir": "sets", "retrieval": str(shards)},
+        "loss": {"prefix_dims": [8]},
+    }
     (here / "short/recipe.yaml").write_text(yaml.safe_dump(own))
     assert proposed(open_start(["short"], here / "converted"), "all")[0].loss.prefix_dims == [8]
-    assert find_guards("short")[0] == [{"kind": "retrieval", "data": str(shards), "every_samples": 0}]
+    cars, own_pairs = find_guards("short")[0]
+    assert (cars["kind"], cars["data"], cars["every_samples"]) == ("zero_shot", "sets/cars", 0)
+    assert own_pairs == {"kind": "retrieval", "data": str(shards), "every_samples": 0}
 
 
 def test_old_pairs_are_half_of_each_batch(
