@@ -36,6 +36,7 @@ _NO_ROLE = "default"
 # The role that sums gradients in bf16; accelerate passes no setting of its own for this.
 BF16_REDUCE = "fsdp2_bf16_reduce"
 _MAX_DIGITS = 9
+_NEEDED = ("distributed_type", "num_processes", "num_machines", "debug")
 # Sections of a launch file.
 _SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 # Sections whose settings accelerate reads with and without the section's prefix.
@@ -260,7 +261,8 @@ def _read_settings(file: Path, num_processes: int | None) -> dict[str, Any]:
     try:
         text = read_text(file)
         check_yaml(text, str(file))
-        settings = ClusterConfig.from_yaml_file(file).to_dict()  # raises for unknown settings and types
+        # Raises for unknown settings and types, and leaves out settings without a value.
+        settings = dict.fromkeys(_NEEDED) | ClusterConfig.from_yaml_file(file).to_dict()
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"launch file {file} cannot be read ({error!r}); use such as {shipped('ddp')}") from error
     for name in _SECTIONS:
@@ -269,7 +271,7 @@ def _read_settings(file: Path, num_processes: int | None) -> dict[str, Any]:
             raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it")
     if settings["debug"] is False:  # the default, for which accelerate sets no variable
         del settings["debug"]
-    if settings["num_processes"] == -1:  # accelerate's word for a file without it, which it refuses too
+    if settings["num_processes"] in (None, -1):  # -1 is accelerate's word for a missing number, which it refuses too
         settings["num_processes"] = num_processes
     for name in ("num_processes", "num_machines"):
         if type(settings[name]) is not int or not 1 <= settings[name] < 10**_MAX_DIGITS:

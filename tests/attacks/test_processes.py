@@ -11,7 +11,7 @@ from attacks.changes import exists, kept, lacks, pipe
 
 import flipscale
 
-DEEPSPEED = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: zero.json\n"
+DEEPSPEED = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config:\n  deepspeed_config_file: zero.json\n"
 FSDP = "distributed_type: FSDP\n"
 GPUS = "distributed_type: MULTI_GPU\n"
 ALONE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -105,7 +105,8 @@ ATTACKS = [
     launch("of bytes that are no text", b"\xff\xfe\x00distributed_type"),
     launch("that runs code", "distributed_type: !!python/object/apply:os.system ['touch ran']\n", "tag"),
     launch("nested 10,000 deep", "distributed_type: " + "[" * 10_000),
-    launch("of no machine", f"{GPUS}num_machines: 0\n", "num_machines", "'0'"),
+    launch("of no machine", f"{GPUS}num_processes: 2\nnum_machines: 0\n", "num_machines", "'0'"),
+    launch("without values", "distributed_type:\nnum_processes:\nnum_machines:\ndebug:\n", "num_processes", "'None'"),
     launch("of less than no process", f"{GPUS}num_processes: -8\n", "num_processes", "'-8'"),
     launch("of two and a half processes", f"{GPUS}num_processes: 2.5\n", "'2.5'"),
     launch("of a date that is none", "distributed_type: 2020-99-99\n"),

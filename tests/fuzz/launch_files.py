@@ -7,7 +7,9 @@ import flipscale
 from flipscale.engines.launch import read_launch_file
 
 _FILES = Path(flipscale.__file__).parents[1] / "ds_configs"
-_DEEPSPEED = b"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: settings.json\n"
+_DEEPSPEED = (
+    b"distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: settings.json}\n"
+)
 
 
 def seeds() -> list[bytes]:
