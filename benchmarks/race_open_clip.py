@@ -12,8 +12,8 @@ measured on the icons' `validation`, or on one of the demo's seven artists. The 
 differences between the trainers are changed one at a time, at the shortest length.
 
 Times are pairs divided by the pairs per second of processor time that the arms reach in turn, so other work on the
-machine decides nothing. After a stop, the same command goes on, and runs no finished arm again. The tables in `race.md`
-and the figure `race.png` are written anew after each run.
+machine slows all arms alike. After a stop, the same command goes on, and runs no finished arm again. The tables in
+`race.md` and the figure `race.png` are written anew after each run.
 """
 
 import argparse

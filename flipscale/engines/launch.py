@@ -36,7 +36,6 @@ _NO_ROLE = "default"
 # The role that sums gradients in bf16; accelerate passes no setting of its own for this.
 BF16_REDUCE = "fsdp2_bf16_reduce"
 _MAX_DIGITS = 9
-_NEEDED = ("distributed_type", "num_processes", "num_machines", "debug")
 # Sections of a launch file.
 _SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 # Sections whose settings accelerate reads with and without the section's prefix.
@@ -191,7 +190,7 @@ def launch_environment(file: Path, num_processes: int | None = None, num_machine
     settings = _read_settings(file, num_processes)
     flags = {name: value for name, value in _flags(file, settings).items() if value not in (None, {})}
     world = num_processes or settings["num_processes"]
-    kind, precision = settings["distributed_type"], settings.get("mixed_precision")
+    kind, precision = settings.get("distributed_type"), settings.get("mixed_precision")
     if kind not in _TYPES and (world > 1 or kind not in _ALONE):
         raise UserError(
             f"launch file {file}: distributed_type is {kind} for {world} processes; expected MULTI_GPU, FSDP or "
@@ -209,7 +208,9 @@ def launch_environment(file: Path, num_processes: int | None = None, num_machine
         PRECISION: "no" if precision is None else precision,
         "ROLE_NAME": flags.get("role", _NO_ROLE),
     }
-    environment |= {variable: flags[name] for name, (variable, *_) in _UNSUPPORTED.items() if name in flags}
+    for name, (variable, ignored, _) in _UNSUPPORTED.items():
+        if str(flags.get(name, "")).lower() not in ignored:
+            environment[variable] = flags[name]
     if kind == "FSDP":
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": flags.get("fsdp_version", 1)}
         for name, default in (("reshard_after_forward", True), ("forward_prefetch", False)):
@@ -255,27 +256,27 @@ def _flags(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _read_settings(file: Path, num_processes: int | None) -> dict[str, Any]:
     """Return the settings of a launch file as accelerate reads them, with all of `_SECTIONS`, and with valid numbers.
 
-    `num_processes` is of a file that has none."""
+    A file without a number of processes gets `num_processes`."""
     from accelerate.commands.config.config_args import ClusterConfig
 
     try:
         text = read_text(file)
         check_yaml(text, str(file))
         # Raises for unknown settings and types, and leaves out settings without a value.
-        settings = dict.fromkeys(_NEEDED) | ClusterConfig.from_yaml_file(file).to_dict()
+        settings = ClusterConfig.from_yaml_file(file).to_dict()
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"launch file {file} cannot be read ({error!r}); use such as {shipped('ddp')}") from error
     for name in _SECTIONS:
         settings[name] = settings.get(name) or {}
         if not isinstance(settings[name], dict):
             raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; write settings below it")
-    if settings["debug"] is False:  # the default, for which accelerate sets no variable
-        del settings["debug"]
-    if settings["num_processes"] in (None, -1):  # -1 is accelerate's word for a missing number, which it refuses too
+    if settings.get("num_processes") in (None, -1):  # accelerate's -1 means missing, and is refused by it too
         settings["num_processes"] = num_processes
     for name in ("num_processes", "num_machines"):
-        if type(settings[name]) is not int or not 1 <= settings[name] < 10**_MAX_DIGITS:
-            raise UserError(f"launch file {file}: {name} is {str(settings[name])[:60]!r}; use a whole number above 0")
+        value = settings.get(name)
+        if type(value) is not int or not 1 <= value < 10**_MAX_DIGITS:
+            shown = "missing" if value is None else repr(str(value)[:60])
+            raise UserError(f"launch file {file}: {name} is {shown}; use a whole number above 0")
     return settings
 
 

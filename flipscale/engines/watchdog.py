@@ -305,7 +305,8 @@ def close_process_group() -> None:
 def exit_now() -> None:
     """Exit at once with code 0 if this process is one of several.
 
-    Beside gloo's threads, the interpreter's usual end aborts one launch in ten on a busy CPU, like a failure.
+    The interpreter's usual end aborts one launch in ten on a busy CPU, because gloo's threads still run. The launcher
+    would report a failure.
     """
     if promised_processes(os.environ) > 1:
         end_process(0)

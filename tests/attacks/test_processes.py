@@ -106,7 +106,7 @@ ATTACKS = [
     launch("that runs code", "distributed_type: !!python/object/apply:os.system ['touch ran']\n", "tag"),
     launch("nested 10,000 deep", "distributed_type: " + "[" * 10_000),
     launch("of no machine", f"{GPUS}num_processes: 2\nnum_machines: 0\n", "num_machines", "'0'"),
-    launch("without values", "distributed_type:\nnum_processes:\nnum_machines:\ndebug:\n", "num_processes", "'None'"),
+    launch("without values", "distributed_type:\nnum_processes:\nnum_machines:\ndebug:\n", "num_processes", "missing"),
     launch("of less than no process", f"{GPUS}num_processes: -8\n", "num_processes", "'-8'"),
     launch("of two and a half processes", f"{GPUS}num_processes: 2.5\n", "'2.5'"),
     launch("of a date that is none", "distributed_type: 2020-99-99\n"),

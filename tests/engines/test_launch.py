@@ -298,7 +298,7 @@ def test_settings_that_flipscale_does_not_have_are_refused_by_name(
         ({"distributed_type": "MEGATRON_LM"}, "megatron_lm_config is true"),
         ({"num_machines": 3}, "num_processes is 8 on 3 machines"),
         ({"num_procs": 8}, "num_procs"),
-        ({"num_processes": None}, "num_processes is 'None'"),
+        ({"num_processes": None}, "num_processes is missing"),
         ({"mixed_precision": None, "fp16": True}, "mixed_precision is 'fp16'"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_reshard": False}}, "fsdp_config has fsdp_reshard,"),
         ({"dynamo_config": {"backend": "INDUCTOR"}}, "dynamo_backend is INDUCTOR"),
