@@ -51,7 +51,7 @@ LARGE = {"megabytes": 3000, "alone": True}
 ATTACKS: list[Attack] = [
     survived(
         "an audit of captions of 1 MB, of 70,000 in one sample, and of odd letters",
-        long_captions, check=counts_them, **LARGE,
+        long_captions, check=counts_them, long=True, **LARGE,
     ),
     survived("captions of 1 MB in a contact sheet", lambda f: long_captions(f, "inspect"), "undecodable_caption"),
     survived("names of shards that are no UTF-8", odd_shard_names, "audit", long=True, **LARGE),

@@ -161,6 +161,7 @@ def kinds_recipe(tmp_path: Path, caption_tokenizer: Path, write_recipe: Callable
     return written
 
 
+@pytest.mark.long
 def test_a_stage_has_its_own_kinds(kinds_recipe: Callable[..., Path]) -> None:
     """Where every caption is the same, no image is told from another by its caption."""
     run_dir = pretrain(parse_recipe(["--config", str(kinds_recipe("run"))]))

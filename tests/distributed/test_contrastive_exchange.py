@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from flipscale.objectives.contrastive import PendingGather, contrastive_loss
 from flipscale.objectives.sigmoid import sigmoid_loss
 
-WORLDS = (2, 4)
+WORLDS = (2, pytest.param(4, marks=pytest.mark.long))
 Loss = Callable[..., torch.Tensor]
 
 

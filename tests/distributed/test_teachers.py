@@ -77,7 +77,8 @@ def test_the_teacher_saw_the_student_s_crop(trainings: Trainings, folder: Path, 
 @pytest.mark.parametrize(
     ("case", "engine"),
     [
-        *((case, "ddp") for case in ("one teacher", "views", "reconstruction too")),
+        ("one teacher", "ddp"),
+        *(pytest.param(case, "ddp", marks=pytest.mark.long) for case in ("views", "reconstruction too")),
         *(pytest.param("two teachers, micro-batches", engine, marks=pytest.mark.long) for engine in ("fsdp2", "zero3")),
     ],
 )

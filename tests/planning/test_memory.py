@@ -78,11 +78,11 @@ def allocated_at_most(step: Step) -> int:
 @pytest.mark.parametrize(
     ("mask_ratio", "recompute", "bf16", "autocast", "image_size"),
     [
-        (0.0, False, True, True, None),
         (0.75, True, True, True, None),
-        (0.75, False, True, False, None),
-        (0.0, True, True, False, None),
         (0.5, False, False, True, 160),
+        pytest.param(0.0, False, True, True, None, marks=pytest.mark.long),
+        pytest.param(0.75, False, True, False, None, marks=pytest.mark.long),
+        pytest.param(0.0, True, True, False, None, marks=pytest.mark.long),
     ],
 )
 def test_activations_are_what_the_allocator_gives(

@@ -106,7 +106,8 @@ def shared(sent: list[tuple], *ranks: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "world"), [("ddp", 8), ("hsdp", 16), pytest.param("fsdp2", 256, marks=pytest.mark.long)]
+    ("engine", "world"),
+    [("ddp", 8), *(pytest.param(*large, marks=pytest.mark.long) for large in (("hsdp", 16), ("fsdp2", 256)))],
 )
 def test_ranks_send_alike(
     engine: str, world: int, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,7 @@ def test_names_of_runs_in_order() -> None:
     ]
 
 
+@pytest.mark.long
 def test_from_plan_to_report(
     study_file: Callable[..., Path],
     shards: Path,

@@ -87,6 +87,7 @@ def test_the_first_weights_are_not_touched_in_a_stage_that_freezes_them(training
     assert not torch.equal(*(weights["image_projection.weight"] for weights in towers))
 
 
+@pytest.mark.long
 def test_another_engine_goes_on(trainings: Trainings) -> None:
     whole = trainings.run("fsdp2", 2, **FROZEN)
     assert close(losses(trainings.resume(whole, 5, "ddp", 1, **FROZEN)), losses(whole))
