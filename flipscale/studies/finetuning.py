@@ -116,6 +116,8 @@ def open_start(names: Sequence[str], converted: Path) -> Start:
     loss: dict[str, Any] = {"kind": "sigmoid"} if config.logit_bias_init_value is not None else {}
     if dims := (_own_run(name)[1].get("loss") or {}).get("prefix_dims"):
         loss["prefix_dims"] = dims
+    if getattr(config, "decoder_config", None) is not None:
+        print(f"{name}: its decoder is left out; the fine-tuned model writes no captions", flush=True)
     return Start(fields, str(local_folder(name) or name), loss, name)
 
 
@@ -164,8 +166,15 @@ def find_guards(start: str) -> tuple[list[dict[str, Any]], str]:
     kinds, (file, recipe) = ("zero_shot", "retrieval"), _own_run(start)
     section = recipe.get("eval") or {}
     evaluated = EvalRecipe(**{name: section[name] for name in ("tasks", "tasks_dir", *kinds) if section.get(name)})
-    own = [with_page(task, evaluated.tasks_dir) for task in listed_tasks(evaluated)]
-    own = [task for task in own if task.get("kind") in kinds and Path(str(task.get("data"))).is_dir()]
+    own = list[dict[str, Any]]()
+    for listed in listed_tasks(evaluated):
+        try:
+            task = with_page(listed, evaluated.tasks_dir)
+        except UserError as error:
+            print(f"{file}: no guard: {error}", flush=True)
+            continue
+        if task.get("kind") in kinds and Path(str(task.get("data"))).is_dir():
+            own.append(task)
     if usable := [{**task, "every_samples": 0} for task in own]:
         return usable, f"of {file}"
     small = [page for page in suite_pages("all") if page.kind in kinds and page.images <= _MOST_GUARDED]

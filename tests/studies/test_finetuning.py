@@ -25,6 +25,8 @@ from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.evaluation.suite import build_tasks
 from flipscale.init import Init
 from flipscale.io.errors import UserError
+from flipscale.model.configuration_flip import FlipConfig
+from flipscale.objectives.captioning import CaptioningFlipModel
 from flipscale.planning.proposal import Survey
 from flipscale.pretrain import pretrain
 from flipscale.recipe.data import DataRecipe, SourceRecipe
@@ -180,7 +182,7 @@ def test_a_recipe_of_each_start_trains(kind: str, here: Path) -> None:
     assert (recipe.loss.kind, recipe.loss.positives) == loss
 
 
-def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
+def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = open_start([str(run)], here / "converted")
     recipe, text = proposed(start, "text tower, projections")
     assert (recipe.model.family, recipe.model.frozen) == ("flip", ["vision_model"])
@@ -197,7 +199,7 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     shutil.copytree(run / "model", here / "short/model")
     (here / "sets/cars").mkdir(parents=True)
     own = {
-        "eval": {"tasks": ["cars", "pets"], "tasks_dir": "sets", "retrieval": str(shards)},
+        "eval": {"tasks": ["gone", "cars", "pets"], "tasks_dir": "sets", "retrieval": str(shards)},
         "loss": {"prefix_dims": [8]},
     }
     (here / "short/recipe.yaml").write_text(yaml.safe_dump(own))
@@ -205,6 +207,13 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path) -> None:
     cars, own_pairs = find_guards("short")[0]
     assert (cars["kind"], cars["data"], cars["every_samples"]) == ("zero_shot", "sets/cars", 0)
     assert own_pairs == {"kind": "retrieval", "data": str(shards), "every_samples": 0}
+    printed = capsys.readouterr().out
+    assert "short/recipe.yaml: no guard: no task is called 'gone'" in printed
+    assert "decoder" not in printed
+    config = FlipConfig.from_pretrained("short/model").with_parts({"bos_token_id": 1, "eos_token_id": 2}, {})
+    CaptioningFlipModel(config).save_pretrained("short/model")
+    open_start(["short"], here / "converted")
+    assert "short: its decoder is left out" in capsys.readouterr().out
 
 
 def test_old_pairs_are_half_of_each_batch(
