@@ -400,6 +400,8 @@ def _unit_embeds(features: torch.Tensor, dims: int | None, name: str) -> torch.T
 
 def _in_rgb(picture: Picture) -> Image.Image:
     """Return a picture in RGB as training decodes it: upright, and with transparent parts white."""
+    if not isinstance(picture, Picture):
+        raise UserError(f"a picture is of the type {type(picture).__name__}; expected a file's name or a PIL image")
     try:
         if isinstance(picture, Image.Image):
             return Image.fromarray(rgb_pixels(picture))

@@ -74,6 +74,8 @@ def test_embeddings_are_of_lists_and_of_no_other_width(embedder: Embedder) -> No
         text_embeds(model, processor, "a red disc")
     with pytest.raises(ValueError, match="pictures is <PIL"):
         image_embeds(model, processor, picture())
+    with pytest.raises(ValueError, match="type ndarray; expected a file's name or a PIL image"):
+        image_embeds(model, processor, [np.asarray(picture())])
     width = text_embeds(model, processor, ["a red disc"]).shape[1]
     for dims in (-1, 0, width + 1):
         with pytest.raises(ValueError, match=f"dims is {dims}, .* have {width} numbers"):
