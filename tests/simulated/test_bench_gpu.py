@@ -136,10 +136,14 @@ def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> 
     assert "1 ok, 1 FAILED, 1 not run" in report(bench)
 
 
-def half_asleep() -> Iterator[Row]:
+def half_asleep(asleep: str) -> Iterator[Row]:
+    """End on rank 0, once rank 1 has written its row and sleeps."""
     yield {"rank": os.environ["RANK"]}
     if os.environ["RANK"] == "1":
+        Path(asleep).touch()
         time.sleep(600)
+    while not Path(asleep).exists():
+        time.sleep(0.05)
 
 
 @pytest.mark.long
@@ -153,7 +157,7 @@ def test_a_rank_that_stays_behind_is_killed(tmp_path: Path, monkeypatch: pytest.
         return started[-1]
 
     with pytest.raises(CheckError, match="rank 1 did not end with the others") as failure:
-        Bench(2, tmp_path, [], 8, start=start).run(half_asleep, 2)
+        Bench(2, tmp_path, [], 8, start=start).run(half_asleep, 2, asleep=str(tmp_path / "asleep"))
     assert failure.value.rows == [[{"rank": "0"}], [{"rank": "1"}]]
     assert None not in [process.poll() for process in started]
 
