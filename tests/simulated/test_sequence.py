@@ -107,7 +107,11 @@ def shared(sent: list[tuple], *ranks: int) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("engine", "world"),
-    [("ddp", 8), *(pytest.param(*large, marks=pytest.mark.long) for large in (("hsdp", 16), ("fsdp2", 256)))],
+    [
+        ("ddp", 8),
+        pytest.param("hsdp", 16, marks=pytest.mark.long),
+        pytest.param("fsdp2", 256, marks=pytest.mark.long),
+    ],
 )
 def test_ranks_send_alike(
     engine: str, world: int, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
