@@ -12,6 +12,7 @@ import yaml
 from conftest import changed_recipe
 
 from flipscale.cli import main
+from flipscale.pretrain import pretrain
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import MoreSeeds, Study, read_plan
@@ -62,6 +63,24 @@ def test_names_of_runs_in_order() -> None:
         *("base-seed4", "z-seed4", "x-seed4", "x+z-seed4", "y-seed4", "y+z-seed4"),
         *("base-seed5", "z-seed5", "y-seed5", "y+z-seed5"),
     ]
+
+
+def test_report_of_the_finished_runs(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["study", "plan", str(study_file(axes={"model": AXES["model"]})), "--output_dir", str(out)])
+    pretrain(read_plan(out)[1][0].recipe)
+    capsys.readouterr()
+
+    main(["study", "report", str(out), "--resamples", "10"])
+    table, rest = (out / "report.md").read_text().split("\n\nNot finished: wide-seed0.\n\n")
+    assert re.search(r"\n\| base +\| +1 \| +32 \|.* %", table)
+    assert "too few for 2 parameters" in rest
+    assert "there are no effects" in (out / "transfer.md").read_text()
+    assert table.splitlines()[-1] in capsys.readouterr().out
+    for name in ("results", "scaling", "accuracy", "fits_zero_shot_top1"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.long
