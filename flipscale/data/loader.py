@@ -14,9 +14,9 @@ import signal
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ _LEAST_SHARED_BYTES = 1 << 20
 _IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
 # A limit, because a sample that kills its worker would be read again by each new worker.
 _MAX_DEATHS_IN_A_ROW = 3
+# Signals of a terminal or a batch system to all processes, which are for the trainer.
+_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 # Number of batches that wait on the device.
 _SLOTS = 2
 # The waiting batches, the step's own, and the last step's, which the device may still read.
@@ -235,7 +237,21 @@ def prepare_workers() -> None:
     """Start the server of workers (with a GPU only), without waiting for its imports."""
     if worker_context() == "forkserver":
         multiprocessing.set_forkserver_preload(_IMPORTED_BY_WORKERS)
-        forkserver.ensure_running()
+        with _deaf_children():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Let processes that are started in a `with` block inherit blocked signals. A batch system's signal would end the
+    server of workers, and the kernel ends the workers with it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        resource_tracker.ensure_running()  # which unblocks SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
@@ -260,7 +276,7 @@ def set_up_worker(worker: int) -> None:
     """
     end_with_parent()
     signal.set_wakeup_fd(-1)  # else the trainer would get its workers' signals, too
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     gc.enable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer reads it at each batch
@@ -287,7 +303,9 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
     At the end, torch terminates a worker that does not answer, by a signal that workers ignore; here it is killed.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    # The server may have to be started again.
+    with _deaf_children() if worker_context() == "forkserver" else nullcontext():
+        batches = iter(loader)
     for worker in getattr(batches, "_workers", ()):
         worker.terminate = worker.kill
     replace_torch_handler(before)

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import launch
 from data.conftest import pair_dataset
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -170,3 +172,40 @@ def test_workers_make_the_same_batches_on_one_thread_each(
     pids = {pid for pid, _ in data.reading.tolist()}
     assert len(pids) == 2
     assert min(pids) > 0
+
+
+SIGNALLED = """
+import os, signal, sys
+from multiprocessing import forkserver
+from flipscale.data import loader
+
+loader._IMPORTED_BY_WORKERS = []
+loader.worker_context = lambda: "forkserver"
+
+def main():
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    for number in numbers:
+        signal.signal(number, lambda *about: None)
+    loader.prepare_workers()
+    batches = loader.start_workers(loader.DataLoader(
+        range(1000), num_workers=2, worker_init_fn=loader.set_up_worker, multiprocessing_context="forkserver"
+    ))
+    next(batches)
+    server = forkserver._forkserver._forkserver_pid
+    for number in numbers:
+        for pid in (os.getpid(), server, *(worker.pid for worker in batches._workers)):
+            os.kill(pid, number)
+    assert sum(1 for _ in batches) == 999
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "the trainer must hear its signals"
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_workers_of_a_server_outlive_a_batch_system_s_signals(tmp_path: Path) -> None:
+    """With GPUs, workers are children of a server, which the signals reach too."""
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    done = launch([sys.executable, str(script)])
+    assert done.returncode == 0, done.stderr
