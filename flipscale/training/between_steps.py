@@ -117,9 +117,11 @@ class Saver:
         self._setup, self._session, self._engine, self._tracker = setup, session, engine, tracker
         self._on_checkpoint = on_checkpoint
 
-    def save(self, step: Step) -> None:
-        """Collective. Commit the open checkpoint, and begin the one before `step`, unless they are the same. Raise
-        OSError if the disk is full or not writable, or another run has taken the run directory."""
+    def save(self, step: Step, evaluations_left: Sequence[Evaluation] = ()) -> None:
+        """Collective. Commit the open checkpoint, and begin the one before `step`, unless they are the same.
+
+        The start that resumes it first runs `evaluations_left`. Raise OSError if the disk is full or not writable, or
+        another run has taken the run directory."""
         with self._tracker.watch.paused("a save"):
             self.commit()
             self._tracker.bad_samples.flush()
@@ -128,6 +130,7 @@ class Saver:
                 "samples_seen": step.number * self._setup.batch_size,
                 "optimizer_steps": self._engine.layout.optimizer_steps(),
                 "trained_seconds": self._tracker.watch.trained_seconds,
+                "evaluations_left": [one.name for one in evaluations_left],
                 **self._setup.schedule.state(step),
                 "data_samples": len(self._setup.source),
                 "data_lengths": self._setup.lengths_digest,

@@ -62,6 +62,8 @@ def train(
     with tracker, between:
         if not session.step:
             evaluations.run([one for one in evaluator.evaluations if one.is_before], 0)
+        left = session.state.get("evaluations_left", [])
+        evaluations.run([one for one in evaluator.evaluations if one.name in left], session.step)
         for step, micro_batches, faults in watch.timed(step_batches(setup, clock, accelerator), session.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.resets_optimizer:
@@ -85,11 +87,10 @@ def train(
                 saver.commit()
             between.after_step(upcoming.number)
 
-            # Work between two steps: evaluate, save, stop.
-            evaluations.run(due, upcoming.number)
-            stops = outcomes.stop
+            # Work between two steps: evaluate, save, stop. A stop leaves the evaluations to the next start.
+            stops = outcomes.stop or evaluations.run(due, upcoming.number, sync.stops)
             if saves or outcomes.save or stops:
-                saver.save(upcoming)
+                saver.save(upcoming, due if stops else ())
             if stops:
                 break
 

@@ -11,8 +11,11 @@ import processes
 import pytest
 from conftest import metrics, trained
 
+from flipscale.pretrain import pretrain
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training import preemption
-from flipscale.training.preemption import STOP_FILE, EndRequest, StopRequest
+from flipscale.training.preemption import STOP_FILE, EndRequest, Stopped, StopRequest
+from flipscale.training.sync import StepSync
 
 
 def test_a_forked_process_has_the_signals_to_itself() -> None:
@@ -93,6 +96,32 @@ def test_a_stop_file_lets_a_run_save_and_go_on_later(
     trained(file)
     assert (tmp_path / "run/DONE").exists()
     assert [record["step"] for record in metrics(tmp_path / "run") if "zero_shot/top1" in record] == [4]
+
+
+@pytest.mark.parametrize("is_during", [False, True])
+def test_a_stop_leaves_its_step_s_evaluations_to_the_next_start(
+    write_recipe, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_during: bool
+) -> None:
+    stage = {"name": "one", "samples": 64, "mask_ratio": 0.75, "base_lr": 0.01}
+    file = write_recipe(tmp_path / "run", stages=[stage], eval={"zero_shot": str(shards), "every_samples": 16})
+
+    def evaluated() -> list[int]:
+        return [record["step"] for record in metrics(tmp_path / "run") if "zero_shot/top1" in record]
+
+    with monkeypatch.context() as patch:
+        if is_during:
+            patch.setattr(StepSync, "stops", lambda self: True)
+        else:
+            (tmp_path / "stop").touch()
+            patch.setenv(STOP_FILE, str(tmp_path / "stop"))
+        with pytest.raises(Stopped):
+            pretrain(parse_recipe(["--config", str(file)]))
+    (saved,) = (tmp_path / "run/checkpoints").glob("step-*")
+    last = int(saved.name.removeprefix("step-"))
+    assert last < 4
+    assert evaluated() == list(range(1, last))
+    trained(file)
+    assert evaluated() == [1, 2, 3, 4]
 
 
 def test_a_run_in_another_thread_leaves_the_signals_as_they_are() -> None:
