@@ -1,6 +1,7 @@
 """The processes and the engine of a launch."""
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # `accelerate launch` sets these to let accelerate shard the model; flipscale shards it by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+_WATCHED_TIMEOUT = timedelta(days=1)
 
 
 def engine_classes() -> dict[str, type["Engine"]]:
@@ -48,15 +51,20 @@ def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe
     return engine(accelerator, launch, recipe, global_batch_size)
 
 
-def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
-    """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU."""
+def start_accelerator(report_to: list[str], run_dir: str, is_watched: bool = False) -> "Accelerator":
+    """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU.
+
+    With `is_watched`, a watchdog ends what hangs. It lets processes wait for one that is at work, such as the main
+    process while it writes a large model, for which NCCL's limit of ten minutes would end them.
+    """
     if torch.cuda.is_available():
         choose_kernels()
         set_up_gpu()
     else:
         keep_freed_memory()
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
+    patience = [InitProcessGroupKwargs(timeout=_WATCHED_TIMEOUT)] if is_watched else None
     precision = launched_precision(os.environ)
     hidden = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
     try:
@@ -65,6 +73,7 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
             cpu=not torch.cuda.is_available(),
             log_with=report_to or None,
             project_dir=run_dir,
+            kwargs_handlers=patience,
         )
     except ValueError as error:  # a malformed address, port or switch
         raise UserError(
