@@ -208,8 +208,8 @@ launch() {
       set -- "$@" "$word"
     done
     exec "$@"'
-  # --kill-on-bad-exit ends all ranks when one fails.
-  srun=(srun --kill-on-bad-exit=1 --wait=60 --open-mode=append ${node_log:+--output="$node_log"})
+  # --kill-on-bad-exit ends all ranks when one fails. The first node pushes the model while the others have ended.
+  srun=(srun --kill-on-bad-exit=1 --wait=3600 --open-mode=append ${node_log:+--output="$node_log"})
   case ${CONTAINER:+$CONTAINER_RUNTIME} in
     '') ;;
     apptainer) launcher=(apptainer exec --nv --bind "$PWD" --pwd "$PWD" "$CONTAINER" "${launcher[@]}") ;;
