@@ -85,7 +85,8 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
     (named,) = name_models([str(model)], None)
     named.home.mkdir(parents=True, exist_ok=True)
     embedder = open_embedder(str(model), start_accelerator([], "."))
-    return [line.result for line in evaluate_model(embedder, named.name, named.home / RESULTS_FILE, built)]
+    lines = evaluate_model(embedder, named.name, named.home / RESULTS_FILE, built, named.folder)
+    return [line.result for line in lines]
 
 
 def explain(model: "str | Path | Embedder", image: str | Path, text: str) -> "np.ndarray":

@@ -155,7 +155,7 @@ class Evaluate:
             embedder = embedder.at(self.image_size)
             for dims, mask in itertools.product(widths, masked.asked_masks(*masks, embedder)):
                 seen = masked.masked_embedder(replace(embedder, dims=dims), mask)
-                lines = evaluate_model(seen, model.name, model.home / RESULTS_FILE, tasks)
+                lines = evaluate_model(seen, model.name, model.home / RESULTS_FILE, tasks, model.folder)
                 cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == masked.WHOLE else [mask.label])]
                 columns.append(Column(", ".join([model.name, *cuts]), lines))
                 if any(self.mask_ratio):

@@ -28,6 +28,7 @@ from flipscale.evaluation.suite import evaluated
 from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
+from flipscale.io.model_folder import open_weights
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +61,15 @@ class Line:
     about: Record
 
 
-def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Task]) -> list[Line]:
+def evaluate_model(
+    embedder: Embedder, name: str, path: Path, tasks: Sequence[Task], folder: Path | None = None
+) -> list[Line]:
     """Collective. Evaluate the model `name` on the tasks whose figures are not in `path`, and append theirs.
 
     A task's lines are on disk before the next task ends. Only the main process reads and writes them.
+
+    Args:
+        folder: the model's local folder, by whose files the lines name the weights; None for other models.
 
     Returns:
         The lines of all tasks in their order on the main process, and no lines on the others.
@@ -74,7 +80,7 @@ def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Ta
     missing, known, groups, settings, digest = list(range(len(tasks))), dict[str, list[Line]](), [], [], ""
     if is_main:
         weights = embedder.model.state_dict()
-        digest = state_dict_digest(weights, weights.__getitem__)
+        digest = folder_digest(folder) if folder else state_dict_digest(weights, weights.__getitem__)
         settings = [setting_of(embedder, task) for task in tasks]
         groups = [_digest([digest, setting]) for setting in settings]
         drop_torn(path)
@@ -107,6 +113,12 @@ def state_dict_digest(names: Iterable[str], read: Callable[[str], torch.Tensor])
         digest.update(json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the digest of the weights in a model folder. In memory, they may have other names, shapes or dtypes."""
+    files = open_weights(folder)
+    return state_dict_digest(files, lambda name: files[name].get_tensor(name))
 
 
 def append_lines(path: Path, group: str, results: Sequence[Result], about: Record) -> list[Line]:

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from flipscale.evaluation.model_results import Line, data_name, read_lines, state_dict_digest
+from flipscale.evaluation.model_results import Line, data_name, folder_digest, read_lines
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.presentation.figures import can_draw, draw_curves
 from flipscale.evaluation.presentation.results_page import INTERVALS, protocols
@@ -25,7 +25,7 @@ from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.files import quoted, read_text
-from flipscale.io.model_folder import local_folder, open_weights, read_object
+from flipscale.io.model_folder import local_folder, read_object
 from flipscale.io.templates import render
 from flipscale.io.text_table import escape_markdown, markdown_code
 from flipscale.recipe.recipe import deciding_part
@@ -187,8 +187,7 @@ def folder_lines(folder: Path) -> list[Line]:
     lines = read_lines(folder / RESULTS_FILE)
     if not lines:
         return []
-    files = open_weights(folder)
-    weights = state_dict_digest(files, lambda name: files[name].get_tensor(name))
+    weights = folder_digest(folder)
     return [line for line in lines if line.about["weights"] == weights]
 
 
@@ -202,14 +201,18 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
         if not of_whole_images or not math.isfinite(result.value) or not _is_on_card(result):
             continue
         name = data_name(result.made_by["data"])
+        method = result.kind.replace("_", "-")
+        task_type = (kind and kind.hub_task) or method
+        # Several kinds may answer one of the Hub's tasks.
+        how = [*([] if method in task_type else [f"by {method}"]), *_options(result)]
         entry = EvalResult(
-            task_type=(kind and kind.hub_task) or result.kind.replace("_", "-"),
+            task_type=task_type,
             dataset_type=data.get("repo") or name,
             dataset_name=line.about.get("title") or name,
             dataset_split=data.get("split"),
             dataset_revision=data.get("revision"),
             metric_type=(kind and kind.hub_metric) or result.metric,
-            metric_name=result.shown_with_unit,
+            metric_name=", ".join([result.shown_with_unit, *how]),
             metric_value=round(result.value, 2 if result.unit == "%" else 4),
         )
         entries[_entry_key(entry)] = entry
@@ -292,19 +295,26 @@ def _test(line: Line) -> str:
 
     It has the title of the test's page and the number of prompts, or the kind and the data, then options and the mask.
     """
-    result, about, kind = line.result, line.about, KINDS.get(line.result.kind)
+    result, about = line.result, line.about
     parts = [about.get("title") or _task_name(result)]
     if about.get("title") and (prompts := about.get("prompts")):
         parts.append(f"{prompts['number']} prompt{'s' if prompts['number'] > 1 else ''}")
-    for option, value in result.made_by.items():
-        if option == "data":
-            parts += [] if about.get("title") else [markdown_code(data_name(value))]
-        elif option in ("train", "validation"):
-            parts.append(f"{option} {markdown_code(data_name(value))}")
-        elif kind is None or kind.hub_options is None or option in kind.hub_options:
-            parts.append(f"{option} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    if not about.get("title") and "data" in result.made_by:
+        parts.append(markdown_code(data_name(result.made_by["data"])))
+    parts += _options(result)
     parts += [f"{about['dims']} numbers"] if about.get("dims") else []
     return ", ".join([*parts, *(f"mask {name} {value}" for name, value in (about.get("mask") or {}).items())])
+
+
+def _options(result: Result) -> list[str]:
+    """Return the options of a result's task that belong to the test's name."""
+    parts, kind = [], KINDS.get(result.kind)
+    for option, value in result.made_by.items():
+        if option in ("train", "validation"):
+            parts.append(f"{option} {markdown_code(data_name(value))}")
+        elif option != "data" and (kind is None or kind.hub_options is None or option in kind.hub_options):
+            parts.append(f"{option} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return parts
 
 
 def _task_name(result: Result) -> str:

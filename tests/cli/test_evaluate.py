@@ -8,13 +8,15 @@ import pytest
 from accelerate.state import AcceleratorState
 from conftest import write_shards
 from hub.conftest import export_small
+from hub.native import export_native
 from huggingface_hub import ModelCard
 
 from flipscale.cli import main
 from flipscale.data.task_page import PREPARED, read_page, suite_pages
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.model_results import read_lines
-from flipscale.hub.card import folder_lines, refresh_card
+from flipscale.evaluation.model_results import Line, read_lines
+from flipscale.evaluation.results import Result
+from flipscale.hub.card import folder_lines, model_index, refresh_card
 from flipscale.hub.push import split_own_files
 
 CARD = """---
@@ -151,6 +153,32 @@ def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     # Lines of other weights say nothing of these.
     (place / "b/results.jsonl").write_text((folder / "results.jsonl").read_text())
     assert folder_lines(place / "b") == []
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "towers"])
+def test_lines_of_any_family_are_of_the_folder_s_weights(place: Path, family: str) -> None:
+    folder = export_native(family, place / "other")
+    evaluate("other", "--only", "cars")
+    lines = read_lines(folder / "results.jsonl")
+    assert lines
+    assert [line.result for line in folder_lines(folder)] == [line.result for line in lines]
+
+
+def test_the_index_of_a_card_tells_methods_apart() -> None:
+    data = {"data": "data/a/test"}
+    results = [
+        Result("zero_shot", "zero_shot", "top1", 60.0, made_by=data),
+        Result("seven", "zero_shot", "top1", 61.0, made_by={**data, "templates": "imagenet7"}),
+        Result("likelihood", "likelihood", "top1", 20.0, made_by=data),
+        Result("probe", "probe", "top1", 80.0, made_by={**data, "solver": "lbfgs", "folds": 5}),
+    ]
+    found = {entry.metric_name: entry.metric_value for entry in model_index(Line(result, {}) for result in results)}
+    assert found == {
+        "top-1, %": 60.0,
+        "top-1, %, templates imagenet7": 61.0,
+        "top-1, %, by likelihood": 20.0,
+        "top-1, %, by probe, solver lbfgs": 80.0,
+    }
 
 
 @pytest.mark.parametrize(
