@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, run_tasks
+from flipscale.evaluation.test_set import TestSet
 from flipscale.evaluation.whole_images import Decoder
 
 DIM = 6
@@ -94,7 +96,14 @@ def test_any_label_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, r"real.json has no list"), ("[[1], ", r"real.json is no JSON"), ("[[1]]", r"has 1 lists; .* 2 images")],
+    [
+        (None, r"real.json has no list"),
+        ("[[1], ", r"real.json is no JSON"),
+        ("[[1]]", r"has 1 lists; .* 2 images"),
+        ("[[1], 2]", r"real.json has 2 for image 1; .* below 16"),
+        ('[["1"], [2]]', r"real.json has \['1'\] for image 0"),
+        ("[[], [3, 16]]", r"real.json has \[3, 16\] for image 1"),
+    ],
 )
 def test_labels_that_cannot_be(tmp_path: Path, content: str | None, message: str) -> None:
     folder = named(write_set(tmp_path / "set", 1, 2, lambda number, label: {}), NAMES)
@@ -103,6 +112,15 @@ def test_labels_that_cannot_be(tmp_path: Path, content: str | None, message: str
     (task,) = build_tasks([{"kind": "zero_shot", "data": str(folder), "labels": "real.json"}])
     with pytest.raises(ValueError, match=message):
         task.check()
+
+
+def test_a_head_of_other_classes_is_refused(tmp_path: Path) -> None:
+    folder = named(write_set(tmp_path / "set", 1, 2, lambda number, label: {}), NAMES)
+    (task,) = build_tasks([{"kind": "classification", "data": str(folder)}])
+    head = SimpleNamespace(num_labels=len(NAMES), id2label=dict(enumerate([NAMES[1], NAMES[0], *NAMES[2:]])))
+    embedder = SimpleNamespace(model=SimpleNamespace(config=head))
+    with pytest.raises(ValueError, match=f"names class 0 '{NAMES[0]}', and the model's head '{NAMES[1]}'"):
+        task.evaluate(embedder, TestSet.open(task.data))
 
 
 def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

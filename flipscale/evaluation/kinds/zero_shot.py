@@ -157,9 +157,14 @@ images. The interval of an AUC is DeLong's."""
 
     def _label_sets(self, test_set: TestSet) -> list[list[int]]:
         rows, count = read_list(self.data, str(self.labels), "class numbers"), len(TestSet.open(self.data))
+        num_classes, file = len(test_set.class_names()), f"{self.data}/{self.labels}"
         if len(rows) != count or not any(rows):
-            has = f"{self.data}/{self.labels} has {len(rows)} lists"
-            raise UserError(f"{has}; it must list the class numbers of each of {count} images")
+            raise UserError(f"{file} has {len(rows)} lists; it must list the class numbers of each of {count} images")
+        for number, row in enumerate(rows):
+            if not isinstance(row, list) or any(type(c) is not int or not 0 <= c < num_classes for c in row):
+                raise UserError(
+                    f"{file} has {row!r:.80} for image {number}; expected a list of class numbers below {num_classes}"
+                )
         return [rows[number] for number in test_set.row_numbers]
 
 
@@ -227,6 +232,14 @@ and leaves out classes without images."""
             raise UserError(
                 f"{self.data} names {len(names)} classes, and the model's head has {num_labels}; use the test set of "
                 "the head's classes"
+            )
+        learned = [*embedder.model.config.id2label.values()]
+        differing = [pair for pair in zip(names, learned, strict=True) if pair[0] != pair[1]]
+        if differing and learned != [f"LABEL_{number}" for number in range(num_labels)]:
+            ours, heads = differing[0]
+            raise UserError(
+                f"{self.data} names class {names.index(ours)} {ours!r}, and the model's head {heads!r}; use a test set "
+                "with the head's classes in their order"
             )
         labels = test_set.labels(embedder, num_labels)
         hits = embedder.measured(test_set.source, lambda mine, logits: hits_by_class(logits, labels[mine]), "logits")
