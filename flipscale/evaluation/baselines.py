@@ -4,6 +4,7 @@ Tables compare a small model with the nearest training image, which is hard to b
 training. It uses only training images whose caption is a class name, which the model is not told.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from flipscale.data.decode import decode_box
-from flipscale.data.samples import SampleNumbers
+from flipscale.data.samples import BadSample, SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
@@ -33,6 +34,8 @@ HOG_CLIP = 0.2
 HOG_WEIGHT = 2.0  # relative to pixels, after both are scaled to the same variation
 _ROWS = 256  # images at a time, which bounds the memory
 _KNOWN_ROWS = 1024  # training images at a time
+
+_log = logging.getLogger(__name__)
 
 # Pixel and HOG features of some images.
 Described = dict[str, np.ndarray]
@@ -123,32 +126,53 @@ def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 
 
 
 def run_baselines(train: str | Path, task: Task) -> list[Result]:
-    """Return the top-1 of the nearest training image by pixels, by HOG and by both, as results of a zero-shot task."""
+    """Return the top-1 of the nearest training image by pixels, by HOG and by both, as results of a zero-shot task.
+
+    Training samples that cannot be read are left out and counted in a warning, as training replaces them. Raise
+    UserError if no caption is a class name, no training image can be decoded, or a test sample cannot be read.
+    """
     test_set, source = TestSet.open(task.data), TarSource(str(train))
     class_names, samples = test_set.class_names(), SampleNumbers(source)
-    captions = [(*source.read_captions(*samples[row]), b"")[0] for row in range(len(samples))]
     numbers = {name: number for number, name in enumerate(class_names)}
-    classes = np.array([numbers.get(caption.decode("utf-8", "replace"), -1) for caption in captions])
+    bad: set[int] = set()
+
+    def class_of(row: int) -> int:
+        try:
+            caption = (*source.read_captions(*samples[row]), b"")[0]
+        except BadSample:
+            bad.add(row)
+            return -1
+        return numbers.get(caption.decode("utf-8", "replace"), -1)
+
+    classes = np.array([class_of(row) for row in range(len(samples))])
     rows = np.flatnonzero(classes >= 0)
     if not len(rows):
         raise UserError(
-            f"none of the {len(captions)} training captions is one of the {len(class_names)} class names, so the "
+            f"none of the {len(classes)} training captions is one of the {len(class_names)} class names, so the "
             "nearest image has no name; use training shards whose captions are the class names"
         )
 
-    def described(images: TarSource, numbers: Sequence[int]) -> Described:
-        where = SampleNumbers(images)
-        pictures = np.stack([_decoded(images.read(*where[row]).image) for row in numbers])
-        return {name: features(pictures) for name, features in PLAIN.items()}
+    def picture(row: int) -> np.ndarray | None:
+        try:
+            return _decoded(source.read(*samples[row]).image)
+        except BadSample:
+            bad.add(row)
+            return None
 
     def known() -> Iterator[tuple[Described, np.ndarray]]:
         for start in range(0, len(rows), _KNOWN_ROWS):
-            chunk = rows[start : start + _KNOWN_ROWS]
-            yield described(source, chunk.tolist()), classes[chunk]
+            pictures = {row: found for row in rows[start : start + _KNOWN_ROWS] if (found := picture(row)) is not None}
+            if pictures:
+                yield _features(list(pictures.values())), classes[list(pictures)]
+        if bad.issuperset(rows):
+            raise UserError(f"none of the {len(rows)} training images of a class can be decoded; write {train} again")
 
     places = SampleNumbers(test_set.source)
     labels = np.array([test_set.source.read_label(*places[row]) for row in range(len(places))])
-    answers = nearest_classes(known, described(test_set.source, range(len(places))))
+    asked = _features([_decoded(test_set.source.read(*places[row]).image) for row in range(len(places))])
+    answers = nearest_classes(known, asked)
+    if bad:
+        _log.warning("%s: %d of %d samples cannot be read and are no nearest image", train, len(bad), len(samples))
     return [
         replace(task.proportion("top1", int((answer == labels).sum()), len(labels)), who=f"nearest image, {name}")
         for name, answer in answers.items()
@@ -206,6 +230,11 @@ def _scales(known: Iterator[tuple[Described, np.ndarray]]) -> dict[str, float]:
 
 def _described(describe: Callable[[np.ndarray], np.ndarray], encoded: bytes, row: int) -> dict[str, np.ndarray]:
     return {"described": describe(_decoded(encoded)[None])[0]}
+
+
+def _features(pictures: Sequence[np.ndarray]) -> Described:
+    stacked = np.stack(pictures)
+    return {name: features(stacked) for name, features in PLAIN.items()}
 
 
 def _decoded(encoded: bytes) -> np.ndarray:

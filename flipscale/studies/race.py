@@ -57,6 +57,11 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
             own = name if seeds == 1 else name + seed_suffix(seed)
             heat.append(StudyRun(own, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / own))))
     runs = [run for heat in heats for run in heat]
+    first = runs[0].recipe
+    if with_baselines and first.data.shards is None:
+        raise UserError(
+            f"--baselines compares with data.shards, which {recipe_names[0]} lacks; set it, or leave out --baselines"
+        )
     mark = json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n"
     write_recipes(runs, output_dir / _MARK, mark)
     if torch.cuda.is_available() or len(names) <= usable_cores():
@@ -67,12 +72,12 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
         train_missing(runs, usable_cores())
     if with_baselines:
         # The nearest training image, at the first recipe's first zero-shot task, joins every run's results and page.
-        first = runs[0].recipe
         for task in [task for task in planned_tasks(first.eval) if task.kind == "zero_shot"][:1]:
-            baselines = run_baselines(first.data.shards or "", task)
-            for run in runs:
-                record_baselines(run.run_dir, baselines)
-                offer_page(run.recipe, load_with_tokenizer)
+            with only_describes("the row of the nearest training image", output_dir):
+                baselines = run_baselines(first.data.shards or "", task)
+                for run in runs:
+                    record_baselines(run.run_dir, baselines)
+                    offer_page(run.recipe, load_with_tokenizer)
     _report(runs, output_dir)
 
 

@@ -56,6 +56,24 @@ def write_drawings(folder: Path, shift: int, captions: list[str]) -> Path:
     return write_samples(folder, samples)
 
 
+def test_training_images_that_cannot_be_read_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    test = write_drawings(tmp_path / "test", 0, NAMES)
+    (test / "classnames.txt").write_text("\n".join(NAMES))
+    (task,) = build_tasks([{"kind": "zero_shot", "data": str(test), "name": "shapes"}])
+    train = write_samples(
+        tmp_path / "train",
+        (
+            {"png": png(draw(name, 0)) if number else b"no picture", "txt": name.encode()}
+            for number, name in enumerate(NAMES)
+        ),
+    )
+    assert run_baselines(train, task)[0].value == pytest.approx(100 * 8 / 9)
+    assert "1 of 9 samples cannot be read" in caplog.text
+    bad = write_samples(tmp_path / "bad", ({"png": b"no picture", "txt": name.encode()} for name in NAMES))
+    with pytest.raises(ValueError, match="none of the 9 training images"):
+        run_baselines(bad, task)
+
+
 def test_baselines_of_shards(tmp_path: Path) -> None:
     """Only training images whose caption is a class name take part."""
     test = write_drawings(tmp_path / "test", 1, NAMES)
