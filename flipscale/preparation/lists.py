@@ -235,7 +235,7 @@ class FileList(PairSource):
             beside = image.with_suffix(suffix)
             if os.path.lexists(self.root / beside):
                 content = read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)
-                return _usable((content,)) if suffix.lower() == ".txt" else _on_one_line(captions_of_json(content))
+                return _on_one_line((content,) if suffix.lower() == ".txt" else captions_of_json(content))
         raise MissingCaption("no .txt or .json beside it")
 
     def label(self, number: int) -> str:

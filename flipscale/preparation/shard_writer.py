@@ -243,16 +243,25 @@ def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int
 
 
 def _hash_shard(shard: int) -> np.ndarray:
-    """Return the digest of each image of a shard; an unreadable image gets a digest of its number."""
+    """Return the digest of each image of a shard. An unreadable pair, which is no copy's original, gets a digest of its
+    number."""
     job: _Job = shared()
     digests = []
     for number in job.numbers(shard):
         try:
+            _about(job, number)
             content = job.pairs.image(number)
         except BadSample:
             content = f"unreadable {number}".encode()
         digests.append(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest())
     return np.frombuffer(b"".join(digests), dtype=f"S{_HASH_BYTES}")
+
+
+def _about(job: _Job, number: int) -> tuple[list[str], int | None, np.ndarray | None]:
+    """Return a pair's captions, its class number with `--labels`, and its votes. Raise BadSample if it lacks one."""
+    captions = job.pairs.captions(number)
+    label = job.class_numbers[job.pairs.label(number)] if job.options.labels else None
+    return captions, label, job.pairs.votes(number)
 
 
 def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
@@ -269,9 +278,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                         continue
                     if number in same_as:
                         raise BadSample(f"the same bytes as {pairs.place(same_as[number])}", _DUPLICATE)
-                    captions = pairs.captions(number)
-                    label = job.class_numbers[pairs.label(number)] if options.labels else None
-                    votes = pairs.votes(number)
+                    captions, label, votes = _about(job, number)
                     image, extension, sizes = stored_image(pairs.image(number), options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}

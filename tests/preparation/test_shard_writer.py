@@ -102,8 +102,11 @@ def test_what_is_left_out_is_said(folder: Path, tmp_path: Path) -> None:
     (folder / "4.txt").unlink()
     shutil.copy(folder / "2.bmp", folder / "sub/6.bmp")
     shutil.copy(folder / "2.txt", folder / "sub/6.txt")
+    # The first copy has no caption, so the second is kept.
+    shutil.copy(folder / "4.jpg", folder / "sub/7.jpg")
+    (folder / "sub/7.txt").write_text("a caption")
     source = shards_of([folder, "--drop_duplicates", "--pairs_per_shard", "3"], tmp_path / "out")
-    assert source.shard_sizes == [1, 1, 0]
+    assert source.shard_sizes == [1, 1, 1]
     lines = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]
     assert {line["key"]: line["cause"] for line in lines} == {
         "0.jpg": "undecodable_caption",
@@ -113,8 +116,20 @@ def test_what_is_left_out_is_said(folder: Path, tmp_path: Path) -> None:
         "sub/6.bmp": "duplicate",
     }
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert (report["pairs"], report["written"], report["left_out"]["missing_caption"]) == (7, 2, 2)
+    assert (report["pairs"], report["written"], report["left_out"]["missing_caption"]) == (8, 3, 2)
     assert not list((tmp_path / "out").glob(".*.partial*")), "something was left aside"
+
+
+def test_every_picture_is_written_or_counted(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "0.jpg", folder / "7.jfif")
+    (folder / "8.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    for number in (7, 8):
+        (folder / f"{number}.txt").write_text("two lines\nof one caption\n")
+    source = shards_of([folder, "--max_bad_fraction", "0.5"], tmp_path / "out")
+    captions = [source.read_captions(0, number) for number in range(source.shard_sizes[0])]
+    assert (b"two lines of one caption",) in captions
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["pairs"], report["left_out"]) == (report["written"] + 1, {"undecodable_image": 1})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from flipscale.io.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff"),
+    ".webp",
+)
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 RAW_SUFFIXES = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)
 _MOST_FILES, _MOST_FOLDERS = 10_000, 4  # looked at, and named in the error
