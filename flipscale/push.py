@@ -1,6 +1,7 @@
 """Push a model to the Hub: `flipscale push runs/NAME ORG/NAME`."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.options import CountOrZero
 from flipscale.training.console import start_logging
+
+# The place of a model in a call of a card that loads it.
+_LOADED = re.compile(r'(?:\bmodel=|\w+\()"(?:local-dir:)?([^"\n]+)"')
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
             text = card.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{card} is not UTF-8 ({error.reason}); write it again") from error
-        place = escape_string(str(folder))
-        text = text.replace(f'"{place}"', f'"{repo_id}"').replace(f'"local-dir:{place}"', f'"hf-hub:{repo_id}"')
+        # The card may name the folder by another path, from where it was written.
+        loaded = [place for place in _LOADED.findall(text) if Path(place).absolute().name == folder.resolve().name]
+        for place in {escape_string(str(folder)), *loaded}:
+            text = text.replace(f'"{place}"', f'"{repo_id}"').replace(f'"local-dir:{place}"', f'"hf-hub:{repo_id}"')
         write_text(card, text)
 
 

@@ -54,8 +54,8 @@ _WRITTEN = (
     *(f"{tower}/model.onnx{data}" for tower in ("visual", "textual") for data in ("", ".data")),
     *("visual/preprocess_cfg.json", *(f"textual/{name}" for name in _TOKENIZER)),
 )
-# Files of an earlier push that are deleted if the folder lacks them: weights in another number of shards.
-_REPLACED = ["*.safetensors", "*.safetensors.index*.json"]
+# Files of an earlier push that weights of these names replace, in another number of shards.
+_REPLACED = ["model*.safetensors", "model*.safetensors.index*.json"]
 _SHOWN = 6  # names in the line about other files
 _TRANSIENT = (408, 409, 412, 429)  # 4xx worth a retry: timeouts, a concurrent commit, rate limits
 _FAILURES = (OSError, RuntimeError, HTTPError, *NO_HUB)
@@ -180,7 +180,8 @@ def push_folder(folder: Path, target: Target, message: str, waits: Sequence[floa
 
 
 def _push(folder: Path, target: Target, message: str) -> tuple[str, str | None]:
-    repo_id, api = open_repo(target), HfApi()
+    repo_id, api, files = open_repo(target), HfApi(), split_own_files(folder)[0]
+    has_weights = any(fnmatchcase(name, _REPLACED[0]) for name in files)
     try:
         before = api.model_info(repo_id, revision=target.revision).sha
         commit = api.upload_folder(
@@ -188,8 +189,8 @@ def _push(folder: Path, target: Target, message: str) -> tuple[str, str | None]:
             folder_path=folder,
             revision=target.revision,
             commit_message=message,
-            allow_patterns=[escape(name) for name in split_own_files(folder)[0]],
-            delete_patterns=_REPLACED,
+            allow_patterns=[escape(name) for name in files],
+            delete_patterns=_REPLACED if has_weights else None,
         )
     except _FAILURES as error:
         raise _explain(error, target) from None

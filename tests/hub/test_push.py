@@ -76,11 +76,26 @@ def test_weights_in_fewer_shards_replace_the_older(hub: LoopbackHub, run_dir: Pa
 
 
 @pytest.mark.usefixtures("logged_in")
+def test_weights_of_two_formats_live_in_one_repository(hub: LoopbackHub, run_dir: Path, tmp_path: Path) -> None:
+    target, other = Target("org/name"), tmp_path / "other"
+    push_folder(run_dir / "model", target, "first")
+    before = set(hub.content("org/name"))
+    other.mkdir()
+    for name in ("open_clip_model.safetensors", "open_clip_config.json"):
+        (other / name).write_bytes(b"{}")
+    push_folder(other, target, "second")
+    push_folder(run_dir / "model", target, "third")
+    assert set(hub.content("org/name")) == before | {"open_clip_model.safetensors", "open_clip_config.json"}
+
+
+@pytest.mark.usefixtures("logged_in")
 def test_a_card_without_a_run_gets_the_hub_name(hub: LoopbackHub, run_dir: Path) -> None:
-    (run_dir / "model/README.md").write_text(f'pipeline(model="{run_dir}/model")  # of "{run_dir}/models"\n')
-    main(["push", str(run_dir), "org/name"])
-    expected = f'pipeline(model="org/name")  # of "{run_dir}/models"\n'
-    assert hub.content("org/name")["README.md"].decode() == expected
+    card = 'pipeline(model="{0}"); get_tokenizer("local-dir:{0}"); from_pretrained("org/b")  # of "{1}s"\n'
+    for number, place in enumerate((f"{run_dir}/model", "runs/mine/model")):
+        (run_dir / "model/README.md").write_text(card.format(place, place))
+        main(["push", str(run_dir), f"org/name{number}"])
+        expected = card.format(f"org/name{number}", place).replace("local-dir:", "hf-hub:")
+        assert hub.content(f"org/name{number}")["README.md"].decode() == expected
 
 
 @pytest.mark.usefixtures("logged_in")
