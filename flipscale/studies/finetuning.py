@@ -11,6 +11,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,7 @@ OPEN_CLIP = "open_clip:"
 _HELD_OUT, _MOST_HELD_OUT = 0.2, 1000
 # Trials draw from at most so many pairs, evenly spread: more than they can see.
 _MOST_TRIED = 50_000
+_MOST_OLD = 1_000_000  # old pairs of a source whose captions are not held out
 _MASKED_GRID = 14
 _LARGE = 30_000_000  # weights from which a CPU has smaller batches
 _MOST_GUARDED = 5_000  # images of a prepared task that becomes a guard by itself
@@ -203,13 +205,15 @@ class HeldOut:
         return 100.0 * torch.stack(hits).mean(dim=0).numpy()
 
 
-def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path, seed: int = 0) -> HeldOut:
+def hold_out(
+    source: Source, named: SourceRecipe, by_caption: bool, folder: Path, seed: int = 0, old: Sequence[SourceRecipe] = ()
+) -> HeldOut:
     """Write the held-out pairs and the weights of the others to `folder`.
 
-    A key of the seed and the caption chooses whole captions, so no trial has seen a name that it is asked for. Without
-    `by_caption`, a key of the seed and the sample chooses pictures.
+    A key of the seed and the caption chooses whole captions, and none that `old` pairs have, so no trial has seen a
+    name that it is asked for. Without `by_caption`, a key of the seed and the sample chooses pictures.
     """
-    places = []
+    places, seen = [], _captions(old) if by_caption else frozenset[str]()
     for shard, number in spread(source, _MOST_TRIED):
         try:
             caption = choose_caption(source.read_captions(shard, number), 0.0)
@@ -217,16 +221,18 @@ def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path
             continue  # Training leaves it out too.
         key = caption if by_caption else f"{source.shard_name(shard)} {source.key(shard, number)}"
         digest = hashlib.blake2b(f"{seed} {key}".encode("utf-8", "replace"), digest_size=8).digest()
-        places.append((digest, shard, number, caption))
+        # Pairs with a caption of old pairs come last and are not held out.
+        places.append((caption in seen, digest, shard, number, caption))
     places.sort()
-    count = min(int(_HELD_OUT * len(places)), _MOST_HELD_OUT)
-    while 0 < count < len(places) and places[count][0] == places[count - 1][0]:
+    num_new = sum(not place[0] for place in places)
+    count = min(int(_HELD_OUT * num_new), _MOST_HELD_OUT)
+    while 0 < count < num_new and places[count][1] == places[count - 1][1]:
         count += 1
     firsts, weights, captions = np.cumsum([0, *source.shard_sizes]), np.zeros(len(source)), list[str]()
-    weights[[firsts[shard] + number for _, shard, number, _ in places[count:]]] = 1.0
+    weights[[firsts[shard] + number for *_, shard, number, _ in places[count:]]] = 1.0
     (folder / "pairs").mkdir()
     with tarfile.open(folder / "pairs/0.tar", "w") as tar:
-        for _, shard, number, caption in sorted(places[:count], key=lambda place: place[1:3]):
+        for *_, shard, number, caption in sorted(places[:count], key=lambda place: place[2:4]):
             try:
                 encoded = source.read(shard, number).image
                 decode_whole(encoded)
@@ -237,12 +243,24 @@ def hold_out(source: Source, named: SourceRecipe, by_caption: bool, folder: Path
             captions.append(caption)
     if len({*captions}) < 2 or not weights.any():
         some = f"{len(captions)} of {len(source)} pairs can be held out to choose by, with {len({*captions})} captions"
-        raise UserError(f"{some}; use more pairs, with different captions")
+        new = " that old pairs lack" if seen else ""
+        raise UserError(f"{some}{new}; use more pairs, with different captions")
     np.save(folder / "scores.npy", weights)
     (folder / "weights").mkdir()
     options = WeightOptions(scores=folder / "scores.npy")
     make_weights(source, named.shards or named.dataset or "", options, folder / "weights", 1)
     return HeldOut(open_shards(str(folder / "pairs")), captions, folder / "weights")
+
+
+def _captions(named: Sequence[SourceRecipe]) -> frozenset[str]:
+    """Return the captions of sources, of at most `_MOST_OLD` pairs in each, evenly spread."""
+    found = set()
+    for one in named:
+        source = open_source(DataRecipe(sources=[one], max_bad_fraction=1.0))
+        for shard, number in spread(source, _MOST_OLD):
+            with suppress(BadSample):
+                found.add(choose_caption(source.read_captions(shard, number), 0.0))
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -425,7 +443,7 @@ def propose_finetuning(
     for task in built:
         task.check()
     by_caption = data.repeated(64) <= FEW_CLASSES * 64
-    held_out = hold_out(source, named, by_caption, folder)
+    held_out = hold_out(source, named, by_caption, folder, old=start.replay)
     kind = "all of some captions" if by_caption else "of all captions, which name a few classes"
     print(f"held out to choose by: {len(held_out.captions):,} pairs, {kind}", flush=True)
     search = Search(train, proposal, start, named, held_out, built[len(tests) :] if start.name else [], folder)

@@ -115,6 +115,12 @@ def test_the_held_out_captions_are_in_no_trial(here: Path) -> None:
     assert drawn is not None
     assert len(drawn) + len(one.captions) == 96
     assert not {weighted.read_captions(0, int(number))[0].decode() for number in drawn} & set(one.captions)
+    # Captions that old pairs have are not held out.
+    write_pairs(here / "old", 8, NAMES[:8])
+    (here / "beside").mkdir()
+    beside = hold_out(source, SOURCE, True, here / "beside", old=[replace(SOURCE, shards="old")])
+    assert not {*beside.captions} & {*NAMES[:8]}
+    assert 16 <= len(beside.captions) <= 17  # a fifth of 80
     # Where captions name a few classes, all of them stay.
     pictures = hold_out(source, SOURCE, False, here / "pictures")
     assert len(pictures.captions) == 19
