@@ -279,7 +279,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing) if shows else None,
         "masks": (try_part("What was masked", missing, lambda: mask_rows(recipe)) or {}) if shows else {},
         "recipe": yaml.safe_dump(deciding_part(run.recipe, name_of=data_name), sort_keys=False, allow_unicode=True),
-        "flags": evaluation_flags(recipe.loss.kind, "FOLDER"),
+        "flags": evaluation_flags(OWN_TASKS.get(recipe.loss.kind, "zero_shot"), "FOLDER"),
         "searches": recipe.loss.kind not in OWN_TASKS,
         "missing": missing,
         "written": time.strftime("%d %B %Y", time.localtime()),

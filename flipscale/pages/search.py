@@ -108,7 +108,9 @@ def _load(cache: Path) -> dict[str, np.ndarray]:
 
 def searches(embedder: Embedder, embedded: EmbeddedPictures, queries: Sequence[str], top: int) -> list[Search]:
     """Return the nearest `top` pictures to each query. A query that names a picture file finds similar pictures."""
-    files = [query for query in queries if query.lower().endswith(IMAGE_SUFFIXES) and Path(query).is_file()]
+    files = [query for query in queries if query.lower().endswith(IMAGE_SUFFIXES)]
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise UserError(f"the query {missing[0]} is no file; name a picture by its path from the current folder")
     words = [query for query in queries if query not in files]
     if words and embedder.tokenizer is None:
         raise UserError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")

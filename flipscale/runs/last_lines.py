@@ -47,7 +47,8 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
     `seconds` are of training; `results` has the last one of each task."""
     run_dir = Path(recipe.output_dir)
     model, own = run_dir / "model", OWN_TASKS.get(recipe.loss.kind)
-    data = next((task.data for task in planned_tasks(recipe.eval) if task.kind == (own or "zero_shot")), "TEST_SET")
+    data = {task.kind: task.data for task in reversed(planned_tasks(recipe.eval))}
+    kind = own or ("retrieval" if "retrieval" in data and "zero_shot" not in data else "zero_shot")
     undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
     if can_draw():
         undrawn = "none; they need two records of the loss"
@@ -56,7 +57,7 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
         *((one.who, f"{one.task} {one.shown}, {one.estimate_text} against the model before") for one in changes),
         ("model", f"{model}, its card {model / 'README.md'}"),
         ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
-        ("next", f"flipscale evaluate {quoted(model)} {evaluation_flags(recipe.loss.kind, data)}"),
+        ("next", f"flipscale evaluate {quoted(model)} {evaluation_flags(kind, data.get(kind, 'TEST_SET'))}"),
         *([] if own else [("", f"flipscale search {quoted(model)} FOLDER 'what to look for'")]),
         ("", f"flipscale push {quoted(run_dir)} ORG/NAME"),
     ]
@@ -64,9 +65,9 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
     return block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
 
 
-def evaluation_flags(loss_kind: str, data: str) -> str:
-    """Return the flags of `flipscale evaluate` for a model of this loss on `data`."""
-    if own := OWN_TASKS.get(loss_kind):
-        fields = yaml.safe_dump({"kind": own, "data": data}, default_flow_style=True, sort_keys=False, width=1 << 20)
-        return f"--task {shlex.quote(fields.strip())}"
-    return f"--zero_shot {quoted(data)}"
+def evaluation_flags(kind: str, data: str) -> str:
+    """Return the flags of `flipscale evaluate` for a task of this kind on `data`."""
+    if kind in ("zero_shot", "retrieval"):
+        return f"--{kind} {quoted(data)}"
+    fields = yaml.safe_dump({"kind": kind, "data": data}, default_flow_style=True, sort_keys=False, width=1 << 20)
+    return f"--task {shlex.quote(fields.strip())}"

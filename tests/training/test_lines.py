@@ -55,8 +55,10 @@ def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) ->
     model = f"{tmp_path}/my 'run' $(x)/model"
     assert [words[:2] for words in commands[:2]] == [["evaluate", model], ["search", model]]
     assert commands[2] == ["push", f"{tmp_path}/my 'run' $(x)", "ORG/NAME"]
+    recipe.eval.tasks.append({"kind": "retrieval", "data": "data/mine/test"})
+    assert "/model' --retrieval data/mine/test" in last_block(recipe, 40, 3.0, [], [])
     for data in ("a b", "it's", "a, b: {c}", "-x"):
-        assert shlex.split(evaluation_flags("infonce", data))[1].removeprefix("./") == data
+        assert shlex.split(evaluation_flags("retrieval", data))[1].removeprefix("./") == data
         assert yaml.safe_load(shlex.split(evaluation_flags("captioning", data))[1])["data"] == data
 
 
