@@ -83,7 +83,10 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         missing = "" if (run_dir / "model").exists() else ", but its model is gone"
         if missing and checkpoint is not None:
             missing += f": `flipscale export {quoted(run_dir)}` writes it again"
-        fix = "remove it, or choose another output_dir, to train again, or add a stage to train on"
+        longer = "add a stage to train on"
+        if recipe.budget_minutes is not None:
+            longer = f"train on as another run, with --model.init_from {quoted(run_dir)} and another output_dir"
+        fix = f"remove it, or choose another output_dir, to train again, or {longer}"
         _log.info("%s is done%s; %s", run_dir, missing, fix)
         return True
     if checkpoint is None:
@@ -171,7 +174,7 @@ def join(setup: TrainingSetup, timings: StartTimings, test_sets: Mapping[str, An
     recipe, source = setup.recipe, setup.source
     run_dir = Path(recipe.output_dir)
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
-        accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir, is_watched=True)
         # Now, because accelerate may bind this process to the cores near its GPU, and workers inherit them.
         prepare_workers()
         _refuse_other_settings(accelerator, {**_shared_settings(recipe), "test sets": dict(test_sets or {})})
