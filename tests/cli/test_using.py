@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli.pages import ROOT
 from conftest import COLOURS
 from PIL import Image
@@ -38,6 +39,19 @@ def test_zero_shot(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("Name what is in a picture")
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert {re.sub(r"\d+% ", "", line) for line in lines} == {"red apple", "kick scooter"}
+
+
+def test_a_transparent_picture_is_seen_on_white(in_site: Path) -> None:
+    clear = Image.open(in_site / "photos/0.jpg").convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(in_site / "clear.png")
+    snippet = SNIPPETS["Name what is in a transparent picture"].replace("photos/0.jpg", "clear.png")
+    exec(compile(snippet, "using.md", "exec"), names := {})
+    model, processor = (kind.from_pretrained(in_site / "runs/demo/model") for kind in (FlipModel, FlipProcessor))
+    with torch.no_grad():
+        logits = model(**processor(text=["red apple", "kick scooter"], images=clear, return_tensors="pt"))
+    expected = dict(zip(("red apple", "kick scooter"), logits.logits_per_image.softmax(dim=1)[0].tolist(), strict=True))
+    assert {guess["label"]: guess["score"] for guess in names["guesses"]} == pytest.approx(expected, abs=0.02)
 
 
 def test_search(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +111,7 @@ def test_fine_tuning(in_site: Path) -> None:
 
 
 def test_every_snippet_is_run() -> None:
-    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 8
+    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 9
 
 
 def test_embedding_files(in_site: Path) -> None:
