@@ -10,6 +10,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 from clock import Clock
 from conftest import launch
 from distributed.crowd import ENVIRONMENTS, start_ranks
@@ -278,3 +279,22 @@ def test_a_process_that_was_stopped_is_not_waited_for(
     assert line.startswith(f"flipscale: error: {where} "), line
     assert f" (log.hang_seconds){silent}; the stacks " in line
     assert (tmp_path / "run/stacks/rank-00000.txt").exists()
+
+
+def write_timeout(folder: str) -> None:
+    """Join two processes as a training does, and write how long a collective waits."""
+    import torch.distributed as dist
+
+    from flipscale.engines.build import start_accelerator
+
+    start_accelerator([], folder, is_watched=True)
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    Path(folder, os.environ["RANK"]).write_text(str(backend.options._timeout.total_seconds()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_only_the_watchdog_ends_a_wait(tmp_path: Path) -> None:
+    """NCCL would end it after ten minutes, even while the process waited for is at work."""
+    assert processes.exit_codes(start_ranks(2, write_timeout, str(tmp_path))) == [0, 0]
+    assert [float((tmp_path / rank).read_text()) for rank in "01"] == [86400.0, 86400.0]
