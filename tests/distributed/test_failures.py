@@ -245,11 +245,11 @@ def stop(file: str, folder: str, where: str) -> None:
     }[where]
     true = getattr(owner, name)
 
-    def stops(*arguments: object) -> object:
+    def stops(*arguments: object, **named: object) -> object:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
         clock.start()
-        return true(*arguments)
+        return true(*arguments, **named)
 
     setattr(owner, name, stops)
     processes.call_main("flipscale.pretrain", ["--config", file], folder)

@@ -47,7 +47,7 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
     def stop() -> None:
         raise InterruptedError(sorted(os.sched_getaffinity(0)))
 
-    monkeypatch.setattr(session, "start_accelerator", lambda *_: os.sched_setaffinity(0, {min(cores)}))
+    monkeypatch.setattr(session, "start_accelerator", lambda *_, **__: os.sched_setaffinity(0, {min(cores)}))
     monkeypatch.setattr(session, "prepare_workers", stop)
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     try:
