@@ -369,11 +369,11 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         if name in settings:
             raise UserError(f"{file}: {name} is {settings[name]}; leave it out: recipe and mixed_precision decide it")
     zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
     for name in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params"):
-        value = zero.get(name) if isinstance(zero, dict) else None
+        value = zero.get(name)
         if (value.get("device", "none") if isinstance(value, dict) else value) not in (None, False, "none"):
             raise UserError(f"{file}: zero_optimization.{name} is {value}; leave it out: {_STAYS}")
     return settings

@@ -85,7 +85,7 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
             missing += f": `flipscale export {quoted(run_dir)}` writes it again"
         longer = "add a stage to train on"
         if recipe.budget_minutes is not None:
-            longer = f"train on as another run, with --model.init_from {quoted(run_dir)} and another output_dir"
+            longer = f"train on in a run of its own, with model.init_from {run_dir}/model and another output_dir"
         fix = f"remove it, or choose another output_dir, to train again, or {longer}"
         _log.info("%s is done%s; %s", run_dir, missing, fix)
         return True
