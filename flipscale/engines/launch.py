@@ -369,7 +369,9 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         if name in settings:
             raise UserError(f"{file}: {name} is {settings[name]}; leave it out: recipe and mixed_precision decide it")
     zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(f"{file}: zero_optimization is {zero}; write its settings in braces, with stage 1, 2 or 3")
+    stage = zero.get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
     for name in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params"):

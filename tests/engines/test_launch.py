@@ -160,7 +160,7 @@ def test_deepspeed_settings_of_the_recipe_are_refused(tmp_path: Path) -> None:
     for settings, message in (
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16 is "),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
-        ({"zero_optimization": 2}, "zero_optimization.stage is None"),
+        ({"zero_optimization": 2}, "zero_optimization is 2"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer is .*'cpu'"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param is .*'nvme'"),
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload is True"),
