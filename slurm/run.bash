@@ -14,6 +14,11 @@ MAX_CRASHES=${MAX_CRASHES:-3}
 CONTAINER=${CONTAINER:-}            # an image that has PYTHON; by default none
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-image
 
+# Slurm calls its copy of a job's script slurm_script. A shell of another job, such as salloc's, submits as others do,
+# and that job's variables are not for the new one.
+if [ "${0##*/}" != slurm_script ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+  for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+fi
 # Processes and cores of each node, from Slurm.
 per_node=${SLURM_GPUS_ON_NODE:-1}
 # Nodes may differ, and Slurm refuses a step that asks for more than the smallest has.
@@ -23,6 +28,7 @@ cores=${SLURM_CPUS_PER_TASK:-${cores%(*}}
 find_package='from importlib.util import find_spec; print(find_spec("flipscale").submodule_search_locations[0])'
 
 set -euo pipefail
+shopt -s inherit_errexit # a failure within $( ) ends the script
 # The option --help prints the script's comment, and the variables of both files with their defaults.
 for word; do
   case ${SLURM_JOB_ID:+--}$word in
@@ -63,15 +69,23 @@ from flipscale.training.console import report_user_errors
 with report_user_errors():
     print(read_recipe(sys.argv[1], Recipe), end="")'
 
-# Copies recipe $2 into folder $1 once, merged into the recipes that it extends, and prints the path of the copy.
+# Copies recipe $2 into folder $1 once, merged into the recipes that it extends, and prints the path of the copy. A
+# machine without flipscale, which CONTAINER then has, cannot merge them: prints $2, which the job then reads.
 freeze() {
-  local copy file
+  local copy file why='' rc=0
   copy=$1/$(basename -- "$2" .yaml).yaml
   if [ ! -e "$copy" ]; then
     file=$(find_recipe "$2")
     mkdir -p -- "$1"
     if grep -q '^extends:' -- "$file"; then
-      "$PYTHON" -c "$merge_recipe" "$file" > "$copy.partial"
+      why=$("$PYTHON" -c "$merge_recipe" "$file" 2>&1 > "$copy.partial") || rc=$?
+      why=$(tail -n 1 <<< "$why")
+      [ "$rc" != 2 ] || fail "${why#flipscale: error: }"
+      if [ "$rc" != 0 ]; then
+        say "recipe $2 is not copied, so the job reads it as it is then: $why"
+        rm -- "$copy.partial"
+        echo "$2" && return
+      fi
     else
       cp -- "$file" "$copy.partial"
     fi
@@ -126,7 +140,7 @@ check_recipes() {
 # not reach the job. Of the words that follow, those before `--` go to sbatch and the others to the script. The script's
 # function `check` gets the others, and refuses what cannot run.
 submit() {
-  local variable=$1 script=$2 folder='' first name given=() options=() pending recipe recipes=() frozen=() rc=0
+  local variable=$1 script=$2 folder='' first name given=() options=() pending recipe recipes=() frozen=() array limit rc=0
   shift 2
   while [ $# -gt 0 ] && [ "$1" != -- ]; do given+=("$1") && shift; done
   [ $# -eq 0 ] || shift
@@ -140,6 +154,10 @@ submit() {
   if [ -n "$variable" ]; then
     recipes=("${!variable}")
     if [ "$variable" = RECIPES ]; then
+      array=$(asked array a "${given[@]}")
+      [[ $array =~ ^(0-[0-9]+)?(%[0-9]+)?$ ]] ||
+        fail "--array '$array' chooses tasks, which follow from the runs; write a limit, as in --array=0-5%2, or RECIPES"
+      limit=${BASH_REMATCH[2]}
       # They are told apart by spaces, and by their names in the study.
       case $RUN in *[[:space:]]*) fail "STUDY '$RUN' has a space; name another folder" ;; esac
       read -r -d '' -a recipes <<< "$RECIPES" || true
@@ -158,7 +176,8 @@ submit() {
     done
     export RUN "$variable=${frozen[*]}"
   fi
-  [ "$variable" != RECIPES ] || given=("--array=0-$((${#frozen[@]} - 1))" "${given[@]}")
+  # Of an array that is given, the limit after % stays; sbatch takes the last.
+  [ "$variable" != RECIPES ] || given+=("--array=0-$((${#frozen[@]} - 1))$limit")
   sbatch --parsable --export=ALL "${given[@]}" "$script" "$@" || rc=$?
   if [ "$rc" != 0 ] && [ -n "$folder" ]; then # a failed submission leaves no folders
     rm -r -- "$folder"
@@ -253,7 +272,7 @@ supervise() {
   say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $what in $RUN on $SLURM_JOB_NODELIST; output: $node_log"
   # USR1 warns of the time limit or of a preemption. A file reaches also processes that have not started yet.
   # Do not trap CONT, which Slurm sends as well: bash would lose the USR1.
-  trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"; [ -z "${kills:-}" ] || kill "$pid"' USR1
+  trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"; [ -z "${kills:+${pid:-}}" ] || kill "$pid"' USR1
   # TERM comes with scancel, or when Slurm itself requeues the job. The processes have received it too.
   trap 'ending=1; say "told to end"' TERM
   local job=$SLURM_JOB_ID state preempted count

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,11 @@ PROGRAMS = {
 def write_program(file: Path, text: str) -> None:
     file.write_text(f"#!/bin/bash\n{text}\n")
     file.chmod(0o755)
+
+
+def as_job(folder: Path, script: str) -> str:
+    """Copy a script as Slurm does for a job."""
+    return str(shutil.copy(ROOT / f"slurm/{script}.sh", folder / "slurm_script"))
 
 
 @pytest.fixture
@@ -146,15 +152,47 @@ def test_a_folder_may_end_with_a_slash(submit: Submit) -> None:
     assert done.stdout.startswith("<runs/tiny_tuned/slurm/"), done
 
 
+@pytest.mark.parametrize(
+    ("given", "array"), [((), "0-1"), (("--array=0-5%2",), "0-1%2"), (("-a", "%1"), "0-1%1"), (("--array=1",), None)]
+)
+def test_the_runs_decide_the_array(submit: Submit, given: tuple[str, ...], array: str | None) -> None:
+    done = submit("slurm/study.sh", *given, RECIPES="tiny.yaml slurm/../ds_configs/ddp.yaml")
+    if array is None:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "--array '1'" in done.stderr
+    else:
+        assert f"--array={array} slurm/study.sh" in done.stdout, done
+
+
+def test_a_shell_of_another_job_submits(submit: Submit, tmp_path: Path) -> None:
+    """As of `salloc`, begun in another folder."""
+    write_program(tmp_path / "bin/sbatch", "env | grep ^SLURM_")
+    done = submit("slurm/pretrain.sh", SLURM_CONF="a", SLURM_SUBMIT_DIR="/", SLURM_ARRAY_TASK_ID="3", **JOB)
+    assert (done.returncode, done.stdout) == (0, "SLURM_CONF=a\n"), done
+
+
+def test_a_recipe_that_extends_another_needs_no_package_here(submit: Submit, tmp_path: Path) -> None:
+    done = submit("slurm/pretrain.sh", RECIPE="h14_laion2b", RUN="runs/one")
+    assert (done.returncode, done.stdout.split(">")[0]) == (0, "<h14_laion2b"), done
+    assert "h14_laion2b is not copied" in done.stderr
+    assert not [*tmp_path.glob("runs/one/slurm/*/*")]
+
+
+def test_a_job_without_its_recipe_ends_as_a_mistake(submit: Submit, tmp_path: Path) -> None:
+    done = submit(as_job(tmp_path, "pretrain"), RECIPE="none", **JOB)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'none'" in done.stderr.splitlines()[-1]
+
+
 def test_a_step_asks_for_the_cores_of_the_smallest_node(submit: Submit, tmp_path: Path) -> None:
     write_program(tmp_path / "python", "exit 0")
-    done = submit("slurm/evaluate.sh", **JOB)
+    done = submit(as_job(tmp_path, "evaluate"), **JOB)
     assert (done.returncode, done.stdout) == (0, "64 cores\n"), done
 
 
 def test_a_new_job_has_the_quality_of_service_of_the_first(submit: Submit, tmp_path: Path) -> None:
     write_program(tmp_path / "python", "exit 1")
-    done = submit("slurm/pretrain.sh", REQUEUE="sbatch", **JOB)
+    done = submit(as_job(tmp_path, "pretrain"), REQUEUE="sbatch", **JOB)
     assert "submitted again: <" in done.stderr, done
     assert " --qos=long " in done.stderr
 
@@ -163,7 +201,8 @@ def test_weights_are_made_again_if_they_are_gone_or_others_are_asked_for(submit:
     write_program(tmp_path / "python", 'echo "$@" >> calls; mkdir -p weights')
 
     def calls(*flags: str) -> int:
-        done = submit("slurm/prepare.sh", *flags, WHAT="weights", SHARDS="laion", TO="weights/", **JOB)
+        job = as_job(tmp_path, "prepare")
+        done = submit(job, *flags, WHAT="weights", SHARDS="laion", TO="weights/", **JOB)
         assert done.returncode == 0, done
         return len((tmp_path / "calls").read_text().splitlines())
 
