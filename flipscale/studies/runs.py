@@ -22,6 +22,7 @@ from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
+from flipscale.training.preemption import ECHO_SECONDS
 from flipscale.training.schedule import schedule_stages
 
 
@@ -151,16 +152,21 @@ def _start(run: StudyRun, variables: dict[str, str]) -> "subprocess.Popen[bytes]
 @contextmanager
 def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) -> Iterator[list[signal.Signals]]:
     """Yield a list that gets a first SIGINT, SIGTERM, SIGUSR1 or SIGHUP. A second one ends the study and its runs at
-    once."""
+    once, as in a run: unless it is SIGUSR1, or may be an echo."""
     received: list[signal.Signals] = []
+    first_at = 0.0
 
     def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal first_at
         if received:
+            if number == signal.SIGUSR1 or (number != signal.SIGINT and time.monotonic() - first_at < ECHO_SECONDS):
+                return
             for _, process in running.values():
                 process.kill()
             os.write(2, b"flipscale: error: ended before all runs have saved; the same command goes on\n")
             os._exit(128 + number)
         received.append(signal.Signals(number))
+        first_at = time.monotonic()
         os.write(2, f"{received[0].name}: the runs save and stop; once more to end at once\n".encode())
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -16,7 +16,7 @@ STOP_FILE = "FLIPSCALE_STOP_FILE"
 # Batch systems send the first two, Ctrl-C the third, and a closed terminal the last.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A launcher repeats the signals that its processes receive, and an ending session sends two kinds.
-_ECHO_SECONDS = 3.0
+ECHO_SECONDS = 3.0
 
 _END = b"\0"  # no signal has this number
 
@@ -141,7 +141,7 @@ class StopRequest(_Listener):
             _log.info("%s: saving and stopping; once more to end at once", number.name)
             return
         is_typed = number == signal.SIGINT and "WORLD_SIZE" not in os.environ
-        if number == signal.SIGUSR1 or (not is_typed and now - self._first_at < _ECHO_SECONDS):
+        if number == signal.SIGUSR1 or (not is_typed and now - self._first_at < ECHO_SECONDS):
             return
         _end(number, f"error: {number.name} again: ended before the save; the same command resumes from the last one")
 

@@ -453,8 +453,8 @@ ATTACKS = [
     refused("a study in a run directory", study("a.yaml", prepare=mine("out/recipe.yaml")), "out holds"),
     refused("a study in a file", study("a.yaml", prepare=mine("out")), "out", check=kept("out")),
     Attack(
-        "a study whose terminal is closed", study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP, ("saved",),
-        leaves_no_run, during=send(signal.SIGHUP, to_all=False, after=study_trains), long=True, **STUDY,
+        "a study whose session ends", study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP, ("saved",),
+        leaves_no_run, during=send(signal.SIGHUP, signal.SIGTERM, to_all=False, after=study_trains), long=True, **STUDY,
     ),
     Attack(
         "Ctrl-C twice on a study", study("a.yaml", "ä.yaml", minutes="2"), 130, ("once more",), leaves_no_run,
