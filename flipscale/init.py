@@ -259,8 +259,11 @@ def _check_options(args: Init) -> None:
         raise UserError("num_gpus is for machines elsewhere; add gpu and hours, or leave it out")
     if args.gpu is not None:
         from flipscale.engines.device import gpu_named
+        from flipscale.planning.memory import GPUS_OF_A_NODE
 
         gpu_named(args.gpu)
+        if args.num_gpus > GPUS_OF_A_NODE and args.num_gpus % GPUS_OF_A_NODE:
+            raise UserError(f"num_gpus is {args.num_gpus}; above {GPUS_OF_A_NODE}, take whole nodes, a multiple of it")
 
 
 def _tasks(folder: str, option: str = "tests") -> Iterator[dict[str, Any]]:
@@ -322,7 +325,7 @@ def _command(args: Init) -> str:
     files = "" if Path("ds_configs/ddp.yaml").exists() else "flipscale launch_files . && "
     recipe, run_dir = quoted(args.recipe), quoted(f"runs/{args.recipe.stem}")
     if args.gpu and args.num_gpus > GPUS_OF_A_NODE:
-        nodes = -(-args.num_gpus // GPUS_OF_A_NODE)
+        nodes = args.num_gpus // GPUS_OF_A_NODE
         where = f"RECIPE={recipe} RUN={run_dir} LAUNCH_FILE=ds_configs/ddp.yaml"
         return f"{files}{where} bash slurm/pretrain.sh --nodes={nodes}"
     if args.gpu and args.num_gpus > 1:

@@ -346,6 +346,10 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
     return shard_size
 
 
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value != "auto"}
+
+
 def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage."""
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -354,14 +358,13 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         file, settings = "deepspeed_config", {"zero_optimization": {"stage": launched}}
     else:
         try:
-            given = json.loads(read_text(Path(file)))
-            settings = {name: value for name, value in given.items() if value != "auto"}
+            settings = {**json.loads(read_text(Path(file)), object_hook=_without_auto)}
         except FileNotFoundError as error:
             raise UserError(
                 f"deepspeed_config_file {file} does not exist in {Path.cwd()}; start in its folder, or write its "
                 "absolute path in the launch file (`flipscale launch_files .` writes ds_configs/)"
             ) from error
-        except (OSError, ValueError, RecursionError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, TypeError) as error:
             raise UserError(
                 f"deepspeed_config_file {file} cannot be read ({error}); write settings in braces, as JSON in UTF-8"
             ) from error

@@ -228,15 +228,20 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     kept = engine_class(launch).memory(trained_model(recipe, stage), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
+    config, decodes = build_config(recipe), "images" not in recipe.data.stored
     workers = hardware.workers(recipe, launch)
-    loader = pairs / (workers * hardware.images_per_worker_s) if workers else 0.0
+    loader = pairs / (workers * hardware.images_per_worker_s) if workers and decodes else 0.0
+    # Stored features are rows in fp16.
+    pair_kb = (
+        hardware.pair_kb if decodes else 2 * (config.vision_config.hidden_size + config.text_config.hidden_size) / 1e3
+    )
     busy = compute + exposed + optimizer
     host = hardware.call_s * host_calls(recipe, launch, stage, passes, micro_batches)
     if issubclass(engine_class(launch), Fsdp2Engine) and count > 1:
         model = trained_model(recipe)
         host += _UNIT_SECONDS * (len(encoder_blocks(model)) + len(list(model.children())) + 1) * passes
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
-    vision = build_config(recipe).vision_config
+    vision = config.vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
     if loader > max(busy, host):
         bottleneck = "loader"
@@ -251,7 +256,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         bottleneck = "compute"
     seconds = max(busy, loader, host)
     mfu = useful * pairs / seconds / hardware.peak
-    eaten = rate / hardware.images_per_worker_s, rate * hardware.pair_kb / 1e3
+    eaten = rate / hardware.images_per_worker_s if decodes else 0.0, rate * pair_kb / 1e3
     return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, *eaten, bottleneck)
 
 

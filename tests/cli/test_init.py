@@ -101,6 +101,7 @@ def test_the_speed_decides_no_field_but_the_time(tokenizer_dir: Path) -> None:
         (["--hours", "3"], "gpu and hours go together"),
         (["--gpu", "h100", "--hours", "3", "--minutes", "3"], "minutes is for this machine and gpu for others"),
         (["--num_gpus", "3"], "num_gpus is for machines elsewhere"),
+        (["--gpu", "h100", "--hours", "3", "--num_gpus", "12"], "num_gpus is 12"),
         (["--gpu", "abacus", "--hours", "3"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
         (["--tests", "nowhere"], "nowhere"),
         (["--tests", "silent"], "silent has neither two names in classnames.txt nor captions"),

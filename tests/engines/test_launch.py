@@ -168,7 +168,8 @@ def test_deepspeed_settings_of_the_recipe_are_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=message):
             launch_of(environment)
-    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": "auto", "fp16": "auto"}))
+    zero = {"stage": 1, "reduce_bucket_size": "auto"}
+    file.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": "auto", "fp16": "auto"}))
     assert launch_of(environment).deepspeed == {"zero_optimization": {"stage": 1}}
 
 

@@ -103,6 +103,14 @@ def test_the_bottleneck_is_named(h14: Recipe) -> None:
     assert (starved.bottleneck, starved.seconds) == ("loader", pytest.approx(256 / 110))
 
 
+def test_stored_features_need_no_decoding() -> None:
+    recipe = parse_recipe(["--config", "align_cc12m_day"])
+    step = step_time(recipe, Launch("ddp", 1, "bf16"), recipe.stages[0], Hardware(images_per_worker_s=1.0))
+    assert (step.bottleneck, step.workers) == ("host", 0.0)
+    # Two rows of 1,024 numbers of two bytes.
+    assert step.node_mb_s == pytest.approx(32768 / step.seconds * 4096 / 1e6)
+
+
 def cells(printed: str) -> dict[str, list[str]]:
     """The cells of a printed table by the name of their row. Of the stages' rows, the last stage's count."""
     lines = [re.split(" {2,}", line.strip()) for line in printed.splitlines()]

@@ -45,6 +45,7 @@ from flipscale.studies.finetuning import (
     hold_out,
     open_start,
 )
+from flipscale.training.schedule import schedule_stages
 
 NAMES = [f"{article} {colour} {shape}" for article in ("a", "the", "a the") for colour in COLOURS for shape in SHAPES]
 SOURCE = SourceRecipe(shards="pairs")
@@ -93,11 +94,12 @@ def new_process() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def proposed(start: Start, part: str, **values: Any) -> tuple[Recipe, str]:
+def proposed(start: Start, part: str, mask_ratio: float = 0.0, samples: int = 64, **values: Any) -> tuple[Recipe, str]:
     """Return the recipe of a part of a start on 400 pairs of 40 captions, and its text."""
     given = {"tasks": [], "output_dir": "runs/mine", "num_workers": 0, **values}
     proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), **given)
-    proposal.values |= {**Candidate(part, 1e-3).values(proposal.batch_size), "samples": 64}
+    candidate = Candidate(part, 1e-3, mask_ratio=mask_ratio)
+    proposal.values |= {**candidate.values(proposal.batch_size), "samples": samples}
     return proposal.recipe(), proposal.written(["A line."])
 
 
@@ -199,6 +201,9 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path, capsys: pytest.C
     assert "frozen: [vision_model] # trained: text tower, projections" in text
     lora, _ = proposed(start, "LoRA of rank 8")
     assert (lora.optim.lora.rank, lora.model.frozen) == (8, [])
+    for steps, stages in ((1, [1]), (2, [1, 1]), (3, [2, 1]), (10, [8, 2])):
+        masked, _ = proposed(start, "all", mask_ratio=0.5, samples=16 * steps)
+        assert [one.last - one.first for one in schedule_stages(masked.stages, 16, None)] == stages
     guards, where = find_guards(str(run))
     assert guards == [{"kind": "zero_shot", "data": str(shards), "every_samples": 0}]  # once, not along the run
     assert where == f"of {run}/recipe.yaml"
