@@ -230,13 +230,14 @@ class FileList(PairSource):
     def captions(self, number: int) -> list[str]:
         if self.by_class:
             return _captions_of(self._folder(number, MissingCaption.cause))
-        image = PurePath(self.files[number])
-        for suffix in _CAPTION_SUFFIXES:
-            beside = image.with_suffix(suffix)
-            if os.path.lexists(self.root / beside):
-                content = read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)
-                return _on_one_line((content,) if suffix.lower() == ".txt" else captions_of_json(content))
+        if text := self._text_beside(number):
+            content = read_file(self.root, text, self.allow_outside, MAX_TEXT_BYTES)
+            return _on_one_line((content,) if text.lower().endswith(".txt") else captions_of_json(content))
         raise MissingCaption("no .txt or .json beside it")
+
+    def _text_beside(self, number: int) -> str | None:
+        names = (str(PurePath(self.files[number]).with_suffix(suffix)) for suffix in _CAPTION_SUFFIXES)
+        return next((name for name in names if os.path.lexists(self.root / name)), None)
 
     def label(self, number: int) -> str:
         return _label_of(self._folder(number, _NO_LABEL))
@@ -247,7 +248,9 @@ class FileList(PairSource):
         raise BadSample("it lies in no folder of a class", cause)
 
     def fingerprint(self) -> str:
-        return digest_of(self.files)
+        texts = () if self.by_class else map(self._text_beside, range(len(self)))
+        states = [text and os.lstat(self.root / text) for text in texts]
+        return digest_of([self.files, [state and (state.st_size, state.st_mtime_ns) for state in states]])
 
 
 def list_folder(root: Path, allow_outside: bool) -> FileList:
@@ -521,21 +524,27 @@ def _end_of_quotes(text: mmap.mmap, delimiter: str, width: int, image: int, star
     """Return the end of a row of CSV whose first line has an odd number of quotes and ends at `first_end`.
 
     The row goes on until its quotes are balanced. If the result has too many lines or another number of fields, the
-    first line is a row alone. So it is if a later line names an image itself, because then the quote is stray.
+    first line is a row alone. So it is if a later line names an image itself, because then the quote is stray; but the
+    last line of a row names it if the captions are in an earlier column.
 
     Args:
         width: number of columns.
         image: position of the image column.
     """
-    end, suffixes = first_end, tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+    suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+
+    def names_image(line: bytes) -> bool:
+        fields = line.strip().split(delimiter.encode())
+        return len(fields) >= width and fields[image].strip(b'"').lower().endswith(suffixes)
+
+    end, is_whole = first_end, names_image(text[start:first_end])
     for _ in range(_MAX_ROW_LINES):
         begin, end = end, _line_end(text, end)
         line = text[begin:end]
-        fields = line.strip().split(delimiter.encode())
-        names_image = len(fields) >= width and fields[image].strip(b'"').lower().endswith(suffixes)
-        if not line or names_image or end - start > MAX_TEXT_BYTES:
+        is_odd = line.count(b'"') % 2 == 1
+        if not line or (names_image(line) and (is_whole or not is_odd)) or end - start > MAX_TEXT_BYTES:
             break
-        if line.count(b'"') % 2:
+        if is_odd:
             with suppress(MalformedRow):
                 return end if len(_parse_fields(text[start:end], delimiter)) == width else first_end
             break
@@ -684,7 +693,7 @@ class DatasetList(RowList):
         return self.place(number)
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, len(self), self.columns["image"], *self.caption_columns])
+        return digest_of([self.source, self.split, len(self), self.columns["image"], *self.caption_columns])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:

@@ -210,7 +210,10 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
             for shard in (*job.out_dir.glob(f"{number}.tar*"), *job.out_dir.glob(f"{number:05d}.tar*")):
                 shard.unlink()
     elif differing:
-        other = ", ".join(f"{name} {before.get(name)} (now {begun[name]})" for name in differing)
+        said = {name: f"{name} {before.get(name)} (now {begun[name]})" for name in differing}
+        if "fingerprint" in said:
+            said["fingerprint"] = "other files, captions or columns"
+        other = ", ".join(said.values())
         raise UserError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
 
     def finished() -> Iterator[dict[str, Any]]:

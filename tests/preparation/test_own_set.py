@@ -124,6 +124,34 @@ def test_every_layout_is_said(by_class: Path, tmp_path: Path, make: Callable[[Pa
     assert sorted({pairs.captions(number)[0] for number in range(128)}) == [f"a {name}" for name in CLASSES]
 
 
+@pytest.mark.parametrize("columns", [("text", "file_name"), ("kind", "text", "file_name"), ("file_name", "text")])
+def test_captions_of_several_lines(by_class: Path, tmp_path: Path, columns: tuple[str, ...]) -> None:
+    file = as_table(by_class, tmp_path / "own", "list.csv")
+    captions = ["a red\nsquare, sold", "plain", "a list:\n\nwood, steel"] * 4 + ["two\nlines"]
+    with open(file, "w", newline="") as table:
+        writer = csv.DictWriter(table, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**row, "text": text} for row, text in zip(rows(by_class), captions, strict=False))
+    pairs = open_pairs(str(file))
+    assert [pairs.captions(number)[0] for number in range(len(pairs))] == [" ".join(text.split()) for text in captions]
+
+
+def test_a_split_that_was_saved_alone_is_no_other(by_class: Path, tmp_path: Path) -> None:
+    saved = datasets.load_from_disk(str(as_saved(by_class, tmp_path / "own")))
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    test = datasets.Dataset(saved.data, info=saved.info, split=datasets.Split("test"))
+    test.save_to_disk(str(tmp_path / "test"))
+    for split in ("train", "test"):  # the first is the default
+        assert len(open_pairs(str(tmp_path / "test"), split=split)) == 128
+    with pytest.raises(ValueError, match="'test' alone; expected 'validation'"):
+        open_pairs(str(tmp_path / "test"), split="validation")
+    assert (
+        open_pairs(str(tmp_path / "test")).fingerprint()
+        != open_pairs(str(tmp_path / "test"), split="test").fingerprint()
+    )
+
+
 @pytest.mark.parametrize("make", [lambda own, out: as_table(own, out, "list.csv"), as_saved])
 def test_classes_of_a_column(by_class: Path, tmp_path: Path, make: Callable[[Path, Path], Path]) -> None:
     prepare("shards", make(by_class, tmp_path / "own"), tmp_path / "out", "--labels", "kind", "--num_workers", 1)

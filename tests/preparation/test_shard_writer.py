@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -189,6 +190,13 @@ def test_other_options_and_wrong_sources_are_refused(folder: Path, tmp_path: Pat
 
     shards_of([folder], tmp_path / "out")
     assert "short_side 256 (now 128)" in fails(folder, "--short_side", "128")
+    text = folder / "0.txt"
+    content, state = text.read_text(), text.stat()
+    text.write_text("another caption")
+    assert "other files, captions or columns" in fails(folder)
+    text.write_text(content)
+    os.utime(text, ns=(state.st_atime_ns, state.st_mtime_ns))
+    shards_of([folder], tmp_path / "out")
     (folder / "7.jpg").write_bytes(image(7))
     assert "pairs 6 (now 7)" in fails(folder)
     assert f"{folder} holds something" in fails(folder, out="images")

@@ -35,17 +35,29 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
     kind = _FILE_KINDS.get(path.suffix)
     try:
         if (path / "state.json").is_file():
-            return datasets.load_from_disk(name)
+            return _of_split(datasets.load_from_disk(name), name, split)
         if (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(name)[split]
         if kind is not None:
             return datasets.load_dataset(kind, data_files={split: name}, split=split)
         return datasets.load_dataset(name, config, split=split)
+    except UserError:
+        raise
     except Exception as error:  # the library and its builders raise many kinds
         raise UserError(
             f"dataset {name!r}, split {split!r}, cannot be loaded ({first_line(error)}); name a folder, parquet or "
             "Arrow files, or a dataset on the Hub"
         ) from error
+
+
+def _of_split(rows: "Dataset", name: str, split: str) -> "Dataset":
+    """Return rows that were saved alone. Raise UserError if they are of another split than asked for; `train` is the
+    default, which asks for none."""
+    if rows.split is not None and split not in ("train", str(rows.split)):
+        raise UserError(
+            f"dataset {name!r} has the split {str(rows.split)!r} alone; expected {split!r}; name its folder"
+        )
+    return rows
 
 
 class DatasetSource(samples.Source):

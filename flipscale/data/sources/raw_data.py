@@ -31,7 +31,7 @@ def is_saved_dataset(folder: str) -> bool:
 
 def no_shards(shards: str) -> UserError:
     """Return the error of `shards` that match nothing, or raw data."""
-    command = next((command for prefix, command in _WRITERS.items() if shards.startswith(prefix)), "")
+    command = next((command for folder, command in _WRITERS.items() if f"{shards}/".startswith(f"{folder}/")), "")
     checkout = ", in a checkout of flipscale," if "examples/" in command else ""
     writer = command and f"`{command}`{checkout} writes them"
     fix = _use_of(shards) or writer or "name a folder of *.tar, a glob, or a range like {00000..00041}.tar"

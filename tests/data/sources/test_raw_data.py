@@ -60,6 +60,14 @@ def test_the_error_has_the_command_that_makes_shards(shards: str, source: str, h
     assert refusal(shards).split("`")[1].split()[4] == f"{folder}_shards"
 
 
+@pytest.mark.parametrize(
+    ("shards", "writes"),
+    [("data/demo/train", True), ("data/demo", True), ("data/demographics", False), ("data/mine2", False)],
+)
+def test_only_the_folders_of_the_pages_name_their_commands(shards: str, writes: bool, here: Path) -> None:
+    assert ("writes them" in refusal(shards)) == writes
+
+
 @pytest.mark.parametrize("shards", ["parts", "parts/*.parquet"])
 def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, tokenizer_dir: Path) -> None:
     from flipscale.runs.complete_recipe import parse_recipe
