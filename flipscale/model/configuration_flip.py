@@ -187,6 +187,10 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_tower(self)
+        if self.hidden_size % 4 and not self.embedded_by:
+            raise ValueError(
+                f"vision_config: hidden_size {self.hidden_size} is not divisible by 4, as 2-D positions need"
+            )
         self.patches_along()
         if self.position_size is not None and self.position_size % self.patch_size:
             raise ValueError(
@@ -419,8 +423,8 @@ class FlipConfig(FlipPreTrainedConfig):
             dims = [tower.projection_dim for tower in towers]
             if dims[0] != dims[-1]:
                 raise ValueError(
-                    f"projection_dim differs: vision_config has {dims[0]}, text_config has {dims[-1]}; "
-                    "set projection_dim of FlipConfig for both"
+                    f"projection_dim differs: vision_config has {dims[0]}, text_config has {dims[-1]}; give "
+                    "both one value"
                 )
             self.projection_dim = dims[0]
         for tower in towers:

@@ -76,8 +76,6 @@ def sincos_positions(width: int, rows: int, columns: int, side: int | None = Non
             coordinates of the place that it shows: one that covers four reference patches has their mean. By default
             rows and columns are counted from 0.
     """
-    if width % 4:
-        raise ValueError(f"vision hidden_size {width} is not divisible by 4, which 2-D sine-cosine positions need")
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
     def encode(count: int) -> torch.Tensor:

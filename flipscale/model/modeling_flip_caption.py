@@ -75,12 +75,13 @@ def caption_inputs(
     """Return the decoder's inputs and targets for captions from a tokenizer, all int64 `(batch, tokens)`.
 
     Inputs are `bos_token_id` and the caption's tokens. Targets are the tokens and `eos_token_id`. A caption that fills
-    its row has no `eos_token_id` target, because most such captions have been cut.
+    its row has no `eos_token_id` target, because most such captions have been cut; tokenizers that add an end keep it.
     """
     ids, own = bare_captions(input_ids, attention_mask, config)
+    taken = input_ids.ne(config.pad_token_id) if attention_mask is None else attention_mask.bool()
     reaches = torch.cat([torch.ones_like(own[:, :1]), own[:, :-1]], dim=1)
     end = NO_TARGET if config.eos_token_id is None else config.eos_token_id
-    labels = torch.where(own, ids, torch.where(reaches, end, NO_TARGET))
+    labels = torch.where(own, ids, torch.where(reaches & ~taken.all(dim=1, keepdim=True), end, NO_TARGET))
     return shifted_right(labels, config), labels
 
 

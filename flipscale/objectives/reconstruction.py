@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel, FlipVisionConfig
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
 from flipscale.model.patches import complement
@@ -43,8 +44,12 @@ class ReconstructionDecoder(FlipPreTrainedModel):
     @classmethod
     def for_tower(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
         config, width = copy.deepcopy(tower), tower.hidden_size // 2
+        if width % 4:
+            raise UserError(
+                f"model.vision_config.hidden_size is {tower.hidden_size}; reconstruction needs a multiple of 8"
+            )
         config.hidden_size, config.num_hidden_layers, config.intermediate_size = width, _DECODER_LAYERS, 4 * width
-        config.num_attention_heads = max(width // 64, 1)
+        config.num_attention_heads = next(heads for heads in range(max(width // 64, 1), 0, -1) if width % heads == 0)
         return cls._from_config(config, tower_width=tower.hidden_size)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:

@@ -213,7 +213,7 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
             # Logits are scores of classes already.
             return Tested(task, pictures, rows, answers_of(embeds, np.eye(len(names), dtype="f4"), names, right, 1.0))
         assert tokenizer is not None
-        length, parts = model.config.text_config.max_position_embeddings, []
+        length, parts = model.config.caption_config.max_position_embeddings, []
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
         for first in range(0, len(texts), _TEXT_BATCH):
             tokens = tokenise(tokenizer, texts[first : first + _TEXT_BATCH], length)["input_ids"].to(device)

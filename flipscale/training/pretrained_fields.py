@@ -104,8 +104,12 @@ def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, An
         raise UserError(
             f"model.init_from {init_from!r} projects features of other models; name them in model.vision and model.text"
         )
-    text = content.get("text_config")
-    return {"vocab_size": text["vocab_size"]} if isinstance(text, dict) and "vocab_size" in text else {}
+    text, decoder = content.get("text_config"), content.get("decoder_config")
+    if isinstance(text, dict) and "vocab_size" in text:
+        return {"vocab_size": text["vocab_size"]}
+    if not text and isinstance(decoder, dict) and "vocab_size" in decoder:  # a captioner, perhaps with a row of its own
+        return {"vocab_size": decoder["vocab_size"] - (decoder.get("mask_token_id") is not None)}
+    return {}
 
 
 def start_fields(

@@ -104,12 +104,14 @@ def test_decoder_inputs_and_targets() -> None:
 
 def test_tokenizers_that_add_begin_and_end() -> None:
     config = FlipDecoderConfig(**DECODER)
-    bare = targets([5, 6, 0, 0], [5, 0, 0, 0], [0, 0, 0, 0], [5, 6, 7, 0])
-    wrapped = targets([1, 5, 6, 2], [1, 5, 2, 0], [1, 2, 0, 0], [1, 5, 6, 7])
-    ends_only = targets([5, 6, 2, 0], [5, 2, 0, 0], [2, 0, 0, 0], [5, 6, 7, 2])
+    bare = targets([5, 6, 0, 0, 0], [5, 0, 0, 0, 0], [0, 0, 0, 0, 0], [5, 6, 7, 0, 0])
+    wrapped = targets([1, 5, 6, 2, 0], [1, 5, 2, 0, 0], [1, 2, 0, 0, 0], [1, 5, 6, 7, 0])
+    ends_only = targets([5, 6, 2, 0, 0], [5, 2, 0, 0, 0], [2, 0, 0, 0, 0], [5, 6, 7, 2, 0])
     expected = caption_inputs(bare, None, config)
     for ids in (wrapped, ends_only):
         assert all(map(torch.equal, caption_inputs(ids, None, config), expected))
+    for cut in (targets([1, 5, 6, 2]), targets([5, 6, 2])):
+        assert caption_inputs(cut, None, config)[1][0, :3].tolist() == [5, 6, NO_TARGET]
     padded_with_the_end = targets([1, 5, 2, 2])
     assert caption_inputs(padded_with_the_end, targets([1, 1, 1, 0]), config)[1].tolist() == [[5, 2, -100, -100]]
 

@@ -125,7 +125,7 @@ def test_bf16_weights_leave_the_fixed_tables_in_fp32(model: FlipModel, images: t
             "text_config: embedded_by is .*hf:a.* weights_digest",
         ),
         (lambda _: FlipConfig.from_size("xl"), "model size 'xl' .*b16, l16, l14, h14, g14"),
-        (lambda small: small({"hidden_size": 30, "num_attention_heads": 5}), "vision hidden_size 30 "),
+        (lambda small: small({"hidden_size": 30, "num_attention_heads": 5}), "vision_config: hidden_size 30 "),
         (lambda small: small({"num_attention_heads": 5}), "vision_config: hidden_size 32 .*num_attention_heads"),
         (lambda small: small(None, {"num_attention_heads": 5}), "text_config: hidden_size 24 .*num_attention_heads"),
     ],

@@ -233,6 +233,18 @@ def test_contradicting_recipes_are_refused(write: Write, tokenizer_dir: Path, sh
             check_start(parse_recipe(["--config", str(write("bad", **changes))]))
 
 
+@pytest.mark.parametrize("kind", ["next_token", "mixed"])
+def test_a_captioner_as_start_has_its_vocabulary(write: Write, tmp_path: Path, kind: str) -> None:
+    loss = {"kind": "captioning", "caption_kind": kind}
+    first = parse_recipe(["--config", str(write("first", loss=loss))])
+    own = build_config(first)
+    _, exported = build_objective(first).exported_model(own)
+    assert exported.text_config is None
+    exported.save_pretrained(tmp_path / "start")
+    second = parse_recipe(["--config", str(write("second", loss=loss, model={"init_from": str(tmp_path / "start")}))])
+    assert build_config(second).decoder_config.vocab_size == own.decoder_config.vocab_size
+
+
 def test_cut_captions_have_no_end(write: Write) -> None:
     model = {"decoder_config": {"max_position_embeddings": 2}}
     recipe = parse_recipe(["--config", str(write("cut", loss={"kind": "captioning"}, model=model))])

@@ -12,9 +12,9 @@ from flipscale.cli import main
 from flipscale.data.masks import keep_patches
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.first_weights import build_weights, fresh_weights
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipModel, FlipVisionConfig
 from flipscale.model.patches import complement, take_patches
-from flipscale.objectives.reconstruction import ReconstructingFlipModel, pixel_loss
+from flipscale.objectives.reconstruction import ReconstructingFlipModel, ReconstructionDecoder, pixel_loss
 
 CONFIG = FlipConfig(**TOWERS)
 
@@ -62,6 +62,16 @@ def test_pixel_loss_normalises_patches() -> None:
     assert pixel_loss(target, pixels).item() < 1e-9
     assert pixel_loss(torch.zeros(2, 3, 192), pixels).item() == pytest.approx(1.0)
     assert pixel_loss(torch.zeros(2, 0, 192), pixels[:, :0]).item() == 0.0
+
+
+def test_the_decoder_has_any_width_that_positions_have() -> None:
+    for width, heads in ((448, 7), (64, 2)):
+        tower = FlipVisionConfig(hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, image_size=32)
+        decoder = ReconstructionDecoder.for_tower(tower)
+        tokens, places = torch.zeros(1, 3, width), torch.arange(4)[None]
+        assert decoder(tokens, places[:, :2], places[:, 2:]).shape == (1, 2, 768)
+    with pytest.raises(ValueError, match="hidden_size is 68"):
+        ReconstructionDecoder.for_tower(FlipVisionConfig(hidden_size=68, num_attention_heads=2))
 
 
 def test_the_decoder_learns_and_trains_the_image_tower() -> None:

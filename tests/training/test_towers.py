@@ -38,10 +38,13 @@ from transformers import (
 )
 
 from flipscale.cli import main
+from flipscale.data.captions import tokenise
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.suite import build_tasks
 from flipscale.hub.export import build_processor, export_model
-from flipscale.hub.loading import load_with_tokenizer
+from flipscale.hub.loading import load_dual_encoder, load_with_tokenizer
 from flipscale.model.patches import patchify
+from flipscale.pages import run_page
 from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -79,7 +82,11 @@ def test_a_recipe_takes_what_the_folders_have(file: Path, tmp_path: Path) -> Non
 
 
 def test_it_trains_on_and_exports_a_plain_folder(
-    file: Path, shards: Path, tmp_path: Path, assert_evaluated_alike: Callable[[Path], None]
+    file: Path,
+    shards: Path,
+    tmp_path: Path,
+    assert_evaluated_alike: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = f"[{{kind: zero_shot, data: {shards}}}]"
     pretrain(parse_recipe(["--config", str(file), "--eval.tasks", task]))
@@ -98,6 +105,12 @@ def test_it_trains_on_and_exports_a_plain_folder(
     assert tokens["input_ids"].shape == (2, 8)
     # Evaluated alone, it is as good as in its run.
     assert_evaluated_alike(run_dir)
+    lengths: list[int] = []
+    noted = lambda *given: lengths.append(given[2]) or tokenise(*given)  # noqa: E731
+    monkeypatch.setattr(run_page, "tokenise", noted)
+    tasks = build_tasks([{"kind": "zero_shot", "data": str(shards)}])
+    run_page.answer_pictures(tasks[0], str(run_dir / "model"), load_dual_encoder)
+    assert {*lengths} == {8}, "its page reads captions as the evaluations do"
     main(["export", str(run_dir), "--out", str(run_dir / "model"), "--interpolate", str(run_dir / "model")])
     # Another run starts from the folder of both, and its tokens and projections come with it.
     flags = ["--model.init_from", str(run_dir), "--output_dir", str(tmp_path / "next")]
