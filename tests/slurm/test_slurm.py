@@ -173,10 +173,12 @@ class Site:
 
 
 def chain(site: Site) -> dict[str, str]:
-    """Pre-train without a break, tune and evaluate. The recipe's file changes between submission and start."""
+    """Pre-train without a break, tune and evaluate. The recipe's file changes between submission and start, and the
+    first is submitted from a shell of another job."""
     (site.folder / "edited.yaml").write_text((site.folder / "tiny.yaml").read_text())
     arguments = ["slurm/pretrain.sh", "--hold", "--nodes=2", "--nodelist=node1,node2", *SMALL]
-    first = site.submit("bash", *arguments, RECIPE="edited.yaml", RUN="runs/whole")
+    shell = {"SLURM_JOB_ID": "999", "SLURM_SUBMIT_DIR": "/", "SLURM_RESTART_COUNT": "5"}
+    first = site.submit("bash", *arguments, RECIPE="edited.yaml", RUN="runs/whole", **shell)
     (site.folder / "edited.yaml").write_text("seed: 7\n")
     stages = "[{name: unmasked, samples: 160, base_lr: 0.002}]"
     tune = ["slurm/tune.sh", f"--dependency=afterok:{first}", "--nodes=1", USUAL, *SMALL, "--", "--seed", "1"]
@@ -304,7 +306,7 @@ def planned(site: Site) -> list[str]:
     (site.folder / "planned.yaml").write_text(yaml.safe_dump(content))
     write_plan(site.folder / "planned.yaml", site.folder / "runs/planned")
     runs = "runs/planned/runs"
-    arguments = ["slurm/study.sh", "--nodes=1", "--nodelist=node1", *SMALL]
+    arguments = ["slurm/study.sh", "--nodes=1", "--nodelist=node1", *SMALL, "--array=0-5%2"]
     submit = partial(site.submit, "bash", *arguments, RECIPES="", STUDY="runs/planned")
 
     site.hold(f"{runs}/long-seed0", 10)
