@@ -114,6 +114,9 @@ class Evaluate:
         from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
         from flipscale.hub.card import refresh_card
         from flipscale.hub.loading import OTHERS, open_embedder
+        from flipscale.model import FlipForConditionalGeneration
+        from flipscale.objectives.captioning import CaptionLoss
+        from flipscale.planning.flops import PLAIN as PLAIN_LOSS
         from flipscale.planning.flops import forward_flops
 
         start_logging()
@@ -122,6 +125,11 @@ class Evaluate:
         masked.check_mask_arguments(*masks, others)
         for task in tasks:
             task.check()
+            if any(self.mask_ratio) and max(self.mask_views) > 1 and task.needs in ("decoder", "answers"):
+                raise UserError(
+                    f"mask_views is {max(self.mask_views)} and {task.name} of kind {task.kind!r}, which reads one view "
+                    "of an image; leave mask_views out"
+                )
         if self.dry_run:
             for model in models:
                 if model.given not in PLAIN and not model.given.startswith(OPEN_CLIP):
@@ -160,8 +168,11 @@ class Evaluate:
                 columns.append(Column(", ".join([model.name, *cuts]), lines))
                 if any(self.mask_ratio):
                     config, size = embedder.model.config, embedder.pixels
+                    loss = CaptionLoss() if isinstance(embedder.model, FlipForConditionalGeneration) else PLAIN_LOSS
                     both = (mask, masked.WHOLE)
-                    counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in both]
+                    counts = [
+                        forward_flops(config, m.ratio, m.views, image_size=size, objective=loss).modules for m in both
+                    ]
                     # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
                     parts = ("vision_model", "image_projection", "visual_projection")
                     flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)

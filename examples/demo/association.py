@@ -30,6 +30,8 @@ def association(embedder: Embedder, folder: Path) -> tuple[Estimate, Estimate]:
     `folder` has shards, and `roles.json` with a list of `{role, woman, man}`: the word and the rows of two pictures by
     one artist, as `data.py --with_roles` writes them. Raise UserError if `roles.json` is another file.
     """
+    if "texts" not in embedder.gives:
+        raise UserError(f"{embedder.name} embeds no texts; name a model of images and texts")
     source, file = TarSource(str(folder)), folder / "roles.json"
     try:
         couples = json.loads(file.read_text(encoding="utf-8"))

@@ -26,6 +26,7 @@ from flipscale.evaluation.presentation.figures import drawing_pyplot, save_figur
 from flipscale.evaluation.whole_images import packed
 from flipscale.hub.loading import open_embedder
 from flipscale.io.command_line import parse_command
+from flipscale.io.errors import UserError
 from flipscale.io.options import Pixels, Seed
 from flipscale.training.console import report_user_errors, start_logging
 
@@ -46,7 +47,9 @@ class Pointed(NamedTuple):
 def points(embedder: Embedder, source: TarSource, seed: int = 0) -> Iterator[Pointed]:
     """Yield a mosaic for each picture of a test set. The other three pictures have other captions."""
     where, rng = SampleNumbers(source), np.random.default_rng(seed)
-    captions = [source.read_captions(*place)[0].decode() for place in where]
+    captions = [(*source.read_captions(*place), b"")[0].decode() for place in where]
+    if "texts" not in embedder.gives or len({*captions}) < 4 or "" in captions:
+        raise UserError("this needs a model of images and texts, a caption for each picture, and four different ones")
     texts = embedder.texts(captions).to(embedder.accelerator.device)
     chosen, places = [], rng.integers(4, size=len(where)).tolist()
     for row, place in enumerate(places):

@@ -26,7 +26,7 @@ from flipscale.io.errors import UserError
 from flipscale.preparation.lists import digest_of
 from flipscale.training.console import report_user_errors, start_logging
 
-LEAST_SEEN = 9  # questions that must share an answer of the list: METER's, which leaves 3,129 (arXiv 2111.02387)
+LEAST_SEEN = 9  # questions that must share an answer of the list: METER's (arXiv 2111.02387)
 HELD_OUT_IMAGES = 1000  # images whose questions stay the test set when the validation questions are learned: METER's
 _URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_{}_{}_mscoco.zip"
 
@@ -61,7 +61,9 @@ def answer_list(majors: Iterable[str]) -> list[str]:
         majors: the commonest answer to each question (`multiple_choice_answer`).
     """
     counts = Counter(normalised(major) for major in majors)
-    kept = [answer for answer, count in counts.items() if count >= LEAST_SEEN]
+    kept = [
+        answer for answer, count in counts.items() if answer and count >= LEAST_SEEN
+    ]  # "a" is blank without articles
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 

@@ -271,7 +271,12 @@ def _usable(
         elif matches and _TEXT_ROWS.fullmatch(name) and found[1:] == shapes[name][1:]:
             continue
         elif found != shapes[name]:
-            raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
+            # A decoder that predicts in parallel has a row for masked words.
+            one_more = (
+                name.startswith("decoder.") and found[1:] == shapes[name][1:] and abs(found[0] - shapes[name][0]) == 1
+            )
+            fix = "; give it the start's loss.caption_kind or loss.options.prediction" if one_more else ""
+            raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model{fix}")
     # Expected names, such as the text tower's for a classifier, are not logged.
     others = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
     left = {name for name in stored.keys() - shapes.keys() if not others.search(name)}

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_box
-from flipscale.data.samples import BadSample, SampleNumbers
+from flipscale.data.samples import BadSample, MissingCaption, SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
@@ -138,11 +139,12 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
 
     def class_of(row: int) -> int:
         try:
-            caption = (*source.read_captions(*samples[row]), b"")[0]
+            return numbers.get(choose_caption(source.read_captions(*samples[row]), 0.0), -1)
+        except MissingCaption:
+            return -1
         except BadSample:
             bad.add(row)
             return -1
-        return numbers.get(caption.decode("utf-8", "replace"), -1)
 
     classes = np.array([class_of(row) for row in range(len(samples))])
     rows = np.flatnonzero(classes >= 0)

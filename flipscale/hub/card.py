@@ -312,7 +312,9 @@ def _options(result: Result) -> list[str]:
     for option, value in result.made_by.items():
         if option in ("train", "validation"):
             parts.append(f"{option} {markdown_code(data_name(value))}")
-        elif option != "data" and (kind is None or kind.hub_options is None or option in kind.hub_options):
+        elif option == "image_size" or (
+            option != "data" and (kind is None or kind.hub_options is None or option in kind.hub_options)
+        ):
             parts.append(f"{option} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return parts
 

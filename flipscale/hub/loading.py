@@ -112,12 +112,11 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         else:
             config = FlipConfig.from_own_fields(content)
         if content.get("architectures") == [FlipForImageClassification.__name__]:
-            names = content.get("id2label")
-            if not isinstance(names, dict) or set(names) != {str(index) for index in range(len(names))}:
-                raise UserError("id2label in its config.json does not count classes from 0; export it again")
-            kind, config.id2label = FlipForImageClassification, {i: str(names[str(i)]) for i in range(len(names))}
+            kind, config.id2label = FlipForImageClassification, _learned_names(content)
         elif config.answer_config is not None:
             kind = FlipForQuestionAnswering
+            if "id2label" in content:
+                config.id2label = _learned_names(content)
         elif config.decoder_config is not None:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
         stored = {n: shape for file in files for n, shape in read_shapes(file).items()}
@@ -140,6 +139,14 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         raise UserError(f"model {name!r} cannot be loaded ({' '.join(str(error).split())})") from error
     with without_bars():
         return folder, kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
+
+
+def _learned_names(content: dict[str, Any]) -> dict[int, str]:
+    """Return the class names of a head in a config.json. Raise UserError if their numbers are not 0, 1 and so on."""
+    names = content.get("id2label")
+    if not isinstance(names, dict) or set(names) != {str(index) for index in range(len(names))}:
+        raise UserError("id2label in its config.json does not count classes from 0; export it again")
+    return {index: str(names[str(index)]) for index in range(len(names))}
 
 
 def check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[FlipPreTrainedModel]) -> None:

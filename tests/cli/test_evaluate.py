@@ -171,6 +171,7 @@ def test_the_index_of_a_card_tells_methods_apart() -> None:
         Result("seven", "zero_shot", "top1", 61.0, made_by={**data, "templates": "imagenet7"}),
         Result("likelihood", "likelihood", "top1", 20.0, made_by=data),
         Result("probe", "probe", "top1", 80.0, made_by={**data, "solver": "lbfgs", "folds": 5}),
+        Result("small", "probe", "top1", 30.0, made_by={**data, "image_size": 32, "solver": "lbfgs"}),
     ]
     found = {entry.metric_name: entry.metric_value for entry in model_index(Line(result, {}) for result in results)}
     assert found == {
@@ -178,6 +179,7 @@ def test_the_index_of_a_card_tells_methods_apart() -> None:
         "top-1, %, templates imagenet7": 61.0,
         "top-1, %, by likelihood": 20.0,
         "top-1, %, by probe, solver lbfgs": 80.0,
+        "top-1, %, by probe, image_size 32, solver lbfgs": 30.0,
     }
 
 

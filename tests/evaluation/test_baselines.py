@@ -63,7 +63,7 @@ def test_training_images_that_cannot_be_read_are_left_out(tmp_path: Path, caplog
     train = write_samples(
         tmp_path / "train",
         (
-            {"png": png(draw(name, 0)) if number else b"no picture", "txt": name.encode()}
+            {"png": png(draw(name, 0)) if number else b"no picture", "txt": f"{name}\n".encode()}
             for number, name in enumerate(NAMES)
         ),
     )

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import COLOURS, SHAPES, TOWERS, write_shards
 from evaluation.made_up_sets import png, write_samples
 from evaluation.tiny_model import CAPTION_LENGTH, pixels_of, tiny_writer
 
+from flipscale import cli
 from flipscale.data.captions import tokenise
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
@@ -19,6 +21,7 @@ from flipscale.evaluation.kinds.caption_metrics import bleu_4, cider, rouge_l
 from flipscale.evaluation.kinds.captioning import Likelihoods, captioner, generated_captions
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, run_tasks
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 
 
@@ -126,6 +129,23 @@ def test_a_model_in_training_writes_what_its_captioner_does(embedder: Embedder, 
     assert captioner(trained).decoder is embedder.model.decoder
     source = TarSource(str(test_set))
     assert generated_captions(trained, source, 4, 1) == generated_captions(embedder, source, 4, 1)
+
+
+def test_captions_of_masked_images(
+    embedder: Embedder, test_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export_model(
+        embedder.model, build_processor(embedder.model.config, embedder.tokenizer), tmp_path / "model"
+    )
+    command = ["evaluate", str(folder), "--task", f"{{kind: captioning, data: {test_set}, max_new_tokens: 4}}"]
+    command += ["--mask_ratio", "0.5", "--num_workers", "0", "--output_dir", str(tmp_path / "out")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cli.main(command)
+    assert "50 % random" in capsys.readouterr().out
+    assert "ratio 0.5" in (tmp_path / "out/results.md").read_text()
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--mask_views", "1", "2"])
+    assert "mask_views is 2 and captioning" in capsys.readouterr().err
 
 
 def test_a_model_without_a_decoder_is_refused(tmp_path: Path, embedder: Embedder) -> None:

@@ -183,3 +183,6 @@ def test_sets_that_cannot_be(tmp_path: Path) -> None:
     (named / "classnames.txt").write_text("add_att\nswap_att\n")
     with pytest.raises(ValueError, match=r"has class 2; 2 are listed"):
         evaluated(named, kind=KIND)
+    (named / "classnames.txt").write_text("C\nC++\nrust\n")
+    with pytest.raises(ValueError, match=r"has 'C' and 'C\+\+', both accuracy_c"):
+        build_tasks([{"kind": KIND, "data": str(named)}])[0].check()

@@ -137,6 +137,8 @@ def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert [name for name, result in found.items() if result.headline] == ["mean_per_class"]
     # Of five classes, top-5 is always right.
     five = named(write_set(tmp_path / "five", 1, 10, lambda number, label: {"cls": b"%d" % (number % 5)}), NAMES[:5])
+    with pytest.raises(ValueError, match="5 classes; the metric top5 needs six"):
+        build_tasks([{"kind": "zero_shot", "data": str(five), "metric": "top5"}])[0].check()
     results = run_tasks(drawn(), build_tasks([{"kind": "zero_shot", "data": str(five)}]))
     assert [(r.metric, r.headline, r.is_certain) for r in results[:2]] == [("top1", True, False), ("top5", False, True)]
 

@@ -1,5 +1,6 @@
 """VQA accuracy of a small model against the answers one question at a time."""
 
+import copy
 import dataclasses
 import itertools
 from pathlib import Path
@@ -136,6 +137,10 @@ def test_what_is_wrong_with_a_set_is_told(tmp_path: Path, embedder: Embedder, to
     ):
         with pytest.raises(ValueError, match=told):
             evaluated(embedder, write_questions(tmp_path / str(number), [good, files]))
+    named = dataclasses.replace(embedder, model=copy.deepcopy(embedder.model))
+    named.model.config.id2label = dict(enumerate(reversed(ANSWERS)))
+    with pytest.raises(ValueError, match=f"names class 0 {ANSWERS[0]!r}, and the model's head {ANSWERS[-1]!r}"):
+        evaluated(named, write_questions(tmp_path / "reversed", [good]))
     with pytest.raises(ValueError, match=r"0.tar#0 has no caption; every image needs a KEY.txt"):
         evaluated(embedder, write_questions(tmp_path / "blank", [good, good], [" ", "a"]))
     other = tiny_embedder(tokenizer_dir, batch_size=4)

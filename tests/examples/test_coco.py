@@ -122,6 +122,11 @@ def test_answers_are_written_as_vqa_s_evaluation_does() -> None:
     assert {answer: normalised(answer) for answer in expected} == expected
 
 
+def test_a_blank_answer_is_not_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vqa_v2, "LEAST_SEEN", 2)
+    assert answer_list(["a", "The", "yes", "Yes.", "no"]) == ["yes"]
+
+
 def test_equal_answers_are_not_rewritten() -> None:
     numbers = {"2": 0, "two": 1}
     assert count_votes(["two"] * 10, numbers).tolist() == [0, 10, 0]

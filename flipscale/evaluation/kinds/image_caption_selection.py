@@ -41,6 +41,10 @@ of one picture are no independent queries, so their interval counts as many quer
 shows. The macro accuracy is the mean over subsets, which count as independent."""
     hub_metric: ClassVar[str] = "accuracy"
 
+    def check(self) -> None:
+        super().check()
+        self._subsets()
+
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(_sample, test_set, len(self._subsets()))
 
@@ -66,7 +70,7 @@ shows. The macro accuracy is the mean over subsets, which count as independent."
 
         whole = share("accuracy", "", np.ones(len(hits), bool))
         members = [np.array([subset == number for _, subset in samples]) for number in range(len(subsets))]
-        named = [(re.sub(r"\W+", "_", f"accuracy_{name.lower()}").strip("_"), f"accuracy, {name}") for name in subsets]
+        named = [(_metric(name), f"accuracy, {name}") for name in subsets]
         parts = [share(*names, own) for names, own in zip(named, members, strict=True) if own.any()]
         if not parts:
             return [replace(whole, headline=True)]
@@ -91,7 +95,19 @@ shows. The macro accuracy is the mean over subsets, which count as independent."
         return [self.proportion(f"{name}_score", int(h.sum()), len(h), chance, right=h) for name, h, chance in shown]
 
     def _subsets(self) -> list[str]:
-        return [] if read_text(self.data, CLASS_NAMES) is None else read_class_names(self.data)
+        names = [] if read_text(self.data, CLASS_NAMES) is None else read_class_names(self.data)
+        by_metric: dict[str, str] = {}
+        for name in names:
+            if (other := by_metric.setdefault(_metric(name), name)) != name:
+                raise UserError(
+                    f"{self.data}/{CLASS_NAMES} has {other!r} and {name!r}, both {_metric(name)}; rename one"
+                )
+        return names
+
+
+def _metric(subset: str) -> str:
+    """Return the metric of a subset's accuracy."""
+    return re.sub(r"\W+", "_", f"accuracy_{subset.lower()}").strip("_")
 
 
 def _sample(test_set: TestSet, num_subsets: int, shard: int, number: int) -> tuple[_Choice, int]:

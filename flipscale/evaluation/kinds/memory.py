@@ -94,7 +94,7 @@ class ZeroShotMemory(ZeroShot):
     weights: list[Share] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 
     hub_task: ClassVar[str] = "image-classification"
-    hub_options: ClassVar[tuple[str, ...] | None] = ("memory",)
+    hub_options: ClassVar[tuple[str, ...] | None] = ("memory", "templates", "labels")
     protocol: ClassVar[str] = """Zero-shot with a memory: class probabilities are blended with those of the captions of
 the nearest training images, whose number and weight validation images choose. Gains are of paired answers."""
 

@@ -149,3 +149,17 @@ class LabelledTask(Task):
             results.append(self.proportion("top5", int(top5.sum()), n, 5 * chance, headline))
         mean = mean_per_class(np.bincount(labels[best == 1], minlength=num_classes), counts)
         return [*results, self.estimated("mean_per_class", mean, n, chance, metric == "mean_per_class")]
+
+
+def check_learned_names(data: str, names: list[str], embedder: Embedder) -> None:
+    """Raise UserError unless a test set has the names of the model's head in its order, if the model's folder has
+    names."""
+    learned = [*embedder.model.config.id2label.values()]
+    if len(learned) != len(names) or learned == [f"LABEL_{number}" for number in range(len(names))]:
+        return
+    for number, (ours, its) in enumerate(zip(names, learned, strict=True)):
+        if ours != its:
+            raise UserError(
+                f"{data} names class {number} {ours!r}, and the model's head {its!r}; use a test set with the head's "
+                "classes in their order"
+            )

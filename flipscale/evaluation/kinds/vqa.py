@@ -11,7 +11,7 @@ import torch
 from flipscale.data.captions import tokenise
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
-from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.task import Task, check_learned_names
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
 from flipscale.evaluation.whole_images import ChosenRows
@@ -57,6 +57,7 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
                 f"{self.data} lists {len(answers)} answers, and the model chooses among {num_answers}; use a test set "
                 "with the model's answers"
             )
+        check_learned_names(self.data, answers, embedder)
         mine = of_my_rows(embedder, test_set.source, partial(_question, test_set, len(answers)))
         source = test_set.source
         if self.image == "shuffled":

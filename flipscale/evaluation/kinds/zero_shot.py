@@ -12,7 +12,7 @@ import torch
 
 from flipscale.data.task_page import TEMPLATES
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import LabelledTask, Task
+from flipscale.evaluation.kinds.task import LabelledTask, Task, check_learned_names
 from flipscale.evaluation.metrics import average_precision_chance, hits_by_class, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows, read_list, read_text
@@ -64,6 +64,8 @@ class PromptedTask(Task):
                 f"{self.data} has {len(prompts):,} prompts for each of {len(names):,} classes, more than "
                 f"{_MOST_TEXTS:,} texts; use fewer prompts"
             )
+        if getattr(self, "metric", None) == "top5" and len(names) <= 5:
+            raise UserError(f"{self.data} has {len(names)} classes; the metric top5 needs six or more")
 
     def prompts(self, test_set: TestSet) -> list[str]:
         if isinstance(self.templates, str):
@@ -109,8 +111,6 @@ images. The interval of an AUC is DeLong's."""
             raise UserError(f"{self.data} has 1 class, which every image would get; name two or more")
         if self.metric == "roc_auc" and num_classes != 2:
             raise UserError(f"{self.data} has {num_classes} classes; roc_auc is for two")
-        if self.metric == "top5" and num_classes < 5:
-            raise UserError(f"{self.data} has {num_classes} classes; top5 needs five or more")
         if self.labels is not None:
             self._label_sets(test_set)
 
@@ -233,14 +233,7 @@ and leaves out classes without images."""
                 f"{self.data} names {len(names)} classes, and the model's head has {num_labels}; use the test set of "
                 "the head's classes"
             )
-        learned = [*embedder.model.config.id2label.values()]
-        differing = [pair for pair in zip(names, learned, strict=True) if pair[0] != pair[1]]
-        if differing and learned != [f"LABEL_{number}" for number in range(num_labels)]:
-            ours, heads = differing[0]
-            raise UserError(
-                f"{self.data} names class {names.index(ours)} {ours!r}, and the model's head {heads!r}; use a test set "
-                "with the head's classes in their order"
-            )
+        check_learned_names(self.data, names, embedder)
         labels = test_set.labels(embedder, num_labels)
         hits = embedder.measured(test_set.source, lambda mine, logits: hits_by_class(logits, labels[mine]), "logits")
         return self.class_results(embedder, hits, names, self.metric)
