@@ -25,7 +25,7 @@ TASKS=${TASKS:-data/tasks}
 SUITE=${SUITE:-paper}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
-[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # not this script's job
+[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # a shell of another job, as of salloc
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 what=()
 read -r -d '' -a folders <<< "$ZERO_SHOT" || [ ${#folders[@]} = 0 ] || what+=(--zero_shot "${folders[@]}")

@@ -28,7 +28,7 @@ LAUNCHER=torchrun
 LAUNCH_FILE=ds_configs/ddp.yaml # torchrun reads none
 [ "$WHAT" = embed ] || LAUNCHER=none
 
-[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # not this script's job
+[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # a shell of another job, as of salloc
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 case $WHAT in embed | resize | weights | audit) ;; *) fail "WHAT is '$WHAT'; use embed, resize, weights or audit" ;; esac
 [ -n "$SHARDS" ] || fail "SHARDS is empty; name the shards, such as 'laion/{00000..41407}.tar'"

@@ -37,7 +37,7 @@ case $(basename -- "$RECIPE") in h14*) engine=hsdp ;; *) engine=ddp ;; esac
 [ "${LAUNCHER:-accelerate}" = accelerate ] || engine=ddp
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/$engine.yaml}
 
-[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # not this script's job
+[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # a shell of another job, as of salloc
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 check() { check_recipes --output_dir "$RUN" "$@"; }
 [ -n "${SLURM_JOB_ID:-}" ] || submit RECIPE "$0" "$@"

@@ -25,7 +25,7 @@
 STUDY=${STUDY:-runs/study}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
-[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # not this script's job
+[ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # a shell of another job, as of salloc
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 check() { check_recipes --output_dir "$STUDY/none" "$@"; } # each has a folder of its own
 if [ -z "${SLURM_JOB_ID:-}" ]; then

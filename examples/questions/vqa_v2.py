@@ -57,13 +57,13 @@ def normalised(answer: str) -> str:
 def answer_list(majors: Iterable[str]) -> list[str]:
     """Return the answers to choose from, the commonest first: those of at least `LEAST_SEEN` questions.
 
+    An answer that normalisation leaves blank, as "a", is none of them.
+
     Args:
         majors: the commonest answer to each question (`multiple_choice_answer`).
     """
     counts = Counter(normalised(major) for major in majors)
-    kept = [
-        answer for answer, count in counts.items() if answer and count >= LEAST_SEEN
-    ]  # "a" is blank without articles
+    kept = [answer for answer, count in counts.items() if answer and count >= LEAST_SEEN]
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 

@@ -55,7 +55,7 @@ def _of_split(rows: "Dataset", name: str, split: str) -> "Dataset":
     default, which asks for none."""
     if rows.split is not None and split not in ("train", str(rows.split)):
         raise UserError(
-            f"dataset {name!r} has the split {str(rows.split)!r} alone; expected {split!r}; name its folder"
+            f"dataset {name!r} has the split {str(rows.split)!r} alone; expected {split!r}; name that split's folder"
         )
     return rows
 
