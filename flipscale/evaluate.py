@@ -122,14 +122,9 @@ class Evaluate:
         start_logging()
         tasks, masks = _tasks(self), (self.mask_ratio, self.mask_views, self.mask_kind)
         others = [model.given for model in models if model.given.startswith(tuple(OTHERS))]
-        masked.check_mask_arguments(*masks, others)
+        masked.check_mask_arguments(*masks, others, tasks)
         for task in tasks:
             task.check()
-            if any(self.mask_ratio) and max(self.mask_views) > 1 and task.needs in ("decoder", "answers"):
-                raise UserError(
-                    f"mask_views is {max(self.mask_views)} and {task.name} of kind {task.kind!r}, which reads one view "
-                    "of an image; leave mask_views out"
-                )
         if self.dry_run:
             for model in models:
                 if model.given not in PLAIN and not model.given.startswith(OPEN_CLIP):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # `accelerate launch` sets these to let accelerate shard the model; flipscale shards it by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
-# A process of a training waits so long for another. The watchdog ends a hanging run much earlier.
+# How long a process of a training waits for another. The watchdog ends a hanging run much earlier.
 _WATCHED_TIMEOUT = timedelta(days=1)
 
 

@@ -19,6 +19,7 @@ from flipscale.data.decode import decode_processed, visible_patches
 from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.presentation.figures import drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import NOTHING, Result, as_metrics
 from flipscale.evaluation.whole_images import Decoder
@@ -82,7 +83,9 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
     return masks
 
 
-def check_mask_arguments(ratios: Sequence[float], views: Sequence[int], kind: str, other_models: Sequence[str]) -> None:
+def check_mask_arguments(
+    ratios: Sequence[float], views: Sequence[int], kind: str, other_models: Sequence[str], tasks: Sequence[Task]
+) -> None:
     """Raise before a model is loaded if the mask arguments do not fit together."""
     if not any(ratios):
         if views != [1] or kind != "random":
@@ -90,6 +93,13 @@ def check_mask_arguments(ratios: Sequence[float], views: Sequence[int], kind: st
             raise UserError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
     elif other_models:
         raise _only_whole(other_models[0])
+    elif max(views) > 1:
+        for task in tasks:
+            if task.needs in ("decoder", "answers"):
+                raise UserError(
+                    f"mask_views is {max(views)} and {task.name} of kind {task.kind!r}, which reads one view of an "
+                    "image; leave mask_views out"
+                )
 
 
 def asked_masks(ratios: Sequence[float], views: Sequence[int], kind: str, embedder: Embedder) -> list[ImageMask]:

@@ -524,8 +524,8 @@ def _end_of_quotes(text: mmap.mmap, delimiter: str, width: int, image: int, star
     """Return the end of a row of CSV whose first line has an odd number of quotes and ends at `first_end`.
 
     The row goes on until its quotes are balanced. If the result has too many lines or another number of fields, the
-    first line is a row alone. So it is if a later line names an image itself, because then the quote is stray; but the
-    last line of a row names it if the captions are in an earlier column.
+    first line is a row alone. So it is if a later line names an image, because then the quote is stray. The line that
+    closes the quotes may name the image, unless the first line has named one.
 
     Args:
         width: number of columns.

@@ -22,7 +22,7 @@ from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
-from flipscale.training.preemption import ECHO_SECONDS
+from flipscale.training.preemption import may_be_echo
 from flipscale.training.schedule import schedule_stages
 
 
@@ -159,7 +159,7 @@ def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) 
     def receive(number: int, frame: FrameType | None) -> None:
         nonlocal first_at
         if received:
-            if number == signal.SIGUSR1 or (number != signal.SIGINT and time.monotonic() - first_at < ECHO_SECONDS):
+            if may_be_echo(number, time.monotonic() - first_at, is_typed=number == signal.SIGINT):
                 return
             for _, process in running.values():
                 process.kill()

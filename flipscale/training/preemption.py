@@ -16,7 +16,7 @@ STOP_FILE = "FLIPSCALE_STOP_FILE"
 # Batch systems send the first two, Ctrl-C the third, and a closed terminal the last.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A launcher repeats the signals that its processes receive, and an ending session sends two kinds.
-ECHO_SECONDS = 3.0
+_ECHO_SECONDS = 3.0
 
 _END = b"\0"  # no signal has this number
 
@@ -141,9 +141,15 @@ class StopRequest(_Listener):
             _log.info("%s: saving and stopping; once more to end at once", number.name)
             return
         is_typed = number == signal.SIGINT and "WORLD_SIZE" not in os.environ
-        if number == signal.SIGUSR1 or (not is_typed and now - self._first_at < ECHO_SECONDS):
+        if may_be_echo(number, now - self._first_at, is_typed):
             return
         _end(number, f"error: {number.name} again: ended before the save; the same command resumes from the last one")
+
+
+def may_be_echo(number: int, seconds: float, is_typed: bool) -> bool:
+    """Return whether a signal, `seconds` after the first, asks for no more than the first did. `is_typed`: a person
+    sent it."""
+    return number == signal.SIGUSR1 or (not is_typed and seconds < _ECHO_SECONDS)
 
 
 def refuse_restart() -> None:

@@ -62,7 +62,7 @@ def test_arguments_that_do_not_fit(embedder: Embedder) -> None:
     assert asked_masks([0.0], [1], "random", embedder) == [WHOLE]
     for flag, views, kind in (("--mask_views", 2, "random"), ("--mask_kind", 1, "grid")):
         with pytest.raises(ValueError, match=f"{flag} needs a --mask_ratio above 0"):
-            check_mask_arguments([0.0], [views], kind, [])
+            check_mask_arguments([0.0], [views], kind, [], [])
 
 
 def test_nothing_masked_is_the_whole_image_bit_for_bit(embedder: Embedder, shards: Path) -> None:

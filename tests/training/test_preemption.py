@@ -57,7 +57,7 @@ def be_stopped(numbers: list[int], echo_seconds: float) -> None:
             super()._handle(number)
             handled.append(number)
 
-    preemption.ECHO_SECONDS = echo_seconds
+    preemption._ECHO_SECONDS = echo_seconds
     with Counted(watches_file=False) as request:
         for place, number in enumerate(numbers):
             os.kill(os.getpid(), number)

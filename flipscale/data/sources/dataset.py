@@ -41,7 +41,7 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
         if kind is not None:
             return datasets.load_dataset(kind, data_files={split: name}, split=split)
         return datasets.load_dataset(name, config, split=split)
-    except UserError:
+    except UserError:  # of `_of_split`
         raise
     except Exception as error:  # the library and its builders raise many kinds
         raise UserError(
