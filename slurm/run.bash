@@ -8,8 +8,8 @@ LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which reads no launch file: p
 # that depend on the first job (--dependency) then start too early, and it loses options such as --constraint that
 # are no #SBATCH lines. `no` leaves it to you.
 REQUEUE=${REQUEUE:-scontrol}
-# Restarts after a crash without a new checkpoint; other ends do not count. The first restart is on the same nodes, without
-# Slurm's wait for a requeue of two minutes. The others are requeued, as a node may be at fault.
+# Restarts of what was submitted, after crashes without a new checkpoint; other ends do not count. The first restart is on
+# the same nodes, without Slurm's wait for a requeue of two minutes. The others are requeued, as a node may be at fault.
 MAX_CRASHES=${MAX_CRASHES:-3}
 CONTAINER=${CONTAINER:-}            # an image that has PYTHON; by default none
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-image
@@ -269,6 +269,7 @@ supervise() {
   node_log=${RUN//%/%%}/slurm/%j-%N.log
   mkdir -p -- "$RUN/slurm"
   export RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
+  export FLIPSCALE_FIRST_JOB=${FLIPSCALE_FIRST_JOB:-$SLURM_JOB_ID} # as submitted; jobs that continue it inherit it
   say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $what in $RUN on $SLURM_JOB_NODELIST; output: $node_log"
   # USR1 warns of the time limit or of a preemption. A file reaches also processes that have not started yet.
   # Do not trap CONT, which Slurm sends as well: bash would lose the USR1.
@@ -300,13 +301,14 @@ supervise() {
   requeue "$job" "$@"
 }
 
-# Counts a crash with exit code $1 since the newest checkpoint of the run in `count`. Fails above MAX_CRASHES.
+# Counts a crash with exit code $1 of this submission since the newest checkpoint in `count`. Fails above MAX_CRASHES.
 crashed() {
-  local newest
+  local newest place
   newest=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1)
   newest=${newest:-start}
-  echo "$newest job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} exit $1 $(date '+%F %T')" >> "$RUN/slurm/crashes"
-  count=$(grep -c "^$newest " "$RUN/slurm/crashes")
+  place="$newest of $FLIPSCALE_FIRST_JOB"
+  echo "$place job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} exit $1 $(date '+%F %T')" >> "$RUN/slurm/crashes"
+  count=$(grep -c "^$place " "$RUN/slurm/crashes")
   say "crash $count since $newest (exit code $1); at most $MAX_CRASHES are restarted"
   [ "$count" -le "$MAX_CRASHES" ]
 }

@@ -217,14 +217,13 @@ def interrupted(site: Site) -> str:
     return number
 
 
-def killed(site: Site) -> str:
-    """Kill a rank three times without a new checkpoint in between."""
+def killed(site: Site) -> tuple[str, str]:
+    """Kill a rank three times without a new checkpoint in between, and once in a job that is submitted after that."""
     site.hold("runs/killed", 7)
     variables = {"RUN": "runs/killed", "MAX_CRASHES": "2", "LAUNCHER": "torchrun"}
     flags = ["--save.every_samples", "0"]
-    number = site.submit(
-        "sbatch", "--nodes=2", "--nodelist=node1,node2", *SMALL, "slurm/pretrain.sh", *flags, **variables
-    )
+    words = ["sbatch", "--nodes=2", "--nodelist=node1,node2", *SMALL, "slurm/pretrain.sh", *flags]
+    number = site.submit(*words, **variables)
     for crash, step in enumerate((5, 6, 7), start=1):
         site.wait_for_step("runs/killed", step)
         os.kill(site.rank("runs/killed", 1), signal.SIGKILL)
@@ -232,7 +231,14 @@ def killed(site: Site) -> str:
         if crash < 3:
             (site.folder / "runs/killed/metrics.jsonl").unlink()
     site.end(number, "FAILED")
-    return number
+    (site.folder / "runs/killed/metrics.jsonl").unlink()
+    again = site.submit(*words, **variables)
+    site.wait_for_step("runs/killed", 5)
+    os.kill(site.rank("runs/killed", 1), signal.SIGKILL)
+    wait_until(lambda: "start again on the same nodes" in site.output(again), "a restart")
+    site.cluster.run("scancel", again)
+    site.end(again, "CANCELLED")
+    return number, again
 
 
 def cancelled(site: Site) -> tuple[str, str]:
@@ -435,10 +441,12 @@ def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcom
 
 @LONG  # eight starts of the trainer
 def test_crashes_are_restarted_up_to_a_cap(site: Site, outcome: Callable) -> None:
-    number = outcome(killed)
+    number, again = outcome(killed)
     assert site.cluster.job(number, "Restarts") == "1"
     crashes = (site.folder / "runs/killed/slurm/crashes").read_text().splitlines()
-    assert [line.split()[:5] for line in crashes] == [["start", "job", number, "start", start] for start in "001"]
+    kept = [line.split(" exit ")[0] for line in crashes]
+    starts = [(number, 0), (number, 0), (number, 1), (again, 0)]
+    assert kept == [f"start of {job} job {job} start {start}" for job, start in starts]
     assert site.output(number).count("start again on the same nodes") == 1
 
 
