@@ -28,7 +28,10 @@ from flipscale.training.console import start_logging
 
 # Everything that embeds and scores is imported where it is needed, because it takes seconds and `--help` needs none.
 if TYPE_CHECKING:
+    from flipscale.evaluation.embedding import Embedder
     from flipscale.evaluation.kinds.task import Task
+    from flipscale.evaluation.masked import ImageMask, MaskedResults
+    from flipscale.evaluation.presentation.results_page import Column
 
 EVALUATIONS = Path("evaluations")
 _PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
@@ -110,14 +113,9 @@ class Evaluate:
         from flipscale.evaluation.embedding import agreed
         from flipscale.evaluation.foreign_models import OPEN_CLIP
         from flipscale.evaluation.model_results import evaluate_model, read_lines
-        from flipscale.evaluation.presentation.figures import can_draw
-        from flipscale.evaluation.presentation.results_page import Column, draw_results, report, suite_tables
+        from flipscale.evaluation.presentation.results_page import Column
         from flipscale.hub.card import refresh_card
         from flipscale.hub.loading import OTHERS, open_embedder
-        from flipscale.model import FlipForConditionalGeneration
-        from flipscale.objectives.captioning import CaptionLoss
-        from flipscale.planning.flops import PLAIN as PLAIN_LOSS
-        from flipscale.planning.flops import forward_flops
 
         start_logging()
         tasks, masks = _tasks(self), (self.mask_ratio, self.mask_views, self.mask_kind)
@@ -162,41 +160,41 @@ class Evaluate:
                 cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == masked.WHOLE else [mask.label])]
                 columns.append(Column(", ".join([model.name, *cuts]), lines))
                 if any(self.mask_ratio):
-                    config, size = embedder.model.config, embedder.pixels
-                    loss = CaptionLoss() if isinstance(embedder.model, FlipForConditionalGeneration) else PLAIN_LOSS
-                    both = (mask, masked.WHOLE)
-                    counts = [
-                        forward_flops(config, m.ratio, m.views, image_size=size, objective=loss).modules for m in both
-                    ]
-                    # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
-                    parts = ("vision_model", "image_projection", "visual_projection")
-                    flops, whole = (sum(count.get(part, 0) for part in parts) for count in counts)
                     name = f"{model.name}, {dims} numbers" if dims else model.name
-                    by_mask.append(masked.MaskedResults(name, mask, flops, whole, [line.result for line in lines]))
+                    cost = _image_flops(embedder, mask), _image_flops(embedder, masked.WHOLE)
+                    by_mask.append(masked.MaskedResults(name, mask, *cost, [line.result for line in lines]))
                 if accelerator.is_main_process and model.home == model.folder:
                     refresh_card(model.folder, lines)
             del embedder  # frees its memory for the next model
         if accelerator.is_main_process and columns:
-            is_all = self.suite or (self.tasks and not self.only)
-            suites = [self.suite] if self.suite in SUITES else list(SUITES) if is_all else []
-            home.mkdir(parents=True, exist_ok=True)
-            write_text(home / "results.md", report(columns, suites))
-            (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
-            if can_draw() and by_mask:
-                masked.draw_masked_results(by_mask, home / "results.png")
-            elif can_draw():
-                draw_results(columns, home / "results.png")
-            if by_mask:
-                print(json.dumps([row.as_json() for row in by_mask]) if self.json else masked.mask_table(by_mask))
-            elif self.json:
-                metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
-                print(json.dumps(metrics if len(models) > 1 or self.dims else metrics[columns[0].name]))
-            else:
-                print(suite_tables(columns, suites))
+            self._show(columns, by_mask, home)
         if faults:
             messages = "; ".join(map(str, faults))
             raise type(faults[0])(f"{len(faults)} of {len(models)} models were not evaluated: {messages}")
         accelerator.end_training()
+
+    def _show(self, columns: Sequence["Column"], by_mask: Sequence["MaskedResults"], home: Path) -> None:
+        """Write the table and the figure of results to folder `home`, and print them as the arguments say."""
+        from flipscale.evaluation import masked
+        from flipscale.evaluation.presentation.figures import can_draw
+        from flipscale.evaluation.presentation.results_page import draw_results, report, suite_tables
+
+        is_all = self.suite or (self.tasks and not self.only)
+        suites = [self.suite] if self.suite in SUITES else list(SUITES) if is_all else []
+        home.mkdir(parents=True, exist_ok=True)
+        write_text(home / "results.md", report(columns, suites))
+        (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
+        if can_draw() and by_mask:
+            masked.draw_masked_results(by_mask, home / "results.png")
+        elif can_draw():
+            draw_results(columns, home / "results.png")
+        if by_mask:
+            print(json.dumps([row.as_json() for row in by_mask]) if self.json else masked.mask_table(by_mask))
+        elif self.json:
+            metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
+            print(json.dumps(metrics if len(self.models) > 1 or self.dims else metrics[columns[0].name]))
+        else:
+            print(suite_tables(columns, suites))
 
 
 @dataclass(frozen=True)
@@ -241,6 +239,19 @@ def _short_name(text: str) -> str:
         parts = Path(name).absolute().parts if Path(name).exists() else (name,)
         names.append(parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1])
     return prefix + ",".join(names)
+
+
+def _image_flops(embedder: "Embedder", mask: "ImageMask") -> float:
+    """Return the operations of the image tower and its projection for an image under `mask`, all views together."""
+    from flipscale.model import FlipForConditionalGeneration
+    from flipscale.objectives.captioning import CaptionLoss
+    from flipscale.planning.flops import PLAIN, forward_flops
+
+    config, size = embedder.model.config, embedder.pixels
+    loss = CaptionLoss() if isinstance(embedder.model, FlipForConditionalGeneration) else PLAIN
+    count = forward_flops(config, mask.ratio, mask.views, image_size=size, objective=loss).modules
+    # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
+    return sum(count.get(part, 0) for part in ("vision_model", "image_projection", "visual_projection"))
 
 
 def _tasks(args: Evaluate) -> list["Task"]:
