@@ -181,9 +181,8 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
     check_image_sizes(recipe.eval, config.vision_config.patch_size)
     model = planned_model(config, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    vision, text = (
-        sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in ("vision_", "text_")
-    )
+    towers = ("vision_model.", "text_model.")
+    vision, text = (sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in towers)
     minutes, batch, links = recipe.budget_minutes, recipe.data.global_batch_size, hardware.links
     name = "towers" if recipe.model.family == "towers" else recipe.model.size
     lines = [f"{name}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}"]
