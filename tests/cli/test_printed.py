@@ -28,6 +28,14 @@ def printed(capsys: pytest.CaptureFixture[str], page: str, words: str, flags: st
     return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
 
+def test_the_table_of_attacks_adds_up() -> None:
+    rows = re.findall(r"^\| ([a-zA-Z ,]+)((?: \| \d+){4}) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    counts = [[int(count) for count in cells.split(" | ")[1:]] for _, cells in rows]
+    assert rows[-1][0] == "all"
+    assert counts[-1] == [sum(column) for column in zip(*counts[:-1], strict=True)]
+    assert all(row[0] == sum(row[1:]) for row in counts)
+
+
 @pytest.mark.long
 def test_memory_of_256_processes(capsys: pytest.CaptureFixture[str]) -> None:
     recomputed = "--stages.masked.gradient_checkpointing true"
