@@ -4,10 +4,13 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import add_member
 from data.test_caption_kinds import picture
+from timm.optim import muon
 
-from benchmarks.race_open_clip import VALIDATION_ARTIST, _split_by_artist, ratio_of_times
+from benchmarks.race_open_clip import FP32_MAIN, VALIDATION_ARTIST, _split_by_artist, ratio_of_times
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.presentation.curves import Curve
 from flipscale.evaluation.results import Measured, Result
@@ -33,6 +36,18 @@ def test_ratios_of_times() -> None:
     assert ratio_of_times([ours, curve(8, 8, 9, 9)], [theirs, theirs]) == "3.77 (0.05 to 308.29)"
     assert ratio_of_times([theirs], [ours]) == "reached by 0 of 1 seeds"
     assert ratio_of_times([ours, curve(1, 2, 3, 4)], [theirs, theirs]) == "reached by 1 of 2 seeds"
+
+
+def test_the_peer_s_muon_iterates_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", stock := muon.zeropower_via_newtonschulz)
+    asked = list[list[str]]()
+    monkeypatch.setattr("open_clip_train.main.main", asked.append)
+    monkeypatch.setattr("sys.argv", ["-c", "--opt", "timm/muon"])
+    exec(FP32_MAIN, {})
+    assert asked == [["--opt", "timm/muon"]]
+    matrix, coefficients = torch.randn(4, 6), [(3.4445, -4.7750, 2.0315)]
+    assert stock(matrix, 5, coefficients).dtype == torch.bfloat16
+    assert muon.zeropower_via_newtonschulz(matrix, 5, coefficients).dtype == torch.float32
 
 
 def test_an_artist_is_held_out_for_trials(tmp_path: Path) -> None:
