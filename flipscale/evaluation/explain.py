@@ -34,7 +34,7 @@ def patch_embeds(embedder: Embedder, **columns: torch.Tensor) -> torch.Tensor:
     model: Any = embedder.model
     vision: Any = getattr(model, "vision_model", None)
     with embedder.accelerator.autocast():
-        if isinstance(model, FlipModel):
+        if isinstance(model, FlipModel) and not model.config.vision_config.embedded_by:
             output = model.vision_model(**columns)
             tokens, whole = (model.image_projection(part) for part in (output.last_hidden_state, output.pooler_output))
             norms = whole[:, : embedder.dims].float().norm(dim=-1)[:, None, None]

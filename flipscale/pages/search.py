@@ -112,7 +112,7 @@ def searches(embedder: Embedder, embedded: EmbeddedPictures, queries: Sequence[s
     if missing := [file for file in files if not Path(file).is_file()]:
         raise UserError(f"the query {missing[0]} is no file; name a picture by its path from the current folder")
     words = [query for query in queries if query not in files]
-    if words and embedder.tokenizer is None:
+    if words and "texts" not in embedder.gives:
         raise UserError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")
     embeds = dict(zip(words, embedder.texts(words).numpy(), strict=True)) if words else {}
     for file in files:
@@ -224,6 +224,8 @@ def text_tower(embedder: Embedder) -> dict[str, Any] | str:
     if not isinstance(model, FlipModel) or embedder.tokenizer is None:
         return f"{embedder.name} is not a flipscale model with a text tower"
     config = model.config.text_config
+    if config.embedded_by:
+        return "the text tower is another library's model"
     if config.projection_hidden_size is not None:
         return "the projection of texts has two layers"
     weights = {**model.text_model.state_dict(), "projection.weight": model.text_projection.weight[: embedder.dims]}

@@ -80,6 +80,12 @@ class ModelRecipe:
         for name in ("text_positions", "text_rows"):
             if (value := getattr(self, name)) and not self.init_from:
                 raise UserError(f"model.{name} is {value!r}, for start weights, and model.init_from is not set; set it")
+        for name in self.embedded.values():
+            if self.family != "flip":
+                raise UserError(
+                    f"model.family is {self.family!r} and a tower {name!r}; leave hf: out to train the tower, or set "
+                    "model.family to flip to train on its stored features"
+                )
 
     @property
     def embedded(self) -> dict[str, str]:
