@@ -170,9 +170,20 @@ def _decoded_crops(
     """Return the columns of all crops of an image, each with an axis of crops. A model's own decoder takes a crop as a
     file of the model's size."""
     cut = (crops.decode(encoded, places[row], number, image_size).fitted(image_size) for number in range(crops.count))
-    files = (cv2.imencode(".bmp", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes() for pixels in cut)
-    images = [decode(file, row) for file in files]
+    images = [decode(_file(pixels), row) for pixels in cut]
     return {name: np.stack([image[name] for image in images]) for name in images[0]}
+
+
+def _file(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".bmp", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def _cuts_borders(decode: Decoder, image_size: int) -> bool:
+    """Return whether a decoder cuts something off an image of the model's own size, as a crop after a resize does."""
+    plain = np.full((image_size, image_size, 3), 255, np.uint8)
+    framed = cv2.rectangle(plain.copy(), (0, 0), (image_size - 1, image_size - 1), (0, 0, 0))
+    first, second = decode(_file(plain), 0), decode(_file(framed), 0)
+    return all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def _computed(embedder: Embedder, batch: _Batch, features: Features, has_crops: bool = False) -> dict[str, np.ndarray]:
@@ -264,6 +275,11 @@ def _describe(
             f"--crops is {crops.count} with --features {features} and --towers {' '.join(towers)}; it is for embeds of "
             "images, which teach another model"
         )
+    if crops and _cuts_borders(embedder.decoder(), embedder.image_size):
+        raise UserError(
+            f"--crops is {crops.count} and the image processor of {embedder.name!r} cuts borders off, so teacher and "
+            "student would see different windows; set the size of its resize to that of its crop, or leave --crops out"
+        )
     if "texts" in towers and "texts" not in embedder.gives:
         raise UserError(f"--model {embedder.name!r} embeds no texts; use --towers images")
     images = dummy_batch(embedder.decoder()) if "images" in towers else None
@@ -281,12 +297,12 @@ def _describe(
         about[tower] = {"width": widths[tower], "weights_digest": weights_digest(weights)}
     if "images" in towers:
         resize = "by its own processor"
-        if embedder.is_ours:
+        if embedder.side("images").is_ours:
             resize = "to a square" if InputShape.of(model.config).squashes else "short side, then the centre"
         about["images"] |= {"image_size": embedder.image_size, "resize": resize}
         if crops:
             about["images"]["crops"] = {**asdict(crops), "scale": [*crops.scale]}
-    if "texts" in towers and embedder.is_ours:
+    if "texts" in towers and embedder.side("texts").is_ours:
         about["texts"]["tokens_digest"] = weights_digest([embedder.tokens([PROBE])])
     return about
 

@@ -183,7 +183,11 @@ def test_shards_in_another_order_are_others(tmp_path: Path) -> None:
 
 
 def test_crops_by_a_model_of_another_program(
-    pairs: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: Path,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[..., str],
 ) -> None:
     """The model's own preprocessing takes each crop as it is, with no resize and no further crop."""
     monkeypatch.chdir(tmp_path)
@@ -210,3 +214,9 @@ def test_crops_by_a_model_of_another_program(
         expected = unit(embedder.image_features(pixel_values=inputs))
         assert np.abs(expected[0] - expected[1]).max() > 1e-3
         assert np.abs(found["images"][row] - expected).max() < 1e-3
+    # A crop after a larger resize would cut the borders of each crop off.
+    processor.size = {"shortest_edge": 40}
+    CLIPProcessor(processor, AutoTokenizer.from_pretrained(tokenizer_dir)).save_pretrained(tmp_path / "clip")
+    assert f"--crops is 2 and the image processor of {name!r} cuts borders off" in refused(
+        "prepare", "embed", pairs, tmp_path / "cut", "--model", name, "--crops", "2"
+    )
