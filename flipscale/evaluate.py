@@ -244,12 +244,14 @@ def _short_name(text: str) -> str:
 def _image_flops(embedder: "Embedder", mask: "ImageMask") -> float:
     """Return the operations of the image tower and its projection for an image under `mask`, all views together."""
     from flipscale.model import FlipForConditionalGeneration
+    from flipscale.model.configuration_flip import embedded_towers
     from flipscale.objectives.captioning import CaptionLoss
     from flipscale.planning.flops import PLAIN, forward_flops
 
     config, size = embedder.model.config, embedder.pixels
     loss = CaptionLoss() if isinstance(embedder.model, FlipForConditionalGeneration) else PLAIN
-    count = forward_flops(config, mask.ratio, mask.views, image_size=size, objective=loss).modules
+    stored = ("texts",) if "text_model" in embedded_towers(config) else ()
+    count = forward_flops(config, mask.ratio, mask.views, image_size=size, objective=loss, stored=stored).modules
     # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
     return sum(count.get(part, 0) for part in ("vision_model", "image_projection", "visual_projection"))
 

@@ -248,6 +248,10 @@ class Embedder:
 
     # A subclass for another kind of model overrides the members below.
 
+    def side(self, tower: str) -> "Embedder":
+        """Return the embedder of the tower of `images` or `texts`."""
+        return self
+
     @property
     def gives(self) -> tuple[str, ...]:
         """Parts of the model that tasks may need, see `Task.needs`."""

@@ -1,9 +1,9 @@
 """Evaluation of other models, of open_clip and of transformers, with their own preprocessing and tokenizers."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,34 +81,15 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
     `name` is a Hub name, such as `openai/clip-vit-base-patch32`, or a folder. It is a dual encoder, or one tower: an
     image model (also timm's), a text encoder or a decoder language model.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     full_name = f"{TRANSFORMERS}{name}"
-    try:
-        folder = fetch_folder(name)
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
-        _check_foreign(folder)
-        options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
-        with no_code_of_models():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            if "num_classes" in (arguments := getattr(config, "model_args", None) or {}):
-                del arguments["num_classes"]  # newer timm writes it, and transformers passes its own
-            model, report = AutoModel.from_pretrained(folder, config=config, **options)
-    except Exception as error:  # transformers raises any type
-        if isinstance(error, OSError) and not Path(name).is_dir():
-            raise OSError(f"{full_name} cannot be loaded ({first_line(error)})") from error
-        raise UserError(f"{full_name} cannot be loaded ({first_line(error)})") from error
+    folder, model = load_transformers(name)
     methods = [method for method in ("get_image_features", "get_text_features") if hasattr(model, method)]
     if len(methods) == 1 or model.config.is_encoder_decoder:
         raise UserError(
             f"{full_name} is a {type(model).__name__}, which is neither a dual encoder of images and texts, such as a "
             "CLIP or a SigLIP, nor an image tower, a text encoder or a decoder language model"
-        )
-    if report["missing_keys"]:
-        raise UserError(
-            f"{full_name} lacks {len(report['missing_keys'])} of the weights of its config, such as "
-            f"{min(report['missing_keys'])}; download it again"
         )
     is_images = model.main_input_name == "pixel_values"
     reader: Any = AutoProcessor if methods else AutoImageProcessor if is_images else AutoTokenizer
@@ -131,6 +112,39 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
         return TextTowerEmbedder(model, with_lower_case(processor, model.config), *settings, name=full_name)
     processor.tokenizer = with_lower_case(processor.tokenizer, model.config.get_text_config())
     return TransformersEmbedder(model, processor, *settings, name=full_name)
+
+
+def load_transformers(name: str) -> tuple[Path, Any]:
+    """Return the folder and the model of `transformers_embedder`. Raise UserError if it cannot be loaded or lacks
+    weights other than a pooler's, and OSError if the Hub cannot be reached."""
+    from transformers import AutoConfig, AutoModel
+
+    full_name = f"{TRANSFORMERS}{name}"
+    try:
+        folder = fetch_folder(name)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        _check_foreign(folder)
+        options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
+        with no_code_of_models():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if "num_classes" in (arguments := getattr(config, "model_args", None) or {}):
+                del arguments["num_classes"]  # newer timm writes it, and transformers passes its own
+            if hasattr(config, "mask_ratio"):
+                config.mask_ratio = 0.0  # a masked autoencoder would hide patches from its own encoder
+            model, report = AutoModel.from_pretrained(folder, config=config, **options)
+    except Exception as error:  # transformers raises any type
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise OSError(f"{full_name} cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{full_name} cannot be loaded ({first_line(error)})") from error
+    missing = report["missing_keys"]
+    if missing and all(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # a classifier or a masked language model is saved without one
+    elif missing:
+        raise UserError(
+            f"{full_name} lacks {len(missing)} of the weights of its config, such as {min(missing)}; download it again"
+        )
+    return folder, model
 
 
 @contextmanager
@@ -263,7 +277,8 @@ class TransformersEmbedder(Embedder):
 
 @dataclass(frozen=True)
 class ImageTowerEmbedder(Embedder):
-    """An embedder of an image tower, whose pooled output is both features; its `tokenizer` is its image processor."""
+    """An embedder of an image tower; its `tokenizer` is its image processor. Both features of an image are the pooled
+    output; without one the state of the class token, or the mean over the patches."""
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -283,10 +298,14 @@ class ImageTowerEmbedder(Embedder):
         return partial(_processed, self.tokenizer)
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        pooled = self.model(**columns).pooler_output
-        if pooled is None:
+        output = self.model(**columns)
+        if (pooled := getattr(output, "pooler_output", None)) is not None:
+            return pooled.flatten(1)
+        states = output.last_hidden_state
+        if states.ndim != 3:
             raise UserError(f"{self.name} is a {type(self.model).__name__} without a pooled output; use another model")
-        return pooled.flatten(1)
+        has_class_token = any(name.endswith("cls_token") for name, _ in self.model.named_parameters())
+        return states[:, 0] if has_class_token else states.mean(dim=1)
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return self.image_features(**columns)
@@ -315,6 +334,9 @@ class TextTowerEmbedder(Embedder):
     def _refuse_images(self) -> NoReturn:
         raise UserError(f"{self.name} embeds no images; use it for `flipscale prepare embed --towers texts`")
 
+    def at(self, image_size: int | None) -> Embedder:
+        return self if image_size is None else self._refuse_images()
+
     def tokens(self, texts: list[str]) -> Any:
         """Return token ids and masks, `(texts, length)`, padded on the right and cut at 512 tokens at most."""
         config, tokenizer = self.model.config, self.tokenizer
@@ -326,7 +348,7 @@ class TextTowerEmbedder(Embedder):
         is_siglip = config.model_type == "siglip_text_model"
         padding, names = "max_length" if is_siglip else True, ["input_ids", "attention_mask"][: 1 if is_siglip else 2]
         lengths = {"padding": padding, "padding_side": "right", "truncation": True, "max_length": length}
-        columns = tokenizer(texts, **lengths, return_tensors="pt")
+        columns = tokenizer(texts, **lengths, return_tensors="pt", return_attention_mask=True)
         return BatchEncoding({name: columns[name] for name in names})
 
     def text_features(self, batch: Any) -> torch.Tensor:
@@ -352,6 +374,13 @@ class AlignedEmbedder(Embedder):
     of_images: Embedder = field(kw_only=True)
     of_texts: Embedder = field(kw_only=True)
 
+    def side(self, tower: str) -> Embedder:
+        return {"images": self.of_images, "texts": self.of_texts}[tower]
+
+    def at(self, image_size: int | None) -> Embedder:
+        of_images = self.of_images.at(image_size)
+        return replace(self, of_images=of_images, pixels=of_images.pixels)
+
     @property
     def image_size(self) -> int:
         return self.of_images.image_size
@@ -360,10 +389,16 @@ class AlignedEmbedder(Embedder):
     def crop(self) -> str:
         return self.of_images.crop
 
+    @property
+    def mask(self) -> dict[str, Any]:
+        return self.of_images.mask
+
     def decoder(self) -> Decoder:
         return self.of_images.decoder()
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        if self.of_images.is_ours:
+            return self.of_images.image_features(**columns)
         return projected(self.model.image_projection, self.pooled_features(**columns)).pooler_output
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
@@ -386,16 +421,21 @@ def with_embedded_towers(embedder: Embedder, name: str | None = None) -> Embedde
     for part, about in embedded_towers(embedder.model.config).items():
         copy = fetch_folder(name, [f"{part}/*"]) / part if name else None
         place = str(copy) if copy and copy.is_dir() else about["model"].removeprefix(TRANSFORMERS)
-        sides[part] = other = transformers_embedder(place, *settings)
-        digest = weights_digest(getattr(other.model, part, other.model).parameters())
-        if digest != about["weights_digest"]:
-            had = f"{other.name} has weights {digest:.12}, and {about['model']} had {about['weights_digest']:.12}"
-            raise UserError(f"{had} when its features were stored; use that model, or embed again")
+        sides[part] = transformers_embedder(place, *settings)
+        check_embedded(sides[part].model, sides[part].name, part, about)
     if not sides:
         return embedder
     same = {known.name: getattr(embedder, known.name) for known in fields(Embedder)}
     images, texts = (sides.get(part, embedder) for part in PRECOMPUTED_TOWERS.values())
     return AlignedEmbedder(**{**same, "tokenizer": texts.tokenizer}, of_images=images, of_texts=texts)
+
+
+def check_embedded(model: Any, name: str, part: str, about: Mapping[str, str]) -> None:
+    """Raise UserError if a model has other weights than tower `part`, whose `embedded_by` is `about`."""
+    digest = weights_digest(getattr(model, part, model).parameters())
+    if digest != about["weights_digest"]:
+        had = f"{name} has weights {digest:.12}, and {about['model']} had {about['weights_digest']:.12}"
+        raise UserError(f"{had} when its features were stored; use that model, or embed again")
 
 
 def _rgb_image(encoded: bytes) -> Image.Image:

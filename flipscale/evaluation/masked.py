@@ -7,10 +7,10 @@ number of processes and workers.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ def asked_masks(ratios: Sequence[float], views: Sequence[int], kind: str, embedd
     """Return the masks that the arguments ask for, for the embedder's image size."""
     if not any(ratios):
         return [WHOLE]
-    if type(embedder) is not Embedder:
+    if type(embedder.side("images")) is not Embedder:
         raise _only_whole(embedder.name)
     shape = InputShape.of(embedder.model.config).at(embedder.image_size)
     return image_masks(ratios, views, kind, shape.side)
@@ -116,6 +116,8 @@ def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:
     """Return the embedder of images under `mask`; for whole images, `embedder` itself."""
     if mask.ratio == 0.0:
         return embedder
+    if (of_images := embedder.side("images")) is not embedder:
+        return replace(cast(Any, embedder), of_images=masked_embedder(of_images, mask))
     same = {known.name: getattr(embedder, known.name) for known in fields(embedder)}
     return MaskedEmbedder(**same, image_mask=mask)
 

@@ -116,6 +116,11 @@ def packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
             like = {name: torch.from_numpy(column) for name, column in columns.items()}
             batch = PackedBatch.empty({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
         for name, column in columns.items():
+            if batch[name].shape[1:] != column.shape:
+                raise UserError(
+                    f"the model's image processor gives {name} of shape {column.shape} and "
+                    f"{tuple(batch[name].shape[1:])}; set do_center_crop and crop_size in its preprocessor_config.json"
+                )
             batch[name][place] = torch.from_numpy(column)
     assert batch is not None
     return batch

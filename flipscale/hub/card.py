@@ -72,7 +72,11 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     starts = [model[field].removeprefix("hf:") for field in ("init_from", "vision", "text") if model.get(field)]
     bases = [start for start in starts if _is_hub_name(start)]
     sources = data.get("sources") or ([{"shards": data_name(data["shards"])}] if data["shards"] else [])
-    recipe = yaml.safe_dump(deciding_part(run.recipe, name_of=public_name), sort_keys=False).rstrip()
+    deciding = deciding_part(run.recipe, name_of=public_name)
+    for tower in (deciding["model"].get("vision_config"), deciding["model"].get("text_config")):
+        if tower and tower.get("embedded_by"):
+            tower["embedded_by"] = {**tower["embedded_by"], "model": public_name(tower["embedded_by"]["model"])}
+    recipe = yaml.safe_dump(deciding, sort_keys=False).rstrip()
     text = card_text(
         "card",
         run=run,
@@ -147,8 +151,10 @@ def escape_string(text: str) -> str:
 
 
 def public_name(place: str) -> str:
-    """Return a Hub name unchanged, and the last part of a path or URL."""
-    return place if _is_hub_name(place) else data_name(place)
+    """Return a Hub name unchanged, and the last part of a path or URL; both also behind `hf:`."""
+    prefix = place[: 3 * place.startswith("hf:")]
+    place = place.removeprefix("hf:")
+    return prefix + (place if _is_hub_name(place) else data_name(place))
 
 
 def _is_hub_name(place: str) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from transformers.processing_utils import ProcessorMixin
 from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_valid
 from flipscale.engines.trainable import ReadWeight, lora_config, lora_layers, merged
+from flipscale.evaluation.foreign_models import check_embedded, load_transformers
 from flipscale.evaluation.test_set import kept_class_names
+from flipscale.hub.card import public_name
 from flipscale.hub.push import split_own_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import LOADED, check_texts, fetch_folder, local_folder, open_weights, read_object
+from flipscale.io.model_folder import LOADED, fetch_folder, local_folder, open_weights, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
@@ -33,6 +36,8 @@ from flipscale.model.families import family_of
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
+
+_log = logging.getLogger(__name__)
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
@@ -255,17 +260,27 @@ def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, r
             empty.unlink()
         _write_weights(folder, shapes, lambda stored: read(own[stored]), dtype)
         for part, about in embedded_towers(model.config).items():
-            _copy_tower(fetch_folder(about["model"].removeprefix("hf:")), folder / part)
+            try:
+                tower, other = load_transformers(about["model"].removeprefix("hf:"))
+                check_embedded(other, about["model"], part, about)
+            except (UserError, OSError) as error:
+                _log.warning("%s has no copy of its %s, and evaluations will need it: %s", out_dir, part, error)
+            else:
+                _copy_tower(tower, folder, part)
     return out_dir
 
 
-def _copy_tower(tower: Path, folder: Path) -> None:
-    """Copy the files of another library's model that loaders read. Pickles are not copied: the name has to load it."""
+def _copy_tower(tower: Path, folder: Path, part: str) -> None:
+    """Copy the files of another library's model that loaders read to subfolder `part` of a model folder, whose
+    configuration then names no path of this machine. Pickles are not copied: the name has to load them."""
     if any(tower.glob("*.safetensors")):
-        check_texts(tower)
-        folder.mkdir()
+        (folder / part).mkdir()
         for file in {file for pattern in LOADED for file in tower.glob(pattern)}:
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / part / file.name)
+        content = read_object(folder / "config.json")
+        about = content[part.replace("model", "config")]["embedded_by"]
+        about["model"] = public_name(about["model"])
+        _write_json(folder / "config.json", content)
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:

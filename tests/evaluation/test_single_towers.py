@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import timm
@@ -15,17 +16,20 @@ from foreign_towers import _BOTH, PIXELS, SINGLE_IMAGES, VISION, save_text, save
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    RobertaForMaskedLM,
     Siglip2ImageProcessor,
     Siglip2VisionConfig,
     Siglip2VisionModel,
 )
 
 from flipscale.cli import main
+from flipscale.evaluation.whole_images import packed
 from flipscale.hub.loading import open_embedder
 from flipscale.io.errors import UserError
 
@@ -115,11 +119,48 @@ def test_a_text_tower_embeds_each_caption_as_alone(kind: str, tmp_path: Path, ac
     assert embedder.tokens(["a red disc " * 200])["input_ids"].shape[1] <= 20
 
 
-@pytest.mark.parametrize("change", [{"padding_side": "left"}, {"pad_token": None, "eos_token": "</s>"}])
-def test_a_decoder_s_feature_depends_on_no_padding(
-    change: dict[str, str | None], tmp_path: Path, accelerator: Accelerator
+@pytest.mark.parametrize(("kind", "head"), [("vit", "ViTForImageClassification"), ("vit_mae", "ViTMAEModel")])
+def test_without_a_pooler_an_image_is_its_class_token(
+    kind: str, head: str, tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    """Its tokenizer may pad on the left, or have an end token only, which then pads."""
+    save_vision(kind, tmp_path, head=head, **TOWER, **PIXELS)
+    options = {"mask_ratio": 0.0} if kind == "vit_mae" else {"add_pooling_layer": False}
+    model = AutoModel.from_pretrained(tmp_path, **options).eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).last_hidden_state[:, 0]
+        found = open_embedder(f"hf:{tmp_path}", accelerator).pooled_features(pixel_values=pixels)
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_without_a_pooler_a_text_is_the_mean_of_its_tokens(tmp_path: Path, accelerator: Accelerator) -> None:
+    save_text("roberta", tmp_path)
+    shaken(RobertaForMaskedLM(AutoConfig.from_pretrained(tmp_path))).save_pretrained(tmp_path)
+    model, tokenizer = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    embedder = open_embedder(f"hf:{tmp_path}", accelerator)
+    with torch.no_grad():
+        states = [model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0] for caption in CAPTIONS]
+        found = embedder.pooled_text_features(embedder.tokens(CAPTIONS))
+    assert (found - torch.stack([one.mean(dim=0) for one in states])).abs().max() < 1e-5
+
+
+def test_an_image_processor_that_keeps_shapes_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:
+    save_vision("vit", tmp_path, **TOWER, **PIXELS)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_center_crop": False}))
+    decode = open_embedder(f"hf:{tmp_path}", accelerator).decoder()
+    pictures = [np.zeros((40, width, 3), np.uint8) for width in (40, 48)]
+    with pytest.raises(UserError, match=r"pixel_values of shape \(3, 32, 38\) and \(3, 32, 32\); set do_center_crop"):
+        packed((decode(cv2.imencode(".png", picture)[1].tobytes(), 0) for picture in pictures), 2)
+
+
+@pytest.mark.parametrize(
+    "change", [{"padding_side": "left", "model_input_names": ["input_ids"]}, {"pad_token": None, "eos_token": "</s>"}]
+)
+def test_a_decoder_s_feature_depends_on_no_padding(
+    change: dict[str, Any], tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """Its tokenizer may pad on the left and give no mask, or have an end token only, which then pads."""
     save_text("llama", tmp_path)
     file = tmp_path / "tokenizer_config.json"
     content = {**json.loads(file.read_text()), **change}

@@ -88,6 +88,10 @@ def test_an_aligned_run_is_stopped_continued_and_exported_with_its_towers(
     assert sorted({name.split(".")[0] for name in load_file(model / "model.safetensors")}) == [
         "image_projection", "logit_scale", "text_projection",
     ]  # fmt: skip
+    assert str(tmp_path) not in (model / "config.json").read_text()
+    card = (model / "README.md").read_text()
+    assert f"hf:{image}\n" in card
+    assert f"hf:{tmp_path}" not in card
     # The folder needs nothing else: the towers may be gone.
     for name in (image, text):
         shutil.move(tmp_path / name, tmp_path / f"{name}_before")
@@ -145,6 +149,40 @@ def test_one_tower_learns_beside_an_embedded_one(
         main(["evaluate", str(run_dir), "--zero_shot", str(shards), "--json"])
         found = json.loads(capsys.readouterr().out)["zero_shot/top1"]
         assert found == [row["zero_shot/top1"] for row in metrics(run_dir) if "zero_shot/top1" in row][-1]
+    # The tower that learned is one of ours: images may have another size and a mask, and captions its tokens.
+    words = ["--image_size", "64", "--mask_ratio", "0", "0.5", "--json"]
+    main(["evaluate", str(tmp_path / "learns_vision"), "--zero_shot", str(shards), *words])
+    whole, masked = json.loads(capsys.readouterr().out)
+    assert (whole["mask_ratio"], masked["mask_ratio"]) == (0.0, 0.5)
+    assert 0.3 < masked["encoder_relative"] < 0.7
+    assert {"zero_shot/top1"} < masked.keys()
+    words = ["prepare", "embed", str(shards), str(tmp_path / "learned"), "--model", str(tmp_path / "learns_text")]
+    main([*words, "--towers", "texts", "--features", "pooled", "--num_workers", "0"])
+    text = {"text": str(tmp_path / "learns_text"), "text_config": {"projection_dim": 24}}
+    data = {**content["data"], "text_features": str(tmp_path / "learned"), "tokenizer": str(tokenizer_dir)}
+    file.write_text(yaml.safe_dump({**content, "model": {**content["model"], **text}, "data": data}))
+    pretrain(
+        parse_recipe(["--config", str(file), "--stages.align.samples", "64", "--output_dir", str(tmp_path / "on")])
+    )
+
+
+def test_a_tower_that_is_gone_or_has_changed_is_not_copied(
+    aligned: Callable[..., Path], shards: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """The run ends with its model all the same, and the next export has the tower that is back."""
+    file, model = aligned("dinov3", "llama"), tmp_path / "run/model"
+    shutil.move(tmp_path / "dinov3", tmp_path / "before")
+    save_text("llama", tmp_path / "other", initializer_range=0.3)
+    shutil.copyfile(tmp_path / "other/model.safetensors", tmp_path / "llama/model.safetensors")
+    pretrain(parse_recipe(["--config", str(file), "--eval.tasks", "[]"]))
+    assert (model / "model.safetensors").exists()
+    assert not [part for part in model.iterdir() if part.name in ("vision_model", "text_model")]
+    assert re.search("there is no folder '.*dinov3'", refused("evaluate", tmp_path / "run", "--zero_shot", shards))
+    shutil.move(tmp_path / "before", tmp_path / "dinov3")
+    main(["export", str(tmp_path / "run"), "--out", str(model)])
+    assert (model / "vision_model/model.safetensors").exists()
+    said = refused("evaluate", tmp_path / "run", "--zero_shot", shards)
+    assert re.search(r"hf:.*llama has weights \w{12}, and hf:.*llama had \w{12} when its features were stored", said)
 
 
 def test_what_does_not_fit_is_refused(
@@ -168,6 +206,8 @@ def test_what_does_not_fit_is_refused(
     SINGLE_IMAGES["tipsv2"](tmp_path / "tips")
     vision = said(*towers, "--model.vision", str(tmp_path / "tips"), "--model.text", str(tmp_path / "llama"))
     assert re.search(r"'tipsv2_vision_model', .* or embed it by .*: hf:.*tips in family flip", vision)
+    said_of_family = said(*towers, "--model.vision", "hf:x", "--model.text", "hf:y")
+    assert "model.family is 'towers' and a tower 'hf:x'" in said_of_family
     # Weights that changed after the features were stored.
     weights = tmp_path / "llama/model.safetensors"
     save_text("llama", tmp_path / "other", initializer_range=0.3)
@@ -176,11 +216,21 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_verbs_of_whole_models_refuse(
-    aligned: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+    aligned: Callable[..., Path],
+    shards: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pretrain(parse_recipe(["--config", str(aligned("dinov3", "llama")), "--eval.tasks", "[]"]))
     said = refused("convert", "onnx", tmp_path / "run", tmp_path / "onnx")
     assert "projects features of other models" in said
+    search = ["search", str(tmp_path / "run"), str(shards), "a red disc", "--out", str(tmp_path / "search.html")]
+    assert "whose patches have no embeddings" in refused(*search, "--maps")
+    capsys.readouterr()
+    main(search)
+    assert "only filters these queries: the text tower is another library's model" in capsys.readouterr().out
+    assert "takes no words" in refused("search", f"hf:{tmp_path / 'dinov3'}", *search[2:])
     said = refused("pretrain", "--config", tmp_path / "recipe.yaml", "--model.vision", tmp_path / "run")
     assert re.search(r"model.vision '.*run' has no tower of its own; name 'hf:.*dinov3' instead", said)
     flags = ["--model.vision", "null", "--model.text", "null", "--output_dir", tmp_path / "next"]
