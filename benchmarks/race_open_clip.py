@@ -102,8 +102,8 @@ pretrain.StepWatch = PacedWatch
 pretrain.main()
 """
 
-# open_clip's trainer on a core without bf16. timm's Muon always iterates in bf16, which is two thirds of a step there. In
-# fp32 it is a ninth.
+# open_clip's trainer on a core without bf16. timm's Muon always iterates in bf16, which is two thirds of a step there.
+# In fp32 it is a ninth.
 FP32_MAIN = """
 import functools, sys, torch
 from open_clip_train.main import main
