@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from flipscale.training.preemption import StopRequest
     from flipscale.training.session import Session
     from flipscale.training.setup import TrainingSetup
+
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -80,9 +83,15 @@ def train(
             due = evaluations.due(upcoming)
             saves = upcoming.is_over or is_due(upcoming.number, setup.batch_size, recipe.save.every_samples)
             outcomes = sync.drain(wait=saves or bool(due))
-            tracker.write(outcomes.results, upcoming)
-            if outcomes.failure is not None:
-                raise outcomes.failure
+            failure = tracker.write(outcomes.results, upcoming) or outcomes.failure
+            if failure is not None:
+                # All processes have it at this step, so they first finish the open checkpoint, whose weights are good.
+                try:
+                    with watch.paused("a save"):
+                        saver.commit()
+                except OSError as error:
+                    _log.warning("%s", error)
+                raise failure
             if outcomes.written:
                 saver.commit()
             between.after_step(upcoming.number)

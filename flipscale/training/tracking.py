@@ -104,9 +104,9 @@ class BadSamples:
         for fault in shard_faults:
             _log.warning("%s: %s: %s", fault.cause, fault.shard, fault.detail)
 
-    def count(self, faults: list[Fault], num_bad: int, num_samples: int) -> None:
-        """Collective if it raises. Count a step of `num_samples`, of which `num_bad` were replaced; `faults` are this
-        process's. Raise OSError if more than `max_fraction` of the samples in the window were replaced."""
+    def count(self, faults: list[Fault], num_bad: int, num_samples: int) -> OSError | None:
+        """Count a step of `num_samples`, of which `num_bad` were replaced; `faults` are this process's. Return an error
+        on all processes if more than `max_fraction` of the samples in the window were replaced; then collective."""
         self._mine += faults
         self._unwritten += num_bad
         self._window.append((num_bad, num_samples))
@@ -116,11 +116,12 @@ class BadSamples:
             self._bad, self._samples = self._bad - old_bad, self._samples - old_samples
         if self._bad > self.max_fraction * max(self._samples, _MIN_SAMPLES):
             causes = ", ".join(f"{number} {cause}" for cause, number in self.take_counts().most_common(3))
-            raise OSError(
+            return OSError(
                 f"{self._bad} of the last {self._samples} samples could not be used, more than data.max_bad_fraction "
                 f"{self.max_fraction} (lately: {causes}); {self.path} names them; mend the data or raise the "
                 "fraction, and start the run again"
             )
+        return None
 
     def take_counts(self) -> Counter[str]:
         """Collective. Return the number of replaced samples in all processes since the last call, by cause."""
@@ -229,9 +230,9 @@ class Tracker:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
 
-    def write(self, results: Sequence[StepResult], upcoming: Step) -> None:
-        """Collective. Count steps, and write the record of each interval that ends with one of them. Raise OSError if
-        more than `data.max_bad_fraction` of the samples are bad.
+    def write(self, results: Sequence[StepResult], upcoming: Step) -> OSError | None:
+        """Collective. Count steps, and write the record of each interval that ends with one of them. Return an error on
+        all processes if more than `data.max_bad_fraction` of the samples are bad.
 
         Args:
             results: results in the order of steps.
@@ -239,7 +240,8 @@ class Tracker:
         """
         for result in results:
             step = result.step
-            self.bad_samples.count(result.faults, result.num_replaced, self._step_samples)
+            if failure := self.bad_samples.count(result.faults, result.num_replaced, self._step_samples):
+                return failure
             self._steps += 1
             self._skipped += not result.finite
             self._energy.read()
@@ -251,6 +253,7 @@ class Tracker:
             is_last = upcoming.is_over and result.num_done == upcoming.number
             if self._intervals.ends(step, result.ticked) or is_last:
                 self._write_interval(result, upcoming, is_last)
+        return None
 
     def look(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
         """Count the rows of the text tower that the packed captions of a step take, for `mfu`."""

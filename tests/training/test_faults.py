@@ -17,11 +17,14 @@ import pytest
 from conftest import add_member, cut, losses, metrics, pretrain, trained, write_shards
 from distributed.crowd import start_ranks
 
+from flipscale import pretrain as trainer
 from flipscale.data.order import order_of
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.checkpoint import latest_checkpoint
+from flipscale.engines.checkpoint import CheckpointWriter, latest_checkpoint
 from flipscale.recipe.data import DataRecipe
+from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.sync import MAX_SKIPPED_IN_A_ROW
+from flipscale.training.tracking import BadSamples
 
 
 def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(write_recipe, tmp_path: Path) -> None:
@@ -33,6 +36,29 @@ def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(write_recipe, 
     records = metrics(tmp_path / "run")
     assert [r["num_skipped"] for r in records[-4:]] == [1, 1, 1, 1]
     assert records[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_run_with_too_many_bad_samples_first_ends_its_open_save(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    count, commit = BadSamples.count, CheckpointWriter.commit
+
+    def counted(samples: BadSamples, faults: list, num_bad: int, num_samples: int) -> OSError | None:
+        return count(samples, faults, 999 if samples._samples == 128 else num_bad, num_samples)
+
+    def committed(writer: CheckpointWriter) -> int | None:
+        if is_full and writer.is_open:
+            raise OSError("no room")
+        return commit(writer)
+
+    monkeypatch.setattr(BadSamples, "count", counted)
+    monkeypatch.setattr(CheckpointWriter, "commit", committed)
+    monkeypatch.setattr(CheckpointWriter, "is_writing", True)
+    file = write_recipe(tmp_path / "run", save={"every_samples": 80})
+    with pytest.raises(OSError, match=r"max_bad_fraction"):
+        trainer.pretrain(parse_recipe(["--config", str(file)]))
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000005"] * (not is_full)
 
 
 def png_bomb() -> bytes:
