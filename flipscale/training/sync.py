@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from flipscale.io.files import quoted
 from flipscale.training.schedule import BudgetProgress, Stage, Step, has_passed
 
 if TYPE_CHECKING:
@@ -202,9 +203,13 @@ class StepSync:
         loss, grad_norm = (total / self._accelerator.num_processes for total in (loss_sum, norm_sum))
         self._skipped_in_a_row = 0 if should_step else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            folder, start = quoted(self._checkpoints.run_dir / "export"), ""
+            if self._checkpoints.newest is not None:
+                export = f"flipscale export {quoted(self._checkpoints.run_dir)} --out {folder}"
+                start = f", with --model.init_from {folder}, which `{export}` writes of the last checkpoint"
             outcomes.failure = FloatingPointError(
                 f"loss {loss} or gradient norm {grad_norm} was not finite in {self._skipped_in_a_row} steps in a row, "
-                "and none of them was taken; lower the learning rate and resume from the last checkpoint"
+                f"and none of them was taken; lower base_lr and train in another output_dir{start}"
             )
             return
         # No checkpoint is begun while a step is unread, so `writing` is about the open checkpoint, if any.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -16,7 +17,9 @@ import processes
 import pytest
 from conftest import add_member, cut, losses, metrics, pretrain, trained, write_shards
 from distributed.crowd import start_ranks
+from training.troubled import trouble
 
+from flipscale import cli
 from flipscale import pretrain as trainer
 from flipscale.data.order import order_of
 from flipscale.data.sources.tar import TarSource
@@ -36,6 +39,23 @@ def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(write_recipe, 
     records = metrics(tmp_path / "run")
     assert [r["num_skipped"] for r in records[-4:]] == [1, 1, 1, 1]
     assert records[-1]["loss"] is None
+
+
+def test_the_advice_after_steps_that_are_not_finite_goes_on_from_the_open_save(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckpointWriter, "is_writing", True)
+    file = write_recipe(tmp_path / "run", save={"every_samples": 80})
+    with trouble(poisoned=range(5, 11)), pytest.raises(FloatingPointError) as failed:
+        trainer.pretrain(parse_recipe(["--config", str(file)]))
+    flags, command = re.search(
+        r"in another output_dir, with (--model.init_from \S+), which `flipscale (.*)` writes of", str(failed.value)
+    ).groups()
+    cli.main(shlex.split(command))
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000005"
+    lower = write_recipe(tmp_path / "lower", stages=[{"name": "lower", "samples": 32, "base_lr": 1e-4}])
+    trainer.pretrain(parse_recipe(["--config", str(lower), *shlex.split(flags)]))
+    assert (tmp_path / "lower/DONE").exists()
 
 
 @pytest.mark.parametrize("is_full", [False, True])
