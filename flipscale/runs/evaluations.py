@@ -87,7 +87,7 @@ class RunEvaluator:
         ]
         self._drawn = time.monotonic()
         if session.accelerator.is_main_process:
-            drop_results_after(self._run_dir, session.step or -1)  # results before the first step have step 0
+            drop_results_after(self._run_dir, setup.schedule.last_evaluated(session.state))
 
     def __call__(
         self, evaluations: Sequence[Evaluation], num_steps: int, trained_seconds: float, stops: Callable[[], bool]

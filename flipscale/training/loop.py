@@ -59,7 +59,7 @@ def train(
     between = BetweenSteps(accelerator, run_dir, recipe.log, watch)
     budget, before = schedule.budget_seconds, session.trained_seconds
     sync = StepSync(accelerator, saver.writer, watch, request, session.step, budget, before)
-    tracker.start(session.step)
+    tracker.start(session.state)
     stops = False
 
     with tracker, between:

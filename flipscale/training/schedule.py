@@ -110,6 +110,13 @@ class Schedule:
             return self.step(number, number, number - 1)
         return self.step(number, state.get("budget_used", 0.0), state.get("budget_before", -1.0))
 
+    def last_evaluated(self, state: Mapping[str, Any]) -> int:
+        """Return the last step whose evaluations a start with this state keeps. Those at its own step run again if a
+        stop left them, or if they are those before the first step or at the end."""
+        first = self.first(state)
+        runs_again = first.number == 0 or first.is_over or bool(state.get("evaluations_left"))
+        return first.number - runs_again
+
     def after(self, step: Step, progress: BudgetProgress | None) -> Step:
         """Return the next step, by the last agreed progress; None without a budget."""
         number = step.number + 1

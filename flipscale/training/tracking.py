@@ -202,8 +202,10 @@ class Tracker:
         self._steps = self._skipped = 0
         self._bar: tqdm[Any] | None = None
 
-    def start(self, step: int) -> None:
-        """Start the trackers after `step` steps, drop the records of later steps, and show a bar on a terminal."""
+    def start(self, state: Mapping[str, Any]) -> None:
+        """Start the trackers after a checkpoint with this state, drop the records that will be written again, and show
+        a bar on a terminal."""
+        step = state.get("step", 0)
         open_trackers(self._accelerator, self._run_dir, as_fields(self._setup.recipe))
         self.bad_samples.start(step * self._step_samples, self._setup.source.faults)
         if not self._accelerator.is_main_process:
@@ -211,10 +213,13 @@ class Tracker:
         if self._accelerator.device.type == "cuda":
             peak = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
             self._peak_flops = peak and peak * self._accelerator.num_processes
-        last = step or -1  # results before the first step have step 0
+        evaluated = self._schedule.last_evaluated(state)
         for path in (self._run_dir / "metrics.jsonl", self._run_dir / "schedule.jsonl"):
             if path.exists():
-                json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= last])
+                records = json_lines.read(path, step=int)
+                # Evaluations have no learning rate.
+                kept = [one for one in records if one["step"] <= (step if "lr" in one else evaluated)]
+                json_lines.rewrite(path, kept)
         if sys.stderr.isatty():
             steps, pairs = self._schedule.total_steps, self._step_samples
             total = None if steps is None else steps * pairs

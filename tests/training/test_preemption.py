@@ -11,9 +11,11 @@ import processes
 import pytest
 from conftest import metrics, trained
 
+from flipscale import pretrain as trainer
+from flipscale.evaluation.results import read_results
 from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training import preemption
+from flipscale.training import loop, preemption
 from flipscale.training.preemption import STOP_FILE, EndRequest, Stopped, StopRequest
 from flipscale.training.sync import StepSync
 
@@ -106,7 +108,10 @@ def test_a_stop_leaves_its_step_s_evaluations_to_the_next_start(
     file = write_recipe(tmp_path / "run", stages=[stage], eval={"zero_shot": str(shards), "every_samples": 16})
 
     def evaluated() -> list[int]:
-        return [record["step"] for record in metrics(tmp_path / "run") if "zero_shot/top1" in record]
+        steps = [record["step"] for record in metrics(tmp_path / "run") if "zero_shot/top1" in record]
+        results = [one.step for one in read_results(tmp_path / "run") if one.result.metric == "top1"]
+        assert results == steps
+        return steps
 
     with monkeypatch.context() as patch:
         if is_during:
@@ -120,6 +125,14 @@ def test_a_stop_leaves_its_step_s_evaluations_to_the_next_start(
     last = int(saved.name.removeprefix("step-"))
     assert last < 4
     assert evaluated() == list(range(1, last))
+
+    # Two starts end like a kill: after the evaluations that were left, and after the last ones.
+    for module, name, end in ((loop, "step_batches", last), (trainer, "finish", 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *of: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pretrain(parse_recipe(["--config", str(file)]))
+        assert evaluated() == list(range(1, end + 1))
     trained(file)
     assert evaluated() == [1, 2, 3, 4]
 
