@@ -124,13 +124,13 @@ class Saver:
         another run has taken the run directory."""
         with self._tracker.watch.paused("a save"):
             self.commit()
-            self._tracker.bad_samples.flush()
             state = {
                 "step": step.number,
                 "samples_seen": step.number * self._setup.batch_size,
                 "optimizer_steps": self._engine.layout.optimizer_steps(),
                 "trained_seconds": self._tracker.watch.trained_seconds,
                 "evaluations_left": [one.name for one in evaluations_left],
+                "interval": self._tracker.interval(),
                 **self._setup.schedule.state(step),
                 "data_samples": len(self._setup.source),
                 "data_lengths": self._setup.lengths_digest,

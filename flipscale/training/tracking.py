@@ -86,7 +86,8 @@ class BadSamples:
         self._mine: list[Fault] = []
         # Faults of all processes since the last write.
         self._unwritten = 0
-        self._counts: Counter[str] = Counter()
+        # Written faults since the last record, by cause.
+        self.counts: Counter[str] = Counter()
         self._named: set[tuple[str, int | None]] = set()
         self._window: deque[tuple[int, int]] = deque()
         self._samples = self._bad = 0
@@ -126,7 +127,7 @@ class BadSamples:
     def take_counts(self) -> Counter[str]:
         """Collective. Return the number of replaced samples in all processes since the last call, by cause."""
         self.flush()
-        counts, self._counts = self._counts, Counter()
+        counts, self.counts = self.counts, Counter()
         return counts
 
     def flush(self) -> None:
@@ -135,7 +136,7 @@ class BadSamples:
             return
         faults = sorted(gather_objects(self._mine), key=lambda fault: fault.position or 0)
         self._mine, self._unwritten = [], 0
-        self._counts.update(fault.cause for fault in faults)
+        self.counts.update(fault.cause for fault in faults)
         if self.is_main:
             new = []
             for fault in faults:
@@ -205,7 +206,9 @@ class Tracker:
     def start(self, state: Mapping[str, Any]) -> None:
         """Start the trackers after a checkpoint with this state, drop the records that will be written again, and show
         a bar on a terminal."""
-        step = state.get("step", 0)
+        step, counts = state.get("step", 0), state.get("interval", {"skipped": 0, "slow": 0, "replaced": {}})
+        self._skipped, self.bad_samples.counts = counts["skipped"], Counter(counts["replaced"])
+        self._begin = self._begin._replace(num_slow=self._begin.num_slow - counts["slow"])
         open_trackers(self._accelerator, self._run_dir, as_fields(self._setup.recipe))
         self.bad_samples.start(step * self._step_samples, self._setup.source.faults)
         if not self._accelerator.is_main_process:
@@ -273,6 +276,12 @@ class Tracker:
             return self._pair_flops[stage]
         saved, self._rows, self._captions = 1 - self._rows / self._captions, 0, 0
         return self._pair_flops[stage] - saved * self._row_flops[stage]
+
+    def interval(self) -> dict[str, Any]:
+        """Collective. Return the counts since the last record, for the state of a checkpoint."""
+        self.bad_samples.flush()
+        slow = self.watch.so_far().num_slow - self._begin.num_slow
+        return {"skipped": self._skipped, "slow": slow, "replaced": self.bad_samples.counts}
 
     def _write_interval(self, result: StepResult, upcoming: Step, is_last: bool) -> None:
         """Collective. Write the record of the interval that ends with a step."""

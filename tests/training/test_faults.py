@@ -24,8 +24,10 @@ from flipscale import pretrain as trainer
 from flipscale.data.order import order_of
 from flipscale.data.sources.tar import TarSource
 from flipscale.engines.checkpoint import CheckpointWriter, latest_checkpoint
+from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.data import DataRecipe
 from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.preemption import Stopped
 from flipscale.training.sync import MAX_SKIPPED_IN_A_ROW
 from flipscale.training.tracking import BadSamples
 
@@ -56,6 +58,22 @@ def test_the_advice_after_steps_that_are_not_finite_goes_on_from_the_open_save(
     lower = write_recipe(tmp_path / "lower", stages=[{"name": "lower", "samples": 32, "base_lr": 1e-4}])
     trainer.pretrain(parse_recipe(["--config", str(lower), *shlex.split(flags)]))
     assert (tmp_path / "lower/DONE").exists()
+
+
+def test_counts_since_the_last_record_outlive_a_stop(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 steps with two records, three of the second interval are skipped and one is slow, before a stop in it."""
+    was_slow = property(lambda watch: watch._step == 12, lambda watch, value: None)
+    monkeypatch.setattr(StepWatch, "was_slow", was_slow, raising=False)
+    stages = [{"name": "one", "samples": 320, "base_lr": 0.01}]
+    recipe = write_recipe(tmp_path / "run", stages=stages, log={"every_samples": 160})
+    with trouble(poisoned=(10, 11, 12), stopped=14), pytest.raises(Stopped):
+        trainer.pretrain(parse_recipe(["--config", str(recipe)]))
+    assert len(metrics(tmp_path / "run")) == 1
+    trainer.pretrain(parse_recipe(["--config", str(recipe)]))
+    last = metrics(tmp_path / "run")[-1]
+    assert (last["step"], last["num_skipped"], last["num_slow"]) == (20, 3, 1)
 
 
 @pytest.mark.parametrize("is_full", [False, True])
@@ -119,11 +137,13 @@ def write_bad_shards(folder: Path) -> None:
 
 
 def test_bad_data_is_replaced_counted_and_named_alike_everywhere(write_recipe, tmp_path: Path) -> None:
-    """One process, the same cut and resumed, and two processes: the same counts and names, the same training."""
+    """One process, the same cut within an interval of the log and resumed, and two processes: the same counts, names
+    and training."""
     write_bad_shards(tmp_path / "shards")
     changes = {
         "data": {"shards": str(tmp_path / "shards"), "max_bad_fraction": 0.25},
         "save": {"every_samples": 160, "total_limit": 9},
+        "log": {"every_samples": 48, "report_to": []},
     }
     runs = [tmp_path / name for name in ("one", "resumed", "two")]
     trained(write_recipe(runs[0], **changes))
