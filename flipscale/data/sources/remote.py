@@ -464,8 +464,7 @@ class RemoteTarSource(TarSource):
         """
         # Closed, because a removed copy frees its space when no process has it open.
         for shard in [shard for shard, file in self._open.items() if not os.fstat(file).st_nlink]:
-            os.close(self._open.pop(shard))
-            self._indices.pop(shard, None)
+            self._close(shard)
         if self._prefetch is None or not self._prefetch.is_alive():
             urls = [self.shard_name(shard) for shard in shards]
             self._prefetch = threading.Thread(target=_prefetch, args=(weakref.ref(self.cache), urls), daemon=True)
@@ -501,6 +500,10 @@ class RemoteTarSource(TarSource):
         file = super()._opened(shard)
         os.utime(file)  # because the cache removes the least recently read shards
         return file
+
+    def _close(self, shard: int) -> None:
+        super()._close(shard)
+        self._indices.pop(shard, None)
 
     def _row(self, shard: int, number: int) -> np.ndarray:
         if shard not in self._indices:

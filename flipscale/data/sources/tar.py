@@ -216,10 +216,13 @@ class TarSource(Source):
         """Return the file descriptor of a shard. The last used shards stay open."""
         if shard not in self._open:
             if len(self._open) >= _most_open():
-                os.close(self._open.popitem(last=False)[1])
+                self._close(next(iter(self._open)))
             self._open[shard] = self._open_checked(shard)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _close(self, shard: int) -> None:
+        os.close(self._open.pop(shard))
 
     def _open_checked(self, shard: int) -> int:
         """Open a shard, and compare the open file with its entry in the manifest."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import write_shards
 
-from flipscale.data.sources import remote
+from flipscale.data.sources import remote, tar
 from flipscale.data.sources.manifest import manifest_name, write_manifest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
@@ -235,6 +235,17 @@ def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(served: Path, tmp_
         for index in (tmp_path / "cache").glob("*.index.npy"):
             index.write_bytes(b"junk")
         assert open_source(recipe(url, tmp_path / "cache")).read(1, 3).image == wanted
+
+
+def test_an_index_is_kept_as_long_as_its_shard_is_open(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar, "_most_open", lambda: 1)
+    with server(served, plainly) as url:
+        source = open_source(recipe(url, tmp_path / "cache"))
+        for shard in (0, 1, 0):
+            assert source.read(shard, 0).image
+            assert [*source._open] == [*source._indices] == [shard]
 
 
 def test_a_cache_removes_its_own_files_only(served: Path, tmp_path: Path) -> None:
