@@ -17,7 +17,7 @@ from flipscale.io.streams import without_bars
 from flipscale.model.configuration_flip import RANGES
 from flipscale.model.masked import tower_fields
 from flipscale.model.masked_families import POOLED, UNPOOLED, VISION_TOWERS, MaskedTowersConfig, stored_names
-from flipscale.recipe.model import Towers
+from flipscale.recipe.model import Towers, dropout_rates
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise UserError(f"a config.json is no {kind}'s: {' '.join(str(error).split())}") from None
     fields = {name: value for name, value in json.loads(plain.to_json_string(use_diff=False)).items() if name in known}
-    off = {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, int | float)}
+    off = dict.fromkeys(dropout_rates(fields), 0.0)
     masks = {"use_mask_token": False} if "use_mask_token" in fields else {}
     return {**fields, **off, **masks, "model_type": kind}
 

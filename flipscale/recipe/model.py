@@ -1,6 +1,7 @@
 """The recipe's section `model`."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -19,6 +20,11 @@ class Towers(NamedTuple):
 
     def __str__(self) -> str:
         return f"model.vision {self.vision!r} and model.text {self.text!r}"
+
+
+def dropout_rates(tower: Mapping[str, Any]) -> dict[str, float]:
+    """Return the fields of a tower's configuration that hold a rate of dropout, by name."""
+    return {name: rate for name, rate in tower.items() if "drop" in name and isinstance(rate, int | float)}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from flipscale.engines.optimizers import layer_scales
 from flipscale.engines.trainable import add_lora, freeze
 from flipscale.io.errors import UserError
 from flipscale.objectives.build import build_config, build_objective
+from flipscale.recipe.model import dropout_rates
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.precomputed import open_features, open_teacher
 from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
@@ -206,12 +207,11 @@ def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfi
     for name in (
         ("vision_config", "text_config") if data.micro_batch_size is not None and objective.needs_global_batch else ()
     ):
-        tower = getattr(config, name)
-        for field in ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate"):
-            if (rate := getattr(tower, field, 0.0)) > 0.0:
+        for field, rate in dropout_rates(getattr(config, name).to_dict()).items():
+            if rate > 0.0:
                 raise UserError(
                     f"model.{name}.{field} is {rate} and data.micro_batch_size is set: the second pass would drop "
-                    "other weights than the first; leave one of them out"
+                    f"others than the first; set model.{name}.{field} to 0, or leave data.micro_batch_size out"
                 )
     sampler = StepSampler(0, 0, data.global_batch_size, *place, data.micro_batch_size)
     name = next((name for name in ("rand_augment", "mixup_alpha", "cutmix_alpha") if getattr(data.augment, name)), "")

@@ -252,6 +252,17 @@ def test_what_does_not_fit_is_refused(
     assert re.search(expected, refused("pretrain", "--config", file, *flags))
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"), [("distilbert", "dropout"), ("modernbert", "mlp_dropout"), ("modernbert", "embedding_dropout")]
+)
+def test_two_passes_refuse_any_dropout(
+    file: Path, tmp_path: Path, refused: Callable[..., str], kind: str, field: str
+) -> None:
+    save_text(kind, tmp_path / kind, **OTHER_TEXTS[kind])
+    flags = ["--model.text", tmp_path / kind, "--data.micro_batch_size", "4", f"--model.text_config.{field}", "0.3"]
+    assert re.search(rf"model\.text_config\.{field} is 0\.3 ", refused("pretrain", "--config", file, *flags))
+
+
 def test_a_folder_of_other_towers_is_refused(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     save_text("bert", tmp_path / "both")
     content = {"model_type": "vision-text-dual-encoder", "vision_config": {"model_type": "swin"}}
