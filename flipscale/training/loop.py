@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from flipscale.data.loader import PackedBatch, on_device, restartable_batches
 from flipscale.training.between_steps import BetweenSteps, Evaluations, Evaluator, Saver
 from flipscale.training.schedule import Clock, Step, is_due
-from flipscale.training.step import forward_backward
+from flipscale.training.step import forward_backward, seed_dropout
 from flipscale.training.sync import StepSync
 from flipscale.training.tracking import Tracker
 
@@ -60,7 +60,7 @@ def train(
     budget, before = schedule.budget_seconds, session.trained_seconds
     sync = StepSync(accelerator, saver.writer, watch, request, session.step, budget, before)
     tracker.start(session.state)
-    stops = False
+    stops, has_dropout = False, setup.has_dropout
 
     with tracker, between:
         if not session.step:
@@ -73,6 +73,8 @@ def train(
                 engine.reset_optimizer(step.stage.frozen)
             engine.recompute(recipe.recomputes(step.stage))
             tracker.look(micro_batches)
+            if has_dropout:
+                seed_dropout(recipe.seed, step.number, accelerator.process_index)
             loss = forward_backward(engine, micro_batches, setup.objective)
             should_step = sync.start(step, loss, engine.gradient_norm(), faults)
             engine.step(step.learning_rate, should_step)

@@ -89,6 +89,12 @@ class TrainingSetup:
     def batch_size(self) -> int:
         return self.recipe.data.global_batch_size
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a part of the model drops at random, besides `drop_path_rate`, which is keyed by the sample."""
+        parts = [part for name in self.config.sub_configs if (part := getattr(self.config, name)) is not None]
+        return any(rate > 0.0 for part in parts for rate in dropout_rates(part.to_dict()).values())
+
 
 def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, FlipConfig, list[Stage]]:
     """Check a recipe without its data, and return its objective, its model's configuration and its stages.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+
+from flipscale.data.randomness import keyed_uniform
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
@@ -20,6 +23,13 @@ class StepLoss(NamedTuple):
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators by the recipe's seed, the step and the process, so that a resumed run drops the same and
+    no two processes do."""
+    draw = keyed_uniform(seed, f"dropout/{rank}", np.array([step]), 1)
+    torch.manual_seed(int(draw[0, 0] * 2**53))
 
 
 def forward_backward(engine: Engine, batch: list[Batch], objective: Objective) -> StepLoss:

@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 import yaml
-from conftest import cut, metrics, trained
+from conftest import TOWERS, cut, metrics, trained
 from safetensors.torch import load_file
 
 from flipscale import pretrain
@@ -20,6 +20,7 @@ from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training import loop
 from flipscale.training.session import is_done, open_run_directory
+from flipscale.training.step import seed_dropout
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
 
@@ -57,6 +58,24 @@ def test_resumed_equals_uninterrupted(whole_run: Path, write_recipe, tmp_path: P
     cut(whole_run, copy, step)
     trained(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
     assert_same_end(whole_run, copy)
+
+
+def test_dropout_is_resumed_too(write_recipe, tmp_path: Path) -> None:
+    whole, copy = tmp_path / "whole", tmp_path / "cut"
+    changes = {"model": {"vision_config": {**TOWERS["vision_config"], "attention_dropout": 0.3}}}
+    trained(write_recipe(whole, save={"every_samples": 320, "total_limit": 20}, **changes))
+    cut(whole, copy, 20)
+    trained(write_recipe(copy, save={"every_samples": 320, "total_limit": 20}, **changes))
+    assert_same_end(whole, copy)
+
+
+def test_dropout_differs_by_step_and_process() -> None:
+    draws = []
+    for step, rank in ((3, 0), (3, 1), (4, 0), (3, 0)):
+        seed_dropout(0, step, rank)
+        draws.append(torch.rand(()).item())
+    assert draws[3] == draws[0]
+    assert len({*draws}) == 3
 
 
 def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
