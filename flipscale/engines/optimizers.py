@@ -3,7 +3,6 @@
 The model decides the groups of its parameters (`loss_parameters`, `no_weight_decay`, its modules' types).
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -91,12 +90,13 @@ def layer_scales(
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     for path, tower in model.named_modules():
         if path in ("vision_model", "text_model") and (decay is not None or tower_ratio != 1.0):
-            last = len(encoder_blocks(tower)) + 1
-            for name, _ in tower.named_parameters():
-                block = re.match(r"(?:encoder\.|model\.)?layers?\.(\d+)\.", name)
+            blocks = encoder_blocks(tower)
+            groups = {id(p): group for group, block in enumerate(blocks, 1) for p in block.parameters()}
+            for name, parameter in tower.named_parameters():
                 # CLIP has a norm before the first block.
-                group = int(block[1]) + 1 if block else 0 if name.startswith(("embeddings.", "pre_")) else last
-                scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (last - group)
+                outside = 0 if "embed" in name or name.startswith("pre_") else len(blocks) + 1
+                group = groups.get(id(parameter), outside)
+                scales[f"{path}.{name}"] = tower_ratio * (decay or 1.0) ** (len(blocks) + 1 - group)
     of_parts: dict[str, float] = {}
     for part, ratio in sorted((ratios or {}).items()):
         of_parts |= dict.fromkeys(part_of_model(model, part, "optim.part_lr_ratios"), ratio)

@@ -11,10 +11,12 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTEmbeddings, DINOv3ViTRopePositionEmbedding
+from transformers.models.mpnet.modeling_mpnet import MPNetLayer
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
@@ -323,6 +325,10 @@ class MaskedTowersConfig(MaskedFields, transformers.VisionTextDualEncoderConfig)
         return text
 
 
+class MPNetBlock(GradientCheckpointingLayer, MPNetLayer):
+    """An MPNetLayer of the class by which blocks are found. transformers gives it to all other encoders' layers."""
+
+
 class MaskedTowersModel(MaskedDualEncoder, transformers.VisionTextDualEncoderModel):
     """A VisionTextDualEncoderModel with the same names of weights. Its image tower also takes visible patches."""
 
@@ -335,7 +341,12 @@ class MaskedTowersModel(MaskedDualEncoder, transformers.VisionTextDualEncoderMod
         vision: Any = config.vision_config
         tower = VISION_TOWERS[vision.model_type][1]._from_config(vision)
         super().__init__(config, vision_model=tower, text_model=transformers.AutoModel.from_config(config.text_config))
-        blocks = {type(module).__name__ for module in tower.modules() if isinstance(module, PackedEmbeddings)}
+        for module in self.text_model.modules():
+            if isinstance(module, MPNetLayer):
+                module.__class__ = MPNetBlock
+        # Not every text tower names its blocks.
+        kinds = (PackedEmbeddings, GradientCheckpointingLayer)
+        blocks = {type(module).__name__ for module in self.modules() if isinstance(module, kinds)}
         self._no_split_modules = {*(self._no_split_modules or ()), *blocks}
         add_parts(self)
 

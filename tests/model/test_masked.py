@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOWER
-from transformers import CLIPModel, SiglipModel, VisionTextDualEncoderModel
+from foreign_towers import OTHER_TEXTS
+from transformers import CONFIG_MAPPING, CLIPModel, SiglipModel, VisionTextDualEncoderModel
 
 from flipscale.engines.first_weights import build_weights, fresh_weights
-from flipscale.engines.optimizers import decays, layer_scales
+from flipscale.engines.optimizers import decays, encoder_blocks, layer_scales, muon_matrices
 from flipscale.model.families import FAMILIES, config_class
+from flipscale.model.masked_families import POOLED, UNPOOLED, MaskedTowersConfig, MaskedTowersModel
 from flipscale.model.patches import keep_lowest, num_kept, patchify, take_patches
 
 VISION, TEXT = {**TOWER, "image_size": 32, "patch_size": 8}, {**TOWER, "vocab_size": 50, "max_position_embeddings": 12}
@@ -174,6 +176,24 @@ def test_layer_decay_counts_blocks() -> None:
     assert scales["vision_model.embeddings.class_embedding"] == scales["vision_model.pre_layrnorm.weight"] == 0.125
     assert scales["text_model.encoder.layers.1.mlp.fc1.weight"] == 0.5
     assert scales["vision_model.post_layernorm.weight"] == scales["logit_scale"] == 1.0
+
+
+@pytest.mark.parametrize("kind", [*POOLED, *UNPOOLED])
+def test_the_blocks_of_every_text_tower_are_found(kind: str) -> None:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = CONFIG_MAPPING[kind](**{**TEXT, **special, **OTHER_TEXTS.get(kind, {})})
+    text.num_hidden_layers = 2
+    config = MaskedTowersConfig.of_towers({**VISION, "model_type": "vit"}, text.to_dict())
+    with torch.device("meta"):
+        model = MaskedTowersModel(config)
+    blocks = encoder_blocks(model.text_model)
+    assert len(blocks) == 2
+    assert {type(block).__name__ for block in blocks} <= model._no_split_modules
+    scales = layer_scales(model, 0.5)
+    found = {id(parameter): scales[name] for name, parameter in model.named_parameters()}
+    assert [{found[id(parameter)] for parameter in block.parameters()} for block in blocks] == [{0.25}, {0.5}]
+    assert found[id(model.text_model.get_input_embeddings().weight)] == 0.125
+    assert any(name.startswith("text_model.") for name in muon_matrices(model))
 
 
 @pytest.mark.parametrize(("start", "gradient", "moves"), [(99.0, -1.0, True), (101.0, -1.0, False), (101.0, 1.0, True)])
