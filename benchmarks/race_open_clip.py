@@ -5,11 +5,11 @@
     python examples/icons/data.py data/icons
     python benchmarks/race_open_clip.py --data data/icons --minutes 6 20 60 --seeds 3 --output_dir runs/race_icons
 
-One core trains one model at a time. Both trainers have the same shards, word pieces, batch size, crops and image tower,
-and a text tower of `--text_layers` with the mean over the words. open_clip's optimisers are its AdamW, and timm's Muon
-and AdaMuon by `--opt`. At each length, each trainer with each optimiser has four trials of rate and decay. They are
-measured on the icons' `validation`, or on one of the demo's seven artists. The last runs are tested on `test`. Then the
-differences between the trainers are changed one at a time, at the shortest length.
+One core trains one model at a time. Both trainers have the same shards, word pieces, batch size and crops, image towers
+of equal sizes, and a text tower of `--text_layers` with the mean over the words. open_clip's optimisers are its AdamW,
+and timm's Muon and AdaMuon by `--opt`. At each length, each trainer with each optimiser has four trials of rate and
+decay. They are measured on the icons' `validation`, or on one of the demo's seven artists. The last runs are tested on
+`test`. Then the differences between the trainers are changed one at a time, at the shortest length.
 
 Times are pairs divided by the pairs per second of processor time that the arms reach in turn, so other work on the
 machine slows all arms alike. After a stop, the same command goes on, and runs no finished arm again. The tables in
