@@ -278,7 +278,7 @@ class TransformersEmbedder(Embedder):
 @dataclass(frozen=True)
 class ImageTowerEmbedder(Embedder):
     """An embedder of an image tower; its `tokenizer` is its image processor. Both features of an image are the pooled
-    output; without one the state of the class token, or the mean over the patches."""
+    output. A tower without it gives the state of its class token, or the mean over its patches."""
 
     @property
     def gives(self) -> tuple[str, ...]:

@@ -152,9 +152,9 @@ def escape_string(text: str) -> str:
 
 def public_name(place: str) -> str:
     """Return a Hub name unchanged, and the last part of a path or URL; both also behind `hf:`."""
-    prefix = place[: 3 * place.startswith("hf:")]
-    place = place.removeprefix("hf:")
-    return prefix + (place if _is_hub_name(place) else data_name(place))
+    if place.startswith("hf:"):
+        return f"hf:{public_name(place.removeprefix('hf:'))}"
+    return place if _is_hub_name(place) else data_name(place)
 
 
 def _is_hub_name(place: str) -> bool:
