@@ -213,8 +213,8 @@ class CheckpointWriter:
     def commit(self) -> int | None:
         """Collective. Finish the checkpoint that `save` began, and remove checkpoints past `total_limit`.
 
-        Return its step, or None if there was nothing to finish. Raise OSError if the disk is full or not writable;
-        earlier checkpoints still exist.
+        Return its step, or None if there was nothing to finish. Raise OSError on all processes if the disk is full or
+        not writable; earlier checkpoints still exist.
         """
         if self._thread is None:
             return None
@@ -228,7 +228,10 @@ class CheckpointWriter:
                 self._partial.rename(self._final)
                 sync(self._final.parent)
             except OSError as error:
-                raise self._failure(error) from error
+                self._error = error
+        # All processes wait for the new name: one that went on and failed would end the first process too.
+        self._agree()
+        if self.accelerator.is_main_process:
             try:
                 for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
                     # Renamed first, so that a kill during the removal leaves no half checkpoint under its name.

@@ -92,7 +92,8 @@ def train(
                     with watch.paused("a save"):
                         saver.commit()
                 except OSError as error:
-                    _log.warning("%s", error)
+                    if accelerator.is_main_process:
+                        _log.warning("%s", error)
                 raise failure
             if outcomes.written:
                 saver.commit()

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from clock import Clock
 from conftest import launch
 from distributed.crowd import ENVIRONMENTS, start_ranks
+from training.troubled import trouble
 
 from flipscale.recipe.data import number_of_lanes
 
@@ -194,6 +196,46 @@ def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, last: i
     lines = (tmp_path / "stderr").read_text().splitlines()
     (line,) = [line for line in lines if not re.match(r"\d{4}-|  ", line)]
     assert SENTENCES["OSError"] in line
+
+
+def diverge(file: str, folder: str) -> None:
+    """Train on two processes until rank 1's loss is not finite, while its part of the save after step 5 is unwritten
+    and rank 0's disk is slow."""
+    from flipscale.engines.checkpoint import CheckpointWriter
+
+    write, write_text, commit = (getattr(CheckpointWriter, name) for name in ("_write", "_write_text", "commit"))
+    is_waited_for = threading.Event()
+
+    def write_late(writer: CheckpointWriter, *arguments: object) -> None:
+        is_waited_for.wait(60)
+        write(writer, *arguments)
+
+    def commit_late(writer: CheckpointWriter) -> int | None:
+        if writer.is_open:
+            is_waited_for.set()
+        return commit(writer)
+
+    def write_slowly(writer: CheckpointWriter, name: str, text: str) -> object:
+        if name == "digests.json":
+            time.sleep(5.0)  # longer than a process goes on after another has failed
+        return write_text(writer, name, text)
+
+    CheckpointWriter._write_text = write_slowly
+    if os.environ["RANK"] == "1":
+        CheckpointWriter._write, CheckpointWriter.commit = write_late, commit_late
+    with trouble(poisoned=range(5, 11)):
+        processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_a_run_that_diverges_first_ends_its_open_save(write_recipe, tmp_path: Path, engine: str) -> None:
+    file = str(write_recipe(tmp_path / "run", save={"every_samples": 80}))
+    environment = {**ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1"}
+    assert processes.exit_codes(start_ranks(2, diverge, file, str(tmp_path), **environment)) == [1, 1]
+    printed = (tmp_path / "stderr").read_text()
+    assert printed.count("flipscale: error: ") == printed.count(" was not finite in 5 steps in a row") == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
 
 
 UNDER_A_LAUNCHER = """
