@@ -454,6 +454,8 @@ class RemoteTarSource(TarSource):
                 f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {shards!r} that a node "
                 f"reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and data.shards_per_block"
             )
+        # Enough for the shards now and next, because each open one has an index in memory, 24 bytes a sample.
+        self._most_kept = len(largest)
         self._prefetch: threading.Thread | None = None
         self._indices: dict[int, np.ndarray] = {}
 

@@ -67,6 +67,9 @@ class TarSource(Source):
     A truncated shard has its readable samples, and an unreadable shard is empty. `faults` names both.
     """
 
+    # Most shards that stay open, if the process may open as many files.
+    _most_kept = _MAX_OPEN_SHARDS
+
     def __init__(self, shards: str | ShardList, anew: bool = False):
         self._open: OrderedDict[int, int] = OrderedDict()
         self.list = ShardList(shards) if isinstance(shards, str) else shards
@@ -215,7 +218,7 @@ class TarSource(Source):
     def _opened(self, shard: int) -> int:
         """Return the file descriptor of a shard. The last used shards stay open."""
         if shard not in self._open:
-            if len(self._open) >= _most_open():
+            if len(self._open) >= min(self._most_kept, _most_open()):
                 self._close(next(iter(self._open)))
             self._open[shard] = self._open_checked(shard)
         self._open.move_to_end(shard)

@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_shards
 
-from flipscale.data.sources import remote, tar
+from flipscale.data.sources import remote
 from flipscale.data.sources.manifest import manifest_name, write_manifest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
@@ -237,15 +238,15 @@ def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(served: Path, tmp_
         assert open_source(recipe(url, tmp_path / "cache")).read(1, 3).image == wanted
 
 
-def test_an_index_is_kept_as_long_as_its_shard_is_open(
-    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tar, "_most_open", lambda: 1)
-    with server(served, plainly) as url:
-        source = open_source(recipe(url, tmp_path / "cache"))
-        for shard in (0, 1, 0):
+def test_only_shards_read_now_and_next_stay_open_with_their_indices(tmp_path: Path) -> None:
+    write_shards(tmp_path / "served", [3] * 4)
+    with server(tmp_path / "served", plainly) as url:
+        wanted = recipe(url, tmp_path / "cache")
+        source = open_source(replace(wanted, shards=wanted.shards.replace("00001", "00003")))
+        for before, shard in itertools.pairwise((3, 0, 1, 2, 3, 0)):
+            assert source.read(before, 0).image
             assert source.read(shard, 0).image
-            assert [*source._open] == [*source._indices] == [shard]
+            assert [*source._open] == [*source._indices] == [before, shard]
 
 
 def test_a_cache_removes_its_own_files_only(served: Path, tmp_path: Path) -> None:
