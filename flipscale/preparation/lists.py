@@ -437,7 +437,7 @@ class TextTable(RowList):
             first = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
             with Progress(len(text), "rows", "B") as progress:
                 if delimiter:
-                    names, first = _read_header(path, text, first, delimiter)
+                    names, first, delimiter = _read_header(path, text, first, delimiter)
                     columns = find_columns(str(path), names, asked)
                     ends = partial(_end_of_quotes, text, delimiter, len(names), names.index(columns["image"]))
                     starts = np.fromiter(_row_starts(text, first, ends, progress), np.int64)
@@ -475,14 +475,16 @@ class TextTable(RowList):
         return [fields[self.names.index(name)] for name in self.columns.values()]
 
 
-def _read_header(path: Path, text: mmap.mmap, at: int, delimiter: str) -> tuple[tuple[str, ...], int]:
-    """Return the fields of the first line that is not blank, and its end."""
+def _read_header(path: Path, text: mmap.mmap, at: int, delimiter: str) -> tuple[tuple[str, ...], int, str]:
+    """Return the fields of the first line that is not blank, its end, and its delimiter."""
     line = b""
     while at < len(text) and not line.strip():
         line, at = text[at : _line_end(text, at)], _line_end(text, at)
+    if delimiter == "," and b"," not in line and b";" in line:
+        delimiter = ";"  # because spreadsheets write it where numbers have a decimal comma
     try:
         # Other columns may have names in another encoding.
-        return tuple(_parse_fields(line.decode("utf-8", "replace").encode(), delimiter)), at
+        return tuple(_parse_fields(line.decode("utf-8", "replace").encode(), delimiter)), at, delimiter
     except MalformedRow as error:
         raise UserError(f"{path} is no {path.suffix[1:].upper()} table in UTF-8 (its header: {error})") from error
 

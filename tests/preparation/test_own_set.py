@@ -55,11 +55,11 @@ def as_folder(by_class: Path, folder: Path, captions: bool) -> Path:
     return folder
 
 
-def as_table(by_class: Path, folder: Path, name: str) -> Path:
+def as_table(by_class: Path, folder: Path, name: str, delimiter: str = ",") -> Path:
     """A table beside the pictures; returns it."""
     shutil.copytree(by_class, folder)
     with open(folder / name, "w", newline="") as file:
-        table = csv.DictWriter(file, ["file_name", "text", "kind"], delimiter="\t" if name[-4:] == ".tsv" else ",")
+        table = csv.DictWriter(file, ["file_name", "text", "kind"], delimiter=delimiter)
         table.writeheader()
         table.writerows(rows(by_class))
     return folder / name
@@ -114,7 +114,8 @@ def test_class_folders_are_captions(by_class: Path, tmp_path: Path, capsys: pyte
         (lambda own, out: as_folder(own, out, True), "128 images: captions are the .txt or .json files beside 128"),
         (lambda own, out: as_table(own, out, "metadata.csv").parent, "128 rows in {}/metadata.csv: images of the "
          "column file_name, captions of text"),
-        (lambda own, out: as_table(own, out, "list.tsv"), "128 rows in {}/list.tsv: images of"),
+        (lambda own, out: as_table(own, out, "list.csv", ";"), "128 rows in {}/list.csv: images of"),
+        (lambda own, out: as_table(own, out, "list.tsv", "\t"), "128 rows in {}/list.tsv: images of"),
         (as_saved, "128 rows of the data set {}, train: images of the column image, captions of text"),
     ],
 )  # fmt: skip
