@@ -75,6 +75,7 @@ def build_parser(verb: str) -> Parser:
             module = importlib.import_module(f"flipscale.{verb}")
             # The dataclass is called as the verb is.
             add_commands(subparser, getattr(module, "COMMANDS", None) or getattr(module, verb.title().replace("_", "")))
+            parser.prog = subparser.prog  # because argparse reports a verb's unknown arguments here
     return parser
 
 

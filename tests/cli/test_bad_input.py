@@ -53,6 +53,7 @@ MISTAKES: list[tuple[Any, ...]] = [
     ("--dry_run --stages '[{name: a, samples: 160, image_size: 30, base_lr: 0.1}]'", "image_size 30"),
     ("pretrain --data.augment some.yaml", "--data.augment is 'some.yaml'"),
     ("pretrain --config b17", "'b17'", "b16_laion400m"),
+    ("prepare audit train test", "arguments: test; see flipscale prepare --help"),
     ("evaluate org/name", "--suite", "--zero_shot"),
     ("evaluate ./none --zero_shot SHARDS", "none", "ORG/NAME"),
 ]
