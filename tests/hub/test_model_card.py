@@ -129,6 +129,22 @@ def test_a_run_in_the_current_folder_has_its_name(run_dir: Path, monkeypatch: py
     assert "\n# l16\n" in Path("model/README.md").read_text()
 
 
+def test_a_fine_tuned_model_names_its_start_and_no_mask(run_dir: Path) -> None:
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["stages"][0]["mask_ratio"] = 0.5
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = card_of(run_dir)
+    assert "Trained by masking" in card
+    assert "named above and from nothing else" in card
+    recipe["stages"][0]["mask_ratio"], recipe["model"]["init_from"] = 0, "org/clip"
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = card_of(run_dir)
+    assert "Fine-tuned from `org/clip`" in card
+    assert "began with the weights of `org/clip`" in card
+    for absent in ("by masking", "random mask", "nothing else"):
+        assert absent not in card, absent
+
+
 def test_sources_of_a_mixture(run_dir: Path) -> None:
     sources = [
         {"shards": "s3://key:word@bucket/laion2b/{00000..41407}.tar", "weight": 0.75},
