@@ -15,7 +15,7 @@ import torch
 from conftest import COLOURS, SHAPES, draw
 from pages.browser import check_accessible, check_offline, look
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.auto import AutoTokenizer
 
 from flipscale import cli
@@ -73,6 +73,11 @@ def test_cut_embeddings(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_a_page_computes_no_projection_of_two_layers(tokenizer: PreTrainedTokenizerBase) -> None:
     reason = text_tower(embedder(model_of(tokenizer, projection_hidden_size=40), tokenizer))
     assert "projection of texts has two layers" in str(reason)
+
+
+def test_a_page_computes_no_other_text_tower(tokenizer: PreTrainedTokenizerBase) -> None:
+    clip = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=TOWER))
+    assert text_tower(embedder(clip, tokenizer)) == "a page computes the text tower of a FlipModel, not of a CLIPModel"
 
 
 def in_browser(tower: object, texts: Sequence[str], folder: Path) -> list[tuple[list[int], list[float]]]:
