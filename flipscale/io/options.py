@@ -72,6 +72,8 @@ _KINDS = {
     "float": "a number",
     "str": "a text",
     "bool": "true or false",
+    "list": "a list, such as [a, b]",
+    "tuple": "a list, such as [a, b]",
 }
 
 

@@ -36,6 +36,7 @@ MISTAKES: list[tuple[Any, ...]] = [
     ({"loss": {"kind": "triplet"}}, "loss.kind", "'triplet'", "'infonce'"),
     ({"loss": {"reconstruction_weight": 0.5}, "mask": {"views": 2}}, "loss.reconstruction_weight", "mask.views"),
     ({"model": {"size": "xxl"}}, "'xxl'", "b16, l16"),
+    ({"model": {"frozen": "vision_model"}}, "model.frozen: Expected a list, such as [a, b]", "vision_model"),
     ({"model": {"init_from": "TMP/none"}}, "model.init_from", "none"),
     ({"model": {"vision_config": {**TOWER, "image_size": 30, "patch_size": 8}}}, "image_size 30", "24 or 32"),
     ({"model": {"text_config": {**TOWER, "vocab_size": 5}}}, "12", "vocab_size", "5"),
