@@ -222,7 +222,7 @@ def text_tower(embedder: Embedder) -> dict[str, Any] | str:
     """Return what templates/text_tower.js reads of a model and its tokenizer; or the reason why a page cannot."""
     model = embedder.model
     if not isinstance(model, FlipModel) or embedder.tokenizer is None:
-        return f"a page computes the text tower of a FlipModel, not of a {type(model).__name__}"
+        return "a page computes only the text tower of a FlipModel with a tokenizer"
     config = model.config.text_config
     if config.embedded_by:
         return "the text tower is another library's model"
