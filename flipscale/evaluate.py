@@ -246,12 +246,13 @@ def _image_flops(embedder: "Embedder", mask: "ImageMask") -> float:
     from flipscale.model import FlipForConditionalGeneration
     from flipscale.model.configuration_flip import embedded_towers
     from flipscale.objectives.captioning import CaptionLoss
-    from flipscale.planning.flops import PLAIN, forward_flops
+    from flipscale.planning.flops import PLAIN, Step, forward_flops
 
-    config, size = embedder.model.config, embedder.pixels
+    config = embedder.model.config
     loss = CaptionLoss() if isinstance(embedder.model, FlipForConditionalGeneration) else PLAIN
     stored = ("texts",) if "text_model" in embedded_towers(config) else ()
-    count = forward_flops(config, mask.ratio, mask.views, image_size=size, objective=loss, stored=stored).modules
+    step = Step(1, mask.ratio, mask.views, image_size=embedder.pixels, stored=stored)
+    count = forward_flops(config, step, loss).modules
     # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
     return sum(count.get(part, 0) for part in ("vision_model", "image_projection", "visual_projection"))
 

@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +18,9 @@ from flipscale.model.patches import num_kept
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.recipe.optim import LoraRecipe
+from flipscale.recipe.optim import LoraRecipe, StageRecipe
 from flipscale.recipe.recipe import Recipe
+from flipscale.training.schedule import Stage
 
 # The default objective of a recipe.
 PLAIN = Contrastive()
@@ -117,24 +117,12 @@ class Flops:
         return self.forward + self.backward
 
 
-def forward_flops(
-    config: FlipConfig,
-    mask_ratio: float,
-    views: int = 1,
-    text_mask_ratio: float = 0.0,
-    image_size: int | None = None,
-    objective: Objective = PLAIN,
-    frozen: tuple[str, ...] = (),
-    lora: LoraRecipe | None = None,
-    stored: tuple[str, ...] = (),
-) -> Flops:
-    """Return the operations of a pair whose image is embedded `views` times at `mask_ratio`.
+def forward_flops(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Flops:
+    """Return the operations of a pair in a step whose batch is one pair.
 
     Captions are padded to the full length before `text_mask_ratio` of their tokens is removed. The heads and exported
-    decoders of `objective` are counted. The other arguments are fields of `Step`.
+    decoders of `objective` are counted.
     """
-    rest: dict[str, Any] = {"frozen": frozen, "lora": lora or LoraRecipe(), "stored": stored}
-    step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size, **rest)
     if objective.exported_class is FlipModel:
         objective = replace(PLAIN, captions_per_image=objective.captions_per_image)
     return _counted(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
@@ -165,16 +153,23 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
     return Flops(forward, counts, counter.get_total_flops())
 
 
+def pair_step(recipe: Recipe, stage: StageRecipe | Stage) -> Step:
+    """Return a stage's step with one pair."""
+    return Step(
+        batch_size=1,
+        mask_ratio=stage.mask_ratio,
+        views=recipe.mask.views_at(stage.mask_ratio),
+        text_mask_ratio=stage.text_mask_ratio,
+        image_size=stage.image_size,
+        frozen=(*recipe.model.frozen, *stage.frozen),
+        lora=recipe.optim.lora,
+        stored=tuple(recipe.data.stored),
+    )
+
+
 def stage_flops(recipe: Recipe) -> dict[str, Flops]:
     config, objective = build_config(recipe), build_objective(recipe)
-    return {
-        stage.name: forward_flops(
-            *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio),
-            *(stage.image_size, objective, (*recipe.model.frozen, *stage.frozen), recipe.optim.lora),
-            tuple(recipe.data.stored),
-        )
-        for stage in recipe.stages
-    }
+    return {stage.name: forward_flops(config, pair_step(recipe, stage), objective) for stage in recipe.stages}
 
 
 def pair_flops(recipe: Recipe) -> dict[str, int]:

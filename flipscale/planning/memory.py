@@ -33,7 +33,7 @@ from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.contrastive import exchange_bytes, prefix_bytes, tile_bytes
 from flipscale.objectives.objective import Objective
-from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops
+from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops, pair_step
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.schedule import Stage
@@ -157,18 +157,12 @@ def heaviest_step(recipe: Recipe, launch: Launch) -> Step:
 def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> Step:
     """Return the pairs of a process that are in its model at once."""
     pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
-    return Step(
+    return replace(
+        pair_step(recipe, stage),
         batch_size=min(pairs, recipe.data.micro_batch_size or pairs),
-        mask_ratio=stage.mask_ratio,
-        views=recipe.mask.views_at(stage.mask_ratio),
-        text_mask_ratio=stage.text_mask_ratio,
         gradient_checkpointing=recipe.recomputes(stage),
         bf16=launch.bf16,
         autocast=engine_class(launch).autocasts,
-        image_size=stage.image_size,
-        frozen=(*recipe.model.frozen, *stage.frozen),
-        lora=recipe.optim.lora,
-        stored=tuple(recipe.data.stored),
     )
 
 

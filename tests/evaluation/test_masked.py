@@ -27,7 +27,7 @@ from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model.patches import patchify
-from flipscale.planning.flops import forward_flops
+from flipscale.planning.flops import Step, forward_flops
 
 
 def test_the_row_alone_decides_a_mask() -> None:
@@ -127,7 +127,7 @@ def test_figures_of_the_command_on_one_and_two_processes(
     for line, mask in zip(one, masks, strict=True):
         expected = as_metrics(run_tasks(masked_embedder(embedder, mask), tasks))
         assert {name: line[name] for name in expected} == pytest.approx(expected)
-        flops = forward_flops(config, mask.ratio, mask.views).modules
+        flops = forward_flops(config, Step(1, mask.ratio, mask.views)).modules
         assert line["encoder_gflops"] == (flops["vision_model"] + flops["image_projection"]) / 1e9
     assert [line["encoder_relative"] for line in one[:2]] == [1.0, pytest.approx(0.5, abs=0.1)]
 
