@@ -57,6 +57,7 @@ Made = TypeVar("Made")
 
 _log = logging.getLogger(__name__)
 _ROWS = 256  # pictures at a time, to bound the memory
+_NEAREST = 3  # answers that are kept for a picture
 # A page needs fewer pictures than an evaluation, and no more than a minute.
 _MOST_PICTURES, _MOST_SECONDS, _MOST_TEXTS, _TEXT_BATCH = 2000, 60.0, 20_000, 256
 
@@ -89,7 +90,7 @@ class Answers:
 
 
 def answers_of(
-    pictures: np.ndarray, texts: np.ndarray, names: Sequence[str], right: Sequence[int], scale: float, k: int = 3
+    pictures: np.ndarray, texts: np.ndarray, names: Sequence[str], right: Sequence[int], scale: float
 ) -> Answers:
     """Return the answers of embeddings of unit length, or of a classifier's logits.
 
@@ -98,14 +99,13 @@ def answers_of(
         texts: embeddings of the answers, fp32 `(answers, dim)`; the identity for a classifier.
         right: index of each picture's right answer.
         scale: inverse temperature of the model; 1 for a classifier.
-        k: number of nearest answers to keep.
     """
-    known, k = np.asarray(right, dtype=np.int64), min(k, len(names))
+    known = np.asarray(right, dtype=np.int64)
     columns: list[tuple[np.ndarray, ...]] = []
     for first in range(0, len(pictures), _ROWS):
         cosines = pictures[first : first + _ROWS] @ texts.T
         own = known[first : first + _ROWS, None]
-        top = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        top = np.argsort(-cosines, axis=1, kind="stable")[:, :_NEAREST]
         shares = np.take_along_axis(softmax(scale * cosines, axis=1), top, axis=1)
         columns.append((top, shares, (cosines > np.take_along_axis(cosines, own, axis=1)).sum(axis=1)))
     return Answers(list(names), known, *(np.concatenate(parts) for parts in zip(*columns, strict=True)))

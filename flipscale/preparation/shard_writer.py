@@ -163,7 +163,7 @@ def write_shards(
     job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     out_dir.mkdir(parents=True, exist_ok=True)
-    with only_writer(out_dir, "prepare shards", _MANIFEST):
+    with _only_writer(out_dir):
         if todo := range(_open_manifest(job, begun), job.num_shards):
             remedy = "the same command goes on where it stopped"
             with worker_pool(min(processes, len(todo)), job, remedy) as pool:
@@ -180,12 +180,12 @@ def write_shards(
 
 
 @contextmanager
-def only_writer(out_dir: Path, command: str, begun: str) -> Iterator[None]:
-    """Hold the lock of a folder that has the file `begun`, or nothing, and remove what killed processes left there.
-    Raise UserError if the folder has other files, or another process writes to it."""
+def _only_writer(out_dir: Path) -> Iterator[None]:
+    """Hold the lock of a folder that has a manifest, or nothing, and remove what killed processes left there. Raise
+    UserError if the folder has other files, or another process writes to it."""
     others = [path for path in out_dir.iterdir() if path.name != _LOCK and not path.match(_PARTIAL)]
-    if others and not (out_dir / begun).is_file():
-        raise UserError(f"{out_dir} holds something that `{command}` did not write; name a new folder")
+    if others and not (out_dir / _MANIFEST).is_file():
+        raise UserError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
     try:
         with FileLock(out_dir / _LOCK, timeout=0):
             for left in out_dir.glob(_PARTIAL):

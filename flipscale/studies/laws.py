@@ -281,17 +281,17 @@ class Prediction:
         )
 
 
-def fit_law(law: Law, points: Points, resamples: int = 400, seed: int = 0) -> LawFit:
+def fit_law(law: Law, points: Points, resamples: int = 400) -> LawFit:
     """Return a law fitted to points, with intervals by a bootstrap over configurations. Each draw has its own front.
     Raise UserError if there are too few points."""
-    low, high = _interval(_bootstrap(law, points, resamples, seed), law, points)
+    low, high = _interval(_bootstrap(law, points, resamples), law, points)
     return LawFit(law, law.fit(points), low, high, len(law.fitted_to(points)))
 
 
-def predict(law: Law, points: Points, held_out: np.ndarray, resamples: int = 400, seed: int = 0) -> list[Prediction]:
+def predict(law: Law, points: Points, held_out: np.ndarray, resamples: int = 400) -> list[Prediction]:
     """Return the predictions of the points under the mask `held_out`, by a law fitted to the others."""
     rest, left_out = points.take(~held_out), points.take(held_out)
-    drawn = _bootstrap(law, rest, resamples, seed)
+    drawn = _bootstrap(law, rest, resamples)
     low, high = _interval(np.array([law.error(one, left_out) for one in drawn]), law, rest)
     columns = (left_out.names, left_out.error, law.error(law.fit(rest), left_out), low, high)
     return [Prediction(law.name, *numbers) for numbers in zip(*columns, strict=True)]
@@ -308,7 +308,7 @@ def _interval(drawn: np.ndarray, law: Law, points: Points) -> np.ndarray:
     return np.percentile(drawn, [tail, 100 - tail], axis=0)
 
 
-def _bootstrap(law: Law, points: Points, resamples: int, seed: int) -> np.ndarray:
+def _bootstrap(law: Law, points: Points, resamples: int) -> np.ndarray:
     """Return the parameters of each draw: `(resamples, parameters)`. A draw with fewer different points than parameters
     is repeated, because it does not determine them."""
     count, needed = len(law.fitted_to(points)), len(law.parameters) + 2
@@ -317,7 +317,7 @@ def _bootstrap(law: Law, points: Points, resamples: int, seed: int) -> np.ndarra
         raise UserError(
             f"{law.name}: {has}, too few for {len(law.parameters)} parameters (at least {needed}); train more"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     fits: list[np.ndarray] = []
     while len(fits) < resamples:
         draw = points.take(rng.integers(len(points), size=len(points)))

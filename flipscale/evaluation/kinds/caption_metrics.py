@@ -29,14 +29,12 @@ def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) ->
 
     It is CIDEr-D, the form of COCO's server, with clipped counts and a length penalty. The inverse document frequencies
     come from all given references, so a part of a set has other scores."""
-    documents = Counter(
-        gram for image in references for gram in {gram for words in image for gram in _ngrams(words, _LONGEST)}
-    )
+    documents = Counter(gram for image in references for gram in {gram for words in image for gram in _ngrams(words)})
     most = math.log(max(len(references), 1))
 
     def vectors(words: Words) -> tuple[list[dict[Gram, float]], list[float], int]:
         by_length: list[dict[Gram, float]] = [{} for _ in range(_LONGEST)]
-        for gram, count in _ngrams(words, _LONGEST).items():
+        for gram, count in _ngrams(words).items():
             by_length[len(gram) - 1][gram] = count * (most - math.log(max(documents[gram], 1)))
         norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in by_length]
         return by_length, norms, max(len(words) - 1, 0)
@@ -89,10 +87,10 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
     return np.array(scores)
 
 
-def _ngrams(words: Words, longest: int) -> Counter[Gram]:
+def _ngrams(words: Words) -> Counter[Gram]:
     return Counter(
         tuple(words[first : first + length])
-        for length in range(1, longest + 1)
+        for length in range(1, _LONGEST + 1)
         for first in range(len(words) - length + 1)
     )
 
@@ -102,9 +100,9 @@ def _bleu_counts(candidate: Words, references: Sequence[Words]) -> list[int]:
     nearest reference."""
     most: Counter[Gram] = Counter()
     for words in references:
-        most |= _ngrams(words, _LONGEST)
+        most |= _ngrams(words)
     right = [0] * _LONGEST
-    for gram, count in (_ngrams(candidate, _LONGEST) & most).items():
+    for gram, count in (_ngrams(candidate) & most).items():
         right[len(gram) - 1] += count
     length = len(candidate)
     nearest = min((abs(len(words) - length), len(words)) for words in references)[1]

@@ -258,11 +258,11 @@ def overlaps(pool: ProcessPoolExecutor, test: np.ndarray, number: int, train: np
     return [matches[row] for row in sorted(matches)]
 
 
-def commonest_captions(scan: Scan, source: Source, count: int) -> list[dict[str, Any]]:
+def _commonest_captions(scan: Scan, source: Source) -> list[dict[str, Any]]:
     """Return the commonest captions with their numbers and shares."""
     _, first, counts = np.unique(scan.captions["digest"], return_index=True, return_counts=True)
     commonest, places = [], SampleNumbers(source)
-    for number in np.lexsort((first, -counts))[:count].tolist():
+    for number in np.lexsort((first, -counts))[:_COMMONEST].tolist():
         caption = scan.captions[first[number]]
         texts = texts_of(source.read(*places[int(caption["row"])]), "", Faults())
         text = next(text for text in texts if digest(text.encode()) == caption["digest"])
@@ -327,7 +327,7 @@ def audit(
             "captions": len(scan.captions),
             "distinct": len(np.unique(scan.captions["digest"])),
             "lengths": {kind: percentiles(scan.captions[kind]) for kind in lengths},
-            "commonest": commonest_captions(scan, source, _COMMONEST),
+            "commonest": _commonest_captions(scan, source),
         },
         "languages": language_figures(scan.sampled, len(source) > MOST_LANGUAGES),
         "gender": gender_figures(scan.words),
