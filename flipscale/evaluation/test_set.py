@@ -32,7 +32,6 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 NUM_SHARDS = "nshards.txt"
 # The longest text files of test sets have a megabyte; more is a list of captions.
 _MOST_BYTES, _MOST_LINE = 20 << 20, 10_000
-# Evaluations read shard after shard.
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class TestSet:
 
     def labels(self, embedder: Embedder, num_classes: int) -> torch.Tensor:
         """Collective. Return the class numbers of this process's rows, int64 `(rows,)`."""
-        return torch.tensor(of_my_rows(embedder, self.source, partial(self.label, num_classes)), dtype=torch.int64)
+        return torch.tensor(self.of_my_rows(embedder, partial(self.label, num_classes)), dtype=torch.int64)
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
         """Collective. Return the captions of every image: the lines of its `KEY.txt`, blank ones too."""
@@ -91,19 +90,41 @@ class TestSet:
 
     def gathered(self, embedder: Embedder, read: Callable[[int, int], Value]) -> list[Value]:
         """Collective. Return `read(shard, number)` of every image in shard order."""
-        mine = of_my_rows(embedder, self.source, read)
+        mine = self.of_my_rows(embedder, read)
         pairs = gather_objects(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
         return [value for _, value in sorted(pairs)]
+
+    def of_my_rows(self, embedder: Embedder, read: Callable[[int, int], Value]) -> list[Value]:
+        """Collective. Return `read(shard, number)` of each of this process's rows. All processes raise the error of
+        any."""
+        where = SampleNumbers(self.source)
+        if not where:
+            shards = f"{len(self.source.shard_sizes)} shards ({self.source.list.shards})"
+            raise UserError(f"the test set is empty: 0 samples in {shards}")
+
+        def values() -> Iterator[Value]:
+            for row in embedder.rows(len(where)):
+                embedder.alive()
+                try:
+                    yield read(*where[row])
+                except BadSample as error:
+                    raise UserError(f"{self.place(*where[row])} cannot be read: {error}") from error
+
+        return agreed(embedder.accelerator, lambda: list(values()))
+
+    def place(self, shard: int, number: int) -> str:
+        """Return the name of a sample's place, for messages."""
+        return f"{self.source.shard_name(shard)}#{number}"
 
     def label(self, num_classes: int, shard: int, number: int) -> int:
         label = self.source.read_label(shard, number)
         if label is None or not 0 <= label < num_classes:
-            raise UserError(f"{self.source.shard_name(shard)}#{number} has class {label}; {num_classes} are listed")
+            raise UserError(f"{self.place(shard, number)} has class {label}; {num_classes} are listed")
         return label
 
     def label_set(self, num_classes: int, shard: int, number: int) -> np.ndarray:
         """Return the classes of a sample by its `KEY.npy`, bool `(num_classes,)`."""
-        array, where = _array(self.source, shard, number)
+        array, where = self._array(shard, number), self.place(shard, number)
         if array.shape != (num_classes,):
             raise UserError(f"{where} has labels of shape {array.shape}; {num_classes} names are listed")
         if not ((array == 0) | (array == 1)).all():
@@ -113,14 +134,21 @@ class TestSet:
 
     def array(self, columns: Sequence[str], shard: int, number: int) -> np.ndarray:
         """Return the numbers in a sample's `KEY.npy`, int64 `(columns,)`."""
-        array, where = _array(self.source, shard, number)
+        array, where = self._array(shard, number), self.place(shard, number)
         if array.shape != (len(columns),) or not ((array >= 0) & (array == np.trunc(array))).all():
             raise UserError(f"{where} has {array.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
         return array.astype(np.int64)
 
+    def _array(self, shard: int, number: int) -> np.ndarray:
+        array, where = self.source.read_array(shard, number), self.place(shard, number)
+        if array is None:
+            raise UserError(f"{where} has no KEY.npy; fetch the set again")
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{where} has values of type {array.dtype} in KEY.npy; it must hold numbers")
+        return array
+
     def captions_of(self, shard: int, number: int) -> list[str]:
-        stored = self.source.read_captions(shard, number)
-        where = f"{self.source.shard_name(shard)}#{number}"
+        stored, where = self.source.read_captions(shard, number), self.place(shard, number)
         try:
             lines = [line for text in stored for line in text.decode("utf-8-sig").splitlines()]
         except UnicodeDecodeError as error:
@@ -128,24 +156,6 @@ class TestSet:
         if not any(line.strip() for line in lines):
             raise UserError(f"{where} has no caption; every image needs a KEY.txt")
         return lines
-
-
-def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
-    """Collective. Return `read(shard, number)` of each of this process's rows. All processes raise the error of any."""
-    where = SampleNumbers(source)
-    if not where:
-        raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
-
-    def values() -> Iterator[Value]:
-        for row in embedder.rows(len(where)):
-            embedder.alive()
-            shard, number = where[row]
-            try:
-                yield read(shard, number)
-            except BadSample as error:
-                raise UserError(f"{source.shard_name(shard)}#{number} cannot be read: {error}") from error
-
-    return agreed(embedder.accelerator, lambda: list(values()))
 
 
 def read_lines(data: str | Path, name: str, what: str) -> list[str]:
@@ -268,16 +278,6 @@ def _reading(url: str) -> Iterator[None]:
     except Exception as error:  # every protocol of fsspec raises its own types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{url} cannot be read ({reason}); check the address and the connection") from error
-
-
-def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:
-    where = f"{source.shard_name(shard)}#{number}"
-    array = source.read_array(shard, number)
-    if array is None:
-        raise UserError(f"{where} has no KEY.npy; fetch the set again")
-    if array.dtype.kind not in "biuf":
-        raise UserError(f"{where} has values of type {array.dtype} in KEY.npy; it must hold numbers")
-    return array, where
 
 
 def _counted(folder: str, num_shards: str) -> str:

@@ -112,7 +112,7 @@ def _metric(subset: str) -> str:
 
 def _sample(test_set: TestSet, num_subsets: int, shard: int, number: int) -> tuple[_Choice, int]:
     """Return the right caption of an image with the wrong ones, and its subset or -1."""
-    where = f"{test_set.source.shard_name(shard)}#{number}"
+    where = test_set.place(shard, number)
     right, *wrong = (line for line in test_set.captions_of(shard, number) if line.strip())
     if not wrong:
         raise UserError(f"{where} has only the caption {right!r:.60}; list a wrong caption on the next line of KEY.txt")

@@ -13,7 +13,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.task import Task, check_learned_names
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, of_my_rows
+from flipscale.evaluation.test_set import TestSet
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
 
@@ -58,7 +58,7 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
                 "with the model's answers"
             )
         check_learned_names(self.data, answers, embedder)
-        mine = of_my_rows(embedder, test_set.source, partial(_question, test_set, len(answers)))
+        mine = test_set.of_my_rows(embedder, partial(_question, test_set, len(answers)))
         source = test_set.source
         if self.image == "shuffled":
             source = ChosenRows(source, np.random.default_rng(0).permutation(len(source)))
@@ -102,7 +102,7 @@ def accuracy(votes: Mapping[int, int], answer: int) -> float:
 
 def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> tuple[str, dict[int, int]]:
     """Return a sample's question and the number of people for each answer; `num_answers` is any other answer."""
-    where = f"{test_set.source.shard_name(shard)}#{number}"
+    where = test_set.place(shard, number)
     question = " ".join(line.strip() for line in test_set.captions_of(shard, number))
     array = test_set.source.read_array(shard, number)
     if array is not None:

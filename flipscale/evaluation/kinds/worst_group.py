@@ -12,7 +12,7 @@ import torch
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.zero_shot import PromptedTask, classifier
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, of_my_rows
+from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 
 FACE_COLUMNS = ("age", "gender", "race", "race_binary")
@@ -68,7 +68,7 @@ and does not count the choice of the group."""
         columns, group_by, k = SETS[self.groups]
         num_classes = len(test_set.class_names())
         labels = test_set.labels(embedder, num_classes)
-        groups = of_my_rows(embedder, test_set.source, partial(test_set.array, columns))
+        groups = test_set.of_my_rows(embedder, partial(test_set.array, columns))
         score, most = self.classifier(embedder, test_set), min(k, num_classes)
         my_groups = torch.tensor([row[columns.index(group_by)] for row in groups], dtype=torch.int64)
 
@@ -86,7 +86,7 @@ and does not count the choice of the group."""
         return [_worst(by_group, f"worst_group_top{k}", True), *whole, *by_group]
 
     def _faces(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
-        faces = of_my_rows(embedder, test_set.source, partial(_face, test_set))
+        faces = test_set.of_my_rows(embedder, partial(_face, test_set))
         objectives = self._objectives(test_set)
         scores = [classifier(embedder, *objectives[objective]) for objective in FACE_OBJECTIVES]
         names = {objective: names for objective, (names, _) in objectives.items()}
@@ -148,7 +148,7 @@ and does not count the choice of the group."""
 def _face(test_set: TestSet, shard: int, number: int) -> np.ndarray:
     numbers = test_set.array(FACE_COLUMNS, shard, number)
     if numbers[-1] > 1:
-        name = f"{test_set.source.shard_name(shard)}#{number}"
+        name = test_set.place(shard, number)
         raise UserError(f"{name} has race_binary {numbers[-1]} in KEY.npy; it must be 0 for white, else 1")
     return numbers
 

@@ -15,7 +15,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import LabelledTask, Task, check_learned_names
 from flipscale.evaluation.metrics import average_precision_chance, hits_by_class, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, of_my_rows, read_list, read_text
+from flipscale.evaluation.test_set import TestSet, read_list, read_text
 from flipscale.io.errors import UserError
 
 # ImageNet-21k with CLIP's 80 prompts has 1.8 million texts.
@@ -190,7 +190,7 @@ images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations over 
 
     def evaluate(self, embedder: Embedder, test_set: TestSet) -> list[Result]:
         names, n = test_set.class_names(), len(test_set)
-        labels = of_my_rows(embedder, test_set.source, partial(test_set.label_set, len(names)))
+        labels = test_set.of_my_rows(embedder, partial(test_set.label_set, len(names)))
         score = self.classifier(embedder, test_set)
         scores = embedder.measured(test_set.source, lambda mine, embeds: score(embeds))
         my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(-1, len(names)))
