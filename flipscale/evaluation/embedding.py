@@ -117,7 +117,7 @@ class Embedder:
 
     def share(self, count: int, most: int | None = None) -> Share:
         """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
-        if most is None and self._is_on_cpu():
+        if most is None and torch.device(self.accelerator.device).type == "cpu":
             most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
         size = max(1, min(most or self.batch_size, -(-count // _LEAST_BATCHES)))
         return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
@@ -302,9 +302,6 @@ class Embedder:
         with projection.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
             self.text_features(batch)
         return inputs[0]
-
-    def _is_on_cpu(self) -> bool:
-        return torch.device(self.accelerator.device).type == "cpu"
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         with torch.no_grad(), self.accelerator.autocast():

@@ -748,13 +748,9 @@ def _captions_of(texts: Any) -> list[str]:
 def _on_one_line(captions: tuple[bytes, ...]) -> list[str]:
     """Return captions that are not blank, each on one line, because the lines of a KEY.txt are captions of their own to
     an evaluation."""
-    return [" ".join(filter(None, caption.splitlines())) for caption in _usable(captions)]
-
-
-def _usable(captions: tuple[bytes, ...]) -> list[str]:
     choose_caption(captions, 0.0)  # raises if one of them cannot be used
     texts = (caption.decode().removeprefix("\ufeff").strip() for caption in captions)
-    return [text for text in texts if text]
+    return [" ".join(filter(None, text.splitlines())) for text in texts if text]
 
 
 def _label_of(value: Any) -> str:

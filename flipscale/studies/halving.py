@@ -22,7 +22,7 @@ import yaml
 
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
-from flipscale.evaluation.suite import planned_tasks
+from flipscale.evaluation.suite import listed_tasks, planned_tasks
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import quoted, read_text
@@ -116,9 +116,7 @@ def path_recipes(search: BudgetSearch) -> dict[str, Recipe]:
             f"test has: {', '.join(names)}"
         )
     # Short forms of evaluations become listed ones, because only those have an image size.
-    listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in base.eval.tasks]
-    listed += [{"kind": task.kind} for task in planned[len(listed) :]]
-    tasks = [{**task, "data": own.data} for task, own in zip(listed, planned, strict=True)]
+    tasks = [{**task, "data": own.data} for task, own in zip(listed_tasks(base.eval), planned, strict=True)]
     recipes = {}
     for name, changes in search.expanded_paths().items():
         for path in changes:
