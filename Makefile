@@ -24,8 +24,9 @@ demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
 	$(BIN)/flipscale evaluate runs/demo/model --task '{kind: zero_shot_memory, data: data/demo/test, memory: runs/demo/memory, neighbours: [16], weights: [0.4]}'
 	$(BIN)/flipscale search runs/demo/model data/demo/test --queries examples/demo/queries.txt --out runs/demo/search.html
 
+# Three processes on two cores, because tests wait for half of their time.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # The tests marked `long` too, which `make test` leaves out.
 nightly: export FLIPSCALE_LONG = all
