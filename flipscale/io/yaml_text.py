@@ -30,7 +30,9 @@ def read_yaml(file: Path) -> yaml.Node | None:
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        fix = "; indent with spaces" if "'\\t'" in reason else ""
+        raise UserError(f"{file} cannot be read as YAML: {reason}{fix}") from None
 
 
 def outline(node: yaml.Node | None) -> Any:

@@ -23,6 +23,12 @@ def test_what_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
         read_yaml(tmp_path / "x.yaml")
 
 
+def test_a_tab_is_refused_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a:\n\tb: 1\n")
+    with pytest.raises(ValueError, match="line 2, column 1.*; indent with spaces$"):
+        read_yaml(tmp_path / "x.yaml")
+
+
 def test_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes("\ufeffa: &x [1, 1e-3, '010', no]\nb: *x\n".encode())
     values = ["1", "1e-3", "010", "no"]
