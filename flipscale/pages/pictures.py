@@ -104,7 +104,7 @@ def open_pictures(place: str) -> Pictures:
     # The name of a folder of pictures may look like a glob, so the folder is tested first.
     is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
     if not is_shards and not folder.is_dir():
-        raise UserError(f"there is no folder {place}; name a folder of pictures, or shards named *.tar")
+        raise UserError(f"{place} is not a folder; name a folder of pictures, or shards named *.tar")
     pictures = ShardPictures(open_shards(place)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
         raise UserError(f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)}, or shards, *.tar")

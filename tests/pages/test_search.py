@@ -145,7 +145,7 @@ def test_bad_input_is_one_line(
         ([model, pictures], "there is no query; give words such as 'two arrows in a circle', or --queries FILE"),
         ([model, pictures, "--queries", tmp_path / "many.txt"], "there are 501 queries; a page has at most 500"),
         ([model, tmp_path / "empty", "red"], "empty has no pictures; expected files named .avif"),
-        ([model, tmp_path / "none", "red"], "none; name a folder of pictures, or shards"),
+        ([model, tmp_path / "none", "red"], "none is not a folder; name a folder of pictures, or shards"),
         ([model, tmp_path / "damaged", "red"], "none of the 1 pictures can be read, the first: a.png: "),
         ([model, pictures, "none/3.PNG"], "the query none/3.PNG is no file"),
         ([model, pictures, pictures / "grey/3.png"], "3.png cannot be read as a picture"),
