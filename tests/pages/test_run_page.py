@@ -106,6 +106,16 @@ def test_left_out_results_and_figures_are_counted(copied: Path) -> None:
     assert "pip install" not in write_report(recipe, load_dual_encoder).read_text()
 
 
+def test_it_names_the_start_of_a_run(copied: Path) -> None:
+    recipe = dataclasses.replace(recipe_of(copied), output_dir=str(copied), eval=EvalRecipe())
+    assert "It learned from " in write_report(recipe, load_dual_encoder).read_text()
+    kept = yaml.safe_load((copied / "recipe.yaml").read_text())
+    kept["model"]["init_from"] = "models/<b>"
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(kept))
+    page = write_report(recipe, load_dual_encoder).read_text()
+    assert "It began with the weights of models/&lt;b&gt; and learned from " in page
+
+
 def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: Path) -> None:
     tasks = EvalRecipe(retrieval=str(trained.parent / "captions"))
     run_dir = copied.rename(copied.with_name("my 'run' $(x)"))
