@@ -25,7 +25,7 @@ def test_what_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
 
 def test_a_tab_is_refused_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a:\n\tb: 1\n")
-    with pytest.raises(ValueError, match="line 2, column 1.*; indent with spaces$"):
+    with pytest.raises(ValueError, match=r"line 2, column 1.*; indent with spaces$"):
         read_yaml(tmp_path / "x.yaml")
 
 
