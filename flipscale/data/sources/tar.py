@@ -43,8 +43,6 @@ from flipscale.data.sources.shard_index import (
 )
 from flipscale.io.errors import UserError
 
-# Enough for the shards of 64 lanes in one process.
-_MAX_OPEN_SHARDS = 2048
 _MAX_GAP_BYTES = 1 << 16
 # Number of shards whose size and time are checked at opening, and of samples checked in a shard with a new time.
 _CHECKED_SHARDS, _CHECKED_SAMPLES = 64, 3
@@ -67,8 +65,8 @@ class TarSource(Source):
     A truncated shard has its readable samples, and an unreadable shard is empty. `faults` names both.
     """
 
-    # Most shards that stay open, if the process may open as many files.
-    _most_kept = _MAX_OPEN_SHARDS
+    # Most shards that stay open, if the process may open as many files. Enough for those of 64 lanes.
+    _most_kept = 2048
 
     def __init__(self, shards: str | ShardList, anew: bool = False):
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -218,7 +216,7 @@ class TarSource(Source):
     def _opened(self, shard: int) -> int:
         """Return the file descriptor of a shard. The last used shards stay open."""
         if shard not in self._open:
-            if len(self._open) >= min(self._most_kept, _most_open()):
+            if len(self._open) >= _most_open(self._most_kept):
                 self._close(next(iter(self._open)))
             self._open[shard] = self._open_checked(shard)
         self._open.move_to_end(shard)
@@ -271,14 +269,14 @@ class TarSource(Source):
 
 
 @cache
-def _most_open() -> int:
-    """Return the limit of open shards: half of the process's limit of open files, after raising that."""
+def _most_open(most: int) -> int:
+    """Return the limit of open shards: `most`, or half of the process's limit of open files after raising that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * _MAX_OPEN_SHARDS
+    wanted = 2 * most
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return _MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(_MAX_OPEN_SHARDS, soft // 2)
+    return most if soft == resource.RLIM_INFINITY else min(most, soft // 2)
 
 
 def _read_places(file: int, wanted: list[Place | None]) -> list[bytes | None]:

@@ -110,7 +110,7 @@ def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
 
 def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, [1] * 70)
-    monkeypatch.setattr(tar_source, "_most_open", lambda: 64)
+    monkeypatch.setattr(tar_source, "_most_open", lambda most: 64)
     source = TarSource(str(tmp_path))
     assert all(source.read(shard, 0).image for shard in (*range(70), *range(70)))
     assert len(source._open) == 64
