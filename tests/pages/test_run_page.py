@@ -110,10 +110,10 @@ def test_it_names_the_start_of_a_run(copied: Path) -> None:
     recipe = dataclasses.replace(recipe_of(copied), output_dir=str(copied), eval=EvalRecipe())
     assert "It learned from " in write_report(recipe, load_dual_encoder).read_text()
     kept = yaml.safe_load((copied / "recipe.yaml").read_text())
-    kept["model"]["init_from"] = "models/<b>"
-    (copied / "recipe.yaml").write_text(yaml.safe_dump(kept))
-    page = write_report(recipe, load_dual_encoder).read_text()
-    assert "It began with the weights of models/&lt;b&gt; and learned from " in page
+    for fields, shown in (({"init_from": "models/<b>"}, "models/&lt;b&gt;"), ({"vision": "v", "text": "t"}, "v and t")):
+        (copied / "recipe.yaml").write_text(yaml.safe_dump({**kept, "model": {**kept["model"], **fields}}))
+        page = write_report(recipe, load_dual_encoder).read_text()
+        assert f"It began with the weights of {shown} and learned from " in page
 
 
 def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: Path) -> None:
