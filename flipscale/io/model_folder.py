@@ -53,6 +53,8 @@ def local_folder(name: str) -> Path | None:
         )
     if path.exists():
         raise UserError(f"{name!r} is a file; name the folder of a model, or of a run")
+    if "://" in name:
+        raise UserError(f"{name!r} is a URL; name a model on the Hub as ORG/NAME, or a folder of this machine")
     if is_path(name):
         raise UserError(f"there is no folder {name!r}; name the folder of a model or of a run, or ORG/NAME on the Hub")
     return None

@@ -100,7 +100,8 @@ def test_class_folders_are_captions(by_class: Path, tmp_path: Path, capsys: pyte
     prepare("shards", by_class, tmp_path / "out", "--num_workers", 1)
     said = capsys.readouterr().out.splitlines()
     assert "--labels folder --split 0.1" in said[0]
-    assert said[-1] == f"next: flipscale prepare tokenizer {tmp_path}/out {tmp_path}/out/tokenizer"
+    assert said[-2] == f"next: flipscale prepare tokenizer {tmp_path}/out {tmp_path}/out/tokenizer"
+    assert said[-1].endswith(f": flipscale init RECIPE.yaml --start MODEL --shards {tmp_path}/out")
     found = contents(tmp_path / "out")
     assert sorted({caption for caption, _, _ in found}) == CLASSES
     assert len(found) == 128
@@ -193,6 +194,7 @@ def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.Capt
     assert not {image for _, _, image in train} & {image for _, _, image in test}, "copies are on both sides"
     names = (tmp_path / "out/classnames.txt").read_text().splitlines()
     assert names == sorted([*CLASSES, "copies"])
+    assert capsys.readouterr().out.endswith(f" --shards {tmp_path}/out/train --tests {tmp_path}/out\n")
     prepare("tokenizer", tmp_path / "out/train", tmp_path / "words")
     assert capsys.readouterr().out.endswith(f" --tests {tmp_path}/out\n")
     assert all(names[label] == caption for caption, label, _ in train + test if label is not None)

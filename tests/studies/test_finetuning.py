@@ -412,6 +412,7 @@ def test_a_converted_start_is_left_only_beside_its_recipe(here: Path, refused: C
     [
         (["--start", "./nowhere"], "there is no folder './nowhere'"),
         (["--start", "a", "b", "c"], "start is a b c; name one model, or an image tower and a text tower"),
+        (["--start", "https://hub.example/a/b"], "'https://hub.example/a/b' is a URL; name a model on the Hub"),
         (["--start", "open_clip:ViT-B-32"], "open_clip:ViT-B-32 names no weights"),
         (["--start", "a", "--tokenizer", "bert"], "tokenizer is 'bert' and start is a"),
         (["--start", "a", "--gpu", "h100", "--hours", "3"], "gpu is 'h100' and start is a"),
