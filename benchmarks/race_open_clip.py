@@ -74,8 +74,8 @@ LOADED = 20  # batches that the loader makes in a calibration
 SHORTER = (4, 8)  # flipscale also has complete schedules of these parts of the shortest length
 MASK = 0.75
 VALIDATION_ARTIST = "fxemoji"  # the only artist of the demo's seven without a relative among them and in the test
-# Sizes, masks and shares of the time of the demo's schedule of sizes. The icons have `icons_path`.
-DEMO_SCHEDULE = (("tiny", 0.45, 16, 0.0), ("small", 0.35, None, 0.5), ("whole", 0.2, None, 0.0))
+# The changes of colour of demo_path.
+COLORS = {"color_jitter": {"brightness": 0.32, "contrast": 0.32, "saturation": 0.32, "hue": 0.08, "probability": 0.8}}
 # Rates and decays of the trials. flipscale's rates are for 256 pairs.
 TRIALS: dict[tuple[str, str], tuple[tuple[float, float, float], float]] = {
     ("open_clip", "adamw"): ((1e-3, 2e-3, 4e-3), 0.2),
@@ -127,6 +127,7 @@ class Arm:
         stages: flipscale's stages, `masked`, `schedule` or `whole`; empty for open_clip, whose images are `MASK`ed by
             its patch dropout.
         words_only: whether the text tower has no layer.
+        recolored: whether the images change their `COLORS`.
         counted: whether pairs are drawn by the counts of their captions.
         slowed: what makes flipscale's pace slower: `trainer` is the pace of open_clip with Muon, `loader` adds the time
             that the loader takes longer for whole images.
@@ -136,6 +137,7 @@ class Arm:
     optimizer: str
     stages: str = ""
     words_only: bool = False
+    recolored: bool = False
     counted: bool = False
     slowed: str = ""
 
@@ -152,6 +154,7 @@ ARMS = {
     "masked_adamw": Arm("flipscale, AdamW, 75 % masked", "adamw", "masked"),
     "masked_muon": Arm("flipscale, Muon, 75 % masked", "muon", "masked"),
     "schedule_muon": Arm("flipscale, Muon, size schedule", "muon", "schedule"),
+    "recolored_muon": Arm("flipscale, Muon, size schedule, changed colours", "muon", "schedule", recolored=True),
 }
 BASE, PEER = "masked_muon", "open_clip_muon"
 # One change each: flipscale's in `BASE`, open_clip's in `PEER`.
@@ -210,15 +213,8 @@ class Race(RunFolder):
     def _example(self, stages: str) -> dict[str, Any]:
         """Return the example's recipe with these stages."""
         kind = "icons" if self.has_icons else "demo"
-        name = {"masked": kind, "whole": f"{kind}_clip", "schedule": "icons_path" if self.has_icons else kind}[stages]
+        name = {"masked": kind, "whole": f"{kind}_clip", "schedule": f"{kind}_path"}[stages]
         fields: dict[str, Any] = yaml.safe_load(read_recipe(str(EXAMPLES / kind / f"{name}.yaml"), Recipe))
-        if stages == "schedule" and not self.has_icons:
-            fields["stages"] = [
-                {"name": name, "share": share, "mask_ratio": mask, **({"image_size": size} if size else {})}
-                for name, share, size, mask in DEMO_SCHEDULE
-            ]
-            fields["stages"][0]["warmup_share"] = WARMUP
-            fields["budget_minutes"] = 1  # `in_time` sets the length
         return fields
 
     def shards(self, is_trial: bool = False) -> Path:
@@ -285,6 +281,7 @@ class Race(RunFolder):
         fields = self._example(arm.stages)
         fields["model"]["text_config"]["num_hidden_layers"] = self._layers(arm)
         fields["data"] |= {"shards": str(shards), "tokenizer": str(self.data / "tokenizer")}
+        fields["data"]["augment"] = COLORS if arm.recolored else {}
         if arm.counted:
             fields["data"]["weights"] = str(self.weights())
         fields["optim"] |= {"name": arm.optimizer, "weight_decay": setting.decay}
