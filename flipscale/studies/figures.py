@@ -28,6 +28,8 @@ _CHANCE: dict[str, Any] = {"label": "chance", "color": "#888888", "linestyle": "
 _BARS: dict[str, Any] = {"marker": "o", "markersize": 4.5, "capsize": 2.5}
 # Keywords of a legend at the right of the axes.
 _BESIDE: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+# And below them, so that no curve crosses it.
+_BELOW: dict[str, Any] = {"frameon": False, "loc": "upper left", "bbox_to_anchor": (0.0, -0.15)}
 _NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555", "x": 0.01, "ha": "left"}
 
 # Curves of a configuration's seeds, by its name.
@@ -59,8 +61,7 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
                 place.fill_between(at / unit, low, high, color=style["color"], alpha=0.13, linewidth=0)
         place.set(xlabel=label)
         place.set_title(title, loc="left")
-        # Results rise to the right.
-        place.legend(**(_BESIDE if is_single else {"frameon": False, "loc": "upper left"}))
+        place.legend(**(_BESIDE if is_single else _BELOW))
         tidy(place)
     axes[0, 0].set_ylabel(words)
     has_band = any(len(group) > 1 for group in all_groups)
