@@ -154,7 +154,7 @@ ARMS = {
     "masked_adamw": Arm("flipscale, AdamW, 75 % masked", "adamw", "masked"),
     "masked_muon": Arm("flipscale, Muon, 75 % masked", "muon", "masked"),
     "schedule_muon": Arm("flipscale, Muon, size schedule", "muon", "schedule"),
-    "recolored_muon": Arm("flipscale, Muon, size schedule, changed colours", "muon", "schedule", recolored=True),
+    "recolored_muon": Arm("flipscale, Muon, sizes and colours", "muon", "schedule", recolored=True),
 }
 BASE, PEER = "masked_muon", "open_clip_muon"
 # One change each: flipscale's in `BASE`, open_clip's in `PEER`.
