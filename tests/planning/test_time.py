@@ -103,7 +103,8 @@ def test_the_bottleneck_is_named(h14: Recipe) -> None:
     assert (starved.bottleneck, starved.seconds) == ("loader", pytest.approx(256 / 110))
 
 
-def test_stored_features_need_no_decoding() -> None:
+def test_stored_features_need_no_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # beside a folder `runs`, the recipe's `runs/two_towers` must exist
     recipe = parse_recipe(["--config", "align_cc12m_day"])
     step = step_time(recipe, Launch("ddp", 1, "bf16"), recipe.stages[0], Hardware(images_per_worker_s=1.0))
     assert (step.bottleneck, step.workers) == ("host", 0.0)
