@@ -15,8 +15,10 @@ import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from itertools import islice
 from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -221,8 +223,29 @@ def loader_of(batches: Dataset, sampler: Any, num_workers: int) -> DataLoader:
         num_workers=num_workers,
         prefetch_factor=BATCHES_OF_A_WORKER if num_workers else None,
         worker_init_fn=set_up_worker,
-        multiprocessing_context=worker_context() if num_workers else None,
+        multiprocessing_context=_context() if num_workers else None,
     )
+
+
+class _Event:
+    """multiprocessing's Event without a lock. A worker that is killed or suspended may hold the lock, and then torch's
+    `set` at the end of the loader never returns."""
+
+    def __init__(self) -> None:
+        self._is_set = multiprocessing.RawValue(ctypes.c_bool)
+
+    def set(self) -> None:
+        self._is_set.value = True
+
+    def is_set(self) -> bool:
+        return self._is_set.value
+
+
+def _context() -> BaseContext:
+    """Return multiprocessing's context of workers."""
+    context = copy(multiprocessing.get_context(worker_context()))
+    context.Event = _Event  # type: ignore[assignment, method-assign]
+    return context
 
 
 def worker_context() -> str | None:
