@@ -212,6 +212,9 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
         # Nothing of the driver is asked, although a GPU seems to be there.
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(patch.object(torch.accelerator, "current_stream", cuda["current_stream"]))
+        # accelerate asks torch.cuda, and from 1.16 on this function of its own.
+        found = lambda *_, **__: ("cuda", torch.cuda)  # noqa: E731
+        stack.enter_context(patch("accelerate.state.get_torch_accelerator_backend", found, create=True))
         attend = _fused_attention(attention)
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", attend))
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))
