@@ -29,6 +29,7 @@ from flipscale.runs.complete_recipe import parse_recipe
 _TIMES, _WARM_UP = 20, 3
 _LOADED_PRODUCTS = 500
 _BUCKET_BYTES, _LINK_BYTES = 25 * 2**20, 64 * 2**20
+_LINK_TRIES = 3
 _MASK_RATIOS = (0.75, 0.5)
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _NAMES = [backend.name.lower() for backend in _BACKENDS]
@@ -250,11 +251,22 @@ def links(folder: str) -> Iterator[Row]:
 
 
 def check_links(bench: Bench) -> None:
-    """Report the bandwidth between nodes by pairs. A GPU that is slow with every node has failed."""
-    ranks = bench.run(links, bench.num_gpus, folder=str(bench.folder))
-    bench.figures["links"] = rows = list(itertools.chain(*ranks))
-    best = [max(row["bytes_per_s"] for row in of_rank) for of_rank in ranks]
-    slow = [rank for rank, speed in enumerate(best) if speed < (1 - OFF) * np.median(best)]
+    """Report the bandwidth between nodes by pairs. A GPU that is slow with every node has failed.
+
+    While a GPU seems slow, all links are measured again, and each counts with its fastest time: other work slows sound
+    links too.
+    """
+    rows: list[Row] = []
+    for _ in range(_LINK_TRIES):
+        ranks = bench.run(links, bench.num_gpus, folder=str(bench.folder))
+        before, rows = rows, list(itertools.chain(*ranks))
+        for row, last in zip(rows, before, strict=False):  # there are none before the first
+            row["bytes_per_s"] = max(row["bytes_per_s"], last["bytes_per_s"])
+        best = [max(row["bytes_per_s"] for row in of_rank) for of_rank in ranks]
+        slow = [rank for rank, speed in enumerate(best) if speed < (1 - OFF) * np.median(best)]
+        if not slow:
+            break
+    bench.figures["links"] = rows
     least = min(rows, key=lambda row: row["bytes_per_s"])
     words = f"{np.median(best) / 1e9:.3g} GB/s a GPU each way; slowest {least['bytes_per_s'] / 1e9:.3g}"
     pair = f", GPU {least['rail']} between {bench.nodes.hosts[least['node']]} and {bench.nodes.hosts[least['other']]}"

@@ -256,6 +256,17 @@ def test_what_is_slow_with_every_node_is_named(
         assert finding.text.endswith(f"slowest 20, GPU {slow[0]} between a and b")
 
 
+def test_a_gpu_that_was_slow_once_is_not_named(tmp_path: Path) -> None:
+    bench = Bench(32, tmp_path, [], 8, nodes=Nodes(hosts=HOSTS))
+    # Other work slows another GPU in each measurement.
+    runs = [links_of(4, 8, lambda node, other, rail, slow=slow: 20e9 if rail == slow else 45e9) for slow in range(3)]
+    with patch.object(Bench, "run", lambda *_, **__: runs.pop(0)):
+        check_links(bench)
+    (finding,) = bench.findings
+    assert (finding.status, len(runs)) == ("ok", 1)
+    assert {row["bytes_per_s"] for row in bench.figures["links"]} == {45e9}
+
+
 @pytest.mark.parametrize(
     ("slow", "named"),
     [([11], "GPU 3 of b"), ([2, 11], "GPU 2 of a, GPU 3 of b"), ([1, *range(8, 16)], "GPU 1 of a, all GPUs of b")],
