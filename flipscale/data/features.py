@@ -264,7 +264,7 @@ class Teacher:
 class DistillationDataset(PairDataset):
     """Training pairs with the embeddings of teachers. The crop is one of the teachers', and the caption is the first.
 
-    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `distillation_loss`.
+    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `Distilled`.
     Narrow embeddings are padded with zeros.
     """
 
