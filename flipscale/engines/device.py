@@ -133,10 +133,11 @@ def choose_kernels() -> None:
 def set_up_gpu() -> None:
     """Set torch's allocator and flight recorder, before the first tensor and process group, where the environment does
     not set them."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Growing segments, because stages and evaluations allocate different sizes. Free parts of fixed segments would
         # be too small.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        # torch reads it at the first allocation on a GPU.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Number of collectives, which name the straggler of a slow or hung step. A step of H/14 has 260, each of its
     # micro-batches 130. TORCH_NCCL_ENABLE_TIMING=1 records their time on the GPU.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "8192")
