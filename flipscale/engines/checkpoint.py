@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import threading
 import time
@@ -55,13 +54,12 @@ from flipscale.io.digests import (
     write_tensors,
 )
 from flipscale.io.errors import UserError
-from flipscale.recipe.outputs import SaveRecipe
+from flipscale.recipe.outputs import CHECKPOINT, SaveRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FORMAT = 2
-_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 _TEXTS = ("state.json", "index.json", "recipe.yaml")
 _MAX_THREADS = 8
 
@@ -100,7 +98,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / "checkpoints"
     if not os.path.lexists(folder):
         return []
-    return sorted((folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)), key=step_of)
+    return sorted((folder / name for name in os.listdir(folder) if CHECKPOINT.fullmatch(name)), key=step_of)
 
 
 class CheckpointReader:

@@ -1,12 +1,16 @@
 """The recipe's sections that do not decide what is learned: `log`, `save`, `eval`, `hub` and `cost`."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from flipscale.io import options
 
 TASKS_DIR = "data/tasks"  # default folder of `flipscale prepare tasks`
+
+# The name of a checkpoint's folder.
+CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Facts of a run, read from its directory: for `flipscale status`, the model card and the page."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,11 +12,10 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.recipe.optim import StageRecipe
-from flipscale.recipe.outputs import CostRecipe
+from flipscale.recipe.outputs import CHECKPOINT, CostRecipe
 from flipscale.training.schedule import schedule_stages
 
 ENERGY_FILE = "energy.jsonl"
-_CHECKPOINT = re.compile("step-[0-9]{8,15}")
 _START = {"step": int, "num_processes": int, "time": int | float, "set_aside": list | None}
 _HEARTBEAT = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
 
@@ -108,7 +106,7 @@ class RunSummary:
     @cached_property
     def checkpoint(self) -> Path | None:
         """Path of the newest checkpoint, None before the first."""
-        checkpoints = [one for one in (self.run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(one.name)]
+        checkpoints = [one for one in (self.run_dir / "checkpoints").glob("step-*") if CHECKPOINT.fullmatch(one.name)]
         return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
 
     @property
