@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -18,8 +20,13 @@ def recipe_names() -> str:
     return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
-def read_recipe(name: str, kind: type) -> str:
-    """Return the text of a recipe, merged into the recipe that it extends.
+def read_recipes(names: Sequence[str], kind: type) -> str:
+    """Return the text of recipes, each merged into those before it, see `_read`."""
+    return yaml.serialize(reduce(_merged, (_read(name, kind) for name in names)))
+
+
+def _read(name: str, kind: type) -> yaml.Node:
+    """Return a recipe, merged into the recipe that it extends.
 
     `extends: icons.yaml` names a file beside the recipe or a recipe of the package. Mappings are merged field by field;
     lists and other values replace those of the extended recipe. Raise UserError if a file is missing, no recipe, or
@@ -41,7 +48,8 @@ def read_recipe(name: str, kind: type) -> str:
         assert isinstance(fields, yaml.MappingNode)
         fields.value = [(key, value) for key, value in fields.value if key.value != "extends"]
         merged = fields if merged is None else _merged(fields, merged)
-    return yaml.serialize(merged)
+    assert merged is not None
+    return merged
 
 
 def _find(name: Any, extending: list[Path]) -> Path:
@@ -67,9 +75,11 @@ def _merged(base: yaml.Node, top: yaml.Node) -> yaml.Node:
     """Return `top` with the fields of `base` that it lacks, if both are mappings."""
     if not isinstance(base, yaml.MappingNode) or not isinstance(top, yaml.MappingNode):
         return top
-    fields = {key.value: (key, value) for key, value in base.value}
-    for key, value in top.value:
-        fields[key.value] = (key, _merged(fields[key.value][1], value) if key.value in fields else value)
+    for node in (base, top):
+        yaml.SafeLoader("").flatten_mapping(node)  # puts the fields of `<<` in its place
+    fields, changes = ({key.value: (key, value) for key, value in node.value} for node in (base, top))
+    for name, (key, value) in changes.items():
+        fields[name] = (key, _merged(fields[name][1], value) if name in fields else value)
     return yaml.MappingNode(base.tag, [*fields.values()])
 
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -15,7 +15,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_ranges, parser_message
 from flipscale.io.yaml_text import check_yaml
 from flipscale.recipe.data import PRECOMPUTED_TOWERS, DataRecipe, MaskRecipe
-from flipscale.recipe.files import read_recipe, recipe_names
+from flipscale.recipe.files import read_recipes, recipe_names
 from flipscale.recipe.flags import unknown_flag, with_stages
 from flipscale.recipe.loss import LossRecipe
 from flipscale.recipe.model import ModelRecipe
@@ -103,7 +103,8 @@ def build_parser(verb: str = "pretrain") -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help=f"A recipe file, or one of these names: {recipe_names()}.")
     parser.add_class_arguments(Recipe)
-    helps = dict.fromkeys(_section_flags(), ("MAPPING", "Several fields of this section: '{FIELD: VALUE, ...}'."))
+    several = ("MAPPING", "Several fields of this section: '{FIELD: VALUE, ...}'.")
+    helps = {flag: several for flag, is_list in _section_flags() if not is_list}
     helps["--print_config"] = ("", "Print the whole recipe, with defaults and other flags applied, and exit.")
     for action in parser._actions:
         if action.option_strings[0] in helps:
@@ -111,17 +112,21 @@ def build_parser(verb: str = "pretrain") -> ArgumentParser:
     return parser
 
 
-def _section_flags(kind: type = Recipe, prefix: str = "--") -> Iterator[str]:
-    """Yield the flags of the recipe's sections, such as `--data` and `--data.augment`."""
+def _section_flags(kind: type = Recipe, prefix: str = "--") -> Iterator[tuple[str, bool]]:
+    """Yield the flags of the recipe's sections, such as `--data`, and of its lists of sections, such as
+    `--data.sources`, each with whether it is a list."""
     for name, hint in get_type_hints(kind).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield prefix + name
+            yield prefix + name, False
             yield from _section_flags(hint, f"{prefix}{name}.")
+        elif get_origin(hint) is list and dataclasses.is_dataclass(get_args(hint)[0]):
+            yield prefix + name, True
 
 
 def parse_fields(arguments: Sequence[str]) -> Recipe:
     """Return the recipe of command-line `arguments`. A bare name after `--config` is a recipe of the package.
 
+    Flags override files wherever they stand. A later `--config` changes an earlier one as if it extended it.
     The values of `loss.options`, the masks' kinds and `eval.tasks` are not checked, see `runs.complete_recipe`.
 
     Raises:
@@ -132,22 +137,30 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
         build_parser().parse_args(["--help"])
     words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
     words = with_stages(words, lambda others: parse_fields(others).stages)
-    for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
+    sections = dict(_section_flags())
+    files: list[str] = []
+    flags: list[str] = []
+    for flag, word in zip(["", *words], words, strict=False):
         if flag == "--config":
-            words[number] = read_recipe(word, Recipe)
-        elif flag in _section_flags() and not word.startswith("{"):
+            files.append(word)
+            del flags[-1]
+            continue
+        # Emptied first, because jsonargparse gives the elements the fields of a list as long, which this one replaces.
+        flags += ["[]", flag, word] if sections.get(flag) else [word]
+        if sections.get(flag) is False and not word.startswith("{"):
             raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
         elif word.startswith(("{", "[", "&")):
             with suppress(yaml.YAMLError):  # a text, such as a path
                 check_yaml(word, flag)
+    words = ["--config", read_recipes(files, Recipe), *flags] if files else flags
     parser = build_parser()
     try:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
         message = parser_message(error)
         if unknown := re.match(r"unrecognized arguments: (--\S+)", message):
-            flags = {flag for action in parser._actions for flag in action.option_strings}
-            message = unknown_flag(unknown[1], sorted(flags - set(_section_flags())))
+            known = {flag for action in parser._actions for flag in action.option_strings}
+            message = unknown_flag(unknown[1], sorted(known - sections.keys()))
         elif stray := re.match(r"unrecognized arguments: (.+)", message):
             word = next((word for word in words if word and stray[1].startswith(word)), stray[1])[:200]
             message = f"{word!r} stands without a flag; name a recipe by --config {shlex.quote(word)}"

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ import yaml
 from flipscale import cli
 from flipscale.recipe.flags import _SETTINGS
 from flipscale.recipe.optim import StageRecipe
-from flipscale.recipe.recipe import build_parser
+from flipscale.recipe.recipe import build_parser, parse_fields
 from flipscale.runs.complete_recipe import parse_recipe
 
 NAMED = "[{name: masked, samples: 64, base_lr: 0.1}, {name: a.b, samples: 32}, {name: '0', samples: 16}]"
@@ -45,6 +46,53 @@ def test_the_flag_wins_over_a_file_and_is_printed(
     with pytest.raises(SystemExit):
         parse_recipe([*words, "--print_config"])
     assert [stage["base_lr"] for stage in yaml.safe_load(capsys.readouterr().out)["stages"]] == [0.012, 0.5]
+
+
+LISTS = """
+stages: [{name: a, samples: 64, mask_ratio: 0.75, warmup_samples: 32, base_lr: 0.1}]
+data: {sources: [{dataset: a, weight: 3, caption_columns: [alt]}]}
+eval: {tasks: [{kind: zero_shot, data: a, image_size: 8}]}
+model: {vision_config: {image_size: 32}}
+"""
+STAGE = {"name": "b", "samples": 16}
+
+
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        (["--stages", json.dumps([STAGE])], {"stages": [STAGE]}),
+        (["--stages", json.dumps([STAGE | {"mask_ratio": 0.5}]), "--stages", json.dumps([STAGE])], {"stages": [STAGE]}),
+        (["--stages", json.dumps([STAGE]), "--stages.b.base_lr", "1"], {"stages": [STAGE | {"base_lr": 1.0}]}),
+        (["--data.sources", "[{shards: b}]"], {"data": {"sources": [{"shards": "b"}]}}),
+        (["--data", "{sources: [{shards: b}]}"], {"data": {"sources": [{"shards": "b"}]}}),
+        (["--eval.tasks", "[{kind: retrieval, data: b}]"], {"eval": {"tasks": [{"kind": "retrieval", "data": "b"}]}}),
+    ],
+)
+@pytest.mark.parametrize("order", ["file first", "flags first", "second file", "extends"])
+def test_a_list_replaces_another_as_long(words: list[str], section: Any, order: str, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(LISTS)
+    start = ["--config", str(tmp_path / "old.yaml")]
+    if order in ("second file", "extends"):
+        extends = {"extends": "old.yaml"} if order == "extends" else {}
+        (tmp_path / "new.yaml").write_text(json.dumps(section | extends))
+        words = ["--config", str(tmp_path / "new.yaml")]
+        start = start if order == "second file" else []
+    found = parse_fields([*words, *start] if order == "flags first" else [*start, *words])
+    (tmp_path / "whole.yaml").write_text(json.dumps({**yaml.safe_load(LISTS), **section}))
+    assert found == parse_fields(["--config", str(tmp_path / "whole.yaml")])
+
+
+@pytest.mark.parametrize("extends", [True, False])
+def test_a_second_file_merges_mappings_as_one_that_extends(extends: bool, tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(f"{LISTS}seed: 3\noptim: {{weight_decay: 0.1, lora: {{rank: 2}}}}")
+    (tmp_path / "new.yaml").write_text(
+        ("extends: old.yaml\n" if extends else "")
+        + "model: {vision_config: {patch_size: 8}}\noptim: {lora: {<<: {rank: 4}}}\n"
+    )
+    files = ["--config", str(tmp_path / "new.yaml")]
+    recipe = parse_fields(files if extends else ["--config", str(tmp_path / "old.yaml"), *files])
+    assert recipe.model.vision_config == {"image_size": 32, "patch_size": 8}
+    assert (recipe.seed, recipe.optim.weight_decay, recipe.optim.lora.rank) == (3, 0.1, 4)
 
 
 @pytest.mark.parametrize(
