@@ -34,7 +34,7 @@ from flipscale.evaluation.results import Result, read_results
 from flipscale.hub.loading import open_embedder
 from flipscale.io.atomic import write_text
 from flipscale.io.text_table import markdown_table
-from flipscale.recipe.files import read_recipe
+from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe
 
 WIDTHS, BATCHES = (64, 128), (128, 512)
@@ -70,7 +70,7 @@ class Runs(RunFolder):
     ) -> list[str]:
         """Write the recipe of a run, and return the command that trains it."""
         path = self.folder / f"{plain(name)}.yaml"
-        fields = yaml.safe_load(read_recipe(str(RECIPES / "icons_32.yaml"), Recipe))
+        fields = yaml.safe_load(read_recipes([str(RECIPES / "icons_32.yaml")], Recipe))
         fields["model"]["vision_config"] |= {"hidden_size": arm.width, "intermediate_size": 4 * arm.width}
         fields["data"] |= {
             "shards": str(self.data / "train"), "tokenizer": str(self.data / "tokenizer"),

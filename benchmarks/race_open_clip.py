@@ -59,7 +59,7 @@ from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import each
 from flipscale.io.text_table import markdown_table
 from flipscale.preparation.shard_writer import write_classes
-from flipscale.recipe.files import read_recipe
+from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.figures import draw_curves
@@ -214,7 +214,7 @@ class Race(RunFolder):
         """Return the example's recipe with these stages."""
         kind = "icons" if self.has_icons else "demo"
         name = {"masked": kind, "whole": f"{kind}_clip", "schedule": f"{kind}_path"}[stages]
-        fields: dict[str, Any] = yaml.safe_load(read_recipe(str(EXAMPLES / kind / f"{name}.yaml"), Recipe))
+        fields: dict[str, Any] = yaml.safe_load(read_recipes([str(EXAMPLES / kind / f"{name}.yaml")], Recipe))
         return fields
 
     def shards(self, is_trial: bool = False) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from flipscale.io.text_table import plain_table
-from flipscale.recipe.files import read_recipe
+from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ class Recipes:
         for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
             lines = file.read_text(encoding="utf-8").splitlines()
             *sentences, command = [line[2:] for line in takewhile(lambda line: line.startswith("# "), lines)]
-            model = yaml.safe_load(read_recipe(file.stem, Recipe))["model"]
+            model = yaml.safe_load(read_recipes([file.stem], Recipe))["model"]
             size = "own" if "hidden_size" in model.get("vision_config", {}) else model["size"]
             rows.append([file.stem, size, re.split(r"[:.;]( |$)", " ".join(sentences))[0]])
             launches.setdefault(command.replace(file.stem, "RECIPE"), []).append(file.stem)
