@@ -175,9 +175,9 @@ class CheckpointWriter:
 
     @property
     def clock_is_due(self) -> bool:
-        """Whether `every_minutes` have passed since the last save, by the clock of this process."""
+        """Whether the recipe's minutes have passed since the last save, by the clock of this process."""
         minutes = (time.monotonic() - self._last_save) / 60
-        return 0 < self.recipe.every_minutes <= minutes
+        return 0 < self.recipe.clock_minutes <= minutes
 
     def save(
         self, tensor_chunks: list[TensorChunk], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str

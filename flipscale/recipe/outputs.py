@@ -43,14 +43,20 @@ class SaveRecipe:
     """When checkpoints are written. Training goes on during the write.
 
     Args:
-        every_samples: Samples between two checkpoints. At 0, they are written only at the end and on a stop signal.
-        every_minutes: Also save every so many minutes; 0 turns this off.
+        every_samples: Samples between two checkpoints; 0 for none by samples.
+        every_minutes: Also save every so many minutes; 0 turns this off. Null is 30 without `every_samples`, else 0.
+            A run also saves at its end and on a stop signal.
         total_limit: Number of newest checkpoints to keep.
     """
 
     every_samples: options.SamplesOrZero = 0
-    every_minutes: options.Minutes = 0.0
+    every_minutes: options.Minutes | None = None
     total_limit: options.Count = 2
+
+    @property
+    def clock_minutes(self) -> float:
+        """Minutes between two saves by the clock; 0 for none."""
+        return self.every_minutes if self.every_minutes is not None else 0.0 if self.every_samples else 30.0
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,14 @@ def test_the_clock_asks_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         assert (with_clock.clock_is_due, without.clock_is_due) == (due, False)
 
 
+@pytest.mark.parametrize(
+    ("fields", "minutes"),
+    [({}, 30.0), ({"every_samples": 64}, 0.0), ({"every_minutes": 0.0}, 0.0), ({"every_minutes": 5.0}, 5.0)],
+)
+def test_a_recipe_without_save_is_saved_by_the_clock(fields: dict[str, Any], minutes: float) -> None:
+    assert SaveRecipe(**fields).clock_minutes == minutes
+
+
 def test_gradients_are_clipped_only_when_asked() -> None:
     weight = torch.nn.Parameter(torch.zeros(4))
     weight.grad = torch.full((4,), 3.0)
