@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flipscale.io.command_line import parse_known
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import local_folder
+from flipscale.io.model_folder import is_path, local_folder
 from flipscale.io.options import Count
 
 
@@ -40,8 +40,10 @@ def main(arguments: Sequence[str]) -> None:
     args, flags = parse_known(Check, arguments, "flipscale check")
     names, *others = args.config or [[]]
     flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
+    from flipscale.data.tokenizers import model_tokenizer
     from flipscale.engines.build import engine_class
     from flipscale.evaluation.suite import check_image_sizes
+    from flipscale.hub.push import target_of
     from flipscale.planning.budget import with_time_shares
     from flipscale.planning.dry_run import planned_launch
     from flipscale.runs.complete_recipe import parse_recipe
@@ -52,12 +54,16 @@ def main(arguments: Sequence[str]) -> None:
     for words in [["--config", name] for name in names] or [[]]:
         recipe = with_time_shares(parse_recipe([*words, *flags], is_saved=args.pending))
         model = recipe.model
+        target_of(recipe.hub)
         if open_run_directory(recipe) is None and not args.pending:
             for start in filter(None, (model.init_from, model.vision, model.text)):
                 local_folder(start)
         # The towers' fields come with their weights.
         if not (args.pending and model.family == "towers"):
-            _, config, _ = check_settings(recipe, (0, launch.num_processes))
+            objective, config, _ = check_settings(recipe, (0, launch.num_processes))
+            # Names on the Hub are not looked up.
+            if objective.takes_text and not args.pending and is_path(recipe.data.tokenizer):
+                model_tokenizer(recipe.data.tokenizer, config.caption_config)
             check_image_sizes(recipe.eval, config.vision_config.patch_size)
         if refusal := engine_class(launch).refusal(launch, recipe.optim.name, bool(model.compile)):
             raise UserError(refusal)

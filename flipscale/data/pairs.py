@@ -129,15 +129,7 @@ class PairDataset(Dataset):
     captions_per_image: int = 1
 
     def __post_init__(self) -> None:
-        try:
-            self.kept = num_kept(self.shape.num_patches, self.mask_ratio)
-            num_kept(self.shape.max_tokens, self.text_mask_ratio, "tokens")
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if self.mask_ratio > 0.0:
-            # Drawn once, so that an impossible mask is refused here.
-            noise = torch.zeros(1, self.shape.side, self.shape.side)
-            keep_patches(noise, self.mask_ratio, self.mask.kind, self.mask.views)
+        self.kept = check_masks(self.shape, self.mask_ratio, self.mask, self.text_mask_ratio)
         self.order = order_of(self.source, self.seed, self.recipe)
         # Process number and current shard of each worker, in shared memory, to report the shard of a dead worker.
         self.reading = torch.zeros((max(self.recipe.workers, 1), 2), dtype=torch.int64).share_memory_()
@@ -266,6 +258,19 @@ class PairDataset(Dataset):
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         assert self.tokenizer is not None
         return tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
+
+
+def check_masks(shape: InputShape, mask_ratio: float, mask: MaskRecipe, text_mask_ratio: float) -> int:
+    """Return the number of kept patches of an image. Raise UserError if a mask is impossible at these ratios."""
+    try:
+        kept = num_kept(shape.num_patches, mask_ratio)
+        num_kept(shape.max_tokens, text_mask_ratio, "tokens")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if mask_ratio > 0.0:
+        # Drawn once, so that an impossible mask is refused here.
+        keep_patches(torch.zeros(1, shape.side, shape.side), mask_ratio, mask.kind, mask.views)
+    return kept
 
 
 def narrowed(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.features import PrecomputedFeatures, Teacher
 from flipscale.data.loader import StepSampler, check_shared_memory
-from flipscale.data.pairs import InputShape, PairDataset, check_kinds
+from flipscale.data.pairs import InputShape, PairDataset, check_kinds, check_masks
 from flipscale.data.samples import Source, shard_sizes_digest
-from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.opening import named_sources, open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.build import engine_class
 from flipscale.engines.device import can_compile
@@ -103,6 +103,9 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     objective, config = build_objective(recipe), build_config(recipe)
     _check_trained(recipe, objective, config)
     stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    for stage in stages:
+        check_masks(InputShape.of(config).at(stage.image_size), stage.mask_ratio, recipe.mask, stage.text_mask_ratio)
+    named_sources(recipe.data)
     _check_log(recipe)
     _check_micro_batches(recipe, objective, config, place)
     return objective, config, stages

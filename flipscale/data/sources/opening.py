@@ -35,21 +35,34 @@ _LEAST_SHARE = 1e-4
 def open_source(recipe: DataRecipe) -> Source:
     """Return the source of a recipe's samples. Raise UserError if the recipe has no source or names it twice, it does
     not exist, more than `max_bad_fraction` of its shards cannot be read, or `fraction` leaves no sample."""
+    sources = [_open(one, recipe, name) for name, one in named_sources(recipe).items()]
+    if len(sources) == 1:
+        return sources[0]
+    weights = [one.weight for one in recipe.sources if one.weight is not None]
+    return Mixture(sources, weights or [source.num_drawn for source in sources])
+
+
+def named_sources(recipe: DataRecipe) -> dict[str, SourceRecipe]:
+    """Return the sources of a recipe by field. Raise UserError if their fields do not fit each other."""
     if recipe.shards and recipe.sources:
         both = f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}"
         raise UserError(f"{both}; give one, and --data.shards null or --data.sources []")
     if recipe.weights and recipe.sources:
         both = f"data.weights is {recipe.weights!r} and data.sources names {len(recipe.sources)}"
         raise UserError(f"{both}; give each source its own `weights`")
-    recipes = recipe.sources or [SourceRecipe(shards=recipe.shards or "", weights=recipe.weights)]
-    names = [f"data.sources[{number}]" for number in range(len(recipes))] if recipe.sources else ["data.shards"]
-    sources = [_open(one, recipe, name) for one, name in zip(recipes, names, strict=True)]
-    if len(sources) == 1:
-        return sources[0]
-    weights = [one.weight for one in recipes if one.weight is not None]
-    if weights and len(weights) < len(recipes):
-        raise UserError(f"{len(weights)} of {len(recipes)} data.sources have a weight; give all of them one, or none")
-    return Mixture(sources, weights or [source.num_drawn for source in sources])
+    named = {f"data.sources[{number}]": one for number, one in enumerate(recipe.sources)}
+    named = named or {"data.shards": SourceRecipe(shards=recipe.shards or "", weights=recipe.weights)}
+    for name, one in named.items():
+        if (one.shards is None) == (one.dataset is None):
+            given = "neither shards nor dataset" if one.shards is None else "shards and dataset"
+            raise UserError(f"{name} has {given}; give one of them")
+        if one.weights is not None:
+            words = f"{name.removesuffix('.shards')}.weights is {one.weights!r}"
+            refuse_set({"data.fraction": recipe.fraction < 1.0 and recipe.fraction}, words)
+    weights = [one.weight for one in named.values() if one.weight is not None]
+    if weights and len(weights) < len(named):
+        raise UserError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
+    return named
 
 
 def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> TarSource:
@@ -61,9 +74,6 @@ def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> T
 
 def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
     source: Source
-    if (recipe.shards is None) == (recipe.dataset is None):
-        given = "neither shards nor dataset" if recipe.shards is None else "shards and dataset"
-        raise UserError(f"{name} has {given}; give one of them")
     if recipe.dataset is None:
         source = open_shards(recipe.shards or "", data)
     else:
@@ -79,7 +89,6 @@ def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
         )
     if recipe.weights is not None:
         field = f"{name.removesuffix('.shards')}.weights"
-        refuse_set({"data.fraction": data.fraction < 1.0 and data.fraction}, f"{field} is {recipe.weights!r}")
         source.weights = open_weights(field, recipe.weights, source, recipe.shards or recipe.dataset or "")
     return Subset(source, data.fraction, name) if data.fraction < 1.0 else source
 
