@@ -79,6 +79,7 @@ class Embedder:
         dims: width that embeddings are cut to, with unit length again; None keeps the model's width.
         kept: features of this process's images by source and kind, which are kept for further tasks on the same
             images; None keeps nothing, and needs memory for one batch.
+        files: digest of the model's configuration, tokenizer and processor, for stored results.
     """
 
     model: Any
@@ -91,6 +92,7 @@ class Embedder:
     pixels: int | None = None
     dims: int | None = None
     kept: dict[tuple[TarSource, str], list[tuple[range, torch.Tensor]]] | None = None
+    files: str = ""
 
     def at(self, image_size: int | None) -> "Embedder":
         """Return the embedder of images of `image_size` pixels; None returns this embedder. Raise ValueError if the

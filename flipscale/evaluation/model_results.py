@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from flipscale.data.sources.shard_index import size_and_time
 from flipscale.data.task_page import read_page, read_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
@@ -28,7 +27,7 @@ from flipscale.evaluation.suite import evaluated
 from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import open_weights
+from flipscale.io.model_folder import open_weights, texts_digest
 
 _log = logging.getLogger(__name__)
 
@@ -82,12 +81,11 @@ def evaluate_model(
         weights = embedder.model.state_dict()
         digest = folder_digest(folder) if folder else state_dict_digest(weights, weights.__getitem__)
         settings = [setting_of(embedder, task) for task in tasks]
-        groups = [_digest([digest, setting]) for setting in settings]
+        groups = [_digest([digest, embedder.files, setting]) for setting in settings]
         drop_torn(path)
         for line in read_lines(path):
             known.setdefault(line.about["group"], []).append(line)
-        # Shards may be written again with other labels in files of the same sizes.
-        missing = [number for number, group in enumerate(groups) if _is_older(known.get(group, []), tasks[number])]
+        missing = [number for number, group in enumerate(groups) if group not in known]
         if num_known := len(tasks) - len(missing):
             _log.info("%s: %d of %d tasks are in %s and are not run again", name, num_known, len(tasks), path)
     (missing,) = broadcast_object_list([missing])
@@ -116,9 +114,11 @@ def state_dict_digest(names: Iterable[str], read: Callable[[str], torch.Tensor])
 
 
 def folder_digest(folder: Path) -> str:
-    """Return the digest of the weights in a model folder. In memory, they may have other names, shapes or dtypes."""
+    """Return the digest of the weights in a model folder and of its `texts_digest`. In memory, weights may have other
+    names, shapes or dtypes."""
     files = open_weights(folder)
-    return state_dict_digest(files, lambda name: files[name].get_tensor(name))
+    weights = state_dict_digest(files, lambda name: files[name].get_tensor(name))
+    return hashlib.sha256(f"{weights} {texts_digest(folder)}".encode()).hexdigest()
 
 
 def append_lines(path: Path, group: str, results: Sequence[Result], about: Record) -> list[Line]:
@@ -226,20 +226,8 @@ def _about(task: Task, setting: Record, model: str, weights: str, seconds: float
         "dims": setting.get("dims"),
         "versions": {package: sys.modules[package].__version__ for package in packages},
         "seconds": round(seconds, 3),
-        "date": _stamp(time.time()),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _stamp(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _is_older(lines: Sequence[Line], task: Task) -> bool:
-    """Return whether there are no lines, or a shard of the task on this machine is newer than the lines."""
-    sources = [one.source for one in (TestSet.open(task.data), *task.other_sets())]
-    shards = {source.shard_name(shard) for source in sources for shard in range(len(source.shard_sizes))}
-    newest = max((size_and_time(shard)[1] for shard in shards), default=0)
-    return not lines or str(lines[0].about.get("date", "")) < _stamp(newest / 1e9)
 
 
 def _published(result: Result) -> Result:
@@ -257,11 +245,15 @@ def data_name(place: str) -> str:
 
 
 def _set_digest(test_set: TestSet) -> str:
-    manifest = test_set.source.manifest
-    shards = [
-        [os.path.basename(name), *sizes]
-        for name, sizes in zip(manifest.names, manifest.sizes[:, :2].tolist(), strict=True)
-    ]
+    """Return a digest of a test set: all bytes of its shards, whose times a copy may keep. Shards at a URL count by
+    their names and sizes."""
+    manifest, contents = test_set.source.manifest, []
+    if "://" not in test_set.data:
+        for shard in range(len(manifest)):
+            with open(test_set.source.shard_name(shard), "rb") as file:
+                contents.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    names = map(os.path.basename, manifest.names)
+    shards = [list(names), manifest.sizes[:, :2].tolist(), contents]
     return _digest([shards, [read_text(test_set.data, name) for name in (CLASS_NAMES, TEMPLATES)]])
 
 

@@ -1,5 +1,6 @@
 """Load a model from a folder, the Hub or another program, with one clear error."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.whole_images import dummy_batch
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes
+from flipscale.io.model_folder import check_folder, fetch_folder, pixel_fields, read_object, read_shapes, texts_digest
 from flipscale.io.streams import without_bars
 from flipscale.model import (
     FlipConfig,
@@ -186,12 +187,23 @@ def open_embedder(
                     check_weight(weight_name, weight)
             except ValueError as error:
                 raise UserError(f"model {name!r} cannot be loaded ({error})") from error
-            return _tried(embedder, most_dims)
+            return _tried(replace(embedder, files=_files_digest(prefix, name.removeprefix(prefix))), most_dims)
     model, tokenizer = load_with_tokenizer(name)
     model.set_attn_implementation(best_attention(accelerator.device))
     kind = ClassifierEmbedder if isinstance(model, FlipForImageClassification) else Embedder
     embedder = kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
+    embedder = replace(embedder, files=_files_digest("", name))
     return _tried(foreign_models.with_embedded_towers(embedder, name), most_dims)
+
+
+def _files_digest(prefix: str, name: str) -> str:
+    """Return the `texts_digest` of a model, or of the configuration file of an open_clip model."""
+    if prefix != foreign_models.OPEN_CLIP:
+        return texts_digest(fetch_folder(name))
+    place = Path(name.partition(",")[0].removeprefix("local-dir:"))
+    if place.is_file():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    return texts_digest(place) if place.is_dir() else ""
 
 
 def _tried(embedder: Embedder, most_dims: int | None) -> Embedder:

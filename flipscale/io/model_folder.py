@@ -4,9 +4,11 @@ A model is named by its folder, by the folder of its run, or by its name on the 
 folder: code in it is never run, and pickles are never loaded.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ TEXTS = [
 LOADED = [*TEXTS, "model*.safetensors", "model.safetensors.index*.json"]
 # Parts of a config.json that must each be an object, if they exist.
 _SECTIONS = ("vision_config", "text_config", "decoder_config", "answer_config")
+# Fields that name versions, places and storage, on which no embedding depends.
+_BOOKKEEPING = ("_name_or_path", "name_or_path", "transformers_version", "auto_map", "dtype", "torch_dtype")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -202,6 +206,19 @@ def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if count > 1:
             raise ValueError(f"it has {key!r:.80} twice")
     return dict(pairs)
+
+
+def texts_digest(folder: Path) -> str:
+    """Return a digest of the files beside the weights: configurations, tokenizer, processor and templates, also of
+    copied towers. JSON files count by their values. Other files, such as a card, do not count."""
+    parts = []
+    for file in sorted({file for at in ("", "*_model/") for pattern in TEXTS for file in folder.glob(at + pattern)}):
+        content = file.read_bytes() if file.is_file() else b""
+        with suppress(ValueError, RecursionError):
+            values = json.loads(content, object_hook=lambda one: {k: one[k] for k in one if k not in _BOOKKEEPING})
+            content = json.dumps(values, sort_keys=True).encode()
+        parts.append([str(file.relative_to(folder)), hashlib.sha256(content).hexdigest()])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

@@ -55,7 +55,8 @@ class FolderPictures:
         for name in self.files.files:
             path = self.files.root / name
             stat = path.stat() if path.is_file() and not is_outside(self.files.root, name) else None
-            rows.append([name, stat.st_size, stat.st_mtime_ns] if stat else [name])
+            # A copy may keep a time, but not the time of the change or the inode.
+            rows.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] if stat else [name])
         return rows
 
 
@@ -88,8 +89,12 @@ class ShardPictures:
         return self.source.read(*self.place(index)).image
 
     def state(self) -> list[list[str | int]]:
-        manifest = self.source.manifest
-        return [[name, *sizes] for name, sizes in zip(manifest.names, manifest.sizes.tolist(), strict=True)]
+        manifest, rows = self.source.manifest, list[list[str | int]]()
+        for shard, sizes in enumerate(manifest.sizes.tolist()):
+            path = Path(self.source.shard_name(shard))
+            stat = path.stat() if path.is_file() else None
+            rows.append([manifest.names[shard], *sizes, *((stat.st_ctime_ns, stat.st_ino) if stat else ())])
+        return rows
 
 
 Pictures = FolderPictures | ShardPictures

@@ -79,7 +79,13 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
     """
     stored = _load(cache)
     weights = embedder.model.state_dict()
-    about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state(), embedder.dims]
+    about = [
+        embedder.name.split("/")[-1],
+        embedder.files,
+        embedder.accelerator.mixed_precision,
+        pictures.state(),
+        embedder.dims,
+    ]
     key = hashlib.sha256(json.dumps([state_dict_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
     if str(stored.get("key")) == key:
         return EmbeddedPictures(stored["rows"], stored["embeds"], stored["faults"].tolist())

@@ -86,6 +86,31 @@ def test_several_models_stand_in_one_table(
     assert "a: 2 of 2 tasks are in runs/a/model/results.jsonl and are not run again" in said
 
 
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_mended_model_is_evaluated_anew(place: Path, capsys: pytest.CaptureFixture, prefix: str) -> None:
+    """Its pixels or its tokenizer decide its figures as its weights do; its card and the layout of JSON do not."""
+    folder = export_native("clip", place / "clip") if prefix else place / "b"
+
+    def is_known() -> bool:
+        evaluate(f"{prefix}{folder.relative_to(place)}", "--retrieval", "data/tasks/cars/test")
+        return "1 of 1 tasks are in" in capsys.readouterr().err
+
+    def mended(name: str, change: Callable[[dict], object]) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    assert [is_known(), is_known()] == [False, True]
+    pixels = "preprocessor_config.json" if prefix else "config.json"
+    mended(pixels, lambda content: content.get("vision_config", content).update(image_mean=[0.9, 0.8, 0.7]))
+    assert [is_known(), is_known()] == [False, True]
+    mended("tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
+    assert [is_known(), is_known()] == [False, True]
+    (folder / "README.md").write_text("A card.")
+    mended("config.json", lambda content: content.update(transformers_version="0"))
+    assert is_known()
+
+
 def test_several_widths_stand_in_one_table(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("runs/a/model", "--retrieval", "data/tasks/cars/test", "--dims", "1", "16", "--json")
     found = json.loads(capsys.readouterr().out)

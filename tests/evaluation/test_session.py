@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,9 +106,15 @@ def test_changed_labels_of_the_same_size_are_evaluated_again(embedder: Embedder,
     assert (count(), count()) == (1, 1)
     labels.write_text(json.dumps([[2]] * 33))
     assert (count(), count()) == (2, 2)
-    later = shard.stat().st_mtime + 5
-    os.utime(shard, (later, later))
-    assert count() == 3
+    content, state = bytearray(shard.read_bytes()), shard.stat()
+    os.utime(shard, (state.st_atime, state.st_mtime + 5))
+    assert count() == 2, "another time alone changes no figure"
+    with tarfile.open(shard) as tar:
+        place = next(member.offset_data for member in tar if member.name.endswith(".cls"))
+    content[place : place + 1] = b"1" if content[place : place + 1] == b"0" else b"0"
+    shard.write_bytes(content)
+    os.utime(shard, (state.st_atime - 5, state.st_mtime - 5))  # an older copy, as `cp -p` leaves it
+    assert (count(), count()) == (3, 3)
 
 
 def test_clean_figures_belong_to_their_prompts_and_images(embedder: Embedder, path: Path, tmp_path: Path) -> None:

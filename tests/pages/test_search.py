@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_it_finds_the_nearest_and_keeps_the_embeddings(
     (pictures / "red/8.png").unlink()
     with pytest.raises(SystemExit):
         search(*asked[:3], "--out", page)
+
+
+def test_a_mended_model_embeds_again(
+    trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(trained / "model", tmp_path / "model")
+    asked = model, pictures, "a red disc", "--out", tmp_path / "colours.html"
+    search(*asked)
+    monkeypatch.setattr(search_page, "_embed", None)
+    search(*asked)
+    content = json.loads((model / "config.json").read_text())
+    content["vision_config"]["image_mean"] = [0.9, 0.8, 0.7]
+    (model / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        search(*asked)
 
 
 def test_maps_lie_over_the_hits(trained: Path, pictures: Path, tmp_path: Path) -> None:
