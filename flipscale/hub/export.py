@@ -3,7 +3,9 @@
 import copy
 import json
 import logging
+import re
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
-from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer
+from flipscale.data.features import PROBE
+from flipscale.data.tokenizers import begin_and_end, check_tokenizer, model_tokenizer, read_tokenizer, with_lower_case
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints, require_valid
 from flipscale.engines.trainable import ReadWeight, lora_config, lora_layers, merged
 from flipscale.evaluation.foreign_models import check_embedded, load_transformers
@@ -27,7 +30,7 @@ from flipscale.hub.push import split_own_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import LOADED, fetch_folder, local_folder, open_weights, read_object
+from flipscale.io.model_folder import LOADED, fetch_folder, local_folder, open_weights, pixel_fields, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
@@ -41,6 +44,10 @@ _log = logging.getLogger(__name__)
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
+# Fields of a configuration on which the function of trained weights does not depend.
+_FREE = re.compile(
+    r"name_or_path|version|auto_map|dtype|architectures|dropout|drop_path|init|label|return_|output_|use_cache"
+)
 # Files of an adapter, as PEFT names them.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # An image processor, the processor of a model with a text tower, or the tokenizer if only the text tower is ours.
@@ -139,6 +146,7 @@ def export_checkpoint(
         model = kind._from_config(exported, dtype=dtype)
     read = merged(stored, reader.shapes, recipe.optim.lora)
     if base is not None:
+        _check_same_function(exported, processor, base)
         read = _mixed(model, read, base, alpha)
     return _write_folder(model, processor, out_dir, read)
 
@@ -187,6 +195,36 @@ def _check_base(base: str, reader: CheckpointReader) -> None:
         stored, fixed = name.replace(".base_layer", ""), reader.tensor("weight", name)
         if stored not in files or not torch.equal(files[stored].get_tensor(stored).float().reshape(fixed.shape), fixed):
             raise UserError(f"--adapter: {stored} of the run is not that of {base}; leave --adapter out")
+
+
+def _check_same_function(config: Any, processor: Processor, base: str) -> None:
+    """Raise UserError if the fields, pixels or tokens of `base` make another function of the same weights."""
+    folder = fetch_folder(base)
+    theirs = type(config).from_dict(read_object(folder / "config.json"))
+    ours, others = _flat(config.to_dict()), _flat(theirs.to_dict())
+    if isinstance(processor, ProcessorMixin):
+        pixels, stored = processor.image_processor, pixel_fields(folder)
+        ours |= {name: [*getattr(pixels, name)] for name in ("image_mean", "image_std")}
+        others |= {name: stored.get(name) for name in ("image_mean", "image_std")}
+        tokenizer = with_lower_case(read_tokenizer(folder, config=theirs), theirs.caption_config)
+        for values, one in ((ours, processor.tokenizer), (others, tokenizer)):
+            values["tokenizer entries"], values["tokens"] = one.get_vocab(), one.tokenize(PROBE)
+    for name in sorted(ours.keys() & others.keys()):
+        if ours[name] != others[name] and not _FREE.search(name):
+            raise UserError(
+                f"--interpolate {base}: {name} is {others[name]!r:.80} in the base and {ours[name]!r:.80} in the run; "
+                "use models of one configuration, processor and tokenizer, such as a start and its fine-tuning"
+            )
+
+
+def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return the fields of a configuration and of its sections by their whole names."""
+    flat = dict[str, Any]()
+    for name, value in fields.items():
+        is_section = isinstance(value, dict) and name.endswith("_config")
+        plain = [*value] if isinstance(value, tuple) else value
+        flat |= _flat(value, f"{before}{name}.") if is_section else {before + name: plain}
+    return flat
 
 
 def _mixed(model: PreTrainedModel, read: ReadWeight, base: str, alpha: float) -> ReadWeight:

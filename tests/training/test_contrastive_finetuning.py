@@ -1,5 +1,6 @@
 """Fine-tuning on pairs that loses little: parts that stay as they are, and weights between two models'."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,10 +121,24 @@ def test_weights_between_two_models(
         ({**before, name: before[name] * float("nan")}, f"{name} of {tmp_path / 'other'} has numbers that are NaN"),
     ):
         other = tmp_path / "other"
-        other.mkdir(exist_ok=True)
-        (other / "config.json").write_text((base / "model/config.json").read_text())
+        shutil.copytree(base / "model", other, dirs_exist_ok=True)
         save_file(changed, other / "model.safetensors")
         with pytest.raises(SystemExit):
             main(["export", str(run_dir), "--interpolate", str(other), "--out", str(tmp_path / "refused")])
         assert said in capsys.readouterr().err
         assert not (tmp_path / "refused").exists()
+
+    # Equal shapes are not enough: these weights belong to another function.
+    for file, old, new, field in (
+        ("config.json", '"gelu_pytorch_tanh"', '"quick_gelu"', "hidden_act is 'quick_gelu'"),
+        ("config.json", '"image_mean": [', '"image_mean": [0.9, 0.8, 0.7], "unused": [', "image_mean is"),
+        ("processor_config.json", '"image_mean": [', '"image_mean": [0.9, 0.8, 0.7], "unused": [', "image_mean is"),
+        ("tokenizer.json", '"red": 4', '"der": 4', "tokenizer entries is"),
+    ):
+        shutil.copytree(base / "model", other, dirs_exist_ok=True)
+        text = (other / file).read_text()
+        assert old in text
+        (other / file).write_text(text.replace(old, new, 1))
+        with pytest.raises(SystemExit):
+            main(["export", str(run_dir), "--interpolate", str(other), "--out", str(tmp_path / "refused")])
+        assert field in capsys.readouterr().err
