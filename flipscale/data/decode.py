@@ -16,6 +16,7 @@ scale, so it aliases. `tests/data/test_decode.py` measures both differences.
 
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -62,6 +63,10 @@ _MOST_PNG_CHUNKS = 100_000
 
 _TIFF_BYTE_TYPES = (1, 2, 7)  # BYTE, ASCII and UNDEFINED, whose values Pillow keeps as one string
 _TIFF_SHORT, _TIFF_TILE_SIZES, _TIFF_ENTRY_BYTES = 3, (322, 323), 12
+_JPEG_MARKER = re.compile(rb"\xff+([\xc0-\xfe])")
+_TURNING = (b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0")
+# PNG chunks and texts with which OpenCV shows another picture than Pillow.
+_ODD_CHUNKS = re.compile(rb"eXIf|acTL|tRNS|[ziT][TE]Xt(Raw profile type exif|XML:com\.adobe\.xmp)\0")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_AND_HEADER = _PNG + b"\0\0\0\rIHDR"
 # Bits, colour type (grey or RGB), compression, filter and interlacing of a plain PNG.
@@ -368,7 +373,7 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def _decode_other(encoded: bytes) -> np.ndarray:
     """Return the upright RGB of any image that Pillow reads."""
-    is_whole = _is_png_whole(encoded)
+    is_whole = _is_plain_or_no_png(encoded)
     if is_whole and (size := _plain_png_size(encoded)) is not None:
         _check_size(*size)
         if (pixels := _decode_by_opencv(encoded, size)) is not None:
@@ -391,17 +396,33 @@ def rgb_pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
     """Return an image's RGB, transparent pixels on white, upright or as stored. Raise UndecodableImage if damaged."""
     with wrap_errors(UndecodableImage):
         image.load()
+        if getattr(image, "default_image", False):
+            image.seek(1)  # because players of an animated PNG do not show this one
+            image.load()
+        white = _white(image) if image.mode in ("I", "F") else 0.0
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         # Strip by strip, because conversions hold several copies of their input.
         height = max(1, _STRIP_PIXELS // image.width)
         for top in range(0, image.height, height):
             strip = image.crop((0, top, image.width, min(top + height, image.height)))
-            pixels[top : top + height] = _rgb(strip)
+            pixels[top : top + height] = _rgb(strip, white)
     return _upright(pixels, _orientation(image)) if upright else pixels
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Return the RGB of a part of an image of any mode, transparent pixels on white."""
+def _white(image: Image.Image) -> float:
+    """Return the value of white in an image of 32 bits, which no file tells: the usual one that no pixel exceeds."""
+    values = np.asarray(image)
+    highest = float(values.max(initial=0, where=np.isfinite(values)))
+    usual = (255.0, 65535.0) if image.mode == "I" else (1.0, 255.0, 65535.0)
+    return next((white for white in usual if highest <= white), highest)
+
+
+def _rgb(image: Image.Image, white: float) -> np.ndarray:
+    """Return the RGB of a part of an image of any mode, transparent pixels on white. `white` is the value of white in
+    the modes of 32 bits."""
+    if white:
+        grey = np.nan_to_num(np.asarray(image, np.float32) * (255 / white), posinf=255, neginf=0)
+        return grey.round().clip(0, 255).astype(np.uint8)[:, :, None]
     if image.mode.startswith("I"):
         # Pillow's conversion of 16-bit grey would clip it at 255.
         grey = (np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)
@@ -453,8 +474,9 @@ def _plain_png_size(encoded: bytes) -> tuple[int, int] | None:
     return int.from_bytes(encoded[20:24], "big"), int.from_bytes(encoded[16:20], "big")
 
 
-def _is_png_whole(encoded: bytes) -> bool:
-    """Return whether all chunks of a PNG lie within its bytes; True for other formats.
+def _is_plain_or_no_png(encoded: bytes) -> bool:
+    """Return whether all chunks of a PNG lie within its bytes, and none turns, hides or animates it; True for other
+    formats.
 
     OpenCV allocates the size that a chunk declares, up to 4 GB, before it compares it with the file. Source: PNG, third
     edition, 5.3.
@@ -464,7 +486,7 @@ def _is_png_whole(encoded: bytes) -> bool:
     start = len(_PNG)
     for _ in range(_MOST_PNG_CHUNKS):
         end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
-        if end > len(encoded):
+        if end > len(encoded) or _ODD_CHUNKS.match(encoded, start + 4):
             return False
         if encoded[start + 4 : start + 8] == b"IEND":
             return True
@@ -485,12 +507,17 @@ def _has_one_scan(encoded: bytes) -> bool:
 
 
 def _has_exif(encoded: bytes) -> bool:
-    """Return whether one of the APPn blocks at the start of a JPEG is EXIF. Most images in shards have none."""
-    start = 2
+    """Return whether a segment before a JPEG's first scan is EXIF or XMP, which may turn the image.
+
+    As Pillow does, skip fill bytes and stray bytes between the segments. Most images in shards have neither."""
+    marker = _JPEG_MARKER.search(encoded, 2)
     for _ in range(_MOST_APP_BLOCKS):
-        if encoded[start : start + 1] != b"\xff" or not 0xE0 <= encoded[start + 1] <= 0xEF:
+        if marker is None or marker[1] == b"\xda":
             return False
-        if encoded.startswith(b"Exif\0", start + 4):
+        start = marker.end()
+        if marker[1] == b"\xe1" and encoded.startswith(_TURNING, start + 2):
             return True
-        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
-    raise OversizedImage(f"more than {_MOST_APP_BLOCKS} APPn blocks")
+        if not b"\xd0" <= marker[1] <= b"\xd9":  # these have no length
+            start += int.from_bytes(encoded[start : start + 2], "big")
+        marker = _JPEG_MARKER.search(encoded, start)
+    raise OversizedImage(f"more than {_MOST_APP_BLOCKS} blocks before the first scan")

@@ -140,6 +140,61 @@ def test_exif_turns_the_image(kind: str, orientation: int) -> None:
     assert np.abs(crop - cut(encoded, random_box(height, width, draws, SIZE, (0.5, 1.0)))).mean() < 2
 
 
+EXIF_TURNED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+XMP_TURNED = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"",
+        segment(0xFE, b"a comment"),
+        b"\xff" * 5,
+        segment(0xE2, b"\xff\xda\xff\xda"),
+        segment(0xE1, b"else"),
+        segment(0xFE, b"one") + b"\0\0\xff\xff" + segment(0xED, b"two"),
+    ],
+)
+@pytest.mark.parametrize("turn", [EXIF_TURNED, XMP_TURNED])
+def test_exif_is_read_wherever_it_is(before: bytes, turn: bytes) -> None:
+    jpeg = saved(picture(), "JPEG", quality=95)
+    encoded = jpeg[:2] + before + segment(0xE1, turn) + jpeg[2:]
+    assert shown(encoded).size == (150, 210)
+    assert np.abs(decode.decode_whole(encoded).astype(int) - np.asarray(shown(encoded))).max() <= 4
+    late = jpeg.index(b"\xff\xda")
+    encoded = jpeg[:late] + before + segment(0xE1, turn) + jpeg[late:]
+    assert decode.decode_whole(encoded).shape == (210, 150, 3)
+
+
+@pytest.mark.parametrize("at", [b"IDAT", b"IEND"])
+def test_exif_of_a_png_is_read_before_and_after_its_pixels(at: bytes) -> None:
+    png, content = saved(picture(), "PNG"), b"eXIf" + EXIF_TURNED[6:]
+    place = png.index(at) - 4
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    encoded = png[:place] + chunk + png[place:]
+    assert (decode.decode_whole(encoded) == np.asarray(shown(encoded))).all()
+
+
+@pytest.mark.parametrize(("kind", "white"), [("int32", 255), ("int32", 65535), ("float32", 255), ("float32", 1)])
+def test_tiffs_of_32_bits_are_not_black(kind: str, white: int) -> None:
+    grey = np.asarray(picture().convert("L"))
+    values = np.append(grey, np.full((1, 210), 255, np.uint8), axis=0)
+    encoded = saved(Image.fromarray((values / 255 * white).round(6).astype(kind)), "TIFF")
+    assert np.abs(decode.decode_whole(encoded).astype(int) - values[:, :, None]).max() <= 1
+
+
+def test_the_hidden_picture_of_an_animated_png_is_not_shown() -> None:
+    frames = [picture(), picture().rotate(180)]
+    for hides in (False, True):
+        options = {"save_all": True, "append_images": frames[1:], "default_image": hides}
+        animated = saved(frames[0], "PNG", **options)
+        assert (decode.decode_whole(animated) == np.asarray(frames[hides])).all()
+
+
 def test_a_wrong_orientation_or_damaged_exif_is_no_turn() -> None:
     plain = decode_box(saved(picture(), "JPEG"), None, SIZE, (1.0, 1.0))
     for exif in (b"Exif\0\0junk", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x2a\0\0\0\0\0\0\0"):
