@@ -76,6 +76,15 @@ def size_text(num_bytes: int) -> str:
     return f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"
 
 
+def file_state(path: str | Path) -> tuple[int, ...]:
+    """Return the size of a file and its times; empty if it is gone. A copy that keeps the rest has another `ctime`."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def read_text(path: Path) -> str:
     """Return the text of a file. Raise UserError for a folder, a pipe, a device or more than 64 MB, ValueError for
     content that is not UTF-8."""

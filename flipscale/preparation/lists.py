@@ -37,7 +37,7 @@ from flipscale.data.samples import (
 from flipscale.data.sources.dataset import load_rows
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_saved_dataset, no_shards
 from flipscale.io.errors import UserError
-from flipscale.io.files import is_utf8
+from flipscale.io.files import file_state, is_utf8
 from flipscale.io.model_folder import is_path
 from flipscale.io.progress import Progress
 from flipscale.recipe.data import SourceRecipe
@@ -119,7 +119,11 @@ class PairSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a digest of the names of the pairs (files and captions, or the data set), not of the images."""
+        """Return a digest of the names of the pairs (files, or the data set and its columns), not of the images."""
+
+    @abstractmethod
+    def state(self, number: int) -> str:
+        """Return a text that changes with the files and the row of a pair."""
 
 
 def open_pairs(
@@ -248,9 +252,11 @@ class FileList(PairSource):
         raise BadSample("it lies in no folder of a class", cause)
 
     def fingerprint(self) -> str:
-        texts = () if self.by_class else map(self._text_beside, range(len(self)))
-        states = [text and os.lstat(self.root / text) for text in texts]
-        return digest_of([self.files, [state and (state.st_size, state.st_mtime_ns) for state in states]])
+        return digest_of(self.files)
+
+    def state(self, number: int) -> str:
+        text = None if self.by_class else self._text_beside(number)
+        return repr([(name, file_state(self.root / name)) for name in (self.files[number], text) if name])
 
 
 def list_folder(root: Path, allow_outside: bool) -> FileList:
@@ -393,6 +399,14 @@ class RowList(PairSource):
             what = "there is none" if value is None else f"it is {type(value).__name__}, neither a path nor bytes"
             raise UnreadableFile(f"image: {what}")
         return read_file(self.root, value, self.allow_outside)
+
+    def state(self, number: int) -> str:
+        try:
+            row = self.row(number)
+        except BadSample as error:
+            return str(error)
+        image = row[0].get("path") if isinstance(row[0], dict) and not row[0].get("bytes") else row[0]
+        return repr((row, file_state(self.root / image) if isinstance(image, str) else ()))
 
     def captions(self, number: int) -> list[str]:
         cells = zip(self.columns, self.row(number), strict=True)
@@ -592,11 +606,9 @@ class ParquetList(RowList):
 
     Args:
         ends: int64 `(row groups,)`, number of the row after each row group.
-        digest: digest of the file's metadata.
     """
 
     ends: np.ndarray
-    digest: str
     _rows: Iterator[tuple[int, tuple[Any, ...]]] | None = field(default=None, init=False, repr=False)
     _row: tuple[int, tuple[Any, ...]] = field(default=(-1, ()), init=False, repr=False)  # the last one that was read
 
@@ -616,8 +628,7 @@ class ParquetList(RowList):
             classes = _class_names(Features.from_arrow_schema(schema))
         columns = find_columns(str(path), schema.names, asked)
         ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=int)
-        digest = digest_of(repr(metadata.to_dict()))
-        return cls(str(path), schema.names, columns, path.parent, allow_outside, ends, digest, class_names=classes)
+        return cls(str(path), schema.names, columns, path.parent, allow_outside, ends, class_names=classes)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -626,7 +637,7 @@ class ParquetList(RowList):
         return {**self.__dict__, "_rows": None}
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, self.digest, self.columns["image"], *self.caption_columns])
+        return digest_of([self.source, self.columns["image"], *self.caption_columns])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:

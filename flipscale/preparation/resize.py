@@ -2,6 +2,7 @@
 
 A process claims a shard by a lock, writes it aside and renames it. So a killed run goes on with the shards that are
 missing, and any number of processes share them. The bytes of a shard depend only on its source and the options.
+A shard whose source has changed is written anew.
 """
 
 import os
@@ -22,6 +23,7 @@ from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.errors import UserError
+from flipscale.io.files import file_state
 from flipscale.io.progress import each
 from flipscale.preparation.shard_writer import ShardOptions, stored_image
 from flipscale.preparation.worker_pool import worker_pool
@@ -45,8 +47,8 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
         files, and bytes `before` and `after`.
 
     Raises:
-        UserError: the shards are at a URL, `out_dir` has other files or shards of other options, or, after all others
-            are written, a shard is damaged.
+        UserError: the shards are at a URL, `out_dir` has other files, shards of other options or shards whose source is
+            gone, or, after all others are written, a shard is damaged.
         OSError: a worker died, or the disk is full.
     """
     if "://" in shards:
@@ -60,7 +62,12 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
         raise UserError(f"{out_dir} holds something that `prepare resize` did not write; name a new folder")
     damaged, is_first = dict[str, str](), True
     with (lock := FileLock(out_dir / ".resized.lock")):  # held while the lines are read or changed
-        done = _finished(out_dir, about)
+        done = _finished(out_dir, about, listed)
+    if gone := sorted(done.keys() - set(names)):
+        raise UserError(
+            f"{out_dir} has {len(gone)} shards that {shards!r} lacks, such as {gone[0]}; "
+            "fetch them again, or name a new folder"
+        )
     with worker_pool(min(processes, len(names)), remedy="the same command goes on where it stopped") as pool:
         while todo := [name for name in names if name not in done.keys() | damaged.keys()]:
             time.sleep(0.0 if is_first else 5.0)  # other processes write the rest
@@ -73,7 +80,7 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
                     with lock:
                         json_lines.append(out_dir / _LINES, [{"shard": name, **line}])
             with lock:
-                done, is_first = _finished(out_dir, about), False
+                done, is_first = _finished(out_dir, about, listed), False
     for line in damaged.values():
         raise UserError(
             f"{len(damaged)} of {len(names)} shards are damaged and left out: {line}; fetch them again and run "
@@ -82,22 +89,31 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
     return sum((Counter({name: line.get(name, 0) for name in _COUNTED}) for line in done.values()), Counter())
 
 
-def _finished(out_dir: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the lines of the finished shards by name, and write `resized.jsonl` with these lines only, by name."""
+def _finished(out_dir: Path, about: dict[str, Any], listed: ShardList) -> dict[str, dict[str, Any]]:
+    """Return the lines of the finished shards by name, and write `resized.jsonl` with these lines only, by name. Remove
+    shards whose source has changed since."""
     lines = json_lines.iterate(out_dir / _LINES)
     if (begun := next(lines, about)) != about:
         raise UserError(f"{out_dir} was begun with {begun}, now {about}; use the same options, or name a new folder")
     whole = {line["shard"]: line for line in lines if size_and_time(out_dir / line["shard"])[0] == line["after"]}
+    for name, line in [*whole.items()]:
+        if (state := file_state(listed.path(name))) and [*state] != line.get("state"):
+            del whole[name]
+            (out_dir / name).unlink()
+            # A manifest would find the old places in a new shard of the same size.
+            for manifest in out_dir.glob("*.manifest"):
+                manifest.unlink()
     json_lines.rewrite(out_dir / _LINES, [about, *(whole[name] for name in sorted(whole))])
     return whole
 
 
-def _resize(source: Path, target: Path, options: ShardOptions, skips_written: bool) -> dict[str, int] | str | None:
+def _resize(source: Path, target: Path, options: ShardOptions, skips_written: bool) -> dict[str, Any] | str | None:
     """Write a shard and its index, and return its counts, or what is wrong with it. Return None if another process is
     writing it, or has written it and this one `skips_written` shards."""
     if skips_written and target.exists():
         return None
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+    state = file_state(source)  # before it is read, so that a later change is noticed
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(target.with_name(f".{target.name}.lock"), timeout=0) as lock:
@@ -122,7 +138,7 @@ def _resize(source: Path, target: Path, options: ShardOptions, skips_written: bo
     except (Damaged, NotAFile) as error:
         return f"{source} ({error})"
     load_index(target)
-    return {**counts, "before": source.stat().st_size, "after": target.stat().st_size}
+    return {**counts, "before": source.stat().st_size, "after": target.stat().st_size, "state": state}
 
 
 def _smaller(name: str, content: bytes, options: ShardOptions, counts: Counter[str]) -> tuple[str, bytes]:

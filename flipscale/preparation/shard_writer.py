@@ -2,7 +2,8 @@
 
 Shard s holds the usable pairs among [s * n, (s + 1) * n), so any process can write it at any time. A shard is written
 aside and renamed; then, in the order of the shards, `manifest.jsonl` gets a line with its contents and the pairs that
-were left out. A killed run continues with the first shard without a line, and ends with an uninterrupted run's bytes.
+were left out. A killed run continues with the shards that have no line, and ends with an uninterrupted run's bytes. A
+shard whose files or rows have changed since is written anew.
 """
 
 import hashlib
@@ -31,14 +32,15 @@ from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.errors import UserError
+from flipscale.io.files import file_state
 from flipscale.io.options import Count, Range, check_ranges
 from flipscale.io.progress import Progress, each
-from flipscale.preparation.lists import PairSource
+from flipscale.preparation.lists import PairSource, digest_of
 from flipscale.preparation.worker_pool import shared, worker_pool
 
 PARTS = ("train", "test")
 _MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
-_HASHES, _LOCK, _PARTIAL = ".hashes.npy", ".lock", ".*.partial*"
+_LOCK, _PARTIAL = ".lock", ".*.partial*"
 _DUPLICATE = "duplicate"  # cause of a pair whose image file an earlier one has
 _MAX_SHOWN = 300  # characters of a name or a detail
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -164,16 +166,29 @@ def write_shards(
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     out_dir.mkdir(parents=True, exist_ok=True)
     with _only_writer(out_dir):
-        if todo := range(_open_manifest(job, begun), job.num_shards):
-            remedy = "the same command goes on where it stopped"
-            with worker_pool(min(processes, len(todo)), job, remedy) as pool:
-                same_as = _duplicates(job, pool) if options.drop_duplicates else {}
-                lines = pool.map(_write_shard, todo, (same_as.get(shard, {}) for shard in todo))
-                with Progress(len(pairs), "shards", "pairs", initial=job.numbers(todo[0])[0]) as progress:
-                    for line in lines:
-                        json_lines.append(out_dir / _MANIFEST, [line])
-                        progress.update(len(job.numbers(line["shard"])))
-        (out_dir / _HASHES).unlink(missing_ok=True)
+        whole = _open_manifest(job, begun)
+        with worker_pool(min(processes, job.num_shards), job, "the same command goes on where it stopped") as pool:
+            same_as = _duplicates(job, pool) if options.drop_duplicates else {}
+            inputs = pool.map(_inputs, whole, (same_as.get(shard, {}) for shard in whole))
+            changed = [shard for shard, now in zip(whole, inputs, strict=True) if whole[shard].get("inputs") != now]
+            if changed:
+                print(
+                    f"{out_dir}: {len(changed)} of {job.num_shards} shards are written anew; their pairs have changed"
+                )
+                # A manifest would find the old places in a new shard of the same size.
+                for manifest in out_dir.glob("*.manifest"):
+                    manifest.unlink()
+            kept = [line for shard, line in whole.items() if shard not in changed]
+            json_lines.rewrite(out_dir / _MANIFEST, [begun, *kept])
+            todo = [shard for shard in range(job.num_shards) if shard in changed or shard not in whole]
+            lines = pool.map(_write_shard, todo, (same_as.get(shard, {}) for shard in todo))
+            left = sum(len(job.numbers(shard)) for shard in todo)
+            with Progress(len(pairs), "shards", "pairs", initial=len(pairs) - left) as progress:
+                for line in lines:
+                    json_lines.append(out_dir / _MANIFEST, [line])
+                    kept.append(line)
+                    progress.update(len(job.numbers(line["shard"])))
+        json_lines.rewrite(out_dir / _MANIFEST, [begun, *sorted(kept, key=lambda line: line["shard"])])
         if options.labels:
             write_text(out_dir / "nshards.txt", f"{job.num_shards}\n")
         return _write_report(job, begun)
@@ -197,9 +212,9 @@ def _only_writer(out_dir: Path) -> Iterator[None]:
         raise UserError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
 
 
-def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
-    """Return the number of finished shards, and remove the lines of all others from the manifest."""
-    path, done = job.out_dir / _MANIFEST, 0
+def _open_manifest(job: _Job, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the lines of the finished shards by number."""
+    path = job.out_dir / _MANIFEST
     lines = json_lines.iterate(path)
     before = next(lines, begun)
     differing = [name for name, value in begun.items() if before.get(name) != value]
@@ -212,32 +227,25 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> int:
     elif differing:
         said = {name: f"{name} {before.get(name)} (now {begun[name]})" for name in differing}
         if "fingerprint" in said:
-            said["fingerprint"] = "other files, captions or columns"
+            said["fingerprint"] = "other files or columns"
         other = ", ".join(said.values())
         raise UserError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
+    written = {line["shard"]: line for line in lines if line.get("shard") in range(job.num_shards)}
+    sizes = {shard: file_state(job.path(shard))[:1] for shard in written}
+    return {shard: written[shard] for shard in sorted(written) if sizes[shard] == (written[shard].get("tar_bytes"),)}
 
-    def finished() -> Iterator[dict[str, Any]]:
-        nonlocal done
-        yield begun
-        for line in lines:
-            shard = job.path(done)
-            if line.get("shard") == done and shard.is_file() and shard.stat().st_size == line.get("tar_bytes"):
-                yield line
-                done += 1
 
-    json_lines.rewrite(path, finished())
-    return done
+def _inputs(shard: int, same_as: dict[int, int]) -> str:
+    """Return a digest of the state of a shard's pairs, classes and duplicates."""
+    job: _Job = shared()
+    return digest_of([job.class_numbers, same_as, [job.pairs.state(number) for number in job.numbers(shard)]])
 
 
 def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:
     """Return, by shard, the pairs whose image an earlier pair has, with that pair."""
-    stored = job.out_dir / _HASHES
-    if not stored.exists():
-        parts = pool.map(_hash_shard, range(job.num_shards))
-        digests = np.concatenate(list(each(parts, "hashing", "shards", job.num_shards)))
-        with atomic_write(stored) as partial, open(partial, "wb") as file:
-            np.save(file, digests)
-    _, first, inverse = np.unique(np.load(stored), return_index=True, return_inverse=True)
+    parts = pool.map(_hash_shard, range(job.num_shards))
+    digests = np.concatenate(list(each(parts, "hashing", "shards", job.num_shards)))
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     same_as: dict[int, dict[int, int]] = {}
     earliest = first[inverse]
     for number in np.flatnonzero(earliest != np.arange(len(earliest))).tolist():
@@ -272,6 +280,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     job: _Job = shared()
     pairs, options, path = job.pairs, job.options, job.path(shard)
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
+    line["inputs"] = _inputs(shard, same_as)  # before they are read, so that a later change is noticed
     # Under a name of this process, because a worker of a killed run may live a little into the next run.
     with atomic_write(path, unique_partial_path(path)) as partial:
         with tarfile.open(partial, mode="w") as tar:

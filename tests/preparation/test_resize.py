@@ -1,5 +1,6 @@
 """Shards with smaller images: the same keys, captions and order, the same bytes by any number of processes."""
 
+import os
 import shutil
 import tarfile
 import time
@@ -145,6 +146,26 @@ def test_other_options_and_other_files_are_refused(
     assert "'short_side': 30" in refused("prepare", "resize", shards, small, "--short_side", 30)
     assert f"{shards} holds something" in refused("prepare", "resize", shards, shards)
     assert "is a URL" in refused("prepare", "resize", "https://host/{0..1}.tar", tmp_path / "new")
+
+
+def test_a_source_that_changes_is_resized_anew(shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """A shard is replaced by one of the same size and time, as by `cp -p`; another one gets more pairs."""
+    out, replaced = tmp_path / "out", shards / "00000.tar"
+    resize(shards, out)
+    TarSource(str(out))  # leaves a manifest
+    inode, state, content = (out / "00002.tar").stat().st_ino, replaced.stat(), replaced.read_bytes()
+    replaced.write_bytes(content.replace(b"caption 0", b"another 0"))
+    os.utime(replaced, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with tarfile.open(shards / "00001.tar", "a") as tar:
+        add_member(tar, "new.jpg", encoded(48, 48, "jpg"))
+        add_member(tar, "new.txt", b"new")
+    resize(shards, out)
+    assert members(out / "00000.tar")["00.txt"] == b"another 00"
+    assert members(out / "00001.tar")["new.txt"] == b"new"
+    assert (out / "00002.tar").stat().st_ino == inode, "an unchanged shard was written again"
+    assert TarSource(str(out)).shard_sizes == [6, 7, 6]
+    (shards / "00001.tar").rename(shards / "00007.tar")
+    assert "1 shards" in refused("prepare", "resize", shards, out, "--short_side", SIDE)
 
 
 def test_two_processes_share_the_shards(

@@ -184,19 +184,47 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> No
     assert {path: path.stat().st_ino for path in first} == first, "a finished shard was written again"
 
 
+@pytest.mark.parametrize("kind", ["folder", "csv", "parquet"])
+def test_changed_inputs_are_written_anew(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Pictures change under their names, one with its old size and time as by `cp -p`, and so does a caption."""
+    table, names = tmp_path / f"images/list.{kind}", ["0.jpg", "1.png", "2.bmp", "3.jpg", "4.jpg", "sub/5.jpg"]
+
+    def write_table() -> Path:
+        if kind == "folder":
+            return folder
+        paths = [{"bytes": (folder / name).read_bytes()} for name in names] if kind == "parquet" else names
+        rows = datasets.Dataset.from_dict({"image": paths, "caption": CAPTIONS})
+        rows.to_csv(table) if kind == "csv" else rows.to_parquet(table)
+        return table
+
+    out, options = tmp_path / "out", ["--pairs_per_shard", "2", "--drop_duplicates"]
+    shards_of([write_table(), *options], out)
+    inode, state = (out / "00002.tar").stat().st_ino, (folder / "2.bmp").stat()
+    (folder / "2.bmp").write_bytes(image(9, "BMP"))
+    os.utime(folder / "2.bmp", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (folder / "2.bmp").stat().st_size == state.st_size
+    shutil.copy(folder / "3.jpg", folder / "0.jpg")
+    if kind == "folder":
+        (folder / "1.TXT").write_text("another caption")
+    source = shards_of([write_table(), *options], out)
+    fresh = shards_of([write_table(), *options], tmp_path / "fresh")
+    assert source.shard_sizes == fresh.shard_sizes == [2, 1, 2]
+    for shard, size in enumerate(fresh.shard_sizes):
+        for number in range(size):
+            ours, theirs = source.read(shard, number), fresh.read(shard, number)
+            assert (ours.image, ours.captions) == (theirs.image, theirs.captions)
+    assert (out / "00002.tar").stat().st_ino == inode, "an unchanged shard was written again"
+
+
 def test_other_options_and_wrong_sources_are_refused(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     def fails(source: Path, *flags: str, out: str = "out") -> str:
         return refused("prepare", "shards", source, tmp_path / out, *flags)
 
     shards_of([folder], tmp_path / "out")
     assert "short_side 256 (now 128)" in fails(folder, "--short_side", "128")
-    text = folder / "0.txt"
-    content, state = text.read_text(), text.stat()
-    text.write_text("another caption")
-    assert "other files, captions or columns" in fails(folder)
-    text.write_text(content)
-    os.utime(text, ns=(state.st_atime_ns, state.st_mtime_ns))
-    shards_of([folder], tmp_path / "out")
+    (folder / "4.jpg").rename(folder / "6.jpg")
+    (folder / "4.txt").rename(folder / "6.txt")
+    assert "other files or columns" in fails(folder)
     (folder / "7.jpg").write_bytes(image(7))
     assert "pairs 6 (now 7)" in fails(folder)
     assert f"{folder} holds something" in fails(folder, out="images")
