@@ -292,12 +292,18 @@ def _length(args: Init, proposal: "Proposal", data: "Survey", minutes: float) ->
 
     from flipscale.engines.device import GPUS, gpu_named
     from flipscale.planning.measured_speed import measured_rates
-    from flipscale.planning.time import Hardware, step_time
+    from flipscale.planning.time import hardware_of, step_time
 
     if args.gpu:
-        teraflops, gib = GPUS[name := gpu_named(args.gpu)]
-        recipe, launch = proposal.fit(args.num_gpus, gib)
-        hardware, how = Hardware(peak=1e12 * teraflops), f"as computed for {args.num_gpus} {name} (docs/planning.md)"
+        name = gpu_named(args.gpu)
+        recipe, launch = proposal.fit(args.num_gpus, GPUS[name].gib)
+        try:
+            hardware, how = (
+                hardware_of(name, args.num_gpus),
+                f"as computed for {args.num_gpus} {name} (docs/planning.md)",
+            )
+        except UserError as unknown:
+            return minutes, f"{minutes / 60:g} hours of training; {unknown}"
         rates = [proposal.batch_size / step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
     else:
         if torch.cuda.is_available():

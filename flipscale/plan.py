@@ -45,7 +45,7 @@ class Plan:
         from flipscale.runs.complete_recipe import parse_recipe
 
         name = gpu_named(self.gpu)
-        peak = 1e12 * GPUS[name][0]
+        peak = 1e12 * GPUS[name].teraflops
         recipes = {recipe: with_time_shares(parse_recipe(["--config", recipe])) for recipe in self.recipes}
         mfu = matmul_share("--mfu", self.mfu, self.bench, peak, speed_key(recipes[self.recipes[0]]))
         gpus = Gpus(name, self.num_gpus, peak, mfu, self.watts)

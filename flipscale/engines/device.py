@@ -8,7 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -17,18 +17,46 @@ from flipscale.io.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-# Dense bf16 peaks in Tflop/s, and memory in GiB (the smallest of a name), by words of the device's name. The longest
-# entry whose words all match counts. From the makers' data sheets and papers on GeForce, without sparsity.
-GPUS: dict[str, tuple[float, int]] = {
-    **{"H100": (989, 80), "H100 PCIe": (756, 80), "H100 NVL": (835, 94), "H200": (989, 141), "H200 NVL": (835, 141)},
-    **{"GH200": (989, 96), "B200": (2250, 180), "MI300X": (1307, 192), "A100": (312, 40), "A100 80GB": (312, 80)},
-    **{"A40": (149.7, 48), "A10": (125, 24), "A10G": (70, 24), "L40S": (362, 48), "L40": (181, 48), "L4": (121, 24)},
-    **{"RTX 6000 Ada": (364.2, 48), "RTX A6000": (154.8, 48), "RTX 5090": (209.5, 32), "RTX 5080": (112.6, 16)},
-    **{"RTX 5070 Ti": (87.9, 16), "RTX 5070": (61.7, 12), "RTX 4090": (165.2, 24), "RTX 4080 SUPER": (104.4, 16)},
-    **{"RTX 4080": (97.5, 16), "RTX 4070 Ti SUPER": (88.2, 16), "RTX 4070 Ti": (80.2, 12), "RTX 4070 SUPER": (71, 12)},
-    **{"RTX 4070": (58.3, 12), "RTX 4060 Ti": (44.1, 8), "RTX 4060": (30.2, 8), "RTX 3090 Ti": (80, 24)},
-    **{"RTX 3090": (71, 24), "RTX 3080 Ti": (68.2, 12), "RTX 3080": (59.5, 10), "RTX 3070": (40.6, 8)},
-    **{"RTX 3060 Ti": (32.4, 8), "RTX 3060": (25.5, 12)},
+
+class Gpu(NamedTuple):
+    """A GPU by its maker's data sheet. The smallest and slowest card of a name counts.
+
+    Args:
+        teraflops: dense bf16 peak, in Tflop/s.
+        gib: memory in GiB.
+        memory_gb_s: bandwidth of the memory in GB/s.
+        processors: number of multiprocessors.
+        node_gb_s, network_gb_s: `planning.time.Links` of nodes that are sold with these GPUs; 0 if they differ.
+    """
+
+    teraflops: float
+    gib: int
+    memory_gb_s: float
+    processors: int
+    node_gb_s: float = 0.0
+    network_gb_s: float = 0.0
+
+
+# By words of the device's name. The longest entry whose words all match counts. From the makers' data sheets and papers
+# on GeForce, without sparsity. docs/planning.md has the sources of the links.
+GPUS: dict[str, Gpu] = {
+    **{"H100": Gpu(989, 80, 3350, 132, 350, 46), "H100 PCIe": Gpu(756, 80, 2000, 114)},
+    **{"H100 NVL": Gpu(835, 94, 3900, 132), "H200": Gpu(989, 141, 4800, 132, 350, 46)},
+    **{"H200 NVL": Gpu(835, 141, 4800, 132), "GH200": Gpu(989, 96, 4000, 132), "B200": Gpu(2250, 180, 7700, 148)},
+    **{"MI300X": Gpu(1307, 192, 5300, 304), "A100": Gpu(312, 40, 1555, 108, 220)},
+    **{"A100 80GB": Gpu(312, 80, 2039, 108, 220), "A100 PCIE": Gpu(312, 40, 1555, 108)},
+    **{"A100 80GB PCIe": Gpu(312, 80, 1935, 108), "A40": Gpu(149.7, 48, 696, 84), "A10": Gpu(125, 24, 600, 72)},
+    **{"A10G": Gpu(70, 24, 600, 80), "L40S": Gpu(362, 48, 864, 142), "L40": Gpu(181, 48, 864, 142)},
+    **{"L4": Gpu(121, 24, 300, 58), "RTX 6000 Ada": Gpu(364.2, 48, 960, 142), "RTX A6000": Gpu(154.8, 48, 768, 84)},
+    **{"RTX 5090": Gpu(209.5, 32, 1792, 170), "RTX 5080": Gpu(112.6, 16, 960, 84)},
+    **{"RTX 5070 Ti": Gpu(87.9, 16, 896, 70), "RTX 5070": Gpu(61.7, 12, 672, 48)},
+    **{"RTX 4090": Gpu(165.2, 24, 1008, 128), "RTX 4080 SUPER": Gpu(104.4, 16, 736, 80)},
+    **{"RTX 4080": Gpu(97.5, 16, 717, 76), "RTX 4070 Ti SUPER": Gpu(88.2, 16, 672, 66)},
+    **{"RTX 4070 Ti": Gpu(80.2, 12, 504, 60), "RTX 4070 SUPER": Gpu(71, 12, 504, 56)},
+    **{"RTX 4070": Gpu(58.3, 12, 504, 46), "RTX 4060 Ti": Gpu(44.1, 8, 288, 34), "RTX 4060": Gpu(30.2, 8, 272, 24)},
+    **{"RTX 3090 Ti": Gpu(80, 24, 1008, 84), "RTX 3090": Gpu(71, 24, 936, 82), "RTX 3080 Ti": Gpu(68.2, 12, 912, 80)},
+    **{"RTX 3080": Gpu(59.5, 10, 760, 68), "RTX 3070": Gpu(40.6, 8, 448, 46), "RTX 3060 Ti": Gpu(32.4, 8, 448, 38)},
+    **{"RTX 3060": Gpu(25.5, 12, 360, 28)},
 }
 
 
@@ -52,13 +80,18 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cpu":
         return fastest_product(device, dtype, sides=(1024,), times=2)
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision != "bf16" or (name := gpu_here(device)) is None:
         return None
+    return 1e12 * GPUS[name].teraflops
+
+
+def gpu_here(device: torch.device) -> str | None:
+    """Return the name in `GPUS` of a GPU of this machine, None if it is unknown."""
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
     if words & {"Laptop", "MIG", "D"}:  # slower than the card of this name, such as a slice of it (MIG)
         return None
     names = [name for name in GPUS if words.issuperset(name.split())]
-    return 1e12 * GPUS[max(names, key=lambda name: name.count(" "))][0] if names else None
+    return max(names, key=lambda name: name.count(" "), default=None)
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...], times: int = 5) -> float:

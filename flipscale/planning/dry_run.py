@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from flipscale.engines.device import GPUS, gpu_here, gpu_named
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file, whole_number
 from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.command_line import parse_known, reader_of
@@ -27,7 +28,7 @@ from flipscale.planning.memory import (
     planned_model,
     recipe_memory,
 )
-from flipscale.planning.time import Hardware, Links, StepTime, bench_figures, matmul_share, speed_key, step_time
+from flipscale.planning.time import Hardware, StepTime, bench_figures, hardware_of, matmul_share, speed_key, step_time
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.schedule import schedule_stages
@@ -69,15 +70,16 @@ class DryRun:
         matmul_share: Fraction of the peak that a step reaches on one GPU without communication. Default: 0.4.
         bench: The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders. Replaces
             --matmul_share.
-        peak_tflops: bf16 peak of a GPU in Tflop/s. Default: 989 (H100).
-        node_gb_s: GB/s per GPU within a node. Default: 350 (NVLink of an H100).
-        network_gb_s: GB/s per GPU between nodes. Default: 46 (one 400 Gb/s adapter per GPU).
+        gpu: The kind of GPU, such as h100 or rtx_4090. Default: this machine's GPU. Without a known one, only memory is
+            computed.
+        node_gb_s: GB/s per GPU within a node. Default: by the kind, such as 350 (NVLink of an H100).
+        network_gb_s: GB/s per GPU between nodes. Default: by the kind, such as 46 (H100, a 400 Gb/s adapter per GPU).
         node_cores: Cores of a node.
         images_per_worker_s: Images per second of a loader's worker. Default: 827, as measured by `python
             benchmarks/data.py --alone`.
         pair_kb: kB per pair in the shards.
         gpu_memory_gib: Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default:
-            the memory of this machine's GPU.
+            the memory of --gpu, or of this machine's GPU.
     """
 
     dry_run: bool
@@ -85,9 +87,9 @@ class DryRun:
     num_processes: list[Count] = dataclasses.field(default_factory=list, metadata=_COUNTS)
     matmul_share: ShareAboveZero | None = None
     bench: Path | None = None
-    peak_tflops: Positive = Hardware.peak / 1e12
+    gpu: str | None = None
     node_gb_s: Positive | None = None
-    network_gb_s: Positive = Links.network_gb_s
+    network_gb_s: Positive | None = None
     node_cores: Positive = Hardware.node_cores
     images_per_worker_s: Positive | None = None
     pair_kb: Positive = Hardware.pair_kb
@@ -95,7 +97,8 @@ class DryRun:
 
 
 class _Planned(NamedTuple):
-    """The computed needs of a launch. `seconds` is the time of all steps, or of a mean step if a run has a budget."""
+    """The computed needs of a launch. `seconds` is the time of all steps, or of a mean step if a run has a budget. On
+    unknown GPUs, there are no steps, and no hours unless the run has a budget."""
 
     name: str
     launch: Launch
@@ -103,7 +106,7 @@ class _Planned(NamedTuple):
     host_bytes: int
     steps: Sequence[StepTime]
     seconds: float
-    hours: float
+    hours: float | None
 
 
 def dry_run(arguments: Sequence[str]) -> None:
@@ -111,15 +114,18 @@ def dry_run(arguments: Sequence[str]) -> None:
     pretrain`. Raise UserError if a recipe or launch file cannot be run, or no launch fits the stated memory."""
     args, rest = parse_known(DryRun, arguments, "flipscale pretrain --dry_run")
     recipe = with_time_shares(parse_recipe(rest))
-    hardware = _hardware(args, recipe)
     launches = _launches(args)
-    heading = _heading(recipe, hardware)
+    gpu, limit = args.gpu and gpu_named(args.gpu), args.gpu_memory_gib
+    if gpu is not None:
+        limit = limit or GPUS[gpu].gib
+    elif torch.cuda.is_available():
+        gpu = gpu_here(torch.device("cuda"))
+        limit = limit or torch.cuda.get_device_properties(0).total_memory / 2**30
+    hardware, unknown = _hardware(args, recipe, gpu, max(launch.num_processes for _, launch in launches))
+    heading = f"{_heading(recipe)}\n{unknown or _assumed(gpu, hardware)}"
     if whole_number(os.environ, "RANK", 0) > 0:
         return
-    limit = args.gpu_memory_gib
-    if limit is None and torch.cuda.is_available():
-        limit = torch.cuda.get_device_properties(0).total_memory / 2**30
-    planned = [_planned(name, launch, recipe, hardware) for name, launch in launches]
+    planned = [_planned(name, launch, recipe, hardware, not unknown) for name, launch in launches]
     counts = dict.fromkeys(launch.num_processes for _, launch in launches)
     by_count = {count: [one for one in planned if one.launch.num_processes == count] for count in counts}
     print(heading)
@@ -138,15 +144,18 @@ def dry_run(arguments: Sequence[str]) -> None:
         print(f"on {count:,} process{'es' * (count != 1)}, {_advice(group, limit)}")
 
 
-def _hardware(args: DryRun, recipe: Recipe) -> Hardware:
-    """Return the stated figures, else those of `--bench`, else the defaults."""
-    peak = args.peak_tflops * 1e12
+def _hardware(args: DryRun, recipe: Recipe, gpu: str | None, count: int) -> tuple[Hardware, str]:
+    """Return the stated figures, else those of `--bench`, else those of the GPU, and why no time follows from them."""
+    peak, unknown = 1e12 * GPUS[gpu or "H100"].teraflops, ""
     share = matmul_share("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
-    hardware = Hardware(peak=peak, matmul_share=share, pair_kb=args.pair_kb, node_cores=round(args.node_cores))
-    if args.bench is not None:
-        hardware = hardware.measured(bench_figures(args.bench))
-    links = Links(args.node_gb_s or hardware.links.node_gb_s, args.network_gb_s)
-    return replace(hardware, links=links, images_per_worker_s=args.images_per_worker_s or hardware.images_per_worker_s)
+    figures = {} if args.bench is None else bench_figures(args.bench)
+    figures |= {name: getattr(args, name) or figures.get(name) for name in ("node_gb_s", "images_per_worker_s")}
+    try:
+        hardware = hardware_of(gpu, count, figures["node_gb_s"], args.network_gb_s)
+    except UserError as error:
+        hardware, unknown = Hardware(), str(error)
+    hardware = replace(hardware, matmul_share=share, pair_kb=args.pair_kb, node_cores=round(args.node_cores))
+    return hardware.measured(figures), unknown
 
 
 def _launches(args: DryRun) -> list[tuple[str, Launch]]:
@@ -167,23 +176,25 @@ def planned_launch(file: Path | None, num_processes: int | None, num_machines: i
     return replace(launch, num_processes=num_processes or launch.num_processes)
 
 
-def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware) -> _Planned:
-    steps = [step_time(recipe, launch, stage, hardware) for stage in recipe.stages]
+def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware, is_timed: bool) -> _Planned:
+    steps = [step_time(recipe, launch, stage, hardware) for stage in recipe.stages if is_timed]
     stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
-    seconds = sum((stage.last - stage.first) * step.seconds for stage, step in zip(stages, steps, strict=True))
-    hours = seconds / 3600 if recipe.budget_minutes is None else recipe.budget_minutes / 60
+    seconds = sum((stage.last - stage.first) * step.seconds for stage, step in zip(stages, steps, strict=is_timed))
+    hours = seconds / 3600 if is_timed else None
+    if recipe.budget_minutes is not None:
+        hours = recipe.budget_minutes / 60
     host = host_bytes(recipe, launch, hardware.workers(recipe, launch))
     return _Planned(name, launch, recipe_memory(recipe, launch), host, steps, seconds, hours)
 
 
-def _heading(recipe: Recipe, hardware: Hardware) -> str:
+def _heading(recipe: Recipe) -> str:
     kind, config = build_objective(recipe).exported_model(build_config(recipe))
     check_image_sizes(recipe.eval, config.vision_config.patch_size)
     model = planned_model(config, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = ("vision_model.", "text_model.")
     vision, text = (sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in towers)
-    minutes, batch, links = recipe.budget_minutes, recipe.data.global_batch_size, hardware.links
+    minutes, batch = recipe.budget_minutes, recipe.data.global_batch_size
     name = "towers" if recipe.model.family == "towers" else recipe.model.size
     lines = [f"{name}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}"]
     for stage in schedule_stages(recipe.stages, batch, minutes):
@@ -194,10 +205,16 @@ def _heading(recipe: Recipe, hardware: Hardware) -> str:
             + ("" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels")
             + (", activations recomputed" if recipe.recomputes(stage) else "")
         )
-    return "\n".join(lines) + (
-        f"\ncomputed, for GPUs at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, "
-        f"{links.node_gb_s:g} GB/s a GPU within a node of {GPUS_OF_A_NODE}, {links.network_gb_s:g} between nodes,\n"
-        f"{hardware.node_cores} cores a node, {hardware.images_per_worker_s:g} images/s a worker, "
+    return "\n".join(lines)
+
+
+def _assumed(gpu: str | None, hardware: Hardware) -> str:
+    links = hardware.links
+    return (
+        f"computed, for {gpu} at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, "
+        + (f"{links.node_gb_s:g} GB/s a GPU within a node of {GPUS_OF_A_NODE}, " if links.node_gb_s else "")
+        + (f"{links.network_gb_s:g} between nodes," if links.network_gb_s else "")
+        + f"\n{hardware.node_cores} cores a node, {hardware.images_per_worker_s:g} images/s a worker, "
         f"{hardware.pair_kb:g} kB a pair"
     )
 
@@ -208,7 +225,10 @@ def _table(recipe: Recipe, planned: Sequence[_Planned], limit: float | None) -> 
     rows = [
         ["", *(one.name for one in planned)],
         ["processes", *(f"{one.launch.num_processes:,}" for one in planned)],
-        ["pairs each", *(f"{one.steps[0].pairs:,}" for one in planned)],
+        [
+            "pairs each",
+            *(f"{recipe.data.global_batch_size // one.launch.num_processes:,}" for one in planned),
+        ],
         ["precision", *("bf16" if one.launch.bf16 else "fp32" for one in planned)],
         ["memory, GiB", *blank],
     ]
@@ -220,13 +240,15 @@ def _table(recipe: Recipe, planned: Sequence[_Planned], limit: float | None) -> 
     if limit is not None:
         rows.append([f"  fits {limit:.0f} GiB", *("yes" if one.memory.fits(limit) else "no" for one in planned)])
     rows.append(["  batches in a node's RAM", *(f"{one.host_bytes / 2**30:.2f}" for one in planned)])
-    for at, stage in enumerate(recipe.stages):
+    for at, stage in enumerate(recipe.stages if planned[0].steps else ()):
         rows.append([f"stage: {stage.name}", *blank])
         rows += [[name, *(text(one.steps[at]) for one in planned)] for name, text in _STEP_ROWS.items()]
-    gpu_hours = [one.hours * one.launch.num_processes for one in planned]
-    rows.append(["whole run", *(hours_text(one.hours) for one in planned)])
-    rows.append(["  GPU-hours", *map(hours_text, gpu_hours)])
-    if recipe.cost.device_hour_dollars is not None:
+    hours = [one.hours for one in planned if one.hours is not None]
+    gpu_hours = [one.launch.num_processes * long for one, long in zip(planned, hours, strict=False)]
+    if hours:
+        rows.append(["whole run", *map(hours_text, hours)])
+        rows.append(["  GPU-hours", *map(hours_text, gpu_hours)])
+    if hours and recipe.cost.device_hour_dollars is not None:
         rows.append(["  dollars", *(rounded(recipe.cost.device_hour_dollars * hours) for hours in gpu_hours)])
     return plain_table(rows, range(1, len(rows[0])))
 
@@ -240,4 +262,4 @@ def _advice(planned: Sequence[_Planned], limit: float | None) -> str:
     best = min((one for one in fitting if one.seconds <= _SAME_TIME * fastest), key=lambda one: one.memory.total)
     gib = best.memory.total / 2**30
     room = f"fits in {limit:.0f} GiB with {USABLE * limit - gib:.0f} to spare" if limit else f"{gib:.1f} GiB a process"
-    return f"use {best.name}: {room}, {hours_text(best.hours)}"
+    return f"use {best.name}: {room}" + ("" if best.hours is None else f", {hours_text(best.hours)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.build import engine_class
+from flipscale.engines.device import GPUS
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_matrices, num_trained
@@ -31,8 +32,6 @@ USUAL_SHARE = 0.4
 _BUCKET = 25 * 2**20
 # Seconds of a ring's hop within a node and between nodes: the LL128 protocol in NCCL's model (src/graph/tuning.cc).
 _NODE_HOP, _NETWORK_HOP = 1.9e-6, 4.0e-6
-# Bytes per second that the optimiser reads and writes: data sheet of an H100 SXM.
-_MEMORY_BANDWIDTH = 3.35e12
 # Operations that the host queues in a step: a block's two passes, uncompiled and compiled, and all else.
 # tests/simulated counts them. Compiled ones are kernels of Triton, matrix products and attention of L/16, without the
 # guards and wrappers of a pass.
@@ -89,12 +88,12 @@ class Links:
     """Bandwidths between GPUs in GB/s per GPU and direction.
 
     Args:
-        node_gb_s: bandwidth within a node; 350: NVLink of an H100 by NCCL's authors (NVIDIA/nccl#986).
-        network_gb_s: bandwidth between nodes; 46: a 400 Gb/s adapter per GPU (NVIDIA/nccl-tests#290: 46 to 48).
+        node_gb_s: bandwidth within a node.
+        network_gb_s: bandwidth between nodes.
     """
 
-    node_gb_s: float = 350.0
-    network_gb_s: float = 46.0
+    node_gb_s: float = GPUS["H100"].node_gb_s
+    network_gb_s: float = GPUS["H100"].network_gb_s
 
     def group(self, size: int, stride: int = 1) -> "Group":
         """Return a group of `size` processes: every `stride`-th process."""
@@ -130,10 +129,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Hardware:
-    """GPUs, their links and their loaders.
+    """GPUs, by default H100 SXM, their links and their loaders.
 
     Args:
-        peak: bf16 operations per second of a GPU; 989e12: data sheet of an H100 SXM, dense.
+        peak: bf16 operations per second of a GPU.
+        memory_gb_s: GB/s that the optimiser reads and writes.
+        processors: multiprocessors of a GPU, which small matrix products do not fill.
         matmul_share: share of the peak that matrix products reach on a GPU alone.
         node_cores: cores of a node, as in the Slurm scripts; they decide the workers of a recipe that states none.
         images_per_worker_s: images per second of a loader's worker; 827: docs/speed.md, JPEGs of 500x400.
@@ -142,7 +143,9 @@ class Hardware:
     """
 
     links: Links = field(default_factory=Links)
-    peak: float = 989e12
+    peak: float = 1e12 * GPUS["H100"].teraflops
+    memory_gb_s: float = GPUS["H100"].memory_gb_s
+    processors: int = GPUS["H100"].processors
     matmul_share: float = USUAL_SHARE
     node_cores: int = 96
     images_per_worker_s: float = 827.0
@@ -158,6 +161,27 @@ class Hardware:
         node_gb_s = figures.get("node_gb_s") or self.links.node_gb_s
         own = {name: figures.get(name) or getattr(self, name) for name in ("images_per_worker_s", "call_s")}
         return replace(self, links=replace(self.links, node_gb_s=node_gb_s), **own)
+
+
+def hardware_of(
+    name: str | None, count: int, node_gb_s: float | None = None, network_gb_s: float | None = None
+) -> Hardware:
+    """Return the hardware of a run on `count` GPUs, whose `name` is in `GPUS`, with the stated links. Raise UserError
+    if the GPU or its links are unknown."""
+    if name is None:
+        raise UserError("no times are computed, because the GPU is unknown; name it with --gpu, such as --gpu h100")
+    gpu = GPUS[name]
+    links = Links(node_gb_s or gpu.node_gb_s, network_gb_s or gpu.network_gb_s)
+    for option, has_link, needed_above in (
+        ("node_gb_s", links.node_gb_s, 1),
+        ("network_gb_s", links.network_gb_s, GPUS_OF_A_NODE),
+    ):
+        if count > needed_above and not has_link:
+            raise UserError(
+                f"no times are computed, because the links of {count:,} {name} are unknown; "
+                f"`flipscale pretrain --dry_run` takes them as --{option}"
+            )
+    return Hardware(links, 1e12 * gpu.teraflops, gpu.memory_gb_s, gpu.processors)
 
 
 @dataclass(frozen=True)
@@ -227,7 +251,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     )
     kept = engine_class(launch).memory(trained_model(recipe, stage), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
-    optimizer = 4 * 7 * sum(kept.moments.values()) / _MEMORY_BANDWIDTH
+    optimizer = 4 * 7 * sum(kept.moments.values()) / (1e9 * hardware.memory_gb_s)
     config, decodes = build_config(recipe), "images" not in recipe.data.stored
     workers = hardware.workers(recipe, launch)
     loader = pairs / (workers * hardware.images_per_worker_s) if workers and decodes else 0.0
@@ -249,8 +273,8 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         bottleneck = "host"
     elif exposed + optimizer > compute / 4:
         bottleneck = "node links" if count <= GPUS_OF_A_NODE else "network"
-    # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
-    elif rows * vision.hidden_size < 4 * 132 * 128 * 256:
+    # With fewer than four tiles of 128 x 256 for each of a GPU's processors, some are idle.
+    elif rows * vision.hidden_size < 4 * hardware.processors * 128 * 256:
         bottleneck = "small batch"
     else:
         bottleneck = "compute"

@@ -73,6 +73,15 @@ def test_a_recipe_for_this_machine_trains(
     assert configs[0]["text_config"]["vocab_size"] == configs[1]["text_config"]["vocab_size"] < 100
 
 
+def test_no_speed_where_the_links_are_unknown(init: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = parse_recipe(["--config", str(init("--gpu", "rtx_4090", "--num_gpus", "8", "--hours", "12"))])
+    assert recipe.budget_minutes == 720
+    length = capsys.readouterr().out.splitlines()[-2]
+    assert "12 hours" in length
+    assert "unknown" in length
+    assert "pairs" not in length
+
+
 def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     recipe = parse_recipe(["--config", str(init("--gpu", "h100", "--num_gpus", "8", "--hours", "12"))])
     *_, length, command = capsys.readouterr().out.splitlines()

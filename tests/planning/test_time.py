@@ -9,7 +9,7 @@ import pytest
 from flipscale.cli import main
 from flipscale.engines.launch import Launch
 from flipscale.planning.memory import recipe_memory
-from flipscale.planning.time import Hardware, Links, messages, step_time
+from flipscale.planning.time import Hardware, Links, hardware_of, messages, step_time
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 
@@ -123,7 +123,7 @@ def test_a_column_for_each_launch_and_an_advice(tmp_path: Path, capsys: pytest.C
     (tmp_path / "gpu.json").write_text('{"planning": {"step_flops_per_s": {"": 494.5e12}}}\n')
     files = [str(DS_CONFIGS / f"{name}.yaml") for name in ("ddp", "fsdp2", "hsdp")]
     command = ["pretrain", "--dry_run", "--config", "h14_laion2b", "--cost.device_hour_dollars", "2", "--launch_file"]
-    main([*command, *files, "--num_processes", "256,1024", "--bench", str(tmp_path / "gpu.json")])
+    main([*command, *files, "--num_processes", "256,1024", "--gpu", "h100", "--bench", str(tmp_path / "gpu.json")])
     printed = capsys.readouterr().out
     assert "at 50% of 989 Tflop/s" in printed
     table = cells(printed)
@@ -134,14 +134,53 @@ def test_a_column_for_each_launch_and_an_advice(tmp_path: Path, capsys: pytest.C
         [2 * count * time for count, time in zip([256, 1024] * 3, hours, strict=True)], rel=1e-3
     )
     # At 1,024 processes, the network limits fsdp2, and ddp is slower by its optimizer; at 256, all are equally fast.
-    words = r"on ([\d,]+) processes, use (\w+): (.*) GiB a process, (.*)"
+    words = r"on ([\d,]+) processes, use (\w+): fits in 80 GiB with (.*) to spare, (.*)"
     for line, column, processes, name in zip(
         printed.splitlines()[-2:], (2, 5), ("256", "1,024"), ("fsdp2", "hsdp"), strict=True
     ):
         found = re.fullmatch(words, line)
         assert found is not None
         assert found.group(1, 2, 4) == (processes, name, table["whole run"][column])
-        assert float(found[3]) == pytest.approx(float(table["total"][column]), abs=0.0551)
+        assert float(found[3]) == pytest.approx(0.94 * 80 - float(table["total"][column]), abs=0.51)
+
+
+SMALL = ["pretrain", "--dry_run", "--config", "small_gpu", "--data.global_batch_size", "256", "--num_processes"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["1", "--gpu_memory_gib", "24"], "--gpu"),
+        (["1", "--bench", "gpu.json"], "--gpu"),
+        (["8", "--gpu", "rtx_3060"], "--node_gb_s"),
+        (["16", "--gpu", "a100"], "--network_gb_s"),
+        (["1", "--gpu", "rtx_3060"], None),
+        (["8", "--gpu", "rtx_3060", "--node_gb_s", "10"], None),
+        (["8", "--gpu", "a100"], None),
+        (["16", "--gpu", "h100"], None),
+    ],
+)
+def test_only_a_known_gpu_has_times(
+    flags: list[str], reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gpu.json").write_text('{"planning": {"step_flops_per_s": {"": 5e12}}}\n')
+    main([*SMALL, *flags])
+    printed = capsys.readouterr().out
+    assert ("no times are computed" in printed) == (reason is not None)
+    assert (reason or "") in printed
+    figures = ("step, ms", "pairs/s", "whole run", "GPU-hours")
+    assert [name for name in figures if name in cells(printed)] == ([] if reason else [*figures])
+    assert " h\n" not in printed.splitlines(keepends=True)[-1] or reason is None
+    assert "total" in cells(printed)
+
+
+def test_the_optimiser_is_as_fast_as_the_gpu_s_memory(h14: Recipe) -> None:
+    seconds = [
+        step_time(h14, Launch("ddp", 1, "bf16"), h14.stages[0], hardware_of(name, 1)).optimizer
+        for name in ("H100", "RTX 3060")
+    ]
+    assert seconds[1] / seconds[0] == pytest.approx(3350 / 360)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     file.write_text(json.dumps(as_json(bench)))
     capsys.readouterr()
     main(["plan", str(small), "--gpu", "h100", "--bench", str(file)])
-    main(["pretrain", "--dry_run", "--config", str(small), "--num_processes", "8", "--bench", str(file)])
+    flags = ["--num_processes", "8", "--gpu", "h100", "--bench", str(file)]
+    main(["pretrain", "--dry_run", "--config", str(small), *flags])
     planned = capsys.readouterr().out
     assert f" {as_json(bench)['planning']['node_gb_s']:g} GB/s a GPU within a node" in planned
     assert len(bench.figures["open_clip"]) == 12
