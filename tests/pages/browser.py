@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,8 @@ OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"),
 )
+# Initiator of a browser's own requests in its network log.
+_NO_ORIGIN = "not an origin"
 # Measures the page as it stands after a moment: its pictures, headings and width.
 LOOK = """
 <script>
@@ -49,7 +52,7 @@ class Opened:
     Args:
         dom: as the browser has it.
         facts: what `LOOK` measured.
-        requests: the addresses that the browser asked a network for.
+        requests: the addresses that the page asked a network for.
     """
 
     dom: str
@@ -85,8 +88,20 @@ def look(page: Path, folder: Path, width: int = 1000, dark: bool = False, script
     assert done.returncode == 0, done.stderr
     facts = re.search(r'<script type="application/json" id="facts">(.*?)</script>', done.stdout, re.DOTALL)
     assert facts is not None, done.stderr
-    urls = re.findall(r'"(?:https?|wss?|ftp)://[^"]*"', log.read_text())
-    return Opened(done.stdout, json.loads(facts[1]), [url.strip('"') for url in urls])
+    return Opened(done.stdout, json.loads(facts[1]), list(dict.fromkeys(_requests(json.loads(log.read_text())))))
+
+
+def _requests(log: dict[str, Any]) -> Iterator[str]:
+    """Yield the addresses that the page asked a network for: those of its requests, and the hosts of its preconnects.
+
+    A whole Chromium also calls its maker's hosts. Such a request has no origin, and its connection belongs to no page.
+    """
+    for event in log["events"]:
+        fields = event.get("params", {})
+        if fields.get("initiator", _NO_ORIGIN) != _NO_ORIGIN:
+            yield fields["url"]
+        elif " <file:" in (connection := fields.get("group_id", "")):
+            yield connection.split()[0]
 
 
 def check_accessible(opened: Opened) -> None:
