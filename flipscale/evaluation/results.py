@@ -15,7 +15,7 @@ from flipscale.io.json_lines import PLACE
 RESULTS_FILE = "results.jsonl"
 _RESULT = {
     **dict.fromkeys(("task", "kind", "metric"), str),
-    **dict.fromkeys(("label", "unit", "who", "outcomes"), str | None),
+    **dict.fromkeys(("label", "unit", "who", "test", "outcomes"), str | None),
     **dict.fromkeys(("low", "high", "chance"), int | float | None),
     "value": int | float,
     "n": int | None,
@@ -44,6 +44,7 @@ class Result:
         chance: value of a guess, in `unit`; None if unknown.
         who: the evaluated model if it is not this model: name of a baseline, `BEFORE`, or one of `CHANGES`.
         made_by: task fields that the number depends on: its `data` and its options.
+        test: digest of the test, its images, answers and options; empty if unknown.
         outcomes: a bit for each query, 1 for a right answer, in hexadecimal digits; empty if unknown.
     """
 
@@ -61,6 +62,7 @@ class Result:
     headline: bool = True
     who: str = THIS_MODEL
     made_by: dict[str, Any] = field(default_factory=dict)
+    test: str = ""
     outcomes: str = field(default="", repr=False)
 
     @property
@@ -203,7 +205,8 @@ def with_changes(results: Sequence[Result]) -> list[Result]:
     before = {result.name: result for result in results if result.who == BEFORE}
     changed = []
     for result in results:
-        if result.who == THIS_MODEL and result.name in before:
+        # The test set may be another one since a resume.
+        if result.who == THIS_MODEL and result.name in before and before[result.name].test == result.test:
             old = before.pop(result.name)
             changed += [result, old, change_of(result, old)]
         elif result.who != BEFORE:

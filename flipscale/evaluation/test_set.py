@@ -1,5 +1,6 @@
 """A test set in CLIP_benchmark's layout: shards, labels, captions, class names and prompts; and a run's classes."""
 
+import hashlib
 import json
 import logging
 import os
@@ -93,6 +94,11 @@ class TestSet:
         mine = self.of_my_rows(embedder, read)
         pairs = gather_objects(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
         return [value for _, value in sorted(pairs)]
+
+    def digest(self, embedder: Embedder) -> str:
+        """Collective. Return a digest of all samples in shard order and of the class names, whatever the folder."""
+        content = [*self.gathered(embedder, self.source.sample_digest), read_text(self.data, CLASS_NAMES)]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def of_my_rows(self, embedder: Embedder, read: Callable[[int, int], Value]) -> list[Value]:
         """Collective. Return `read(shard, number)` of each of this process's rows. All processes raise the error of

@@ -85,6 +85,7 @@ class RunEvaluator:
         self.evaluations = [
             Evaluation(task.name, task.every_samples, starts and task.needs in ("texts", "features")) for task in tasks
         ]
+        self._contents: dict[str, str] = {}  # digests by place, of sets that several tasks may have
         self._drawn = time.monotonic()
         if session.accelerator.is_main_process:
             drop_results_after(self._run_dir, setup.schedule.last_evaluated(session.state))
@@ -95,8 +96,11 @@ class RunEvaluator:
         """Collective. Return the numbers of evaluations, or None if `stops` ended them. Those after 0 steps are of the
         untrained model."""
         results: list[Result] = []
-        for _, of_task in evaluated(self._embedder, [self._tasks[one.name] for one in evaluations]):
-            results += of_task
+        for task, of_task in evaluated(self._embedder, [self._tasks[one.name] for one in evaluations]):
+            test_set = TestSet.open(task.data)
+            self._contents[task.data] = self._contents.get(task.data) or test_set.digest(self._embedder)
+            test = task.digest(test_set, self._contents[task.data])
+            results += [dataclasses.replace(result, test=test) for result in of_task]
             if stops():
                 return None
         if not num_steps:

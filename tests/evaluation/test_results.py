@@ -68,6 +68,8 @@ def test_what_a_training_changed() -> None:
     assert with_changes([replace(one, higher_is_better=False) for one in (better, worse)])[-1].who == "won"
     assert with_changes([replace(one, low=None, high=None) for one in (better, worse)])[-1].who == "no clear change"
     assert with_changes([before]) == [before]
+    # The test set was replaced, and the run went on.
+    assert with_changes([replace(before, test="old"), replace(after, test="new")])[1:] == [replace(before, test="old")]
 
 
 def test_answers_to_the_same_queries_are_compared_in_pairs() -> None:
