@@ -39,6 +39,7 @@ _MOST_SEARCH_BYTES, _MOST_SEARCHED = 50_000_000, 10_000
 # Longer sides of thumbnails; the first that makes the page small enough is used.
 _SIDES = (144, 112, 80, 56, 40)
 _MOST_LETTERS = 70
+_DARKEST = 150  # opacity of a map's shadow, of 255
 _STORED = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
 MOST_TOWER_BYTES = 20_000_000
 _ACTIVATIONS = ("relu", "gelu_pytorch_tanh")
@@ -154,15 +155,15 @@ def with_maps(embedder: Embedder, pictures: Pictures, results: Sequence[Search])
 
 
 def _overlay(heat: np.ndarray, picture: Picture, squashes: bool) -> Picture:
-    """Return a map as a picture to lie over a thumbnail: clear where the text is least, red where it is most."""
-    shares = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
+    """Return a map as a shadow to lie over a thumbnail, which keeps its hues: clear where the text is most, dark where it
+    is least and outside the model's crop."""
+    shares = (heat.max() - heat) / max(float(np.ptp(heat)), 1e-12)
     size = (picture.width, picture.height) if squashes else (min(picture.width, picture.height),) * 2
-    alpha = Image.fromarray((170 * shares).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    whole = Image.new("L", (picture.width, picture.height))
+    alpha = Image.fromarray((_DARKEST * shares).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    whole = Image.new("L", (picture.width, picture.height), _DARKEST)
     whole.paste(alpha, ((picture.width - size[0]) // 2, (picture.height - size[1]) // 2))
-    red = Image.new("RGB", whole.size, (220, 30, 20))
-    red.putalpha(whole)
-    return thumbnail(np.asarray(red), "", max(whole.size))
+    shadow = Image.merge("LA", (Image.new("L", whole.size), whole))
+    return thumbnail(np.asarray(shadow.convert("RGBA")), "", max(whole.size))
 
 
 def write_search_page(

@@ -104,8 +104,9 @@ def test_maps_lie_over_the_hits(trained: Path, pictures: Path, tmp_path: Path) -
     assert len(maps) == 2, "words have maps, and a picture as a query has none"
     assert 'id="where"' in text
     with Image.open(io.BytesIO(base64.b64decode(maps[0][0]))) as image:
-        alpha = np.asarray(image)[..., 3]
+        *colours, alpha = np.moveaxis(np.asarray(image), 2, 0)
     assert alpha.max() > alpha.min() == 0
+    assert not np.any(colours), "a shadow keeps the hues"
     search(trained / "model", pictures, "a red disc", "--out", page, "--top", "2")
     assert 'class="map"' not in page.read_text()
     assert 'id="where"' not in page.read_text()
