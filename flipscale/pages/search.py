@@ -155,8 +155,8 @@ def with_maps(embedder: Embedder, pictures: Pictures, results: Sequence[Search])
 
 
 def _overlay(heat: np.ndarray, picture: Picture, squashes: bool) -> Picture:
-    """Return a map as a shadow to lie over a thumbnail, which keeps its hues: clear where the text is most, dark where it
-    is least and outside the model's crop."""
+    """Return a map as a shadow to lie over a thumbnail, which keeps its hues: clear where the text is most, dark where
+    it is least and outside the model's crop."""
     shares = (heat.max() - heat) / max(float(np.ptp(heat)), 1e-12)
     size = (picture.width, picture.height) if squashes else (min(picture.width, picture.height),) * 2
     alpha = Image.fromarray((_DARKEST * shares).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)

@@ -17,7 +17,7 @@ from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 from PIL import Image
 
-from flipscale.evaluation.results import append_results, latest, read_results
+from flipscale.evaluation.results import BEFORE, THIS_MODEL, Result, append_results, latest, read_results
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.pages.run_page import MOST_BYTES, mask_rows, write_report
 from flipscale.recipe.outputs import EvalRecipe
@@ -104,6 +104,35 @@ def test_left_out_results_and_figures_are_counted(copied: Path) -> None:
     for folder in ("figures", "model/figures"):
         shutil.rmtree(copied / folder)
     assert "pip install" not in write_report(recipe, load_dual_encoder).read_text()
+
+
+def test_before_after_and_change_are_columns_and_the_loss_leads(copied: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe_of(copied), output_dir=str(copied), eval=EvalRecipe())
+    last = read_results(copied)[-1]
+    (copied / "results.jsonl").unlink()
+    shape = Result("own", "zero_shot", "top1", 0.0, 1000, chance=4.0, made_by={"data": "fruit"})
+    figures = (("own", 20.0, 60.0), ("guard", 70.5, 50.25), ("other", 30.0, 30.5))
+    for index, who in ((1, BEFORE), (2, THIS_MODEL)):
+        made = [(one, one[index]) for one in figures]
+        results = [
+            dataclasses.replace(shape, task=one[0], value=value, low=value - 2, high=value + 2, who=who)
+            for one, value in made
+        ]
+        append_results(copied, results, last.step, last.samples_seen, last.trained_seconds)
+    page = write_report(recipe, load_dual_encoder)
+    text = page.read_text()
+    lead = text.partition("</header>")[0]
+    assert lead.index("Lost against the model before: guard of fruit top-1 -20.2 points") < lead.index("Won against")
+    assert "other of fruit" not in lead
+    head = re.findall(r"<th[^>]*>([^<]*)</th>", text.partition("<thead>")[2].partition("</thead>")[0])
+    assert head == ["metric", "before", "after", "change", "chance", "n"]
+    (row,) = re.findall(r"guard of fruit</th></tr>\s*(<tr>.*?</tr>)", text, re.DOTALL)
+    cells = [" ".join(re.sub(r"<[^>]*>", " ", cell).split()) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)]
+    before, after, change = "70.5 % 68.5 to 72.5", "50.2 % 48.2 to 52.2", "-20.2 points, lost -23.1 to -17.4"
+    assert cells == ["top-1", before, after, change, "4.0 %", "1,000"]
+    opened = look(page, tmp_path)
+    check_accessible(opened)
+    assert "results" not in opened.facts["scrolled"], "the last columns are hidden"
 
 
 def test_it_names_the_start_of_a_run(copied: Path) -> None:
