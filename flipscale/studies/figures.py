@@ -29,7 +29,7 @@ _BARS: dict[str, Any] = {"marker": "o", "markersize": 4.5, "capsize": 2.5}
 # Keywords of a legend at the right of the axes.
 _BESIDE: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 # And below them, so that no curve crosses it.
-_BELOW: dict[str, Any] = {"frameon": False, "loc": "upper left", "bbox_to_anchor": (0.0, -0.15)}
+_BELOW: dict[str, Any] = {"frameon": False, "loc": "upper left", "bbox_to_anchor": (0.0, -0.22)}
 _NOTE: dict[str, Any] = {"fontsize": 8, "color": "#555555", "x": 0.01, "ha": "left"}
 
 # Curves of a configuration's seeds, by its name.
@@ -44,7 +44,8 @@ def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words:
     `samples_seen` or `trained_seconds`."""
     is_single = len(panels) == 1
     size = (7.5, 4.5) if is_single else (4.2 * len(panels), 3.8)
-    look = {"figsize": size, "sharey": True, "squeeze": False, "constrained_layout": True}
+    # Between the panels is room for the last number of one axis and the first of the next.
+    look = {"figsize": size, "sharey": True, "squeeze": False, "layout": "constrained", "gridspec_kw": {"wspace": 0.08}}
     figure, axes = drawing_pyplot().subplots(1, len(panels), **look)
     all_groups = [group for groups in panels.values() for group in groups.values()]
     label, unit = _unit(along, max(curve.records[-1][along] for group in all_groups for curve in group))

@@ -11,6 +11,7 @@ import yaml
 
 from flipscale.evaluation.intervals import mean_of, student, wilson
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.presentation import figures
 from flipscale.evaluation.presentation.curves import (
     Curve,
     by_recipe,
@@ -156,3 +157,17 @@ def test_runs_of_several_seeds_have_their_mean_and_a_band(tmp_path: Path) -> Non
     draw_result(curves, TOP1, tmp_path / "top1.png")
     draw_loss(curves, tmp_path / "loss.png")
     assert (tmp_path / "top1.png").stat().st_size > 10_000
+
+
+def test_a_legend_lies_on_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    curves = [seeded(0, [10.0, 20.0], "one"), replace(seeded(0, [90.0, 5.0], "two"), name="two" * 9)]
+    draw_result(curves, TOP1, tmp_path / "top1.png")
+    draw_loss(curves, tmp_path / "loss.png")
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (axes,), legends = figure.axes, [*figure.legends, figure.axes[0].get_legend()]
+        (legend,) = [legend for legend in legends if legend is not None]
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+        assert axes.get_window_extent().height > 0.6 * figure.bbox.height

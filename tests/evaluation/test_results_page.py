@@ -9,6 +9,7 @@ from flipscale.data.task_page import TaskPage, read_page, suite_pages
 from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.model_results import Line
+from flipscale.evaluation.presentation import results_page
 from flipscale.evaluation.presentation.results_page import Column, draw_results, suite_tables
 from flipscale.evaluation.results import Result
 
@@ -65,6 +66,19 @@ def test_the_mean_of_a_suite() -> None:
     text = suite_tables([Column("one", [nothing, *whole[1:]]), Column("two", whole)], ["fairness"])
     assert cells(text, f"mean of {len(pages)}")[2] == cells(text, pages[0].title)[2] == "-"
     assert "nan" not in text
+
+
+def test_a_figure_ends_where_its_results_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, line = [], line_of(read_page("cars"), 50.0)
+    own, replace = dataclasses.replace(line, about={**line.about, "page": None}), dataclasses.replace
+    monkeypatch.setattr(results_page, "save_figure", lambda figure, path: drawn.append(figure.axes[0].get_xlim()))
+    for value in (30.0, 99.0):
+        draw_results(
+            [Column("a", [replace(own, result=replace(own.result, value=value, low=value - 2, high=value))])],
+            tmp_path / "results.png",
+        )
+    assert [(low, high < 50) for low, high in drawn] == [(0, True), (0, False)]
+    assert drawn[1][1] <= 100
 
 
 def test_a_model_may_be_named_as_a_formula(tmp_path: Path) -> None:

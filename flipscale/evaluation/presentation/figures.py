@@ -93,7 +93,8 @@ def draw_curves(curves: list[Curve], folder: Path) -> Iterator[tuple[str, Result
 
 def _axes(title: str, y_label: str, curves: Sequence[Curve]) -> "tuple[Figure, Axes, float]":
     """Return a figure over the curves' `along`, and the size of its unit: seconds, or hours if a run took over two."""
-    figure, axes = drawing_pyplot().subplots(figsize=(7, 4.2), constrained_layout=True)
+    height = 4.2 + 0.22 * (len(by_recipe(curves)) - 1)  # with a legend below the axes
+    figure, axes = drawing_pyplot().subplots(figsize=(7, height), constrained_layout=True)
     axes.set_title(title, loc="left")
     along = curves[0].along
     longest = max(curve.records[-1][along] for curve in curves) or 1.0
@@ -124,7 +125,7 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
     if len({ratio for curve in curves for ratio in curve.masks.values()}) > 1:
         _explain(axes, "Masked images are harder than whole ones: losses under different masks do not compare.")
     if len(curves) > 1:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower left", frameon=False)
     save_figure(figure, path)
 
 
@@ -201,5 +202,5 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
         notes[f"Guessing: {with_unit(shown.chance, shown.unit)}."] = None
     _explain(axes, " ".join(sorted(notes)))
     if len(groups) > 1 or any(len(group) > 1 for group in groups):
-        axes.legend(loc="best", framealpha=0.9, edgecolor="none")
+        figure.legend(loc="outside lower left", frameon=False)
     save_figure(figure, path)

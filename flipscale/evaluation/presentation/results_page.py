@@ -105,7 +105,7 @@ def draw_results(columns: Sequence[Column], path: Path) -> None:
             axes.plot(*zip(*places, strict=True), marker, color="#888888", label=label, zorder=1)
     axes.set_yticks(range(len(rows)), [f"{row.title}, {row.result.shown}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, min(100.0, axes.get_xlim()[1]))
     axes.set_xlabel("%")
     tidy(axes, "x")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
