@@ -1,10 +1,12 @@
 """Pictures of a folder or of tar shards, and their embeddings."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -14,22 +16,23 @@ import torch
 from flipscale.data.decode import UndecodableImage
 from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
 from flipscale.data.sources.opening import open_shards
-from flipscale.data.sources.raw_data import IMAGE_SUFFIXES
+from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, TABLE_SUFFIXES
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress
-from flipscale.preparation.lists import FileList, is_outside, picture_files
+from flipscale.preparation.lists import FileList, is_outside, open_pairs, picture_files
 
 _BATCH = 64
 
 
 @dataclass(frozen=True)
 class FolderPictures:
-    """Picture files in a folder and below it, by index."""
+    """Picture files in a folder and below it, by index, and captions by file of those without a text beside them."""
 
     files: FileList
+    titles: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -43,7 +46,7 @@ class FolderPictures:
         try:
             return self.files.captions(index)[0]
         except (BadSample, IndexError):
-            return self.name(index)
+            return self.titles.get(os.path.normpath(self.files.files[index]), self.name(index))
 
     def image(self, index: int) -> bytes:
         """Return the encoded picture. Raise BadSample if it cannot be read."""
@@ -110,10 +113,24 @@ def open_pictures(place: str) -> Pictures:
     is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
     if not is_shards and not folder.is_dir():
         raise UserError(f"{place} is not a folder; name a folder of pictures, or shards named *.tar")
-    pictures = ShardPictures(open_shards(place)) if is_shards else FolderPictures(picture_files(folder))
+    pictures = (
+        ShardPictures(open_shards(place)) if is_shards else FolderPictures(picture_files(folder), _titles(folder))
+    )
     if not len(pictures):
         raise UserError(f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)}, or shards, *.tar")
     return pictures
+
+
+def _titles(folder: Path) -> dict[str, str]:
+    """Return the captions of a folder's `metadata` table by file, without its unusable rows; empty without a table."""
+    titles = {}
+    with suppress(UserError):
+        for path in filter(Path.is_file, (folder / f"metadata{suffix}" for suffix in TABLE_SUFFIXES)):
+            table = open_pairs(str(path))
+            for row in range(len(table)):
+                with suppress(BadSample):
+                    titles[os.path.normpath(table.key(row))] = table.captions(row)[0]
+    return titles
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """`flipscale search`: its hits, its page, and its errors for bad input."""
 
 import base64
+import csv
 import io
 import json
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,28 @@ def test_a_mended_model_embeds_again(
     (model / "config.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit):
         search(*asked)
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
+def test_hits_have_the_titles_of_a_table(
+    trained: Path, pictures: Path, tmp_path: Path, table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(path.relative_to(pictures)) for path in sorted(pictures.rglob("*.png"))]
+    rows = [{"file_name": f"./{file}", "text": f"my <i>title</i>, {number}"} for number, file in enumerate(files[:-1])]
+    with open(pictures / table, "w", newline="") as file:
+        if table.endswith(".csv"):
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows([*rows, {"file_name": files[-1], "text": ""}])
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in [*rows, {"file_name": files[-1]}])
+    search(trained / "model", pictures, "a red disc", "--out", tmp_path / "a.html", "--top", "20")
+    labels = [unescape(alt) for alt in re.findall(r'alt="([^"]*)"', (tmp_path / "a.html").read_text())]
+    titled = {f"my <i>title</i>, {number}" for number, file in enumerate(files[:-1]) if file != "grey/3.png"}
+    # A text beside a picture is its title, and a picture without any has its name.
+    titled -= {f"my <i>title</i>, {files.index('red/4.png')}"}
+    assert set(labels) == {*titled, "a red disc <b>", files[-1]}
+    assert re.search(r"my <i>title</i>, \d+ \(\w+/", capsys.readouterr().out)
 
 
 def test_maps_lie_over_the_hits(trained: Path, pictures: Path, tmp_path: Path) -> None:
