@@ -59,8 +59,9 @@ class Comparison:
             replace(read_curve(run_dir), name=name, learned=name, seed=-1)
             for run_dir, name in zip(run_dirs, names, strict=True)
         ]
-        recipes = [dict(_flat({**run.recipe, "output_dir": None})) for run in runs]
-        defaults = dict(_flat(yaml.safe_load(to_yaml(Recipe(stages=[StageRecipe("")], output_dir="")))))
+        default_recipe = yaml.safe_load(to_yaml(Recipe(stages=[StageRecipe("")])))
+        given = [default_recipe, *(run.recipe for run in runs)]
+        defaults, *recipes = (dict(_flat({**recipe, "output_dir": None})) for recipe in given)
         rows = []
         for flag in dict.fromkeys(chain(*recipes)):
             default = defaults.get(re.sub(r"^stages\..*\.", "stages.0.", flag), NOTHING)

@@ -30,17 +30,7 @@ from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.model_results import data_name
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.presentation.figures import can_draw
-from flipscale.evaluation.results import (
-    BEFORE,
-    CHANGED,
-    CHANGES,
-    LOST,
-    THIS_MODEL,
-    WON,
-    Result,
-    with_changes,
-    with_unit,
-)
+from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import TestSet, kept_class_names
 from flipscale.evaluation.whole_images import whole_square
@@ -262,13 +252,11 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
     missing: list[str] = []
     shown = with_changes(curve.results)
-    tests: dict[str, list[list[Result]]] = {}  # by test: rows of a result, and perhaps of it before and its change
-    for result in shown[:_MOST_RESULTS]:
-        rows = tests.setdefault(_test(result), [])
-        if rows and result.who in (BEFORE, *CHANGES) and rows[-1][0].name == result.name:
-            rows[-1].append(result)
-        else:
-            rows.append([result])
+    tests: dict[str, list[list[Result]]] = {}  # rows of a result, and perhaps of it before and of its change
+    own = {THIS_MODEL, BEFORE, *CHANGES}
+    for _, row in itertools.groupby(shown[:_MOST_RESULTS], lambda one: (one.name, one.who in own or one.who)):
+        (first, *rest) = row
+        tests.setdefault(_test(first), []).append([first, *rest])
     if len(shown) > _MOST_RESULTS:
         missing.append(f"{len(shown) - _MOST_RESULTS:,} more results: results.jsonl has them.")
     shows = not recipe.model.embedded
@@ -289,7 +277,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "with_unit": with_unit,
         "this_model": THIS_MODEL,
         "before": BEFORE,
-        "told": {who: [one for one in shown if one.headline and one.who == who] for who in (LOST, WON)},
+        "told": {who: [one for one in shown if one.headline and one.who == who] for who in CHANGES[1::-1]},
         "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
         "seen": _seen(recipe, load, run.environment.get("mixed_precision", "no"), missing) if shows else None,
         "masks": (try_part("What was masked", missing, lambda: mask_rows(recipe)) or {}) if shows else {},

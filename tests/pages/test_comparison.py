@@ -47,7 +47,7 @@ def test_what_differs_is_listed(trained: Path, other: Path) -> None:
     assert sorted(fields) == [["seed", "0", "7", "0"], ["stages.masked.base_lr", "0.012", "0.5", "null"]]
     shared = {row[0]: row[1:] for row in compared.shared[1:]}
     assert shared["stages.whole </table>.samples"] == ["32", "null"]
-    assert not shared.keys() & {"seed", "optim.name", "stages.masked.base_lr", "stages.masked.frozen"}
+    assert not shared.keys() & {"output_dir", "seed", "optim.name", "stages.masked.base_lr", "stages.masked.frozen"}
     assert head == ["result", "run", other.name, f"{other.name} against run"]
     (top1,) = [result for result in latest(read_results(trained)) if result.name == "zero_shot/top1"]
     rows = {row[0]: row[1:] for row in results}

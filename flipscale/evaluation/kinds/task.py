@@ -25,8 +25,6 @@ _LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder", 
 # The kind to suggest for each part that a model may have, the best suggestion first.
 _KINDS_FOR = {"head": "classification", "texts": "zero_shot", "decoder": "captioning", "answers": "vqa"}
 
-# Fields that say where contents lie, and the prompts, which may be the set's own.
-PLACES = ("data", "train", "validation", "memory", "templates")
 # 1 for each query that is answered right, `(queries,)`; None if unknown.
 Answers = np.ndarray | None
 
@@ -90,7 +88,8 @@ class Task(ABC):
 
     def digest(self, test_set: TestSet, contents: str) -> str:
         """Return a digest of what makes two tests one: the `contents` of the set, prompts, options and other sets."""
-        options = {name: value for name, value in self.made_by.items() if name not in PLACES}
+        places = ("data", "train", "validation", "memory", "templates")  # their contents count
+        options = {name: value for name, value in self.made_by.items() if name not in places}
         others = [one.source.contents_digest(in_order=True) for one in self.other_sets()]
         content = [self.kind, contents, self.prompts(test_set), options, others, self.contents()]
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
