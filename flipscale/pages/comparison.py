@@ -64,7 +64,7 @@ class Comparison:
         defaults, *recipes = (dict(_flat({**recipe, "output_dir": None})) for recipe in given)
         rows = []
         for flag in dict.fromkeys(chain(*recipes)):
-            default = defaults.get(re.sub(r"^stages\..*\.", "stages.0.", flag), NOTHING)
+            default = defaults.get(re.sub(r"^stages\..*\.|^stages$", "stages.0.", flag), NOTHING)
             rows.append([flag, *(recipe.get(flag, NOTHING) for recipe in recipes), default])
         # A section that a run lacks is in the row of its list, and its defaults are no differences.
         fields = [row for row in rows if len(set(row[1:-1])) > 1 and {*row[1:]} != {NOTHING, row[-1]}]
