@@ -63,11 +63,11 @@ find_recipe() {
 
 merge_recipe='
 import sys
-from flipscale.recipe.files import read_recipe
+from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe
 from flipscale.training.console import report_user_errors
 with report_user_errors():
-    print(read_recipe(sys.argv[1], Recipe), end="")'
+    print(read_recipes([sys.argv[1]], Recipe), end="")'
 
 # Copies recipe $2 into folder $1 once, merged into the recipes that it extends, and prints the path of the copy. A
 # machine without flipscale, which CONTAINER then has, cannot merge them: prints $2, which the job then reads.

@@ -16,6 +16,7 @@ from typing import Any
 from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
+from flipscale.io.files import file_state
 from flipscale.io.options import Count, Threads
 from flipscale.preparation.lists import PairSource, digest_of, read_file
 from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
@@ -66,6 +67,9 @@ class CocoList(PairSource):
 
     def fingerprint(self) -> str:
         return digest_of([self.keys, self.files, self.texts])
+
+    def state(self, number: int) -> str:
+        return repr(file_state(self.root / self.files[number]))
 
 
 def prepare_coco_captions(coco: Path, out_dir: Path, short_side: int, processes: int) -> dict[Path, dict[str, Any]]:

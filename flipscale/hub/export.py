@@ -206,7 +206,8 @@ def _check_same_function(config: Any, processor: Processor, base: str) -> None:
         pixels, stored = processor.image_processor, pixel_fields(folder)
         ours |= {name: [*getattr(pixels, name)] for name in ("image_mean", "image_std")}
         others |= {name: stored.get(name) for name in ("image_mean", "image_std")}
-        tokenizer = with_lower_case(read_tokenizer(folder, config=theirs), theirs.caption_config)
+        text = getattr(theirs, "caption_config", theirs.text_config)  # a model of two towers has no such property
+        tokenizer = with_lower_case(read_tokenizer(folder, config=theirs), text)
         for values, one in ((ours, processor.tokenizer), (others, tokenizer)):
             values["tokenizer entries"], values["tokens"] = one.get_vocab(), one.tokenize(PROBE)
     for name in sorted(ours.keys() & others.keys()):

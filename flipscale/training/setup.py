@@ -103,7 +103,8 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     objective, config = build_objective(recipe), build_config(recipe)
     _check_trained(recipe, objective, config)
     stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
-    for stage in stages:
+    # Stored features take no masks, and say so when they are opened.
+    for stage in () if recipe.data.stored else stages:
         check_masks(InputShape.of(config).at(stage.image_size), stage.mask_ratio, recipe.mask, stage.text_mask_ratio)
     named_sources(recipe.data)
     _check_log(recipe)
