@@ -1,5 +1,6 @@
 """Flags of one stage, names of other trainers, and training on with a changed recipe."""
 
+import argparse
 import json
 import re
 import shlex
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from flipscale import cli
+from flipscale.io.errors import UserError
+from flipscale.model.configuration_flip import FlipTextConfig, FlipVisionConfig
 from flipscale.recipe.flags import _SETTINGS
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import build_parser, parse_fields
@@ -116,9 +119,32 @@ def test_flags_that_are_no_field(flags: str, says: str) -> None:
 def test_settings_exist() -> None:
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     known |= {f"--stages.STAGE.{name}" for name in StageRecipe.__dataclass_fields__}
-    flags = {re.split("[, ]", setting)[0] for setting in _SETTINGS.values()}
-    assert flags - known == {"mixed_precision", "--model.vision_config.image_size"}
+    flags = {re.split("[, ]", setting)[0] for setting in _SETTINGS.values() if setting.startswith("--")}
+    in_section = {flag for flag in flags - known if flag.startswith(("--model.vision_config.", "--model.text_config."))}
+    assert flags - known == in_section
+    fields = {*FlipVisionConfig().to_dict(), *FlipTextConfig().to_dict()}
+    assert {flag.split(".")[-1] for flag in in_section} <= fields
     assert not {f"--{name}" for name in _SETTINGS} & known
+
+
+def test_all_flags_of_open_clip_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = pytest.importorskip("open_clip_train.params")
+    flags: list[str] = []
+
+    def collect(parser: argparse.ArgumentParser, *_: object) -> None:
+        flags.extend(option for action in parser._actions for option in action.option_strings)
+        raise InterruptedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", collect)
+    with pytest.raises(InterruptedError):
+        params.parse_args([])
+    monkeypatch.undo()
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    asked = [flag for flag in flags if flag not in {*known, "-h", "--help"}]
+    assert len(asked) > 60
+    for flag in asked:
+        with pytest.raises(UserError, match=f"^{flag} .*(; use |; leave it out: )"):
+            parse_recipe(["--stages", NAMED, flag, "1"])
 
 
 @pytest.fixture
