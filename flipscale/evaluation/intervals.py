@@ -18,11 +18,11 @@ class Estimate(NamedTuple):
     high: float
 
 
-def student(degrees: int) -> float:
-    """Return the 97.5 % point of Student's t distribution."""
+def student(degrees: int, compared: int = 1) -> float:
+    """Return the 97.5 % point of Student's t distribution, or that for the best of several (Bonferroni)."""
     from scipy.special import stdtrit  # slow to import, and `--help` needs none
 
-    return float(stdtrit(degrees, 0.975))
+    return float(stdtrit(degrees, 1 - 0.025 / compared))
 
 
 def mean_of(values: Sequence[float], unit: str = "") -> Estimate:

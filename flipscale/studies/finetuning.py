@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flipscale.data.captions import choose_caption
+from flipscale.data.captions import choose_captions
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Source
 from flipscale.data.sources.opening import open_shards, open_source
@@ -30,9 +30,9 @@ from flipscale.engines.build import start_accelerator
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.intervals import Z95, mean_estimate
+from flipscale.evaluation.intervals import Estimate, mean_estimate, student
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.metrics import recall_hits
+from flipscale.evaluation.metrics import recall_chance, recall_hits
 from flipscale.evaluation.results import LOST, POINTS, Result, change_of
 from flipscale.evaluation.suite import build_tasks, listed_tasks, run_tasks, with_page
 from flipscale.hub.convert_transformers import convert_from_open_clip
@@ -41,6 +41,7 @@ from flipscale.hub.loading import load_dual_encoder, open_embedder
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.json_lines import read_metrics
 from flipscale.io.model_folder import fetch_folder, local_folder, read_object
+from flipscale.io.progress import each
 from flipscale.io.text_table import plain_table
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.model.configuration_flip import FlipConfig
@@ -62,6 +63,8 @@ _MASKED_GRID = 14
 _LARGE = 30_000_000  # weights from which a CPU has smaller batches
 _MOST_GUARDED = 5_000  # images of a prepared task that becomes a guard by itself
 _FEW_STEPS = 20
+# At most so many models are compared on the held-out pairs: trials of three rungs, and three mixtures.
+_COMPARED = 19
 _ALPHAS, _KS = (0.75, 0.5, 0.25), (1, 5, 10)
 _TOWERS = ["vision_model", "text_model"]
 # Fields of the template, and factors of the usual rate, by what is trained, from the smallest change to the largest.
@@ -186,23 +189,42 @@ def find_guards(start: str) -> tuple[list[dict[str, Any]], str]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The pairs that choose, with a caption each, and the folder of weights by which trials draw the others."""
+    """The pairs that choose, with a caption each, and the folder of weights by which trials draw the others. With
+    `by_caption`, no trial sees their captions."""
 
     source: TarSource
     captions: list[str]
     weights: Path
+    by_caption: bool = True
 
-    def scores(self, embedder: Embedder) -> np.ndarray:
+    def scores(self, embedder: Embedder | None) -> np.ndarray:
         """Return the recall of each pair in percent, float64 `(pairs,)`: the mean over both ways, at 1, 5 and 10.
 
-        All pictures with the same caption are right answers for it, and for them it is one answer.
+        All pictures with the same caption are right answers for it, and for them it is one answer. Without
+        `by_caption`, only captions are asked for. Without an embedder, it is the mean of random answers.
         """
         texts = list(dict.fromkeys(self.captions))
-        ids = torch.tensor([texts.index(caption) for caption in self.captions])
+        ids, ways = torch.tensor([texts.index(caption) for caption in self.captions]), 1 + self.by_caption
+        if embedder is None:
+            right = (np.ones(len(ids)), len(texts)), (torch.bincount(ids)[ids].numpy(), len(ids))
+            chances = [recall_chance(num, targets, k) for num, targets in right[:ways] for k in _KS if k < targets]
+            return np.full(len(ids), 100.0 * np.mean(chances))
         similarities = embedder.images(self.source) @ embedder.texts(texts).T
-        ways = (similarities, ids, torch.arange(len(texts))), (similarities.T[ids], ids, ids)
-        hits = [recall_hits(*way, k).double() for way in ways for k in _KS if k < way[0].shape[1]]
+        both = (similarities, ids, torch.arange(len(texts))), (similarities.T[ids], ids, ids)
+        hits = [recall_hits(*way, k).double() for way in both[:ways] for k in _KS if k < way[0].shape[1]]
         return 100.0 * torch.stack(hits).mean(dim=0).numpy()
+
+    def gain(self, new: np.ndarray, old: np.ndarray) -> Estimate:
+        """Return the change of the mean recall. Its interval is corrected for the best of `_COMPARED` models
+        (Bonferroni). With `by_caption`, the pictures of a caption are one draw."""
+        mean, groups = float((new - old).mean()), np.arange(len(new))
+        if self.by_caption:
+            groups = np.unique(self.captions, return_inverse=True)[1]
+        sums = np.bincount(groups, new - old - mean)
+        # As if one more pair changed by 100, because a few equal changes are not certain.
+        variance = (float((sums**2).sum()) + 100.0**2) * len(sums) / (len(sums) - 1)
+        half = student(len(sums) - 1, _COMPARED) * math.sqrt(variance) / len(new)
+        return Estimate(mean, mean - half, mean + half)
 
 
 def hold_out(
@@ -210,57 +232,78 @@ def hold_out(
 ) -> HeldOut:
     """Write the held-out pairs and the weights of the others to `folder`.
 
-    A key of the seed and the caption chooses whole captions, and none that `old` pairs have, so no trial has seen a
-    name that it is asked for. Without `by_caption`, a key of the seed and the sample chooses pictures.
+    A picture is on one side, by the digest of its bytes, and `old` pairs have none that is held out. With `by_caption`,
+    the same holds for captions, so no trial has seen a name that it is asked for. If that leaves too few pairs,
+    pictures are held out alone.
     """
-    places, seen = [], _captions(old) if by_caption else frozenset[str]()
-    for shard, number in spread(source, _MOST_TRIED):
-        try:
-            caption = choose_caption(source.read_captions(shard, number), 0.0)
-        except BadSample:
-            continue  # Training leaves it out too.
-        key = caption if by_caption else f"{source.shard_name(shard)} {source.key(shard, number)}"
-        digest = hashlib.blake2b(f"{seed} {key}".encode("utf-8", "replace"), digest_size=8).digest()
-        # Pairs with a caption of old pairs come last and are not held out.
-        places.append((caption in seen, digest, shard, number, caption))
-    places.sort()
-    num_new = sum(not place[0] for place in places)
-    count = min(int(_HELD_OUT * num_new), _MOST_HELD_OUT)
-    while 0 < count < num_new and places[count][1] == places[count - 1][1]:
-        count += 1
+    pairs, seen = list(_read(source, _MOST_TRIED)), set[str]()
+    for one in old:
+        places = _read(open_source(DataRecipe(sources=[one], max_bad_fraction=1.0)), _MOST_OLD)
+        for digest, texts, *_ in each(places, "old pairs", "pairs", delay=2, leave=False):
+            seen.update((digest, *texts) if by_caption else (digest,))
+    chosen = _choose(pairs, by_caption, seed, seen)
+    few = min(_HELD_OUT * len(pairs), _MOST_HELD_OUT) / 4
+    if by_caption and (len(chosen) < few or len({pairs[row][1][0] for row in chosen}) < 2):
+        by_caption, chosen = False, _choose(pairs, False, seed, seen)
     firsts, weights, captions = np.cumsum([0, *source.shard_sizes]), np.zeros(len(source)), list[str]()
-    weights[[firsts[shard] + number for *_, shard, number, _ in places[count:]]] = 1.0
+    weights[[firsts[shard] + number for row, (_, _, shard, number) in enumerate(pairs) if row not in chosen]] = 1.0
+    written = set[str]()
     (folder / "pairs").mkdir()
     with tarfile.open(folder / "pairs/0.tar", "w") as tar:
-        for *_, shard, number, caption in sorted(places[:count], key=lambda place: place[2:4]):
+        for row in sorted(chosen):
+            digest, texts, shard, number = pairs[row]
+            if digest in written:  # a copy is no further evidence
+                continue
             try:
-                encoded = source.read(shard, number).image
-                decode_whole(encoded)
+                decode_whole(encoded := source.read(shard, number).image)
             except BadSample:
                 continue
             add_member(tar, f"{len(captions):06d}.jpg", encoded)
-            add_member(tar, f"{len(captions):06d}.txt", caption.encode())
-            captions.append(caption)
+            add_member(tar, f"{len(captions):06d}.txt", texts[0].encode())
+            written.add(digest)
+            captions.append(texts[0])
     if len({*captions}) < 2 or not weights.any():
         some = f"{len(captions)} of {len(source)} pairs can be held out to choose by, with {len({*captions})} captions"
-        new = " that old pairs lack" if seen else ""
-        raise UserError(f"{some}{new}; use more pairs, with different captions")
+        known = " and pictures that old pairs lack. Or name other old pairs by --replay" if seen else ""
+        raise UserError(f"{some}; use more pairs, with different captions{known}")
     np.save(folder / "scores.npy", weights)
     (folder / "weights").mkdir()
     options = WeightOptions(scores=folder / "scores.npy")
     make_weights(source, named.shards or named.dataset or "", options, folder / "weights", 1)
-    return HeldOut(open_shards(str(folder / "pairs")), captions, folder / "weights")
+    return HeldOut(open_shards(str(folder / "pairs")), captions, folder / "weights", by_caption)
 
 
-def _captions(named: Sequence[SourceRecipe]) -> frozenset[str]:
-    """Return the captions of sources, of at most `_MOST_OLD` pairs in each, evenly spread."""
-    found = set()
-    for one in named:
-        source = open_source(DataRecipe(sources=[one], max_bad_fraction=1.0))
-        for shard, number in spread(source, _MOST_OLD):
-            with suppress(BadSample):
-                found.add(choose_caption(source.read_captions(shard, number), 0.0))
-    return frozenset(found)
+def _read(source: Source, most: int) -> Iterator[tuple[str, list[str], int, int]]:
+    """Yield the digest of the picture, the captions and the place of at most `most` pairs, evenly spread."""
+    for shard, number in spread(source, most):
+        with suppress(BadSample):  # training leaves it out too
+            sample = source.read(shard, number)
+            texts = choose_captions({"": sample.captions}, {"": 1.0}, [0.0] * max(len(sample.captions), 1))
+            yield hashlib.blake2b(sample.image, digest_size=16).hexdigest(), texts, shard, number
+
+
+def _choose(
+    pairs: Sequence[tuple[str, list[str], int, int]], by_caption: bool, seed: int, seen: Collection[str]
+) -> set[int]:
+    """Return rows of about a fifth of the pairs, chosen by keys of the seed and the pictures: whole groups that share
+    pictures, or with `by_caption` captions too, and none that was `seen`."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    names = [(digest, *texts) if by_caption else (digest,) for digest, texts, *_ in pairs]
+    numbers = {name: len(pairs) + number for number, name in enumerate({name: 0 for own in names for name in own})}
+    edges = np.array([(row, numbers[name]) for row, own in enumerate(names) for name in own], int).reshape(-1, 2)
+    size = len(pairs) + len(numbers) + 1
+    graph, members = coo_array((np.ones(len(edges)), edges.T), shape=(size, size)), dict[int, list[int]]()
+    for row, group in enumerate(connected_components(graph, directed=False)[1][: len(pairs)].tolist()):
+        members.setdefault(group, []).append(row)
+    new = [rows for rows in members.values() if not any(name in seen for row in rows for name in names[row])]
+    new.sort(key=lambda rows: min(hashlib.blake2b(f"{seed} {pairs[row][0]}".encode()).digest() for row in rows))
+    count, chosen = min(int(_HELD_OUT * sum(map(len, new))), _MOST_HELD_OUT), set[int]()
+    for rows in new:
+        if len(chosen) < count >= len(rows):
+            chosen.update(rows)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -406,7 +449,7 @@ class Search:
             made.append(replace(trial, alpha=alpha, scores=scores, guards=guards))
             if not made[0].lost(before):
                 break
-        kept = [one for one in made if not one.lost(before) and one.value > old.mean()]
+        kept = [one for one in made if not one.lost(before) and self.held_out.gain(one.scores, old).low > 0]
         return max(kept, key=lambda one: one.value, default=made[0]), made
 
 
@@ -444,10 +487,10 @@ def propose_finetuning(
         task.check()
     by_caption = data.repeated(64) <= FEW_CLASSES * 64
     held_out = hold_out(source, named, by_caption, folder, old=start.replay)
-    kind = "all of some captions" if by_caption else "of all captions, which name a few classes"
-    print(f"held out to choose by: {len(held_out.captions):,} pairs, {kind}", flush=True)
+    known = "" if held_out.by_caption else ", whose captions other pairs have too"
+    print(f"held out to choose by: {len(held_out.captions):,} pictures, each on one side{known}", flush=True)
     search = Search(train, proposal, start, named, held_out, built[len(tests) :] if start.name else [], folder)
-    old, before = np.zeros(len(held_out.captions)), list[Result]()
+    old, before = held_out.scores(None), list[Result]()
     if start.name:
         old, before = search.measured(search.open(start.name))
         print(f"before: mean recall {recall_text(old)}", flush=True)
@@ -458,13 +501,15 @@ def propose_finetuning(
     lengths = search.run(minutes, width, grid)
     best = max(lengths, key=lambda trial: trial.value)
     chosen, made = search.mixed(best, before, old)
-    gain = gain_text(chosen.scores, old)
-    rows = [["", "before", *(f"after, alpha {one.alpha:g}" for one in made), "change"]]
-    rows.append(["held-out pairs, mean recall", *map(recall_text, [old, *(one.scores for one in made)]), gain])
-    for number, guard in enumerate(before):
-        results = [guard, *(one.guards[number] for one in made)]
-        change = change_of(chosen.guards[number], guard).estimate_text
-        rows.append([f"{guard.task}, {guard.shown}", *(result.estimate_text for result in results), change])
+    gain, text = held_out.gain(chosen.scores, old), gain_text(held_out.gain(chosen.scores, old))
+    # A line for the model before, and for each mixture.
+    rows = [["", "held-out pairs, mean recall", *(f"{guard.task}, {guard.shown}" for guard in before)]]
+    rows.append(["before" if start.name else "chance", recall_text(old), *(one.estimate_text for one in before)])
+    for one in made:
+        changes = [change_of(*both) for both in zip(one.guards, before, strict=True)]
+        own = (f"{'LOST ' * (change.who == LOST)}{change.estimate_text}" for change in changes)
+        change = held_out.gain(one.scores, old)
+        rows.append([f"alpha {one.alpha:g}", gain_text(change) + ", not clear" * (change.low <= 0), *own])
     courses = ", ".join(f"{_time(trial.minutes)} {trial.value:.1f} %" for trial in lengths)
     steps = min(trial.samples for trial in lengths) // proposal.batch_size
     chose = [f"Chosen: {' '.join(str(best.candidate).split())}. Mean recall by length: {courses}."]
@@ -476,12 +521,19 @@ def propose_finetuning(
         unknown = "No guards: what it loses elsewhere is unknown; name some by --guards."
         chose.append(f"Guards are {where}." if before else unknown)
     lines = [*plain_table(rows, range(1, len(rows[0]))).splitlines(), *chose]
-    if best.value <= old.mean():
-        return [f"{start.name} is better on the held-out pairs as it is. No recipe is proposed.", *lines], "", 1.0
-    verdict = f"Gained {gain} of mean recall on the held-out pairs."
+    if gain.value <= 0:
+        known = f"{start.name} is better on the held-out pairs as it is" if start.name else "No trial is above chance"
+        return [f"{known}. No recipe is proposed.", *lines], "", 1.0
+    if gain.low <= 0:
+        needed = len(old) * ((gain.value - gain.low) / gain.value) ** 2
+        if needed <= _MOST_HELD_OUT:
+            lines.append(f"To show such a gain takes about {needed / _HELD_OUT:,.0f} pairs.")
+        verdict = f"No gain was shown: {text} of mean recall on the held-out pairs. No recipe is proposed."
+        return [verdict, *lines], "", 1.0
+    verdict = f"Gained {text} of mean recall on the held-out pairs."
     if lost := made[0].lost(before):
         words = "; ".join(f"{one.task} {one.shown} {one.estimate_text}" for one in lost)
-        remedy = f"Mixed with the start at alpha {chosen.alpha:g}, it keeps them and gains {gain}."
+        remedy = f"Mixed with the start at alpha {chosen.alpha:g}, it keeps them and gains {text}."
         if chosen.alpha == 1.0:
             fewer = "a larger share of old pairs" if start.replay else "old pairs in each batch (--replay)"
             remedy = f"No mixture keeps them. What may: {fewer}, or fewer trained parts (docs/finetuning.md)."
@@ -497,10 +549,9 @@ def recall_text(scores: np.ndarray) -> str:
     return f"{value:.1f} % ({low:.1f} to {min(high, 100.0):.1f})"
 
 
-def gain_text(new: np.ndarray, old: np.ndarray) -> str:
-    """Return the change of the mean recall with the interval of paired pictures."""
-    mean, half = float((new - old).mean()), Z95 * float((new - old).std(ddof=1)) / math.sqrt(len(new))
-    return f"{mean:+.1f} {POINTS} ({mean - half:+.1f} to {mean + half:+.1f})" + ", not clear" * (abs(mean) <= half)
+def gain_text(gain: Estimate) -> str:
+    """Return a gain with its interval."""
+    return f"{gain.value:+.1f} {POINTS} ({gain.low:+.1f} to {gain.high:+.1f})"
 
 
 def _propose(start: Start, named: SourceRecipe, data: Survey, **values: Any) -> tuple[Proposal, int, int]:
