@@ -3,12 +3,15 @@
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flipscale.io.cores import usable_cores
@@ -116,14 +119,15 @@ class Init:
         )
         check_tokenizer(tokenizer, build_config(proposal.recipe()).text_config)
         budget, speed = _length(self, proposal, data, minutes)
-        command = _command(self)
+        free = _free(self)
+        command = _command(free)
         facts = [f"Data: {data}", f"Time: {speed}", *(f"Warning: {warning}" for warning in proposal.warnings)]
-        _write(self.recipe, proposal.text([*(f"{fact}." for fact in facts), command], budget))
+        _write(free.recipe, proposal.text([*(f"{fact}." for fact in facts), command], budget))
         for warning in proposal.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if reason := proposal.values["few_classes"]:
             print(f"{reason}; if their names are all you need, see loss.kind classify in docs/your_pictures.md")
-        print(f"{self.recipe}: {speed}")
+        print(f"{free.recipe}: {speed}")
         print(f"next: {command}")
 
 
@@ -139,9 +143,19 @@ def _claimed(recipe: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(f"another `flipscale init` writes {recipe}; wait for it to end, or name another file") from None
+    before = dict[signal.Signals, Any]()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # so that the lock and the trials are removed
+
+    for number in (signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, end)
     try:
         yield
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         file.unlink(missing_ok=True)  # while it is held, so that no other process waits for a removed file
         lock.release()
 
@@ -195,7 +209,7 @@ def _search(
         for number, folder in enumerate(args.guards, 1)
         for task in _tasks(folder, "guards")
     ]
-    command, faster = _command(args), faster_precision(os.environ)
+    faster = faster_precision(os.environ)
     os.environ.update(faster)
     # The trials' own lines, and transformers' about the weights of each trial.
     levels = {logger: logger.level for logger in map(logging.getLogger, ("flipscale", "transformers"))}
@@ -218,11 +232,23 @@ def _search(
     print("\n".join(["", *lines]))
     if not recipe:
         return
-    _write(args.recipe, recipe)
-    print(f"next: {command}")
+    free = _free(args)
+    _write(free.recipe, recipe)
+    print(f"next: {_command(free)}")
     if alpha < 1.0:
         mixed = f"--interpolate {quoted(start.name)} --alpha {alpha:g} --out models/{quoted(args.recipe.stem)}"
         print(f"then: flipscale export runs/{quoted(args.recipe.stem)} {mixed}")
+
+
+def _free(args: Init) -> Init:
+    """Return the arguments with another recipe file, if something was given its name since the start."""
+    file, number = args.recipe, 1
+    while os.path.lexists(file):
+        number += 1
+        file = args.recipe.with_stem(f"{args.recipe.stem}_{number}")
+    if file != args.recipe:
+        print(f"warning: {args.recipe} was made meanwhile, so the recipe is {file}", file=sys.stderr)
+    return replace(args, recipe=file)
 
 
 def _write(file: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """`flipscale init --start`: the start's recipe, the held-out pairs, the trials, and what was lost."""
 
 import json
+import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -244,6 +246,38 @@ def test_a_recipe_only_for_a_clear_gain(
     assert ("No recipe is proposed." in report[0]) == (gain < 30)
     assert Path("mine.yaml").exists() == (gain == 30)
     assert any(line.startswith("next: ") for line in report) == (gain == 30)
+
+
+@pytest.mark.parametrize("event", ["taken", "SIGTERM"])
+def test_trials_are_not_lost(
+    event: str, run: Path, here: Path, new_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A name that is taken during the trials gives another one, and a signal leaves no lock."""
+    write_pairs(here / "pairs", 48, NAMES)
+
+    def report(*arguments: Any, **values: Any) -> tuple[list[str], str, float]:
+        if event == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        Path("mine.yaml").write_text("another's")
+        return ["Gained."], Path("right.yaml").read_text(), 0.5
+
+    start = open_start([str(run)], here / "converted")
+    Path("right.yaml").write_text(proposed(start, "all")[1])
+    monkeypatch.setattr("flipscale.studies.finetuning.propose_finetuning", report)
+    words = ["init", "mine.yaml", "--start", str(run), "--shards", "pairs"]
+    if event == "SIGTERM":
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    else:
+        main(words)
+        assert Path("mine.yaml").read_text() == "another's"
+        assert Path("mine_2.yaml").read_text() == Path("right.yaml").read_text()
+        said = capsys.readouterr().out
+        assert "finetune --config mine_2.yaml\n" in said
+        assert "then: flipscale export runs/mine --interpolate" in said
+    assert not list(here.glob(".*"))
 
 
 def test_damaged_pictures_are_not_held_out(here: Path) -> None:
