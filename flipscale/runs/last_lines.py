@@ -9,7 +9,7 @@ import yaml
 
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.presentation.figures import can_draw, draw_run
-from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
+from flipscale.evaluation.results import CHANGES, LOST, Result, latest, read_results, with_changes
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.io.atomic import sync
 from flipscale.io.files import quoted
@@ -53,8 +53,11 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
     if can_draw():
         undrawn = "none; they need two records of the loss"
     changes = [one for one in with_changes(results) if one.headline and one.who in CHANGES]
+    mixed = f"--interpolate {quoted(recipe.model.init_from or '')} --out models/{quoted(run_dir.name)}"
+    lost = recipe.model.init_from and not own and any(one.who == LOST for one in changes)
     rows = [
         *((one.who, f"{one.task} {one.shown}, {one.estimate_text} against the model before") for one in changes),
+        *([("to keep it", f"flipscale export {quoted(run_dir)} {mixed} --alpha 0.25 0.5 0.75")] if lost else []),
         ("model", f"{model}, its card {model / 'README.md'}"),
         ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
         ("next", f"flipscale evaluate {quoted(model)} {evaluation_flags(kind, data.get(kind, 'TEST_SET'))}"),

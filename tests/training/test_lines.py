@@ -4,11 +4,13 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flipscale.evaluation.results import BEFORE, Result
 from flipscale.recipe.optim import StageRecipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.runs.last_lines import draw_figures, evaluation_flags, last_block
@@ -57,6 +59,12 @@ def test_the_next_commands_are_words_of_a_shell(write_recipe, tmp_path: Path) ->
     assert commands[2] == ["push", f"{tmp_path}/my 'run' $(x)", "ORG/NAME"]
     recipe.eval.tasks.append({"kind": "retrieval", "data": "data/mine/test"})
     assert "/model' --retrieval data/mine/test" in last_block(recipe, 40, 3.0, [], [])
+    recipe = replace(recipe, model=replace(recipe.model, init_from="my start"))
+    lost = Result(task="old", kind="zero_shot", metric="top1", value=30.0, low=28.0, high=32.0)
+    before = replace(lost, value=50.0, low=48.0, high=52.0, who=BEFORE)
+    (line,) = [line for line in last_block(recipe, 40, 3.0, [], [lost, before]).splitlines() if " export " in line]
+    assert shlex.split(line.split("flipscale ", 1)[1])[1:4] == [recipe.output_dir, "--interpolate", "my start"]
+    assert "--interpolate" not in last_block(recipe, 40, 3.0, [], [before, replace(lost, value=60.0, low=58, high=62)])
     for data in ("a b", "it's", "a, b: {c}", "-x"):
         assert shlex.split(evaluation_flags("retrieval", data))[1].removeprefix("./") == data
         assert yaml.safe_load(shlex.split(evaluation_flags("captioning", data))[1])["data"] == data
