@@ -303,7 +303,7 @@ ATTACKS = [
         "a tenth of the old pairs without captions", replayed([b" ", b" ", *[b"a disc"] * 18], "--replay"),
         "10% of 20 sampled pairs", "data.max_bad_fraction 0.05",
     ),
-    refused("one caption for all new pairs", replayed([b"a disc"] * 40, "--shards"), "8 of 40 pairs", "1 captions"),
+    refused("one caption and old pictures", replayed([b"a disc"] * 40, "--shards"), "0 of 40 pairs", "--replay"),
     *(
         refused(name, evaluated(text("results.jsonl", content)), "results.jsonl", "flipscale evaluate")
         for name, content in RESULTS.items()
