@@ -324,12 +324,10 @@ def _length(args: Init, proposal: "Proposal", data: "Survey", minutes: float) ->
         name = gpu_named(args.gpu)
         recipe, launch = proposal.fit(args.num_gpus, GPUS[name].gib)
         try:
-            hardware, how = (
-                hardware_of(name, args.num_gpus),
-                f"as computed for {args.num_gpus} {name} (docs/planning.md)",
-            )
+            hardware = hardware_of(name, args.num_gpus)
         except UserError as unknown:
             return minutes, f"{minutes / 60:g} hours of training; {unknown}"
+        how = f"as computed for {args.num_gpus} {name} (docs/planning.md)"
         rates = [proposal.batch_size / step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
     else:
         if torch.cuda.is_available():

@@ -21,6 +21,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
+from flipscale.io.files import file_state
 from flipscale.io.progress import Progress
 from flipscale.preparation.lists import FileList, is_outside, open_pairs, picture_files
 
@@ -54,13 +55,8 @@ class FolderPictures:
 
     def state(self) -> list[list[str | int]]:
         """Return names, bytes and times of the files, which change with the pictures."""
-        rows: list[list[str | int]] = []
-        for name in self.files.files:
-            path = self.files.root / name
-            stat = path.stat() if path.is_file() and not is_outside(self.files.root, name) else None
-            # A copy may keep a time, but not the time of the change or the inode.
-            rows.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] if stat else [name])
-        return rows
+        root = self.files.root
+        return [[name, *(() if is_outside(root, name) else file_state(root / name))] for name in self.files.files]
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,7 @@ class ShardPictures:
     def state(self) -> list[list[str | int]]:
         manifest, rows = self.source.manifest, list[list[str | int]]()
         for shard, sizes in enumerate(manifest.sizes.tolist()):
-            path = Path(self.source.shard_name(shard))
-            stat = path.stat() if path.is_file() else None
-            rows.append([manifest.names[shard], *sizes, *((stat.st_ctime_ns, stat.st_ino) if stat else ())])
+            rows.append([manifest.names[shard], *sizes, *file_state(self.source.shard_name(shard))])
         return rows
 
 

@@ -290,8 +290,9 @@ BAD_HEADER = "---\n: : [\n---\n\n## Results\n\nflipscale"
 def replayed(folder: Path, captions: list[bytes], option: str) -> list[str]:
     """A search for a recipe from a model, with pairs of these captions as the option."""
     ground.shards(folder)
-    picture = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
-    write_tar(folder / "odd/0.tar", ({"png": picture, "txt": caption} for caption in captions))
+    pictures = [cv2.imencode(".png", np.full((40, 40, 3), n, np.uint8))[1].tobytes() for n in range(len(captions))]
+    pairs = zip(pictures, captions, strict=True)
+    write_tar(folder / "odd/0.tar", ({"png": picture, "txt": caption} for picture, caption in pairs))
     places = {"--shards": "data", option: "odd"}
     words = ["init", "mine.yaml", "--start", str(ground.trained_model()), "--minutes", "0.01"]
     return [*words, *(word for pair in places.items() for word in pair)]
@@ -303,7 +304,7 @@ ATTACKS = [
         "a tenth of the old pairs without captions", replayed([b" ", b" ", *[b"a disc"] * 18], "--replay"),
         "10% of 20 sampled pairs", "data.max_bad_fraction 0.05",
     ),
-    refused("one caption and old pictures", replayed([b"a disc"] * 40, "--shards"), "0 of 40 pairs", "--replay"),
+    refused("one caption for all new pairs", replayed([b"a disc"] * 40, "--shards"), "8 of 40 pairs", "1 captions"),
     *(
         refused(name, evaluated(text("results.jsonl", content)), "results.jsonl", "flipscale evaluate")
         for name, content in RESULTS.items()
