@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -197,8 +198,16 @@ class HeldOut:
     weights: Path
     by_caption: bool = True
 
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """Weights of the pairs, float64 `(pairs,)`, of mean 1. Without `by_caption`, each caption weighs the same, so
+        a model gains nothing by answering with frequent ones."""
+        _, ids, counts = np.unique(self.captions, return_inverse=True, return_counts=True)
+        return np.ones(len(ids)) if self.by_caption else len(ids) / (len(counts) * counts[ids])
+
     def scores(self, embedder: Embedder | None) -> np.ndarray:
-        """Return the recall of each pair in percent, float64 `(pairs,)`: the mean over both ways, at 1, 5 and 10.
+        """Return the recall of each pair in percent, times its share: float64 `(pairs,)`. A recall is the mean over
+        both ways, at 1, 5 and 10.
 
         All pictures with the same caption are right answers for it, and for them it is one answer. Without
         `by_caption`, only captions are asked for. Without an embedder, it is the mean of random answers.
@@ -208,11 +217,11 @@ class HeldOut:
         if embedder is None:
             right = (np.ones(len(ids)), len(texts)), (torch.bincount(ids)[ids].numpy(), len(ids))
             chances = [recall_chance(num, targets, k) for num, targets in right[:ways] for k in _KS if k < targets]
-            return np.full(len(ids), 100.0 * np.mean(chances))
+            return self.shares * 100.0 * float(np.mean(chances))
         similarities = embedder.images(self.source) @ embedder.texts(texts).T
         both = (similarities, ids, torch.arange(len(texts))), (similarities.T[ids], ids, ids)
         hits = [recall_hits(*way, k).double() for way in both[:ways] for k in _KS if k < way[0].shape[1]]
-        return 100.0 * torch.stack(hits).mean(dim=0).numpy()
+        return self.shares * 100.0 * torch.stack(hits).mean(dim=0).numpy()
 
     def gain(self, new: np.ndarray, old: np.ndarray) -> Estimate:
         """Return the change of the mean recall. Its interval is corrected for the best of `_COMPARED` models
@@ -220,11 +229,16 @@ class HeldOut:
         mean, groups = float((new - old).mean()), np.arange(len(new))
         if self.by_caption:
             groups = np.unique(self.captions, return_inverse=True)[1]
-        sums = np.bincount(groups, new - old - mean)
+        sums = np.bincount(groups, new - old - mean * self.shares)
         # As if one more pair changed by 100, because a few equal changes are not certain.
         variance = (float((sums**2).sum()) + 100.0**2) * len(sums) / (len(sums) - 1)
         half = student(len(sums) - 1, _COMPARED) * math.sqrt(variance) / len(new)
         return Estimate(mean, mean - half, mean + half)
+
+    def text(self, scores: np.ndarray) -> str:
+        """Return the mean recall with its 95 % interval."""
+        value, low, high = mean_estimate(scores + scores.mean() * (1.0 - self.shares))
+        return f"{value:.1f} % ({low:.1f} to {min(high, 100.0):.1f})"
 
 
 def hold_out(
@@ -425,7 +439,7 @@ class Search:
         self.train(replace(recipe, data=data, log=log, eval=EvalRecipe(), budget_minutes=minutes, output_dir=place))
         scores = self.held_out.scores(self.open(place))
         samples = int(read_metrics(run_dir)[-1]["samples_seen"])
-        print(f"  {candidate}  {recall_text(scores):<24}  {samples:>9,} pairs", flush=True)
+        print(f"  {candidate}  {self.held_out.text(scores):<24}  {samples:>9,} pairs", flush=True)
         return Trial(candidate, minutes, run_dir, samples, scores)
 
     def open(self, name: str) -> Embedder:
@@ -493,8 +507,8 @@ def propose_finetuning(
     old, before = held_out.scores(None), list[Result]()
     if start.name:
         old, before = search.measured(search.open(start.name))
-        print(f"before: mean recall {recall_text(old)}", flush=True)
-        if old.min() == 100.0:
+        print(f"before: mean recall {held_out.text(old)}", flush=True)
+        if old.mean() > 99.99:
             verdict = f"{start.name} is better on the held-out pairs as it is. No recipe is proposed."
             return [verdict, "It is right on all of them, so no trial was run."], "", 1.0
     print(f"search: {_time(3 * minutes)} for a training of {_time(minutes)}", flush=True)
@@ -504,7 +518,7 @@ def propose_finetuning(
     gain, text = held_out.gain(chosen.scores, old), gain_text(held_out.gain(chosen.scores, old))
     # A line for the model before, and for each mixture.
     rows = [["", "held-out pairs, mean recall", *(f"{guard.task}, {guard.shown}" for guard in before)]]
-    rows.append(["before" if start.name else "chance", recall_text(old), *(one.estimate_text for one in before)])
+    rows.append(["before" if start.name else "chance", held_out.text(old), *(one.estimate_text for one in before)])
     for one in made:
         changes = [change_of(*both) for both in zip(one.guards, before, strict=True)]
         own = (f"{'LOST ' * (change.who == LOST)}{change.estimate_text}" for change in changes)
@@ -541,12 +555,6 @@ def propose_finetuning(
     length = f"{_time(best.minutes)} at the speed of the trials"
     proposal.values |= {**best.candidate.values(proposal.batch_size), "samples": best.samples, "length": length}
     return [verdict, *lines], proposal.written([verdict, *chose]), chosen.alpha
-
-
-def recall_text(scores: np.ndarray) -> str:
-    """Return the mean recall with its 95 % interval."""
-    value, low, high = mean_estimate(scores)
-    return f"{value:.1f} % ({low:.1f} to {min(high, 100.0):.1f})"
 
 
 def gain_text(gain: Estimate) -> str:

@@ -214,6 +214,31 @@ def test_a_gain_is_corrected_for_choosing(here: Path) -> None:
     assert few.gain(np.full(3, 50.0), np.zeros(3)).low < 0
 
 
+class Fixed:
+    """An embedder that gives every picture the same order of captions, or the right caption of all."""
+
+    def __init__(self, count: int, ids: list[int] | None = None) -> None:
+        self.count, self.ids = count, ids
+
+    def images(self, source: Any) -> torch.Tensor:
+        order = -torch.arange(self.count).float()
+        if self.ids is None:
+            return order.expand(len(source), -1)
+        return torch.nn.functional.one_hot(torch.tensor(self.ids), self.count) + 0.01 * order
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.eye(len(texts))
+
+
+def test_frequent_captions_are_no_gain() -> None:
+    """A model that only learnt which captions are frequent is at chance, where pictures are held out alone."""
+    ids = [number for number, count in enumerate((60, 20, 9, 4, 3, 2, 1, 1)) for _ in range(count)]
+    held_out = HeldOut(range(len(ids)), [f"a {number}" for number in ids], Path(), by_caption=False)  # type: ignore
+    chance, frequent, right = (held_out.scores(one) for one in (None, Fixed(8), Fixed(8, ids)))  # type: ignore
+    np.testing.assert_allclose([frequent.mean(), right.mean()], [chance.mean(), 100.0], rtol=1e-12)
+    assert held_out.gain(frequent, chance).low < 0 < held_out.gain(right, chance).low
+
+
 @pytest.mark.parametrize(
     ("gain", "first"), [(0.7, "No gain was shown: +0.7 points ("), (-1.0, "better"), (30.0, "Gained +30.0 points (")]
 )
