@@ -83,7 +83,8 @@ class Run:
         from flipscale.studies.runs import train_missing
 
         start_logging()
-        _check_workers(self.workers)
+        if self.workers > usable_cores():
+            raise UserError(f"--workers is {self.workers}, and there are {usable_cores()} cores; give each run one")
         train_missing(read_plan(self.folder)[1], self.workers)
 
 
@@ -107,32 +108,4 @@ class Report:
         write_results(self.folder, self.resamples)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Search the best schedule of image sizes, masks and tuning for a given time, by successive halving.
-
-    Args:
-        search: The search's file: base, minutes, validation and paths.
-        output_dir: The folder. Default: runs/ and the file's name.
-        workers: Number of runs that train side by side.
-    """
-
-    search: Path
-    _: KW_ONLY
-    output_dir: OutputFolder | None = None
-    workers: Count = 1
-
-    def run(self) -> None:
-        from flipscale.studies.halving import search_paths
-
-        start_logging()
-        _check_workers(self.workers)
-        search_paths(self.search, self.output_dir or Path("runs", self.search.stem), self.workers)
-
-
-COMMANDS = {"race": Race, "plan": Plan, "run": Run, "report": Report, "budget": Budget}
-
-
-def _check_workers(workers: int) -> None:
-    if workers > usable_cores():
-        raise UserError(f"--workers is {workers}, and there are {usable_cores()} cores; give each run one")
+COMMANDS = {"race": Race, "plan": Plan, "run": Run, "report": Report}

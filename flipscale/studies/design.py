@@ -11,10 +11,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -44,7 +44,6 @@ _OPEN = ("model.vision_config", "model.text_config", "loss.options")
 
 Levels = Mapping[str, str]
 Axis = dict[str, dict[str, Any]]
-_File = TypeVar("_File")
 
 
 @dataclass(frozen=True)
@@ -137,29 +136,25 @@ def base_of(levels: Axis) -> str:
     return next((level for level, changes in levels.items() if not changes), BASE)
 
 
-def read_fields(file: Path, kind: type[_File]) -> _File:
-    """Return the fields of a study's or a search's file.
+def read_study(file: Path) -> Study:
+    """Return the study in a file.
 
     Raises:
-        UserError: a field is unknown, missing, or of the wrong type or range.
+        UserError: a field is unknown, missing, or of the wrong type or range, or names cannot be used.
         OSError: the file cannot be read.
     """
     read_yaml(file)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(Study)
     try:
         content = vars(parser.instantiate(parser.parse_path(file)))
     except (ArgumentError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: {parser_message(error)}") from None
-    fields = kind(**{one.name: content[one.name] for one in dataclasses.fields(kind)})  # type: ignore[arg-type]
-    check_ranges(fields)
-    return fields
-
-
-def read_study(file: Path) -> Study:
-    """Return the study in a file. Raises as `read_fields`."""
-    study = read_fields(file, Study)
-    check_names(itertools.chain(study.axes, *study.axes.values()), file)
+    study = Study(**{one.name: content[one.name] for one in dataclasses.fields(Study)})
+    check_ranges(study)
+    for name in itertools.chain(study.axes, *study.axes.values()):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise UserError(f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, and quote a number")
     for axis, levels in study.axes.items():
         changing = sum(map(bool, levels.values()))
         if not changing or len(levels) - changing > 1:
@@ -176,18 +171,6 @@ def read_study(file: Path) -> Study:
         if not set(chosen) <= set(known):
             raise UserError(f"{file}: more_seeds.of.{axis} is {chosen!r}; list some of {', '.join(known)}")
     return study
-
-
-def check_names(names: Iterable[Any], file: Path) -> None:
-    """Raise unless names in a file can name folders."""
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            raise UserError(f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, and quote a number")
-
-
-def resolve_base(base: str, file: Path) -> str:
-    """Return the base recipe's path: YAML files are relative to the study's file, names are the package's."""
-    return os.path.normpath(file.parent / base) if base.endswith((".yaml", ".yml")) else base
 
 
 def plan(study: Study, folder: Path) -> list[StudyRun]:
@@ -257,20 +240,21 @@ def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
     else, or an earlier run has changed.
     """
     study = read_study(file)
-    study = dataclasses.replace(study, base=resolve_base(study.base, file))
+    if study.base.endswith((".yaml", ".yml")):
+        study = dataclasses.replace(study, base=os.path.normpath(file.parent / study.base))
     runs = plan(study, output_dir / "runs")
-    check_folder(output_dir, STUDY_FILE, "study")
+    check_folder(output_dir, STUDY_FILE)
     content = {name: value for name, value in dataclasses.asdict(study).items() if value}
     write_recipes(runs, output_dir / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
     return runs
 
 
-def check_folder(output_dir: Path, mark: str, what: str) -> None:
+def check_folder(output_dir: Path, mark: str) -> None:
     """Raise unless a folder can be written, and is empty or holds the file `mark`."""
     check_writable(output_dir, "output_dir")
     there = sorted(path.name for path in output_dir.glob("*") if not path.name.startswith("."))
     if there and mark not in there:
-        raise UserError(f"{output_dir} holds {there[0]}, which no {what} wrote; name a new or an empty folder")
+        raise UserError(f"{output_dir} holds {there[0]}, which no study wrote; name a new or an empty folder")
 
 
 def read_plan(output_dir: Path) -> tuple[Study, list[StudyRun]]:

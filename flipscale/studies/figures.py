@@ -1,4 +1,4 @@
-"""Figures of studies: axes against the base, runs against time, laws, rungs of a search, effects, and final results."""
+"""Figures of studies: axes against the base, runs against time, laws, effects, and final results."""
 
 import itertools
 import math
@@ -110,34 +110,6 @@ def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) ->
     place.yaxis.set_major_formatter("{x:g}")
     place.yaxis.set_minor_formatter("{x:g}")
     place.legend(frameon=False, fontsize=8)
-    tidy(place)
-    save_figure(figure, path)
-
-
-def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str, path: Path) -> None:
-    """Draw the results of a search's paths against training time. Paths of the last rung are coloured, with their 95 %
-    intervals; the others are grey. `courses` has the training seconds and the result of each path in each rung."""
-    figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    most = max(map(len, courses.values()))
-    ended = [name for name, course in courses.items() if len(course) == most]
-    ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
-    others = [name for name, course in courses.items() if course and name not in ended]
-    times = [seconds for seconds, _ in courses[ended[0]]]
-    label_of_axis, unit = _unit("trained_seconds", times[-1])
-    styles = _line_styles(len(ended)) + [{"color": "#bbbbbb", "linewidth": 0.8, "zorder": 1}] * len(others)
-    for name, style in zip([*ended, *others], styles, strict=True):
-        last = courses[name][-1][1]
-        label = name if name in ended else f"{len(others)} that went out earlier" if name == others[0] else None
-        along = [seconds / unit for seconds, _ in courses[name]]
-        place.plot(along, [result.value for _, result in courses[name]], marker="o", markersize=4, label=label, **style)
-        if name in ended and last.low is not None and last.high is not None:
-            place.plot([along[-1]] * 2, [last.low, last.high], color=style["color"], linewidth=1, alpha=0.6)
-    if most > 1:
-        place.set_xscale("log")
-        place.set_xticks([seconds / unit for seconds in times], [f"{seconds / unit:.3g}" for seconds in times])
-        place.minorticks_off()
-    place.set(xlabel=f"{label_of_axis}: each point is a schedule of its own", ylabel=words)
-    place.legend(**_BESIDE)
     tidy(place)
     save_figure(figure, path)
 

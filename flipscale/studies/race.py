@@ -89,7 +89,7 @@ def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds:
                 f"{recipe!r} is named {name!r}, and a run's folder has its recipe's name; rename the file, to be "
                 "printable, unlike the other names, and neither model nor figures"
             )
-    check_folder(output_dir, _MARK, "study")
+    check_folder(output_dir, _MARK)
     check_replaceable(output_dir / "model")
     if (output_dir / _MARK).exists():
         remedy = "name another folder, or remove it"
