@@ -292,7 +292,7 @@ class Weights(WeightOptions):
 
 @dataclass(frozen=True)
 class Embed:
-    """Embed the images and texts of shards once, and store their features for training. Or compare stored features.
+    """Embed the images and texts of shards once, and store their features for training.
 
     Args:
         shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'.
@@ -300,9 +300,6 @@ class Embed:
             once; they share the shards.
         model: A run, a model folder, a Hub name, open_clip:NAME,PRETRAINED or hf:NAME, as for `flipscale evaluate`.
             hf:NAME may be a tower alone: an image model, also timm's, a text encoder or a decoder language model.
-        compare: Embed nothing; print how alike two towers represent the same pairs: linear CKA by the unbiased HSIC, 1
-            for the same up to a rotation, about 0 for unrelated towers. Name their stored features in place of SHARDS
-            and DIRECTORY: FOLDER/images or FOLDER/texts.
         features: `embeds` are projected and of unit length. `pooled` are before the projection, which a recipe trains.
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's
@@ -320,8 +317,7 @@ class Embed:
     shards: str
     directory: OutputFolder
     _: KW_ONLY
-    model: str | None = None
-    compare: bool = False
+    model: str
     features: Literal["embeds", "pooled"] = "embeds"
     towers: list[Literal["images", "texts"]] = field(default_factory=lambda: ["images", "texts"])
     image_size: Pixels | None = None
@@ -334,14 +330,6 @@ class Embed:
     num_workers: Workers | None = None
 
     def run(self) -> None:
-        if self.compare:
-            from flipscale.preparation.tower_similarity import compare_towers
-
-            cka, pairs = compare_towers(Path(self.shards), self.directory)
-            print(f"CKA of {self.shards} and {self.directory}: {cka:.4f} ({pairs:,} pairs)")
-            return
-        if self.model is None:
-            raise UserError("embed needs --model MODEL, or --compare FOLDER/images FOLDER/texts")
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.evaluate`
         from flipscale.data.features import TeacherCrops
         from flipscale.engines.build import start_accelerator

@@ -90,13 +90,6 @@ def memory(folder: Path, change: Change, validation: str = "other") -> list[str]
     return [*words, "--validation", validation, "--num_workers", "0", "--output_dir", "results"]
 
 
-@later
-def compared(folder: Path, change: Change) -> list[str]:
-    shutil.copytree(_made("embeds"), folder, dirs_exist_ok=True, copy_function=shutil.copy2)
-    change(folder / "stored")
-    return ["prepare", "embed", "stored/images", "stored/texts", "--compare"]
-
-
 def every_row(folder: Path, tower: str, value: float) -> None:
     for file in (folder / tower).iterdir():
         np.save(file, np.full_like(np.load(file), value))
@@ -134,9 +127,6 @@ ATTACKS: list[Attack] = [
     spoiled("weights without a line", text("weights.npy", ""), "'stored'", kind="weights"),
     refused("a memory without a text", memory(lambda one: every_row(one, "texts", np.nan)), "memory stored", "no pair"),
     refused("the test images as validation", memory(nothing, "./data"), "validation is ./data", "test images"),
-    refused(
-        "equal features to compare", compared(lambda one: every_row(one, "texts", 0.5)), "stored/texts", "96 pairs",
-    ),
 ]  # fmt: skip
 
 test_attack = test_of(ATTACKS)
