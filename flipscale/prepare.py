@@ -254,13 +254,14 @@ class Resize:
 
     def run(self) -> None:
         from flipscale.preparation.resize import resize_shards
-        from flipscale.preparation.shard_writer import ShardOptions
+        from flipscale.preparation.shard_writer import REDRAWN, ShardOptions
 
         options = ShardOptions(short_side=self.short_side, jpeg_quality=self.jpeg_quality)
         total = resize_shards(self.shards, self.directory, options, self.num_workers)
         print(
             f"{self.directory}: {total['images']:,} images, {total['shrunk']:,} of them shrunk to a short side of "
             f"{self.short_side}; {total['before'] / 1e9:.2f} GB became {total['after'] / 1e9:.2f}"
+            + (f"; {total['redrawn']:,} redrawn, {REDRAWN}" if total["redrawn"] else "")
             + (f"; {total['left_out']:,} links, devices or sparse files are left out" if total["left_out"] else "")
         )
 

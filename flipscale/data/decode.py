@@ -373,18 +373,32 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def _decode_other(encoded: bytes) -> np.ndarray:
     """Return the upright RGB of any image that Pillow reads."""
-    is_whole = _is_plain_or_no_png(encoded)
-    if is_whole and (size := _plain_png_size(encoded)) is not None:
+    if (size := _plain_png_size(encoded)) is not None and _is_plain_or_no_png(encoded):
         _check_size(*size)
         if (pixels := _decode_by_opencv(encoded, size)) is not None:
             return pixels
     image = open_image(encoded)
-    plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
-    if is_whole and plain and image.format in ("PNG", "WEBP"):
+    if _is_plain(encoded, image):
         pixels = _decode_by_opencv(encoded, (image.height, image.width))
         if pixels is not None:
             return pixels
     return rgb_pixels(image)
+
+
+def _is_plain(encoded: bytes, image: Image.Image) -> bool:
+    """Return whether OpenCV shows a PNG or a WebP as Pillow does."""
+    plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
+    return plain and image.format in ("PNG", "WEBP") and _is_plain_or_no_png(encoded)
+
+
+@wrap_errors(UndecodableImage)
+def is_shown_alike(encoded: bytes, pixels: np.ndarray) -> bool:
+    """Return whether Pillow's plain RGB of an image is `pixels`, those of `decode_whole`; True for all JPEGs.
+
+    It differs for transparent parts, 16 bits, a hidden frame, and an image that its EXIF turns."""
+    image = open_image(encoded)
+    alike = encoded.startswith(b"\xff\xd8") or _is_plain(encoded, image)
+    return alike or np.array_equal(image.convert("RGB"), pixels)
 
 
 def _decode_by_opencv(encoded: bytes, size: tuple[int, int]) -> np.ndarray | None:

@@ -28,7 +28,7 @@ from flipscale.io.progress import each
 from flipscale.preparation.shard_writer import ShardOptions, stored_image
 from flipscale.preparation.worker_pool import worker_pool
 
-_DECIDING, _COUNTED = ("short_side", "jpeg_quality"), ("images", "shrunk", "left_out", "before", "after")
+_DECIDING, _COUNTED = ("short_side", "jpeg_quality"), ("images", "shrunk", "redrawn", "left_out", "before", "after")
 _LINES = "resized.jsonl"  # the options, then the counts of each finished shard
 
 
@@ -36,15 +36,15 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
     """Write each shard to `out_dir` under its own name, with smaller images.
 
     Keys, captions, other files and their order stay. So do images that are small enough or cannot be decoded. A shrunk
-    image becomes a JPEG.
+    image becomes a JPEG. A small one that other readers would show otherwise, such as a transparent one, becomes a PNG.
 
     Args:
         shards: as in `data.shards` of a recipe, on this machine.
         options: `short_side` and `jpeg_quality`.
 
     Returns:
-        Counts over all shards: `images`, `shrunk` images, entries `left_out` because they are links, devices or sparse
-        files, and bytes `before` and `after`.
+        Counts over all shards: `images`, `shrunk` images, `redrawn` ones (see `stored_image`), entries `left_out`
+        because they are links, devices or sparse files, and bytes `before` and `after`.
 
     Raises:
         UserError: the shards are at a URL, `out_dir` has other files, shards of other options or shards whose source is
@@ -144,10 +144,11 @@ def _resize(source: Path, target: Path, options: ShardOptions, skips_written: bo
 def _smaller(name: str, content: bytes, options: ShardOptions, counts: Counter[str]) -> tuple[str, bytes]:
     counts["images"] += 1
     try:
-        stored, extension, sizes = stored_image(content, options)
+        stored, extension, sizes, is_redrawn = stored_image(content, options)
     except BadSample:
         return name, content
-    if sizes["width"] == sizes["original_width"]:
+    is_shrunk = sizes["width"] != sizes["original_width"]
+    if not (is_shrunk or is_redrawn):
         return name, content
-    counts["shrunk"] += 1
+    counts.update(shrunk=is_shrunk, redrawn=is_redrawn)
     return f"{name.rpartition('.')[0]}.{extension}", stored

@@ -25,7 +25,7 @@ import simplejpeg
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from flipscale.data.decode import UndecodableImage, decode_whole
+from flipscale.data.decode import UndecodableImage, decode_whole, is_shown_alike
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar import add_member
@@ -44,7 +44,9 @@ _LOCK, _PARTIAL = ".lock", ".*.partial*"
 _DUPLICATE = "duplicate"  # cause of a pair whose image file an earlier one has
 _MAX_SHOWN = 300  # characters of a name or a detail
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_COUNTED = ("written", "shrunk", "redrawn", "image_bytes")
 _HASH_BYTES = 16
+REDRAWN = "transparent parts on white, upright, 8 bits: alike in all readers"
 _SPLIT_KEY = b"flipscale prepare shards --split"
 _REMEDIES = {
     "missing_caption": "put KEY.txt beside KEY.jpg, or name the captions' column with --caption_column",
@@ -279,7 +281,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     """Write a shard and its index, and return its line of the manifest."""
     job: _Job = shared()
     pairs, options, path = job.pairs, job.options, job.path(shard)
-    line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
+    line: dict[str, Any] = {"shard": shard, **dict.fromkeys(_COUNTED, 0), "left_out": []}
     line["inputs"] = _inputs(shard, same_as)  # before they are read, so that a later change is noticed
     # Under a name of this process, because a worker of a killed run may live a little into the next run.
     with atomic_write(path, unique_partial_path(path)) as partial:
@@ -291,7 +293,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                     if number in same_as:
                         raise BadSample(f"the same bytes as {pairs.place(same_as[number])}", _DUPLICATE)
                     captions, label, votes = _about(job, number)
-                    image, extension, sizes = stored_image(pairs.image(number), options)
+                    image, extension, sizes, is_redrawn = stored_image(pairs.image(number), options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
                     line["left_out"].append({name: text[:_MAX_SHOWN] for name, text in fault.items()})
@@ -309,6 +311,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                 add_member(tar, f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
                 line["written"] += 1
                 line["shrunk"] += sizes["width"] != sizes["original_width"]
+                line["redrawn"] += is_redrawn
                 line["image_bytes"] += len(image)
         sync(partial)
     load_index(path)
@@ -330,17 +333,21 @@ def _is_of_part(job: _Job, number: int) -> bool:
     return (int.from_bytes(digest, "big") < options.held_out * 2**64) == (options.part == "test")
 
 
-def stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
-    """Return the bytes to store, their extension, and the sizes before and after. Raise BadSample if the image cannot
-    be decoded or stored."""
+def stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int], bool]:
+    """Return the bytes to store, their extension, the sizes before and after, and whether other readers would show the
+    image otherwise. Such an image is drawn anew, as training sees it. Raise BadSample if the image cannot be decoded or
+    stored."""
     image = decode_whole(encoded)
+    is_redrawn = not is_shown_alike(encoded, image)
     height, width = image.shape[:2]
     sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
     scale = options.short_side / min(height, width)
     try:
         extension = KEPT_FORMATS.get(Image.open(io.BytesIO(encoded)).format or "")
+        if scale >= 1 and is_redrawn:
+            return png_of(Image.fromarray(image)), "png", sizes, True
         if scale >= 1 and extension:
-            return encoded, extension, sizes
+            return encoded, extension, sizes, False
         if scale < 1:
             sizes["width"], sizes["height"] = (max(1, round(side * scale)) for side in (width, height))
             image = cv2.resize(image, (sizes["width"], sizes["height"]), interpolation=cv2.INTER_AREA)
@@ -349,7 +356,12 @@ def stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dic
     except (OSError, ValueError, cv2.error, Image.DecompressionBombError) as error:
         # Pillow may not know an image of another decoder; a JPEG has at most 65,535 pixels on a side.
         raise UndecodableImage(f"{width} x {height} pixels cannot be stored: {error}") from error
-    return jpeg, "jpg", sizes
+    return jpeg, "jpg", sizes, is_redrawn
+
+
+def png_of(image: Image.Image) -> bytes:
+    image.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
 
 
 def _write_report(job: _Job, begun: dict[str, Any]) -> dict[str, Any]:
@@ -360,7 +372,7 @@ def _write_report(job: _Job, begun: dict[str, Any]) -> dict[str, Any]:
 
     def left_out() -> Iterator[dict[str, Any]]:
         for line in islice(json_lines.iterate(job.out_dir / _MANIFEST), 1, None):
-            totals.update({name: line[name] for name in ("written", "shrunk", "image_bytes", "tar_bytes")})
+            totals.update({name: line.get(name, 0) for name in (*_COUNTED, "tar_bytes")})
             for fault in line["left_out"]:
                 causes[fault["cause"]] += 1
                 first.setdefault(fault["cause"], fault)
@@ -379,6 +391,7 @@ def report_table(report: dict[str, Any], out_dir: Path) -> str:
     shrunk = f"to a short side of {report['short_side']}, JPEG {report['jpeg_quality']}"
     rows = [("pairs read", written + num_left_out, ""), ("written", written, shards)]
     rows += [("  shrunk", report["shrunk"], shrunk)]
+    rows += [("  redrawn", report["redrawn"], REDRAWN)] if report["redrawn"] else []
     rows += [("left out", num_left_out, f"each in {out_dir / _LEFT_OUT}" if num_left_out else "")]
     rows += [(f"  {cause}", count, f"such as {_first(report, cause)}") for cause, count in report["left_out"].items()]
     mean = report["image_bytes"] / written / 1000 if written else 0

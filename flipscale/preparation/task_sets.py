@@ -28,7 +28,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from PIL import Image
 
-from flipscale.data.decode import decode_whole
+from flipscale.data.decode import decode_whole, is_shown_alike
 from flipscale.data.samples import SampleNumbers, one_line_reason
 from flipscale.data.sources.tar import TarSource, add_member
 from flipscale.data.task_page import PREPARED, TaskPage, TaskSource, read_prepared
@@ -39,7 +39,7 @@ from flipscale.io.files import check_disk_space, size_text
 from flipscale.io.progress import Progress
 from flipscale.io.text_table import plain_table
 from flipscale.preparation.lists import parquet_rows
-from flipscale.preparation.shard_writer import KEPT_FORMATS
+from flipscale.preparation.shard_writer import KEPT_FORMATS, png_of
 
 REAL_LABELS = "real_labels.json"
 _BEGUN = ".begun.json"  # the source and commit of an unfinished set, so that a later start continues with the same one
@@ -500,21 +500,21 @@ def _rows(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Any, ...]
 
 
 def _image(image: Any, where: str, box: dict[str, float] | None = None) -> _Sample:
-    """Return an image, or its part in a box, by its extension; a format that shards do not hold becomes PNG."""
+    """Return an image, or its part in a box, by its extension. It becomes a PNG if shards do not hold its format, or if
+    other readers would show it otherwise than training, such as a transparent one."""
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes):
         raise UserError(f"{where} has no image; the source has changed")
     try:
-        kind = Image.open(io.BytesIO(content)).format
-        if kind in KEPT_FORMATS and box is None:
-            return {KEPT_FORMATS[kind]: content}
-        whole, png = Image.fromarray(decode_whole(content)), io.BytesIO()
+        kind = KEPT_FORMATS.get(Image.open(io.BytesIO(content)).format or "")
+        if box is None and (kind == "jpg" or (kind and is_shown_alike(content, decode_whole(content)))):
+            return {kind: content}
+        whole = Image.fromarray(decode_whole(content))
         if box is not None:
             whole = whole.crop((box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]))
-        whole.save(png, "PNG")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where} has an image that cannot be read ({error}); the source has changed") from error
-    return {"png": png.getvalue()}
+    return {"png": png_of(whole)}
 
 
 def archive_bytes(url: str) -> int:

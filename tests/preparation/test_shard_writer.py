@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from conftest import launch
 from data.conftest import encoded
+from data.test_decode import KINDS, picture, with_alpha
 from PIL import Image
 
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
-from flipscale.data.sources.tar import TarSource
+from flipscale.data.sources.tar import TarSource, add_member
+from flipscale.preparation.task_sets import _image
 
 CAPTIONS = [f"picture number {number}" for number in range(6)]
 
@@ -131,6 +133,71 @@ def test_every_picture_is_written_or_counted(folder: Path, tmp_path: Path) -> No
     assert (b"two lines of one caption",) in captions
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["pairs"], report["left_out"]) == (report["written"] + 1, {"undecodable_image": 1})
+
+
+TURNED = Image.Exif()
+TURNED[0x112] = 6
+CLEAR = with_alpha("RGBA").quantize(16)
+CLEAR.info["transparency"] = CLEAR.getpixel((0, 0))
+READ_OTHERWISE = {
+    name: make() for name, make in KINDS.items() if re.search("rgba|la png|transparent|16-bit grey", name)
+}
+READ_OTHERWISE |= {
+    "turned rgba png": encoded(with_alpha("RGBA"), "PNG", exif=TURNED),
+    "turned png": encoded(picture(), "PNG", exif=TURNED),
+    "almost opaque png": encoded(Image.merge("RGBA", (*picture().split(), Image.new("L", (210, 150), 254)))),
+    "lossy rgba webp": encoded(with_alpha("RGBA"), "WEBP", exif=TURNED),
+    "transparent gif": encoded(CLEAR, "GIF"),
+    "animated gif": encoded(CLEAR, "GIF", save_all=True, append_images=[picture().quantize(16)]),
+    "animated png": encoded(picture(), "PNG", save_all=True, append_images=[with_alpha("RGBA")], default_image=True),
+    "rgba tiff": encoded(with_alpha("RGBA"), "TIFF"),
+}
+READ_ALIKE = {name: make() for name, make in KINDS.items() if re.search("png|webp|jpeg", name)}
+READ_ALIKE = {name: content for name, content in READ_ALIKE.items() if name not in READ_OTHERWISE}
+READ_ALIKE["opaque rgba png"] = encoded(picture().convert("RGBA"))
+READ_ALIKE["opaque rgba webp"] = encoded(picture().convert("RGBA"), "WEBP", lossless=True, exif=Image.Exif())
+
+
+@pytest.mark.parametrize("writer", ["shards", "resize", "tasks"])
+def test_every_reader_sees_the_stored_pictures_alike(
+    tmp_path: Path, writer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, out = {**READ_OTHERWISE, **READ_ALIKE}, tmp_path / "out"
+    if writer == "tasks":
+        stored = [next(iter(_image({"bytes": content}, "here").items())) for content in files.values()]
+    else:
+        (tmp_path / "in").mkdir()
+        with tarfile.open(tmp_path / "in/0.tar", "w") as tar:
+            for number, content in enumerate(files.values()):
+                kind = Image.open(io.BytesIO(content)).format.lower().replace("jpeg", "jpg")
+                for name, member in ((f"{number:02}.{kind}", content), (f"{number:02}.txt", b"words")):
+                    add_member(tar, name, member)
+                    (tmp_path / "in" / name).write_bytes(member)
+        if writer == "shards":
+            (tmp_path / "in/0.tar").unlink()
+        main(["prepare", writer, str(tmp_path / "in"), str(out), "--num_workers", "1"])
+        printed, count = capsys.readouterr().out, len(READ_OTHERWISE)
+        with tarfile.open(next(out.glob("*.tar"))) as tar:
+            members = [(member.name.split(".")[1], tar.extractfile(member).read()) for member in tar]
+        stored = [member for member in members if member[0] not in ("txt", "json")]
+    for (name, content), (extension, kept) in zip(files.items(), stored, strict=True):
+        decoded = decode_whole(kept)
+        if extension != "jpg":
+            assert np.array_equal(Image.open(io.BytesIO(kept)).convert("RGB"), decoded), name
+        assert np.array_equal(decoded, decode_whole(content)), name
+        assert (kept == content) == (name in READ_ALIKE), name
+        assert extension == Image.open(io.BytesIO(kept)).format.lower().replace("jpeg", "jpg"), name
+    assert writer == "tasks" or re.search(rf"redrawn +{count} .*white|\b{count} redrawn.*white", printed)
+
+
+def test_shrunk_transparent_pictures_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.png").write_bytes(READ_OTHERWISE["rgba png"])
+    (tmp_path / "in/0.txt").write_text("words")
+    source = shards_of([tmp_path / "in", "--short_side", "50"], tmp_path / "out")
+    assert decode_whole(source.read(0, 0).image)[:, 0].min() > 240
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["shrunk"], report["redrawn"]) == (1, 1)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
