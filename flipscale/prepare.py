@@ -148,7 +148,8 @@ class Inspect:
     """Print counts and sizes of shards, find bad samples, and draw a contact sheet.
 
     Args:
-        shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'.
+        shards: Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'. Or a folder of `save_to_disk`
+            or Parquet files with images.
         sheet: PNG file to draw.
         tokenizer: Also count the tokens of captions, with a tokenizer named as in a recipe.
         max_samples: Samples to check, evenly spread; 0 for all.
@@ -166,7 +167,7 @@ class Inspect:
         from flipscale.data.tokenizers import load_tokenizer
         from flipscale.preparation.inspection import inspect_shards, inspection_table
 
-        source = TarSource(self.shards)
+        source = _open(self.shards)
         tokenizer = load_tokenizer(self.tokenizer, 10**9) if self.tokenizer else None
         figures = inspect_shards(source, self.sheet, tokenizer, self.max_samples)
         print(json.dumps(figures) if self.json else f"{inspection_table(figures)}\n\nsamples drawn in {self.sheet}")

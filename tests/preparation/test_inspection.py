@@ -4,7 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data.conftest import encoded, write_tar
 from PIL import Image
@@ -62,3 +65,24 @@ def test_the_sheet_shows_images_and_captions(mixed: Path, tmp_path: Path) -> Non
     below = pixels[190:225]
     inked = [(below[:, 8 + 184 * column : 180 + 184 * column] < 128).any() for column in range(4)]
     assert inked == [True, True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["url", "parquet"])
+def test_other_places_of_pairs(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards at a URL come through the cache, and Parquet files as training reads them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place, names, picture = str(tmp_path / "pairs"), {"0", "1"}, jpeg((250, 10, 10), 60, 40)
+    if kind == "url":
+        place = "memory://bucket/pairs/{0..0}.tar"
+        write_tar(tmp_path / "0.tar", {f"{name}.{end}": text for name in names for end, text in
+                                       (("jpg", picture), ("txt", b"a red disc"))})  # fmt: skip
+        fsspec.filesystem("memory").pipe("/bucket/pairs/0.tar", (tmp_path / "0.tar").read_bytes())
+    else:
+        (tmp_path / "pairs").mkdir()
+        table = {"image": [{"bytes": picture, "path": None}] * 2, "caption": ["a red disc", "a disc"]}
+        pq.write_table(pa.table(table), tmp_path / "pairs/0.parquet")
+    main(["prepare", "inspect", place, "--sheet", str(tmp_path / "sheet.png"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards"], found["samples"], found["good"], found["width"]["max"]) == (1, 2, 2, 60)
