@@ -28,6 +28,7 @@ from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import open_weights, texts_digest
+from flipscale.io.urls import without_secrets
 
 _log = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ def _published(result: Result) -> Result:
 
 def data_name(place: str) -> str:
     """Return the common name of a data set: the last folder or file of its path or URL."""
-    place = re.sub(r"^.*://([^/]*@)?", "", place.split("?")[0])
+    place = re.sub(r"^.*://([^/]*@)?", "", without_secrets(place))
     parts = [part for part in place.split("/") if part and not re.search(r"[*{]|\.tar$", part)]
     return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or place
 

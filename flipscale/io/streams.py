@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from flipscale.io.text_table import escape_controls
+from flipscale.io.urls import without_secrets
 
 # Progress bars move the cursor by these.
 _MOVES = re.compile(r"\n*(\x1b\[A)*")
@@ -67,7 +68,7 @@ def is_unread(stream: Any) -> bool:
 
 
 class _SafeStream:
-    """A stream that escapes control characters.
+    """A stream that escapes control characters, and hides secrets of URLs.
 
     Args:
         is_optional: whether lost lines are harmless, as in a log. Else `flush` repeats errors that argparse ignores.
@@ -79,9 +80,10 @@ class _SafeStream:
         self._error: OSError | None = None
 
     def write(self, text: str) -> int:
-        shown = escape_controls(text)
+        public = without_secrets(text)
+        shown = escape_controls(public)
         if self._is_optional:  # progress bars move up by lines, and rewrite theirs by a carriage return
-            shown = text if _MOVES.fullmatch(text) else "\r".join(map(escape_controls, text.split("\r")))
+            shown = public if _MOVES.fullmatch(public) else "\r".join(map(escape_controls, public.split("\r")))
         with suppress(*self._ignored):
             try:
                 self._stream.write(shown)

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.io.errors import UserError
 from flipscale.io.options import MinutesAboveZero, Seed, changed_fields, check_ranges, parser_message
+from flipscale.io.urls import without_secrets
 from flipscale.io.yaml_text import check_yaml
 from flipscale.recipe.data import PRECOMPUTED_TOWERS, DataRecipe, MaskRecipe
 from flipscale.recipe.files import read_recipes, recipe_names
@@ -175,9 +176,9 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     return dataclasses.replace(recipe, model=model, data=dataclasses.replace(data, lanes=data.num_lanes))
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, which `--config` reads back."""
-    plain = dataclasses.asdict(recipe)
+def to_yaml(recipe: Recipe, is_public: bool = False) -> str:
+    """Return the resolved recipe as YAML, which `--config` reads back; with `is_public`, without secrets of URLs."""
+    plain = without_secrets(dataclasses.asdict(recipe)) if is_public else dataclasses.asdict(recipe)
     plain["data"]["lanes"] = recipe.data.num_lanes
     plain["data"]["crop_scale"] = list(recipe.data.crop_scale)
     return yaml.safe_dump(plain, sort_keys=False)
@@ -225,13 +226,13 @@ def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
         elif value is not None:
             yield name, value
 
-    return dict(fields_of(yaml.safe_load(to_yaml(recipe)), ""))
+    return dict(fields_of(yaml.safe_load(to_yaml(recipe, is_public=True)), ""))
 
 
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Return the fields that decide what is learned and differ from a saved recipe's, such as
     `stages[1].mask_ratio: 0.0, now 0.5`."""
-    return sorted(changed_fields(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe)))))
+    return sorted(changed_fields(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe, is_public=True)))))
 
 
 def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:

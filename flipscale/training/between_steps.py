@@ -138,7 +138,7 @@ class Saver:
                 "num_processes": self.writer.accelerator.num_processes,
             }
             self.writer.save(
-                self._engine.tensor_chunks(), self._engine.layout.shapes(), state, to_yaml(self._setup.recipe)
+                self._engine.tensor_chunks(), self._engine.layout.shapes(), state, to_yaml(self._setup.recipe, True)
             )
 
     def commit(self) -> None:

@@ -21,6 +21,7 @@ import flipscale
 from flipscale.io.errors import UserError
 from flipscale.io.streams import flush_or_drop, is_unread, open_streams, silence_other_packages
 from flipscale.io.surroundings import known, versions
+from flipscale.io.urls import without_secrets
 from flipscale.training.preemption import EndRequest, refuse_restart
 
 # With this variable set, every error prints its traceback.
@@ -192,7 +193,7 @@ def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
         name = f"flipscale-{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}-"
         descriptor, file = tempfile.mkstemp(".txt", name, folder)
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as opened:
-            opened.write(text)
+            opened.write(without_secrets(text))
     except OSError as failed:
         return f"its traceback could not be written ({_one_line(str(failed))}); {DEBUG}=1 prints it"
     return f"its traceback is in {file}"

@@ -11,6 +11,7 @@ from flipscale.engines.device import attention_kernel
 from flipscale.engines.launch import PRECISION, faster_precision, launched_precision, precision_in_words
 from flipscale.io.files import quoted
 from flipscale.io.surroundings import known
+from flipscale.io.urls import without_secrets
 from flipscale.training.between_steps import Evaluation
 from flipscale.training.run_directory import device_name, typed_command, write_run_files
 from flipscale.training.run_summary import RunSummary
@@ -51,7 +52,7 @@ def begin_run(
         data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
         times = last * batch / setup.source.num_drawn
         seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
-        rows.append(("data", f"{num_pairs:,} pairs of {data}{seen}"))
+        rows.append(("data", f"{num_pairs:,} pairs of {without_secrets(data)}{seen}"))
         rows += [(name.removeprefix("data."), str(composition)) for name, composition in drawn.items()]
         length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
         rows.append(("steps", f"{length}: {', '.join(_stage_words(one, is_timed) for one in setup.schedule.stages)}"))

@@ -26,6 +26,7 @@ from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import check_disk_space
 from flipscale.io.surroundings import known, own_commit, versions
+from flipscale.io.urls import without_secrets
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.training.preemption import STOP_FILE
@@ -55,7 +56,7 @@ def write_run_files(
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "DONE"):  # of a run with added stages
         (run_dir / name).unlink(missing_ok=True)
-    write_text(run_dir / "recipe.yaml", to_yaml(recipe))
+    write_text(run_dir / "recipe.yaml", to_yaml(recipe, is_public=True))
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {
@@ -90,7 +91,7 @@ def environment() -> dict[str, Any]:
         "commit": own_commit(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
         **versions(("torch", "transformers", "accelerate", "numpy", "simplejpeg", "cv2")),
-        "command": typed_command() or shlex.join(sys.argv),
+        "command": typed_command() or shlex.join(without_secrets(sys.argv)),
         "mixed_precision": launched_precision(os.environ),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -102,7 +103,7 @@ def typed_command(precision: str | None = None) -> str | None:
     is unknown, or if a batch script started the run, because nobody types that command again."""
     if STOP_FILE in os.environ:
         return None
-    words = list(sys.orig_argv)
+    words = without_secrets(sys.orig_argv)
     precision = precision or os.environ.get(PRECISION)
     variable = f"{PRECISION}={precision} " if precision else ""
     if "WORLD_SIZE" in os.environ or PRECISION in os.environ:
@@ -110,7 +111,7 @@ def typed_command(precision: str | None = None) -> str | None:
         content = known(Path(f"/proc/{os.getppid()}/cmdline").read_bytes) or b""
         launcher = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
         if any(Path(word).name in _LAUNCHERS for word in launcher[:4]):
-            words = launcher
+            words = without_secrets(launcher)
             launches = [word in ("launch", "accelerate.commands.launch") for word in words]
             if True in launches[:4]:  # accelerate sets the variable itself
                 place, variable = launches.index(True) + 1, ""

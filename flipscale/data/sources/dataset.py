@@ -12,6 +12,7 @@ from flipscale.data import samples
 from flipscale.data.captions import encoded_captions
 from flipscale.data.sources.shard_index import NotAFile, open_plain
 from flipscale.io.errors import UserError, first_line
+from flipscale.io.urls import without_secrets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +74,7 @@ class DatasetSource(samples.Source):
         from huggingface_hub.constants import HF_HUB_CACHE
 
         _check_columns(rows, name, image_column, caption_columns)
-        self.name = name
+        self.name = without_secrets(name)
         # A row may store the path of an image file, in the dataset's folder or in a cache.
         caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
         folders = (*_folders_of(name), *map(str, caches))

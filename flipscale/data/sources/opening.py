@@ -20,6 +20,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import quoted
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
+from flipscale.io.urls import without_secrets
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 
 # For commands that read the samples in their order: one shard at a time.
@@ -69,6 +70,8 @@ def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> T
     """Open tar shards, on this machine or at a URL through the recipe's cache."""
     if "://" not in shards:
         return TarSource(shards, anew)
+    if "://***@" in shards:
+        raise UserError(f"{shards!r} lacks its password, which files of a run leave out; name the URL in full")
     return RemoteTarSource(shards, ShardCache(recipe.cache_dir, recipe.cache_bytes), recipe, anew)
 
 
@@ -114,7 +117,7 @@ def open_weights(name: str, path: str, source: Source, shards: str) -> SampleWei
 
 
 def in_words(source: Source, shards: str) -> str:
-    return f"{len(source):,} samples in {len(source.shard_sizes):,} shards of {shards!r}"
+    return f"{len(source):,} samples in {len(source.shard_sizes):,} shards of {without_secrets(shards)!r}"
 
 
 class _Derived(Source):

@@ -53,6 +53,7 @@ from flipscale.io.atomic import atomic_write, remove, unique_partial_path
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.hub_requests import guard_requests
+from flipscale.io.urls import without_password, without_secrets
 from flipscale.recipe.data import DataRecipe
 
 # A transfer is stopped when fewer bytes come in so many seconds.
@@ -94,13 +95,15 @@ def file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, and the path in it."""
     import fsspec
 
+    if url.startswith(("s3:", "gs:", "hf:")) and url != without_password(url):
+        raise UserError(f"{without_secrets(url)!r} has a password, which is for http; set keys in the environment")
     if url.startswith("hf:"):
         guard_requests()
     try:
         options = {"get_client": _http_client} if url.startswith(("http:", "https:")) else {}
         system, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url!r} cannot be read: {error}") from error
+        raise UserError(without_secrets(f"{url!r} cannot be read: {error}")) from error
     return system, path
 
 
@@ -140,7 +143,7 @@ def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
 
 def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENCE_SECONDS) -> Result:
     """Return the result of `ask`, with a warning after each error that may pass, and retries for `patience` seconds."""
-    started = time.monotonic()
+    started, name = time.monotonic(), without_secrets(url)
     for number in count(1):
         try:
             return ask()
@@ -148,10 +151,10 @@ def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENC
             if not _may_pass(error):
                 raise
             cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-            reason = " ".join(str(cause).split()) or type(cause).__name__
+            reason = without_secrets(" ".join(str(cause).split())) or type(cause).__name__
             if number == _TRIES or time.monotonic() - started > patience:
-                raise OSError(f"{url} could not be fetched in {number} tries ({reason}); start again later") from error
-            _log.warning("%s could not be fetched (%s); trying again", url, reason)
+                raise OSError(f"{name} could not be fetched in {number} tries ({reason}); start again later") from error
+            _log.warning("%s could not be fetched (%s); trying again", name, reason)
             time.sleep(_FIRST_DELAY_SECONDS * 2 ** (number - 1))
     raise AssertionError
 
@@ -209,12 +212,14 @@ class ShardCache:
     def __init__(self, folder: str | Path, max_bytes: int):
         self.folder = Path(folder).expanduser()
         self.max_bytes = max_bytes
+        self.query = ""  # of all URLs of a source, such as a signature; copies do not depend on it
         check_writable(self.folder, "data.cache_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, url: str) -> Path:
         """Return the path of the copy of `url`, whether or not it is fetched."""
-        name = url.rstrip("/").rsplit("/", 1)[-1][-_LONGEST_NAME:]
+        url = without_password(url.removesuffix(self.query))
+        name = url.partition("?")[0].rstrip("/").rsplit("/", 1)[-1][-_LONGEST_NAME:]
         return self.folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
 
     def open(self, url: str) -> int:
@@ -248,7 +253,8 @@ class ShardCache:
         size = _ask(url, "info")["size"]
         reserved = min(_UNKNOWN_SIZE_BYTES, self.max_bytes) if size is None else size
         if reserved > self.max_bytes:
-            raise UserError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
+            words = f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}"
+            raise UserError(without_secrets(words))
         # This process holds the lock, so a file of this name is the rest of a killed process.
         with atomic_write(path, path.with_name(f".{path.name}.{reserved}.partial")) as partial:
             self._reserve(partial, reserved)
@@ -307,7 +313,11 @@ class RemoteShardList(ShardList):
     """
 
     def __init__(self, shards: str, cache: ShardCache):
-        self.shards, self.cache = shards, cache
+        self.shards, self.cache = without_secrets(shards), cache
+        url, mark, query = shards.partition("?")
+        # A query that names a shard is no signature.
+        if url.startswith("http") and (url.endswith(".tar") or not re.search(r"[{*]|\.tar", query)):
+            shards, cache.query = url, mark + query
         self.folder, self.pattern = split_shards(
             shards, lambda url: not url.endswith(".tar") and not re.search(r"[*?\[{]", url)
         )
@@ -318,12 +328,12 @@ class RemoteShardList(ShardList):
         return f"give the new shard another name, and {self.remedy}"
 
     def path(self, name: str) -> str:  # type: ignore[override]
-        return name if "://" in name else f"{self.folder}/{name}"
+        return name if "://" in name else f"{self.folder}/{name}{self.cache.query}"
 
     def names(self) -> list[str]:
         named = expand_range(self.pattern)
         if named is None:
-            url = self.path(self.pattern)
+            url = f"{self.folder}/{self.pattern}"
             system, path = file_system(url)
             paths = [path]
             if re.search(r"[*?\[]", path):
@@ -368,7 +378,8 @@ class RemoteShardList(ShardList):
         index = _read_copy(path, size)
         if index is None:
             with suppress(FileNotFoundError, PermissionError):
-                self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
+                limit = self.cache.max_bytes if size is None else most_bytes(size)
+                self._fetch(self.path(f"{name}.index.npy"), path, limit)
                 index = _read_copy(path, size)
         if index is not None:
             return index
@@ -394,14 +405,15 @@ class RemoteShardList(ShardList):
         return path.with_name(path.name + ".index.npy")
 
     def _local(self, version: str) -> Path:
-        key = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
+        key = self.cache.path(self.url).name.partition("-")[0]
         return self.cache.folder / f"{key}-{version}.manifest"
 
     def _published(self) -> Manifest | None:
         """Return the manifest beside the shards, fetched if it changed; None if there is none."""
         try:
             about = information(self.url)
-            about.pop("url", None)  # the address after redirects, often with a signature that changes
+            for name in ("name", "url"):  # the addresses before and after redirects, often with signatures that change
+                about.pop(name, None)
             version = hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
             path = self._local(version)
             manifest = self._read_cached(path)
@@ -413,7 +425,8 @@ class RemoteShardList(ShardList):
         protocol = self.url.partition("://")[0]
         for name in manifest.names if manifest is not None else ():
             if "://" in name and name.partition("://")[0] != protocol:
-                raise UserError(f"manifest {self.url} names {name!r}, which is on another server; {self.remedy}")
+                words = f"manifest {self.url} names {name!r}, which is on another server; {self.remedy}"
+                raise UserError(without_secrets(words))
         return manifest
 
     def _write(self, place: Path) -> Manifest:
@@ -425,7 +438,7 @@ class RemoteShardList(ShardList):
             size = information(self.path(name))["size"]
             index = self.index(name, size)
         except FileNotFoundError as error:
-            raise UserError(f"shard {self.path(name)} does not exist; check data.shards") from error
+            raise UserError(f"shard {without_secrets(self.path(name))} does not exist; check data.shards") from error
         return name, index._replace(num_bytes=size or index.num_bytes, mtime_ns=0)
 
 
@@ -451,8 +464,9 @@ class RemoteTarSource(TarSource):
         largest = np.sort(self.manifest.num_bytes)[-2 * of_each * -(-lanes.count * here // processes) :]
         if cache.max_bytes < largest.sum():
             raise UserError(
-                f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {shards!r} that a node "
-                f"reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and data.shards_per_block"
+                f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {self.list.shards!r} "
+                f"that a node reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and "
+                "data.shards_per_block"
             )
         # Enough for the shards now and next, because each open one has an index in memory, 24 bytes a sample.
         self._most_kept = len(largest)
@@ -468,7 +482,7 @@ class RemoteTarSource(TarSource):
         for shard in [shard for shard, file in self._open.items() if not os.fstat(file).st_nlink]:
             self._close(shard)
         if self._prefetch is None or not self._prefetch.is_alive():
-            urls = [self.shard_name(shard) for shard in shards]
+            urls = [self.list.path(self.manifest.names[shard]) for shard in shards]
             self._prefetch = threading.Thread(target=_prefetch, args=(weakref.ref(self.cache), urls), daemon=True)
             self._prefetch.start()
 
@@ -477,7 +491,7 @@ class RemoteTarSource(TarSource):
         url = self.list.url
         try:
             for name in self.manifest.names:
-                url = f"{self.list.path(name)}.index.npy"
+                url = self.list.path(f"{name}.index.npy")
                 system, remote = file_system(url)
                 if not system.exists(remote):
                     system.put_file(str(self.list.index_path(name)), remote)
@@ -485,18 +499,19 @@ class RemoteTarSource(TarSource):
             system, remote = file_system(url)
             system.put_file(str(self.manifest.path), remote)
         except Exception as error:  # each protocol has its own kinds
-            raise UserError(f"{url} cannot be written ({one_line_reason(error)}); name a writable place") from error
+            words = f"{url} cannot be written ({one_line_reason(error)}); name a writable place"
+            raise UserError(without_secrets(words)) from error
 
     def _open_checked(self, shard: int) -> int:
         try:
             return super()._open_checked(shard)
         except StaleManifest:
             # The copy may be damaged.
-            self.cache.forget(self.shard_name(shard))
+            self.cache.forget(self.list.path(self.manifest.names[shard]))
             return super()._open_checked(shard)
 
-    def _open_shard(self, name: str) -> int:
-        return self.cache.open(name)
+    def _open_shard(self, shard: int) -> int:
+        return self.cache.open(self.list.path(self.manifest.names[shard]))
 
     def _opened(self, shard: int) -> int:
         file = super()._opened(shard)

@@ -42,6 +42,7 @@ from flipscale.data.sources.shard_index import (
     size_and_time,
 )
 from flipscale.io.errors import UserError
+from flipscale.io.urls import without_secrets
 
 _MAX_GAP_BYTES = 1 << 16
 # Number of shards whose size and time are checked at opening, and of samples checked in a shard with a new time.
@@ -98,7 +99,7 @@ class TarSource(Source):
         return self.manifest.num_bytes.tolist()
 
     def shard_name(self, shard: int) -> str:
-        return str(self.list.path(self.manifest.names[shard]))
+        return without_secrets(str(self.list.path(self.manifest.names[shard])))
 
     def read(self, shard: int, number: int) -> Sample:
         """Return sample `number` of shard `shard`, its bytes as stored. Raise BadSample if it is damaged, StaleManifest
@@ -182,7 +183,7 @@ class TarSource(Source):
     def contents_digest(self, in_order: bool = False) -> str:
         """Return a digest of the shards' names, sizes and numbers of samples, whatever their folder, and their order
         unless `in_order`."""
-        names = [self.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(self.shard_sizes))]
+        names = [name.rsplit("/", 1)[-1] for name in self.manifest.names]
         shards = list(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
         return hashlib.blake2b(json.dumps(shards if in_order else sorted(shards)).encode(), digest_size=16).hexdigest()
 
@@ -236,7 +237,7 @@ class TarSource(Source):
         """Open a shard, and compare the open file with its entry in the manifest."""
         name = self.shard_name(shard)
         try:
-            file = self._open_shard(name)
+            file = self._open_shard(shard)
         except FileNotFoundError as error:
             raise self._gone(shard) from error
         except NotAFile as error:
@@ -257,8 +258,8 @@ class TarSource(Source):
         words = "is gone, but its manifest lists it"
         return StaleManifest(f"shard {self.shard_name(shard)} {words}; {self.list.stale_remedy}")
 
-    def _open_shard(self, name: str) -> int:
-        return open_plain(name)
+    def _open_shard(self, shard: int) -> int:
+        return open_plain(self.list.path(self.manifest.names[shard]))
 
     def _holds_its_samples(self, file: int, shard: int) -> bool:
         """Return whether a few samples have their tar headers before their files."""

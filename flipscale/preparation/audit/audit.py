@@ -37,6 +37,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.progress import Progress, each
 from flipscale.io.templates import render
+from flipscale.io.urls import without_secrets
 from flipscale.preparation.audit.duplicates import (
     LEAST_LIKENESS,
     MOST_BITS,
@@ -320,7 +321,7 @@ def audit(
             matches[name] = overlaps(pool, scan_source(pool, test, number, name).images, number, scan.images)
     states, lengths = scan.images["state"], ("characters", "words", *(["tokens"] if tokenizer else []))
     figures = {
-        "shards": shards,
+        "shards": without_secrets(shards),
         "samples": len(source),
         "unusable": scan.faults,
         "captions": {
