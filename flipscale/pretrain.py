@@ -17,6 +17,7 @@ if __name__ == "__main__":
         # The imports below take seconds, in which Ctrl-C would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from flipscale.engines.checkpoint import from_main_process
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.watchdog import close_process_group, exit_now
 from flipscale.evaluation.test_set import keep_class_names
@@ -34,7 +35,7 @@ from flipscale.training.messages import begin_run, log_stop
 from flipscale.training.preemption import Stopped, StopRequest
 from flipscale.training.pretrained_fields import with_vocabulary
 from flipscale.training.run_summary import RunSummary
-from flipscale.training.session import Session, StartTimings, is_done, join, open_run_directory, resume
+from flipscale.training.session import Session, StartTimings, is_done, join, open_run_directory, resume, watched
 from flipscale.training.setup import open_setup
 
 
@@ -62,6 +63,11 @@ def pretrain(recipe: Recipe) -> Path:
     open_target(recipe.hub, checkpoint is not None)
     session = join(setup, timings, test_set_digests(tasks))
     try:
+        if recipe.data.stored or recipe.data.teachers:
+            from flipscale.evaluation.precompute_features import check_stored  # imports the models
+
+            with watched(recipe, session.accelerator.process_index, "the check of stored features"):
+                from_main_process(session.accelerator, lambda: check_stored(recipe, setup.source))
         engine = resume(recipe, setup.schedule, session, setup.text_rows)
         timings.end("checkpoint")
         is_main = session.accelerator.is_main_process

@@ -2,7 +2,8 @@
 
 A folder has the features of every sample of some shards by one model. `images/NNNNN.npy` and `texts/NNNNN.npy` hold
 those of shard NNNNN of the manifest, float16 `(samples, width)`, in the order of its samples. The row of a sample that
-cannot be used is NaN. `features.json` names the model and the shards.
+cannot be used is NaN. `features.json` names the model and the shards. `shards/NNNNN.json` has the digest of a shard's
+bytes and the state of its file, so that a changed shard is noticed.
 
 For teachers, `prepare embed --crops` stores several random crops of each image: `images/NNNNN.npy` is `(samples, crops,
 width)`. Training draws one of these crops for each position, so that student and teacher see the same window.
@@ -13,6 +14,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,8 @@ from flipscale.data.order import by_value
 from flipscale.data.pairs import PairDataset, narrowed
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.samples import BadSample, Fault, Sample, one_line_reason
+from flipscale.data.sources.tar import TarSource
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, Positive, SamplesOrZero, Seed, check_entries
@@ -47,6 +51,29 @@ _FALLBACK_SIZE = 224
 
 def shard_file(folder: Path, tower: str, shard: int) -> Path:
     return folder / tower / f"{shard:05d}.npy"
+
+
+def shard_record(folder: Path, shard: int) -> Path:
+    return folder / "shards" / f"{shard:05d}.json"
+
+
+def shard_fault(folder: Path, source: TarSource, shard: int) -> str:
+    """Return how a shard differs from the one whose features a folder has; an empty text if it does not.
+
+    The bytes are compared only if the file has another state, such as a copy's. The new state is then kept.
+    """
+    if not source.shard_sizes[shard]:
+        return ""
+    file, state = shard_record(folder, shard), source.shard_state(shard)
+    stored = read_object(file, _REMEDY) if file.is_file() else {}
+    if stored.get("state") == state:
+        return ""
+    if (digest := source.shard_digest(shard, anew=True)) != (had := stored.get("digest")):
+        fault = f"shard {source.shard_name(shard)} has the digest {digest:.12}; expected {had!s:.12}, that of the shard"
+        return f"{fault} whose features are in {folder}. Fix: run the same `flipscale prepare embed` again"
+    with suppress(OSError):
+        write_text(file, json.dumps({"state": state, "digest": digest}))
+    return ""
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -6,9 +6,11 @@ the model. So a killed run goes on with the shards that are missing, and any num
 
 import itertools
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,25 +24,32 @@ from torch.utils.data import Dataset
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.features import ABOUT, PROBE, TeacherCrops, shard_file
+from flipscale.data.features import ABOUT, PROBE, TeacherCrops, read_about, shard_fault, shard_file, shard_record
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
-from flipscale.data.samples import BadSample, SampleNumbers, wrap_errors
+from flipscale.data.samples import BadSample, SampleNumbers, Source, evenly, wrap_errors
+from flipscale.data.sources.manifest import in_windows
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, Features
+from flipscale.evaluation.foreign_models import TRANSFORMERS, check_embedded, load_transformers
 from flipscale.evaluation.whole_images import GREY, Decoder, decoded_batches, dummy_batch, packed
-from flipscale.io.atomic import atomic_write, sync, unique_partial_path
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space
-from flipscale.io.model_folder import read_object
+from flipscale.io.model_folder import read_object, texts_digest
 from flipscale.io.progress import Progress
 from flipscale.recipe.data import PRECOMPUTED_TOWERS
+from flipscale.recipe.recipe import Recipe
 
 # In place of a caption that cannot be used.
 _NO_CAPTION = "a"
 # Names and places, which may change between starts.
 _FREE = ("model", "shards")
+# Number of shards at URLs that are compared before a training.
+_MOST_ASKED = 256
+
+_log = logging.getLogger(__name__)
 
 
 def precompute_features(
@@ -72,7 +81,7 @@ def precompute_features(
     decode = embedder.decoder() if "images" in towers else None
     if decode and crops:
         decode = partial(_decoded_crops, decode, crops, where, embedder.image_size)
-    claims = _Claims(out_dir, towers)
+    claims = _Claims(out_dir, towers, source)
     counts = Counter({"shards": 0, "samples": 0, "bad images": 0, "bad texts": 0})
     done = sum(count for shard, count in enumerate(sizes) if claims.is_finished(shard))
     widths = [about[tower]["width"] * math.prod(per_sample if tower == "images" else ()) for tower in towers]
@@ -226,25 +235,26 @@ def _tokens(embedder: Embedder, batch: _Batch) -> Any:
 class _Claims:
     """The shards that this process writes."""
 
-    def __init__(self, folder: Path, towers: Sequence[str]):
-        self._folder, self._towers, self._held = folder, towers, dict[int, FileLock]()
+    def __init__(self, folder: Path, towers: Sequence[str], source: TarSource):
+        self._folder, self._towers, self._source = folder, towers, source
+        self._held = dict[int, tuple[FileLock, list[int | str]]]()  # with the shard's state before it is read
 
     def is_finished(self, shard: int) -> bool:
+        """Return whether a shard has features, perhaps of what it was before."""
         return all(shard_file(self._folder, tower, shard).is_file() for tower in self._towers)
 
     def take(self, shard: int) -> bool:
         """Return whether this process now has to write a shard. A killed process has no claims."""
-        if self.is_finished(shard):
-            return False
         lock = FileLock(self._folder / f".{shard:05d}.lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
             return False
-        self._held[shard] = lock
-        if self.is_finished(shard):
+        self._held[shard] = lock, self._source.shard_state(shard)
+        if self.is_finished(shard) and not shard_fault(self._folder, self._source, shard):
             self._release(shard)
             return False
+        shard_record(self._folder, shard).unlink(missing_ok=True)
         for tower in self._towers:
             for left in (self._folder / tower).glob(f".{shard:05d}.npy.partial*"):
                 left.unlink(missing_ok=True)
@@ -257,10 +267,15 @@ class _Claims:
                 with open(written, "wb") as file:
                     np.save(file, rows)
                 sync(written)
+        if self._source.shard_sizes[shard]:
+            content = {"state": self._held[shard][1], "digest": self._source.shard_digest(shard)}
+            if self._source.shard_state(shard) != content["state"]:
+                raise UserError(f"shard {self._source.shard_name(shard)} changed while it was embedded; start again")
+            write_text(shard_record(self._folder, shard), json.dumps(content))
         self._release(shard)
 
     def _release(self, shard: int) -> None:
-        lock = self._held.pop(shard)
+        lock, _ = self._held.pop(shard)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -287,7 +302,7 @@ def _describe(
     widths = {tower: rows.shape[1] for tower, rows in _computed(embedder, tried, features).items()}
     about: dict[str, Any] = {
         **{"model": embedder.name, "model_digest": weights_digest(model.parameters()), "features": features},
-        **{"shards": source.list.shards, "samples": len(source)},
+        **{"files_digest": embedder.files, "shards": source.list.shards, "samples": len(source)},
         "shards_digest": source.contents_digest(in_order=True),
         **({"logit_scale": scale} if (scale := _logit_scale(model)) is not None else {}),
         **{"dtype": "float16", "computed_in": embedder.accelerator.mixed_precision},
@@ -331,5 +346,31 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
                 f"{folder} was begun with {name} {begun.get(name)} by the model {begun.get('model')!r}, now "
                 f"{about.get(name)}; use the same model, shards and options, or name a new folder"
             )
-    for tower in about.keys() & PRECOMPUTED_TOWERS.keys():
-        (folder / tower).mkdir(exist_ok=True)
+    for name in ("shards", *(about.keys() & PRECOMPUTED_TOWERS.keys())):
+        (folder / name).mkdir(exist_ok=True)
+
+
+def check_stored(recipe: Recipe, source: Source) -> None:
+    """Raise UserError if a shard, or a tower of another library, has changed since its features were stored. Warn if
+    that is unknown."""
+    assert isinstance(source, TarSource), "`open_setup` refuses others"
+    count = len(source.shard_sizes)
+    shards = evenly(count, _MOST_ASKED if "://" in source.list.shards else count)
+    for folder in map(Path, sorted({*recipe.data.stored.values(), *recipe.data.teachers})):
+        if not (folder / "shards").is_dir():
+            _log.warning("%s has no digests of its shards, so changes are not noticed; embed in a new folder", folder)
+            continue
+        faults = in_windows(partial(shard_fault, folder, source), shards, partial(ThreadPoolExecutor, 16))
+        if changed := [*filter(None, faults)]:
+            raise UserError(f"{len(changed)} of {len(shards)} shards have changed: {changed[0]}")
+    for tower, name in recipe.model.embedded.items():
+        about = read_about(Path(recipe.data.stored[tower]))
+        try:
+            place, model = load_transformers(name.removeprefix(TRANSFORMERS))
+        except (UserError, OSError) as error:
+            _log.warning("the exported model will have no copy of a tower: %s", error)
+            continue
+        check_embedded(model, name, PRECOMPUTED_TOWERS[tower], {"model": name, **about[tower]})
+        if about.get("files_digest", files := texts_digest(place)) != files:
+            other = "has another configuration, processor or tokenizer than when its features were stored"
+            raise UserError(f"{name} {other}; use that model, or embed again in a new folder")

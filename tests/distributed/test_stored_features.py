@@ -1,6 +1,7 @@
 """Training on stored features: every engine learns what one process does, and the exported folder has whole towers."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,49 @@ def test_samples_without_features_are_replaced(
         lines = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
         assert {(line["cause"], line["number"]) for line in lines} == {("missing_features", n) for n in (5, 6, 7)}
         assert all(np.isfinite(losses(run_dir)))
+
+
+def change_caption(shard: Path) -> None:
+    """Give a shard a caption of the same length, and its old time, as `rsync -a` and `cp -p` of a mended copy do."""
+    times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
+    shard.write_bytes(shard.read_bytes().replace(b"a red ", b"a ted ", 1))
+    os.utime(shard, ns=times)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("text_features", "B"), pytest.param("image_features", "A", marks=pytest.mark.long)],
+)
+def test_a_changed_shard_is_refused_until_it_is_embedded_again(
+    trainings: Trainings, folder: Path, shards: Path, tmp_path: Path, name: str, model: str,
+    refused: Callable[..., str], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, stored, words = tmp_path / "data", tmp_path / "stored", (folder / model, "--features", "pooled")
+    shutil.copytree(shards, data)
+    embed(data, stored, *words)
+    before = json.loads((stored / "shards/00003.json").read_text())
+    os.utime(data / "00003.tar")
+    stages = [{**STAGES[0], "samples": 64}]
+    changes = {"data": {name: str(stored), "shards": str(data)}, "stages": stages, "eval": {"tasks": []}}
+    start = ["pretrain", "--config", str(trainings.file(tmp_path / f"run_{name}", **changes)), "--output_dir"]
+    main([*start, str(tmp_path / "touched")])
+    touched = json.loads((stored / "shards/00003.json").read_text())
+    assert touched["digest"] == before["digest"]
+    assert touched["state"] != before["state"], "the next start reads nothing"
+    change_caption(data / "00003.tar")
+    said = refused(*start, tmp_path / "changed")
+    assert "00003.tar has the digest " in said
+    assert f"{stored}. Fix: run the same `flipscale prepare embed` again" in said
+    capsys.readouterr()
+    embed(data, stored, *words)
+    assert "embedded 48 samples of 1 shards" in capsys.readouterr().out
+    main([*start, str(tmp_path / "changed")])
+    embed(data, tmp_path / "fresh", *words)
+    for array in (tmp_path / "fresh").glob("*/*.npy"):
+        assert array.read_bytes() == (stored / array.relative_to(tmp_path / "fresh")).read_bytes()
+    shutil.rmtree(stored / "shards")  # features of an older version
+    main([*start, str(tmp_path / "old")])
+    assert f"{stored} has no digests of its shards" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused(

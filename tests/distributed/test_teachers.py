@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import losses, write_shards
 from distributed.crowd import Crowds
 from distributed.test_engines import Trainings, assert_learned_alike
-from distributed.test_stored_features import embed, export_tiny
+from distributed.test_stored_features import change_caption, embed, export_tiny
 from torch import nn
 
 from flipscale.cli import main
@@ -122,6 +122,9 @@ def test_what_does_not_fit_is_refused(
     assert "data.fraction 1" in line("--data.fraction", 0.5)
     write_shards(tmp_path / "shards", [30, 17, 1, 48], seed=1)
     assert "in other shards" in line("--data.shards", tmp_path / "shards")
+    shutil.copytree(shards, tmp_path / "changed")
+    change_caption(tmp_path / "changed/00003.tar")
+    assert "changed/00003.tar has the digest" in line("--data.shards", tmp_path / "changed")
     embed(shards, tmp_path / "whole", folder / "A")
     assert "no embeddings of crops; embed with" in line("--data.teachers", f"[{tmp_path / 'whole'}]")
     embed(shards, tmp_path / "seed", folder / "B", *CROPS[:-1], "6")

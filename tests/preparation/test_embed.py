@@ -62,7 +62,7 @@ def stored(out: Path) -> dict[str, np.ndarray]:
     return {
         tower.name: np.concatenate([np.load(file) for file in sorted(tower.glob("*.npy"))])
         for tower in out.iterdir()
-        if tower.is_dir()
+        if tower.name in ("images", "texts")
     }
 
 

@@ -166,19 +166,35 @@ def test_one_tower_learns_beside_an_embedded_one(
     )
 
 
+def rms_norm_eps(config: Path) -> None:
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
+
+
+def other_weights(weights: Path) -> None:
+    save_text("llama", weights.parent.parent / "other", initializer_range=0.3)
+    shutil.copyfile(weights.parent.parent / "other/model.safetensors", weights)
+
+
 def test_a_tower_that_is_gone_or_has_changed_is_not_copied(
     aligned: Callable[..., Path], shards: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """The run ends with its model all the same, and the next export has the tower that is back."""
+    """A start refuses a tower that has changed. Without one, the run ends with its model all the same, and the next
+    export has the tower that is back."""
     file, model = aligned("dinov3", "llama"), tmp_path / "run/model"
     shutil.move(tmp_path / "dinov3", tmp_path / "before")
-    save_text("llama", tmp_path / "other", initializer_range=0.3)
-    shutil.copyfile(tmp_path / "other/model.safetensors", tmp_path / "llama/model.safetensors")
-    pretrain(parse_recipe(["--config", str(file), "--eval.tasks", "[]"]))
+    start = ["pretrain", "--config", str(file), "--eval.tasks", "[]"]
+    for name, change in (("config.json", rms_norm_eps), ("model.safetensors", other_weights)):
+        content = (tmp_path / "llama" / name).read_bytes()
+        change(tmp_path / "llama" / name)
+        assert re.search(r"hf:.*llama has .* when its features were stored", refused(*start))
+        (tmp_path / "llama" / name).write_bytes(content)
+    assert not (tmp_path / "run/model").exists()
+    main(start)
     assert (model / "model.safetensors").exists()
-    assert not [part for part in model.iterdir() if part.name in ("vision_model", "text_model")]
+    assert [part.name for part in model.iterdir() if part.name in ("vision_model", "text_model")] == ["text_model"]
     assert re.search("there is no folder '.*dinov3'", refused("evaluate", tmp_path / "run", "--zero_shot", shards))
     shutil.move(tmp_path / "before", tmp_path / "dinov3")
+    other_weights(tmp_path / "llama/model.safetensors")
     main(["export", str(tmp_path / "run"), "--out", str(model)])
     assert (model / "vision_model/model.safetensors").exists()
     said = refused("evaluate", tmp_path / "run", "--zero_shot", shards)

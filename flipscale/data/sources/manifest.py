@@ -329,7 +329,7 @@ def in_windows(
     function: Callable[[Item], Result], items: Sequence[Item], new_pool: Callable[[], Executor]
 ) -> Iterator[Result]:
     """Yield the result of each item in order, and show progress. A pool computes them if they are many."""
-    with Progress(len(items), "shard indices", "shards", delay=2, leave=False) as bar:
+    with Progress(len(items), "reading shards", "shards", delay=2, leave=False) as bar:
         if len(items) <= _FEW_SHARDS:
             for item in items:
                 yield function(item)

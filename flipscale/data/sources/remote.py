@@ -119,6 +119,14 @@ def information(url: str) -> dict[str, Any]:
     return with_retries(url, lambda: _ask(url, "info"), _START_PATIENCE_SECONDS)
 
 
+def _version(url: str) -> str:
+    """Return a digest of the server's information about a file."""
+    about = information(url)
+    for name in ("name", "url"):  # the addresses before and after redirects, often with signatures that change
+        about.pop(name, None)
+    return hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
+
+
 def _ask(url: str, method: str, seconds: float | None = None) -> Any:
     system, remote = file_system(url)
     return _watched(system, method, lambda: 0, seconds or _SILENT_SECONDS, remote)
@@ -411,11 +419,7 @@ class RemoteShardList(ShardList):
     def _published(self) -> Manifest | None:
         """Return the manifest beside the shards, fetched if it changed; None if there is none."""
         try:
-            about = information(self.url)
-            for name in ("name", "url"):  # the addresses before and after redirects, often with signatures that change
-                about.pop(name, None)
-            version = hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
-            path = self._local(version)
+            path = self._local(_version(self.url))
             manifest = self._read_cached(path)
             if manifest is None:
                 self._fetch(self.url, path, self.cache.max_bytes)
@@ -501,6 +505,14 @@ class RemoteTarSource(TarSource):
         except Exception as error:  # each protocol has its own kinds
             words = f"{url} cannot be written ({one_line_reason(error)}); name a writable place"
             raise UserError(without_secrets(words)) from error
+
+    def shard_state(self, shard: int) -> list[int | str]:
+        return [_version(self.list.path(self.manifest.names[shard]))]
+
+    def shard_digest(self, shard: int, anew: bool = False) -> str:
+        if anew:
+            self.cache.forget(self.list.path(self.manifest.names[shard]))
+        return super().shard_digest(shard)
 
     def _open_checked(self, shard: int) -> int:
         try:

@@ -16,6 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from flipscale.data.captions import captions_of_json, encoded_captions, fields_of_json
 from flipscale.data.samples import (
@@ -42,6 +43,7 @@ from flipscale.data.sources.shard_index import (
     size_and_time,
 )
 from flipscale.io.errors import UserError
+from flipscale.io.files import file_state
 from flipscale.io.urls import without_secrets
 
 _MAX_GAP_BYTES = 1 << 16
@@ -186,6 +188,15 @@ class TarSource(Source):
         names = [name.rsplit("/", 1)[-1] for name in self.manifest.names]
         shards = list(zip(names, self.manifest.num_bytes.tolist(), self.shard_sizes, strict=True))
         return hashlib.blake2b(json.dumps(shards if in_order else sorted(shards)).encode(), digest_size=16).hexdigest()
+
+    def shard_state(self, shard: int) -> list[int | str]:
+        """Return values that change with a shard's file. They differ in a copy too."""
+        return [*file_state(self.shard_name(shard))]
+
+    def shard_digest(self, shard: int, anew: bool = False) -> str:
+        """Return a digest of a shard's bytes. `anew` fetches a shard at a URL again."""
+        with os.fdopen(self._open_checked(shard), "rb") as file:
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
     def sample_digest(self, shard: int, number: int) -> str:
         """Return a digest of a sample's files, whatever their names and their place."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.server
+import json
 import os
 import shutil
 from collections import Counter
@@ -19,9 +20,10 @@ from filelock import FileLock
 from moto.server import ThreadedMotoServer
 
 from flipscale.cli import main
+from flipscale.data.features import shard_fault
 from flipscale.data.loader import restartable_batches
 from flipscale.data.sources import remote
-from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.shard_index import index_path, load_index
 from flipscale.recipe.data import DataRecipe
@@ -208,3 +210,28 @@ def test_a_shard_whose_url_has_other_content_now(shards: Path, tmp_path: Path) -
             path.unlink()
         with pytest.raises(ValueError, match=r"00001.tar has \d+ bytes, \d+ when it was listed; give the new shard"):
             source.read(1, 0)
+
+
+def test_a_changed_shard_in_a_bucket_is_noticed_without_its_bytes(
+    bucket: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a shard with another version is fetched again; its copy here is of the earlier one."""
+    source = open_shards(f"{bucket}/{{00000..00003}}.tar", recipe_of("", tmp_path / "cache"))
+    (tmp_path / "shards").mkdir()
+    for shard in range(4):
+        content = {"state": source.shard_state(shard), "digest": source.shard_digest(shard)}
+        (tmp_path / f"shards/{shard:05d}.json").write_text(json.dumps(content))
+    fetched, transfer = list[str](), remote.fetch
+    monkeypatch.setattr(remote, "fetch", lambda url, *rest: [fetched.append(url), transfer(url, *rest)])
+    assert not any(shard_fault(tmp_path, source, shard) for shard in range(4))
+    assert not fetched
+    content, client = (shards / "00003.tar").read_bytes(), boto3.client("s3", region_name="us-east-1")
+    try:
+        client.put_object(Bucket="pairs", Key="train/00003.tar", Body=content.replace(b"a red ", b"a ted ", 1))
+        assert ["00003.tar has the digest" in shard_fault(tmp_path, source, shard) for shard in range(4)] == [
+            *(False, False, False, True),
+        ]
+    finally:
+        client.put_object(Bucket="pairs", Key="train/00003.tar", Body=content)
+    assert not shard_fault(tmp_path, source, 3), "the same bytes written anew are accepted"
+    assert len(fetched) == 2
