@@ -3,6 +3,7 @@
 On one process by default; a script with these calls runs on several under `accelerate launch`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import yaml
 
 from flipscale.evaluation.results import RESULTS_FILE, Result
 from flipscale.evaluation.suite import build_tasks
+from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.console import start_logging
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder
 
 __all__ = ["Recipe", "Result", "evaluate", "explain", "read_recipe", "train"]
+
+# Run directory in training by process, because a process that is forked meanwhile inherits this without the training.
+_training: dict[int, Path] = {}
 
 
 def read_recipe(name: str | Path, **fields: Any) -> Recipe:
@@ -45,22 +50,31 @@ def _written(value: Any) -> str:
 def train(recipe: Recipe) -> Path:
     """Collective. Train a recipe to its end, or on from its newest checkpoint, and return the run directory.
 
-    In another thread than the main one, signals do not reach the run.
+    In another thread than the main one, signals do not reach the run. A process trains one recipe at a time, because
+    all its threads draw from one generator.
 
     Raises:
         KeyboardInterrupt: a signal such as Ctrl-C asked for an end. The run has saved; the same call continues it.
-        UserError: the recipe cannot be run as it stands.
+        UserError: the recipe cannot be run as it stands, or another thread of this process trains.
         FloatingPointError: the loss stayed non-finite.
         OSError: a checkpoint could not be written.
     """
     from flipscale.pretrain import pretrain, write_page
 
-    start_logging()
+    process, run_dir = os.getpid(), Path(recipe.output_dir)
+    if (other := _training.setdefault(process, run_dir)) is not run_dir:
+        raise UserError(
+            f"output_dir is {run_dir}, and another thread of this process trains {other}; expected one training of a "
+            "process at a time. Fix: start each in a process of its own"
+        )
     try:
-        run_dir = pretrain(recipe)
+        start_logging()
+        pretrain(recipe)
+        write_page(recipe)
     except Stopped:
-        raise KeyboardInterrupt(f"{recipe.output_dir} has saved and stopped") from None
-    write_page(recipe)
+        raise KeyboardInterrupt(f"{run_dir} has saved and stopped") from None
+    finally:
+        del _training[process]
     return run_dir
 
 

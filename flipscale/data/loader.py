@@ -216,6 +216,13 @@ def build_loader(dataset: PairDataset, first_step: int, last_step: int, rank: in
 
 def loader_of(batches: Dataset, sampler: Any, num_workers: int) -> DataLoader:
     """Return a DataLoader over whole batches, which `batches` makes of the rows that `sampler` lists."""
+    # multiprocessing refuses children of a daemon, such as a worker of its Pool.
+    if num_workers and multiprocessing.current_process().daemon:
+        _log.warning(
+            "this process decodes the images itself, because a daemon may have no workers; use a "
+            "concurrent.futures.ProcessPoolExecutor in place of a multiprocessing.Pool"
+        )
+        num_workers = 0
     return DataLoader(
         batches,
         batch_sampler=sampler,

@@ -63,9 +63,13 @@ def start_accelerator(report_to: list[str], run_dir: str, is_watched: bool = Fal
     else:
         keep_freed_memory()
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
 
     patience = [InitProcessGroupKwargs(timeout=_WATCHED_TIMEOUT)] if is_watched else None
     precision = launched_precision(os.environ)
+    # A script's run before this one may have had another precision, which accelerate keeps for the process.
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
     hidden = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
     try:
         accelerator = Accelerator(

@@ -1,6 +1,7 @@
 """Runs that a script trains by `flipscale.api`."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 
 import processes
+import pytest
 from attacks import ground
-from conftest import write_shards
+from conftest import losses, write_shards
 
-from flipscale.api import read_recipe, train
+from flipscale.api import Recipe, read_recipe, train
+from flipscale.engines import engine
+from flipscale.engines.optimizers import set_learning_rate
 from flipscale.io.errors import UserError
 
 ENDLESS = "[{name: long, samples: 16000000, mask_ratio: 0.75, base_lr: 0.012}]"
@@ -63,10 +67,74 @@ def train_twice(file: str) -> None:
     sys.exit(3 if refusals == [True, True] else 1)
 
 
+def train_at_once(file: str, folder: str) -> None:
+    """Train a run while other threads try the same recipe, another one, and in a forked process a third, which may."""
+    context = multiprocessing.get_context("fork")
+    recipe, other, forked = (read_recipe(file, output_dir=f"{folder}/{name}") for name in ("first", "second", "forked"))
+    outcomes: list[object] = []
+
+    def attempt(recipe: Recipe) -> None:
+        try:
+            train(recipe)
+        except UserError as error:
+            outcomes.append("output_dir" in str(error) and recipe.output_dir in str(error))
+
+    def meanwhile(optimizer: object, learning_rate: float) -> None:
+        if not outcomes:
+            outcomes.append("begun")
+            threads = [threading.Thread(target=attempt, args=(one,)) for one in (recipe, other)]
+            child = context.Process(target=train, args=(forked,))
+            for started in (*threads, child):
+                started.start()
+            for started in (*threads, child):
+                started.join()
+            outcomes.append(child.exitcode)
+        set_learning_rate(optimizer, learning_rate)
+
+    engine.set_learning_rate = meanwhile
+    train(recipe)
+    engine.set_learning_rate = set_learning_rate
+    # After the end, the process is free again.
+    train(other)
+    sys.exit(3 if outcomes == ["begun", True, True, 0] else 1)
+
+
+def train_at_precisions(file: str, folder: str) -> None:
+    """Train a recipe at fp32, bf16 and fp32 again, in a daemon."""
+    multiprocessing.current_process()._config["daemon"] = True  # type: ignore[attr-defined]
+    for number, precision in enumerate(("no", "bf16", "no")):
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        train(read_recipe(file, output_dir=f"{folder}/{number}"))
+
+
+ONE_STAGE = [{"name": "one", "samples": 64, "mask_ratio": 0.75, "base_lr": 0.01}]
+
+
+@pytest.mark.long
+def test_a_process_trains_one_recipe_at_a_time(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "unused", stages=ONE_STAGE)
+    assert processes.exit_codes([processes.start(train_at_once, str(file), str(tmp_path))]) == [3]
+    assert losses(tmp_path / "second") == losses(tmp_path / "first") == losses(tmp_path / "forked")
+
+
+def test_a_run_after_another_of_its_process_learns_as_alone(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "alone", stages=ONE_STAGE, data={"num_workers": 1})
+    together = processes.start(train_at_precisions, str(file), str(tmp_path))
+    alone = processes.start(
+        processes.call_main,
+        "flipscale.pretrain",
+        ["--config", str(file)],
+        str(tmp_path),
+        environment={"ACCELERATE_MIXED_PRECISION": "bf16"},
+    )
+    assert processes.exit_codes([together, alone]) == [0, 0]
+    assert losses(tmp_path / "1") == losses(tmp_path / "alone") != losses(tmp_path / "0")
+    assert losses(tmp_path / "2") == losses(tmp_path / "0")
+
+
 def test_a_run_trains_in_a_thread(write_recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stage = {"name": "one", "samples": 64, "mask_ratio": 0.75, "base_lr": 0.01}
-    file = write_recipe(run, stages=[stage], data={"num_workers": 1})
+    file = write_recipe(run, stages=ONE_STAGE, data={"num_workers": 1})
     assert processes.exit_codes([processes.start(train_in_a_thread, str(file))]) == [0]
     assert (run / "DONE").exists()
     assert (run / "model/config.json").exists()
