@@ -85,6 +85,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "state": _state(run, is_alive, now),
         "has_process": is_alive,
         "command": run.command,
+        "slurm_job": starts[-1].get("slurm_job") if starts else None,
         "seconds_since_last_sign": _age(run.heartbeat["time"], now) if run.heartbeat else None,
         "samples_seen": run.samples_seen,
         "total_samples": run.total_samples,
@@ -226,6 +227,11 @@ def _state_words(status: dict[str, Any]) -> str:
     samples, command = status["checkpoint_samples"], status["command"]
     place = "from the start, because there is no checkpoint" if samples is None else f"from {samples:,} pairs"
     resume = f"the same command resumes {place}{f': {command}' if command else ''}"
+    if status["slurm_job"] and not command:
+        resume = (
+            f"Slurm job {status['slurm_job']} resumes by itself, {place}, if `squeue --me` lists it; if not, submit "
+        )
+        resume += "its script again"
     if state == "stopped":
         return f"stopped {ago}; {resume}"
     return f"{'no process' if status['has_process'] is False else f'no sign of life since {ago}'}; {resume}"

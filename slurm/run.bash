@@ -217,7 +217,8 @@ launch() {
   launcher=(${before[@]+"${before[@]}"} "$PYTHON" ${launcher[@]+"${launcher[@]}"} -m "$@")
   # On each node: kernels are compiled into a folder on its own disk, which all ranks of all nodes would otherwise share
   # in $HOME. It holds code, so one that somebody else has made is left alone. NODE_RANK is known on the node only.
-  local on_node='cache=${SLURM_TMPDIR:-/tmp}/flipscale-$UID
+  local on_node='[ -z "${FLIPSCALE_STOP_FILE:-}" ] || echo "--- job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0} on ${SLURMD_NODENAME:-}"
+    cache=${SLURM_TMPDIR:-/tmp}/flipscale-$UID
     mkdir -p -m 700 "$cache" && [ -O "$cache" ] || cache=$(mktemp -d)
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
@@ -270,7 +271,7 @@ supervise() {
   mkdir -p -- "$RUN/slurm"
   export RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
   export FLIPSCALE_FIRST_JOB=${FLIPSCALE_FIRST_JOB:-$SLURM_JOB_ID} # as submitted; jobs that continue it inherit it
-  say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $what in $RUN on $SLURM_JOB_NODELIST; output: $node_log"
+  say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $what in $RUN on $SLURM_JOB_NODELIST; output: $RUN/slurm/$SLURM_JOB_ID-*.log"
   # USR1 warns of the time limit or of a preemption. A file reaches also processes that have not started yet.
   # Do not trap CONT, which Slurm sends as well: bash would lose the USR1.
   trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"; [ -z "${kills:+${pid:-}}" ] || kill "$pid"' USR1
@@ -288,7 +289,7 @@ supervise() {
     rm -f "$FLIPSCALE_STOP_FILE"
     [ -z "${kills:-}" ] || [ -z "$stopping" ] || rc=0
     [ -z "$ending" ] || exit "$((rc ? rc : 1))"
-    [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] && [ "$LAUNCHER$rc" != none2 ] || fail "not restarted: see the end of the output for what to change"
+    [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] && [ "$LAUNCHER$rc" != none2 ] || fail "not restarted: $(reason)"
     [ "$rc" != 0 ] || [ -n "$stopping" ] || exit 0
     read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime) || state=unknown
     # Slurm is ending the job, and its TERM may reach this script last: no crash, and a cancelled job must not run again.
@@ -301,6 +302,27 @@ supervise() {
   requeue "$job" "$@"
 }
 
+# Prints the error of this start and the file that has it, of the node with the clearest one. The launcher's own lines,
+# which follow it, name no cause. A file also has the errors of earlier starts; each start begins with a line of dashes.
+reason() {
+  local file
+  for file in "$RUN/slurm/$SLURM_JOB_ID-"*.log; do
+    file=$file awk -v start="--- job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0} on " '
+      function note(rank) { if (!(rank in words)) words[rank] = $0 }
+      /^--- job / { now = index($0, start) == 1; traced = 0; split("", words); next }
+      !now { next }
+      /^flipscale: error: / { note($3 ~ /^SIG/ ? 5 : 1); next }
+      /^Traceback / { traced = 1; next }
+      traced && /^[^ ]/ { traced = 0; if (!/^torch\.distributed\.elastic\./) words[2] = $0; next }
+      /^[^ ]+: (line [0-9]+: |No module named |[Ee]rror|can.t open )/ { note(3) }
+      /^Fatal Python error: |\(exitcode: -?[0-9]+\)/ { note(4) }
+      END {
+        for (rank = 1; rank <= 5; rank++) if (rank in words) break
+        print rank, (rank in words ? words[rank] "; all output: " : "see the end of ") ENVIRON["file"]
+      }' < "$file"
+  done | sort -s -n | sed -n '1s/^[0-9] //p'
+}
+
 # Counts a crash with exit code $1 of this submission since the newest checkpoint in `count`. Fails above MAX_CRASHES.
 crashed() {
   local newest place
@@ -309,7 +331,7 @@ crashed() {
   place="$newest of $FLIPSCALE_FIRST_JOB"
   echo "$place job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} exit $1 $(date '+%F %T')" >> "$RUN/slurm/crashes"
   count=$(grep -c "^$place " "$RUN/slurm/crashes")
-  say "crash $count since $newest (exit code $1); at most $MAX_CRASHES are restarted"
+  say "crash $count since $newest (exit code $1); at most $MAX_CRASHES are restarted: $(reason)"
   [ "$count" -le "$MAX_CRASHES" ]
 }
 

@@ -91,7 +91,7 @@ def environment() -> dict[str, Any]:
         "commit": own_commit(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
         **versions(("torch", "transformers", "accelerate", "numpy", "simplejpeg", "cv2")),
-        "command": typed_command() or shlex.join(without_secrets(sys.argv)),
+        "command": typed_command(),
         "mixed_precision": launched_precision(os.environ),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -14,7 +14,8 @@ import yaml
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
 from flipscale.io.lock import FolderLock
-from flipscale.status import read_status
+from flipscale.status import as_table, read_status
+from flipscale.training.run_directory import environment
 
 NOW = 1_700_000_000.0
 RECORD = {
@@ -120,6 +121,18 @@ def test_watching_prints_a_line_for_each_look_and_the_table_at_the_end(
     assert first.startswith(f"{run_dir}: running, 4,500 of 10,000 pairs (45.0%), loss 2.5000, 100 images/s")
     assert table[0] == str(run_dir)
     assert "no process; the same command resumes from 3,000 pairs: flipscale pretrain --config demo" in table[1]
+
+
+def test_a_run_of_a_batch_script_names_its_job(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can type the command that the script ran."""
+    monkeypatch.setenv("FLIPSCALE_STOP_FILE", str(run_dir / "slurm/7.0.stop"))
+    (run_dir / "environment.json").write_text(json.dumps(environment()))
+    start = {"time": NOW - 90.0, "step": 0, "num_processes": 8, "slurm_job": "7"}
+    (run_dir / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    beat(run_dir, age=5.0, phase="ended")
+    status = read_status(run_dir, NOW)
+    assert (status["command"], status["slurm_job"]) == (None, "7")
+    assert "Slurm job 7 resumes by itself, from 3,000 pairs" in as_table(status)
 
 
 def test_watching_redraws_a_terminal(run_dir: Path) -> None:

@@ -209,3 +209,44 @@ def test_weights_are_made_again_if_they_are_gone_or_others_are_asked_for(submit:
     assert [calls("--power", "1"), calls("--power", "1"), calls("--power", "0")] == [1, 1, 2]
     (tmp_path / "weights").rmdir()
     assert calls("--power", "0") == 3
+
+
+LAUNCHER = """\
+E1203 00:11:25.343000 1500 torch/distributed/elastic/api.py:1002] failed (exitcode: -9) local_rank: 0 (pid: 1561)
+Traceback (most recent call last):
+  File "launch.py", line 1450, in <module>
+    main()
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+flipscale.pretrain FAILED
+"""
+BROKEN = 'Traceback (most recent call last):\n  File "a.py", line 1\n    1 / 0\nZeroDivisionError: by zero\n'
+ERROR = "flipscale: error: no shards at 'a'\n"
+
+
+@pytest.mark.parametrize(
+    ("logs", "expected"),
+    [
+        ({"a": LAUNCHER, "b": ERROR + LAUNCHER}, (ERROR.strip(), "b")),
+        ({"a": BROKEN.replace("by zero", "of b"), "b": LAUNCHER + BROKEN}, ("ZeroDivisionError: of b", "a")),
+        ({"a": "Signal 15\n", "b": BROKEN + LAUNCHER}, ("ZeroDivisionError: by zero", "b")),
+        ({"a": "/usr/bin/python: No module named flipscale\n"}, ("/usr/bin/python: No module named flipscale", "a")),
+        ({"a": "flipscale: error: SIGTERM: ended\n", "b": LAUNCHER}, (LAUNCHER.splitlines()[0], "b")),
+        ({"a": f"{ERROR}--- job 7, start 0 on a\n{LAUNCHER}"}, (LAUNCHER.splitlines()[0], "a")),
+        ({"a": "nothing\n"}, ("see the end of runs/tiny/slurm/7-a.log", "a")),
+    ],
+)
+def test_a_failed_job_prints_its_error_and_the_file(
+    submit: Submit, tmp_path: Path, logs: dict[str, str], expected: tuple[str, str]
+) -> None:
+    """Node c failed in an earlier start of the job, in another way."""
+    (tmp_path / "runs/tiny/slurm").mkdir(parents=True)
+    (tmp_path / "runs/tiny/slurm/7-c.log").write_text(f"--- job 7, start 3 on c\n{ERROR.replace('a', 'c')}")
+    write_program(tmp_path / "bin/srun", "for log in [ab].log; do cp $log runs/tiny/slurm/7-$log; done; exit 1")
+    for node, text in logs.items():
+        (tmp_path / f"{node}.log").write_text(f"--- job 7, start 0 on {node}\n{text}")
+    printed = submit(as_job(tmp_path, "pretrain"), **JOB, MAX_CRASHES="0").stderr
+    words, node = expected
+    assert printed.splitlines()[-1].endswith(f" restarted: {words}") or f" restarted: {words}; all" in printed, printed
+    assert printed.endswith(f"runs/tiny/slurm/7-{node}.log\n")
+    assert "output: runs/tiny/slurm/7-*.log" in printed
