@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, Source, evenly
+from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_png_path
 from flipscale.io.progress import Progress, each
@@ -75,7 +76,7 @@ def inspect_shards(
                     good.append(result)
             progress.update(len(chunk))
     if sheet is not None:
-        contact_sheet([(sample.thumbnail, sample.caption) for sample in good if sample.thumbnail]).save(sheet)
+        write_contact_sheet(sheet, [(sample.thumbnail, sample.caption) for sample in good if sample.thumbnail])
     return {
         "shards": len(source.shard_sizes),
         "samples": total,
@@ -174,8 +175,8 @@ class Faults(dict[str, dict[str, Any]]):
             self.add(cause, *entry["examples"], count=entry["count"])
 
 
-def contact_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Draw thumbnails of at most `TILE` pixels with their captions below, six in a row."""
+def write_contact_sheet(file: Path, tiles: Sequence[tuple[Image.Image, str]]) -> None:
+    """Write a PNG file of thumbnails of at most `TILE` pixels with their captions below, six in a row."""
     font = ImageFont.load_default(size=11)
     cell = (TILE + _MARGIN, TILE + _TEXT_LINES * _LINE_HEIGHT + 2 * _MARGIN)
     rows = max(1, -(-len(tiles) // _COLUMNS))
@@ -190,7 +191,8 @@ def contact_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
         lines = textwrap.wrap(text, _TEXT_WIDTH, max_lines=_TEXT_LINES, placeholder=" …")
         for line, words in enumerate(lines):
             draw.text((left, top + TILE + 3 + line * _LINE_HEIGHT), words, fill="black", font=font)
-    return sheet
+    with atomic_write(file) as partial:
+        sheet.save(partial, "PNG")
 
 
 def inspection_table(figures: dict[str, Any]) -> str:

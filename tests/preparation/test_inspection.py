@@ -56,8 +56,11 @@ def test_figures_and_faults(mixed: Path, tokenizer_dir: Path, tmp_path: Path, ca
 
 
 def test_the_sheet_shows_images_and_captions(mixed: Path, tmp_path: Path) -> None:
-    sheet = tmp_path / "sheet.png"
+    sheet, other = tmp_path / "sheet.png", tmp_path / "other"
+    other.write_text("kept")
+    sheet.symlink_to(other)
     main(["prepare", "inspect", str(mixed), "--sheet", str(sheet)])
+    assert other.read_text() == "kept"
     pixels = np.asarray(Image.open(sheet)).astype(int)
     middles = [pixels[8 + 88, 8 + 88 + 184 * column] for column in range(4)]
     colours = [(250, 10, 10), (10, 10, 250), (128, 128, 128), (255, 255, 255)]

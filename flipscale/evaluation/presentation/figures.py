@@ -10,6 +10,7 @@ import numpy as np
 
 from flipscale.evaluation.presentation.curves import Curve, by_recipe, headlines, over_seeds
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
+from flipscale.io.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,8 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as reproducible bytes and close it."""
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 
 

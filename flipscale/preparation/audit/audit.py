@@ -60,7 +60,7 @@ from flipscale.preparation.audit.words import (
     language_figures,
     lexicon,
 )
-from flipscale.preparation.inspection import TILE, Faults, contact_sheet, percentiles, tile
+from flipscale.preparation.inspection import TILE, Faults, percentiles, tile, write_contact_sheet
 from flipscale.preparation.worker_pool import shared, worker_pool
 
 # Captions whose languages are looked at. Shares are then known to half a percent in three minutes on two cores; a
@@ -435,7 +435,7 @@ def _write_sheet(file: Path, pairs: Sequence[tuple[tuple[Source, int], tuple[Sou
     for number in evenly(len(pairs), _MAX_PAIRS):
         (source, row), (other, other_row), about = pairs[number]
         tiles += [_tile(source, row, f"{about}: "), _tile(other, other_row, "")]
-    contact_sheet(tiles).save(file)
+    write_contact_sheet(file, tiles)
 
 
 def _tile(source: Source, row: int, about: str) -> tuple[Image.Image, str]:
