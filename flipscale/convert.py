@@ -62,7 +62,7 @@ class ToOpenClip:
         model = convert_to_open_clip(self.src, self.dst)
         print(
             f"{self.dst}: {model.num_parameters() / 1e6:.1f} M parameters; open_clip.create_model_and_transforms"
-            f"('local-dir:{self.dst}') and get_tokenizer of the same name load it"
+            f"({f'local-dir:{self.dst}'!r}) and get_tokenizer of the same name load it"
         )
 
 

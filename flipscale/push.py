@@ -14,7 +14,7 @@ from flipscale.io.options import CountOrZero
 from flipscale.training.console import start_logging
 
 # The place of a model in a call of a card that loads it.
-_LOADED = re.compile(r'(?:\bmodel=|\w+\()"(?:local-dir:)?([^"\n]+)"')
+_LOADED = re.compile(r'(?:\bmodel=|\w+\()"(?:local-dir:)?((?:[^"\\\n]|\\.)+)"')
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
         except UnicodeDecodeError as error:
             raise UserError(f"{card} is not UTF-8 ({error.reason}); write it again") from error
         # The card may name the folder by another path, from where it was written.
-        loaded = [place for place in _LOADED.findall(text) if Path(place).absolute().name == folder.resolve().name]
-        for place in {escape_string(str(folder)), *loaded}:
+        names = {folder.resolve().name, escape_string(folder.resolve().name)}
+        loaded = [place for place in _LOADED.findall(text) if Path(place).absolute().name in names]
+        for place in {escape_string(folder), *loaded}:
             text = text.replace(f'"{place}"', f'"{repo_id}"').replace(f'"local-dir:{place}"', f'"hf-hub:{repo_id}"')
         write_text(card, text)
 

@@ -116,7 +116,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
 def card_text(template: str, **values: object) -> str:
     """Return the text that a template of this folder makes of `values`, with an end of line."""
     filters: dict[str, Any] = {"code": markdown_code, "plain": escape_markdown, "number": "{:,}".format}
-    filters["quoted"] = quoted
+    filters |= {"quoted": quoted, "escaped": escape_string}
     filters["rounded"] = lambda value: f"{value:,.{0 if value >= 100 else 2}f}"
     return render(Path(__file__).with_name(f"{template}.md.jinja"), filters, **values) + "\n"
 
@@ -145,9 +145,9 @@ def _source_name(source: Mapping[str, Any]) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
-def escape_string(text: str) -> str:
-    """Return a text escaped for a Python string between double quotes in a card."""
-    return json.dumps(text, ensure_ascii=False)[1:-1].replace("```", "'''")
+def escape_string(text: object) -> str:
+    """Return a text or a path escaped for a Python string between double quotes in a card."""
+    return json.dumps(str(text), ensure_ascii=False)[1:-1].replace("```", r"\x60" * 3)  # ``` would end the block
 
 
 def public_name(place: str) -> str:

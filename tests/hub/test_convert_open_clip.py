@@ -123,8 +123,9 @@ def test_inexpressible_models(vision: dict, text: dict, message: str) -> None:
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_card(save: Callable[..., Path], tmp_path: Path, hub: LoopbackHub) -> None:
-    folder, dst = save(), tmp_path / "open_clip"
+@pytest.mark.parametrize("name", ["open_clip", "a \"b\" \\n 'c': {{ d }} #\n```"])
+def test_card(save: Callable[..., Path], tmp_path: Path, hub: LoopbackHub, name: str) -> None:
+    folder, dst = save(), tmp_path / name
     for licence in (None, "cc-by-nc-4.0"):
         if licence:
             (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# a model\n")
