@@ -100,7 +100,7 @@ class Shards:
         held_out = f"; {tests[0]} is held out, and {self.directory} is the test set for evaluations" if tests else ""
         print(f"\n{train} is for data.shards of a recipe{held_out}")
         print(f"next: flipscale prepare tokenizer {quoted(train)} {quoted(self.directory / 'tokenizer')}")
-        data = f"--shards {quoted(train)}" + (f" --tests {quoted(self.directory)}" if tests and self.labels else "")
+        data = f"--shards {quoted(train)}" + (f" --tests {quoted(self.directory)}" if tests else "")
         print(f"or, for a model that you have: flipscale init RECIPE.yaml --start MODEL {data}")
 
 

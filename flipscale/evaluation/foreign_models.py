@@ -21,7 +21,7 @@ from transformers import (
 
 from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.samples import wrap_errors
-from flipscale.data.tokenizers import check_words, with_lower_case
+from flipscale.data.tokenizers import check_words, num_entries, with_lower_case
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.whole_images import GREY, Decoder
 from flipscale.io.digests import weights_digest
@@ -101,6 +101,12 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
             check_words(tokenizer)
     except Exception as error:  # transformers raises any type for bad files
         raise UserError(f"{full_name} has no processor that can be read ({first_line(error)})") from error
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    if tokenizer is not None and rows and (entries := num_entries(tokenizer)) > rows:
+        raise UserError(
+            f"{full_name} has a tokenizer of {entries} words, and its text tower a vocabulary of {rows}; copy "
+            "the tokenizer of its training there"
+        )
     for part in ("image_processor", "tokenizer") if methods else ():
         if getattr(processor, part, None) is None:
             raise UserError(f"{full_name} has no {part}; it needs preprocessor_config.json and its tokenizer's files")

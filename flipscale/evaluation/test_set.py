@@ -26,6 +26,7 @@ from flipscale.evaluation.embedding import Embedder, Value, agreed
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
+from flipscale.io.files import is_utf16
 from flipscale.recipe.data import DataRecipe
 
 CLASS_NAMES = "classnames.txt"
@@ -155,6 +156,8 @@ class TestSet:
 
     def captions_of(self, shard: int, number: int) -> list[str]:
         stored, where = self.source.read_captions(shard, number), self.place(shard, number)
+        if any(map(is_utf16, stored)):
+            raise UserError(f"{where} has a caption in UTF-16; save it as UTF-8")
         try:
             lines = [line for text in stored for line in text.decode("utf-8-sig").splitlines()]
         except UnicodeDecodeError as error:
@@ -169,7 +172,10 @@ def read_lines(data: str | Path, name: str, what: str) -> list[str]:
     text = read_text(str(data), name)
     if text is None or not text.strip():
         state = "missing" if text is None else "empty"
-        raise UserError(f"{data}/{name} is {state}; it lists {what}, one a line")
+        raise UserError(
+            f"{data}/{name} is {state}; it lists {what}, one a line. Fix: write this file, or make the set "
+            "anew, such as by `flipscale prepare shards --labels`"
+        )
     lines = [line.strip() for line in text.splitlines()]
     longest = max(range(len(lines)), key=lambda number: len(lines[number]))
     if len(lines[longest]) > _MOST_LINE:
@@ -257,6 +263,8 @@ def read_text(folder: str, name: str) -> str | None:
             cache = ShardCache(READ.cache_dir, READ.cache_bytes)
             with _reading(path), os.fdopen(cache.open(path), "rb") as file:
                 content = file.read()
+        if is_utf16(content):
+            raise UserError(f"{path} is UTF-16; save it as UTF-8")
         return content.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -1,5 +1,6 @@
 """Checks of files and folders that a user names, before they are read or written."""
 
+import codecs
 import os
 import shlex
 import shutil
@@ -98,6 +99,13 @@ def last_line(log: Path) -> str:
     """Return the last line of a process's output in a file, without the mark of an error."""
     lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines() if log.exists() else []
     return lines[-1].removeprefix("flipscale: error: ") if lines else "no output"
+
+
+def is_utf16(content: bytes) -> bool:
+    """Return whether bytes begin with UTF-16's byte order mark, or with ASCII characters in UTF-16 without a mark."""
+    head = content[:4]
+    no_mark = b"\0" in head and any(head) and not (any(head[::2]) and any(head[1::2]))
+    return no_mark or head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def is_utf8(text: str) -> bool:

@@ -37,7 +37,7 @@ from flipscale.data.samples import (
 from flipscale.data.sources.dataset import load_rows
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_saved_dataset, no_shards
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state, is_utf8
+from flipscale.io.files import file_state, is_utf8, is_utf16
 from flipscale.io.model_folder import is_path
 from flipscale.io.progress import Progress
 from flipscale.recipe.data import SourceRecipe
@@ -446,7 +446,7 @@ class TextTable(RowList):
         if not path.stat().st_size:
             raise UserError(f"{path} is empty; expected a table with a header")
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            if is_utf16(text[:4]):
                 raise UserError(f"{path} is no table in UTF-8 (it is UTF-16); save it as UTF-8")
             first = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
             with Progress(len(text), "rows", "B") as progress:
@@ -673,10 +673,11 @@ class DatasetList(RowList):
         """Load a data set by its name on the Hub, or from its folder. Raise UserError if there is none, or it lacks a
         column."""
         is_saved = Path(source).is_dir()
-        if not is_saved and (is_path(source) or _FILE_NAME.search(source)):
+        if not is_saved and (is_path(source) or _FILE_NAME.search(source) or Path(source).exists()):
+            what = "is no list that flipscale reads" if Path(source).exists() else "does not exist"
             raise UserError(
-                f"{source} does not exist; name a folder, a table (.csv .tsv .jsonl .parquet) or a data set of the "
-                "Hub, such as ORG/NAME"
+                f"{source} {what}; name a folder, a table (.csv .tsv .jsonl .parquet; export a spreadsheet as CSV in "
+                "UTF-8) or a data set of the Hub, such as ORG/NAME"
             )
         import datasets
         from pyarrow import ArrowException

@@ -493,7 +493,7 @@ def propose_finetuning(
     Raises:
         UserError: the pairs cannot be divided, the model cannot be trained, or a guard cannot be evaluated.
     """
-    guards, where = (guards, "named") if guards or not start.name else find_guards(start.name)
+    guards, where = (guards, "given by --guards") if guards or not start.name else find_guards(start.name)
     tasks = [*tests, *guards]
     proposal, width, grid = _propose(start, named, data, tasks=tasks, **values)
     built = build_tasks(tasks)
@@ -533,7 +533,7 @@ def propose_finetuning(
         chose.append("No guards: two towers that are joined anew have no old ability to lose.")
     else:
         unknown = "No guards: what it loses elsewhere is unknown; name some by --guards."
-        chose.append(f"Guards are {where}." if before else unknown)
+        chose.append(f"Guards are those {where}." if before else unknown)
     lines = [*plain_table(rows, range(1, len(rows[0]))).splitlines(), *chose]
     if gain.value <= 0:
         known = f"{start.name} is better on the held-out pairs as it is" if start.name else "No trial is above chance"

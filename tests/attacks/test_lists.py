@@ -190,6 +190,8 @@ ATTACKS: list[Attack] = [
         check=writes({"0.jpg": "first", "1.jpg": "second"}),
     ),
     refused("a CSV in UTF-16", table((HEAD + GOOD).encode("utf-16")), "list.csv", "UTF-8"),
+    refused("a CSV in UTF-16 without its mark", table((HEAD + GOOD).encode("utf-16-le")), "list.csv", "is UTF-16"),
+    refused("a CSV in big UTF-16 without its mark", table((HEAD + GOOD).encode("utf-16-be")), "list.csv", "is UTF-16"),
     survived("a field of 200 kB, and a row of 5 MB", table(LONG), check=keeps(1, caption_too_long=1, malformed_row=1)),
     refused("a CSV of one endless line", table("file_name,caption" * 500_000), "list.csv"),
     refused("an empty CSV", table(""), "list.csv"),

@@ -57,13 +57,16 @@ def test_names_and_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     test_set = TestSet.open(f"{folder}/")
     names, prompts = "classnames.txt", "zeroshot_classification_templates.txt"
     for read, name in ((test_set.class_names, names), (test_set.templates, prompts)):
-        with pytest.raises(ValueError, match=f"set/{name} is missing"):
+        with pytest.raises(ValueError, match=f"set/{name} is missing.*flipscale prepare shards --labels"):
             read()
         (folder / name).write_text("\n\n")
         with pytest.raises(ValueError, match=f"set/{name} is empty"):
             read()
         (folder / name).write_bytes("caf\xe9".encode("latin-1"))
         with pytest.raises(ValueError, match=f"set/{name} is not UTF-8"):
+            read()
+        (folder / name).write_bytes("one\ntwo\n".encode("utf-16-be"))
+        with pytest.raises(ValueError, match=f"set/{name} is UTF-16"):
             read()
     (folder / prompts).write_text("\ufeffone \r\n\ntwo\n", encoding="utf-8")  # with the mark of an editor
     assert test_set.templates() == ["one", "", "two"], "a blank prompt counts"

@@ -239,6 +239,10 @@ def test_a_name_that_is_no_path_is_not_looked_for(
     (tmp_path / "photos").mkdir()
     for name in ("./birds", "my/own/birds", "birds.zip", "photos/birds", "~/birds", "birds/"):
         assert f"{name} does not exist; name a folder, a table (.csv" in refused("prepare", "shards", name, "out")
+    for name in ("pairs.xlsx", "pairs.ods", "pairs"):
+        (tmp_path / name).write_bytes(b"PK")
+        assert f"{name} is no list that flipscale reads; name a folder" in refused("prepare", "shards", name, "out")
+    assert "pairs.xls does not exist; name" in refused("prepare", "shards", "pairs.xls", "out")
     asked: list[str] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: asked.append(name) or int("x"))
     names = ["cifar10", "org/birds", "laion/laion2B-en-v1.0"]

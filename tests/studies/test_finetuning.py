@@ -523,7 +523,7 @@ def test_four_hundred_pairs_and_a_minute(
     first = lines[lines.index("") + 1]
     assert first.startswith(("Gained ", "LOST zero_shot", f"{run} is better", "No gain was shown"))
     assert "zero_shot, top-1" in lines[lines.index("") + 2]
-    assert f"Guards are of {run}/recipe.yaml." in lines
+    assert f"Guards are those of {run}/recipe.yaml." in lines
     assert not list(here.glob("tmp*"))
     if "No recipe" in first:
         assert not Path("mine.yaml").exists()
