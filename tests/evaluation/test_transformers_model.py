@@ -1,6 +1,7 @@
 """Dual encoders of transformers, evaluated as ours are: with the features that transformers itself computes."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,8 @@ def test_what_cannot_be_loaded_is_named(folder: tuple[str, Path], tmp_path: Path
     state = {name: value for name, value in model.state_dict().items() if name != "logit_scale"}
     model.save_pretrained(tmp_path / "model", state_dict=state)
     refused(r"hf:.*model lacks 1 of .* logit_scale")
+    shutil.copytree(folder[1], tmp_path / "model", dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder[1])
+    tokenizer.add_tokens([f"word{number}" for number in range(2000)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    refused(rf"has a tokenizer of {len(tokenizer)} words, and its text tower a vocabulary of \d+; copy")
