@@ -29,7 +29,9 @@ DEBUG = "FLIPSCALE_DEBUG"
 
 # Shells use these exit codes after Ctrl-C and after a write to a pipe without a reader.
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
-_PACKAGE = Path(flipscale.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
+if flipscale.__file__ is None:
+    sys.exit("flipscale: error: this folder has a folder flipscale/, which hides the package; leave this folder")
 # A longer message keeps its begin and, because the fix stands there, its end.
 _MESSAGE_CHARACTERS, _END_CHARACTERS = 1_000, 300
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", "datasets", "deepspeed")

@@ -1,4 +1,6 @@
-"""Runs, their evaluation and status, and races, from the command line."""
+"""Runs, their evaluation and status, and races, import os
+import subprocess
+from the command line."""
 
 import json
 import re
@@ -133,3 +135,16 @@ def test_a_race_lays_recipes_side_by_side_for_the_same_time(recipe: dict, tmp_pa
     changed = launch([*command, "--minutes", "9"])
     assert changed.returncode == 2
     assert "budget_minutes: 0.03, now 9.0" in changed.stderr
+
+
+def test_a_folder_that_hides_the_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "flipscale").mkdir()
+    package = Path(__file__).parents[2] / "flipscale"
+    code = f"import flipscale; flipscale.__path__ = [{str(package)!r}]; import flipscale.cli"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("flipscale: error: ")
+    assert "leave this folder" in ended.stderr
