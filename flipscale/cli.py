@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import resource
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,7 @@ VERBS = {
 
 # Verbs with a recipe's own parser, whose help needs none of the training's imports.
 TRAINING = ("pretrain", "finetune")
+_LEAST_MEMORY = 1_500_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +48,8 @@ def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in TRAINING:
         if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
             importlib.import_module("flipscale.recipe.recipe").build_parser(arguments[0]).parse_args(["--help"])
+        if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < _LEAST_MEMORY:
+            raise MemoryError("training's libraries need 1.5 GB")  # below, their import may end in a segmentation fault
         gc.disable()  # as `main` does, which enables it
         return importlib.import_module("flipscale.pretrain").main(arguments[1:])
     if arguments[:1] == ["check"] or arguments[:2] == ["bench", "gpu"]:  # their other flags are a recipe's

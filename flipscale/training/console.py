@@ -4,6 +4,8 @@ import errno
 import logging
 import os
 import platform
+import re
+import resource
 import shlex
 import signal
 import sys
@@ -36,6 +38,7 @@ if flipscale.__file__ is None:
 _MESSAGE_CHARACTERS, _END_CHARACTERS = 1_000, 300
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", "datasets", "deepspeed")
 _EXTRAS = {"deepspeed": "'flipscale[deepspeed]'", "open_clip": "'flipscale[peers]'"}
+_NO_MEMORY = re.compile("failed to map segment|an(no|')t allocate memory|can't start new thread", re.IGNORECASE)
 _REMEDIES = {
     "MemoryError": "memory is exhausted; use smaller batches or fewer workers",
     "OutOfMemoryError": "memory is exhausted; use a smaller data.micro_batch_size, or smaller batches",
@@ -149,6 +152,12 @@ def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:
         return _Ending("flipscale: error: interrupted", _INTERRUPTED)
     if isinstance(error, OSError) and is_unread(sys.stdout):
         return _Ending("", _BROKEN_PIPE, is_consequence=True)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and (
+        isinstance(error, MemoryError | SystemError) or _NO_MEMORY.search(str(error))
+    ):
+        words = f"the shell's memory limit of {limit / 1e9:.1f} GB is too small ({_one_line(str(error))})"
+        return _Ending(f"flipscale: error: {words}; start after: ulimit -v unlimited", 1)
     # `flipscale.model` also runs without flipscale, so it raises ValueError in place of UserError.
     place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
     is_user_error = isinstance(error, UserError) or (isinstance(error, ValueError) and place == _PACKAGE / "model")

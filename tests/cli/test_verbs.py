@@ -1,9 +1,9 @@
-"""Runs, their evaluation and status, and races, import os
-import subprocess
-from the command line."""
+"""Runs, their evaluation and status, and races, from the command line."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -148,3 +148,12 @@ def test_a_folder_that_hides_the_package_is_named(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr.startswith("flipscale: error: ")
     assert "leave this folder" in ended.stderr
+
+
+@pytest.mark.parametrize("kilobytes", [300_000, 1_000_000, 1_400_000])
+def test_a_memory_limit_is_named(kilobytes: int) -> None:
+    command = f"ulimit -v {kilobytes}; exec {sys.executable} -m flipscale.cli pretrain --config none.yaml"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "ulimit -v unlimited" in ended.stderr
