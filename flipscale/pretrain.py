@@ -17,7 +17,9 @@ if __name__ == "__main__":
         # The imports below take seconds, in which Ctrl-C would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from flipscale.checks.start import check_recipe
 from flipscale.engines.checkpoint import from_main_process
+from flipscale.engines.launch import launch_of
 from flipscale.engines.slow_steps import StepWatch
 from flipscale.engines.watchdog import close_process_group, exit_now
 from flipscale.evaluation.test_set import keep_class_names
@@ -55,6 +57,7 @@ def pretrain(recipe: Recipe) -> Path:
         return run_dir
     check_writable(run_dir / "checkpoints", "the folder of checkpoints")
     loss_kinds()  # imports the models
+    check_recipe(recipe, launch_of(os.environ))
     timings.end("imports")
     tasks, class_names = check_tasks(recipe)
     setup = open_setup(recipe, is_fresh=checkpoint is None)
@@ -144,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from flipscale.planning.dry_run import dry_run
 
             gc.enable()
-            return dry_run(arguments)
+            return dry_run(arguments, check_recipe)
         # The collector would go through the objects of all imports again and again, for a fifth of the start's time.
         gc.disable()
         try:

@@ -288,9 +288,12 @@ def launch(command: list[str], cwd: Path | None = None, **environment: str) -> s
 
 def check_start(recipe: Any) -> None:
     """Check a recipe, its test sets and its data, as a start of its run does."""
+    from flipscale.checks.start import check_recipe
+    from flipscale.engines.launch import launch_of
     from flipscale.runs.evaluations import check_tasks
     from flipscale.training.setup import open_setup
 
+    check_recipe(recipe, launch_of(os.environ))
     check_tasks(recipe)
     open_setup(recipe)
 

@@ -129,7 +129,8 @@ def build_config(recipe: Recipe) -> "FlipConfig":
     if model.family != "flip":
         settings = {"model.drop_path_rate": model.drop_path_rate, **recipe.besides_contrastive()}
         refuse_set(settings, f"model.family is {model.family!r}, and only flip has it")
-    config = build_objective(recipe).model_config(model.config())
+    objective = build_objective(recipe)
+    config = objective.model_config(model.config())
     if recipe.loss.prefix_dims and recipe.loss.prefix_dims[-1] >= (width := int(config.projection_dim or 0)):
         raise UserError(
             f"loss.prefix_dims is {recipe.loss.prefix_dims} and the embeddings have {width} numbers; leave out widths "
@@ -150,4 +151,7 @@ def build_config(recipe: Recipe) -> "FlipConfig":
             patches_along(patch_size if stage.image_size is None else stage.image_size, patch_size)
         except ValueError as error:
             raise UserError(f"stage {stage.name!r}: {error}") from None
+        if stage.text_mask_ratio > 0.0 and objective.refuses_text_masks:
+            words = f"stages.{stage.name}.text_mask_ratio is {stage.text_mask_ratio:g}; expected 0"
+            raise UserError(f"{words}, because {objective.refuses_text_masks}. Fix: leave it out")
     return config

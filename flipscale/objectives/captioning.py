@@ -21,12 +21,12 @@ from flipscale.objectives.objective import (
     WithSecondLoss,
     recorded_inputs,
     watch_gradients,
-    without_text_mask,
 )
 
 Prediction = Literal["next_token", "parallel", "mixed"]
 # Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
 PARALLEL_SHARES: dict[str, float] = {"next_token": 0.0, "parallel": 1.0, "mixed": 0.75}
+_EVERY_WORD = "the loss learns every word of a caption"
 
 
 class CaptioningFlipModel(FlipModel):
@@ -64,6 +64,7 @@ class CaptionLoss(Objective):
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = FlipForConditionalGeneration
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForConditionalGeneration
+    refuses_text_masks: ClassVar[str] = _EVERY_WORD
 
     prediction: Prediction = "next_token"
 
@@ -90,6 +91,7 @@ class WithCaptions(WithSecondLoss):
     second_loss: ClassVar[str] = "caption"
     model_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
+    refuses_text_masks: ClassVar[str] = _EVERY_WORD
 
     prediction: Prediction
 
@@ -120,5 +122,4 @@ def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
 
 def captioned(dataset: Any, prediction: Prediction, *arguments: Any, **options: Any) -> PairDataset:
     """Return `dataset(...)` that also draws which captions are predicted in parallel."""
-    captions = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
-    return without_text_mask(captions, "the loss learns every word of a caption")
+    return dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)

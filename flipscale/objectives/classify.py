@@ -13,7 +13,7 @@ from flipscale.data.labelled import LabelledDataset
 from flipscale.data.pairs import PairDataset
 from flipscale.io.options import Range, ShareBelowOne
 from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
-from flipscale.objectives.objective import Objective, without_text_mask
+from flipscale.objectives.objective import Objective
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Classify(Objective):
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForImageClassification
     takes_text: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("labels",)
+    refuses_text_masks: ClassVar[str] = "loss.kind 'classify' has no text"
 
     num_classes: Annotated[int, Range(at_least=2, at_most=10_000_000)]
     label_smoothing: ShareBelowOne = 0.0
@@ -71,8 +72,7 @@ class Classify(Objective):
         return changed
 
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        dataset = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
-        return without_text_mask(dataset, "loss.kind 'classify' has no text")
+        return LabelledDataset(*arguments, num_classes=self.num_classes, **options)
 
     def chance_loss(self, batch_size: int) -> float:
         return math.log(self.num_classes)

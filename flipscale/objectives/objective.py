@@ -11,7 +11,6 @@ from torch import nn
 
 from flipscale.data.features import DistillationDataset, PrecomputedPairs
 from flipscale.data.pairs import PairDataset
-from flipscale.io.errors import UserError
 from flipscale.io.options import Copies, Count
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
 
@@ -43,6 +42,8 @@ class Objective:
     takes_captions: ClassVar[bool] = False
     # Whether it takes `caption_ids`, int64 `(batch,)`, of equal captions as the keyword.
     takes_equal_captions: ClassVar[bool] = False
+    # Why a stage may not mask text; empty if it may.
+    refuses_text_masks: ClassVar[str] = ""
 
     positives: str = "pairs"
     captions_per_image: Copies = 1
@@ -190,14 +191,6 @@ class WithSecondLoss(Objective):
     def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
         names = ("contrastive_grad_norm", f"{self.second_loss}_grad_norm")
         return dict(zip(names, output.gradient_squares, strict=True))
-
-
-def without_text_mask(dataset: PairDataset, reason: str) -> PairDataset:
-    """Return the data set unless it masks text, which `reason` forbids."""
-    if dataset.text_mask_ratio > 0.0:
-        words = f"text_mask_ratio of a stage is {dataset.text_mask_ratio:g}; expected 0, because {reason}"
-        raise UserError(f"{words}. Fix: leave it out")
-    return dataset
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 
 from flipscale.engines.device import GPUS, gpu_here, gpu_named
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file, whole_number
-from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.command_line import parse_known, reader_of
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Positive, ShareAboveZero
@@ -109,12 +108,14 @@ class _Planned(NamedTuple):
     hours: float | None
 
 
-def dry_run(arguments: Sequence[str]) -> None:
+def dry_run(arguments: Sequence[str], check: Callable[[Recipe, Launch], None]) -> None:
     """Print memory and time with a column for each launch, and an advice. Other options are those of `flipscale
-    pretrain`. Raise UserError if a recipe or launch file cannot be run, or no launch fits the stated memory."""
+    pretrain`. Raise UserError if no launch fits the stated memory, or as `check`, a start's check of a recipe."""
     args, rest = parse_known(DryRun, arguments, "flipscale pretrain --dry_run")
     recipe = with_time_shares(parse_recipe(rest))
     launches = _launches(args)
+    for _, launch in launches:
+        check(recipe, launch)
     gpu, limit = args.gpu and gpu_named(args.gpu), args.gpu_memory_gib
     if gpu is not None:
         limit = limit or GPUS[gpu].gib
@@ -189,7 +190,6 @@ def _planned(name: str, launch: Launch, recipe: Recipe, hardware: Hardware, is_t
 
 def _heading(recipe: Recipe) -> str:
     kind, config = build_objective(recipe).exported_model(build_config(recipe))
-    check_image_sizes(recipe.eval, config.vision_config.patch_size)
     model = planned_model(config, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = ("vision_model.", "text_model.")

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flipscale.engines.launch import place_in_world
 from flipscale.engines.slow_steps import StepWatch
@@ -15,38 +15,45 @@ from flipscale.evaluation.suite import check_decodable, check_image_sizes, evalu
 from flipscale.evaluation.test_set import TestSet, read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
+from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.last_lines import draw_figures
 from flipscale.training.between_steps import Evaluation
 from flipscale.training.session import Session
-from flipscale.training.setup import TrainingSetup, check_settings
+from flipscale.training.setup import TrainingSetup
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
+    from flipscale.objectives.objective import Objective
 
 # Drawing takes a second or two, so an evaluation redraws only older figures.
 _FRESH_SECONDS = 300.0
 
 
-def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
-    """Return the tasks of a recipe, checked against its model, and the names of a classifier's classes; empty for other
-    models. Every process checks them by itself. Raise UserError if the recipe or the data of a task cannot be used, a
-    task needs a part that the model lacks, or the classes are not those of the task or of the run's earlier starts."""
-    from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
-
-    objective, config, _ = check_settings(recipe, place_in_world())
+def tasks_of(recipe: Recipe, objective: "Objective", config: Any) -> list[Task]:
+    """Return the tasks of a recipe. Raise UserError if its model lacks a part that a task needs, or in training changes
+    what a task keeps."""
     tasks = planned_tasks(recipe.eval)
     check_image_sizes(recipe.eval, config.vision_config.patch_size)
-    parts = ("features", "head") if isinstance(objective, Classify) else parts_of(config)
+    parts = parts_of(config) if objective.takes_text else ("features", "head")
     for task in tasks:
-        task.check()
         task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
         if task.kind == "zero_shot_memory":
             raise UserError(
                 f"eval.tasks has {task.name!r} of kind {task.kind!r}, whose memory is of one model's weights, and "
                 "training changes them; leave it out, and use `flipscale evaluate --memory` on the finished model"
             )
-    names: list[str] = []
+    return tasks
+
+
+def check_tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
+    """Return the tasks of a recipe, checked with their data, and the names of a classifier's classes; empty for other
+    models. Every process checks them by itself. Raise UserError as `tasks_of`, or if the data of a task cannot be used,
+    or the classes are not those of the task or of the run's earlier starts."""
+    objective, config = build_objective(recipe), build_config(recipe)
+    tasks, names = tasks_of(recipe, objective, config), list[str]()
+    for task in tasks:
+        task.check()
     if objective.num_labels is not None:
         names = training_class_names(recipe.data, objective.num_labels)
         for task in tasks:

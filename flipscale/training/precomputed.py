@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import tokenise
 from flipscale.data.features import PROBE, PrecomputedFeatures, Teacher, TeacherCrops, read_about
 from flipscale.data.samples import Source
+from flipscale.data.sources.opening import named_sources
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
@@ -23,8 +24,8 @@ def open_features(
     """Return the precomputed features of each tower that is not run, `images` and `texts`.
 
     Raises:
-        UserError: a field needs the images or the captions themselves, or the features are of another kind, other
-            shards, another image size or other tokens. `initial_weights` compares the model.
+        UserError: the features are of another kind, other shards, another image size or other tokens.
+            `initial_weights` compares the model.
     """
     opened = {tower: _opened(recipe, tower, source) for tower in recipe.data.stored}
     sizes = {stage.image_size or config.vision_config.image_size for stage in recipe.stages}
@@ -50,24 +51,45 @@ def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
     return {PRECOMPUTED_TOWERS[tower]: (recipe.data.stored[tower], about[tower]["weights_digest"]) for tower in own}
 
 
+def check_stored(recipe: Recipe) -> None:
+    """Raise UserError if another field needs what stored features or teachers do not have."""
+    model, data = recipe.model, recipe.data
+    sources, own = [*named_sources(data).values()], {"images": model.vision, "texts": model.text}
+    is_whole = len(sources) == 1 and sources[0].dataset is None and data.fraction == 1.0
+    part = "which needs whole shards of one source; use data.shards and data.fraction 1"
+    for tower, folder in data.stored.items():
+        named = f"data.{tower[:-1]}_features is {folder!r}"
+        name = "mask_ratio" if tower == "images" else "captions"
+        others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages}
+        if tower == "images":
+            others["model.drop_path_rate"] = model.drop_path_rate
+            others["data.augment.color_jitter"] = data.augment.color_jitter.changes
+        else:
+            others |= {"data.captions": data.captions, "data.pack_captions": data.pack_captions}
+            others |= {"model.text_positions": model.text_positions}
+            others["loss.positives"] = None if recipe.loss.positives == "pairs" else recipe.loss.positives
+            others["loss.captions_per_image"] = recipe.loss.captions_per_image - 1 and recipe.loss.captions_per_image
+        refuse_set({**recipe.besides_contrastive(), **others}, f"{named}, so these {tower} are not read")
+        if (own[tower] if any(own.values()) else model.init_from) is None:
+            raise UserError(
+                f"{named} and the tower has no start weights; set model.init_from to the model of the features"
+            )
+        if not is_whole:
+            raise UserError(f"{named}, {part}")
+    for folder in data.teachers:
+        named = f"data.teachers has {folder!r}"
+        others = {f"stages.{stage.name}.captions": stage.captions for stage in recipe.stages}
+        others |= {f"data.{name}": getattr(data, name) for name in ("captions", "image_features", "text_features")}
+        refuse_set(others, f"{named}, which teaches one caption of each crop")
+        changes = {"data.augment.color_jitter": data.augment.color_jitter.changes}
+        refuse_set(changes, f"{named}, whose embeddings are of unchanged crops")
+        if not is_whole:
+            raise UserError(f"{named}, {part}")
+
+
 def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
     folder = recipe.data.stored[tower]
     named = f"data.{tower[:-1]}_features is {folder!r}"
-    model, data = recipe.model, recipe.data
-    name = "mask_ratio" if tower == "images" else "captions"
-    others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages}
-    if tower == "images":
-        others["model.drop_path_rate"] = model.drop_path_rate
-        others["data.augment.color_jitter"] = data.augment.color_jitter.changes
-    else:
-        others |= {"data.captions": data.captions, "data.pack_captions": data.pack_captions}
-        others |= {"model.text_positions": model.text_positions}
-        others["loss.positives"] = None if recipe.loss.positives == "pairs" else recipe.loss.positives
-        others["loss.captions_per_image"] = recipe.loss.captions_per_image - 1 and recipe.loss.captions_per_image
-    refuse_set({**recipe.besides_contrastive(), **others}, f"{named}, so these {tower} are not read")
-    start = model.start if isinstance(model.start, str | None) else {"images": model.vision, "texts": model.text}[tower]
-    if start is None:
-        raise UserError(f"{named} and the tower has no start weights; set model.init_from to the model of the features")
     features = _of_shards(folder, tower, named, source)
     if features.about["features"] != "pooled":
         raise UserError(f"{named}, which has features after the projection; embed with --features pooled")
@@ -76,8 +98,7 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
 
 def _of_shards(folder: str, tower: str, named: str, source: Source) -> PrecomputedFeatures:
     """Return the features of a tower in a folder that a field names, or raise UserError unless they are of `source`."""
-    if not isinstance(source, TarSource):
-        raise UserError(f"{named}, which needs whole shards of one source; use data.shards and data.fraction 1")
+    assert isinstance(source, TarSource), "check_stored refuses others"
     features = PrecomputedFeatures(Path(folder), tower, source.shard_sizes)
     about = features.about
     if about["shards_digest"] != source.contents_digest(in_order=True):
@@ -89,14 +110,9 @@ def _of_shards(folder: str, tower: str, named: str, source: Source) -> Precomput
 
 
 def open_teacher(recipe: Recipe, folder: str, source: Source) -> Teacher:
-    """Return a teacher of a recipe. Raise UserError if it is of other shards, crops or features, its temperature is
-    unknown, or a field needs other crops or captions."""
+    """Return a teacher of a recipe. Raise UserError if it is of other shards, crops or features, or its temperature is
+    unknown."""
     named, data = f"data.teachers has {folder!r}", recipe.data
-    others = {f"stages.{stage.name}.captions": stage.captions for stage in recipe.stages}
-    others |= {f"data.{name}": getattr(data, name) for name in ("captions", "image_features", "text_features")}
-    refuse_set(others, f"{named}, which teaches one caption of each crop")
-    changes = {"data.augment.color_jitter": data.augment.color_jitter.changes}
-    refuse_set(changes, f"{named}, whose embeddings are of unchanged crops")
     images, texts = (_of_shards(folder, tower, named, source) for tower in ("images", "texts"))
     about = images.about
     if about["features"] != "embeds" or "crops" not in about["images"]:

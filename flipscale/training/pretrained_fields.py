@@ -256,7 +256,7 @@ def text_rows(recipe: Recipe, tokenizer: Any) -> dict[int, int] | None:
     pieces = {index: piece for piece, index in theirs.get_vocab().items()}
     others = {piece: pieces[index] for piece, index in own.items() if index in pieces and rows.get(index) != index}
     if others:
-        piece, there = next(iter(others.items()))
+        piece, there = min(others.items())
         raise UserError(
             f"data.tokenizer {recipe.data.tokenizer!r} has another vocabulary than {name}: {len(others):,} pieces "
             f"would take rows of others, such as {piece!r} that of {there!r}; set data.tokenizer to {str(folder)!r}, "

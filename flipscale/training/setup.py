@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.features import PrecomputedFeatures, Teacher
+from flipscale.data.labelled import Augment
 from flipscale.data.loader import StepSampler, check_shared_memory
 from flipscale.data.pairs import InputShape, PairDataset, check_kinds, check_masks
 from flipscale.data.samples import Source, shard_sizes_digest
@@ -27,7 +28,7 @@ from flipscale.io.errors import UserError
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.model import dropout_rates
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.precomputed import open_features, open_teacher
+from flipscale.training.precomputed import check_stored, open_features, open_teacher
 from flipscale.training.pretrained_fields import text_rows, warn_of_pixels
 from flipscale.training.schedule import Schedule, Stage, schedule_stages
 
@@ -107,6 +108,7 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     for stage in () if recipe.data.stored else stages:
         check_masks(InputShape.of(config).at(stage.image_size), stage.mask_ratio, recipe.mask, stage.text_mask_ratio)
     named_sources(recipe.data)
+    check_stored(recipe)
     _check_log(recipe)
     _check_micro_batches(recipe, objective, config, place)
     return objective, config, stages
@@ -138,16 +140,7 @@ def open_setup(recipe: Recipe, is_fresh: bool = False) -> TrainingSetup:
             *(data.global_batch_size, source.num_drawn),
         )
     shape = InputShape.of(config)
-    tokenizer: PreTrainedTokenizerBase | None = None
-    if objective.takes_text and "texts" not in recipe.model.embedded:
-        tokenizer = model_tokenizer(data.tokenizer, config.caption_config)
-        if data.pack_captions and tokenizer.padding_side != "right":
-            raise UserError(
-                f"data.pack_captions is true, and data.tokenizer {data.tokenizer!r} pads on the "
-                f"{tokenizer.padding_side}; set its padding_side to right, or leave packing out"
-            )
-        if config.decoder_config is not None:
-            check_begin_and_end(tokenizer, config.decoder_config)
+    tokenizer, rows = open_tokenizer(recipe, objective, config, is_fresh)
     teachers = [open_teacher(recipe, folder, source) for folder in data.teachers]
     features = open_features(recipe, source, config, tokenizer)
     datasets = {
@@ -161,10 +154,28 @@ def open_setup(recipe: Recipe, is_fresh: bool = False) -> TrainingSetup:
     }  # fmt: skip
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     schedule = Schedule(tuple(stages), budget_seconds)
-    rows = text_rows(recipe, tokenizer) if is_fresh else None
     if is_fresh:
         warn_of_pixels(recipe.model)
     return TrainingSetup(recipe, schedule, source, tokenizer, datasets, objective, config, features, teachers, rows)
+
+
+def open_tokenizer(
+    recipe: Recipe, objective: Objective, config: FlipConfig, is_fresh: bool
+) -> tuple[PreTrainedTokenizerBase | None, Mapping[int, int] | None]:
+    """Return the tokenizer of the captions, None for an objective without text, and the `text_rows` of a fresh run.
+    Raise UserError unless the tokenizer fits the recipe, its model and its start weights."""
+    data = recipe.data
+    if not objective.takes_text or "texts" in recipe.model.embedded:
+        return None, None
+    tokenizer = model_tokenizer(data.tokenizer, config.caption_config)
+    if data.pack_captions and tokenizer.padding_side != "right":
+        raise UserError(
+            f"data.pack_captions is true, and data.tokenizer {data.tokenizer!r} pads on the "
+            f"{tokenizer.padding_side}; set its padding_side to right, or leave packing out"
+        )
+    if config.decoder_config is not None:
+        check_begin_and_end(tokenizer, config.decoder_config)
+    return tokenizer, text_rows(recipe, tokenizer) if is_fresh else None
 
 
 def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
@@ -234,3 +245,4 @@ def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfi
         raise UserError(
             f"data.augment mixes pairs of images; a process takes {sampler.micro_batch_size}, not an even number"
         )
+    Augment(data.augment, recipe.seed, config.vision_config.image_size)  # asks timm

@@ -1,11 +1,15 @@
 """`flipscale check`: recipes, flags, launch files and numbers of processes that can run, and those that cannot."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from flipscale.cli import main
+
+VERBS = ("check", "pretrain --dry_run", "pretrain")
 
 
 def test_what_can_run_is_a_line_each(
@@ -34,18 +38,7 @@ def test_what_can_run_is_a_line_each(
             "--launch_file ds_configs/hsdp.yaml --num_processes 16 --num_machines 5",
             ("num_processes is 16", "5 machines"),
         ),
-        ("--data.micro_batch_size 3", ("micro_batch_size 3",)),
         ("--model.init_from runs/not/there", ("runs/not/there",)),
-        ("--mask.kind grid --stages.0.mask_ratio 0.3", ("grid", "mask_ratio")),
-        ("--mask.views 4 --stages.0.mask_ratio 0.5", ("4 views",)),
-        ("--mask.views 2 --mask.kind centre", ("views is 2", "centre")),
-        ("--stages.0.mask_ratio 0.999", ("0.999",)),
-        ("--stages.0.text_mask_ratio 0.99", ("0.99",)),
-        ("--data.weights w --data.fraction 0.5", ("data.fraction is 0.5", "data.weights is 'w'")),
-        ("--hub.push_to_hub true", ("hub.hub_model_id",)),
-        ("--data.tokenizer ./not/there", ("./not/there",)),
-        ("--data.sources [{shards:a},{weight:2}]", ("data.",)),
-        ("--model.frozen [vision_tower]", ("model.frozen", "vision_tower")),
     ],
 )
 def test_what_cannot_run_is_refused(
@@ -54,3 +47,104 @@ def test_what_cannot_run_is_refused(
     said = refused("check", "--config", write_recipe(tmp_path / "run"), *words.split())
     assert all(word in said for word in named), said
     assert not (tmp_path / "run").exists()
+
+
+TEXT_MASK = "--stages.1.text_mask_ratio 0.5"
+FEATURES = "--data.image_features stored --stages.0.mask_ratio 0"
+TEACHER = "--data.teachers [teacher]"
+SOURCES = "--data.shards null --data.sources"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--mask.kind grid --stages.0.mask_ratio 0.3", ("grid", "mask_ratio")),
+        ("--mask.views 4 --stages.0.mask_ratio 0.5", ("4 views",)),
+        ("--mask.views 2 --mask.kind centre", ("views is 2", "centre")),
+        ("--stages.0.mask_ratio 0.999", ("0.999",)),
+        ("--stages.0.text_mask_ratio 0.99", ("0.99",)),
+        ("--data.weights w --data.fraction 0.5", ("data.fraction is 0.5", "data.weights is 'w'")),
+        ("--hub.push_to_hub true", ("hub.hub_model_id",)),
+        ("--hub.push_to_hub true --hub.hub_model_id name", ("'name'",)),
+        (f"--loss.kind classify --loss.options.num_classes 16 {TEXT_MASK}", ("unmasked.text_mask_ratio is 0.5",)),
+        (f"--loss.kind captioning {TEXT_MASK}", ("stages.unmasked.text_mask_ratio is 0.5",)),
+        (f"--loss.caption_weight 1 {TEXT_MASK}", ("stages.unmasked.text_mask_ratio is 0.5",)),
+        ("--loss.kind captioning --eval.zero_shot tests", ("zero_shot", "loss.kind 'captioning'")),
+        ("--loss.kind classify --loss.options.num_classes 16 --eval.retrieval tests", ("retrieval", "'classify'")),
+        ("--eval.tasks '[{kind: captioning, data: tests}]'", ("captioning", "no decoder")),
+        ("--eval.tasks '[{kind: zero_shot_memory, data: tests}]'", ("eval.tasks", "zero_shot_memory")),
+        ("--eval.tasks '[{kind: retrieval, data: tests, image_size: 36}]'", ("eval.tasks", "36")),
+        (
+            "--loss.kind classify --loss.options.num_classes 16 --data.augment.rand_augment rnd-m9",
+            ("data.augment.rand_augment is 'rnd-m9'",),
+        ),
+        ("--data.augment.mixup_alpha 0.5", ("data.augment.mixup_alpha is 0.5", "'infonce'")),
+        ("--data.image_features stored", ("stages.masked.mask_ratio is 0.75", "data.image_features is 'stored'")),
+        (FEATURES, ("data.image_features is 'stored'", "model.init_from")),
+        (f"{FEATURES} --model.init_from ORG/NAME --data.fraction 0.5", ("data.image_features is 'stored'", "fraction")),
+        (f"{TEACHER} --data.captions '{{txt: 1}}'", ("data.captions is {'txt': 1", "data.teachers has 'teacher'")),
+        (f"{TEACHER} --data.augment.color_jitter.hue 0.1", ("color_jitter", "data.teachers has 'teacher'")),
+        (f"{TEACHER} {SOURCES} '[{{shards: a}}, {{shards: b}}]'", ("data.teachers has 'teacher'", "one source")),
+        (
+            f"{SOURCES} '[{{shards: a, weight: 1}}, {{shards: b, weight: 1.0e-6}}]'",
+            ("data.sources[1].weight is 1e-06",),
+        ),
+        ("--loss.teacher_weight 0.5", ("loss.teacher_weight is 0.5",)),
+        ("--loss.prefix_dims [8,4]", ("loss.prefix_dims is [8, 4]",)),
+        ("--data.pack_captions true --loss.kind captioning", ("data.pack_captions is true", "loss.kind is captioning")),
+        ("--log.report_to [tensorbord]", ("log.report_to has 'tensorbord'",)),
+        ("--eval.every_share 0.1", ("eval.every_share is 0.1", "budget_minutes")),
+        ("--data.micro_batch_size 3", ("micro_batch_size 3",)),
+        ("--model.frozen [vision_tower]", ("model.frozen", "vision_tower")),
+        ("--optim.part_lr_ratios '{tower: 2}'", ("optim.part_lr_ratios", "'tower'")),
+        ("--optim.lora.rank 2", ("optim.lora.rank is 2", "model.init_from")),
+        ("--stages.0.warmup_samples 100000", ("'masked'", "100000 samples")),
+        ("--stages.1.image_size 36", ("'unmasked'", "36")),
+    ],
+)
+def test_a_start_refuses_the_same_fields(
+    tmp_path: Path, write_recipe: Callable[..., Path], refused: Callable[..., str], caption_tokenizer: Path, words: str,
+    named: tuple[str, ...],
+) -> None:  # fmt: skip
+    """The check, a dry run and a start print one sentence, before any data is opened."""
+    file = write_recipe(tmp_path / "run", data={"shards": "nowhere", "tokenizer": str(caption_tokenizer)})
+    said = {refused(*verb.split(), "--config", file, *shlex.split(words)) for verb in VERBS}
+    assert len(said) == 1, said
+    assert all(word in min(said) for word in named), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--data.tokenizer ./not/there", ("./not/there",)),
+        (
+            "--model.text_config.attend_to_padding false --data.pack_captions true --data.tokenizer {left}",
+            ("data.pack_captions is true", "left"),
+        ),
+        ("--loss.kind captioning --model.decoder_config.bos_token_id 5 --data.tokenizer {ends}", ("bos_token_id", "5")),
+        ("--loss.caption_weight 1", ("begin", "end")),
+        ("--model.text_config.vocab_size 10", ("entries", "10")),
+        ("--model.init_from {start}", ("model.init_from", "config.json")),
+        ("--model.init_from {run} --data.tokenizer {other}", ("other", "'green'")),
+        ("--model.init_from {run} --model.text_config.hidden_size 48", ("model.init_from", "48")),
+        ("--hub.audit audit.json", ("hub.audit is 'audit.json'",)),
+    ],
+)
+def test_a_start_refuses_the_same_files(
+    tmp_path: Path, write_recipe: Callable[..., Path], refused: Callable[..., str], caption_tokenizer: Path,
+    tokenizer_dir: Path, trained_run: Path, words: str, named: tuple[str, ...],
+) -> None:  # fmt: skip
+    """A dry run needs no files."""
+    folders = {name: tmp_path / name for name in ("left", "other", "start")}
+    for name, changes in (("left", {"padding_side": "left"}), ("other", {})):
+        PreTrainedTokenizerFast.from_pretrained(tokenizer_dir, **changes).save_pretrained(folders[name])
+    swapped = (folders["other"] / "tokenizer.json").read_text().replace('"red": 4', '"red": 5', 1)
+    (folders["other"] / "tokenizer.json").write_text(swapped.replace('"green": 5', '"green": 4', 1))
+    folders["start"].mkdir()
+    (folders["start"] / "config.json").write_text("{")
+    file = write_recipe(tmp_path / "run")
+    flags = words.format(**folders, ends=caption_tokenizer, run=trained_run).split()
+    said = {refused(verb, "--config", file, *flags) for verb in ("check", "pretrain")}
+    assert len(said) == 1, said
+    assert all(word in min(said) for word in named), said

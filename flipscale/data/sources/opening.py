@@ -63,7 +63,17 @@ def named_sources(recipe: DataRecipe) -> dict[str, SourceRecipe]:
     weights = [one.weight for one in named.values() if one.weight is not None]
     if weights and len(weights) < len(named):
         raise UserError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
+    _check_shares(weights)
     return named
+
+
+def _check_shares(weights: Sequence[float]) -> None:
+    for number, weight in enumerate(weights):
+        if weight < _LEAST_SHARE * sum(weights) or not weight > 0:
+            raise UserError(
+                f"data.sources[{number}].weight is {weight} of {sum(weights)}; it must be positive and at least "
+                f"{_LEAST_SHARE:g} of the sum"
+            )
 
 
 def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> TarSource:
@@ -195,12 +205,8 @@ class Mixture(_Derived):
     ten-thousandth of the sum, or a source is empty."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-        for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
-            if weight < _LEAST_SHARE * sum(weights) or not weight > 0:
-                raise UserError(
-                    f"data.sources[{number}].weight is {weight} of {sum(weights)}; it must be positive and at least "
-                    f"{_LEAST_SHARE:g} of the sum"
-                )
+        _check_shares(weights)
+        for number, source in enumerate(sources):
             if not len(source):
                 raise UserError(f"data.sources[{number}] is empty: 0 samples in {len(source.shard_sizes)} shards")
         self.parts = list(sources)
