@@ -398,7 +398,7 @@ def is_shown_alike(encoded: bytes, pixels: np.ndarray) -> bool:
     It differs for transparent parts, 16 bits, a hidden frame, and an image that its EXIF turns."""
     image = open_image(encoded)
     alike = encoded.startswith(b"\xff\xd8") or _is_plain(encoded, image)
-    return alike or np.array_equal(image.convert("RGB"), pixels)
+    return alike or np.array_equal(np.asarray(image.convert("RGB")), pixels)
 
 
 def _decode_by_opencv(encoded: bytes, size: tuple[int, int]) -> np.ndarray | None:
