@@ -74,7 +74,7 @@ def train(
             engine.recompute(recipe.recomputes(step.stage))
             tracker.look(micro_batches)
             if has_dropout:
-                seed_dropout(recipe.seed, step.number, accelerator.process_index)
+                seed_dropout(recipe.seed, step.number)
             loss = forward_backward(engine, micro_batches, setup.objective)
             should_step = sync.start(step, loss, engine.gradient_norm(), faults)
             engine.step(step.learning_rate, should_step)

@@ -93,8 +93,15 @@ class TrainingSetup:
     @property
     def has_dropout(self) -> bool:
         """Whether a part of the model drops at random, besides `drop_path_rate`, which is keyed by the sample."""
-        parts = [part for name in self.config.sub_configs if (part := getattr(self.config, name)) is not None]
-        return any(rate > 0.0 for part in parts for rate in dropout_rates(part.to_dict()).values())
+        return any(rate > 0.0 for rate in dropout(self.config).values())
+
+
+def dropout(config: FlipConfig) -> dict[str, float]:
+    """Return the fields of a model's configuration that hold a rate of dropout, such as `text_config.dropout`."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
+    return {
+        f"{name}.{field}": rate for name, part in parts.items() for field, rate in dropout_rates(part.to_dict()).items()
+    }
 
 
 def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, FlipConfig, list[Stage]]:
@@ -110,7 +117,7 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     named_sources(recipe.data)
     check_stored(recipe)
     _check_log(recipe)
-    _check_micro_batches(recipe, objective, config, place)
+    _check_micro_batches(recipe, config, place)
     return objective, config, stages
 
 
@@ -223,17 +230,17 @@ def _check_log(recipe: Recipe) -> None:
             raise UserError(f"log.report_to has {name!r}, which is not installed; pip install {name}, or leave it out")
 
 
-def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig, place: tuple[int, int]) -> None:
+def _check_micro_batches(recipe: Recipe, config: FlipConfig, place: tuple[int, int]) -> None:
     data = recipe.data
-    for name in (
-        ("vision_config", "text_config") if data.micro_batch_size is not None and objective.needs_global_batch else ()
-    ):
-        for field, rate in dropout_rates(getattr(config, name).to_dict()).items():
-            if rate > 0.0:
-                raise UserError(
-                    f"model.{name}.{field} is {rate} and data.micro_batch_size is set: the second pass would drop "
-                    f"others than the first; set model.{name}.{field} to 0, or leave data.micro_batch_size out"
-                )
+    divided = f"{place[1]} processes" if place[1] > 1 else ""
+    if data.micro_batch_size is not None:
+        divided = f"data.micro_batch_size {data.micro_batch_size}"
+    for field, rate in dropout(config).items():
+        if rate > 0.0 and divided:
+            raise UserError(
+                f"model.{field} is {rate} with {divided}; expected one process and one pass, because a batch drops "
+                f"others if it is divided. Set it to 0. model.drop_path_rate is the same however a batch is divided"
+            )
     sampler = StepSampler(0, 0, data.global_batch_size, *place, data.micro_batch_size)
     name = next((name for name in ("rand_augment", "mixup_alpha", "cutmix_alpha") if getattr(data.augment, name)), "")
     if name and recipe.loss.kind != "classify":

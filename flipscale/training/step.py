@@ -25,10 +25,9 @@ class StepLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators by the recipe's seed, the step and the process, so that a resumed run drops the same and
-    no two processes do."""
-    draw = keyed_uniform(seed, f"dropout/{rank}", np.array([step]), 1)
+def seed_dropout(seed: int, step: int) -> None:
+    """Seed torch's generators by the recipe's seed and the step, so that a resumed run drops the same."""
+    draw = keyed_uniform(seed, "dropout/0", np.array([step]), 1)
     torch.manual_seed(int(draw[0, 0] * 2**53))
 
 

@@ -30,6 +30,7 @@ def test_what_can_run_is_a_line_each(
     ("words", "named"),
     [
         ("--num_processes 3", ("global_batch_size 16", "3 processes")),
+        ("--num_processes 2 --model.text_config.attention_dropout 0.1", ("attention_dropout is 0.1", "2 processes")),
         ("--optim.weight_deca 0.1", ("--optim.weight_deca ", "--optim.weight_decay?")),
         ("--launch_file none.yaml", ("none.yaml",)),
         ("--launch_file ds_configs/zero3.yaml --optim.name muon", ("optim.name", "adamw")),
@@ -98,6 +99,10 @@ SOURCES = "--data.shards null --data.sources"
         ("--model.frozen [vision_tower]", ("model.frozen", "vision_tower")),
         ("--optim.part_lr_ratios '{tower: 2}'", ("optim.part_lr_ratios", "'tower'")),
         ("--optim.lora.rank 2", ("optim.lora.rank is 2", "model.init_from")),
+        (
+            "--loss.kind captioning --data.micro_batch_size 8 --model.decoder_config.attention_dropout 0.2",
+            ("decoder_config.attention_dropout is 0.2", "micro_batch_size 8"),
+        ),
         ("--stages.0.warmup_samples 100000", ("'masked'", "100000 samples")),
         ("--stages.1.image_size 36", ("'unmasked'", "36")),
     ],
