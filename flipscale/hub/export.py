@@ -44,9 +44,10 @@ _log = logging.getLogger(__name__)
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
-# Fields of a configuration on which the function of trained weights does not depend.
+# Fields of a configuration on which the function of trained weights does not depend, or which the tokenizer decides.
 _FREE = re.compile(
-    r"name_or_path|version|auto_map|dtype|architectures|dropout|drop_path|init|label|return_|output_|use_cache"
+    r"name_or_path|version|auto_map|dtype|architectures|dropout|drop_path|init|label|return_|output_|use_cache|"
+    r"text_config\.eos_token_id"
 )
 # Files of an adapter, as PEFT names them.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -62,7 +63,8 @@ def build_processor(config: Any, tokenizer: PreTrainedTokenizerBase) -> Processo
     """Return the processor of a model; `clip` and `siglip` have transformers' own.
 
     It cuts and pads captions to `max_position_embeddings` ids. The begin and end tokens of written captions become
-    special tokens of the tokenizer. Raise UserError if the tokenizer does not fit the model.
+    special tokens of the tokenizer. The end token that it adds becomes `text_config.eos_token_id` of family `flip`.
+    Raise UserError if the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer, config.caption_config)
     # A copy, because the caller's tokenizer keeps its length.
@@ -73,6 +75,9 @@ def build_processor(config: Any, tokenizer: PreTrainedTokenizerBase) -> Processo
         for name, token in begin_and_end(tokenizer).items():
             setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token))
     if isinstance(config, FlipConfig):
+        word = tokenizer("a", return_special_tokens_mask=True)
+        if config.text_config is not None and word["special_tokens_mask"][-1:] == [1]:
+            config.text_config.eos_token_id = word["input_ids"][-1]
         return FlipProcessor(build_image_processor(config), tokenizer)
     tokenizer.model_input_names = list(config.caption_inputs)
     return config.processor_class(build_image_processor(config), tokenizer)

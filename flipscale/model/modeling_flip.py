@@ -16,12 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput, CLIPVisionModelOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
 from .patches import keep_lowest, num_kept, patchify, take_patches
+
+_log = logging.get_logger(__name__)
 
 
 @dataclass
@@ -702,7 +704,8 @@ class FlipTextModel(FlipPreTrainedModel):
         Encode captions.
 
         Args:
-            input_ids: `(batch, tokens)`, at most `max_position_embeddings` tokens, padded on the right.
+            input_ids: `(batch, tokens)`, padded on the right. Without `position_ids`, those beyond
+                `max_position_embeddings` are cut off with a warning, as the tokenizer cuts them: `eos_token_id` stays.
             attention_mask: `(batch, tokens)`, 1 for the caption's own tokens; by default all that are not
                 `pad_token_id`. Not used with `attend_to_padding`: as the original does, shorter `input_ids` are padded
                 to the full length here. The embedding is therefore the same at any padded length.
@@ -711,7 +714,14 @@ class FlipTextModel(FlipPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
-        length, full_length = input_ids.shape[1], self.config.max_position_embeddings
+        full_length = self.config.max_position_embeddings
+        if position_ids is None and input_ids.shape[1] > full_length:
+            _log.warning_once(f"texts of more than {full_length} tokens are cut; give the tokenizer truncation=True")
+            input_ids = input_ids[:, :full_length].clone()
+            attention_mask = None if attention_mask is None else attention_mask[:, :full_length]
+            if isinstance(self.config.eos_token_id, int):
+                input_ids[input_ids[:, -1] != self.config.pad_token_id, -1] = self.config.eos_token_id
+        length = input_ids.shape[1]
         if self.config.attend_to_padding:
             attention_mask = None
             if position_ids is None and length < full_length:

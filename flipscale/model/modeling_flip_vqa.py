@@ -145,6 +145,7 @@ class FlipForQuestionAnswering(FlipModel):
         own = input_ids.ne(self.config.text_config.pad_token_id) if attention_mask is None else attention_mask.bool()
         image_tokens = output.vision_model_output.last_hidden_state
         text_tokens = output.text_model_output.last_hidden_state
+        own = own[:, : text_tokens.shape[1]]
         views = len(image_tokens) // len(text_tokens)
         if views > 1:
             text_tokens, own = (rows.repeat_interleave(views, dim=0) for rows in (text_tokens, own))

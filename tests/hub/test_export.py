@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.conftest import small_model
+from hub.conftest import export_small, small_model
 from packaging.requirements import Requirement
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
+from transformers.utils import logging
 
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import (
@@ -23,6 +25,7 @@ from flipscale.model import (
     FlipProcessor,
     FlipTextModelWithProjection,
     FlipVisionModel,
+    modeling_flip,
 )
 
 LABELS = ["red disc", "a green ring", "blue"]
@@ -126,6 +129,31 @@ def test_folder_without_flipscale(folder: Path, image: Path, tmp_path: Path, ima
     assert scores["zero_shot"] == pytest.approx(scores["model"], abs=1e-6)
     assert scores["pipeline"] == pytest.approx(scores["model"], abs=1e-6)
     assert scores["model"] == pytest.approx(direct_scores(folder, image), abs=2e-3)
+
+
+@pytest.mark.parametrize("attends", [True, False])
+@pytest.mark.parametrize("ends", [True, False])
+def test_pipeline_cuts_long_texts(
+    tokenizer_dir: Path, caption_tokenizer: Path, image: Path, tmp_path: Path, ends: bool, attends: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    words = AutoTokenizer.from_pretrained(caption_tokenizer if ends else tokenizer_dir)
+    if ends:
+        both = [("<s>", words.bos_token_id), ("</s>", words.eos_token_id)]
+        words.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=both)
+    folder = export_small(words, tmp_path / "model", attend_to_padding=attends)
+    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    # The last words are the same, so nothing but the configuration tells them from an end token.
+    labels = ["red disc", "green " * 5 + "ring", "blue " * 2, "a " * 3, "the " * 9]
+    logging.get_logger("transformers").addHandler(caplog.handler)
+    modeling_flip._log.warning_once.cache_clear()
+    for template in ({}, {"hypothesis_template": "a {} the"}):
+        with torch.no_grad():
+            found = [classify(str(image), candidate_labels=labels, **template) for _ in range(2)][1]
+            expected = classify(str(image), candidate_labels=labels, tokenizer_kwargs={"truncation": True}, **template)
+        assert found == expected
+    logging.get_logger("transformers").removeHandler(caplog.handler)
+    assert sum("more than 8 tokens" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_share_needs_a_model_to_mix_with(refused: Callable[..., str], tmp_path: Path) -> None:

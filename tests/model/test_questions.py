@@ -56,6 +56,13 @@ def test_masks_and_views() -> None:
     assert torch.allclose(both.answer_losses[::2], first.answer_losses, atol=1e-5)
 
 
+def test_long_questions_are_cut() -> None:
+    model, asked = build(), inputs()
+    longer = torch.nn.functional.pad(asked["input_ids"].clamp(min=1), (0, 3), value=3)
+    asked["input_ids"] = longer[:, :8]
+    assert torch.equal(model(**asked | {"input_ids": longer}).logits, model(**asked).logits)
+
+
 def test_missing_parts_and_inputs() -> None:
     with pytest.raises(ValueError, match="the config has no answer_config"):
         FlipForQuestionAnswering(FlipConfig(**CONFIG))
