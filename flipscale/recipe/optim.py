@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flipscale.io import options
+from flipscale.io.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class LoraRecipe:
     alpha: options.Positive | None = None
     towers: tuple[str, ...] = ("vision_model", "text_model")
     modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        for name, values in (("towers", self.towers), ("modules", self.modules)):
+            for value in values:
+                if values.count(value) > 1:
+                    raise UserError(f"optim.lora.{name} has {value!r} twice; leave one of them out")
 
     @property
     def factor(self) -> float:

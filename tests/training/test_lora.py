@@ -125,6 +125,10 @@ def test_averages_micro_batches_and_recomputation(trainings: Trainings, changes:
             {"optim": {"lora": {"rank": 4, "modules": ["qkv"]}}},
             "optim.lora.modules is ['qkv']; expected some of vision_model's: q_proj, k_proj, v_proj, out_proj, fc1",
         ),
+        *(
+            ({"optim": {"lora": {"rank": 4, field: [name, name]}}}, f"optim.lora.{field} has {name!r} twice")
+            for field, name in (("modules", "q_proj"), ("towers", "vision_model"))
+        ),
         (
             {"optim": {"part_lr_ratios": {"vision_model": -1.0}}},
             "part_lr_ratios.vision_model is -1.0; it must be above 0",
