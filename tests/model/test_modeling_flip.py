@@ -201,7 +201,9 @@ def test_hidden_states_and_attentions_without_padding(small: Small, captions: to
 
 def test_missing_and_long_captions(model: FlipModel, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="input_ids has 9 tokens"):
-        model.text_model(torch.ones(1, 9).long())
+        model.text_model(torch.ones(1, 9).long(), position_ids=torch.zeros(1, 9).long())
+    cut = model.text_model(torch.ones(1, 9).long())
+    assert torch.equal(cut.pooler_output, model.text_model(torch.ones(1, 8).long()).pooler_output)
     for given in ({"attention_mask": torch.ones(len(images), 8).long()}, {"return_loss": True}):
         with pytest.raises(ValueError, match="input_ids is missing"):
             model(pixel_values=images, **given)
