@@ -110,8 +110,21 @@ def test_fine_tuning(in_site: Path) -> None:
     assert {guess["label"] for guess in classify(str(in_site / "photos/0.jpg"))} == set(COLOURS)
 
 
+def test_own_loop(in_site: Path) -> None:
+    losses = run("Train in your own loop")["losses"]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_trainer_of_pairs(in_site: Path) -> None:
+    names = run("Train in transformers' Trainer")
+    before, after = (FlipModel.from_pretrained(in_site / run) for run in ("runs/demo/model", "runs/pairs/model"))
+    assert names["trainer"].state.global_step == 20
+    assert not torch.equal(before.logit_scale, after.logit_scale)
+
+
 def test_every_snippet_is_run() -> None:
-    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 9
+    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 11
 
 
 def test_embedding_files(in_site: Path) -> None:
