@@ -224,9 +224,16 @@ class Tracker:
                 kept = [one for one in records if one["step"] <= (step if "lr" in one else evaluated)]
                 json_lines.rewrite(path, kept)
         if sys.stderr.isatty():
-            steps, pairs = self._schedule.total_steps, self._step_samples
-            total = None if steps is None else steps * pairs
-            self._bar = tqdm(total=total, initial=step * pairs, unit="pair", unit_scale=True, dynamic_ncols=True)
+            total = self._bar_place(self._schedule.total_steps or 0, 1.0)
+            initial = self._bar_place(step, self._schedule.first(state).position)
+            shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}" if self._schedule.budget_seconds else None
+            options: dict[str, Any] = {"unit": "pair", "unit_scale": True, "dynamic_ncols": True, "bar_format": shape}
+            self._bar = tqdm(total=total, initial=initial, **options)
+
+    def _bar_place(self, num_done: int, position: float) -> float:
+        """Return how far the bar is after `num_done` steps: in seconds of the time budget, or else in pairs."""
+        budget = self._schedule.budget_seconds
+        return num_done * self._step_samples if budget is None else min(position, 1.0) * budget
 
     def __enter__(self) -> Tracker:
         return self
@@ -257,7 +264,7 @@ class Tracker:
                 place = {"step": result.num_done, "budget_used": step.position, "lr": step.learning_rate}
                 json_lines.append(self._run_dir / "schedule.jsonl", [place])
             if self._bar is not None:
-                self._bar.update(self._step_samples)
+                self._bar.update(self._bar_place(result.num_done, upcoming.position) - self._bar.n)
             is_last = upcoming.is_over and result.num_done == upcoming.number
             if self._intervals.ends(step, result.ticked) or is_last:
                 self._write_interval(result, upcoming, is_last)
@@ -311,7 +318,7 @@ class Tracker:
             _log.warning("%s", words)
         place = self._schedule.words(result.num_done, upcoming.position)
         if self._bar is not None:
-            done = "" if self._schedule.total_steps else f", {place}"
+            done = "" if self._schedule.total_steps else f", {place}, {images_per_s:,.0f} images/s"
             self._bar.set_postfix_str(f"loss {result.loss:.3f}, {stage}{done}", refresh=False)
             if is_last:
                 self._bar.close()  # later lines stand below it

@@ -1,5 +1,6 @@
 """Trackers get the project, the recipe and one run id; metrics survive a torn line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from flipscale.engines.slow_steps import StepWatch
 from flipscale.recipe.recipe import as_fields
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.training.setup import open_setup
+from flipscale.training.sync import StepResult
 from flipscale.training.tracking import Tracker, open_trackers
 
 
@@ -75,3 +77,32 @@ def test_mfu_counts_the_rows_of_packed_captions(write_recipe, tmp_path: Path) ->
     padded = Tracker(plan, accelerator, watch, {"masked": 100})
     padded.look([batch])
     assert padded._flops("masked") == 100
+
+
+@pytest.mark.parametrize(
+    ("length", "state", "places"),
+    [
+        ({"budget_minutes": 2.0}, {"step": 4, "budget_used": 0.25, "budget_before": 0.2}, [120, 30, 60, 120]),
+        ({}, {"step": 4}, [96, 64, 80, 96]),
+    ],
+)
+def test_the_bar_counts_pairs_or_the_seconds_of_a_budget(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: dict, state: dict, places: list[float]
+) -> None:
+    """The places are the bar's total and its start after a checkpoint, then those after two steps."""
+    share = {"share": 1.0} if length else {"samples": 96}
+    stages = [{"name": "masked", "mask_ratio": 0.75, "base_lr": 0.012, **share}]
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path, **length, stages=stages))])
+    plan, accelerator = open_setup(recipe), Accelerator(cpu=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tracker = Tracker(plan, accelerator, watch := StepWatch(accelerator, tmp_path, 60.0), {"masked": 100})
+    tracker.start(state)
+    bar, step = tracker._bar, plan.schedule.first(state)
+    seen = [bar.total, bar.n]
+    for position in (0.5, 1.1):
+        upcoming = plan.schedule.step(step.number + 1, position if length else step.number + 1, step.position)
+        clock = watch.so_far()._replace(seconds=float(step.number))
+        tracker.write([StepResult(step, [], clock, 1.0, 1.0, {}, True, 0, False)], upcoming)
+        seen.append(bar.n)
+        step = upcoming
+    assert seen == pytest.approx(places)
