@@ -65,8 +65,9 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     mark = json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n"
     write_recipes(runs, output_dir / _MARK, mark)
     if torch.cuda.is_available() or len(names) <= usable_cores():
-        for heat in heats:
-            for name, (code, text) in train_runs(heat, len(heat), stops_at_failure=True).items():
+        for number, heat in enumerate(heats, 1):
+            failed = train_runs(heat, len(heat), stops_at_failure=True, later=runs[number * len(heat) :])
+            for name, (code, text) in failed.items():
                 raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
     else:
         train_missing(runs, usable_cores())

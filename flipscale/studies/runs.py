@@ -1,12 +1,13 @@
 """The runs of a study, and their training as processes on shares of the cores."""
 
 import dataclasses
+import heapq
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,18 +93,30 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
         raise OSError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}this command retries")
 
 
-def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
+def longest_queue(lengths: Iterable[int], workers: int) -> int:
+    """Return when the last of the runs ends, if each worker that is free starts the next."""
+    ends = [0] * workers
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
+
+
+def train_runs(
+    runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False, later: Sequence[StudyRun] = ()
+) -> dict[str, tuple[int, str]]:
     """Train the unfinished runs, `workers` at a time, printing each end. Return exit codes and last lines of failures.
-    With `stops_at_failure`, the others save and stop. Raise SystemExit if the study received a signal, and OSError if
-    a run did. The runs have saved."""
+    With `stops_at_failure`, the others save and stop. The time left counts the runs of `later` calls too. Raise
+    SystemExit if the study received a signal, and OSError if a run did. The runs have saved."""
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = _environment(workers) if waiting else {}
     running: dict[str, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
     failed: dict[str, tuple[int, str]] = {}
     stopped: list[str] = []
-    total, looked = len(waiting), time.monotonic()
-    progress = Progress(100, f"training {total} runs", "%", leave=False)
+    looked = time.monotonic()
+    left = {run.name: 100 - run.percent_done() for run in (*waiting, *later) if not run.is_done}
+    whole = max(longest_queue(left.values(), workers), 1)
+    progress = Progress(100, f"training {len(left)} runs", "%", leave=False)
     with _signals(running) as received, progress:
         try:
             while not received and (waiting or running) and not (stops_at_failure and failed):
@@ -113,7 +126,7 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                 time.sleep(0.2)
                 for name, (run, process) in list(running.items()):
                     if (code := process.poll()) is not None:
-                        del running[name]
+                        del running[name], left[name]
                         text = "done" if run.is_done else "stopped before its end"
                         if code:
                             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -125,9 +138,8 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                         print(f"{name}: {text}", flush=True)
                 if time.monotonic() - looked >= 2.0:
                     looked = time.monotonic()
-                    ended = 100 * (total - len(waiting) - len(running))
-                    percent = ended + sum(run.percent_done() for run, _ in running.values())
-                    progress.update(percent // total - progress.n)
+                    left |= {name: 100 - run.percent_done() for name, (run, _) in running.items()}
+                    progress.update(100 - 100 * longest_queue(left.values(), workers) // whole - progress.n)
         finally:
             for _, process in running.values():
                 process.terminate()

@@ -16,7 +16,7 @@ from flipscale.pretrain import pretrain
 from flipscale.recipe.recipe import Recipe
 from flipscale.runs.complete_recipe import parse_recipe
 from flipscale.studies.design import MoreSeeds, Study, read_plan
-from flipscale.studies.runs import StudyRun, train_runs
+from flipscale.studies.runs import StudyRun, longest_queue, train_runs
 
 AXES = {
     "model": {"wide": {"model.vision_config.hidden_size": 64}},
@@ -218,3 +218,10 @@ def test_stopped_runs_are_not_done(
     with pytest.raises(error, match=says):
         train_runs([StudyRun("base-seed0", recipe)], workers=1)
     assert started[0].returncode is not None
+
+
+def test_the_time_left_is_that_of_the_longest_queue() -> None:
+    assert longest_queue([100, 100, 100], workers=2) == 200, "the third run waits"
+    assert longest_queue([20, 60, 100], workers=2) == 120, "it starts when the first has ended"
+    assert longest_queue([0, 30], workers=3) == 30
+    assert longest_queue([], workers=3) == 0
