@@ -19,7 +19,8 @@ setup: .venv/installed
 
 demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
 	$(BIN)/python examples/demo/data.py data/demo
-	$(BIN)/flipscale study race examples/demo/demo_path.yaml examples/demo/demo.yaml examples/demo/demo_clip.yaml --minutes $(MINUTES) --output_dir runs/demo --baselines
+	$(BIN)/python examples/demo/baselines.py data/demo/train data/demo/test data/demo_baselines.jsonl
+	$(BIN)/flipscale study race examples/demo/demo_path.yaml examples/demo/demo.yaml examples/demo/demo_clip.yaml --minutes $(MINUTES) --output_dir runs/demo --baselines data/demo_baselines.jsonl
 	$(BIN)/flipscale prepare embed data/demo/train runs/demo/memory --model runs/demo/model
 	$(BIN)/flipscale evaluate runs/demo/model --task '{kind: zero_shot_memory, data: data/demo/test, memory: runs/demo/memory, neighbours: [16], weights: [0.4]}'
 	$(BIN)/flipscale search runs/demo/model data/demo/test --queries examples/demo/queries.txt --out runs/demo/search.html

@@ -44,8 +44,8 @@ class Evaluate:
 
     Args:
         models: A run, such as runs/l16, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, or
-            any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept the baselines pixels, hog and
-            untrained:FOLDER (random weights). Several models share one table. Name them first, before the options.
+            any CLIP or SigLIP of transformers as hf:NAME. few_shot and probe also accept untrained:FOLDER (random
+            weights). Several models share one table. Name them first, before the options.
         tasks: Folder in which `flipscale prepare tasks` put the tasks' data. Without --suite and --only, all tasks in
             this folder run. Default: data/tasks.
         suite: Run the prepared tasks of a suite, such as paper, robustness or composition, or all.
@@ -108,7 +108,6 @@ class Evaluate:
         models = name_models(self.models, self.output_dir)  # before the slow imports
         from flipscale.engines.build import start_accelerator
         from flipscale.evaluation import masked
-        from flipscale.evaluation.baselines import PLAIN
         from flipscale.evaluation.decontaminated import with_clean_tasks
         from flipscale.evaluation.embedding import agreed
         from flipscale.evaluation.foreign_models import OPEN_CLIP
@@ -125,7 +124,7 @@ class Evaluate:
             task.check()
         if self.dry_run:
             for model in models:
-                if model.given not in PLAIN and not model.given.startswith(OPEN_CLIP):
+                if not model.given.startswith(OPEN_CLIP):
                     fetch_folder(_PREFIX.sub("", model.given), ["config.json"])
             return print(f"can evaluate {', '.join(self.models)} on {', '.join(task.name for task in tasks)}")
         if self.without:

@@ -25,7 +25,8 @@ class Race:
         output_dir: The folder for runs, table, figures and model.
         seeds: Number of seeds of every recipe, beginning with its own. The recipes of one seed train at the same time;
             the next seed follows.
-        baselines: Also report the nearest training image, by pixels and by HOG.
+        baselines: File of results without a model, such as the nearest training image's, for the table and figures. See
+            examples/demo/baselines.py.
     """
 
     recipes: list[str]
@@ -33,7 +34,7 @@ class Race:
     minutes: MinutesAboveZero
     output_dir: OutputFolder
     seeds: Count = 1
-    baselines: bool = False
+    baselines: Path | None = None
 
     def run(self) -> None:
         from flipscale.studies.race import race

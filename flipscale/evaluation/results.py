@@ -10,6 +10,7 @@ from typing import Any
 
 from flipscale.evaluation.intervals import Z95
 from flipscale.io import json_lines
+from flipscale.io.errors import UserError
 from flipscale.io.json_lines import PLACE
 
 RESULTS_FILE = "results.jsonl"
@@ -147,12 +148,25 @@ def drop_results_after(run_dir: Path, step: int) -> None:
 
 
 def read_results(run_dir: Path) -> list[Measured]:
-    known = {f.name for f in dataclasses.fields(Result)}
-    measured = []
-    for line in _result_lines(run_dir):
-        result = Result(**{name: value for name, value in line.items() if name in known and value is not None})
-        measured.append(Measured(result, *(line[name] for name in PLACE)))
+    measured = [Measured(_result(line), *(line[name] for name in PLACE)) for line in _result_lines(run_dir)]
     return sorted(measured, key=lambda one: one.step)
+
+
+def read_baselines(file: Path) -> list[Result]:
+    """Return the results in a file of JSON lines. Raise UserError unless each line is one, and not of a run's model."""
+    results = [_result(line) for line in json_lines.read(file, **_RESULT)]
+    others = [result for result in results if result.who not in (THIS_MODEL, BEFORE, *CHANGES)]
+    if not others or len(others) < sum(map(bool, map(bytes.strip, file.read_bytes().splitlines()))):
+        raise UserError(
+            f"--baselines is {file}; expected a file with a result of a baseline on each line. Write it with "
+            "examples/demo/baselines.py"
+        )
+    return others
+
+
+def _result(line: dict[str, Any]) -> Result:
+    known = {f.name for f in dataclasses.fields(Result)}
+    return Result(**{name: value for name, value in line.items() if name in known and value is not None})
 
 
 def _result_lines(run_dir: Path) -> list[dict[str, Any]]:

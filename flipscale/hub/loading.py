@@ -16,7 +16,6 @@ from flipscale.data.tokenizers import check_tokenizer, read_tokenizer, with_lowe
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation import foreign_models
-from flipscale.evaluation.baselines import PLAIN, UNTRAINED, PlainEmbedder, untrained_embedder
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.whole_images import dummy_batch
 from flipscale.io.digests import check_weight
@@ -38,6 +37,21 @@ from flipscale.training.pretrained_fields import saved_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+UNTRAINED = "untrained:"
+
+
+def untrained_embedder(folder: str, accelerator: "Accelerator", batch_size: int, num_workers: int) -> Embedder:
+    """Return the embedder of a new model with the configuration in `folder` and random weights of seed 0."""
+    try:
+        config = FlipConfig.from_own_fields(read_object(fetch_folder(folder) / "config.json"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FlipModel(config).eval().to(accelerator.device)
+    return Embedder(model, None, accelerator, batch_size, num_workers, name=f"{UNTRAINED}{folder}")
+
 
 # Embedders of other programs' models, by the prefix of their names.
 OTHERS: dict[str, Callable[..., Embedder]] = {
@@ -174,11 +188,9 @@ def open_embedder(
     loaded, does not embed, or its embeddings have fewer numbers than `most_dims`.
 
     Args:
-        name: model folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, `hf:NAME`, or a baseline: `pixels`, `hog`
-            or `untrained:FOLDER` (random weights).
+        name: model folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, `hf:NAME`, or `untrained:FOLDER` (random
+            weights).
     """
-    if name in PLAIN:
-        return PlainEmbedder(torch.nn.Identity(), None, accelerator, batch_size, num_workers, name=name)
     for prefix, open_other in OTHERS.items():
         if name.startswith(prefix):
             embedder = open_other(name.removeprefix(prefix), accelerator, batch_size, num_workers)

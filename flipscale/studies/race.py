@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from flipscale.evaluation.baselines import run_baselines
 from flipscale.evaluation.presentation.curves import (
     comparison_table,
     read_curve,
@@ -16,6 +15,7 @@ from flipscale.evaluation.presentation.curves import (
     times_to_equal,
 )
 from flipscale.evaluation.presentation.figures import draw_curves
+from flipscale.evaluation.results import read_baselines
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.card import write_card
 from flipscale.hub.export import check_replaceable
@@ -35,13 +35,14 @@ from flipscale.training.console import only_describes
 _MARK = "study.json"
 
 
-def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, with_baselines: bool) -> None:
+def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, baselines: Path | None) -> None:
     """Train every recipe for the same time with each seed, and write a table, figures and the first recipe's model.
 
     The runs of one seed train side by side, as many at a time as there are cores, one seed after the other.
 
     Raises:
-        UserError: a recipe cannot be run, or the folder holds something else.
+        UserError: a recipe cannot be run, the folder holds something else, or the file of baselines is not for the
+            first recipe.
         OSError: a run failed.
     """
     names = [Path(recipe).stem for recipe in recipe_names]
@@ -58,9 +59,10 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
             heat.append(StudyRun(own, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / own))))
     runs = [run for heat in heats for run in heat]
     first = runs[0].recipe
-    if with_baselines and first.data.shards is None:
+    levels = read_baselines(baselines) if baselines else []
+    if strange := {level.task for level in levels} - {task.name for task in planned_tasks(first.eval)}:
         raise UserError(
-            f"--baselines compares with data.shards, which {recipe_names[0]} lacks; set it, or leave out --baselines"
+            f"{baselines} has results of task {min(strange)!r}; expected a task of {recipe_names[0]}. Name that one"
         )
     mark = json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n"
     write_recipes(runs, output_dir / _MARK, mark)
@@ -71,14 +73,9 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
                 raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
     else:
         train_missing(runs, usable_cores())
-    if with_baselines:
-        # The nearest training image, at the first recipe's first zero-shot task, joins every run's results and page.
-        for task in [task for task in planned_tasks(first.eval) if task.kind == "zero_shot"][:1]:
-            with only_describes("the row of the nearest training image", output_dir):
-                baselines = run_baselines(first.data.shards or "", task)
-                for run in runs:
-                    record_baselines(run.run_dir, baselines)
-                    offer_page(run.recipe, load_with_tokenizer)
+    for run in runs if levels else []:
+        record_baselines(run.run_dir, levels)
+        offer_page(run.recipe, load_with_tokenizer)
     _report(runs, output_dir)
 
 

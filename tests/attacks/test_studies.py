@@ -46,6 +46,13 @@ def race(folder: Path, *stages: dict[str, Any]) -> list[str]:
 
 
 @later
+def with_levels(folder: Path, content: str) -> list[str]:
+    """A race with a file of baselines."""
+    text("levels.jsonl", content)(folder)
+    return [*race(MASKED)(folder), "--baselines", "levels.jsonl"]
+
+
+@later
 def broken_mark(folder: Path, content: str) -> list[str]:
     """A race in a folder whose study.json somebody has changed."""
     text("out/study.json", content)(folder)
@@ -88,6 +95,7 @@ def row(name: str, make: Make, *says: str) -> Attack:
     return refused(name, make, *says, check=plans_nothing)
 
 
+LEVEL = '{"task": "other", "kind": "zero_shot", "metric": "top1", "value": 44, "who": "nearest image"}'
 GRID = {f"a{n}": {f"l{n}{m}": {"seed": m} for m in range(9)} for n in range(12)}
 ATTACKS = [
     row("an axis of nothing", level("model.sise", "b16"), "axes.axis.level", "model.sise"),
@@ -114,6 +122,8 @@ ATTACKS = [
     row("a race's mark of no fields", broken_mark("{}"), "study.json", "recipes is None"),
     row("a race's mark with words for seeds", broken_mark('{"recipes": [], "seeds": "two"}'), "seeds is 'two'"),
     row("a race's mark of deep lists", broken_mark("[" * 20_000), "study.json"),
+    row("a race with baselines of nothing", with_levels("[]"), "--baselines is levels.jsonl"),
+    row("a race with baselines of another task", with_levels(LEVEL), "levels.jsonl", "'other'", "good.yaml"),
     Attack(
         "an arm whose data is not there", arm_without_data, 1, ("1 of 2 runs", "gone-seed0"), other_arm_is_done,
         long=True,

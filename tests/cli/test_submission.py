@@ -92,7 +92,7 @@ def test_the_help_names_what_a_script_takes(submit: Submit, script: str) -> None
                 (("slurm/pretrain.sh",), {}, "256 processes"),  # of the #SBATCH lines
                 (("slurm/pretrain.sh", "-N3", "--gpus-per-node", "h100:1"), {}, "3 processes"),
                 (("slurm/tune.sh", "--nodes", "2"), {}, "runs/tiny/model"),
-                (("slurm/evaluate.sh",), {"MODEL": "pixels", "ZERO_SHOT": "none"}, "none"),
+                (("slurm/evaluate.sh",), {"MODEL": "org/name", "ZERO_SHOT": "none"}, "none"),
             )
         ),
     ],

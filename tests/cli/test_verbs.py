@@ -107,17 +107,19 @@ def test_a_race_lays_recipes_side_by_side_for_the_same_time(recipe: dict, tmp_pa
     out = tmp_path / "out"
     files = [str(tmp_path / f"{name}.yaml") for name in arms]
     command = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.03", "--seeds", "2", "--output_dir", str(out)]
-    command.append("--baselines")
+    level = {"task": "zero_shot", "kind": "zero_shot", "metric": "top1", "value": 12.5, "who": "nearest image, HOG"}
+    (tmp_path / "baselines.jsonl").write_text(json.dumps(level) + "\n")
+    command += ["--baselines", str(tmp_path / "baselines.jsonl")]
     done = launch(command)
     assert done.returncode == 0, done.stderr
     table = (out / "table.md").read_text()
     assert table in done.stdout
     labels = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")}
-    assert {"flip (75% masked, then tuned), seed 1", "nearest image, 16x16 pixels", "chance"} <= labels
+    assert {"flip (75% masked, then tuned), seed 1", "nearest image, HOG", "chance"} <= labels
     assert re.search(r"^(flip|clip) reaches the last top-1 of (flip|clip) \(\d", table, re.MULTILINE)
     assert {path.name for path in (out / "figures").iterdir()} == {"loss.png", "zero_shot.png"}
     assert FlipModel.from_pretrained(out / "model").config.vision_config.image_size == 32
-    assert "nearest image, 16x16 pixels" in (out / "model/README.md").read_text()
+    assert "nearest image, HOG" in (out / "model/README.md").read_text()
     runs = [f"{name}-seed{seed}" for seed in (0, 1) for name in arms]
     shown = yaml.safe_load((out / "flip-seed1/recipe.yaml").read_text())
     # The masked stage has 24 of 40 steps, of fewer operations each.

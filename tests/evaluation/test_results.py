@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,11 @@ from flipscale.evaluation.results import (
     append_results,
     drop_results_after,
     latest,
+    read_baselines,
     read_results,
     with_changes,
 )
+from flipscale.io.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 
@@ -100,6 +103,22 @@ def test_results_that_any_model_reaches_are_left_out() -> None:
     assert not Result("odds", "association", "ratio", 100.0, unit="", chance=100.0).is_certain
 
 
+@pytest.mark.parametrize(
+    "line",
+    [None, "", "{}", "[1]", "\0", '"value": NaN', '"value": "9"', '"low": "9"', '"who": 3', '"who": "this model"'],
+)
+def test_a_bad_file_of_baselines_is_refused(line: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "baselines.jsonl"
+    good: dict[str, Any] = {"task": "t", "kind": "zero_shot", "metric": "top1", "value": 9, "who": "a"}
+    if line is not None:
+        bad = f"{json.dumps(good)[:-1]}, {line}}}" if line.startswith('"') else line
+        file.write_text(f"{json.dumps(good)}\n{bad}" if line else line)
+    with pytest.raises(UserError, match=r"--baselines is .*baselines\.jsonl"):
+        read_baselines(file)
+    file.write_text(json.dumps(good))
+    assert read_baselines(file) == [Result(**good)]
+
+
 def test_a_run_s_curve_and_its_baselines(tmp_path: Path) -> None:
     stages = [{"name": "small", "mask_ratio": 0.5, "image_size": 16}, {"name": "tuned", "mask_ratio": 0.0}]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}))
@@ -107,8 +126,9 @@ def test_a_run_s_curve_and_its_baselines(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     append_results(tmp_path, [TOP1, RANK], 20, 320, 4.0)
     baseline = Result("zero_shot", "zero_shot", "top1", 12.5, who="nearest image")
-    for _ in range(2):
-        record_baselines(tmp_path, [baseline])
+    for value in (10.0, 12.5, 12.5):
+        record_baselines(tmp_path, [replace(baseline, value=value)])
+    assert len(read_results(tmp_path)) == 4
     curve = read_curve(tmp_path)
     assert curve.results == [TOP1, RANK, baseline]
     assert (curve.masks, curve.sizes, curve.tuned) == ({"small": 0.5, "tuned": 0.0}, {"small": 16}, True)

@@ -11,7 +11,7 @@ from evaluation.tiny_model import tiny_embedder
 
 from examples.demo.association import association
 from flipscale.data.sources.tar import TarSource
-from flipscale.hub.loading import open_embedder
+from flipscale.evaluation.embedding import ClassifierEmbedder
 
 COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ring", 7, 9)]
 
@@ -32,8 +32,8 @@ def test_association_and_bad_roles(tokenizer_dir: Path, tmp_path: Path) -> None:
     sums = np.array([apart[:2].sum(), apart[2], apart[3]]) - apart.mean() * np.array([2, 1, 1])
     half = 1.959964 * np.sqrt((sums**2).sum() * 3 / 2) / 4
     assert difference.high - difference.value == pytest.approx(half, rel=1e-4)
-    with pytest.raises(ValueError, match="pixels embeds no texts"):
-        association(open_embedder("pixels", embedder.accelerator), tmp_path)
+    with pytest.raises(ValueError, match="a classifier embeds no texts"):
+        association(ClassifierEmbedder(embedder.model, None, embedder.accelerator, name="a classifier"), tmp_path)
     for content in ("{}", "[{}]", json.dumps([{"role": "a", "woman": 0, "man": 11}])):
         (tmp_path / "roles.json").write_text(content)
         with pytest.raises(ValueError, match=r"roles.json has no couples of rows of 11 pictures"):

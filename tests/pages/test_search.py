@@ -191,7 +191,6 @@ def test_bad_input_is_one_line(
         ([model, pictures, "none/3.PNG"], "the query none/3.PNG is no file"),
         ([model, pictures, pictures / "grey/3.png"], "3.png cannot be read as a picture"),
         ([model, pictures, "red", "--dims", "1000"], "dims is 1000, and the embeddings of "),
-        (["pixels", pictures, "red"], "pixels takes no words, only pictures, and 'red' names no picture file"),
         ([model, pictures, "red", "--out", tmp_path], "name a file that ends in .html"),
         ([model, pictures, "red", "--out", pictures / "red/4.txt/a.html"], "is a file: name another folder"),
     ):

@@ -154,7 +154,6 @@ def test_other_features_and_other_files_are_refused(
     assert "holds something that" in run(pairs, pairs, "--model", model)
     Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": ["grey"]}).save_to_disk(tmp_path / "rows")
     assert "rows'; expected tar shards" in run(tmp_path / "rows", tmp_path / "new", "--model", model)
-    assert "embeds no texts" in run(pairs, tmp_path / "new", "--model", "pixels")
     assert "--no_mirror, --seed without" in run(pairs, tmp_path / "new", "--model", model, "--no_mirror", "--seed", 7)
 
 

@@ -140,9 +140,8 @@ def by_recipe(curves: Sequence[Curve]) -> list[list[Curve]]:
 
 def record_baselines(run_dir: Path, baselines: Sequence[Result]) -> None:
     """Append baselines to a run's results, unless they are already there."""
-    known = {(measured.result.name, measured.result.who) for measured in read_results(run_dir)}
-    last = read_metrics(run_dir)[-1]
-    new = [baseline for baseline in baselines if (baseline.name, baseline.who) not in known]
+    known, last = latest(read_results(run_dir)), read_metrics(run_dir)[-1]
+    new = [baseline for baseline in baselines if baseline not in known]
     append_results(run_dir, new, last["step"], last["samples_seen"], last["trained_seconds"])
 
 

@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 from evaluation.made_up_sets import png, write_samples
 
-from flipscale.evaluation.baselines import (
-    PLAIN,
-    Described,
-    nearest_classes,
-    run_baselines,
-)
+from examples.demo.baselines import PLAIN, Described, main, nearest_classes, run_baselines
+from flipscale.evaluation.results import read_baselines
 from flipscale.evaluation.suite import build_tasks
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210)}
@@ -74,7 +70,7 @@ def test_training_images_that_cannot_be_read_are_left_out(tmp_path: Path, caplog
         run_baselines(bad, task)
 
 
-def test_baselines_of_shards(tmp_path: Path) -> None:
+def test_baselines_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only training images whose caption is a class name take part."""
     test = write_drawings(tmp_path / "test", 1, NAMES)
     (test / "classnames.txt").write_text("\n".join(NAMES))
@@ -83,6 +79,9 @@ def test_baselines_of_shards(tmp_path: Path) -> None:
     assert list(results) == ["nearest image, 16x16 pixels", "nearest image, HOG", "nearest image, pixels and HOG"]
     for who in ("nearest image, 16x16 pixels", "nearest image, pixels and HOG"):
         assert (results[who].name, results[who].value, results[who].n) == ("shapes/top1", 100.0, 9)
+    main([str(tmp_path / "all"), str(test), str(tmp_path / "file.jsonl"), "--task", "shapes"])
+    assert read_baselines(tmp_path / "file.jsonl") == list(results.values())
+    assert "nearest image, 16x16 pixels: 100.0 % (70.1 to 100.0)" in capsys.readouterr().out
     few = write_drawings(tmp_path / "few", 1, [NAMES[0], *["a drawing"] * 8])
     assert run_baselines(few, task)[0].value == pytest.approx(100 / 9)
     with pytest.raises(ValueError, match=r"none of the 9 training captions is one of the 9 class names"):

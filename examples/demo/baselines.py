@@ -1,34 +1,35 @@
-"""Baselines without learning: pixels, histograms of gradients, random weights, and the most similar training image.
+"""Classify a test set without learning: each image gets the name of the nearest training image, by pixels and by HOG.
 
-Tables compare a small model with the nearest training image, which is hard to beat with few pictures and minutes of
-training. It uses only training images whose caption is a class name, which the model is not told.
+python examples/demo/baselines.py data/demo/train data/demo/test data/demo_baselines.jsonl
+
+The nearest training image is hard to beat with few pictures and minutes of training. It uses only training images whose
+caption is a class name, which a model is not told.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
-from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_box
 from flipscale.data.samples import BadSample, MissingCaption, SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.suite import build_tasks
 from flipscale.evaluation.test_set import TestSet
-from flipscale.evaluation.whole_images import Decoder
+from flipscale.io import json_lines
+from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import fetch_folder, read_object
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.training.console import report_user_errors, start_logging
 
-UNTRAINED = "untrained:"
 PIXEL_SIZE, HOG_SIZE = 16, 64
 CELL, BINS = 8, 9  # Dalal and Triggs 2005: cells of 8 x 8 px, 9 orientations, blocks of 2 x 2 cells
 HOG_CLIP = 0.2
@@ -36,7 +37,7 @@ HOG_WEIGHT = 2.0  # relative to pixels, after both are scaled to the same variat
 _ROWS = 256  # images at a time, which bounds the memory
 _KNOWN_ROWS = 1024  # training images at a time
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("flipscale.examples.baselines")
 
 # Pixel and HOG features of some images.
 Described = dict[str, np.ndarray]
@@ -85,45 +86,6 @@ def _hog(images: np.ndarray) -> np.ndarray:
 
 
 PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixel_features, "hog": hog_features}
-
-
-@dataclass(frozen=True)
-class PlainEmbedder(Embedder):
-    """An embedder of whole images by `PLAIN[name]`, without a model and without texts. `pixels` are 768 numbers, `hog`
-    1,764. Its features have no projection."""
-
-    @property
-    def gives(self) -> tuple[str, ...]:
-        return ("features",)
-
-    @property
-    def image_size(self) -> int:
-        return HOG_SIZE
-
-    @property
-    def crop(self) -> str:
-        return "crop, resize"
-
-    def decoder(self) -> Decoder:
-        return partial(_described, PLAIN[self.name])
-
-    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        return columns["described"]
-
-    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        return columns["described"]
-
-
-def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a new model with the configuration in `folder` and random weights of seed 0."""
-    try:
-        config = FlipConfig.from_own_fields(read_object(fetch_folder(folder) / "config.json"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = FlipModel(config).eval().to(accelerator.device)
-    return Embedder(model, None, accelerator, batch_size, num_workers, name=f"{UNTRAINED}{folder}")
 
 
 def run_baselines(train: str | Path, task: Task) -> list[Result]:
@@ -230,10 +192,6 @@ def _scales(known: Iterator[tuple[Described, np.ndarray]]) -> dict[str, float]:
     return scales
 
 
-def _described(describe: Callable[[np.ndarray], np.ndarray], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    return {"described": describe(_decoded(encoded)[None])[0]}
-
-
 def _features(pictures: Sequence[np.ndarray]) -> Described:
     stacked = np.stack(pictures)
     return {name: features(stacked) for name, features in PLAIN.items()}
@@ -241,3 +199,37 @@ def _features(pictures: Sequence[np.ndarray]) -> Described:
 
 def _decoded(encoded: bytes) -> np.ndarray:
     return decode_box(encoded, None, HOG_SIZE, (1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the top-1 of the nearest training image by pixels, by HOG and by both, for `flipscale study race`.
+
+    Args:
+        train: Shards of training images.
+        test: Folder of a zero-shot test set.
+        out: The file for --baselines: a JSON line for each result.
+        task: Name of this test among the recipe's tasks.
+    """
+
+    train: str
+    test: str
+    out: Path
+    _: KW_ONLY
+    task: str = "zero_shot"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the results, and write them to a file."""
+    with report_user_errors():
+        start_logging()
+        options = parse_command(Options, arguments)
+        (task,) = build_tasks([{"kind": "zero_shot", "data": options.test, "name": options.task}])
+        results = run_baselines(options.train, task)
+        json_lines.rewrite(options.out, map(asdict, results))
+        for result in results:
+            print(f"{result.who}: {result.estimate_text}")
+
+
+if __name__ == "__main__":
+    main()
