@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from itertools import islice
@@ -49,6 +49,9 @@ PINNED_BATCHES = _SLOTS + 1
 BATCHES_OF_A_WORKER = 2
 _CLOSING_SECONDS = 10.0
 _DYING_SECONDS = 5.0
+
+# Errors of a loader whose worker died: torch's own, or of a batch that the worker had announced.
+LOST = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 
 _log = logging.getLogger(__name__)
 
@@ -369,14 +372,16 @@ def restartable_batches(dataset: PairDataset, first_step: int, last_step: int, r
         loader = build_loader(dataset, step, last_step, rank, world_size)
         assert isinstance(loader.batch_sampler, StepSampler)
         micro_batches = start_workers(loader)
-        workers = getattr(micro_batches, "_workers", ())
         while step < last_step:
             try:
                 batch = list(islice(micro_batches, loader.batch_sampler.micro_batches))
-            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                death = _describe_death(workers, dataset)
-                if death is None:
+            except LOST as error:
+                dead = dead_workers(micro_batches)
+                if not dead:
                     raise
+                shards = (dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid in dead)
+                where = ", ".join(dict.fromkeys(shards)) or "its first shard"
+                death = f"a loader worker (pid {', '.join(map(str, dead))}) died while reading {where}"
                 deaths += 1
                 if deaths >= _MAX_DEATHS_IN_A_ROW:
                     raise OSError(
@@ -392,16 +397,12 @@ def restartable_batches(dataset: PairDataset, first_step: int, last_step: int, r
             yield batch
 
 
-def _describe_death(workers: Sequence[Any], dataset: PairDataset) -> str | None:
-    """Return the dead workers and their shards as a sentence; None if no worker died."""
+def dead_workers(batches: Iterator[Any]) -> list[int]:
+    """Return the process numbers of a loader's dead workers, after an error of `LOST` kinds from its batches."""
+    workers = getattr(batches, "_workers", ())
     # A sentinel is ready once its worker has closed its files, a moment after other connections broke.
     ended = connection.wait([worker.sentinel for worker in workers], _DYING_SECONDS if workers else 0.0)
-    dead = sorted(worker.pid for worker in workers if worker.sentinel in ended)
-    if not dead:
-        return None
-    shards = (dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid in dead)
-    pids = ", ".join(map(str, dead))
-    return f"a loader worker (pid {pids}) died while reading {', '.join(dict.fromkeys(shards)) or 'its first shard'}"
+    return sorted(worker.pid for worker in workers if worker.sentinel in ended)
 
 
 class CudaTransfer:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from flipscale.data.decode import UndecodableImage, decode_processed, visible_patches
-from flipscale.data.loader import PackedBatch, loader_of, start_workers
+from flipscale.data.loader import LOST, PackedBatch, dead_workers, loader_of, start_workers
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
@@ -89,18 +89,21 @@ class WholeImages(Dataset):
 
 def decoded_batches(dataset: Dataset, batches: Iterable[range], num_workers: int) -> Iterator[Any]:
     """Yield what `dataset` makes of each batch of rows, and raise the errors that it returns."""
+    loaded = start_workers(loader_of(dataset, batches, num_workers))
     try:
-        for batch in start_workers(loader_of(dataset, batches, num_workers)):
+        for batch in loaded:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two from a batch that a dead worker announced
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    except LOST as error:
+        if not (dead := dead_workers(loaded)):
             raise
         raise OSError(
-            f"a worker that decoded images died ({' '.join(str(error).split())}); give it more memory, or set "
+            f"a worker that decoded images died (pid {', '.join(map(str, dead))}); give it more memory, or set "
             "num_workers or eval.num_workers to 0"
         ) from error
+    finally:
+        del loaded  # ends the workers, for which the exit of the process would wait
 
 
 def dummy_batch(decode: Decoder) -> PackedBatch:

@@ -6,14 +6,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import launch
 from data.conftest import pair_dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from flipscale.data import loader as data_loader
@@ -21,6 +21,7 @@ from flipscale.data.loader import PackedBatch, build_loader, on_device, prefetch
 from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
+from flipscale.evaluation.whole_images import decoded_batches
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +152,38 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
     monkeypatch.setattr(data_loader, "start_workers", HandsOver)
     with pytest.raises(ConnectionResetError):
         list(restartable_batches(data, 0, 5, 0, 1))
+
+
+class Ends(Dataset):
+    """Its second batch ends as `end` says."""
+
+    def __init__(self, end: Callable[[], object]):
+        self.end = end
+
+    def __getitems__(self, rows: range) -> object:
+        return self.end() if rows.start else rows
+
+
+def _fails(error: Exception) -> object:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "words"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), OSError, r"died \(pid \d+\); give it more memory"),
+        (lambda: os._exit(0), OSError, r"died \(pid \d+\)"),
+        (lambda: _fails(RuntimeError("a fault of the model")), RuntimeError, "a fault of the model"),
+        (lambda: ConnectionResetError("the server ended it"), ConnectionResetError, "^the server ended it"),
+    ],
+)
+def test_a_worker_s_death_is_told_from_its_errors(
+    monkeypatch: pytest.MonkeyPatch, end: Callable[[], object], kind: type[Exception], words: str
+) -> None:
+    monkeypatch.setattr(data_loader, "_DYING_SECONDS", 0.3)
+    with pytest.raises(kind, match=words) as raised:
+        list(decoded_batches(Ends(end), [range(0, 4), range(4, 8)], 1))
+    assert type(raised.value) is kind
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
