@@ -174,13 +174,11 @@ def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **off, **masks, "model_type": kind}
 
 
-def _timm_model(name: str, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> Any:
-    """Return timm's model of a folder, with the weights that are given: timm itself knows no index of safetensors."""
+def _timm_model(name: str, folder: Path) -> Any:
+    """Return timm's model of a folder, with random weights."""
     timm = needed("timm", f"model.vision {name!r} is a timm model, and timm is not installed", "timm")
     try:
-        overlay = {"source": "", "state_dict": weights}
-        options = {"pretrained": True, "pretrained_cfg_overlay": overlay} if weights else {}
-        return timm.create_model(f"local-dir:{folder}", num_classes=0, **options).eval()
+        return timm.create_model(f"local-dir:{folder}", num_classes=0).eval()
     except Exception as error:  # timm's factories raise any
         raise UserError(f"model.vision {name!r} cannot be built by timm ({error}); save it again") from error
 
@@ -197,7 +195,13 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
     kind, own = type(model).__name__, VISION_TOWERS.keys()
     if kind != "VisionTransformer":
         raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), own)
-    block, pixels = model.blocks[0], model.pretrained_cfg
+    block, pixels, stated = model.blocks[0], model.pretrained_cfg, content.get("pretrained_cfg") or {}
+    for field in ("architecture", "hf_hub_id", "url", "file"):
+        if (other := stated.get(field)) not in (None, "", name, content["architecture"]):
+            raise UserError(
+                f"model.vision {name!r}: pretrained_cfg.{field} is {other!r:.80}; expected none beside weights of "
+                f"{content['architecture']}. Fix: save the model again by timm.models.save_for_hf"
+            )
     parts = [type(part).__name__ for part in (block, block.attn, block.mlp)]
     for is_plain, reason in (
         (model.global_pool == "token", f"whose global_pool is {model.global_pool!r}, not 'token'"),
@@ -214,8 +218,8 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         "qkv_bias": block.attn.qkv.bias is not None,
         "image_size": model.patch_embed.img_size[0],
         "patch_size": model.patch_embed.patch_size[0],
-        "image_mean": [float(value) for value in pixels["mean"]],
-        "image_std": [float(value) for value in pixels["std"]],
+        "image_mean": pixels.get("mean"),
+        "image_std": pixels.get("std"),
         "squashes": pixels.get("crop_mode") == "squash",
     }
     if hasattr(block.ls1, "gamma"):
@@ -244,7 +248,14 @@ def block_fields(blocks: Any, norm: Any, linear: Any, activation: nn.Module) -> 
 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
-    theirs = _timm_model(name, folder, {key: file.get_tensor(key) for key, file in open_weights(folder).items()})
+    theirs, files = _timm_model(name, folder), open_weights(folder)
+    try:  # timm's own loader would scale positions and patches, and leave missing weights random
+        theirs.load_state_dict({key: files[key].get_tensor(key) for key in files if not key.startswith("head.")})
+    except RuntimeError as error:
+        raise UserError(
+            f"model.vision {name!r}: its config.json is of another model than its weights "
+            f"({str(error).splitlines()[-1].strip():.200}). Fix: save it again by timm.models.save_for_hf"
+        ) from None
     names = [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]
     weights = renamed(theirs.state_dict(), names, ("query", "key", "value"))
     positions = weights.get("embeddings.position_embeddings")

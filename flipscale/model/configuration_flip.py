@@ -1,6 +1,5 @@
 """The configuration of FLIP models. It describes the weights, never how they are trained."""
 
-import math
 from typing import Any, ClassVar, get_origin
 
 from huggingface_hub.dataclasses import strict
@@ -134,6 +133,14 @@ def check_tower(config: PreTrainedConfig) -> None:
             f"{_prefix(config)}hidden_size {config.hidden_size} is not divisible by num_attention_heads "
             f"{config.num_attention_heads}"
         )
+    for name, least in (("image_mean", 0.0), ("image_std", 1e-9)):
+        value, channels = getattr(config, name, 1.0), getattr(config, "num_channels", 3)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if len(numbers) not in (1, channels) or not all(least <= number <= 1.0 for number in numbers):
+            raise ValueError(
+                f"{_prefix(config)}{name} is {value}; it must be one number, or one for each of {channels} channels, "
+                f"{'above 0 and at most 1' if least else 'from 0 to 1'}. Divide those of pixels up to 255 by 255"
+            )
     from transformers.activations import ACT2FN  # takes seconds to import
 
     if getattr(config, "hidden_act", "gelu") not in ACT2FN:  # some text encoders of others have another name for it
@@ -197,14 +204,6 @@ class FlipVisionConfig(FlipPreTrainedConfig):
                 f"position_size {self.position_size} is not divisible by patch_size {self.patch_size}; use the "
                 "image_size of the model whose weights are loaded"
             )
-        for name, is_valid in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
-            value = getattr(self, name)
-            numbers = [value] if isinstance(value, int | float) else list(value)
-            if len(numbers) not in (1, self.num_channels) or not all(map(is_valid, numbers)):
-                raise ValueError(
-                    f"{name} is {value}; it must be one number, or one for each of {self.num_channels} channels, "
-                    f"{'above 0' if name == 'image_std' else 'on the 0..1 scale'}"
-                )
         super().__post_init__(**kwargs)
 
     def patches_along(self, image_size: int | None = None) -> int:

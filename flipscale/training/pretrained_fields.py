@@ -225,14 +225,15 @@ def saved_towers(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def warn_of_pixels(model: ModelRecipe) -> None:
-    """Warn if start weights of another family than `flip` have no image processor, so that defaults replace it."""
+    """Warn if start weights of another family than `flip` do not say a mean and a deviation, so that defaults do."""
     name = model.vision or model.init_from
     if model.family == "flip" or name is None:
         return
     folder = fetch_folder(name, TEXTS)
-    if not pixel_fields(folder) and "architecture" not in read_object(folder / "config.json"):  # timm's has its own
+    content = read_object(folder / "config.json")
+    if not pixel_fields(folder) and not {"mean", "std"} <= content.get("pretrained_cfg", content).keys():  # timm's
         own = [f"{field} {list(model.vision_config[field])}" for field in ("image_mean", "image_std")]
-        _log.warning("%s has no preprocessor_config.json; its images are taken to have %s", name, " and ".join(own))
+        _log.warning("%s has no mean and deviation of its images; they are taken to be %s", name, " and ".join(own))
 
 
 def text_rows(recipe: Recipe, tokenizer: Any) -> dict[int, int] | None:

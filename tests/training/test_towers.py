@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import foreign_towers
 import numpy as np
@@ -47,6 +48,7 @@ from flipscale.model.patches import patchify
 from flipscale.pages import run_page
 from flipscale.pretrain import pretrain
 from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.training.pretrained_fields import warn_of_pixels
 
 STAGES = [
     {"name": "masked", "samples": 160, "mask_ratio": 0.5, "base_lr": 0.004},
@@ -250,6 +252,42 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     assert re.search(expected, refused("pretrain", "--config", file, *flags))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "expected"),
+    [
+        ("pretrained_cfg", "architecture", "vit_base_patch16_224", "architecture is 'vit_base_patch16_224'; expected"),
+        ("pretrained_cfg", "hf_hub_id", "timm/vit_tiny_patch16_224.dino", "hf_hub_id is 'timm/vit_tiny.*'; expected"),
+        ("pretrained_cfg", "url", "https://example.org/a.pth", "url is 'https://example.org/a.pth'; expected none"),
+        ("pretrained_cfg", "mean", [123.7, 116.3, 103.5], r"image_mean is \[123.7, 116.3, 103.5\]"),
+        ("pretrained_cfg", "std", [0.5, 0.5], r"image_std is \[0.5, 0.5\]"),
+        ("pretrained_cfg", "std", None, "'image_std' with value None"),
+        ("model_args", "depth", 3, "another model than its weights .*blocks.2.norm1"),
+        ("model_args", "depth", 1, "another model than its weights .*blocks.1.attn"),
+        ("model_args", "patch_size", 4, "another model than its weights .*patch_embed.proj.weight"),
+        ("model_args", "img_size", 64, "another model than its weights .*pos_embed"),
+    ],
+)
+def test_a_timm_config_of_another_model_is_refused(
+    file: Path, tmp_path: Path, refused: Callable[..., str], section: str, field: str, value: Any, expected: str
+) -> None:
+    save_timm("vit_tiny_patch16_224", tmp_path / "vit", **{**SMALL_TIMM, "num_classes": 5})
+    name = tmp_path / "vit/config.json"
+    content = json.loads(name.read_text())
+    name.write_text(json.dumps({**content, section: {**content[section], field: value}}))
+    assert re.search(expected, refused("pretrain", "--config", file))
+
+
+def test_a_timm_model_without_a_mean_is_warned_of(file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_pixels(parse_recipe(["--config", str(file)]).model)
+    assert not caplog.text
+    name = tmp_path / "vit/config.json"
+    content = json.loads(name.read_text())
+    del content["pretrained_cfg"]["mean"]
+    name.write_text(json.dumps(content))
+    warn_of_pixels(parse_recipe(["--config", str(file)]).model)
+    assert "vit has no mean and deviation of its images; they are taken to be image_mean [0.485" in caplog.text
 
 
 @pytest.mark.parametrize(
