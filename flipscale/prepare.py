@@ -30,7 +30,7 @@ from flipscale.io.options import (
     Threads,
     Workers,
 )
-from flipscale.preparation.lists import open_pairs, source_of
+from flipscale.preparation.lists import FOLDER, open_pairs, source_of
 from flipscale.preparation.sampling_weights import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe
 
@@ -81,6 +81,7 @@ class Shards:
     num_workers: Threads = field(default_factory=usable_cores)
 
     def run(self) -> None:
+        from flipscale.preparation.inspection import read_captions
         from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
 
         options = ShardOptions(
@@ -97,6 +98,13 @@ class Shards:
             print(f"\n{folder}\n{report_table(report, folder)}")
         check_reports(reports, self.max_bad_fraction)
         train, *tests = reports
+        for test in tests if pairs.usual_labels != FOLDER else ():  # classes' names are on both sides
+            known, texts = set(read_captions(_open(str(train)))), read_captions(_open(str(test)))
+            if share := 100 * sum(text in known for text in texts) / len(texts):
+                print(
+                    f"\n{share:.3g} % of the captions of {test} are also in {train}, which makes the test easier; to "
+                    "hold out whole products that have several pictures, write a list for each part"
+                )
         held_out = f"; {tests[0]} is held out, and {self.directory} is the test set for evaluations" if tests else ""
         print(f"\n{train} is for data.shards of a recipe{held_out}")
         print(f"next: flipscale prepare tokenizer {quoted(train)} {quoted(self.directory / 'tokenizer')}")

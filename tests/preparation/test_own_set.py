@@ -205,6 +205,23 @@ def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.Capt
     assert sorted(contents(tmp_path / "again/test")) == sorted(test)
 
 
+def test_captions_on_both_sides_are_counted(by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three photos of one product have one caption and other bytes."""
+    flat = as_folder(by_class, tmp_path / "flat", captions=True)
+    for number in range(128):
+        (flat / f"{number}.txt").write_text(f"product {number // 3 if number < 60 else number}")
+    prepare("shards", flat, tmp_path / "out", "--split", "0.25", "--num_workers", 1)
+    train, test = ([caption for caption, _, _ in contents(tmp_path / "out" / part)] for part in ("train", "test"))
+    shared = 100 * sum(caption in train for caption in test) / len(test)
+    assert 0 < shared < 100
+    said = f"{shared:.3g} % of the captions of {tmp_path}/out/test are also in {tmp_path}/out/train"
+    assert said in capsys.readouterr().out
+    for number in range(128):
+        (flat / f"{number}.txt").write_text(f"product {number}")
+    prepare("shards", flat, tmp_path / "alone", "--split", "0.25", "--num_workers", 1)
+    assert "of the captions of" not in capsys.readouterr().out
+
+
 def test_pictures_without_captions(by_class: Path, tmp_path: Path, refused: Callable) -> None:
     flat = as_folder(by_class, tmp_path / "flat", captions=False)
     (flat / "words.csv").write_text("file_name,text\n")
