@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from itertools import islice
@@ -185,16 +185,16 @@ def _from_pipe(content: bytes, layout: dict[str, Field], faults: list[Fault]) ->
     return PackedBatch(torch.frombuffer(bytearray(content), dtype=torch.uint8), layout, faults)
 
 
-class _PackedBatches(Dataset):
-    """Packed batches of a dataset, or an error in place of a batch, because a worker would add its traceback to a
-    raised one."""
+class ErrorsInPlace(Dataset):
+    """Batches of a dataset, or errors in their place: a worker would add its traceback to one that it raises."""
 
-    def __init__(self, dataset: PairDataset):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
 
-    def __getitems__(self, positions: list[int]) -> PackedBatch | Exception:
+    def __getitems__(self, rows: Sequence[int]) -> Any:
         try:
-            return PackedBatch.of(self.dataset.__getitems__(positions))
+            batch = self.dataset.__getitems__(rows)
+            return PackedBatch.of(batch) if isinstance(self.dataset, PairDataset) else batch
         except (ValueError, OSError, MemoryError) as error:
             return error
         except Exception as error:  # because other classes may fail to unpickle
@@ -214,7 +214,7 @@ def build_loader(dataset: PairDataset, first_step: int, last_step: int, rank: in
     """
     recipe = dataset.recipe
     sampler = StepSampler(first_step, last_step, recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
-    return loader_of(_PackedBatches(dataset), sampler, recipe.workers)
+    return loader_of(ErrorsInPlace(dataset), sampler, recipe.workers)
 
 
 def loader_of(batches: Dataset, sampler: Any, num_workers: int) -> DataLoader:

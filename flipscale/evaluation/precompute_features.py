@@ -136,16 +136,13 @@ class _Samples(Dataset):
         self.source, self.decode, self.reads_texts = source, decode, reads_texts
         self.where = SampleNumbers(source)
 
-    def __getitems__(self, rows: Sequence[int]) -> _Batch | Exception:
+    def __getitems__(self, rows: Sequence[int]) -> _Batch:
         batch = _Batch(rows[0], None, [], {"images": [], "texts": []})
         decoded = (self._decoded(batch, place, row) for place, row in enumerate(rows))
-        try:
-            if self.decode is not None:
-                return batch._replace(images=packed(decoded, len(rows)))
-            list(decoded)  # reads the captions
-            return batch
-        except (ValueError, OSError) as error:
-            return error
+        if self.decode is not None:
+            return batch._replace(images=packed(decoded, len(rows)))
+        list(decoded)  # reads the captions
+        return batch
 
     def _decoded(self, batch: _Batch, place: int, row: int) -> dict[str, np.ndarray]:
         """Return the columns of an image, if images are decoded, and add the caption to the batch."""

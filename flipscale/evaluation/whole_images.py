@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from flipscale.data.decode import UndecodableImage, decode_processed, visible_patches
-from flipscale.data.loader import LOST, PackedBatch, dead_workers, loader_of, start_workers
+from flipscale.data.loader import LOST, ErrorsInPlace, PackedBatch, dead_workers, loader_of, start_workers
 from flipscale.data.pairs import InputShape
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, wrap_errors
 from flipscale.data.sources.tar import TarSource
@@ -57,8 +57,7 @@ class ChosenRows(TarSource):
 
 
 class WholeImages(Dataset):
-    """Every image of a source, decoded, in batches. An error takes the place of its batch, because a worker adds its
-    traceback to an error that it raises."""
+    """Every image of a source, decoded, in batches."""
 
     def __init__(self, source: TarSource, decode: Decoder):
         self.source, self.decode = source, decode
@@ -67,11 +66,8 @@ class WholeImages(Dataset):
     def __len__(self) -> int:
         return len(self.where)
 
-    def __getitems__(self, rows: Sequence[int]) -> PackedBatch | Exception:
-        try:
-            return packed((self.decoded(row) for row in rows), len(rows))
-        except (ValueError, OSError) as error:
-            return error
+    def __getitems__(self, rows: Sequence[int]) -> PackedBatch:
+        return packed((self.decoded(row) for row in rows), len(rows))
 
     def decoded(self, row: int) -> dict[str, np.ndarray]:
         shard, number = self.where[row]
@@ -88,8 +84,8 @@ class WholeImages(Dataset):
 
 
 def decoded_batches(dataset: Dataset, batches: Iterable[range], num_workers: int) -> Iterator[Any]:
-    """Yield what `dataset` makes of each batch of rows, and raise the errors that it returns."""
-    loaded = start_workers(loader_of(dataset, batches, num_workers))
+    """Yield what `dataset` makes of each batch of rows, and raise its errors."""
+    loaded = start_workers(loader_of(ErrorsInPlace(dataset), batches, num_workers))
     try:
         for batch in loaded:
             if isinstance(batch, Exception):
