@@ -1,5 +1,6 @@
 """A made-up data set of coloured pictures, a tokenizer for its captions, and a recipe that trains in a second."""
 
+import functools
 import gc
 import io
 import json
@@ -74,6 +75,14 @@ def quick_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Write one pixel in place of each figure, because drawing takes a quarter of a short run."""
     if "real_figures" not in request.fixturenames:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", processes.save_pixel)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_parser() -> None:
+    """Build the parser of recipes once, because that takes half of the time of each parse."""
+    from flipscale.recipe import recipe
+
+    recipe.build_parser = functools.cache(recipe.build_parser)
 
 
 # Longest time for the end of a thread.
