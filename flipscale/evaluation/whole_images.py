@@ -1,6 +1,5 @@
 """Whole images: some rows of a source, decoded in batches by worker processes."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,10 +30,9 @@ class ChosenRows(TarSource):
     def __init__(self, source: TarSource, rows: np.ndarray):
         if isinstance(source, ChosenRows):
             rows, source = source.rows[rows], source.source
-        self._open = OrderedDict()  # empty, because `source` opens the shards
-        self.source, self.list, self.faults = source, source.list, source.faults
-        self.shard_sizes = [len(rows)]
-        self.rows, self._places = rows, SampleNumbers(source)
+        self.source, self.rows, self._places = source, rows, SampleNumbers(source)
+        super().__init__(source.list, manifest=source.manifest)
+        self.faults, self.shard_sizes = source.faults, [len(rows)]
 
     def read(self, shard: int, number: int) -> Sample:
         return self.source.read(*self._place(number))
@@ -54,6 +52,9 @@ class ChosenRows(TarSource):
 
     def _place(self, number: int) -> tuple[int, int]:
         return self._places[self.rows[number]]
+
+    def _row(self, shard: int, number: int) -> np.ndarray:
+        raise NotImplementedError  # the base's other methods would read rows of the first shard
 
 
 class WholeImages(Dataset):

@@ -297,7 +297,15 @@ def test_crops_are_those_of_seed_epoch_and_row(train: Path, embedder: Embedder) 
     assert np.array_equal(crops[7, 0], expected), "it was resized or cut again"
     assert not np.array_equal(crops[0, 0], crops[7, 0])
     assert not np.array_equal(crops[7, 0], crops[7, 1])
-    chosen = embedder.images(ChosenRows(source, order))
+    view = ChosenRows(source, order)
+    assert (view.shard_sizes, view.shard_bytes, view.read(0, 2).image) == (
+        [3],
+        source.shard_bytes,
+        source.read(1, 0).image,
+    )
+    with pytest.raises(NotImplementedError):
+        view.key(0, 2)
+    chosen = embedder.images(view)
     assert torch.allclose(chosen, embedder.images(source)[torch.from_numpy(order)], atol=1e-6)
 
 

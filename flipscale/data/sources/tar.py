@@ -71,10 +71,10 @@ class TarSource(Source):
     # Most shards that stay open, if the process may open as many files. Enough for those of 64 lanes.
     _most_kept = 2048
 
-    def __init__(self, shards: str | ShardList, anew: bool = False):
+    def __init__(self, shards: str | ShardList, anew: bool = False, manifest: Manifest | None = None):
         self._open: OrderedDict[int, int] = OrderedDict()
         self.list = ShardList(shards) if isinstance(shards, str) else shards
-        self._describe(self.list.open(self._is_good, anew))
+        self._describe(manifest or self.list.open(self._is_good, anew))
 
     def _describe(self, manifest: Manifest) -> None:
         self.manifest = manifest
