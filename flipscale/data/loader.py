@@ -49,7 +49,6 @@ PINNED_BATCHES = _SLOTS + 1
 BATCHES_OF_A_WORKER = 2
 _CLOSING_SECONDS = 10.0
 _DYING_SECONDS = 5.0
-
 # Errors of a loader whose worker died: torch's own, or of a batch that the worker had announced.
 LOST = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 
@@ -71,8 +70,7 @@ class StepSampler(Sampler[list[int]]):
         self.steps = range(first_step, last_step)
         self.global_batch_size = global_batch_size
         self.rank = rank
-        self.per_process = pairs_of_a_process(global_batch_size, world_size)
-        whole = self.per_process
+        self.per_process = whole = pairs_of_a_process(global_batch_size, world_size)
         self.micro_batch_size = whole if micro_batch_size is None else min(micro_batch_size, whole)
         if self.micro_batch_size < 1 or whole % self.micro_batch_size:
             raise UserError(
@@ -376,8 +374,7 @@ def restartable_batches(dataset: PairDataset, first_step: int, last_step: int, r
             try:
                 batch = list(islice(micro_batches, loader.batch_sampler.micro_batches))
             except LOST as error:
-                dead = dead_workers(micro_batches)
-                if not dead:
+                if not (dead := dead_workers(micro_batches)):
                     raise
                 shards = (dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid in dead)
                 where = ", ".join(dict.fromkeys(shards)) or "its first shard"

@@ -174,13 +174,17 @@ def _own_fields(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **off, **masks, "model_type": kind}
 
 
-def _timm_model(name: str, folder: Path) -> Any:
-    """Return timm's model of a folder, with random weights."""
+def _timm_model(name: str, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> Any:
+    """Return timm's model of a folder, with the weights that are given, else with random ones."""
     timm = needed("timm", f"model.vision {name!r} is a timm model, and timm is not installed", "timm")
     try:
-        return timm.create_model(f"local-dir:{folder}", num_classes=0).eval()
+        model = timm.create_model(f"local-dir:{folder}", num_classes=0).eval()
+        if weights is not None:  # timm's own loader scales positions and patches, and leaves missing weights random
+            model.load_state_dict(weights)
+        return model
     except Exception as error:  # timm's factories raise any
-        raise UserError(f"model.vision {name!r} cannot be built by timm ({error}); save it again") from error
+        why = f"its config.json and its weights ({' '.join(str(error).split()):.300})"
+        raise UserError(f"model.vision {name!r} cannot be built by {why}; save it again by timm") from error
 
 
 def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -248,14 +252,8 @@ def block_fields(blocks: Any, norm: Any, linear: Any, activation: nn.Module) -> 
 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
-    theirs, files = _timm_model(name, folder), open_weights(folder)
-    try:  # timm's own loader would scale positions and patches, and leave missing weights random
-        theirs.load_state_dict({key: files[key].get_tensor(key) for key in files if not key.startswith("head.")})
-    except RuntimeError as error:
-        raise UserError(
-            f"model.vision {name!r}: its config.json is of another model than its weights "
-            f"({str(error).splitlines()[-1].strip():.200}). Fix: save it again by timm.models.save_for_hf"
-        ) from None
+    stored = open_weights(folder).items()
+    theirs = _timm_model(name, folder, {key: file.get_tensor(key) for key, file in stored if key[:5] != "head."})
     names = [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]
     weights = renamed(theirs.state_dict(), names, ("query", "key", "value"))
     positions = weights.get("embeddings.position_embeddings")

@@ -24,13 +24,12 @@ Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
 class ChosenRows(TarSource):
     """Some rows of a source in a new order, as one shard."""
 
-    source: TarSource
-    rows: np.ndarray
-
     def __init__(self, source: TarSource, rows: np.ndarray):
         if isinstance(source, ChosenRows):
             rows, source = source.rows[rows], source.source
-        self.source, self.rows, self._places = source, rows, SampleNumbers(source)
+        self.source: TarSource = source
+        self.rows: np.ndarray = rows
+        self._places = SampleNumbers(source)
         super().__init__(source.list, manifest=source.manifest)
         self.faults, self.shard_sizes = source.faults, [len(rows)]
 

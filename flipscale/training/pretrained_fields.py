@@ -229,8 +229,7 @@ def warn_of_pixels(model: ModelRecipe) -> None:
     name = model.vision or model.init_from
     if model.family == "flip" or name is None:
         return
-    folder = fetch_folder(name, TEXTS)
-    content = read_object(folder / "config.json")
+    content = read_object((folder := fetch_folder(name, TEXTS)) / "config.json")
     if not pixel_fields(folder) and not {"mean", "std"} <= content.get("pretrained_cfg", content).keys():  # timm's
         own = [f"{field} {list(model.vision_config[field])}" for field in ("image_mean", "image_std")]
         _log.warning("%s has no mean and deviation of its images; they are taken to be %s", name, " and ".join(own))

@@ -263,10 +263,10 @@ def test_what_does_not_fit_is_refused(
         ("pretrained_cfg", "mean", [123.7, 116.3, 103.5], r"image_mean is \[123.7, 116.3, 103.5\]"),
         ("pretrained_cfg", "std", [0.5, 0.5], r"image_std is \[0.5, 0.5\]"),
         ("pretrained_cfg", "std", None, "'image_std' with value None"),
-        ("model_args", "depth", 3, "another model than its weights .*blocks.2.norm1"),
-        ("model_args", "depth", 1, "another model than its weights .*blocks.1.attn"),
-        ("model_args", "patch_size", 4, "another model than its weights .*patch_embed.proj.weight"),
-        ("model_args", "img_size", 64, "another model than its weights .*pos_embed"),
+        ("model_args", "depth", 3, "built by its config.json and its weights .*blocks.2.norm1"),
+        ("model_args", "depth", 1, "built by its config.json and its weights .*blocks.1.attn"),
+        ("model_args", "patch_size", 4, "built by its config.json and its weights .*patch_embed.proj.weight"),
+        ("model_args", "img_size", 64, "built by its config.json and its weights .*pos_embed"),
     ],
 )
 def test_a_timm_config_of_another_model_is_refused(
