@@ -57,10 +57,15 @@ def leaves_of(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [t.clone().requires_grad_() for t in inputs]
 
 
+def signs_of(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(2, shape, generator=generator) * 2 - 1
+
+
 class _Rounded(torch.autograd.Function):
     """A product in fp64, and its gradients, with errors as large as fp32's.
 
     The sum of n products errs by about sqrt(n) / 2**24 of the sum of their sizes (Higham and Mary 2019), in any order.
+    So do the sums of a softmax, and with them the gradients of its logits, all in one direction if its rows are alike.
     """
 
     @staticmethod
@@ -72,14 +77,14 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         one, other = ctx.saved_tensors
+        gradient = gradient + max(gradient.shape) ** 0.5 * 2**-24 * gradient.abs() * signs_of((), ctx.generator)
         sides = ((gradient, other.T), (one.T, gradient))
         return *(_Rounded.product(*side, ctx.generator) for side in sides), None
 
     @staticmethod
     def product(one: torch.Tensor, other: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         sizes = one.abs() @ other.abs()
-        signs = torch.randint(2, sizes.shape, generator=generator) * 2 - 1
-        return one @ other + one.shape[1] ** 0.5 * 2**-24 * sizes * signs
+        return one @ other + one.shape[1] ** 0.5 * 2**-24 * sizes * signs_of(sizes.shape, generator)
 
 
 class _Fp32Products(TorchFunctionMode):
@@ -99,11 +104,11 @@ def with_bounds(plain: Callable, inputs: list[torch.Tensor]) -> list[tuple[torch
     """Return a loss in fp64 and each of its gradients, with what fp32 may err by.
 
     The errors of the logits, and the cancellation in the gradients, are those of this very batch: the formula runs
-    again with `_Rounded` products. Four times their largest effect allows for the sums of the softmax. Each result is
-    also rounded to its type.
+    again with `_Rounded` products. Each result is also rounded to its type. The effect on a number, such as the loss,
+    may be small by chance. So it is the largest of four runs, and the bound is four times that.
     """
     exact, runs = [tensor.double().requires_grad_() for tensor in inputs], []
-    for context in (nullcontext(), *map(_Fp32Products, range(2))):
+    for context in (nullcontext(), *map(_Fp32Products, range(4))):
         with context:
             loss = plain(*exact)
         runs.append([loss.detach(), *torch.autograd.grad(loss, exact)])
