@@ -69,9 +69,9 @@ def test_whole_images_and_captions(family: str) -> None:
 
 @pytest.mark.parametrize("family", MASKED[:-1])
 def test_a_mask_drops_tokens_after_the_embedding(family: str) -> None:
-    ours, theirs = models(family)
+    ours, theirs = (model.double() for model in models(family))  # in fp64 rounding is 1e-15, and an error is not
     prefix = ours.config.vision_config.num_prefix_tokens
-    pixels, index = torch.randn(3, 3, 32, 32), keep_lowest(torch.rand(3, 4, 4), 4, views=2)
+    pixels, index = torch.randn(3, 3, 32, 32).double(), keep_lowest(torch.rand(3, 4, 4), 4, views=2)
     views = torch.stack([take_patches(patchify(pixels, 8), index[:, view]) for view in range(2)], dim=1)
     with torch.no_grad():
         found = ours.get_image_features(patches=views, patch_index=index).pooler_output
@@ -81,27 +81,27 @@ def test_a_mask_drops_tokens_after_the_embedding(family: str) -> None:
             dropped = tokens.gather(1, kept[:, :, None].expand(-1, -1, TOWER["hidden_size"]))
             theirs.vision_model.embeddings.forward = lambda *_, dropped=dropped, **__: dropped
             expected = theirs.get_image_features(pixels).pooler_output
-            assert torch.allclose(found[view::2], expected, atol=1e-6)
+            assert torch.allclose(found[view::2], expected, rtol=0.0, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
 def test_rotary_positions_equal_attention_without_hidden_keys(mask_ratio: float, attention: str) -> None:
     """In transformers' DINOv3 no token attends to the hidden keys. Visible tokens and gradients agree."""
-    ours, theirs = (model.vision_model.train() for model in models("dinov3"))
+    ours, theirs = (model.vision_model.double().train() for model in models("dinov3"))
     theirs.set_attn_implementation(attention)
     ours.set_attn_implementation(attention)
-    pixels, kept = torch.randn(3, 3, 32, 32), num_kept(16, mask_ratio)
+    pixels, kept = torch.randn(3, 3, 32, 32).double(), num_kept(16, mask_ratio)
     index = keep_lowest(torch.rand(3, 4, 4), kept, views=1)[:, 0]
     visible = take_patches(patchify(pixels, 8), index)
     found = ours(patches=visible, patch_index=index).last_hidden_state
     # The class token and the three registers are never hidden.
     seen = torch.cat([torch.arange(4).expand(3, -1), index + 4], dim=1)
-    mask = torch.full((3, 20), -torch.inf).scatter(1, seen, 0.0)[:, None, None].expand(-1, 1, 20, -1)
+    mask = torch.full((3, 20), -torch.inf).double().scatter(1, seen, 0.0)[:, None, None].expand(-1, 1, 20, -1)
     theirs.rope_embeddings.eval()  # it would change positions at random in training
     tokens = theirs(pixels, attention_mask=mask).last_hidden_state
     expected = tokens.gather(1, seen[:, :, None].expand(-1, -1, 32))
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found, expected, rtol=0.0, atol=1e-12)  # in fp64 rounding is 1e-15, and an error is not
     assert not torch.allclose(found, ours(patches=visible, patch_index=15 - index).last_hidden_state, atol=1e-3)
     weights = torch.randn_like(found)
     for states in (found, expected):
@@ -109,7 +109,7 @@ def test_rotary_positions_equal_attention_without_hidden_keys(mask_ratio: float,
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if "mask_token" not in name}
     for name, parameter in ours.named_parameters():
         if "mask_token" not in name:
-            assert torch.allclose(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4), name
+            assert torch.allclose(parameter.grad, gradients[name], rtol=0.0, atol=1e-11), name
 
 
 @pytest.mark.parametrize("family", MASKED)
