@@ -225,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start_logging()
         options = parse_command(Options, arguments)
         (task,) = build_tasks([{"kind": "zero_shot", "data": options.test, "name": options.task}])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         results = run_baselines(options.train, task)
         json_lines.rewrite(options.out, map(asdict, results))
         for result in results:

@@ -62,7 +62,8 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     levels = read_baselines(baselines) if baselines else []
     if strange := {level.task for level in levels} - {task.name for task in planned_tasks(first.eval)}:
         raise UserError(
-            f"{baselines} has results of task {min(strange)!r}; expected a task of {recipe_names[0]}. Name that one"
+            f"--baselines is {baselines}, of task {min(strange)!r}; expected a task of {recipe_names[0]}. Write it "
+            "again with --task"
         )
     mark = json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n"
     write_recipes(runs, output_dir / _MARK, mark)

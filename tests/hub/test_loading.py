@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from hub.conftest import TOWER, small_model
 from hub.loopback_hub import LoopbackHub
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.cli import main
 from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.loading import load_model, open_embedder
 from flipscale.io.model_folder import fetch_folder
 from flipscale.model import FlipModel, FlipVisionModel
 from flipscale.runs.complete_recipe import parse_recipe
@@ -140,3 +142,15 @@ def test_start_weights_on_the_hub_have_the_vocabulary(
     assert parse_recipe(["--config", str(file)]).model.text_config["vocab_size"] == 16
     line = refused("pretrain", "--config", file, "--output_dir", tmp_path / "new", "--model.init_from", "org/none")
     assert "model.init_from 'org/none' cannot be loaded" in line
+
+
+def test_random_weights_of_a_folder_s_configuration(exported: Path, tmp_path: Path) -> None:
+    config = load_model(str(exported))[1].config
+    torch.manual_seed(5)  # has no effect on them
+    found = open_embedder(f"untrained:{exported}", Accelerator(cpu=True)).model.state_dict()
+    torch.manual_seed(0)
+    expected = FlipModel(config).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    with pytest.raises(ValueError, match="has no configuration of a model"):
+        open_embedder(f"untrained:{tmp_path}", Accelerator(cpu=True))
