@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from flipscale.evaluation.presentation.results_page import Column
 
 EVALUATIONS = Path("evaluations")
-_PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
+# slurm/evaluate.sh names the models of a job that has not ended PENDING.
+PENDING = "pending:"
+_PREFIX = re.compile(rf"^(?:open_clip:|hf:|untrained:|{PENDING})")
 _log = logging.getLogger(__name__)
 
 
@@ -124,7 +126,7 @@ class Evaluate:
             task.check()
         if self.dry_run:
             for model in models:
-                if not model.given.startswith(OPEN_CLIP):
+                if not model.given.startswith((OPEN_CLIP, PENDING)):
                     fetch_folder(_PREFIX.sub("", model.given), ["config.json"])
             return print(f"can evaluate {', '.join(self.models)} on {', '.join(task.name for task in tasks)}")
         if self.without:

@@ -32,7 +32,7 @@ read -r -d '' -a folders <<< "$ZERO_SHOT" || [ ${#folders[@]} = 0 ] || what+=(--
 read -r -d '' -a folders <<< "$RETRIEVAL" || [ ${#folders[@]} = 0 ] || what+=(--retrieval "${folders[@]}")
 [ ${#what[@]} -gt 0 ] || what=(--tasks "$TASKS" --suite "$SUITE")
 read -r -d '' -a models <<< "$MODEL" || true
-# A job that this one waits for may write the models: `pixels` needs no file.
-check() { [ -z "$pending" ] || models=(pixels); checked evaluate "${models[@]}" "${what[@]}" "$@" --dry_run; }
+# A job that this one waits for may write the models, which are then not looked up.
+check() { [ -z "$pending" ] || models=("${models[@]/#/pending:}"); checked evaluate "${models[@]}" "${what[@]}" "$@" --dry_run; }
 [ -n "${SLURM_JOB_ID:-}" ] || submit '' "$0" "$@"
 launch flipscale.cli evaluate "${models[@]}" "${what[@]}" "$@"
