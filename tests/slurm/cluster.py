@@ -20,11 +20,13 @@ from processes import free_port
 # Longest wait, because jobs wait for each other and for the cores of one machine.
 _PATIENCE_SECONDS = 1200.0
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
+# FirstJobId: a job's port follows from its number, and two clusters may run on this machine.
 # cred_expire: wait of a requeued job, at least 5 s. config_overrides: more CPUs than the machine has.
 _CONFIGURATION = """\
 ClusterName=flipscale
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
