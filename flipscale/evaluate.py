@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flipscale.evaluation.presentation.results_page import Column
 
 EVALUATIONS = Path("evaluations")
-# slurm/evaluate.sh names the models of a job that has not ended PENDING.
+# Before the name of a model that a Slurm job has still to write; such a model is not looked up.
 PENDING = "pending:"
 _PREFIX = re.compile(rf"^(?:open_clip:|hf:|untrained:|{PENDING})")
 _log = logging.getLogger(__name__)
