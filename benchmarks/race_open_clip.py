@@ -61,7 +61,7 @@ from flipscale.io.text_table import markdown_table
 from flipscale.preparation.shard_writer import write_classes
 from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe, to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.figures import draw_curves
 from flipscale.studies.runs import in_time
 
@@ -88,7 +88,7 @@ TRIALS: dict[tuple[str, str], tuple[tuple[float, float, float], float]] = {
 PACED_MAIN = """
 import json, sys
 from flipscale import pretrain
-from flipscale.engines.slow_steps import StepWatch
+from flipscale.process.slow_steps import StepWatch
 
 class PacedWatch(StepWatch):
     def timed(self, *arguments):

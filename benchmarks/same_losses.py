@@ -20,11 +20,12 @@ import torch
 from flipscale.cli import main as flipscale
 from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.io.json_lines import read
+from flipscale.loop.inputs import TrainingSetup
 from flipscale.objectives.build import build_config
 from flipscale.pretrain import pretrain
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import Clock
-from flipscale.training.setup import TrainingSetup, open_setup
+from flipscale.recipe.schedule import Clock
+from flipscale.start.complete_recipe import parse_recipe
+from flipscale.start.setup import open_setup
 
 # A CLIP of 1.6 million parameters, most of them word pieces.
 SMALL = {

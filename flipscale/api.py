@@ -13,10 +13,10 @@ import yaml
 from flipscale.evaluation.results import RESULTS_FILE, Result
 from flipscale.evaluation.suite import build_tasks
 from flipscale.io.errors import UserError
+from flipscale.process.console import start_logging
+from flipscale.process.preemption import Stopped
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.console import start_logging
-from flipscale.training.preemption import Stopped
+from flipscale.start.complete_recipe import parse_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,8 +88,8 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
         model: run, model folder, Hub name, `open_clip:NAME,PRETRAINED` or `hf:NAME`.
         tasks: names of tasks' pages or their fields, as `eval.tasks` of a recipe.
     """
+    from flipscale.cli.evaluate import name_models
     from flipscale.engines.build import start_accelerator
-    from flipscale.evaluate import name_models
     from flipscale.evaluation.model_results import evaluate_model
     from flipscale.hub.loading import open_embedder
 

@@ -20,25 +20,26 @@ if __name__ == "__main__":
 from flipscale.checks.start import check_recipe
 from flipscale.engines.checkpoint import from_main_process
 from flipscale.engines.launch import launch_of
-from flipscale.engines.slow_steps import StepWatch
-from flipscale.engines.watchdog import close_process_group, exit_now
+from flipscale.evaluation.presentation.last_lines import end_run
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.io.files import check_writable
+from flipscale.loop.inputs import Session
+from flipscale.loop.loop import train
 from flipscale.objectives.build import loss_kinds
 from flipscale.planning.budget import with_time_shares
+from flipscale.process.console import only_describes, report_user_errors, start_logging
+from flipscale.process.preemption import Stopped, StopRequest
+from flipscale.process.slow_steps import StepWatch
+from flipscale.process.watchdog import close_process_group, exit_now
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.runs.evaluations import RunEvaluator, check_tasks, test_set_digests
-from flipscale.runs.last_lines import end_run
-from flipscale.training.console import only_describes, report_user_errors, start_logging
-from flipscale.training.loop import train
-from flipscale.training.messages import begin_run, log_stop
-from flipscale.training.preemption import Stopped, StopRequest
-from flipscale.training.pretrained_fields import with_vocabulary
-from flipscale.training.run_summary import RunSummary
-from flipscale.training.session import Session, StartTimings, is_done, join, open_run_directory, resume, watched
-from flipscale.training.setup import open_setup
+from flipscale.records.run_summary import RunSummary
+from flipscale.start.complete_recipe import parse_recipe
+from flipscale.start.evaluations import RunEvaluator, check_tasks, test_set_digests
+from flipscale.start.messages import begin_run, log_stop
+from flipscale.start.pretrained_fields import with_vocabulary
+from flipscale.start.session import StartTimings, is_done, join, open_run_directory, resume, watched
+from flipscale.start.setup import open_setup
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -67,7 +68,7 @@ def pretrain(recipe: Recipe) -> Path:
     session = join(setup, timings, test_set_digests(tasks))
     try:
         if recipe.data.stored or recipe.data.teachers:
-            from flipscale.evaluation.precompute_features import check_stored  # imports the models
+            from flipscale.preparation.feature_writer import check_stored  # imports the models
 
             with watched(recipe, session.accelerator.process_index, "the check of stored features"):
                 from_main_process(session.accelerator, lambda: check_stored(recipe, setup.source))

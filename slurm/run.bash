@@ -65,7 +65,7 @@ merge_recipe='
 import sys
 from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.console import report_user_errors
+from flipscale.process.console import report_user_errors
 with report_user_errors():
     print(read_recipes([sys.argv[1]], Recipe), end="")'
 

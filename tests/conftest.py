@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # Files that take long come first, so that the processes of pytest-xdist, which take whole files, end together.
-LONG_FILES = ("slurm", "distributed", "planning", "training", "objectives", "model", "hub")
+LONG_FILES = ("slurm", "distributed", "planning", "loop", "start", "objectives", "model", "hub")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test must not depend on the counters of this machine."""
-    monkeypatch.setattr("flipscale.training.energy_meter.POWERCAP", Path("/nowhere"))
+    monkeypatch.setattr("flipscale.records.energy_meter.POWERCAP", Path("/nowhere"))
 
 
 @pytest.fixture
@@ -299,8 +299,8 @@ def check_start(recipe: Any) -> None:
     """Check a recipe, its test sets and its data, as a start of its run does."""
     from flipscale.checks.start import check_recipe
     from flipscale.engines.launch import launch_of
-    from flipscale.runs.evaluations import check_tasks
-    from flipscale.training.setup import open_setup
+    from flipscale.start.evaluations import check_tasks
+    from flipscale.start.setup import open_setup
 
     check_recipe(recipe, launch_of(os.environ))
     check_tasks(recipe)

@@ -117,7 +117,7 @@ def _begin(function: Callable[..., None], arguments: tuple[Any, ...], environmen
     os.chdir(cwd)
     from matplotlib.figure import Figure
 
-    from flipscale.training import energy_meter
+    from flipscale.records import energy_meter
 
     # A test must not depend on the counters of this machine.
     energy_meter.POWERCAP = Path("/nowhere")

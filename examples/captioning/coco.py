@@ -20,7 +20,7 @@ from flipscale.io.files import file_state
 from flipscale.io.options import Count, Threads
 from flipscale.preparation.lists import PairSource, digest_of, read_file
 from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 SPLIT = "dataset_coco.json"
 PAIRS_PER_SHARD = 2000  # 300 MB of whole images

@@ -20,7 +20,7 @@ from flipscale.evaluation.intervals import Z95, Estimate, clustered_share
 from flipscale.hub.loading import open_embedder
 from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 
 def association(embedder: Embedder, folder: Path) -> tuple[Estimate, Estimate]:

@@ -28,7 +28,7 @@ from flipscale.evaluation.test_set import TestSet
 from flipscale.io import json_lines
 from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 PIXEL_SIZE, HOG_SIZE = 16, 64
 CELL, BINS = 8, 9  # Dalal and Triggs 2005: cells of 8 x 8 px, 9 orientations, blocks of 2 x 2 cells

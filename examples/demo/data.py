@@ -32,7 +32,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.progress import each
 from flipscale.preparation.shard_writer import write_classes
 from flipscale.preparation.worker_pool import worker_pool
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 # npm package of each artist and, last, of the CLDR short names ("grinning face"), with npm's digest.
 PACKAGES: dict[str, list[str]] = json.loads((Path(__file__).parent / "packages.json").read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ from flipscale.hub.loading import open_embedder
 from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
 from flipscale.io.options import Pixels, Seed
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 _SIDE, _AT_ONCE = 64, 32
 

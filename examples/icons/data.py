@@ -46,7 +46,7 @@ from flipscale.preparation.audit.duplicates import (
 )
 from flipscale.preparation.shard_writer import write_classes
 from flipscale.preparation.worker_pool import worker_pool
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 PACKAGE = "@iconify/json@2.2.535"
 DIGEST = "nAV60ACUSHwnsb6fsp+letHlNkrwO4vzBtcC6B4EDHErQQfezk7E3nJdnwJjve6OCfMNO0uVT5Vrgna9/NCmXw=="

@@ -24,10 +24,10 @@ from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import markdown_table
 from flipscale.planning.flops import stage_flops
+from flipscale.process.console import report_user_errors
 from flipscale.recipe.recipe import Recipe
 from flipscale.studies.results import read_results
 from flipscale.studies.transfer import Effect
-from flipscale.training.console import report_user_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
 from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.errors import UserError
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 PACKAGE = "easy-vqa==1.0"
 DIGEST = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"  # SHA-256

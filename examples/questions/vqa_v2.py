@@ -24,7 +24,7 @@ from flipscale.io.atomic import write_text
 from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
 from flipscale.preparation.lists import digest_of
-from flipscale.training.console import report_user_errors, start_logging
+from flipscale.process.console import report_user_errors, start_logging
 
 LEAST_SEEN = 9  # questions that must share an answer of the list: METER's (arXiv 2111.02387)
 HELD_OUT_IMAGES = 1000  # images whose questions stay the test set when the validation questions are learned: METER's

@@ -24,7 +24,7 @@ from flipscale.model.patches import num_kept
 from flipscale.objectives.build import build_config
 from flipscale.objectives.contrastive import contrastive_loss, triton_serves
 from flipscale.planning.memory import trained_model
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 _TIMES, _WARM_UP = 20, 3
 _LOADED_PRODUCTS = 500

@@ -271,9 +271,9 @@ def _environments(processes: int, variables: Mapping[str, str], group: Group) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Call a function of a check, and write its rows as they come."""
-    from flipscale.engines.watchdog import close_process_group, exit_now
     from flipscale.io.atomic import write_text
-    from flipscale.training.console import report_user_errors
+    from flipscale.process.console import report_user_errors
+    from flipscale.process.watchdog import close_process_group, exit_now
 
     function, given, folder = sys.argv[1:] if arguments is None else arguments
     module, _, name = function.partition(":")

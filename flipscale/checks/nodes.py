@@ -10,9 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from flipscale.engines.launch import whole_number
 from flipscale.io.errors import UserError
 from flipscale.io.surroundings import known
+from flipscale.process.world import whole_number
 
 # Seconds that a node waits for the others: for their own checks, and for all else.
 OWN_CHECKS_SECONDS, _MEETING_SECONDS = 6 * 3600.0, 300.0

@@ -17,12 +17,12 @@ from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variab
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.engines.build import start_accelerator
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
-from flipscale.engines.watchdog import end_process
 from flipscale.model import FlipConfig
 from flipscale.objectives.build import build_config
+from flipscale.process.watchdog import end_process
 from flipscale.recipe.optim import OptimRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 MASK_RATIOS = (0.0, 0.5, 0.75)
 CODES = ("flipscale", "open_clip")

@@ -9,8 +9,8 @@ from flipscale.hub.push import target_of
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import is_path
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.evaluations import tasks_of
-from flipscale.training.setup import check_settings, open_tokenizer
+from flipscale.start.evaluations import tasks_of
+from flipscale.start.setup import check_settings, open_tokenizer
 
 
 def check_recipe(recipe: Recipe, launch: Launch, reads_files: bool = False, reads_start: bool = False) -> None:

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from torch.autograd import DeviceType
 
-import flipscale
 from flipscale.checks.machine import contexts
 from flipscale.checks.node import OFF, Bench, CheckError, Finding, Row
 from flipscale.checks.timing import over_starts, timed_steps
@@ -21,20 +20,22 @@ from flipscale.engines.build import engine_class, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.engines.launch import launch_environment, launch_of
-from flipscale.engines.slow_steps import StepWatch
-from flipscale.engines.watchdog import end_process
+from flipscale.engines.launch_files import FOLDER
+from flipscale.loop.inputs import Session
+from flipscale.loop.step import forward_backward
+from flipscale.loop.sync import StepSync
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
 from flipscale.planning.time import Hardware, host_calls, speed_key, step_time
+from flipscale.process.preemption import StopRequest
+from flipscale.process.slow_steps import StepWatch
+from flipscale.process.watchdog import end_process
 from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import Schedule, schedule_stages
-from flipscale.training.session import Session, resume
-from flipscale.training.step import forward_backward
-from flipscale.training.sync import StepSync
+from flipscale.recipe.schedule import Schedule, schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
+from flipscale.start.session import resume
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero3")
 ALONE = "one GPU"
@@ -46,7 +47,7 @@ ALONE_VARIABLES = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
 def engine_variables(engine: str, processes: int, nodes: int = 1) -> dict[str, str]:
     """Return accelerate's variables for a shipped launch file; under HSDP, each node has a copy, or half of one."""
-    variables = launch_environment(Path(flipscale.__file__).parent / "ds_configs" / f"{engine}.yaml", processes)
+    variables = launch_environment(FOLDER / "ds_configs" / f"{engine}.yaml", processes)
     if engine == "hsdp":
         variables["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(processes // max(nodes, 2))
     return variables

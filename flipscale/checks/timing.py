@@ -11,7 +11,7 @@ import torch
 from flipscale.checks.node import Row
 from flipscale.engines.device import wait_for
 from flipscale.io.surroundings import known
-from flipscale.training.energy_meter import open_gpu
+from flipscale.records.energy_meter import open_gpu
 
 
 def timed_steps(step: Callable[[], object], count: int, device: torch.device) -> Row:

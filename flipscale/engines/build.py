@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from flipscale.engines.device import choose_kernels, keep_freed_memory, set_up_gpu
-from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision, promised_processes
+from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision
 from flipscale.io.errors import UserError
+from flipscale.process.world import promised_processes
 from flipscale.recipe.optim import OptimRecipe
 
 if TYPE_CHECKING:

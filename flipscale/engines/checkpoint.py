@@ -37,7 +37,6 @@ import yaml
 from safetensors import safe_open
 
 import flipscale
-from flipscale.engines.launch import gather_objects
 from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import (
     CHUNK_BYTES,
@@ -54,6 +53,7 @@ from flipscale.io.digests import (
     write_tensors,
 )
 from flipscale.io.errors import UserError
+from flipscale.process.world import gather_objects
 from flipscale.recipe.outputs import CHECKPOINT, SaveRecipe
 
 if TYPE_CHECKING:

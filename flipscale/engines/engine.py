@@ -23,10 +23,10 @@ from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.muon import local
 from flipscale.engines.optimizers import build_optimizers, empty_state, moment_names, set_learning_rate
-from flipscale.engines.slow_steps import PhaseLog
 from flipscale.engines.trainable import freeze
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
+from flipscale.process.slow_steps import PhaseLog
 from flipscale.recipe.optim import OptimRecipe
 
 if TYPE_CHECKING:

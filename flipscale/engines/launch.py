@@ -10,24 +10,18 @@ inside a section such as `mpirun_config`. accelerate refuses other keys at the t
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
-import torch.distributed as dist
 import yaml
 
 from flipscale.engines.device import default_precision, is_faster_in_bf16
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import check_yaml
-
-T = TypeVar("T")
-
-# The batch scripts set this to the number of processes of the run.
-NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
+from flipscale.process.world import MAX_DIGITS, whole_number
 
 # Variable that launchers set from a launch file's mixed_precision. Users may set it without a launcher.
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -35,7 +29,6 @@ PRECISION = "ACCELERATE_MIXED_PRECISION"
 _NO_ROLE = "default"
 # The role that sums gradients in bf16; accelerate passes no setting of its own for this.
 BF16_REDUCE = "fsdp2_bf16_reduce"
-_MAX_DIGITS = 9
 # Sections of a launch file.
 _SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 # Sections whose settings accelerate reads with and without the section's prefix.
@@ -113,38 +106,6 @@ class Launch:
         # By default 8, the most common number of GPUs in a machine.
         count = math.gcd(self.num_processes, self.processes_per_node or 8)
         return count if count > 1 else self.num_processes
-
-
-def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, from a launcher's variables."""
-    rank, world = whole_number(environment, "RANK", 0), whole_number(environment, "WORLD_SIZE", 1)
-    if not 0 <= rank < world:
-        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world}; a launcher sets 0 to {world - 1}")
-    return rank, world
-
-
-def gather_objects(mine: list[T]) -> list[T]:
-    """Collective. Return the objects of all processes, by rank."""
-    parts = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(parts) > 1:
-        dist.all_gather_object(parts, mine)
-    return [one for part in parts for one in part]
-
-
-def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name, str(default))
-    if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise UserError(f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it")
-    return int(text)
-
-
-def promised_processes(environment: Mapping[str, str]) -> int:
-    """Return the number of processes that the batch script or the launcher means to start, by default 1."""
-    for name in (NUM_PROCESSES, "WORLD_SIZE"):
-        if name in environment:
-            return whole_number(environment, name, 1)
-    # `accelerate launch --cpu --num_processes 2` sets an address for the others, then starts one process.
-    return 2 if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment else 1
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch:
@@ -274,7 +235,7 @@ def _read_settings(file: Path, num_processes: int | None) -> dict[str, Any]:
         settings["num_processes"] = num_processes
     for name in ("num_processes", "num_machines"):
         value = settings.get(name)
-        if type(value) is not int or not 1 <= value < 10**_MAX_DIGITS:
+        if type(value) is not int or not 1 <= value < 10**MAX_DIGITS:
             shown = "missing" if value is None else repr(str(value)[:60])
             raise UserError(f"launch file {file}: {name} is {shown}; use a whole number above 0")
     return settings

@@ -15,10 +15,10 @@ from flipscale.data.decode import UndecodableImage, rgb_pixels
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.whole_images import Decoder, WholeImages, decoded_batches, dummy_batch, whole_square
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress, each
+from flipscale.process.world import gather_objects
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

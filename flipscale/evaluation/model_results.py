@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from flipscale.data.task_page import read_page, read_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import evaluated
+from flipscale.evaluation.task_page import read_page, read_prepared
 from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError

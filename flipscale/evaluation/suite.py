@@ -13,7 +13,6 @@ import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.decode import decode_box
-from flipscale.data.task_page import read_page
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
 from flipscale.evaluation.kinds.image_caption_selection import ImageCaptionSelection
@@ -26,6 +25,7 @@ from flipscale.evaluation.kinds.vqa import Vqa
 from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot, ZeroShotMultilabel
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import read_page
 from flipscale.evaluation.test_set import TestSet
 from flipscale.evaluation.whole_images import WholeImages
 from flipscale.io.errors import UserError

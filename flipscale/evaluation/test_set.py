@@ -21,12 +21,12 @@ from flipscale.data.sources.opening import READ, open_shards
 from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.embedding import Embedder, Value, agreed
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import is_utf16
+from flipscale.process.world import gather_objects
 from flipscale.recipe.data import DataRecipe
 
 CLASS_NAMES = "classnames.txt"

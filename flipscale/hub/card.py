@@ -28,9 +28,9 @@ from flipscale.io.files import quoted, read_text
 from flipscale.io.model_folder import local_folder, read_object
 from flipscale.io.templates import render
 from flipscale.io.text_table import escape_markdown, markdown_code
+from flipscale.process.console import only_describes
 from flipscale.recipe.recipe import deciding_part
-from flipscale.training.console import only_describes
-from flipscale.training.run_summary import RunSummary
+from flipscale.records.run_summary import RunSummary
 
 NOT_EVALUATED = "Not evaluated."
 _HEAD = ["| test | metric | who | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]

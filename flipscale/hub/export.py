@@ -38,7 +38,7 @@ from flipscale.model.configuration_flip import embedded_towers
 from flipscale.model.families import family_of
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 _log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from flipscale.model import (
 from flipscale.model.configuration_flip import embedded_towers
 from flipscale.model.families import config_class, family_of
 from flipscale.objectives.captioning import CaptioningFlipModel
-from flipscale.training.pretrained_fields import saved_towers
+from flipscale.start.pretrained_fields import saved_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

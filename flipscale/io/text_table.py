@@ -71,3 +71,9 @@ def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]
         width = max(least, *map(len, cells))
         columns.append([cell.rjust(width) if index in numbers else cell.ljust(width) for cell in cells])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def block(head: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return a heading, and below it a line for each row of a name and a value."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])

@@ -21,7 +21,7 @@ from flipscale.pages.page import Picture, drawing, rendered, shortened
 from flipscale.pages.run_page import try_part
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe, to_yaml
-from flipscale.training.run_summary import RunSummary
+from flipscale.records.run_summary import RunSummary
 
 INTERVALS = """The interval of a difference is of paired answers where runs keep the answer to each query: top-1, and
 recalls of image to text. Others are Newcombe's for independent figures, which are wider. No interval covers the

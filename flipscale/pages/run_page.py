@@ -30,6 +30,7 @@ from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot
 from flipscale.evaluation.model_results import data_name
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.presentation.figures import can_draw
+from flipscale.evaluation.presentation.last_lines import OWN_TASKS, evaluation_flags
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.evaluation.test_set import TestSet, kept_class_names
@@ -40,10 +41,9 @@ from flipscale.model.modeling_flip import normalise_embeds
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.pages.page import Picture, drawing, listed, rendered, shortened, thumbnail
 from flipscale.pages.pictures import ShardPictures, embed_pictures
+from flipscale.process.console import only_describes
 from flipscale.recipe.recipe import Recipe, deciding_part
-from flipscale.runs.last_lines import OWN_TASKS, evaluation_flags
-from flipscale.training.console import only_describes
-from flipscale.training.run_summary import RunSummary
+from flipscale.records.run_summary import RunSummary
 
 REPORT = "report.html"
 MOST_BYTES = 2_000_000

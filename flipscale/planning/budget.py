@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
 
 
 def with_time_shares(recipe: Recipe) -> Recipe:

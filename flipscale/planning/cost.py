@@ -13,7 +13,7 @@ from flipscale.io.text_table import hours_text, plain_table, rounded
 from flipscale.planning.flops import pair_flops
 from flipscale.recipe.outputs import CostRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
 
 _TOTAL = "in all"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from flipscale.engines.device import GPUS, gpu_here, gpu_named
-from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file, whole_number
+from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
 from flipscale.io.command_line import parse_known, reader_of
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Positive, ShareAboveZero
@@ -28,9 +28,10 @@ from flipscale.planning.memory import (
     recipe_memory,
 )
 from flipscale.planning.time import Hardware, StepTime, bench_figures, hardware_of, matmul_share, speed_key, step_time
+from flipscale.process.world import whole_number
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 _MOST_COLUMNS = 6  # of a terminal with 100 columns
 _SAME_TIME = 1.02  # of two computed times

@@ -20,7 +20,7 @@ from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.recipe.optim import LoraRecipe, StageRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.schedule import Stage
+from flipscale.recipe.schedule import Stage
 
 # The default objective of a recipe.
 PLAIN = Contrastive()

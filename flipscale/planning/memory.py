@@ -36,7 +36,7 @@ from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops, pair_step
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.schedule import Stage
+from flipscale.recipe.schedule import Stage
 
 GPUS_OF_A_NODE = 8
 # Usable share of a GPU's memory. CUDA's context and fragmentation take the rest.

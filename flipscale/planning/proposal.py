@@ -27,7 +27,7 @@ from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, recipe_memory
 from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 LEAST_PAIRS = 16
 # Further passes would memorise a small set, and gain little on a large set (30: GLIP's runs, 32: the paper's).

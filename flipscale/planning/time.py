@@ -24,7 +24,7 @@ from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.training.setup import compiles
+from flipscale.start.setup import compiles
 
 # Default share of a GPU's peak.
 USUAL_SHARE = 0.4

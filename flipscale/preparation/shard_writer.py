@@ -62,7 +62,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How pairs become shards: the options of `flipscale.prepare.Shards`. The paper stored a `short_side` of 480.
+    """How pairs become shards: the options of `flipscale.cli.prepare.Shards`. The paper stored a `short_side` of 480.
 
     Args:
         held_out: share of the images that is held out of the training data (`split`).

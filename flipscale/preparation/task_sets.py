@@ -31,7 +31,7 @@ from PIL import Image
 from flipscale.data.decode import decode_whole, is_shown_alike
 from flipscale.data.samples import SampleNumbers, one_line_reason
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.data.task_page import PREPARED, TaskPage, TaskSource, read_prepared
+from flipscale.evaluation.task_page import PREPARED, TaskPage, TaskSource, read_prepared
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, remove, sync, write_text
 from flipscale.io.errors import UserError

@@ -29,9 +29,9 @@ from flipscale.objectives.build import build_config
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.flags import with_stage_number
 from flipscale.recipe.recipe import Recipe, to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
-from flipscale.training.schedule import schedule_stages
 
 STUDY_FILE = "study.yaml"
 # The default name of an axis' level without changes.

@@ -26,7 +26,6 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Source
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.data.task_page import read_prepared, suite_pages
 from flipscale.engines.build import start_accelerator
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.first_weights import model_without_storage
@@ -36,6 +35,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import recall_chance, recall_hits
 from flipscale.evaluation.results import LOST, POINTS, Result, change_of
 from flipscale.evaluation.suite import build_tasks, listed_tasks, run_tasks, with_page
+from flipscale.evaluation.task_page import read_prepared, suite_pages
 from flipscale.hub.convert_transformers import convert_from_open_clip
 from flipscale.hub.export import export_checkpoint
 from flipscale.hub.loading import load_dual_encoder, open_embedder

@@ -26,10 +26,10 @@ from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import Count, check_entries
 from flipscale.pages.run_page import offer_page
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.process.console import only_describes
+from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.design import check_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_runs, write_recipes
-from flipscale.training.console import only_describes
 
 # Marks a folder as a race's.
 _MARK = "study.json"

@@ -22,9 +22,9 @@ from flipscale.io.files import last_line, read_text
 from flipscale.io.json_lines import read_metrics
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import with_time_shares
+from flipscale.process.preemption import may_be_echo
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
-from flipscale.training.preemption import may_be_echo
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from attacks.attack import Attack, Change, Ended, Make, later, refused, survived
 from attacks.changes import kept, lacks, mine, nothing, pipe, text
 from conftest import write_tar
 
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 STAGE = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012}
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))

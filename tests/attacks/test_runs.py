@@ -17,7 +17,7 @@ from attacks.changes import kept, lacks, mine, obeys_nothing, pipe, text
 from conftest import metrics, write_shards
 from processes import wait_for
 
-from flipscale.io.lock import FolderLock
+from flipscale.process.lock import FolderLock
 
 During = Callable[[Path, list[int]], None]
 

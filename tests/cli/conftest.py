@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from flipscale import cli
-from flipscale.data.task_page import PREPARED
+from flipscale.evaluation.task_page import PREPARED
 
 ROOT = Path(__file__).parents[2]
 OPEN_CLIP = {

@@ -83,7 +83,7 @@ def test_an_unexpected_error_is_one_line_and_a_file(
     def fails(args: object) -> None:
         raise RuntimeError("upside down")
 
-    monkeypatch.setattr("flipscale.status.Status.run", fails)
+    monkeypatch.setattr("flipscale.cli.status.Status.run", fails)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as ended:
         main(["status", "run"])

@@ -12,10 +12,10 @@ from hub.native import export_native
 from huggingface_hub import ModelCard
 
 from flipscale.cli import main
-from flipscale.data.task_page import PREPARED, read_page, suite_pages
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.model_results import Line, read_lines
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import PREPARED, read_page, suite_pages
 from flipscale.hub.card import folder_lines, model_index, refresh_card
 from flipscale.hub.push import split_own_files
 

@@ -23,8 +23,8 @@ from flipscale.hub.convert_open_clip import open_clip_config
 from flipscale.objectives.build import build_config
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, propose, survey
 from flipscale.recipe.data import DataRecipe, SourceRecipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)
 

@@ -25,12 +25,12 @@ from setuptools.config.setupcfg import read_configuration
 from torch.distributed.run import get_args_parser
 
 from flipscale import cli
-from flipscale.bench import BenchGpu
-from flipscale.check import Check
+from flipscale.cli.bench import BenchGpu
+from flipscale.cli.check import Check
 from flipscale.io.command_line import parse_known
 from flipscale.planning.dry_run import DryRun
 from flipscale.recipe.recipe import parse_fields
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 # Sizes and names of the README's commands, which run on the site's data; commands of other pages are parsed.
 SUBSTITUTES = {

@@ -8,8 +8,8 @@ import yaml
 from cli.pages import ROOT
 
 from flipscale import cli
-from flipscale.data.task_page import suite_pages
 from flipscale.evaluation.suite import planned_tasks
+from flipscale.evaluation.task_page import suite_pages
 from flipscale.recipe.outputs import EvalRecipe
 
 EVALUATION = (ROOT / "docs/evaluation.md").read_text()

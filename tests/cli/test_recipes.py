@@ -12,8 +12,8 @@ from flipscale.objectives.build import build_config
 from flipscale.recipe.augment import AugmentRecipe
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import differences, parse_fields, to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = str(EXAMPLES / "demo/demo.yaml")

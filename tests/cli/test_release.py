@@ -19,9 +19,8 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 import flipscale
-from flipscale.launch_files import FOLDERS
 
-FILES = sorted(file.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).iterdir())
+FILES = sorted(file.relative_to(ROOT) for folder in ("ds_configs", "slurm") for file in (ROOT / folder).iterdir())
 # A run of twelve steps, by the recipe of the package with narrower towers.
 TRAINING = """--config small_cpu --model.vision_config.hidden_size 32 --model.vision_config.intermediate_size 64
 --model.vision_config.num_hidden_layers 2 --model.vision_config.image_size 32 --data.global_batch_size 32

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from flipscale.cli import main
+from flipscale.cli.status import as_table, read_status
 from flipscale.evaluation.results import Result, append_results
-from flipscale.io.lock import FolderLock
-from flipscale.status import as_table, read_status
-from flipscale.training.run_directory import environment
+from flipscale.process.lock import FolderLock
+from flipscale.records.run_directory import environment
 
 NOW = 1_700_000_000.0
 RECORD = {

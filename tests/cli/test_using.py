@@ -90,7 +90,7 @@ def test_linear_probe(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert float(re.search(r"top-1 ([\d.]+)%", capsys.readouterr().out)[1]) > 60.0  # chance is 25
 
 
-@pytest.mark.long  # tests/training/test_api.py has shorter runs
+@pytest.mark.long  # tests/start/test_api.py has shorter runs
 def test_training(in_site: Path) -> None:
     names = run("Train and evaluate from Python")
     (*_, last) = read_metrics(in_site / "runs/from_python")

@@ -20,7 +20,7 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.objectives.build import build_objective
 from flipscale.pretrain import pretrain
 from flipscale.recipe.data import DataRecipe, SourceRecipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 KINDS = {"alt": 0.3, "synthetic": 0.7}
 

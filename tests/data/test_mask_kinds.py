@@ -7,7 +7,7 @@ from conftest import TOWER
 
 from flipscale.data.masks import branch_scales, grid_cell, keep_patches, keep_tokens
 from flipscale.model import FlipVisionConfig, FlipVisionModel
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 def noise(batch: int, *shape: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.families import config_class
 from flipscale.objectives.build import build_config
 from flipscale.pretrain import pretrain
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 END, WIDTH = 3, 20
 VISION = {**TOWER, "image_size": 16, "patch_size": 8, "projection_dim": 24}

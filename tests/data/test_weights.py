@@ -15,12 +15,12 @@ from conftest import cut, losses, pretrain, trained, write_shards
 from data.conftest import assert_equal
 from data.sources.test_remote import batches, recipe_of, web
 
+from flipscale.cli.status import as_table, read_status
 from flipscale.data.order import GlobalOrder, Lanes, order_of
 from flipscale.data.samples import Source, candidates, shard_sizes_digest
 from flipscale.data.sources.opening import Mixture, open_source, open_weights
 from flipscale.preparation.sampling_weights import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe, SourceRecipe
-from flipscale.status import as_table, read_status
 
 BATCH = 96
 

@@ -81,7 +81,7 @@ class Crowds(dict[int, Crowd]):
 def train(file: str) -> None:
     """Train a run to its end."""
     from flipscale.pretrain import pretrain
-    from flipscale.runs.complete_recipe import parse_recipe
+    from flipscale.start.complete_recipe import parse_recipe
 
     pretrain(parse_recipe(["--config", file]))
 
@@ -145,16 +145,16 @@ def train_compiled(file: str) -> None:
 
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
-    from flipscale.engines.slow_steps import StepWatch
+    from flipscale.loop.between_steps import Saver
+    from flipscale.process.slow_steps import StepWatch
     from flipscale.recipe.outputs import SaveRecipe
-    from flipscale.training.between_steps import Saver
-    from flipscale.training.tracking import Tracker
+    from flipscale.records.tracking import Tracker
 
     recipe, plan, start, engine = resumed(file)
     copy = Path(recipe.output_dir) / "copy"
     watch = StepWatch(start.accelerator, copy, 60.0, start.trained_seconds)
     plan = replace(plan, recipe=replace(recipe, output_dir=str(copy), save=SaveRecipe()))
-    tracker = Tracker(plan, start.accelerator, watch, {})
+    tracker = Tracker(plan.recipe, plan.schedule, start.accelerator, watch, {})
     saver = Saver(plan, replace(start, state={}), engine, tracker, on_checkpoint=lambda step: None)
     saver.save(plan.schedule.first(start.state))
     saver.commit()
@@ -162,9 +162,9 @@ def rewrite(file: str) -> None:
 
 def resumed(file: str) -> tuple:
     """Return a recipe, its plan, the start of its run and the engine, ready to train."""
-    from flipscale.runs.complete_recipe import parse_recipe
-    from flipscale.training.session import StartTimings, join, resume
-    from flipscale.training.setup import open_setup
+    from flipscale.start.complete_recipe import parse_recipe
+    from flipscale.start.session import StartTimings, join, resume
+    from flipscale.start.setup import open_setup
 
     recipe = parse_recipe(["--config", file])
     plan = open_setup(recipe)
@@ -176,8 +176,8 @@ def leave_out(file: str) -> None:
     """Check that skipped steps change nothing, and that later steps are those of a run without them."""
     import torch
 
-    from flipscale.training.loop import step_batches
-    from flipscale.training.schedule import Clock
+    from flipscale.loop.loop import step_batches
+    from flipscale.recipe.schedule import Clock
 
     def holds(engine) -> dict[str, torch.Tensor]:
         found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.tensor_chunks()}

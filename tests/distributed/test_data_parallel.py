@@ -9,7 +9,7 @@ import pytest
 from conftest import launch, losses, trained
 from processes import free_port
 
-from flipscale.training.run_summary import RunSummary
+from flipscale.records.run_summary import RunSummary
 
 
 @pytest.mark.long

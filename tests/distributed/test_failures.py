@@ -15,7 +15,7 @@ import torch
 from clock import Clock
 from conftest import launch
 from distributed.crowd import ENVIRONMENTS, start_ranks
-from training.troubled import trouble
+from loop.troubled import trouble
 
 from flipscale.recipe.data import number_of_lanes
 
@@ -37,7 +37,7 @@ def raise_own(error: str) -> None:
 def fail(file: str, folder: str, where: str, error: str) -> None:
     """Train on two processes; rank 1 fails in a step, an evaluation or a save, and rank 0 is stuck there."""
     from flipscale.engines.checkpoint import CheckpointWriter
-    from flipscale.training import loop
+    from flipscale.loop import loop
 
     def fails(*arguments: object) -> None:
         Path(folder, "failed_at").write_text(str(time.time()))
@@ -98,7 +98,7 @@ def test_our_own_mistake_is_one_sentence_and_a_file(write_recipe, tmp_path: Path
 
 def differ(file: str, folder: str, *flags: str) -> None:
     """Train on two processes; rank 1 has further flags."""
-    from flipscale.io import lock
+    from flipscale.process import lock
 
     lock.STALE_SECONDS = 1.0  # no other machine holds the lock
     flags = flags if os.environ["RANK"] == "1" else ()
@@ -150,7 +150,7 @@ def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -
 
 def be_killed(file: str, folder: str) -> None:
     """Train on three processes; rank 1 is killed in a step, in which the others are stuck, as behind a GPU."""
-    from flipscale.training import loop
+    from flipscale.loop import loop
 
     def stays_or_dies(*arguments: object) -> None:
         Path(folder, f"in_step-{os.environ['RANK']}").touch()
@@ -174,8 +174,8 @@ def test_all_end_after_a_kill_although_they_are_stuck(write_recipe, tmp_path: Pa
 
 def fail_together(file: str, folder: str, last: int) -> None:
     """Train on two processes that fail alike at the first batch; the rank `last` knows of the other's failure."""
-    from flipscale.engines import watchdog
-    from flipscale.training import loop
+    from flipscale.loop import loop
+    from flipscale.process import watchdog
 
     def fails(*arguments: object) -> None:
         if os.environ["RANK"] == str(last):
@@ -275,9 +275,8 @@ def _processes_of(variable: str) -> list[str]:
 
 def stop(file: str, folder: str, where: str) -> None:
     """Train on two processes; rank 1 is stopped outside of a step."""
-    from flipscale.engines import watchdog
-    from flipscale.runs import evaluations
-    from flipscale.training import session
+    from flipscale.process import watchdog
+    from flipscale.start import evaluations, session
 
     # Nothing before it takes too long.
     watchdog.time = clock = Clock()

@@ -19,7 +19,7 @@ TOGETHER = 29
 def train_with_sleeps(file: str, folder: str, places: list[str]) -> None:
     """Train while rank 1 sleeps in some steps, and all ranks in one step, far longer than a usual step."""
     from flipscale import pretrain
-    from flipscale.training import loop
+    from flipscale.loop import loop
 
     watches, at = [], SimpleNamespace(step=-1)
 

@@ -22,7 +22,7 @@ from flipscale.cli import main
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipModel
 from flipscale.planning.flops import stage_flops
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 STAGES = [{"name": "align", "samples": 320, "base_lr": 0.05, "warmup_samples": 32}]
 MLP = {"vision_config": {"projection_hidden_size": 48}, "text_config": {"projection_hidden_size": 40}}

@@ -17,8 +17,8 @@ from torch import nn
 
 from flipscale.cli import main
 from flipscale.hub.loading import open_embedder
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.setup import open_setup
+from flipscale.start.complete_recipe import parse_recipe
+from flipscale.start.setup import open_setup
 
 CROPS = ("--crops", "3", "--crop_scale", "0.3", "1.0", "--seed", "5")
 # The case, and what it changes.

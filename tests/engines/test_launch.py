@@ -21,9 +21,9 @@ from flipscale.engines.launch import (
     launch_environment,
     launch_of,
     launched_precision,
-    promised_processes,
     read_launch_file,
 )
+from flipscale.process.world import promised_processes
 from flipscale.recipe.optim import OptimRecipe
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

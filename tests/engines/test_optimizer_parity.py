@@ -14,7 +14,7 @@ from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
 from flipscale.recipe.optim import OptimRecipe, StageRecipe
-from flipscale.training.schedule import Stage, schedule_stages
+from flipscale.recipe.schedule import Stage, schedule_stages
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 POSITIONS = "img_encoder/posembed_encoder/pos_embedding"

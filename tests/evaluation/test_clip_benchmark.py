@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flipscale.cli import main
-from flipscale.data import task_page
+from flipscale.evaluation import task_page
 from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.evaluation.kinds import languages
 from flipscale.evaluation.results import as_metrics
@@ -244,7 +244,7 @@ def test_captions_in_many_languages(
     assert sorted(every) == sorted(module.SUPPORTED_LANGUAGES)
     here = {f"file://{source}/{'captions.zip' if name == 'xm3600' else '{language}'}": chosen}
     local = replace(page.source, repo=f"file://{source}/images.tgz", captions=here, names=f"file://{source}/names")
-    monkeypatch.setattr("flipscale.prepare.read_page", lambda _: replace(page, source=local))
+    monkeypatch.setattr("flipscale.cli.prepare.read_page", lambda _: replace(page, source=local))
     main(["prepare", "tasks", str(tmp_path / "ours"), "--only", name])
     task = {"kind": page.kind, "data": str(tmp_path / "ours" / name), "name": name, "ks": [1, 5]}
     results = run_tasks(polyglot.ours, build_tasks([task]))

@@ -15,7 +15,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.model_results import evaluate_model
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, check_image_sizes, run_tasks
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 def test_images_of_another_size(embedder: Embedder, shards: Path) -> None:

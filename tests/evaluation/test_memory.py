@@ -19,12 +19,12 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds import memory
 from flipscale.evaluation.kinds.memory import Memory
-from flipscale.evaluation.precompute_features import precompute_features
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.hub.export import build_processor, export_model
 from flipscale.io.digests import weights_digest
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.preparation.feature_writer import precompute_features
+from flipscale.start.complete_recipe import parse_recipe
 
 KS, WEIGHTS = [1, 3, 9], [0.0, 0.4, 1.0]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.data.task_page import TaskPage, read_page, suite_pages
-from flipscale.evaluate import name_models
+from flipscale.cli.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.model_results import Line
 from flipscale.evaluation.presentation import results_page
 from flipscale.evaluation.presentation.results_page import Column, draw_results, suite_tables
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import TaskPage, read_page, suite_pages
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 

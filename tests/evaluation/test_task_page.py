@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.data.task_page import page_names, read_page
 from flipscale.evaluation.suite import build_task, build_tasks, planned_tasks
+from flipscale.evaluation.task_page import page_names, read_page
 from flipscale.recipe.outputs import EvalRecipe
 
 # Tasks with the source's class names, because CLIP lists other classes or no classes.

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from flipscale.data.decode import decode_processed
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.watchdog import close_process_group
 from flipscale.evaluation.embedding import Embedder
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
+from flipscale.process.watchdog import close_process_group
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "the", *COLOURS, *SHAPES]
 CAPTION_LENGTH = 6

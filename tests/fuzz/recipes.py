@@ -6,8 +6,8 @@ from pathlib import Path
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 # Fields that no recipe there has.

@@ -18,7 +18,7 @@ from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import load_model, open_embedder
 from flipscale.io.model_folder import fetch_folder
 from flipscale.model import FlipModel, FlipVisionModel
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 LAST_SHARD = "model-00003-of-00003.safetensors"
 

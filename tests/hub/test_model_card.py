@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import read_audit, write_card
 from flipscale.recipe.recipe import to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 

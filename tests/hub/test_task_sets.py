@@ -19,8 +19,8 @@ from PIL import Image
 
 from flipscale.cli import main
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.data.task_page import check_prepared, read_page, read_prepared
 from flipscale.evaluation.suite import build_tasks
+from flipscale.evaluation.task_page import check_prepared, read_page, read_prepared
 from flipscale.preparation.task_sets import spelled_as
 
 MNIST, FLICKR = "clip-benchmark/wds_mnist", "clip-benchmark/wds_flickr30k"

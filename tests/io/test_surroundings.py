@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from flipscale.io.surroundings import own_commit, versions
-from flipscale.training.run_directory import environment
+from flipscale.records.run_directory import environment
 
 
 def git(folder: Path, *arguments: str) -> str:

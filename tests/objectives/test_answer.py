@@ -26,7 +26,7 @@ from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip_vqa import answer_losses
 from flipscale.objectives.answer import Answer
 from flipscale.recipe.data import DataRecipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 Write = Callable[..., Path]
 ANSWERS = [*COLOURS, *SHAPES]

@@ -30,8 +30,8 @@ from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, Wi
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.recipe.data import DataRecipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.setup import open_setup
+from flipscale.start.complete_recipe import parse_recipe
+from flipscale.start.setup import open_setup
 
 DECODER = {**TOWERS["text_config"], "bos_token_id": 12, "eos_token_id": 13}
 CONFIG = FlipConfig(**TOWERS, decoder_config=DECODER)

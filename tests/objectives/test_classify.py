@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification
 from flipscale.cli import main
 from flipscale.hub.loading import load_dual_encoder
 from flipscale.objectives.classify import Classify, ClassifyOutput
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 Write = Callable[..., Path]
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]

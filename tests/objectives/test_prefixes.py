@@ -18,6 +18,7 @@ from objectives.test_world import DIM, INFONCE, PAIRS, Held, TwoLinearTowers, on
 from torch.nn.functional import normalize
 
 from flipscale.engines.launch import Launch
+from flipscale.loop.step import forward_backward
 from flipscale.objectives.build import build_config
 from flipscale.objectives.contrastive import (
     Contrastive,
@@ -31,8 +32,7 @@ from flipscale.objectives.contrastive import (
 from flipscale.objectives.sigmoid import sigmoid_loss
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import loss_bytes
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.step import forward_backward
+from flipscale.start.complete_recipe import parse_recipe
 
 Loss = Callable[..., torch.Tensor]
 DIMS = [1, 5, 16]

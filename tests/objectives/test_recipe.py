@@ -22,7 +22,7 @@ from flipscale.objectives.sigmoid import Sigmoid
 from flipscale.recipe.loss import LossRecipe
 from flipscale.recipe.optim import OptimRecipe
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

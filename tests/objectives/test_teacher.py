@@ -18,7 +18,7 @@ from flipscale.planning.memory import loss_bytes
 from flipscale.recipe.data import DataRecipe
 from flipscale.recipe.loss import LossRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 def teachers_of(batch: int, scales: list[float], width: int = 40, noise: float = 1.0) -> torch.Tensor:

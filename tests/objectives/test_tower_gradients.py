@@ -7,13 +7,13 @@ import torch
 from objectives import test_captioning, test_reconstruction
 
 from flipscale.engines.engine import Engine
+from flipscale.loop.step import forward_backward
 from flipscale.objectives import captioning, reconstruction
 from flipscale.objectives.captioning import WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
-from flipscale.training.step import forward_backward
 
 Inputs = dict[str, torch.Tensor]
 

@@ -19,10 +19,10 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flipscale.loop.step import forward_backward
 from flipscale.model import FlipOutput
 from flipscale.objectives import contrastive, sigmoid
 from flipscale.objectives.contrastive import Contrastive, PrecomputedGradients, exchange_bytes, tile_bytes
-from flipscale.training.step import forward_backward
 
 WORLDS = (8, 256, 1024)
 PAIRS, DIM = 40, 8

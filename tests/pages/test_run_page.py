@@ -22,7 +22,7 @@ from flipscale.hub.loading import load_dual_encoder
 from flipscale.pages.run_page import MOST_BYTES, mask_rows, write_report
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 def recipe_of(run_dir: Path) -> Recipe:

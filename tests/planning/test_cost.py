@@ -10,7 +10,7 @@ import pytest
 from flipscale.cli import main
 from flipscale.planning.cost import Gpus, planned_cost
 from flipscale.recipe.outputs import CostRecipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 H100S = Gpus("H100", 256, peak=989e12, mfu=0.45, watts=700.0)
 COST = CostRecipe(device_hour_dollars=2.5, kwh_co2_grams=369.0, pue=1.1)

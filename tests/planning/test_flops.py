@@ -15,7 +15,7 @@ from flipscale.model.patches import num_kept
 from flipscale.planning.flops import Step, forward_flops, pair_flops
 from flipscale.planning.memory import heaviest_step
 from flipscale.recipe.optim import LoraRecipe, StageRecipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 PATCHES = "vision_model.embeddings.patch_embedding"
 SMALL = FlipConfig(

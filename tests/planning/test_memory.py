@@ -32,7 +32,7 @@ from flipscale.planning.memory import (
 )
 from flipscale.recipe.optim import LoraRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 LAUNCH_FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.yaml"))
 TOWER = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}

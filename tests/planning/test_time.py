@@ -11,7 +11,7 @@ from flipscale.engines.launch import Launch
 from flipscale.planning.memory import recipe_memory
 from flipscale.planning.time import Hardware, Links, hardware_of, messages, step_time
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 PARAMETERS = 966_394_881

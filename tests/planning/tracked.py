@@ -27,14 +27,14 @@ from flipscale.engines.build import build_engine
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.launch import Launch
+from flipscale.loop.step import forward_backward
 from flipscale.model.modeling_flip import as_on_gpu
 from flipscale.objectives import contrastive
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.step import forward_backward
+from flipscale.start.complete_recipe import parse_recipe
 
 CPU = torch.device("cpu")
 LAUNCHES = {

@@ -42,7 +42,7 @@ from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import launch_of
-from flipscale.training import session
+from flipscale.start import session
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps", "beside")
@@ -203,9 +203,9 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
     )
     stack.enter_context(patch.object(torch, "_fused_sdp_choice", lambda *_: SDPBackend.FLASH_ATTENTION.value))
     # The fake store keeps no message of a failure.
-    stack.enter_context(patch("flipscale.engines.watchdog._have_met", lambda: False))
+    stack.enter_context(patch("flipscale.process.watchdog._have_met", lambda: False))
     # The context of the fake processes destroys their group.
-    stack.enter_context(patch("flipscale.engines.watchdog.close_process_group", lambda: None))
+    stack.enter_context(patch("flipscale.process.watchdog.close_process_group", lambda: None))
     # Clocks measure nothing here: every kernel takes a tenth of a second.
     stack.enter_context(patch("flipscale.checks.kernels.seconds_of", lambda call, *_: (call(), 0.1)[1]))
     stack.enter_context(patch.object(Loop, "take", _fake_time(Loop.take)))

@@ -8,8 +8,8 @@ from simulated.test_step import LAUNCH_FILES
 from simulated.world import World, simulate
 
 from flipscale.engines.launch import read_launch_file
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 PAIRS, NODE = 256, 8
 

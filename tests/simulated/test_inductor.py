@@ -16,7 +16,7 @@ import torch
 from simulated.inductor import without_accelerator
 
 import flipscale
-from flipscale.engines import slow_steps
+from flipscale.process import slow_steps
 
 with_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA, but no GPU: `make cuda`")
 ATTENTION = "_scaled_dot_product_flash_attention"

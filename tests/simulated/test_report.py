@@ -18,7 +18,7 @@ from flipscale.checks.timing import over_starts
 from flipscale.cli import main
 from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 def row(times: list[float], joules: float | None = 1300.0, **others: object) -> node.Row:

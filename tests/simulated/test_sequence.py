@@ -19,15 +19,16 @@ from simulated.world import fake_processes
 from flipscale.engines.build import start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
 from flipscale.engines.launch import Launch, launch_environment, read_launch_file
-from flipscale.engines.slow_steps import StepWatch
+from flipscale.loop.inputs import Session
+from flipscale.loop.loop import train
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.runs.evaluations import RunEvaluator, check_tasks
-from flipscale.training.loop import train
-from flipscale.training.preemption import StopRequest
-from flipscale.training.session import Session, resume
-from flipscale.training.setup import open_setup
+from flipscale.process.preemption import StopRequest
+from flipscale.process.slow_steps import StepWatch
+from flipscale.start.complete_recipe import parse_recipe
+from flipscale.start.evaluations import RunEvaluator, check_tasks
+from flipscale.start.session import resume
+from flipscale.start.setup import open_setup
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 # Of the steps from 0: the loss of one is infinite, and in one a signal arrives. Step 2 is saved, step 4 evaluated.

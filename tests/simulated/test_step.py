@@ -22,8 +22,8 @@ from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import read_launch_file
 from flipscale.objectives.build import build_config
 from flipscale.planning.time import host_calls
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.schedule import schedule_stages
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 BATCH = 4096
@@ -104,7 +104,7 @@ def test_the_host_waits_once_for_towers_of_other_libraries(world: int, tmp_path:
 
 def assert_waits_once(found: StepReport) -> None:
     # It reads the verdict on the step before.
-    assert [where.partition(":")[0] for where in found.host_syncs] == ["training/sync.py"], found.host_syncs
+    assert [where.partition(":")[0] for where in found.host_syncs] == ["loop/sync.py"], found.host_syncs
     assert found.devices == {DEVICE.index}
     assert {device for one in found.collectives for device in one.devices} == {"cuda"}
 
@@ -233,7 +233,7 @@ def test_sharded_weights_are_gathered_and_gradients_scattered(engine: str, world
     assert counts["reduce_scatter"] == 1 + len(parts)
     assert counts["all_gather"] == 2 + times * (len(parts) - 1) + 1
     sums = [one for one in found.collectives if one.kind == "all_reduce" and one.dtype == torch.float32]
-    of_weights = [one for one in sums if one.size > 7 and not one.place.startswith(("training/sync", "objectives/"))]
+    of_weights = [one for one in sums if one.size > 7 and not one.place.startswith(("loop/sync", "objectives/"))]
     assert len(of_weights) == (len(parts) - 1 if replicas > 1 else 0)
     # Of the softmax: its largest logits and its sums.
     assert len([one for one in sums if one.place.startswith("objectives/")]) == 2
@@ -258,7 +258,7 @@ def test_one_line_of_json(recipe: dict, tmp_path: Path, capsys: pytest.CaptureFi
     assert figures["collectives"]["reduce_scatter"] == 12
     assert figures["bytes_sent"] == figures["bytes_received"] > 0
     (place,) = figures["host_syncs"]
-    assert "training/sync.py" in place
+    assert "loop/sync.py" in place
     assert figures["peak_memory_bytes"] > 0
     assert not dist.is_initialized()
     assert not torch.cuda.is_available()

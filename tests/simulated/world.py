@@ -30,19 +30,19 @@ from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch, read_launch_file
-from flipscale.engines.slow_steps import StepWatch
+from flipscale.loop.step import forward_backward
+from flipscale.loop.sync import StepSync
 from flipscale.objectives import contrastive
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import micro_batch
+from flipscale.process.preemption import StopRequest
+from flipscale.process.slow_steps import StepWatch
 from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
-from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import Schedule, Stage, schedule_stages
-from flipscale.training.step import forward_backward
-from flipscale.training.sync import StepSync
+from flipscale.recipe.schedule import Schedule, Stage, schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 
 # Steps before the counted one: they make the moments and everything else that is made once.
 _WARM_UP = 3

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
 from flipscale.cli import main
+from flipscale.records.run_summary import RunSummary
 from flipscale.studies.design import write_plan
-from flipscale.training.run_summary import RunSummary
 
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]

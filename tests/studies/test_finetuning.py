@@ -22,10 +22,10 @@ from foreign_towers import SMALL_TIMM, save_text, save_timm
 from hub.native import export_native
 
 from flipscale.cli import main
+from flipscale.cli.init import Init
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.evaluation.suite import build_tasks
-from flipscale.init import Init
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.objectives.captioning import CaptioningFlipModel
@@ -33,7 +33,8 @@ from flipscale.planning.proposal import Survey
 from flipscale.pretrain import pretrain
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.recipe.schedule import schedule_stages
+from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.finetuning import (
     Candidate,
     HeldOut,
@@ -47,7 +48,6 @@ from flipscale.studies.finetuning import (
     hold_out,
     open_start,
 )
-from flipscale.training.schedule import schedule_stages
 
 NAMES = [f"{article} {colour} {shape}" for article in ("a", "the", "a the") for colour in COLOURS for shape in SHAPES]
 SOURCE = SourceRecipe(shards="pairs")

@@ -14,7 +14,7 @@ from conftest import changed_recipe
 from flipscale.cli import main
 from flipscale.pretrain import pretrain
 from flipscale.recipe.recipe import Recipe
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.design import MoreSeeds, Study, read_plan
 from flipscale.studies.runs import StudyRun, longest_queue, train_runs
 

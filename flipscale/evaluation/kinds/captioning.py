@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.launch import gather_objects
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
@@ -23,6 +22,7 @@ from flipscale.evaluation.test_set import TestSet
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
 from flipscale.io.options import Copies, Count
+from flipscale.process.world import gather_objects
 
 _LABELS = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 

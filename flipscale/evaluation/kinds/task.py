@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flipscale.data.task_page import check_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Estimate, wilson
 from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import check_prepared
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.options import Pixels, SamplesOrZero

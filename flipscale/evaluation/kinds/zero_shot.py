@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from flipscale.data.task_page import TEMPLATES
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import LabelledTask, Task, check_learned_names
 from flipscale.evaluation.metrics import average_precision_chance, hits_by_class, mean_average_precision, roc_auc
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import TEMPLATES
 from flipscale.evaluation.test_set import TestSet, read_list, read_text
 from flipscale.io.errors import UserError
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flipscale.data.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
 from flipscale.evaluation.model_results import Line
 from flipscale.evaluation.presentation.figures import COLOURS, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import CHANGED, CHANGES, NOTHING, Result, with_unit
 from flipscale.evaluation.suite import KINDS
+from flipscale.evaluation.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
 from flipscale.io.text_table import markdown_table
 
 INTERVALS = """The 95 % intervals (Wilson's, for shares) treat the n queries as independent draws. They do not cover the

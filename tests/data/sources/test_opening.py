@@ -13,7 +13,7 @@ from flipscale.data.sources.opening import Mixture, open_source
 from flipscale.data.sources.tar import TarSource
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.recipe.recipe import differences, to_yaml
-from flipscale.runs.complete_recipe import parse_recipe
+from flipscale.start.complete_recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")

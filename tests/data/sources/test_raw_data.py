@@ -70,7 +70,7 @@ def test_only_the_folders_of_the_pages_name_their_commands(shards: str, writes: 
 
 @pytest.mark.parametrize("shards", ["parts", "parts/*.parquet"])
 def test_the_flags_of_the_error_read_parquet_files(shards: str, here: Path, tokenizer_dir: Path) -> None:
-    from flipscale.runs.complete_recipe import parse_recipe
+    from flipscale.start.complete_recipe import parse_recipe
 
     flags = shlex.split(refusal(shards).split(" give ")[1].replace("[caption]", "[text]"))
     recipe = parse_recipe(["--data.shards", "elsewhere", "--data.tokenizer", str(tokenizer_dir), *flags])

@@ -1,0 +1,83 @@
+"""The command `flipscale VERB`. Each verb is the module of its name."""
+
+import gc
+import importlib
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from flipscale.io.command_line import Command, Parser, add_commands
+from flipscale.io.streams import use_utf8
+from flipscale.process.console import report_user_errors
+
+VERBS = {
+    "prepare": "Prepare data: write, index, inspect and audit shards, train tokenizers, and download test sets.",
+    "init": "Write a recipe for your data, your machine and your time.",
+    "recipes": "List the recipes of the package, and the commands that train them.",
+    "plan": "Compute the hours, energy, money and CO2 of recipes before they are trained.",
+    "check": "Check recipes, flags and a launch file in seconds, before they wait in a queue.",
+    "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
+    "finetune": "Fine-tune the model of `model.init_from` as a recipe says, such as to name classes.",
+    "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
+    "search": "Find the pictures of a folder that are nearest to words, and write a page for a browser.",
+    "compare": "Compare runs by their recipes, curves and last results, and write a page for a browser.",
+    "status": "Print the progress and speed of runs, and whether they are alive.",
+    "export": "Write the model of a checkpoint as a folder that transformers loads.",
+    "study": "Train several recipes as one study, and compare them.",
+    "push": "Upload a trained model to the Hugging Face Hub.",
+    "convert": "Convert models from and to the formats of other programs.",
+    "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
+    "bench": "Check the GPUs of one or several nodes, and measure the training step and open_clip's on them.",
+}
+
+# Verbs with a recipe's own parser, whose help needs none of the training's imports.
+TRAINING = ("pretrain", "finetune")
+_LEAST_MEMORY = 1_500_000_000
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb by its arguments, by default the command line's."""
+    if arguments is None:
+        use_utf8()
+    with report_user_errors():
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments and arguments[0] in TRAINING:
+        if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
+            importlib.import_module("flipscale.recipe.recipe").build_parser(arguments[0]).parse_args(["--help"])
+        if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < _LEAST_MEMORY:
+            raise MemoryError("training's libraries need 1.5 GB")  # below, their import may end in a segmentation fault
+        gc.disable()  # as `main` does, which enables it
+        return importlib.import_module("flipscale.pretrain").main(arguments[1:])
+    if arguments[:1] == ["check"] or arguments[:2] == ["bench", "gpu"]:  # their other flags are a recipe's
+        return importlib.import_module(f"flipscale.cli.{arguments[0]}").main(arguments[1:])
+    command: Any = parse(arguments)
+    # Verbs do not import each other, and trials of `init` train.
+    command.run(*([_train] if arguments[0] == "init" else []))
+
+
+def _train(recipe: Any) -> Any:
+    return importlib.import_module("flipscale.pretrain").pretrain(recipe)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the dataclass of a command line of a verb without training."""
+    parsed = vars(build_parser(arguments[0] if arguments else "").parse_args(arguments))
+    return parsed.pop("command")(**parsed)
+
+
+def build_parser(verb: str) -> Parser:
+    """Return the parser of all verbs, with the arguments of one verb."""
+    parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        subparser = verbs.add_parser(name, help=summary, description=summary)
+        if name == verb:
+            module = importlib.import_module(f"flipscale.cli.{verb}")
+            # The dataclass is called as the verb is.
+            add_commands(subparser, getattr(module, "COMMANDS", None) or getattr(module, verb.title().replace("_", "")))
+            parser.prog = subparser.prog  # because argparse reports a verb's unknown arguments here
+    return parser

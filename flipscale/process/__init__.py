@@ -1,0 +1,1 @@
+"""The state of a process: its place among the others, signals, streams, locks and watchdogs."""

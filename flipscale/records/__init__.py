@@ -1,0 +1,1 @@
+"""What a run leaves: metrics, bad samples, energy, and its directory."""

@@ -1,0 +1,1 @@
+"""From a recipe to the first step: the data, the processes, the checkpoint and the engine."""

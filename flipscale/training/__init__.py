@@ -1,1 +1,0 @@
-"""How a model is trained: the recipe, the loss, the optimiser, checkpoints, tracking."""
