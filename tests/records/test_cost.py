@@ -159,10 +159,10 @@ def test_a_kill_and_another_world(write_recipe: Callable[..., Path], powercap: P
     run_dir = tmp_path / "run"
     changes = {"save": {"every_samples": 80}, "log": {"every_samples": 32}}
     arguments = [str(powercap), "--config", str(write_recipe(run_dir, **changes))]
-    assert processes.run("training.test_cost", [*arguments, "--killed", "12"], 2).returncode == 9
+    assert processes.run("records.test_cost", [*arguments, "--killed", "12"], 2).returncode == 9
     first = lines(run_dir)[-1]
     assert (first["start"], first["counters"]) == (1, {"GPUs": 2, "processors": 2})
-    done = processes.run("training.test_cost", arguments, 1)
+    done = processes.run("records.test_cost", arguments, 1)
     assert done.returncode == 0, done.stderr
     last = lines(run_dir)[-1]
     assert (last["start"], last["counters"]) == (2, {"GPUs": 1, "processors": 2})
