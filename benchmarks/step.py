@@ -2,7 +2,7 @@
 
     python benchmarks/step.py --size b16 --batch_size 32
 
-With `--compile`, the blocks of both are compiled, each by itself. On GPUs, `flipscale bench gpu` measures more.
+With `--compile`, the blocks of both are compiled, each by itself. On GPUs, `gpu_step.py` measures more.
 """
 
 import gc
@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu_step import MASK_RATIOS, open_clip_step
 from benchmarks.step_times import DTYPES, Figures, StepSetting, flip_step, matmul_peak, step_figures, time_in_turn
-from flipscale.checks.open_clip import MASK_RATIOS, open_clip_step
 from flipscale.engines.device import keep_freed_memory
 from flipscale.io.command_line import parse_command
 from flipscale.io.options import Count, Pairs, Threads

@@ -1,4 +1,4 @@
-"""The checks of `flipscale bench gpu` in their order, and their report: a block of text, tables in Markdown, a figure.
+"""The checks of `flipscale bench gpu` in their order, and their report: a block of text, tables in Markdown.
 
 A failed check does not end the others.
 """
@@ -14,19 +14,15 @@ from flipscale.checks.kernels import check_attention, check_collectives, check_l
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Finding, NotRun, Row
 from flipscale.checks.nodes import OWN_CHECKS_SECONDS, Nodes
-from flipscale.checks.open_clip import CODES, check_open_clip
 from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall, check_trainer
 from flipscale.checks.steps import check_contexts, check_plan, check_steps, planning_figures
-from flipscale.evaluation.presentation.figures import COLOURS, can_draw, drawing_pyplot, save_figure, tidy
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import markdown_table
 
 _LINES = 60
-# What `--quick` leaves out: all but the checks.
-COMPARED = (check_open_clip, check_trainer)
 # Checks of all nodes together.
-OF_ALL_NODES = (check_products, check_links, check_collectives, *COMPARED, check_stall, check_kill)
+OF_ALL_NODES = (check_products, check_links, check_collectives, check_trainer, check_stall, check_kill)
 # Checks of a node. Those that measure what others use come before these.
 CHECKS: tuple[Callable[[Bench], None], ...] = (
     check_machine,
@@ -38,7 +34,7 @@ CHECKS: tuple[Callable[[Bench], None], ...] = (
     check_steps,
     check_plan,
     check_loader,
-    *COMPARED,
+    check_trainer,
     check_losses,
     check_resume,
     check_stall,
@@ -57,7 +53,7 @@ _HEAD = ("", "GPUs", "pairs/s", "quartiles", "medians of starts", "ms", "MFU", "
 def run_checks(bench: Bench, announce: Callable[[str], None], checks: Sequence[Any] = ()) -> None:
     """Run checks, by default all of a node, and call `announce` with the lines of each."""
     for check in checks or CHECKS:
-        if check in COMPARED and not bench.compared:
+        if check is check_trainer and not bench.trained:  # as `--quick` has it
             continue
         name, start, before = check.__name__.removeprefix("check_"), time.monotonic(), len(bench.findings)
         bench.nodes.begin(name)
@@ -81,7 +77,7 @@ def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[st
     every = dict(zip(nodes.hosts, first := nodes.gather(own, OWN_CHECKS_SECONDS), strict=True))
     faults = [f"{host} failed {len(found['failed'])} checks" for host, found in every.items() if found["failed"]]
     faults += [f"{host} has other versions" for host in every if every[host]["versions"] != first[0]["versions"]]
-    figures = {"nodes": every, "fastest": dict(zip(bench.compared, first[0]["fastest"], strict=False))}
+    figures = {"nodes": every, "fastest": dict(zip(bench.trained, first[0]["fastest"], strict=False))}
     whole = replace(bench, nodes=nodes, folder=folder, figures=figures, findings=[])
     whole.num_gpus *= len(every)
     whole.add("nodes", f"{whole.num_gpus} GPUs on {', '.join(every)}", faults)
@@ -112,7 +108,7 @@ def as_json(bench: Bench) -> dict[str, Any]:
 
 
 def write_report(benches: Sequence[Bench], path: Path) -> None:
-    """Write the report of a node and perhaps of all nodes, and `report.png` beside it if matplotlib is installed."""
+    """Write the report of a node and perhaps of all nodes."""
     machine, first = benches[0].figures.get("machine", {}), benches[0]
     gpu: Row = (machine.get("gpus") or [{}])[0]
     starts = f"{first.starts} starts of {first.timed_steps} steps"
@@ -132,9 +128,6 @@ def write_report(benches: Sequence[Bench], path: Path) -> None:
             if rows := [row for row in bench.figures.get(name, []) if "calls" not in row]:
                 lines += ["", f"### {title}", "", markdown_table([_HEAD, *map(_cells, rows)], 1)]
         lines += ["", "### Checks", "", "```", report(bench), "```", ""]
-    if can_draw() and (rows := [row for bench in benches for row in bench.figures.get("open_clip", [])]):
-        _draw(rows, path.with_suffix(".png"))
-        lines += [f"![Pairs a second of flipscale and open_clip]({path.stem}.png)", ""]
     write_text(path, "\n".join([*lines, PROFILE, ""]))
 
 
@@ -153,23 +146,3 @@ def _cells(row: Row) -> list[str]:
     known = [format(row[name], form) if row[name] is not None else "-" for name, form in digits.items()]
     ends = f"{rate[1]:,.0f} to {rate[2]:,.0f}"
     return [_label(row), str(row["gpus"]), f"{rate[0]:,.0f}", ends, medians, f"{1e3 * row['seconds']:.1f}", *known]
-
-
-def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw the pairs per second of a GPU, with quartiles, for each recipe, mask and number of GPUs."""
-    figure, axes = drawing_pyplot().subplots(figsize=(9, 4.5), constrained_layout=True)
-    names = [f"{Path(row['recipe']).stem}\n{row['mask_ratio']:.0%} masked\non {row['gpus']}" for row in rows]
-    places = list(dict.fromkeys(names))
-    for number, code in enumerate(CODES):
-        own = [(places.index(name), row) for name, row in zip(names, rows, strict=True) if row["code"] == code]
-        shown = [(place + 0.4 * number, row) for place, row in own if "seconds" in row]
-        rates = [row["pairs_per_s"] for _, row in shown]
-        ends = [[abs(row["pairs"] / row["quartiles"][end] - row["pairs_per_s"]) for _, row in shown] for end in (1, 0)]
-        look = {"color": COLOURS[number], "yerr": ends, "capsize": 2.5, "label": code}
-        axes.bar([place for place, _ in shown], rates, 0.38, **look)
-    axes.set_xticks([place + 0.2 for place in range(len(places))], places, fontsize=7)
-    axes.set_xlabel("recipe, mask, number of GPUs", fontsize=7)
-    axes.set_ylabel("pairs/s of a GPU")
-    figure.legend(loc="outside upper center", ncols=len(CODES), frameon=False)
-    tidy(axes)
-    save_figure(figure, path)

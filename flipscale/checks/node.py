@@ -95,7 +95,7 @@ class Bench:
         folder: folder for logs and runs.
         recipes: names or files of the recipes whose steps are measured.
         batch_size: pairs of a GPU.
-        compared: names or files of the recipes that are measured beside open_clip, and with the trainer's loader.
+        trained: names or files of the recipes that are measured with the trainer's loader.
         shards: shards for the loader; None makes up pictures.
         starts: number of starts of a measurement.
         timed_steps: number of timed steps in a start.
@@ -108,7 +108,7 @@ class Bench:
     folder: Path
     recipes: Sequence[str]
     batch_size: int
-    compared: Sequence[str] = ()
+    trained: Sequence[str] = ()
     shards: str | None = None
     starts: int = 1
     timed_steps: int = 10

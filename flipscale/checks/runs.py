@@ -246,7 +246,7 @@ def check_loader(bench: Bench) -> None:
 def check_trainer(bench: Bench) -> None:
     """Measure the trainer with its own loader on all GPUs, under the engine whose steps are fastest on a node."""
     usual: Row = {"engine": "ddp", "compiled": True, "recomputes": False}
-    for name in bench.compared:
+    for name in bench.trained:
         own = min(steps_of(bench, name), key=lambda row: row["seconds"], default=usual)
         best = bench.figures.setdefault("fastest", {}).setdefault(name, {part: own[part] for part in usual})
         engine = "ddp" if best["engine"] == ALONE else best["engine"]

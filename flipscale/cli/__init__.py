@@ -28,7 +28,7 @@ VERBS = {
     "push": "Upload a trained model to the Hugging Face Hub.",
     "convert": "Convert models from and to the formats of other programs.",
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
-    "bench": "Check the GPUs of one or several nodes, and measure the training step and open_clip's on them.",
+    "bench": "Check the GPUs of one or several nodes, and measure the training step on them.",
 }
 
 # Verbs with a recipe's own parser, whose help needs none of the training's imports.

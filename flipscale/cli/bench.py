@@ -17,18 +17,18 @@ from flipscale.io.options import Pairs
 
 @dataclass(frozen=True, kw_only=True)
 class BenchGpu:
-    """Check the GPUs of this node and measure the training step on them, on made-up data, beside open_clip's. Under
-    srun, torchrun or `accelerate launch`, every node does so; then all check the network together.
+    """Check the GPUs of this node and measure the training step on them, on made-up data. Under srun,
+    torchrun or `accelerate launch`, every node does so; then all check the network together.
 
     All other options are those of `flipscale pretrain`, and change the recipes.
 
     Args:
         config: Recipes whose first stage is measured: files, or names of the package. Default: l16_laion400m and
-            h14_laion2b; b16_laion400m and l16_laion400m beside open_clip.
+            h14_laion2b.
         batch_size: Pairs of a GPU.
         shards: Shards for the loader. Default: made-up pictures of 500 x 400.
-        quick: Check only, with ten steps of one start; without open_clip and the trainer's loader.
-        output: File of all figures. report.md and report.png are written beside it.
+        quick: Check only, with ten steps of one start; without the trainer's loader.
+        output: File of all figures. report.md is written beside it.
     """
 
     config: list[str] = field(default_factory=list)
@@ -58,12 +58,12 @@ class BenchGpu:
                 f"{max(num_gpus, 1)}. Fix: see what `nvidia-smi` prints, and install torch for CUDA"
             )
         recipes = self.config or ["l16_laion400m", "h14_laion2b"]
-        compared = self.config or ["b16_laion400m", "l16_laion400m"]
+        trained = self.config or ["b16_laion400m", "l16_laion400m"]
         names = [Path(name).stem for name in self.config]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"config has {twice[0]} twice; rows are named by the file. Fix: rename one")
         # Refuses an unknown recipe or field before all checks.
-        texts = {name: to_yaml(parse_recipe(["--config", name, *fields])) for name in (*recipes, *compared)}
+        texts = {name: to_yaml(parse_recipe(["--config", name, *fields])) for name in (*recipes, *trained)}
         nodes = meet(os.environ)
         if len(set(counts := nodes.gather(num_gpus))) > 1:
             raise UserError(f"{', '.join(nodes.hosts)} have {counts} GPUs; expected equal numbers. Fix: leave one out")
@@ -74,9 +74,9 @@ class BenchGpu:
         if fields:
             for name, text in texts.items():
                 write_text(own / f"{Path(name).stem}.yaml", text)
-            recipes, compared = ([f"{own / Path(name).stem}.yaml" for name in one] for one in (recipes, compared))
+            recipes, trained = ([f"{own / Path(name).stem}.yaml" for name in one] for one in (recipes, trained))
         extent = (1, 10) if self.quick else (3, 50)
-        benches = [Bench(num_gpus, own, recipes, self.batch_size, () if self.quick else compared, self.shards, *extent)]
+        benches = [Bench(num_gpus, own, recipes, self.batch_size, () if self.quick else trained, self.shards, *extent)]
 
         def announce(line: str) -> None:
             if nodes.index == 0:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from open_clip.model import CLIP
 
+from benchmarks.gpu_step import open_clip_step
 from benchmarks.step import compare_steps
 from benchmarks.step_times import StepSetting, StepTimes, flip_step, matmul_peak, step_figures
-from flipscale.checks.open_clip import open_clip_step
 from flipscale.model import FlipConfig
 from flipscale.planning.flops import Step, forward_flops
 

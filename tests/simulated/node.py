@@ -209,7 +209,7 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
     # Clocks measure nothing here: every kernel takes a tenth of a second.
     stack.enter_context(patch("flipscale.checks.kernels.seconds_of", lambda call, *_: (call(), 0.1)[1]))
     stack.enter_context(patch.object(Loop, "take", _fake_time(Loop.take)))
-    stack.enter_context(patch("flipscale.checks.open_clip.timed_steps", _fake_turns))
+    stack.enter_context(patch("benchmarks.gpu_step.timed_steps", _fake_turns))
     stack.enter_context(patch("flipscale.checks.timing.open_gpu", lambda device: []))
     stack.enter_context(patch.object(torch.cuda, "clock_rate", lambda device: 1485))
     stack.enter_context(patch.object(torch.nn.Module, "compile", lambda module: None))

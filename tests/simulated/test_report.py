@@ -8,11 +8,11 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from benchmarks.gpu_step import draw, unlike
 from flipscale.checks import node, steps
 from flipscale.checks.bench import PROFILE, write_report
 from flipscale.checks.node import Bench
 from flipscale.checks.nodes import Nodes
-from flipscale.checks.open_clip import unlike
 from flipscale.checks.steps import ALONE, check_plan
 from flipscale.checks.timing import over_starts
 from flipscale.cli import main
@@ -61,6 +61,7 @@ def test_a_report_has_a_table_of_each_measurement(tmp_path: Path) -> None:
     assert cells["l16 open_clip 50%"][1:3] == ["640", "640 to 640"]
     assert cells["l16 open_clip 0%"][1] == "out of memory"
     assert cells["l16 ddp compiled recomputes"][5:] == ["25.0%", "1500", "650", "0.08"]
+    draw(bench.figures["open_clip"], tmp_path / "report.png")
     assert (tmp_path / "report.png").exists()
 
 
@@ -86,7 +87,7 @@ def test_any_recipe_and_any_field_can_be_benched(
     main(["bench", "gpu", *flags, *["--quick"] * quick])
     assert [(one.model.size, one.mask.kind) for one in recipes] == [("b16", "grid")]
     (bench,) = seen
-    assert list(bench.compared) == ([] if quick else bench.recipes)
+    assert list(bench.trained) == ([] if quick else bench.recipes)
     assert (bench.starts, bench.timed_steps) == ((1, 10) if quick else (3, 50))
     assert json.loads((tmp_path / "gpu.json").read_text())["num_gpus"] == 2
     assert "nsys profile" in capsys.readouterr().out

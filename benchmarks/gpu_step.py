@@ -1,8 +1,18 @@
-"""The trainer's step beside open_clip's, in turn on the same GPUs."""
+"""Measure the trainer's step and open_clip's in turn, at three masks, on one GPU of this machine and on all.
+
+    python benchmarks/gpu_step.py --config b16_laion400m l16_laion400m
+
+It writes all figures to `gpu_step.json`, and their tables and figure beside it.
+"""
 
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterator
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +22,22 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from flipscale.checks.bench import as_json, report, run_checks, write_report
+from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, CheckError, Finding, NotRun, Row
 from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variables, first_stage, operations
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.engines.build import start_accelerator
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
+from flipscale.evaluation.presentation.figures import COLOURS, can_draw, drawing_pyplot, save_figure, tidy
+from flipscale.io.atomic import write_text
+from flipscale.io.command_line import parse_command
+from flipscale.io.errors import UserError
+from flipscale.io.options import Pairs
 from flipscale.model import FlipConfig
 from flipscale.objectives.build import build_config
+from flipscale.process.console import report_user_errors
 from flipscale.process.watchdog import end_process
 from flipscale.recipe.optim import OptimRecipe
 from flipscale.recipe.recipe import Recipe
@@ -130,8 +149,8 @@ def check_open_clip(bench: Bench) -> None:
     """Compare the step with open_clip's at three masks, on one GPU and on all. The two are first by turns."""
     if find_spec("open_clip") is None:
         raise NotRun("open_clip is absent; `pip install git+https://github.com/mlfoundations/open_clip`")
-    worlds = dict.fromkeys((bench.num_gpus,) if len(bench.nodes.hosts) > 1 else (1, bench.num_gpus))
-    for recipe, world, mask_ratio in itertools.product(bench.compared, worlds, MASK_RATIOS):
+    worlds = dict.fromkeys((1, bench.num_gpus))
+    for recipe, world, mask_ratio in itertools.product(bench.recipes, worlds, MASK_RATIOS):
         name = f"open_clip {Path(recipe).stem} {mask_ratio:.0%}, {world} GPU{'s' * (world > 1)}"
         if other := unlike(parse_recipe(["--config", recipe])):
             bench.findings.append(Finding(name, "not run", f"open_clip has no {other}"))
@@ -155,3 +174,60 @@ def check_open_clip(bench: Bench) -> None:
         if all("seconds" in row for row in both):
             words.append(f"flipscale is {both[1]['seconds'] / both[0]['seconds']:.2f} times as fast")
         bench.add(name, ", ".join(words))
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the pairs per second of a GPU, with quartiles, for each recipe, mask and number of GPUs."""
+    figure, axes = drawing_pyplot().subplots(figsize=(9, 4.5), constrained_layout=True)
+    names = [f"{Path(row['recipe']).stem}\n{row['mask_ratio']:.0%} masked\non {row['gpus']}" for row in rows]
+    places = list(dict.fromkeys(names))
+    for number, code in enumerate(CODES):
+        own = [(places.index(name), row) for name, row in zip(names, rows, strict=True) if row["code"] == code]
+        shown = [(place + 0.4 * number, row) for place, row in own if "seconds" in row]
+        rates = [row["pairs_per_s"] for _, row in shown]
+        ends = [[abs(row["pairs"] / row["quartiles"][end] - row["pairs_per_s"]) for _, row in shown] for end in (1, 0)]
+        look = {"color": COLOURS[number], "yerr": ends, "capsize": 2.5, "label": code}
+        axes.bar([place for place, _ in shown], rates, 0.38, **look)
+    axes.set_xticks([place + 0.2 for place in range(len(places))], places, fontsize=7)
+    axes.set_xlabel("recipe, mask, number of GPUs", fontsize=7)
+    axes.set_ylabel("pairs/s of a GPU")
+    figure.legend(loc="outside upper center", ncols=len(CODES), frameon=False)
+    tidy(axes)
+    save_figure(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuStep:
+    """Measure the trainer's step beside open_clip's on the GPUs of this machine.
+
+    Args:
+        config: Recipes whose first stage is measured: files, or names of the package.
+        batch_size: Pairs of a GPU.
+        output: File of all figures. report.md and report.png are written beside it.
+    """
+
+    config: list[str] = field(default_factory=lambda: ["b16_laion400m", "l16_laion400m"])
+    batch_size: Pairs = 256
+    output: Path = Path("gpu_step.json")
+
+    def run(self) -> None:
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for the processes of the check
+        num_gpus = torch.cuda.device_count()
+        if not num_gpus:
+            raise UserError(f"torch {torch.__version__} sees no GPU. Fix: see what `nvidia-smi` prints")
+        folder = Path(tempfile.mkdtemp(prefix="gpu-step-"))
+        bench = Bench(num_gpus, folder, self.config, self.batch_size, starts=3, timed_steps=50)
+        run_checks(bench, lambda line: print(line, file=sys.stderr, flush=True), [check_machine, check_open_clip])
+        write_text(self.output, f"{json.dumps(as_json(bench))}\n")
+        page = self.output.with_name("report.md")
+        write_report([bench], page)
+        if can_draw() and (rows := bench.figures.get("open_clip", [])):
+            draw(rows, page.with_suffix(".png"))
+        print(report(bench))
+
+
+if __name__ == "__main__":
+    from benchmarks import gpu_step  # its processes import the check by this name
+
+    with report_user_errors():
+        parse_command(gpu_step.GpuStep).run()
