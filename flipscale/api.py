@@ -15,6 +15,7 @@ from flipscale.evaluation.suite import build_tasks
 from flipscale.io.errors import UserError
 from flipscale.process.console import start_logging
 from flipscale.process.preemption import Stopped
+from flipscale.process.state import kept_state
 from flipscale.recipe.recipe import Recipe
 from flipscale.start.complete_recipe import parse_recipe
 
@@ -68,9 +69,10 @@ def train(recipe: Recipe) -> Path:
             "process at a time. Fix: start each in a process of its own"
         )
     try:
-        start_logging()
-        pretrain(recipe)
-        write_page(recipe)
+        with kept_state():
+            start_logging()
+            pretrain(recipe)
+            write_page(recipe)
     except Stopped:
         raise KeyboardInterrupt(f"{run_dir} has saved and stopped") from None
     finally:

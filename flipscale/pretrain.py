@@ -1,21 +1,15 @@
 """Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
 
-import gc
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flipscale.io.streams import use_utf8
+from flipscale.process import state
 
 if __name__ == "__main__":
-    use_utf8()  # before the imports, which take seconds
-    gc.disable()  # until the first step, see `main`
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # The imports below take seconds, in which Ctrl-C would print a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    state.begin_imports()
 
 from flipscale.checks.start import check_recipe
 from flipscale.engines.checkpoint import from_main_process
@@ -42,8 +36,8 @@ from flipscale.start.session import StartTimings, is_done, join, open_run_direct
 from flipscale.start.setup import open_setup
 
 
-def pretrain(recipe: Recipe) -> Path:
-    """Collective. Train a recipe, and return the run directory.
+def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
+    """Collective. Train a recipe, and return the run directory. With `of_process`, its start began with the process.
 
     Raises:
         Stopped: a signal or the stop file asked for an end; the run has saved and can be resumed.
@@ -53,7 +47,7 @@ def pretrain(recipe: Recipe) -> Path:
     """
     run_dir = Path(recipe.output_dir)
     recipe = with_time_shares(with_vocabulary(recipe, fetches=True))
-    timings, checkpoint = StartTimings(), open_run_directory(recipe)
+    timings, checkpoint = StartTimings(of_process), open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return run_dir
     check_writable(run_dir / "checkpoints", "the folder of checkpoints")
@@ -63,7 +57,7 @@ def pretrain(recipe: Recipe) -> Path:
     tasks, class_names = check_tasks(recipe)
     setup = open_setup(recipe, is_fresh=checkpoint is None)
     timings.end("data")
-    gc.freeze()  # the imports, so that the collection before the first step is short
+    state.freeze_imports()
     open_target(recipe.hub, checkpoint is not None)
     session = join(setup, timings, test_set_digests(tasks))
     try:
@@ -147,24 +141,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--dry_run" in arguments:
             from flipscale.planning.dry_run import dry_run
 
-            gc.enable()
+            state.turn_collector_on()
             return dry_run(arguments, check_recipe)
-        # The collector would go through the objects of all imports again and again, for a fifth of the start's time.
-        gc.disable()
-        try:
+        with state.without_collector():
             recipe = parse_recipe(arguments)
             error_report.run_dir = Path(recipe.output_dir)
             with suppress(Stopped):
-                pretrain(recipe)
+                pretrain(recipe, of_process=True)
             close_process_group()
             write_page(recipe)
             push_finished(recipe)
-        finally:
-            gc.enable()
     exit_now()
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    state.end_imports()
     main()

@@ -1,6 +1,5 @@
 """The command `flipscale VERB`. Each verb is the module of its name."""
 
-import gc
 import importlib
 import resource
 import sys
@@ -8,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flipscale.io.command_line import Command, Parser, add_commands
-from flipscale.io.streams import use_utf8
 from flipscale.process.console import report_user_errors
+from flipscale.process.state import use_utf8, without_collector
 
 VERBS = {
     "prepare": "Prepare data: write, index, inspect and audit shards, train tokenizers, and download test sets.",
@@ -50,8 +49,8 @@ def _run(arguments: list[str]) -> None:
             importlib.import_module("flipscale.recipe.recipe").build_parser(arguments[0]).parse_args(["--help"])
         if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < _LEAST_MEMORY:
             raise MemoryError("training's libraries need 1.5 GB")  # below, their import may end in a segmentation fault
-        gc.disable()  # as `main` does, which enables it
-        return importlib.import_module("flipscale.pretrain").main(arguments[1:])
+        with without_collector():
+            return importlib.import_module("flipscale.pretrain").main(arguments[1:])
     if arguments[:1] == ["check"] or arguments[:2] == ["bench", "gpu"]:  # their other flags are a recipe's
         return importlib.import_module(f"flipscale.cli.{arguments[0]}").main(arguments[1:])
     command: Any = parse(arguments)

@@ -24,6 +24,7 @@ from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers
 from flipscale.io.yaml_text import check_yaml
 from flipscale.process.console import start_logging
+from flipscale.process.state import set_defaults
 from flipscale.recipe.outputs import TASKS_DIR
 
 # Everything that embeds and scores is imported where it is needed, because it takes seconds and `--help` needs none.
@@ -106,7 +107,7 @@ class Evaluate:
         models still get their results, and the command ends with the error."""
         # Beside other work, torch's OpenMP threads would spend most of their time on spinning for each other: on two
         # busy cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        set_defaults(OMP_WAIT_POLICY="passive")
         models = name_models(self.models, self.output_dir)  # before the slow imports
         from flipscale.engines.build import start_accelerator
         from flipscale.evaluation import masked

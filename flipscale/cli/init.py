@@ -18,6 +18,7 @@ from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, is_utf8, quoted
 from flipscale.io.options import Count, MinutesAboveZero, Positive
+from flipscale.process.state import environment
 
 if TYPE_CHECKING:
     from flipscale.data.samples import Source
@@ -210,13 +211,12 @@ def _search(
         for task in _tasks(folder, "guards")
     ]
     faster = faster_precision(os.environ)
-    os.environ.update(faster)
     # The trials' own lines, and transformers' about the weights of each trial.
     levels = {logger: logger.level for logger in map(logging.getLogger, ("flipscale", "transformers"))}
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, environment(**faster):
             lines, recipe, alpha = propose_finetuning(
                 *(train, start, source, named, data, args.minutes or _START_MINUTES, Path(folder), tests, guards),
                 output_dir=f"runs/{args.recipe.stem}",
@@ -227,8 +227,6 @@ def _search(
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-        for variable in faster:
-            del os.environ[variable]
     print("\n".join(["", *lines]))
     if not recipe:
         return

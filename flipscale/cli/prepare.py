@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from flipscale.io.options import (
 )
 from flipscale.preparation.lists import FOLDER, open_pairs, source_of
 from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.process.state import set_defaults
 from flipscale.recipe.data import DataRecipe
 
 Names = list[str]  # because a field of `Tasks` is called list
@@ -340,7 +340,7 @@ class Embed:
     num_workers: Workers | None = None
 
     def run(self) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `flipscale.cli.evaluate`
+        set_defaults(OMP_WAIT_POLICY="passive")  # see `flipscale.cli.evaluate`
         from flipscale.data.features import TeacherCrops
         from flipscale.engines.build import start_accelerator
         from flipscale.hub.loading import open_embedder

@@ -4,7 +4,6 @@ Dead workers are restarted, and batches are copied to the device ahead.
 """
 
 import ctypes
-import gc
 import logging
 import math
 import multiprocessing
@@ -28,6 +27,7 @@ from flipscale.data.pairs import PairDataset
 from flipscale.data.samples import Fault
 from flipscale.io.cores import end_with_parent
 from flipscale.io.errors import UserError
+from flipscale.process.state import begin_worker
 from flipscale.recipe.data import divisors_around
 
 _ALIGNMENT = 64
@@ -299,18 +299,9 @@ def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
 
 
 def set_up_worker(worker: int) -> None:
-    """Set up a worker process: signals ignored, garbage collector on, freed memory kept, tokenizers on one thread. It
-    ends with its parent, even while it is suspended.
-
-    A terminal or a batch system signals all processes, but the trainer needs its workers until it has saved. The
-    trainer turns its garbage collector off, and forked workers inherit that.
-    """
+    """Set up a worker process, which keeps freed memory. It ends with its parent, even while it is suspended."""
     end_with_parent()
-    signal.set_wakeup_fd(-1)  # else the trainer would get its workers' signals, too
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    gc.enable()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer reads it at each batch
+    begin_worker(_IGNORED)
     keep_decoded_memory()
 
 

@@ -9,6 +9,7 @@ import torch
 from flipscale.engines.device import choose_kernels, keep_freed_memory, set_up_gpu
 from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision
 from flipscale.io.errors import UserError
+from flipscale.process.state import environment
 from flipscale.process.world import promised_processes
 from flipscale.recipe.optim import OptimRecipe
 
@@ -71,22 +72,20 @@ def start_accelerator(report_to: list[str], run_dir: str, is_watched: bool = Fal
     # A script's run before this one may have had another precision, which accelerate keeps for the process.
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()
-    hidden = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
     try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=not torch.cuda.is_available(),
-            log_with=report_to or None,
-            project_dir=run_dir,
-            kwargs_handlers=patience,
-        )
+        with environment(**dict.fromkeys(_SHARDING)):
+            accelerator = Accelerator(
+                mixed_precision=precision,
+                cpu=not torch.cuda.is_available(),
+                log_with=report_to or None,
+                project_dir=run_dir,
+                kwargs_handlers=patience,
+            )
     except ValueError as error:  # a malformed address, port or switch
         raise UserError(
             f"the environment is not one that a launcher sets ({error}); unset its ACCELERATE_ and MASTER_ "
             "variables, or use a launcher"
         ) from error
-    finally:
-        os.environ.update(hidden)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
         raise UserError(

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from flipscale.io.errors import UserError
+from flipscale.process.state import set_defaults
 
 _log = logging.getLogger(__name__)
 
@@ -170,10 +171,10 @@ def set_up_gpu() -> None:
         # Growing segments, because stages and evaluations allocate different sizes. Free parts of fixed segments would
         # be too small.
         # torch reads it at the first allocation on a GPU.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        set_defaults(PYTORCH_ALLOC_CONF="expandable_segments:True")
     # Number of collectives, which name the straggler of a slow or hung step. A step of H/14 has 260, each of its
     # micro-batches 130. TORCH_NCCL_ENABLE_TIMING=1 records their time on the GPU.
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "8192")
+    set_defaults(TORCH_FR_BUFFER_SIZE="8192")
 
 
 def attention_kernel(device: torch.device, bf16: bool, head_dim: int) -> str:

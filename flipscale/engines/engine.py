@@ -6,7 +6,6 @@ The launch chooses the engine (`flipscale.engines.build.engine_classes`). All en
 same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
 """
 
-import gc
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from flipscale.engines.trainable import freeze
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.process.slow_steps import PhaseLog
+from flipscale.process.state import collect_garbage
 from flipscale.recipe.optim import OptimRecipe
 
 if TYPE_CHECKING:
@@ -308,10 +308,7 @@ class Engine:
             self.layout.forget_moments()
             return
         self._release()
-        # The wrapper has reference cycles, and the loop has turned Python's collector off.
-        gc.unfreeze()
-        gc.collect()
-        gc.freeze()
+        collect_garbage(frozen=True)  # the wrapper has reference cycles
         self._prepare(frozen)
 
     def recompute(self, enabled: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
+from flipscale.process import state
 from flipscale.recipe.recipe import to_yaml
 from flipscale.recipe.schedule import Step, has_passed, is_due
 
@@ -174,14 +174,11 @@ class BetweenSteps:
         self._records = False
 
     def __enter__(self) -> BetweenSteps:
-        gc.collect()
-        gc.freeze()  # the objects of the set-up live as long as the run
-        gc.disable()
+        state.begin_steps()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        gc.enable()
-        gc.unfreeze()
+        state.turn_collector_on()
         # A run that ends early keeps the profile of its steps. After an error on several GPUs there is none, because
         # waiting for the device may mean waiting for other processes.
         if error is None or not (self._cuda and self._is_one_of_several):
@@ -204,7 +201,7 @@ class BetweenSteps:
         if self._steps == traced + self._memory_steps:
             self._stop_history()
         if num_steps % _COLLECT_EVERY_STEPS == 0:
-            gc.collect()
+            state.collect_garbage()
 
     def _stop_trace(self) -> None:
         if self._is_under_nsys:

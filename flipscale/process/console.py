@@ -21,10 +21,11 @@ from typing import NamedTuple, NoReturn
 
 import flipscale
 from flipscale.io.errors import UserError
-from flipscale.io.streams import flush_or_drop, is_unread, open_streams, silence_other_packages
+from flipscale.io.streams import flush_or_drop, is_unread
 from flipscale.io.surroundings import known, versions
 from flipscale.io.urls import without_secrets
 from flipscale.process.preemption import EndRequest, refuse_restart
+from flipscale.process.state import safe_streams, silence_other_packages
 
 # With this variable set, every error prints its traceback.
 DEBUG = "FLIPSCALE_DEBUG"
@@ -108,26 +109,24 @@ def report_user_errors() -> Iterator[ErrorReport]:
     A process of several exits without unwinding, because that might wait for the other processes, which wait for this
     one. If several processes fail with the same line, one of them prints it.
     """
-    before, report = (sys.stdout, sys.stderr), ErrorReport()
-    open_streams()
+    report = ErrorReport()
     threading.excepthook = lambda failed: _log_thread_failure(failed, report)
     # Errors of objects under destruction can neither be caught nor mended.
     sys.unraisablehook = sys.__unraisablehook__ if _is_debugging() else lambda unraisable: None
-    try:
-        with EndRequest():
-            try:
-                yield report
-            except SystemExit as ended:
-                if not ended.code:  # `--help`
-                    sys.stdout.flush()
-                raise
-            sys.stdout.flush()
-    except SystemExit:
-        raise
-    except BaseException as error:
-        _leave(_ending_of(error, report.run_dir), error, report)
-    finally:
-        sys.stdout, sys.stderr = before
+    with safe_streams():
+        try:
+            with EndRequest():
+                try:
+                    yield report
+                except SystemExit as ended:
+                    if not ended.code:  # `--help`
+                        sys.stdout.flush()
+                    raise
+                sys.stdout.flush()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            _leave(_ending_of(error, report.run_dir), error, report)
 
 
 @contextmanager

@@ -114,10 +114,11 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
 
 
 class StartTimings(dict[str, float]):
-    """The seconds of each part of a start, from the start of the process on: imports, data, processes, checkpoint."""
+    """The seconds of each part of a start: imports, data, processes, checkpoint. It begins with the process if
+    `of_process`, else now."""
 
-    def __init__(self) -> None:
-        ticks = start_of(os.getpid()) or math.inf  # since the boot; unknown without /proc
+    def __init__(self, of_process: bool = False) -> None:
+        ticks = (of_process and start_of(os.getpid())) or math.inf  # since the boot; unknown without /proc
         self._last = min(float(ticks) / os.sysconf("SC_CLK_TCK"), time.clock_gettime(time.CLOCK_BOOTTIME))
 
     def end(self, part: str) -> None:

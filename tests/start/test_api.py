@@ -1,5 +1,6 @@
 """Runs that a script trains by `flipscale.api`."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import processes
@@ -107,6 +109,33 @@ def train_at_precisions(file: str, folder: str) -> None:
         train(read_recipe(file, output_dir=f"{folder}/{number}"))
 
 
+def state_of_the_process() -> dict[str, object]:
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    collector = (gc.isenabled(), gc.get_freeze_count())
+    return {
+        **{"collector": collector, "environment": dict(os.environ), "handlers": handlers},
+        **{"streams": (sys.stdout, sys.stderr), "warnings": list(warnings.filters)},
+    }
+
+
+def train_and_compare_states(file: str) -> None:
+    """Train a recipe, and let another one fail after its data was opened. Exit with the fields that have changed."""
+    import flipscale.pretrain  # noqa: F401, because imports of other packages change the state
+
+    before = state_of_the_process()
+    time.sleep(1.0)
+    run_dir = train(read_recipe(file))
+    seconds = json.loads((run_dir / "starts.jsonl").read_text())["seconds"]
+    after = [state_of_the_process()]
+    try:
+        train(read_recipe(file, output_dir=str(run_dir.parent / "refused"), **{"hub.audit": "none.json"}))
+    except UserError:
+        after.append(state_of_the_process())
+    changed = [name for state in after for name, value in before.items() if state[name] != value]
+    print(len(after), changed, seconds, file=sys.__stderr__)
+    sys.exit(3 if len(after) == 2 and not changed else 1)
+
+
 ONE_STAGE = [{"name": "one", "samples": 64, "mask_ratio": 0.75, "base_lr": 0.01}]
 
 
@@ -130,6 +159,11 @@ def test_a_run_after_another_of_its_process_learns_as_alone(write_recipe, tmp_pa
     assert processes.exit_codes([together, alone]) == [0, 0]
     assert losses(tmp_path / "1") == losses(tmp_path / "alone") != losses(tmp_path / "0")
     assert losses(tmp_path / "2") == losses(tmp_path / "0")
+
+
+def test_a_script_s_process_is_after_a_run_as_it_was_before(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "run", stages=ONE_STAGE, data={"num_workers": 1})
+    assert processes.exit_codes([processes.start(train_and_compare_states, str(file))]) == [3]
 
 
 def test_a_run_trains_in_a_thread(write_recipe, tmp_path: Path) -> None:
