@@ -35,6 +35,9 @@ from flipscale.start.pretrained_fields import with_vocabulary
 from flipscale.start.session import StartTimings, is_done, join, open_run_directory, resume, watched
 from flipscale.start.setup import open_setup
 
+# The server of workers imports them once, because every worker needs the trainer's main module and its loaders.
+_WORKER_MODULES = ("flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding")
+
 
 def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
     """Collective. Train a recipe, and return the run directory. With `of_process`, its start began with the process.
@@ -59,7 +62,7 @@ def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
     timings.end("data")
     state.freeze_imports()
     open_target(recipe.hub, checkpoint is not None)
-    session = join(setup, timings, test_set_digests(tasks))
+    session = join(setup, timings, test_set_digests(tasks), _WORKER_MODULES)
     try:
         if recipe.data.stored or recipe.data.teachers:
             from flipscale.preparation.feature_writer import check_stored  # imports the models

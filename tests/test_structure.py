@@ -1,6 +1,7 @@
 """The structure of the package: who may import whom, no circles, and the imports of `--help`."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,10 +66,39 @@ def imports(file: Path, package: str = "") -> set[str]:
     return names
 
 
+def names_in_text(code: str) -> set[str]:
+    """Return the modules of the package that code names as text, but for commands, where a flag is beside the name."""
+    nodes = list(ast.walk(ast.parse(code)))
+    texts = [node for node in nodes if isinstance(node, ast.Constant) and node.value in MODULES.keys() - {"flipscale"}]
+    lists = [node.elts for node in nodes if isinstance(node, ast.List | ast.Tuple)]
+    flags = [{at for at, one in enumerate(words) if str(getattr(one, "value", "")).startswith("-")} for words in lists]
+    commands = [
+        one for words, at in zip(lists, flags, strict=True) for i, one in enumerate(words) if {i - 1, i + 1} & at
+    ]
+    return {str(node.value) for node in texts if node not in commands}
+
+
 def imports_of(module: str) -> set[str]:
-    """Return the modules that a module of the package imports."""
+    """Return the modules that a module of the package imports, or names as text for an import at run time."""
     file = MODULES[module]
-    return imports(file, module if file.name == "__init__.py" else module.rpartition(".")[0])
+    named = set() if folder_of(module) == "cli" else names_in_text(file.read_text(encoding="utf-8")) - {module}
+    return named | imports(file, module if file.name == "__init__.py" else module.rpartition(".")[0])
+
+
+def test_a_module_named_as_text_is_an_import() -> None:
+    assert names_in_text("preload(['flipscale.pretrain', 'flipscale.io'])") == {"flipscale.pretrain", "flipscale.io"}
+    assert not names_in_text(
+        "run([python, '-m', 'flipscale.cli', verb], [*launcher, 'flipscale.pretrain', '--config'])"
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_state_of_the_process_is_changed_in_one_module(module: str) -> None:
+    code = MODULES[module].read_text(encoding="utf-8")
+    if module != "flipscale.process.state":
+        assert "gc" not in imports_of(module)
+        assert not re.search(r"os\.environ(\[\S+\] = |\.(pop|setdefault|update|clear)\b)|del os\.environ", code)
+        assert not re.search(r"sys\.std(out|err) = ", code)
 
 
 @pytest.mark.parametrize("module", MODULES)

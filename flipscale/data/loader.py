@@ -33,8 +33,6 @@ from flipscale.recipe.data import divisors_around
 _ALIGNMENT = 64
 # Locks and queues need less; batches without room go through pipes.
 _LEAST_SHARED_BYTES = 1 << 20
-# Modules that the workers' server imports once for all workers.
-_IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
 # A limit, because a sample that kills its worker would be read again by each new worker.
 _MAX_DEATHS_IN_A_ROW = 3
 # Signals of a terminal or a batch system to all processes, which are for the trainer.
@@ -264,10 +262,10 @@ def worker_context() -> str | None:
     return "forkserver" if torch.cuda.is_available() else None
 
 
-def prepare_workers() -> None:
-    """Start the server of workers (with a GPU only), without waiting for its imports."""
+def prepare_workers(modules: Sequence[str]) -> None:
+    """Start the server of workers (with a GPU only), without waiting for its imports: `modules`, once for all."""
     if worker_context() == "forkserver":
-        multiprocessing.set_forkserver_preload(_IMPORTED_BY_WORKERS)
+        multiprocessing.set_forkserver_preload([*modules])
         with _deaf_children():
             forkserver.ensure_running()
 

@@ -14,6 +14,7 @@ from flipscale.engines.engine import Batch, Engine, Layout, ModelMemory, Shard, 
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.optimizers import build_optimizers, empty_state, num_trained
 from flipscale.io.errors import UserError
+from flipscale.process.state import set_defaults
 
 # DeepSpeed's defaults, in elements.
 _BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
@@ -40,7 +41,7 @@ class ZeroEngine(Engine):
                 "flipscale.pretrain` or `torchrun -m flipscale.pretrain`"
             )
         if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            set_defaults(DS_ACCELERATOR="cpu")
         import deepspeed
 
         # On a CPU DeepSpeed would compile this operation, and wait forever for the lock of a killed compilation.

@@ -126,10 +126,15 @@ class StartTimings(dict[str, float]):
         self[part], self._last = round(now - self._last, 2), now
 
 
-def join(setup: TrainingSetup, timings: StartTimings, test_sets: Mapping[str, Any] | None = None) -> Session:
+def join(
+    setup: TrainingSetup,
+    timings: StartTimings,
+    test_sets: Mapping[str, Any] | None = None,
+    worker_modules: Sequence[str] = (),
+) -> Session:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
-    `test_sets` are digests of the test sets by task.
+    `test_sets` are digests of the test sets by task. The server of workers imports `worker_modules`.
 
     Raises:
         UserError: processes are missing, their recipes, launches, data or run directories differ, the data is not the
@@ -141,7 +146,7 @@ def join(setup: TrainingSetup, timings: StartTimings, test_sets: Mapping[str, An
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
         accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir, is_watched=True)
         # Now, because accelerate may bind this process to the cores near its GPU, and workers inherit them.
-        prepare_workers()
+        prepare_workers(worker_modules)
         _refuse_other_settings(accelerator, {**_shared_settings(recipe), "test sets": dict(test_sets or {})})
         # A node's copy of the data may be older or incomplete, and its order of samples would differ.
         digest = setup.fingerprint

@@ -212,14 +212,13 @@ import os, signal, sys
 from multiprocessing import forkserver
 from flipscale.data import loader
 
-loader._IMPORTED_BY_WORKERS = []
 loader.worker_context = lambda: "forkserver"
 
 def main():
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     for number in numbers:
         signal.signal(number, lambda *about: None)
-    loader.prepare_workers()
+    loader.prepare_workers([])
     batches = loader.start_workers(loader.DataLoader(
         range(1000), num_workers=2, worker_init_fn=loader.set_up_worker, multiprocessing_context="forkserver"
     ))

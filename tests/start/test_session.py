@@ -1,7 +1,7 @@
 """What is asked before a run begins."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,7 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
 ) -> None:
     cores = os.sched_getaffinity(0)
 
-    def stop() -> None:
+    def stop(modules: Sequence[str]) -> None:
         raise InterruptedError(sorted(os.sched_getaffinity(0)))
 
     monkeypatch.setattr(session, "start_accelerator", lambda *_, **__: os.sched_setaffinity(0, {min(cores)}))
