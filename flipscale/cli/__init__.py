@@ -4,9 +4,8 @@ import importlib
 import resource
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from flipscale.io.command_line import Command, Parser, add_commands
+from flipscale.io.command_line import Command, Parser, add_commands, others_field
 from flipscale.process.console import report_user_errors
 from flipscale.process.state import use_utf8, without_collector
 
@@ -51,21 +50,20 @@ def _run(arguments: list[str]) -> None:
             raise MemoryError("training's libraries need 1.5 GB")  # below, their import may end in a segmentation fault
         with without_collector():
             return importlib.import_module("flipscale.pretrain").main(arguments[1:])
-    if arguments[:1] == ["check"] or arguments[:2] == ["bench", "gpu"]:  # their other flags are a recipe's
-        return importlib.import_module(f"flipscale.cli.{arguments[0]}").main(arguments[1:])
-    command: Any = parse(arguments)
-    # Verbs do not import each other, and trials of `init` train.
-    command.run(*([_train] if arguments[0] == "init" else []))
-
-
-def _train(recipe: Any) -> Any:
-    return importlib.import_module("flipscale.pretrain").pretrain(recipe)
+    parse(arguments).run()
 
 
 def parse(arguments: Sequence[str]) -> Command:
     """Return the dataclass of a command line of a verb without training."""
-    parsed = vars(build_parser(arguments[0] if arguments else "").parse_args(arguments))
-    return parsed.pop("command")(**parsed)
+    parser = build_parser(arguments[0] if arguments else "")
+    namespace, others = parser.parse_known_args(arguments)
+    parsed = vars(namespace)
+    command = parsed.pop("command")
+    if name := others_field(command):
+        parsed[name] = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return command(**parsed)
 
 
 def build_parser(verb: str) -> Parser:

@@ -5,12 +5,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flipscale.io.atomic import write_text
-from flipscale.io.command_line import parse_known
+from flipscale.io.command_line import OTHERS
 from flipscale.io.errors import UserError
 from flipscale.io.options import Pairs
 
@@ -29,6 +28,7 @@ class BenchGpu:
         shards: Shards for the loader. Default: made-up pictures of 500 x 400.
         quick: Check only, with ten steps of one start; without the trainer's loader.
         output: File of all figures. report.md is written beside it.
+        fields: A recipe's flags.
     """
 
     config: list[str] = field(default_factory=list)
@@ -36,8 +36,9 @@ class BenchGpu:
     shards: str | None = None
     quick: bool = False
     output: Path = Path("gpu.json")
+    fields: list[str] = field(default_factory=list, metadata=OTHERS)
 
-    def run(self, fields: Sequence[str] = ()) -> None:
+    def run(self) -> None:
         """Run all checks of the recipes with changed `fields`, and write the figures. A node's first process does so
         for all, and the first node prints."""
         from flipscale.checks.bench import PROFILE, as_json, check_nodes, report, run_checks, write_report
@@ -63,7 +64,7 @@ class BenchGpu:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"config has {twice[0]} twice; rows are named by the file. Fix: rename one")
         # Refuses an unknown recipe or field before all checks.
-        texts = {name: to_yaml(parse_recipe(["--config", name, *fields])) for name in (*recipes, *trained)}
+        texts = {name: to_yaml(parse_recipe(["--config", name, *self.fields])) for name in (*recipes, *trained)}
         nodes = meet(os.environ)
         if len(set(counts := nodes.gather(num_gpus))) > 1:
             raise UserError(f"{', '.join(nodes.hosts)} have {counts} GPUs; expected equal numbers. Fix: leave one out")
@@ -71,7 +72,7 @@ class BenchGpu:
         place = self.output.resolve().parent if several else None  # which all nodes see
         shared = Path(nodes.gather("" if nodes.index else tempfile.mkdtemp(prefix="flipscale-bench-", dir=place))[0])
         (own := shared / f"node-{nodes.index}").mkdir()
-        if fields:
+        if self.fields:
             for name, text in texts.items():
                 write_text(own / f"{Path(name).stem}.yaml", text)
             recipes, trained = ([f"{own / Path(name).stem}.yaml" for name in one] for one in (recipes, trained))
@@ -106,9 +107,3 @@ class BenchGpu:
 
 
 COMMANDS = {"gpu": BenchGpu}
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run `flipscale bench gpu` by its arguments and a recipe's."""
-    args, fields = parse_known(BenchGpu, arguments[1:], "flipscale bench gpu")
-    args.run(fields)

@@ -3,11 +3,10 @@
 Data, test sets, GPUs, the Hub and other processes stay unopened, so the check runs where jobs are submitted.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flipscale.io.command_line import parse_known
+from flipscale.io.command_line import OTHERS
 from flipscale.io.model_folder import local_folder
 from flipscale.io.options import Count
 
@@ -26,6 +25,7 @@ class Check:
         num_processes: Number of processes. Default: the launch file's.
         num_machines: Number of machines. Default: the launch file's.
         pending: Start weights may be missing, because another job writes them.
+        flags: A recipe's flags.
     """
 
     config: list[list[str]] = field(default_factory=list)
@@ -33,34 +33,33 @@ class Check:
     num_processes: Count | None = None
     num_machines: Count | None = None
     pending: bool = False
+    flags: list[str] = field(default_factory=list, metadata=OTHERS)
 
+    def run(self) -> None:
+        """Print a line for each recipe that can run. Raise UserError for the first that cannot."""
+        names, *others = self.config or [[]]
+        flags = [*(word for other in others for name in other for word in ("--config", name)), *self.flags]
+        from flipscale.checks.start import check_recipe
+        from flipscale.planning.budget import with_time_shares
+        from flipscale.planning.dry_run import planned_launch
+        from flipscale.start.complete_recipe import parse_recipe
+        from flipscale.start.pretrained_fields import with_vocabulary
+        from flipscale.start.session import is_done, open_run_directory
 
-def main(arguments: Sequence[str]) -> None:
-    """Print a line for each recipe that can run. Raise UserError for the first that cannot."""
-    args, flags = parse_known(Check, arguments, "flipscale check")
-    names, *others = args.config or [[]]
-    flags = [*(word for other in others for name in other for word in ("--config", name)), *flags]
-    from flipscale.checks.start import check_recipe
-    from flipscale.planning.budget import with_time_shares
-    from flipscale.planning.dry_run import planned_launch
-    from flipscale.start.complete_recipe import parse_recipe
-    from flipscale.start.pretrained_fields import with_vocabulary
-    from flipscale.start.session import is_done, open_run_directory
-
-    launch = planned_launch(args.launch_file, args.num_processes, args.num_machines)
-    for words in [["--config", name] for name in names] or [[]]:
-        recipe = with_time_shares(parse_recipe([*words, *flags], is_saved=args.pending))
-        model, checkpoint, folders = recipe.model, open_run_directory(recipe), list[Path | None]()
-        is_done(recipe, checkpoint)
-        if checkpoint is None and not args.pending:
-            folders = [local_folder(start) for start in (model.init_from, model.vision, model.text) if start]
-        if reads_start := bool(folders) and None not in folders:
-            recipe = with_vocabulary(recipe, fetches=True)
-        # The towers' fields come with their weights.
-        if not (args.pending and model.family == "towers"):
-            check_recipe(recipe, launch, not args.pending, reads_start)
-        count, pairs = launch.num_processes, recipe.data.global_batch_size
-        print(
-            f"{''.join(words[1:]) or 'the recipe'} can run with {launch.engine} on {count:,} process"
-            f"{'es' * (count != 1)} of {pairs // count:,} pairs; data and GPUs were not looked at"
-        )
+        launch = planned_launch(self.launch_file, self.num_processes, self.num_machines)
+        for words in [["--config", name] for name in names] or [[]]:
+            recipe = with_time_shares(parse_recipe([*words, *flags], is_saved=self.pending))
+            model, checkpoint, folders = recipe.model, open_run_directory(recipe), list[Path | None]()
+            is_done(recipe, checkpoint)
+            if checkpoint is None and not self.pending:
+                folders = [local_folder(start) for start in (model.init_from, model.vision, model.text) if start]
+            if reads_start := bool(folders) and None not in folders:
+                recipe = with_vocabulary(recipe, fetches=True)
+            # The towers' fields come with their weights.
+            if not (self.pending and model.family == "towers"):
+                check_recipe(recipe, launch, not self.pending, reads_start)
+            count, pairs = launch.num_processes, recipe.data.global_batch_size
+            print(
+                f"{''.join(words[1:]) or 'the recipe'} can run with {launch.engine} on {count:,} process"
+                f"{'es' * (count != 1)} of {pairs // count:,} pairs; data and GPUs were not looked at"
+            )

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from flipscale.data.samples import Source
     from flipscale.planning.proposal import Proposal, Survey
     from flipscale.recipe.data import SourceRecipe
-    from flipscale.recipe.recipe import Recipe
     from flipscale.studies.finetuning import Start
 
 _MINUTES, _START_MINUTES = 30.0, 10.0
@@ -72,13 +71,13 @@ class Init:
     num_gpus: Count = 1
     hours: Positive | None = None
 
-    def run(self, train: "Callable[[Recipe], Path]") -> None:
-        """Survey the data, propose a recipe, find its speed, and write it. `train` trains the trials of a start."""
+    def run(self) -> None:
+        """Survey the data, propose a recipe, find its speed, and write it."""
         _check_options(self)
         with _claimed(self.recipe):
-            self._propose(train)
+            self._propose()
 
-    def _propose(self, train: "Callable[[Recipe], Path]") -> None:
+    def _propose(self) -> None:
         # Imported here, because torch and transformers take seconds and --help should not wait.
         import torch
 
@@ -96,7 +95,7 @@ class Init:
         if len(source) < LEAST_PAIRS:
             raise UserError(f"{self.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
         if self.start:
-            return _write_from_start(self, train, source, named)
+            return _write_from_start(self, source, named)
         name = self.tokenizer or "bert"
         try:
             tokenizer = load_tokenizer(name, 64)
@@ -161,7 +160,7 @@ def _claimed(recipe: Path) -> Iterator[None]:
         lock.release()
 
 
-def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "Source", named: "SourceRecipe") -> None:
+def _write_from_start(args: Init, source: "Source", named: "SourceRecipe") -> None:
     """Write a recipe that fine-tunes the start. A start that was converted for a recipe is removed without one."""
     from flipscale.studies.finetuning import open_start
 
@@ -169,15 +168,13 @@ def _write_from_start(args: Init, train: "Callable[[Recipe], Path]", source: "So
     was_there = converted.exists()
     start = open_start(args.start, converted)
     try:
-        _search(args, train, start, source, named)
+        _search(args, start, source, named)
     finally:
         if start.name == str(converted) and not was_there and not args.recipe.exists():
             shutil.rmtree(converted)
 
 
-def _search(
-    args: Init, train: "Callable[[Recipe], Path]", start: "Start", source: "Source", named: "SourceRecipe"
-) -> None:
+def _search(args: Init, start: "Start", source: "Source", named: "SourceRecipe") -> None:
     """Search for a recipe that fine-tunes the start, print the report, and write the recipe if it wins anything."""
     import torch
 
@@ -187,6 +184,7 @@ def _search(
     from flipscale.engines.launch import faster_precision
     from flipscale.planning.proposal import survey
     from flipscale.preparation.lists import source_of
+    from flipscale.pretrain import pretrain
     from flipscale.process.preemption import Stopped
     from flipscale.recipe.data import DataRecipe
     from flipscale.studies.finetuning import find_replay, half_of_batches, propose_finetuning
@@ -218,7 +216,7 @@ def _search(
     try:
         with tempfile.TemporaryDirectory() as folder, environment(**faster):
             lines, recipe, alpha = propose_finetuning(
-                *(train, start, source, named, data, args.minutes or _START_MINUTES, Path(folder), tests, guards),
+                *(pretrain, start, source, named, data, args.minutes or _START_MINUTES, Path(folder), tests, guards),
                 output_dir=f"runs/{args.recipe.stem}",
                 num_workers=None if torch.cuda.is_available() else 0,
             )

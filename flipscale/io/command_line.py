@@ -17,6 +17,8 @@ T = TypeVar("T")
 OutputFolder = Annotated[Path, "output"]
 # Metadata of a list field whose flag takes one value each time.
 REPEATED = {"action": "append", "nargs": None}
+# Metadata of a list field that gets the words of no other field, such as flags of a recipe.
+OTHERS = {"others": True}
 
 
 class Command(Protocol):
@@ -58,6 +60,13 @@ def add_commands(parser: argparse.ArgumentParser, commands: Commands) -> None:
     else:
         _add_fields(parser, commands)
         parser.set_defaults(command=commands)
+        if others_field(commands):  # a flag of a recipe is no abbreviation, and the docstring tells of these flags
+            parser.allow_abbrev, parser.description = False, _description(commands)
+
+
+def others_field(kind: type[Command]) -> str | None:
+    """Return the name of the field with the metadata `OTHERS`."""
+    return next((field.name for field in dataclasses.fields(kind) if field.metadata == OTHERS), None)  # type: ignore[arg-type]
 
 
 def _parser(kind: type, prog: str | None) -> Parser:
@@ -76,6 +85,8 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
     helps = {one.arg_name: one.description or "" for docstring in docstrings for one in docstring.params}
     hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
+        if field.metadata == OTHERS:
+            continue
         hint = hints[field.name]
         if type(None) in get_args(hint):
             hint = next(one for one in get_args(hint) if one is not type(None))

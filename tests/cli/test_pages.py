@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config import load_config_from_file
@@ -25,8 +26,6 @@ from setuptools.config.setupcfg import read_configuration
 from torch.distributed.run import get_args_parser
 
 from flipscale import cli
-from flipscale.cli.bench import BenchGpu
-from flipscale.cli.check import Check
 from flipscale.io.command_line import parse_known
 from flipscale.planning.dry_run import DryRun
 from flipscale.recipe.recipe import parse_fields
@@ -74,12 +73,13 @@ def verb_s_arguments(words: list[str]) -> None:
     """Parse the arguments, and the recipes that they name. Plan studies, because a later command submits their runs."""
     if words[1:4] == ["study", "plan", "masks.yaml"]:
         return verb(words)
-    if kind := {"check": Check, "bench": BenchGpu}.get(words[1]):
-        parsed, flags = parse_known(kind, words[3 if kind is BenchGpu else 2 :], words[1])
-        recipes = parsed.config if kind is BenchGpu else [name for names in parsed.config for name in names]
+    parsed: Any = cli.parse(words[1:])
+    if words[1] == "check":
+        recipes, flags = [name for names in parsed.config for name in names], parsed.flags
+    elif words[1] == "bench":
+        recipes, flags = parsed.config, parsed.fields
     else:
-        parsed, flags = cli.parse(words[1:]), []
-        recipes = getattr(parsed, "recipes", [])
+        recipes, flags = getattr(parsed, "recipes", []), []
     for recipe in recipes:
         parse_recipe(["--config", recipe, *flags])
 

@@ -447,7 +447,12 @@ def test_old_pairs_are_half_of_each_batch(
 
 @pytest.mark.long
 def test_the_new_pairs_are_no_old_pairs(
-    run: Path, here: Path, shards: Path, new_process: None, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    here: Path,
+    shards: Path,
+    new_process: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A trial that replayed them would see the held-out ones."""
     trained: list[Recipe] = []
@@ -456,8 +461,9 @@ def test_the_new_pairs_are_no_old_pairs(
         trained.append(given)
         raise UserError("enough")
 
+    monkeypatch.setattr("flipscale.pretrain.pretrain", train)
     with pytest.raises(UserError, match="enough"):
-        Init(Path("mine.yaml"), shards=f"{shards}/*.tar", start=[str(run)], minutes=1.0).run(train)
+        Init(Path("mine.yaml"), shards=f"{shards}/*.tar", start=[str(run)], minutes=1.0).run()
     assert {len(one.data.sources) for one in trained} == {1}
     assert f"{shards}/*.tar: these are old pairs too" in capsys.readouterr().out
 
