@@ -26,7 +26,7 @@ from flipscale.engines.trainable import freeze
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.process.slow_steps import PhaseLog
-from flipscale.process.state import collect_garbage
+from flipscale.process.state import collect_frozen_garbage
 from flipscale.recipe.optim import OptimRecipe
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class Engine:
             self.layout.forget_moments()
             return
         self._release()
-        collect_garbage(frozen=True)  # the wrapper has reference cycles
+        collect_frozen_garbage()  # the wrapper has reference cycles
         self._prepare(frozen)
 
     def recompute(self, enabled: bool) -> None:

@@ -19,8 +19,7 @@ from flipscale.io.streams import SafeStream
 
 @contextmanager
 def kept_state() -> Iterator[None]:
-    """Restore the collector, the environment and the warnings at the end of a `with` block, as after a run in a
-    notebook."""
+    """Restore the collector, the environment and the warnings at the end of a `with` block."""
     was_on, froze, before = gc.isenabled(), gc.get_freeze_count() > 0, dict(os.environ)
     try:
         with warnings.catch_warnings():
@@ -118,11 +117,15 @@ def begin_steps() -> None:
     gc.disable()
 
 
-def collect_garbage(frozen: bool = False) -> None:
-    """Collect garbage now, because the loop has turned the collector off. With `frozen`, also among frozen objects."""
-    froze = frozen and gc.get_freeze_count() > 0
-    if froze:
-        gc.unfreeze()
+def collect_garbage() -> None:
+    """Collect garbage between two steps, because the collector is off."""
+    gc.collect()
+
+
+def collect_frozen_garbage() -> None:
+    """Collect among frozen objects too, and freeze the rest again if the loop has frozen them."""
+    froze = gc.get_freeze_count() > 0
+    gc.unfreeze()
     gc.collect()
     if froze:
         gc.freeze()

@@ -15,6 +15,7 @@ from conftest import metrics, trained
 
 from flipscale.loop.between_steps import BetweenSteps
 from flipscale.process.slow_steps import StepWatch
+from flipscale.process.state import collect_frozen_garbage
 from flipscale.recipe.outputs import LogRecipe
 
 
@@ -47,7 +48,10 @@ def test_garbage_is_collected_between_steps_only(tmp_path: Path) -> None:
         assert alive() == 1
         between.after_step(1000)
         assert alive() == 0
+        collect_frozen_garbage()
+        assert gc.get_freeze_count()
     assert gc.isenabled()
+    collect_frozen_garbage()
     assert gc.get_freeze_count() == 0
 
 
