@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from flipscale.checks.bench import as_json, report, run_checks, write_report
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, CheckError, Finding, NotRun, Row
+from flipscale.checks.report import as_json, findings_block, run_checks, write_report
 from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variables, first_stage, operations
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.engines.build import start_accelerator
@@ -223,7 +223,7 @@ class GpuStep:
         write_report([bench], page)
         if can_draw() and (rows := bench.figures.get("open_clip", [])):
             draw(rows, page.with_suffix(".png"))
-        print(report(bench))
+        print(findings_block(bench))
 
 
 if __name__ == "__main__":

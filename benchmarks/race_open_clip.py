@@ -62,8 +62,8 @@ from flipscale.preparation.shard_writer import write_classes
 from flipscale.recipe.files import read_recipes
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.start.complete_recipe import parse_recipe
-from flipscale.studies.figures import draw_curves
 from flipscale.studies.runs import in_time
+from flipscale.studies.study_figures import draw_study_curves
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = EXAMPLES / "icons"
@@ -611,7 +611,7 @@ def report(curves: Curves, parts: Mapping[str, Sequence[Curve]], tuned: Tuned, f
         if any(not ALL[key].stages for key in arms)
     }
     if panels:
-        draw_curves(panels, "trained_seconds", "test/top1", "zero-shot top-1 on test, %", figure)
+        draw_study_curves(panels, "trained_seconds", "test/top1", "zero-shot top-1 on test, %", figure)
     return "\n\n".join(texts)
 
 

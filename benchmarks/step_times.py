@@ -16,7 +16,7 @@ from flipscale.engines.optimizers import build_optimizers, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
-from flipscale.planning.flops import Step, forward_flops
+from flipscale.planning.flops import StepShape, forward_flops
 from flipscale.recipe.optim import OptimRecipe
 
 TrainingStep = Callable[[], None]
@@ -149,7 +149,7 @@ def matmul_peak(device: torch.device, dtype: str) -> float:
 
 def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> Figures:
     """Return the setting and the figures that follow from its `times`, ready for JSON."""
-    flops = forward_flops(setting.config, Step(1, setting.mask_ratio)).training
+    flops = forward_flops(setting.config, StepShape(1, setting.mask_ratio)).training
     images_per_s = setting.batch_size / times.median_s
     return {
         **{name: getattr(setting, name) for name in ("size", "mask_ratio", "batch_size", "dtype", "compile")},

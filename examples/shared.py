@@ -17,7 +17,7 @@ from typing import Any
 
 from flipscale.data.sources.tar import add_member
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.paths import read_text
 from flipscale.io.progress import each
 
 _MAX_SECONDS = 600  # for one package: 5 MB, or 104 MB for all icons

@@ -17,7 +17,7 @@ from flipscale.engines.launch import launch_of
 from flipscale.evaluation.presentation.last_lines import end_run
 from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
-from flipscale.io.files import check_writable
+from flipscale.io.paths import check_writable
 from flipscale.loop.inputs import Session
 from flipscale.loop.loop import train
 from flipscale.objectives.build import loss_kinds

@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, CLIPImageProcessorPil, VisionTextDualEncoderModel
 
-from flipscale.engines.pretrained_towers import start_fields, tower_weights
+from flipscale.engines.pretrained_towers import start_tower_fields, tower_weights
 from flipscale.io.errors import UserError
 from flipscale.model.masked_families import POOLED, UNPOOLED, MaskedTowersConfig
 from flipscale.recipe.model import Towers
@@ -123,7 +123,7 @@ OTHER_TEXTS: dict[str, dict[str, Any]] = {
 def opened(vision: Path, text: Path) -> Any:
     """Return the model of family `towers` of two folders. Projections are zeros."""
     towers = Towers(str(vision), str(text))
-    fields = start_fields(towers)
+    fields = start_tower_fields(towers)
     config = MaskedTowersConfig.of_towers(fields["vision_config"], {**fields["text_config"], "caption_tokens": 8})
     model = config.trained_class(config).eval()
     model.load_state_dict(tower_weights(towers, config), strict=False)

@@ -16,9 +16,9 @@ from typing import Any
 from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state
 from flipscale.io.options import Count, Threads
-from flipscale.preparation.lists import PairSource, digest_of, read_file
+from flipscale.io.paths import file_state
+from flipscale.preparation.lists import PairSource, list_digest, read_file
 from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
 from flipscale.process.console import report_user_errors, start_logging
 
@@ -66,7 +66,7 @@ class CocoList(PairSource):
         return list(self.texts[number])
 
     def fingerprint(self) -> str:
-        return digest_of([self.keys, self.files, self.texts])
+        return list_digest([self.keys, self.files, self.texts])
 
     def state(self, number: int) -> str:
         return repr(file_state(self.root / self.files[number]))

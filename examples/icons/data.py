@@ -33,8 +33,8 @@ from flipscale.io.atomic import atomic_write, partial_path, remove, sync, unique
 from flipscale.io.command_line import OutputFolder, parse_command
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_disk_space
 from flipscale.io.options import ShareAboveZero, Threads
+from flipscale.io.paths import check_disk_space
 from flipscale.io.progress import Progress, each
 from flipscale.preparation.audit.duplicates import (
     LEAST_LIKENESS,

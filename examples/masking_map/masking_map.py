@@ -26,7 +26,7 @@ from flipscale.io.text_table import markdown_table
 from flipscale.planning.flops import stage_flops
 from flipscale.process.console import report_user_errors
 from flipscale.recipe.recipe import Recipe
-from flipscale.studies.results import read_results
+from flipscale.studies.study_results import read_study_results
 from flipscale.studies.transfer import Effect
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def draw_study(output_dir: Path) -> None:
     Raises:
         UserError: the study is not a map, or no run of its base is finished and evaluated.
     """
-    study, planned, results = read_results(output_dir)
+    study, planned, results = read_study_results(output_dir)
     changed = {str(path) for levels in study.axes.values() for level in levels.values() for path in level}
     places = {place_of(run.recipe) for run in planned}
     if (

@@ -23,7 +23,7 @@ from examples.captioning.coco import CocoList, CocoOptions, image_file, print_re
 from flipscale.io.atomic import write_text
 from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
-from flipscale.preparation.lists import digest_of
+from flipscale.preparation.lists import list_digest
 from flipscale.process.console import report_user_errors, start_logging
 
 LEAST_SEEN = 9  # questions that must share an answer of the list: METER's (arXiv 2111.02387)
@@ -113,7 +113,7 @@ class QuestionList(CocoList):
         return count_votes(self.given[number], self._numbers)
 
     def fingerprint(self) -> str:
-        return digest_of([super().fingerprint(), self.given, self.answers])
+        return list_digest([super().fingerprint(), self.given, self.answers])
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

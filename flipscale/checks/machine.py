@@ -34,7 +34,7 @@ def own_device() -> torch.device:
     return device
 
 
-def machine(num_gpus: int) -> Iterator[Row]:
+def machine_facts(num_gpus: int) -> Iterator[Row]:
     """Yield versions, the GPUs by nvidia-smi, the kinds of links between them, and the limits of a process."""
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
     # Another distribution may hold a module, as ROCm's torch has Triton from pytorch-triton-rocm.
@@ -44,7 +44,7 @@ def machine(num_gpus: int) -> Iterator[Row]:
     stated = {name: str(version) for name, version in libraries.items() if version}
     commit = own_commit(Path(flipscale.__file__).parent) or "unknown"
     yield {"versions": {"flipscale": flipscale.__version__, "commit": commit[:10], **stated}}
-    yield {"gpus": query_gpus()[:num_gpus], "links": links(nvidia_smi("topo", "-m")), "cores": usable_cores()}
+    yield {"gpus": query_gpus()[:num_gpus], "links": gpu_links(nvidia_smi("topo", "-m")), "cores": usable_cores()}
     shared, locked = os.statvfs("/dev/shm"), resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     yield {
         "shm_gb": shared.f_bavail * shared.f_frsize / 1e9,
@@ -65,7 +65,7 @@ def query_gpus() -> list[dict[str, str]]:
     return [dict(zip(FIELDS, map(str.strip, line.split(",")), strict=False)) for line in lines if line.strip()]
 
 
-def links(topology: str) -> dict[str, int]:
+def gpu_links(topology: str) -> dict[str, int]:
     """Return the number of GPU pairs of each kind of link, such as NV18, from `nvidia-smi topo -m`."""
     # nvidia-smi underlines the head by escapes. A GPU's row has an X where it meets itself.
     lines = [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", topology).splitlines()]
@@ -83,7 +83,7 @@ def contexts() -> list[int]:
 
 def check_machine(bench: Bench) -> None:
     """Report versions, GPUs, links and limits; GPUs must be alike."""
-    rows = bench.run(machine, num_gpus=bench.num_gpus)[0]
+    rows = bench.run(machine_facts, num_gpus=bench.num_gpus)[0]
     found = {name: value for row in rows for name, value in row.items()}
     bench.figures["machine"] = found
     bench.add("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items()))

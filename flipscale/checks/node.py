@@ -174,11 +174,11 @@ class Bench:
     @contextmanager
     def group(
         self, module: str, arguments: Sequence[str], folder: Path, processes: int, variables: Mapping[str, str]
-    ) -> Iterator["Group"]:
+    ) -> Iterator["CheckProcesses"]:
         """Start `python -m MODULE ARGUMENTS` once for each rank of this node, or once, and kill them all at the end of
         the `with` block."""
         here = processes // len(self.nodes.hosts) or 1
-        group = Group(folder, self.nodes, range(self.nodes.index * here, (self.nodes.index + 1) * here))
+        group = CheckProcesses(folder, self.nodes, range(self.nodes.index * here, (self.nodes.index + 1) * here))
         try:
             for rank, environment in zip(group.ranks, _environments(processes, variables, group), strict=True):
                 group.processes.append(self.start(module, arguments, environment, folder / f"rank-{rank}.log"))
@@ -189,7 +189,7 @@ class Bench:
 
 
 @dataclass
-class Group:
+class CheckProcesses:
     """This node's processes of a check, and their ranks."""
 
     folder: Path
@@ -255,7 +255,7 @@ def descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _environments(processes: int, variables: Mapping[str, str], group: Group) -> Iterator[dict[str, str]]:
+def _environments(processes: int, variables: Mapping[str, str], group: CheckProcesses) -> Iterator[dict[str, str]]:
     """Yield the environment of each rank here, as torchrun sets it; a single process has no launcher's variables."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHER)}
     here, nodes = len(group.ranks), group.nodes

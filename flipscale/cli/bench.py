@@ -41,9 +41,9 @@ class BenchGpu:
     def run(self) -> None:
         """Run all checks of the recipes with changed `fields`, and write the figures. A node's first process does so
         for all, and the first node prints."""
-        from flipscale.checks.bench import PROFILE, as_json, check_nodes, report, run_checks, write_report
         from flipscale.checks.node import Bench
         from flipscale.checks.nodes import meet
+        from flipscale.checks.report import PROFILE, as_json, check_nodes, findings_block, run_checks, write_report
         from flipscale.process.world import whole_number
         from flipscale.recipe.recipe import to_yaml
         from flipscale.start.complete_recipe import parse_recipe
@@ -99,7 +99,7 @@ class BenchGpu:
             return
         if several:
             keep()
-        print("\n".join([*map(report, reversed(benches)), PROFILE]))
+        print("\n".join([*map(findings_block, reversed(benches)), PROFILE]))
         if any(one.status == "FAILED" for bench in benches for one in bench.findings):
             print(f"the output of all processes is in {shared}", file=sys.stderr)
         else:

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_page_path
+from flipscale.io.paths import check_page_path
 
 
 @dataclass(frozen=True)

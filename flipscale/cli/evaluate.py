@@ -19,9 +19,9 @@ from flipscale.io.atomic import write_text
 from flipscale.io.command_line import REPEATED, OutputFolder
 from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, quoted
 from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers
+from flipscale.io.paths import check_writable, quoted
 from flipscale.io.yaml_text import check_yaml
 from flipscale.process.console import start_logging
 from flipscale.process.state import set_defaults
@@ -31,7 +31,8 @@ from flipscale.recipe.outputs import TASKS_DIR
 if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder
     from flipscale.evaluation.kinds.task import Task
-    from flipscale.evaluation.masked import ImageMask, MaskedResults
+    from flipscale.evaluation.masked_images import ImageMask
+    from flipscale.evaluation.presentation.masked_results import MaskedResults
     from flipscale.evaluation.presentation.results_page import Column
 
 EVALUATIONS = Path("evaluations")
@@ -110,11 +111,12 @@ class Evaluate:
         set_defaults(OMP_WAIT_POLICY="passive")
         models = name_models(self.models, self.output_dir)  # before the slow imports
         from flipscale.engines.build import start_accelerator
-        from flipscale.evaluation import masked
+        from flipscale.evaluation import masked_images
         from flipscale.evaluation.decontaminated import with_clean_tasks
         from flipscale.evaluation.embedding import agreed
         from flipscale.evaluation.foreign_models import OPEN_CLIP
-        from flipscale.evaluation.model_results import evaluate_model, read_lines
+        from flipscale.evaluation.model_results import evaluate_model, read_result_lines
+        from flipscale.evaluation.presentation.masked_results import MaskedResults
         from flipscale.evaluation.presentation.results_page import Column
         from flipscale.hub.card import refresh_card
         from flipscale.hub.loading import OTHERS, open_embedder
@@ -122,7 +124,7 @@ class Evaluate:
         start_logging()
         tasks, masks = _tasks(self), (self.mask_ratio, self.mask_views, self.mask_kind)
         others = [model.given for model in models if model.given.startswith(tuple(OTHERS))]
-        masked.check_mask_arguments(*masks, others, tasks)
+        masked_images.check_mask_arguments(*masks, others, tasks)
         for task in tasks:
             task.check()
         if self.dry_run:
@@ -139,11 +141,11 @@ class Evaluate:
             for folder in (home, *(model.home for model in models)):
                 check_writable(folder, "the folder of results")
             for model in models:
-                read_lines(model.home / RESULTS_FILE)
+                read_result_lines(model.home / RESULTS_FILE)
         columns: list[Column] = []
         widths: list[int | None] = [*dict.fromkeys(self.dims)] or [None]
         widest = max(self.dims, default=None)
-        by_mask: list[masked.MaskedResults] = []
+        by_mask: list[MaskedResults] = []
         faults: list[UserError | OSError] = []
         for model in models:
             opened = partial(open_embedder, model.given, accelerator, self.batch_size, workers, widest)
@@ -156,15 +158,15 @@ class Evaluate:
                 faults.append(error)
                 continue
             embedder = embedder.at(self.image_size)
-            for dims, mask in itertools.product(widths, masked.asked_masks(*masks, embedder)):
-                seen = masked.masked_embedder(replace(embedder, dims=dims), mask)
+            for dims, mask in itertools.product(widths, masked_images.asked_masks(*masks, embedder)):
+                seen = masked_images.masked_embedder(replace(embedder, dims=dims), mask)
                 lines = evaluate_model(seen, model.name, model.home / RESULTS_FILE, tasks, model.folder)
-                cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == masked.WHOLE else [mask.label])]
+                cuts = [*([f"{dims} numbers"] if dims else []), *([] if mask == masked_images.WHOLE else [mask.label])]
                 columns.append(Column(", ".join([model.name, *cuts]), lines))
                 if any(self.mask_ratio):
                     name = f"{model.name}, {dims} numbers" if dims else model.name
-                    cost = _image_flops(embedder, mask), _image_flops(embedder, masked.WHOLE)
-                    by_mask.append(masked.MaskedResults(name, mask, *cost, [line.result for line in lines]))
+                    cost = _image_flops(embedder, mask), _image_flops(embedder, masked_images.WHOLE)
+                    by_mask.append(MaskedResults(name, mask, *cost, [line.result for line in lines]))
                 if accelerator.is_main_process and model.home == model.folder:
                     refresh_card(model.folder, lines)
             del embedder  # frees its memory for the next model
@@ -177,21 +179,21 @@ class Evaluate:
 
     def _show(self, columns: Sequence["Column"], by_mask: Sequence["MaskedResults"], home: Path) -> None:
         """Write the table and the figure of results to folder `home`, and print them as the arguments say."""
-        from flipscale.evaluation import masked
         from flipscale.evaluation.presentation.figures import can_draw
-        from flipscale.evaluation.presentation.results_page import draw_results, report, suite_tables
+        from flipscale.evaluation.presentation.masked_results import draw_masked_results, mask_table
+        from flipscale.evaluation.presentation.results_page import draw_results, results_table, suite_tables
 
         is_all = self.suite or (self.tasks and not self.only)
         suites = [self.suite] if self.suite in SUITES else list(SUITES) if is_all else []
         home.mkdir(parents=True, exist_ok=True)
-        write_text(home / "results.md", report(columns, suites))
+        write_text(home / "results.md", results_table(columns, suites))
         (home / "results.png").unlink(missing_ok=True)  # it may show other models or tasks
         if can_draw() and by_mask:
-            masked.draw_masked_results(by_mask, home / "results.png")
+            draw_masked_results(by_mask, home / "results.png")
         elif can_draw():
             draw_results(columns, home / "results.png")
         if by_mask:
-            print(json.dumps([row.as_json() for row in by_mask]) if self.json else masked.mask_table(by_mask))
+            print(json.dumps([row.as_json() for row in by_mask]) if self.json else mask_table(by_mask))
         elif self.json:
             metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
             print(json.dumps(metrics if len(self.models) > 1 or self.dims else metrics[columns[0].name]))
@@ -248,12 +250,12 @@ def _image_flops(embedder: "Embedder", mask: "ImageMask") -> float:
     from flipscale.model import FlipForConditionalGeneration
     from flipscale.model.configuration_flip import embedded_towers
     from flipscale.objectives.captioning import CaptionLoss
-    from flipscale.planning.flops import PLAIN, Step, forward_flops
+    from flipscale.planning.flops import PLAIN, StepShape, forward_flops
 
     config = embedder.model.config
     loss = CaptionLoss() if isinstance(embedder.model, FlipForConditionalGeneration) else PLAIN
     stored = ("texts",) if "text_model" in embedded_towers(config) else ()
-    step = Step(1, mask.ratio, mask.views, image_size=embedder.pixels, stored=stored)
+    step = StepShape(1, mask.ratio, mask.views, image_size=embedder.pixels, stored=stored)
     count = forward_flops(config, step, loss).modules
     # A CLIPModel has its own name of the projection, and a SiglipModel has no projection.
     return sum(count.get(part, 0) for part in ("vision_model", "image_projection", "visual_projection"))

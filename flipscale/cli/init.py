@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, is_utf8, quoted
 from flipscale.io.options import Count, MinutesAboveZero, Positive
-from flipscale.process.state import environment
+from flipscale.io.paths import check_writable, is_utf8, quoted
+from flipscale.process.state import changed_environment
 
 if TYPE_CHECKING:
     from flipscale.data.samples import Source
@@ -214,7 +214,7 @@ def _search(args: Init, start: "Start", source: "Source", named: "SourceRecipe")
     for logger in levels:
         logger.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory() as folder, environment(**faster):
+        with tempfile.TemporaryDirectory() as folder, changed_environment(**faster):
             lines, recipe, alpha = propose_finetuning(
                 *(pretrain, start, source, named, data, args.minutes or _START_MINUTES, Path(folder), tests, guards),
                 output_dir=f"runs/{args.recipe.stem}",

@@ -16,7 +16,6 @@ from flipscale.io.atomic import new_folder
 from flipscale.io.command_line import Command, OutputFolder
 from flipscale.io.cores import decoding_workers, usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted
 from flipscale.io.options import (
     Count,
     CountOrZero,
@@ -29,8 +28,9 @@ from flipscale.io.options import (
     Threads,
     Workers,
 )
+from flipscale.io.paths import quoted
 from flipscale.preparation.lists import FOLDER, open_pairs, source_of
-from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.preparation.weighing import WeightOptions, make_weights
 from flipscale.process.state import set_defaults
 from flipscale.recipe.data import DataRecipe
 

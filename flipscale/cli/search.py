@@ -4,8 +4,8 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_page_path, is_utf8, read_text
 from flipscale.io.options import Count
+from flipscale.io.paths import check_page_path, is_utf8, read_text
 
 _MOST_QUERIES = 500
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from flipscale.io.command_line import OutputFolder
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted
 from flipscale.io.options import Count, MinutesAboveZero
+from flipscale.io.paths import quoted
 from flipscale.process.console import start_logging
 
 # The commands import torch, scipy and the hub when they run, because --help should not wait for them.
@@ -103,7 +103,7 @@ class Report:
     resamples: Count = 400
 
     def run(self) -> None:
-        from flipscale.studies.results import write_results
+        from flipscale.studies.study_results import write_results
 
         start_logging()
         write_results(self.folder, self.resamples)

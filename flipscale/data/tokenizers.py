@@ -15,9 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.files import quoted
 from flipscale.io.hub_requests import guard_requests
 from flipscale.io.model_folder import check_texts, is_path
+from flipscale.io.paths import quoted
 from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
 
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding

@@ -9,7 +9,7 @@ import torch
 from flipscale.engines.device import choose_kernels, keep_freed_memory, set_up_gpu
 from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision
 from flipscale.io.errors import UserError
-from flipscale.process.state import environment
+from flipscale.process.state import changed_environment
 from flipscale.process.world import promised_processes
 from flipscale.recipe.optim import OptimRecipe
 
@@ -73,7 +73,7 @@ def start_accelerator(report_to: list[str], run_dir: str, is_watched: bool = Fal
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()
     try:
-        with environment(**dict.fromkeys(_SHARDING)):
+        with changed_environment(**dict.fromkeys(_SHARDING)):
             accelerator = Accelerator(
                 mixed_precision=precision,
                 cpu=not torch.cuda.is_available(),

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from flipscale.io.cores import decoding_workers
 from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.model_folder import fetch_folder, open_weights
+from flipscale.io.model_folder import fetch_folder, open_weight_file
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.recipe.model import Towers
 
@@ -250,7 +250,7 @@ def _stored(start: str | Towers, config: Any) -> tuple[dict[str, Callable[[], to
         name: file
         for prefix, folder in folders.items()
         if folder and not folder.startswith("hf:")
-        for name, file in open_weights(fetch_folder(folder)).items()
+        for name, file in open_weight_file(fetch_folder(folder)).items()
         if name.startswith(prefix)
     }
     shapes = {name: file.get_slice(name).get_shape() for name, file in owners.items()}

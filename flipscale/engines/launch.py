@@ -19,7 +19,7 @@ import yaml
 
 from flipscale.engines.device import default_precision, is_faster_in_bf16
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.paths import read_text
 from flipscale.io.yaml_text import check_yaml
 from flipscale.process.world import MAX_DIGITS, whole_number
 

@@ -12,7 +12,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from flipscale.io.errors import UserError, needed
-from flipscale.io.model_folder import check_folder, fetch_folder, open_weights, pixel_fields, read_object, read_shapes
+from flipscale.io.model_folder import (
+    check_folder,
+    fetch_folder,
+    open_weight_file,
+    pixel_fields,
+    read_object,
+    read_shapes,
+)
 from flipscale.io.streams import without_bars
 from flipscale.model.configuration_flip import RANGES
 from flipscale.model.masked import tower_fields
@@ -58,7 +65,7 @@ _TIMM_VIT = [
 ]
 
 
-def start_fields(towers: Towers) -> dict[str, dict[str, Any]]:
+def start_tower_fields(towers: Towers) -> dict[str, dict[str, Any]]:
     """Return the fields of `vision_config` and `text_config` of two towers, without their dropout.
 
     Raises:
@@ -252,7 +259,7 @@ def block_fields(blocks: Any, norm: Any, linear: Any, activation: nn.Module) -> 
 
 def _timm_weights(name: str, folder: Path, config: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a timm ViT under the names of transformers' class, which must embed alike."""
-    stored = open_weights(folder).items()
+    stored = open_weight_file(folder).items()
     theirs = _timm_model(name, folder, {key: file.get_tensor(key) for key, file in stored if key[:5] != "head."})
     names = [*_TIMM, *(_TIMM_VIT if config.model_type == "vit" else [])]
     weights = renamed(theirs.state_dict(), names, ("query", "key", "value"))

@@ -17,7 +17,7 @@ from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted, read_text
+from flipscale.io.paths import quoted, read_text
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from flipscale.data.samples import BadSample, wrap_errors
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.whole_images import packed
 from flipscale.io.errors import UserError
-from flipscale.io.files import is_utf8
+from flipscale.io.paths import is_utf8
 from flipscale.model import FlipModel
 from flipscale.objectives.objective import recorded_inputs
 

@@ -27,7 +27,7 @@ from flipscale.evaluation.task_page import read_page, read_prepared
 from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import open_weights, texts_digest
+from flipscale.io.model_folder import open_weight_file, texts_digest
 from flipscale.io.urls import without_secrets
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def evaluate_model(
         settings = [setting_of(embedder, task) for task in tasks]
         groups = [_digest([digest, embedder.files, setting]) for setting in settings]
         drop_torn(path)
-        for line in read_lines(path):
+        for line in read_result_lines(path):
             known.setdefault(line.about["group"], []).append(line)
         missing = [number for number, group in enumerate(groups) if group not in known]
         if num_known := len(tasks) - len(missing):
@@ -117,7 +117,7 @@ def state_dict_digest(names: Iterable[str], read: Callable[[str], torch.Tensor])
 def folder_digest(folder: Path) -> str:
     """Return the digest of the weights in a model folder and of its `texts_digest`. In memory, weights may have other
     names, shapes or dtypes."""
-    files = open_weights(folder)
+    files = open_weight_file(folder)
     weights = state_dict_digest(files, lambda name: files[name].get_tensor(name))
     return hashlib.sha256(f"{weights} {texts_digest(folder)}".encode()).hexdigest()
 
@@ -130,7 +130,7 @@ def append_lines(path: Path, group: str, results: Sequence[Result], about: Recor
     return [_as_line(record) for record in records]
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_result_lines(path: Path) -> list[Line]:
     """Return the lines of all complete groups of a file, each group once; nothing if there is no file."""
     return [_as_line(record) for record in _complete_groups(_records(path))]
 

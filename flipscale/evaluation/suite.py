@@ -17,13 +17,13 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
 from flipscale.evaluation.kinds.image_caption_selection import ImageCaptionSelection
 from flipscale.evaluation.kinds.languages import MultilingualRetrieval, MultilingualZeroShot
-from flipscale.evaluation.kinds.memory import ZeroShotMemory
 from flipscale.evaluation.kinds.probe import FewShot, Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.vqa import Vqa
 from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import Classification, ZeroShot, ZeroShotMultilabel
+from flipscale.evaluation.kinds.zero_shot_memory import ZeroShotMemory
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import read_page
 from flipscale.evaluation.test_set import TestSet

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted, read_text
+from flipscale.io.paths import quoted, read_text
 from flipscale.io.text_table import plain_table
 
 PAGES = Path(__file__).parent / "tasks"

@@ -25,7 +25,7 @@ from flipscale.evaluation.embedding import Embedder, Value, agreed
 from flipscale.evaluation.whole_images import ChosenRows
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import is_utf16
+from flipscale.io.paths import is_utf16
 from flipscale.process.world import gather_objects
 from flipscale.recipe.data import DataRecipe
 

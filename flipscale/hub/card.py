@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
-from flipscale.evaluation.model_results import Line, data_name, folder_digest, read_lines
+from flipscale.evaluation.model_results import Line, data_name, folder_digest, read_result_lines
 from flipscale.evaluation.presentation.curves import read_curve
 from flipscale.evaluation.presentation.figures import can_draw, draw_curves
 from flipscale.evaluation.presentation.results_page import INTERVALS, protocols
@@ -24,8 +24,8 @@ from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_
 from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError, first_line
-from flipscale.io.files import quoted, read_text
 from flipscale.io.model_folder import local_folder, read_object
+from flipscale.io.paths import quoted, read_text
 from flipscale.io.templates import render
 from flipscale.io.text_table import escape_markdown, markdown_code
 from flipscale.process.console import only_describes
@@ -190,7 +190,7 @@ def read_audit(file: str) -> tuple[int, str]:
 def folder_lines(folder: Path) -> list[Line]:
     """Return the lines of a model folder's `results.jsonl` that belong to its weights. Raise UserError if the file has
     lines that `flipscale evaluate` did not write."""
-    lines = read_lines(folder / RESULTS_FILE)
+    lines = read_result_lines(folder / RESULTS_FILE)
     if not lines:
         return []
     weights = folder_digest(folder)

@@ -30,7 +30,7 @@ from flipscale.hub.push import split_own_files
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import LOADED, fetch_folder, local_folder, open_weights, pixel_fields, read_object
+from flipscale.io.model_folder import LOADED, fetch_folder, local_folder, open_weight_file, pixel_fields, read_object
 from flipscale.io.progress import each
 from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
@@ -195,7 +195,7 @@ def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
 
 def _check_base(base: str, reader: CheckpointReader) -> None:
     """Raise UserError unless a run's fixed weights are those of its start weights."""
-    files = open_weights(fetch_folder(base))
+    files = open_weight_file(fetch_folder(base))
     for name in (name for name in reader.shapes if ".lora_" not in name):
         stored, fixed = name.replace(".base_layer", ""), reader.tensor("weight", name)
         if stored not in files or not torch.equal(files[stored].get_tensor(stored).float().reshape(fixed.shape), fixed):
@@ -235,7 +235,7 @@ def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def _mixed(model: PreTrainedModel, read: ReadWeight, base: str, alpha: float) -> ReadWeight:
     """Return a reader of a model's weights between those that `read` returns and those of `base`, in fp32."""
-    files, stored = open_weights(fetch_folder(base)), stored_names(model)
+    files, stored = open_weight_file(fetch_folder(base)), exported_names(model)
     for name, weight in model.state_dict().items():
         name, shape = stored[name], weight.shape
         base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None
@@ -283,7 +283,7 @@ def _write_folder(model: PreTrainedModel, processor: Processor, out_dir: Path, r
     """Write the configuration, our classes' code, the processor and the weights that `read` returns to `out_dir`."""
     check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    own = {stored: name for name, stored in stored_names(model).items()}
+    own = {stored: name for name, stored in exported_names(model).items()}
     weights, dtype = model.state_dict(), model.dtype
     shapes = {stored: weights[name].shape for stored, name in own.items()}
     is_ours = isinstance(model, FlipPreTrainedModel)
@@ -327,7 +327,7 @@ def _copy_tower(tower: Path, folder: Path, part: str) -> None:
         _write_json(folder / "config.json", content)
 
 
-def stored_names(model: PreTrainedModel) -> dict[str, str]:
+def exported_names(model: PreTrainedModel) -> dict[str, str]:
     """Return the name in a model folder of each weight, by its name in the model. Most are the same."""
     if not isinstance(model, VisionTextDualEncoderModel):
         return {name: name for name in model.state_dict()}

@@ -25,9 +25,9 @@ from huggingface_hub.utils import validate_repo_id
 from flipscale.hub.card import read_audit
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.io.files import last_line
 from flipscale.io.hub_requests import NO_HUB, guard_requests, http_failure
-from flipscale.io.model_folder import LOADED, check_folder, open_weights
+from flipscale.io.model_folder import LOADED, check_folder, open_weight_file
+from flipscale.io.paths import last_line
 from flipscale.recipe.data import PRECOMPUTED_TOWERS
 from flipscale.recipe.outputs import HubRecipe
 from flipscale.recipe.recipe import Recipe
@@ -233,7 +233,7 @@ def check_to_push(folder: Path) -> None:
     for file in [folder / "config.json", folder / "README.md", *check_folder(folder)]:
         if file.is_symlink():
             raise UserError(f"{file} is a link, which is not uploaded; put the file itself there")
-    for name, file in open_weights(folder).items():
+    for name, file in open_weight_file(folder).items():
         check_weight(name, file.get_tensor(name))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar, get_arg
 from docstring_parser import parse
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
+from flipscale.io.paths import check_writable
 
 T = TypeVar("T")
 # A folder that can be written, or made.

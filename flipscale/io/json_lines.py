@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.atomic import atomic_write, naming_full_disk, sync
-from flipscale.io.files import check_plain
+from flipscale.io.paths import check_plain
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_plain, quoted
 from flipscale.io.hub_requests import NO_HUB, guard_requests, http_failure
+from flipscale.io.paths import check_plain, quoted
 
 # Files of a model folder that must each be one JSON object, if they exist.
 _OBJECTS = [
@@ -230,7 +230,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
         raise UserError(f"{file} is cut short or damaged ({error}); download or export it again") from None
 
 
-def open_weights(folder: Path) -> dict[str, Any]:
+def open_weight_file(folder: Path) -> dict[str, Any]:
     """Return the open file of each weight of a complete model folder. It reads one tensor at a time."""
     files = [safe_open(file, "pt") for file in check_folder(folder)]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118

@@ -73,7 +73,7 @@ def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def block(head: str, rows: Sequence[tuple[str, str]]) -> str:
+def headed_rows(head: str, rows: Sequence[tuple[str, str]]) -> str:
     """Return a heading, and below it a line for each row of a name and a value."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flipscale.io.files import quoted
+from flipscale.io.paths import quoted
 from flipscale.recipe.schedule import BudgetProgress, Stage, Step, has_passed
 from flipscale.records.tracking import StepResult
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from flipscale.io.files import quoted
+from flipscale.io.paths import quoted
 from flipscale.io.templates import render
 from flipscale.io.text_table import duration, rounded
 

@@ -21,7 +21,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.whole_images import Decoder
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state
+from flipscale.io.paths import file_state
 from flipscale.io.progress import Progress
 from flipscale.preparation.lists import FileList, is_outside, open_pairs, picture_files
 

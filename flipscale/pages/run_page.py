@@ -241,11 +241,11 @@ def offer_page(recipe: Recipe, load: Load) -> None:
     path = Path(recipe.output_dir) / REPORT
     retry = ("flipscale", "pretrain", "--config", str(path.with_name("recipe.yaml")))
     with only_describes(path, path.parent, retry):
-        write_report(recipe, load)
+        write_run_page(recipe, load)
         _log.info("%s shows the run: open it in a browser", path)
 
 
-def write_report(recipe: Recipe, load: Load) -> Path:
+def write_run_page(recipe: Recipe, load: Load) -> Path:
     """Write `report.html` into the run directory of a recipe and return its path. The page names its missing parts."""
     run_dir = Path(recipe.output_dir)
     curve, run = read_curve(run_dir), RunSummary(run_dir)

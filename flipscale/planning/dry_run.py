@@ -20,7 +20,7 @@ from flipscale.planning.budget import with_time_shares
 from flipscale.planning.memory import (
     GPUS_OF_A_NODE,
     USABLE,
-    Memory,
+    MemoryPlan,
     fitting_changes,
     heaviest_step,
     host_bytes,
@@ -102,7 +102,7 @@ class _Planned(NamedTuple):
 
     name: str
     launch: Launch
-    memory: Memory
+    memory: MemoryPlan
     host_bytes: int
     steps: Sequence[StepTime]
     seconds: float
@@ -236,7 +236,7 @@ def _table(recipe: Recipe, planned: Sequence[_Planned], limit: float | None) -> 
     if recipe.data.micro_batch_size is not None:
         at_once = (f"{heaviest_step(recipe, one.launch).batch_size:,}" for one in planned)
         rows.insert(3, ["  in a micro-batch", *at_once])
-    for name in [*(field.name for field in dataclasses.fields(Memory)), "total"]:
+    for name in [*(field.name for field in dataclasses.fields(MemoryPlan)), "total"]:
         rows.append([f"  {name}", *(f"{getattr(one.memory, name) / 2**30:.2f}" for one in planned)])
     if limit is not None:
         rows.append([f"  fits {limit:.0f} GiB", *("yes" if one.memory.fits(limit) else "no" for one in planned)])

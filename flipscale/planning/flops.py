@@ -27,7 +27,7 @@ PLAIN = Contrastive()
 
 
 @dataclass(frozen=True)
-class Step:
+class StepShape:
     """Everything that decides the activations of one process in a step.
 
     Args:
@@ -64,7 +64,7 @@ class Step:
         freeze(model, self.frozen)
 
 
-def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
+def example_batch(config: FlipConfig, step: StepShape, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
     """Return a batch with the loader's columns and shapes."""
     vision, text, decoder = config.vision_config, config.caption_config, config.decoder_config
     num_patches = vision.patches_along(step.image_size) ** 2
@@ -117,7 +117,7 @@ class Flops:
         return self.forward + self.backward
 
 
-def forward_flops(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Flops:
+def forward_flops(config: FlipConfig, step: StepShape, objective: Objective = PLAIN) -> Flops:
     """Return the operations of a pair in a step whose batch is one pair.
 
     Captions are padded to the full length before `text_mask_ratio` of their tokens is removed. The heads and exported
@@ -129,7 +129,7 @@ def forward_flops(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Objective) -> Flops:
+def _counted(kind: type[FlipConfig], content: str, step: StepShape, objective: Objective) -> Flops:
     # Fake tensors, because transformers reads the values of attention masks on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
         config = kind(**json.loads(content))
@@ -153,9 +153,9 @@ def _counted(kind: type[FlipConfig], content: str, step: Step, objective: Object
     return Flops(forward, counts, counter.get_total_flops())
 
 
-def pair_step(recipe: Recipe, stage: StageRecipe | Stage) -> Step:
+def pair_step(recipe: Recipe, stage: StageRecipe | Stage) -> StepShape:
     """Return a stage's step with one pair."""
-    return Step(
+    return StepShape(
         batch_size=1,
         mask_ratio=stage.mask_ratio,
         views=recipe.mask.views_at(stage.mask_ratio),

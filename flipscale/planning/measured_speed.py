@@ -12,8 +12,8 @@ from flipscale.engines.launch import faster_precision
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import end_with_parent
 from flipscale.io.errors import UserError
-from flipscale.io.files import last_line
 from flipscale.io.json_lines import read_metrics
+from flipscale.io.paths import last_line
 from flipscale.io.progress import Progress
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe, to_yaml

@@ -33,7 +33,7 @@ from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.objectives.contrastive import exchange_bytes, prefix_bytes, tile_bytes
 from flipscale.objectives.objective import Objective
-from flipscale.planning.flops import PLAIN, Step, example_batch, pair_flops, pair_step
+from flipscale.planning.flops import PLAIN, StepShape, example_batch, pair_flops, pair_step
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.recipe.schedule import Stage
@@ -48,7 +48,7 @@ _NEIGHBOUR_BYTES = (4_340_000_000 - 1_060_000_000) // 7
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryPlan:
     """Bytes of the fullest process at its peak.
 
     Args:
@@ -79,7 +79,7 @@ class Memory:
         return self.total <= USABLE * gib * 2**30
 
 
-def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
+def recipe_memory(recipe: Recipe, launch: Launch) -> MemoryPlan:
     """Return the memory of the fullest process in the recipe's heaviest stage. Raise UserError if the processes do not
     divide the batch, or the engine cannot run the recipe."""
     groups: dict[tuple[Any, ...], list[StageRecipe]] = {}
@@ -89,7 +89,7 @@ def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
     return max((_memory(one, launch) for one in alike), key=lambda memory: memory.total)
 
 
-def _memory(recipe: Recipe, launch: Launch) -> Memory:
+def _memory(recipe: Recipe, launch: Launch) -> MemoryPlan:
     """Return the memory in the heaviest stage. All stages have the same frozen parts, and recompute or not."""
     config, objective, engine = build_config(recipe), build_objective(recipe), engine_class(launch)
     step = heaviest_step(recipe, launch)
@@ -101,7 +101,7 @@ def _memory(recipe: Recipe, launch: Launch) -> Memory:
     kept, moments = engine.memory(model, launch), num_moments(model, recipe.optim)
     with torch.device("meta"):
         batch = example_batch(config, step, objective)
-    always = Memory(
+    always = MemoryPlan(
         weights=4 * kept.weights * (2 if recipe.optim.ema_decay else 1) + 4 * kept.copies,
         moments=sum(4 * count * kept.moments[name] for name, count in moments.items()),
         batches=BATCHES_ON_DEVICE * micro_batches * sum(tensor.nbytes for tensor in batch.values()),
@@ -148,13 +148,13 @@ def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[tup
     return [(waiting - whole, 1.0) if micro_batches == 2 else (waiting, 0.0), (waiting, kept / whole - 1.0)]
 
 
-def heaviest_step(recipe: Recipe, launch: Launch) -> Step:
+def heaviest_step(recipe: Recipe, launch: Launch) -> StepShape:
     """Return a process's part of a step in the stage with the most operations."""
     by_name = pair_flops(recipe)
     return micro_batch(recipe, launch, max(recipe.stages, key=lambda stage: by_name[stage.name]))
 
 
-def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> Step:
+def micro_batch(recipe: Recipe, launch: Launch, stage: StageRecipe | Stage) -> StepShape:
     """Return the pairs of a process that are in its model at once."""
     pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     return replace(
@@ -183,20 +183,20 @@ def host_bytes(recipe: Recipe, launch: Launch, workers: int) -> int:
 def trained_model(recipe: Recipe, stage: StageRecipe | Stage | None = None) -> FlipPreTrainedModel:
     """Return the trained model of a recipe without storage, with the parts frozen that a stage freezes."""
     config, frozen = build_config(recipe), (*recipe.model.frozen, *(stage.frozen if stage else ()))
-    step = Step(1, frozen=frozen, lora=recipe.optim.lora)
+    step = StepShape(1, frozen=frozen, lora=recipe.optim.lora)
     return planned_model(config, build_objective(recipe).trained_class(config), step)
 
 
 def planned_model(
-    config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel, step: Step | None = None
+    config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel, step: StepShape | None = None
 ) -> FlipPreTrainedModel:
     """Return a model without storage, with the frozen parts and the LoRA of a step. Models are cached."""
-    trained = Step(1) if step is None else Step(1, frozen=step.frozen, lora=step.lora)
+    trained = StepShape(1) if step is None else StepShape(1, frozen=step.frozen, lora=step.lora)
     return _planned_model(config.to_json_string(use_diff=False), kind, trained)  # type: ignore[arg-type]  # hashable
 
 
 @functools.lru_cache(maxsize=8)
-def _planned_model(config: str, kind: type[FlipPreTrainedModel], step: Step) -> FlipPreTrainedModel:
+def _planned_model(config: str, kind: type[FlipPreTrainedModel], step: StepShape) -> FlipPreTrainedModel:
     model = model_without_storage(kind.config_class(**json.loads(config)), kind)
     step.prepare(model)
     return model
@@ -297,19 +297,19 @@ class Activations:
     gradients: int
 
 
-def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
+def activation_bytes(config: FlipConfig, step: StepShape, objective: Objective = PLAIN) -> Activations:
     """Return the activations of a forward and a backward pass of the objective's model."""
     return _simulated(type(config), config.to_json_string(use_diff=False), step, objective)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)
-def _simulated(kind: type[FlipConfig], content: str, step: Step, objective: Objective) -> Activations:
+def _simulated(kind: type[FlipConfig], content: str, step: StepShape, objective: Objective) -> Activations:
     # Some initialisers of transformers look at their numbers, which fake tensors lack.
     with FakeTensorMode(), no_init_weights():
         return measured(kind(**json.loads(content)), step, objective)
 
 
-def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
+def measured(config: FlipConfig, step: StepShape, objective: Objective = PLAIN) -> Activations:
     """Return `activation_bytes` by running both passes, on fake tensors if that mode is on, else on real tensors. The
     memory of the loss's own computation is not included."""
     weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32

@@ -36,8 +36,8 @@ from flipscale.evaluation.whole_images import GREY, Decoder, decoded_batches, du
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_disk_space
 from flipscale.io.model_folder import read_object, texts_digest
+from flipscale.io.paths import check_disk_space
 from flipscale.io.progress import Progress
 from flipscale.recipe.data import PRECOMPUTED_TOWERS
 from flipscale.recipe.recipe import Recipe

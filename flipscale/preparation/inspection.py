@@ -19,7 +19,7 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Sample, SampleNumbers, Source, evenly
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_png_path
+from flipscale.io.paths import check_png_path
 from flipscale.io.progress import Progress, each
 
 TILE = 176  # pixels of a side

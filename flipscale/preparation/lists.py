@@ -37,8 +37,8 @@ from flipscale.data.samples import (
 from flipscale.data.sources.dataset import load_rows
 from flipscale.data.sources.raw_data import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_saved_dataset, no_shards
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state, is_utf8, is_utf16
 from flipscale.io.model_folder import is_path
+from flipscale.io.paths import file_state, is_utf8, is_utf16
 from flipscale.io.progress import Progress
 from flipscale.recipe.data import SourceRecipe
 
@@ -252,7 +252,7 @@ class FileList(PairSource):
         raise BadSample("it lies in no folder of a class", cause)
 
     def fingerprint(self) -> str:
-        return digest_of(self.files)
+        return list_digest(self.files)
 
     def state(self, number: int) -> str:
         text = None if self.by_class else self._text_beside(number)
@@ -281,7 +281,7 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
             f"columns file_name and text into the folder, or sort the images into a folder for each class{hint}"
         )
     # In the order of a hash, because in the order of the names a shard would have few classes.
-    return FileList(root, sorted(files, key=digest_of), 0, allow_outside, by_class=True)
+    return FileList(root, sorted(files, key=list_digest), 0, allow_outside, by_class=True)
 
 
 def picture_files(root: Path) -> FileList:
@@ -469,7 +469,7 @@ class TextTable(RowList):
         return f"row {number + 1}"
 
     def fingerprint(self) -> str:
-        return digest_of([self.digest, self.columns["image"], *self.caption_columns])
+        return list_digest([self.digest, self.columns["image"], *self.caption_columns])
 
     def row(self, number: int) -> Sequence[Any]:
         begin, end = self.starts[number : number + 2].tolist()
@@ -637,7 +637,7 @@ class ParquetList(RowList):
         return {**self.__dict__, "_rows": None}
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, self.columns["image"], *self.caption_columns])
+        return list_digest([self.source, self.columns["image"], *self.caption_columns])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
@@ -707,7 +707,7 @@ class DatasetList(RowList):
         return self.place(number)
 
     def fingerprint(self) -> str:
-        return digest_of([self.source, self.split, len(self), self.columns["image"], *self.caption_columns])
+        return list_digest([self.source, self.split, len(self), self.columns["image"], *self.caption_columns])
 
     @wrap_errors(UnreadableFile)
     def row(self, number: int) -> Sequence[Any]:
@@ -774,6 +774,6 @@ def _label_of(value: Any) -> str:
     return name
 
 
-def digest_of(content: Any) -> str:
+def list_digest(content: Any) -> str:
     """Return a digest of a JSON value."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

@@ -23,7 +23,7 @@ from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state
+from flipscale.io.paths import file_state
 from flipscale.io.progress import each
 from flipscale.preparation.shard_writer import ShardOptions, stored_image
 from flipscale.preparation.worker_pool import worker_pool

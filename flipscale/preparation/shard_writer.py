@@ -32,10 +32,10 @@ from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state
 from flipscale.io.options import Count, Range, check_ranges
+from flipscale.io.paths import file_state
 from flipscale.io.progress import Progress, each
-from flipscale.preparation.lists import PairSource, digest_of
+from flipscale.preparation.lists import PairSource, list_digest
 from flipscale.preparation.worker_pool import shared, worker_pool
 
 PARTS = ("train", "test")
@@ -240,7 +240,7 @@ def _open_manifest(job: _Job, begun: dict[str, Any]) -> dict[int, dict[str, Any]
 def _inputs(shard: int, same_as: dict[int, int]) -> str:
     """Return a digest of the state of a shard's pairs, classes and duplicates."""
     job: _Job = shared()
-    return digest_of([job.class_numbers, same_as, [job.pairs.state(number) for number in job.numbers(shard)]])
+    return list_digest([job.class_numbers, same_as, [job.pairs.state(number) for number in job.numbers(shard)]])
 
 
 def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:

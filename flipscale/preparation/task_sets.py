@@ -35,7 +35,7 @@ from flipscale.evaluation.task_page import PREPARED, TaskPage, TaskSource, read_
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, remove, sync, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_disk_space, size_text
+from flipscale.io.paths import check_disk_space, size_text
 from flipscale.io.progress import Progress
 from flipscale.io.text_table import plain_table
 from flipscale.preparation.lists import parquet_rows

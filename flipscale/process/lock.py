@@ -19,7 +19,7 @@ from pathlib import Path
 
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_plain
+from flipscale.io.paths import check_plain
 
 _log = logging.getLogger(__name__)
 

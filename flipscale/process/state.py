@@ -157,7 +157,7 @@ def set_defaults(**variables: str) -> None:
 
 
 @contextmanager
-def environment(**variables: str | None) -> Iterator[None]:
+def changed_environment(**variables: str | None) -> Iterator[None]:
     """Change variables of the environment in a `with` block; None removes one."""
     before = {name: os.environ.get(name) for name in variables}
     _set(variables)

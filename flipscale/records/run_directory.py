@@ -24,7 +24,7 @@ import flipscale
 from flipscale.engines.launch import PRECISION, launched_precision
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
-from flipscale.io.files import check_disk_space
+from flipscale.io.paths import check_disk_space
 from flipscale.io.surroundings import known, own_commit, versions
 from flipscale.io.urls import without_secrets
 from flipscale.objectives.build import build_config, build_objective

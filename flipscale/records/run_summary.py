@@ -9,7 +9,7 @@ from typing import Any
 
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.paths import read_text
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.outputs import CHECKPOINT, CostRecipe

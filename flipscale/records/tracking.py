@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
-from flipscale.io.files import read_text
+from flipscale.io.paths import read_text
 from flipscale.io.text_table import duration
 from flipscale.process.world import gather_objects
 from flipscale.recipe.recipe import as_fields

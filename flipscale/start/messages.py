@@ -9,9 +9,9 @@ from typing import Any
 
 from flipscale.engines.device import attention_kernel
 from flipscale.engines.launch import PRECISION, faster_precision, launched_precision, precision_in_words
-from flipscale.io.files import quoted
+from flipscale.io.paths import quoted
 from flipscale.io.surroundings import known
-from flipscale.io.text_table import block
+from flipscale.io.text_table import headed_rows
 from flipscale.io.urls import without_secrets
 from flipscale.loop.between_steps import Evaluation
 from flipscale.loop.inputs import Session, TrainingSetup
@@ -70,7 +70,7 @@ def begin_run(
         ]
         to_go = "" if is_timed else f" of {last:,}"
         head = f"going on with {run_dir} from step {step:,}{to_go}" if step else f"training {run_dir}"
-        _log.info("%s", block(head, rows))
+        _log.info("%s", headed_rows(head, rows))
         if step and before in ("no", "bf16") and before != now:
             named, keeps = {"no": "fp32", "bf16": "bf16"}, typed_command(before)
             fix = f"to keep {named[before]}: {keeps}" if keeps else f"set mixed_precision {before} in the launch file"

@@ -137,7 +137,7 @@ def start_fields(
             towers[f"{field}_config"] = _embedded_fields(f"model.{field} is {name!r}", name, tower, stored)
         return towers, tokenizer
     if isinstance(start := model.start, Towers):
-        from flipscale.engines.pretrained_towers import start_fields as fields_of_towers  # imports the models
+        from flipscale.engines.pretrained_towers import start_tower_fields as fields_of_towers  # imports the models
 
         return fields_of_towers(start), str(local_folder(start.text) or start.text)
     init_from = str(model.init_from)

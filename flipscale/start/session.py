@@ -26,8 +26,8 @@ from flipscale.engines.launch import launch_of
 from flipscale.engines.trainable import add_lora, freeze
 from flipscale.io.digests import CorruptFile
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable, quoted
 from flipscale.io.options import changed_fields
+from flipscale.io.paths import check_writable, quoted
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.loop.inputs import Session, TrainingSetup
 from flipscale.objectives.build import build_config, build_objective

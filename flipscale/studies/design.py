@@ -22,8 +22,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from flipscale.evaluation.presentation.curves import seed_suffix
 from flipscale.evaluation.suite import check_image_sizes
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
 from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_message
+from flipscale.io.paths import check_writable
 from flipscale.io.yaml_text import read_yaml
 from flipscale.objectives.build import build_config
 from flipscale.planning.budget import with_time_shares
@@ -243,13 +243,13 @@ def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
     if study.base.endswith((".yaml", ".yml")):
         study = dataclasses.replace(study, base=os.path.normpath(file.parent / study.base))
     runs = plan(study, output_dir / "runs")
-    check_folder(output_dir, STUDY_FILE)
+    check_study_folder(output_dir, STUDY_FILE)
     content = {name: value for name, value in dataclasses.asdict(study).items() if value}
     write_recipes(runs, output_dir / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
     return runs
 
 
-def check_folder(output_dir: Path, mark: str) -> None:
+def check_study_folder(output_dir: Path, mark: str) -> None:
     """Raise unless a folder can be written, and is empty or holds the file `mark`."""
     check_writable(output_dir, "output_dir")
     there = sorted(path.name for path in output_dir.glob("*") if not path.name.startswith("."))

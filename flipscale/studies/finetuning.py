@@ -49,7 +49,7 @@ from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import family_of
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, power_below, spread
-from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.preparation.weighing import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.recipe.outputs import TASKS_DIR, EvalRecipe, LogRecipe
 from flipscale.recipe.recipe import Recipe
@@ -345,7 +345,7 @@ class Candidate:
         return {"frozen": [], "lora": None, "layer_decay": None, **PARTS[self.part][0], **own}
 
 
-def candidates(start: Start, width: int, batch_size: int) -> list[Candidate]:
+def trial_starts(start: Start, width: int, batch_size: int) -> list[Candidate]:
     """Return the candidates of the first rung."""
     usual = 5e-4 * (128 / max(width, 128)) ** 2 * math.sqrt(batch_size / 256)
     has_blocks = start.model.get("text_config", {}).get("num_hidden_layers") != 0
@@ -393,7 +393,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Search:
+class TrialSearch:
     """The trials of a start on pairs, in a folder. `train` trains a recipe."""
 
     train: Callable[[Recipe], Path]
@@ -407,7 +407,7 @@ class Search:
     def run(self, minutes: float, width: int, grid: int) -> list[Trial]:
         """Return the trials of the best candidate, the shortest first. Print each trial as it ends. A rung without a
         trial that could be run ends the search. Raise UserError if it is the first."""
-        rung = candidates(self.start, width, self.proposal.batch_size)
+        rung = trial_starts(self.start, width, self.proposal.batch_size)
         finished, best = list[Trial](), list[Candidate]()
         for number in range(3):
             print(f"rung {number + 1}, {_time(minutes / len(rung))} a trial, {len(rung)} of them:", flush=True)
@@ -503,7 +503,7 @@ def propose_finetuning(
     held_out = hold_out(source, named, by_caption, folder, old=start.replay)
     known = "" if held_out.by_caption else ", whose captions other pairs have too"
     print(f"held out to choose by: {len(held_out.captions):,} pictures, each on one side{known}", flush=True)
-    search = Search(train, proposal, start, named, held_out, built[len(tests) :] if start.name else [], folder)
+    search = TrialSearch(train, proposal, start, named, held_out, built[len(tests) :] if start.name else [], folder)
     old, before = held_out.scores(None), list[Result]()
     if start.name:
         old, before = search.measured(search.open(start.name))

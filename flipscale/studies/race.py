@@ -28,7 +28,7 @@ from flipscale.io.options import Count, check_entries
 from flipscale.pages.run_page import offer_page
 from flipscale.process.console import only_describes
 from flipscale.start.complete_recipe import parse_recipe
-from flipscale.studies.design import check_folder
+from flipscale.studies.design import check_study_folder
 from flipscale.studies.runs import StudyRun, in_time, train_missing, train_runs, write_recipes
 
 # Marks a folder as a race's.
@@ -88,7 +88,7 @@ def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds:
                 f"{recipe!r} is named {name!r}, and a run's folder has its recipe's name; rename the file, to be "
                 "printable, unlike the other names, and neither model nor figures"
             )
-    check_folder(output_dir, _MARK)
+    check_study_folder(output_dir, _MARK)
     check_replaceable(output_dir / "model")
     if (output_dir / _MARK).exists():
         remedy = "name another folder, or remove it"

@@ -18,8 +18,8 @@ import yaml
 from flipscale.io.atomic import write_text
 from flipscale.io.cores import usable_cores
 from flipscale.io.errors import UserError
-from flipscale.io.files import last_line, read_text
 from flipscale.io.json_lines import read_metrics
+from flipscale.io.paths import last_line, read_text
 from flipscale.io.progress import Progress
 from flipscale.planning.budget import with_time_shares
 from flipscale.process.preemption import may_be_echo

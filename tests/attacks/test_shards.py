@@ -18,7 +18,7 @@ from attacks.changes import unix_socket
 from conftest import add_member
 
 from flipscale.data.sources.manifest import write_manifest
-from flipscale.data.sources.shard_index import Index, index_path
+from flipscale.data.sources.shard_index import ShardIndex, index_path
 from flipscale.data.sources.tar import TarSource
 
 
@@ -133,7 +133,7 @@ def leads_out(data: Path) -> None:
     secret = data.parent / "secret.tar"
     shutil.copy2(data / "00000.tar", secret)
     state = secret.stat()
-    index = Index(np.zeros((30, 3, 2), np.uint32), "", state.st_size, 0)
+    index = ShardIndex(np.zeros((30, 3, 2), np.uint32), "", state.st_size, 0)
     with suppress(ValueError):  # of the writer, who reads what it wrote
         write_manifest(data / MANIFEST, "*.tar", [("../secret.tar", index)], [], rows=True)
     assert (data / MANIFEST).exists()

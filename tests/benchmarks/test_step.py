@@ -11,7 +11,7 @@ from benchmarks.gpu_step import open_clip_step
 from benchmarks.step import compare_steps
 from benchmarks.step_times import StepSetting, StepTimes, flip_step, matmul_peak, step_figures
 from flipscale.model import FlipConfig
-from flipscale.planning.flops import Step, forward_flops
+from flipscale.planning.flops import StepShape, forward_flops
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_figures_of_a_step() -> None:
     setting, times = tiny(), StepTimes([0.25, 0.5, 0.75], 1.0)
     figures = json.loads(json.dumps(step_figures(setting, times, 1e12)))
     assert figures["images_per_s"] == 4 / 0.5
-    assert figures["flops_per_pair"] == forward_flops(tiny_config(), Step(1, 0.75)).training
+    assert figures["flops_per_pair"] == forward_flops(tiny_config(), StepShape(1, 0.75)).training
     assert figures["share_of_matmul_peak"] == pytest.approx(8.0 * figures["flops_per_pair"] / 1e12)
     assert matmul_peak(CPU, "fp32") > 1e9
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from flipscale.cli import main
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.model_results import Line, read_lines
+from flipscale.evaluation.model_results import Line, read_result_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import PREPARED, read_page, suite_pages
 from flipscale.hub.card import folder_lines, model_index, refresh_card
@@ -115,7 +115,7 @@ def test_several_widths_stand_in_one_table(place: Path, capsys: pytest.CaptureFi
     evaluate("runs/a/model", "--retrieval", "data/tasks/cars/test", "--dims", "1", "16", "--json")
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["a, 1 numbers", "a, 16 numbers"]
-    assert {line.about["dims"] for line in read_lines(place / "runs/a/model/results.jsonl")} == {1, 16}
+    assert {line.about["dims"] for line in read_result_lines(place / "runs/a/model/results.jsonl")} == {1, 16}
     evaluate("runs/a/model", "--retrieval", "data/tasks/cars/test", "--json")
     assert json.loads(capsys.readouterr().out) == found["a, 16 numbers"], "the whole width"
 
@@ -140,7 +140,7 @@ def test_several_folders_of_a_kind(place: Path, capsys: pytest.CaptureFixture) -
     evaluate("b", "--retrieval", cars, "--retrieval", dtd, f"{cars}/", "--zero_shot", "data/tasks/dtd", "--json")
     found = json.loads(capsys.readouterr().out)
     assert {name.partition("/")[0] for name in found} == {"retrieval_cars-test", "retrieval_dtd-test", "zero_shot"}
-    by_folder = {line.result.task: line.about["data"]["name"] for line in read_lines(place / "b/results.jsonl")}
+    by_folder = {line.result.task: line.about["data"]["name"] for line in read_result_lines(place / "b/results.jsonl")}
     assert (by_folder["retrieval_cars-test"], by_folder["retrieval_dtd-test"]) == ("cars/test", "dtd/test")
     (place / "other").mkdir()
     (place / "other/cars").symlink_to(place / "data/tasks/cars")
@@ -168,7 +168,7 @@ def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     assert len(card.data.eval_results) == len(folder_lines(folder))
 
     assert {"results.jsonl", "results.md", "results.png"} <= set(split_own_files(folder)[0])
-    lines = read_lines(folder / "results.jsonl")
+    lines = read_result_lines(folder / "results.jsonl")
     (folder / "README.md").write_text("# My own card\n")
     refresh_card(folder, lines)
     assert (folder / "README.md").read_text() == "# My own card\n"
@@ -184,7 +184,7 @@ def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
 def test_lines_of_any_family_are_of_the_folder_s_weights(place: Path, family: str) -> None:
     folder = export_native(family, place / "other")
     evaluate("other", "--only", "cars")
-    lines = read_lines(folder / "results.jsonl")
+    lines = read_result_lines(folder / "results.jsonl")
     assert lines
     assert [line.result for line in folder_lines(folder)] == [line.result for line in lines]
 

@@ -19,7 +19,7 @@ from flipscale.cli.status import as_table, read_status
 from flipscale.data.order import GlobalOrder, Lanes, order_of
 from flipscale.data.samples import Source, candidates, shard_sizes_digest
 from flipscale.data.sources.opening import Mixture, open_source, open_weights
-from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.preparation.weighing import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 
 BATCH = 96

@@ -13,7 +13,7 @@ from processes import run
 from flipscale import cli
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.masked import (
+from flipscale.evaluation.masked_images import (
     WHOLE,
     ImageMask,
     MaskedEmbedder,
@@ -22,12 +22,12 @@ from flipscale.evaluation.masked import (
     image_masks,
     masked_embedder,
 )
-from flipscale.evaluation.model_results import read_lines
+from flipscale.evaluation.model_results import read_result_lines
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model.patches import patchify
-from flipscale.planning.flops import Step, forward_flops
+from flipscale.planning.flops import StepShape, forward_flops
 
 
 def test_the_row_alone_decides_a_mask() -> None:
@@ -127,9 +127,9 @@ def test_figures_of_the_command_on_one_and_two_processes(
     for line, mask in zip(one, masks, strict=True):
         expected = as_metrics(run_tasks(masked_embedder(embedder, mask), tasks))
         assert {name: line[name] for name in expected} == pytest.approx(expected)
-        flops = forward_flops(config, Step(1, mask.ratio, mask.views)).modules
+        flops = forward_flops(config, StepShape(1, mask.ratio, mask.views)).modules
         assert line["encoder_gflops"] == (flops["vision_model"] + flops["image_projection"]) / 1e9
     assert [line["encoder_relative"] for line in one[:2]] == [1.0, pytest.approx(0.5, abs=0.1)]
 
-    kept = [line.about["mask"] for line in read_lines(next((tmp_path / "one").glob("*/results.jsonl")))]
+    kept = [line.about["mask"] for line in read_result_lines(next((tmp_path / "one").glob("*/results.jsonl")))]
     assert [dict(mask) for mask in {tuple(mask.items()): mask for mask in kept}] == [mask.fields for mask in masks]

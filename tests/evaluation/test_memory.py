@@ -17,8 +17,8 @@ from flipscale.data.features import read_about
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds import memory
-from flipscale.evaluation.kinds.memory import Memory
+from flipscale.evaluation.kinds import zero_shot_memory as memory
+from flipscale.evaluation.kinds.zero_shot_memory import Memory
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, run_tasks
 from flipscale.hub.export import build_processor, export_model

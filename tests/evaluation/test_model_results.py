@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flipscale.evaluation.model_results import append_lines, drop_torn, read_lines, state_dict_digest
+from flipscale.evaluation.model_results import append_lines, drop_torn, read_result_lines, state_dict_digest
 from flipscale.evaluation.results import Result
 
 ABOUT = {"model": "demo", "weights": "12ab", "data": {"name": "cars"}, "mask": {}}
@@ -20,14 +20,14 @@ def results(task: str, top1: float) -> list[Result]:
 
 
 def names(path: Path) -> list[str]:
-    return [line.result.name for line in read_lines(path)]
+    return [line.result.name for line in read_result_lines(path)]
 
 
 def test_lines_come_back(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    assert read_lines(path) == []
+    assert read_result_lines(path) == []
     written = append_lines(path, "aa", results("cars", 41.5), ABOUT)
-    assert read_lines(path) == written
+    assert read_result_lines(path) == written
     assert [line.result for line in written] == results("cars", 41.5)
     assert written[0].about == {"group": "aa", "lines": 2, **ABOUT}
     assert json.loads(path.read_text().splitlines()[0])["value"] == 41.5
@@ -60,7 +60,7 @@ def test_a_foreign_file(tmp_path: Path, text: str) -> None:
     append_lines(path, "aa", results("cars", 41.5), ABOUT)
     path.write_text(path.read_text() + text)
     before = path.read_bytes()
-    for look in (read_lines, drop_torn):
+    for look in (read_result_lines, drop_torn):
         with pytest.raises(ValueError, match=r"results\.jsonl, line 3, is not a line of `flipscale evaluate`"):
             look(path)
     assert path.read_bytes() == before

@@ -33,7 +33,7 @@ from flipscale.evaluation.kinds.probe import (
     ridge,
 )
 from flipscale.evaluation.metrics import mean_per_class
-from flipscale.evaluation.model_results import evaluate_model, read_lines
+from flipscale.evaluation.model_results import evaluate_model, read_result_lines
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluated, run_tasks
 from flipscale.evaluation.whole_images import ChosenRows
@@ -313,7 +313,7 @@ def test_other_training_images_are_another_setting(embedder: Embedder, shards: P
     def probed_lines() -> int:
         tasks = build_tasks([{"kind": "few_shot", "data": str(shards), "train": str(tmp_path / "train")}])
         evaluate_model(embedder, "tiny", tmp_path / "results.jsonl", tasks)
-        return len(read_lines(tmp_path / "results.jsonl"))
+        return len(read_result_lines(tmp_path / "results.jsonl"))
 
     write_shards(tmp_path / "train", [40], seed=1)
     assert (probed_lines(), probed_lines()) == (4, 4)

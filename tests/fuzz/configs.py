@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from conftest import TOWER, write_tokenizer
 from transformers import AutoTokenizer
 
-from flipscale.evaluation.model_results import read_lines
+from flipscale.evaluation.model_results import read_result_lines
 from flipscale.evaluation.test_set import TEMPLATES
 from flipscale.evaluation.test_set import read_lines as read_texts
 from flipscale.hub.export import build_processor, export_model
@@ -62,7 +62,7 @@ def attack(data: bytes, folder: Path) -> None:
         if name == TEMPLATES:
             read_texts(model, TEMPLATES, "the prompts")
         elif name == "results.jsonl":
-            read_lines(model / name)
+            read_result_lines(model / name)
         else:
             if name == ADAPTER:
                 (model / "config.json").unlink()

@@ -11,7 +11,7 @@ from flipscale.data.order import GlobalOrder, Lanes
 from flipscale.data.samples import Source
 from flipscale.data.sampling_weights import ABOUT, SUMS, WEIGHTS
 from flipscale.data.sources.opening import open_weights
-from flipscale.preparation.sampling_weights import WeightOptions, make_weights
+from flipscale.preparation.weighing import WeightOptions, make_weights
 
 _FILES = (ABOUT, SUMS, WEIGHTS)
 

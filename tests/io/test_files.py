@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.io.files import check_disk_space, quoted, size_text
+from flipscale.io.paths import check_disk_space, quoted, size_text
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

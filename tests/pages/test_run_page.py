@@ -19,7 +19,7 @@ from PIL import Image
 
 from flipscale.evaluation.results import BEFORE, THIS_MODEL, Result, append_results, latest, read_results
 from flipscale.hub.loading import load_dual_encoder
-from flipscale.pages.run_page import MOST_BYTES, mask_rows, write_report
+from flipscale.pages.run_page import MOST_BYTES, mask_rows, write_run_page
 from flipscale.recipe.outputs import EvalRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.start.complete_recipe import parse_recipe
@@ -75,7 +75,7 @@ def test_what_is_gone_is_named_and_the_rest_is_there(copied: Path) -> None:
         eval=EvalRecipe(zero_shot=str(copied / "gone")),
         data=dataclasses.replace(recipe.data, shards=str(copied / "gone too")),
     )
-    page = unescape(write_report(gone, load_dual_encoder).read_text())
+    page = unescape(write_run_page(gone, load_dual_encoder).read_text())
     assert re.search(r"<li>The test pictures: .*gone.*</li>", page)
     assert re.search(r"<li>What was masked: .*gone too.*</li>", page)
     assert ">Results<" in page
@@ -83,7 +83,7 @@ def test_what_is_gone_is_named_and_the_rest_is_there(copied: Path) -> None:
     shutil.rmtree(copied / "model/figures")
     lines = [line for line in (copied / "metrics.jsonl").open() if "zero_shot" not in line]
     (copied / "metrics.jsonl").write_text("".join(lines))
-    page = write_report(dataclasses.replace(recipe, eval=EvalRecipe()), load_dual_encoder).read_text()
+    page = write_run_page(dataclasses.replace(recipe, eval=EvalRecipe()), load_dual_encoder).read_text()
     assert "the recipe has no evaluation that names pictures or finds captions" in page
     assert "What was masked" in page
     assert ">Results<" not in page
@@ -98,12 +98,12 @@ def test_left_out_results_and_figures_are_counted(copied: Path) -> None:
     for number in range(10):
         shutil.copy(copied / "figures/loss.png", copied / f"figures/{number}.png")
     count = len(list((copied / "figures").iterdir()))
-    page = write_report(recipe, load_dual_encoder).read_text()
+    page = write_run_page(recipe, load_dual_encoder).read_text()
     for words in ("<p>Task0 of A, ", "<li>10 more results: results.jsonl", f"<li>{count - 8} more figures: figures "):
         assert words in page
     for folder in ("figures", "model/figures"):
         shutil.rmtree(copied / folder)
-    assert "pip install" not in write_report(recipe, load_dual_encoder).read_text()
+    assert "pip install" not in write_run_page(recipe, load_dual_encoder).read_text()
 
 
 def test_before_after_and_change_are_columns_and_the_loss_leads(copied: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_before_after_and_change_are_columns_and_the_loss_leads(copied: Path, tm
             for one, value in made
         ]
         append_results(copied, results, last.step, last.samples_seen, last.trained_seconds)
-    page = write_report(recipe, load_dual_encoder)
+    page = write_run_page(recipe, load_dual_encoder)
     text = page.read_text()
     lead = text.partition("</header>")[0]
     assert lead.index("Lost against the model before: guard of fruit top-1 -20.2 points") < lead.index("Won against")
@@ -137,11 +137,11 @@ def test_before_after_and_change_are_columns_and_the_loss_leads(copied: Path, tm
 
 def test_it_names_the_start_of_a_run(copied: Path) -> None:
     recipe = dataclasses.replace(recipe_of(copied), output_dir=str(copied), eval=EvalRecipe())
-    assert "It learned from " in write_report(recipe, load_dual_encoder).read_text()
+    assert "It learned from " in write_run_page(recipe, load_dual_encoder).read_text()
     kept = yaml.safe_load((copied / "recipe.yaml").read_text())
     for fields, shown in (({"init_from": "models/<b>"}, "models/&lt;b&gt;"), ({"vision": "v", "text": "t"}, "v and t")):
         (copied / "recipe.yaml").write_text(yaml.safe_dump({**kept, "model": {**kept["model"], **fields}}))
-        page = write_report(recipe, load_dual_encoder).read_text()
+        page = write_run_page(recipe, load_dual_encoder).read_text()
         assert f"It began with the weights of {shown} and learned from " in page
 
 
@@ -149,7 +149,7 @@ def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: 
     tasks = EvalRecipe(retrieval=str(trained.parent / "captions"))
     run_dir = copied.rename(copied.with_name("my 'run' $(x)"))
     changed = dataclasses.replace(recipe_of(run_dir), eval=tasks, output_dir=str(run_dir))
-    page = write_report(changed, load_dual_encoder).read_text()
+    page = write_run_page(changed, load_dual_encoder).read_text()
     assert f"the three nearest of {len(HOSTILE)} captions" in page
     assert "<script" not in page
     commands = [shlex.split(unescape(text)) for text in re.findall(r"<pre[^>]*>(flipscale .*?)</pre>", page)]

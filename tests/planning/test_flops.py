@@ -12,7 +12,7 @@ from flipscale.engines.launch import Launch
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipVisionConfig
 from flipscale.model.families import config_class
 from flipscale.model.patches import num_kept
-from flipscale.planning.flops import Step, forward_flops, pair_flops
+from flipscale.planning.flops import StepShape, forward_flops, pair_flops
 from flipscale.planning.memory import heaviest_step
 from flipscale.recipe.optim import LoraRecipe, StageRecipe
 from flipscale.start.complete_recipe import parse_recipe
@@ -64,7 +64,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("masks", [(0.0, 1, 0.0, None), (0.75, 3, 0.5, None), (0.75, 2, 0.5, 112)])
 def test_the_count_is_the_formula_s(config: FlipConfig, masks: tuple[float, int, float, int | None]) -> None:
-    counted = forward_flops(config, Step(1, *masks[:3], image_size=masks[3]))
+    counted = forward_flops(config, StepShape(1, *masks[:3], image_size=masks[3]))
     for name, expected in by_hand(config, *masks).items():
         assert (counted.forward if name == "forward" else counted.modules[name]) == expected, name
 
@@ -75,19 +75,22 @@ def test_registers_of_a_dinov3_are_counted() -> None:
     text = {**sizes, "model_type": "bert", "vocab_size": 50, "max_position_embeddings": 12}
     config = config_class("towers").from_size("", vision, text)
     expected = 2 * 16 * 3 * 64 * 64 + layers(config.vision_config, 1 + 4 + 16)
-    assert forward_flops(config, Step(1, 0.75)).modules["vision_model"] == expected
+    assert forward_flops(config, StepShape(1, 0.75)).modules["vision_model"] == expected
 
 
 def test_a_step_by_torch_s_counter() -> None:
     # 32 px whole and 64 px at 75 % are both 16 patches.
-    assert forward_flops(SMALL, Step(1, 0.0, image_size=32)).forward == forward_flops(SMALL, Step(1, 0.75)).forward
+    assert (
+        forward_flops(SMALL, StepShape(1, 0.0, image_size=32)).forward
+        == forward_flops(SMALL, StepShape(1, 0.75)).forward
+    )
     model = FlipModel(SMALL)
     model.set_attn_implementation("eager")
     patches, captions = torch.zeros(5, 16, 192, dtype=torch.uint8), torch.randint(1, 50, (5, 12))
     with FlopCounterMode(display=False) as counter:
         output = model(patches=patches, image_size=32, input_ids=captions, return_logits=False)
         (output.image_embeds.sum() + output.text_embeds.sum()).backward()
-    expected = forward_flops(SMALL, Step(1, 0.0, image_size=32))
+    expected = forward_flops(SMALL, StepShape(1, 0.0, image_size=32))
     assert counter.get_total_flops() == 5 * (expected.training - expected.modules[PATCHES])
 
 
@@ -111,18 +114,18 @@ def test_each_stage_is_counted_at_its_own_size() -> None:
 
 def test_large_costs_what_the_paper_says() -> None:
     config = FlipConfig.from_size("l16")
-    whole = forward_flops(config, Step(1, 0.0))
+    whole = forward_flops(config, StepShape(1, 0.0))
     assert whole.modules["vision_model"] / 2e9 == pytest.approx(61.6, abs=0.05)
     assert whole.modules["text_model"] / 2e9 == pytest.approx(2.74, abs=0.005)
     # Paper, Table 1a: 0.52 and 0.28. The original embeds all patches before it drops some, which makes them 0.517 and
     # 0.2816.
     for mask_ratio, share, original in ((0.5, 0.5163, 0.5175), (0.75, 0.2800, 0.2816)):
-        masked = forward_flops(config, Step(1, mask_ratio))
+        masked = forward_flops(config, StepShape(1, mask_ratio))
         embeds_all = masked.forward - masked.modules[PATCHES] + whole.modules[PATCHES]
         assert masked.training / whole.training == pytest.approx(share, abs=5e-5)
         assert embeds_all / whole.forward == pytest.approx(original, abs=2e-4)
     # Half the tokens, a quarter of the attention: the paper counts 0.92x of the time for the step.
-    short = forward_flops(config, Step(1, 0.75, text_mask_ratio=0.5))
+    short = forward_flops(config, StepShape(1, 0.75, text_mask_ratio=0.5))
     assert short.forward / masked.forward == pytest.approx(0.92, abs=0.01)
 
 
@@ -139,11 +142,11 @@ def test_another_family_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
 def test_frozen_parts_have_no_backward_pass() -> None:
     """The image tower's two passes are left out, and under LoRA the pass for the weights' gradients is."""
     config = config_class("clip").from_size("b32")
-    whole, forward = forward_flops(config, Step(1, 0.5)), forward_flops(config, Step(1, 0.5)).modules
+    whole, forward = forward_flops(config, StepShape(1, 0.5)), forward_flops(config, StepShape(1, 0.5)).modules
     assert whole.backward == 2 * whole.forward
-    frozen = forward_flops(config, Step(1, 0.5, frozen=("vision_model",)))
+    frozen = forward_flops(config, StepShape(1, 0.5, frozen=("vision_model",)))
     expected = 2 * forward["text_model"] + 2 * forward["text_projection"] + forward["visual_projection"]
     assert frozen.forward == whole.forward
     assert frozen.backward == pytest.approx(expected, rel=1e-3)
-    lora = forward_flops(config, Step(1, 0.5, lora=LoraRecipe(rank=8)))
+    lora = forward_flops(config, StepShape(1, 0.5, lora=LoraRecipe(rank=8)))
     assert lora.backward == pytest.approx(whole.forward, rel=0.03)

@@ -20,7 +20,7 @@ from flipscale.cli import main
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.planning.flops import Step
+from flipscale.planning.flops import StepShape
 from flipscale.planning.memory import (
     activation_bytes,
     fitting_changes,
@@ -64,7 +64,7 @@ def bf16_is_emulated() -> bool:
     return peak_bytes(lambda: torch.nn.functional.linear(rows, weights)) > 1.5 * output_bytes
 
 
-def allocated_at_most(step: Step) -> int:
+def allocated_at_most(step: StepShape) -> int:
     """The peak memory of a real step of `SMALL`, in bytes, without the weights and the batch."""
     most = peak_bytes(lambda: measured(SMALL, step))
     width = 2 if step.bf16 and not step.autocast else 4
@@ -89,7 +89,7 @@ def test_activations_are_what_the_allocator_gives(
     mask_ratio: float, recompute: bool, bf16: bool, autocast: bool, image_size: int | None
 ) -> None:
     bf16 = bf16 and not bf16_is_emulated()
-    step = Step(32, mask_ratio, 1, 0.0, recompute, bf16, autocast, "cpu", image_size=image_size)
+    step = StepShape(32, mask_ratio, 1, 0.0, recompute, bf16, autocast, "cpu", image_size=image_size)
     found, allocated = activation_bytes(SMALL, step).peak, allocated_at_most(step)
     assert allocated > 10 * 2**20
     # What a kernel takes for itself is not seen: a larger part of the little that recomputation leaves.

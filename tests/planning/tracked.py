@@ -32,7 +32,7 @@ from flipscale.model.modeling_flip import as_on_gpu
 from flipscale.objectives import contrastive
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.planning.flops import example_batch
-from flipscale.planning.memory import Memory, cast_norms_as_cuda_does, heaviest_step, recipe_memory
+from flipscale.planning.memory import MemoryPlan, cast_norms_as_cuda_does, heaviest_step, recipe_memory
 from flipscale.recipe.recipe import Recipe
 from flipscale.start.complete_recipe import parse_recipe
 
@@ -146,7 +146,7 @@ def _fake_tensors() -> Iterator[None]:
         yield
 
 
-def cell(size: str, launch: str, micro_batches: int, recompute: bool, *flags: str) -> tuple[dict[str, int], Memory]:
+def cell(size: str, launch: str, micro_batches: int, recompute: bool, *flags: str) -> tuple[dict[str, int], MemoryPlan]:
     """Return what the tracker and the planner say of H/14's recipe with another model."""
     pairs = 256 // micro_batches
     recipe = parse_recipe(

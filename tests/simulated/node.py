@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
 from flipscale import cli
-from flipscale.checks import node, runs, steps
+from flipscale.checks import node, steps, trainings
 from flipscale.checks.node import Process, Row
 from flipscale.checks.nodes import Nodes
 from flipscale.checks.steps import Loop
@@ -257,7 +257,7 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
 def patient(wait: Callable[..., None]) -> Callable[..., None]:
     """Return a function of `Group` with twenty times its time limit."""
 
-    def waited(self: node.Group, *given: Any) -> None:
+    def waited(self: node.CheckProcesses, *given: Any) -> None:
         limits = given or (node.LIMIT_SECONDS,)
         wait(self, *(20 * one if isinstance(one, float) else one for one in limits))
 
@@ -267,7 +267,7 @@ def patient(wait: Callable[..., None]) -> Callable[..., None]:
 def _ranked(records: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
     """Return `Training.records` with the late rank's number among all GPUs; its process is one of two on its node."""
 
-    def read(training: runs.Training, name: str) -> list[dict[str, Any]]:
+    def read(training: trainings.Training, name: str) -> list[dict[str, Any]]:
         found = records(training, name)
         gpus, count = training.bench.local_gpus, NUM_DEVICES // _GPUS_OF_A_PROCESS
         if len(training.bench.nodes.hosts) > 1 and gpus == NUM_DEVICES and name == "slow_steps":
@@ -281,11 +281,11 @@ def _ranked(records: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[
 
 def on_busy_machine(stack: ExitStack) -> None:
     """Give checks the time that they need on a busy machine without GPUs."""
-    stack.enter_context(patch.object(runs, "_LOADER_SECONDS", 2.0))
-    stack.enter_context(patch.object(runs, "_END_SECONDS", 1800.0))
-    stack.enter_context(patch.object(node.Group, "wait", patient(node.Group.wait)))
-    stack.enter_context(patch.object(node.Group, "await_true", patient(node.Group.await_true)))
-    stack.enter_context(patch.object(runs.Training, "records", _ranked(runs.Training.records)))
+    stack.enter_context(patch.object(trainings, "_LOADER_SECONDS", 2.0))
+    stack.enter_context(patch.object(trainings, "_END_SECONDS", 1800.0))
+    stack.enter_context(patch.object(node.CheckProcesses, "wait", patient(node.CheckProcesses.wait)))
+    stack.enter_context(patch.object(node.CheckProcesses, "await_true", patient(node.CheckProcesses.await_true)))
+    stack.enter_context(patch.object(trainings.Training, "records", _ranked(trainings.Training.records)))
     gather = Nodes.gather
     waited = lambda nodes, value, limit_s=6000.0: gather(nodes, value, limit_s)  # noqa: E731
     stack.enter_context(patch.object(Nodes, "gather", waited))

@@ -18,11 +18,11 @@ from simulated.node import Fault, Starter, on_busy_machine, write_nvidia_smi
 from torch.autograd import DeviceType
 
 from benchmarks.gpu_step import check_open_clip
-from flipscale.checks import bench as checks
-from flipscale.checks import node, runs, steps
-from flipscale.checks.bench import as_json, report, run_checks, write_report
-from flipscale.checks.machine import links
+from flipscale.checks import node, steps, trainings
+from flipscale.checks import report as checks
+from flipscale.checks.machine import gpu_links
 from flipscale.checks.node import Bench, CheckError, Process, Row, start_python
+from flipscale.checks.report import as_json, findings_block, run_checks, write_report
 from flipscale.cli import main
 
 
@@ -67,7 +67,7 @@ def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     # The plan is made for large models, and of a small one it counts 18 % too much on one GPU, 16 % too little in HSDP.
     with patch.object(steps, "OFF", 0.25):
         bench = run(small, tmp_path, starts=3)
-    printed = report(bench)
+    printed = findings_block(bench)
     others = {one.name: one.text for one in bench.findings if one.status != "ok"}
     assert others == dict.fromkeys(("step small zero3", "step small zero3 compiled"), "deepspeed is not installed"), (
         printed
@@ -120,7 +120,7 @@ def test_a_plan_20_percent_off_is_named(small: Path, tmp_path: Path) -> None:
     ):
         steps.check_plan(bench)
     assert failed(bench).startswith("time 1.20x small fsdp2 kept; ")
-    assert "FAILED  plan                               time 1.20x small fsdp2 kept; " in report(bench)
+    assert "FAILED  plan                               time 1.20x small fsdp2 kept; " in findings_block(bench)
 
 
 def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_failed_check_does_not_end_the_others(small: Path, tmp_path: Path) -> 
         run_checks(bench, print)
     assert [one.status for one in bench.findings] == ["FAILED", "not run", "ok"]
     assert [one.text for one in bench.findings][1] == "it needs 2 GPUs"
-    assert "1 ok, 1 FAILED, 1 not run" in report(bench)
+    assert "1 ok, 1 FAILED, 1 not run" in findings_block(bench)
 
 
 def half_asleep(asleep: str) -> Iterator[Row]:
@@ -178,7 +178,7 @@ def test_idle_time_and_waits_are_read_from_the_profile() -> None:
 def test_kinds_of_links_are_counted() -> None:
     head = "\x1b[4m\tGPU0\tGPU1\tGPU2\tNIC0\x1b[0m"
     rows = ["GPU0\t X \tNV18\tSYS\tPIX", "GPU1\tNV18\t X \tSYS\tSYS", "GPU2\tSYS\tSYS\t X \tPIX"]
-    assert links("\n".join([head, *rows])) == {"NV18": 1, "SYS": 2}
+    assert gpu_links("\n".join([head, *rows])) == {"NV18": 1, "SYS": 2}
 
 
 @pytest.mark.long
@@ -199,13 +199,13 @@ def test_steps_are_taken_by_real_processes(
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
     (tmp_path / "pairs").mkdir()
-    training = runs.Training(Bench(2, tmp_path, [], 8), "all")
+    training = trainings.Training(Bench(2, tmp_path, [], 8), "all")
     training.directory.mkdir()
     records = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": None}]
     (training.directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     ended = SimpleNamespace(wait=lambda: None)
     with (
-        patch.object(runs.Training, "start", lambda *_, **__: nullcontext(ended)),
+        patch.object(trainings.Training, "start", lambda *_, **__: nullcontext(ended)),
         pytest.raises(CheckError, match="run all: the loss of step 2 is not finite"),
     ):
         training.run(2)

@@ -17,15 +17,15 @@ import pytest
 import yaml
 from simulated import node as simulated
 
-from flipscale.checks import bench as checks
 from flipscale.checks import kernels
-from flipscale.checks.bench import report, write_report
+from flipscale.checks import report as checks
 from flipscale.checks.kernels import check_collectives, check_links, check_products
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Row
 from flipscale.checks.nodes import Nodes, meet
-from flipscale.checks.runs import check_kill, check_stall
+from flipscale.checks.report import findings_block, write_report
 from flipscale.checks.steps import engine_variables
+from flipscale.checks.trainings import check_kill, check_stall
 from flipscale.io.errors import UserError
 
 HOSTS = ["a", "b", "c", "d"]
@@ -275,7 +275,9 @@ def test_a_slow_gpu_has_its_node(slow: list[int], named: str, tmp_path: Path) ->
     bench = Bench(16, tmp_path, ["small"], 8, nodes=Nodes(hosts=HOSTS[:2]))
     with patch.object(Bench, "run", lambda *_, **__: rows):
         check_products(bench)
-    assert f"products small                     slow: {named}, at least 400 Tflop/s, another 700; " in report(bench)
+    assert f"products small                     slow: {named}, at least 400 Tflop/s, another 700; " in findings_block(
+        bench
+    )
 
 
 def test_what_other_nodes_failed_is_in_the_report(tmp_path: Path) -> None:

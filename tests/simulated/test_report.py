@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.gpu_step import draw, unlike
 from flipscale.checks import node, steps
-from flipscale.checks.bench import PROFILE, write_report
 from flipscale.checks.node import Bench
 from flipscale.checks.nodes import Nodes
+from flipscale.checks.report import PROFILE, write_report
 from flipscale.checks.steps import ALONE, check_plan
 from flipscale.checks.timing import over_starts
 from flipscale.cli import main
@@ -80,7 +80,7 @@ def test_any_recipe_and_any_field_can_be_benched(
         loads = {"mfu": None, "mhz": None, "watts": None, "pairs_per_joule": None, "peak_bytes": 1, "recomputes": False}
         bench.figures["steps"] = [row | times | loads]
 
-    monkeypatch.setattr("flipscale.checks.bench.run_checks", run_checks)
+    monkeypatch.setattr("flipscale.checks.report.run_checks", run_checks)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     flags = ["--config", "b16_cc12m", "--mask.kind", "grid", "--data.pack_captions", "false"]
@@ -112,8 +112,8 @@ def test_a_silent_node_loses_no_results(tmp_path: Path, monkeypatch: pytest.Monk
         raise UserError("b did not answer in 1 s")
 
     monkeypatch.setattr("flipscale.checks.nodes.meet", lambda environment: Nodes(hosts=["a", "b"]))
-    monkeypatch.setattr("flipscale.checks.bench.run_checks", lambda bench, announce: bench.add("own", "fine"))
-    monkeypatch.setattr("flipscale.checks.bench.check_nodes", silent)
+    monkeypatch.setattr("flipscale.checks.report.run_checks", lambda bench, announce: bench.add("own", "fine"))
+    monkeypatch.setattr("flipscale.checks.report.check_nodes", silent)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

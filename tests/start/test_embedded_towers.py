@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from flipscale.cli import main
 from flipscale.hub.loading import load_with_tokenizer
-from flipscale.pages.run_page import write_report
+from flipscale.pages.run_page import write_run_page
 from flipscale.pretrain import pretrain
 from flipscale.start.complete_recipe import parse_recipe
 
@@ -81,7 +81,7 @@ def test_an_aligned_run_is_stopped_continued_and_exported_with_its_towers(
     resumed = load_file(run_dir / "model/model.safetensors")
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
     assert len(losses(run_dir)) == 40
-    model, page = run_dir / "model", write_report(recipe, load_with_tokenizer).read_text()
+    model, page = run_dir / "model", write_run_page(recipe, load_with_tokenizer).read_text()
     assert "`flipscale search` has them for models with towers of other libraries" in page
     assert "data.tokenizer" not in page
     assert f"trained on\nfeatures of `{image}` and `{text}`" in (model / "README.md").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.io.files import check_writable
+from flipscale.io.paths import check_writable
 from flipscale.pretrain import pretrain
 from flipscale.start import session
 from flipscale.start.complete_recipe import parse_recipe

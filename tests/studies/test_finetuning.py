@@ -38,9 +38,9 @@ from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.finetuning import (
     Candidate,
     HeldOut,
-    Search,
     Start,
     Trial,
+    TrialSearch,
     _propose,
     find_guards,
     find_replay,
@@ -253,18 +253,18 @@ def test_a_recipe_only_for_a_clear_gain(
 ) -> None:
     write_pairs(here / "pairs", 400, NAMES[:40])
 
-    def scores(search: Search, name: str) -> tuple[np.ndarray, list]:
+    def scores(search: TrialSearch, name: str) -> tuple[np.ndarray, list]:
         count = len(search.held_out.captions)
         old = np.random.default_rng(0).choice([0.0, 33.0, 67.0], count)
         change = np.random.default_rng(1).normal(0.0, 15.0, count)
         return old + (change - change.mean() + gain) * (name != str(run)), []
 
-    def trials(search: Search, minutes: float, *_: int) -> list[Trial]:
+    def trials(search: TrialSearch, minutes: float, *_: int) -> list[Trial]:
         return [Trial(Candidate("all", 1e-3), minutes, here / "trial", 640, search.measured(search.open("trial"))[0])]
 
-    monkeypatch.setattr(Search, "open", lambda search, name: name)
-    monkeypatch.setattr(Search, "measured", scores)
-    monkeypatch.setattr(Search, "run", trials)
+    monkeypatch.setattr(TrialSearch, "open", lambda search, name: name)
+    monkeypatch.setattr(TrialSearch, "measured", scores)
+    monkeypatch.setattr(TrialSearch, "run", trials)
     main(["init", "mine.yaml", "--start", str(run), "--shards", "pairs"])
     report = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert first in report[0]
@@ -440,7 +440,7 @@ def test_old_pairs_are_half_of_each_batch(
 
     proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), tasks=[], output_dir="x", num_workers=0)
     with pytest.raises(UserError, match="enough"):
-        Search(train, proposal, start, SOURCE, held_out, [], here).run(1.0, 32, 4)
+        TrialSearch(train, proposal, start, SOURCE, held_out, [], here).run(1.0, 32, 4)
     new = replace(SOURCE, weights=str(held_out.weights), weight=0.5)
     assert [one.data.sources for one in trained] == [[new, old]] * len(trained)
 
@@ -478,14 +478,14 @@ def test_a_rung_that_fails_leaves_the_trials_before(run: Path, here: Path, monke
     start = open_start([str(run)], here / "converted")
     proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), tasks=[], output_dir="x", num_workers=0)
 
-    def trial(search: Search, candidate: Candidate, minutes: float, run_dir: Path) -> Trial:
+    def trial(search: TrialSearch, candidate: Candidate, minutes: float, run_dir: Path) -> Trial:
         if minutes == 1.0:  # the last rung's only trial
             raise FloatingPointError("losses are NaN")
         run_dir.mkdir()
         return Trial(candidate, minutes, run_dir, 64, np.array([candidate.rate]))
 
-    monkeypatch.setattr(Search, "_trial", trial)
-    search = Search(pretrain, proposal, start, SOURCE, HeldOut(open_shards("pairs"), [], here), [], here)
+    monkeypatch.setattr(TrialSearch, "_trial", trial)
+    search = TrialSearch(pretrain, proposal, start, SOURCE, HeldOut(open_shards("pairs"), [], here), [], here)
     (left,) = search.run(1.0, 32, 4)
     assert (left.run_dir.parent, left.run_dir.name[:7]) == (here, "trial1-")
     assert left.run_dir.exists()
@@ -501,7 +501,7 @@ def test_a_loss_is_mixed_away(run: Path, here: Path, shards: Path) -> None:
     captions = [NAMES[(number + 1) % 16] for number in range(96)]
     held_out = HeldOut(open_shards("pairs"), captions, here)
     proposal, _, _ = _propose(start, SOURCE, survey_of(400, 40), tasks=[], output_dir="x", num_workers=0)
-    search = Search(pretrain, proposal, start, SOURCE, held_out, build_tasks(tasks), here)
+    search = TrialSearch(pretrain, proposal, start, SOURCE, held_out, build_tasks(tasks), here)
     old, before = search.measured(search.open(str(run)))
     trial = Trial(Candidate("all", 1e-3), 1.0, run_dir, 1600, old)
     chosen, made = search.mixed(trial, before, old)

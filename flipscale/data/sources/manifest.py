@@ -26,11 +26,19 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from flipscale.data.sources.raw_data import RAW_SUFFIXES, no_shards
-from flipscale.data.sources.shard_index import ROW, ROW_BYTES, Index, NotAFile, load_index, open_plain, size_and_time
+from flipscale.data.sources.shard_index import (
+    ROW,
+    ROW_BYTES,
+    NotAFile,
+    ShardIndex,
+    load_index,
+    open_plain,
+    size_and_time,
+)
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.cores import end_with_parent
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted
+from flipscale.io.paths import quoted
 from flipscale.io.progress import Progress
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
@@ -164,7 +172,7 @@ def _parsed(path: Path, content: bytes, digest: bytes) -> Manifest:
 
 
 def write_manifest(
-    path: Path, pattern: str, shards: Iterable[tuple[str, Index]], folders: list[str], rows: bool
+    path: Path, pattern: str, shards: Iterable[tuple[str, ShardIndex]], folders: list[str], rows: bool
 ) -> Manifest:
     """Write a manifest of the shards, with `rows` also their indices, and return it."""
     names: list[str] = []
@@ -317,7 +325,7 @@ class ShardList:
         return written
 
 
-def _indexed(shards: ShardList, name: str) -> tuple[str, Index]:
+def _indexed(shards: ShardList, name: str) -> tuple[str, ShardIndex]:
     path = shards.path(name)
     try:
         return name, load_index(path)

@@ -17,9 +17,9 @@ from flipscale.data.sources.dataset import DatasetSource, load_rows
 from flipscale.data.sources.remote import RemoteTarSource, ShardCache
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted
 from flipscale.io.model_folder import read_object
 from flipscale.io.options import refuse_set
+from flipscale.io.paths import quoted
 from flipscale.io.urls import without_secrets
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 

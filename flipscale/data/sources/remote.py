@@ -40,8 +40,8 @@ from flipscale.data.sources.manifest import (
 )
 from flipscale.data.sources.raw_data import no_shards
 from flipscale.data.sources.shard_index import (
-    Index,
     NotAFile,
+    ShardIndex,
     build_index,
     most_bytes,
     open_plain,
@@ -51,8 +51,8 @@ from flipscale.data.sources.shard_index import (
 from flipscale.data.sources.tar import StaleManifest, TarSource
 from flipscale.io.atomic import atomic_write, remove, unique_partial_path
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
 from flipscale.io.hub_requests import guard_requests
+from flipscale.io.paths import check_writable
 from flipscale.io.urls import without_password, without_secrets
 from flipscale.recipe.data import DataRecipe
 
@@ -380,7 +380,7 @@ class RemoteShardList(ShardList):
         _log.warning("%s is damaged; it is made anew", place)
         return None
 
-    def index(self, name: str, size: int | None = None) -> Index:
+    def index(self, name: str, size: int | None = None) -> ShardIndex:
         """Return the index of a shard of `size` bytes, if known: from the cache, from beside the shard, or built."""
         url, path = self.path(name), self.index_path(name)
         index = _read_copy(path, size)
@@ -437,7 +437,7 @@ class RemoteShardList(ShardList):
         shards = in_windows(self._indexed, self.names(), lambda: ThreadPoolExecutor(_THREADS))
         return write_manifest(place, self.pattern, shards, [], rows=False)
 
-    def _indexed(self, name: str) -> tuple[str, Index]:
+    def _indexed(self, name: str) -> tuple[str, ShardIndex]:
         try:
             size = information(self.path(name))["size"]
             index = self.index(name, size)
@@ -446,7 +446,7 @@ class RemoteShardList(ShardList):
         return name, index._replace(num_bytes=size or index.num_bytes, mtime_ns=0)
 
 
-def _read_copy(path: Path, size: int | None) -> Index | None:
+def _read_copy(path: Path, size: int | None) -> ShardIndex | None:
     """Return the index at `path`; None if it is missing, damaged or of a shard with another size."""
     with suppress(OSError, ValueError):
         index = read_index(path.read_bytes())

@@ -212,7 +212,7 @@ class Places(NamedTuple):
     array: Place | None
 
 
-class Index(NamedTuple):
+class ShardIndex(NamedTuple):
     """The index of a shard.
 
     Args:
@@ -230,7 +230,7 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.npy")
 
 
-def load_index(shard: Path) -> Index:
+def load_index(shard: Path) -> ShardIndex:
     """Return the index of `shard`. If it is missing, or the shard has another size or time, build and write it."""
     with suppress(OSError, ValueError), os.fdopen(open_plain(index_path(shard)), "rb") as file:
         index = read_index(file.read())
@@ -263,7 +263,7 @@ def places(row: np.ndarray) -> Places:
     )
 
 
-def read_index(content: bytes) -> Index:
+def read_index(content: bytes) -> ShardIndex:
     try:
         if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
             raise UserError("the index was changed")
@@ -273,7 +273,7 @@ def read_index(content: bytes) -> Index:
         # A view of the content, because numpy's reader would make room for any shape.
         rows = np.frombuffer(content, "<u4", math.prod(shape), file.tell()).reshape(-1, *ROW)
         about = json.loads(content[file.tell() + rows.nbytes : -_DIGEST_BYTES])
-        return Index(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
+        return ShardIndex(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
     except Exception as error:  # numpy raises many kinds for a damaged header
         raise UserError(f"not an index ({error})") from error
 
@@ -283,7 +283,7 @@ def most_bytes(num_bytes: int) -> int:
     return num_bytes // (2 * BLOCK) * ROW_BYTES + (1 << 16)
 
 
-def build_index(shard: Path, path: Path) -> Index:
+def build_index(shard: Path, path: Path) -> ShardIndex:
     """Return the index of a shard, and write it to `path` if possible. A shard that cannot be read has no samples.
     Raise OSError if the shard does not exist, or reading failed and may succeed the next time."""
     try:
@@ -292,11 +292,11 @@ def build_index(shard: Path, path: Path) -> Index:
         damage = _lasting_damage(error, shard)
         if damage is None:
             raise
-        return Index(np.empty((0, *ROW), "<u4"), damage, *size_and_time(shard))
+        return ShardIndex(np.empty((0, *ROW), "<u4"), damage, *size_and_time(shard))
     try:
         with os.fdopen(file, "rb") as opened:
             state = os.fstat(file)
-            index = Index(*_scan(opened), state.st_size, state.st_mtime_ns)
+            index = ShardIndex(*_scan(opened), state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise OSError(f"shard {shard} cannot be read ({error.strerror}); start again, or remove it") from error
     # Processes that start together may all write it. In a read-only folder, every start builds it again.

@@ -43,7 +43,7 @@ from flipscale.data.sources.shard_index import (
     size_and_time,
 )
 from flipscale.io.errors import UserError
-from flipscale.io.files import file_state
+from flipscale.io.paths import file_state
 from flipscale.io.urls import without_secrets
 
 _MAX_GAP_BYTES = 1 << 16

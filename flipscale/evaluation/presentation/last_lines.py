@@ -12,8 +12,8 @@ from flipscale.evaluation.presentation.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, LOST, Result, latest, read_results, with_changes
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.io.atomic import sync
-from flipscale.io.files import quoted
-from flipscale.io.text_table import block, duration
+from flipscale.io.paths import quoted
+from flipscale.io.text_table import duration, headed_rows
 from flipscale.process.console import only_describes
 from flipscale.recipe.recipe import Recipe
 
@@ -64,7 +64,7 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
         ("", f"flipscale push {quoted(run_dir)} ORG/NAME"),
     ]
     pairs = step * recipe.data.global_batch_size
-    return block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
+    return headed_rows(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
 
 
 def evaluation_flags(kind: str, data: str) -> str:

@@ -44,7 +44,7 @@ class Row:
     why_not: str
 
 
-def report(columns: Sequence[Column], suites: Sequence[str]) -> str:
+def results_table(columns: Sequence[Column], suites: Sequence[str]) -> str:
     """Return `results.md`: the tables of the suites, further metrics, and how the results were made."""
     blocks = ["# Results", suite_tables(columns, suites)]
     if others := [row for row in _rows_of(columns) if not _is_main(row)]:

@@ -34,7 +34,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.io.atomic import remove, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
+from flipscale.io.paths import check_writable
 from flipscale.io.progress import Progress, each
 from flipscale.io.templates import render
 from flipscale.io.urls import without_secrets

@@ -17,7 +17,7 @@ from flipscale.data.sources import remote
 from flipscale.data.sources.manifest import manifest_name, write_manifest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
-from flipscale.data.sources.shard_index import Index, index_path, load_index
+from flipscale.data.sources.shard_index import ShardIndex, index_path, load_index
 from flipscale.recipe.data import DataRecipe
 
 
@@ -213,7 +213,7 @@ def test_a_way_that_the_environment_or_the_server_names(
 
 def test_a_manifest_that_names_files_of_this_machine(served: Path, tmp_path: Path) -> None:
     pattern = "{00000..00001}.tar"
-    shards = [("file:///etc/passwd", Index(np.zeros((0, 3, 2), np.uint32), "", 10, 0))]
+    shards = [("file:///etc/passwd", ShardIndex(np.zeros((0, 3, 2), np.uint32), "", 10, 0))]
     write_manifest(served / manifest_name(pattern), pattern, shards, [], rows=False)
     with (
         server(served, plainly) as url,

@@ -38,7 +38,7 @@ CurveGroups = Mapping[str, Sequence[Curve]]
 Ends = Mapping[str, Sequence[Result]]
 
 
-def draw_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words: str, path: Path) -> None:
+def draw_study_curves(panels: Mapping[str, CurveGroups], along: str, name: str, words: str, path: Path) -> None:
     """Draw the result `name` against a field of the records, a panel for each title. A panel has a line for each
     configuration: the mean over its seeds, with the 95 % interval as a band. The base comes first. `along` is
     `samples_seen` or `trained_seconds`."""

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from flipscale.evaluation.masked import ImageMask
-from flipscale.evaluation.model_results import read_lines
+from flipscale.evaluation.masked_images import ImageMask
+from flipscale.evaluation.model_results import read_result_lines
 from flipscale.evaluation.presentation.curves import Curve, estimate, headlines, read_curve
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import quoted
+from flipscale.io.paths import quoted
 from flipscale.io.text_table import escape_markdown, markdown_code, markdown_table
 from flipscale.planning.flops import stage_flops
 from flipscale.studies.design import BASE, Study, read_plan
-from flipscale.studies.figures import draw_curves, draw_fits, draw_grid, draw_rows, draw_transfer
 from flipscale.studies.laws import AdditiveLaw, Law, LawFit, Points, PowerLaw, SaturatingLaw, fit_law, predict
 from flipscale.studies.runs import StudyRun
+from flipscale.studies.study_figures import draw_fits, draw_grid, draw_rows, draw_study_curves, draw_transfer
 from flipscale.studies.transfer import Arm, effects, tasks_moved, transfer_report
 
 _LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveLaw)
@@ -63,7 +63,7 @@ class Configuration:
 Configurations = dict[str, Configuration]  # by label
 
 
-def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyResult]]:
+def read_study_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyResult]]:
     """Return a planned study, its runs, and the results of its finished runs. Raise UserError if the folder holds no
     planned study, or no run of the base is finished."""
     study, runs = read_plan(output_dir)
@@ -80,7 +80,7 @@ def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyRes
 def write_results(output_dir: Path, resamples: int) -> None:
     """Write `report.md`, `transfer.md` and the figures of a study's finished runs, and print the table. Raise UserError
     if the folder holds no planned study, or no run of the base is finished and evaluated."""
-    study, runs, results = read_results(output_dir)
+    study, runs, results = read_study_results(output_dir)
     labels = [study.label(levels) for levels in study.combinations()]
     by_label = {label: [run for run in results if run.label == label] for label in labels}
     configurations = {label: Configuration(own) for label, own in by_label.items() if own}
@@ -145,7 +145,7 @@ def _masked_table(configurations: Configurations) -> str:
             # A task that was evaluated twice, with other data, counts by its last line.
             lines = {
                 (ImageMask(**(line.about.get("mask") or {})).label, f"{line.result.task} {line.result.shown}"): line
-                for line in read_lines(run.run_dir / "model" / RESULTS_FILE)
+                for line in read_result_lines(run.run_dir / "model" / RESULTS_FILE)
                 if line.result.headline
             }
             for (mask, name), line in lines.items():
@@ -200,8 +200,8 @@ def _draw(
         labels = {base: study.label({}), **{level: study.label({axis: level}) for level in others}}
         panels[axis] = {level: curves[label] for level, label in labels.items() if label in curves}
     if panels:
-        draw_curves(panels, "samples_seen", name, shown, output_dir / "scaling.png")
-    draw_curves({"": curves}, "trained_seconds", name, shown, output_dir / "accuracy.png")
+        draw_study_curves(panels, "samples_seen", name, shown, output_dir / "scaling.png")
+    draw_study_curves({"": curves}, "trained_seconds", name, shown, output_dir / "accuracy.png")
     moved = effects(arms)
     if tasks := tasks_moved(moved, arms):
         draw_transfer(moved, tasks, output_dir / "transfer.png")

@@ -18,7 +18,7 @@ import psutil
 import yaml
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from flipscale.checks.node import LIMIT_SECONDS, Bench, CheckError, Group, Row, descendants
+from flipscale.checks.node import LIMIT_SECONDS, Bench, CheckError, CheckProcesses, Row, descendants
 from flipscale.checks.steps import ALONE, engine_variables, first_stage, steps_of
 from flipscale.checks.timing import over_starts
 from flipscale.data.loader import restartable_batches
@@ -91,7 +91,9 @@ class Training:
             (self.logs / "recipe.yaml").write_text(text or yaml.safe_dump(small), encoding="utf-8")
         bench.nodes.gather("written")
 
-    def start(self, processes: int, engine: str, *launcher: str, **variables: str) -> AbstractContextManager[Group]:
+    def start(
+        self, processes: int, engine: str, *launcher: str, **variables: str
+    ) -> AbstractContextManager[CheckProcesses]:
         """Return the context in which the trainer runs in some processes. `launcher` is a module and its arguments."""
         nodes = len(self.bench.nodes.hosts)
         own = {**engine_variables(engine, processes, nodes), "ACCELERATE_MIXED_PRECISION": "no", **variables}
@@ -115,7 +117,7 @@ class Training:
         file = self.directory / f"{name}.jsonl"
         return json_lines.read(file) if file.exists() else []
 
-    def await_steps(self, group: Group, count: int) -> None:
+    def await_steps(self, group: CheckProcesses, count: int) -> None:
         """Wait until the run has taken some steps."""
         group.await_true(lambda: len(self.records("metrics")) >= count, LIMIT_SECONDS, f"step {count}")
 

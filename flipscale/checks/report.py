@@ -14,8 +14,8 @@ from flipscale.checks.kernels import check_attention, check_collectives, check_l
 from flipscale.checks.machine import check_machine
 from flipscale.checks.node import Bench, Finding, NotRun, Row
 from flipscale.checks.nodes import OWN_CHECKS_SECONDS, Nodes
-from flipscale.checks.runs import check_kill, check_loader, check_losses, check_resume, check_stall, check_trainer
 from flipscale.checks.steps import check_contexts, check_plan, check_steps, planning_figures
+from flipscale.checks.trainings import check_kill, check_loader, check_losses, check_resume, check_stall, check_trainer
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import markdown_table
@@ -90,7 +90,7 @@ def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[st
     return whole
 
 
-def report(bench: Bench) -> str:
+def findings_block(bench: Bench) -> str:
     """Return the block to paste into an issue, at most 60 lines."""
     counts = {status: sum(one.status == status for one in bench.findings) for status in ("ok", "FAILED", "not run")}
     head = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -127,7 +127,7 @@ def write_report(benches: Sequence[Bench], path: Path) -> None:
         for name, title in _TABLES.items():
             if rows := [row for row in bench.figures.get(name, []) if "calls" not in row]:
                 lines += ["", f"### {title}", "", markdown_table([_HEAD, *map(_cells, rows)], 1)]
-        lines += ["", "### Checks", "", "```", report(bench), "```", ""]
+        lines += ["", "### Checks", "", "```", findings_block(bench), "```", ""]
     write_text(path, "\n".join([*lines, PROFILE, ""]))
 
 
