@@ -42,6 +42,7 @@ class Check:
         from flipscale.checks.start import check_recipe
         from flipscale.planning.budget import with_time_shares
         from flipscale.planning.dry_run import planned_launch
+        from flipscale.recipe.rules import check_rules
         from flipscale.start.complete_recipe import parse_recipe
         from flipscale.start.pretrained_fields import with_vocabulary
         from flipscale.start.session import is_done, open_run_directory
@@ -55,6 +56,7 @@ class Check:
                 folders = [local_folder(start) for start in (model.init_from, model.vision, model.text) if start]
             if reads_start := bool(folders) and None not in folders:
                 recipe = with_vocabulary(recipe, fetches=True)
+            check_rules(recipe)
             # The towers' fields come with their weights.
             if not (self.pending and model.family == "towers"):
                 check_recipe(recipe, launch, not self.pending, reads_start)

@@ -98,11 +98,9 @@ class Target:
 
 
 def target_of(recipe: HubRecipe) -> Target | None:
-    """Return the target of a run's pushes, or None if the run is not pushed. Raise UserError without a valid name."""
-    if not recipe.push_to_hub:
+    """Return the target of a run's pushes, or None if the run is not pushed. Raise UserError if its name is invalid."""
+    if not recipe.push_to_hub or recipe.hub_model_id is None:
         return None
-    if recipe.hub_model_id is None:
-        raise UserError("hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME")
     return Target(recipe.hub_model_id, recipe.hub_private_repo, recipe.hub_revision)
 
 

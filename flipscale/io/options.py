@@ -114,13 +114,6 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
             yield from _numbers(element, kinds[min(place, len(kinds) - 1)] if kinds else None, f"{path}[{place}]")
 
 
-def refuse_set(settings: dict[str, Any], reason: str) -> None:
-    """Raise UserError for the first of `settings`, values by field, that is set, beside the setting in `reason`."""
-    for name, value in settings.items():
-        if value:
-            raise UserError(f"{name} is {value} and {reason}; leave one of them out")
-
-
 def check_entries(content: Any, kinds: dict[str, Any], file: Path, remedy: str) -> None:
     """Raise UserError unless a JSON object of a file has entries of these types, numbers in the range of their type."""
     for name, kind in kinds.items():

@@ -26,7 +26,6 @@ from flipscale.objectives.objective import (
 Prediction = Literal["next_token", "parallel", "mixed"]
 # Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
 PARALLEL_SHARES: dict[str, float] = {"next_token": 0.0, "parallel": 1.0, "mixed": 0.75}
-_EVERY_WORD = "the loss learns every word of a caption"
 
 
 class CaptioningFlipModel(FlipModel):
@@ -64,7 +63,6 @@ class CaptionLoss(Objective):
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = FlipForConditionalGeneration
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForConditionalGeneration
-    refuses_text_masks: ClassVar[str] = _EVERY_WORD
 
     prediction: Prediction = "next_token"
 
@@ -91,7 +89,6 @@ class WithCaptions(WithSecondLoss):
     second_loss: ClassVar[str] = "caption"
     model_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
-    refuses_text_masks: ClassVar[str] = _EVERY_WORD
 
     prediction: Prediction
 

@@ -57,7 +57,6 @@ class Classify(Objective):
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForImageClassification
     takes_text: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("labels",)
-    refuses_text_masks: ClassVar[str] = "loss.kind 'classify' has no text"
 
     num_classes: Annotated[int, Range(at_least=2, at_most=10_000_000)]
     label_smoothing: ShareBelowOne = 0.0

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,6 @@ _TINY = 1e-30
 @dataclass(frozen=True, kw_only=True)
 class PairLoss(Objective):
     """A loss of every image and every text of the global batch, which gathers the texts."""
-
-    takes_captions: ClassVar[bool] = True
 
     def pending_gather(self, micro_batches: int) -> "PendingGather | None":
         # With several captions of an image, the images are gathered.

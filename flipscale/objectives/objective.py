@@ -38,12 +38,6 @@ class Objective:
     takes_text: ClassVar[bool] = True
     # Columns of a batch besides the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
-    # Whether `coupled_loss` takes several captions of an image.
-    takes_captions: ClassVar[bool] = False
-    # Whether it takes `caption_ids`, int64 `(batch,)`, of equal captions as the keyword.
-    takes_equal_captions: ClassVar[bool] = False
-    # Why a stage may not mask text; empty if it may.
-    refuses_text_masks: ClassVar[str] = ""
 
     positives: str = "pairs"
     captions_per_image: Copies = 1

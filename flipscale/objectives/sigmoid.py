@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -19,8 +19,6 @@ from flipscale.objectives import contrastive
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(contrastive.PairLoss):
     """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
-
-    takes_equal_captions: ClassVar[bool] = True
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         config = copy.deepcopy(config)

@@ -4,17 +4,16 @@ from dataclasses import replace
 
 from flipscale.io.errors import UserError
 from flipscale.recipe.recipe import Recipe
-from flipscale.recipe.schedule import schedule_stages
+from flipscale.recipe.rules import check_rules
 
 
 def with_time_shares(recipe: Recipe) -> Recipe:
     """Return a recipe with a time budget with shares in place of samples: the stages' shares of all operations. Other
     recipes stay. Raise UserError if it could not be run without its budget, or a stage is below a 10,000th of it."""
     stages = recipe.stages
-    is_counted = all(stage.samples and stage.share is None and not stage.warmup_share for stage in stages)
-    if recipe.budget_minutes is None or not is_counted:
+    if recipe.budget_minutes is None or not recipe.counts_samples:
         return recipe
-    schedule_stages(stages, recipe.data.global_batch_size)
+    check_rules(recipe)
     from flipscale.planning.flops import pair_flops  # runs a model, which takes seconds to import
 
     flops = pair_flops(recipe)

@@ -1,14 +1,15 @@
 """The recipe's `data` and `mask` sections."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flipscale.io.cores import decoding_workers
-from flipscale.io.errors import UserError
 from flipscale.io.options import Bytes, Copies, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
 from flipscale.recipe.augment import AugmentRecipe
 
 _USUAL_LANES = 64
+_LEAST_SHARE = 1e-4
 # The tower of a model whose features are stored, by their folder's name.
 PRECOMPUTED_TOWERS = {"images": "vision_model", "texts": "text_model"}
 
@@ -129,11 +130,6 @@ class DataRecipe:
     cache_bytes: Bytes = field(default=100_000_000_000, metadata={"learned": False})
     max_bad_fraction: Share = field(default=0.05, metadata={"learned": False})
 
-    def __post_init__(self) -> None:
-        if not self.crop_scale[0] <= self.crop_scale[1]:
-            raise UserError(f"data.crop_scale is {list(self.crop_scale)}; expected the smaller share first")
-        check_weights(self.captions, "data.captions")
-
     @property
     def stored(self) -> dict[str, str]:
         """Folders of stored features by tower, `images` and `texts`."""
@@ -146,23 +142,15 @@ class DataRecipe:
 
     @property
     def num_lanes(self) -> int:
-        return number_of_lanes(self.lanes, self.global_batch_size)
+        return math.gcd(_USUAL_LANES, self.global_batch_size) if self.lanes is None else self.lanes
 
 
-def check_weights(captions: dict[str, float] | None, name: str) -> None:
-    """Raise unless a recipe's field of weights of caption kinds is None or has positive weights."""
-    if captions is not None and not (captions and all(0.0 < weight < float("inf") for weight in captions.values())):
-        raise UserError(f"{name} is {captions}; expected kinds with weights above 0, such as {{alt: 1, txt: 2}}")
-
-
-def number_of_lanes(wish: int | None, batch_size: int) -> int:
-    """Return the number of lanes of a recipe: `wish`, or the largest common divisor of 64 and the batch."""
-    if wish is None:
-        return math.gcd(_USUAL_LANES, batch_size)
-    if wish >= 1 and batch_size % wish == 0:
-        return wish
-    nearest = divisors_around(batch_size, wish)
-    raise UserError(f"data.lanes {wish} does not divide data.global_batch_size {batch_size}; use {nearest}")
+def small_shares(weights: Sequence[float]) -> Iterator[str]:
+    """Yield a refusal of each source whose weight is below a ten-thousandth of the sum."""
+    for number, weight in enumerate(weights):
+        if weight < _LEAST_SHARE * sum(weights) or not weight > 0:
+            least = f"it must be positive and at least {_LEAST_SHARE:g} of the sum"
+            yield f"data.sources[{number}].weight is {weight} of {sum(weights)}; {least}"
 
 
 def divisors_around(number: int, wish: int) -> str:

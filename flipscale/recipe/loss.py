@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from flipscale.io.options import Copies, Count, NonNegative, Positive, Share
 
+# Losses of the two towers alone that compare pairs: they take captions, widths and a second loss, as `infonce` does.
+PAIR_LOSSES = ("infonce", "sigmoid")
+
 
 @dataclass(frozen=True)
 class LossRecipe:
@@ -47,6 +50,10 @@ class LossRecipe:
     teacher_temperature: Positive | None = None
     caption_weight: NonNegative = 0.0
     caption_kind: Literal["next_token", "parallel", "mixed"] = "next_token"
+
+    @property
+    def compares_pairs(self) -> bool:
+        return self.kind in PAIR_LOSSES
 
     @property
     def learns_captions(self) -> bool:

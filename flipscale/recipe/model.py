@@ -82,17 +82,6 @@ class ModelRecipe:
     drop_path_rate: ShareBelowOne = 0.0
     frozen: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for name in ("text_positions", "text_rows"):
-            if (value := getattr(self, name)) and not self.init_from:
-                raise UserError(f"model.{name} is {value!r}, for start weights, and model.init_from is not set; set it")
-        for name in self.embedded.values():
-            if self.family != "flip":
-                raise UserError(
-                    f"model.family is {self.family!r} and a tower {name!r}; leave hf: out to train the tower, or set "
-                    "model.family to flip to train on its stored features"
-                )
-
     @property
     def embedded(self) -> dict[str, str]:
         """Models of transformers and timm in place of a tower, `hf:NAME`, by tower: `images` and `texts`."""

@@ -77,14 +77,11 @@ class Recipe:
         own = stage.gradient_checkpointing
         return self.model.gradient_checkpointing if own is None else own
 
-    def besides_contrastive(self) -> dict[str, Any]:
-        """Return the settings of losses besides the contrastive ones, and of text masks."""
-        return {
-            "loss.kind": self.loss.kind if self.loss.kind not in ("infonce", "sigmoid") else None,
-            "loss.caption_weight": self.loss.caption_weight,
-            "loss.reconstruction_weight": self.loss.reconstruction_weight,
-            **{f"stages.{stage.name}.text_mask_ratio": stage.text_mask_ratio for stage in self.stages},
-        }
+    @property
+    def counts_samples(self) -> bool:
+        """Whether all stages have lengths in samples, of which a time budget makes shares."""
+        counted = (stage.samples and stage.share is None and not stage.warmup_share for stage in self.stages)
+        return bool(self.stages) and all(counted)
 
 
 def build_parser(verb: str = "pretrain") -> ArgumentParser:
@@ -128,7 +125,8 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     """Return the recipe of command-line `arguments`. A bare name after `--config` is a recipe of the package.
 
     Flags override files wherever they stand. A later `--config` changes an earlier one as if it extended it.
-    The values of `loss.options`, the masks' kinds and `eval.tasks` are not checked, see `runs.complete_recipe`.
+    The values of `loss.options`, the masks' kinds and `eval.tasks` are not checked, see `start.complete_recipe`, nor
+    the rules between fields, see `recipe.rules`.
 
     Raises:
         UserError: the file is no recipe, a key is unknown, or a value has the wrong type or range.

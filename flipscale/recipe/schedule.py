@@ -3,20 +3,13 @@
 The position is the step's number or, in a run with a time budget, the used share of the budget.
 """
 
-import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from flipscale.io.errors import UserError
-from flipscale.io.options import check_ranges
-from flipscale.recipe.data import check_weights
 from flipscale.recipe.optim import StageRecipe
-
-# Shares are written with a few digits, so their sum may differ from 1 by this.
-_SUM_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,62 +185,26 @@ def has_passed(before: float, position: float, every_share: float) -> bool:
 
 
 def schedule_stages(stages: Sequence[StageRecipe], global_batch_size: int, minutes: float | None = None) -> list[Stage]:
-    """Return the stages in positions: in steps or, with a budget of minutes, in shares of it."""
+    """Return the stages in positions: in steps or, with a budget of minutes, in shares of it. Raise UserError if they
+    lack a length or the first a learning rate; `recipe.rules` has the other rules."""
     if not stages or stages[0].base_lr is None:
         raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
-    check_ranges(list(stages), "stages")
-    for stage in stages:
-        check_weights(stage.captions, f"stages.{stage.name}.captions")
-    for name, count in Counter(stage.name for stage in stages).items():
-        if count > 1:
-            raise UserError(f"{count} stages are named {name!r}; give every stage a name of its own")
     is_timed = minutes is not None
-    ends = [0, *itertools.accumulate(_lengths(stages, global_batch_size, is_timed))]
+    ends: list[float] = [0]
+    for stage in stages:
+        if (length := stage.share if is_timed else stage.samples) is None:
+            raise UserError(f"stage {stage.name!r} has no {'share' if is_timed else 'samples'}; set it")
+        ends.append(ends[-1] + length if is_timed else int(ends[-1] + length // global_batch_size))
     if is_timed:
         ends[-1] = 1.0
     planned: list[Stage] = []
     for number, stage in enumerate(stages):
-        given = stage.warmup_share if is_timed else stage.warmup_samples
         if stage.base_lr is not None:
             end = next((n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages))
             schedule_first, schedule_last = ends[number], ends[end]
-            warmup = given if is_timed else given // global_batch_size
+            warmup = stage.warmup_share if is_timed else stage.warmup_samples // global_batch_size
             peak_lr = stage.base_lr * global_batch_size / 256
-        elif given:
-            raise UserError(f"stage {stage.name!r}: {'warmup_share' if is_timed else 'warmup_samples'} needs a base_lr")
-        elif set(stage.frozen) != set(stages[number - 1].frozen):
-            raise UserError(
-                f"stage {stage.name!r}: frozen is {[*stage.frozen]}, and {[*stages[number - 1].frozen]} before; "
-                "set its base_lr, because a change of the frozen parts starts a new schedule and optimiser"
-            )
-        if warmup >= (length := schedule_last - schedule_first):
-            words = f"{given} of the budget" if is_timed else f"{given} samples"
-            limit = f"{length:g}" if is_timed else length * global_batch_size
-            raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {limit}")
         schedule = {"schedule_first": schedule_first, "schedule_last": schedule_last, "warmup": warmup}
         times: dict[str, Any] = {"first": ends[number], "last": ends[number + 1], **schedule, "peak_lr": peak_lr}
         planned.append(Stage(**vars(stage), **times))
     return planned
-
-
-def _lengths(stages: Sequence[StageRecipe], global_batch_size: int, is_timed: bool) -> list[float]:
-    """Return the length of each stage: its steps or, with a budget, its share."""
-    counts, shares = ("samples", "warmup_samples"), ("share", "warmup_share")
-    fields, others = (shares, counts) if is_timed else (counts, shares)
-    reason = "is a count, and the run ends by its clock (budget_minutes)"
-    if not is_timed:
-        reason = "needs budget_minutes, which is not set"
-    for stage in stages:
-        for own, other in zip(fields, others, strict=True):
-            if getattr(stage, other):
-                fix = "leave out" if is_timed else "set"
-                raise UserError(f"stage {stage.name!r}: {other} {reason}; use {own}, or {fix} budget_minutes")
-        if getattr(stage, fields[0]) is None:
-            raise UserError(f"stage {stage.name!r} has no {fields[0]}; set it")
-    lengths = [getattr(stage, fields[0]) for stage in stages]
-    if is_timed and abs(sum(lengths) - 1.0) > _SUM_TOLERANCE:
-        raise UserError(f"the shares of the stages add up to {sum(lengths):g}; they must add up to 1")
-    for stage, length in zip(stages, lengths, strict=True):
-        if not is_timed and length < global_batch_size:
-            raise UserError(f"stage {stage.name!r}: {length} samples are less than a step of {global_batch_size} pairs")
-    return lengths if is_timed else [samples // global_batch_size for samples in lengths]

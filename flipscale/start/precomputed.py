@@ -9,11 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import tokenise
 from flipscale.data.features import PROBE, PrecomputedFeatures, Teacher, TeacherCrops, read_about
 from flipscale.data.samples import Source
-from flipscale.data.sources.opening import named_sources
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.digests import weights_digest
 from flipscale.io.errors import UserError
-from flipscale.io.options import refuse_set
 from flipscale.recipe.data import PRECOMPUTED_TOWERS
 from flipscale.recipe.recipe import Recipe
 
@@ -51,42 +49,6 @@ def embedded_by(recipe: Recipe) -> dict[str, tuple[str, str]]:
     return {PRECOMPUTED_TOWERS[tower]: (recipe.data.stored[tower], about[tower]["weights_digest"]) for tower in own}
 
 
-def check_stored(recipe: Recipe) -> None:
-    """Raise UserError if another field needs what stored features or teachers do not have."""
-    model, data = recipe.model, recipe.data
-    sources, own = [*named_sources(data).values()], {"images": model.vision, "texts": model.text}
-    is_whole = len(sources) == 1 and sources[0].dataset is None and data.fraction == 1.0
-    part = "which needs whole shards of one source; use data.shards and data.fraction 1"
-    for tower, folder in data.stored.items():
-        named = f"data.{tower[:-1]}_features is {folder!r}"
-        name = "mask_ratio" if tower == "images" else "captions"
-        others = {f"stages.{stage.name}.{name}": getattr(stage, name) for stage in recipe.stages}
-        if tower == "images":
-            others["model.drop_path_rate"] = model.drop_path_rate
-            others["data.augment.color_jitter"] = data.augment.color_jitter.changes
-        else:
-            others |= {"data.captions": data.captions, "data.pack_captions": data.pack_captions}
-            others |= {"model.text_positions": model.text_positions}
-            others["loss.positives"] = None if recipe.loss.positives == "pairs" else recipe.loss.positives
-            others["loss.captions_per_image"] = recipe.loss.captions_per_image - 1 and recipe.loss.captions_per_image
-        refuse_set({**recipe.besides_contrastive(), **others}, f"{named}, so these {tower} are not read")
-        if (own[tower] if any(own.values()) else model.init_from) is None:
-            raise UserError(
-                f"{named} and the tower has no start weights; set model.init_from to the model of the features"
-            )
-        if not is_whole:
-            raise UserError(f"{named}, {part}")
-    for folder in data.teachers:
-        named = f"data.teachers has {folder!r}"
-        others = {f"stages.{stage.name}.captions": stage.captions for stage in recipe.stages}
-        others |= {f"data.{name}": getattr(data, name) for name in ("captions", "image_features", "text_features")}
-        refuse_set(others, f"{named}, which teaches one caption of each crop")
-        changes = {"data.augment.color_jitter": data.augment.color_jitter.changes}
-        refuse_set(changes, f"{named}, whose embeddings are of unchanged crops")
-        if not is_whole:
-            raise UserError(f"{named}, {part}")
-
-
 def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
     folder = recipe.data.stored[tower]
     named = f"data.{tower[:-1]}_features is {folder!r}"
@@ -98,7 +60,7 @@ def _opened(recipe: Recipe, tower: str, source: Source) -> PrecomputedFeatures:
 
 def _of_shards(folder: str, tower: str, named: str, source: Source) -> PrecomputedFeatures:
     """Return the features of a tower in a folder that a field names, or raise UserError unless they are of `source`."""
-    assert isinstance(source, TarSource), "check_stored refuses others"
+    assert isinstance(source, TarSource), "recipe.rules refuses others"
     features = PrecomputedFeatures(Path(folder), tower, source.shard_sizes)
     about = features.about
     if about["shards_digest"] != source.contents_digest(in_order=True):

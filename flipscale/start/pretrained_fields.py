@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from flipscale.model.families import config_class, family_of
 from flipscale.recipe.data import PRECOMPUTED_TOWERS, DataRecipe
 from flipscale.recipe.model import ModelRecipe, Towers
 from flipscale.recipe.recipe import Recipe
+from flipscale.recipe.rules import check_rules
 
 _log = logging.getLogger(__name__)
 
@@ -29,27 +29,15 @@ def with_vocabulary(recipe: Recipe, fetches: bool = False) -> Recipe:
 
     The size is that of the start weights, or else of a tokenizer in a folder. BERT's vocabulary keeps the default size,
     which has one more row, as in the original. Start weights on the Hub are looked up with `fetches` only.
+
+    Raises:
+        UserError: the recipe breaks a rule between its fields, or the tokenizer or the start weights cannot be read.
     """
+    check_rules(recipe)
     model, folder = recipe.model, recipe.data.tokenizer
-    named = [name for name in ("vision", "text") if getattr(model, name) is not None]
-    if named and (model.family in ("clip", "siglip") or (model.family == "flip" and model.init_from)):
-        raise UserError(
-            f"model.{named[0]} is {getattr(model, named[0])!r} and model.family {model.family!r}, with model.init_from "
-            f"{model.init_from!r}; set the family to towers, or to flip without init_from"
-        )
-    if model.family == "towers" and (len(named) == 1 or bool(named) == bool(model.init_from)):
-        raise UserError(
-            f"model.family is 'towers', model.vision {model.vision!r}, model.text {model.text!r} and model.init_from "
-            f"{model.init_from!r}; set both towers, or init_from to a folder of both"
-        )
-    if re.match(r"(open_clip|hf|untrained):", model.init_from or ""):
-        raise UserError(
-            f"model.init_from is {model.init_from!r}, which `flipscale evaluate` takes and training does not; name a "
-            "run, a model folder or a Hub name, such as a folder that `flipscale convert transformers` made of it"
-        )
     if model.family != "flip":
         return _with_towers(recipe, fetches)
-    if named:
+    if model.vision or model.text:
         recipe = _with_towers(recipe, fetches)
         model, folder = recipe.model, recipe.data.tokenizer
     if model.init_from and "vocab_size" not in model.text_config and not model.text_rows:
@@ -184,17 +172,11 @@ def _flip_fields(vision: str | None, text: str | None, fetches: bool) -> tuple[d
 
 def _embedded_fields(named: str, name: str, tower: str, stored: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of a tower that is another library's model, from its stored features."""
-    field = f"data.{tower[:-1]}_features"
-    if tower not in stored:
-        raise UserError(
-            f"{named}, which can only be embedded, not masked or trained, and {field} is not set; set it to that of "
-            f"`flipscale prepare embed SHARDS FOLDER --model {name} --towers {tower} --features pooled`"
-        )
     about = read_about(Path(stored[tower]))
     if tower not in about or about.get("model") != name:
         had = f"{' and '.join(sorted(about.keys() & PRECOMPUTED_TOWERS.keys()))} of {about.get('model')!r}"
         has = f"has {had if about else 'none'}; expected {tower} of this model. Fix: embed them"
-        raise UserError(f"{named} and {field} {stored[tower]!r} {has}")
+        raise UserError(f"{named} and data.{tower[:-1]}_features {stored[tower]!r} {has}")
     found = about[tower]
     own = {"embedded_by": {"model": name, "weights_digest": found["weights_digest"]}, "hidden_size": found["width"]}
     # Images come from the model's own processor, so here they are one patch.

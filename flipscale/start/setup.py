@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.labelled import Augment
 from flipscale.data.loader import StepSampler, check_shared_memory
 from flipscale.data.pairs import InputShape, check_kinds, check_masks
-from flipscale.data.sources.opening import named_sources, open_source
+from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
 from flipscale.engines.build import engine_class
 from flipscale.engines.device import can_compile
@@ -25,8 +25,9 @@ from flipscale.loop.inputs import TrainingSetup, dropout
 from flipscale.objectives.build import build_config, build_objective
 from flipscale.process.world import place_in_world
 from flipscale.recipe.recipe import Recipe
+from flipscale.recipe.rules import check_rules
 from flipscale.recipe.schedule import Schedule, Stage, schedule_stages
-from flipscale.start.precomputed import check_stored, open_features, open_teacher
+from flipscale.start.precomputed import open_features, open_teacher
 from flipscale.start.pretrained_fields import text_rows, warn_of_pixels
 
 if TYPE_CHECKING:
@@ -52,15 +53,14 @@ def check_settings(recipe: Recipe, place: tuple[int, int]) -> tuple[Objective, F
     """Check a recipe without its data, and return its objective, its model's configuration and its stages.
 
     `place` is a rank and the number of processes. Raise UserError if the recipe cannot be run as it stands."""
+    check_rules(recipe)
     objective, config = build_objective(recipe), build_config(recipe)
     _check_trained(recipe, objective, config)
     stages = schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     # Stored features take no masks, and say so when they are opened.
     for stage in () if recipe.data.stored else stages:
         check_masks(InputShape.of(config).at(stage.image_size), stage.mask_ratio, recipe.mask, stage.text_mask_ratio)
-    named_sources(recipe.data)
-    check_stored(recipe)
-    _check_log(recipe)
+    _check_trackers(recipe.log.report_to)
     _check_micro_batches(recipe, config, place)
     return objective, config, stages
 
@@ -130,17 +130,10 @@ def open_tokenizer(
 
 
 def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
-    """Raise UserError for parts that the model lacks, and for LoRA where it cannot train."""
+    """Raise UserError for parts that the model lacks."""
     from flipscale.engines.first_weights import model_without_storage  # seconds to import, with the models
-    from flipscale.model import FlipModel
 
-    lora, words = recipe.optim.lora, f"optim.lora.rank is {recipe.optim.lora.rank}"
-    if lora.rank is not None and recipe.model.init_from is None:
-        raise UserError(f"{words} and model.init_from is null; set it, because LoRA changes weights that are there")
-    if lora.rank is not None and recipe.optim.name != "adamw":
-        raise UserError(f"{words} and optim.name is {recipe.optim.name!r}; use adamw")
-    if lora.rank is not None and objective.model_class is not FlipModel:
-        raise UserError(f"{words} and the loss has a head or a decoder, which would stay as drawn; leave one out")
+    lora = recipe.optim.lora
     for stage in recipe.stages:
         if lora.rank is not None or recipe.optim.part_lr_ratios or recipe.model.frozen or stage.frozen:
             model = model_without_storage(config, objective.trained_class(config))
@@ -150,24 +143,13 @@ def _check_trained(recipe: Recipe, objective: Objective, config: FlipConfig) -> 
             freeze(model, stage.frozen, f"stages.{stage.name}.frozen")
 
 
-def _check_log(recipe: Recipe) -> None:
-    for name, section in (("log", recipe.log), ("eval", recipe.eval)):
-        if section.every_share and recipe.budget_minutes is None:
-            raise UserError(
-                f"{name}.every_share is {section.every_share:g} and needs budget_minutes; set it, or use "
-                f"{name}.every_samples"
-            )
-    if recipe.eval.every_share and recipe.eval.every_samples:
-        raise UserError(
-            f"eval.every_share is {recipe.eval.every_share:g} and eval.every_samples is {recipe.eval.every_samples}; "
-            "leave one of them out"
-        )
-    if not recipe.log.report_to:
+def _check_trackers(names: Sequence[str]) -> None:
+    if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = [str(one) for one in get_available_trackers()]
-    for name in recipe.log.report_to:
+    for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"log.report_to has {name!r}; use {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name not in installed:
@@ -186,12 +168,6 @@ def _check_micro_batches(recipe: Recipe, config: FlipConfig, place: tuple[int, i
                 f"others if it is divided. Set it to 0. model.drop_path_rate is the same however a batch is divided"
             )
     sampler = StepSampler(0, 0, data.global_batch_size, *place, data.micro_batch_size)
-    name = next((name for name in ("rand_augment", "mixup_alpha", "cutmix_alpha") if getattr(data.augment, name)), "")
-    if name and recipe.loss.kind != "classify":
-        raise UserError(
-            f"data.augment.{name} is {getattr(data.augment, name)!r}, which is for images with class numbers, and "
-            f"loss.kind is {recipe.loss.kind!r}; leave it out, or use loss.kind classify"
-        )
     if data.augment.mixes and sampler.micro_batch_size % 2:
         raise UserError(
             f"data.augment mixes pairs of images; a process takes {sampler.micro_batch_size}, not an even number"

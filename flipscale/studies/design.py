@@ -29,7 +29,7 @@ from flipscale.objectives.build import build_config
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.flags import with_stage_number
 from flipscale.recipe.recipe import Recipe, to_yaml
-from flipscale.recipe.schedule import schedule_stages
+from flipscale.recipe.rules import check_rules
 from flipscale.start.complete_recipe import parse_recipe
 from flipscale.studies.runs import StudyRun, in_time, write_recipes
 
@@ -176,7 +176,8 @@ def read_study(file: Path) -> Study:
 def plan(study: Study, folder: Path) -> list[StudyRun]:
     """Return the runs of a study with a resolved base, each checked as far as possible without its data. Raise
     UserError if the base is not a recipe, a change has no place in it, a recipe cannot be run, or runs share a name."""
-    recipe = parse_recipe(["--config", study.base])
+    timed = [] if study.minutes is None else ["--budget_minutes", str(study.minutes)]
+    recipe = parse_recipe(["--config", study.base, *timed])
     base = yaml.safe_load(to_yaml(recipe if study.minutes is None else in_time(recipe, study.minutes)))
     runs = []
     for name, (levels, seed) in study.runs().items():
@@ -226,7 +227,7 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
             words += [f"--{section}{suffix}", one if isinstance(one, str) else json.dumps(one)]
     try:
         recipe = with_time_shares(parse_recipe(words))
-        schedule_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        check_rules(recipe)
         check_image_sizes(recipe.eval, build_config(recipe).vision_config.patch_size)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error

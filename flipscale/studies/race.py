@@ -50,7 +50,7 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     heats: list[list[StudyRun]] = [[] for _ in range(seeds)]
     for name, file in zip(names, recipe_names, strict=True):
         try:
-            recipe = in_time(parse_recipe(["--config", file]), minutes)
+            recipe = in_time(parse_recipe(["--config", file, "--budget_minutes", str(minutes)]), minutes)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
         for number, heat in enumerate(heats):

@@ -24,7 +24,7 @@ from flipscale.io.progress import Progress
 from flipscale.planning.budget import with_time_shares
 from flipscale.process.preemption import may_be_echo
 from flipscale.recipe.recipe import Recipe, differences, to_yaml
-from flipscale.recipe.schedule import schedule_stages
+from flipscale.recipe.rules import check_rules
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
     if not saved.every_samples and not saved.every_minutes:
         saved = dataclasses.replace(saved, every_minutes=minutes / 10)
     timed = with_time_shares(dataclasses.replace(recipe, budget_minutes=minutes, log=log, eval=evaluated, save=saved))
-    schedule_stages(timed.stages, recipe.data.global_batch_size, minutes)
+    check_rules(timed)
     return timed
 
 

@@ -17,7 +17,6 @@ from flipscale.data.pairs import InputShape, PairDataset, check_kinds
 from flipscale.data.samples import BadSample, MissingCaption
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.objectives.build import build_objective
 from flipscale.pretrain import pretrain
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.start.complete_recipe import parse_recipe
@@ -180,21 +179,3 @@ def test_two_captions_of_an_image_are_learned(kinds_recipe: Callable[..., Path],
     again = pretrain(parse_recipe(["--config", str(kinds_recipe("micro")), *flags, *micro]))
     assert losses(again) == pytest.approx(losses(run_dir), abs=1e-5)
     assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.1
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--data.captions", "{alt: 0}"], "data.captions is {'alt': 0.0}"),
-        (["--loss.captions_per_image", "2", "--mask.views", "2"], "mask.views is 2 and loss.captions_per_image"),
-        (
-            ["--loss.kind", "sigmoid", "--loss.captions_per_image", "2", "--loss.positives", "equal_captions"],
-            "loss.positives is equal",
-        ),
-        (["--loss.captions_per_image", "2", "--loss.kind", "captioning"], "loss.kind is captioning"),
-        (["--loss.captions_per_image", "2", "--loss.caption_weight", "1"], "loss.caption_weight is 1"),
-    ],
-)
-def test_what_does_not_fit_is_refused(kinds_recipe: Callable[..., Path], flags: list[str], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        build_objective(parse_recipe(["--config", str(kinds_recipe("refused")), *flags]))

@@ -223,7 +223,6 @@ def test_weights_are_refused_by_name(shards: Path, tmp_path: Path) -> None:
     assert shard_sizes_digest(open_source(recipe)) != shard_sizes_digest(source)
     for changed, message in (
         (replace(recipe, shards=str(other)), rf"data.weights '.*weights' has weights of 96 samples in 4 .*{shards}"),
-        (replace(recipe, fraction=0.5), "data.fraction is 0.5 and data.weights is '.*weights'; leave one"),
         (replace(recipe, weights="nowhere"), "data.weights is 'nowhere'; .* `flipscale prepare weights .* FOLDER`"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from conftest import launch
 from distributed.crowd import ENVIRONMENTS, start_ranks
 from loop.troubled import trouble
 
-from flipscale.recipe.data import number_of_lanes
+from flipscale.io.errors import UserError
 
 # On a free machine they take eleven; what they would wait for otherwise takes ten minutes.
 ALL_END_WITHIN_SECONDS = 120
@@ -30,7 +30,7 @@ SENTENCES = {
 
 def raise_own(error: str) -> None:
     if error == "ValueError":
-        number_of_lanes(5, 16)
+        raise UserError(SENTENCES[error].removeprefix("flipscale: error: "))
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if error == "OSError" else RuntimeError("upside down")
 
 

@@ -108,11 +108,6 @@ def test_muon_without_matrices_in_a_stage(trainings: Trainings) -> None:
         ([*TOWERS, "image_projection", "text_projection", "logit_scale"], STAGES[1:2], "nothing to learn"),
         ([], [{**STAGES[0], "frozen": ["towers"]}], "stages.projections.frozen has 'towers'; expected logit_scale"),
         (
-            [],
-            [STAGES[0], {"name": "all", "samples": 160}],
-            "stage 'all': frozen is [], and ['vision_model', 'text_model'] before; set its base_lr",
-        ),
-        (
             ["text_projection"],
             [{**STAGES[0], "frozen": [*TOWERS, "logit_scale", "image_projection"]}],
             "leaves nothing to learn",

@@ -2,7 +2,6 @@
 processes agree, and which goes on where a checkpoint left it."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from flipscale.planning.flops import pair_flops
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.schedule import BudgetProgress, Clock, Schedule, Stage, has_passed, schedule_stages, stage_of
 from flipscale.start.complete_recipe import parse_recipe
-from flipscale.start.setup import open_setup
 
 STAGES = [
     StageRecipe("masked", mask_ratio=0.75, base_lr=0.16, share=0.6, warmup_share=0.1),
@@ -106,36 +104,6 @@ def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
     clock = run.clocks[0]
     state = {"step": clock.step.number, **clock.schedule.state(clock.step), "trained_seconds": run.seconds[0]}
     assert Clocks(json.loads(json.dumps(state))).clocks[0].step == clock.step
-
-
-@pytest.mark.parametrize(
-    ("changes", "budget", "message"),
-    [
-        ({"samples": 100}, 1.0, "stage 'a': samples is a count, and the run ends by its clock .* use share"),
-        ({"share": None}, 1.0, "stage 'a' has no share"),
-        ({}, None, "stage 'a': share needs budget_minutes, which is not set"),
-    ],
-)
-def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | None, message: str) -> None:
-    stages = [StageRecipe(**{"name": "a", "base_lr": 0.1, "share": 1.0, **changes})]
-    with pytest.raises(ValueError, match=message):
-        schedule_stages(stages, 10, budget)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"log": {"every_share": 0.1}}, "log.every_share is 0.1 and needs budget_minutes; set it, or use"),
-        ({"eval": {"every_share": 0.1}}, "eval.every_share is 0.1 and needs budget_minutes"),
-        (
-            {**BUDGET, "eval": {"every_share": 0.1, "every_samples": 16}},
-            "eval.every_share is 0.1 and eval.every_samples is 16; leave one of them out",
-        ),
-    ],
-)
-def test_what_does_not_go_with_a_budget_is_refused(write_recipe, tmp_path: Path, changes: dict, message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        open_setup(parse_recipe(["--config", str(write_recipe(tmp_path / "run", **changes))]))
 
 
 def test_samples_become_shares_of_the_operations(write_recipe, tmp_path: Path) -> None:

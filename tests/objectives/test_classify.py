@@ -144,10 +144,7 @@ def test_contradicting_recipes_are_refused(
         "texts": (tasks("zero_shot", labelled), "'classify' has no text tower"),
         "other classes": (tasks("classification", other), f"{other} has other class names"),
         "odd couples": ({"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}}, "data.augment"),
-        "mixup of pairs": ({**pairs, "data": {"augment": {"mixup_alpha": 0.8}}}, "data.augment.mixup_alpha is 0.8"),
         "a head for pairs": (pairs, "loss.kind 'infonce' has no head"),
-        "text mask": ({"stages": [{**STAGES[1], "base_lr": 0.1, "text_mask_ratio": 0.5}]}, "text_mask_ratio"),
-        "reconstruction": ({"loss": {"reconstruction_weight": 0.5}}, "loss.reconstruction_weight is 0.5"),
     }
     for name, (changes, said) in cases.items():
         file = write(tmp_path / "refused", **changes)

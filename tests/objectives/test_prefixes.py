@@ -144,11 +144,8 @@ def test_the_plan_counts_prefixes() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["[64, 32]"], r"loss.prefix_dims is \[64, 32\]; write each width once, the smallest first"),
         (["[0]"], r"loss.prefix_dims\[0\] is 0"),
         (["[16, WIDTH]"], r"loss.prefix_dims is \[16, WIDTH\] and the embeddings have WIDTH numbers"),
-        (["[16]", "--loss.kind", "classify", "--loss.options", "{num_classes: 3}"], "prefix_dims.*'classify'"),
-        (["[16]", "--loss.kind", "captioning"], "prefix_dims.*'captioning'"),
     ],
 )
 def test_refusals_name_the_field(flags: list[str], message: str) -> None:

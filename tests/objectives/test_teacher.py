@@ -12,12 +12,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipscale.engines.launch import Launch
-from flipscale.objectives.build import build_objective
 from flipscale.objectives.contrastive import Distilled, PrecomputedGradients, _change_of_targets
 from flipscale.planning.memory import loss_bytes
-from flipscale.recipe.data import DataRecipe
-from flipscale.recipe.loss import LossRecipe
-from flipscale.recipe.recipe import Recipe
 from flipscale.start.complete_recipe import parse_recipe
 
 
@@ -78,20 +74,6 @@ def test_it_is_open_clip_s_loss(contradicts: bool) -> None:
     theirs = loss(images, texts, scale, *(teachers[:, 0] / torch.tensor([80.0, 1.0])[:, None]).unbind(1), 80.0)
     ours = Distilled(teacher_weight=0.4).coupled_loss(images, texts, logit_scale=scale, teacher_embeds=teachers)
     assert ours.item() == pytest.approx((0.6 * theirs[0] + 0.4 * theirs[1]).item(), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("loss", "teachers", "message"),
-    [
-        ({"kind": "sigmoid"}, ["features/a"], "loss.kind is sigmoid and data.teachers"),
-        ({"captions_per_image": 2}, ["features/a"], "loss.captions_per_image is 2 and data.teachers"),
-        ({"teacher_weight": 0.5}, [], "loss.teacher_weight is 0.5 and there are no teachers"),
-        ({"teacher_temperature": 0.5}, [], "loss.teacher_temperature is 0.5 and there are no teachers"),
-    ],
-)
-def test_contradicting_recipes_are_refused(loss: dict, teachers: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_objective(Recipe(loss=LossRecipe(**loss), data=DataRecipe(teachers=teachers)))
 
 
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:

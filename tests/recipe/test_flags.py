@@ -34,7 +34,7 @@ NAMED = "[{name: masked, samples: 64, base_lr: 0.1}, {name: a.b, samples: 32}, {
     ],
 )
 def test_a_flag_changes_one_field_of_a_stage(flags: list[str], stage: int, field: str, value: object) -> None:
-    before, after = (parse_recipe(["--stages", NAMED, *more]).stages for more in ([], flags))
+    before, after = (parse_fields(["--stages", NAMED, *more]).stages for more in ([], flags))
     assert getattr(after[stage], field) == value
     pairs = enumerate(zip(before, after, strict=True))
     changed = [(n, name) for n, (old, new) in pairs for name in vars(old) if vars(old)[name] != vars(new)[name]]

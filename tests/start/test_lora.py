@@ -118,9 +118,6 @@ def test_averages_micro_batches_and_recomputation(trainings: Trainings, changes:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model": {"init_from": None}}, "optim.lora.rank is 4 and model.init_from is null; set it"),
-        ({"optim": {"lora": LORA, "name": "muon"}}, "optim.lora.rank is 4 and optim.name is 'muon'; use adamw"),
-        ({"loss": {"reconstruction_weight": 1.0}}, "optim.lora.rank is 4 and the loss has a head or a decoder"),
         (
             {"optim": {"lora": {"rank": 4, "modules": ["qkv"]}}},
             "optim.lora.modules is ['qkv']; expected some of vision_model's: q_proj, k_proj, v_proj, out_proj, fc1",

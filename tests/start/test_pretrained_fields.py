@@ -132,8 +132,6 @@ def test_rows_are_matched_by_their_pieces(
     [
         (["--model.family", "siglip"], "model_type 'clip', not 'siglip'.*family to clip"),
         (["--model.family", "flip"], "model_type 'clip'.*model.family to clip"),
-        (["--loss.kind", "captioning"], "loss.kind is captioning.*model.family is 'clip'"),
-        (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'clip'"),
         (["--model.vision_config", "{_attn_implementation: x/y}"], "model.vision_config._attn_implementation"),
         (["--data.tokenizer", "words"], r"ends a caption with id \[2\].*eos_token_id \[13\]"),
     ],

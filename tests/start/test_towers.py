@@ -233,14 +233,11 @@ def test_a_dinov3_is_trained_under_masks(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--model.family", "clip"], "model.vision is '.*vit' and model.family 'clip'"),
-        (["--model.vision", "null"], "model.vision None"),
         (["--model.vision", "{tmp}/none"], "there is no folder '.*none'"),
         (["--model.vision", "{tmp}/bert"], "model.vision '.*bert' is of the type 'bert', which is no plain ViT"),
         (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*has 20"),
         (["--model.text_config.hidden_dropout", "0"], "model.text_config.hidden_dropout .*hidden_dropout_prob"),
         (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),
-        (["--stages.masked.text_mask_ratio", "0.5"], "stages.masked.text_mask_ratio is 0.5.*'towers'"),
         (
             ["--model.text_config.max_position_embeddings", "30"],
             r"position_embeddings.weight has the shape \[20, 32\] there, \[30, 32\]",

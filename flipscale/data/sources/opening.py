@@ -18,10 +18,9 @@ from flipscale.data.sources.remote import RemoteTarSource, ShardCache
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import read_object
-from flipscale.io.options import refuse_set
 from flipscale.io.paths import quoted
 from flipscale.io.urls import without_secrets
-from flipscale.recipe.data import DataRecipe, SourceRecipe
+from flipscale.recipe.data import DataRecipe, SourceRecipe, small_shares
 
 # For commands that read the samples in their order: one shard at a time.
 READ = DataRecipe(lanes=1, shards_per_block=1)
@@ -30,50 +29,18 @@ _SEED = 0
 _PURPOSE = "fraction of the data"
 # Number of shards whose chosen samples stay in memory: the blocks of 64 lanes and more, 40 kB for 10,000 samples.
 _SHARDS_KEPT = 256
-_LEAST_SHARE = 1e-4
 
 
 def open_source(recipe: DataRecipe) -> Source:
-    """Return the source of a recipe's samples. Raise UserError if the recipe has no source or names it twice, it does
-    not exist, more than `max_bad_fraction` of its shards cannot be read, or `fraction` leaves no sample."""
-    sources = [_open(one, recipe, name) for name, one in named_sources(recipe).items()]
+    """Return the source of a recipe's samples. Raise UserError if a source does not exist, more than `max_bad_fraction`
+    of its shards cannot be read, or `fraction` leaves no sample."""
+    named = {f"data.sources[{number}]": one for number, one in enumerate(recipe.sources)}
+    named = named or {"data.shards": SourceRecipe(shards=recipe.shards or "", weights=recipe.weights)}
+    sources = [_open(one, recipe, name) for name, one in named.items()]
     if len(sources) == 1:
         return sources[0]
     weights = [one.weight for one in recipe.sources if one.weight is not None]
     return Mixture(sources, weights or [source.num_drawn for source in sources])
-
-
-def named_sources(recipe: DataRecipe) -> dict[str, SourceRecipe]:
-    """Return the sources of a recipe by field. Raise UserError if their fields do not fit each other."""
-    if recipe.shards and recipe.sources:
-        both = f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}"
-        raise UserError(f"{both}; give one, and --data.shards null or --data.sources []")
-    if recipe.weights and recipe.sources:
-        both = f"data.weights is {recipe.weights!r} and data.sources names {len(recipe.sources)}"
-        raise UserError(f"{both}; give each source its own `weights`")
-    named = {f"data.sources[{number}]": one for number, one in enumerate(recipe.sources)}
-    named = named or {"data.shards": SourceRecipe(shards=recipe.shards or "", weights=recipe.weights)}
-    for name, one in named.items():
-        if (one.shards is None) == (one.dataset is None):
-            given = "neither shards nor dataset" if one.shards is None else "shards and dataset"
-            raise UserError(f"{name} has {given}; give one of them")
-        if one.weights is not None:
-            words = f"{name.removesuffix('.shards')}.weights is {one.weights!r}"
-            refuse_set({"data.fraction": recipe.fraction < 1.0 and recipe.fraction}, words)
-    weights = [one.weight for one in named.values() if one.weight is not None]
-    if weights and len(weights) < len(named):
-        raise UserError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
-    _check_shares(weights)
-    return named
-
-
-def _check_shares(weights: Sequence[float]) -> None:
-    for number, weight in enumerate(weights):
-        if weight < _LEAST_SHARE * sum(weights) or not weight > 0:
-            raise UserError(
-                f"data.sources[{number}].weight is {weight} of {sum(weights)}; it must be positive and at least "
-                f"{_LEAST_SHARE:g} of the sum"
-            )
 
 
 def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> TarSource:
@@ -205,7 +172,8 @@ class Mixture(_Derived):
     ten-thousandth of the sum, or a source is empty."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
-        _check_shares(weights)
+        for refusal in small_shares(weights):
+            raise UserError(refusal)
         for number, source in enumerate(sources):
             if not len(source):
                 raise UserError(f"data.sources[{number}] is empty: 0 samples in {len(source.shard_sizes)} shards")
