@@ -35,8 +35,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.step_times import Figures
-from flipscale.data import decode, pairs
+from flipscale.data import decode
 from flipscale.data.captions import tokenise
+from flipscale.data.columns import pixels, tokens
 from flipscale.data.loader import PackedBatch, build_loader, keep_decoded_memory
 from flipscale.data.masks import keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
@@ -133,7 +134,7 @@ def webdataset_batches(setting: DataSetting) -> Batches:
     import webdataset
     from torchvision import transforms
 
-    tokenizer = setting.dataset().tokenizer
+    tokenizer = setting.dataset().given.tokenizer
     assert tokenizer is not None
     transform = transforms.Compose(
         [
@@ -341,7 +342,8 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
         "resize": resize,
         "patches": seconds(decode.visible_patches),
         # The order and the masks draw too, within their own time.
-        "draw": seconds(type(dataset.order).locate, keyed_patches) + seconds_from(keyed_uniform, pairs.__file__),
+        "draw": seconds(type(dataset.order).locate, keyed_patches)
+        + sum(seconds_from(keyed_uniform, column.__file__) for column in (pixels, tokens)),
         "tokenise": seconds(tokenise),
     }
     parts["collate"] = total - sum(parts.values())

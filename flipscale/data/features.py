@@ -1,4 +1,4 @@
-"""Features that `flipscale prepare embed` stored, and training pairs with them or with those of teachers.
+"""Features that `flipscale prepare embed` stored, of samples and of teachers.
 
 A folder has the features of every sample of some shards by one model. `images/NNNNN.npy` and `texts/NNNNN.npy` hold
 those of shard NNNNN of the manifest, float16 `(samples, width)`, in the order of its samples. The row of a sample that
@@ -9,26 +9,21 @@ For teachers, `prepare embed --crops` stores several random crops of each image:
 width)`. Training draws one of these crops for each position, so that student and teacher see the same window.
 """
 
-import copy
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from flipscale.data.captions import UntokenizableCaption
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop
 from flipscale.data.order import by_value
-from flipscale.data.pairs import PairDataset, narrowed
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.samples import BadSample, Fault, Sample, one_line_reason
+from flipscale.data.samples import BadSample, one_line_reason
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
@@ -172,74 +167,6 @@ class PrecomputedFeatures:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
-class PrecomputedPairs(PairDataset):
-    """Training pairs with stored features in place of the images, the captions or both.
-
-    Columns: `image_features` and `text_features`, float16 `(batch, width)`; `PairDataset`'s for a tower that learns.
-    """
-
-    stored: Mapping[str, PrecomputedFeatures]
-
-    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        if "images" not in self.stored:
-            return super().__getitems__(positions)
-        where = np.asarray(positions, dtype=np.int64)
-        shards, numbers = self.order.locate(where)
-        stored_rows = {tower: features.rows(shards, numbers) for tower, features in self.stored.items()}
-        captions: list[Any] = []
-        faults: dict[int, Fault] = {}
-        if "texts" in self.stored:
-            rows = np.flatnonzero(np.isnan(np.stack([rows[:, 0] for rows in stored_rows.values()])).any(axis=0))
-        else:
-            self.source.fetch_ahead(self.order.shards_ahead(where))
-            rows = np.arange(len(where))
-        draws = keyed_uniform(self.seed, "caption", where, self.captions_per_image)
-        for row in rows.tolist():
-            usable = partial(self._usable, draws=draws[row].tolist())
-            at = int(where[row]), int(shards[row]), int(numbers[row])
-            (place, annotation), fault = self._read_or_replace(*at, usable)
-            captions.append(annotation)
-            if fault is not None:
-                (shards[row], numbers[row]), faults[row] = place, fault
-        replaced = list(faults)
-        for tower, features in self.stored.items():
-            stored_rows[tower][replaced] = features.rows(shards[replaced], numbers[replaced])
-        columns = {f"{tower[:-1]}_features": torch.from_numpy(rows) for tower, rows in stored_rows.items()}
-        if "texts" not in self.stored:
-            try:
-                columns |= self._annotation_columns(captions, where)
-            except UntokenizableCaption:
-                checked = copy.copy(self)
-                checked.checks_captions = True
-                return checked.__getitems__(positions)
-        return {**narrowed(columns), "faults": list(faults.values())}
-
-    def _usable(self, place: tuple[int, int], draws: list[float]) -> tuple[tuple[int, int], Any]:
-        """Return the place of a sample with features, and its caption if that is not stored."""
-        for features in self.stored.values():
-            features.row(place)
-        if "texts" in self.stored:
-            return place, None
-        if self.recipe.captions:
-            sample = self.source.read(*place)
-        else:
-            sample = Sample("", b"", self.source.read_captions(*place))
-        annotation = self._annotation(sample, draws)
-        if self.checks_captions:
-            self._tokenise(annotation)
-        return place, annotation
-
-    def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
-        features, sample = self.stored["texts"].row(place), self.source.read(*place)
-        return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), features
-
-    def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
-        if "texts" in self.stored:
-            return {"text_features": torch.from_numpy(np.stack(captions))}
-        return super()._annotation_columns(captions, where)
-
-
 @dataclass(frozen=True)
 class TeacherCrops:
     """Random crops of each sample, a function of (seed, crop number, shard, sample). `scale` is the least and the most
@@ -249,6 +176,10 @@ class TeacherCrops:
     scale: tuple[float, float]
     mirror: bool
     seed: int
+
+    def number(self, crop_draw: np.ndarray) -> int:
+        """Return the number of the crop that the draws of a position's crop choose."""
+        return int(crop_draw[0] * self.count)
 
     def decode(self, encoded: bytes, place: tuple[int, int], number: int, image_size: int) -> Crop:
         """Return crop `number` of the sample (shard, number) at `place`, see `decode_crop`."""
@@ -285,37 +216,3 @@ class Teacher:
         sides = np.stack([self.images.row(place)[number], self.texts.row(place)]).astype(np.float32)
         sides[0] *= self.logit_scale
         return sides
-
-
-@dataclass(eq=False, repr=False, kw_only=True)
-class DistillationDataset(PairDataset):
-    """Training pairs with the embeddings of teachers. The crop is one of the teachers', and the caption is the first.
-
-    Columns: `PairDataset`'s, and `teacher_embeds` fp32 `(batch, teachers, 2, width)`, see `Distilled`.
-    Narrow embeddings are padded with zeros.
-    """
-
-    teachers: Sequence[Teacher]
-
-    def _read(self, place: tuple[int, int], crop_draw: np.ndarray, draws: list[float]) -> tuple[Crop, Any]:
-        crops = self.teachers[0].crops
-        number = int(crop_draw[0] * crops.count)
-        width = max(teacher.texts.width for teacher in self.teachers)
-        embeds = np.zeros((len(self.teachers), 2, width), np.float32)
-        for row, teacher in zip(embeds, self.teachers, strict=True):
-            row[:, : teacher.texts.width] = teacher.logit_sides(place, number)
-        sample = self.source.read(*place)
-        texts = self._annotation(sample, [0.0])
-        if self.checks_captions:
-            self._tokenise(texts)
-        return crops.decode(sample.image, place, number, self.shape.image_size), (texts, embeds)
-
-    def _texts(self, annotation: Any) -> list[str]:
-        return annotation[0]
-
-    def _annotation_columns(self, annotations: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
-        texts, embeds = zip(*annotations, strict=True)
-        return {
-            **super()._annotation_columns(list(texts), where),
-            "teacher_embeds": torch.from_numpy(np.stack(embeds)),
-        }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flipscale.data.pairs import PairDataset
+from flipscale.data.batches import BatchDataset
 from flipscale.data.samples import Fault
 from flipscale.io.cores import end_with_parent
 from flipscale.io.errors import UserError
@@ -113,7 +113,7 @@ class PackedBatch(dict[str, Any]):
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> "PackedBatch":
-        """Pack a batch of `PairDataset`. A worker packs into shared memory, where the batch would go anyway."""
+        """Pack a batch of `BatchDataset`. A worker packs into shared memory, where the batch would go anyway."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         packed = cls.empty({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
         packed.faults = batch["faults"]
@@ -190,7 +190,7 @@ class ErrorsInPlace(Dataset):
     def __getitems__(self, rows: Sequence[int]) -> Any:
         try:
             batch = self.dataset.__getitems__(rows)
-            return PackedBatch.of(batch) if isinstance(self.dataset, PairDataset) else batch
+            return PackedBatch.of(batch) if isinstance(self.dataset, BatchDataset) else batch
         except (ValueError, OSError, MemoryError) as error:
             return error
         except Exception as error:  # because other classes may fail to unpickle
@@ -203,7 +203,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def build_loader(dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int) -> DataLoader:
+def build_loader(dataset: BatchDataset, first_step: int, last_step: int, rank: int, world_size: int) -> DataLoader:
     """Return a DataLoader over the micro-batches of process `rank` in steps [first_step, last_step).
 
     It yields a `PackedBatch`, or the error that making the batch raised.
@@ -346,7 +346,7 @@ def _is_of_torch(handler: Any) -> bool:
 Batches = Generator[list[PackedBatch], None, None]
 
 
-def restartable_batches(dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int) -> Batches:
+def restartable_batches(dataset: BatchDataset, first_step: int, last_step: int, rank: int, world_size: int) -> Batches:
     """Yield the batches of process `rank` in steps [first_step, last_step), each as a list of micro-batches.
 
     The list has the only references to the micro-batches, so clearing it frees them.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
+    from flipscale.data.batches import BatchDataset
     from flipscale.data.features import PrecomputedFeatures, Teacher
-    from flipscale.data.pairs import PairDataset
     from flipscale.model import FlipConfig
     from flipscale.objectives.objective import Objective
     from flipscale.process.lock import FolderLock
@@ -43,7 +43,7 @@ class TrainingSetup:
     schedule: Schedule
     source: Source
     tokenizer: PreTrainedTokenizerBase | None
-    datasets: Mapping[Stage, PairDataset]
+    datasets: Mapping[Stage, BatchDataset]
     objective: Objective
     config: FlipConfig
     precomputed: Mapping[str, PrecomputedFeatures]

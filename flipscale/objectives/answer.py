@@ -2,12 +2,13 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from flipscale.data.labelled import QuestionDataset
-from flipscale.data.pairs import PairDataset
+from flipscale.data.batch_inputs import BatchInputs
+from flipscale.data.columns.answers import Answers
+from flipscale.data.columns.column import Column
 from flipscale.io.options import Range
 from flipscale.model import FlipConfig, FlipForQuestionAnswering, FlipPreTrainedModel
 from flipscale.model.configuration_flip import FlipAnswerConfig
@@ -39,8 +40,9 @@ class Answer(Objective):
         changed.answer_config.num_answers = self.num_answers
         return changed
 
-    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        return QuestionDataset(*arguments, num_answers=self.num_answers, **options)
+    def makers(self, given: BatchInputs) -> list[Column]:
+        questions, *images = super().makers(given)
+        return [questions, Answers(given, self.num_answers), *images]
 
     def per_sample_loss(self, output: FlipAnswerOutput) -> torch.Tensor:
         assert output.answer_losses is not None

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from flipscale.data.pairs import PairDataset
+from flipscale.data.batch_inputs import BatchInputs
+from flipscale.data.columns.column import Column
+from flipscale.data.randomness import keyed_uniform
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import FlipOutput
@@ -26,6 +28,22 @@ from flipscale.objectives.objective import (
 Prediction = Literal["next_token", "parallel", "mixed"]
 # Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
 PARALLEL_SHARES: dict[str, float] = {"next_token": 0.0, "parallel": 1.0, "mixed": 0.75}
+
+
+@dataclass(eq=False, repr=False)
+class InParallel(Column):
+    """`in_parallel` bool `(batch,)`: whether all tokens of a caption are predicted at once."""
+
+    share: float
+
+    def columns(self) -> dict[str, torch.Tensor]:
+        draws = keyed_uniform(self.given.seed, "parallel", self.where, 1)[:, 0]
+        return {"in_parallel": torch.from_numpy(draws < self.share)}
+
+
+def in_parallel(given: BatchInputs, prediction: Prediction) -> list[Column]:
+    share = PARALLEL_SHARES[prediction]
+    return [InParallel(given, share)] if share > 0.0 else []
 
 
 class CaptioningFlipModel(FlipModel):
@@ -71,8 +89,8 @@ class CaptionLoss(Objective):
         changed.text_config = None
         return changed
 
-    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        return captioned(super().dataset, self.prediction, *arguments, **options)
+    def makers(self, given: BatchInputs) -> list[Column]:
+        return [*super().makers(given), *in_parallel(given, self.prediction)]
 
     def loss_inputs(self, output: Any) -> tuple[torch.Tensor, ...]:
         return ()
@@ -102,8 +120,8 @@ class WithCaptions(WithSecondLoss):
             )
         return changed
 
-    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        return captioned(super().dataset, self.prediction, *arguments, **options)
+    def makers(self, given: BatchInputs) -> list[Column]:
+        return [*super().makers(given), *in_parallel(given, self.prediction)]
 
 
 def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
@@ -115,8 +133,3 @@ def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
         decoder.mask_token_id, decoder.vocab_size = decoder.vocab_size, decoder.vocab_size + 1
     changed.decoder_config, changed.is_encoder_decoder = decoder, True
     return changed
-
-
-def captioned(dataset: Any, prediction: Prediction, *arguments: Any, **options: Any) -> PairDataset:
-    """Return `dataset(...)` that also draws which captions are predicted in parallel."""
-    return dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)

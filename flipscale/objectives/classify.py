@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from flipscale.data.labelled import LabelledDataset
-from flipscale.data.pairs import PairDataset
+from flipscale.data.batch_inputs import BatchInputs
+from flipscale.data.columns.column import Column
+from flipscale.data.columns.labels import Labels
+from flipscale.data.columns.pixels import image_columns
 from flipscale.io.options import Range, ShareBelowOne
 from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
 from flipscale.objectives.objective import Objective
@@ -70,8 +72,8 @@ class Classify(Objective):
         changed.num_labels = self.num_classes
         return changed
 
-    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        return LabelledDataset(*arguments, num_classes=self.num_classes, **options)
+    def makers(self, given: BatchInputs) -> list[Column]:
+        return [Labels(given, self.num_classes), *image_columns(given)]
 
     def chance_loss(self, batch_size: int) -> float:
         return math.log(self.num_classes)

@@ -9,8 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flipscale.data.features import DistillationDataset, PrecomputedPairs
-from flipscale.data.pairs import PairDataset
+from flipscale.data.batch_inputs import BatchInputs
+from flipscale.data.batches import BatchDataset
+from flipscale.data.columns.column import Column
+from flipscale.data.columns.pixels import image_columns
+from flipscale.data.columns.stored import StoredFeatures
+from flipscale.data.columns.teachers import TeacherEmbeds
+from flipscale.data.columns.tokens import Tokens
 from flipscale.io.options import Copies, Count
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
 
@@ -70,13 +75,21 @@ class Objective:
             return self.exported_class, config
         return config.exported_class, config.exported()
 
-    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass."""
-        options["sends_masked"] = "masked_patches" in self.columns
-        options["captions_per_image"] = self.captions_per_image
-        options["sends_caption_ids"] = "caption_ids" in self.global_columns
-        other = DistillationDataset if "teachers" in options else PairDataset
-        return (PrecomputedPairs if "stored" in options else other)(*arguments, **options)
+    def dataset(self, *arguments: Any, **options: Any) -> BatchDataset:
+        """Return the data set of a run, given the fields of `BatchInputs`."""
+        given = BatchInputs(*arguments, **options)
+        return BatchDataset(given, self.makers(given))
+
+    def makers(self, given: BatchInputs) -> list[Column]:
+        """Return the makers of a batch's columns, in the order in which they read a sample."""
+        makers: list[Column] = [StoredFeatures(given, tower) for tower in given.stored]
+        if given.teachers:
+            makers.append(TeacherEmbeds(given))
+        if "texts" not in given.stored:
+            makers.append(Tokens(given, self.captions_per_image, "caption_ids" in self.global_columns))
+        if "images" not in given.stored:
+            makers += image_columns(given, "masked_patches" in self.columns)
+        return makers
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
         """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.labelled import Augment
+from flipscale.data.augment import Augment
 from flipscale.data.loader import StepSampler, check_shared_memory
 from flipscale.data.pairs import InputShape, check_kinds, check_masks
 from flipscale.data.sources.opening import open_source

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from cli.pages import ROOT
 from conftest import metrics
+from data.conftest import pair_dataset
 from test_structure import ORDER
 
 from flipscale.cli import main
+from flipscale.data.batches import BatchDataset
 from flipscale.data.masks import IMAGE_MASKS, keep_patches
 from flipscale.engines import build
 from flipscale.engines.launch import read_launch_file
@@ -82,6 +85,15 @@ def test_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMAGE_MASKS, "rows", example("kind of mask", "rows"))
     kept = keep_patches(torch.rand(5, 4, 4), 0.5, "rows")
     assert all(len(set((index // 4).tolist())) == 2 for (index,) in kept)
+
+
+def test_a_column(shards: Path, tokenizer_dir: Path) -> None:
+    pairs = pair_dataset(shards, tokenizer_dir)
+    counts = BatchDataset(pairs.given, [*pairs.makers, example("column", "CaptionCounts")(pairs.given)])
+    batch = counts.__getitems__(list(range(8)))
+    assert batch.keys() - pairs.__getitems__([0]).keys() == {"caption_counts"}
+    places = zip(*(part.tolist() for part in pairs.order.locate(np.arange(8))), strict=True)
+    assert batch["caption_counts"].tolist() == [len(pairs.source.read(*place).captions) for place in places]
 
 
 def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, in_site: Path) -> None:

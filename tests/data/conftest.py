@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from conftest import add_member
 from PIL import Image
 from transformers import AutoTokenizer
 
+from flipscale.data.batches import BatchDataset
+from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.randomness import keyed_uniform
 from flipscale.data.samples import Source
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar import TarSource
@@ -41,14 +44,15 @@ def pair_dataset(
     data: Path | Source | DataRecipe,
     tokenizer_dir: Path,
     mask_ratio: float = 0.75,
-    kind: type[PairDataset] = PairDataset,
+    kind: Callable[..., Any] = PairDataset,
     options: dict[str, Any] | None = None,
     **fields: Any,
-) -> PairDataset:
+) -> Any:
     """Return the pairs of a folder of shards, a source or a recipe, in batches of 24.
 
     Args:
-        options: further fields of the dataset.
+        kind: a class of data sets, or an objective's `dataset`.
+        options: further fields of `BatchInputs`.
         fields: fields of the recipe's section `data`.
     """
     if isinstance(data, DataRecipe):
@@ -58,6 +62,14 @@ def pair_dataset(
         source = data if isinstance(data, Source) else TarSource(str(data))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     return kind(source, tokenizer, recipe, SHAPE, 5, mask_ratio, **(options or {}))
+
+
+def crops_of(data: BatchDataset, where: np.ndarray) -> list[np.ndarray]:
+    """Return the crops of positions as their images show them, before any change of colour."""
+    draws, size = keyed_uniform(data.given.seed, "crop", where, DRAWS_PER_CROP), data.given.shape.image_size
+    places = zip(*(part.tolist() for part in data.order.locate(where)), strict=True)
+    encoded = [data.source.read(*place).image for place in places]
+    return [decode_box(*each, size, data.recipe.crop_scale) for each in zip(encoded, draws, strict=True)]
 
 
 def assert_equal(ours: Batches, theirs: Batches) -> None:

@@ -7,15 +7,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from data.conftest import pair_dataset
+from data.conftest import crops_of, pair_dataset
 
-from flipscale.data.augment import draw_colors, recolored
+from flipscale.data.augment import Augment, draw_colors, recolored
+from flipscale.data.batches import BatchDataset
 from flipscale.data.decode import visible_patches
-from flipscale.data.labelled import LabelledDataset
 from flipscale.data.masks import keyed_patches, removed_patches
 from flipscale.data.pairs import InputShape
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.opening import open_source
+from flipscale.objectives.classify import Classify
+from flipscale.objectives.contrastive import Contrastive
+from flipscale.objectives.reconstruction import WithReconstruction
 from flipscale.recipe.augment import AugmentRecipe, ColorJitterRecipe
 from flipscale.recipe.data import DataRecipe, MaskRecipe
 
@@ -68,41 +71,42 @@ def test_a_mask_hides_patches_of_the_changed_picture(shards: Path, tokenizer_dir
     """With views, with the removed patches of a reconstruction, and with the same captions as without changes."""
     where = np.arange(24)
     plain, whole = (pair_dataset(shards, tokenizer_dir, 0.0, augment=augment) for augment in (AugmentRecipe(), ALL))
-    images = [image for image, _, _ in whole._images(where)]
-    crops = [crop.fitted(32) for crop, _, _ in plain._pairs(where)]
-    colors = draw_colors(COLOR, 5, where)
-    assert all(np.array_equal(recolored(crop, colors[row]), images[row]) for row, crop in enumerate(crops))
+    crops, colors = crops_of(plain, where), draw_colors(COLOR, 5, where)
+    images = [recolored(*each) for each in zip(crops, colors, strict=True)]
     assert not np.array_equal(np.stack(images), np.stack(crops))
-    assert torch.equal(plain.__getitems__(where.tolist())["input_ids"], whole.__getitems__(where.tolist())["input_ids"])
-    for mask, sends_masked in ((MaskRecipe(views=2), False), (MaskRecipe(), True)):
-        options = {"mask": mask, "sends_masked": sends_masked}
-        batch = pair_dataset(shards, tokenizer_dir, options=options, augment=ALL).__getitems__(where.tolist())
+    batches = [data.__getitems__(where.tolist()) for data in (plain, whole)]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    for batch, shown in zip(batches, (crops, images), strict=True):
+        assert np.array_equal(batch["patches"], [visible_patches(image, 8, None) for image in shown])
+    reconstruction = WithReconstruction(other=Contrastive(), weight=1.0)
+    for mask, objective in ((MaskRecipe(views=2), Contrastive()), (MaskRecipe(), reconstruction)):
+        options = {"kind": objective.dataset, "options": {"mask": mask}, "augment": ALL}
+        batch = pair_dataset(shards, tokenizer_dir, **options).__getitems__(where.tolist())
         index = keyed_patches(5, where, 4, 0.75, mask.kind, mask.views)
         index = index if mask.views > 1 else index[:, 0]
         assert np.array_equal(
             batch["patches"], [visible_patches(*each) for each in zip(images, [8] * 24, index, strict=True)]
         )
-        if sends_masked:
+        if objective == reconstruction:
             removed = removed_patches(index, 16)
             shown = [visible_patches(image, 8, gone) for image, gone in zip(images, removed, strict=True)]
             assert np.array_equal(batch["masked_patches"], shown)
 
 
 def test_classes_are_changed_before_rand_augment_and_mixup(shards: Path) -> None:
-    def images(augment: AugmentRecipe) -> list[np.ndarray]:
+    def dataset(augment: AugmentRecipe) -> BatchDataset:
         recipe = DataRecipe(shards=str(shards), global_batch_size=16, num_workers=0, augment=augment)
-        data = LabelledDataset(open_source(recipe), None, recipe, InputShape(32, 8, 8), 5, 0.0, num_classes=16)
-        assert len(pickle.loads(pickle.dumps(data)).__getitems__([0, 1])["patches"]) == 2
-        return [image for image, *_ in data._images(np.arange(8))]
+        data = Classify(num_classes=16).dataset(open_source(recipe), None, recipe, InputShape(32, 8, 8), 5, 0.0)
+        return pickle.loads(pickle.dumps(data))
 
     for policy, alpha in (("rand-m9-mstd0.5-inc1", 0.0), (None, 0.8)):
         both = AugmentRecipe(policy, alpha, color_jitter=COLOR)
-        recipe = DataRecipe(shards=str(shards), global_batch_size=16, num_workers=0, augment=both)
-        data = LabelledDataset(open_source(recipe), None, recipe, InputShape(32, 8, 8), 5, 0.0, num_classes=16)
-        changed = images(ALL)
+        augment, crops = Augment(both, 5, 32), crops_of(dataset(both), np.arange(8))
+        changed = [recolored(*each) for each in zip(crops, draw_colors(COLOR, 5, np.arange(8)), strict=True)]
         if policy:
-            expected = [data.augment.varied(image, position) for position, image in enumerate(changed)]
+            expected = [augment.varied(image, position) for position, image in enumerate(changed)]
         else:
-            mixed = [data.augment.mixed(*changed[first : first + 2], first) for first in range(0, 8, 2)]
+            mixed = [augment.mixed(*changed[first : first + 2], first) for first in range(0, 8, 2)]
             expected = [image for one, other, _ in mixed for image in (one, other)]
-        assert np.array_equal(images(both), expected)
+        shown = dataset(both).__getitems__(list(range(8)))["patches"]
+        assert np.array_equal(shown, [visible_patches(image, 8, None) for image in expected])

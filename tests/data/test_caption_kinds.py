@@ -13,10 +13,11 @@ from conftest import COLOURS, SHAPES, draw, losses, tiny_recipe
 from data.conftest import encoded, write_tar
 
 from flipscale.data.captions import choose_captions
-from flipscale.data.pairs import InputShape, PairDataset, check_kinds
+from flipscale.data.pairs import InputShape, check_kinds
 from flipscale.data.samples import BadSample, MissingCaption
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.objectives.contrastive import Contrastive
 from flipscale.pretrain import pretrain
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.start.complete_recipe import parse_recipe
@@ -129,7 +130,8 @@ def test_a_position_has_its_captions_in_any_batch(tmp_path: Path, tokenizer_dir:
 
     def rows(positions: list[int], count: int, **options: float) -> torch.Tensor:
         shape = InputShape(16, 8, 6)
-        dataset = PairDataset(source, tokenizer, recipe, shape, 0, 0.0, captions_per_image=count, **options)
+        objective = Contrastive(captions_per_image=count)
+        dataset = objective.dataset(source, tokenizer, recipe, shape, 0, 0.0, **options)
         return dataset.__getitems__(positions)["input_ids"].unflatten(0, (len(positions), -1))
 
     whole = rows(list(range(80)), 2)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from flipscale.data.labelled import Augment, LabelledDataset
+from flipscale.data.augment import Augment
+from flipscale.data.batches import BatchDataset
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.opening import open_source
+from flipscale.objectives.classify import Classify
 from flipscale.recipe.augment import AugmentRecipe
 from flipscale.recipe.data import DataRecipe
 
@@ -19,16 +21,16 @@ PAPER = AugmentRecipe("rand-m9-mstd0.5-inc1", 0.8, 1.0)
 
 
 @pytest.fixture
-def dataset(shards: Path) -> Callable[..., LabelledDataset]:
-    def build(augment: AugmentRecipe, num_classes: int = 16, mask_ratio: float = 0.0, seed: int = 5) -> LabelledDataset:
+def dataset(shards: Path) -> Callable[..., BatchDataset]:
+    def build(augment: AugmentRecipe, num_classes: int = 16, mask_ratio: float = 0.0, seed: int = 5) -> BatchDataset:
         recipe = DataRecipe(shards=str(shards), global_batch_size=16, num_workers=0, augment=augment)
-        shape = InputShape(32, 8, 8)
-        return LabelledDataset(open_source(recipe), None, recipe, shape, seed, mask_ratio, num_classes=num_classes)
+        objective, shape = Classify(num_classes=num_classes), InputShape(32, 8, 8)
+        return objective.dataset(open_source(recipe), None, recipe, shape, seed, mask_ratio)
 
     return build
 
 
-def test_a_batch_has_the_class_numbers_of_the_shards(dataset: Callable[..., LabelledDataset]) -> None:
+def test_a_batch_has_the_class_numbers_of_the_shards(dataset: Callable[..., BatchDataset]) -> None:
     data = dataset(AugmentRecipe())
     batch = data.__getitems__(list(range(12)))
     assert set(batch) == {"patches", "labels", "faults"}
@@ -39,7 +41,7 @@ def test_a_batch_has_the_class_numbers_of_the_shards(dataset: Callable[..., Labe
 
 @pytest.mark.parametrize("augment", [PAPER, AugmentRecipe(mixup_alpha=0.8), AugmentRecipe("rand-m9-n3")])
 def test_the_parts_of_a_batch_are_those_of_the_whole(
-    dataset: Callable[..., LabelledDataset], augment: AugmentRecipe
+    dataset: Callable[..., BatchDataset], augment: AugmentRecipe
 ) -> None:
     """So neither the number of processes nor a resume changes what is learned; nor do draws of other code."""
     whole = dataset(augment, mask_ratio=0.5).__getitems__(list(range(16)))
@@ -58,7 +60,7 @@ def test_the_parts_of_a_batch_are_those_of_the_whole(
 
 
 def test_mixed_images_are_the_plain_ones_by_the_shares_of_their_labels(
-    dataset: Callable[..., LabelledDataset],
+    dataset: Callable[..., BatchDataset],
 ) -> None:
     plain = dataset(AugmentRecipe()).__getitems__(list(range(16)))
     mixed = dataset(AugmentRecipe(mixup_alpha=0.8)).__getitems__(list(range(16)))
@@ -100,6 +102,6 @@ def test_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         Augment(AugmentRecipe(cutmix_alpha=1.0), 0, 32)
 
 
-def test_a_label_beyond_the_head(dataset: Callable[..., LabelledDataset]) -> None:
+def test_a_label_beyond_the_head(dataset: Callable[..., BatchDataset]) -> None:
     with pytest.raises(ValueError, match=r"0000\d\.tar#\d+ has class \d+, .*num_classes is 3"):
         dataset(AugmentRecipe(), num_classes=3).__getitems__(list(range(16)))

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOWERS
-from data.conftest import SHAPE, assert_equal, pair_dataset
+from data.conftest import SHAPE, assert_equal, crops_of, pair_dataset
 
 from flipscale.data import loader
-from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
+from flipscale.data.columns.tokens import caption_ids
+from flipscale.data.decode import visible_patches
 from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory
-from flipscale.data.pairs import PairDataset, caption_ids
-from flipscale.data.randomness import keyed_uniform
+from flipscale.data.pairs import PairDataset
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives.sigmoid import Sigmoid
 from flipscale.recipe.augment import AugmentRecipe, ColorJitterRecipe
 
 COLORS = AugmentRecipe(color_jitter=ColorJitterRecipe(0.3, 0.2, 0.4, 0.1, 0.8))
@@ -48,15 +49,17 @@ def test_same_batches_at_any_world_size_with_any_workers_and_after_a_resume(
 
 def test_without_mirror_the_same_crops_are_as_they_were_taken(shards: Path, tokenizer_dir: Path) -> None:
     sets = (pair_dataset(shards, tokenizer_dir, 0.0, mirror=mirror) for mirror in (True, False))
-    either, plain = ([crop.fitted(32) for crop, _, _ in data._pairs(np.arange(24))] for data in sets)
-    mirrored = [not np.array_equal(a, b) for a, b in zip(either, plain, strict=True)]
-    assert 0 < sum(mirrored) < len(mirrored)
-    assert all((a[:, ::-1] == b).all() for a, b, turned in zip(either, plain, mirrored, strict=True) if turned)
+    # Rows and columns of patches, then channels, rows and columns of pixels.
+    either, plain = (data.__getitems__(list(range(24)))["patches"].view(24, 4, 4, 3, 8, 8) for data in sets)
+    mirrored = (either != plain).flatten(1).any(dim=1)
+    assert 0 < mirrored.sum() < 24
+    assert torch.equal(either.flip(2, 5)[mirrored], plain[mirrored])
 
 
 def test_caption_ids_are_of_the_tokens_before_their_mask(shards: Path, tokenizer_dir: Path) -> None:
-    plain, masked = (pair_dataset(shards, tokenizer_dir, 0.0) for _ in range(2))
-    masked.sends_caption_ids, masked.text_mask_ratio = True, 0.5
+    plain = pair_dataset(shards, tokenizer_dir, 0.0)
+    equal_captions = Sigmoid(positives="equal_captions")
+    masked = pair_dataset(shards, tokenizer_dir, 0.0, equal_captions.dataset, {"text_mask_ratio": 0.5})
     whole, batch = (data.__getitems__(list(range(96))) for data in (plain, masked))
     assert "caption_ids" not in whole
     ids, tokens = batch["caption_ids"], whole["input_ids"]
@@ -78,13 +81,7 @@ def test_patches_equal_pixel_values(shards: Path, tokenizer_dir: Path) -> None:
     assert batch["patches"].shape == (24, 4, 3 * 64)
     assert batch["patch_index"].dtype == torch.int16
 
-    where = np.arange(100, 124)
-    draws = keyed_uniform(5, "crop", where, DRAWS_PER_CROP)
-    images = [
-        decode_box(data.source.read(shard, number).image, draws[row], 32, (0.5, 1.0))
-        for row, (shard, number) in enumerate(zip(*(n.tolist() for n in data.order.locate(where)), strict=True))
-    ]
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(np.stack(crops_of(data, np.arange(100, 124)))).permute(0, 3, 1, 2).float() / 255
     vision = model.config.vision_config
     mean, std = (torch.tensor(value)[:, None, None] for value in (vision.image_mean, vision.image_std))
     pixel_values = (pixels - mean) / std
@@ -125,13 +122,11 @@ def test_micro_batches_are_the_process_s_part_in_order() -> None:
 def test_images_of_a_size_of_their_own(shards: Path, tokenizer_dir: Path) -> None:
     """The same crops and captions as at the model's size, decoded at the stage's."""
     data, positions = pair_dataset(shards, tokenizer_dir, 0.5), np.arange(6)
-    small = PairDataset(data.source, data.tokenizer, data.recipe, SHAPE.at(16), seed=5, mask_ratio=0.5)
+    small = PairDataset(data.source, data.given.tokenizer, data.recipe, SHAPE.at(16), seed=5, mask_ratio=0.5)
     batch, large = small.__getitems__(positions.tolist()), data.__getitems__(positions.tolist())
     assert torch.equal(batch["input_ids"], large["input_ids"])
     assert batch["patches"].shape == (6, 2, 3 * 8 * 8)
-    draws = keyed_uniform(5, "crop", positions, DRAWS_PER_CROP)
-    for row, (shard, number) in enumerate(zip(*small.order.locate(positions), strict=True)):
-        crop = decode_box(data.source.read(shard, number).image, draws[row], 16, data.recipe.crop_scale)
+    for row, crop in enumerate(crops_of(small, positions)):
         assert (batch["patches"][row].numpy() == visible_patches(crop, 8, batch["patch_index"][row].numpy())).all()
 
 

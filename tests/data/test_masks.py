@@ -8,12 +8,14 @@ import torch
 from conftest import TOWERS, changed_recipe
 from data.conftest import pair_dataset
 
-import flipscale.data.pairs as pairs
+from flipscale.data.columns import pixels
 from flipscale.data.decode import Crop, decode_crop
 from flipscale.data.masks import keyed_patches, mask_tokens, removed_patches
 from flipscale.data.pairs import PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives.contrastive import Contrastive
+from flipscale.objectives.reconstruction import WithReconstruction
 from flipscale.recipe.data import MaskRecipe
 
 
@@ -55,7 +57,7 @@ def test_two_views_of_half_are_the_whole_of_one_crop(
         decoded.append(arguments)
         return decode_crop(*arguments)
 
-    monkeypatch.setattr(pairs, "decode_crop", counting)
+    monkeypatch.setattr(pixels, "decode_crop", counting)
     batch = dataset(shards, tokenizer_dir, 0.5, views=2).__getitems__(positions)
     assert len(decoded) == 24, "each image is decoded once"
     assert batch["patches"].shape == (24, 2, 8, 3 * 64)
@@ -119,16 +121,14 @@ def test_masked_captions_are_embedded_without_what_was_removed(
 
 
 def test_the_masked_patches_are_sent_on_request(shards: Path, tokenizer_dir: Path) -> None:
-    data = dataset(shards, tokenizer_dir, 0.75)
-    assert "masked_patches" not in data.__getitems__([3, 4])
-    data.sends_masked = True
-    batch = data.__getitems__([3, 4])
+    assert "masked_patches" not in dataset(shards, tokenizer_dir, 0.75).__getitems__([3, 4])
+    reconstruction = WithReconstruction(other=Contrastive(), weight=1.0)
+    batch = pair_dataset(shards, tokenizer_dir, 0.75, reconstruction.dataset).__getitems__([3, 4])
     assert batch["masked_patches"].shape == (2, 12, 3 * 64)
     assert batch["masked_patches"].dtype == torch.uint8
     whole = dataset(shards, tokenizer_dir, 0.0).__getitems__([3, 4])["patches"]
     places = removed_patches(batch["patch_index"].numpy(), 16)
     for row in range(2):
         assert torch.equal(batch["masked_patches"][row], whole[row, places[row]])
-    data = dataset(shards, tokenizer_dir, 0.0)
-    data.sends_masked = True
+    data = pair_dataset(shards, tokenizer_dir, 0.0, reconstruction.dataset)
     assert "masked_patches" not in data.__getitems__([3, 4]), "nothing is masked"

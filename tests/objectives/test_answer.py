@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForVisualQuestionAnswering
 
 from flipscale.cli import main
-from flipscale.data.labelled import QuestionDataset
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
@@ -102,7 +101,7 @@ def label(number: int, answer: str) -> dict[str, bytes]:
 def read(folder: Path, tokenizer_dir: Path, count: int) -> dict[str, Any]:
     tokenizer, data = load_tokenizer(str(tokenizer_dir), 8), DataRecipe(crop_scale=(1.0, 1.0), num_workers=0)
     shape, source = InputShape.of(CONFIG), TarSource(str(folder))
-    return QuestionDataset(source, tokenizer, data, shape, 0, 0.0, num_answers=8).__getitems__(list(range(count)))
+    return Answer(num_answers=8).dataset(source, tokenizer, data, shape, 0, 0.0).__getitems__(list(range(count)))
 
 
 def test_labels_are_the_scores_of_the_votes(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -1,0 +1,1 @@
+"""The columns of a batch: each file makes one kind."""
