@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flipscale.process import state
 
@@ -15,12 +16,10 @@ from flipscale.checks.start import check_recipe
 from flipscale.engines.checkpoint import from_main_process
 from flipscale.engines.launch import launch_of
 from flipscale.evaluation.presentation.last_lines import end_run
-from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.io.paths import check_writable
-from flipscale.loop.inputs import Session
+from flipscale.loop.inputs import Session, TrainingSetup
 from flipscale.loop.loop import train
-from flipscale.objectives.build import loss_kinds
 from flipscale.planning.budget import with_time_shares
 from flipscale.process.console import only_describes, report_user_errors, start_logging
 from flipscale.process.preemption import Stopped, StopRequest
@@ -32,8 +31,13 @@ from flipscale.start.complete_recipe import parse_recipe
 from flipscale.start.evaluations import RunEvaluator, check_tasks, test_set_digests
 from flipscale.start.messages import begin_run, log_stop
 from flipscale.start.pretrained_fields import with_vocabulary
-from flipscale.start.session import StartTimings, is_done, join, open_run_directory, resume, watched
+from flipscale.start.run_files import is_done, open_run_directory
+from flipscale.start.session import choose_checkpoint, compare_processes, locked, resume, start_processes, watched
 from flipscale.start.setup import open_setup
+from flipscale.start.timings import StartTimings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # The server of workers imports them once, because every worker needs the trainer's main module and its loaders.
 _WORKER_MODULES = ("flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding")
@@ -48,36 +52,47 @@ def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
         FloatingPointError: the loss stayed non-finite.
         OSError: a checkpoint could not be written.
     """
-    run_dir = Path(recipe.output_dir)
+    timings, run_dir = StartTimings(of_process), Path(recipe.output_dir)
+
+    # 1. The recipe gets the fields that its start weights, tokenizer and time budget decide.
     recipe = with_time_shares(with_vocabulary(recipe, fetches=True))
-    timings, checkpoint = StartTimings(of_process), open_run_directory(recipe)
+
+    # 2. The run directory gives the newest checkpoint. A finished run needs no start.
+    checkpoint = open_run_directory(recipe)
     if is_done(recipe, checkpoint):
         return run_dir
     check_writable(run_dir / "checkpoints", "the folder of checkpoints")
-    loss_kinds()  # imports the models
+
+    # 3. The fields fit each other and the launch.
     check_recipe(recipe, launch_of(os.environ))
     timings.end("imports")
+
+    # 4. Each process opens the training data and the test sets. The main process opens the Hub's repository.
     tasks, class_names = check_tasks(recipe)
     setup = open_setup(recipe, is_fresh=checkpoint is None)
     timings.end("data")
     state.freeze_imports()
     open_target(recipe.hub, checkpoint is not None)
-    session = join(setup, timings, test_set_digests(tasks), _WORKER_MODULES)
-    try:
-        if recipe.data.stored or recipe.data.teachers:
-            from flipscale.preparation.feature_writer import check_stored  # imports the models
+    test_sets = test_set_digests(tasks)
 
-            with watched(recipe, session.accelerator.process_index, "the check of stored features"):
-                from_main_process(session.accelerator, lambda: check_stored(recipe, setup.source))
+    # 5. The processes meet, and 6. agree on recipe, launch and data. 7. One run has the run directory until its end.
+    accelerator = start_processes(recipe, _WORKER_MODULES)
+    compare_processes(accelerator, setup, test_sets)
+    is_main = accelerator.is_main_process
+    with locked(accelerator, recipe) as lock:
+        timings.end("processes")
+
+        # 8. They choose the newest whole checkpoint, and 9. build the engine with its weights, or with new ones.
+        session = choose_checkpoint(accelerator, setup, lock)
+        check_features(accelerator, setup)
         engine = resume(recipe, setup.schedule, session, setup.text_rows)
         timings.end("checkpoint")
-        is_main = session.accelerator.is_main_process
+
+        # 10. The main process writes the first records, and the steps begin.
         flops = count_flops(recipe) if is_main else {}
-        watch = StepWatch(session.accelerator, run_dir, recipe.log.hang_seconds, session.trained_seconds, engine.phases)
+        watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, session.trained_seconds, engine.phases)
         evaluator = RunEvaluator(tasks, setup, session, engine, watch)
-        begin_run(setup, session, engine.name, evaluator.evaluations, flops=flops, seconds=timings)
-        if class_names and is_main:
-            keep_class_names(run_dir, class_names)
+        begin_run(setup, session, engine.name, evaluator.evaluations, class_names, flops=flops, seconds=timings)
         push = BackgroundPush(recipe, setup.schedule.total_steps, is_main)
         with StopRequest(watches_file=is_main) as request, watch:
             step, is_stopped = train(setup, session, engine, watch, request, evaluator, flops, push.offer)
@@ -85,12 +100,19 @@ def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
                 push.close()
                 if not is_stopped:
                     finish(recipe, session, step.number, watch.trained_seconds)
-    finally:
-        session.release_lock()
     if is_stopped:
         log_stop(setup.schedule, step)
         raise Stopped
     return run_dir
+
+
+def check_features(accelerator: "Accelerator", setup: TrainingSetup) -> None:
+    """Collective. Raise UserError on all processes if shards or towers changed after their features were stored."""
+    if setup.precomputed or setup.teachers:
+        from flipscale.preparation.feature_writer import check_stored  # imports the models
+
+        with watched(setup.recipe, "the check of stored features"):
+            from_main_process(accelerator, lambda: check_stored(setup.recipe, setup.source))
 
 
 def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:

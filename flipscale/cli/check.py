@@ -45,7 +45,7 @@ class Check:
         from flipscale.recipe.rules import check_rules
         from flipscale.start.complete_recipe import parse_recipe
         from flipscale.start.pretrained_fields import with_vocabulary
-        from flipscale.start.session import is_done, open_run_directory
+        from flipscale.start.run_files import is_done, open_run_directory
 
         launch = planned_launch(self.launch_file, self.num_processes, self.num_machines)
         for words in [["--config", name] for name in names] or [[]]:

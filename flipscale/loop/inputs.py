@@ -111,7 +111,3 @@ class Session:
         """Raise OSError if another run has taken the run directory, see `FolderLock.check`."""
         if self.lock is not None:
             self.lock.check(at_once)
-
-    def release_lock(self) -> None:
-        if self.lock is not None:
-            self.lock.release()

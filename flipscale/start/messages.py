@@ -9,6 +9,7 @@ from typing import Any
 
 from flipscale.engines.device import attention_kernel
 from flipscale.engines.launch import PRECISION, faster_precision, launched_precision, precision_in_words
+from flipscale.evaluation.test_set import keep_class_names
 from flipscale.io.paths import quoted
 from flipscale.io.surroundings import known
 from flipscale.io.text_table import headed_rows
@@ -24,14 +25,19 @@ _log = logging.getLogger(__name__)
 
 
 def begin_run(
-    setup: TrainingSetup, session: Session, engine: str, evaluations: Sequence[Evaluation], **facts: Any
+    setup: TrainingSetup,
+    session: Session,
+    engine: str,
+    evaluations: Sequence[Evaluation],
+    class_names: Sequence[str],
+    **facts: Any,
 ) -> None:
-    """Write the first files of a run, and log its model, data, length and hardware; nothing except on the main process.
-    `facts` are further fields of the record in `starts.jsonl`."""
+    """Write the first files of a run, and log its model, data, length and hardware, on the main process only. `facts`
+    are further fields of the record in `starts.jsonl`."""
     recipe, accelerator, step = setup.recipe, session.accelerator, session.step
     if not accelerator.is_main_process:
         return
-    with watched(recipe, 0, "the building of the model"):
+    with watched(recipe, "the first records"):
         run_dir, num_pairs = recipe.output_dir, len(setup.source)
         drawn = {weights.name: weights.composition for weights in setup.source.all_weights}
         if drawn:
@@ -69,18 +75,20 @@ def begin_run(
             ("run folder", f"{run_dir}; `flipscale status {quoted(run_dir)} --watch` follows it"),
         ]
         to_go = "" if is_timed else f" of {last:,}"
-        head = f"going on with {run_dir} from step {step:,}{to_go}" if step else f"training {run_dir}"
+        head = f"resuming {run_dir} from step {step:,}{to_go}" if step else f"training {run_dir}"
         _log.info("%s", headed_rows(head, rows))
         if step and before in ("no", "bf16") and before != now:
             named, keeps = {"no": "fp32", "bf16": "bf16"}, typed_command(before)
             fix = f"to keep {named[before]}: {keeps}" if keeps else f"set mixed_precision {before} in the launch file"
             _log.warning("the precision is %s, and was %s before; %s", named[now], named[before], fix)
+        if class_names:
+            keep_class_names(Path(run_dir), class_names)
 
 
 def log_stop(schedule: Schedule, step: Step) -> None:
     """Log that the run has saved before `step` and stops, and how to resume it."""
     place, command = schedule.words(step.number, step.position), typed_command()
-    how = f"to go on: {command}" if command else "the same command goes on"
+    how = f"resume with: {command}" if command else "the same command resumes the run"
     _log.info("stopped and saved at %s; %s", place, how)
 
 

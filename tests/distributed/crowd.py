@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import resource
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -150,26 +150,30 @@ def rewrite(file: str) -> None:
     from flipscale.recipe.outputs import SaveRecipe
     from flipscale.records.tracking import Tracker
 
-    recipe, plan, start, engine = resumed(file)
-    copy = Path(recipe.output_dir) / "copy"
-    watch = StepWatch(start.accelerator, copy, 60.0, start.trained_seconds)
-    plan = replace(plan, recipe=replace(recipe, output_dir=str(copy), save=SaveRecipe()))
-    tracker = Tracker(plan.recipe, plan.schedule, start.accelerator, watch, {})
-    saver = Saver(plan, replace(start, state={}), engine, tracker, on_checkpoint=lambda step: None)
-    saver.save(plan.schedule.first(start.state))
-    saver.commit()
+    with resumed(file) as (plan, start, engine):
+        recipe = plan.recipe
+        copy = Path(recipe.output_dir) / "copy"
+        watch = StepWatch(start.accelerator, copy, 60.0, start.trained_seconds)
+        plan = replace(plan, recipe=replace(recipe, output_dir=str(copy), save=SaveRecipe()))
+        tracker = Tracker(plan.recipe, plan.schedule, start.accelerator, watch, {})
+        saver = Saver(plan, replace(start, state={}), engine, tracker, on_checkpoint=lambda step: None)
+        saver.save(plan.schedule.first(start.state))
+        saver.commit()
 
 
-def resumed(file: str) -> tuple:
-    """Return a recipe, its plan, the start of its run and the engine, ready to train."""
+@contextlib.contextmanager
+def resumed(file: str) -> Iterator[tuple]:
+    """Yield a recipe's plan, the start of its run and the engine, ready to train."""
     from flipscale.start.complete_recipe import parse_recipe
-    from flipscale.start.session import StartTimings, join, resume
+    from flipscale.start.session import choose_checkpoint, locked, resume, start_processes
     from flipscale.start.setup import open_setup
 
     recipe = parse_recipe(["--config", file])
     plan = open_setup(recipe)
-    start = join(plan, StartTimings())
-    return recipe, plan, start, resume(recipe, plan.schedule, start)
+    accelerator = start_processes(recipe)
+    with locked(accelerator, recipe) as lock:
+        start = choose_checkpoint(accelerator, plan, lock)
+        yield plan, start, resume(recipe, plan.schedule, start)
 
 
 def leave_out(file: str) -> None:
@@ -189,25 +193,24 @@ def leave_out(file: str) -> None:
 
     ends = []
     for factors in ([1.0, 1.0], [torch.nan, 1.0, torch.nan, torch.inf, -1.0, 1.0]):
-        _, plan, start, engine = resumed(file)
-        taken_so_far = 0
-        for factor in factors:
-            clock = Clock(plan.schedule, {"step": taken_so_far})
-            (batch,) = next(step_batches(plan, clock, start.accelerator)).micro_batches
-            output = engine(**batch)
-            loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
-            engine.backward(loss)
-            norm = engine.gradient_norm()
-            assert norm.isfinite() == (abs(factor) == 1.0)
-            before = holds(engine) if taken_so_far else {}
-            # -1 stands for a loss that is not finite although its gradients are.
-            engine.step(0.01, should_step=torch.tensor(float(factor == 1.0), device=start.accelerator.device))
-            taken_so_far += factor == 1.0
-            assert engine.layout.optimizer_steps() == taken_so_far
-            assert all(parameter.grad is None for parameter in engine.model.parameters())
-            assert factor == 1.0 or not before or same(before, holds(engine)), factor
-        ends.append(holds(engine))
-        start.release_lock()
+        with resumed(file) as (plan, start, engine):
+            taken_so_far = 0
+            for factor in factors:
+                clock = Clock(plan.schedule, {"step": taken_so_far})
+                (batch,) = next(step_batches(plan, clock, start.accelerator)).micro_batches
+                output = engine(**batch)
+                loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
+                engine.backward(loss)
+                norm = engine.gradient_norm()
+                assert norm.isfinite() == (abs(factor) == 1.0)
+                before = holds(engine) if taken_so_far else {}
+                # -1 stands for a loss that is not finite although its gradients are.
+                engine.step(0.01, should_step=torch.tensor(float(factor == 1.0), device=start.accelerator.device))
+                taken_so_far += factor == 1.0
+                assert engine.layout.optimizer_steps() == taken_so_far
+                assert all(parameter.grad is None for parameter in engine.model.parameters())
+                assert factor == 1.0 or not before or same(before, holds(engine)), factor
+            ends.append(holds(engine))
     assert {name.partition(".")[0] for name in ends[0]} >= {"weight", "exp_avg", "exp_avg_sq", "ema", "steps"}
     assert same(*ends)
 

@@ -230,5 +230,5 @@ def test_nodes_with_other_copies_of_a_shard_are_found_out(write_recipe, tmp_path
     ranks = start_ranks(2, train_on_a_node, str(file), str(tmp_path), ACCELERATE_USE_CPU="1")
     assert 0 not in processes.exit_codes(ranks)
     printed = (tmp_path / "stderr").read_text()
-    assert "error: processes 1 of 2 found other numbers of samples in the shards than process 0" in printed
+    assert "error: processes 1 of 2 differ from process 0 in the samples of their shards" in printed
     assert "make the nodes' copies the same" in printed

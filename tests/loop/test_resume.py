@@ -20,7 +20,7 @@ from flipscale.loop.step import seed_dropout
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.start.complete_recipe import parse_recipe
-from flipscale.start.session import is_done, open_run_directory
+from flipscale.start.run_files import is_done, open_run_directory
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
 

@@ -13,7 +13,7 @@ from flipscale.pretrain import count_flops
 from flipscale.records.run_directory import write_run_files
 from flipscale.records.run_summary import RunSummary
 from flipscale.start.complete_recipe import parse_recipe
-from flipscale.start.session import open_run_directory
+from flipscale.start.run_files import open_run_directory
 
 
 def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Path) -> None:

@@ -52,6 +52,6 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     try:
         with pytest.raises(InterruptedError, match=rf"^\[{min(cores)}\]$"):
-            session.join(open_setup(recipe), session.StartTimings())
+            session.start_processes(recipe)
     finally:
         os.sched_setaffinity(0, cores)
