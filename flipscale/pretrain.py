@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flipscale.process import state
 
@@ -16,9 +15,10 @@ from flipscale.checks.start import check_recipe
 from flipscale.engines.checkpoint import from_main_process
 from flipscale.engines.launch import launch_of
 from flipscale.evaluation.presentation.last_lines import end_run
+from flipscale.evaluation.test_set import keep_class_names
 from flipscale.hub.push import BackgroundPush, open_target, push_finished
 from flipscale.io.paths import check_writable
-from flipscale.loop.inputs import Session, TrainingSetup
+from flipscale.loop.inputs import Session
 from flipscale.loop.loop import train
 from flipscale.planning.budget import with_time_shares
 from flipscale.process.console import only_describes, report_user_errors, start_logging
@@ -35,9 +35,6 @@ from flipscale.start.run_files import is_done, open_run_directory
 from flipscale.start.session import choose_checkpoint, compare_processes, locked, resume, start_processes, watched
 from flipscale.start.setup import open_setup
 from flipscale.start.timings import StartTimings
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # The server of workers imports them once, because every worker needs the trainer's main module and its loaders.
 _WORKER_MODULES = ("flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding")
@@ -84,7 +81,11 @@ def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
 
         # 8. They choose the newest whole checkpoint, and 9. build the engine with its weights, or with new ones.
         session = choose_checkpoint(accelerator, setup, lock)
-        check_features(accelerator, setup)
+        if setup.precomputed or setup.teachers:
+            from flipscale.preparation.feature_writer import check_stored  # imports the models
+
+            with watched(recipe, "the check of stored features"):
+                from_main_process(accelerator, lambda: check_stored(recipe, setup.source))
         engine = resume(recipe, setup.schedule, session, setup.text_rows)
         timings.end("checkpoint")
 
@@ -92,7 +93,9 @@ def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
         flops = count_flops(recipe) if is_main else {}
         watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, session.trained_seconds, engine.phases)
         evaluator = RunEvaluator(tasks, setup, session, engine, watch)
-        begin_run(setup, session, engine.name, evaluator.evaluations, class_names, flops=flops, seconds=timings)
+        begin_run(setup, session, engine.name, evaluator.evaluations, flops=flops, seconds=timings)
+        if class_names and is_main:
+            keep_class_names(run_dir, class_names)
         push = BackgroundPush(recipe, setup.schedule.total_steps, is_main)
         with StopRequest(watches_file=is_main) as request, watch:
             step, is_stopped = train(setup, session, engine, watch, request, evaluator, flops, push.offer)
@@ -104,15 +107,6 @@ def pretrain(recipe: Recipe, of_process: bool = False) -> Path:
         log_stop(setup.schedule, step)
         raise Stopped
     return run_dir
-
-
-def check_features(accelerator: "Accelerator", setup: TrainingSetup) -> None:
-    """Collective. Raise UserError on all processes if shards or towers changed after their features were stored."""
-    if setup.precomputed or setup.teachers:
-        from flipscale.preparation.feature_writer import check_stored  # imports the models
-
-        with watched(setup.recipe, "the check of stored features"):
-            from_main_process(accelerator, lambda: check_stored(setup.recipe, setup.source))
 
 
 def count_flops(recipe: Recipe) -> dict[str, dict[str, int]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from flipscale.engines.device import attention_kernel
 from flipscale.engines.launch import PRECISION, faster_precision, launched_precision, precision_in_words
-from flipscale.evaluation.test_set import keep_class_names
 from flipscale.io.paths import quoted
 from flipscale.io.surroundings import known
 from flipscale.io.text_table import headed_rows
@@ -25,12 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def begin_run(
-    setup: TrainingSetup,
-    session: Session,
-    engine: str,
-    evaluations: Sequence[Evaluation],
-    class_names: Sequence[str],
-    **facts: Any,
+    setup: TrainingSetup, session: Session, engine: str, evaluations: Sequence[Evaluation], **facts: Any
 ) -> None:
     """Write the first files of a run, and log its model, data, length and hardware, on the main process only. `facts`
     are further fields of the record in `starts.jsonl`."""
@@ -81,8 +75,6 @@ def begin_run(
             named, keeps = {"no": "fp32", "bf16": "bf16"}, typed_command(before)
             fix = f"to keep {named[before]}: {keeps}" if keeps else f"set mixed_precision {before} in the launch file"
             _log.warning("the precision is %s, and was %s before; %s", named[now], named[before], fix)
-        if class_names:
-            keep_class_names(Path(run_dir), class_names)
 
 
 def log_stop(schedule: Schedule, step: Step) -> None:

@@ -30,10 +30,9 @@ def open_run_directory(recipe: Recipe) -> Path | None:
             f"{run_dir} has a model and no checkpoint, and training would replace the model; move it, or use another "
             "output_dir"
         )
-    saved = run_dir / "recipe.yaml"
     # Without this file, the checkpoints' own copies are compared later.
-    changed = conflicts(recipe, read_saved_recipe(saved)) if saved.exists() else []
-    _refuse_another(run_dir, changed)
+    if (saved := run_dir / "recipe.yaml").exists():
+        _refuse_another(run_dir, conflicts(recipe, read_saved_recipe(saved)))
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
         raise UserError(f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; change output_dir")
     return checkpoint
@@ -46,8 +45,7 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
     if not (run_dir / "recipe.yaml").exists() or not (run_dir / "DONE").exists():
         return False
     # The checkpoint's copy, because the stages may have been added to the run's own file.
-    finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
-    saved = read_saved_recipe(finished)
+    saved = read_saved_recipe((checkpoint or run_dir) / "recipe.yaml")
     if len(recipe.stages) <= len(saved.get("stages") or []):
         missing = "" if (run_dir / "model").exists() else ", but its model is gone"
         if missing and checkpoint is not None:

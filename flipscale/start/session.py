@@ -109,13 +109,12 @@ def choose_checkpoint(accelerator: Accelerator, setup: TrainingSetup, lock: Fold
         UserError: the checkpoint is of other data, or all are damaged.
         OSError: a checkpoint cannot be read.
     """
+    run_dir, count = Path(setup.recipe.output_dir), len(setup.source)
     with watched(setup.recipe, "the choice of a checkpoint"):
-        run_dir = Path(setup.recipe.output_dir)
         chosen = latest_valid(accelerator, run_dir, lambda contents: _check_same_run(setup, contents))
     if chosen is None:
         return Session(accelerator, None, {}, lock=lock)
     checkpoint, state, _ = chosen
-    count = len(setup.source)
     if (state["data_samples"], state["data_fingerprint"]) != (count, setup.fingerprint):
         raise UserError(
             f"{checkpoint} was written for {state['data_samples']} samples; the data has {count}, or other shards, "
@@ -128,8 +127,7 @@ def choose_checkpoint(accelerator: Accelerator, setup: TrainingSetup, lock: Fold
 
 
 def _check_same_run(setup: TrainingSetup, contents: Contents) -> None:
-    changed = conflicts(setup.recipe, dict(contents.recipe))
-    if changed:
+    if changed := conflicts(setup.recipe, dict(contents.recipe)):
         raise CorruptFile(f"it is of a run of another recipe: {'; '.join(changed)}")
     step, samples, total = contents.state["step"], contents.state["samples_seen"], setup.schedule.total_steps
     if total is not None and step > total:
