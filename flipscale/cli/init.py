@@ -148,12 +148,18 @@ def _claimed(recipe: Path) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)  # so that the lock and the trials are removed
 
-    for number in (signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ():
+    is_main = current_thread() is main_thread()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1) if is_main else ():
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, end)
+    wakeup = (
+        signal.set_wakeup_fd(-1) if is_main else -1
+    )  # else the command's own listener would end the process at once
     try:
         yield
     finally:
+        if is_main:
+            signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         file.unlink(missing_ok=True)  # while it is held, so that no other process waits for a removed file
