@@ -1,18 +1,24 @@
 """What the columns of a batch are made of: the data of a run, and a stage's sizes and masks."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.features import PrecomputedFeatures, Teacher
 from flipscale.data.masks import keep_patches
 from flipscale.data.samples import Source
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 from flipscale.recipe.data import DataRecipe, MaskRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from flipscale.data.features import PrecomputedFeatures, Teacher
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,12 @@ class InputShape:
     squashes: bool = False
 
     @classmethod
-    def of(cls, config: FlipConfig) -> "InputShape":
+    def of(cls, config: FlipConfig) -> InputShape:
         vision, text = config.vision_config, config.caption_config
         sizes = (vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
         return cls(*sizes, squashes=getattr(config, "squashes", False))
 
-    def at(self, image_size: int | None) -> "InputShape":
+    def at(self, image_size: int | None) -> InputShape:
         """Return the shape for another image size; None keeps the size."""
         if image_size is None:
             return self
