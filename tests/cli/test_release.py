@@ -74,7 +74,8 @@ def test_the_wheel_holds_all_that_is_not_python(wheel: Path) -> None:
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
     others = {file for file in (ROOT / "flipscale").rglob("*") if file.is_file() and not file.suffix.startswith(".py")}
     assert len(others) > 50
-    assert {*(str(file.relative_to(ROOT)) for file in others), *(f"flipscale/engines/launch_files/{file}" for file in FILES)} <= names
+    assert {str(file.relative_to(ROOT)) for file in others} <= names
+    assert {f"flipscale/engines/launch_files/{file}" for file in FILES} <= names
     lines = {f"Version: {flipscale.__version__}", "License: Apache-2.0", "License-File: LICENSE"}
     assert lines <= set(metadata.splitlines())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flipscale"}, "tests are not installed"
