@@ -4,12 +4,11 @@ import re
 import textwrap
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 
 import yaml
 
 from flipscale.io.text_table import plain_table
-from flipscale.recipe.files import read_recipes
+from flipscale.recipe.files import RECIPES, read_recipes
 from flipscale.recipe.recipe import Recipe
 
 
@@ -20,7 +19,7 @@ class Recipes:
     def run(self) -> None:
         """Print a line for each recipe, then the launch commands, the last lines of their first comments."""
         rows, launches = [["recipe", "size", "trains"]], dict[str, list[str]]()
-        for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml")):
+        for file in sorted(RECIPES.glob("*.yaml")):
             lines = file.read_text(encoding="utf-8").splitlines()
             *sentences, command = [line[2:] for line in takewhile(lambda line: line.startswith("# "), lines)]
             model = yaml.safe_load(read_recipes([file.stem], Recipe))["model"]

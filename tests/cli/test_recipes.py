@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flipscale.cli import main
 from flipscale.objectives.build import build_config
 from flipscale.recipe.augment import AugmentRecipe
 from flipscale.recipe.files import RECIPES
@@ -34,6 +35,12 @@ def test_recipe(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     assert parse_recipe(["--config", str(tmp_path / "again.yaml")]) == recipe
     assert differences(recipe, yaml.safe_load(to_yaml(recipe))) == []
+
+
+def test_the_verb_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : lines.index("")]] == sorted(file.stem for file in RECIPES.glob("*"))
 
 
 def test_a_recipe_extends_another(tmp_path: Path) -> None:
