@@ -31,8 +31,8 @@ from flipscale.start.complete_recipe import parse_recipe
 from flipscale.start.evaluations import RunEvaluator, check_tasks, test_set_digests
 from flipscale.start.messages import begin_run, log_stop
 from flipscale.start.pretrained_fields import with_vocabulary
+from flipscale.start.processes import choose_checkpoint, compare_processes, locked, resume, start_processes, watched
 from flipscale.start.run_files import is_done, open_run_directory
-from flipscale.start.session import choose_checkpoint, compare_processes, locked, resume, start_processes, watched
 from flipscale.start.setup import open_setup
 from flipscale.start.timings import StartTimings
 

@@ -35,7 +35,7 @@ from flipscale.recipe.outputs import SaveRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.recipe.schedule import Schedule, schedule_stages
 from flipscale.start.complete_recipe import parse_recipe
-from flipscale.start.session import resume
+from flipscale.start.processes import resume
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero3")
 ALONE = "one GPU"

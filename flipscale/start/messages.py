@@ -18,7 +18,7 @@ from flipscale.loop.inputs import Session, TrainingSetup
 from flipscale.recipe.schedule import Schedule, Stage, Step
 from flipscale.records.run_directory import device_name, typed_command, write_run_files
 from flipscale.records.run_summary import RunSummary
-from flipscale.start.session import watched
+from flipscale.start.processes import watched
 
 _log = logging.getLogger(__name__)
 

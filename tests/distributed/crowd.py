@@ -165,7 +165,7 @@ def rewrite(file: str) -> None:
 def resumed(file: str) -> Iterator[tuple]:
     """Yield a recipe's plan, the start of its run and the engine, ready to train."""
     from flipscale.start.complete_recipe import parse_recipe
-    from flipscale.start.session import choose_checkpoint, locked, resume, start_processes
+    from flipscale.start.processes import choose_checkpoint, locked, resume, start_processes
     from flipscale.start.setup import open_setup
 
     recipe = parse_recipe(["--config", file])

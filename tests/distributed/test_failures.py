@@ -276,12 +276,13 @@ def _processes_of(variable: str) -> list[str]:
 def stop(file: str, folder: str, where: str) -> None:
     """Train on two processes; rank 1 is stopped outside of a step."""
     from flipscale.process import watchdog
-    from flipscale.start import evaluations, session
+    from flipscale.start import evaluations
+    from flipscale.start import processes as stages
 
     # Nothing before it takes too long.
     watchdog.time = clock = Clock()
     owner, name = {
-        "the start of the processes": (session, "start_accelerator"),
+        "the start of the processes": (stages, "start_accelerator"),
         "an evaluation": (evaluations, "evaluated"),
     }[where]
     true = getattr(owner, name)

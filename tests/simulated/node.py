@@ -42,7 +42,7 @@ from flipscale.data.loader import CudaTransfer, PackedBatch
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import launch_of
-from flipscale.start import session
+from flipscale.start import processes as stages
 
 # Functions of checks that run on the fake GPU; the others run on CPUs.
 FAKE = ("products", "attention", "visited", "steps", "beside")
@@ -235,13 +235,13 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
 
     stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", forget_peak))
     # The mesh of FSDP2 reads its ranks' numbers.
-    make = session.build_engine
+    make = stages.build_engine
 
     def make_engine(*arguments: Any) -> Engine:
         with unset_fake_temporarily():
             return make(*arguments)
 
-    stack.enter_context(patch.object(session, "build_engine", make_engine))
+    stack.enter_context(patch.object(stages, "build_engine", make_engine))
     build = Engine.build
 
     def build_on_device(engine: Engine, *arguments: Any) -> None:

@@ -27,7 +27,7 @@ from flipscale.process.preemption import StopRequest
 from flipscale.process.slow_steps import StepWatch
 from flipscale.start.complete_recipe import parse_recipe
 from flipscale.start.evaluations import RunEvaluator, check_tasks
-from flipscale.start.session import resume
+from flipscale.start.processes import resume
 from flipscale.start.setup import open_setup
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"

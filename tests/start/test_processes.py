@@ -8,7 +8,7 @@ import pytest
 
 from flipscale.io.paths import check_writable
 from flipscale.pretrain import pretrain
-from flipscale.start import session
+from flipscale.start import processes as stages
 from flipscale.start.complete_recipe import parse_recipe
 from flipscale.start.setup import open_setup
 
@@ -47,11 +47,11 @@ def test_workers_inherit_the_cores_that_accelerate_chooses(
     def stop(modules: Sequence[str]) -> None:
         raise InterruptedError(sorted(os.sched_getaffinity(0)))
 
-    monkeypatch.setattr(session, "start_accelerator", lambda *_, **__: os.sched_setaffinity(0, {min(cores)}))
-    monkeypatch.setattr(session, "prepare_workers", stop)
+    monkeypatch.setattr(stages, "start_accelerator", lambda *_, **__: os.sched_setaffinity(0, {min(cores)}))
+    monkeypatch.setattr(stages, "prepare_workers", stop)
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     try:
         with pytest.raises(InterruptedError, match=rf"^\[{min(cores)}\]$"):
-            session.start_processes(recipe)
+            stages.start_processes(recipe)
     finally:
         os.sched_setaffinity(0, cores)
