@@ -134,7 +134,6 @@ def unlike(recipe: Recipe) -> str:
         "text_mask_ratio": stage.text_mask_ratio > 0.0,
         "mask.views": recipe.mask.views > 1,
         "captions_per_image": loss.captions_per_image > 1,
-        "prefix_dims": bool(loss.prefix_dims),
         "reconstruction_weight": loss.reconstruction_weight > 0.0,
         "caption_weight": loss.caption_weight > 0.0,
         "teachers": bool(data.teachers),

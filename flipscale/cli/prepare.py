@@ -314,7 +314,7 @@ class Embed:
         towers: Embed the images, the texts (the first caption of each) or both.
         image_size: Image size, a multiple of the patch size. The recipe's stages need the same. Default: the model's
             own.
-        dims: Cut the embeds to their first numbers, for a model that learned `loss.prefix_dims`.
+        dims: Cut the embeds to their first numbers, for a model whose first numbers were trained.
         crops: Embed this number of random crops of each image, for data.teachers of a recipe. Default: the whole image.
         crop_scale: Least and most area of the crops as a fraction of the image's, as in the recipe's data.crop_scale.
             Default: 0.5 1.0.

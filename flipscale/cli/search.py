@@ -22,7 +22,7 @@ class Search:
         out: The page to write. An .npz file beside it keeps embeddings for the next search.
         top: Pictures per query.
         maps: Show on the page where in each picture the words are.
-        dims: Cut the embeddings to their first numbers, for a model that learned `loss.prefix_dims`.
+        dims: Cut the embeddings to their first numbers, for a model whose first numbers were trained.
     """
 
     model: str

@@ -65,16 +65,16 @@ def with_options(loss: LossRecipe) -> LossRecipe:
 def build_objective(recipe: Recipe) -> "Objective":
     """Return the training objective, with its `data.teachers`. Raise UserError if the kind or an option is wrong."""
     from flipscale.objectives.captioning import WithCaptions
-    from flipscale.objectives.contrastive import Distilled
     from flipscale.objectives.reconstruction import WithReconstruction
+    from flipscale.objectives.teachers import Distilled
 
-    loss, dims = with_options(recipe.loss), tuple(recipe.loss.prefix_dims)
-    shared: dict[str, Any] = {"captions_per_image": loss.captions_per_image, "prefix_dims": dims}
-    objective = loss_kinds()[loss.kind](positives=loss.positives, **shared, **loss.options)
+    loss = with_options(recipe.loss)
+    shared: dict[str, Any] = {"positives": loss.positives, "captions_per_image": loss.captions_per_image}
+    objective = loss_kinds()[loss.kind](**shared, **loss.options)
     check_ranges(objective, "loss.options")
     if recipe.data.teachers:
         weight = _TEACHER_WEIGHT if loss.teacher_weight is None else loss.teacher_weight
-        objective = Distilled(teacher_weight=weight, prefix_dims=dims)
+        objective = Distilled(teacher_weight=weight)
     second: dict[str, Any] = {"other": objective, "positives": loss.positives}
     if loss.caption_weight > 0.0:
         return WithCaptions(**second, weight=loss.caption_weight, prediction=loss.caption_kind)
@@ -90,11 +90,6 @@ def build_config(recipe: Recipe) -> "FlipConfig":
 
     model = recipe.model
     config = build_objective(recipe).model_config(model.config())
-    if recipe.loss.prefix_dims and recipe.loss.prefix_dims[-1] >= (width := int(config.projection_dim or 0)):
-        raise UserError(
-            f"loss.prefix_dims is {recipe.loss.prefix_dims} and the embeddings have {width} numbers; leave out widths "
-            f"from {width} on: the loss has the whole width anyway"
-        )
     if recipe.data.pack_captions and not config.packs_captions:
         fix = " or set model.text_config.attend_to_padding to false" if model.family == "flip" else ""
         raise UserError(

@@ -1,14 +1,14 @@
 """The contrastive loss (InfoNCE) over the whole global batch: exact, in memory that does not grow with its square.
 
-From top to bottom: the losses, the targets of teachers, the exchange between processes, the softmax, and the tiles of
-the similarity matrix. A tile fits the cache, so the work on its logits costs little. One pass over the tiles sums the
+From top to bottom: the loss, its two passes, the exchange between processes, the softmax, and the tiles of the
+similarity matrix. A tile fits the cache, so the work on its logits costs little. One pass over the tiles sums the
 negatives of rows and columns together. A second pass makes each tile again and takes both gradients from it: four
 matrix products. Autograd on the whole matrix takes six. `contrastive_triton` has the kernels of both passes for GPUs.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import normalize
 
 from flipscale.engines.device import succeeds
 from flipscale.objectives.objective import Objective
@@ -58,31 +57,7 @@ class Contrastive(PairLoss):
         return math.log(batch_size) + math.log(self.captions_per_image) / 2
 
     def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
-        return contrastive_loss(images, texts, prefix_dims=self.prefix_dims, **parameters)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distilled(Contrastive):
-    """The contrastive loss with `teacher_weight` of its targets from teachers (arXiv 2311.17049).
-
-    InfoNCE's target is one-hot. A teacher's target is its own softmax over the global batch, of images and of texts.
-    The targets are averaged over the teachers.
-    """
-
-    teacher_weight: float
-
-    @property
-    def global_columns(self) -> tuple[str, ...]:
-        return ("teacher_embeds",)
-
-    def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
-        """Return the loss, given `teacher_embeds`, fp32 `(batch, teachers, 2, width)`: image and text, whose product is
-        the teacher's logit."""
-        dtype = loss_dtype(texts)
-        teachers = parameters.pop("teacher_embeds").to(dtype)
-        compute = functools.partial(_change_of_targets, teachers=teachers, prefix_dims=self.prefix_dims)
-        change = PrecomputedGradients.apply(compute, dtype, images, texts, parameters["logit_scale"])
-        return super().coupled_loss(images, texts, **parameters) + self.teacher_weight * change
+        return contrastive_loss(images, texts, **parameters)
 
 
 def contrastive_loss(
@@ -90,7 +65,6 @@ def contrastive_loss(
     text_embeds: torch.Tensor,
     logit_scale: torch.Tensor,
     pending: "PendingGather | None" = None,
-    prefix_dims: Sequence[int] = (),
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
@@ -110,12 +84,10 @@ def contrastive_loss(
             `(batch, dim)` images; the captions of an image are neighbouring rows.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
         pending: the gather of these texts, if it has begun.
-        prefix_dims: widths of `prefixes` (Matryoshka, arXiv 2205.13147). The loss is half that of the whole width, and
-            half the mean over these, all at the same scale.
     """
     has_captions = len(text_embeds) > len(image_embeds)
     sides = (text_embeds, image_embeds) if has_captions else (image_embeds, text_embeds)
-    compute = functools.partial(_loss_and_gradients, spreads=has_captions, pending=pending, prefix_dims=prefix_dims)
+    compute = functools.partial(_loss_and_gradients, spreads=has_captions, pending=pending)
     loss: torch.Tensor = PrecomputedGradients.apply(compute, loss_dtype(sides[1]), *sides, logit_scale)
     return loss
 
@@ -149,42 +121,8 @@ def loss_dtype(texts: torch.Tensor) -> torch.dtype:
     return torch.float64 if few and not texts.is_cuda else torch.float32
 
 
-def prefixes(rows: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
-    """Return embeddings `(count, dim)` cut to each of `dims` and of unit length again, and last the whole ones."""
-    return [*(normalize(rows[:, :dim], dim=1) for dim in dims), rows]
-
-
-def weigh_widths(parts: Iterable[torch.Tensor], count: int) -> None:
-    """Multiply what belongs to each of `count` widths of `prefixes` by its share of the loss, in place."""
-    if count > 1:
-        for part, share in zip(parts, [*[0.5 / (count - 1)] * (count - 1), 0.5], strict=True):
-            part.mul_(share)
-
-
-def prefix_bytes(pairs: int, world: int, dims: Sequence[int], views: int = 1) -> int:
-    """Return the bytes of the `prefixes` of a process's images and of all texts, and of their gradients, in fp32."""
-    return 2 * 4 * sum(dims) * pairs * (views + world)
-
-
-def whole_gradient(
-    rows: torch.Tensor, parts: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Return the gradient of the whole embeddings from those of their `prefixes`, in the memory of the gradients."""
-    *of_cut, whole = gradients
-    for part, gradient in zip(parts, of_cut, strict=False):
-        norms = rows[:, : part.shape[1]].norm(dim=1, keepdim=True).clamp_(min=1e-12)
-        across = gradient.addcmul_(part, _dot(part, gradient).unsqueeze(1), value=-1)
-        whole[:, : part.shape[1]] += across.div_(norms)
-    return whole
-
-
 def _loss_and_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    spreads: bool,
-    pending: "PendingGather | None",
-    prefix_dims: Sequence[int] = (),
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, spreads: bool, pending: "PendingGather | None"
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts and scale.
 
@@ -193,48 +131,33 @@ def _loss_and_gradients(
 
     With `spreads`, `images` are several captions of each image, and `texts` are the images. The softmax of an image is
     then over the captions of all views, and its target is spread over its own.
-
-    The texts are gathered once, and their prefixes are cut here. So the prefixes add log-sum-exps to the exchange, but
-    no embeddings and no gradients.
     """
     gathered = GatheredTexts(texts, pending)
-    rows, columns = prefixes(images, prefix_dims), prefixes(gathered.rows, prefix_dims)
-    views = [views_of(part, len(texts)) for part in rows]
-    matrices = [
-        Matrix(view, part, scale, gathered.first)
-        for views_of_part, part in zip(views, columns, strict=True)
-        for view in views_of_part
-    ]
-    shift, num_views = common_shift(matrices), len(views[0])
+    views = views_of(images, len(texts))
+    matrices = [Matrix(view, gathered.rows, scale, gathered.first) for view in views]
+    shift = common_shift(matrices)
     matrices = [matrix._replace(shift=shift) for matrix in matrices]
-    sums = _first_pass(matrices, gathered)
+    sums = first_pass(matrices, gathered)
     if spreads:
-        firsts = range(0, len(sums), num_views)
-        groups = [(matrices[first : first + num_views], sums[first : first + num_views]) for first in firsts]
-        sums = [of_view for group in groups for of_view in _spread_targets(*group)]
-    losses = torch.stack([one.cross_entropy(own) + other.cross_entropy(own) for one, other, own in sums])
-    losses = losses.view(len(rows), -1)
-    row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
-    _second_pass(
+        sums = _spread_targets(matrices, sums)
+    losses = torch.stack([rows.cross_entropy(own) + columns.cross_entropy(own) for rows, columns, own in sums])
+    image_gradient, text_gradient = torch.zeros_like(images), torch.zeros_like(gathered.rows)
+    second_pass(
         *(matrices, sums, gathered),
-        [view for gradient in row_gradients for view in views_of(gradient, len(texts))],
-        [gradient for gradient in column_gradients for _ in range(num_views)],
-        captions=num_views if spreads else 1,
+        views_of(image_gradient, len(texts)),
+        [text_gradient] * len(views),
+        captions=len(views) if spreads else 1,
     )
-    for by_width in (losses, row_gradients, column_gradients):
-        weigh_widths(by_width, len(rows))
     count = 2 * len(images)
-    products = [_dot(*sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)]
-    image_gradient = whole_gradient(images, rows, row_gradients).mul_(scale / count)
-    text_gradient = gathered.sum(whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
-    loss = losses.sum(0).mean() / 2
-    return loss, (image_gradient, text_gradient, torch.stack(products).sum().reshape(1) / count)
+    scale_gradient = row_products(images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
+    image_gradient.mul_(scale / count)
+    return losses.mean() / 2, (image_gradient, gathered.sum(text_gradient).div_(count), scale_gradient)
 
 
 def _spread_targets(matrices: list["Matrix"], sums: list["Sums"]) -> list["Sums"]:
-    """Return the sums of the views of one width with the targets of `spreads`."""
+    """Return the sums of the views with the targets of `spreads`."""
     # In fp64, because the positives of an image compete, and what they leave of each other's gradient is small.
-    positives = [one.scale * _dot(one.rows.double(), one.own_columns.double()) for one in matrices]
+    positives = [one.scale * row_products(one.rows.double(), one.own_columns.double()) for one in matrices]
     negatives = _beside_each([of_texts for _, of_texts, _ in sums], positives, matrices[0].shift)
     return list(zip([of_view for of_view, _, _ in sums], negatives, positives, strict=True))
 
@@ -256,47 +179,6 @@ def _beside_each(negatives: list["LogSumExp"], positives: list[torch.Tensor], sh
     # Sums without one of them, because a difference would round small ones away.
     others = [torch.cat([own[:view], own[view + 1 :]]).sum(0) for view in range(len(own))]
     return [LogSumExp(both.shift, both.total + rest) for rest in others]
-
-
-def _change_of_targets(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    scale: torch.Tensor,
-    teachers: torch.Tensor,
-    prefix_dims: Sequence[int] = (),
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Collective. Return the loss with the teachers' targets minus that with the pairs as targets, fp64 `()`, and its
-    gradients of images, texts and scale.
-
-    Both losses have the same log-sum-exps of the student's logits `s`, so the change is linear in `s` and needs no
-    softmax of the student. With `N` pairs, and `W` the sum of the teacher's softmax over texts and that over images,
-    it is `(2 trace(s) - sum(W * s)) / 2N`. The weights `W - 2` of pairs and `W` of others are the gradient of the
-    teacher's own InfoNCE by its logits. So the two passes of the contrastive loss run over the teacher's tiles, and
-    the second multiplies the weights with the student's embeddings. With prefixes, the mean of the student's logits
-    over the widths, weighted as the loss, takes the place of `s`.
-    """
-    count, width = teachers.shape[1], teachers.shape[3]
-    own_images, own_texts = (side.unbind(1) for side in teachers.unbind(2))
-    # One exchange: each text of the student behind those of the teachers.
-    gathered = GatheredTexts(torch.cat([*own_texts, texts], dim=1))
-    *of_teachers, all_texts = gathered.rows.split([width] * count + [texts.shape[1]], dim=1)
-    one = torch.ones_like(scale)
-    matrices = [Matrix(*sides, one, gathered.first) for sides in zip(own_images, of_teachers, strict=True)]
-    matrices = [matrix._replace(shift=common_shift([matrix])) for matrix in matrices]
-    sums = _first_pass(matrices, gathered)
-    rows, columns = prefixes(images, prefix_dims), prefixes(all_texts, prefix_dims)
-    views = views_of(torch.cat(rows, dim=1), len(texts))
-    student = (torch.stack(views).mean(0), torch.cat(columns, dim=1) if prefix_dims else all_texts)
-    image_gradient, text_gradient = torch.zeros_like(student[0]), all_texts.new_zeros(student[1].shape)
-    _second_pass(matrices, sums, gathered, [image_gradient] * count, [text_gradient] * count, student=student)
-    part, widths = -1 / (2 * len(texts) * count), [row.shape[1] for row in rows]
-    for gradient in (image_gradient, text_gradient):
-        weigh_widths(gradient.split(widths, dim=1), len(rows))
-    product = part * _dot(student[0], image_gradient).sum(dtype=torch.float64)
-    image_gradient = image_gradient.mul_(scale * part / len(views)).repeat_interleave(len(views), dim=0)
-    image_gradient = whole_gradient(images, rows, image_gradient.split(widths, dim=1))
-    text_gradient = gathered.sum(whole_gradient(all_texts, columns, text_gradient.split(widths, dim=1)))
-    return scale * product, (image_gradient, text_gradient.mul_(scale * part), product.reshape(1))
 
 
 class Matrix(NamedTuple):
@@ -325,7 +207,7 @@ class Matrix(NamedTuple):
 Sums = tuple["LogSumExp", "LogSumExp", torch.Tensor]
 
 
-def _first_pass(matrices: list[Matrix], gathered: "GatheredTexts") -> list[Sums]:
+def first_pass(matrices: list[Matrix], gathered: "GatheredTexts") -> list[Sums]:
     """Collective. Return the sums over each matrix; the negatives of columns are those of this process's texts."""
     here = []
     for matrix in matrices:
@@ -336,7 +218,7 @@ def _first_pass(matrices: list[Matrix], gathered: "GatheredTexts") -> list[Sums]
     return [(rows, columns, positives) for (rows, _, positives), columns in zip(here, merged, strict=True)]
 
 
-def _second_pass(
+def second_pass(
     matrices: list[Matrix],
     sums: list[Sums],
     gathered: "GatheredTexts",
@@ -415,8 +297,8 @@ class PendingGather:
 class GatheredTexts:
     """The texts of all processes, on every process.
 
-    A loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, for any `N`. Each of
-    `prefix_dims` counts as `V` more views. Sizes are input and output of one process, in numbers of 4 bytes:
+    A loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, for any `N`. Sizes
+    are input and output of one process, in numbers of 4 bytes:
 
     | | in | out | infonce | sigmoid |
     |---|---:|---:|---|---|
@@ -495,7 +377,7 @@ def common_shift(matrices: Sequence[Matrix]) -> float | None:
     rows, scale = matrices[0].rows, matrices[0].scale
     if rows.device.type != "cpu" or isinstance(rows, FakeTensor):
         return None
-    lowest_positive = torch.stack([_dot(one.rows, one.own_columns).min() for one in matrices]).min()
+    lowest_positive = torch.stack([row_products(one.rows, one.own_columns).min() for one in matrices]).min()
     norms = [[side.norm(dim=1).max() for side in (one.rows, one.own_columns)] for one in matrices]
     image_norm, text_norm = (torch.stack(side).max() for side in zip(*norms, strict=True))
     bounds = torch.stack([image_norm, text_norm, -lowest_positive])
@@ -721,7 +603,8 @@ def views_of(rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
     return rows.unflatten(0, (batch, -1)).unbind(1)
 
 
-def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def row_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the dot product of each row of one with that of the other, `(count,)`."""
     return torch.einsum("nd,nd->n", one, other)
 
 

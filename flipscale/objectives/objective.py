@@ -16,7 +16,7 @@ from flipscale.data.columns.pixels import image_columns
 from flipscale.data.columns.stored import StoredFeatures
 from flipscale.data.columns.teachers import TeacherEmbeds
 from flipscale.data.columns.tokens import Tokens
-from flipscale.io.options import Copies, Count
+from flipscale.io.options import Copies
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel
 
 
@@ -33,7 +33,6 @@ class Objective:
     Args:
         positives: `pairs` or `equal_captions`, see `LossRecipe`.
         captions_per_image: see `LossRecipe`; each image has as many rows of text.
-        prefix_dims: see `LossRecipe`; only the losses of `flipscale.objectives.contrastive.PairLoss` have any.
     """
 
     # Class of the trained model, and class of the exported model, whose weights are a subset of the trained ones.
@@ -46,7 +45,6 @@ class Objective:
 
     positives: str = "pairs"
     captions_per_image: Copies = 1
-    prefix_dims: tuple[Count, ...] = ()
 
     @property
     def num_labels(self) -> int | None:

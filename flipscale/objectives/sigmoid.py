@@ -6,7 +6,6 @@ Memory does not grow with the batch's square: a tile of logits gives its gradien
 import copy
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ class Sigmoid(contrastive.PairLoss):
 
     def coupled_loss(self, images: Any, texts: Any, **parameters: Any) -> torch.Tensor:
         ids = parameters.pop("caption_ids", None)
-        return sigmoid_loss(images, texts, ids=ids, prefix_dims=self.prefix_dims, **parameters)
+        return sigmoid_loss(images, texts, ids=ids, **parameters)
 
 
 def sigmoid_loss(
@@ -42,7 +41,6 @@ def sigmoid_loss(
     logit_bias: torch.Tensor,
     ids: torch.Tensor | None = None,
     pending: contrastive.PendingGather | None = None,
-    prefix_dims: Sequence[int] = (),
 ) -> torch.Tensor:
     """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
@@ -53,7 +51,7 @@ def sigmoid_loss(
     if len(text_embeds) > len(image_embeds):
         # To an image, its captions are what its views are to a text.
         image_embeds, text_embeds = text_embeds, image_embeds
-    compute = functools.partial(_loss_and_gradients, ids=ids, pending=pending, prefix_dims=prefix_dims)
+    compute = functools.partial(_loss_and_gradients, ids=ids, pending=pending)
     tensors = (image_embeds, text_embeds, logit_scale, logit_bias)
     loss: torch.Tensor = contrastive.PrecomputedGradients.apply(compute, torch.float32, *tensors)
     return loss
@@ -66,33 +64,23 @@ def _loss_and_gradients(
     bias: torch.Tensor,
     ids: torch.Tensor | None,
     pending: contrastive.PendingGather | None,
-    prefix_dims: Sequence[int] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     gathered = contrastive.GatheredTexts(texts, pending)
     both_ids = None if ids is None else (ids, contrastive.GatheredTexts(ids).rows)
-    rows, columns = contrastive.prefixes(images, prefix_dims), contrastive.prefixes(gathered.rows, prefix_dims)
-    row_gradients, column_gradients = ([torch.zeros_like(part) for part in side] for side in (rows, columns))
-    # Columns, for each width: each image's loss, and the sum of its logits' gradients.
-    sums = torch.zeros(len(rows), len(images), 2, dtype=torch.float64, device=images.device)
-    for part, others, of_width, gradient, other_gradient in zip(
-        *(rows, columns, sums, row_gradients, column_gradients), strict=True
+    image_gradient, text_gradient = torch.zeros_like(images), torch.zeros_like(gathered.rows)
+    # Columns: each image's loss, and the sum of its logits' gradients.
+    sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
+    for view, *results in zip(
+        *(contrastive.views_of(side, len(texts)) for side in (images, sums, image_gradient)), strict=True
     ):
-        for view, *results in zip(
-            *(contrastive.views_of(side, len(texts)) for side in (part, of_width, gradient)), strict=True
-        ):
-            matrix = contrastive.Matrix(view, others, scale, gathered.first)
-            contrastive.for_each_tile(_add_tile, matrix, bias, both_ids, *results, other_gradient)
-    for by_width in (sums, row_gradients, column_gradients):
-        contrastive.weigh_widths(by_width, len(rows))
+        matrix = contrastive.Matrix(view, gathered.rows, scale, gathered.first)
+        contrastive.for_each_tile(_add_tile, matrix, bias, both_ids, *results, text_gradient)
     count = len(images)
-    loss, bias_gradient = sums.sum(0).sum(0) / count
-    products = [
-        torch.einsum("nd,nd->n", *sides).sum(dtype=torch.float64) for sides in zip(rows, row_gradients, strict=True)
-    ]
-    image_gradient = contrastive.whole_gradient(images, rows, row_gradients).mul_(scale / count)
-    text_gradient = gathered.sum(contrastive.whole_gradient(gathered.rows, columns, column_gradients)).div_(count)
-    scale_gradient = torch.stack(products).sum() / count
+    loss, bias_gradient = sums.sum(0) / count
+    scale_gradient = contrastive.row_products(images, image_gradient).sum(dtype=torch.float64) / count
+    image_gradient.mul_(scale / count)
+    text_gradient = gathered.sum(text_gradient).div_(count)
     return loss, (image_gradient, text_gradient, scale_gradient.reshape(1), bias_gradient.reshape(1))
 
 

@@ -31,7 +31,7 @@ from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
 from flipscale.objectives.build import build_config, build_objective
-from flipscale.objectives.contrastive import exchange_bytes, prefix_bytes, tile_bytes
+from flipscale.objectives.contrastive import exchange_bytes, tile_bytes
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import PLAIN, StepShape, example_batch, pair_flops, pair_step
 from flipscale.recipe.optim import StageRecipe
@@ -205,16 +205,14 @@ def _planned_model(config: str, kind: type[FlipPreTrainedModel], step: StepShape
 def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     """Return the fp32 bytes of the loss at its peak, and those kept for the backward pass.
 
-    They are the gradients of this process's embeddings, the exchange, the prefixes, and two buffers of logits. With
-    Triton, infonce needs only one buffer.
+    They are the gradients of this process's embeddings, the exchange, and two buffers of logits. With Triton, infonce
+    needs only one buffer.
     """
     dim, batch = int(build_config(recipe).projection_dim or 0), recipe.data.global_batch_size
-    views, dims = max(views, recipe.loss.captions_per_image), recipe.loss.prefix_dims
-    pairs = batch // launch.num_processes
+    views, pairs = max(views, recipe.loss.captions_per_image), batch // launch.num_processes
     tiles = tile_bytes(pairs, batch, dim)
     kept = 4 * dim * pairs * (views + 1)
-    cut = prefix_bytes(pairs, launch.num_processes, dims, views)
-    peak = kept + tiles + exchange_bytes(pairs, launch.num_processes, dim, views) + cut
+    peak = kept + tiles + exchange_bytes(pairs, launch.num_processes, dim, views)
     if not recipe.data.teachers:
         return peak, kept
     # The teachers' part comes first, beside the student's texts if they are gathered already.
@@ -225,9 +223,7 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     tiles = tile_bytes(pairs, batch, max(widths))
     rows = 4 * pairs * (width * (3 + others) + dim * (2 + others))
     exchanged = exchange_bytes(pairs, world, dim, len(widths))
-    # The student's prefixes lie side by side, with the whole embeddings.
-    cut += prefix_bytes(pairs, world, [*dims, dim], views) if dims else 0
-    return kept + max(peak, tiles + rows + exchanged + cut), 2 * kept
+    return kept + max(peak, tiles + rows + exchanged), 2 * kept
 
 
 def _nccl_bytes(launch: Launch, optimizer: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from flipscale.io.options import Copies, Count, NonNegative, Positive, Share
 
-# Losses of the two towers alone that compare pairs: they take captions, widths and a second loss, as `infonce` does.
+# Losses of the two towers alone that compare pairs: they take captions and a second loss, as `infonce` does.
 PAIR_LOSSES = ("infonce", "sigmoid")
 
 
@@ -25,14 +25,12 @@ class LossRecipe:
         captions_per_image: Number of captions of each image in a step, all positives of it. `infonce` spreads an
             image's target evenly over them. `sigmoid` labels each as a match. A caption repeats only if the sample has
             fewer.
-        prefix_dims: Widths at which `infonce` and `sigmoid` also compare the embeddings, such as `[32, 64, 128]`: cut
-            to their first numbers and of unit length again. The loss is half that of the whole width, and half the
-            mean over these. The model's embeddings can then be cut to these widths (Matryoshka, arXiv 2205.13147).
+        prefix_dims: Only `[]`, for recipes of earlier runs.
         exchange: Only `gather`, for recipes of earlier runs. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
         teacher_weight: The share of the teachers' similarities in the targets of `infonce`, with `data.teachers`. The
-            pairs have the rest (`flipscale.objectives.contrastive`). Null is 0.75, as MobileCLIP-B has.
+            pairs have the rest (`flipscale.objectives.teachers`). Null is 0.75, as MobileCLIP-B has.
         teacher_temperature: The temperature of all teachers' similarities; null is 1 / `logit_scale` of each teacher.
         caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
             `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.

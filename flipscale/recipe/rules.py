@@ -146,11 +146,9 @@ def _loss(recipe: Recipe) -> Iterator[str]:
     if loss.positives != "pairs" and loss.kind != "sigmoid":
         fix = "leave it out, or use loss.kind 'sigmoid' (infonce learned the same with it as with 'pairs')"
         yield f"loss.positives is {loss.positives!r} with loss.kind {loss.kind!r}; {fix}"
-    if loss.prefix_dims != sorted(set(loss.prefix_dims)):
-        yield f"loss.prefix_dims is {loss.prefix_dims}; write each width once, the smallest first"
+    if loss.prefix_dims:
+        yield f"loss.prefix_dims is {loss.prefix_dims}; leave it out: no widths are trained, because a PCA is as good"
     other_kind = () if loss.compares_pairs else ("loss.kind",)
-    if other_kind:
-        yield from _both(recipe, f"loss.kind is {loss.kind!r}, which compares no pairs", "loss.prefix_dims")
     if loss.captions_per_image > 1:
         reason = f"loss.captions_per_image is {loss.captions_per_image}, for a loss of pairs alone and one view"
         others = ("loss.positives", "loss.caption_weight", "loss.reconstruction_weight", "mask.views")

@@ -122,8 +122,6 @@ def open_start(names: Sequence[str], converted: Path) -> Start:
         if config.decoder_config is not None:
             print(f"{name}: its decoder is left out; the fine-tuned model writes no captions", flush=True)
     loss: dict[str, Any] = {"kind": "sigmoid"} if config.logit_bias_init_value is not None else {}
-    if dims := (_own_run(name)[1].get("loss") or {}).get("prefix_dims"):
-        loss["prefix_dims"] = dims
     return Start(fields, str(local_folder(name) or name), loss, name)
 
 

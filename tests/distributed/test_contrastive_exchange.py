@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from objectives import test_contrastive as infonce
-from objectives import test_prefixes
 from objectives import test_sigmoid as sigmoid
 from torch.nn.functional import normalize
 
@@ -46,8 +45,6 @@ def cases() -> dict[str, Case]:
         found[f"sigmoid of {pairs}"] = Case(sigmoid_loss, sigmoid.plain_loss, [*inputs, bias])
     generator = torch.Generator().manual_seed(2)
     many, few = (normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (600, 300))
-    dims = {"prefix_dims": [3, 8]}
-    of_prefixes = partial(test_prefixes.of_prefixes, dims=dims["prefix_dims"])
     head, ids = [torch.tensor([30.0]), bias], infonce.ids_of(300, 5)
     plain_of_ids = of_views(partial(sigmoid.plain_loss_of_ids, ids=ids))
     return {
@@ -57,15 +54,6 @@ def cases() -> dict[str, Case]:
         "sigmoid of ids": Case(sigmoid_loss, plain_of_ids, [many, few, *head], ids),
         "infonce of captions": Case(contrastive_loss, infonce.plain_loss_of_captions, [few, many, head[0]]),
         "sigmoid of captions": Case(sigmoid_loss, sigmoid.plain_loss_of_captions, [few, many, *head]),
-        "infonce of prefixes and views": Case(
-            partial(contrastive_loss, **dims), of_prefixes(of_views(infonce.plain_loss)), [many, few, head[0]]
-        ),
-        "infonce of prefixes and captions": Case(
-            partial(contrastive_loss, **dims), of_prefixes(infonce.plain_loss_of_captions), [few, many, head[0]]
-        ),
-        "sigmoid of prefixes and ids": Case(
-            partial(sigmoid_loss, **dims), of_prefixes(plain_of_ids), [many, few, *head], ids
-        ),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objectives import test_contrastive, test_prefixes
+from objectives import test_contrastive, test_teachers
 
 from flipscale.engines import device as gpus
 from flipscale.objectives import contrastive
@@ -81,9 +81,8 @@ def test_opposite_pairs(interpreted: Interpreted, scale: float) -> None:
     interpreted(test_contrastive.test_opposite_pairs, scale)
 
 
-def test_prefixes_of_embeddings(interpreted: Interpreted) -> None:
-    interpreted(test_prefixes.test_value_and_gradients, 300, 33, torch.float32, 100.0, 0.5)
-    interpreted(test_prefixes.test_teachers, 300, 2)
+def test_targets_of_teachers(interpreted: Interpreted) -> None:
+    interpreted(test_teachers.test_value_and_gradients, 300, 24, 2, [14.3, 60.0], 0.3, 0.5)
 
 
 def check_non_finite(number: float) -> None:

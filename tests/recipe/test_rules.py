@@ -111,8 +111,7 @@ CASES = [
         "--loss.positives equal_captions", "--loss.positives equal_captions --loss.kind sigmoid",
         "loss.positives is 'equal_captions'", "'infonce'",
     ),
-    ("--loss.prefix_dims [8,4]", "--loss.prefix_dims [4,8]", "loss.prefix_dims is [8, 4]"),
-    (f"{CLASSIFY} --loss.prefix_dims [4]", "--loss.prefix_dims [4]", "loss.prefix_dims is [4]", "kind is 'classify'"),
+    ("--loss.prefix_dims [4,8]", "--loss.prefix_dims []", "loss.prefix_dims is [4, 8]"),
     (
         "--loss.captions_per_image 2 --loss.kind captioning", "--loss.captions_per_image 2 --loss.kind sigmoid",
         "loss.kind is 'captioning'", "loss.captions_per_image is 2",

@@ -385,12 +385,8 @@ def test_a_recipe_of_a_run(run: Path, here: Path, shards: Path, capsys: pytest.C
     assert where == f"of {run}/recipe.yaml"
     shutil.copytree(run / "model", here / "short/model")
     (here / "sets/cars").mkdir(parents=True)
-    own = {
-        "eval": {"tasks": ["gone", "cars", "pets"], "tasks_dir": "sets", "retrieval": str(shards)},
-        "loss": {"prefix_dims": [8]},
-    }
+    own = {"eval": {"tasks": ["gone", "cars", "pets"], "tasks_dir": "sets", "retrieval": str(shards)}}
     (here / "short/recipe.yaml").write_text(yaml.safe_dump(own))
-    assert proposed(open_start(["short"], here / "converted"), "all")[0].loss.prefix_dims == [8]
     cars, own_pairs = find_guards("short")[0]
     assert (cars["kind"], cars["data"], cars["every_samples"]) == ("zero_shot", "sets/cars", 0)
     assert own_pairs == {"kind": "retrieval", "data": str(shards), "every_samples": 0}

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipscale.engines.launch import Launch
-from flipscale.objectives.contrastive import Distilled, PrecomputedGradients, _change_of_targets
+from flipscale.objectives.contrastive import PrecomputedGradients
+from flipscale.objectives.teachers import Distilled, loss_difference
 from flipscale.planning.memory import loss_bytes
 from flipscale.start.complete_recipe import parse_recipe
 
@@ -77,15 +78,15 @@ def test_it_is_open_clip_s_loss(contradicts: bool) -> None:
 
 
 def ran(world: int, device: str, held: TorchDispatchMode, pairs: int = 40, dim: int = 8, width: int = 12) -> None:
-    """Run the change of targets by two teachers, and then the contrastive loss, on one process of a fake world."""
+    """Run the difference that two teachers make, and then the contrastive loss, on one process of a fake world."""
     both = [SimpleNamespace() for _ in range(2)]
     with fake_world(world - 1, world), on(device), torch.no_grad():
         sides = [normalize(torch.randn(pairs, dim, device=device), dim=1) for _ in range(2)]
         inputs = [*sides, torch.full((1,), 10.0, device=device)]
         teachers = torch.randn(pairs, 2, 2, width, device=device)
         with held:
-            change = partial(_change_of_targets, teachers=teachers)
-            PrecomputedGradients.forward(both[0], change, torch.float32, *inputs)
+            difference = partial(loss_difference, teachers=teachers)
+            PrecomputedGradients.forward(both[0], difference, torch.float32, *inputs)
             if isinstance(held, Held):
                 PrecomputedGradients.forward(both[1], INFONCE, torch.float32, *inputs)
     assert [gradient.shape for gradient in both[0].gradients] == [each.shape for each in inputs]
