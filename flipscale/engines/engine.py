@@ -259,11 +259,13 @@ class Engine:
             reader: checkpoint to load weights and averages from.
             num_steps: number of the checkpoint's optimiser steps; 0 leaves its moments.
         """
-        self.model = build_weights(config, configure, init, self.parallelize, kind)
-        self.layout = self.parallelize(self.model, is_block=False)
-        # Before the model is wrapped, because a wrapper may copy the weights.
+        # 1. New weights, sharded block by block.
+        self.model = build_weights(config, configure, init, self.shard, kind)
+        self.layout = self.shard(self.model, is_block=False)
+        # 2. The checkpoint's weights, before the model is wrapped, because a wrapper may copy the weights.
         if reader is not None:
             self.layout.load_weights(reader)
+        # 3. Frozen parts, the wrapper and the optimisers; 4. their moments; 5. the averages.
         self._prepare(frozen)
         if reader is not None:
             self.layout.load_moments(reader, num_steps)
@@ -278,7 +280,7 @@ class Engine:
             averages = {name: Shard(self.averages[name], self.layout.weights(p).first) for name, p in parameters}
             self.layout.fill(reader, "ema", averages)
 
-    def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
+    def shard(self, part: nn.Module, is_block: bool = True) -> Layout:
         """Collective. Move a part to the device, sharded if the engine shards, and return its layout.
 
         The parts are the blocks, each as soon as it has its weights, and at the end the model.
@@ -399,6 +401,7 @@ class Engine:
         set_learning_rate(self.optimizers, learning_rate)
         self._step(should_step)
         if self.recipe.ema_decay is not None:
+            # On the device, as `should_step` is; torch's fused lerp of many tensors takes a number of the host.
             share = (1.0 - self.recipe.ema_decay) * should_step
             for name, values in self.layout.all_weights().items():
                 self.averages[name].lerp_(values, share)

@@ -76,23 +76,23 @@ class Fsdp2Engine(Engine):
             gathered += sum(width * whole for whole, _ in blocks[2:])
         return ModelMemory(kept, 0, gradients, trained, gathered if launch.num_processes > 1 else 0)
 
-    def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
+    def shard(self, part: nn.Module, is_block: bool = True) -> Layout:
         replicas = self._mesh.get_group("replicate") if self._num_replicas > 1 else None
         layout = _RowLayout(part, dist.get_rank(), dist.get_world_size(), replicas)
         if is_block:
-            self._shard(part)
+            self._fully_shard(part)
             return layout
         part.to(self.accelerator.device)
         for child in part.children():
-            self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear | FlipProjection))
-        self._shard(part, fp32=True)
+            self._fully_shard(child, torch.float32, fp32=isinstance(child, nn.Linear | FlipProjection))
+        self._fully_shard(part, fp32=True)
         for child in part.children() if self.launch.prefetches else ():
             blocks = [module for module in child.modules() if isinstance(module, FSDPModule) and module is not child]
             for block, following in itertools.pairwise(blocks):
                 block.set_modules_to_forward_prefetch([following])
         return layout
 
-    def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
+    def _fully_shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.launch.bf16 and not fp32:
             summed = torch.bfloat16 if self.launch.reduce_in_bf16 else torch.float32

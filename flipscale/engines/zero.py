@@ -99,7 +99,7 @@ class ZeroEngine(Engine):
             communication_bytes=4 * transit if launch.num_processes > 1 else 0,
         )
 
-    def parallelize(self, part: nn.Module, is_block: bool = True) -> Layout:
+    def shard(self, part: nn.Module, is_block: bool = True) -> Layout:
         if self.stage < 3:
             part.to(self.accelerator.device)
             return _FragmentLayout(part, dist.get_rank(), self.launch)
