@@ -208,7 +208,7 @@ def compare_data(setting: DataSetting, loaders: tuple[str, ...] = tuple(LOADERS)
 
 
 def _loader_process(name: str, setting: DataSetting) -> Connection:
-    """Start a loader in a process of its own and return its connection: each message asks for a batch."""
+    """Start a loader in its own process and return its connection: each message asks for a batch."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=_serve, args=(theirs, name, setting), daemon=True).start()

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_step.py --config b16_laion400m l16_laion400m
 
-It writes all figures to `gpu_step.json`, and their tables and figure beside it.
+It writes all figures to `gpu_step.json`, and their tables and figure next to it.
 """
 
 import itertools
@@ -202,7 +202,7 @@ class GpuStep:
     Args:
         config: Recipes whose first stage is measured: files, or names of the package.
         batch_size: Pairs of a GPU.
-        output: File of all figures. report.md and report.png are written beside it.
+        output: File of all figures. report.md and report.png are written next to it.
     """
 
     config: list[str] = field(default_factory=lambda: ["b16_laion400m", "l16_laion400m"])

@@ -2,7 +2,7 @@
 
     python benchmarks/loss.py --n 16384 32768 --dim 512 768
 
-Each measurement has a process of its own, so that the memory of one does not show in the other.
+Each measurement has its own process, so that the memory of one does not show in the other.
 """
 
 import argparse

@@ -8,7 +8,7 @@ Towers of two widths learn in batches of two sizes. In each of these four cases,
 their rate and decay on `validation`. The best setting is trained with each seed and tested on `test`. One core trains
 one model at a time. A run has as many pairs as its optimiser trains in its time, by the processor time of steps
 measured in turn. So the cost of an optimiser's step counts, and other work on the machine changes nothing. After a
-stop, the same command goes on.
+stop, the same command resumes.
 """
 
 import argparse

@@ -12,7 +12,7 @@ decay. They are measured on the icons' `validation`, or on one of the demo's sev
 `test`. Then the differences between the trainers are changed one at a time, at the shortest length.
 
 Times are pairs divided by the pairs per second of processor time that the arms reach in turn, so other work on the
-machine slows all arms alike. After a stop, the same command goes on, and runs no finished arm again. The tables in
+machine slows all arms alike. After a stop, the same command resumes, and runs no finished arm again. The tables in
 `race.md` and the figure `race.png` are written anew after each run.
 """
 

@@ -66,7 +66,7 @@ def train(recipe: Recipe) -> Path:
     if (other := _training.setdefault(process, run_dir)) is not run_dir:
         raise UserError(
             f"output_dir is {run_dir}, and another thread of this process trains {other}; expected one training of a "
-            "process at a time. Fix: start each in a process of its own"
+            "process at a time. Fix: start each in its own process"
         )
     try:
         with kept_state():
@@ -117,7 +117,7 @@ def explain(model: "str | Path | Embedder", image: str | Path, text: str) -> "np
         image: picture file.
 
     Raises:
-        UserError: the model has no texts or no embeddings of patches, or the file is no picture.
+        UserError: the model has no texts or no embeddings of patches, or the file is not a picture.
     """
     from flipscale.engines.build import start_accelerator
     from flipscale.evaluation.explain import heat_map

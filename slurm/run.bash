@@ -352,6 +352,6 @@ requeue() {
         ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"})
       say "submitted again: $(sbatch --parsable --export=ALL "${options[@]}" "$0" "$@")" ;;
-    no) say "not done: submit it again to go on" && exit 75 ;;
+    no) say "not done: submit it again to resume" && exit 75 ;;
   esac
 }

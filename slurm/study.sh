@@ -27,7 +27,7 @@ LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 [ "${0##*/}" = slurm_script ] || SLURM_SUBMIT_DIR=. # a shell of another job, as of salloc
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
-check() { check_recipes --output_dir "$STUDY/none" "$@"; } # each has a folder of its own
+check() { check_recipes --output_dir "$STUDY/none" "$@"; } # each has its own folder
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   RUN=$STUDY
   options=()

@@ -155,7 +155,7 @@ def write_tar(path: Path, samples: Iterable[dict[str, bytes]]) -> None:
 
 
 def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> None:
-    """Write shards of JPEG and PNG pictures with captions and class numbers, and the class names beside them."""
+    """Write shards of JPEG and PNG pictures with captions and class numbers, and the class names next to them."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]

@@ -117,7 +117,7 @@ def image_file(folder: str, name: str) -> str:
     """
     file = f"{folder}/{name}"
     if not _IMAGE.fullmatch(file):
-        raise UserError(f"{file!r:.80} is no image of COCO 2014, such as train2014/COCO_train2014_000000000009.jpg")
+        raise UserError(f"{file!r:.80} is not an image of COCO 2014, such as train2014/COCO_train2014_000000000009.jpg")
     return file
 
 

@@ -277,7 +277,7 @@ def write_groups(directory: Path, parts: dict[str, list[Picture]], kind: str) ->
 def role_couples(drawings: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
     """Return `{role, artist, woman, man}` of each role and artist; the last two are numbers of drawings.
 
-    A role is a CLDR name such as "firefighter" with "woman firefighter" and "man firefighter" beside it.
+    A role is a CLDR name such as "firefighter" with "woman firefighter" and "man firefighter" next to it.
 
     Args:
         drawings: artist and CLDR name of each drawing.

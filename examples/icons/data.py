@@ -542,7 +542,7 @@ def prepare_icons(out_dir: Path, fraction: float = 1.0, processes: int = 2) -> N
     lock = work.with_name(f".{out_dir.name}.lock")
     try:
         with FileLock(lock, timeout=0):
-            with worker_pool(processes, remedy="the same command goes on where it stopped") as pool:
+            with worker_pool(processes, remedy="the same command resumes") as pool:
                 report = _prepare(out_dir, work, fraction, pool, 3 * processes)
             lock.unlink(missing_ok=True)
     except Timeout:

@@ -187,7 +187,7 @@ def collectives(recipe: str, batch_size: int, folder: str) -> Iterator[Row]:
 
     Bandwidths are NCCL's bus bandwidths: bytes that a process sends, as if around a ring.
     """
-    import accelerate  # noqa: F401  # its import is no part of the set-up
+    import accelerate  # noqa: F401  # its import is not a part of the set-up
 
     start = time.perf_counter()
     device = start_accelerator([], folder).device

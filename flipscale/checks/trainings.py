@@ -44,7 +44,7 @@ _WORDS = ["a", "photo", "of", "the", "red", "green", "blue", "grey", "disc", "ba
 
 
 def make_pairs(folder: Path) -> Path:
-    """Write shards of noisy pictures of 500 x 400 with captions, 43 kB each, and a tokenizer beside them."""
+    """Write shards of noisy pictures of 500 x 400 with captions, 43 kB each, and a tokenizer next to them."""
     shards, random = folder / "pairs", np.random.default_rng(0)
     if not shards.exists():
         shards.mkdir()

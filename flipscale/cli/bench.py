@@ -27,7 +27,7 @@ class BenchGpu:
         batch_size: Pairs of a GPU.
         shards: Shards for the loader. Default: made-up pictures of 500 x 400.
         quick: Check only, with ten steps of one start; without the trainer's loader.
-        output: File of all figures. report.md is written beside it.
+        output: File of all figures. report.md is written next to it.
         fields: A recipe's flags.
     """
 

@@ -104,7 +104,7 @@ class Evaluate:
     dry_run: bool = False
 
     def run(self) -> None:
-        """Print the results as one table and write them beside the models. If a model cannot be loaded, the other
+        """Print the results as one table and write them next to the models. If a model cannot be loaded, the other
         models still get their results, and the command ends with the error."""
         # Beside other work, torch's OpenMP threads would spend most of their time on spinning for each other: on two
         # busy cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.

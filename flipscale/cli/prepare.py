@@ -42,7 +42,7 @@ class Shards:
     """Write tar shards from a folder of images, a table or a `datasets` data set.
 
     Args:
-        source: A folder of images (with a .txt or .json file beside each, a metadata table, or a folder per class), a
+        source: A folder of images (with a .txt or .json file next to each, a metadata table, or a folder per class), a
             CSV, TSV, JSONL or parquet table of paths and captions, a folder of Parquet files, or a data set of the
             `datasets` library (saved, or its name on the Hub).
         directory: Folder to write. After an interruption, the same command continues.
@@ -374,7 +374,7 @@ class Embed:
 
 @dataclass(frozen=True)
 class Index:
-    """Write the manifest of all shards, and an index of offsets beside each shard. Training does this too if the
+    """Write the manifest of all shards, and an index of offsets next to each shard. Training does this too if the
     manifest is missing.
 
     Args:

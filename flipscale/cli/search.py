@@ -19,7 +19,7 @@ class Search:
         pictures: A folder of pictures, searched with its subfolders, or shards: a folder of *.tar, a glob, or a range.
         query: Words, such as 'two arrows in a circle', or a picture file, which finds similar pictures.
         queries: A text file, one query per line.
-        out: The page to write. An .npz file beside it keeps embeddings for the next search.
+        out: The page to write. An .npz file next to it keeps embeddings for the next search.
         top: Pictures per query.
         maps: Show on the page where in each picture the words are.
         dims: Cut the embeddings to their first numbers, for a model whose first numbers were trained.

@@ -18,8 +18,8 @@ from flipscale.io.errors import UserError
 class BatchDataset(Dataset):
     """Training samples by global position. `__getitems__` returns the batch of a list of positions.
 
-    A batch has the columns of its makers, and `faults`: a list of `Fault`, one for each bad sample. The first good one
-    of its `candidates` replaces it.
+    A batch has the columns of its makers, and `faults`: a list of `Fault`, one for each bad sample. The first usable
+    one of its `candidates` replaces it.
 
     Args:
         makers: makers of the columns, in the order in which they read a sample.

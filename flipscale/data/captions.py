@@ -38,7 +38,7 @@ def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
 def choose_captions(
     kinds: Mapping[str, tuple[bytes, ...]], weights: Mapping[str, float], draws: Sequence[float]
 ) -> list[str]:
-    """Return a caption for each draw, a uniform number in [0, 1). None is taken twice before all are taken.
+    """Return a caption for each draw, a uniform number in [0, 1). They are drawn without replacement.
 
     The weights choose among the kinds that the sample has. A blank caption does not count.
     """

@@ -54,7 +54,7 @@ _STRIP_PIXELS = 1 << 20
 _MOST_SIDES = 8  # times the short side of an image in its long side
 _SMALL_BYTES = 1 << 16  # size of a decoded image that may wait for its resize
 
-# Limits of headers. Each row of a TIFF may be a strip of its own, with an offset and a length. A TIFF's tile is decoded
+# Limits of headers. Each row of a TIFF may be its own strip, with an offset and a length. A TIFF's tile is decoded
 # whole, however small the image is. Encoders write PNG chunks of 8 KiB and more.
 _MOST_TIFF_VALUES = 1 << 16
 _MOST_TILE_PIXELS = 1 << 24

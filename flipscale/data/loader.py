@@ -392,7 +392,7 @@ def dead_workers(batches: Iterator[Any]) -> list[int]:
 
 
 class CudaTransfer:
-    """Pins batches and copies them on a stream of its own, beside the computation.
+    """Pins batches and copies them on its own stream, beside the computation.
 
     A DataLoader would pin all batches that are ready, two for each worker. The feeding thread calls `send`; the
     computing thread calls `receive` with the result.

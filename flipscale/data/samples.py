@@ -97,7 +97,7 @@ class Sample:
     Args:
         label: class number, if the source has one.
         kinds: captions by kind, if the source is asked for `kinds`; `captions` has all of them.
-        read_array: reads the array beside the image, as `TarSource.read_array`; None if the source has no arrays.
+        read_array: reads the array next to the image, as `TarSource.read_array`; None if the source has no arrays.
     """
 
     name: str

@@ -41,7 +41,7 @@ def engine_class(launch: Launch) -> type["Engine"]:
     engines = engine_classes()
     if launch.engine not in engines:
         names = ", ".join([*engines, BF16_REDUCE])
-        raise UserError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {names}")
+        raise UserError(f"the launch's role {launch.engine!r} is not an engine; leave it out, or use {names}")
     return engines[launch.engine]
 
 

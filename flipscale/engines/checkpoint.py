@@ -149,7 +149,7 @@ class CheckpointReader:
 class CheckpointWriter:
     """A writer of a run's checkpoints, one at a time, in a thread of every process.
 
-    `save` copies tensors to host memory, and training goes on. `commit` renames the checkpoint's folder after every
+    `save` copies tensors to host memory, and training continues. `commit` renames the checkpoint's folder after every
     process has reported that its part is on disk. Only then does the checkpoint exist.
     """
 
@@ -236,7 +236,7 @@ class CheckpointWriter:
                     remove(old.rename(partial_path(old)))
             except OSError as error:
                 # Only logged, because the disk may have room.
-                _log.warning("an old checkpoint of %s cannot be removed (%s); the run goes on", self.run_dir, error)
+                _log.warning("an old checkpoint of %s cannot be removed (%s); the run continues", self.run_dir, error)
         return self.newest
 
     def _index(self, tensor_chunks: list[TensorChunk], shapes: dict[str, torch.Size]) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def latest_valid(
         for bad, fault in faults.items():
             name = from_main_process(accelerator, functools.partial(_set_aside, bad))
             if accelerator.is_main_process:
-                words = "checkpoint %s is unusable (%s); it is kept as %s, and the run goes on from %s"
+                words = "checkpoint %s is unusable (%s); it is kept as %s, and the run continues from %s"
                 _log.warning(words, bad, fault, name, checkpoint.name)
         return checkpoint, state, [bad.name for bad in faults]
     if faults:

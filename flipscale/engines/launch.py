@@ -183,7 +183,7 @@ def launch_environment(file: Path, num_processes: int | None = None, num_machine
         if "zero_stage" in flags:
             environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = flags["zero_stage"]
         if "deepspeed_config_file" in flags:
-            # The path is relative to the current folder; otherwise the file may lie beside the launch file.
+            # The path is relative to the current folder; otherwise the file may lie next to the launch file.
             named = Path(str(flags["deepspeed_config_file"]))
             beside = file.parent / named.name
             path = beside if not named.exists() and beside.exists() else named
@@ -197,7 +197,7 @@ def launch_environment(file: Path, num_processes: int | None = None, num_machine
 def _flags(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a launch file and of its sections, which accelerate reads as flags of its command line.
 
-    Raise UserError for a setting of `_SECTIONS` that is no flag. accelerate would drop it."""
+    Raise UserError for a setting of `_SECTIONS` that is not a flag. accelerate would drop it."""
     from accelerate.commands.launch import launch_command_parser
 
     known, flags = vars(launch_command_parser().parse_args(["flipscale"])), dict(settings)

@@ -139,7 +139,9 @@ def _vision_fields(name: str) -> dict[str, Any]:
     content = content.get("vision_config", {}) if kind in _DUAL else content
     own = {"vit_mae": "vit"}.get(kind, _DUAL.get(kind, kind))
     if own not in VISION_TOWERS:
-        raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), [*VISION_TOWERS, "timm"])
+        raise _refusal(
+            "vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is not a plain ViT"), [*VISION_TOWERS, "timm"]
+        )
     fields = _own_fields(own, content)
     for field, value in (("use_swiglu_ffn", False), ("num_channels", 3), ("pooler_output_size", fields["hidden_size"])):
         if (found := fields.get(field, value)) != value:
@@ -159,7 +161,7 @@ def _text_fields(name: str) -> dict[str, Any]:
         raise _refusal("text", name, kind, "which has cross attention", _TEXTS)
     reads_both_ways = kind in _TEXTS and not content.get("is_decoder")
     if not reads_both_ways or (kind == "gemma3_text" and not content.get("use_bidirectional_attention")):
-        raise _refusal("text", name, kind, "which is no encoder that reads both ways", _TEXTS)
+        raise _refusal("text", name, kind, "which is not an encoder that reads both ways", _TEXTS)
     return _own_fields(kind, content)
 
 
@@ -205,7 +207,7 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         model = _timm_model(name, folder)
     kind, own = type(model).__name__, VISION_TOWERS.keys()
     if kind != "VisionTransformer":
-        raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is no plain ViT"), own)
+        raise _refusal("vision", name, kind, _NO_PLAIN_VIT.get(kind, "which is not a plain ViT"), own)
     block, pixels, stated = model.blocks[0], model.pretrained_cfg, content.get("pretrained_cfg") or {}
     for field in ("architecture", "hf_hub_id", "url", "file"):
         if (other := stated.get(field)) not in (None, "", name, content["architecture"]):
@@ -219,7 +221,7 @@ def _timm_fields(name: str, folder: Path, content: dict[str, Any]) -> dict[str, 
         (isinstance(model.fc_norm, nn.Identity), "which has a norm after its pooling"),
         (isinstance(model.norm_pre, nn.Identity), "which has a norm before its blocks"),
         (parts == ["Block", "Attention", "Mlp"], f"whose blocks are of {', '.join(parts)}"),
-        (model.patch_embed.proj.in_channels == 3, "which takes other images than in colour"),
+        (model.patch_embed.proj.in_channels == 3, "which does not take RGB images"),
     ):
         if not is_plain:
             raise _refusal("vision", name, kind, reason, own)

@@ -1,6 +1,6 @@
 """The trained part of a model: all weights but the frozen ones, or low-rank changes of some of them (LoRA).
 
-PEFT puts two small matrices beside each chosen linear layer, which becomes `base_layer`: with them it computes
+PEFT puts two small matrices next to each chosen linear layer, which becomes `base_layer`: with them it computes
 `W x + factor * B A x`. They begin as a draw (A) and zero (B).
 """
 

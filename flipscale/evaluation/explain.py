@@ -29,7 +29,7 @@ def patch_embeds(embedder: Embedder, **columns: torch.Tensor) -> torch.Tensor:
     * SigLIP, an attention that pools: the pooled embedding of this token alone, of unit length. This is its value, too.
 
     Raises:
-        UserError: the model is none of these, or its patches are no square.
+        UserError: the model is none of these, or its patches form no square grid.
     """
     model: Any = embedder.model
     vision: Any = getattr(model, "vision_model", None)
@@ -52,7 +52,7 @@ def patch_embeds(embedder: Embedder, **columns: torch.Tensor) -> torch.Tensor:
             )
     side = round(embeds.shape[1] ** 0.5)
     if side**2 != embeds.shape[1]:
-        raise UserError(f"{embedder.name} has {embeds.shape[1]} patches, which are no square; use another model")
+        raise UserError(f"{embedder.name} has {embeds.shape[1]} patches, not a square grid; use another model")
     return embeds.unflatten(1, (side, side))
 
 
@@ -69,7 +69,7 @@ def _values(embedder: Embedder, model: Any, **columns: torch.Tensor) -> torch.Te
 
 def heat_map(embedder: Embedder, image: Path, text: str) -> np.ndarray:
     """Return the similarity of each patch of a picture file with a text, fp32 `(rows, columns)`. Raise UserError as
-    `patch_embeds`, and for a model without texts, a text without words, or a file that is no picture."""
+    `patch_embeds`, and for a model without texts, a text without words, or a file that is not a picture."""
     if "texts" not in embedder.gives:
         raise UserError(f"{embedder.name} takes no texts; use a model with a text tower")
     if not isinstance(text, str) or not text.strip() or not is_utf8(text):

@@ -180,7 +180,7 @@ def _check_foreign(folder: Path) -> None:
     for file in folder.glob("*.index.json"):
         for name in set(dict(read_object(file).get("weight_map") or {}).values()):
             if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{file.name} names {name!r:.80}, which is no file of the folder; download it again")
+                raise UserError(f"{file.name} names {name!r:.80}, which is not a file of the folder; download it again")
     for file in folder.glob("*.safetensors"):
         read_shapes(file)
 

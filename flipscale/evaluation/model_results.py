@@ -146,7 +146,7 @@ def drop_torn(path: Path) -> None:
 
 def _records(path: Path) -> list[Record]:
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"{path} is no file; move it away, or name another folder with --output_dir")
+        raise UserError(f"{path} is not a file; move it away, or name another folder with --output_dir")
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         # A power failure may leave zeros.
@@ -185,7 +185,7 @@ def _as_line(record: Record) -> Line:
 
 
 def setting_of(embedder: Embedder, task: Task) -> Record:
-    """Return everything that a task's figures depend on beside the weights: options, data, prompts, image processing.
+    """Return everything that a task's figures depend on besides the weights: options, data, prompts, image processing.
 
     Batch size, workers and the number of processes are left out, because no figure depends on them."""
     test_set, page = TestSet.open(task.data), read_page(task.task) if task.task else None

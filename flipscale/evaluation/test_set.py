@@ -233,7 +233,7 @@ def refuse_other_class_names(run_dir: Path, names: Sequence[str]) -> None:
     for number, (name, learned) in enumerate(zip(names, kept, strict=True)):
         if name != learned:
             raise UserError(
-                f"class {number} is {name!r} beside the training shards, and {learned!r} in {run_dir}/{CLASS_NAMES}, "
+                f"class {number} is {name!r} next to the training shards, and {learned!r} in {run_dir}/{CLASS_NAMES}, "
                 "which the run has learned; use the same classes or another output_dir"
             )
 
@@ -255,7 +255,7 @@ def read_text(folder: str, name: str) -> str | None:
     try:
         if "://" not in folder:
             if Path(path).exists() and not Path(path).is_file():
-                raise UserError(f"{path} is no file; put the text there")
+                raise UserError(f"{path} is not a file; put the text there")
             if Path(path).is_file() and (size := Path(path).stat().st_size) > _MOST_BYTES:
                 raise UserError(f"{path} has {size:,} bytes, more than {_MOST_BYTES:,}; is it another file?")
             content = Path(path).read_bytes()
@@ -277,7 +277,7 @@ def read_list(data: str, name: str, what: str) -> list[Any]:
     try:
         rows = json.loads(read_text(data, name) or "null")
     except ValueError as error:
-        raise UserError(f"{data}/{name} is no JSON ({error}); write it anew") from error
+        raise UserError(f"{data}/{name} is not JSON ({error}); write it anew") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{data}/{name} has no list of {what}; write it anew")
     return rows

@@ -342,7 +342,7 @@ def write_derived_card(folder: Path, src: str, name: str, library: str, **facts:
         licence = ModelCard.load(src if place is None else place / "README.md").data.license
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # no card, a bad one, or no Hub
         if place is not None and (place / "README.md").exists():
-            _log.warning("%s/README.md is no card (%s): its licence is left out", place, first_line(error))
+            _log.warning("%s/README.md is not a card (%s): its licence is left out", place, first_line(error))
     data = ModelCardData(
         library_name=library,
         license=licence,

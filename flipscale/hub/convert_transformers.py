@@ -70,7 +70,7 @@ def convert_from_open_clip(name: str, dst: Path | str) -> dict[str, float]:
     try:
         config = kind.of_towers(_vision_fields(theirs.visual, preprocess), _text_fields(theirs))
     except (AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"open_clip:{name} is no ViT with the towers of a {family} model ({error})") from None
+        raise UserError(f"open_clip:{name} is not a ViT with the towers of a {family} model ({error})") from None
     ours = kind.exported_class(config.exported()).eval()
     weights = _renamed(theirs.state_dict())
     if family == "clip":

@@ -179,7 +179,7 @@ def export_adapter(checkpoint: Path, out_dir: Path) -> Path:
     if lora.rank is None:
         raise UserError(f"--adapter needs optim.lora, and optim.lora.rank of {checkpoint} is null; leave --adapter out")
     if out_dir.exists() and not (out_dir / _ADAPTER[0]).is_file():
-        raise UserError(f"{out_dir} exists and is no adapter; name another folder or remove it")
+        raise UserError(f"{out_dir} exists and is not an adapter; name another folder or remove it")
     _refuse_others(out_dir, sorted({file.name for file in out_dir.glob("*")} - {*_ADAPTER}))
     _check_base(base, reader)
     folder, layers = local_folder(base), lora_layers(reader.shapes)
@@ -337,7 +337,7 @@ def exported_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _write_for_transformers_4(folder: Path, processor: Any) -> None:
-    """Write the names under which transformers 4 looks for an image processor and a tokenizer of its own classes."""
+    """Write the names under which transformers 4 looks for an image processor and its own tokenizer classes."""
     processor.image_processor.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     content = read_object(file)
@@ -370,7 +370,7 @@ def check_replaceable(out_dir: Path) -> None:
     kind = read_object(config).get("model_type") if config.is_file() else None
     # A model of another family without sentence-transformers' files is another program's.
     if family_of(kind) is None or (kind != "flip" and not (out_dir / "modules.json").is_file()):
-        raise UserError(f"{out_dir} exists and is no model folder of flipscale; name another folder or remove it")
+        raise UserError(f"{out_dir} exists and is not a model folder of flipscale; name another folder or remove it")
     _refuse_others(out_dir, split_own_files(out_dir)[1])
 
 

@@ -137,8 +137,8 @@ def open_repo(target: Target) -> str:
 def open_target(recipe: HubRecipe, resumes: bool) -> None:
     """Check the audit of a run and create the repository of its pushes, so that training does not begin in vain.
 
-    Only rank 0 creates it. The run goes on if the Hub cannot be reached. A resumed run always goes on. Raise UserError
-    if the audit is unusable, or as `open_repo`.
+    Only rank 0 creates it. The run continues if the Hub cannot be reached. A resumed run always continues. Raise
+    UserError if the audit is unusable, or as `open_repo`.
     """
     if recipe.audit:
         read_audit(recipe.audit)
@@ -150,7 +150,7 @@ def open_target(recipe: HubRecipe, resumes: bool) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, UserError) and not resumes:
             raise
-        _log.warning("%s; the run goes on and will push its next checkpoint", error)
+        _log.warning("%s; the run continues and will push its next checkpoint", error)
 
 
 def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> tuple[str, str | None]:
@@ -314,7 +314,7 @@ class BackgroundPush:
             self._warn(last_line(self.run_dir / "push.log"))
 
     def _warn(self, reason: str) -> None:
-        message = "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint"
+        message = "step %d was not pushed to %s (%s); the run continues and will push its next checkpoint"
         _log.warning(message, self._step, self._target, reason)
 
 

@@ -103,7 +103,7 @@ def remove(path: Path) -> None:
 
 def _move(partial: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink() and not partial.is_dir():
-        raise OSError(f"{path} is a folder, and a file is to be written there; move the folder away")
+        raise OSError(f"{path}: a folder has this name; move it away, so that the file can be written")
     if not (partial.is_dir() and path.is_dir()):
         os.replace(partial, path)
         return

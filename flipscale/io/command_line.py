@@ -60,7 +60,7 @@ def add_commands(parser: argparse.ArgumentParser, commands: Commands) -> None:
     else:
         _add_fields(parser, commands)
         parser.set_defaults(command=commands)
-        if others_field(commands):  # a flag of a recipe is no abbreviation, and the docstring tells of these flags
+        if others_field(commands):  # a flag of a recipe is not an abbreviation, and the docstring tells of these flags
             parser.allow_abbrev, parser.description = False, _description(commands)
 
 

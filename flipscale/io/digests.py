@@ -107,7 +107,7 @@ def file_bytes(path: Path) -> int:
             raise
         raise CorruptFile(f"{path.name} is missing") from error
     if not stat.S_ISREG(status.st_mode):
-        raise CorruptFile(f"{path.name} is no regular file")
+        raise CorruptFile(f"{path.name} is not a regular file")
     return status.st_size
 
 

@@ -92,7 +92,7 @@ def fetch_folder(name: str, files: Sequence[str] = LOADED) -> Path:
         _refuse_adapter(name, folder)
         return folder
     except HFValidationError:
-        raise UserError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None
+        raise UserError(f"there is no folder {name!r}, and it is not a name on the Hub; use ORG/NAME") from None
     except (OSError, HTTPError) as error:
         status, reason = http_failure(error)
         if status in (401, 403, 404):
@@ -105,7 +105,7 @@ def fetch_folder(name: str, files: Sequence[str] = LOADED) -> Path:
         raise OSError(f"{name!r} cannot be fetched from the Hub: {reason}") from None
     except NO_HUB as error:
         raise OSError(
-            f"{name!r} cannot be fetched: what {constants.ENDPOINT} answers is no Hub's ({type(error).__name__}: "
+            f"{name!r} cannot be fetched: {constants.ENDPOINT} is not a Hugging Face Hub ({type(error).__name__}: "
             f"{error}); look at HF_ENDPOINT and the proxy"
         ) from None
 
@@ -125,7 +125,7 @@ def check_folder(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         is_open_clip = (folder / "open_clip_config.json").is_file()
         remedy = f"name it open_clip:local-dir:{folder}" if is_open_clip else "download or export it again"
-        raise UserError(f"{folder} has no config.json and is no model folder; {remedy}")
+        raise UserError(f"{folder} has no config.json and is not a model folder; {remedy}")
     check_texts(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -147,7 +147,7 @@ def check_folder(folder: Path) -> list[Path]:
 
 
 def check_texts(folder: Path) -> None:
-    """Raise UserError if a file that loaders read is no file, a link out of the folder, or no JSON object.
+    """Raise UserError if a file that loaders read is not a file, a link out of the folder, or no JSON object.
 
     Weights are not read here.
     """
@@ -161,7 +161,7 @@ def check_texts(folder: Path) -> None:
         if not any(real.is_relative_to(place) for place in places):
             raise UserError(f"{file} is a link to {real}, outside of the folder; put the file itself there")
         if not real.is_file():
-            raise UserError(f"{file} is no file; download or export the model again")
+            raise UserError(f"{file} is not a file; download or export the model again")
         if file.name in _OBJECTS:
             read_object(file)
 
@@ -173,7 +173,7 @@ def read_object(file: Path, remedy: str = "download or export it again") -> dict
     try:
         value = json.loads(file.read_bytes(), object_pairs_hook=_checked_object)
         if not isinstance(value, dict):
-            raise ValueError(f"it is no JSON object but {value!r:.40}")
+            raise ValueError(f"it is not a JSON object but {value!r:.40}")
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no {file.name}; {remedy}") from None
     except RecursionError:
@@ -209,7 +209,7 @@ def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def texts_digest(folder: Path) -> str:
-    """Return a digest of the files beside the weights: configurations, tokenizer, processor and templates, also of
+    """Return a digest of the files next to the weights: configurations, tokenizer, processor and templates, also of
     copied towers. JSON files count by their values. Other files, such as a card, do not count."""
     parts = []
     for file in sorted({file for at in ("", "*_model/") for pattern in TEXTS for file in folder.glob(at + pattern)}):
@@ -244,7 +244,7 @@ def _listed(index: Path) -> list[str]:
     for tensor, name in names.items():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index} has {tensor!r:.80} in {name!r:.80}, which is no safetensors file of the folder; download or "
-                "export it again"
+                f"{index} has {tensor!r:.80} in {name!r:.80}, which is not a safetensors file of the folder; download "
+                "or export it again"
             )
     return sorted(set(names.values()))

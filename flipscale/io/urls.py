@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-# A user and a password; at HTTP also a user alone, perhaps a token. A port is no password. `pathlib` leaves one slash.
+# A user and a password; at HTTP also a user alone, perhaps a token. A port is not one. `pathlib` leaves one slash.
 _USER = re.compile(
     r"(https?:/{1,2})[^/\s?]*@|(\w:/{1,2})(?=[^/\s:@\[?]*:(?!\d*(?:[/?\s]|$)))(?:[^/\s]*|\S{0,200}?)@", re.I
 )

@@ -18,7 +18,7 @@ _SURPRISE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
 def read_yaml(file: Path) -> yaml.Node | None:
-    """Return the content of a YAML file; None if it is empty. Raise UserError if it is no YAML, or as `check_yaml`."""
+    """Return the content of a YAML file; None if it is empty. Raise UserError if it is not YAML, or as `check_yaml`."""
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no plain file"
         raise UserError(f"{file} is {what}; name a YAML file")
@@ -52,8 +52,7 @@ def read_saved_recipe(file: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise UserError(
-            f"{file} is not the recipe that the run began with, it is damaged; copy the one of a checkpoint there "
-            f"({file.parent}/checkpoints/step-*/recipe.yaml)"
+            f"{file} is damaged; copy the one of a checkpoint there ({file.parent}/checkpoints/step-*/recipe.yaml)"
         )
     return content
 

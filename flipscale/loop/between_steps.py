@@ -97,7 +97,7 @@ class Evaluations:
 
 
 class Saver:
-    """Begins and commits the checkpoints of a run. Training goes on while one is written.
+    """Begins and commits the checkpoints of a run. Training continues while one is written.
 
     Args:
         on_checkpoint: called with the step of each checkpoint that is on disk.

@@ -38,7 +38,7 @@ def train(
     flops: Mapping[str, Mapping[str, int]],
     on_checkpoint: Callable[[int], None],
 ) -> tuple[Step, bool]:
-    """Collective. Take the remaining steps; evaluate and save between them. Return the step that would follow, and
+    """Collective. Take the remaining steps; evaluate and save between them. Return the next step, and
     whether a request stopped the run before its end.
 
     Args:

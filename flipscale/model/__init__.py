@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
 def _register() -> None:
     """Register configurations, models and the processor with transformers' Auto classes.
 
-    `save_pretrained` writes this folder's code beside the weights of these classes.
+    `save_pretrained` writes this folder's code next to the weights of these classes.
     """
     import transformers
 

@@ -21,7 +21,7 @@ class Answer(Objective):
     """The binary cross-entropy of each answer's score, summed over all answers.
 
     Args:
-        num_answers: number of answers in the list, one per line of `classnames.txt` beside the training shards.
+        num_answers: number of answers in the list, one per line of `classnames.txt` next to the training shards.
     """
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = FlipForQuestionAnswering

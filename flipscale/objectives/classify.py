@@ -51,7 +51,7 @@ class Classify(Objective):
     """The cross-entropy of each image's class; for a mixed image, of its classes, weighted by their shares.
 
     Args:
-        num_classes: number of classes of the head, one per line of `classnames.txt` beside the training shards.
+        num_classes: number of classes of the head, one per line of `classnames.txt` next to the training shards.
         label_smoothing: share of the target spread evenly over all classes (arXiv 1512.00567); 0.1 in the paper.
     """
 

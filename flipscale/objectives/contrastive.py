@@ -27,7 +27,7 @@ _FEW = 256
 _TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
 # A GPU's tile of fewer rows gets more columns, at most this many, so that each launch has as many logits.
 _WIDEST = 2**19
-# The smallest side of a block that is worth a thread of its own.
+# The smallest side of a block that is worth its own thread.
 _BLOCK = 1024
 # How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. A million of
 # exp(-80) add less than exp(-16) to a row whose positive is above exp(-50).
@@ -163,7 +163,7 @@ def _spread_targets(matrices: list["Matrix"], sums: list["Sums"]) -> list["Sums"
 
 
 def _beside_each(negatives: list["LogSumExp"], positives: list[torch.Tensor], shift: float | None) -> list["LogSumExp"]:
-    """Return the log-sum-exp of all logits of a text, besides its positive in each view.
+    """Return the log-sum-exp of all logits of a text, per view without that view's positive.
 
     Args:
         negatives: log-sum-exps of the texts' negatives in each view.

@@ -48,7 +48,7 @@ class Objective:
 
     @property
     def num_labels(self) -> int | None:
-        """Number of classes or answers, whose names lie beside the shards; None for losses without labels."""
+        """Number of classes or answers, whose names lie next to the shards; None for losses without labels."""
         return None
 
     @property

@@ -30,7 +30,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class FolderPictures:
-    """Picture files in a folder and below it, by index, and captions by file of those without a text beside them."""
+    """Picture files in a folder and below it, by index, and captions by file of those without a text next to them."""
 
     files: FileList
     titles: dict[str, str] = field(default_factory=dict)

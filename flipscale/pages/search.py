@@ -117,7 +117,7 @@ def searches(embedder: Embedder, embedded: EmbeddedPictures, queries: Sequence[s
     """Return the nearest `top` pictures to each query. A query that names a picture file finds similar pictures."""
     files = [query for query in queries if query.lower().endswith(IMAGE_SUFFIXES)]
     if missing := [file for file in files if not Path(file).is_file()]:
-        raise UserError(f"the query {missing[0]} is no file; name a picture by its path from the current folder")
+        raise UserError(f"the query {missing[0]} is not a file; name a picture by its path from the current folder")
     words = [query for query in queries if query not in files]
     if words and "texts" not in embedder.gives:
         raise UserError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")

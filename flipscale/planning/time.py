@@ -52,7 +52,7 @@ def bench_figures(bench: Path) -> dict[str, Any]:
         figures = json.loads(bench.read_text(encoding="utf-8"))["planning"]
         return {**figures, "step_flops_per_s": dict(figures["step_flops_per_s"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--bench {bench} is no gpu.json of `flipscale bench gpu` ({error!r}); write one") from error
+        raise UserError(f"--bench {bench} is not a gpu.json of `flipscale bench gpu` ({error!r}); write one") from error
 
 
 def speed_key(recipe: Recipe) -> str:

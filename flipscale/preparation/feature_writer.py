@@ -1,7 +1,7 @@
 """`flipscale prepare embed`: embed the images and texts of shards once, and store their features.
 
 A process claims a shard by a lock, writes its files aside and renames them. The bytes depend only on the samples and
-the model. So a killed run goes on with the shards that are missing, and any number of processes share them.
+the model. So a killed run resumes with the shards that are missing, and any number of processes share them.
 """
 
 import itertools

@@ -46,7 +46,7 @@ def inspect_shards(
     source: Source, sheet: Path | None, tokenizer: PreTrainedTokenizerBase | None = None, max_samples: int = 0
 ) -> dict[str, Any]:
     """Return figures of the samples as JSON values, and draw 24 samples with their captions. Raise UserError if there
-    is no sample, or `sheet` cannot be written.
+    is not a sample, or `sheet` cannot be written.
 
     Args:
         sheet: PNG file to draw; None draws none.

@@ -151,7 +151,7 @@ def open_pairs(
     pairs: PairSource
     if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
         if not path.is_file():
-            what = "is no file" if path.exists() else "does not exist"
+            what = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}; name a folder, a table or a data set")
         kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
         pairs = kind.open(path, asked, allow_outside)
@@ -195,11 +195,11 @@ def _holds_images(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class FileList(PairSource):
-    """Image files under `root`, with captions in KEY.txt or KEY.json beside them, or the names of their folders.
+    """Image files under `root`, with captions in KEY.txt or KEY.json next to them, or the names of their folders.
 
     Args:
         files: paths of the images in `root`.
-        num_captioned: number of images with a text beside them.
+        num_captioned: number of images with a text next to them.
         allow_outside: whether to follow links out of `root`.
         by_class: whether the caption of an image is the name of its folder.
     """
@@ -237,7 +237,7 @@ class FileList(PairSource):
         if text := self._text_beside(number):
             content = read_file(self.root, text, self.allow_outside, MAX_TEXT_BYTES)
             return _on_one_line((content,) if text.lower().endswith(".txt") else captions_of_json(content))
-        raise MissingCaption("no .txt or .json beside it")
+        raise MissingCaption("no .txt or .json next to it")
 
     def _text_beside(self, number: int) -> str | None:
         names = (str(PurePath(self.files[number]).with_suffix(suffix)) for suffix in _CAPTION_SUFFIXES)
@@ -277,8 +277,8 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
     if len({name for file in files if (name := _class_of(file))}) < 2:
         hint = f"; if {tables[0]} has them, name it in place of the folder" if tables else ""
         raise UserError(
-            f"{root} has {len(files):,} images and no captions: put KEY.txt beside KEY.jpg, or a metadata.csv with the "
-            f"columns file_name and text into the folder, or sort the images into a folder for each class{hint}"
+            f"{root} has {len(files):,} images and no captions: put KEY.txt next to KEY.jpg, or a metadata.csv with "
+            f"the columns file_name and text into the folder, or sort the images into a folder for each class{hint}"
         )
     # In the order of a hash, because in the order of the names a shard would have few classes.
     return FileList(root, sorted(files, key=list_digest), 0, allow_outside, by_class=True)
@@ -291,7 +291,7 @@ def picture_files(root: Path) -> FileList:
 
 
 def _walk(root: Path) -> tuple[list[str], list[Path], int]:
-    """Return the images below a folder, the tables, and the number of images with a text beside them."""
+    """Return the images below a folder, the tables, and the number of images with a text next to them."""
     found: list[str] = []  # with folders that cannot be listed
     tables: list[Path] = []
     num_captioned = 0
@@ -447,7 +447,7 @@ class TextTable(RowList):
             raise UserError(f"{path} is empty; expected a table with a header")
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             if is_utf16(text[:4]):
-                raise UserError(f"{path} is no table in UTF-8 (it is UTF-16); save it as UTF-8")
+                raise UserError(f"{path} is not a table in UTF-8 (it is UTF-16); save it as UTF-8")
             first = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0
             with Progress(len(text), "rows", "B") as progress:
                 if delimiter:
@@ -513,7 +513,7 @@ def _read_keys(path: Path, text: mmap.mmap, starts: np.ndarray) -> tuple[str, ..
         except MalformedRow as error:
             why = why or error
     if not keys and why:
-        raise UserError(f"{path} is no JSONL table in UTF-8 ({why}); expected an object on each line")
+        raise UserError(f"{path} is not a JSONL table in UTF-8 ({why}); expected an object on each line")
     return tuple(keys)
 
 
@@ -594,7 +594,7 @@ def _parse_object(record: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MalformedRow(f"it is no JSON ({error})") from error
+        raise MalformedRow(f"it is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise MalformedRow(f"it is {type(value).__name__}, not an object")
     return value
@@ -614,7 +614,7 @@ class ParquetList(RowList):
 
     @classmethod
     def open(cls, path: Path, asked: dict[str, str | None], allow_outside: bool) -> "ParquetList":
-        """Read the metadata of a file. Raise UserError if it is no parquet file, or a column is missing."""
+        """Read the metadata of a file. Raise UserError if it is not a parquet file, or a column is missing."""
         from datasets import Features
         from pyarrow import ArrowException, parquet
 
@@ -622,7 +622,7 @@ class ParquetList(RowList):
             metadata = parquet.read_metadata(path)
             schema = metadata.schema.to_arrow_schema()
         except (ArrowException, OSError) as error:
-            raise UserError(f"{path} is no parquet table ({one_line_reason(error)}); write it again") from error
+            raise UserError(f"{path} is not a parquet table ({one_line_reason(error)}); write it again") from error
         classes: dict[str, Sequence[str]] = {}
         with suppress(ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
             classes = _class_names(Features.from_arrow_schema(schema))
@@ -674,7 +674,7 @@ class DatasetList(RowList):
         column."""
         is_saved = Path(source).is_dir()
         if not is_saved and (is_path(source) or _FILE_NAME.search(source) or Path(source).exists()):
-            what = "is no list that flipscale reads" if Path(source).exists() else "does not exist"
+            what = "is not a list that flipscale reads" if Path(source).exists() else "does not exist"
             raise UserError(
                 f"{source} {what}; name a folder, a table (.csv .tsv .jsonl .parquet; export a spreadsheet as CSV in "
                 "UTF-8) or a data set of the Hub, such as ORG/NAME"
@@ -769,7 +769,7 @@ def _label_of(value: Any) -> str:
     """Return the name of a class: a text on one line, or a whole number."""
     name = " ".join(str(value).split()) if isinstance(value, str | int) else ""
     if not name or not is_utf8(name) or not name.isprintable():
-        words = "there is none" if value in (None, "") else f"{value!r:.60} is no name of a class"
+        words = "there is none" if value in (None, "") else f"{value!r:.60} is not a name of a class"
         raise BadSample(words, _NO_LABEL)
     return name
 

@@ -1,6 +1,6 @@
 """Shrink the images of tar shards, so that a training run decodes fewer pixels.
 
-A process claims a shard by a lock, writes it aside and renames it. So a killed run goes on with the shards that are
+A process claims a shard by a lock, writes it aside and renames it. So a killed run resumes with the shards that are
 missing, and any number of processes share them. The bytes of a shard depend only on its source and the options.
 A shard whose source has changed is written anew.
 """
@@ -68,7 +68,7 @@ def resize_shards(shards: str, out_dir: Path, options: ShardOptions, processes: 
             f"{out_dir} has {len(gone)} shards that {shards!r} lacks, such as {gone[0]}; "
             "fetch them again, or name a new folder"
         )
-    with worker_pool(min(processes, len(names)), remedy="the same command goes on where it stopped") as pool:
+    with worker_pool(min(processes, len(names)), remedy="the same command resumes") as pool:
         while todo := [name for name in names if name not in done.keys() | damaged.keys()]:
             time.sleep(0.0 if is_first else 5.0)  # other processes write the rest
             places = (map(listed.path, todo), (out_dir / name for name in todo))

@@ -49,7 +49,7 @@ _HASH_BYTES = 16
 REDRAWN = "transparent parts on white, upright, 8 bits: alike in all readers"
 _SPLIT_KEY = b"flipscale prepare shards --split"
 _REMEDIES = {
-    "missing_caption": "put KEY.txt beside KEY.jpg, or name the captions' column with --caption_column",
+    "missing_caption": "put KEY.txt next to KEY.jpg, or name the captions' column with --caption_column",
     "undecodable_caption": "save texts as UTF-8, or name the captions' column with --caption_column",
     "unreadable_file": "paths are relative to the folder of the list; correct them, or name the images' column with "
     "--image_column",
@@ -157,7 +157,7 @@ def write_shards(
     processes: int,
     class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the shards of `pairs` with their indices, and return the report that is written beside them.
+    """Write the shards of `pairs` with their indices, and return the report that is written next to them.
 
     Raise UserError if `out_dir` was begun with other pairs or options, has other files, or has another writer.
 
@@ -169,7 +169,7 @@ def write_shards(
     out_dir.mkdir(parents=True, exist_ok=True)
     with _only_writer(out_dir):
         whole = _open_manifest(job, begun)
-        with worker_pool(min(processes, job.num_shards), job, "the same command goes on where it stopped") as pool:
+        with worker_pool(min(processes, job.num_shards), job, "the same command resumes") as pool:
             same_as = _duplicates(job, pool) if options.drop_duplicates else {}
             inputs = pool.map(_inputs, whole, (same_as.get(shard, {}) for shard in whole))
             changed = [shard for shard, now in zip(whole, inputs, strict=True) if whole[shard].get("inputs") != now]
@@ -256,8 +256,8 @@ def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int
 
 
 def _hash_shard(shard: int) -> np.ndarray:
-    """Return the digest of each image of a shard. An unreadable pair, which is no copy's original, gets a digest of its
-    number."""
+    """Return the digest of each image of a shard. An unreadable pair, which has no copies, gets a digest of
+    its number."""
     job: _Job = shared()
     digests = []
     for number in job.numbers(shard):

@@ -283,7 +283,7 @@ def _explained(error: Exception, repo: str, revision: str) -> Exception:
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         return cause
     reason = " ".join(str(getattr(cause, "server_message", None) or cause).split())
-    return OSError(f"{where} cannot be read ({reason}); the same command goes on later; or set HF_ENDPOINT to a mirror")
+    return OSError(f"{where} cannot be read ({reason}); the same command resumes later; or set HF_ENDPOINT to a mirror")
 
 
 def _complete_texts(place: Path, page: TaskPage) -> None:

@@ -71,7 +71,7 @@ class WeightOptions:
 
 def make_weights(source: Source, shards: str, options: WeightOptions, folder: Path, processes: int) -> Composition:
     """Write the weights of a source, called `shards`, to an empty folder, and return the composition of an epoch. Raise
-    UserError if an option is wrong, a number is no weight, or no sample has a weight above 0."""
+    UserError if an option is wrong, a number is not a weight, or no sample has a weight above 0."""
     options.check()
     weights, clusters = np.ones(len(source)), None
     if options.scores is not None or options.field is not None or options.caption_counts:

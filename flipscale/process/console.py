@@ -250,7 +250,7 @@ def _is_debugging() -> bool:
 
 
 def _number(name: str, default: int) -> int:
-    """Return a launcher's variable, or the default if it is no number, which `launch_of` refuses later."""
+    """Return a launcher's variable, or the default if it is not a number, which `launch_of` refuses later."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 

@@ -63,7 +63,7 @@ class _Listener:
     def _listen(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as numbers:
             while (number := numbers.read(1)) != _END:
-                # A handler without a pipe of its own, such as that of `study`, writes to this pipe too.
+                # A handler without its own pipe, such as that of `study`, writes to this pipe too.
                 owner = getattr(signal.getsignal(number[0]), "__self__", None)
                 if number[0] in self._before and isinstance(owner, _Listener):
                     self._handle(signal.Signals(number[0]))

@@ -1,7 +1,7 @@
 """The times of a run's steps, and the rank that made a step slow, with its phase.
 
 Torch's flight recorder notes when a process arrives at each collective. All processes run the same collectives in one
-order, so the straggler is the last to arrive at the first collective where the arrivals part. The times at which it
+order, so the straggler is the last to arrive at the first collective where arrival times diverge. The times at which it
 entered the phases of its step tell where it spent its time.
 """
 

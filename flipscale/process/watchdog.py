@@ -68,7 +68,7 @@ class Watchdog:
     read and write. Outside of steps, other processes' signs count too: a rank that has written its part of a checkpoint
     waits for the others. After half of the time, every rank writes its threads' stacks to `stacks/`.
 
-    After another process's failure, this one may be stuck behind a GPU, or in work that needs no other process. Its
+    After another process's failure, this one may be blocked on the GPU, or in work that needs no other process. Its
     launcher would ask it to end by SIGTERM, which is a request to save, and kill it half a minute later.
     """
 
@@ -323,7 +323,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def own_store() -> dist.Store | None:
-    """Return a connection of its own to the store of the process group; None before the processes have met."""
+    """Return its own connection to the store of the process group; None before the processes have met."""
     if not _have_met():
         return None
     try:

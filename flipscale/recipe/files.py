@@ -28,8 +28,8 @@ def read_recipes(names: Sequence[str], kind: type) -> str:
 def _read(name: str, kind: type) -> yaml.Node:
     """Return a recipe, merged into the recipe that it extends.
 
-    `extends: icons.yaml` names a file beside the recipe or a recipe of the package. Mappings are merged field by field;
-    lists and other values replace those of the extended recipe. Raise UserError if a file is missing, no recipe, or
+    `extends: icons.yaml` names a file in the recipe's folder or a recipe of the package. Mappings are merged field by
+    field; lists and other values replace those of the extended recipe. Raise UserError if a file is missing, no recipe, or
     extends itself.
 
     Args:
@@ -100,5 +100,5 @@ def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
         if name not in hints and name != "<<":
             near = difflib.get_close_matches(name, hints, 1)
             fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(hints)}"
-            raise UserError(f"{file}: {inner} is no field of a recipe; {fix}")
+            raise UserError(f"{file}: {inner} is not a field of a recipe; {fix}")
         check_fields(value, hints.get(name), inner, file)

@@ -72,7 +72,7 @@ _NOT_NEEDED = {
     "epochs_cooldown",
     "the models have no batch norm": "use_bn_sync lock_image_freeze_bn_stats",
     "images are cropped, then resized in one way": "image_interpolation image_resize_mode",
-    "the text tower is always a module of its own": "force_custom_text",
+    "the text tower is always its own module": "force_custom_text",
     "linear layers are torch's": "use_bnb_linear",
     "the main process logs, and environment.json names the commit": "log_local copy_codebase debug",
     "a tracker's run has the name of output_dir": "wandb_notes wandb_project_name",
@@ -117,8 +117,8 @@ def unknown_flag(flag: str, known: Sequence[str]) -> str:
     name = re.split(r"\.|^--", flag)[-1].replace("-", "_")
     same = [one for one in known if re.split(r"\.|^--", one)[-1] == name]
     if name in _SETTINGS and not (same and flag.startswith("--stages.")):
-        return f"{flag} is no field of a recipe; use {_SETTINGS[name]}"
+        return f"{flag} is not a field of a recipe; use {_SETTINGS[name]}"
     if name in _REASONS:
-        return f"{flag} is no field of a recipe; leave it out: {_REASONS[name]}"
+        return f"{flag} is not a field of a recipe; leave it out: {_REASONS[name]}"
     near = difflib.get_close_matches(flag, same or known, 1, cutoff=0.0 if same else 0.6)
-    return f"{flag} is no field of a recipe; {f'did you mean {near[0]}?' if near else '--help lists all fields'}"
+    return f"{flag} is not a field of a recipe; {f'did you mean {near[0]}?' if near else '--help lists all fields'}"

@@ -40,7 +40,7 @@ class LogRecipe:
 
 @dataclass(frozen=True)
 class SaveRecipe:
-    """When checkpoints are written. Training goes on during the write.
+    """When checkpoints are written. Training continues during the write.
 
     Args:
         every_samples: Samples between two checkpoints; 0 for none by samples.

@@ -129,7 +129,7 @@ def parse_fields(arguments: Sequence[str]) -> Recipe:
     the rules between fields, see `recipe.rules`.
 
     Raises:
-        UserError: the file is no recipe, a key is unknown, or a value has the wrong type or range.
+        UserError: the file is not a recipe, a key is unknown, or a value has the wrong type or range.
         SystemExit: `--help` was among the arguments and is printed.
     """
     if {"-h", "--help"} & set(arguments):

@@ -71,7 +71,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
         for one in _set(recipe, "model.decoder_config"):
             yield f"{one}, but no loss learns captions; set loss.caption_weight too"
     if model.family != "flip":
-        yield from _besides_pairs(recipe, f"{family}, and only flip has it", "model.drop_path_rate")
+        yield from _besides_pairs(recipe, f"{family}, and this needs the family flip", "model.drop_path_rate")
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     names = [stage.name for stage in stages]
     for name in dict.fromkeys(names):
         if names.count(name) > 1:
-            yield f"{names.count(name)} stages are named {name!r}; give every stage a name of its own"
+            yield f"{names.count(name)} stages are named {name!r}; give every stage its own name"
     for stage in stages:
         named = f"stage {stage.name!r}:"
         for share, count in (("share", "samples"), ("warmup_share", "warmup_samples")):

@@ -27,7 +27,7 @@ _READ_SECONDS = 60.0
 
 
 class Counter:
-    """An energy counter of `read` in fractions of a joule, so many `per_joule`. It wraps at a `limit`, 0 if never."""
+    """An energy counter with `per_joule` units per joule. It wraps at `limit`; 0 if it never does."""
 
     def __init__(self, read: Callable[[], int], per_joule: float, limit: int = 0):
         self._read, self._per_joule, self._limit = read, per_joule, limit
@@ -73,7 +73,7 @@ class EnergyMeter:
     """The energy of one start of a run, summed over all processes.
 
     A process reads its GPU; the first process of a machine also reads the processors. A kind that some process cannot
-    read is left out of the sum. A counter that fails later ends the measurement, and the run goes on.
+    read is left out of the sum. A counter that fails later ends the measurement, and the run continues.
     """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path):

@@ -136,8 +136,7 @@ class RunSummary:
             return batch, int(stages[-1].last) * batch if budget is None else None, budget
         except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
             raise UserError(
-                f"{self.run_dir}/recipe.yaml is not the recipe that the run began with, it is damaged ({error!r}); "
-                "copy the one of a checkpoint there"
+                f"{self.run_dir}/recipe.yaml is damaged ({error!r}); copy the one of a checkpoint there"
             ) from error
 
     @cached_property

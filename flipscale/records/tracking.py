@@ -47,7 +47,7 @@ def open_trackers(accelerator: Accelerator, run_dir: Path, config: Mapping[str, 
     from accelerate.tracking import TensorBoardTracker, on_main_process
 
     class OneFolder(TensorBoardTracker):
-        """TensorBoard's tracker with the recipe beside the metrics; accelerate's makes two more folders a start."""
+        """TensorBoard's tracker with the recipe next to the metrics; accelerate's makes two more folders a start."""
 
         @on_main_process
         def store_init_configuration(self, values: dict[str, Any]) -> None:

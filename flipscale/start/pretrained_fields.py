@@ -95,7 +95,7 @@ def _vocabulary_of(init_from: str, run_dir: Path, fetches: bool) -> dict[str, An
     text, decoder = content.get("text_config"), content.get("decoder_config")
     if isinstance(text, dict) and "vocab_size" in text:
         return {"vocab_size": text["vocab_size"]}
-    if not text and isinstance(decoder, dict) and "vocab_size" in decoder:  # a captioner, perhaps with a row of its own
+    if not text and isinstance(decoder, dict) and "vocab_size" in decoder:  # a captioner, perhaps with its own row
         return {"vocab_size": decoder["vocab_size"] - (decoder.get("mask_token_id") is not None)}
     return {}
 

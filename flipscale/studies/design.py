@@ -1,7 +1,7 @@
 """A study: a base recipe, axes that change it, the combinations to train, and its folder.
 
 The folder has `study.yaml`, and a recipe `runs/NAME.yaml`, a run directory `runs/NAME/` and output `runs/NAME.log` for
-each run. The report is written beside them.
+each run. The report is written next to them.
 """
 
 import copy
@@ -126,7 +126,7 @@ class Study:
         for levels, seed in planned:
             name = self.label(levels) + seed_suffix(seed)
             if name in runs:
-                raise UserError(f"two runs are called {name}; give each level a name of its own, and each seed once")
+                raise UserError(f"two runs are called {name}; give each level its own name, and each seed once")
             runs[name] = levels, seed
         return runs
 
@@ -206,7 +206,7 @@ def change(content: dict[str, Any], changes: Mapping[str, Any], where: str) -> N
             has = f"the fields are {', '.join(place)}" if isinstance(place, dict) else f"it ends at {place!r:.40}"
             if place is content["stages"]:
                 has = f"the stages are {', '.join(str(stage['name']) for stage in place)}"
-            raise UserError(f"{where}: {path} is no field of the recipe; {has}") from None
+            raise UserError(f"{where}: {path} is not a field of the recipe; {has}") from None
         if not parents and isinstance(old, dict):
             raise UserError(f"{where}: {path} is a whole section of the recipe; change its fields, as {path}.NAME")
         # Whole powers of ten are floats in YAML. Copied, because a later change may be inside the value.

@@ -39,7 +39,7 @@ class StudyRun:
         return Path(self.recipe.output_dir)
 
     def beside(self, extension: str) -> Path:
-        """Return the path of the recipe or the log beside the run directory, with the run's name."""
+        """Return the path of the recipe or the log next to the run directory, with the run's name."""
         return self.run_dir.parent / f"{self.name}.{extension}"
 
     @property
@@ -73,7 +73,7 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
 
 
 def write_recipes(runs: Sequence[StudyRun], mark: Path, content: str) -> None:
-    """Write the file that marks the common folder of runs, then the recipe of each run beside its directory. Raise
+    """Write the file that marks the common folder of runs, then the recipe of each run next to its directory. Raise
     UserError if an earlier recipe of a run differs in what is learned."""
     for run in runs:
         saved = run.beside("yaml")
@@ -146,7 +146,7 @@ def train_runs(
             for _, process in running.values():
                 process.wait()
     if received:
-        words = f"flipscale: error: {received[0].name}: the runs have saved and stopped; the same command goes on"
+        words = f"flipscale: error: {received[0].name}: the runs have saved and stopped; the same command resumes"
         print(words, file=sys.stderr)
         sys.exit(128 + received[0])
     if stopped:
@@ -175,7 +175,7 @@ def _signals(running: Mapping[str, tuple[StudyRun, "subprocess.Popen[bytes]"]]) 
                 return
             for _, process in running.values():
                 process.kill()
-            os.write(2, b"flipscale: error: ended before all runs have saved; the same command goes on\n")
+            os.write(2, b"flipscale: error: ended before all runs have saved; the same command resumes\n")
             os._exit(128 + number)
         received.append(signal.Signals(number))
         first_at = time.monotonic()

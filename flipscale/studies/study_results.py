@@ -166,7 +166,7 @@ def _laws_of(configurations: Configurations, name: str, words: str, output_dir: 
     kept = {label: one for label, one in configurations.items() if one.results(name)}
     results = [[*one.results(name).values()] for one in kept.values()]
     if any(result.unit != "%" or not result.higher_is_better for own in results for result in own):
-        return "It is no percentage of right answers, so no law of its error is fitted."
+        return "It is not a percentage of right answers, so no law of its error is fitted."
     error = np.array([100 - np.mean([result.value for result in own]) for own in results])
     fields = ("compute", "parameters", "samples", "pairs")
     spent = {field: np.array([one.spent(field, name) for one in kept.values()]) for field in fields}

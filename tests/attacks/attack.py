@@ -65,7 +65,7 @@ class Attack:
         during: function called once with the folder and the process numbers, as soon as the processes have started.
         world: number of processes, as under torchrun.
         environment: additional environment variables.
-        alone: whether the command needs a process of its own in any case.
+        alone: whether the command needs its own process in any case.
         megabytes: largest memory of its own processes beyond that of the imported trainer. Shared memory counts once.
         long: whether `make test` leaves it out.
     """

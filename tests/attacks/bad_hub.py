@@ -1,4 +1,4 @@
-"""A server in the Hub's place, with faulty answers. Each way of answering has a server of its own.
+"""A server in the Hub's place, with faulty answers. Each way of answering has its own server.
 
 A way changes the right replies to requests for the model `org/name`.
 """

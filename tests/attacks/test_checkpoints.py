@@ -130,7 +130,7 @@ def went_on_from(folder: Path, ended: Ended, step: int, *set_aside: str) -> None
 
 
 def set_aside(name: str, damage: Change, *why: str, world: int = 1) -> Attack:
-    """A newest checkpoint that is not whole: the run goes on from the one before, to the same losses."""
+    """A newest checkpoint that is not whole: the run continues from the one before, to the same losses."""
     says = ("bad-step-00000008", "step-00000004", *why)
     return Attack(name, after(damage), 0, says, went_on_from(4, "step-00000008"), world=world)
 

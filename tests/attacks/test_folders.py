@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def row(name: str, spoil: Change, check: Callable[[Path, Ended], None], *flags: str) -> Attack:
-    """Four images with captions beside them, in a folder that `spoil` changes."""
+    """Four images with captions next to them, in a folder that `spoil` changes."""
     return survived(name, beside(spoil, *flags), check=check)
 
 
@@ -72,7 +72,7 @@ def dotted(folder: Path) -> None:
 
 
 def classes(folder: Path) -> None:
-    """Folders of classes with odd names, and a link beside them."""
+    """Folders of classes with odd names, and a link next to them."""
     without_captions(folder)
     for number, name in enumerate((b"a class", "\u202e\u05d0 \u0007".encode(), b"caf\xe9", b"c")):
         place = os.fsencode(folder) + b"/" + name

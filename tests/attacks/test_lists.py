@@ -82,7 +82,7 @@ def spoil_group(content: bytes) -> bytes:
 
 
 def shards_again(folder: Path, ended: Ended) -> None:
-    """Assert that the same command goes on after a failure, and that no shard looks whole."""
+    """Assert that the same command resumes after a failure, and that no shard looks whole."""
     assert "same command" in ended.stderr
     assert not list((folder / "out").glob("*.tar"))
 

@@ -1,4 +1,4 @@
-"""Attacks by a model folder: its configuration, weights, tokenizer, and the files beside them."""
+"""Attacks by a model folder: its configuration, weights, tokenizer, and the files next to them."""
 
 import json
 import shutil

@@ -177,7 +177,7 @@ SAMPLES = [
     text("captions that are one text", "json", b'{"captions": "a red bar"}', learns="a red bar"),
     text("captions of nothing", "json", b'{"captions": [null]}', NO_CAPTION),
     text("captions that are numbers", "json", b'{"captions": [1, 2]}', BAD_CAPTION, "int"),
-    text("a caption that is no number", "json", b'{"caption": NaN}', BAD_CAPTION, "float"),
+    text("a caption that is not a number", "json", b'{"caption": NaN}', BAD_CAPTION, "float"),
     text("a caption that is an object", "json", b'{"caption": {"en": "a red bar"}}', BAD_CAPTION, "dict"),
     text("a caption that is true", "json", b'{"caption": true}', BAD_CAPTION, "bool"),
     text("a JSON that is a list", "json", b'["a red bar"]', BAD_CAPTION, "list"),

@@ -95,7 +95,7 @@ def sparse(shard: Path, size: int) -> None:
 
 
 def strange(data: Path) -> None:
-    """Put a folder, a FIFO, a socket and links to nowhere beside the shards."""
+    """Put a folder, a FIFO, a socket and links to nowhere next to the shards."""
     (data / "a.tar").mkdir()
     os.mkfifo(data / "b.tar")
     unix_socket(data / "c.tar")
@@ -168,7 +168,7 @@ def billion(path: Path) -> None:
 
 
 def in_place_of(name: str, make: Change) -> Make:
-    """A run on indexed shards with something else in the place of a file beside them."""
+    """A run on indexed shards with something else in the place of a file next to them."""
 
     def spoil(data: Path) -> None:
         TarSource(str(data))

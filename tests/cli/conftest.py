@@ -91,7 +91,7 @@ def train_on_own_pictures(folder: Path, recipe: dict) -> None:
 
 
 def write_pictures(folder: Path) -> None:
-    """An album with a text beside each picture, photos with a table of captions, and folders of pets by class."""
+    """An album with a text next to each picture, photos with a table of captions, and folders of pets by class."""
     rng = np.random.default_rng(0)
     (folder / "album").mkdir()
     for number, (colour, shape) in enumerate(10 * list(itertools.product(COLOURS, SHAPES))):

@@ -37,7 +37,7 @@ def proposed(data: Survey, minutes: float, num_gpus: int, tokenizer: Path, **val
 
 @pytest.fixture
 def init(shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs `flipscale init` in a folder of its own and returns the recipe's file."""
+    """Runs `flipscale init` in its own folder and returns the recipe's file."""
     monkeypatch.chdir(tmp_path)
 
     def init(*options: str) -> Path:

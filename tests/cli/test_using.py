@@ -128,7 +128,7 @@ def test_every_snippet_is_run() -> None:
 
 
 def test_embedding_files(in_site: Path) -> None:
-    """Batches make no difference, and a file that is no picture is named."""
+    """Batches make no difference, and a file that is not a picture is named."""
     model, processor = (kind.from_pretrained(in_site / "runs/demo/model") for kind in (FlipModel, FlipProcessor))
     files = sorted((in_site / "photos").iterdir())
     by_three = image_embeds(model, processor, files, batch_size=3)

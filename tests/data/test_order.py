@@ -79,7 +79,7 @@ def orders(lanes: int) -> Iterator[tuple[Source, DataRecipe]]:
 
 @pytest.mark.parametrize(("lanes", "world_size"), [(1, 3), (64, 1), (64, 256)])
 def test_the_same_batches_at_any_world_size_with_any_workers_and_from_any_step(lanes: int, world_size: int) -> None:
-    """Every worker of every process has an order of its own, and starts at a step of its own."""
+    """Every worker of every process has an order of its own, and starts at its own step."""
     for source, recipe in orders(lanes):
         first, last = 5, 13  # an epoch of the shards ends in step 7
         whole = np.stack(order_of(source, 4, recipe).locate(np.arange(first * BATCH, last * BATCH)))

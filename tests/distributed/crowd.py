@@ -129,7 +129,7 @@ def train_unscaled(file: str) -> None:
 
 def train_compiled(file: str) -> None:
     """Train with blocks compiled into graphs, but not to machine code, because that takes a minute. The number of
-    graphs is written beside the recipe. Blocks take the forms of GPUs."""
+    graphs is written next to the recipe. Blocks take the forms of GPUs."""
     import torch
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -113,7 +113,7 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
 
 @pytest.mark.long
 def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path) -> None:
-    """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""
+    """Two stages, micro-batches, recomputation, and evaluations whose last batch has its own size."""
     changes = {
         "data": {"micro_batch_size": 4},
         "eval": {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "every_samples": 80, "batch_size": 7},

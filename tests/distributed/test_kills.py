@@ -1,4 +1,4 @@
-"""kill -9 of a process at any instant: the run goes on from its last whole checkpoint to the same numbers.
+"""kill -9 of a process at any instant: the run continues from its last whole checkpoint to the same numbers.
 
 Every start draws its engine, its number of processes, whom to kill and when.
 """

@@ -177,7 +177,7 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no/such.json does not exist in .*" + tmp_path.name):
         launch_of({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"})
-    assert read_launch_file(FOLDER / "zero3.yaml").engine == "zero3", "the JSON lies beside the launch file"
+    assert read_launch_file(FOLDER / "zero3.yaml").engine == "zero3", "the JSON lies next to the launch file"
     with pytest.raises(ValueError, match="cannot be read"):
         read_launch_file(tmp_path / "none.yaml")
 

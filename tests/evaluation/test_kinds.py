@@ -98,7 +98,7 @@ def test_any_label_right(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, r"real.json has no list"),
-        ("[[1], ", r"real.json is no JSON"),
+        ("[[1], ", r"real.json is not JSON"),
         ("[[1]]", r"has 1 lists; .* 2 images"),
         ("[[1], 2]", r"real.json has 2 for image 1; .* below 16"),
         ('[["1"], [2]]', r"real.json has \['1'\] for image 0"),

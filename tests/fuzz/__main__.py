@@ -13,7 +13,7 @@ from fuzz import fuzzing
 
 
 def fuzz(target: str, seconds: int, seed: int, findings: Path) -> tuple[str, int, str]:
-    """Run one target in a process of its own. Return its name, exit code and what libFuzzer printed."""
+    """Run one target in its own process. Return its name, exit code and what libFuzzer printed."""
     options = [f"-max_total_time={seconds}", f"-seed={seed}"]
     command = [sys.executable, "-m", "fuzz", target, "--one", *options, "--findings", str(findings)]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

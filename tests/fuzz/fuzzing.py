@@ -34,7 +34,7 @@ def run(target: str, options: Sequence[str], findings: Path) -> NoReturn:
 
     folder, corpus = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
     # Python code that is imported here tells libFuzzer which of its branches an input took. Some is imported by the
-    # first input only, which is no part of that input's time.
+    # first input only, which is not a part of that input's time.
     with atheris.instrument_imports(include=["flipscale", "fuzz"], enable_loader_override=False):
         module = importlib.import_module(f"fuzz.{target}")
         seeds = module.seeds()

@@ -1,4 +1,4 @@
-"""The bytes of a launch file of accelerate's, and of the DeepSpeed file beside it."""
+"""The bytes of a launch file of accelerate's, and of the DeepSpeed file next to it."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -26,7 +26,7 @@ def hub() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def hub_environment(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
-    """What a command of its own process needs to talk to `hub`, logged in."""
+    """What a command in its own process needs to talk to `hub`, logged in."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HUB_DISABLE_XET": "1",

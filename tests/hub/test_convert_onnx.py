@@ -46,7 +46,7 @@ def test_equal_embeddings(
     folder, dst = save(logit_bias=-10.0 if text else None, **text), tmp_path / "onnx"
     cli.main(["convert", "onnx", str(folder), str(dst)])
     assert "torchvision" not in capsys.readouterr().err + caplog.text
-    assert (dst / "image_model.onnx.data").exists() == bool(text), "larger models have their weights beside them"
+    assert (dst / "image_model.onnx.data").exists() == bool(text), "larger models have their weights next to them"
     inputs = FlipProcessor.from_pretrained(dst)(
         text=["a red disc", "the blue", "a", "grey"],
         images=list(np.zeros((4, 40, 50, 3), np.uint8)),

@@ -186,7 +186,7 @@ def test_an_older_model_is_replaced_whole(tokenizer: PreTrainedTokenizerBase, tm
     with pytest.raises(ValueError, match=r"model holds notes\.txt"):
         export_model(model, None, out)
     (out / "notes.txt").unlink()
-    with pytest.raises(ValueError, match="exists and is no model folder of flipscale"):
+    with pytest.raises(ValueError, match="exists and is not a model folder of flipscale"):
         export_model(model, None, tmp_path)
     before = (out / "model.safetensors").read_bytes()
     model.config.note = object()  # cannot be written as JSON

@@ -172,7 +172,7 @@ def test_a_run_starts_without_the_hub(
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
     open_target(recipe, resumes=True)
     assert [line.split("; ")[-1] for line in caplog.messages] == [
-        "the run goes on and will push its next checkpoint"
+        "the run continues and will push its next checkpoint"
     ] * 2
     monkeypatch.setenv("RANK", "1")
     hub.requests.clear()

@@ -78,7 +78,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "large").write_bytes(b"12345")
     for name, fault in {
-        "pipe": "pipe is no regular file",
+        "pipe": "pipe is not a regular file",
         "loop": "loop is missing",
         "absent": "absent is missing",
         ".": "no regular file",

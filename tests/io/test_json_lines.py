@@ -63,5 +63,5 @@ def test_lines_that_are_no_records_are_skipped_and_counted_once(
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"a.jsonl is no plain file"):
+    with pytest.raises(ValueError, match=r"a.jsonl is not a plain file"):
         json_lines.read(tmp_path / "a.jsonl")

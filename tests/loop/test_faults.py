@@ -1,4 +1,4 @@
-"""A loss that is not finite, a corrupt sample, a full disk: the run goes on, or stops with one clear sentence."""
+"""A loss that is not finite, a corrupt sample, a full disk: the run continues, or stops with one clear sentence."""
 
 import json
 import os
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(write_recipe, tmp_path: Pa
 
 
 def train_on_a_node(file: str, folder: str) -> None:
-    """Train in the folder of this process, as on a node of its own."""
+    """Train in the folder of this process, as on its own node."""
     os.chdir(f"{folder}/{os.environ['RANK']}")
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 

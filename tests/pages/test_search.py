@@ -188,7 +188,7 @@ def test_bad_input_is_one_line(
         ([model, tmp_path / "empty", "red"], "empty has no pictures; expected files named .avif"),
         ([model, tmp_path / "none", "red"], "none is not a folder; name a folder of pictures, or shards"),
         ([model, tmp_path / "damaged", "red"], "none of the 1 pictures can be read, the first: a.png: "),
-        ([model, pictures, "none/3.PNG"], "the query none/3.PNG is no file"),
+        ([model, pictures, "none/3.PNG"], "the query none/3.PNG is not a file"),
         ([model, pictures, pictures / "grey/3.png"], "3.png cannot be read as a picture"),
         ([model, pictures, "red", "--dims", "1000"], "dims is 1000, and the embeddings of "),
         ([model, pictures, "red", "--out", tmp_path], "name a file that ends in .html"),

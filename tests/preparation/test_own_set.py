@@ -46,7 +46,7 @@ def rows(by_class: Path) -> list[dict[str, str]]:
 
 
 def as_folder(by_class: Path, folder: Path, captions: bool) -> Path:
-    """The pictures in one folder, with or without a text beside each."""
+    """The pictures in one folder, with or without a text next to each."""
     folder.mkdir()
     for number, row in enumerate(rows(by_class)):
         shutil.copy(by_class / row["file_name"], folder / f"{number}.png")
@@ -258,7 +258,7 @@ def test_a_name_that_is_no_path_is_not_looked_for(
         assert f"{name} does not exist; name a folder, a table (.csv" in refused("prepare", "shards", name, "out")
     for name in ("pairs.xlsx", "pairs.ods", "pairs"):
         (tmp_path / name).write_bytes(b"PK")
-        assert f"{name} is no list that flipscale reads; name a folder" in refused("prepare", "shards", name, "out")
+        assert f"{name} is not a list that flipscale reads; name a folder" in refused("prepare", "shards", name, "out")
     assert "pairs.xls does not exist; name" in refused("prepare", "shards", "pairs.xls", "out")
     asked: list[str] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: asked.append(name) or int("x"))

@@ -29,7 +29,7 @@ def encoded(height: int, width: int, kind: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards: wide and high JPEGs, a large PNG, small images, one that is no image, and other files."""
+    """Three shards: wide and high JPEGs, a large PNG, small images, one that is not an image, and other files."""
     folder = tmp_path_factory.mktemp("made") / "shards"
     folder.mkdir()
     for shard in range(3):

@@ -47,7 +47,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(tmp_path: Path) -
 
 
 def step_watch(folder: str) -> tuple[StepWatch, Clock]:
-    """A watch of one process with a limit of a second of its own clock."""
+    """A watch of one process with a limit of a second by its own clock."""
     watchdog.time = clock = Clock()
     return StepWatch(SimpleNamespace(is_main_process=True, process_index=0), Path(folder), hang_seconds=1), clock
 

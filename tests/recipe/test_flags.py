@@ -175,7 +175,7 @@ def test_the_refusal_of_a_changed_rate_names_a_command_that_works(short: Path, r
     assert vocabulary("mine_2") == vocabulary("mine") == 12
     # Weights of another shape cannot be trained on.
     assert "--model.init_from" not in refused(*changed, "--model.text_config.hidden_size", "64")
-    # The run goes on without its start weights, with the vocabulary that it recorded.
+    # The run continues without its start weights, with the vocabulary that it recorded.
     shutil.rmtree("mine")
     shutil.rmtree("mine_2/model")
     Path("mine_2/DONE").unlink()

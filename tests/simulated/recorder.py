@@ -256,7 +256,7 @@ class Recorder(OnDevice):
             if before not in stream.seen and other.group != ranks
         ]
         self.collectives.append(one)
-        # A message that nobody waits for yet runs on a stream of its own; others, on the current one.
+        # A message that nobody waits for yet runs on its own stream; others, on the current one.
         self._sent = stream.record_event()
         self._sent.seen |= {number}
         if not _is_async(func, args, kwargs):

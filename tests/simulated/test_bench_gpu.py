@@ -28,7 +28,7 @@ from flipscale.cli import main
 
 @pytest.fixture(scope="module")
 def small(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of the tests with one stage, and nvidia-smi beside it."""
+    """The recipe of the tests with one stage, and nvidia-smi next to it."""
     folder = tmp_path_factory.mktemp("node")
     write_nvidia_smi(folder)
     file = folder / "small.yaml"

@@ -160,7 +160,7 @@ def test_an_adapter_only_where_it_fits(
     run_dir = trainings.run("ddp", 1, **fields)
     assert "leave --interpolate and --dtype out" in refused("export", run_dir, "--adapter", "--dtype", "bf16")
     (tmp_path / "mine").mkdir()
-    assert "exists and is no adapter" in refused("export", run_dir, "--adapter", "--out", tmp_path / "mine")
+    assert "exists and is not an adapter" in refused("export", run_dir, "--adapter", "--out", tmp_path / "mine")
     main(["export", str(run_dir), "--adapter", "--out", str(tmp_path / "mine/adapter")])
     (tmp_path / "mine/adapter/notes.txt").write_text("mine")
     said = refused("export", run_dir, "--adapter", "--out", tmp_path / "mine/adapter")

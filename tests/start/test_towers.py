@@ -234,7 +234,7 @@ def test_a_dinov3_is_trained_under_masks(
     ("flags", "expected"),
     [
         (["--model.vision", "{tmp}/none"], "there is no folder '.*none'"),
-        (["--model.vision", "{tmp}/bert"], "model.vision '.*bert' is of the type 'bert', which is no plain ViT"),
+        (["--model.vision", "{tmp}/bert"], "model.vision '.*bert' is of the type 'bert', which is not a plain ViT"),
         (["--model.text_config.caption_tokens", "21"], "caption_tokens is 21.*has 20"),
         (["--model.text_config.hidden_dropout", "0"], "model.text_config.hidden_dropout .*hidden_dropout_prob"),
         (["--model.text_config.auto_map", "{}"], "model.text_config.auto_map"),

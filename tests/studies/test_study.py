@@ -147,8 +147,8 @@ def test_from_plan_to_report(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"axes": {"m": {"x": {"stages.7.samples": 64}}}}, "stages.7.samples is no field of the recipe"),
-        ({"axes": {"m": {"x": {"modle": 1}}}}, "axes.m.x: modle is no field of the recipe"),
+        ({"axes": {"m": {"x": {"stages.7.samples": 64}}}}, "stages.7.samples is not a field of the recipe"),
+        ({"axes": {"m": {"x": {"modle": 1}}}}, "axes.m.x: modle is not a field of the recipe"),
         ({"axes": {"m": {"x": {"data.crop_scale": [2, 1]}}}}, "run x-seed0: data.crop_scale"),
         ({"changes": {"output_dir": "x"}}, "changes: output_dir is the study's own"),
         ({"axes": {"m": {"x": {"optim.lr": 1}}, "n": {"x": {"optim.lr": 2}}}}, "two runs are called x-seed0"),
@@ -186,7 +186,7 @@ def test_time_budgets_and_names_of_stages(study_file: Callable[..., Path], base:
 
 
 def test_errors_of_a_folder(study_file: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert "none.yaml is no plain file" in refused("study", "plan", tmp_path / "none.yaml")
+    assert "none.yaml is not a plain file" in refused("study", "plan", tmp_path / "none.yaml")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis").touch()

@@ -54,7 +54,7 @@ def test_effects_beyond_imagenet(table8: list[Arm]) -> None:
     assert found["data: 2B"]["flickr_text_r1"].mean > 0 > found["model: h14"]["flickr_text_r1"].mean
     assert rounded(found, "model: h14", "nocaps") > 3 * rounded(found, "data: 2B", "nocaps")
     assert rounded(found, "model: h14", "vqa") > 0 == rounded(found, "data: 2B", "vqa")
-    assert "coco_captions" not in found["data: 2B"]  # CIDEr is no percentage
+    assert "coco_captions" not in found["data: 2B"]  # CIDEr is not a percentage
 
 
 def test_intervals_over_seeds() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Rows are read at random from shards_per_block shards of this size.
 _ROWS_PER_SHARD = 10_000
 _OUTLINED = 64  # rows whose images are compared
-# Errors of a path that is no file. Other errors may pass.
+# Errors of a path that is not a file. Other errors may pass.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _BYTES = ("binary", "large_binary")
 _TEXTS = ("string", "large_string", "string_view", "null")

@@ -316,14 +316,14 @@ class RemoteShardList(ShardList):
     """The shards at a URL: a range such as `{00000..00041}.tar`, a glob, or a folder.
 
     The content of a URL must not change. New shards are seen after `flipscale prepare index` has rewritten the
-    manifest. A manifest beside the shards is fetched. Without it, one process of each node makes a manifest in the
-    cache, from the indices beside the shards or else from the shards.
+    manifest. A manifest next to the shards is fetched. Without it, one process of each node makes a manifest in the
+    cache, from the indices next to the shards or else from the shards.
     """
 
     def __init__(self, shards: str, cache: ShardCache):
         self.shards, self.cache = without_secrets(shards), cache
         url, mark, query = shards.partition("?")
-        # A query that names a shard is no signature.
+        # A query that names a shard is not a signature.
         if url.startswith("http") and (url.endswith(".tar") or not re.search(r"[{*]|\.tar", query)):
             shards, cache.query = url, mark + query
         self.folder, self.pattern = split_shards(
@@ -381,7 +381,7 @@ class RemoteShardList(ShardList):
         return None
 
     def index(self, name: str, size: int | None = None) -> ShardIndex:
-        """Return the index of a shard of `size` bytes, if known: from the cache, from beside the shard, or built."""
+        """Return the index of a shard of `size` bytes, if known: from the cache, from next to the shard, or built."""
         url, path = self.path(name), self.index_path(name)
         index = _read_copy(path, size)
         if index is None:
@@ -417,7 +417,7 @@ class RemoteShardList(ShardList):
         return self.cache.folder / f"{key}-{version}.manifest"
 
     def _published(self) -> Manifest | None:
-        """Return the manifest beside the shards, fetched if it changed; None if there is none."""
+        """Return the manifest next to the shards, fetched if it changed; None if there is none."""
         try:
             path = self._local(_version(self.url))
             manifest = self._read_cached(path)
@@ -491,7 +491,7 @@ class RemoteTarSource(TarSource):
             self._prefetch.start()
 
     def publish(self) -> None:
-        """Write the manifest and the missing indices beside the shards, for other machines."""
+        """Write the manifest and the missing indices next to the shards, for other machines."""
         url = self.list.url
         try:
             for name in self.manifest.names:

@@ -1,4 +1,4 @@
-"""Reading a tar shard, and its index: the places of each sample's files, 24 bytes a sample, in a file beside the shard.
+"""Reading a tar shard, and its index: the places of each sample's files, 24 bytes a sample, in a file next to it.
 
 `SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: offset and size of the image, the caption and the label. An
 offset counts tar blocks of 512 bytes (0 for no file), a size counts bytes. The high bit of a caption's size marks a

@@ -133,7 +133,7 @@ class TarSource(Source):
 
     def _json_beside(self, shard: int, where: Places) -> bytes | None:
         """Return the JSON file directly after one of a sample's files, or before them. An index has no place for it
-        beside a text file."""
+        next to a text file."""
         present = [place for place in (where.image, where.caption, where.class_number, where.array) if place]
         with self._naming_shard(shard):
             file, start = self._opened(shard), min(present).offset - BLOCK
@@ -165,7 +165,7 @@ class TarSource(Source):
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
         """Return the array in `KEY.npy` of a sample, without reading its image; None if the index lists no array. Raise
-        UserError if the file is no array of numbers, or cut short. Pickled objects are not read."""
+        UserError if the file is not an array of numbers, or cut short. Pickled objects are not read."""
         stored = self._read(shard, None, places(self._row(shard, number)).array)[1]
         if stored is None:
             return None

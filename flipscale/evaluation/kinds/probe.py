@@ -107,7 +107,7 @@ class LabelledSets(NamedTuple):
             raise UserError(f"{train} has {len(names)} class; a probe needs 2 or more")
         for one in sets:
             if not len(one):
-                raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls beside each image")
+                raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls next to each image")
             if (theirs := one.class_names()) != names:
                 own, other = next(pair for pair in zip_longest(names, theirs) if pair[0] != pair[1])
                 raise UserError(

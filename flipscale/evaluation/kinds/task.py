@@ -75,11 +75,11 @@ class Task(ABC):
         return []
 
     def other_sets(self) -> list[TestSet]:
-        """Return the sets that the results depend on beside the test set, such as training images."""
+        """Return the sets that the results depend on besides the test set, such as training images."""
         return []
 
     def contents(self) -> list[Any]:
-        """Return JSON values that the results depend on beside shards, class names, prompts and options."""
+        """Return JSON values that the results depend on besides shards, class names, prompts and options."""
         return []
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:

@@ -90,7 +90,7 @@ class ZeroShot(PromptedTask, LabelledTask):
 
     Args:
         metric: the headline; `roc_auc` (two classes) is computed only if named.
-        labels: a JSON file beside the class names with a list of class numbers for each image in shard order, such as
+        labels: a JSON file next to the class names with a list of class numbers for each image in shard order, such as
             ImageNet-ReaL's. It replaces `KEY.cls`, and the only result is `any_label`: the share of labelled images
             whose nearest class is one of their labels.
     """

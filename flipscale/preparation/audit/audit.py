@@ -299,7 +299,7 @@ def audit(
 
     Images are decoded once, and likely copies a second time. The audit keeps 17 bytes of each image and 28 of each
     caption; the search for near duplicates takes 30 more of each image. Raise UserError if a package is missing, there
-    is no sample or no caption, or `out_dir` cannot be written.
+    is not a sample or no caption, or `out_dir` cannot be written.
 
     Args:
         tokenizer: tokenizer that counts tokens, named as in a recipe.

@@ -152,7 +152,7 @@ def test_a_damaged_manifest(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manifest goes to the user's cache; one that is beside the shards already is read there."""
+    """The manifest goes to the user's cache; one that is next to the shards already is read there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tiny(tmp_path / "data", 2)
     access = os.access

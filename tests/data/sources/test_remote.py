@@ -36,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def bucket(shards: Path) -> Iterator[str]:
-    """The shards in a bucket of an S3 server, the index of the last one beside it."""
+    """The shards in a bucket of an S3 server, the index of the last one next to it."""
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -157,7 +157,7 @@ def test_a_node_fetches_its_lanes_shards_only(tokenizer_dir: Path, tmp_path: Pat
     with web(tmp_path / "served", breaks=0) as (url, asked):
         recipe = recipe_of(f"{url}/{{00000..00047}}.tar", tmp_path / "cache", lanes=8)
         source = open_source(recipe)
-        asked.clear()  # without indices beside them, each was fetched once
+        asked.clear()  # without indices next to them, each was fetched once
         shutil.rmtree(tmp_path / "cache")
         (tmp_path / "cache").mkdir()
         data = pair_dataset(source, tokenizer_dir, lanes=8, shards_per_block=1, num_workers=2)

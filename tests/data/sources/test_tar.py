@@ -1,4 +1,4 @@
-"""Random access to shards through the index beside them."""
+"""Random access to shards through the index next to them."""
 
 import os
 import pickle
