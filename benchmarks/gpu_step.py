@@ -28,7 +28,7 @@ from flipscale.checks.node import Bench, CheckError, Finding, NotRun, Row
 from flipscale.checks.report import as_json, findings_block, run_checks, write_report
 from flipscale.checks.steps import ALONE_VARIABLES, WARM_UP, Loop, engine_variables, first_stage, operations
 from flipscale.checks.timing import over_starts, timed_steps
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.engines.optimizers import build_optimizers, set_learning_rate
 from flipscale.evaluation.presentation.figures import COLOURS, can_draw, drawing_pyplot, save_figure, tidy
 from flipscale.io.atomic import write_text
@@ -36,7 +36,7 @@ from flipscale.io.command_line import parse_command
 from flipscale.io.errors import UserError
 from flipscale.io.options import Pairs
 from flipscale.model import FlipConfig
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.process.console import report_user_errors
 from flipscale.process.watchdog import end_process
 from flipscale.recipe.optim import OptimRecipe

@@ -28,7 +28,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.race_open_clip import RECIPES, RunFolder, mean_rank, plain, watch
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.evaluation.presentation.curves import estimate
 from flipscale.evaluation.results import Result, read_results
 from flipscale.hub.loading import open_embedder

@@ -43,7 +43,7 @@ import yaml
 
 from flipscale import cli
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.engines.device import is_faster_in_bf16
 from flipscale.engines.launch import PRECISION
 from flipscale.evaluation.embedding import Embedder

@@ -21,7 +21,7 @@ from flipscale.cli import main as flipscale
 from flipscale.evaluation.foreign_models import load_open_clip
 from flipscale.io.json_lines import read
 from flipscale.loop.inputs import TrainingSetup
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.pretrain import pretrain
 from flipscale.recipe.schedule import Clock
 from flipscale.start.complete_recipe import parse_recipe

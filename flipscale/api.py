@@ -91,7 +91,7 @@ def evaluate(model: str | Path, tasks: Sequence[str | dict[str, Any]]) -> list[R
         tasks: names of tasks' pages or their fields, as `eval.tasks` of a recipe.
     """
     from flipscale.cli.evaluate import name_models
-    from flipscale.engines.build import start_accelerator
+    from flipscale.engines.build_engine import start_accelerator
     from flipscale.evaluation.model_results import evaluate_model
     from flipscale.hub.loading import open_embedder
 
@@ -119,7 +119,7 @@ def explain(model: "str | Path | Embedder", image: str | Path, text: str) -> "np
     Raises:
         UserError: the model has no texts or no embeddings of patches, or the file is not a picture.
     """
-    from flipscale.engines.build import start_accelerator
+    from flipscale.engines.build_engine import start_accelerator
     from flipscale.evaluation.explain import heat_map
     from flipscale.hub.loading import open_embedder
 

@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.intervals import Z95, Estimate, clustered_share
 from flipscale.hub.loading import open_embedder

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from flipscale.data.decode import decode_processed
 from flipscale.data.samples import SampleNumbers
 from flipscale.data.sources.tar import TarSource
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.explain import patch_embeds
 from flipscale.evaluation.intervals import wilson

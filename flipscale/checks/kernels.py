@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_att
 from flipscale.checks.machine import own_device
 from flipscale.checks.node import OFF, Bench, Row
 from flipscale.checks.timing import timed_steps
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.engines.device import attention_kernel, wait_for
 from flipscale.engines.optimizers import encoder_blocks, num_trained
 from flipscale.model.patches import num_kept
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.objectives.contrastive import contrastive_loss, triton_serves
 from flipscale.planning.memory import trained_model
 from flipscale.start.complete_recipe import parse_recipe

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flipscale.engines.build import engine_class
+from flipscale.engines.build_engine import engine_class
 from flipscale.engines.launch import Launch
 from flipscale.hub.card import read_audit
 from flipscale.hub.push import target_of

@@ -16,7 +16,7 @@ from flipscale.checks.machine import contexts
 from flipscale.checks.node import OFF, Bench, CheckError, Finding, Row
 from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.data.loader import PackedBatch, on_device
-from flipscale.engines.build import engine_class, start_accelerator
+from flipscale.engines.build_engine import engine_class, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.engines.launch import launch_environment, launch_of
@@ -24,7 +24,7 @@ from flipscale.engines.launch_files import FOLDER
 from flipscale.loop.inputs import Session
 from flipscale.loop.step import forward_backward
 from flipscale.loop.sync import StepSync
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
 from flipscale.planning.time import Hardware, host_calls, speed_key, step_time

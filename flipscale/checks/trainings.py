@@ -28,7 +28,7 @@ from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import load_tokenizer, train_sentencepiece
 from flipscale.io import json_lines
 from flipscale.io.cores import usable_cores, workers_of
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.recipe.outputs import EvalRecipe, LogRecipe, SaveRecipe
 from flipscale.recipe.recipe import to_yaml
 

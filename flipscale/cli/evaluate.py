@@ -110,7 +110,7 @@ class Evaluate:
         # busy cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
         set_defaults(OMP_WAIT_POLICY="passive")
         models = name_models(self.models, self.output_dir)  # before the slow imports
-        from flipscale.engines.build import start_accelerator
+        from flipscale.engines.build_engine import start_accelerator
         from flipscale.evaluation import masked_images
         from flipscale.evaluation.decontaminated import with_clean_tasks
         from flipscale.evaluation.embedding import agreed

@@ -83,7 +83,7 @@ class Init:
 
         from flipscale.data.sources.opening import open_source
         from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
-        from flipscale.objectives.build import build_config
+        from flipscale.objectives.build_objective import build_config
         from flipscale.planning.proposal import LEAST_PAIRS, propose, survey
         from flipscale.preparation.lists import source_of
         from flipscale.process.console import start_logging

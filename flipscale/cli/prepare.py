@@ -342,7 +342,7 @@ class Embed:
     def run(self) -> None:
         set_defaults(OMP_WAIT_POLICY="passive")  # see `flipscale.cli.evaluate`
         from flipscale.data.features import TeacherCrops
-        from flipscale.engines.build import start_accelerator
+        from flipscale.engines.build_engine import start_accelerator
         from flipscale.hub.loading import open_embedder
         from flipscale.preparation.feature_writer import precompute_features
 

@@ -41,10 +41,10 @@ class Search:
         from flipscale.pages.pictures import open_pictures
 
         pictures = open_pictures(self.pictures)
-        from flipscale.engines.build import start_accelerator
+        from flipscale.engines.build_engine import start_accelerator
         from flipscale.evaluation.model_results import data_name
         from flipscale.hub.loading import open_embedder
-        from flipscale.pages.search import as_lines, embedded_pictures, searches, with_maps, write_search_page
+        from flipscale.pages.search_page import as_lines, embedded_pictures, searches, with_maps, write_search_page
 
         accelerator = start_accelerator([], ".")
         if not accelerator.is_main_process:

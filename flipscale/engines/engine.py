@@ -2,8 +2,8 @@
 
 Its layout knows the elements of weights, moments and averages that a process holds, saves and loads.
 
-The launch chooses the engine (`flipscale.engines.build.engine_classes`). All engines learn the same numbers from the
-same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
+The launch chooses the engine (`flipscale.engines.build_engine.engine_classes`). All engines learn the same numbers from
+the same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
 """
 
 from bisect import bisect_left, bisect_right

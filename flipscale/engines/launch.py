@@ -73,7 +73,7 @@ class Launch:
     """The engine, processes and precision of a run.
 
     Args:
-        engine: name in `flipscale.engines.build.engine_classes`.
+        engine: name in `flipscale.engines.build_engine.engine_classes`.
         num_processes: number of processes of the run.
         precision: precision of matrix products, in accelerate's words; `no` is fp32. The rest is fp32 with either.
         shard_size: number of neighbouring processes that share one copy of the weights under `fsdp2`; None for all.

@@ -36,7 +36,7 @@ from flipscale.io.streams import without_bars
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
 from flipscale.model.configuration_flip import embedded_towers
 from flipscale.model.families import family_of
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.recipe.recipe import Recipe
 from flipscale.start.complete_recipe import parse_recipe
 

@@ -14,7 +14,7 @@ from flipscale.data.batches import BatchDataset
 from flipscale.data.columns.column import Column
 from flipscale.data.columns.pixels import image_columns
 from flipscale.data.columns.stored import StoredFeatures
-from flipscale.data.columns.teachers import TeacherEmbeds
+from flipscale.data.columns.teacher_embeds import TeacherEmbeds
 from flipscale.data.columns.tokens import Tokens
 from flipscale.io.options import Copies
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel

@@ -38,7 +38,7 @@ from flipscale.evaluation.whole_images import whole_square
 from flipscale.io.atomic import write_text
 from flipscale.model import FlipPreTrainedModel
 from flipscale.model.modeling_flip import normalise_embeds
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.pages.page import Picture, drawing, listed, rendered, shortened, thumbnail
 from flipscale.pages.pictures import ShardPictures, embed_pictures
 from flipscale.process.console import only_describes

@@ -15,7 +15,7 @@ from flipscale.io.command_line import parse_known, reader_of
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Positive, ShareAboveZero
 from flipscale.io.text_table import hours_text, plain_table, rounded
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.planning.budget import with_time_shares
 from flipscale.planning.memory import (
     GPUS_OF_A_NODE,

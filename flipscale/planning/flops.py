@@ -15,7 +15,7 @@ from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.trainable import add_lora, freeze
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import num_kept
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.recipe.optim import LoraRecipe, StageRecipe

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from flipscale.data.features import read_about
 from flipscale.data.loader import BATCHES_OF_A_WORKER, BATCHES_ON_DEVICE, PINNED_BATCHES, pairs_of_a_process
-from flipscale.engines.build import engine_class, engine_classes
+from flipscale.engines.build_engine import engine_class, engine_classes
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
@@ -30,7 +30,7 @@ from flipscale.engines.optimizers import encoder_blocks, muon_buffer_bytes, num_
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import BlockLayerNorm, as_on_gpu
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.objectives.contrastive import exchange_bytes, tile_bytes
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import PLAIN, StepShape, example_batch, pair_flops, pair_step

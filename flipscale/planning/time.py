@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.data.loader import pairs_of_a_process
-from flipscale.engines.build import engine_class
+from flipscale.engines.build_engine import engine_class
 from flipscale.engines.device import GPUS
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
@@ -19,7 +19,7 @@ from flipscale.engines.optimizers import encoder_blocks, muon_matrices, num_trai
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.cores import workers_of
 from flipscale.io.errors import UserError
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.planning.flops import stage_flops
 from flipscale.planning.memory import GPUS_OF_A_NODE, trained_model
 from flipscale.recipe.optim import StageRecipe

@@ -29,8 +29,8 @@ def _read(name: str, kind: type) -> yaml.Node:
     """Return a recipe, merged into the recipe that it extends.
 
     `extends: icons.yaml` names a file in the recipe's folder or a recipe of the package. Mappings are merged field by
-    field; lists and other values replace those of the extended recipe. Raise UserError if a file is missing, no recipe, or
-    extends itself.
+    field; lists and other values replace those of the extended recipe. Raise UserError if a file is missing, no recipe,
+    or extends itself.
 
     Args:
         name: file, or name of a recipe of the package.

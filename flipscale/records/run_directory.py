@@ -27,7 +27,7 @@ from flipscale.io.atomic import write_text
 from flipscale.io.paths import check_disk_space
 from flipscale.io.surroundings import known, own_commit, versions
 from flipscale.io.urls import without_secrets
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.process.preemption import STOP_FILE
 from flipscale.recipe.recipe import Recipe, to_yaml
 from flipscale.records.run_summary import RunSummary

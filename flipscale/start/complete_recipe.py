@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from flipscale.data.masks import IMAGE_MASKS, TEXT_MASKS, check_kind
 from flipscale.evaluation.suite import planned_tasks
-from flipscale.objectives.build import with_options
+from flipscale.objectives.build_objective import with_options
 from flipscale.recipe.recipe import Recipe, parse_fields
 from flipscale.start.pretrained_fields import with_vocabulary
 

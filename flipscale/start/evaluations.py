@@ -16,7 +16,7 @@ from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.loop.between_steps import Evaluation
 from flipscale.loop.inputs import Session, TrainingSetup
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.process.slow_steps import StepWatch
 from flipscale.process.world import place_in_world
 from flipscale.recipe.recipe import Recipe

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flipscale.data.loader import prepare_workers
-from flipscale.engines.build import build_engine, start_accelerator
+from flipscale.engines.build_engine import build_engine, start_accelerator
 from flipscale.engines.checkpoint import CheckpointReader, Contents, from_main_process, latest_valid
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
@@ -22,7 +22,7 @@ from flipscale.io.digests import CorruptFile
 from flipscale.io.errors import UserError
 from flipscale.io.options import changed_fields
 from flipscale.loop.inputs import Session, TrainingSetup
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.process.lock import FolderLock
 from flipscale.process.watchdog import Watchdog
 from flipscale.process.world import gather_objects, place_in_world

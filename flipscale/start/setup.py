@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.augment import Augment
+from flipscale.data.image_augmentation import Augment
 from flipscale.data.loader import StepSampler, check_shared_memory
 from flipscale.data.pairs import InputShape, check_kinds, check_masks
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, model_tokenizer
-from flipscale.engines.build import engine_class
+from flipscale.engines.build_engine import engine_class
 from flipscale.engines.device import can_compile
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import layer_scales
 from flipscale.engines.trainable import add_lora, freeze
 from flipscale.io.errors import UserError
 from flipscale.loop.inputs import TrainingSetup, dropout
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.process.world import place_in_world
 from flipscale.recipe.recipe import Recipe
 from flipscale.recipe.rules import check_rules

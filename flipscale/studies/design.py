@@ -25,7 +25,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.options import MinutesAboveZero, Seed, check_ranges, parser_message
 from flipscale.io.paths import check_writable
 from flipscale.io.yaml_text import read_yaml
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.planning.budget import with_time_shares
 from flipscale.recipe.flags import with_stage_number
 from flipscale.recipe.recipe import Recipe, to_yaml

@@ -26,7 +26,7 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Source
 from flipscale.data.sources.opening import open_shards, open_source
 from flipscale.data.sources.tar import TarSource, add_member
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.embedding import Embedder
@@ -47,7 +47,7 @@ from flipscale.io.text_table import plain_table
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.families import family_of
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, power_below, spread
 from flipscale.preparation.weighing import WeightOptions, make_weights
 from flipscale.recipe.data import DataRecipe, SourceRecipe

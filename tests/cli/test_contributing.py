@@ -18,13 +18,13 @@ from test_structure import ORDER
 from flipscale.cli import main
 from flipscale.data.batches import BatchDataset
 from flipscale.data.masks import IMAGE_MASKS, keep_patches
-from flipscale.engines import build
+from flipscale.engines import build_engine
 from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import KINDS as EVALUATIONS
 from flipscale.hub.loading import load_dual_encoder
-from flipscale.objectives.build import loss_kinds
+from flipscale.objectives.build_objective import loss_kinds
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"\n## How to add (?:a|an) ([^\n]+)\n(.*?)(?=\n## )", PAGE, re.DOTALL))
@@ -111,8 +111,8 @@ def test_an_engine(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    engines = {**build.engine_classes(), "ddp_bf16": example("engine", "CompressedDdpEngine")}
-    monkeypatch.setattr(build, "engine_classes", lambda: engines)
+    engines = {**build_engine.engine_classes(), "ddp_bf16": example("engine", "CompressedDdpEngine")}
+    monkeypatch.setattr(build_engine, "engine_classes", lambda: engines)
     (text,) = re.findall(r"```yaml\n(.*?)```", SECTIONS["engine"], re.DOTALL)
     (tmp_path / "ddp_bf16.yaml").write_text(text)
     assert read_launch_file(tmp_path / "ddp_bf16.yaml").engine == "ddp_bf16"

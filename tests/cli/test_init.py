@@ -20,7 +20,7 @@ from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.suite import planned_tasks
 from flipscale.hub.convert_open_clip import open_clip_config
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.planning.proposal import FEW_CLASSES, MOST_REPEATED, Proposal, Survey, propose, survey
 from flipscale.recipe.data import DataRecipe, SourceRecipe
 from flipscale.recipe.schedule import schedule_stages

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flipscale.cli import main
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.recipe.augment import AugmentRecipe
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import differences, parse_fields, to_yaml

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flipscale.data.augment import Augment
 from flipscale.data.batches import BatchDataset
+from flipscale.data.image_augmentation import Augment
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.opening import open_source
 from flipscale.objectives.classify import Classify

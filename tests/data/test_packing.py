@@ -12,7 +12,7 @@ from flipscale.data.captions import MAX_ROW_COUNTS, pack_captions
 from flipscale.engines.first_weights import compile_blocks
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.families import config_class
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.pretrain import pretrain
 from flipscale.start.complete_recipe import parse_recipe
 

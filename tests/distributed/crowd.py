@@ -109,7 +109,7 @@ def train_unscaled(file: str) -> None:
     """Train with a loss `unscaled` that leaves `logit_scale` out, and with `images_only` the text tower too."""
     from dataclasses import dataclass
 
-    from flipscale.objectives.build import loss_kinds
+    from flipscale.objectives.build_objective import loss_kinds
     from flipscale.objectives.contrastive import Contrastive
 
     @dataclass(frozen=True, kw_only=True)

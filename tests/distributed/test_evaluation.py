@@ -30,7 +30,7 @@ SIZES = [30, 20, 1, 48]  # 99 images: in batches of seven, two and three process
 
 
 def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
-    from flipscale.engines.build import start_accelerator
+    from flipscale.engines.build_engine import start_accelerator
 
     torch.manual_seed(0)
     config = FlipConfig(**TOWERS, projection_dim=16)
@@ -96,7 +96,7 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
 
 def write(folder: str, out: str) -> None:
     """Write the results of a captioner."""
-    from flipscale.engines.build import start_accelerator
+    from flipscale.engines.build_engine import start_accelerator
 
     embedder = tiny_writer(start_accelerator([], "."), batch_size=7)
     listed = [{"kind": "captioning", "data": folder, "num_beams": 2}, {"kind": "likelihood", "data": folder}]

@@ -327,7 +327,7 @@ def write_timeout(folder: str) -> None:
     """Join two processes as a training does, and write how long a collective waits."""
     import torch.distributed as dist
 
-    from flipscale.engines.build import start_accelerator
+    from flipscale.engines.build_engine import start_accelerator
 
     start_accelerator([], folder, is_watched=True)
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))

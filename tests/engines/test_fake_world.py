@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipscale.engines import checkpoint
-from flipscale.engines.build import engine_class
+from flipscale.engines.build_engine import engine_class
 from flipscale.engines.checkpoint import CheckpointReader, part_of
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine, Layout

@@ -13,7 +13,7 @@ from accelerate.commands.config import cluster
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from flipscale.engines.build import build_engine, engine_class, engine_classes, start_accelerator
+from flipscale.engines.build_engine import build_engine, engine_class, engine_classes, start_accelerator
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.launch import (
     PRECISION,

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.recipe.files import RECIPES
 from flipscale.recipe.recipe import to_yaml
 from flipscale.recipe.schedule import schedule_stages

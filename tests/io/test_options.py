@@ -10,7 +10,7 @@ import pytest
 
 from flipscale.evaluation import suite as tasks
 from flipscale.io.options import Count, Positive, Range, Share, ShareBelowOne, check_ranges
-from flipscale.objectives.build import loss_kinds
+from flipscale.objectives.build_objective import loss_kinds
 from flipscale.recipe.recipe import Recipe
 
 

@@ -25,7 +25,7 @@ from flipscale.hub.loading import load_dual_encoder, load_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 from flipscale.model.modeling_flip_caption import caption_inputs
 from flipscale.model.patches import take_patches
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective

@@ -14,7 +14,7 @@ from conftest import TOWER, metrics
 from flipscale.cli import main
 from flipscale.engines.optimizers import build_optimizers
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
-from flipscale.objectives.build import build_objective, loss_kinds, with_options
+from flipscale.objectives.build_objective import build_objective, loss_kinds, with_options
 from flipscale.objectives.contrastive import Contrastive, PairLoss, contrastive_loss
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.reconstruction import WithReconstruction

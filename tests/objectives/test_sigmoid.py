@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.objectives.build import build_objective
+from flipscale.objectives.build_objective import build_objective
 from flipscale.objectives.sigmoid import sigmoid_loss
 from flipscale.recipe.loss import LossRecipe
 from flipscale.recipe.recipe import Recipe

@@ -25,7 +25,7 @@ from flipscale.evaluation.embedding import Embedder, text_embeds
 from flipscale.hub.export import build_processor
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.pages.page import rendered
-from flipscale.pages.search import text_tower
+from flipscale.pages.search_page import text_tower
 
 TOWER = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 TRICKY = (

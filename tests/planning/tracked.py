@@ -23,14 +23,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from flipscale.data.loader import BATCHES_ON_DEVICE
 from flipscale.engines import first_weights
-from flipscale.engines.build import build_engine
+from flipscale.engines.build_engine import build_engine
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.launch import Launch
 from flipscale.loop.step import forward_backward
 from flipscale.model.modeling_flip import as_on_gpu
 from flipscale.objectives import contrastive
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import MemoryPlan, cast_norms_as_cuda_does, heaviest_step, recipe_memory
 from flipscale.recipe.recipe import Recipe

@@ -16,7 +16,7 @@ from conftest import write_shards
 from simulated.recorder import Recorder
 from simulated.world import fake_processes
 
-from flipscale.engines.build import start_accelerator
+from flipscale.engines.build_engine import start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
 from flipscale.engines.launch import Launch, launch_environment, read_launch_file
 from flipscale.loop.inputs import Session

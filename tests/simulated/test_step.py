@@ -20,7 +20,7 @@ from torch import nn
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import read_launch_file
-from flipscale.objectives.build import build_config
+from flipscale.objectives.build_objective import build_config
 from flipscale.planning.time import host_calls
 from flipscale.recipe.schedule import schedule_stages
 from flipscale.start.complete_recipe import parse_recipe

@@ -25,7 +25,7 @@ from simulated.recorder import Collective, Recorder, Work, resizing
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.data.loader import PackedBatch
-from flipscale.engines.build import build_engine, start_accelerator
+from flipscale.engines.build_engine import build_engine, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
@@ -33,7 +33,7 @@ from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.loop.step import forward_backward
 from flipscale.loop.sync import StepSync
 from flipscale.objectives import contrastive
-from flipscale.objectives.build import build_config, build_objective
+from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.objectives.objective import Objective
 from flipscale.planning.flops import example_batch
 from flipscale.planning.memory import micro_batch

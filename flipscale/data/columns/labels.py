@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from flipscale.data.augment import draw_mix
 from flipscale.data.columns.column import Candidate, Column
+from flipscale.data.image_augmentation import draw_mix
 from flipscale.data.samples import BadSample, Sample, Source
 from flipscale.io.errors import UserError
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from flipscale.data.augment import Augment, draw_colors, recolored
 from flipscale.data.batch_inputs import BatchInputs
 from flipscale.data.columns.column import Candidate, Column
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
+from flipscale.data.image_augmentation import Augment, draw_colors, recolored
 from flipscale.data.masks import branch_scales, keyed_patches, removed_patches
 from flipscale.data.randomness import keyed_uniform
 

@@ -18,9 +18,9 @@ from PIL import Image
 from flipscale import cli
 from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.model import FlipModel, FlipProcessor
-from flipscale.pages import search as search_page
+from flipscale.pages import search_page
 from flipscale.pages.page import shortened
-from flipscale.pages.search import MOST_BYTES
+from flipscale.pages.search_page import MOST_BYTES
 
 
 @pytest.fixture

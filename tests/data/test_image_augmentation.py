@@ -9,9 +9,9 @@ import pytest
 import torch
 from data.conftest import crops_of, pair_dataset
 
-from flipscale.data.augment import Augment, draw_colors, recolored
 from flipscale.data.batches import BatchDataset
 from flipscale.data.decode import visible_patches
+from flipscale.data.image_augmentation import Augment, draw_colors, recolored
 from flipscale.data.masks import keyed_patches, removed_patches
 from flipscale.data.pairs import InputShape
 from flipscale.data.randomness import keyed_uniform
