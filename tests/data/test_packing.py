@@ -146,7 +146,9 @@ def test_a_run_learns_the_same(run: Callable[..., Path]) -> None:
     padded = run("padded")
     for name, flags in (("packed", []), ("micro", ["--data.micro_batch_size", "4"])):
         packed = run(name, "--data.pack_captions", "true", *flags)
-        assert losses(packed) == pytest.approx(losses(padded), abs=1e-6)
+        assert losses(packed)[0] == pytest.approx(losses(padded)[0], abs=1e-6)
+        # Sums of another order round differently, and each step passes on the difference and adds its own.
+        assert losses(packed) == pytest.approx(losses(padded), abs=1e-6 * len(losses(padded)))
 
 
 @pytest.mark.parametrize(

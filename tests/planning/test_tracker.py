@@ -5,7 +5,7 @@ import pytest
 from planning.tracked import cell
 
 FEW_LAYERS = ["--model.vision_config", "{num_hidden_layers: 4}", "--model.text_config", "{num_hidden_layers: 4}"]
-MASKED = "[{name: masked, samples: 65536, mask_ratio: 0.5}]"
+MASKED = "[{name: masked, samples: 65536, mask_ratio: 0.5, base_lr: 1.0e-4}]"
 RECONSTRUCTION = ["--loss.reconstruction_weight", "0.5", "--stages", MASKED]
 
 
