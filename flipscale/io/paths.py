@@ -21,7 +21,7 @@ def quoted(place: str | Path) -> str:
 def check_plain(path: Path) -> None:
     """Raise UserError unless `path` is a plain file or nothing. A pipe blocks its reader; a device never ends."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a plain file'}; move it away")
 
 
 def check_png_path(path: Path, flag: str) -> None:

@@ -20,7 +20,7 @@ _SURPRISE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 def read_yaml(file: Path) -> yaml.Node | None:
     """Return the content of a YAML file; None if it is empty. Raise UserError if it is not YAML, or as `check_yaml`."""
     if not file.is_file():
-        what = "a folder" if file.is_dir() else "no plain file"
+        what = "a folder" if file.is_dir() else "not a plain file"
         raise UserError(f"{file} is {what}; name a YAML file")
     size = file.stat().st_size
     if size > MAX_BYTES:

@@ -95,7 +95,7 @@ def test_embeddings_equal_open_clips(
         ("average", {"vision_cfg": {**VISION, "pool_type": "avg"}}, "images"),
         ("scaled", {"vision_cfg": {**VISION, "ls_init_value": 0.1}}, "ls_1.gamma"),
         ("seeing_all", {"text_cfg": {**TEXT, "no_causal_mask": True}}, "texts"),
-        ("convolutions", {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32}}, "no ViT"),
+        ("convolutions", {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32}}, "not a ViT"),
     ],
 )
 def test_other_towers_are_refused(

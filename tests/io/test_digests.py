@@ -81,7 +81,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         "pipe": "pipe is not a regular file",
         "loop": "loop is missing",
         "absent": "absent is missing",
-        ".": "no regular file",
+        ".": "not a regular file",
         "large/under": "under is missing",
         "large": "large has 5 bytes; expected at most 4",
     }.items():

@@ -60,7 +60,7 @@ _TAR_ERRORS = (tarfile.TarError, ValueError, IndexError, OverflowError, Recursio
 
 
 class NotAFile(OSError):
-    """A path leads to no plain file."""
+    """A path does not lead to a plain file."""
 
 
 class Damaged(Exception):
