@@ -216,8 +216,7 @@ def collectives(recipe: str, batch_size: int, folder: str) -> Iterator[Row]:
         call = functools.partial(calls[kind], whole, whole[: len(whole) // world].clone())
         seconds = seconds_of(call, device, 10)
         bus = (2 if kind == "all_reduce" else 1) * whole.nbytes * (world - 1) / world / seconds
-        yield {"name": name, "bytes": whole.nbytes, "seconds": seconds, "bus_bytes_per_s": bus,
-               "is_large": name in ("all_reduce gradients", "all_gather a block")}  # fmt: skip
+        yield {"name": name, "bytes": whole.nbytes, "seconds": seconds, "bus_bytes_per_s": bus}
 
 
 def check_collectives(bench: Bench) -> None:

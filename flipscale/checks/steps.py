@@ -18,7 +18,7 @@ from flipscale.checks.timing import over_starts, timed_steps
 from flipscale.data.loader import PackedBatch, on_device
 from flipscale.engines.build_engine import engine_class, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
-from flipscale.engines.device import peak_flops, peak_memory_bytes
+from flipscale.engines.device import GPUS, peak_flops, peak_memory_bytes
 from flipscale.engines.launch import launch_environment, launch_of
 from flipscale.engines.launch_files import FOLDER
 from flipscale.loop.inputs import Session
@@ -27,7 +27,7 @@ from flipscale.loop.sync import StepSync
 from flipscale.objectives.build_objective import build_config, build_objective
 from flipscale.planning.flops import example_batch, pair_flops
 from flipscale.planning.memory import micro_batch, recipe_memory
-from flipscale.planning.time import Hardware, host_calls, speed_key, step_time
+from flipscale.planning.time import Hardware, host_calls, speed_key, step_time, usual_share
 from flipscale.process.preemption import StopRequest
 from flipscale.process.slow_steps import StepWatch
 from flipscale.process.watchdog import end_process
@@ -198,9 +198,9 @@ def plans(rows: Sequence[Row], figures: Row) -> Iterator[Row]:
         launch = launch_of(row["variables"])
         recipe = first_stage(row["recipe"], row["pairs"] * launch.num_processes, row["compiled"], row["recomputes"])
         speed = figures["step_flops_per_s"].get(speed_key(recipe))
-        share = {"matmul_share": speed / Hardware().peak} if speed else {}
+        share = speed / Hardware().peak if speed else usual_share(recipe, GPUS["H100"])
         # The batches are made up, so no loader is waited for.
-        hardware = replace(Hardware().measured(figures), images_per_worker_s=1e12, **share)
+        hardware = replace(Hardware().measured(figures), images_per_worker_s=1e12, matmul_share=share)
         memory = recipe_memory(recipe, launch)
         planned = step_time(recipe, launch, recipe.stages[0], hardware)
         yield {"bytes": memory.total - memory.nccl, "seconds": planned.seconds}
@@ -296,10 +296,11 @@ def planning_figures(bench: Bench) -> Row:
     alone = [row for row in bench.figures.get("steps", []) if row["engine"] == ALONE]
     kept = [row for row in alone if "peak_bytes" in row and not row["recomputes"]]
     keys = [speed_key(first_stage(row["recipe"], row["pairs"], row["compiled"])) for row in kept]
-    buses = [row["bus_bytes_per_s"] / 1e9 for row in bench.figures.get("collectives", []) if row["is_large"]]
+    # The largest message shows the links; smaller ones show latency too, which the plan adds itself.
+    largest = max(bench.figures.get("collectives", []), key=lambda row: row["bytes"], default=None)
     return {
         "step_flops_per_s": {key: row["flops"] / row["seconds"] for key, row in zip(keys, kept, strict=True)},
         "call_s": min((row["seconds"] / row["calls"] for row in alone if "calls" in row), default=None),
-        "node_gb_s": min(buses, default=None),
+        "node_gb_s": largest and largest["bus_bytes_per_s"] / 1e9,
         "images_per_worker_s": bench.figures.get("loader", {}).get("images_per_worker_s"),
     }

@@ -320,14 +320,14 @@ def _length(args: Init, proposal: "Proposal", data: "Survey", minutes: float) ->
 
     from flipscale.engines.device import GPUS, gpu_named
     from flipscale.planning.measured_speed import measured_rates
-    from flipscale.planning.time import hardware_of, step_time
+    from flipscale.planning.time import UnknownHardware, planned_hardware, step_time
 
     if args.gpu:
         name = gpu_named(args.gpu)
         recipe, launch = proposal.fit(args.num_gpus, GPUS[name].gib)
         try:
-            hardware = hardware_of(name, args.num_gpus)
-        except UserError as unknown:
+            hardware = planned_hardware(recipe, name, args.num_gpus, "", None, None)
+        except UnknownHardware as unknown:
             return minutes, f"{minutes / 60:g} hours of training; {unknown}"
         how = f"as computed for {args.num_gpus} {name} (docs/planning.md)"
         rates = [proposal.batch_size / step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]

@@ -23,7 +23,8 @@ class Gpu(NamedTuple):
     """A GPU by its maker's data sheet. The smallest and slowest card of a name counts.
 
     Args:
-        teraflops: dense bf16 peak, in Tflop/s.
+        teraflops: dense bf16 peak, in Tflop/s. TF32 has half of it.
+        fp32_teraflops: fp32 peak outside of tensor cores, in Tflop/s.
         gib: memory in GiB.
         memory_gb_s: bandwidth of the memory in GB/s.
         processors: number of multiprocessors.
@@ -31,6 +32,7 @@ class Gpu(NamedTuple):
     """
 
     teraflops: float
+    fp32_teraflops: float
     gib: int
     memory_gb_s: float
     processors: int
@@ -41,23 +43,46 @@ class Gpu(NamedTuple):
 # By words of the device's name. The longest entry whose words all match counts. From the makers' data sheets and papers
 # on GeForce, without sparsity. docs/planning.md has the sources of the links.
 GPUS: dict[str, Gpu] = {
-    **{"H100": Gpu(989, 80, 3350, 132, 350, 46), "H100 PCIe": Gpu(756, 80, 2000, 114)},
-    **{"H100 NVL": Gpu(835, 94, 3900, 132), "H200": Gpu(989, 141, 4800, 132, 350, 46)},
-    **{"H200 NVL": Gpu(835, 141, 4800, 132), "GH200": Gpu(989, 96, 4000, 132), "B200": Gpu(2250, 180, 7700, 148)},
-    **{"MI300X": Gpu(1307, 192, 5300, 304), "A100": Gpu(312, 40, 1555, 108, 220)},
-    **{"A100 80GB": Gpu(312, 80, 2039, 108, 220), "A100 PCIE": Gpu(312, 40, 1555, 108)},
-    **{"A100 80GB PCIe": Gpu(312, 80, 1935, 108), "A40": Gpu(149.7, 48, 696, 84), "A10": Gpu(125, 24, 600, 72)},
-    **{"A10G": Gpu(70, 24, 600, 80), "L40S": Gpu(362, 48, 864, 142), "L40": Gpu(181, 48, 864, 142)},
-    **{"L4": Gpu(121, 24, 300, 58), "RTX 6000 Ada": Gpu(364.2, 48, 960, 142), "RTX A6000": Gpu(154.8, 48, 768, 84)},
-    **{"RTX 5090": Gpu(209.5, 32, 1792, 170), "RTX 5080": Gpu(112.6, 16, 960, 84)},
-    **{"RTX 5070 Ti": Gpu(87.9, 16, 896, 70), "RTX 5070": Gpu(61.7, 12, 672, 48)},
-    **{"RTX 4090": Gpu(165.2, 24, 1008, 128), "RTX 4080 SUPER": Gpu(104.4, 16, 736, 80)},
-    **{"RTX 4080": Gpu(97.5, 16, 717, 76), "RTX 4070 Ti SUPER": Gpu(88.2, 16, 672, 66)},
-    **{"RTX 4070 Ti": Gpu(80.2, 12, 504, 60), "RTX 4070 SUPER": Gpu(71, 12, 504, 56)},
-    **{"RTX 4070": Gpu(58.3, 12, 504, 46), "RTX 4060 Ti": Gpu(44.1, 8, 288, 34), "RTX 4060": Gpu(30.2, 8, 272, 24)},
-    **{"RTX 3090 Ti": Gpu(80, 24, 1008, 84), "RTX 3090": Gpu(71, 24, 936, 82), "RTX 3080 Ti": Gpu(68.2, 12, 912, 80)},
-    **{"RTX 3080": Gpu(59.5, 10, 760, 68), "RTX 3070": Gpu(40.6, 8, 448, 46), "RTX 3060 Ti": Gpu(32.4, 8, 448, 38)},
-    **{"RTX 3060": Gpu(25.5, 12, 360, 28)},
+    "H100": Gpu(989, 67, 80, 3350, 132, 350, 46),
+    "H100 PCIe": Gpu(756, 51, 80, 2000, 114),
+    "H100 NVL": Gpu(835, 60, 94, 3900, 132),
+    "H200": Gpu(989, 67, 141, 4800, 132, 350, 46),
+    "H200 NVL": Gpu(835, 60, 141, 4800, 132),
+    "GH200": Gpu(989, 67, 96, 4000, 132),
+    "B200": Gpu(2250, 75, 180, 7700, 148),
+    "MI300X": Gpu(1307, 163.4, 192, 5300, 304),
+    "A100": Gpu(312, 19.5, 40, 1555, 108, 220),
+    "A100 80GB": Gpu(312, 19.5, 80, 2039, 108, 220),
+    "A100 PCIE": Gpu(312, 19.5, 40, 1555, 108),
+    "A100 80GB PCIe": Gpu(312, 19.5, 80, 1935, 108),
+    "A40": Gpu(149.7, 37.4, 48, 696, 84),
+    "A10": Gpu(125, 31.2, 24, 600, 72),
+    "A10G": Gpu(70, 31.2, 24, 600, 80),
+    "L40S": Gpu(362, 91.6, 48, 864, 142),
+    "L40": Gpu(181, 90.5, 48, 864, 142),
+    "L4": Gpu(121, 30.3, 24, 300, 58),
+    "RTX 6000 Ada": Gpu(364.2, 91.1, 48, 960, 142),
+    "RTX A6000": Gpu(154.8, 38.7, 48, 768, 84),
+    "RTX 5090": Gpu(209.5, 104.8, 32, 1792, 170),
+    "RTX 5080": Gpu(112.6, 56.3, 16, 960, 84),
+    "RTX 5070 Ti": Gpu(87.9, 44, 16, 896, 70),
+    "RTX 5070": Gpu(61.7, 30.9, 12, 672, 48),
+    "RTX 4090": Gpu(165.2, 82.6, 24, 1008, 128),
+    "RTX 4080 SUPER": Gpu(104.4, 52.2, 16, 736, 80),
+    "RTX 4080": Gpu(97.5, 48.8, 16, 717, 76),
+    "RTX 4070 Ti SUPER": Gpu(88.2, 44.1, 16, 672, 66),
+    "RTX 4070 Ti": Gpu(80.2, 40.1, 12, 504, 60),
+    "RTX 4070 SUPER": Gpu(71, 35.5, 12, 504, 56),
+    "RTX 4070": Gpu(58.3, 29.1, 12, 504, 46),
+    "RTX 4060 Ti": Gpu(44.1, 22.1, 8, 288, 34),
+    "RTX 4060": Gpu(30.2, 15.1, 8, 272, 24),
+    "RTX 3090 Ti": Gpu(80, 40, 24, 1008, 84),
+    "RTX 3090": Gpu(71, 35.5, 24, 936, 82),
+    "RTX 3080 Ti": Gpu(68.2, 34.1, 12, 912, 80),
+    "RTX 3080": Gpu(59.5, 29.8, 10, 760, 68),
+    "RTX 3070": Gpu(40.6, 20.3, 8, 448, 46),
+    "RTX 3060 Ti": Gpu(32.4, 16.2, 8, 448, 38),
+    "RTX 3060": Gpu(25.5, 12.8, 12, 360, 28),
 }
 
 

@@ -21,13 +21,14 @@ from flipscale.planning.memory import (
     GPUS_OF_A_NODE,
     USABLE,
     MemoryPlan,
+    checkpoint_bytes,
     fitting_changes,
     heaviest_step,
     host_bytes,
     planned_model,
     recipe_memory,
 )
-from flipscale.planning.time import Hardware, StepTime, bench_figures, hardware_of, matmul_share, speed_key, step_time
+from flipscale.planning.time import Hardware, StepTime, UnknownHardware, planned_hardware, step_time
 from flipscale.process.world import whole_number
 from flipscale.recipe.recipe import Recipe
 from flipscale.recipe.schedule import schedule_stages
@@ -38,6 +39,7 @@ _SAME_TIME = 1.02  # of two computed times
 _STEP_ROWS: dict[str, Callable[[StepTime], str]] = {
     "  step, ms": lambda step: f"{1e3 * step.seconds:,.1f}",
     "    computing": lambda step: f"{1e3 * step.compute:,.1f}",
+    "    the loss": lambda step: f"{1e3 * step.loss:,.1f}",
     "    awaiting messages": lambda step: f"{1e3 * step.exposed:,.1f}",
     "    updating weights": lambda step: f"{1e3 * step.optimizer:,.1f}",
     "  host, ms": lambda step: f"{1e3 * step.host:,.1f}",
@@ -67,7 +69,8 @@ class DryRun:
         launch_file: accelerate's launch files, such as ds_configs/fsdp2.yaml. Default: how this process was launched.
         num_processes: Number of processes instead of the launch file's. Several numbers, such as 8,64, show how the run
             scales.
-        matmul_share: Fraction of the peak that a step reaches on one GPU without communication. Default: 0.4.
+        matmul_share: Fraction of the peak that a step reaches on one GPU without communication. Default: by the width
+            of the image tower and the GPU's memory, such as 0.38 for H/14 on an H100.
         bench: The gpu.json of `flipscale bench gpu` on such GPUs, with speed, links, host and loaders. Replaces
             --matmul_share.
         gpu: The kind of GPU, such as h100 or rtx_4090. Default: this machine's GPU. Without a known one, only memory is
@@ -75,9 +78,10 @@ class DryRun:
         node_gb_s: GB/s per GPU within a node. Default: by the kind, such as 350 (NVLink of an H100).
         network_gb_s: GB/s per GPU between nodes. Default: by the kind, such as 46 (H100, a 400 Gb/s adapter per GPU).
         node_cores: Cores of a node.
-        images_per_worker_s: Images per second of a loader's worker. Default: 827, as measured by `python
-            benchmarks/data.py --alone`.
+        images_per_worker_s: Images per second of a loader's worker. Default: by the stage's image size, such as 897 at
+            224 px and 1,744 at 64 px (JPEGs of 500x400). `python benchmarks/data.py --alone` measures it.
         pair_kb: kB per pair in the shards.
+        storage_gb_s: GB/s that the storage gives to all nodes together. Default: no limit.
         gpu_memory_gib: Memory of a GPU. If no launch fits, the command fails and lists settings that would. Default:
             the memory of --gpu, or of this machine's GPU.
     """
@@ -93,6 +97,7 @@ class DryRun:
     node_cores: Positive = Hardware.node_cores
     images_per_worker_s: Positive | None = None
     pair_kb: Positive = Hardware.pair_kb
+    storage_gb_s: Positive | None = None
     gpu_memory_gib: Positive | None = None
 
 
@@ -124,7 +129,7 @@ def dry_run(arguments: Sequence[str], check: Callable[[Recipe, Launch], None]) -
         gpu = gpu_here(torch.device("cuda"))
         limit = limit or torch.cuda.get_device_properties(0).total_memory / 2**30
     hardware, unknown = _hardware(args, recipe, gpu, max(launch.num_processes for _, launch in launches))
-    heading = f"{_heading(recipe)}\n{unknown or _assumed(gpu, hardware)}"
+    heading = f"{_heading(recipe)}\n{_on_disk(recipe, hardware)}\n{unknown or _assumed(gpu, hardware)}"
     if whole_number(os.environ, "RANK", 0) > 0:
         return
     planned = [_planned(name, launch, recipe, hardware, not unknown) for name, launch in launches]
@@ -147,17 +152,20 @@ def dry_run(arguments: Sequence[str], check: Callable[[Recipe, Launch], None]) -
 
 
 def _hardware(args: DryRun, recipe: Recipe, gpu: str | None, count: int) -> tuple[Hardware, str]:
-    """Return the stated figures, else those of `--bench`, else those of the GPU, and why no time follows from them."""
-    peak, unknown = 1e12 * GPUS[gpu or "H100"].teraflops, ""
-    share = matmul_share("--matmul_share", args.matmul_share, args.bench, peak, speed_key(recipe))
-    figures = {} if args.bench is None else bench_figures(args.bench)
-    figures |= {name: getattr(args, name) or figures.get(name) for name in ("node_gb_s", "images_per_worker_s")}
+    """Return the planned hardware, and why no time follows from it."""
+    speeds = ("--matmul_share", args.matmul_share, args.bench)
     try:
-        hardware = hardware_of(gpu, count, figures["node_gb_s"], args.network_gb_s)
-    except UserError as error:
+        hardware, unknown = planned_hardware(recipe, gpu, count, *speeds, args.node_gb_s, args.network_gb_s), ""
+    except UnknownHardware as error:
         hardware, unknown = Hardware(), str(error)
-    hardware = replace(hardware, matmul_share=share, pair_kb=args.pair_kb, node_cores=round(args.node_cores))
-    return hardware.measured(figures), unknown
+    hardware = replace(
+        hardware,
+        images_per_worker_s=args.images_per_worker_s or hardware.images_per_worker_s,
+        node_cores=round(args.node_cores),
+        pair_kb=args.pair_kb,
+        storage_gb_s=args.storage_gb_s,
+    )
+    return hardware, unknown
 
 
 def _launches(args: DryRun) -> list[tuple[str, Launch]]:
@@ -209,13 +217,21 @@ def _heading(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _on_disk(recipe: Recipe, hardware: Hardware) -> str:
+    """Return the line on the space that checkpoints and shards take."""
+    size, count = checkpoint_bytes(recipe), recipe.save.total_limit
+    # An index has 24 bytes a sample.
+    shards = f"{hardware.pair_kb:g} GB of shards and 0.024 GB of indices for a million pairs"
+    return f"on disk: {size / 1e9:.2f} GB a checkpoint, at most {count} of them; {shards}"
+
+
 def _assumed(gpu: str | None, hardware: Hardware) -> str:
     links = hardware.links
     return (
         f"computed, for {gpu} at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, "
         + (f"{links.node_gb_s:g} GB/s a GPU within a node of {GPUS_OF_A_NODE}, " if links.node_gb_s else "")
         + (f"{links.network_gb_s:g} between nodes," if links.network_gb_s else "")
-        + f"\n{hardware.node_cores} cores a node, {hardware.images_per_worker_s:g} images/s a worker, "
+        + f"\n{hardware.node_cores} cores a node, {hardware.decoded(224):g} images/s a worker at 224 px, "
         f"{hardware.pair_kb:g} kB a pair"
     )
 

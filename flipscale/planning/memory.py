@@ -202,6 +202,15 @@ def _planned_model(config: str, kind: type[FlipPreTrainedModel], step: StepShape
     return model
 
 
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Return the bytes of a checkpoint of all processes: fp32 weights, moments, and any averages."""
+    model = trained_model(recipe)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    averages = 0 if recipe.optim.ema_decay is None else 1
+    moments = sum(count * sizes[name] for name, count in num_moments(model, recipe.optim).items())
+    return 4 * ((1 + averages) * sum(sizes.values()) + moments)
+
+
 def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
     """Return the fp32 bytes of the loss at its peak, and those kept for the backward pass.
 
@@ -227,11 +236,13 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> tuple[int, int]:
 
 
 def _nccl_bytes(launch: Launch, optimizer: str) -> int:
-    """Return the bytes of NCCL's communicators: one for all processes, and two more under HSDP. Only Muon of sharded
-    weights sends all-to-all, and so needs buffers for each neighbour."""
+    """Return the bytes of NCCL's communicators: one for all processes, two more under HSDP, and one of each node's
+    processes for Muon under ddp. Only Muon of sharded weights sends all-to-all, and so needs buffers for each
+    neighbour."""
     if launch.num_processes == 1:
         return 0
     communicators = 3 if launch.shard_size not in (None, launch.num_processes) else 1
+    communicators += optimizer == "muon" and launch.engine == "ddp" and launch.neighbours < launch.num_processes
     sends_to_each = optimizer == "muon" and launch.engine == "fsdp2"
     neighbours = min(launch.num_processes, GPUS_OF_A_NODE) - 1 if sends_to_each else 0
     return communicators * _COMMUNICATOR_BYTES + neighbours * _NEIGHBOUR_BYTES

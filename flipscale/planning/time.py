@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.build_engine import engine_class
-from flipscale.engines.device import GPUS
+from flipscale.engines.device import GPUS, Gpu
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_matrices, num_trained
@@ -26,8 +28,16 @@ from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
 from flipscale.start.setup import compiles
 
-# Default share of a GPU's peak.
-USUAL_SHARE = 0.4
+# Default share of an H100's bf16 peak by the width of the image tower, for 50 to 75 % masked images: wide products fill
+# a GPU better. Computed from the tiles of a layer's products on 132 processors, and not measured.
+_SHARES = {768: 0.28, 1024: 0.34, 1280: 0.38}
+# Share of the peak during the products alone. The rest of the time reads and writes the GPU's memory.
+_PRODUCT_SHARE = 0.65
+# Share of the fp32 peak that large products reach.
+_FP32_SHARE = 0.77
+# Images per second of a loader's worker by the side of the training image in pixels, measured on a Xeon: JPEGs of
+# 500x400, of which small sides are decoded at a half or a quarter (`benchmarks/data.py --alone`).
+_DECODED = {64: 1744.0, 128: 1365.0, 224: 897.0}
 # Bytes of DistributedDataParallel's buckets.
 _BUCKET = 25 * 2**20
 # Seconds of a ring's hop within a node and between nodes: the LL128 protocol in NCCL's model (src/graph/tuning.cc).
@@ -60,21 +70,29 @@ def speed_key(recipe: Recipe) -> str:
     return f"{recipe.model.size}{' compiled' * (recipe.model.compile is not False)}"
 
 
-def matmul_share(option: str, stated: float | None, bench: Path | None, peak: float, key: str = "") -> float:
-    """Return the reached share of the peak: stated, measured, or the usual share.
+def usual_share(recipe: Recipe, gpu: Gpu) -> float:
+    """Return the default share of a GPU's peak for the width of a recipe's image tower. A GPU with a slower memory for
+    its peak than an H100 reaches less."""
+    width, h100 = build_config(recipe).vision_config.hidden_size, GPUS["H100"]
+    share = float(np.interp(width, [*_SHARES], [*_SHARES.values()]))
+    in_memory = (1 / share - 1 / _PRODUCT_SHARE) * (h100.memory_gb_s / h100.teraflops) * gpu.teraflops / gpu.memory_gb_s
+    return round(1 / (1 / _PRODUCT_SHARE + in_memory), 2)
+
+
+def matmul_share(option: str, stated: float | None, bench: Path | None, gpu: Gpu, recipe: Recipe) -> float:
+    """Return the reached share of a GPU's peak: stated, measured, or the usual share.
 
     Args:
         option: name of the option for `stated`.
-        bench: file of `bench_figures`.
-        peak: operations per second of a GPU.
-        key: `speed_key`; for a step that was not measured, the mean of the others counts.
+        bench: file of `bench_figures`. For a step that was not measured, the mean of the others counts.
     """
+    peak = 1e12 * gpu.teraflops
     if bench is None:
-        return USUAL_SHARE if stated is None else stated
+        return usual_share(recipe, gpu) if stated is None else stated
     if stated is not None:
         raise UserError(f"{option} and --bench both give the share of a GPU's peak; leave one of them out")
     speeds = bench_figures(bench)["step_flops_per_s"]
-    flops = speeds.get(key) or sum(speeds.values()) / max(len(speeds), 1)
+    flops = speeds.get(speed_key(recipe)) or sum(speeds.values()) / max(len(speeds), 1)
     if not 0.0 < flops <= peak:
         raise UserError(
             f"--bench {bench} has {flops / 1e12:,.1f} Tflop/s, and the GPU's peak is {peak / 1e12:,.0f}; measure it on "
@@ -132,25 +150,35 @@ class Hardware:
     """GPUs, by default H100 SXM, their links and their loaders.
 
     Args:
-        peak: bf16 operations per second of a GPU.
-        memory_gb_s: GB/s that the optimiser reads and writes.
+        peak, fp32_peak: bf16 and fp32 operations per second of a GPU.
+        memory_gb_s: GB/s that the optimiser and the loss read and write.
         processors: multiprocessors of a GPU, which small matrix products do not fill.
         matmul_share: share of the peak that matrix products reach on a GPU alone.
         node_cores: cores of a node, as in the Slurm scripts; they decide the workers of a recipe that states none.
-        images_per_worker_s: images per second of a loader's worker; 827: docs/speed.md, JPEGs of 500x400.
+        images_per_worker_s: images per second of a loader's worker; by default those of JPEGs of 500x400.
         pair_kb: size of a pair on disk or network in kB.
+        storage_gb_s: GB/s that the storage gives to all nodes together; None if it is no limit.
         call_s: seconds in which the host queues a torch operation; an assumption.
     """
 
     links: Links = field(default_factory=Links)
     peak: float = 1e12 * GPUS["H100"].teraflops
+    fp32_peak: float = 1e12 * GPUS["H100"].fp32_teraflops
     memory_gb_s: float = GPUS["H100"].memory_gb_s
     processors: int = GPUS["H100"].processors
-    matmul_share: float = USUAL_SHARE
+    matmul_share: float = _SHARES[1280]
     node_cores: int = 96
-    images_per_worker_s: float = 827.0
+    images_per_worker_s: float | None = None
     pair_kb: float = 40.0
+    storage_gb_s: float | None = None
     call_s: float = 2.2e-6
+
+    def decoded(self, pixels: int) -> float:
+        """Return the images per second of a loader's worker for training images of `pixels` x `pixels`."""
+        if self.images_per_worker_s is not None:
+            return self.images_per_worker_s
+        rate = float(np.interp(pixels, [*_DECODED], [*_DECODED.values()]))
+        return rate * min(1.0, (max(_DECODED) / pixels) ** 2)
 
     def workers(self, recipe: Recipe, launch: Launch) -> int:
         stated = recipe.data.num_workers
@@ -163,13 +191,19 @@ class Hardware:
         return replace(self, links=replace(self.links, node_gb_s=node_gb_s), **own)
 
 
+class UnknownHardware(UserError):
+    """A GPU or its links are unknown, so no times can be computed."""
+
+
 def hardware_of(
     name: str | None, count: int, node_gb_s: float | None = None, network_gb_s: float | None = None
 ) -> Hardware:
-    """Return the hardware of a run on `count` GPUs, whose `name` is in `GPUS`, with the stated links. Raise UserError
-    if the GPU or its links are unknown."""
+    """Return the hardware of a run on `count` GPUs, whose `name` is in `GPUS`, with the stated links. Raise
+    UnknownHardware if the GPU or its links are unknown."""
     if name is None:
-        raise UserError("no times are computed, because the GPU is unknown; name it with --gpu, such as --gpu h100")
+        raise UnknownHardware(
+            "no times are computed, because the GPU is unknown; name it with --gpu, such as --gpu h100"
+        )
     gpu = GPUS[name]
     links = Links(node_gb_s or gpu.node_gb_s, network_gb_s or gpu.network_gb_s)
     for option, has_link, needed_above in (
@@ -177,11 +211,29 @@ def hardware_of(
         ("network_gb_s", links.network_gb_s, GPUS_OF_A_NODE),
     ):
         if count > needed_above and not has_link:
-            raise UserError(
+            raise UnknownHardware(
                 f"no times are computed, because the links of {count:,} {name} are unknown; "
-                f"`flipscale pretrain --dry_run` takes them as --{option}"
+                f"`flipscale plan` and `pretrain --dry_run` take them as --{option}"
             )
-    return Hardware(links, 1e12 * gpu.teraflops, gpu.memory_gb_s, gpu.processors)
+    return Hardware(links, 1e12 * gpu.teraflops, 1e12 * gpu.fp32_teraflops, gpu.memory_gb_s, gpu.processors)
+
+
+def planned_hardware(
+    recipe: Recipe,
+    gpu: str | None,
+    count: int,
+    option: str,
+    share: float | None,
+    bench: Path | None,
+    node_gb_s: float | None = None,
+    network_gb_s: float | None = None,
+) -> Hardware:
+    """Return the stated figures, else those of the file `bench`, else those of the GPU. Arguments and errors are those
+    of `matmul_share` and `hardware_of`."""
+    share = matmul_share(option, share, bench, GPUS[gpu or "H100"], recipe)
+    figures = {} if bench is None else bench_figures(bench)
+    figures["node_gb_s"] = node_gb_s or figures.get("node_gb_s")
+    return replace(hardware_of(gpu, count, figures["node_gb_s"], network_gb_s), matmul_share=share).measured(figures)
 
 
 @dataclass(frozen=True)
@@ -209,17 +261,19 @@ class StepTime:
 
     Args:
         pairs, batch: pairs of a process, and of the global batch.
-        compute, exposed: seconds of matrix products, and of messages that no computation hides.
+        compute, exposed: seconds of the model's matrix products, and of messages that no computation hides.
+        loss: seconds of the loss over the global batch.
         optimizer: seconds of reading and writing weights, gradients and moments.
         host: seconds in which the host queues the step's operations, beside the GPU's work.
-        seconds: the sum of the first three, or the loader's or the host's seconds if they are more.
-        mfu: useful operations as a share of the peak, without recomputation.
+        seconds: the sum of the first four, or the seconds of the loader, the storage or the host if they are more.
+        mfu: the model's useful operations as a share of the peak, without recomputation.
         workers, node_mb_s: loader workers that a node needs to keep up, and MB per second that it reads.
     """
 
     pairs: int
     batch: int
     compute: float
+    loss: float
     exposed: float
     optimizer: float
     host: float
@@ -253,13 +307,18 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / (1e9 * hardware.memory_gb_s)
     config, decodes = build_config(recipe), "images" not in recipe.data.stored
-    workers = hardware.workers(recipe, launch)
-    loader = pairs / (workers * hardware.images_per_worker_s) if workers and decodes else 0.0
+    workers, decoded = (
+        hardware.workers(recipe, launch),
+        hardware.decoded(stage.image_size or config.vision_config.image_size),
+    )
+    loader = pairs / (workers * decoded) if workers and decodes else 0.0
     # Stored features are rows in fp16.
     pair_kb = (
         hardware.pair_kb if decodes else 2 * (config.vision_config.hidden_size + config.text_config.hidden_size) / 1e3
     )
-    busy = compute + exposed + optimizer
+    storage = batch * pair_kb / (1e6 * hardware.storage_gb_s) if hardware.storage_gb_s else 0.0
+    loss = loss_seconds(recipe, pairs, hardware)
+    busy = compute + loss + exposed + optimizer
     host = hardware.call_s * host_calls(recipe, launch, stage, passes, micro_batches)
     if issubclass(engine_class(launch), Fsdp2Engine) and count > 1:
         model = trained_model(recipe)
@@ -267,10 +326,14 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     rate = pairs / max(busy, host) * min(count, GPUS_OF_A_NODE)
     vision = config.vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
-    if loader > max(busy, host):
+    if storage > max(busy, host, loader):
+        bottleneck = "storage"
+    elif loader > max(busy, host):
         bottleneck = "loader"
     elif host > busy:
         bottleneck = "host"
+    elif loss > compute / 2:
+        bottleneck = "loss"
     elif exposed + optimizer > compute / 4:
         bottleneck = "node links" if count <= GPUS_OF_A_NODE else "network"
     # With fewer than four tiles of 128 x 256 for each of a GPU's processors, some are idle.
@@ -278,10 +341,34 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         bottleneck = "small batch"
     else:
         bottleneck = "compute"
-    seconds = max(busy, loader, host)
+    seconds = max(busy, loader, storage, host)
     mfu = useful * pairs / seconds / hardware.peak
-    eaten = rate / hardware.images_per_worker_s if decodes else 0.0, rate * pair_kb / 1e3
-    return StepTime(pairs, batch, compute, exposed, optimizer, host, seconds, mfu, *eaten, bottleneck)
+    eaten = rate / decoded if decodes else 0.0, rate * pair_kb / 1e3
+    return StepTime(pairs, batch, compute, loss, exposed, optimizer, host, seconds, mfu, *eaten, bottleneck)
+
+
+def loss_seconds(recipe: Recipe, pairs: int, hardware: Hardware) -> float:
+    """Return the seconds of the loss of one process's `pairs` against the global batch, on a GPU with Triton.
+
+    Each logit takes 2 operations for each number of an embedding, in each product:
+
+    | | logits | gradients of both sides | reads and writes of a logit |
+    |---|---|---|---|
+    | infonce | 2 products of 3 TF32 products each, in Triton | 2 in fp32 | 3 |
+    | sigmoid | 1 in fp32 | 2 in fp32 | 10 |
+    | each teacher of infonce | as infonce, at the teacher's width | 2 in fp32 | 3 |
+    """
+    if not build_objective(recipe).needs_global_batch:
+        return 0.0
+    views = max(recipe.mask.views, recipe.loss.captions_per_image)
+    logits, dim = views * pairs * recipe.data.global_batch_size, int(build_config(recipe).projection_dim or 0)
+    exact, fp32, passes = (0, 3, 10) if recipe.loss.kind == "sigmoid" else (2, 2, 3)
+    teachers = len(recipe.data.teachers)
+    # TF32 has half of the bf16 peak, and an exact product takes three.
+    in_tf32 = 3 * exact * 2 * logits * dim / (hardware.peak / 2 * hardware.matmul_share)
+    in_fp32 = fp32 * 2 * logits * dim / (hardware.fp32_peak * _FP32_SHARE)
+    moved = passes * 4 * logits / (1e9 * hardware.memory_gb_s)
+    return (1 + teachers) * (in_tf32 + in_fp32 + moved)
 
 
 def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> int:

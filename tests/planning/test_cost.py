@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from flipscale.cli import main
+from flipscale.engines.launch import Launch
 from flipscale.planning.cost import Gpus, planned_cost
 from flipscale.recipe.outputs import CostRecipe
 from flipscale.start.complete_recipe import parse_recipe
 
-H100S = Gpus("H100", 256, peak=989e12, mfu=0.45, watts=700.0)
+H100S = Gpus("H100", Launch("ddp", 256, "bf16"), mfu=0.45, watts=700.0)
 COST = CostRecipe(device_hour_dollars=2.5, kwh_co2_grams=369.0, pue=1.1)
 PLAN = ["--gpu", "h100", "--num_gpus", "2"]
 
@@ -30,7 +31,7 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
     recipe = parse_recipe(["--config", name])
     first, *others = recipe.stages
     recipe = replace(recipe, stages=[replace(first, mask_ratio=mask_ratio), *others])
-    planned = planned_cost(recipe, H100S, COST)
+    planned = planned_cost(name, recipe, H100S, COST)
     *stages, total = planned.values()
     expected = (gpu_hours, gpu_hours / 256, dollars, kwh, kwh * 0.369)
     assert (total.gpu_hours, total.hours, total.dollars, total.kwh, total.co2_kg) == pytest.approx(expected, rel=0.02)
@@ -43,13 +44,13 @@ def test_a_run_that_ends_by_its_clock() -> None:
     masked, whole = (replace(stage, samples=None, warmup_samples=0) for stage in recipe.stages)
     stages = [replace(masked, share=0.75), replace(whole, share=0.25)]
     timed = replace(recipe, stages=stages, budget_minutes=3000.0)
-    gpus = replace(H100S, count=2)
-    first, second, total = planned_cost(timed, gpus, COST).values()
+    gpus = replace(H100S, launch=Launch("ddp", 2, "bf16"))
+    first, second, total = planned_cost("", timed, gpus, COST).values()
     assert (first.hours, second.hours, total.hours) == pytest.approx((37.5, 12.5, 50))
     assert (total.gpu_hours, total.dollars) == pytest.approx((100, 250))
     assert total.pairs == first.pairs + second.pairs
     by_pairs = [replace(masked, samples=first.pairs), replace(whole, samples=second.pairs)]
-    assert planned_cost(replace(recipe, stages=by_pairs), gpus, COST)["in all"].hours == pytest.approx(50, rel=1e-3)
+    assert planned_cost("", replace(recipe, stages=by_pairs), gpus, COST)["in all"].hours == pytest.approx(50, rel=1e-3)
 
 
 def cells(printed: str) -> list[float | str]:
@@ -62,19 +63,29 @@ def cells(printed: str) -> list[float | str]:
 def test_options_replace_the_recipe_s_prices(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write_recipe(tmp_path / "run", cost={"device_hour_dollars": 2e12, "kwh_co2_grams": 100.0}))
     main(["plan", file, *PLAN])
-    pairs, time, gpu_time, share, kwh, by_recipe, co2 = cells(capsys.readouterr().out)
-    assert (pairs, share, kwh, co2) == (640, "100%", "-", "-")
+    pairs, time, gpu_time, share, kwh, by_recipe, co2, fits = cells(capsys.readouterr().out)
+    assert (pairs, share, kwh, co2, fits) == (640, "100%", "-", "-", "yes")
     assert time == gpu_time == "under a minute"
     main(["plan", file, *PLAN, "--device_hour_dollars", "4e12", "--watts", "1e15", "--pue", "1.5"])
-    *_, kwh, dollars, co2 = cells(capsys.readouterr().out)
+    *_, kwh, dollars, co2, _ = cells(capsys.readouterr().out)
     assert dollars == pytest.approx(2 * by_recipe, rel=0.05)
     assert kwh == pytest.approx(1e12 * dollars / 4e12 * 1.5, rel=0.05)
     assert co2 == pytest.approx(kwh * 0.1, rel=0.05)
 
 
+@pytest.mark.parametrize("flags", [["--gpu", "h100"], ["--gpu", "l40s", "--node_gb_s", "25"]])
+def test_the_hours_are_those_of_the_dry_run(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "b16_cc12m", "--num_gpus", "8", *flags])
+    hours = next(re.split(" {2,}", line)[2:4] for line in capsys.readouterr().out.splitlines() if "100%" in line)
+    main(["pretrain", "--dry_run", "--config", "b16_cc12m", "--num_processes", "8", *flags])
+    printed = dict(re.findall(r"^ *(whole run|GPU-hours|fits \d+ GiB) +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert hours == [printed["whole run"], printed["GPU-hours"]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--gpu", "rtx_4090"], "--node_gb_s"),
         (["--gpu", "abacus"], "gpu is 'abacus'"),
         (["--num_gpus", "3"], "global_batch_size 16"),
         (["--bench", "nowhere"], "--bench nowhere"),
