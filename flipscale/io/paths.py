@@ -4,6 +4,7 @@ import codecs
 import os
 import shlex
 import shutil
+import stat
 from pathlib import Path
 
 from flipscale.io.errors import UserError
@@ -19,9 +20,16 @@ def quoted(place: str | Path) -> str:
 
 
 def check_plain(path: Path) -> None:
-    """Raise UserError unless `path` is a plain file or nothing. A pipe blocks its reader; a device never ends."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not a plain file'}; move it away")
+    """Raise UserError unless `path` is a plain file or nothing. A pipe blocks its reader; a device never ends.
+
+    One look decides, because another process may remove the file at any time.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a plain file'}; move it away")
 
 
 def check_png_path(path: Path, flag: str) -> None:

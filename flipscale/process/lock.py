@@ -74,7 +74,10 @@ class Holder:
 
 def is_holder_alive(path: Path) -> bool | None:
     """Return whether the holder that a lock file names lives; None without a file, or if the holder is elsewhere."""
-    holder = _parse(path.read_bytes()) if path.is_file() else None
+    try:
+        holder = _parse(path.read_bytes()) if path.is_file() else None
+    except FileNotFoundError:  # a run that ends removes its lock at any time
+        return None
     return None if holder is None else holder.is_alive()
 
 

@@ -32,7 +32,7 @@ def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, 
 def test_a_gpu_is_typed_in_any_way() -> None:
     for typed, name, gib in (("H100_PCIe", "H100 PCIe", 80), ("a100-80gb", "A100 80GB", 80), ("4090", "RTX 4090", 24)):
         assert gpu_named(typed) == name
-        assert GPUS[name][1] == gib
+        assert GPUS[name].gib == gib
     for unknown in ("", "4090 laptop"):
         with pytest.raises(UserError, match=r"use one of h100, h100_pcie, .*rtx_4090"):
             gpu_named(unknown)

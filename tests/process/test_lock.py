@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def test_one_holder_at_a_time(path: Path) -> None:
     lock.release()
     assert list(path.parent.iterdir()) == []
     acquired(path).release()
+
+
+def test_a_holder_that_ends_while_another_process_looks(path: Path) -> None:
+    lock, ended = FolderLock(path, "trains"), threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            path.touch()
+            path.unlink()
+
+    path.parent.mkdir(exist_ok=True)
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(5000):
+            with suppress(OSError):  # that another process has taken the lock
+                lock.check(at_once=True)
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_one_of_many_at_one_instant(path: Path) -> None:
