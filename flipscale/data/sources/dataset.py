@@ -33,28 +33,23 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
     import datasets
 
     path = Path(name)
-    kind = _FILE_KINDS.get(path.suffix)
+    kind, is_saved_alone = _FILE_KINDS.get(path.suffix), (path / "state.json").is_file()
     try:
-        if (path / "state.json").is_file():
-            return _of_split(datasets.load_from_disk(name), name, split)
-        if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)[split]
-        if kind is not None:
-            return datasets.load_dataset(kind, data_files={split: name}, split=split)
-        return datasets.load_dataset(name, config, split=split)
-    except UserError:  # of `_of_split`
-        raise
+        if is_saved_alone:
+            rows = datasets.load_from_disk(name)
+        elif (path / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)[split]
+        elif kind is not None:
+            rows = datasets.load_dataset(kind, data_files={split: name}, split=split)
+        else:
+            rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library and its builders raise many kinds
         raise UserError(
             f"dataset {name!r}, split {split!r}, cannot be loaded ({first_line(error)}); name a folder, parquet or "
             "Arrow files, or a dataset on the Hub"
         ) from error
-
-
-def _of_split(rows: "Dataset", name: str, split: str) -> "Dataset":
-    """Return rows that were saved alone. Raise UserError if they are of another split than asked for; `train` is the
-    default, which asks for none."""
-    if rows.split is not None and split not in ("train", str(rows.split)):
+    # `train` is the default, which asks for no split.
+    if is_saved_alone and rows.split is not None and split not in ("train", str(rows.split)):
         raise UserError(
             f"dataset {name!r} has the split {str(rows.split)!r} alone; expected {split!r}; name that split's folder"
         )
