@@ -179,7 +179,8 @@ def decode_crop(
         # Test images are decoded at full size, because a crop of a scaled image is rounded to whole pixels.
         eighths = 8 if draws is None else _fewest_eighths(box, image_size)
         image = _upright(_decode_jpeg(encoded, jpeg_size, eighths), orientation)
-        box = _scaled(box, eighths)
+        top, left, *sides = (round(side * eighths / 8) for side in box)
+        box = Box(top, left, *(max(1, side) for side in sides))
     pixels = image[box.top : box.top + box.height, box.left : box.left + box.width]
     crop = Crop(pixels, draws is not None and bool(draws[-1] < 0.5))
     return crop if image.nbytes <= _SMALL_BYTES else Crop(crop.fitted(image_size), False)
@@ -252,12 +253,6 @@ def _fewest_eighths(box: Box, image_size: int) -> int:
     return next((eighths for eighths in (1, 2, 4) if eighths >= least), 8)
 
 
-def _scaled(box: Box, eighths: int) -> Box:
-    """Return a box in an image at `eighths` of its size, rounded to whole pixels and at least one."""
-    top, left, height, width = (round(side * eighths / 8) for side in box)
-    return Box(top, left, max(1, height), max(1, width))
-
-
 def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """Return the stored height and width of a JPEG in colour or grey; None for images that Pillow must decode."""
     if len(encoded) > MAX_IMAGE_BYTES:
@@ -269,7 +264,13 @@ def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     except (ValueError, KeyError):
         return None
     _check_size(height, width)
-    _check_scans(encoded, height * width)
+    if (pixels := height * width) > _MOST_JPEG_PIXELS_PER_BYTE * len(encoded):
+        raise UndecodableImage(f"{len(encoded)} bytes are too few for a JPEG of {pixels:,} pixels")
+    most = MAX_SCANS * MAX_PIXELS // max(pixels, 1)
+    # Skipped for most files, because counting takes a twentieth of decoding.
+    counts = len(encoded) > most * 10 and not _has_one_scan(encoded)
+    if counts and (scans := encoded.count(b"\xff\xda")) > most:
+        raise OversizedImage(f"{scans} scans of {pixels:,} pixels; at most {most} are decoded")
     return None if colourspace in ("CMYK", "YCCK") else (height, width)
 
 
@@ -277,17 +278,6 @@ def _check_size(height: int, width: int, channels: int = 3) -> None:
     most = MAX_PIXELS * 3 // max(channels, 3)
     if height * width > most:
         raise OversizedImage(f"{width} x {height} pixels; at most {most:,} are decoded")
-
-
-def _check_scans(encoded: bytes, pixels: int) -> None:
-    if pixels > _MOST_JPEG_PIXELS_PER_BYTE * len(encoded):
-        raise UndecodableImage(f"{len(encoded)} bytes are too few for a JPEG of {pixels:,} pixels")
-    most = MAX_SCANS * MAX_PIXELS // max(pixels, 1)
-    # Skipped for most files, because counting takes a twentieth of decoding.
-    if len(encoded) <= most * 10 or _has_one_scan(encoded):
-        return
-    if (scans := encoded.count(b"\xff\xda")) > most:
-        raise OversizedImage(f"{scans} scans of {pixels:,} pixels; at most {most} are decoded")
 
 
 def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndarray:

@@ -60,9 +60,7 @@ class Augment:
         self.recipe = recipe
         self.seed = seed
         self._image_size = image_size
-        self._rand_augment: Callable[[Image.Image], Image.Image] | None = None
-        if recipe.rand_augment is not None:
-            self._rand_augment = _rand_augment(recipe.rand_augment, image_size)
+        self._rand_augment = None if recipe.rand_augment is None else _rand_augment(recipe.rand_augment, image_size)
         if recipe.cutmix_alpha > 0.0:
             needed("timm.data", f"data.augment.cutmix_alpha is {recipe.cutmix_alpha}, which needs timm", _FINETUNE)
 

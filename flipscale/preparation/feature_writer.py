@@ -160,14 +160,11 @@ class _Samples(Dataset):
             return self.decode(GREY, row) if self.decode else {}
         finally:
             if self.reads_texts:
-                self._add_text(batch, place, captions)
-
-    def _add_text(self, batch: _Batch, place: int, captions: tuple[bytes, ...]) -> None:
-        try:
-            batch.texts.append(choose_caption(captions, 0.0))
-        except BadSample:
-            batch.texts.append(_NO_CAPTION)
-            batch.bad["texts"].append(place)
+                try:
+                    batch.texts.append(choose_caption(captions, 0.0))
+                except BadSample:
+                    batch.texts.append(_NO_CAPTION)
+                    batch.bad["texts"].append(place)
 
 
 def _decoded_crops(

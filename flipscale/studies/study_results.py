@@ -50,8 +50,7 @@ class Configuration:
 
     def results(self, name: str) -> dict[int, Result]:
         """Return the final models' results named `task/metric`, by seed; seeds without this result are left out."""
-        own = [(c.seed, r) for c in self.curves for r in c.results if r.name == name and r.who == THIS_MODEL]
-        return dict(own)
+        return {c.seed: r for c in self.curves for r in c.results if r.name == name and r.who == THIS_MODEL}
 
     def spent(self, field: str, name: str | None = None) -> float:
         """Return the mean spending over all seeds, or over those with the result `name`."""

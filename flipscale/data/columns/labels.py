@@ -7,7 +7,7 @@ import torch
 
 from flipscale.data.columns.column import Candidate, Column
 from flipscale.data.image_augmentation import draw_mix
-from flipscale.data.samples import BadSample, Sample, Source
+from flipscale.data.samples import BadSample, Sample
 from flipscale.io.errors import UserError
 
 
@@ -24,7 +24,19 @@ class Labels(Column):
     num_classes: int
 
     def __post_init__(self) -> None:
-        _check_labels(self.given.source)
+        """Raise if the first good sample has no class number, because then, as a rule, no sample has one."""
+        source = self.given.source
+        for shard, size in enumerate(source.shard_sizes):
+            try:
+                if size and source.read(shard, 0).label is not None:
+                    return
+            except BadSample:
+                continue
+            if size:
+                raise UserError(
+                    f"{source.shard_name(shard)}: {source.key(shard, 0)} has no class number, which loss.kind "
+                    "'classify' learns; give shards with KEY.cls, as `flipscale prepare shards --labels` writes them"
+                )
 
     def read(self, row: int, candidate: Candidate) -> int:
         return number_of(candidate.sample, "class", "num_classes", self.num_classes)
@@ -50,18 +62,3 @@ def number_of(sample: Sample, what: str, field: str, count: int) -> int:
             "to the number of lines in classnames.txt"
         )
     return sample.label
-
-
-def _check_labels(source: Source) -> None:
-    """Raise if the first good sample has no class number, because then, as a rule, no sample has one."""
-    for shard, size in enumerate(source.shard_sizes):
-        try:
-            if size and source.read(shard, 0).label is not None:
-                return
-        except BadSample:
-            continue
-        if size:
-            raise UserError(
-                f"{source.shard_name(shard)}: {source.key(shard, 0)} has no class number, which loss.kind 'classify' "
-                "learns; give shards with KEY.cls, as `flipscale prepare shards --labels` writes them"
-            )
