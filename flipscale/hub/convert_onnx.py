@@ -23,8 +23,6 @@ from flipscale.model.modeling_flip import normalise_embeds
 
 # Largest difference in any number of a unit embedding, in fp32. Rounding gives about 1e-6, a wrong GELU 4e-5.
 TOLERANCE = 1e-5
-
-
 # Protobuf files cannot be larger; larger weights get a file of their own.
 _MAX_FILE_BYTES = 2_000_000_000
 
@@ -100,7 +98,11 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         own = " ".join(f"`{file}`" for file, *_ in graphs[:-2])
         facts = {"length": config.caption_config.max_position_embeddings, "dim": config.projection_dim, **metadata}
         write_derived_card(folder, src, dst.name, "onnx", kind=type(model).__name__, own=own, **facts)
-        batches = {"vision": _image_batches(config), "text": _text_batches(config, processor.tokenizer)}
+        vision, generator = config.vision_config, torch.Generator().manual_seed(0)
+        shape = (vision.num_channels, vision.image_size, vision.image_size)
+        # Of one and three images. Tracing uses the last, because it would fix a batch size of one.
+        images = [{"pixel_values": torch.randn(count, *shape, generator=generator)} for count in (1, 3)]
+        batches = {"vision": images, "text": _text_batches(config, processor.tokenizer)}
         return {
             graph.file: _write_and_check(model, graph, batches[graph.tower], folder / graph.file, metadata)
             for graph in each(graphs, "writing", "files")
@@ -158,13 +160,6 @@ def _write_for_immich(folder: Path, config: Any, tokenizer: PreTrainedTokenizerB
     for text in TEXTS:
         if read.encode(text).ids != tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids:
             raise UserError(f"{where}: tokenizer.json alone gives other ids than its tokenizer for {text[:40]!r}")
-
-
-def _image_batches(config: Any) -> list[dict[str, torch.Tensor]]:
-    """Return batches of one and three images. Tracing uses the last, because it would fix a batch size of one."""
-    vision, generator = config.vision_config, torch.Generator().manual_seed(0)
-    shape = (vision.num_channels, vision.image_size, vision.image_size)
-    return [{"pixel_values": torch.randn(count, *shape, generator=generator)} for count in (1, 3)]
 
 
 def _text_batches(config: Any, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, torch.Tensor]]:

@@ -30,8 +30,6 @@ from flipscale.model.modeling_flip import FlipEncoderLayer
 # Factor of the average before it is added to the first token, so that the token's old value vanishes in the rounding of
 # the last norm. A power of two causes no rounding; its square fits fp32 and bf16 (not fp16).
 _AVERAGE_SCALE = 2.0**40
-
-
 # GELU(s x) / s equals ReLU(x) up to 0.2 / s.
 _RELU_SCALE = 2.0**32
 # Added to one half of the channels of padding and subtracted from the other: far above the values of tokens.

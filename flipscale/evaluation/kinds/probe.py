@@ -128,9 +128,6 @@ class Rows(NamedTuple):
     def where(self, chosen: torch.Tensor) -> "Rows":
         return Rows(self.features[chosen], self.labels[chosen])
 
-    def followed_by(self, others: "Rows") -> "Rows":
-        return Rows(torch.cat([self.features, others.features]), torch.cat([self.labels, others.labels]))
-
 
 class LinearClassifier(NamedTuple):
     """Weights `(classes, dim)` and biases `(classes,)`, fp64; the bias of a class that is never answered is -inf."""
@@ -248,7 +245,7 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
                     learned, asked = known.where(~is_asked), known.where(is_asked)
                 else:
                     learned, asked = known, _embedded(embedder, sets.validation, sets.class_names, self.features)
-                    known = learned.followed_by(asked)
+                    known = Rows(*(torch.cat(both) for both in zip(learned, asked, strict=True)))
                 if not all(total(part.labels.new_tensor([len(part.labels)])).item() for part in (learned, asked)):
                     raise UserError(f"train has {len(sets.train)} images, too few to split; give validation or l2")
                 l2, start, accuracy = search_penalty(learned, asked, num_classes, total, step_done)

@@ -20,8 +20,6 @@ FACE_OBJECTIVES = ("race", "gender", "age", "toxic")
 # Classes of `toxic` in datacomp's fairness_eval.py: 14 to 17 name animals, 18 and later crimes.
 _NON_HUMAN, _CRIME = range(14, 18), 18
 _WHITE = 1  # number of the class `white` of `race`
-
-
 # The columns of `KEY.npy`, the column that groups the images, and the number of answers per image.
 SETS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "dollar_street": (("income_ds", "income_meta", "region"), "income_ds", 5),

@@ -23,7 +23,6 @@ _MOST_TEXTS = 10_000_000
 
 _log = logging.getLogger(__name__)
 
-
 Scores = Callable[[torch.Tensor], torch.Tensor]
 
 

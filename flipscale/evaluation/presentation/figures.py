@@ -118,22 +118,19 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
         for curve in group:
             for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
                 times = [s / unit for s in seconds]
-                is_many = len(losses) >= _SMOOTHED_POINTS
-                if is_many:
+                drawn = np.asarray(losses)
+                if len(losses) >= _SMOOTHED_POINTS:
                     axes.plot(times, losses, color=colour, alpha=0.25, linewidth=0.8)
+                    window = np.ones(2 * (len(losses) // 40) + 1)
+                    drawn = np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
                 label = curve.label if number == 0 and curve is group[0] else None
-                axes.plot(times, _smoothed(losses) if is_many else losses, color=colour, label=label)
+                axes.plot(times, drawn, color=colour, label=label)
     _mark_stages(axes, [group[0] for group in groups], unit)
     if len({ratio for curve in curves for ratio in curve.masks.values()}) > 1:
         _explain(axes, "Masked images are harder than whole ones: losses under different masks do not compare.")
     if len(curves) > 1:
         figure.legend(loc="outside lower left", frameon=False)
     save_figure(figure, path)
-
-
-def _smoothed(values: Sequence[float]) -> np.ndarray:
-    window = np.ones(2 * (len(values) // 40) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
