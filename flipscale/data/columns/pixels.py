@@ -74,25 +74,25 @@ class Pixels(Column):
 
     def _show(self) -> None:
         """Write the patches of the decoded crops."""
-        images: Iterator[tuple[int, np.ndarray]] = ((row, self._fitted(row, crop)) for row, crop in self._decoded)
-        if self.augment.recipe.mixes:
-            images = self._mixed(images)
+        images = self._mixed() if self.augment.recipe.mixes else self._fitted()
         for row, image in images:
             for index, column in self._shown.values():
                 column[row] = visible_patches(image, self.patch_size, None if index is None else index[row])
         self._decoded.clear()
 
-    def _mixed(self, images: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    def _mixed(self) -> Iterator[tuple[int, np.ndarray]]:
+        images = self._fitted()
         for (row, one), (other_row, other) in zip(images, images, strict=True):
             one, other, _ = self.augment.mixed(one, other, int(self.where[row]))
             yield from ((row, one), (other_row, other))
 
-    def _fitted(self, row: int, crop: Crop) -> np.ndarray:
-        """Return the image of a row, uint8 RGB `(image_size, image_size, 3)`, before it is mixed with another."""
-        image = crop.fitted(self.size)
-        if self._colors is not None:
-            image = recolored(image, self._colors[row])
-        return self.augment.varied(image, int(self.where[row]))
+    def _fitted(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each row and its image, uint8 RGB `(image_size, image_size, 3)`, before it is mixed with another."""
+        for row, crop in self._decoded:
+            image = crop.fitted(self.size)
+            if self._colors is not None:
+                image = recolored(image, self._colors[row])
+            yield row, self.augment.varied(image, int(self.where[row]))
 
     def columns(self) -> dict[str, torch.Tensor]:
         self._show()
