@@ -269,13 +269,11 @@ def _as_base64(array: np.ndarray) -> str:
 def as_lines(results: Sequence[Search], pictures: Pictures) -> Iterator[str]:
     """Yield a line for each query with its three nearest pictures and their cosines."""
     for search in results:
-        hits = [f"{_title(pictures, index)} {similarity:.2f}" for index, similarity in search.hits[:3]]
+        hits = []
+        for index, similarity in search.hits[:3]:
+            label, name = shortened(pictures.label(index), 40), pictures.name(index)
+            hits.append(f"{name if label == name else f'{label} ({name})'} {similarity:.2f}")
         yield f"{shortened(search.query, 60)}: {', '.join(hits) or 'the model knows no part of these words'}"
-
-
-def _title(pictures: Pictures, index: int) -> str:
-    label, name = shortened(pictures.label(index), 40), pictures.name(index)
-    return name if label == name else f"{label} ({name})"
 
 
 def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> EmbeddedPictures:
