@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend
 
+from flipscale.io.cores import decoding_workers
 from flipscale.io.errors import UserError
 from flipscale.process.state import set_defaults
 
@@ -173,9 +174,21 @@ def succeeds(attempt: Callable[[], object], problem: str, fix: str) -> bool:
     return True
 
 
+def share_compilers() -> None:
+    """Give each process's compilers its part of the node's cores, because torch would start up to 32 for each GPU.
+
+    The first compilation starts them, and a later call changes nothing. TORCHINDUCTOR_COMPILE_THREADS wins.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        from torch._inductor import config  # its import takes time
+
+        config.compile_threads = min(decoding_workers(None), 32)
+
+
 @functools.cache
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile works on a GPU. If it does not, one process of each node logs why."""
+    share_compilers()
     return succeeds(
         lambda: torch.compile(torch.nn.functional.gelu, dynamic=False)(torch.ones(64, device=device)),
         "blocks are not compiled, which is slower, because torch.compile fails",

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flipscale.io.cores import decoding_workers
+from flipscale.engines.device import share_compilers
 from flipscale.io.digests import check_weight, weights_digest
 from flipscale.io.errors import UserError, first_line
 from flipscale.io.model_folder import fetch_folder, open_weight_file
@@ -104,11 +104,7 @@ def compile_blocks(model: FlipPreTrainedModel, packs_captions: bool = False) -> 
     # torch's key of stored code leaves the CPU's vectors out: code of 512 bits, loaded for 256, computes NaN.
     own_tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")  # torch's default
     torch.compiler.config.cache_key_tag = f"{own_tag}{torch.backends.cpu.get_cpu_capability()}"
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        # Each process gets its part of the node's cores, because torch would start up to 32 compilers for each GPU.
-        from torch._inductor import config  # its import takes time
-
-        config.compile_threads = min(decoding_workers(None), 32)
+    share_compilers()
     texts = set(model.get_submodule("text_model").modules()) if packs_captions else set()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):

@@ -3,6 +3,9 @@
 import copy
 import functools
 import multiprocessing
+import os
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,7 +17,6 @@ from conftest import TOWER, TOWERS, changed_recipe
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor import config as inductor
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.engines.first_weights import (
@@ -273,16 +275,32 @@ def test_a_compiled_block_is_one_graph_under_ddp(tmp_path: Path, monkeypatch: py
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize(("stated", "threads"), [(None, 11), ("3", 5)])
-def test_compilers_share_the_cores_of_a_node(stated: str | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """96 cores for 8 processes; a variable of torch that is set stays as it was read."""
-    monkeypatch.setattr("flipscale.engines.first_weights.decoding_workers", lambda _: 11)
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    if stated is not None:
-        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", stated)
-    with inductor.patch(compile_threads=5):
-        compile_blocks(FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER)))
-        assert inductor.compile_threads == threads
+@pytest.mark.parametrize(("stated", "threads"), [(None, 11), ("5", 5)])
+def test_compilers_share_the_cores_of_a_node(stated: str | None, threads: int) -> None:
+    """96 cores for 8 processes. The first compilation of a start, which tries the compiler, starts the pool."""
+    program = """
+import torch
+from torch._inductor import async_compile
+from flipscale.engines import device
+from flipscale.engines.first_weights import compile_blocks
+from flipscale.model import FlipConfig, FlipModel
+
+class Pool(async_compile.SubprocPool):
+    def __init__(self, count, **options):
+        print("compilers", count)
+        super().__init__(count, **options)
+
+async_compile.SubprocPool = Pool
+device.decoding_workers = lambda stated: 11
+assert device.can_compile(torch.device("cpu"))
+tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+compile_blocks(FlipModel(FlipConfig(vision_config=tower, text_config=tower)))
+async_compile.AsyncCompile.process_pool()
+"""
+    own = {} if stated is None else {"TORCHINDUCTOR_COMPILE_THREADS": stated}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True).stdout
+    assert [line for line in printed.splitlines() if line.startswith("compilers ")] == [f"compilers {threads}"]
 
 
 def test_stored_code_is_of_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
