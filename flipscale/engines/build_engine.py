@@ -1,13 +1,12 @@
 """The processes and the engine of a launch."""
 
 import os
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 
 from flipscale.engines.device import choose_kernels, keep_freed_memory, set_up_gpu
-from flipscale.engines.launch import BF16_REDUCE, Launch, launched_precision
+from flipscale.engines.launch import BF16_REDUCE, PATIENCE, Launch, launched_precision
 from flipscale.io.errors import UserError
 from flipscale.process.state import changed_environment
 from flipscale.process.world import promised_processes
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 # `accelerate launch` sets these to let accelerate shard the model; flipscale shards it by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
-# How long a process of a training waits for another. The watchdog ends a hanging run much earlier.
-_WATCHED_TIMEOUT = timedelta(days=1)
 
 
 def engine_classes() -> dict[str, type["Engine"]]:
@@ -67,7 +64,7 @@ def start_accelerator(report_to: list[str], run_dir: str, is_watched: bool = Fal
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    patience = [InitProcessGroupKwargs(timeout=_WATCHED_TIMEOUT)] if is_watched else None
+    patience = [InitProcessGroupKwargs(timeout=PATIENCE)] if is_watched else None
     precision = launched_precision(os.environ)
     # A script's run before this one may have had another precision, which accelerate keeps for the process.
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:

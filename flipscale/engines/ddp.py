@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.engines.engine import Engine, ModelMemory
-from flipscale.engines.launch import Launch
+from flipscale.engines.launch import PATIENCE, Launch
 
 
 class DdpEngine(Engine):
@@ -38,7 +38,7 @@ class DdpEngine(Engine):
         if count == world:
             return dist.group.WORLD
         first = self.accelerator.process_index // count * count
-        return dist.new_group(range(first, first + count), use_local_synchronization=True)
+        return dist.new_group(range(first, first + count), timeout=PATIENCE, use_local_synchronization=True)
 
     def __call__(self, **batch: Any) -> Any:
         with self.accelerator.autocast():

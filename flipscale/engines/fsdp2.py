@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.engine import Engine, Layout, ModelMemory, Shard, ShardedLayout, gradient_norm
-from flipscale.engines.launch import Launch
+from flipscale.engines.launch import PATIENCE, Launch
 from flipscale.engines.muon import local
 from flipscale.engines.optimizers import encoder_blocks, num_trained
 from flipscale.model.modeling_flip import FlipProjection
@@ -53,6 +54,8 @@ class Fsdp2Engine(Engine):
             self.name = "hsdp"
             mesh = {"replicate": self._num_replicas, **mesh}
         self._mesh = init_device_mesh(self.accelerator.device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        for group in self._mesh.get_all_groups():
+            _set_pg_timeout(PATIENCE, group)
 
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +26,8 @@ from flipscale.process.world import MAX_DIGITS, whole_number
 
 # Variable that launchers set from a launch file's mixed_precision. Users may set it without a launcher.
 PRECISION = "ACCELERATE_MIXED_PRECISION"
+# How long a process of a training waits for another, in any group. The watchdog ends a hanging run much earlier.
+PATIENCE = timedelta(days=1)
 # torchrun's default role.
 _NO_ROLE = "default"
 # The role that sums gradients in bf16; accelerate passes no setting of its own for this.

@@ -1,6 +1,7 @@
 """A failed process ends the whole job at once with one message, whatever the other processes do."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -323,20 +324,25 @@ def test_a_process_that_was_stopped_is_not_waited_for(
     assert (tmp_path / "run/stacks/rank-00000.txt").exists()
 
 
-def write_timeout(folder: str) -> None:
-    """Join two processes as a training does, and write how long a collective waits."""
+def write_timeouts(folder: str) -> None:
+    """Join four processes as a training does, make all groups of hsdp and of Muon, and write how long each waits."""
     import torch.distributed as dist
 
-    from flipscale.engines.build_engine import start_accelerator
+    from flipscale.engines.build_engine import build_engine, start_accelerator
+    from flipscale.engines.launch import Launch
+    from flipscale.recipe.optim import OptimRecipe
 
-    start_accelerator([], folder, is_watched=True)
-    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-    Path(folder, os.environ["RANK"]).write_text(str(backend.options._timeout.total_seconds()))
+    accelerator = start_accelerator([], folder, is_watched=True)
+    build_engine(accelerator, Launch("fsdp2", 4, shard_size=2), OptimRecipe(), 4)
+    build_engine(accelerator, Launch("ddp", 4, processes_per_node=2), OptimRecipe(name="muon"), 4)._muon_group()
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    Path(folder, os.environ["RANK"]).write_text(json.dumps([one.options._timeout.total_seconds() for one in backends]))
     dist.destroy_process_group()
 
 
 @pytest.mark.long
 def test_only_the_watchdog_ends_a_wait(tmp_path: Path) -> None:
     """NCCL would end it after ten minutes, even while the process waited for is at work."""
-    assert processes.exit_codes(start_ranks(2, write_timeout, str(tmp_path))) == [0, 0]
-    assert [float((tmp_path / rank).read_text()) for rank in "01"] == [86400.0, 86400.0]
+    assert processes.exit_codes(start_ranks(4, write_timeouts, str(tmp_path))) == [0] * 4
+    waits = [json.loads((tmp_path / rank).read_text()) for rank in "0123"]
+    assert waits == [[86400.0] * 4] * 4  # the world, the rows and columns of hsdp, and Muon's neighbours
