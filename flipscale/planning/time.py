@@ -33,6 +33,8 @@ from flipscale.start.setup import compiles
 _SHARES = {768: 0.28, 1024: 0.34, 1280: 0.38}
 # Share of the peak during the products alone. The rest of the time reads and writes the GPU's memory.
 _PRODUCT_SHARE = 0.65
+# Share of the TF32 peak that the loss's Triton products are assumed to reach; `flipscale bench gpu` measures it.
+_TF32_SHARE = 0.4
 # Share of the fp32 peak that large products reach.
 _FP32_SHARE = 0.77
 # Images per second of a loader's worker by the side of the training image in pixels, measured on a Xeon: JPEGs of
@@ -365,7 +367,7 @@ def loss_seconds(recipe: Recipe, pairs: int, hardware: Hardware) -> float:
     exact, fp32, passes = (0, 3, 10) if recipe.loss.kind == "sigmoid" else (2, 2, 3)
     teachers = len(recipe.data.teachers)
     # TF32 has half of the bf16 peak, and an exact product takes three.
-    in_tf32 = 3 * exact * 2 * logits * dim / (hardware.peak / 2 * hardware.matmul_share)
+    in_tf32 = 3 * exact * 2 * logits * dim / (hardware.peak / 2 * _TF32_SHARE)
     in_fp32 = fp32 * 2 * logits * dim / (hardware.fp32_peak * _FP32_SHARE)
     moved = passes * 4 * logits / (1e9 * hardware.memory_gb_s)
     return (1 + teachers) * (in_tf32 + in_fp32 + moved)
