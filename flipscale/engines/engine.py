@@ -317,7 +317,7 @@ class Engine:
         """Recompute the blocks' activations in backward passes from here on, or keep them."""
         if enabled != self._recomputes:
             self._recomputes = enabled
-            (self.model.gradient_checkpointing_enable if enabled else self.model.gradient_checkpointing_disable)()
+            (self.model.activation_checkpointing_enable if enabled else self.model.activation_checkpointing_disable)()
 
     def _release(self) -> None:
         self.wrapped, self.optimizers, self.layout.optimizers = None, [], ()

@@ -30,8 +30,6 @@ from .modeling_flip import (
 
 # Arguments of `FlipVisionModel.forward` besides `pixel_values`.
 _IMAGES = ("image_mask_ratio", "patches", "patch_index", "interpolate_pos_encoding", "image_size", "branch_scales")
-# transformers' name for the keys and values of earlier tokens: `cache` from 5.24 on, `past_key_values` before.
-CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 # Label of a position without target.
 NO_TARGET = -100
 
@@ -236,7 +234,7 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: cache},
+                cache=cache,
             )
         else:
             mask = self._partly_causal_mask(in_parallel, hidden_states)
@@ -249,7 +247,7 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, image_states, mask, cache=cache, **kwargs)
         logits = self.lm_head(self.final_layer_norm(hidden_states))
-        return CausalLMOutputWithCrossAttentions(logits=logits, **cast(Any, {CACHE: cache}))
+        return CausalLMOutputWithCrossAttentions(logits=logits, cache=cast(Any, cache))
 
     def _partly_causal_mask(self, in_parallel: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return a mask `(batch, 1, tokens, tokens)` that is causal except for the captions `in_parallel`.
@@ -367,7 +365,6 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         in_parallel: torch.Tensor | None = None,
         return_logits: bool = True,
         cache: EncoderDecoderCache | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> FlipCaptionOutput:
@@ -398,7 +395,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.decoder_config.use_cache and labels is None and not self.training
         options: dict[str, Any] = {"attention_mask": decoder_attention_mask, "position_ids": decoder_position_ids}
-        options |= {"cache": cache if cache is not None else past_key_values, "use_cache": use_cache, **kwargs}
+        options |= {"cache": cache, "use_cache": use_cache, **kwargs}
         captions = (decoder_input_ids, labels, in_parallel)
         decoded, losses = read_captions(self.decoder, encoder_outputs[0], *captions, **options)
         return FlipCaptionOutput(
@@ -411,7 +408,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
             caption_losses=losses,
-            **{CACHE: getattr(decoded, CACHE)},
+            cache=cast(Any, decoded.cache),
         )
 
     @torch.no_grad()
@@ -441,7 +438,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             kwargs["encoder_outputs"] = self.vision_model(pixel_values=pixel_values, **images)
         if input_ids is not None:
             kwargs["decoder_input_ids"] = self._prompt(input_ids, attention_mask)
-        if kwargs.get(CACHE) is not None and kwargs.get("decoder_input_ids") is not None:
+        if kwargs.get("cache") is not None and kwargs.get("decoder_input_ids") is not None:
             # transformers drops the tokens that are in the cache only if there is a mask.
             kwargs.setdefault("decoder_attention_mask", torch.ones_like(kwargs["decoder_input_ids"]))
         positions = self.config.decoder_config.max_position_embeddings

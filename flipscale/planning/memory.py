@@ -329,7 +329,7 @@ def measured(config: FlipConfig, step: StepShape, objective: Objective = PLAIN) 
     products_dtype = torch.bfloat16 if step.bf16 else torch.float32
     model.set_attn_implementation(best_attention(torch.device(step.device_type), products_dtype))
     if step.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if step.bf16 and step.autocast and step.device_type == "cuda":
         cast_norms_as_cuda_does(model)
     batch = example_batch(config, step, objective)

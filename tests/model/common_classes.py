@@ -173,7 +173,7 @@ class FlipForConditionalGenerationTest(Common, transformers_tests.generation_mix
     all_generative_model_classes = (FlipForConditionalGeneration,)
     config_options: ClassVar[dict[str, Any]] = {"common_properties": ["projection_dim"]}
     _is_composite = is_encoder_decoder = True
-    # `past_key_values` is the cache's name in transformers before 5.24, so it is not deprecated here.
+    # The class does not take the cache by its earlier name, `past_key_values`.
     test_bc_cache_name_forward = None
     # Tower and decoder are siblings, so no inner model is this one without its head.
     test_model_base_model_prefix = None

@@ -223,7 +223,7 @@ def test_recomputation_has_the_same_gradients(
     for recompute in (False, True):
         model.train().zero_grad()
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model(**inputs).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

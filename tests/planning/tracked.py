@@ -110,7 +110,7 @@ def _as_cuda(recipe: Recipe, engine: Engine) -> Callable[[nn.Module], None]:
         if engine.autocasts:
             cast_norms_as_cuda_does(model)
         if recipe.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
 
     return configure
 

@@ -277,7 +277,7 @@ def lower_blocks(size: str, mask_ratio: float, capability: int, recomputes: bool
             model = FlipModel(config).train()
             model.set_attn_implementation("sdpa")
             if recomputes:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             setting = StepSetting(config, size, mask_ratio, _PAIRS, device=DEVICE)
             batch = flip_batch(setting)
         compile_blocks(model)

@@ -118,7 +118,7 @@ def simulate(world: World) -> StepReport:
     def configure(model: Any) -> None:
         model.set_attn_implementation(best_attention(DEVICE))
         if recipe.recomputes(world.stage):
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
 
     with ExitStack() as stack:
         stack.enter_context(fake_processes(world.rank, world.launch))

@@ -181,10 +181,8 @@ class Likelihoods:
 
     def _of_part(self, begun: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the log-likelihoods `(images, texts)` of some texts, after the decoder read the first token."""
-        from flipscale.model.modeling_flip_caption import CACHE
-
         images, texts = len(begun.logits), len(inputs)
-        cache = copy.deepcopy(getattr(begun, CACHE))
+        cache = copy.deepcopy(begun.cache)
         cache.batch_repeat_interleave(texts)
         output = self._model.decoder(inputs.repeat(images, 1), None, cache=cache, use_cache=True)
         logits = torch.cat([begun.logits.repeat_interleave(texts, dim=0), output.logits], dim=1).float()
