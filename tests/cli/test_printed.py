@@ -1,7 +1,10 @@
 """Tables and outputs of the pages that commands print: each figure is the command's."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -59,6 +62,7 @@ def test_memory_of_256_processes(capsys: pytest.CaptureFixture[str]) -> None:
         ("docs/planning.md", "h14_laion2b --dry_run", "h14: 966,394,881 parameters"),
         ("docs/planning.md", "flipscale plan", "computed, for 256 x H100"),
         ("docs/efficiency.md", "b16_datacomp_node --dry_run", "b16: 139,776,513 parameters"),
+        ("docs/efficiency.md", "align_cc12m_day --dry_run", "towers: 715,935,745 parameters"),
     ],
 )
 def test_outputs(page: str, words: str, first: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +70,15 @@ def test_outputs(page: str, words: str, first: str, capsys: pytest.CaptureFixtur
     block = (ROOT / page).read_text().partition(f"```\n{first}")[2].partition("\n```")[0]
     lines = printed(capsys, page, words)
     assert [line for line in f"{first}{block}".splitlines() if " ".join(line.split()) not in lines] == []
+
+
+@pytest.mark.long
+def test_the_table_of_computed_speed() -> None:
+    command = [sys.executable, "benchmarks/planned_speed.py"]
+    table = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    ).stdout
+    assert table in (ROOT / "docs/speed.md").read_text()
 
 
 def test_the_table_of_tasks_is_what_their_pages_say() -> None:
