@@ -336,6 +336,10 @@ class Engine:
         self.phases.mark("loss")
         return output
 
+    def autocast(self) -> torch.autocast:
+        """Return the autocast of the launch's precision, under which the loss is called."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.launch.bf16)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Collective. Add the gradients of the mean of all processes' `loss`.
 

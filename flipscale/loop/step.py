@@ -62,7 +62,9 @@ def one_pass(
         output = engine(**micro_batch, **options)
         loss = objective.per_sample_loss(output) / len(batch)
         if objective.needs_global_batch:
-            rest = objective.coupled_loss(*objective.loss_inputs(output), **objective.parameters(output), **coupled)
+            rows, parameters = objective.loss_inputs(output), objective.parameters(output)
+            with engine.autocast():
+                rest = objective.coupled_loss(*rows, **parameters, **coupled)
         else:
             rest = _zero_of_the_rest(output, objective)
         metrics.append(_copied_metrics(output, objective))
@@ -97,7 +99,8 @@ def two_passes(
     cache = [*rows, *parameters.values()]
     for tensor in cache:
         tensor.requires_grad_()
-    loss = objective.coupled_loss(*rows, **parameters, **coupled)
+    with engine.autocast():
+        loss = objective.coupled_loss(*rows, **parameters, **coupled)
     gradients = torch.autograd.grad(loss, cache, allow_unused=True)
     # All parameters are in every pass, so each micro-batch gets an equal part of their gradients.
     unused = [None] * len(batch)

@@ -8,8 +8,10 @@ matrix products. Autograd on the whole matrix takes six. `contrastive_triton` ha
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ _ABOVE, _BELOW = 60.0, 50.0
 _LOWEST_EXPONENT = -80.0
 # Gradients of logits below this become 0, because a CPU's products of denormal numbers take 200 times as long.
 _TINY = 1e-30
+# Whether the loss is called under autocast.
+_in_autocast = ContextVar("in_autocast", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +102,21 @@ class PrecomputedGradients(torch.autograd.Function):
     The function gets parameters `(1,)` as 0-dimensional fp64 tensors. In arithmetic these act as Python numbers, digit
     for digit, and the host does not wait for them. `backward` multiplies the gradients in place by the upstream
     gradient, so it can run only once.
+
+    Autocast does not change the loss and its logits. But a GPU then takes TF32 for the gradients of embeddings, which
+    enter products in bf16 next.
     """
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., Any], dtype: torch.dtype, *tensors: torch.Tensor) -> torch.Tensor:
         numbers = [parameter.detach().double().reshape(()) for parameter in tensors[2:]]
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            loss, gradients = compute(*(side.to(dtype) for side in tensors[:2]), *numbers)
+        device_type = tensors[0].device.type
+        token = _in_autocast.set(torch.is_autocast_enabled(device_type))
+        try:
+            with torch.autocast(device_type, enabled=False):
+                loss, gradients = compute(*(side.to(dtype) for side in tensors[:2]), *numbers)
+        finally:
+            _in_autocast.reset(token)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return loss.float()
 
@@ -477,8 +489,20 @@ class Tile(NamedTuple):
         rows, columns = (student[0][self.rows], student[1][self.columns]) if student else (self.scaled, self.others)
         if not logit_gradient.is_cuda:
             torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
-        row_gradient[self.rows].addmm_(logit_gradient, columns)
-        column_gradient[self.columns].addmm_(logit_gradient.t(), rows)
+        with _tf32() if logit_gradient.is_cuda and _in_autocast.get() else nullcontext():
+            row_gradient[self.rows].addmm_(logit_gradient, columns)
+            column_gradient[self.columns].addmm_(logit_gradient.t(), rows)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Let a GPU's products of fp32 take TF32 in a `with` block."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _add_negatives(

@@ -33,7 +33,8 @@ from flipscale.start.setup import compiles
 _SHARES = {768: 0.28, 1024: 0.34, 1280: 0.38}
 # Share of the peak during the products alone. The rest of the time reads and writes the GPU's memory.
 _PRODUCT_SHARE = 0.65
-# Share of the TF32 peak that the loss's Triton products are assumed to reach; `flipscale bench gpu` measures it.
+# Share of the TF32 peak, half of bf16's, that the loss's Triton products are assumed to reach; `flipscale bench gpu`
+# measures it.
 _TF32_SHARE = 0.4
 # Share of the fp32 peak that large products reach.
 _FP32_SHARE = 0.77
@@ -319,7 +320,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         hardware.pair_kb if decodes else 2 * (config.vision_config.hidden_size + config.text_config.hidden_size) / 1e3
     )
     storage = batch * pair_kb / (1e6 * hardware.storage_gb_s) if hardware.storage_gb_s else 0.0
-    loss = loss_seconds(recipe, pairs, hardware)
+    loss = loss_seconds(recipe, launch, pairs, hardware)
     busy = compute + loss + exposed + optimizer
     host = hardware.call_s * host_calls(recipe, launch, stage, passes, micro_batches)
     if issubclass(engine_class(launch), Fsdp2Engine) and count > 1:
@@ -349,28 +350,30 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     return StepTime(pairs, batch, compute, loss, exposed, optimizer, host, seconds, mfu, *eaten, bottleneck)
 
 
-def loss_seconds(recipe: Recipe, pairs: int, hardware: Hardware) -> float:
+def loss_seconds(recipe: Recipe, launch: Launch, pairs: int, hardware: Hardware) -> float:
     """Return the seconds of the loss of one process's `pairs` against the global batch, on a GPU with Triton.
 
     Each logit takes 2 operations for each number of an embedding, in each product:
 
     | | logits | gradients of both sides | reads and writes of a logit |
     |---|---|---|---|
-    | infonce | 2 products of 3 TF32 products each, in Triton | 2 in fp32 | 3 |
-    | sigmoid | 1 in fp32 | 2 in fp32 | 10 |
-    | each teacher of infonce | as infonce, at the teacher's width | 2 in fp32 | 3 |
+    | infonce | 2 products of 3 TF32 products each, in Triton | 2 | 3 |
+    | sigmoid | 1 in fp32 | 2 | 10 |
+    | each teacher of infonce | as infonce, at the teacher's width | 2 | 3 |
+
+    Products of gradients are in TF32 if the launch trains in bf16, else in fp32.
     """
     if not build_objective(recipe).needs_global_batch:
         return 0.0
     views = max(recipe.mask.views, recipe.loss.captions_per_image)
     logits, dim = views * pairs * recipe.data.global_batch_size, int(build_config(recipe).projection_dim or 0)
-    exact, fp32, passes = (0, 3, 10) if recipe.loss.kind == "sigmoid" else (2, 2, 3)
+    exact, fp32, passes = (0, 1, 10) if recipe.loss.kind == "sigmoid" else (2, 0, 3)
     teachers = len(recipe.data.teachers)
-    # TF32 has half of the bf16 peak, and an exact product takes three.
-    in_tf32 = 3 * exact * 2 * logits * dim / (hardware.peak / 2 * _TF32_SHARE)
-    in_fp32 = fp32 * 2 * logits * dim / (hardware.fp32_peak * _FP32_SHARE)
+    product, tf32, in_fp32 = 2 * logits * dim, hardware.peak / 2, hardware.fp32_peak * _FP32_SHARE
+    of_gradients = tf32 * _PRODUCT_SHARE if launch.bf16 else in_fp32
+    products = product * (3 * exact / (tf32 * _TF32_SHARE) + fp32 / in_fp32 + 2 / of_gradients)
     moved = passes * 4 * logits / (1e9 * hardware.memory_gb_s)
-    return (1 + teachers) * (in_tf32 + in_fp32 + moved)
+    return (1 + teachers) * (products + moved)
 
 
 def host_calls(recipe: Recipe, launch: Launch, stage: StageRecipe, passes: int, micro_batches: int) -> int:

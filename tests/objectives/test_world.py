@@ -4,6 +4,7 @@ Their numbers are the same in each world, and their sizes are in `flipscale.obje
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -71,6 +72,38 @@ def test_operations_do_not_grow_with_the_world(function: partial, has_ids: bool,
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
     assert not [name for name in first.counts if name.split(".")[1] in waits]
     assert first.devices == {"cuda"}
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products by their type and the precision of cuBLAS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        if (name := str(function._overloadpacket).removeprefix("aten.")) in ("mm", "addmm_"):
+            left, right = arguments[-2:]
+            assert left.dtype == right.dtype == torch.float32
+            precision = torch.backends.cuda.matmul.fp32_precision
+            self.operations[name, precision] += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("function", "logits"), [(INFONCE, 2), (SIGMOID, 1)])
+def test_products_by_precision(function: partial, logits: int, bf16: bool) -> None:
+    """Under autocast, gradients take TF32. The logits never do, which torch computes here; a GPU has Triton."""
+    before, products = torch.backends.cuda.matmul.fp32_precision, Products()
+    torch.set_autocast_enabled("cuda", bf16)  # torch.autocast would look for a GPU
+    try:
+        with products:
+            recorded(function, 8, 1, "cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    one = 2 * PAIRS * 8 * PAIRS * DIM
+    assert products.operations == {("mm", before): logits * one, ("addmm_", "tf32" if bf16 else before): 2 * one}
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 class TwoLinearTowers(torch.nn.Module):

@@ -115,15 +115,16 @@ def test_the_bottleneck_is_named(h14: Recipe) -> None:
     assert (starved.bottleneck, starved.seconds) == ("storage", pytest.approx(65536 * 40e-6))
 
 
-@pytest.mark.parametrize(("kind", "in_tf32", "in_fp32", "passes"), [("infonce", 2, 2, 3), ("sigmoid", 0, 3, 10)])
-def test_the_loss_by_hand(h14: Recipe, kind: str, in_tf32: int, in_fp32: int, passes: int) -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(("kind", "in_triton", "in_fp32", "passes"), [("infonce", 2, 0, 3), ("sigmoid", 0, 1, 10)])
+def test_the_loss_by_hand(h14: Recipe, kind: str, in_triton: int, in_fp32: int, passes: int, bf16: bool) -> None:
     """1,024 numbers a logit; an exact product in Triton is three of TF32, which has half of bf16's peak."""
     recipe = replace(h14, loss=replace(h14.loss, kind=kind))
-    logits = 2048 * 65536
-    products = 6 * in_tf32 / (0.4 * 989e12) + in_fp32 / (0.77 * 67e12)
+    launch, logits = Launch("ddp", 32, "bf16" if bf16 else "no"), 2048 * 65536
+    products = 6 * in_triton / (0.4 * 989e12) + in_fp32 / (0.77 * 67e12)
+    products += 2 / (0.65 * 989e12 / 2 if bf16 else 0.77 * 67e12)
     seconds = 2 * 1024 * logits * products + 4 * passes * logits / 3350e9
-    assert loss_seconds(recipe, 2048, Hardware()) == pytest.approx(seconds)
-    launch = Launch("ddp", 32, "bf16")
+    assert loss_seconds(recipe, launch, 2048, Hardware()) == pytest.approx(seconds)
     step = step_time(recipe, launch, recipe.stages[0], Hardware())
     assert step.loss == pytest.approx(seconds)
     assert step.seconds == pytest.approx(step.compute + step.loss + step.exposed + step.optimizer)
@@ -159,8 +160,9 @@ def test_a_day_on_stored_features_is_the_loss_s(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)  # next to a folder `runs`, the recipe's `runs/two_towers` must exist
     recipe = parse_recipe(["--config", "align_cc12m_day"])
     step = step_time(recipe, Launch("ddp", 1, "bf16"), recipe.stages[0], Hardware())
-    # Three products of fp32: 6.6 Tflop at 77 % of 67 Tflop/s, and ten passes over a billion logits.
-    assert step.loss == pytest.approx(6.6e12 / (0.77 * 67e12) + 10 * 4 * 32768**2 / 3350e9, rel=0.01)
+    # A product of fp32, two of TF32, and ten passes over a billion logits.
+    products = 2.2e12 / (0.77 * 67e12) + 4.4e12 / (0.65 * 494.5e12)
+    assert step.loss == pytest.approx(products + 10 * 4 * 32768**2 / 3350e9, rel=0.01)
     assert step.bottleneck == "loss"
 
 
