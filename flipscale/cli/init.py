@@ -114,6 +114,7 @@ class Init:
             # A folder's vocab_size follows from the folder.
             vocab_size=None if Path(name).is_dir() else num_entries(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
+            packs=tokenizer.padding_side == "right",
             tasks=list(_tasks(self.tests)) if self.tests else [],
             output_dir=f"runs/{self.recipe.stem}",
         )

@@ -195,7 +195,8 @@ def propose(data: Survey, minutes: float, cores: int, num_gpus: int, **values: A
         cores: number of cores, for the loader's workers.
         num_gpus: number of GPUs; 0 for a CPU.
         values: values of the template that follow from options: `source`, a `SourceRecipe`, `tokenizer`, `tasks`,
-            `output_dir`, and `vocab_size` and `pad_token_id` of the tokenizer, if the recipe states them.
+            `output_dir`, whether captions can be packed (`packs`), and `vocab_size` and `pad_token_id` of the
+            tokenizer, if the recipe states them.
     """
     is_large, mask_ratio, tuning, workers, image_size = data.pairs >= _LARGE, 0.5, 0.05, None, 0
     if not num_gpus:

@@ -31,7 +31,8 @@ DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 
 
 def proposed(data: Survey, minutes: float, num_gpus: int, tokenizer: Path, **values: Any) -> Proposal:
     """A proposal for a machine of two cores."""
-    values = {"tasks": [], "vocab_size": None, "pad_token_id": None, "output_dir": "runs/mine", **values}
+    of_tokenizer = {"vocab_size": None, "pad_token_id": None, "packs": True}
+    values = {"tasks": [], **of_tokenizer, "output_dir": "runs/mine", **values}
     return propose(data, minutes, 2, num_gpus, source=SourceRecipe(shards="data"), tokenizer=str(tokenizer), **values)
 
 
@@ -199,6 +200,9 @@ def test_proposals(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
     assert batch % max(num_gpus, 1) == 0
     assert batch <= max(pairs, num_gpus)
     open_clip_config(build_config(recipe))
+    assert recipe.data.pack_captions is (proposal.kind == "small_gpu")
+    left = proposed(proposal.values["data"], minutes, num_gpus, tokenizer_dir, packs=False)
+    assert not left.recipe().data.pack_captions
 
 
 def test_a_warning_of_repeated_captions(tokenizer_dir: Path) -> None:
