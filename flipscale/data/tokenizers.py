@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -268,6 +268,8 @@ def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreT
 
 
 def _vocab_file(name_or_vocab_file: str | Path) -> Path:
+    """Return the file of a vocabulary. The Hub is asked only if its cache here does not have one, because every process
+    of a job calls this, and a published vocabulary stays as it is."""
     path = Path(name_or_vocab_file)
     if path.is_dir():
         path = path / "vocab.txt"
@@ -276,6 +278,9 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
     if path.suffix == ".txt" or is_path(str(name_or_vocab_file)):
         raise UserError(f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, its folder, or ORG/NAME")
     guard_requests()
+    cached = try_to_load_from_cache(str(name_or_vocab_file), "vocab.txt")
+    if isinstance(cached, str):
+        return Path(cached)
     try:
         return Path(hf_hub_download(str(name_or_vocab_file), "vocab.txt"))
     except (OSError, ValueError) as error:

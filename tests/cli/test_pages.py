@@ -40,8 +40,11 @@ SUBSTITUTES = {
     r"--minutes 15\b": "--minutes 0.05",
     r"--config h14_laion2b --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
 }
-# Named in sentences, not typed; and programs in environments of their own, which test_harnesses.py runs.
-ELSEWHERE = r"accelerate launch$|flipscale VERB$|python3 -m venv |(python clip_benchmark_flip\.py|clip_benchmark) eval "
+# Named in sentences, not typed; programs in environments of their own, which test_harnesses.py runs; and the Hub's own.
+ELSEWHERE = (
+    r"accelerate launch$|flipscale VERB$|python3 -m venv |(python clip_benchmark_flip\.py|clip_benchmark) eval "
+    r"|hf download |export HF_HOME="
+)
 # Parsed by `make test`, because it takes as long as most of the README; tests/hub/test_convert_onnx.py runs it.
 NIGHTLY = r"flipscale convert onnx "
 

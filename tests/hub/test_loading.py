@@ -1,7 +1,10 @@
 """Loading faulty model folders: one clear error, no code executed; and the variants of a sound folder."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,3 +157,30 @@ def test_random_weights_of_a_folder_s_configuration(exported: Path, tmp_path: Pa
     assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
     with pytest.raises(ValueError, match="has no configuration of a model"):
         open_embedder(f"untrained:{tmp_path}", Accelerator(cpu=True))
+
+
+FETCH = """
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.io.model_folder import fetch_folder
+print(len(load_tokenizer("bert", 8)), fetch_folder("org/start", ["config.json"]).joinpath("config.json").stat().st_size)
+"""
+
+
+def test_a_filled_cache_needs_no_network(hub: LoopbackHub, hub_environment: dict[str, str], tmp_path: Path) -> None:
+    hub.add("google-bert/bert-base-uncased", {"vocab.txt": b"[PAD]\n[UNK]\ncat\n"})
+    hub.add("org/start", {"config.json": b"{}"})
+
+    def fetch(**environment: str) -> subprocess.CompletedProcess:
+        hub.requests.clear()
+        kept = {**os.environ, **hub_environment, **environment}
+        return subprocess.run([sys.executable, "-c", FETCH], env=kept, capture_output=True, text=True, check=False)
+
+    assert fetch().stdout == "3 2\n"
+    assert hub.asked("vocab.txt")
+    assert fetch().stdout == "3 2\n"
+    assert not hub.asked("vocab.txt"), "every process of a job would ask for it"
+    assert fetch(HF_HUB_OFFLINE="1").stdout == "3 2\n"
+    assert not hub.requests
+    empty = fetch(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    assert "google-bert/bert-base-uncased" in empty.stderr.splitlines()[-1]
+    assert not hub.requests
