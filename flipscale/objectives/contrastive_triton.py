@@ -1,7 +1,7 @@
-"""The kernels of the contrastive loss's tiles in Triton, for fp32 on a GPU.
+"""The kernels of the losses' tiles in Triton, for fp32 on a GPU: two passes of InfoNCE, one of the sigmoid loss.
 
-A block of logits is processed in registers, right after its matrix product. The GPU's memory receives only the sums of
-exponentials and, in the second pass, the gradients of the logits.
+A block of logits is processed in registers, right after its matrix product. The GPU's memory receives only sums along
+rows and columns and, in the last pass, the gradients of the logits.
 """
 
 from typing import Any
@@ -35,11 +35,30 @@ def logit_gradient(rows: torch.Tensor, columns: torch.Tensor, first_pair: int, *
     _launch(tile_gradients, rows, columns, first_pair, *weights)
 
 
+def block_decisions(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    first_pair: int,
+    bias: torch.Tensor,
+    ids: tuple[torch.Tensor, torch.Tensor] | None,
+    gradients: torch.Tensor,
+) -> torch.Tensor:
+    """Return the sums along rows of the sigmoid loss and of its `gradients`, by block: `(2, blocks of columns, rows)`.
+
+    The logits are `rows @ columns.T + bias`, and this writes their `gradients`. A row and a column are a pair if their
+    `ids` are equal. Without `ids`, the pair of row i is i columns after `first_pair`.
+    """
+    sums = rows.new_empty(2, _blocks(rows, columns)[1], len(rows))
+    _launch(tile_decisions, rows, columns, first_pair, bias, *(ids or (None, None)), *sums, gradients)
+    return sums
+
+
 def try_out(device: torch.device) -> None:
-    """Compile and run the kernels of both passes on a GPU, so that any error appears here."""
+    """Compile and run all kernels on a GPU, so that any error appears here."""
     rows = torch.ones(16, 16, device=device)
     block_negatives(rows, rows, 0, rows[:, 0].clone())
     logit_gradient(rows, rows, 0, *rows[:5], torch.empty_like(rows))
+    block_decisions(rows, rows, 0, rows[0, 0].double(), None, torch.empty_like(rows))
     torch.cuda.synchronize(device)
 
 
@@ -47,7 +66,7 @@ def _blocks(rows: torch.Tensor, columns: torch.Tensor) -> tuple[int, int]:
     return triton.cdiv(len(rows), BLOCK["HEIGHT"]), triton.cdiv(len(columns), BLOCK["WIDTH"])
 
 
-def _launch(kernel: Any, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, *others: torch.Tensor) -> None:
+def _launch(kernel: Any, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, *others: Any) -> None:
     sizes = (len(rows), len(columns), rows.shape[1])
     with torch.cuda.device_of(rows):
         kernel[_blocks(rows, columns)](rows, columns.contiguous(), first_pair, *sizes, *others, **BLOCK, **OPTIONS)
@@ -100,6 +119,42 @@ def tile_gradients(
     of_column *= tl.load(column_factor + column, column < width)
     gradients = tl.where(column == row + first_pair, tl.load(positive_gradient + row, row < height), of_row + of_column)
     tl.store(logit_gradient + row * width + column, gradients, (row < height) & (column < width))
+
+
+@triton.jit
+def tile_decisions(
+    rows: tl.tensor, columns: tl.tensor, first_pair: tl.tensor, height: tl.tensor, width: tl.tensor, depth: tl.tensor,
+    bias: tl.tensor, row_ids: tl.tensor | None, column_ids: tl.tensor | None,
+    row_loss: tl.tensor, row_gradient: tl.tensor, logit_gradient: tl.tensor,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+) -> None:  # fmt: skip
+    """Compute the gradients of the logits `(height, width)`, and sum them and the losses by row `(column blocks,
+    height)`."""
+    row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
+    logits += tl.load(bias).to(tl.float32)
+    if row_ids is None:
+        paired = column == row + first_pair
+    else:
+        paired = tl.load(row_ids + row, row < height) == tl.load(column_ids + column, column < width)
+    # With the positives negated, softplus gives the losses of positives and negatives, and sigmoid their gradients.
+    logits = tl.where(paired, -logits, logits)
+    # exp(logit) and exp(-logit), whichever is at most 1.
+    small = tl.exp(-tl.abs(logits))
+    sigmoid = tl.where(logits < 0, small, 1.0) / (1 + small)
+    inside = (row < height) & (column < width)
+    gradients = tl.where(inside, tl.where(paired, -sigmoid, sigmoid), 0.0)
+    tl.store(logit_gradient + row * width + column, gradients, inside)
+
+    # log1p(small) is twice the artanh of this, at most 1 / 3, whose series is exact in fp32 after seven terms.
+    ratio = small / (2 + small)
+    square = ratio * ratio
+    series = 1 / 11 + square * (1 / 13)
+    series = 1 / 7 + square * (1 / 9 + square * series)
+    series = 1 + square * (1 / 3 + square * (1 / 5 + square * series))
+    losses = tl.where(inside, tl.maximum(logits, 0.0) + 2 * ratio * series, 0.0)
+    part = tl.program_id(1) * height + row
+    tl.store(row_loss + part, tl.sum(losses, 1, keep_dims=True), row < height)
+    tl.store(row_gradient + part, tl.sum(gradients, 1, keep_dims=True), row < height)
 
 
 @triton.jit

@@ -75,7 +75,8 @@ def _loss_and_gradients(
         *(contrastive.views_of(side, len(texts)) for side in (images, sums, image_gradient)), strict=True
     ):
         matrix = contrastive.Matrix(view, gathered.rows, scale, gathered.first)
-        contrastive.for_each_tile(_add_tile, matrix, bias, both_ids, *results, text_gradient)
+        fused = contrastive.triton_serves(view)
+        contrastive.for_each_tile(_add_tile, matrix, bias, both_ids, *results, text_gradient, fused=fused)
     count = len(images)
     loss, bias_gradient = sums.sum(0) / count
     scale_gradient = contrastive.row_products(images, image_gradient).sum(dtype=torch.float64) / count
@@ -92,16 +93,31 @@ def _add_tile(
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
 ) -> None:
-    tile.logits.add_(bias)
     logit_gradient = tile.spare
+    tile_ids = None if ids is None else (ids[0][tile.rows], ids[1][tile.columns])
+    if tile.fused:
+        from flipscale.objectives import contrastive_triton
+
+        parts = contrastive_triton.block_decisions(
+            tile.scaled, tile.others, tile.first_pair, bias, tile_ids, logit_gradient
+        )
+        sums[tile.rows] += parts.sum(1, dtype=torch.float64).t()
+    else:
+        losses = _losses(tile, bias, tile_ids)
+        sums[tile.rows, 0] += losses.sum(1)
+        sums[tile.rows, 1] += logit_gradient.sum(1)
+    tile.add_products(logit_gradient, image_gradient, text_gradient)
+
+
+def _losses(tile: contrastive.Tile, bias: torch.Tensor, ids: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Return the losses of a tile in place of its logits, and write their gradients to its spare memory."""
+    tile.logits.add_(bias)
     # With the positives negated, one function, softplus, gives the losses of positives and negatives.
     if ids is not None:
-        signs = 1 - 2 * (ids[0][tile.rows, None] == ids[1][tile.columns]).to(torch.int8)
-        torch.sigmoid(tile.logits.mul_(signs), out=logit_gradient).mul_(signs)
+        signs = 1 - 2 * (ids[0][:, None] == ids[1]).to(torch.int8)
+        torch.sigmoid(tile.logits.mul_(signs), out=tile.spare).mul_(signs)
     else:
         tile.pairs(tile.logits).neg_()
-        tile.pairs(torch.sigmoid(tile.logits, out=logit_gradient)).neg_()
-    losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
-    sums[tile.rows, 0] += losses.sum(1)
-    sums[tile.rows, 1] += logit_gradient.sum(1)
-    tile.add_products(logit_gradient, image_gradient, text_gradient)
+        tile.pairs(torch.sigmoid(tile.logits, out=tile.spare)).neg_()
+    losses: torch.Tensor = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
+    return losses

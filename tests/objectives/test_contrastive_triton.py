@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objectives import test_contrastive, test_teachers
+from objectives import test_contrastive, test_sigmoid, test_teachers
 
 from flipscale.engines import device as gpus
-from flipscale.objectives import contrastive
+from flipscale.objectives import contrastive, sigmoid
 from flipscale.objectives.contrastive import LogSumExp, Matrix, for_each_tile
 
 contrastive_triton = pytest.importorskip("flipscale.objectives.contrastive_triton")
@@ -85,19 +85,53 @@ def test_targets_of_teachers(interpreted: Interpreted) -> None:
     interpreted(test_teachers.test_value_and_gradients, 300, 24, 2, [14.3, 60.0], 0.3, 0.5)
 
 
-def check_non_finite(number: float) -> None:
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
+@pytest.mark.parametrize(
+    ("batch", "dim", "dtype"),
+    [(1, 32, torch.float32), (7, 1024, torch.bfloat16), (257, 96, torch.float32), (300, 33, torch.bfloat16)],
+)
+def test_sigmoid_loss(
+    interpreted: Interpreted, batch: int, dim: int, dtype: torch.dtype, scale: float, bias: float
+) -> None:
+    interpreted(test_sigmoid.test_value_and_gradients, batch, dim, dtype, scale, bias)
+
+
+def test_sigmoid_loss_of_ids_and_of_captions(interpreted: Interpreted) -> None:
+    interpreted(test_sigmoid.test_equal_ids_are_positives, 300, 96, 100.0, -60.0, 200)
+    interpreted(test_sigmoid.test_several_captions_of_an_image, 257, 96, 100.0, -60.0, 5)
+
+
+def check_non_finite(number: float, loss_function: Callable[..., torch.Tensor], *bias: torch.Tensor) -> None:
     images, texts = test_contrastive.embeds_of(300, 16, 1.0)
     images[5, 3] = number
-    images.requires_grad_()
-    loss = contrastive.contrastive_loss(images, texts, torch.tensor([100.0]))
+    for side in (images, texts):
+        side.requires_grad_()
+    loss = loss_function(images, texts, torch.tensor([100.0]), *bias)
     loss.backward()
     assert not loss.isfinite()
-    assert not images.grad.isfinite().all()
+    assert not torch.cat([images.grad, texts.grad]).isfinite().all()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_non_finite_embeddings(interpreted: Interpreted, number: float) -> None:
-    interpreted(check_non_finite, number)
+    interpreted(check_non_finite, number, contrastive.contrastive_loss)
+    interpreted(check_non_finite, number, sigmoid.sigmoid_loss, torch.zeros(1))
+
+
+def check_decisions(height: int, width: int, first_pair: int) -> None:
+    """Compare the sigmoid loss's kernel on strided fp32 with torch in fp64."""
+    embeds = torch.randn(height + width, 40, 2, generator=torch.Generator().manual_seed(height))
+    sides = torch.nn.functional.normalize(embeds, dim=1)[..., 0].split([height, width])
+    found = []
+    for rows, columns in (sides, [side.double() for side in sides]):
+        scale, bias = torch.tensor([30.0, -4.0], dtype=torch.float64)
+        sums = torch.zeros(height, 2, dtype=torch.float64)
+        results = (sums, torch.zeros_like(rows), torch.zeros_like(columns))
+        matrix = Matrix(rows, columns, scale, first_pair)
+        for_each_tile(sigmoid._add_tile, matrix, bias, None, *results, fused=contrastive.triton_serves(rows))
+        found.append(results)
+    for ours, plain in zip(*found, strict=True):
+        assert torch.allclose(ours.double(), plain.double(), rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
 def both_passes(rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None) -> list[torch.Tensor]:
@@ -135,6 +169,7 @@ def test_any_part_of_the_matrix(
     interpreted: Interpreted, height: int, width: int, first_pair: int, shift: float | None
 ) -> None:
     interpreted(check_against_plain, height, width, first_pair, shift)
+    interpreted(check_decisions, height, width, first_pair)
 
 
 class Compiler:
@@ -151,7 +186,7 @@ class Compiler:
 
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Compiler]]:
-    """Both kernels, on a GPU of the capability `request.param` that Triton takes to be there."""
+    """All kernels, on a GPU of the capability `request.param` that Triton takes to be there."""
     from triton import runtime
     from triton.backends.compiler import GPUTarget
 
@@ -162,7 +197,8 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
         get_current_target=lambda: GPUTarget("cuda", request.param, 32),
     )
     monkeypatch.setattr(runtime.driver, "_active", driver)
-    compilers = [Compiler(kernel) for kernel in (contrastive_triton.tile_negatives, contrastive_triton.tile_gradients)]
+    kernels = (contrastive_triton.tile_negatives, contrastive_triton.tile_gradients, contrastive_triton.tile_decisions)
+    compilers = [Compiler(kernel) for kernel in kernels]
     for compiler in compilers:
         compiler.kernel.device_caches.clear()
         monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
@@ -179,9 +215,13 @@ def test_kernels_compile_without_spills(gpu: list[Compiler], tmp_path: Path) -> 
 
     # Triton compiles anew for a 1 and for multiples of 16.
     for first_pair in (0, 1, -7, 48):
-        both_passes(*torch.zeros(2, 512, 512), first_pair, None)
+        sides = torch.zeros(2, 512, 512)
+        both_passes(*sides, first_pair, None)
+        for ids in (None, [torch.arange(512)] * 2):
+            bias, gradients = torch.zeros((), dtype=torch.float64), torch.empty(512, 512)
+            contrastive_triton.block_decisions(*sides, first_pair, bias, ids, gradients)
     for compiler in gpu:
-        assert len(compiler.programs) == 4
+        assert len(compiler.programs) >= 4
         for program in compiler.programs:
             binary = tmp_path / "kernel.cubin"
             binary.write_bytes(program.asm["cubin"])
@@ -196,7 +236,7 @@ def check_trial() -> None:
     contrastive_triton.try_out(torch.device("cpu"))
 
 
-def test_the_trial_runs_both_kernels(interpreted: Interpreted) -> None:
+def test_the_trial_runs_all_kernels(interpreted: Interpreted) -> None:
     interpreted(check_trial)
 
 
