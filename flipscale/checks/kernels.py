@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, logsigmoid, normalize, scaled_dot_product_attention
 
 from flipscale.checks.machine import own_device
 from flipscale.checks.node import OFF, Bench, Row
@@ -23,6 +23,7 @@ from flipscale.engines.optimizers import encoder_blocks, num_trained
 from flipscale.model.patches import num_kept
 from flipscale.objectives.build_objective import build_config
 from flipscale.objectives.contrastive import contrastive_loss, triton_serves
+from flipscale.objectives.sigmoid import sigmoid_loss
 from flipscale.planning.memory import trained_model
 from flipscale.start.complete_recipe import parse_recipe
 
@@ -35,7 +36,12 @@ _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.
 _NAMES = [backend.name.lower() for backend in _BACKENDS]
 # Largest difference from fp64, relative to the largest number. fp32 differs by 1e-6 to 1e-5.
 LOSS_TOLERANCE = 1e-4
-_RESULTS = ("loss", "gradient of images", "gradient of texts", "gradient of the scale")
+_INPUTS = ("images", "texts", "scale", "bias")
+# A loss, values of its parameters, and its matrix products over all logits.
+_LOSSES: tuple[tuple[str, Callable[..., torch.Tensor], tuple[float, ...], int], ...] = (
+    ("infonce", contrastive_loss, (30.0,), 4),
+    ("sigmoid", sigmoid_loss, (10.0, -10.0), 3),
+)
 
 
 class Tower(NamedTuple):
@@ -106,26 +112,37 @@ def attention(recipe: str, batch_size: int) -> Iterator[Row]:
         yield row
 
 
-def triton_loss(dim: int, batch_size: int) -> Iterator[Row]:
-    """Yield the differences of the loss and its gradients from torch's in fp64, and the loss's speed."""
+def triton_losses(dim: int, batch_size: int) -> Iterator[Row]:
+    """Yield the differences of each loss and its gradients from torch's in fp64, and the losses' speeds."""
     device = own_device()
-    for pairs in (300, 16 * batch_size):  # 300 leaves incomplete tiles
-        images, texts = (normalize(torch.randn(pairs, dim, device=device), dim=1).requires_grad_() for _ in range(2))
-        scale = torch.full((1,), 30.0, device=device, requires_grad=True)
-        exact = [tensor.detach().double().requires_grad_() for tensor in (images, texts, scale)]
-        logits, targets = exact[2] * exact[0] @ exact[1].T, torch.arange(pairs, device=device)
-        plain = (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
-        plain.backward()
-        loss = contrastive_loss(images, texts, scale)
-        loss.backward()
-        found: list[Any] = [loss, *(tensor.grad for tensor in (images, texts, scale))]
-        expected: list[Any] = [plain, *(one.grad for one in exact)]
-        for name, ours, theirs in zip(_RESULTS, found, expected, strict=True):
-            off = (ours.double() - theirs).abs().max() / theirs.abs().max()
-            yield {"result": f"{name} of {pairs} pairs", "difference": off.item()}
-    seconds = seconds_of(lambda: contrastive_loss(images, texts, scale), device, 5)
-    uses_triton = triton_serves(images)
-    yield {"uses_triton": uses_triton, "flops_per_s": 8 * pairs**2 * dim / seconds}
+    for kind, loss_of, parameters, products in _LOSSES:
+        for pairs in (300, 16 * batch_size):  # 300 leaves incomplete tiles
+            embeds = (normalize(torch.randn(pairs, dim, device=device), dim=1) for _ in range(2))
+            inputs = [*embeds, *(torch.full((1,), value, device=device) for value in parameters)]
+            exact = [tensor.double().requires_grad_() for tensor in inputs]
+            expected = _in_fp64(*exact)
+            found = loss_of(*(tensor.requires_grad_() for tensor in inputs))
+            yield _difference(f"{kind} of {pairs} pairs", found, expected)
+            for name, ours, theirs in zip(
+                _INPUTS, torch.autograd.grad(found, inputs), torch.autograd.grad(expected, exact), strict=False
+            ):
+                yield _difference(f"gradient of the {name}, {kind} of {pairs} pairs", ours, theirs)
+        seconds = seconds_of(lambda inputs=inputs, loss_of=loss_of: loss_of(*inputs), device, 5)  # type: ignore[misc]
+        yield {"loss": kind, "flops_per_s": 2 * products * pairs**2 * dim / seconds}
+    yield {"uses_triton": triton_serves(inputs[0])}
+
+
+def _in_fp64(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+    """Return the sigmoid loss if there is a bias, else InfoNCE, `()`."""
+    logits = scale * images @ texts.T
+    if bias:
+        return -logsigmoid((logits + bias[0]) * (2 * torch.eye(*logits.shape).to(logits) - 1)).sum() / len(logits)
+    targets = torch.arange(len(logits), device=logits.device)
+    return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
+
+
+def _difference(result: str, found: torch.Tensor, expected: torch.Tensor) -> Row:
+    return {"result": result, "difference": ((found.double() - expected).abs().max() / expected.abs().max()).item()}
 
 
 def check_products(bench: Bench) -> None:
@@ -169,17 +186,17 @@ def check_attention(bench: Bench) -> None:
 
 
 def check_triton(bench: Bench) -> None:
-    """Compare the loss in Triton with torch in fp64."""
+    """Compare both losses in Triton with torch in fp64."""
     dim = int(build_config(parse_recipe(["--config", bench.recipes[0]])).projection_dim or 0)
-    (rows,) = bench.run(triton_loss, dim=dim, batch_size=bench.batch_size)
-    bench.figures["triton"], (*loss_inputs, speed) = rows, rows
+    (rows,) = bench.run(triton_losses, dim=dim, batch_size=bench.batch_size)
+    bench.figures["triton"] = rows
     # NaN is no match either.
-    off = [row for row in loss_inputs if not row["difference"] <= LOSS_TOLERANCE]
-    faults = [f"{row['result']} off by {row['difference']:.1e}" for row in off]
-    faults += [] if speed["uses_triton"] else ["Triton is absent or fails, and torch's operations are slower"]
-    largest = max(row["difference"] for row in loss_inputs)
-    words = f"largest difference from fp64 {largest:.1e}, {speed['flops_per_s'] / 1e12:.1f} Tflop/s"
-    bench.add("triton loss", words, faults)
+    differences = {row["result"]: row["difference"] for row in rows if "result" in row}
+    faults = [f"{result} off by {off:.1e}" for result, off in differences.items() if not off <= LOSS_TOLERANCE]
+    faults += [] if rows[-1]["uses_triton"] else ["Triton is absent or fails, and torch's operations are slower"]
+    speeds = [f"{row['loss']} {row['flops_per_s'] / 1e12:.1f} Tflop/s" for row in rows if "loss" in row]
+    words = f"largest difference from fp64 {max(differences.values()):.1e}, {', '.join(speeds)}"
+    bench.add("triton losses", words, faults)
 
 
 def collectives(recipe: str, batch_size: int, folder: str) -> Iterator[Row]:

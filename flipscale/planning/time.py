@@ -358,7 +358,7 @@ def loss_seconds(recipe: Recipe, launch: Launch, pairs: int, hardware: Hardware)
     | | logits | gradients of both sides | reads and writes of a logit |
     |---|---|---|---|
     | infonce | 2 products of 3 TF32 products each, in Triton | 2 | 3 |
-    | sigmoid | 1 in fp32 | 2 | 10 |
+    | sigmoid | 1 product of 3 TF32 products, in Triton | 2 | 3 |
     | each teacher of infonce | as infonce, at the teacher's width | 2 | 3 |
 
     Products of gradients are in TF32 if the launch trains in bf16, else in fp32.
@@ -367,12 +367,12 @@ def loss_seconds(recipe: Recipe, launch: Launch, pairs: int, hardware: Hardware)
         return 0.0
     views = max(recipe.mask.views, recipe.loss.captions_per_image)
     logits, dim = views * pairs * recipe.data.global_batch_size, int(build_config(recipe).projection_dim or 0)
-    exact, fp32, passes = (0, 1, 10) if recipe.loss.kind == "sigmoid" else (2, 0, 3)
+    exact = 1 if recipe.loss.kind == "sigmoid" else 2
     teachers = len(recipe.data.teachers)
-    product, tf32, in_fp32 = 2 * logits * dim, hardware.peak / 2, hardware.fp32_peak * _FP32_SHARE
-    of_gradients = tf32 * _PRODUCT_SHARE if launch.bf16 else in_fp32
-    products = product * (3 * exact / (tf32 * _TF32_SHARE) + fp32 / in_fp32 + 2 / of_gradients)
-    moved = passes * 4 * logits / (1e9 * hardware.memory_gb_s)
+    tf32 = hardware.peak / 2
+    of_gradients = tf32 * _PRODUCT_SHARE if launch.bf16 else hardware.fp32_peak * _FP32_SHARE
+    products = 2 * logits * dim * (3 * exact / (tf32 * _TF32_SHARE) + 2 / of_gradients)
+    moved = 3 * 4 * logits / (1e9 * hardware.memory_gb_s)
     return (1 + teachers) * (products + moved)
 
 

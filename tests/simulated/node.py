@@ -164,7 +164,7 @@ def serve(module: str, arguments: list[str], log: str, is_fake: bool, fault: Fau
     with ExitStack() as stack:
         if is_fake:
             on_fake_gpu(stack)
-        elif arguments[0].endswith(":triton_loss"):
+        elif arguments[0].endswith(":triton_losses"):
             _interpret_triton(stack)
         if fault is not None:
             fault(stack)
