@@ -36,8 +36,8 @@ _OF_RANK = (
 )
 # As training sets them. The recorder names the straggler of a stalled step.
 _USUAL = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "8192"}
-# Longest time of a check.
-LIMIT_SECONDS = 300.0
+# Longest time of a start. A first start of H/14 compiles for about three minutes, more on a slow file system.
+LIMIT_SECONDS = 600.0
 # Seconds that the other ranks may take to end after the first, and after the first that fails.
 _GRACE_SECONDS, _FAILED_SECONDS = 60.0, 15.0
 

@@ -68,8 +68,10 @@ def run_checks(bench: Bench, announce: Callable[[str], None], checks: Sequence[A
             announce(finding.line())
 
 
-def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[str], None]) -> Bench:
-    """Collective. Check all nodes together, in a folder that they share, after the checks `bench` of each."""
+def check_nodes(benches: list[Bench], nodes: Nodes, folder: Path, announce: Callable[[str], None]) -> None:
+    """Collective. Check all nodes together, in a folder that they share, after the checks `benches[0]` of each, and
+    append these checks to `benches`."""
+    bench = benches[0]
     nodes.begin("nodes")
     failed = [vars(one) for one in bench.findings if one.status == "FAILED"]
     own: dict[str, Any] = {"failed": failed, "versions": bench.figures.get("machine", {}).get("versions")}
@@ -78,7 +80,7 @@ def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[st
     faults = [f"{host} failed {len(found['failed'])} checks" for host, found in every.items() if found["failed"]]
     faults += [f"{host} has other versions" for host in every if every[host]["versions"] != first[0]["versions"]]
     figures = {"nodes": every, "fastest": dict(zip(bench.trained, first[0]["fastest"], strict=False))}
-    whole = replace(bench, nodes=nodes, folder=folder, figures=figures, findings=[])
+    benches.append(whole := replace(bench, nodes=nodes, folder=folder, figures=figures, findings=[]))
     whole.num_gpus *= len(every)
     whole.add("nodes", f"{whole.num_gpus} GPUs on {', '.join(every)}", faults)
     whole.findings += [
@@ -87,7 +89,6 @@ def check_nodes(bench: Bench, nodes: Nodes, folder: Path, announce: Callable[[st
     for finding in whole.findings:
         announce(finding.line())
     run_checks(whole, announce, OF_ALL_NODES)
-    return whole
 
 
 def findings_block(bench: Bench) -> str:

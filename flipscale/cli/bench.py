@@ -80,25 +80,20 @@ class BenchGpu:
         benches = [Bench(num_gpus, own, recipes, self.batch_size, () if self.quick else trained, self.shards, *extent)]
 
         def announce(line: str) -> None:
-            if nodes.index == 0:
-                print(line, file=sys.stderr, flush=True)
-
-        def keep() -> None:
+            if nodes.index:
+                return
+            print(line, file=sys.stderr, flush=True)
             figures = as_json(benches[0])
             if len(benches) > 1:
                 figures["all_nodes"] = as_json(benches[1])
-            write_text(self.output, f"{json.dumps(figures)}\n")
+            write_text(self.output, f"{json.dumps(figures)}\n")  # a job may end at any check
             write_report(benches, self.output.with_name("report.md"))
 
         run_checks(benches[0], announce)
-        if nodes.index == 0:
-            keep()  # another node may fail to answer
         if several:
-            benches.append(check_nodes(benches[0], nodes, shared, announce))
+            check_nodes(benches, nodes, shared, announce)
         if nodes.index:
             return
-        if several:
-            keep()
         print("\n".join([*map(findings_block, reversed(benches)), PROFILE]))
         if any(one.status == "FAILED" for bench in benches for one in bench.findings):
             print(f"the output of all processes is in {shared}", file=sys.stderr)

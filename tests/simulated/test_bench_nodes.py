@@ -77,8 +77,8 @@ def run_nodes(fault: simulated.Fault, small: Path, folder: Path, *chosen: Callab
         nodes.hosts = HOSTS[:2]
         own = Bench(2, folder / HOSTS[index], [str(small)], 4, start=simulated.Starter(fault))
         own.add("own", "fine")
-        whole = checks.check_nodes(own, nodes, folder, lambda line: None)
-        return whole
+        checks.check_nodes(benches := [own], nodes, folder, lambda line: None)
+        return benches[1]
 
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         simulated.on_busy_machine(stack)
@@ -290,12 +290,13 @@ def test_what_other_nodes_failed_is_in_the_report(tmp_path: Path) -> None:
         patch.object(Nodes, "gather", lambda _, value, limit_s: [{**value, "fastest": theirs["fastest"]}, theirs]),
         patch.object(checks, "OF_ALL_NODES", [lambda bench: bench.add("last", "fine")]),
     ):
-        whole = checks.check_nodes(own, nodes, tmp_path, lambda line: None)
+        checks.check_nodes(benches := [own], nodes, tmp_path, lambda line: None)
+    whole = benches[1]
     assert [(one.name, one.text) for one in whole.findings if one.status == "FAILED"] == [
         ("nodes", "b failed 1 checks; 16 GPUs on a, b"),
         ("b: products small", "slow: GPU 3"),
     ]
-    write_report([own, whole], tmp_path / "report.md")
+    write_report(benches, tmp_path / "report.md")
     assert "FAILED  b: products small                  slow: GPU 3" in (tmp_path / "report.md").read_text()
     # The trainer runs on all nodes under the engine that was fastest on the first.
     assert whole.figures["fastest"] == {"small": theirs["fastest"][0]}

@@ -1,6 +1,7 @@
 """The figures of several starts, the report of `flipscale bench gpu`, and its command line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +13,7 @@ from benchmarks.gpu_step import draw, unlike
 from flipscale.checks import node, steps
 from flipscale.checks.node import Bench
 from flipscale.checks.nodes import Nodes
-from flipscale.checks.report import PROFILE, write_report
+from flipscale.checks.report import PROFILE, check_nodes, write_report
 from flipscale.checks.steps import ALONE, check_plan
 from flipscale.checks.timing import over_starts
 from flipscale.cli import main
@@ -72,7 +73,8 @@ def test_any_recipe_and_any_field_can_be_benched(
     seen: list[Bench] = []
     recipes: list[Recipe] = []
 
-    def run_checks(bench: Bench, announce: object) -> None:
+    def measure(bench: Bench) -> None:
+        bench.add("step", "measured")
         seen.append(bench)
         recipes.extend(parse_recipe(["--config", name]) for name in bench.recipes)
         row = {"recipe": bench.recipes[0], "engine": ALONE, "gpus": 1, "pairs": 8, "compiled": False}
@@ -80,7 +82,7 @@ def test_any_recipe_and_any_field_can_be_benched(
         loads = {"mfu": None, "mhz": None, "watts": None, "pairs_per_joule": None, "peak_bytes": 1, "recomputes": False}
         bench.figures["steps"] = [row | times | loads]
 
-    monkeypatch.setattr("flipscale.checks.report.run_checks", run_checks)
+    monkeypatch.setattr("flipscale.checks.report.CHECKS", [measure])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     flags = ["--config", "b16_cc12m", "--mask.kind", "grid", "--data.pack_captions", "false"]
@@ -107,13 +109,21 @@ def test_a_wrong_command_is_refused_before_all_checks(
     assert named in capsys.readouterr().err
 
 
-def test_a_silent_node_loses_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(*given: object) -> Bench:
-        raise UserError("b did not answer in 1 s")
+def silent(*given: object) -> None:
+    raise UserError("b did not answer in 1 s")
 
+
+def ended(bench: Bench) -> None:
+    raise SystemExit(1)
+
+
+@pytest.mark.parametrize(("checks", "all_nodes"), [([], silent), ([ended], check_nodes)])
+def test_an_end_loses_no_results(
+    checks: list[Callable], all_nodes: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flipscale.checks.nodes.meet", lambda environment: Nodes(hosts=["a", "b"]))
-    monkeypatch.setattr("flipscale.checks.report.run_checks", lambda bench, announce: bench.add("own", "fine"))
-    monkeypatch.setattr("flipscale.checks.report.check_nodes", silent)
+    monkeypatch.setattr("flipscale.checks.report.CHECKS", [lambda bench: bench.add("own", "fine"), *checks])
+    monkeypatch.setattr("flipscale.checks.report.check_nodes", all_nodes)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
