@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.gpu_step import MASK_RATIOS, open_clip_step
+from benchmarks.gpu_step import MASK_RATIOS
+from benchmarks.open_clip_step import open_clip_step
 from benchmarks.step_times import DTYPES, Figures, StepSetting, flip_step, matmul_peak, step_figures, time_in_turn
 from flipscale.engines.device import keep_freed_memory
 from flipscale.io.command_line import parse_command
@@ -31,7 +32,8 @@ def compare_steps(setting: StepSetting) -> Iterator[Figures]:
         for mask_ratio in MASK_RATIOS:
             case = replace(setting, dtype=dtype, mask_ratio=mask_ratio)
             bf16 = dtype == "bf16"
-            theirs = open_clip_step(case.config, None, case.batch_size, mask_ratio, case.device, bf16, case.compile)
+            way = "blocks" if case.compile else None
+            theirs = open_clip_step(case.config, None, case.batch_size, mask_ratio, case.device, bf16, way)
             steps = {"flipscale": flip_step(case), "open_clip": theirs}
             times = time_in_turn(steps, case.num_steps, case.device)
             # Free the models, because the next pair needs their memory.

@@ -213,6 +213,7 @@ def on_fake_gpu(stack: ExitStack) -> Recorder:
     stack.enter_context(patch("flipscale.checks.timing.open_gpu", lambda device: []))
     stack.enter_context(patch.object(torch.cuda, "clock_rate", lambda device: 1485))
     stack.enter_context(patch.object(torch.nn.Module, "compile", lambda module: None))
+    stack.enter_context(patch("benchmarks.open_clip_step.torch.compile", lambda called: called))
     # Graphs are not made here: tests/objectives and tests/distributed compile.
     stack.enter_context(patch("flipscale.engines.first_weights.compile_blocks", lambda *_: None))
     # A fake tensor has no first weights, and a fake GPU no profile and no queue of frees.

@@ -1,5 +1,6 @@
 """All checks of `flipscale bench gpu` run on a simulated node, and find faults there."""
 
+import itertools
 import json
 import os
 import sys
@@ -17,7 +18,8 @@ from simulated.fake_gpu import NUM_DEVICES
 from simulated.node import Fault, Starter, on_busy_machine, write_nvidia_smi
 from torch.autograd import DeviceType
 
-from benchmarks.gpu_step import check_open_clip
+from benchmarks.gpu_step import check_open_clip, gpus
+from benchmarks.open_clip_step import WAYS, missing
 from flipscale.checks import node, steps, trainings
 from flipscale.checks import report as checks
 from flipscale.checks.machine import gpu_links
@@ -69,9 +71,11 @@ def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         bench = run(small, tmp_path, starts=3)
     printed = findings_block(bench)
     others = {one.name: one.text for one in bench.findings if one.status != "ok"}
-    assert others == dict.fromkeys(("step small zero3", "step small zero3 compiled"), "deepspeed is not installed"), (
-        printed
-    )
+    lacks = dict.fromkeys(("step small zero3", "step small zero3 compiled"), "deepspeed is not installed")
+    for way, world in itertools.product(WAYS, (1, NUM_DEVICES)):
+        if lack := missing(way, world):
+            lacks[f"open_clip {way}, {gpus(world)}"] = lack
+    assert others == lacks, printed
     assert len(printed.splitlines()) == len(bench.findings) + 1 <= 60
     names = {one.__name__.removeprefix("check_") for one in (*checks.CHECKS, check_open_clip)}
     assert names == bench.figures["seconds"].keys()
@@ -83,8 +87,14 @@ def test_all_checks_run(small: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     main(["pretrain", "--dry_run", "--config", str(small), *flags])
     planned = capsys.readouterr().out
     assert f" {as_json(bench)['planning']['node_gb_s']:g} GB/s a GPU within a node" in planned
-    assert len(bench.figures["open_clip"]) == 12
-    assert {len(row["times"]) for row in (*bench.figures["open_clip"], *bench.figures["trainer"])} == {3}
+    raced = bench.figures["open_clip"]
+    # All ways are as fast as the first here, and the others have one start.
+    expected = []
+    for world in (1, NUM_DEVICES):
+        first, *others = (f"open_clip {way}" for way in WAYS if not missing(way, world))
+        expected += [("flipscale", 3), (first, 3), *((way, 1) for way in others)] * 3
+    assert [(row["code"], len(row["times"])) for row in raced] == expected
+    assert {len(row["times"]) for row in bench.figures["trainer"]} == {3}
     print(bench.figures["seconds"])
     write_report([bench], tmp_path / "report.md")
     print((tmp_path / "report.md").read_text())
