@@ -94,7 +94,7 @@ def compile_blocks(model: FlipPreTrainedModel, packs_captions: bool = False) -> 
     wait for one that compiles at a later step. With micro-batches there are twice as many, because the first pass has
     no gradients. All blocks of a tower share graphs.
 
-    Evaluations run the uncompiled blocks (`training.between_steps`), because their last batch has another size.
+    Evaluations run the uncompiled blocks (`loop.between_steps`), because their last batch has another size.
     """
     # torch's limit is 8 graphs of one code, and both towers share one code, so a third stage could end the run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)

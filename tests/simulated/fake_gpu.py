@@ -18,6 +18,7 @@ from unittest.mock import MagicMock, patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel, distributed
@@ -32,7 +33,15 @@ _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard
 
 # At an address that no bus has.
 _PROPERTIES = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, uuid="3", pci_domain_id=0xFFFF, pci_bus_id=0, pci_device_id=0
+    name="NVIDIA H100 80GB HBM3",
+    total_memory=80 * 2**30,
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    uuid="3",
+    pci_domain_id=0xFFFF,
+    pci_bus_id=0,
+    pci_device_id=0,
 )
 
 # What the mode is told of a host that waits for the device: what the host asks for.
@@ -155,6 +164,11 @@ def _fused_attention(calls: list[tuple[torch.dtype, int, bool]] | None) -> Calla
 class OnDevice(TorchDispatchMode):
     """Lets autograd's engine, which is C++ and asks for the GPU's streams, take the tensors for ones without any."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch.compile trace without this mode; it sees what the graph then does."""
+        return True
+
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -215,7 +229,7 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
         # accelerate asks torch.cuda, and from 1.16 on this function of its own.
         found = lambda *_, **__: ("cuda", torch.cuda)  # noqa: E731
         stack.enter_context(patch("accelerate.state.get_torch_accelerator_backend", found, create=True))
-        attend = _fused_attention(attention)
+        attend = torch.compiler.allow_in_graph(_fused_attention(attention))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", attend))
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))
         # DDP compares the parameters' shapes with those of process 0, by their values.
@@ -224,6 +238,30 @@ def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> It
         # One thread: the engine has none for a GPU that is not there.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def traced_by_dynamo() -> Iterator[list[torch.fx.GraphModule]]:
+    """Let `Module.compile` trace inside `fake_gpu`, run its graphs uncompiled, and append them to the yielded list."""
+    graphs: list[torch.fx.GraphModule] = []
+    compile_module = torch.nn.Module.compile
+
+    def run_uncompiled(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def traced(module: torch.nn.Module, **options: Any) -> None:
+        compile_module(module, backend=run_uncompiled, **options)
+
+    # Made once, of functions that must not yet be replaced by those of a fake GPU.
+    TorchInGraphFunctionVariable._get_handlers()
+    with (
+        patch.object(torch.nn.Module, "compile", traced),
+        patch.object(torch.cuda, "get_rng_state", torch.get_rng_state),
+        patch.object(torch.cuda, "set_rng_state", torch.set_rng_state),
+    ):
+        yield graphs
+    torch._dynamo.reset()
 
 
 def _tolist(waits: Waits) -> Callable[[FakeTensor], Any]:

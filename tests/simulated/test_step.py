@@ -70,10 +70,10 @@ def step(engine: str, processes: int, rank: int, *flags: str) -> StepReport:
     return report_of([*RECIPE, *flags], engine, processes, rank)
 
 
-def report_of(flags: Sequence[str], engine: str, processes: int, rank: int) -> StepReport:
+def report_of(flags: Sequence[str], engine: str, processes: int, rank: int, compiles: bool = False) -> StepReport:
     recipe = parse_recipe(flags)
     launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", processes)
-    return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], rank))
+    return simulate(World(recipe, launch, schedule_stages(recipe.stages, BATCH)[0], rank, compiles))
 
 
 @pytest.mark.long
@@ -100,6 +100,27 @@ def test_the_host_waits_once_for_towers_of_other_libraries(world: int, tmp_path:
     towers.append("--model.text_config={caption_tokens: 8, projection_dim: 24}")
     others = [flag for flag in RECIPE if "_config" not in flag]
     assert_waits_once(report_of([*others, "--model.family=towers", *towers], "fsdp2", world, 1))
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags", "graphs"),
+    [
+        ("ddp", (), 2),  # one for each tower
+        pytest.param("fsdp2", (MUON, PARTS), 4, marks=pytest.mark.long),  # with gradients and without
+        pytest.param("hsdp", ("--model.gradient_checkpointing=true",), 2, marks=pytest.mark.long),
+        pytest.param("ddp", INPUTS[2], 2, marks=pytest.mark.long),
+        pytest.param("fsdp2", KINDS[2], 2, marks=pytest.mark.long),
+        pytest.param("fsdp2", INPUTS[3], 2, marks=pytest.mark.long),
+    ],
+)
+def test_compiled_blocks_add_no_wait(engine: str, flags: tuple[str, ...], graphs: int) -> None:
+    compiled = report_of([*RECIPE, *flags], engine, 8, 1, compiles=True)
+    assert_waits_once(compiled)
+    plain = step(engine, 8, 1, *flags)
+    assert compiled.graphs == graphs
+    # A recomputed graph runs to its end, uncompiled operations to the last that is asked for.
+    assert {**compiled.figures(), "aten_ops": plain.ops.total()} == plain.figures()
+    assert compiled.attention == plain.attention
 
 
 def assert_waits_once(found: StepReport) -> None:

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from simulated.fake_gpu import DEVICE, Devices, fake_gpu, visible_ddp
+from simulated.fake_gpu import DEVICE, Devices, fake_gpu, traced_by_dynamo, visible_ddp
 from simulated.recorder import Collective, Recorder, Work, resizing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +28,7 @@ from flipscale.data.loader import PackedBatch
 from flipscale.engines.build_engine import build_engine, start_accelerator
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
-from flipscale.engines.first_weights import no_weights
+from flipscale.engines.first_weights import compile_blocks, no_weights
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.loop.step import forward_backward
 from flipscale.loop.sync import StepSync
@@ -56,12 +56,15 @@ class World:
     Args:
         stage: stage of the step.
         rank: rank of the process, below `launch.num_processes`.
+        compiles: whether blocks are compiled as on a GPU. Dynamo traces them; its graphs run uncompiled, because the
+            compilers of backward passes ask torch's C++ for a GPU.
     """
 
     recipe: Recipe
     launch: Launch
     stage: Stage
     rank: int = 0
+    compiles: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.launch.num_processes > 1, "a rank of several processes"
@@ -83,6 +86,7 @@ class StepReport:
         attention: `(dtype, head_dim, has_mask)` of every call of the fused attention.
         devices: indices of the GPUs on which anything was made or chosen, from the start on.
         uses_cudnn: whether torch may take cuDNN's attention, which it prefers on Hopper.
+        graphs: graphs of compiled blocks.
     """
 
     ops: Counter[str]
@@ -95,6 +99,7 @@ class StepReport:
     attention: list[tuple[torch.dtype, int, bool]]
     devices: set[int]
     uses_cudnn: bool
+    graphs: int
 
     def figures(self) -> dict[str, Any]:
         """Return the report ready for JSON."""
@@ -119,8 +124,11 @@ def simulate(world: World) -> StepReport:
         model.set_attn_implementation(best_attention(DEVICE))
         if recipe.recomputes(world.stage):
             model.activation_checkpointing_enable()
+        if world.compiles:
+            compile_blocks(model, recipe.data.pack_captions)
 
     with ExitStack() as stack:
+        graphs = stack.enter_context(traced_by_dynamo())
         stack.enter_context(fake_processes(world.rank, world.launch))
         fake = stack.enter_context(fake_gpu(recorder.wait, attention))
         stack.enter_context(resizing(recorder.memory))
@@ -161,6 +169,7 @@ def simulate(world: World) -> StepReport:
         attention,
         set(Devices.touched),
         torch.backends.cuda.cudnn_sdp_enabled(),
+        len(graphs),
     )
     return StepReport(recorder.ops, recorder.loss_ops, work, *seen)
 
