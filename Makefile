@@ -47,14 +47,15 @@ bench: setup
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds 300
 
-# What torch.compile and Triton make for GPUs, with the CUDA wheel of the same torch (6 GB), on a machine without a GPU.
+# What torch.compile and Triton make for GPUs, and fp8 products, with the CUDA wheel of the same torch (6 GB), on a machine without a GPU.
 cuda: export FLIPSCALE_LONG = all
 cuda: .venv-cuda/installed
 	.venv-cuda/bin/pytest -s tests/simulated/test_inductor.py
 	.venv-cuda/bin/pytest tests/objectives/test_contrastive_triton.py -k compile
+	.venv-cuda/bin/pytest tests/benchmarks/test_products.py
 
 # `===` leaves out builds for CPUs, whose versions end in +cpu.
 .venv-cuda/installed: setup.cfg pyproject.toml .venv/installed
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet --disable-pip-version-check --editable . pytest pytest-timeout torch===$$($(BIN)/python -c "import torch; print(torch.__version__.split('+')[0])")
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check --editable . pytest pytest-timeout torchao torch===$$($(BIN)/python -c "import torch; print(torch.__version__.split('+')[0])")
 	touch $@
