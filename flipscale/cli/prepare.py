@@ -295,8 +295,8 @@ class Weights(WeightOptions):
         options = WeightOptions(**{name: getattr(self, name) for name in WeightOptions.__dataclass_fields__})
         options.check()
         with new_folder(self.directory) as folder:
-            composition = make_weights(_open(self.shards), self.shards, options, folder, self.num_workers)
-        print(f"{self.directory}: {composition}")
+            composition, matches = make_weights(_open(self.shards), self.shards, options, folder, self.num_workers)
+        print(*filter(None, (f"{self.directory}: {composition}", matches)), sep="\n")
         print(f"next: flipscale pretrain --config RECIPE --data.weights {quoted(self.directory)}")
 
 

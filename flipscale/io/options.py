@@ -60,6 +60,7 @@ ShareBelowOne = Annotated[float, Range(at_least=0, below=1)]
 OpenShare = Annotated[float, Range(above=0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 Finite = Annotated[float, Range()]
+Repeats = Annotated[float, Range(at_least=1)]
 NonNegative = Annotated[float, Range(at_least=0)]
 Overhead = Annotated[float, Range(at_least=1, at_most=10)]  # ratio of a whole to its part
 Seconds = Annotated[float, Range(above=0, at_most=100_000_000)]  # longer waits overflow

@@ -1,4 +1,4 @@
-"""Make sampling weights from scores, or from clusters of features, for `data.weights` of a recipe.
+"""Make sampling weights from scores, ids, or clusters of features, for `data.weights` of a recipe.
 
 Scores, clusters and weights are in memory, a few numbers a sample. Features are read one shard at a time.
 """
@@ -17,8 +17,9 @@ from flipscale.data.sampling_weights import ABOUT, SUMS, WEIGHTS, Composition, t
 from flipscale.data.sources.opening import in_words
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError, needed
-from flipscale.io.options import Count, Finite, Share, ShareAboveZero
+from flipscale.io.options import Count, Finite, Repeats, Share, ShareAboveZero
 from flipscale.io.progress import each
+from flipscale.preparation.selection import Matches, capped, digest_keys, scores_by_key
 from flipscale.preparation.worker_pool import shared, worker_pool
 
 # Features of each cluster that k-means learns from; faiss takes no more.
@@ -33,6 +34,12 @@ class WeightOptions:
         scores: An .npy file with a score for each sample, in the order of the manifest.
         field: Field of KEY.json with the score. A sample without a number there is never drawn.
         caption_counts: The score is the number of samples with the same caption.
+        table: Parquet file with a row for each chosen sample, or an .npy file of DataComp's uids. A sample without a
+            row is never drawn.
+        key: Name of the id in --table and in KEY.json, such as uid. sha256 is computed from the image if KEY.json lacks
+            it.
+        score: Column of --table with the score. Default: the number of an id's rows.
+        most_repeats: Draw no sample more often than this in an epoch.
         at_least: Draw samples of at least this score equally often, and no others. Default: each score is a weight.
         top: Draw the samples with the highest scores equally often, this share of all, and no others.
         clusters: An .npy file with each sample's cluster, in the order of the manifest. Samples with negative numbers
@@ -46,6 +53,10 @@ class WeightOptions:
     scores: Path | None = None
     field: str | None = None
     caption_counts: bool | None = None
+    table: Path | None = None
+    key: str | None = None
+    score: str | None = None
+    most_repeats: Repeats | None = None
     at_least: Finite | None = None
     top: ShareAboveZero | None = None
     clusters: Path | None = None
@@ -56,7 +67,7 @@ class WeightOptions:
     def check(self) -> None:
         """Raise UserError for options that exclude each other, or miss one."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        scored_by, clustered_by = ("scores", "field", "caption_counts"), ("clusters", "features")
+        scored_by, clustered_by = ("scores", "field", "caption_counts", "table"), ("clusters", "features")
         for kinds in (scored_by, ("at_least", "top"), clustered_by):
             for one, other in pairwise(name for name in kinds if name in given):
                 raise UserError(f"--{one} is {given[one]} and --{other} is {given[other]}; give one of them")
@@ -67,15 +78,27 @@ class WeightOptions:
             raise UserError(f"--{name} is {given[name]} and there are no scores; add --{', --'.join(scored_by)}")
         if ("features" in given) != ("num_clusters" in given):
             raise UserError(f"--features is {self.features} and --num_clusters {self.num_clusters}; give both or none")
+        if ("table" in given) != ("key" in given):
+            raise UserError(f"--table is {self.table} and --key {self.key}; give both or none")
+        if "score" in given and "table" not in given:
+            raise UserError(f"--score is {self.score!r}, a column of --table, which is missing; add it")
 
 
-def make_weights(source: Source, shards: str, options: WeightOptions, folder: Path, processes: int) -> Composition:
-    """Write the weights of a source, called `shards`, to an empty folder, and return the composition of an epoch. Raise
-    UserError if an option is wrong, a number is not a weight, or no sample has a weight above 0."""
+def make_weights(
+    source: Source, shards: str, options: WeightOptions, folder: Path, processes: int
+) -> tuple[Composition, Matches | None]:
+    """Write the weights of a source, called `shards`, to an empty folder. Return the composition of an epoch, and how
+    the samples match the rows of `options.table`. Raise UserError if an option is wrong, a number is not a weight, or
+    no sample has a weight above 0."""
     options.check()
-    weights, clusters = np.ones(len(source)), None
-    if options.scores is not None or options.field is not None or options.caption_counts:
-        weights = _of_scores(source, options, processes)
+    weights, clusters, matches = np.ones(len(source)), None, None
+    if options.table is not None:
+        scores, matches = scores_by_key(
+            options.table, options.key or "", options.score, _keys(source, options, processes)
+        )
+        weights = _of_scores(scores, options, source)
+    elif options.scores is not None or options.field is not None or options.caption_counts:
+        weights = _of_scores(_scores(source, options, processes), options, source)
     if options.clusters is not None:
         clusters = _read_numbers("--clusters", options.clusters, source, "iu")
     elif options.features is not None:
@@ -87,29 +110,41 @@ def make_weights(source: Source, shards: str, options: WeightOptions, folder: Pa
         weights[weights > 0.0] *= (sizes ** (options.power - 1.0))[members]
     if not weights.any():
         raise UserError(f"none of {in_words(source, shards)} would have a weight above 0; lower the threshold")
-    return _write(folder, source, shards, weights, options)
+    if options.most_repeats is not None:
+        weights = capped(weights, options.most_repeats)
+    return _write(folder, source, shards, weights, options, matches), matches
 
 
-def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.ndarray:
-    """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold.
+def _keys(source: Source, options: WeightOptions, processes: int) -> np.ndarray:
+    """Return the digest of each sample's id, see `digest_keys`."""
+    if not isinstance(source, TarSource):
+        raise UserError(f"--key is {options.key!r}, which reads KEY.json of tar shards; give --scores instead")
+    keys = _of_shards(digest_keys, source, options.key or "", processes)
+    if not keys.any():
+        raise UserError(f"--key is {options.key!r}, which no KEY.json of {len(source)} samples has")
+    return keys
 
-    A sample's score is its number in `scores`, its field of `KEY.json`, or the count of its first caption. It is NaN
-    for samples without one.
-    """
+
+def _scores(source: Source, options: WeightOptions, processes: int) -> np.ndarray:
+    """Return each sample's number in `scores`, its field of KEY.json, or the count of its first caption; else NaN."""
     if options.scores is not None:
-        scores = _read_numbers("--scores", options.scores, source, "fiu")
-    elif options.field is not None:
+        return _read_numbers("--scores", options.scores, source, "fiu")
+    if options.field is not None:
         if not isinstance(source, TarSource):
             raise UserError(f"--field is {options.field!r}, which reads KEY.json of tar shards; give --scores instead")
         scores = _of_shards(_read_shard, source, options.field, processes)
         if not np.isfinite(scores).any():
             raise UserError(f"--field is {options.field!r}, which no KEY.json of {len(source)} samples has as a number")
-    else:
-        digests = _of_shards(_digest_captions, source, "", processes)
-        if not digests.any():
-            raise UserError(f"--caption_counts counts captions, and none of {len(source)} samples has one")
-        _, members, counts = np.unique(digests, return_inverse=True, return_counts=True)
-        scores = np.where(digests == 0, np.nan, counts[members].astype(np.float64))
+        return scores
+    digests = _of_shards(_digest_captions, source, "", processes)
+    if not digests.any():
+        raise UserError(f"--caption_counts counts captions, and none of {len(source)} samples has one")
+    _, members, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    return np.where(digests == 0, np.nan, counts[members].astype(np.float64))
+
+
+def _of_scores(scores: np.ndarray, options: WeightOptions, source: Source) -> np.ndarray:
+    """Return the weights by score, float64: 1 above the threshold, or the score itself without a threshold."""
     has_score = np.isfinite(scores)
     is_good = has_score if options.scores is not None else np.ones(len(scores), bool)
     is_weight = options.at_least is None and options.top is None
@@ -117,8 +152,9 @@ def _of_scores(source: Source, options: WeightOptions, processes: int) -> np.nda
     if not is_good.all():
         row = int(np.argmin(is_good))
         shard, number = SampleNumbers(source)[row]
+        origin = options.scores or options.field or options.table
         raise UserError(
-            f"{options.scores or options.field}: sample {row}, number {number} of {source.shard_name(shard)}, has "
+            f"{origin}: sample {row}, number {number} of {source.shard_name(shard)}, has "
             f"{scores[row]}; expected finite numbers{' of at least 0, or --at_least or --top' if is_weight else ''}"
         )
     if is_weight:
@@ -222,7 +258,9 @@ def _features(folder: Path, source: Source, step: int = 1) -> Iterator[np.ndarra
         yield rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, options: WeightOptions) -> Composition:
+def _write(
+    folder: Path, source: Source, shards: str, weights: np.ndarray, options: WeightOptions, matches: Matches | None
+) -> Composition:
     shares = weights / weights.max()  # so that the sum is finite
     shares /= shares.sum()
     shares[shares * len(shares) < 1e-30] = 0.0  # so that float32 holds the rest
@@ -245,6 +283,7 @@ def _write(folder: Path, source: Source, shards: str, weights: np.ndarray, optio
         "contents_digest": contents_digest(source),
         "digest": hashlib.blake2b(visits.tobytes(), digest_size=16).hexdigest(),
         "composition": asdict(composition),
+        "matches": matches and asdict(matches),
         "options": {name: str(value) for name, value in vars(options).items() if value is not None},
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
