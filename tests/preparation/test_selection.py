@@ -108,7 +108,20 @@ def test_a_cap_keeps_the_sum_and_the_order(most: float) -> None:
         (None, ["--key", "uid"], ["t.parquet", "Parquet"]),
         ({"uid": UIDS}, [], ["--table", "--key None"]),
     ],
-    ids=str,
+    ids=[
+        "another key",
+        "another column",
+        "no score",
+        "words as scores",
+        "a score without a value",
+        "a negative score without a sample",
+        "two scores",
+        "an id without a value",
+        "ids of few samples",
+        "an empty table",
+        "no Parquet",
+        "no key",
+    ],
 )
 def test_tables_that_do_not_fit(
     datacomp: Path, tmp_path: Path, refused: Callable[..., str], columns: dict | None, options: list[str], parts: list
