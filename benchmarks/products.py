@@ -95,7 +95,8 @@ def main(arguments: Sequence[str]) -> None:
             with report_user_errors():
                 print(*compare([Path(folder) for folder in folders]), sep="\n")
         case _:
-            sys.exit(f"{__doc__}\nways: {', '.join(WAYS)}")
+            print(__doc__, f"ways: {', '.join(WAYS)}", sep="\n")
+            sys.exit(0 if list(arguments) == ["--help"] else 2)
 
 
 if __name__ == "__main__":

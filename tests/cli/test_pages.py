@@ -158,6 +158,10 @@ def target(words: list[str]) -> None:
 
 def script_s_help(words: list[str]) -> None:
     """Print the help of a script or module that works for minutes."""
+    if words[0] == "accelerate":
+        parsed = launch_command_parser().parse_args(words[2:])
+        assert load_config_from_file(parsed.config_file).num_processes == 8
+        words = ["python", parsed.training_script]
     print_help(words[2] if words[1] == "-m" else str(ROOT / words[1]))
 
 
@@ -181,6 +185,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(\.venv/bin/)?(pip (install|wheel)|pytest|pre-commit) ": installation,
     r"make \w+": target,
     r"python (-m (fuzz|simulated\.world) |(examples|benchmarks|tests)/\w+(/\w+)?\.py)": script_s_help,
+    r"accelerate launch .* benchmarks/\w+\.py ": script_s_help,
 }
 
 
