@@ -1,4 +1,4 @@
-"""Prepare data: write, index, inspect and audit shards, train tokenizers, and download test sets."""
+"""Prepare data: write, index, inspect and audit shards, train tokenizers, and download pairs and test sets."""
 
 import dataclasses
 import json
@@ -243,6 +243,40 @@ class Tasks:
 
 
 @dataclass(frozen=True)
+class NamedPairs:
+    """Download a named set of image-text pairs from the Hub, such as cc3m.
+
+    Args:
+        set: Name of the set.
+        directory: Folder to write: train/ and, if the set has it, validation/. After an interruption, the same command
+            continues.
+        list: Print the sets, and download nothing.
+    """
+
+    set: str | None = None
+    directory: OutputFolder | None = None
+    _: KW_ONLY
+    list: bool = False
+
+    def run(self) -> None:
+        from flipscale.data.sources.pair_set import read_set, sets_table
+
+        if self.list:
+            print(sets_table())
+            return
+        if self.set is None or self.directory is None:
+            raise UserError("name a set and a folder, such as cc3m data/cc3m; --list prints the sets")
+        pairs = read_set(self.set)
+        from flipscale.preparation.pair_download import download_pairs
+
+        source = download_pairs(pairs, self.directory)
+        train = self.directory / "train"
+        print(f"{len(source):,} pairs in {len(source.shard_sizes):,} shards of {train}; {pairs.sample}")
+        print(f"licence: {pairs.licence}")
+        print(f"next: flipscale pretrain --config RECIPE --data.shards {quoted(train)}")
+
+
+@dataclass(frozen=True)
 class Resize:
     """Shrink the images of shards, so that training decodes fewer pixels.
 
@@ -397,6 +431,7 @@ COMMANDS: dict[str, type[Command]] = {
     "tokenizer": Tokenizer,
     "inspect": Inspect,
     "audit": Audit,
+    "pairs": NamedPairs,
     "tasks": Tasks,
     "resize": Resize,
     "weights": Weights,

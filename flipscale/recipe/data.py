@@ -67,8 +67,9 @@ class DataRecipe:
 
     Args:
         shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. Shards at `s3://`,
-            `gs://`, `hf://` or `https://` are prefetched through a cache. Does not change what is learned: the shards
-            may move between starts. Null with `sources`.
+            `gs://`, `hf://` or `https://` are prefetched through a cache, and so are those of a set that `flipscale
+            prepare pairs --list` prints, such as `cc3m`. Does not change what is learned: the shards may move between
+            starts. Null with `sources`.
         sources: Several sources, mixed by weight, in place of `shards`. One may be a data set of `datasets`.
         fraction: The share of the samples to train on, the same in each source and shard. The choice ignores the seed.
             A smaller fraction is a subset of a larger one. Shards at URLs are still fetched as a whole.

@@ -37,6 +37,7 @@ SUBSTITUTES = {
     r"(convert \w+) models/flip-l16 ": r"\1 runs/demo/model ",
     r"open_clip:ViT-B-16,laion2b_s34b_b88k": "open_clip:peer.json,peer.safetensors",
     r"ORG/NAME": "org/name",
+    r"prepare pairs cc3m data/cc3m": "prepare pairs --list",
     r"--minutes 15\b": "--minutes 0.05",
     r"--config h14_laion2b --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
 }

@@ -14,6 +14,7 @@ from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.samples import Fault, Sample, Source, contents_digest
 from flipscale.data.sampling_weights import ABOUT, SampleWeights
 from flipscale.data.sources.dataset import DatasetSource, load_rows
+from flipscale.data.sources.pair_set import named_shards
 from flipscale.data.sources.remote import RemoteTarSource, ShardCache
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
@@ -44,7 +45,8 @@ def open_source(recipe: DataRecipe) -> Source:
 
 
 def open_shards(shards: str, recipe: DataRecipe = READ, anew: bool = False) -> TarSource:
-    """Open tar shards, on this machine or at a URL through the recipe's cache."""
+    """Open tar shards, on this machine, at a URL through the recipe's cache, or of a named set on the Hub."""
+    shards = named_shards(shards)
     if "://" not in shards:
         return TarSource(shards, anew)
     if "://***@" in shards:

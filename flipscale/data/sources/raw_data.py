@@ -21,6 +21,8 @@ _WRITERS = {
     "data/demo/train_without_unseen": "python examples/demo/data.py data/demo --with_unseen",
     "data/demo/unseen": "python examples/demo/data.py data/demo --with_unseen",
     "data/demo": "python examples/demo/data.py data/demo",
+    "data/cc3m": "flipscale prepare pairs cc3m data/cc3m",
+    "data/cc12m": "flipscale prepare pairs cc12m data/cc12m",
     "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
 }
 
@@ -34,7 +36,8 @@ def no_shards(shards: str) -> UserError:
     command = next((command for folder, command in _WRITERS.items() if f"{shards}/".startswith(f"{folder}/")), "")
     checkout = ", in a checkout of flipscale," if "examples/" in command else ""
     writer = command and f"`{command}`{checkout} writes them"
-    fix = _use_of(shards) or writer or "name a folder of *.tar, a glob, or a range like {00000..00041}.tar"
+    names = "a folder of *.tar, a glob, a range like {00000..00041}.tar, or a set of `flipscale prepare pairs --list`"
+    fix = _use_of(shards) or writer or f"name {names}"
     return UserError(f"no shards at {shards!r}; {fix}")
 
 
