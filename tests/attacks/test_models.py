@@ -387,7 +387,8 @@ ATTACKS = [
     ),
     survived("a timm tower in parts beside a pickle", start_native("towers", sharded(b"\x80junk")), "image tower"),
     survived(
-        "100,000 unknown weights to start from", started_from(weights(many_unknown)), check=counts_unknown
+        "100,000 unknown weights to start from", started_from(weights(many_unknown)), check=counts_unknown,
+        long=True,
     ),
     refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),
     refused(

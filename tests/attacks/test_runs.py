@@ -462,7 +462,7 @@ ATTACKS = [
     ),
     refused(
         "a study with a run that fails", study("a.yaml", prepare=lambda f: shutil.rmtree(f / "data")),
-        "exit code 2", "out/a.log", check=leaves_no_run,
+        "exit code 2", "out/a.log", check=leaves_no_run, long=True,
     ),
     refused(
         "an export over notes of the user's", export("notes.txt"), "out holds notes.txt", check=kept("out/notes.txt")

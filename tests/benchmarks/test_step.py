@@ -51,6 +51,7 @@ def test_a_step_uses_the_kernels_of_training() -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+@pytest.mark.long
 def test_rows_beside_open_clip() -> None:
     rows = list(compare_steps(tiny(num_steps=3)))
     assert [(row["dtype"], row["mask_ratio"]) for row in rows] == [

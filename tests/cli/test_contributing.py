@@ -96,6 +96,7 @@ def test_a_column(shards: Path, tokenizer_dir: Path) -> None:
     assert batch["caption_counts"].tolist() == [len(pairs.source.read(*place).captions) for place in places]
 
 
+@pytest.mark.long
 def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, in_site: Path) -> None:
     monkeypatch.setitem(EVALUATIONS, "similarity", example("evaluation", "Similarity"))
     tasks = suite.build_tasks([{"kind": "similarity", "data": "data/demo/test"}])

@@ -159,6 +159,7 @@ def test_errors_of_files_and_data(shards: Path, tmp_path: Path, refused: Callabl
     assert "has 3 pairs; training needs at least 16" in line
 
 
+@pytest.mark.long
 def test_no_gpu_is_large_enough(tokenizer_dir: Path) -> None:
     proposal = proposed(DATA, 30, 0, tokenizer_dir)
     with pytest.raises(ValueError, match="32 do not fit 4 GPUs of 0 GiB"):

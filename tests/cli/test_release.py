@@ -81,6 +81,7 @@ def test_the_wheel_holds_all_that_is_not_python(wheel: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flipscale"}, "tests are not installed"
 
 
+@pytest.mark.long
 def test_launch_files_are_the_checkout_s_and_plan(site: Path) -> None:
     written = {file.relative_to(site / "work") for file in (site / "work").rglob("*") if file.is_file()}
     assert written == set(FILES)

@@ -106,6 +106,7 @@ def write(folder: str, out: str) -> None:
     embedder.accelerator.end_training()
 
 
+@pytest.mark.long
 def test_captions_are_scored_as_one_set(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_shards(folder, SIZES)

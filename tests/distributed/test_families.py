@@ -71,7 +71,10 @@ def test_engines_learn_what_one_process_does(trainings: Trainings, case: str, en
     assert_learned_alike(one, many, 0.02, 54)
 
 
-@pytest.mark.parametrize("case", ["clip, packed", "siglip", "towers"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param("clip, packed", marks=pytest.mark.long), "siglip", pytest.param("towers", marks=pytest.mark.long)],
+)
 def test_a_resumed_run_ends_with_the_same_bits(trainings: Trainings, case: str) -> None:
     whole = trainings.run("ddp", 1, **CASES[case])
     trainings.assert_resumed_alike(whole, 10, "ddp", 1, **CASES[case])

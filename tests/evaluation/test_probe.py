@@ -72,7 +72,7 @@ def fits() -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_fit_is_scikit_learns_on_any_number_of_processes(world: int, tmp_path: Path) -> None:
     features, labels, test = digits()
     for l2, result in in_processes(world, tmp_path, fits).items():

@@ -165,6 +165,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
+@pytest.mark.long
 def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +204,7 @@ def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
         prepare_icons(out_dir, fraction=0.5)
 
 
+@pytest.mark.long
 def test_a_fraction_lies_in_the_whole(folder: Path, tmp_path: Path) -> None:
     """The first drawings of the training data, and the same tests. What another fraction left is not taken over."""
     work = tmp_path / ".part.partial"

@@ -166,6 +166,7 @@ print(len(load_tokenizer("bert", 8)), fetch_folder("org/start", ["config.json"])
 """
 
 
+@pytest.mark.long
 def test_a_filled_cache_needs_no_network(hub: LoopbackHub, hub_environment: dict[str, str], tmp_path: Path) -> None:
     hub.add("google-bert/bert-base-uncased", {"vocab.txt": b"[PAD]\n[UNK]\ncat\n"})
     hub.add("org/start", {"config.json": b"{}"})

@@ -169,6 +169,7 @@ def test_a_run_ends_by_its_clock_and_says_what_its_schedule_was(timed_run: Path)
     assert (status["total_samples"], status["samples_seen"]) == (None, 16 * len(steps))
 
 
+@pytest.mark.long
 def test_a_killed_run_repeats_the_lost_steps_and_its_clock_goes_on(timed_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     before = schedule_of(timed_run)

@@ -192,6 +192,7 @@ def test_a_captioner_names_colours_and_shapes(write: Write, shards: Path) -> Non
         load_dual_encoder(str(folder))
 
 
+@pytest.mark.long
 def test_a_folder_of_both_losses(write: Write, shards: Path) -> None:
     changes = {"loss": {"caption_weight": 2.0, "caption_kind": "mixed"}, "stages": SHORT}
     tasks = {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "batch_size": 7}

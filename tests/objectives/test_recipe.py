@@ -148,6 +148,7 @@ def train(write_recipe: Callable[..., Path], run_dir: Path, **changes: object) -
     return [record for record in metrics(run_dir) if "loss" in record]
 
 
+@pytest.mark.long
 def test_a_new_kind_learns_the_same_in_micro_batches(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     whole, parts = (
         train(write_recipe, tmp_path / f"of{size}", loss={"kind": "tempered"}, data={"micro_batch_size": size})

@@ -41,6 +41,7 @@ def compare(*arguments: str | Path) -> None:
     cli.main(["compare", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_what_differs_is_listed(trained: Path, other: Path) -> None:
     compared = Comparison.of([trained, other])
     (_, *fields), (head, *results) = compared.fields, compared.results

@@ -139,6 +139,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_any_words_find_what_python_finds(
     model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

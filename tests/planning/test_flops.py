@@ -112,6 +112,7 @@ def test_each_stage_is_counted_at_its_own_size() -> None:
     assert (step.mask_ratio, step.image_size) == (0.0, 256)
 
 
+@pytest.mark.long
 def test_large_costs_what_the_paper_says() -> None:
     config = FlipConfig.from_size("l16")
     whole = forward_flops(config, StepShape(1, 0.0))
@@ -129,6 +130,7 @@ def test_large_costs_what_the_paper_says() -> None:
     assert short.forward / masked.forward == pytest.approx(0.92, abs=0.01)
 
 
+@pytest.mark.long
 def test_another_family_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """open_clip's ViT-B-16 has 149.6 M parameters."""
     changes = ["--model.family", "clip", "--model.size", "b16", "--data.tokenizer", "org/name"]

@@ -79,6 +79,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_rest_learns(
     assert all(torch.equal(value, after[name]) for name, value in weights(copy / "model").items())
 
 
+@pytest.mark.long
 def test_what_the_model_before_achieved_and_what_was_lost(
     write: Callable[..., Path], base: Path, tuned: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_an_aligned_run_is_stopped_continued_and_exported_with_its_towers(
     main(["export", str(run_dir), "--out", str(model)])
 
 
+@pytest.mark.long
 def test_one_tower_learns_beside_an_embedded_one(
     aligned: Callable[..., Path], shards: Path, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

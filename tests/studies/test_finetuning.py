@@ -487,6 +487,7 @@ def test_a_rung_that_fails_leaves_the_trials_before(run: Path, here: Path, monke
     assert left.run_dir.exists()
 
 
+@pytest.mark.long
 def test_a_loss_is_mixed_away(run: Path, here: Path, shards: Path) -> None:
     """Each picture gets the name of another, which the model learns in place of the right one."""
     write_pairs(here / "pairs", 96, NAMES[:16], shift=1)

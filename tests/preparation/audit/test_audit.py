@@ -115,6 +115,7 @@ def test_overlap_and_page(audited: dict[str, Any], folder: Path) -> None:
     assert "| images of flat that are in the data, of 3 | 2 |" in page
 
 
+@pytest.mark.long
 def test_a_sample_of_captions(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The captions whose language is looked at are drawn by their rows, and their shares have intervals."""
     monkeypatch.setattr(audit_module, "MOST_LANGUAGES", 7)
