@@ -102,8 +102,8 @@ def pretend(capability: int, assembled: list[Program]) -> None:
     from triton.backends.compiler import GPUTarget
 
     # Of an H100.
-    properties = SimpleNamespace(
-        **vars(fake_gpu._PROPERTIES),
+    properties = SimpleNamespace(**vars(fake_gpu._PROPERTIES))
+    vars(properties).update(
         major=capability // 10,
         minor=capability % 10,
         multi_processor_count=132,
