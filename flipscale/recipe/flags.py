@@ -15,6 +15,8 @@ from flipscale.recipe.optim import StageRecipe
 # Names of open_clip's flags, and of other trainers', by the setting of this trainer.
 _NAMES = {
     "--stages.STAGE.base_lr, the rate per 256 pairs": "lr learning_rate base_lr blr peak_lr max_lr",
+    "--stages.STAGE.schedule": "lr_scheduler lr_scheduler_type lr_schedule skip_scheduler epochs_cooldown "
+    "lr_cooldown_end lr_cooldown_power",
     "--stages.STAGE.samples, the pairs of a stage": "samples epochs num_epochs num_train_epochs max_steps",
     "--stages.STAGE.warmup_samples, a number of pairs": "warmup warmup_samples warmup_steps warmup_epochs warmup_ratio",
     "--stages.STAGE.mask_ratio": "mask_ratio patch_dropout force_patch_dropout",
@@ -68,8 +70,6 @@ _SETTINGS = {name: setting for setting, names in _NAMES.items() for name in name
 _NOT_NEEDED = {
     "the loss always compares the whole batch, with gradients": "local_loss gather_with_grad loss_dist_impl",
     "the shards are counted": "train_num_samples val_num_samples dataset_type",
-    "the rate of a stage falls by a cosine": "lr_scheduler skip_scheduler lr_cooldown_end lr_cooldown_power "
-    "epochs_cooldown",
     "the models have no batch norm": "use_bn_sync lock_image_freeze_bn_stats",
     "images are cropped, then resized in one way": "image_interpolation image_resize_mode",
     "the text tower is always its own module": "force_custom_text",

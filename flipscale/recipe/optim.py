@@ -85,8 +85,12 @@ class StageRecipe:
         samples: Number of pairs, rounded down to whole steps; with a time budget, the stages' proportion.
         mask_ratio: Fraction of the patches to remove; 0 for whole images.
         text_mask_ratio: Fraction of all caption tokens to remove, padding included.
-        base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then cosine to 0)
+        base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then `schedule`)
             and a new optimiser, like the original's tuning. Without it, the previous stage's continue.
+        schedule: The learning rate after the warm-up. `cosine`, the default, falls to 0 at the end of the schedule.
+            `constant` stays, so that the stage can be made longer at any time. `cooldown` and `linear_cooldown` let
+            such a rate fall to 0 from the start of their stage on, by 1 - sqrt of the stage's share that is done, or
+            by 1 - share (arXiv 2405.18392).
         warmup_samples: Samples of linear warm-up at the start of the schedule.
         share: Share of `budget_minutes`, instead of `samples`. The shares of all stages add up to 1.
         warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.
@@ -111,4 +115,5 @@ class StageRecipe:
     image_size: options.Pixels | None = None
     captions: dict[str, options.NonNegative] | None = field(default=None, hash=False)
     frozen: tuple[str, ...] = ()
+    schedule: Literal["cosine", "constant", "cooldown", "linear_cooldown"] | None = None
     gradient_checkpointing: bool | None = field(default=None, metadata={"learned": False})

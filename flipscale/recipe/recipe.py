@@ -233,13 +233,37 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     return sorted(changed_fields(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe, is_public=True)))))
 
 
-def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
-    """Return the `differences` by which a recipe cannot resume the run of a saved one.
+def conflicts(recipe: Recipe, saved: dict[str, Any], step: int = 0) -> list[str]:
+    """Return the `differences` by which a recipe cannot resume the run of a saved one after `step` steps.
 
-    Added stages are no conflict if the first of them has a base_lr, because its schedule leaves earlier steps alone.
+    Stages that are added are no conflict if they leave earlier steps alone: if the first of them has a base_lr or is a
+    cooldown. Nor is another end of a constant rate that the run has not passed, nor what follows it.
     """
-    stages = saved.get("stages")
-    count = len(stages) if isinstance(stages, list) else 0
-    if 0 < count < len(recipe.stages) and recipe.stages[count].base_lr is not None:
-        recipe = dataclasses.replace(recipe, stages=recipe.stages[:count])
+    theirs = saved.get("stages")
+    theirs = theirs if isinstance(theirs, list) and all(isinstance(stage, dict) for stage in theirs) else []
+    if (trunk := _trunk(recipe, theirs, step)) is not None:
+        theirs = [*theirs[:trunk], theirs[trunk] | {"samples": recipe.stages[trunk].samples}]
+        recipe, saved = _cut(recipe, trunk + 1), saved | {"stages": theirs}
+    elif 0 < len(theirs) < len(recipe.stages):
+        added = recipe.stages[len(theirs)]
+        if added.base_lr is not None or added.schedule is not None:
+            recipe = _cut(recipe, len(theirs))
     return differences(recipe, saved)
+
+
+def _cut(recipe: Recipe, count: int) -> Recipe:
+    return dataclasses.replace(recipe, stages=recipe.stages[:count])
+
+
+def _trunk(recipe: Recipe, theirs: list[dict[str, Any]], step: int) -> int | None:
+    """Return the number of the stage of the last of `step` steps if both recipes keep its rate constant to that step,
+    else None. `differences` compares the rest of it."""
+    first = 0
+    for number, (mine, other) in enumerate(zip(recipe.stages, theirs, strict=False)):
+        lengths = [one // recipe.data.global_batch_size for one in (mine.samples, other.get("samples")) if one]
+        if len(lengths) < 2:  # a stage of a time budget
+            return None
+        if first < step <= first + min(lengths):
+            return number if mine.schedule == other.get("schedule") == "constant" else None
+        first += lengths[0]
+    return None

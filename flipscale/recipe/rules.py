@@ -13,7 +13,7 @@ from flipscale.io.options import check_ranges
 from flipscale.recipe.data import PRECOMPUTED_TOWERS, divisors_around, small_shares
 from flipscale.recipe.optim import StageRecipe
 from flipscale.recipe.recipe import Recipe
-from flipscale.recipe.schedule import schedule_stages
+from flipscale.recipe.schedule import COOLDOWNS, schedule_stages
 
 # Shares are written with a few digits, so their sum may differ from 1 by this.
 _SUM_TOLERANCE = 1e-4
@@ -213,6 +213,14 @@ def _stages(recipe: Recipe) -> Iterator[str]:
             yield f"{named} a warm-up of {words} is not shorter than its schedule of {limit}"
         if stage.base_lr is None and (stage.warmup_share or stage.warmup_samples):
             yield f"{named} {'warmup_share' if is_timed else 'warmup_samples'} needs a base_lr"
+        if stage.schedule in ("cosine", "constant") and stage.base_lr is None:
+            yield f"{named} schedule {stage.schedule} needs a base_lr"
+        if stage.schedule in COOLDOWNS and stage.base_lr is not None:
+            fix = "leave base_lr out, because the rate falls from that of the stage before"
+            yield f"{named} schedule {stage.schedule}, and base_lr is {stage.base_lr}; {fix}"
+        if stage.schedule in COOLDOWNS and before.shape != "constant":
+            fix = "give the stage that sets the rate `schedule: constant`"
+            yield f"{named} schedule {stage.schedule} follows a rate that is {before.shape}, not constant; {fix}"
         if stage.base_lr is None and set(stage.frozen) != set(before.frozen):
             fix = "set its base_lr, because a change of the frozen parts starts a new schedule and optimiser"
             yield f"{named} frozen is {[*stage.frozen]}, and {[*before.frozen]} before; {fix}"

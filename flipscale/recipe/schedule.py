@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from flipscale.io.errors import UserError
 from flipscale.recipe.optim import StageRecipe
 
+COOLDOWNS = ("cooldown", "linear_cooldown")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(StageRecipe):
@@ -20,6 +22,8 @@ class Stage(StageRecipe):
         first, last: range of positions [first, last) of the stage.
         schedule_first, schedule_last: range of positions of its learning-rate schedule, which stages may share.
         warmup: length of the linear warm-up at the start of the schedule.
+        shape: the `StageRecipe.schedule` that sets the rate after the warm-up.
+        fall_first: position from which the rate falls, to 0 at `schedule_last`; not used if it is constant.
         peak_lr: learning rate of the whole batch after the warm-up.
     """
 
@@ -28,15 +32,20 @@ class Stage(StageRecipe):
     schedule_first: float
     schedule_last: float
     warmup: float
+    shape: str
+    fall_first: float
     peak_lr: float
 
     def learning_rate(self, position: float) -> float:
-        """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
-        position -= self.schedule_first
-        if position < self.warmup:
-            return self.peak_lr * position / self.warmup
-        length = self.schedule_last - self.schedule_first - self.warmup
-        return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * (position - self.warmup) / length))
+        """Return the learning rate at a position: linear from 0 over the warm-up, then by the stage's shape."""
+        if (started := position - self.schedule_first) < self.warmup:
+            return self.peak_lr * started / self.warmup
+        if self.shape == "constant":
+            return self.peak_lr
+        fallen, length = position - self.fall_first, self.schedule_last - self.fall_first
+        if self.shape == "cosine":
+            return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * fallen / length))
+        return self.peak_lr * max(1.0 - (fallen / length) ** (0.5 if self.shape == "cooldown" else 1.0), 0.0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,10 @@ def schedule_stages(stages: Sequence[StageRecipe], global_batch_size: int, minut
             schedule_first, schedule_last = ends[number], ends[end]
             warmup = stage.warmup_share if is_timed else stage.warmup_samples // global_batch_size
             peak_lr = stage.base_lr * global_batch_size / 256
-        schedule = {"schedule_first": schedule_first, "schedule_last": schedule_last, "warmup": warmup}
-        times: dict[str, Any] = {"first": ends[number], "last": ends[number + 1], **schedule, "peak_lr": peak_lr}
-        planned.append(Stage(**vars(stage), **times))
+            shape, fall_first = stage.schedule or "cosine", schedule_first + warmup
+        elif stage.schedule is not None:
+            shape, fall_first = stage.schedule, ends[number]
+        schedule = {"schedule_first": schedule_first, "schedule_last": schedule_last, "warmup": warmup, "shape": shape}
+        times: dict[str, Any] = {"first": ends[number], "last": ends[number + 1], "fall_first": fall_first, **schedule}
+        planned.append(Stage(**vars(stage), **times, peak_lr=peak_lr))
     return planned

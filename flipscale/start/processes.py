@@ -127,7 +127,7 @@ def choose_checkpoint(accelerator: Accelerator, setup: TrainingSetup, lock: Fold
 
 
 def _check_same_run(setup: TrainingSetup, contents: Contents) -> None:
-    if changed := conflicts(setup.recipe, dict(contents.recipe)):
+    if changed := conflicts(setup.recipe, dict(contents.recipe), contents.state["step"]):
         raise CorruptFile(f"it is of a run of another recipe: {'; '.join(changed)}")
     step, samples, total = contents.state["step"], contents.state["samples_seen"], setup.schedule.total_steps
     if total is not None and step > total:

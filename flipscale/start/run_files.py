@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from flipscale.engines.checkpoint import latest_checkpoint
+from flipscale.engines.checkpoint import latest_checkpoint, step_of
 from flipscale.io.errors import UserError
 from flipscale.io.paths import check_writable, quoted
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.recipe.recipe import Recipe, conflicts
+from flipscale.recipe.schedule import schedule_stages
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         )
     # Without this file, the checkpoints' own copies are compared later.
     if (saved := run_dir / "recipe.yaml").exists():
-        _refuse_another(run_dir, conflicts(recipe, read_saved_recipe(saved)))
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        _refuse_another(run_dir, conflicts(recipe, read_saved_recipe(saved), step))
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
         raise UserError(f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; change output_dir")
     return checkpoint
@@ -46,7 +48,7 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         return False
     # The checkpoint's copy, because the stages may have been added to the run's own file.
     saved = read_saved_recipe((checkpoint or run_dir) / "recipe.yaml")
-    if len(recipe.stages) <= len(saved.get("stages") or []):
+    if len(recipe.stages) <= len(saved.get("stages") or []) and not _is_longer(recipe, checkpoint):
         missing = "" if (run_dir / "model").exists() else ", but its model is gone"
         if missing and checkpoint is not None:
             missing += f": `flipscale export {quoted(run_dir)}` writes it again"
@@ -61,8 +63,15 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
             f"{run_dir} is done and keeps no checkpoint for another stage; train the stage in a new run, with "
             f"model.init_from {run_dir}/model and another output_dir"
         )
-    _refuse_another(run_dir, conflicts(recipe, saved))
+    _refuse_another(run_dir, conflicts(recipe, saved, step_of(checkpoint)))
     return False
+
+
+def _is_longer(recipe: Recipe, checkpoint: Path | None) -> bool:
+    """Return whether a recipe that counts samples has steps after a checkpoint."""
+    if checkpoint is None or recipe.budget_minutes is not None:
+        return False
+    return schedule_stages(recipe.stages, recipe.data.global_batch_size)[-1].last > step_of(checkpoint)
 
 
 def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
@@ -70,7 +79,7 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
         return
     fix = "use that recipe or another output_dir"
     if re.match(r"stages\[\d+\]: None", changed[0]):
-        fix += "; a stage that is added needs a base_lr"
+        fix += "; a stage that is added needs a base_lr, or is the cooldown of a constant rate"
     # The weights fit the recipe's model.
     if not any(re.match(r"model\.(?!init_from)", change) for change in changed) and (run_dir / "model").exists():
         new = next(name for number in count(2) if not os.path.exists(name := f"{run_dir}_{number}"))

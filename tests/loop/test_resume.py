@@ -100,6 +100,41 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     assert (run_dir / "report.html").read_text() != page
 
 
+TRUNK = {"name": "trunk", "mask_ratio": 0.5, "base_lr": 0.012, "warmup_samples": 64, "schedule": "constant"}
+COOLDOWN = {"name": "cooldown", "samples": 240, "mask_ratio": 0.5, "schedule": "cooldown"}
+
+
+def test_a_constant_rate_is_lengthened_then_cooled(write_recipe, tmp_path: Path) -> None:
+    save = {"every_samples": 80, "total_limit": 20}
+    whole, trunk, branch = tmp_path / "whole", tmp_path / "trunk", tmp_path / "branch"
+    cooled = [{**TRUNK, "samples": 400}, COOLDOWN]
+    trained(write_recipe(whole, save=save, stages=cooled))
+    rates = [record["lr"] for record in metrics(whole) if "loss" in record]
+    assert rates[8:26] == [rates[8]] * 18  # step 25 has the whole rate, and is the first of the cooldown
+    assert rates[30] == pytest.approx(rates[8] * (1 - (5 / 15) ** 0.5))
+    for samples in (160, 560):
+        trained(write_recipe(trunk, save=save, stages=[{**TRUNK, "samples": samples}]))
+        assert (trunk / f"checkpoints/step-{samples // 16:08d}").exists()
+    # One trunk serves many cooldowns: each has a copy of the checkpoint at which it begins.
+    (branch / "checkpoints").mkdir(parents=True)
+    shutil.copytree(trunk / "checkpoints/step-00000025", branch / "checkpoints/step-00000025")
+    trained(write_recipe(branch, save=save, stages=cooled))
+    cut(whole, tmp_path / "cut", 35)  # in the middle of the cooldown
+    trained(write_recipe(tmp_path / "cut", save=save, stages=cooled))
+    assert_same_end(whole, tmp_path / "cut")
+    ours, theirs = (load_file(d / "checkpoints/step-00000040/part-00000.safetensors") for d in (branch, whole))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    for stages, named in (
+        ([{**TRUNK, "samples": 160}, COOLDOWN], "samples: 560, now 160"),  # the trunk has passed this end
+        ([{**TRUNK, "samples": 800, "mask_ratio": 0.75}], "mask_ratio: 0.5, now 0.75"),
+        ([{**TRUNK, "samples": 800, "schedule": None}], "schedule: constant, now None"),
+    ):
+        with pytest.raises(ValueError, match=rf"stages\[0\].{named}"):
+            is_finished(parse_recipe(["--config", str(write_recipe(trunk, stages=stages))]))
+    with pytest.raises(ValueError, match=r"stages\[0\].samples: 400, now 800"):  # its cooldown has begun
+        is_finished(parse_recipe(["--config", str(write_recipe(whole, stages=[{**TRUNK, "samples": 800}, COOLDOWN]))]))
+
+
 def test_a_finished_run_without_checkpoints_cannot_be_lengthened(whole_run: Path, write_recipe, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(whole_run, copy)

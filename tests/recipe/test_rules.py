@@ -164,6 +164,15 @@ CASES = [
         "--stages.b.warmup_samples 16", "--stages.b.warmup_samples 16 --stages.b.base_lr 1",
         "'b'", "warmup_samples needs a base_lr",
     ),
+    ("--stages.b.schedule constant", "--stages.b.schedule constant --stages.b.base_lr 1", "'b'", "needs a base_lr"),
+    (
+        "--stages.b.schedule cooldown", "--stages.b.schedule cooldown --stages.a.schedule constant",
+        "'b'", "cosine, not constant",
+    ),
+    (
+        "--stages.a.schedule constant --stages.b.schedule linear_cooldown --stages.b.base_lr 1",
+        "--stages.a.schedule constant --stages.b.schedule linear_cooldown", "'b'", "base_lr is 1",
+    ),
     (
         "--stages.b.frozen [text_model]", "--stages.b.frozen [text_model] --stages.b.base_lr 1",
         "'b'", "frozen is ['text_model']", "base_lr",

@@ -38,6 +38,25 @@ def test_a_stage_without_a_rate_goes_on_under_the_schedule_before() -> None:
     assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
 
 
+def test_a_cooldown_falls_from_a_constant_rate() -> None:
+    stages = [
+        StageRecipe("trunk", 100, 0.75, 0.256, 20, schedule="constant"),
+        StageRecipe("more", 60),
+        StageRecipe("cooldown", 30, schedule="cooldown"),
+        StageRecipe("unmasked", 10),
+    ]
+    planned = schedule_stages(stages, 10)
+    schedule = Schedule(tuple(planned))
+    steps = [schedule.step(n, n, n - 1) for n in range(20)]
+    assert [step.resets_optimizer for step in steps] == [True] + [False] * 19
+    rates = [step.learning_rate for step in steps]
+    assert rates[:3] == pytest.approx([0.0, 0.005, 0.01])
+    assert rates[2:16] == [rates[2]] * 14
+    assert rates[16:] == pytest.approx([0.01 * (1 - math.sqrt(n / 4)) for n in range(4)])
+    linear = schedule_stages([*stages[:2], StageRecipe("c", 40, schedule="linear_cooldown")], 10)[2]
+    assert [linear.learning_rate(n) for n in range(16, 21)] == pytest.approx([0.01, 0.0075, 0.005, 0.0025, 0.0])
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
