@@ -56,6 +56,7 @@ def compile_tuned(model: nn.Module, packs_captions: bool = False) -> None:
 
 
 WAYS = {"bf16": _compile_blocks, "fp8": compile_in_fp8, "max-autotune-no-cudagraphs": compile_tuned}
+USAGE = f"{__doc__}\nways: {', '.join(WAYS)}"
 
 
 @contextmanager
@@ -94,9 +95,11 @@ def main(arguments: Sequence[str]) -> None:
         case "compare", *folders if folders:
             with report_user_errors():
                 print(*compare([Path(folder) for folder in folders]), sep="\n")
+        case ["--help"]:
+            print(USAGE)
+            sys.exit()
         case _:
-            print(__doc__, f"ways: {', '.join(WAYS)}", sep="\n")
-            sys.exit(0 if list(arguments) == ["--help"] else 2)
+            sys.exit(USAGE)
 
 
 if __name__ == "__main__":

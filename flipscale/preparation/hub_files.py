@@ -35,9 +35,13 @@ class HubFile:
     digest: str
     path: str
 
+    def has_size(self, path: Path) -> bool:
+        """Return whether `path` is a file of the size that the Hub lists."""
+        return path.is_file() and path.stat().st_size == self.size
+
     def is_whole(self, path: Path) -> bool:
         """Return whether `path` has the size and content that the Hub lists."""
-        if not path.is_file() or path.stat().st_size != self.size:
+        if not self.has_size(path):
             return False
         if self.digest.startswith("git:"):
             return self.digest == f"git:{git_hash(path.read_bytes())}"

@@ -5,7 +5,6 @@ whole. `FOLDER/source.json` has the repository and the commit, so that a later s
 """
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -53,29 +52,19 @@ def _files(pairs: PairSet, folder: Path) -> list[HubFile]:
     if begun and {name: begun.get(name) for name in about} != about:
         raise UserError(f"{folder} has pairs of {begun.get('repo')}, not of {pairs.repo}; name another folder")
     listed = list_files(pairs.repo, begun.get("commit", pairs.revision))
-    files = list(_chosen(pairs, listed))
-    if missing := {"train", "validation" if pairs.validation else "train"} - {
-        Path(file.path).parts[0] for file in files
-    }:
-        raise UserError(f"data set {pairs.repo} has no shards of its part {min(missing)}; the source has changed")
+    files = list[HubFile]()
+    for part, pattern in {"train": pairs.train, "validation": pairs.validation}.items():
+        shards = [file for file in listed if fnmatch(file.name, pattern)]
+        if pattern and not shards:
+            raise UserError(f"data set {pairs.repo} has no shards of its part {part}; the source has changed")
+        files += [replace(file, path=f"{part}/{Path(file.name).name}") for file in shards]
     if not begun:
         write_text(place, json.dumps(about | {"commit": files[0].commit}) + "\n")
     return files
 
 
-def _chosen(pairs: PairSet, files: list[HubFile]) -> Iterator[HubFile]:
-    for part, pattern in {"train": pairs.train, "validation": pairs.validation}.items():
-        for file in sorted(files, key=lambda file: file.name):
-            if pattern and fnmatch(file.name, pattern):
-                yield replace(file, path=f"{part}/{Path(file.name).name}")
-
-
 def _download_all(files: list[HubFile], folder: Path) -> None:
-    def is_there(file: HubFile) -> bool:
-        path = folder / file.path
-        return path.is_file() and path.stat().st_size == file.size
-
-    missing = [file for file in files if not is_there(file)]
+    missing = [file for file in files if not file.has_size(folder / file.path)]
     total, left = (sum(file.size for file in some) for some in (files, missing))
     check_disk_space(folder, left, "name a folder on a larger one, or train from the Hub by the set's name")
     print(f"{len(files):,} shards, {size_text(total)}, of {files[0].repo} at {files[0].commit[:12]}", end="; ")

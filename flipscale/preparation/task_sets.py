@@ -124,7 +124,7 @@ def _plan(folder: Path, page: TaskPage) -> _Plan | None:
     if _needs_names(page) and not has_names:
         raise UserError(f"data set {source.repo} has no classnames.txt, and the task's page lists no class names")
     paths = {file: _downloaded(place, source) / file.path for file in files}
-    present = sum(file.size for file, path in paths.items() if path.is_file() and path.stat().st_size == file.size)
+    present = sum(file.size for file, path in paths.items() if file.has_size(path))
     commits = {file.repo: file.commit for file in files}
     return _Plan(page, ",".join(commits.values()), tuple(files), sum(file.size for file in files), present)
 

@@ -88,9 +88,9 @@ class StageRecipe:
         base_lr: Peak learning rate per 256 samples of the batch. It starts a new schedule (warm-up, then `schedule`)
             and a new optimiser, like the original's tuning. Without it, the previous stage's continue.
         schedule: The learning rate after the warm-up. `cosine`, the default, falls to 0 at the end of the schedule.
-            `constant` stays, so that the stage can be made longer at any time. `cooldown` and `linear_cooldown` let
-            such a rate fall to 0 from the start of their stage on, by 1 - sqrt of the stage's share that is done, or
-            by 1 - share (arXiv 2405.18392).
+            `constant` stays, so that the stage can be made longer at any time. A `cooldown` after it lets the rate fall
+            to 0, by 1 - sqrt(s) of the share s of the stage that is done; a `linear_cooldown` by 1 - s (arXiv
+            2405.18392).
         warmup_samples: Samples of linear warm-up at the start of the schedule.
         share: Share of `budget_minutes`, instead of `samples`. The shares of all stages add up to 1.
         warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.

@@ -239,8 +239,7 @@ def conflicts(recipe: Recipe, saved: dict[str, Any], step: int = 0) -> list[str]
     Stages that are added are no conflict if they leave earlier steps alone: if the first of them has a base_lr or is a
     cooldown. Nor is another end of a constant rate that the run has not passed, nor what follows it.
     """
-    theirs = saved.get("stages")
-    theirs = theirs if isinstance(theirs, list) and all(isinstance(stage, dict) for stage in theirs) else []
+    theirs = saved_stages(saved)
     if (trunk := _trunk(recipe, theirs, step)) is not None:
         theirs = [*theirs[:trunk], theirs[trunk] | {"samples": recipe.stages[trunk].samples}]
         recipe, saved = _cut(recipe, trunk + 1), saved | {"stages": theirs}
@@ -249,6 +248,26 @@ def conflicts(recipe: Recipe, saved: dict[str, Any], step: int = 0) -> list[str]
         if added.base_lr is not None or added.schedule is not None:
             recipe = _cut(recipe, len(theirs))
     return differences(recipe, saved)
+
+
+def is_longer(recipe: Recipe, saved: dict[str, Any]) -> bool:
+    """Return whether a recipe goes on after the end of a saved one without `conflicts`."""
+    theirs = saved_stages(saved)
+    if recipe.budget_minutes is not None:
+        return len(recipe.stages) > len(theirs)
+    return sum(stage.samples or 0 for stage in recipe.stages) > sum(map(_samples, theirs))
+
+
+def saved_stages(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the stages of a saved recipe; none if they are no stages."""
+    stages = saved.get("stages")
+    return stages if isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages) else []
+
+
+def _samples(saved_stage: dict[str, Any]) -> int:
+    """Return the samples of a saved stage; 0 under a time budget, or if they are no number."""
+    samples = saved_stage.get("samples")
+    return samples if isinstance(samples, int) else 0
 
 
 def _cut(recipe: Recipe, count: int) -> Recipe:
@@ -260,9 +279,7 @@ def _trunk(recipe: Recipe, theirs: list[dict[str, Any]], step: int) -> int | Non
     else None. `differences` compares the rest of it."""
     first = 0
     for number, (mine, other) in enumerate(zip(recipe.stages, theirs, strict=False)):
-        lengths = [one // recipe.data.global_batch_size for one in (mine.samples, other.get("samples")) if one]
-        if len(lengths) < 2:  # a stage of a time budget
-            return None
+        lengths = [one // recipe.data.global_batch_size for one in (mine.samples or 0, _samples(other))]
         if first < step <= first + min(lengths):
             return number if mine.schedule == other.get("schedule") == "constant" else None
         first += lengths[0]

@@ -214,13 +214,14 @@ def _stages(recipe: Recipe) -> Iterator[str]:
         if stage.base_lr is None and (stage.warmup_share or stage.warmup_samples):
             yield f"{named} {'warmup_share' if is_timed else 'warmup_samples'} needs a base_lr"
         if stage.schedule in ("cosine", "constant") and stage.base_lr is None:
-            yield f"{named} schedule {stage.schedule} needs a base_lr"
+            yield f"{named} schedule {stage.schedule} starts with a rate and needs a base_lr"
+        if stage.schedule in COOLDOWNS and before.shape != "constant":
+            rate = "no stage is before it" if before is stage else f"the rate before it is {before.shape}, not constant"
+            fix = "a stage before it needs `schedule: constant` and the base_lr"
+            yield f"{named} schedule is {stage.schedule}, and {rate}; {fix}"
         if stage.schedule in COOLDOWNS and stage.base_lr is not None:
             fix = "leave base_lr out, because the rate falls from that of the stage before"
-            yield f"{named} schedule {stage.schedule}, and base_lr is {stage.base_lr}; {fix}"
-        if stage.schedule in COOLDOWNS and before.shape != "constant":
-            fix = "give the stage that sets the rate `schedule: constant`"
-            yield f"{named} schedule {stage.schedule} follows a rate that is {before.shape}, not constant; {fix}"
+            yield f"{named} schedule is {stage.schedule}, and base_lr is {stage.base_lr}; {fix}"
         if stage.base_lr is None and set(stage.frozen) != set(before.frozen):
             fix = "set its base_lr, because a change of the frozen parts starts a new schedule and optimiser"
             yield f"{named} frozen is {[*stage.frozen]}, and {[*before.frozen]} before; {fix}"

@@ -12,8 +12,7 @@ from flipscale.engines.checkpoint import latest_checkpoint, step_of
 from flipscale.io.errors import UserError
 from flipscale.io.paths import check_writable, quoted
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.recipe.recipe import Recipe, conflicts
-from flipscale.recipe.schedule import schedule_stages
+from flipscale.recipe.recipe import Recipe, conflicts, is_longer
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         return False
     # The checkpoint's copy, because the stages may have been added to the run's own file.
     saved = read_saved_recipe((checkpoint or run_dir) / "recipe.yaml")
-    if len(recipe.stages) <= len(saved.get("stages") or []) and not _is_longer(recipe, checkpoint):
+    if not is_longer(recipe, saved):
         missing = "" if (run_dir / "model").exists() else ", but its model is gone"
         if missing and checkpoint is not None:
             missing += f": `flipscale export {quoted(run_dir)}` writes it again"
@@ -65,13 +64,6 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         )
     _refuse_another(run_dir, conflicts(recipe, saved, step_of(checkpoint)))
     return False
-
-
-def _is_longer(recipe: Recipe, checkpoint: Path | None) -> bool:
-    """Return whether a recipe that counts samples has steps after a checkpoint."""
-    if checkpoint is None or recipe.budget_minutes is not None:
-        return False
-    return schedule_stages(recipe.stages, recipe.data.global_batch_size)[-1].last > step_of(checkpoint)
 
 
 def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from flipscale.data.captions import choose_captions
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Source
 from flipscale.data.sources.opening import open_shards, open_source
+from flipscale.data.sources.pair_set import named_shards
 from flipscale.data.sources.tar import TarSource, add_member
 from flipscale.engines.build_engine import start_accelerator
 from flipscale.engines.checkpoint import latest_checkpoint
@@ -152,7 +153,7 @@ def find_replay(start: str) -> list[SourceRecipe]:
 def _are_here(shards: str) -> bool:
     """Return whether a glob or a range names shards on this machine."""
     try:
-        return "://" not in shards and len(open_shards(shards)) > 0
+        return "://" not in named_shards(shards) and len(open_shards(shards)) > 0
     except (UserError, OSError):
         return False
 

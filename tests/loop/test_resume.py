@@ -133,6 +133,8 @@ def test_a_constant_rate_is_lengthened_then_cooled(write_recipe, tmp_path: Path)
             is_finished(parse_recipe(["--config", str(write_recipe(trunk, stages=stages))]))
     with pytest.raises(ValueError, match=r"stages\[0\].samples: 400, now 800"):  # its cooldown has begun
         is_finished(parse_recipe(["--config", str(write_recipe(whole, stages=[{**TRUNK, "samples": 800}, COOLDOWN]))]))
+    shutil.rmtree(whole / "checkpoints/step-00000040")  # a finished run stays one without its last checkpoint
+    assert is_finished(parse_recipe(["--config", str(write_recipe(whole, stages=cooled))]))
 
 
 def test_a_finished_run_without_checkpoints_cannot_be_lengthened(whole_run: Path, write_recipe, tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ CASES = [
     ("--stages.b.schedule constant", "--stages.b.schedule constant --stages.b.base_lr 1", "'b'", "needs a base_lr"),
     (
         "--stages.b.schedule cooldown", "--stages.b.schedule cooldown --stages.a.schedule constant",
-        "'b'", "cosine, not constant",
+        "'b'", "the rate before it is cosine, not constant",
     ),
+    ("--stages.a.schedule cooldown", "--stages.a.schedule constant", "'a'", "no stage is before it"),
     (
         "--stages.a.schedule constant --stages.b.schedule linear_cooldown --stages.b.base_lr 1",
         "--stages.a.schedule constant --stages.b.schedule linear_cooldown", "'b'", "base_lr is 1",

@@ -21,11 +21,10 @@ class PairSet:
         repo: repository of the data set.
         train: pattern of the names of its shards.
         pairs: number of pairs, as its source states it.
-        licence: of captions and pictures, as its source states it.
+        licence: licence of captions and pictures, as its source states it.
         sample: files of a sample, and what they hold.
         revision: branch or commit.
         validation: pattern of the names of held-out shards; empty if there are none.
-        shards: number of shards of `train`, if known.
     """
 
     name: str
@@ -37,7 +36,6 @@ class PairSet:
     sample: str
     revision: str = "main"
     validation: str = ""
-    shards: int | None = None
 
     @property
     def url(self) -> str:

@@ -6,6 +6,7 @@ import shlex
 from itertools import islice
 from pathlib import Path
 
+from flipscale.data.sources.pair_set import set_names
 from flipscale.io.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -21,8 +22,6 @@ _WRITERS = {
     "data/demo/train_without_unseen": "python examples/demo/data.py data/demo --with_unseen",
     "data/demo/unseen": "python examples/demo/data.py data/demo --with_unseen",
     "data/demo": "python examples/demo/data.py data/demo",
-    "data/cc3m": "flipscale prepare pairs cc3m data/cc3m",
-    "data/cc12m": "flipscale prepare pairs cc12m data/cc12m",
     "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
 }
 
@@ -33,7 +32,9 @@ def is_saved_dataset(folder: str) -> bool:
 
 def no_shards(shards: str) -> UserError:
     """Return the error of `shards` that match nothing, or raw data."""
-    command = next((command for folder, command in _WRITERS.items() if f"{shards}/".startswith(f"{folder}/")), "")
+    downloads = {name: f"flipscale prepare pairs {name} data/{name}" for name in set_names()}
+    writers = _WRITERS | downloads | {f"data/{name}": command for name, command in downloads.items()}
+    command = next((command for folder, command in writers.items() if f"{shards}/".startswith(f"{folder}/")), "")
     checkout = ", in a checkout of flipscale," if "examples/" in command else ""
     writer = command and f"`{command}`{checkout} writes them"
     names = "a folder of *.tar, a glob, a range like {00000..00041}.tar, or a set of `flipscale prepare pairs --list`"
