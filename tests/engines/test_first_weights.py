@@ -275,7 +275,8 @@ def test_a_compiled_block_is_one_graph_under_ddp(tmp_path: Path, monkeypatch: py
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize(("stated", "threads"), [pytest.param(None, 11, marks=pytest.mark.long), ("5", 5)])
+@pytest.mark.long
+@pytest.mark.parametrize(("stated", "threads"), [(None, 11), ("5", 5)])
 def test_compilers_share_the_cores_of_a_node(stated: str | None, threads: int) -> None:
     """96 cores for 8 processes. The first compilation of a start, which tries the compiler, starts the pool."""
     program = """
